@@ -42,7 +42,7 @@ ALIASES = {
 }
 _HOME = Path(__file__).parent / "models"
 # largest number of modules that may re-export a class before its definition
-_MOST_HOPS = 8
+_MAX_ALIAS_HOPS = 8
 # of others, large, and without a model's arguments
 _WITHOUT_MODELS = ("lightning", "torch", "typing")
 
@@ -115,7 +115,7 @@ def entries() -> dict[str, Entry]:
     return found
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_sort_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -138,7 +138,7 @@ def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -
         for entry in entries().values()
         if family in (None, entry.family) and any(fnmatch(entry.name, p) for p in patterns)
     ]
-    return sorted(chosen, key=_natural)
+    return sorted(chosen, key=_natural_sort_key)
 
 
 def find(name: str) -> Entry:
@@ -177,7 +177,7 @@ def model_class(name: str) -> type["Autoencoder"]:
     except (Exception, SystemExit) as error:
         if entry.owner == "aezoo":
             raise
-        raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+        raise AezooError(f"the plug-in {name!r} of package {entry.owner} is broken: {_one_line(error)}") from error
     if len(classes) != 1 or not (isinstance(classes[0], type) and issubclass(classes[0], Autoencoder)):
         raise AezooError(
             f"the model {name!r}, {entry.module} of package {entry.owner}, must give one subclass of aezoo.Autoencoder"
@@ -203,18 +203,18 @@ def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperp
         shape = tuple(input_shape) if isinstance(input_shape, Iterable) else input_shape
         return cls(input_shape=shape, **hyperparameters)
     except (RuntimeError, MemoryError) as error:
-        if too_large(error):
-            raise AezooError(does_not_fit(name)) from error
+        if is_out_of_memory(error):
+            raise AezooError(out_of_memory_message(name)) from error
         raise
 
 
-def too_large(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory to create a model."""
     said = isinstance(error, RuntimeError) and ("alloc" in str(error) or "overflow" in str(error))
     return said or isinstance(error, MemoryError)
 
 
-def does_not_fit(name: str) -> str:
+def out_of_memory_message(name: str) -> str:
     """A one-line message that says what to do about a model that does not fit into memory."""
     return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
@@ -255,7 +255,7 @@ def import_plugins() -> list[str]:
     return working
 
 
-def _brief(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -286,7 +286,9 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
     try:
         tree = _tree(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise AezooError(f"the plug-in {entry.name!r} of package {entry.owner} is broken: {_brief(error)}") from error
+        raise AezooError(
+            f"the plug-in {entry.name!r} of package {entry.owner} is broken: {_one_line(error)}"
+        ) from error
     package = entry.module if path.name == "__init__.py" else entry.module.rpartition(".")[0]
     for node in [node for node in tree.body if isinstance(node, ast.ImportFrom)]:
         for alias in node.names:
@@ -299,7 +301,7 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
 def _home(entry: Entry) -> tuple[Entry, ast.Module]:
     """The entry for the module that defines a class, which others may re-export, and that module."""
     tree, origin = _parsed(entry)
-    for _ in range(_MOST_HOPS):
+    for _ in range(_MAX_ALIAS_HOPS):
         if origin is None or origin.module.partition(".")[0] in _WITHOUT_MODELS or source_of(origin) is None:
             break
         entry = origin

@@ -40,7 +40,7 @@ from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
-from aezoo.tasks.output import device_of
+from aezoo.tasks.result_store import resolve_device
 from aezoo.training import arguments
 from aezoo.training.seeding import forked_rng, seed_all
 
@@ -48,7 +48,7 @@ Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")
 _DTYPES = (np.float64, np.float32)
 # attributes that scikit-learn sets before fitting
-_OF_FEATURES = ("n_features_in_", "feature_names_in_")
+_FEATURE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
 # the results of a sample must not depend on its neighbours, so all batches have one size
 _BLOCK = 256
 # torch's random streams and Lightning's loggers belong to the process, so threads take turns
@@ -92,47 +92,47 @@ class _Estimator(base.BaseEstimator):
         Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes` and for models that
         learn from them which samples belong together, such as triplet_ae; other models ignore them.
         """
-        return self._learn(X, y, fresh=True)
+        return self._fit(X, y, from_scratch=True)
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
         """Train one pass on these samples with a fresh optimiser; the first fixes scale, labels and initial weights."""
-        return self._learn(X, y, fresh=not hasattr(self, "autoencoder_"), epochs=1)
+        return self._fit(X, y, from_scratch=not hasattr(self, "autoencoder_"), epochs=1)
 
-    def _learn(self, X: Any, y: Any, fresh: bool, epochs: int | None = None) -> Self:
-        before = {name: value for name, value in vars(self).items() if name in _OF_FEATURES}
+    def _fit(self, X: Any, y: Any, from_scratch: bool, epochs: int | None = None) -> Self:
+        before = {name: value for name, value in vars(self).items() if name in _FEATURE_ATTRIBUTES}
         try:
-            self._train(validate_data(self, X, dtype=_DTYPES, reset=fresh), y, fresh, epochs)
+            self._train(validate_data(self, X, dtype=_DTYPES, reset=from_scratch), y, from_scratch, epochs)
         except BaseException:
             # a fitted estimator continues with the features that it had
-            for name in _OF_FEATURES:
+            for name in _FEATURE_ATTRIBUTES:
                 self.__dict__.pop(name, None)
             self.__dict__.update(before)
             raise
         return self
 
-    def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
+    def _train(self, X: Array, y: Any, from_scratch: bool, epochs: int | None = None) -> None:
         settings = self._settings()
         labels = None
         counts_classes = "num_classes" in hyperparameters(settings["model"])
         if y is not None and (counts_classes or model_class(settings["model"]).reads_labels):
             check_consistent_length(X, y)
-            if not fresh and not hasattr(self, "classes_"):
+            if not from_scratch and not hasattr(self, "classes_"):
                 raise AezooError("partial_fit takes labels from its first call on, which had none: give them there too")
-            classes, labels = _labels(y, None if fresh else getattr(self, "classes_", None))
+            classes, labels = _labels(y, None if from_scratch else getattr(self, "classes_", None))
             if counts_classes:
                 settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
         epochs = epochs or settings["max_epochs"]
-        device = device_of(settings["device"])
-        seed = check_random_state(self.random_state).randint(2**31) + (0 if fresh else self.n_epochs_)
-        offset, scale = _statistics(X, settings["scale"]) if fresh else (self.offset_of_scale_, self.scale_)
-        with _without_trace(device):
+        device = resolve_device(settings["device"])
+        seed = check_random_state(self.random_state).randint(2**31) + (0 if from_scratch else self.n_epochs_)
+        offset, scale = _statistics(X, settings["scale"]) if from_scratch else (self.offset_of_scale_, self.scale_)
+        with _no_side_effects(device):
             seed_all(seed, device, others=False)
-            model = _build(settings, X.shape[1]) if fresh else self.autoencoder_
+            model = _build(settings, X.shape[1]) if from_scratch else self.autoencoder_
             if "lr" in model.hparams:
                 model.lr = {**settings, **settings["model_params"]}["lr"]
             for part in model.modules():
                 if isinstance(part, Autoencoder) and "steps" in part._buffers:
-                    part.steps_before = 0 if fresh else int(part.get_buffer("steps")) + 1
+                    part.steps_before = 0 if from_scratch else int(part.get_buffer("steps")) + 1
             model.compile_mode = "off"
             x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)
             trainer = pl.Trainer(
@@ -158,11 +158,11 @@ class _Estimator(base.BaseEstimator):
                 model.cpu().eval()
         # at the end, so that a failed fit keeps the previous results
         self.autoencoder_, self.offset_of_scale_, self.scale_ = model, offset, scale
-        if fresh:
+        if from_scratch:
             self.__dict__.pop("classes_", None)
         if labels is not None:
             self.classes_ = classes
-        self.n_epochs_ = epochs + (0 if fresh else self.n_epochs_)
+        self.n_epochs_ = epochs + (0 if from_scratch else self.n_epochs_)
         self._n_features_out = math.prod(model.code_shape)
 
     def _settings(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class _Estimator(base.BaseEstimator):
 
     # ---- samples in and out -----------------------------------------------------------------------------------------
 
-    def _checked(self, X: Any) -> Array:
+    def _validated(self, X: Any) -> Array:
         check_is_fitted(self)
         return validate_data(self, X, dtype=_DTYPES, reset=False)
 
@@ -205,7 +205,7 @@ class _Estimator(base.BaseEstimator):
 
     def reconstruct(self, X: Any) -> Array:
         """Reconstructions, (n_samples, n_features), in the units of X."""
-        X = self._checked(X)
+        X = self._validated(X)
         return self._rows(self._apply(self.autoencoder_, self._samples(X)), X.dtype)
 
     def score_samples(self, X: Any) -> Array:
@@ -216,7 +216,7 @@ class _Estimator(base.BaseEstimator):
         another score, such as deep_svdd with a distance and dagmm with an energy, it is minus that score, up to a
         constant: it compares samples under one model, but not models with each other.
         """
-        return self._log_likelihood(self._checked(X))
+        return self._log_likelihood(self._validated(X))
 
     def _log_likelihood(self, X: Array) -> Array:
         model = self.autoencoder_
@@ -285,7 +285,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
     def transform(self, X: Any) -> Array:
         """Codes of the samples, (n_samples, code size)."""
-        X = self._checked(X)
+        X = self._validated(X)
         return self._apply(self.autoencoder_.encode, self._samples(X)).astype(X.dtype)
 
     def inverse_transform(self, X: Any) -> Array:
@@ -337,8 +337,8 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
         return settings
 
-    def _train(self, X: Array, y: Any, fresh: bool, epochs: int | None = None) -> None:
-        super()._train(X, y, fresh, epochs)
+    def _train(self, X: Array, y: Any, from_scratch: bool, epochs: int | None = None) -> None:
+        super()._train(X, y, from_scratch, epochs)
         self.offset_ = float(np.percentile(self._log_likelihood(X), 100 * self.contamination))
 
     def decision_function(self, X: Any) -> Array:
@@ -425,11 +425,11 @@ def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
     check_classification_targets(y)
     given = y != -1 if np.issubdtype(y.dtype, np.number) else np.full(len(y), True)
     classes = np.unique(y[given]) if known is None else known
-    strange = np.setdiff1d(y[given], classes)
-    if not len(classes) or len(strange):
+    unknown = np.setdiff1d(y[given], classes)
+    if not len(classes) or len(unknown):
         what = (
-            f"y has the label {strange.tolist()[0]!r}, which the first fit had not"
-            if len(strange)
+            f"y has the label {unknown.tolist()[0]!r}, which the first fit had not"
+            if len(unknown)
             else "all labels are -1"
         )
         raise AezooError(f"{what}: give labels that the model knows, or leave out y")
@@ -454,7 +454,7 @@ def _scaled(X: Array, offset: Array, scale: Array) -> Tensor:
 
 
 @contextmanager
-def _without_trace(device: torch.device) -> Iterator[None]:
+def _no_side_effects(device: torch.device) -> Iterator[None]:
     """Print nothing, and restore the random streams of torch, NumPy and Python at the end."""
     with _ONE_AT_A_TIME, warnings.catch_warnings(), forked_rng(device):
         warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|no `val_dataloader`|GPU).*")

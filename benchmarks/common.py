@@ -210,7 +210,7 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def from_data(cls, values: Sequence[float]) -> "Spread":
         """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 

@@ -232,12 +232,12 @@ def row(party: str, asked: argparse.Namespace, part: Part) -> dict[str, Any]:
     if not results:
         return line | figures
     runs = list(results.values())
-    rates = Spread.of([rate(run) for run in runs])
+    rates = Spread.from_data([rate(run) for run in runs])
     figures |= {"samples_per_s": rates.median, "samples_per_s_min": rates.low, "samples_per_s_max": rates.high}
     figures["round_rates"] = " ".join(f"{rate(results[turn]):.6g}" if turn in results else "-" for turn in turns)
     ratios = [rate(run) / rate(yardstick[turn]) for turn, run in results.items() if turn in yardstick]
     if ratios:
-        ratio = Spread.of(ratios)
+        ratio = Spread.from_data(ratios)
         figures |= {"ratio": ratio.median, "ratio_min": ratio.low, "ratio_max": ratio.high}
     walls = [rate(run, "turns") for run in runs if run["turns"]]
     figures["wall_samples_per_s"] = statistics.median(walls) if walls else None

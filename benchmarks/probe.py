@@ -82,7 +82,7 @@ def medians(rows: Sequence[dict[str, str]], like: dict[str, Any]) -> list[dict[s
     for model in dict.fromkeys(row["model"] for row in wanted):
         runs = [row for row in wanted if row["model"] == model]
         values = {name: [float(row[name]) for row in runs if row.get(name)] for name in SCORES}
-        cells = {name: common.Spread.of(cell).median if cell else "" for name, cell in values.items()}
+        cells = {name: common.Spread.from_data(cell).median if cell else "" for name, cell in values.items()}
         found.append({"model": model, "seeds": len(runs)} | cells)
     return found
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_of(argv)
     specs = plan(arguments)
     from aezoo import DataModule
-    from aezoo.tasks.output import table_text
+    from aezoo.tasks.result_store import table_text
 
     data = DataModule(**specs[0]["data"])
     if not data.num_classes:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.tasks.embed_codes import Array, pca, read_off
+from aezoo.tasks.embed_codes import Array, pca, probe_accuracies
 
 from . import disentangle_row, processes
 from .quality_row import some
@@ -25,11 +25,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     name, seed = spec["row"]["model"], spec["row"]["seed"]
     flat, flat_test = x.flatten(1).numpy(), x_test.flatten(1).numpy()
     if name == "raw pixels":
-        return {"numbers": flat.shape[1]} | read_off(flat, y, flat_test, y_test)
+        return {"numbers": flat.shape[1]} | probe_accuracies(flat, y, flat_test, y_test)
     if name == "pca":
         size = min(spec["code_size"], *flat.shape)
         code, code_test = pca(flat, flat_test, size)
-        return {"numbers": size} | read_off(code, y, code_test, y_test)
+        return {"numbers": size} | probe_accuracies(code, y, code_test, y_test)
     pl.seed_everything(seed, workers=True, verbose=False)
     data = aezoo.DataModule.from_arrays(
         x, y, x_test=x_test, y_test=y_test, scale="none", val_fraction=0.0, batch_size=spec["batch_size"]
@@ -39,12 +39,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     row = disentangle_row.train(model, data, spec)
     (codes, *_), (codes_test, _, figures) = (disentangle_row.evaluate(model, part) for part in (x, x_test))
     row |= {"numbers": math.prod(model.code_shape), "mse": figures["mse"]}
-    row |= read_off(codes.numpy(), y, codes_test.numpy(), y_test)
+    row |= probe_accuracies(codes.numpy(), y, codes_test.numpy(), y_test)
     if len(model.code_shape) > 1:
         mean, mean_test = (
             part.unflatten(1, model.code_shape).flatten(2).mean(2).numpy() for part in (codes, codes_test)
         )
-        row |= {f"pooled_{key}": share for key, share in read_off(mean, y, mean_test, y_test).items()}
+        row |= {f"pooled_{key}": share for key, share in probe_accuracies(mean, y, mean_test, y_test).items()}
     return row
 
 

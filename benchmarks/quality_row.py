@@ -18,7 +18,7 @@ from torch import Tensor
 import aezoo
 from aezoo.callbacks import Throughput
 from aezoo.data.source import Stage
-from aezoo.tasks.embed_codes import choose_rows, read_off
+from aezoo.tasks.embed_codes import choose_rows, probe_accuracies
 
 from . import codes, processes
 
@@ -35,14 +35,14 @@ class _Rates(pl.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def take(self, trainer: pl.Trainer) -> None:
+    def subsample(self, trainer: pl.Trainer) -> None:
         """Keep the rate of the epoch that has ended, if it had more than the warm-up batch."""
         if (rate := trainer.callback_metrics.get("train/samples_per_s")) is not None:
             self.values.append(float(rate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # an epoch's values are in callback_metrics only after all of its hooks have run
-        self.take(trainer)
+        self.subsample(trainer)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     callbacks = [Throughput(), rates, timer]
     trainer = quiet_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
     trainer.fit(model, data)
-    rates.take(trainer)
+    rates.subsample(trainer)
     row = {
         "epochs": round(trainer.fit_loop.epoch_loop.batch_progress.total.completed / trainer.num_training_batches, 2),
         "steps": trainer.global_step,
@@ -140,7 +140,7 @@ def _of_code(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) 
             row["pca_mse_at_l0"] = codes.pca(train, test, size)[0]
     x_train, y_train = some(data, "train", probe_rows)
     if data.num_classes and y_train is not None and y_test is not None and code.shape[1] <= _MOST_PROBED:
-        row |= read_off(_encode(model, x_train), y_train.numpy(), code, y_test.numpy())
+        row |= probe_accuracies(_encode(model, x_train), y_train.numpy(), code, y_test.numpy())
     return row
 
 
@@ -164,7 +164,7 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
             error, code_train, code_test = codes.pca(train, test, size)
             found = {"pca_mse": error, "pca_psnr": codes.psnr(error)}
         if data.num_classes and y_train is not None and y_test is not None:
-            shares = read_off(code_train[rows], y_train[rows].numpy(), code_test, y_test.numpy())
+            shares = probe_accuracies(code_train[rows], y_train[rows].numpy(), code_test, y_test.numpy())
             found |= {f"{'pca' if size else 'pixels'}_{name}": value for name, value in shares.items()}
         return found
 

@@ -174,9 +174,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                 took[which].append(seconds)
     for (party, name), values in took.items():
         if values and party not in failed:
-            found[f"{party}{name}_per_s"] = row["places"] / Spread.of(values).median
+            found[f"{party}{name}_per_s"] = row["places"] / Spread.from_data(values).median
     for name in ("forward", "step") if theirs is not None and not failed else ():
-        ratio = Spread.of([peer / own for own, peer in zip(took["", name], took["peer_", name], strict=True)])
+        ratio = Spread.from_data([peer / own for own, peer in zip(took["", name], took["peer_", name], strict=True)])
         found |= {f"{name}_ratio": ratio.median, f"{name}_ratio_min": ratio.low, f"{name}_ratio_max": ratio.high}
     for party in parties:
         if party not in failed:

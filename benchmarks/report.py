@@ -52,7 +52,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         for name in [*found]:
             values = [value for row in good if (value := number(row, name)) is not None]
             if values and name not in (*_GROUP, "seed"):
-                of = Spread.of(values)
+                of = Spread.from_data(values)
                 found |= {name: repr(of.median), f"{name}_low": repr(of.low), f"{name}_high": repr(of.high)}
         failed = [row["error"] for row in group if row.get("error")]
         merged.append(found | {"seeds": str(len(good)), "errors": "; ".join(dict.fromkeys(failed))})

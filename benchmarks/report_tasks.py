@@ -176,7 +176,7 @@ def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
         values = [value for row in good if (value := number(row, figure.name)) is not None]
         # a figure that is missing for a seed has no median
         if values and len(values) == len(good):
-            of = Spread.of(values)
+            of = Spread.from_data(values)
             found |= {figure.name: repr(of.median)}
             found |= {f"{figure.name}_low": repr(of.low), f"{figure.name}_high": repr(of.high)}
             found |= {f"{figure.name}_most": max(row.get(f"{figure.name}_most", "") for row in good)}

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 import aezoo
-from aezoo.callbacks import FaultGuard, in_use
+from aezoo.callbacks import FaultGuard, is_enabled
 from aezoo.data.array import LAYOUTS
 from aezoo.speed import layers, malloc, memory_format
 from aezoo.training import distributed
@@ -89,7 +89,7 @@ def trainer(spec: dict[str, Any], folder: str, extra: list[pl.Callback], **setti
         from aezoo.cli.lightning_cli import DEFAULT_CALLBACKS
 
         made = (cls() for name, cls in DEFAULT_CALLBACKS.items() if name not in _UNUSED)
-        interface = [callback for callback in made if in_use(callback)]
+        interface = [callback for callback in made if is_enabled(callback)]
         logger = TensorBoardLogger(folder, default_hp_metric=False)
     return pl.Trainer(
         accelerator=spec["accelerator"],
@@ -124,7 +124,7 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     epochs = measure.Epochs()
     fit = trainer(spec, str(Path(folder, "fit")), [epochs], max_epochs=1 + spec["repeats"], limit_train_batches=steps)
     fit.fit(model, data)
-    rate = Spread.of([steps * together / seconds for seconds in epochs.seconds[1:]])
+    rate = Spread.from_data([steps * together / seconds for seconds in epochs.seconds[1:]])
     step = together / rate.median
     row = {
         **_as_columns("samples_per_s", rate),
@@ -139,8 +139,8 @@ def train(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     if spec["interface"] == "on" and device.type == "cpu" and spec["devices"] == 1:
         # a small difference needs many steps to show
         shares = _guard_shares(spec, str(Path(folder, "guard")), model, data, 3 * steps * spec["repeats"])
-        row |= _as_columns("guard_share", Spread.of(shares)) if shares else {}
-        row |= _as_columns("interface_share", Spread.of(_interface_shares(spec, folder, model, data, steps)))
+        row |= _as_columns("guard_share", Spread.from_data(shares)) if shares else {}
+        row |= _as_columns("interface_share", Spread.from_data(_interface_shares(spec, folder, model, data, steps)))
     if device.type == "cuda":
         launches = measure.Launches()
         trainer(
@@ -253,13 +253,13 @@ def infer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         seconds["predict"].append(predictor_epochs.seconds[turn])
     rates = {name: [batches * batch / value for value in values[1:]] for name, values in seconds.items()}
     for name, values in rates.items():
-        row |= _as_columns(f"{name}_samples_per_s", Spread.of(values))
+        row |= _as_columns(f"{name}_samples_per_s", Spread.from_data(values))
     for name, ratio, base in (
         ("encode_ratio", "encode", "network_encode"),
         ("reconstruct_ratio", "reconstruct", "network_reconstruct"),
         ("predict_ratio", "predict", "bare_predict"),
     ):
-        row |= _as_columns(name, Spread.of([a / b for a, b in zip(rates[ratio], rates[base], strict=True)]))
+        row |= _as_columns(name, Spread.from_data([a / b for a, b in zip(rates[ratio], rates[base], strict=True)]))
     row |= {"step_ms": 1e3 * batch / row["reconstruct_samples_per_s"], "steps": batches}
     row["peak_memory_mb"] = measure.peak_memory_mb(device)
     row |= _work(spec, x, device, row["reconstruct_samples_per_s"])

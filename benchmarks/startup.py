@@ -64,14 +64,14 @@ def measure_startup(arguments: Namespace, command: str) -> None:
                 seconds[name].append(took)
     ratios = [a / b for a, b in zip(seconds["first step"], seconds["imports"], strict=True)]
     for name, title in names.items():
-        spread = Spread.of(seconds[name])
+        spread = Spread.from_data(seconds[name])
         row: dict[str, Any] = {"what": title, "seconds": spread.median, "low": spread.low, "high": spread.high}
         if name == "first step":
-            ratio = Spread.of(ratios)
+            ratio = Spread.from_data(ratios)
             row |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
         table.put(row | {"repeats": arguments.repeats})
         print(f"{title}: {spread.median:.2f} s ({spread.low:.2f} to {spread.high:.2f})")
-    print(f"ratio {Spread.of(ratios).median:.2f}\n{path}")
+    print(f"ratio {Spread.from_data(ratios).median:.2f}\n{path}")
 
 
 def _seconds(words: list[str], timeout: float) -> float:

@@ -35,7 +35,10 @@ def measure(spec: Row) -> Row:
             the pictures go.
     """
     data = open_data(spec["data"], spec["seed"])
-    test, train = Samples.of(data, "test").take(spec["test_rows"]), Samples.of(data, "train").take(spec["fit_rows"])
+    test, train = (
+        Samples.from_data(data, "test").subsample(spec["test_rows"]),
+        Samples.from_data(data, "train").subsample(spec["fit_rows"]),
+    )
     verbs = list(spec["verbs"])
     # detect trains on one class at a time
     model = train_model(spec, data, spec["steps"]) if {*verbs} - {"detect"} else None
@@ -82,8 +85,8 @@ def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -
             score=",".join(scores),
             normal=name,
             baselines="detect" in spec["baselines"],
-            fit_on=Samples.of(part, "train").take(spec["fit_rows"]),
-            calibrate_on=Samples.of(part, "val"),
+            fit_on=Samples.from_data(part, "train").subsample(spec["fit_rows"]),
+            calibrate_on=Samples.from_data(part, "val"),
             out=out if name == names[-1] else None,
             seed=spec["seed"],
         )

@@ -92,7 +92,7 @@ def _generate(work: Work) -> list[Row]:
     if work.baselines:
         flat = _all(work.train).flatten(1).numpy()
         drawn = {("real samples, held out", REFERENCE): _all(work.test)}
-        drawn["training samples, copied", REFERENCE] = _all(work.train.take(n, work.seed + 1))
+        drawn["training samples, copied", REFERENCE] = _all(work.train.subsample(n, work.seed + 1))
         for name, method in (("gmm", "Gaussian mixture of PCA's codes"), ("knn", "between neighbours, in pixels")):
             x = priors.fit(name, flat, seed=work.seed).sample(n, work.seed).clip(0, 1)
             drawn[method, BASELINE] = torch.from_numpy(x).reshape(-1, *work.test.shape)
@@ -111,10 +111,13 @@ class _Judge:
 
     def __call__(self, fake: torch.Tensor) -> Row:
         with torch.no_grad():
-            drawn = torch.cat([self.features.of(part) for part in fake.split(256)])
+            drawn = torch.cat([self.features.extract(part) for part in fake.split(256)])
         nearest = fidelity.nearest_samples(fake, self.train)
-        row = fidelity.figures(self.real, drawn, nearest)
-        return row | {"closer": fidelity.closer(nearest.distances, self.held), "features": self.features.name}
+        row = fidelity.fidelity_metrics(self.real, drawn, nearest)
+        return row | {
+            "closer": fidelity.closer_probability(nearest.distances, self.held),
+            "features": self.features.name,
+        }
 
 
 def _denoise(work: Work) -> list[Row]:

@@ -427,7 +427,7 @@ class Kept:
         rows = [json.dumps([name, *verdict]) for name, verdict in self.rows.items()]
         path.write_text("\n".join([of, *rows, ""]), encoding="utf-8")
 
-    def of(self, fault: Fault) -> Verdict | None:
+    def from_data(self, fault: Fault) -> Verdict | None:
         """The verdict on a fault, if there is one."""
         return Verdict(fault, *self.rows[fault.identity]) if fault.identity in self.rows else None
 
@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{fault.identity}\n    - {fault.old}\n    + {fault.new}")
         return 0
     kept = Kept(options.keep, f"{state()} {options.without_golden}" if options.keep else "")
-    verdicts = [verdict for fault in chosen if (verdict := kept.of(fault))]
+    verdicts = [verdict for fault in chosen if (verdict := kept.from_data(fault))]
     known = {verdict.fault for verdict in verdicts}
     pool = ThreadPoolExecutor(max(1, options.jobs))
     try:

@@ -283,7 +283,7 @@ def test_whole_numbers_are_read_first_whatever_was_imported_before():
     class Trainer:
         def __init__(self, limit: float | int | None = None, often: float | int | str = 1) -> None: ...
 
-    trainer_settings.read_whole_numbers_first(Trainer)
+    trainer_settings.parse_int_before_float(Trainer)
     parser = Parser()
     parser.add_class_arguments(Trainer, "trainer")
     for text, limit, often in (("1", 1, 1), ("1.0", 1.0, 1.0), ("null", None, "null")):

@@ -22,7 +22,7 @@ import aezoo.cli
 from aezoo.cli import recipes
 from aezoo.cli.config_resolution import name_data
 from aezoo.cli.main import main
-from aezoo.cli.parsing import plain
+from aezoo.cli.parsing import plain_message
 from aezoo.data import DataModule
 from aezoo.io.checkpoint import find_checkpoint
 
@@ -191,7 +191,7 @@ def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):
         "  - Expected a <class 'bool'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>"
     )
     reason = "WandbLogger: Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U wandb`"
-    assert plain(message, None) == reason
+    assert plain_message(message, None) == reason
 
 
 def test_list_shows_name_family_and_paper_and_filters(capsys):

@@ -30,7 +30,7 @@ def names(folder):
 
 def test_a_file_that_was_written_is_whole_and_torch_reads_it(tmp_path):
     path = save(tmp_path, "a.ckpt", 7)
-    assert atomic_files.fault(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
+    assert atomic_files.find_damage(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
 
 
 def damaged(content):
@@ -46,7 +46,7 @@ def test_wherever_a_bit_changes_or_the_file_ends_it_is_found_or_does_no_harm(tmp
     for other in damaged(content):
         path.write_bytes(other)
         # as `newest` asks; what is no zip file at all is refused by the reader
-        if atomic_files.fault(path) is None and zipfile.is_zipfile(path):
+        if atomic_files.find_damage(path) is None and zipfile.is_zipfile(path):
             # the note at the end alone: each part of the zip still fits its own checksum
             harmless += 1
             found = torch.load(path, weights_only=True)
@@ -59,7 +59,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, share):
     path = save(tmp_path, "a.ckpt", 7)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(AezooError, match=r"a\.ckpt cannot be used"):
-        atomic_files.check(path)
+        atomic_files.check_intact(path)
 
 
 def test_a_write_that_fails_keeps_what_was_there_and_leaves_nothing_else(tmp_path):
@@ -91,14 +91,14 @@ def test_the_newest_whole_file_is_found_and_what_is_passed_over_is_named(tmp_pat
         save(tmp_path, "last.ckpt", step)
     save(tmp_path, "best-000-1.ckpt", 1)
     last = tmp_path / "last.ckpt"
-    assert atomic_files.newest(tmp_path) == (last, [])
+    assert atomic_files.newest_checkpoint(tmp_path) == (last, [])
     content = last.read_bytes()
     last.unlink()
     if damage == "cut":
         last.write_bytes(content[: len(content) // 2])
     elif damage == "link":
         last.symlink_to("nothing")
-    found, lines = atomic_files.newest(tmp_path)
+    found, lines = atomic_files.newest_checkpoint(tmp_path)
     assert found == tmp_path / "previous.ckpt" and len(lines) == 1 and "last.ckpt" in lines[0]
 
 
@@ -107,7 +107,7 @@ def test_what_a_killed_save_has_left_is_taken_away_and_a_damaged_file_keeps_no_g
         save(tmp_path, "last.ckpt", step)
     (tmp_path / ".tmp-0123.part").write_bytes(b"half")
     (tmp_path / "last.ckpt").write_bytes(b"PK damaged")
-    atomic_files.prepare(tmp_path)
+    atomic_files.prepare_folder(tmp_path)
     assert names(tmp_path) == ["last.ckpt.damaged", "last.ckpt.json", "previous.ckpt"]
     save(tmp_path, "last.ckpt", 3)
     assert step_of(tmp_path / "previous.ckpt") == 1
@@ -117,32 +117,32 @@ def test_what_a_killed_save_has_left_is_taken_away_and_a_damaged_file_keeps_no_g
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(AezooError, match="cannot write"):
-        atomic_files.prepare(tmp_path)
+        atomic_files.prepare_folder(tmp_path)
 
 
 # ---- which run ------------------------------------------------------------------------------------------------------
 
 
 def test_automatic_resume_takes_the_newest_run_starts_one_or_says_no(tmp_path, capsys):
-    assert resume.automatic(tmp_path / "vae") == (None, None)
+    assert resume.latest_run(tmp_path / "vae") == (None, None)
     for number in (2, 9, 10):
         save(tmp_path / "vae" / str(number) / "checkpoints", "last.ckpt", number)
     newest = tmp_path / "vae" / "10"
-    assert resume.automatic(tmp_path / "vae") == (newest / "checkpoints" / "last.ckpt", newest)
+    assert resume.latest_run(tmp_path / "vae") == (newest / "checkpoints" / "last.ckpt", newest)
     (newest / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.raises(AezooError, match="no other checkpoint there is complete"):
-        resume.automatic(tmp_path / "vae")
+        resume.latest_run(tmp_path / "vae")
     capsys.readouterr()
 
 
 def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
     path = save(tmp_path / "checkpoints", "last.ckpt", 30)
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.0}
-    assert resume.nothing_left(path, None, 3, -1, early) is None
+    assert resume.finished_message(path, None, 3, -1, early) is None
     end = {"epoch": 3, "step": 30, "max_epochs": 3, "max_steps": -1}
     (path.parent / atomic_files.FINISHED).write_text(json.dumps(end))
-    assert "nothing is left to do" in resume.nothing_left(path, None, 3, -1, early)
-    assert resume.nothing_left(path, None, 4, -1, early) is None
+    assert "nothing is left to do" in resume.finished_message(path, None, 3, -1, early)
+    assert resume.finished_message(path, None, 4, -1, early) is None
 
 
 def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
@@ -152,7 +152,7 @@ def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
     (path.parent / atomic_files.FINISHED).write_text(json.dumps(end))
 
     def cures(max_epochs=9, max_steps=-1, **settings):
-        line = resume.nothing_left(path, None, max_epochs, max_steps, early | settings) or ""
+        line = resume.finished_message(path, None, max_epochs, max_steps, early | settings) or ""
         return [flag for flag in ("max_epochs", "patience") if flag in line]
 
     assert cures() == cures(max_epochs=20) == cures(patience=1) == ["patience"]

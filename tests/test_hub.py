@@ -18,7 +18,7 @@ from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.io import hub_files
 from aezoo.io.checkpoint import load_run
-from aezoo.io.hub import card_of
+from aezoo.io.hub import model_card
 
 constants = pytest.importorskip("huggingface_hub.constants")
 file_download = pytest.importorskip("huggingface_hub.file_download")
@@ -120,7 +120,7 @@ def test_the_card_says_how_to_load_and_only_what_was_handed_in(hub, model):
 def test_the_card_of_a_plugin_names_its_package(model, tmp_path, monkeypatch):
     found = replace(registry.find("vae"), owner="nice-ae")
     monkeypatch.setattr(registry, "find", lambda name: found)
-    card = card_of(aezoo.save_model(model, tmp_path), "user/digits", None, None, {"a|b\\": 2.5})
+    card = model_card(aezoo.save_model(model, tmp_path), "user/digits", None, None, {"a|b\\": 2.5})
     assert "`vae` of nice-ae, saved by aezoo" in card and "pip install 'aezoo[hub]' nice-ae\n" in card
     assert "| a/b | 2.5 |" in card
 
@@ -235,7 +235,7 @@ def test_an_empty_token_is_none(hub, model):
 def test_offline_the_cache_is_not_blamed_for_what_is_not_pushed(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for writes, words in ((True, "HF_HUB_OFFLINE forbids"), (False, "user/digits is not in the cache, and HF_HUB_OFF")):
-        assert hub_files._line(ConnectionError(), "user/digits", None, writes).startswith(words)
+        assert hub_files._error_line(ConnectionError(), "user/digits", None, writes).startswith(words)
 
 
 def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from aezoo import DataModule, create_model
 from aezoo.errors import AezooError
-from aezoo.tasks.embed_codes import read_off
+from aezoo.tasks.embed_codes import probe_accuracies
 from benchmarks import codes, quality, quality_row
 from benchmarks.common import Table, read_csv
 from benchmarks.quality_table import dataset_name
@@ -300,10 +300,10 @@ def test_classes_that_lie_apart_are_read_off_and_labels_without_a_sense_are_not(
     rng = np.random.default_rng(0)
     y = np.arange(300) % 3
     code = np.eye(3)[y] * 10 + rng.normal(size=(300, 3))
-    apart = read_off(code[:200], y[:200], code[200:], y[200:])
+    apart = probe_accuracies(code[:200], y[:200], code[200:], y[200:])
     assert apart["probe"] > 0.99 and apart["knn"] > 0.99
     noise = rng.normal(size=(300, 3))
-    chance = read_off(noise[:200], y[:200], noise[200:], y[200:])
+    chance = probe_accuracies(noise[:200], y[:200], noise[200:], y[200:])
     assert chance["probe"] < 0.55 and chance["knn"] < 0.55
 
 

@@ -211,7 +211,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(run, thir
     same(end["state_dict"], third, "from another checkpoint to the same end")
     assert not (RUN.parent / "1").exists()
     assert (run / "previous.ckpt").read_bytes() != before
-    assert atomic_files.fault(run / "previous.ckpt") is None
+    assert atomic_files.find_damage(run / "previous.ckpt") is None
 
 
 def test_curves_of_a_start_within_the_same_second_come_last(run):
@@ -231,7 +231,7 @@ def test_a_start_waits_for_a_later_name(tmp_path, monkeypatch):
     monkeypatch.setattr(dashboard.time, "sleep", waited.append)
     for now in (100.5, 101.0, 98.0):
         monkeypatch.setattr(dashboard.time, "time", lambda now=now: now)
-        dashboard.wait_for_a_later_name(tmp_path)
+        dashboard.wait_for_new_timestamp(tmp_path)
     assert waited == [0.5]
 
 
@@ -342,7 +342,7 @@ def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, 
         trains.append(Path(config["trainer"]["default_root_dir"] or "runs", self.request.run_name or own))
         sys.exit(0)
 
-    monkeypatch.setattr(resume, "automatic", automatic)
+    monkeypatch.setattr(resume, "latest_run", automatic)
     monkeypatch.setattr(lightning_cli.AezooCLI, "before_instantiate_classes", stop)
     Path("sub").mkdir()
     for file, text in SETTINGS.items():
@@ -521,14 +521,14 @@ def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, ca
 def test_what_an_earlier_run_has_left_is_not_what_a_later_one_goes_on_from(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
-    assert resume.automatic(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
+    assert resume.latest_run(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
     # killed before it has saved anything
     (RUN.parent / "1").mkdir()
-    assert resume.automatic(RUN.parent) == (None, RUN.parent / "1")
+    assert resume.latest_run(RUN.parent) == (None, RUN.parent / "1")
     shutil.rmtree(RUN.parent / "1")
     Path("ck").rename("gone")
     with pytest.raises(AezooError, match=r"no .ckpt file in .*/ck; .* train from scratch with --resume off"):
-        resume.automatic(RUN.parent)
+        resume.latest_run(RUN.parent)
     capsys.readouterr()
 
 
@@ -616,7 +616,7 @@ def test_the_run_folder_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeyp
     def wrapped(true):
         def call(*args, **kwargs):
             result = true(*args, **kwargs)
-            found, _ = atomic_files.newest(RUN / "checkpoints")
+            found, _ = atomic_files.newest_checkpoint(RUN / "checkpoints")
             # from the first one on; best files, which would hide a gap, are not kept here
             if found is not None or looks:
                 looks.append(found)

@@ -21,7 +21,7 @@ HOME = Path("runs/vae-digits")
 HOLD = """
 import sys, pathlib
 from aezoo import run_folder
-with run_folder.held(*map(pathlib.Path, sys.argv[1:])):
+with run_folder.locked(*map(pathlib.Path, sys.argv[1:])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -48,7 +48,7 @@ def test_who_asks_at_once_gets_another_number():
 
     def many(_):
         together.wait()
-        return [run_folder.claim(HOME).name for _ in range(50)]
+        return [run_folder.create_next(HOME).name for _ in range(50)]
 
     with ThreadPoolExecutor(8) as pool:
         names = [name for found in pool.map(many, range(8)) for name in found]
@@ -58,13 +58,13 @@ def test_who_asks_at_once_gets_another_number():
 def test_the_number_after_the_highest_is_next():
     (HOME / "7").mkdir(parents=True)
     assert run_folder.next_free(HOME) == HOME / "8" and not (HOME / "8").exists()
-    assert run_folder.claim(HOME) == HOME / "8"
+    assert run_folder.create_next(HOME) == HOME / "8"
 
 
 def test_a_folder_that_cannot_be_made_is_one_line():
     Path("runs").write_text("")
     with pytest.raises(AezooError, match=r"^cannot read or write runs/vae-digits: .*--trainer.default_root_dir$"):
-        run_folder.claim(HOME)
+        run_folder.create_next(HOME)
 
 
 def test_two_fits_at_once_keep_their_results():
@@ -93,7 +93,7 @@ def test_a_run_that_ends_before_it_writes_leaves_what_was_there(there):
 
 
 def test_a_folder_in_which_something_was_written_stays():
-    with contextlib.suppress(KeyboardInterrupt), run_folder.held(run_folder.claim(HOME), Path()):
+    with contextlib.suppress(KeyboardInterrupt), run_folder.locked(run_folder.create_next(HOME), Path()):
         (HOME / "0" / "config.yaml").touch()
         raise KeyboardInterrupt
     assert (HOME / "0" / "config.yaml").is_file()
@@ -102,7 +102,7 @@ def test_a_folder_in_which_something_was_written_stays():
 def test_a_folder_of_a_run_killed_at_its_start_is_started_anew(holder):
     holder.kill()
     holder.wait()
-    assert resume.automatic(HOME) == (None, HOME / "0")
+    assert resume.latest_run(HOME) == (None, HOME / "0")
     main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
     assert [path.name for path in HOME.iterdir()] == ["0"]
 
@@ -137,5 +137,5 @@ def test_a_damaged_file_is_passed_over_from_within_its_folder(monkeypatch, capsy
     monkeypatch.chdir(folder)
     atomic_files.save({"state_dict": {}}, Path("best-000-1.ckpt"))
     Path("last.ckpt").write_bytes(b"PK")
-    assert resume.find("last.ckpt").name == "best-000-1.ckpt"
+    assert resume.find_checkpoint("last.ckpt").name == "best-000-1.ckpt"
     assert "last.ckpt cannot be used" in capsys.readouterr().err

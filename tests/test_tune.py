@@ -76,7 +76,7 @@ def test_a_search_is_a_range_or_values(text, kind, of_it):
 
 
 @pytest.mark.parametrize(
-    ("text", "values", "ends"),
+    ("text", "values", "exit_stack"),
     [
         ("log:1e-4:1e-2", {"lr": 0.003}, ("0.0001", "0.01")),
         ("int:2:64:2", {"lr": 8}, ("2", "64")),
@@ -85,14 +85,14 @@ def test_a_search_is_a_range_or_values(text, kind, of_it):
 )
 def test_values_are_drawn_as_flags_take_them(text, values, ends):
     found = tune.search("lr", text)
-    assert found.ends() == ends
-    assert found.drawn(optuna.trial.FixedTrial(values)) == str(values["lr"])
+    assert found.exit_stack() == ends
+    assert found.suggest(optuna.trial.FixedTrial(values)) == str(values["lr"])
 
 
 @pytest.mark.parametrize(("text", "evenly"), [("log:0.01:1", False), ("float:0.01:1", True), ("int:1:9", True)])
 def test_what_is_drawn_evenly_and_what_over_its_logarithm(text, evenly):
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    tune.search("k", text).drawn(trial)
+    tune.search("k", text).suggest(trial)
     assert trial.distributions["k"].log is not evenly
 
 
@@ -100,7 +100,7 @@ def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
     for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
         tune_study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         trials = [tune_study.ask() for _ in range(60)]
-        assert {int(tune.search("k", text).drawn(trial)) for trial in trials} == seen
+        assert {int(tune.search("k", text).suggest(trial)) for trial in trials} == seen
     assert trials[0].distributions["k"].log
 
 
@@ -396,7 +396,7 @@ def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
     from aezoo.cli import tune_study
 
     fake()
-    monkeypatch.setattr(tune_study.Study, "_opened", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(tune_study.Study, "_open_study", lambda *args: os.kill(os.getpid(), signal.SIGINT))
     ends(*BASE, LR, code=130)
     assert "aezoo: interrupted\ncontinue with: aezoo tune" in capsys.readouterr().err
 

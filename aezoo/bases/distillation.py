@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
-from aezoo.io.hub_files import on_disk
+from aezoo.io.hub_files import local_path
 
 
 def teacher_path(teacher: str) -> str:
@@ -58,7 +58,7 @@ class DistilledAutoencoder(Autoencoder):
             AezooError: there is no such model, or it does not fit the data or the code.
         """
         if not self.frozen:
-            model = load_model(on_disk(self.teacher))
+            model = load_model(local_path(self.teacher))
             teacher_shapes, own_shapes = ((module.input_shape, module.code_shape) for module in (model, self))
             if teacher_shapes != own_shapes:
                 cure = f"set {self.shape_arguments} to match, or take another"

@@ -29,7 +29,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
-from aezoo.io.hub_files import on_disk
+from aezoo.io.hub_files import local_path
 from aezoo.quantisers.base import Quantised
 from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import at_least
@@ -318,7 +318,7 @@ def _build_tokenizer(config: str | dict[str, Any], input_shape: tuple[int, ...])
 def _load_tokenizer(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
     """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
     try:
-        loaded = load_model(on_disk(path)).float()
+        loaded = load_model(local_path(path)).float()
     except AezooError as error:
         raise AezooError(
             f"tokenizer {path}: {error}; {_CURE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"

@@ -1,8 +1,8 @@
 """Lightning callbacks with plain constructor values; each works alone and with any `Autoencoder`."""
 
 from aezoo.callbacks.annealing import BetaAnnealing
-from aezoo.callbacks.base import in_use
-from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop, saver_of
+from aezoo.callbacks.base import is_enabled
+from aezoo.callbacks.checkpoints import Checkpoints, EarlyStop, checkpoint_callback
 from aezoo.callbacks.code_statistics import CodeStatistics
 from aezoo.callbacks.codebook import Codebook
 from aezoo.callbacks.dashboard import Dashboard
@@ -43,6 +43,6 @@ __all__ = [
     "Summary",
     "Throughput",
     "Traversal",
-    "in_use",
-    "saver_of",
+    "checkpoint_callback",
+    "is_enabled",
 ]

@@ -53,7 +53,7 @@ class BetaAnnealing(Checked, pl.Callback):
                 f"BetaAnnealing.max_capacity and gamma must be finite and at least 0, got {max_capacity} and {gamma}"
             )
         self.mode, self.n_steps = mode, check_count(self, "n_steps", n_steps, 0)
-        self.cycles, self.ratio = check_count(self, "cycles", cycles, most=10_000), ratio
+        self.cycles, self.ratio = check_count(self, "cycles", cycles, maximum=10_000), ratio
         self.max_capacity, self.gamma = max_capacity, gamma
         self._attribute = "capacity" if mode == "capacity" else "beta"
         self._final: float | None = None

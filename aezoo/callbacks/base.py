@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 _SEED = 0
 _CHUNK = 128
 # 128 MiB of float32: the most that a callback keeps of large samples
-_KEPT_VALUES = 2**25
+_MAX_STORED_VALUES = 2**25
 # samples or panels in one picture
-MOST_DRAWN = 10_000
+MAX_DRAWN = 10_000
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -41,7 +41,7 @@ def is_dry_run(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def in_use(callback: pl.Callback) -> bool:
+def is_enabled(callback: pl.Callback) -> bool:
     """Whether a callback is switched on; even one that is off costs 7 us a step in Lightning's hooks."""
     if getattr(callback, "every_n_epochs", 1) == 0:
         return False
@@ -63,7 +63,7 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def undisturbed(model: pl.LightningModule) -> Iterator[None]:
+def preserved_state(model: pl.LightningModule) -> Iterator[None]:
     """Evaluation mode, no gradients and a fixed seed inside; restores modes and random states afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     # not Lightning's isolate_rng, which restores nothing after an exception
@@ -80,9 +80,9 @@ def undisturbed(model: pl.LightningModule) -> Iterator[None]:
             module.training = training
 
 
-def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
+def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
     """Write `folder/name.png` atomically, and the same picture to TensorBoard; on rank zero only."""
-    from aezoo.callbacks.drawing import render, write_png
+    from aezoo.callbacks.plotting import render, write_png
 
     pixels = render(figure)
     write_png(folder / f"{name}.png", pixels)
@@ -91,7 +91,7 @@ def publish(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> N
 
 
 @contextmanager
-def no_end_of_a_run(owner: Any) -> Iterator[None]:
+def warn_on_error(owner: Any) -> Iterator[None]:
     """Turn an error inside into one warning until `owner._warned` is reset: no picture is worth a training run."""
     try:
         yield
@@ -111,12 +111,12 @@ def check_period(owner: object, every_n_epochs: int) -> int:
     return every_n_epochs
 
 
-def check_count(owner: object, name: str, value: int, least: int = 1, most: int | None = None) -> int:
-    """Refuse a count below `least` or above `most`."""
-    if value < least:
-        raise AezooError(f"{type(owner).__name__}.{name} must be at least {least}, got {value}")
-    if most is not None and value > most:
-        raise AezooError(f"{type(owner).__name__}.{name} must be at most {most}, got {value}")
+def check_count(owner: object, name: str, value: int, minimum: int = 1, maximum: int | None = None) -> int:
+    """Refuse a count below `minimum` or above `maximum`."""
+    if value < minimum:
+        raise AezooError(f"{type(owner).__name__}.{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise AezooError(f"{type(owner).__name__}.{name} must be at most {maximum}, got {value}")
     return value
 
 
@@ -163,7 +163,7 @@ class Picture(Checked, pl.Callback):
         with self._trainer.precision_plugin.forward_context():
             return torch.cat([function(convert(part.to(device))).float().cpu() for part in x.split(_CHUNK)])
 
-    def due(self, epoch: int, last: bool) -> bool:
+    def is_due(self, epoch: int, last: bool) -> bool:
         """Whether to draw after the validation of this epoch, counted from 1; `last` if max_epochs ends with it."""
         return last or epoch % self.every_n_epochs == 0
 
@@ -177,8 +177,8 @@ class Picture(Checked, pl.Callback):
         if stage == "fit" and self.every_n_epochs and not is_dry_run(trainer):
             self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
             # rank zero may only call the model alone if it holds all of the weights
-            whole = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
-            self._active = trainer.is_global_zero and whole
+            has_full_model = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+            self._active = trainer.is_global_zero and has_full_model
 
     def on_validation_batch_end(
         self,
@@ -191,7 +191,7 @@ class Picture(Checked, pl.Callback):
     ) -> None:
         if self._active and not self._complete and dataloader_idx == 0 and not trainer.sanity_checking:
             x, y = unpack(batch)
-            n = min(self._n_inputs, max(1, _KEPT_VALUES // max(1, x[0].numel())))
+            n = min(self._n_inputs, max(1, _MAX_STORED_VALUES // max(1, x[0].numel())))
             left = n - sum(len(part) for part in self._x)
             # a copy: batches may be views of memory that is used again
             self._x.append(x[:left].detach().float().to("cpu", copy=True))
@@ -203,7 +203,7 @@ class Picture(Checked, pl.Callback):
         if self._active and not trainer.sanity_checking:
             self._complete = True
             self._epoch = trainer.current_epoch
-            if self.due(self._epoch + 1, self._epoch + 1 == trainer.max_epochs):
+            if self.is_due(self._epoch + 1, self._epoch + 1 == trainer.max_epochs):
                 self._draw(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,11 +226,11 @@ class Picture(Checked, pl.Callback):
             return
         x = torch.cat(self._x) if self._x else torch.empty(0)
         y = torch.cat(self._y) if self._y else None
-        with no_end_of_a_run(self):
-            with undisturbed(pl_module):
+        with warn_on_error(self):
+            with preserved_state(pl_module):
                 figures = self.draw(cast("Autoencoder", pl_module), x, y)
             for name, figure in figures.items():
-                publish(trainer, self._folder, name, figure)
+                save_figure(trainer, self._folder, name, figure)
 
 
 class BestLoss:

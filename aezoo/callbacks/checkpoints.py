@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
 from aezoo.callbacks.base import check_count, check_not_negative, is_dry_run
-from aezoo.callbacks.interrupt import AGREE_EVERY, Interrupt
+from aezoo.callbacks.interrupt import SYNC_EVERY, Interrupt
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, run_folder, terminal
 from aezoo.training import distributed
@@ -26,7 +26,7 @@ from aezoo.training.arguments import Checked
 _Metric = TypeVar("_Metric")
 
 
-def _monitored(asked: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
+def _resolve_monitor(asked: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
     """The metric that is asked for, or that of training where there is no validation; known once the data are set up.
 
     Testing a model trained without validation still ranks its checkpoints by the metric that training monitored.
@@ -43,7 +43,7 @@ def _check_metric(owner: object, metric: str) -> None:
         )
 
 
-def _look_for(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
+def _check_logged(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
     """Warn of a metric that seems mistyped before an epoch is over; Lightning checks it at the epoch's end."""
     logged = [*trainer.callback_metrics]
     near = difflib.get_close_matches(metric or "", logged, n=1, cutoff=0.8)
@@ -104,11 +104,11 @@ class Checkpoints(Checked, ModelCheckpoint):
             enable_version_counter=False,
         )
         self.run: Path | None = None
-        self._asked, self._period = monitor, every_n_epochs
+        self._requested_monitor, self._period = monitor, every_n_epochs
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at = 0.0
-        self._validated = self._fits = False
+        self._validated = self._is_fit = False
         self._max_steps: int | None = None
         self._not_finite: set[str] = set()
 
@@ -116,10 +116,13 @@ class Checkpoints(Checked, ModelCheckpoint):
     def state_key(self) -> str:
         # without the periods: a run may continue with others and still know its best. Without the metric that replaces
         # a missing validation, too: a test of such a run does not know it
-        return f"Checkpoints{{'monitor': {self._asked!r}}}"
+        return f"Checkpoints{{'monitor': {self._requested_monitor!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored, self._fits = _monitored(self._asked, self.monitor, trainer, stage), stage == "fit"
+        monitored, self._is_fit = (
+            _resolve_monitor(self._requested_monitor, self.monitor, trainer, stage),
+            stage == "fit",
+        )
         if monitored != self.monitor:
             self.monitor = monitored
             # scores of another metric, as of a fit of other data, do not compare
@@ -134,11 +137,11 @@ class Checkpoints(Checked, ModelCheckpoint):
         distributed.release_collectives_at_exit(trainer)
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
-            atomic_files.prepare(Path(str(self.dirpath)))
+            atomic_files.prepare_folder(Path(str(self.dirpath)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         watched = state_dict.get("monitor", self.monitor)
-        if watched != self.monitor and self._fits:
+        if watched != self.monitor and self._is_fit:
             return  # scores of another metric do not compare
         self.monitor = watched
         # a checkpoint from another run starts a new list here; a run whose folder was moved continues its list
@@ -160,7 +163,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _look_for(self.monitor, self, trainer)
+        _check_logged(self.monitor, self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
@@ -192,9 +195,9 @@ class Checkpoints(Checked, ModelCheckpoint):
         if self._skips(trainer):
             return
         epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        ends = trainer.should_stop or epoch == trainer.max_epochs or _at(trainer.max_steps, trainer)
-        asked = any(callback.asked for callback in _interrupts(trainer))
-        if not (epoch % self._period == 0 or ends or asked):
+        ends = trainer.should_stop or epoch == trainer.max_epochs or _reached(trainer.max_steps, trainer)
+        requested = any(callback.requested for callback in _interrupts(trainer))
+        if not (epoch % self._period == 0 or ends or requested):
             return
         _log_epoch(trainer)
         metrics = self._monitor_candidates(trainer)
@@ -208,7 +211,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         """Do nothing: the end of the last epoch has been saved."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _at(trainer.max_steps, trainer)
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _reached(trainer.max_steps, trainer)
         stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStop)]  # type: ignore[attr-defined]
         early = next((stop.settings for stop in stops if trainer.should_stop and stop.has_stopped), None)
         if trainer.is_global_zero and not is_dry_run(trainer) and self.last_model_path and (whole or early):
@@ -224,7 +227,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         counts = batches.state_dict()["current"]
         between = counts["ready"] == counts["processed"] and not batches.is_last_batch
         between = between and counts["ready"] % trainer.accumulate_grad_batches == 0
-        if not isinstance(exception, KeyboardInterrupt) and not terminal.is_gone(exception):
+        if not isinstance(exception, KeyboardInterrupt) and not terminal.is_closed_pipe(exception):
             return
         is_saved = self._last_global_step_saved == trainer.global_step
         if between and not (is_saved or is_dry_run(trainer) or trainer.sanity_checking):
@@ -236,8 +239,8 @@ class Checkpoints(Checked, ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         weights = {**checkpoint["state_dict"], **checkpoint.get("current_model_state", {})}
-        name = next((n for n in _broken(weights) if n not in self._not_finite), None)
-        if name is None and next(_broken({"optimizer": checkpoint.get("optimizer_states", [])}), None):
+        name = next((n for n in _not_finite_names(weights) if n not in self._not_finite), None)
+        if name is None and next(_not_finite_names({"optimizer": checkpoint.get("optimizer_states", [])}), None):
             name = "the optimiser's moments"
         if name is not None:
             raise AezooError(
@@ -252,11 +255,11 @@ class Checkpoints(Checked, ModelCheckpoint):
         if step == self._last_global_step_saved:
             return False
         # a run that ends within an epoch can be extended
-        ends = _at(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+        ends = _reached(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         if ends or (self._every_n_steps and step % self._every_n_steps == 0):
             return True
         # clocks differ between ranks, which must save together
-        if not self._seconds or (trainer.world_size > 1 and batch_idx % AGREE_EVERY):
+        if not self._seconds or (trainer.world_size > 1 and batch_idx % SYNC_EVERY):
             return False
         late = time.monotonic() - self._saved_at >= self._seconds
         return bool(late if trainer.world_size == 1 else trainer.strategy.broadcast(late))
@@ -285,7 +288,7 @@ def _interrupts(trainer: pl.Trainer) -> list[Interrupt]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Interrupt)]  # type: ignore[attr-defined]
 
 
-def _at(max_steps: int, trainer: pl.Trainer) -> bool:
+def _reached(max_steps: int, trainer: pl.Trainer) -> bool:
     return max_steps != -1 and trainer.global_step >= max_steps
 
 
@@ -311,7 +314,7 @@ def _log_epoch(trainer: pl.Trainer) -> None:
     loop._batches_that_stepped += 1
 
 
-def _broken(state: Any, path: str = "") -> Iterator[str]:
+def _not_finite_names(state: Any, path: str = "") -> Iterator[str]:
     """Names of the tensors in a nested state that are not finite."""
     if isinstance(state, torch.Tensor):
         if state.is_floating_point() and not bool(state.isfinite().all()):
@@ -319,10 +322,10 @@ def _broken(state: Any, path: str = "") -> Iterator[str]:
     elif isinstance(state, dict | list | tuple):
         pairs = state.items() if isinstance(state, dict) else enumerate(state)
         for key, value in pairs:
-            yield from _broken(value, f"{path}.{key}" if path else str(key))
+            yield from _not_finite_names(value, f"{path}.{key}" if path else str(key))
 
 
-def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
+def checkpoint_callback(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """The callback that knows a run's best and last checkpoint; Lightning would return a user's second one."""
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     return next((saver for saver in savers if isinstance(saver, Checkpoints)), next(iter(savers), None))
@@ -369,13 +372,13 @@ class EarlyStop(Checked, EarlyStopping):
         super().load_state_dict(state_dict | now)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitored = _monitored(self.settings["monitor"], self.monitor, trainer, stage)
+        monitored = _resolve_monitor(self.settings["monitor"], self.monitor, trainer, stage)
         if monitored != self.monitor:
             self.monitor, self.best_score, self.wait_count = monitored, torch.tensor(torch.inf), 0
         super().setup(trainer, pl_module, stage)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _look_for(self.monitor, self, trainer)
+        _check_logged(self.monitor, self, trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # an epoch that --trainer.max_steps cuts off is not validated, so a missing metric is no mistake

@@ -11,11 +11,11 @@ from aezoo.callbacks.base import (
     check_not_negative,
     check_period,
     is_dry_run,
-    no_end_of_a_run,
-    publish,
+    preserved_state,
     run_folder,
-    undisturbed,
+    save_figure,
     unpack,
+    warn_on_error,
 )
 from aezoo.training import distributed
 from aezoo.training.arguments import Checked
@@ -79,7 +79,7 @@ class CodeStatistics(Checked, pl.Callback):
             return
         x, _ = unpack(batch)
         model = cast(Any, pl_module)
-        with undisturbed(pl_module), trainer.precision_plugin.forward_context():
+        with preserved_state(pl_module), trainer.precision_plugin.forward_context():
             x = trainer.precision_plugin.convert_input(x)
             if model.normal_prior:
                 mu, log_var = (_exact(part) for part in model.posterior(x)[:2])
@@ -107,7 +107,7 @@ class CodeStatistics(Checked, pl.Callback):
             active = variance > self.threshold
             self._log(pl_module, "active_units", active.sum())
             if trainer.is_global_zero:
-                with no_end_of_a_run(self):
+                with warn_on_error(self):
                     self._draw(trainer, sums["kl"] / n, active)
 
     def _log(self, pl_module: pl.LightningModule, name: str, value: Tensor) -> None:
@@ -115,13 +115,13 @@ class CodeStatistics(Checked, pl.Callback):
             pl_module.log(f"val/{name}", value.float(), sync_dist=True)
 
     def _draw(self, trainer: pl.Trainer, kl: Tensor, active: Tensor) -> None:
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         title = (
             f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in all; "
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         )
-        publish(trainer, self._folder, "kl_per_dimension", drawing.bar_figure(kl, "KL in nats", title, active))
+        save_figure(trainer, self._folder, "kl_per_dimension", plotting.bar_figure(kl, "KL in nats", title, active))
 
 
 def _exact(values: Tensor) -> Tensor:

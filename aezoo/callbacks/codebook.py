@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, check_count, is_dry_run, tensorboard_writers, undisturbed, unpack
+from aezoo.callbacks.base import Picture, check_count, is_dry_run, preserved_state, tensorboard_writers, unpack
 from aezoo.callbacks.latents import write_embedding
 from aezoo.errors import AezooError
 from aezoo.metrics import CodebookUsage
@@ -66,22 +66,22 @@ class Codebook(Picture):
     _counts: dict[str, list[Tensor]]
 
     def __init__(self, n: int = 8, every_n_epochs: int = 5, n_projected: int = 10_000) -> None:
-        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, most=_SAMPLES))
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, maximum=_SAMPLES))
         self.n, self.n_projected = n, check_count(self, "n_projected", n_projected, 0, 1_000_000)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
         figures: dict[str, Figure] = {}
         if self._counted_at == self._trainer.global_step:
             for name, counts in self._counts.items():
-                figures |= self._use(name, counts)
+                figures |= self._plot_usage(name, counts)
         codebooks = self._read(model, x)
         figures["codebook_indices"] = self._indices(model, x, codebooks)
         self._project(model, codebooks)
         return figures
 
-    def due(self, epoch: int, last: bool) -> bool:
+    def is_due(self, epoch: int, last: bool) -> bool:
         # max_steps may end training before max_epochs do, and only a validation counts
-        return super().due(epoch, last or 0 <= self._trainer.max_steps <= self._trainer.global_step)
+        return super().is_due(epoch, last or 0 <= self._trainer.max_steps <= self._trainer.global_step)
 
     # ---- counts ------------------------------------------------------------------------------------------------------
 
@@ -98,8 +98,8 @@ class Codebook(Picture):
         if not self._counts_here or trainer.sanity_checking:
             return
         epoch = trainer.current_epoch + 1
-        if self.due(epoch, epoch == trainer.max_epochs):
-            with self._caught():
+        if self.is_due(epoch, epoch == trainer.max_epochs):
+            with self._error_as_warning():
                 # every rank must know its codebooks, even one that gets no batch
                 blank = torch.zeros(1, *cast("Autoencoder", pl_module).input_shape, device=pl_module.device)
                 for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_CODEBOOKS]:
@@ -116,7 +116,7 @@ class Codebook(Picture):
     ) -> None:
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if self._metrics and dataloader_idx == 0:
-            with self._caught():
+            with self._error_as_warning():
                 codebooks = self._read(pl_module, unpack(batch)[0])
                 for name, metric in self._metrics.items():
                     metric.update(codebooks[name][0])
@@ -139,26 +139,26 @@ class Codebook(Picture):
 
     def _reset(self) -> None:
         super()._reset()
-        self._counts_here, self._failed, self._said = False, False, False
+        self._counts_here, self._failed, self._noted = False, False, False
         self._counted_at = self._counted_in = -1
         self._metrics, self._counts = {}, {}
 
     def _read(self, pl_module: pl.LightningModule, x: Tensor) -> Codebooks:
         """The indices of samples by codebook."""
         model, plugin = cast("DiscreteAutoencoder", pl_module), self._trainer.precision_plugin
-        with undisturbed(pl_module), plugin.forward_context():
+        with preserved_state(pl_module), plugin.forward_context():
             return model.codebooks(model.encode_indices(plugin.convert_input(x.to(pl_module.device))))
 
     def _count(self, name: str, sizes: tuple[int, ...], device: torch.device) -> None:
         try:
             self._metrics[name] = CodebookUsage(sizes).to(device)
         except AezooError as error:
-            if not self._said:
-                self._said = True
+            if not self._noted:
+                self._noted = True
                 rank_zero_info(f"Codebook draws no use of codes: {error}")
 
     @contextmanager
-    def _caught(self) -> Iterator[None]:
+    def _error_as_warning(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # no picture is worth a training run
@@ -169,21 +169,21 @@ class Codebook(Picture):
 
     # ---- pictures ----------------------------------------------------------------------------------------------------
 
-    def _use(self, name: str, counts: list[Tensor]) -> "dict[str, Figure]":
-        from aezoo.callbacks import drawing
+    def _plot_usage(self, name: str, counts: list[Tensor]) -> "dict[str, Figure]":
+        from aezoo.callbacks import plotting
 
-        postfix, counts = _after(name), counts[:_LEVELS]
+        postfix, counts = _suffix(name), counts[:_LEVELS]
         for level, counts_K in enumerate(counts):
             for writer in tensorboard_writers(self._trainer):
-                tag = f"codebook/use{postfix}{_numbered(level, counts)}"
-                write_ranks(writer, tag, counts_K, self._trainer.global_step)
-        labels = [f"{_share(counts_K)} of {len(counts_K):,} codes used" for counts_K in counts]
+                tag = f"codebook/use{postfix}{_level_suffix(level, counts)}"
+                write_rank_histogram(writer, tag, counts_K, self._trainer.global_step)
+        labels = [f"{_usage_text(counts_K)} of {len(counts_K):,} codes used" for counts_K in counts]
         if len(counts) > 1:
             labels = [f"{level}: {label}" for level, label in enumerate(labels)]
         title = f"{name}, {self.caption}" if name else self.caption
         return {
-            f"codebook_usage{postfix}": drawing.count_figure(counts, labels, "times chosen", title),
-            f"codebook_frequencies{postfix}": drawing.rank_figure(
+            f"codebook_usage{postfix}": plotting.count_figure(counts, labels, "times chosen", title),
+            f"codebook_frequencies{postfix}": plotting.rank_figure(
                 dict(zip(labels, counts, strict=True)),
                 ("codes from the most to the least chosen", "share of choices"),
                 f"{title}; dashed: all alike",
@@ -191,43 +191,45 @@ class Codebook(Picture):
         }
 
     def _indices(self, model: "Autoencoder", x: Tensor, codebooks: Codebooks) -> "Figure":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
-        limits = drawing.value_range(x)
+        limits = plotting.value_range(x)
         levels = {
-            f"indices {name}{_numbered(level, indices.unbind(1))}".strip().replace(" _", " "): index.cpu()
+            f"indices {name}{_level_suffix(level, indices.unbind(1))}".strip().replace(" _", " "): index.cpu()
             for name, (indices, _) in codebooks.items()
             for level, index in enumerate(indices.unbind(1))
         }
         levels = dict([*levels.items()][:_LEVELS])
-        seen = [drawing.tiles(_as_image(part), limits) for part in (x, self.apply(model, x))]
-        size = _tile_size(seen[0].shape[1:3], [*levels.values()], drawing.is_image(model.input_shape))
-        maps = [drawing.index_tiles(index, size) for index in levels.values()]
-        rows = [drawing.enlarged(seen[0], size), *maps, drawing.enlarged(seen[1], size)]
+        seen = [plotting.tiles(_as_image(part), limits) for part in (x, self.apply(model, x))]
+        size = _tile_size(seen[0].shape[1:3], [*levels.values()], plotting.is_image(model.input_shape))
+        maps = [plotting.index_tiles(index, size) for index in levels.values()]
+        rows = [plotting.enlarged(seen[0], size), *maps, plotting.enlarged(seen[1], size)]
         labels = ["original", *levels, "output"]
-        if not drawing.is_image(model.input_shape):
+        if not plotting.is_image(model.input_shape):
             # strips of one sample belong below each other
             rows, labels = [row[i : i + 1] for i in range(len(x)) for row in rows], labels * len(x)
-        return drawing.mosaic_figure(rows, labels, title=self.caption, gap=4)
+        return plotting.mosaic_figure(rows, labels, title=self.caption, gap=4)
 
     # ---- projector ---------------------------------------------------------------------------------------------------
 
     def _project(self, model: "Autoencoder", codebooks: Codebooks) -> None:
         for name, (_, sizes) in [*codebooks.items()][:_CODEBOOKS]:
-            quantiser, counts = quantiser_of(model, name, sizes), self._counts.get(name, [])
+            quantiser, counts = find_quantiser(model, name, sizes), self._counts.get(name, [])
             for level, size in enumerate(sizes[:_LEVELS]):
                 if quantiser is None or size > self.n_projected:
                     continue
                 columns = {"index": torch.arange(size)}
                 if counts:
                     columns[f"chosen in epoch {self._counted_in}"] = counts[level]
-                stem = f"codebook{_after(name)}{_numbered(level, sizes)}"
+                stem = f"codebook{_suffix(name)}{_level_suffix(level, sizes)}"
                 title = f"{stem.replace('_', ' ')} at step {self._trainer.global_step}"
                 for writer in tensorboard_writers(self._trainer):
-                    write_embedding(Path(writer.log_dir), title, codes_of(quantiser, level), columns, None, f"{stem}_")
+                    write_embedding(
+                        Path(writer.log_dir), title, level_codes(quantiser, level), columns, None, f"{stem}_"
+                    )
 
 
-def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
+def find_quantiser(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
     """The quantiser of a codebook: the model's only one, or the one whose attribute has the codebook's name."""
     found: dict[str, Quantiser] = {}
     for path, module in model.named_modules():
@@ -240,7 +242,7 @@ def quantiser_of(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Qua
     return fitting[0] if fitting else None
 
 
-def codes_of(quantiser: Quantiser, level: int) -> Tensor:
+def level_codes(quantiser: Quantiser, level: int) -> Tensor:
     """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels it determines."""
     sizes = quantiser.codebook_sizes
     # -1 is a level that was dropped, and adds nothing; the others' codes are only held fixed
@@ -251,7 +253,7 @@ def codes_of(quantiser: Quantiser, level: int) -> Tensor:
     return code_KC if adds or len(sizes) == 1 else code_KC[:, (code_KC != code_KC[:1]).any(0)]
 
 
-def write_ranks(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
+def write_rank_histogram(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
     """A histogram over the ranks of codes by how often they were chosen, 0 for the most chosen."""
     sorted_K = counts_K.sort(descending=True).values.double()
     total = float(sorted_K.sum())
@@ -268,31 +270,31 @@ def write_ranks(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
 # ---- layout ---------------------------------------------------------------------------------------------------------
 
 
-def _after(name: str) -> str:
+def _suffix(name: str) -> str:
     return f"_{name}" if name else ""
 
 
-def _numbered(level: int, levels: Sized) -> str:
+def _level_suffix(level: int, levels: Sized) -> str:
     return f"_{level}" if len(levels) > 1 else ""
 
 
-def _share(counts_K: Tensor) -> str:
+def _usage_text(counts_K: Tensor) -> str:
     share = 100 * float((counts_K > 0).double().mean())
     return f"{share:.3g} %"
 
 
 def _as_image(x: Tensor) -> Tensor:
     """Vectors (B, D) and sequences (B, C, L) of few channels as images of one channel, their values in rows."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    return x if drawing.is_image(x.shape[1:]) else x.reshape(len(x), 1, -1, x.shape[-1])
+    return x if plotting.is_image(x.shape[1:]) else x.reshape(len(x), 1, -1, x.shape[-1])
 
 
 def _tile_size(shape: tuple[int, ...], maps: list[Tensor], is_image: bool) -> tuple[int, int]:
     """Height and width of a tile, whole multiples of the sample's and no less than a pixel for an index."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    grids = [drawing.index_grid(index).shape[1:] for index in maps]
+    grids = [plotting.index_grid(index).shape[1:] for index in maps]
     needed = [max(-(-grid[i] // shape[i]) for grid in grids) for i in (0, 1)]
     if is_image:
         factor = max(1, _IMAGE // max(shape), *needed)

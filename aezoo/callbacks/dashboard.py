@@ -15,7 +15,7 @@ from aezoo.training.arguments import Checked
 
 _PLAIN = (bool, int, float, str)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
-_LONGEST_WAIT = 2.0
+_MAX_WAIT = 2.0
 # losses of two likelihoods do not compare; these do, and `best/` puts them into the columns that the tab opens with
 _COMPARABLE = ("mse", "psnr", "ssim")
 
@@ -54,7 +54,7 @@ class Dashboard(Checked, pl.Callback):
         self._start(trainer, pl_module)
         if trainer.global_step and not silent:
             for writer in tensorboard_writers(trainer):
-                forget_later_steps(writer, trainer.global_step)
+                purge_later_steps(writer, trainer.global_step)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -128,7 +128,7 @@ class Dashboard(Checked, pl.Callback):
         writer.flush()
 
 
-def forget_later_steps(writer: Any, step: int) -> None:
+def purge_later_steps(writer: Any, step: int) -> None:
     """Hide what an abandoned continuation wrote after `step`, so that no curve runs twice.
 
     TensorBoard's fast loader detects that by itself; the Python loader needs an explicit event
@@ -141,7 +141,7 @@ def forget_later_steps(writer: Any, step: int) -> None:
     writer.file_writer.add_event(Event(session_log=start), step=step + 1)
 
 
-def wait_for_a_later_name(folder: Path) -> None:
+def wait_for_new_timestamp(folder: Path) -> None:
     """Wait until the name of a new event file sorts after those in a run's folder.
 
     Names begin with a time in whole seconds, followed by host and process (tensorboard/summary/writer/
@@ -150,7 +150,7 @@ def wait_for_a_later_name(folder: Path) -> None:
     """
     names = (_EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*"))
     wait = max((int(name[1]) for name in names if name), default=0) + 1 - time.time()
-    if 0 < wait <= _LONGEST_WAIT:
+    if 0 < wait <= _MAX_WAIT:
         time.sleep(wait)
 
 

@@ -59,8 +59,8 @@ class FaultGuard(Checked, pl.Callback):
         self._losses: list[Tensor] = []
         self._bad: list[str] | None = None
         self._stepped = False
-        self._held: Buffers | None = None
-        self._device: _OnDevice | None = None
+        self._buffers: Buffers | None = None
+        self._device: _DeviceCounters | None = None
         self._captured: Tensor | None = None
         self._averages: list[Any] = []
         self._names: dict[int, str] = {}
@@ -70,25 +70,25 @@ class FaultGuard(Checked, pl.Callback):
     @property
     def capturable(self) -> bool:
         """Whether its part of a step can be recorded in a CUDA graph: no synchronisation, no state per batch."""
-        return self._device is not None and self._held is None
+        return self._device is not None and self._buffers is None
 
     @property
-    def only_looks(self) -> bool:
-        """Whether its hooks only `remember` in a step of one optimiser for which `passes` is true."""
+    def is_passive(self) -> bool:
+        """Whether its hooks only `remember` in a step of one optimiser for which `is_finite_step` is true."""
         return type(self) is FaultGuard and self.patience > 0 and self._device is None and self._scaler is None
 
     def remember(self) -> None:
         """Keep what a skip restores, at the first batch of a step."""
         self._losses.clear()
-        if self._held is not None:
-            self._held.remember()
+        if self._buffers is not None:
+            self._buffers.remember()
 
-    def passes(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    def is_finite_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this step and the one before are finite; a loop that asks this need not call the hooks."""
         gradients = [parameter.grad for parameter in with_gradients(optimizer)]
-        return self.passes_loss(loss) and bool(gradients) and not _broken(gradients)
+        return self.is_finite_loss(loss) and bool(gradients) and not _overflows(gradients)
 
-    def passes_loss(self, loss: Tensor) -> bool:
+    def is_finite_loss(self, loss: Tensor) -> bool:
         """The same by the loss alone, for a step that can be undone."""
         return not self._in_a_row and math.isfinite(loss)
 
@@ -97,18 +97,18 @@ class FaultGuard(Checked, pl.Callback):
         if self._device is None:
             return
         if self._captured is None:
-            self._captured = self._device.found
-        self._stepped, self._device.found = True, self._captured
+            self._captured = self._device.is_bad
+        self._stepped, self._device.is_bad = True, self._captured
         # a batch of another size, which no graph holds, has left its own there
-        self._tell_averages(self._captured)
+        self._notify_averages(self._captured)
 
     def state_dict(self) -> dict[str, Any]:
         skipped, in_a_row, by_term, by_part = self.skipped, self._in_a_row, self.by_term, self.by_part
         if self._device is not None:
             # a read that keeps the counts for the next one, which reports them
-            seen = self._device.read(keep=True)
-            skipped, in_a_row = skipped + seen.total, seen.row
-            by_term, by_part = by_term + Counter(seen.terms), by_part + self._by_part(seen)
+            counts_read = self._device.read(keep=True)
+            skipped, in_a_row = skipped + counts_read.total, counts_read.row
+            by_term, by_part = by_term + Counter(counts_read.terms), by_part + self._by_part(counts_read)
         counts = {"by_term": dict(by_term), "by_part": dict(by_part)}
         return {"skipped": skipped, "in_a_row": in_a_row, **counts}
 
@@ -117,7 +117,7 @@ class FaultGuard(Checked, pl.Callback):
         self.by_term, self.by_part = Counter(state_dict["by_term"]), Counter(state_dict["by_part"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._device, self._held, self._bad, self._stepped = None, None, None, False
+        self._device, self._buffers, self._bad, self._stepped = None, None, None, False
         self._captured, self._averages = None, []
         self._losses.clear()
         if stage == "fit" and trainer.ckpt_path is None:
@@ -130,9 +130,11 @@ class FaultGuard(Checked, pl.Callback):
         fused = all(group.get("fused") for optimizer in trainer.optimizers for group in optimizer.param_groups)
         defers = pl_module.device.type == "cuda" if self._defers is None else self._defers
         if self.patience and defers and fused and self._scaler is None:
-            self._device = _OnDevice(pl_module.device, self._in_a_row, self.every_n_steps, len(trainer.optimizers))
-        held = Buffers(pl_module)
-        self._held = held if self.patience and held else None
+            self._device = _DeviceCounters(
+                pl_module.device, self._in_a_row, self.every_n_steps, len(trainer.optimizers)
+            )
+        buffers = Buffers(pl_module)
+        self._buffers = buffers if self.patience and buffers else None
         self._averages = list(_averages(trainer))
 
     def on_train_batch_start(
@@ -160,17 +162,17 @@ class FaultGuard(Checked, pl.Callback):
             losses = []
         if self._device is not None:
             _begin_momentum(optimizer)
-            found = self._device.judge(optimizer, parameters, [*_norms(gradients), *losses])
-            optimizer.found_inf, optimizer.grad_scale = found, None  # type: ignore[attr-defined]
-            self._tell_averages(found)
-            if self._held is not None:
-                self._held.restore_where(found)
+            is_bad = self._device.check(optimizer, parameters, [*_norms(gradients), *losses])
+            optimizer.found_inf, optimizer.grad_scale = is_bad, None  # type: ignore[attr-defined]
+            self._notify_averages(is_bad)
+            if self._buffers is not None:
+                self._buffers.restore_where(is_bad)
             return
         if self._scaler is not None:
             # the scaler itself skips steps with a too large scale
-            bad = self._broken_under_scaler(trainer, losses, gradients)
+            bad = self._overflows_under_scaler(trainer, losses, gradients)
         else:
-            bad = _broken(gradients) or not all(math.isfinite(loss) for loss in losses)
+            bad = _overflows(gradients) or not all(math.isfinite(loss) for loss in losses)
         if bad:
             self._skip(trainer, parameters)
 
@@ -183,7 +185,7 @@ class FaultGuard(Checked, pl.Callback):
         if self._device is not None:
             self._device.count(outputs, (trainer.current_epoch, batch_idx, trainer.global_step))
             if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
-                self._look(trainer, pl_module, batch)
+                self._read_counters(trainer, pl_module, batch)
             return
         bad, self._bad = self._bad, None
         if bad is None:
@@ -197,83 +199,85 @@ class FaultGuard(Checked, pl.Callback):
         fault = fault_report.Fault(
             trainer.current_epoch, batch_idx, trainer.global_step, terms, bad, self._in_a_row, self.skipped
         )
-        fault_report.say(trainer, fault, batch)
+        fault_report.print_warning(trainer, fault, batch)
         if self._in_a_row >= self.patience:
-            self._end(trainer, pl_module, fault, batch)
+            self._raise_fault(trainer, pl_module, fault, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._device = self._held = None
+        self._device = self._buffers = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             return  # the counters go into the file that is being saved
-        self._device = self._held = None
+        self._device = self._buffers = None
 
-    def _broken_under_scaler(self, trainer: pl.Trainer, losses: list[Tensor], gradients: list[Tensor]) -> bool:
+    def _overflows_under_scaler(self, trainer: pl.Trainer, losses: list[Tensor], gradients: list[Tensor]) -> bool:
         bad = not all(math.isfinite(loss) for loss in losses)
         if not bad and self._scaler.get_scale() < 1:
-            bad = _broken(gradients)
+            bad = _overflows(gradients)
         if trainer.world_size > 1:
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         return bad
 
     def _skip(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
         """Leave the optimiser nothing to do, and restore what the batch has already changed."""
-        named = [self._names.get(id(p), "?") for p in parameters if _broken([p.grad])]
+        named = [self._names.get(id(p), "?") for p in parameters if _overflows([p.grad])]
         self._bad = [*(self._bad or []), *named]
         for parameter in parameters:
             parameter.grad = None
-        if self._held is not None:
-            self._held.restore()
+        if self._buffers is not None:
+            self._buffers.restore()
         if len(trainer.optimizers) == 1:
             for callback in self._averages:
                 # the step that is being skipped will have this number
                 callback._latest_update_step = trainer.global_step + 1
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _read_counters(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Read the counters of the device: the only synchronisation."""
         assert self._device is not None
-        seen = self._device.read()
+        counts_read = self._device.read()
         before = self.skipped
-        self._take(seen)
+        self._add_counts(counts_read)
         if self.skipped == before:
             return
-        epoch, batch_idx, step = self._device.place(seen)
-        terms, names = list(seen.terms), [self._names.get(key, "?") for key in seen.parameters]
-        row = max(seen.peak, seen.row)
+        epoch, batch_idx, step = self._device.position(counts_read)
+        terms, names = list(counts_read.terms), [self._names.get(key, "?") for key in counts_read.parameters]
+        row = max(counts_read.peak, counts_read.row)
         fault = fault_report.Fault(epoch, batch_idx, step, terms, names, row, self.skipped)
         # the current batch is the bad one only if that was the last
-        batch = batch if seen.ago == 0 else None
-        fault_report.say(trainer, fault, batch)
+        batch = batch if counts_read.ago == 0 else None
+        fault_report.print_warning(trainer, fault, batch)
         if row >= self.patience:
-            self._end(trainer, pl_module, fault, batch)
+            self._raise_fault(trainer, pl_module, fault, batch)
 
-    def _take(self, seen: "_Seen") -> None:
-        self.skipped += seen.total
-        self._in_a_row = seen.row
-        self.by_term.update(seen.terms)
-        self.by_part.update(self._by_part(seen))
+    def _add_counts(self, counts_read: "_Counts") -> None:
+        self.skipped += counts_read.total
+        self._in_a_row = counts_read.row
+        self.by_term.update(counts_read.terms)
+        self.by_part.update(self._by_part(counts_read))
 
-    def _by_part(self, seen: "_Seen") -> Counter[str]:
+    def _by_part(self, counts_read: "_Counts") -> Counter[str]:
         """Bad steps of each part: the most of any of its parameters."""
         parts: Counter[str] = Counter()
-        for key, count in seen.parameters.items():
+        for key, count in counts_read.parameters.items():
             part = self._names.get(key, "?").partition(".")[0]
             parts[part] = max(parts[part], count)
         return parts
 
-    def _tell_averages(self, found: Tensor | None) -> None:
+    def _notify_averages(self, is_bad: Tensor | None) -> None:
         # with several optimisers some weights still change
         if self._device is not None and self._device.n_optimizers == 1:
             for callback in self._averages:
-                callback.skipped = found
+                callback.skipped = is_bad
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, fault: "fault_report.Fault", batch: Any) -> None:
-        report = fault_report.write(trainer, pl_module, fault, batch, self.by_term, self.by_part)
+    def _raise_fault(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, fault: "fault_report.Fault", batch: Any
+    ) -> None:
+        report = fault_report.write_report(trainer, pl_module, fault, batch, self.by_term, self.by_part)
         raise AezooError(report)
 
 
-class _Seen:
+class _Counts:
     """What a device has counted since the last read.
 
     Attributes:
@@ -290,7 +294,7 @@ class _Seen:
         self.terms, self.parameters = terms, parameters
 
 
-class _OnDevice:
+class _DeviceCounters:
     """Counters on the device that trains.
 
     Args:
@@ -300,43 +304,43 @@ class _OnDevice:
         n_optimizers: how many optimisers step per batch.
 
     Attributes:
-        found: 1 if a step of the current batch was not finite, else 0.
+        is_bad: 1 if a step of the current batch was not finite, else 0.
     """
 
     def __init__(self, device: torch.device, in_a_row: int, window: int, n_optimizers: int = 1) -> None:
         self.n_optimizers = n_optimizers
-        self.found: Tensor | None = None
+        self.is_bad: Tensor | None = None
         # bad steps in a row, most in a row, in total; good steps since
         self._numbers = torch.tensor([float(in_a_row), 0.0, 0.0, 0.0], device=device)
         self._keys: dict[int, list[int]] = {}
         self._by_value: dict[int, Tensor] = {}
         self._by_term: Tensor | None = None
         self._terms: list[str] = []
-        self._places: deque[tuple[int, int, int]] = deque(maxlen=window + 1)
+        self._positions: deque[tuple[int, int, int]] = deque(maxlen=window + 1)
 
-    def judge(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], values: list[Tensor]) -> Tensor:
+    def check(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], values: list[Tensor]) -> Tensor:
         """1 if any value is not finite, else 0."""
         bad = torch.stack(values).isfinite().logical_not_()
-        found = bad.any().float()
+        is_bad = bad.any().float()
         key, count = id(optimizer), bad[: len(parameters)]
         if key in self._by_value and len(self._by_value[key]) == len(count):
             self._by_value[key].add_(count)
         else:
             self._keys[key], self._by_value[key] = [id(p) for p in parameters], count.int()
-        self.found = found if self.found is None else torch.maximum(self.found, found)
-        return found
+        self.is_bad = is_bad if self.is_bad is None else torch.maximum(self.is_bad, is_bad)
+        return is_bad
 
-    def count(self, outputs: Any, place: tuple[int, int, int]) -> None:
+    def count(self, outputs: Any, position: tuple[int, int, int]) -> None:
         """Add the batch that has ended."""
-        self._places.append(place)
-        found, self.found = self.found, None
-        if found is None:
+        self._positions.append(position)
+        is_bad, self.is_bad = self.is_bad, None
+        if is_bad is None:
             return
         row, peak, total, ago = self._numbers.unbind()
-        row.add_(1).mul_(found)
+        row.add_(1).mul_(is_bad)
         torch.maximum(peak, row, out=peak)
-        total.add_(found)
-        ago.add_(1).mul_(1 - found)
+        total.add_(is_bad)
+        ago.add_(1).mul_(1 - is_bad)
         terms = {k: v for k, v in outputs.items() if isinstance(v, Tensor) and v.numel() == 1} if outputs else {}
         if terms:
             bad = (
@@ -347,7 +351,7 @@ class _OnDevice:
             else:
                 self._terms, self._by_term = list(terms), bad.int()
 
-    def read(self, keep: bool = False) -> _Seen:
+    def read(self, keep: bool = False) -> _Counts:
         """All counts since the last read; resets them unless they are kept."""
         numbers = self._numbers.tolist()
         terms: dict[str, int] = {}
@@ -367,14 +371,14 @@ class _OnDevice:
             self._numbers[1:3] = 0
             for counted in (*self._by_value.values(), *([] if self._by_term is None else [self._by_term])):
                 counted.zero_()
-        return _Seen(numbers, terms, parameters)
+        return _Counts(numbers, terms, parameters)
 
-    def place(self, seen: _Seen) -> tuple[int, int, int]:
+    def position(self, counts_read: _Counts) -> tuple[int, int, int]:
         """Epoch, batch and step of the last bad one."""
-        return self._places[max(0, len(self._places) - 1 - seen.ago)]
+        return self._positions[max(0, len(self._positions) - 1 - counts_read.ago)]
 
 
-def _broken(gradients: list[Any]) -> bool:
+def _overflows(gradients: list[Any]) -> bool:
     """Whether the sum of squares of any gradient is not finite; synchronises with the device."""
     norms = _norms(gradients)
     # values on the CPU cost nothing to read; on a GPU each read would synchronise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.callbacks.base import run_folder, unpack
-from aezoo.callbacks.checkpoints import saver_of
+from aezoo.callbacks.checkpoints import checkpoint_callback
 from aezoo.data.loaders import EpochSampler
 from aezoo.io import atomic_files
 from aezoo.io.run_folder import checkpoints_of
@@ -54,7 +54,7 @@ def broken_terms(outputs: Any) -> list[str]:
     return [name for name in bad if name != "loss"] or bad
 
 
-def say(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
+def print_warning(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
     """Log a skipped step: the first five, then those whose number is a power of two."""
     if not trainer.is_global_zero or (fault.in_all > 5 and fault.in_all & (fault.in_all - 1)):
         return
@@ -68,7 +68,7 @@ def say(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
     )
 
 
-def write(
+def write_report(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     fault: Fault,
@@ -84,7 +84,7 @@ def write(
     folder = run_folder(trainer)
     layer = _first_broken(module, fault.batch, batch) if batch is not None else None
     bad, rows = _bad_samples(trainer, fault, batch), _rows(trainer, fault)
-    again = _command(trainer, folder)
+    command = _command(trainer, folder)
     lines = [
         f"{fault.in_a_row} optimiser steps in a row were not finite; the last at epoch {fault.epoch}, batch "
         f"{fault.batch}, step {fault.step}.",
@@ -96,7 +96,7 @@ def write(
         f"seed: {getattr(module, '_fit_seed', None)}",
         f"skipped steps of the run by loss term: {dict(by_term)}",
         f"skipped steps of the run by part of the model: {dict(by_part)}",
-        f"the same again: {again or 'fit from the last checkpoint with the same seed'}",
+        f"the same again: {command or 'fit from the last checkpoint with the same seed'}",
     ]
     if trainer.is_global_zero:
         text = "\n".join(lines) + "\n"
@@ -109,7 +109,7 @@ def write(
     return (
         f"{fault.in_a_row} steps in a row were not finite (epoch {fault.epoch}, batch {fault.batch}: "
         f"{', '.join(fault.terms)}{where}): {cause}; the last good checkpoint is kept; see {folder / FILE}"
-        f"{f'; the same again: {again}' if again else ''}"
+        f"{f'; the same again: {command}' if command else ''}"
     )
 
 
@@ -143,7 +143,7 @@ def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
 def _command(trainer: pl.Trainer, folder: Path) -> str | None:
     """How to reproduce the fault: a command for a run of the command line, else a line of Python."""
     if not (folder / "config.yaml").is_file():
-        last = getattr(saver_of(trainer), "last_model_path", None)
+        last = getattr(checkpoint_callback(trainer), "last_model_path", None)
         seed = getattr(trainer.lightning_module, "_fit_seed", None)
         where = f"ckpt_path={last!r}" if last else f"after seed_everything({seed})"
         return f"trainer.fit(model, data, {where}) with FaultGuard(patience=1) among the trainer's callbacks"
@@ -156,18 +156,18 @@ def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str
     """The first layer whose output is not finite for finite inputs, found by another forward pass."""
     found: list[str] = []
 
-    def look(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and all(map(_finite, inputs)) and not _finite(output):
+            if not found and all(map(_is_finite, inputs)) and not _is_finite(output):
                 found.append(f"{name} ({type(layer).__name__})")
 
         return hook
 
     # leaves only: what contains a broken layer is broken too
     leaves = [(name, layer) for name, layer in module.named_modules() if name and not any(layer.children())]
-    handles = [layer.register_forward_hook(look(name)) for name, layer in leaves]
+    handles = [layer.register_forward_hook(make_hook(name)) for name, layer in leaves]
     try:
-        with _kept(module), torch.no_grad():
+        with _restored_buffers(module), torch.no_grad():
             model: Any = module
             if hasattr(model, "_seed_step"):
                 model._seed_step(batch_idx)
@@ -182,7 +182,7 @@ def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str
 
 
 @contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
+def _restored_buffers(module: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -192,9 +192,9 @@ def _kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, list | tuple):
-        return all(map(_finite, value))
+        return all(map(_is_finite, value))
     return True

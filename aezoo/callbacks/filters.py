@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
+from aezoo.callbacks.base import MAX_DRAWN, Picture, check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ class Filters(Picture):
 
     def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
         super().__init__(every_n_epochs, n_inputs=_INPUTS)
-        self.n = check_count(self, "n", n, most=MOST_DRAWN)
+        self.n = check_count(self, "n", n, maximum=MAX_DRAWN)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
         figures = {}
@@ -48,11 +48,11 @@ class Filters(Picture):
         return figures
 
     def _figure(self, weights: Tensor, name: str) -> "Figure":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
-        if drawing.is_image(weights.shape[1:]):
-            return drawing.mosaic_figure(drawing.square(drawing.signed_tiles(weights)), title=self.caption)
-        return drawing.panel_figure([{name: w} for w in weights[:16]], title=self.caption)
+        if plotting.is_image(weights.shape[1:]):
+            return plotting.mosaic_figure(plotting.square(plotting.signed_tiles(weights)), title=self.caption)
+        return plotting.panel_figure([{name: w} for w in weights[:16]], title=self.caption)
 
 
 def first_weights(model: "Autoencoder") -> Tensor | None:

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from aezoo.io import terminal
 from aezoo.training import distributed
 
-_HELD = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
+_HANDLED = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
 # batches between two agreements of the ranks, each of which waits for the slowest
-AGREE_EVERY = 8
+SYNC_EVERY = 8
 
 
 class Interrupt(pl.Callback):
@@ -43,36 +43,36 @@ class Interrupt(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.signum: int | None = None
-        self.asked = False
-        self._leaving = False
+        self.requested = False
+        self._stopping = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signum, self.asked, self._leaving = None, False, False
+        self.signum, self.requested, self._stopping = None, False, False
         distributed.release_collectives_at_exit(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen(trainer)
+        self._install_handlers(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen(trainer)
+        self._install_handlers(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave_if_asked(trainer)
+        self._stop_if_requested(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if trainer.world_size == 1 or batch_idx % AGREE_EVERY == 0:
-            self._leave_if_asked(trainer)
+        if trainer.world_size == 1 or batch_idx % SYNC_EVERY == 0:
+            self._stop_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # checkpoints are written after this; the next epoch does not begin
-        self._agree(trainer)
+        self._sync_request(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._leaving = True  # checkpoints are written now
+        self._stopping = True  # checkpoints are written now
 
     def requeue(self, trainer: pl.Trainer) -> None:
         """Requeue the job if SLURM has announced its end; call it once all files are written.
@@ -85,12 +85,12 @@ class Interrupt(pl.Callback):
         if self.signum == _requeue_signal(environment):
             _requeue()
 
-    def _listen(self, trainer: pl.Trainer) -> None:
+    def _install_handlers(self, trainer: pl.Trainer) -> None:
         # not in setup: Lightning installs its own handlers after that, which would end the run by themselves; it puts
         # back all handlers at the end of a run, however that ends
         if threading.current_thread() is not threading.main_thread():
             return
-        signals = {signal.SIGINT, *terminal.signals()}
+        signals = {signal.SIGINT, *terminal.termination_signals()}
         environment = _slurm(trainer)
         if environment is not None or SLURMEnvironment.detect():
             signals.add(_requeue_signal(environment))
@@ -98,25 +98,25 @@ class Interrupt(pl.Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._leaving or (self.signum is not None and signum == terminal.HANGUP):
+        if self._stopping or (self.signum is not None and signum == terminal.HANGUP):
             return
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
         with contextlib.suppress(OSError):  # the same signal may have ended the reader, such as `tee`
-            os.write(2, _HELD)  # print is not safe in a signal handler
+            os.write(2, _HANDLED)  # print is not safe in a signal handler
 
-    def _agree(self, trainer: pl.Trainer) -> None:
+    def _sync_request(self, trainer: pl.Trainer) -> None:
         asked = self.signum is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        self.asked = self.asked or asked
+        self.requested = self.requested or asked
 
-    def _leave_if_asked(self, trainer: pl.Trainer) -> None:
-        self._agree(trainer)
-        if self.asked:
+    def _stop_if_requested(self, trainer: pl.Trainer) -> None:
+        self._sync_request(trainer)
+        if self.requested:
             self.signum = self.signum or int(signal.SIGTERM)
-            self._leaving = True
+            self._stopping = True
             raise KeyboardInterrupt
 
 

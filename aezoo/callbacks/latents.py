@@ -35,10 +35,10 @@ class LatentScatter(Picture):
         self.n = n
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         points, labels = principal_plane(self.apply(model.encode, x).flatten(1))
-        return {"latents": drawing.scatter_figure(points, y, labels, self.caption)}
+        return {"latents": plotting.scatter_figure(points, y, labels, self.caption)}
 
 
 class Projector(Picture):
@@ -55,16 +55,16 @@ class Projector(Picture):
         self.n = n
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         codes = self.apply(model.encode, x).flatten(1)
-        sprites = _sprites(x) if drawing.is_image(model.input_shape) else None
+        sprites = _sprites(x) if plotting.is_image(model.input_shape) else None
         name = f"codes at step {self._trainer.global_step}"
         for writer in tensorboard_writers(self._trainer):
             write_embedding(Path(writer.log_dir), name, codes, {} if y is None else {"label": y}, sprites)
         return {}
 
-    def due(self, epoch: int, last: bool) -> bool:
+    def is_due(self, epoch: int, last: bool) -> bool:
         return last
 
 
@@ -85,7 +85,7 @@ def write_embedding(
     """
     from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo
 
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
     folder = run / "projector"
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,11 @@ def write_embedding(
         sheet = grid.permute(0, 3, 1, 4, 2).reshape(count * side, count * side, 3)
         info.sprite.image_path = f"projector/{prefix}sprites.png"
         info.sprite.single_image_dim.extend([side, side])
-        drawing.write_png(run / info.sprite.image_path, (sheet * 255).round().byte().numpy())
-    _enter(run / "projector_config.pbtxt", info)
+        plotting.write_png(run / info.sprite.image_path, (sheet * 255).round().byte().numpy())
+    _add_to_config(run / "projector_config.pbtxt", info)
 
 
-def _enter(path: Path, info: Any) -> None:
+def _add_to_config(path: Path, info: Any) -> None:
     """Put an embedding into the list that the tab reads; it replaces an entry with the same file."""
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
@@ -143,9 +143,9 @@ def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:
 
 
 def _sprites(x: Tensor) -> Tensor:
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    rgb = torch.tensor(drawing.tiles(x, drawing.value_range(x))).permute(0, 3, 1, 2)
+    rgb = torch.tensor(plotting.tiles(x, plotting.value_range(x))).permute(0, 3, 1, 2)
     side = max(rgb.shape[2:])
     # TensorBoard wants square sprites: pad, then shrink what is large
     rgb = F.pad(rgb, (0, side - rgb.shape[3], 0, side - rgb.shape[2]), value=1.0)

@@ -27,7 +27,7 @@ class ProgressBar(Checked, RichProgressBar):
     def __init__(self, refresh_rate: int = 5, leave: bool = False) -> None:
         check_count(self, "refresh_rate", refresh_rate, 0)
         super().__init__(refresh_rate, leave, RichProgressBarTheme(metrics_format=".4g"))
-        self._lines = False
+        self._plain_lines = False
         self._finished: int | None = None
         self._terms: dict[str, Tensor] = {}
         self._rate: float | None = None
@@ -38,8 +38,8 @@ class ProgressBar(Checked, RichProgressBar):
         super().setup(trainer, pl_module, stage)
         console = get_console()
         seen = console.is_terminal or console.is_jupyter
-        self._lines = self.refresh_rate > 0 and trainer.is_global_zero and not seen
-        if self._lines:
+        self._plain_lines = self.refresh_rate > 0 and trainer.is_global_zero and not seen
+        if self._plain_lines:
             self.disable()
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class ProgressBar(Checked, RichProgressBar):
 
     def _print_epoch(self, trainer: pl.Trainer) -> None:
         """Print one line on the epoch before, once its means are logged: the model does that after all callbacks."""
-        if self._lines and self._finished is not None:
+        if self._plain_lines and self._finished is not None:
             logged = trainer.callback_metrics
             named = [f"{name} {float(logged[name]):.4g}" for name in ("train/loss", "val/loss") if name in logged]
             if "train/samples_per_s" in logged:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
+from aezoo.callbacks.base import MAX_DRAWN, Picture, check_count
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Reconstructions(Picture):
     """
 
     def __init__(self, n: int = 10, every_n_epochs: int = 5, rows: tuple[str, ...] = _ROWS) -> None:
-        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, most=MOST_DRAWN))
+        super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, maximum=MAX_DRAWN))
         if not rows or set(rows) - set(_ROWS):
             raise AezooError(
                 f"Reconstructions.rows takes some of {', '.join(_ROWS)}, got {', '.join(rows) or 'nothing'}"
@@ -37,20 +37,20 @@ class Reconstructions(Picture):
         self.n, self.rows = n, tuple(rows)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         given = x if model.corruption is None else self.apply(model.corruption, x)
         output = self.apply(model, given)
         names = [name for name in self.rows if name != "corrupted" or model.corruption is not None]
         shown = {"original": x, "corrupted": given, "output": output, "error": (output - x).abs()}
-        if not drawing.is_image(model.input_shape):
+        if not plotting.is_image(model.input_shape):
             curves = [name for name in names if name != "error"] or ["error"]
             panels = [{name: shown[name][i] for name in curves} for i in range(min(len(x), 12))]
-            return {"reconstructions": drawing.panel_figure(panels, title=self.caption)}
-        limits, most = drawing.value_range(x), float(torch.nan_to_num(shown["error"]).max())
+            return {"reconstructions": plotting.panel_figure(panels, title=self.caption)}
+        limits, most = plotting.value_range(x), float(torch.nan_to_num(shown["error"]).max())
         rows = [
-            drawing.error_tiles(shown[name], most) if name == "error" else drawing.tiles(shown[name], limits)
+            plotting.error_tiles(shown[name], most) if name == "error" else plotting.tiles(shown[name], limits)
             for name in names
         ]
         labels = [f"error (to {most:.2g})" if name == "error" else name for name in names]
-        return {"reconstructions": drawing.mosaic_figure(rows, labels, title=self.caption)}
+        return {"reconstructions": plotting.mosaic_figure(rows, labels, title=self.caption)}

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
+from aezoo.callbacks.base import MAX_DRAWN, Picture, check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,16 +22,16 @@ class Samples(Picture):
 
     def __init__(self, n: int = 64, every_n_epochs: int = 5) -> None:
         super().__init__(every_n_epochs, n_inputs=0)
-        self.n = check_count(self, "n", n, most=MOST_DRAWN)
+        self.n = check_count(self, "n", n, maximum=MAX_DRAWN)
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
         if not model.has_prior:
             return {}
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         with self._trainer.precision_plugin.forward_context():
             drawn = model.sample(self.n).float().cpu()
-        if drawing.is_image(model.input_shape):
-            rows = drawing.square(drawing.tiles(drawn, drawing.value_range(drawn)))
-            return {"samples": drawing.mosaic_figure(rows, title=self.caption)}
-        return {"samples": drawing.panel_figure([{"sample": s} for s in drawn[:16]], title=self.caption)}
+        if plotting.is_image(model.input_shape):
+            rows = plotting.square(plotting.tiles(drawn, plotting.value_range(drawn)))
+            return {"samples": plotting.mosaic_figure(rows, title=self.caption)}
+        return {"samples": plotting.panel_figure([{"sample": s} for s in drawn[:16]], title=self.caption)}

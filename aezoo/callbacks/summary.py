@@ -12,11 +12,11 @@ from rich import box, get_console
 from rich.table import Table
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
-from aezoo.callbacks.checkpoints import saver_of
+from aezoo.callbacks.checkpoints import checkpoint_callback
 from aezoo.data import DataModule
 
 # columns beside the longest name that a frame and a path take at least
-_LEAST = 30
+_MIN_WIDTH = 30
 
 
 class Summary(pl.Callback):
@@ -41,7 +41,7 @@ class Summary(pl.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._best.update(trainer)
         elif trainer.state.fn == "validate" and not is_dry_run(trainer):
-            show("Validated", {**_metrics(trainer, "val/"), **self._places(trainer)}, _tensorboard(trainer))
+            print_summary("Validated", {**_metrics(trainer, "val/"), **self._places(trainer)}, _tensorboard(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
@@ -56,9 +56,9 @@ class Summary(pl.Callback):
         if not self.test_follows:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             # only aezoo's data say which splits they have
-            testable = saver_of(trainer) and (not isinstance(data, DataModule) or "test" in data.splits())
+            testable = checkpoint_callback(trainer) and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
-            show("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
+            print_summary("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
@@ -67,7 +67,7 @@ class Summary(pl.Callback):
         title = "Trained and tested" if trained else "Tested"
         then = [_command("aezoo predict --ckpt_path", self._folder)] if trained else []
         rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
-        show(title, rows, then + _tensorboard(trainer))
+        print_summary(title, rows, then + _tensorboard(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         return self._best.state_dict()
@@ -81,19 +81,19 @@ class Summary(pl.Callback):
         pictures = self._folder / "pictures"
         if pictures.is_dir():
             rows["pictures"] = _short(pictures)
-        saver = saver_of(trainer)
+        saver = checkpoint_callback(trainer)
         if saver and saver.best_model_path:
             rows["best checkpoint"] = _short(Path(saver.best_model_path))
         return rows
 
 
 @rank_zero_only
-def show(title: str, rows: dict[str, str], commands: list[str]) -> None:
+def print_summary(title: str, rows: dict[str, str], commands: list[str]) -> None:
     """Print rows as a table and, below it, commands to copy; without frames unless there is a wide terminal."""
     console = get_console()
     wide = max(map(len, rows), default=0)
     # in a narrow window, a frame would leave no room for values
-    if (console.is_terminal or console.is_jupyter) and console.width >= wide + _LEAST:
+    if (console.is_terminal or console.is_jupyter) and console.width >= wide + _MIN_WIDTH:
         table = Table(title=title, box=box.ROUNDED, show_header=False, title_justify="left", title_style="bold")
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aezoo.callbacks.base import MOST_DRAWN, Picture, check_count
+from aezoo.callbacks.base import MAX_DRAWN, Picture, check_count
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Traversal(Picture):
         if not 0 < span <= 100:
             raise AezooError(f"Traversal.span must be above 0 and at most 100, got {span}")
         self.n_dims, self.n_pairs = (
-            check_count(self, "n_dims", n_dims, most=MOST_DRAWN),
-            check_count(self, "n_pairs", n_pairs, most=MOST_DRAWN),
+            check_count(self, "n_dims", n_dims, maximum=MAX_DRAWN),
+            check_count(self, "n_pairs", n_pairs, maximum=MAX_DRAWN),
         )
         self.steps, self.side = (
             check_count(self, "steps", steps, 2, 1000),
@@ -56,14 +56,14 @@ class Traversal(Picture):
         self.span = span
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         codes = self.apply(model.encode, x).flatten(1)
-        self._limits = drawing.value_range(x)
+        self._limits = plotting.value_range(x)
         figures = {"traversal": self._traversal(model, x, codes)}
         if len(x) > 1:
             figures["interpolation"] = self._interpolation(model, x, codes)
-        if codes.shape[1] == 2 and drawing.is_image(model.input_shape):
+        if codes.shape[1] == 2 and plotting.is_image(model.input_shape):
             figures["latent_map"] = self._map(model, codes)
         return figures
 
@@ -97,7 +97,7 @@ class Traversal(Picture):
         return self._figure(rows, [], ["original", *[f"{w:.2f}" for w in weights.flatten().tolist()], "original "])
 
     def _map(self, model: "Autoencoder", codes: Tensor) -> "Figure":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
         levels = torch.linspace(0.02, 0.98, self.side)
         normal = torch.distributions.Normal(0.0, 1.0).icdf(levels)
@@ -105,19 +105,21 @@ class Traversal(Picture):
         down, across = torch.meshgrid(ticks[1].flip(0), ticks[0], indexing="ij")
         decoded = self._decode(model, torch.stack([across.flatten(), down.flatten()], 1))
         edges = ticks[0].tolist(), ticks[1].flip(0).tolist()
-        return drawing.map_figure(decoded, edges, self._limits, f"decode(z), z on quantiles; {self.caption}")
+        return plotting.map_figure(decoded, edges, self._limits, f"decode(z), z on quantiles; {self.caption}")
 
     def _decode(self, model: "Autoencoder", codes: Tensor) -> Tensor:
         return self.apply(lambda z: model.decode(z.unflatten(1, model.code_shape)), codes)
 
     def _figure(self, rows: list[Tensor], labels: list[str], columns: list[str]) -> "Figure":
-        from aezoo.callbacks import drawing
+        from aezoo.callbacks import plotting
 
-        if drawing.is_image(rows[0].shape[1:]):
-            return drawing.mosaic_figure([drawing.tiles(r, self._limits) for r in rows], labels, columns, self.caption)
+        if plotting.is_image(rows[0].shape[1:]):
+            return plotting.mosaic_figure(
+                [plotting.tiles(r, self._limits) for r in rows], labels, columns, self.caption
+            )
         names = [name or f"step {i}" for i, name in enumerate(columns)]
         panels = [dict(zip(names, row, strict=True)) for row in rows]
-        return drawing.panel_figure(panels, labels, self.caption, ordered=True)
+        return plotting.panel_figure(panels, labels, self.caption, ordered=True)
 
 
 def _mean_kl(picture: Picture, model: Any, x: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ RESUMED = "AEZOO_RESUMED"
 
 
 # the setting that a single word sets when it is given in place of a section
-_ONE_WORD = {"model": "class_path", "data": "name"}
+_SHORTHAND_KEY = {"model": "class_path", "data": "name"}
 # data settings that refer to the content of one data set, and select its training samples
-_OF_ONE_SET = ("train_classes", "num_labels")
+_DATA_SET_KEYS = ("train_classes", "num_labels")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def expand(argv: list[str]) -> Request:
     """Expand names for LightningCLI: models to classes, recipes to files, runs to checkpoints and settings."""
     command = argv[0]
     rest, allowed = policy.take_flags(name_data(argv[1:]))
-    _built_in()  # only imported classes can be named in YAML
+    _import_models()  # only imported classes can be named in YAML
     registry.import_plugins()
     flags: list[str] = []
     run_name: str | None = None
     source: Path | None = None
     run: Path | None = None
     model: str | None = None
-    given: str | None = None
-    asked = "off"
+    model_flag: str | None = None
+    resume_from = "off"
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help"):
@@ -92,18 +92,18 @@ def expand(argv: list[str]) -> Request:
             path, config = _config_file(value)
             run_name = run_name or path.stem
             flags += ["--config", str(path)]
-            model = _model_of(config) or model
+            model = _model_name(config) or model
         elif flag == "--ckpt_path":
-            source = resume.find(value) if command == "fit" else checkpoint.find_checkpoint(value)
-            atomic_files.check(source)
+            source = resume.find_checkpoint(value) if command == "fit" else checkpoint.find_checkpoint(value)
+            atomic_files.check_intact(source)
             run = run_folder.run_of(source, Path(value))
             flags += ["--ckpt_path", str(source)]
         elif flag == "--resume":
             if command != "fit":
                 raise AezooError(f"--resume is for fit: give {command} a --ckpt_path")
-            asked = value
+            resume_from = value
         else:
-            given = value if flag == "--model" else given
+            model_flag = value if flag == "--model" else model_flag
             if policy.is_class_path(value) and value not in registry.entries():
                 # allowed because the user has typed it; a file cannot
                 allowed += [value, policy.typed_class(value, Autoencoder)]
@@ -112,36 +112,36 @@ def expand(argv: list[str]) -> Request:
     stored: dict[str, Any] = {}
     stored_data: dict[str, Any] = {}
     step = 0
-    if asked != "off":
+    if resume_from != "off":
         if source is not None:
             raise AezooError("give --resume or --ckpt_path, not both")
-        source, run = _resumed(asked, run_name, flags)
+        source, run = _find_resumed(resume_from, run_name, flags)
         flags += [] if source is None else ["--ckpt_path", str(source)]
     if source is not None:
         content = checkpoint.read_checkpoint(source)
         checkpoint.note_version(content.get("aezoo"), source)
-        stored = values.plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
+        stored = values.check_plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
         if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
             raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
-        settings = _settings(command, content, source, run, optional=given is not None)
+        settings = _settings(command, content, source, run, optional=model_flag is not None)
         settings["data"] = without_foreign(settings["data"], flags)
         if command != "fit":
-            settings["data"] = for_the_set(settings["data"], flags)
-        _take_out_repeated(settings, flags)
+            settings["data"] = for_data_set(settings["data"], flags)
+        _drop_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
-        model = model or _model_of(settings)
+        model = model or _model_name(settings)
         data = content.get("datamodule_hyper_parameters", {})
-        stored_data = _plain_values(values.plain(data, f"{source}: its settings of the data"))
+        stored_data = _plain_values(values.check_plain(data, f"{source}: its settings of the data"))
         step = int(content.get("global_step", 0)) if isinstance(content.get("global_step"), int) else 0
-    model = given or model
-    return Request([command, *flags], run_name, source, run, stored, model, stored_data, step, asked != "off")
+    model = model_flag or model
+    return Request([command, *flags], run_name, source, run, stored, model, stored_data, step, resume_from != "off")
 
 
 def name_data(argv: list[str]) -> list[str]:
     """Change `--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay unchanged."""
     spelt = []
-    for word, (flag, value) in zip(argv, _pairs(argv), strict=True):
+    for word, (flag, value) in zip(argv, _flag_values(argv), strict=True):
         text = value.strip().lower()
         settings = text.startswith(("{", "--")) or text.endswith((".yaml", ".yml", ".json"))
         spelt.append(word.replace(flag, "--data.name", 1) if flag == "--data" and text and not settings else word)
@@ -157,27 +157,27 @@ def setting(flags: list[str], section: str, key: str) -> str | None:
         key: the name of the setting in the section.
     """
     found: Any = None
-    for flag, value in _pairs(flags):
+    for flag, value in _flag_values(flags):
         if flag == f"--{section}.{key}":
             found = value
         elif flag == f"--{section}":
-            found = _in_section(section, value).get(key, found)
+            found = _section_settings(section, value).get(key, found)
         elif flag == "--config":
-            part = _mapping(value).get(section)
+            part = _load_mapping(value).get(section)
             if isinstance(part, str):
                 # the path of a file is relative to the file that names it
                 beside = Path(value).parent / part
-                part = _in_section(section, str(beside) if beside.is_file() else part)
+                part = _section_settings(section, str(beside) if beside.is_file() else part)
             found = (part if isinstance(part, dict) else {}).get(key, found)
     return None if found is None else str(found)
 
 
-def for_the_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Stored data settings for the data set named by the flags; another set uses all of its samples and labels."""
     # arrays and folders are identified by their location
-    whole = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
-    other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in whole)
-    return {key: value for key, value in stored.items() if not (other and key in _OF_ONE_SET)}
+    identity = ("name",) if stored.get("name") not in ("array", "folder") else ("name", "root")
+    other = any(setting(flags, "data", key) not in (None, str(stored.get(key))) for key in identity)
+    return {key: value for key, value in stored.items() if not (other and key in _DATA_SET_KEYS)}
 
 
 def without_foreign(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
@@ -187,27 +187,27 @@ def without_foreign(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     return {key: value for key, value in stored.items() if key in taken}
 
 
-def _in_section(section: str, text: str) -> dict[str, Any]:
-    return _mapping(text) or {_ONE_WORD.get(section, ""): text}
+def _section_settings(section: str, text: str) -> dict[str, Any]:
+    return _load_mapping(text) or {_SHORTHAND_KEY.get(section, ""): text}
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _load_mapping(text: str) -> dict[str, Any]:
     """The settings in a YAML file or inline YAML; empty for anything else, which the parser reports as an error."""
-    written_out = text.lstrip().startswith("{")
-    if not written_out and not Path(text).is_file():
+    is_inline = text.lstrip().startswith("{")
+    if not is_inline and not Path(text).is_file():
         return {}
     try:
-        content = yaml_text.load(text) if written_out else yaml_text.read(Path(text))
+        content = yaml_text.load(text) if is_inline else yaml_text.read(Path(text))
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
+def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
     """The checkpoint for `--resume`, None to start a run; and the folder of its run, if there is one."""
-    if asked != "auto":
-        source = resume.find(asked)
-        return source, run_folder.run_of(source, Path(asked))
+    if resume_from != "auto":
+        source = resume.find_checkpoint(resume_from)
+        return source, run_folder.run_of(source, Path(resume_from))
     if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
         found, run = (Path(os.environ[name]) if os.environ.get(name) else None for name in (RESUMED, RUN_DIR))
         return found, run
@@ -217,35 +217,35 @@ def _resumed(asked: str, run_name: str | None, flags: list[str]) -> tuple[Path |
         if model is None:
             raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
         data = setting(flags, "data", "name") or inspect.signature(DataModule).parameters["name"].default
-        run_name = f"{_name_in_folders(model)}-{Path(data).stem}"
-    home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.component(run_name)
-    found, run = resume.automatic(home)
+        run_name = f"{_run_folder_model_name(model)}-{Path(data).stem}"
+    home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.safe_name(run_name)
+    found, run = resume.latest_run(home)
     os.environ[RESUMED] = str(found or "")
     if run is not None:
         os.environ[RUN_DIR] = str(run)
     return found, run
 
 
-def _name_in_folders(model: str) -> str:
+def _run_folder_model_name(model: str) -> str:
     """The name that `AezooCLI.run_dir` will use for a model; all models are imported by now."""
     module, _, name = _class_path(model).rpartition(".")
     if not module:
-        return _built_in().get(name, name)
+        return _import_models().get(name, name)
     cls = getattr(sys.modules.get(module), name, None)
     return (registry.name_of(cls) if isinstance(cls, type) else None) or name
 
 
-def _pairs(flags: list[str]) -> list[tuple[str, str]]:
+def _flag_values(flags: list[str]) -> list[tuple[str, str]]:
     """Each word as a flag with its value, separated by an equals sign or a space."""
     following = [*flags, ""][1:]
     parts = [(text.partition("="), after) for text, after in zip(flags, following, strict=True)]
     return [(name, value if equals else after) for (name, equals, value), after in parts]
 
 
-def _take_out_repeated(settings: dict[str, Any], flags: list[str]) -> None:
+def _drop_repeated(settings: dict[str, Any], flags: list[str]) -> None:
     """Remove settings that flags add again: resuming with the same `--trainer.callbacks+=EMA` would add EMA twice."""
     trainer = settings.get("trainer")
-    for name, value in _pairs(flags):
+    for name, value in _flag_values(flags):
         section, _, key = name.removeprefix("--").removesuffix("+").partition(".")
         if not (name.startswith("--") and name.endswith("+")) or section != "trainer" or not isinstance(trainer, dict):
             continue
@@ -264,7 +264,7 @@ def _class_name(item: Any) -> str | None:
     return path.rpartition(".")[2] if isinstance(path, str) else None
 
 
-def _model_of(config: dict[str, Any]) -> str | None:
+def _model_name(config: dict[str, Any]) -> str | None:
     model = config.get("model")
     name = model.get("class_path") if isinstance(model, dict) else model
     return name if isinstance(name, str) else None
@@ -288,19 +288,19 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
 
 def _class_path(name: str) -> str:
     """Change `vae` to `aezoo.models.variational.vae.VAE`; class names, class paths, files and inline YAML stay."""
-    if name in _built_in() or name.lstrip().startswith("{") or ("." in name and name not in registry.entries()):
+    if name in _import_models() or name.lstrip().startswith("{") or ("." in name and name not in registry.entries()):
         return name
     cls = registry.model_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _built_in() -> dict[str, str]:
+def _import_models() -> dict[str, str]:
     """Import all models of this package; return their class names with their names in the registry."""
     entries = registry.entries().values()
     return {registry.model_class(entry.name).__name__: entry.name for entry in entries if entry.owner == "aezoo"}
 
 
-def spell_out(text: str) -> str:
+def expand_model_names(text: str) -> str:
     """A YAML text in which the registry names of models are replaced by class paths."""
     try:
         config = yaml_text.load(text)
@@ -335,13 +335,13 @@ def _settings(command: str, content: dict[str, Any], source: Path, run: Path | N
     """Settings of a checkpoint's run: for a fit the run's whole `config.yaml`, otherwise its own model and data."""
     config_file = (run or source.parent) / "config.yaml"
     if command == "fit" and run is not None and config_file.is_file():
-        whole = _config_file(str(config_file))[1]
-        model, stored = whole.get("model"), content.get("hyper_parameters")
+        run_config = _config_file(str(config_file))[1]
+        model, stored = run_config.get("model"), content.get("hyper_parameters")
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
             # a path may no longer exist; the checkpoint holds the values that were read from it
-            held = _plain_values(values.plain(stored, f"{source}: its hyperparameters"))
+            held = _plain_values(values.check_plain(stored, f"{source}: its hyperparameters"))
             model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
-        return whole
+        return run_config
     settings: dict[str, Any] = {}
     try:
         name, hyperparameters = checkpoint.verify(content, source)
@@ -352,7 +352,7 @@ def _settings(command: str, content: dict[str, Any], source: Path, run: Path | N
         if not optional:
             raise
     data = _plain_values(
-        values.plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
+        values.check_plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
     )
     known = inspect.signature(DataModule).parameters
     return settings | {"data": {key: value for key, value in data.items() if key in known}}
@@ -381,10 +381,10 @@ def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resu
             f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
             f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
         )
-    say_differences("model", stored, now)
+    print_differences("model", stored, now)
 
 
-def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
+def warn_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn that a model may be evaluated on its training samples if the same data set is split differently."""
     same_set = all(trained.get(key) == now.get(key) for key in ("name", "root"))
     changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
@@ -394,10 +394,12 @@ def note_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
               file=sys.stderr)  # fmt: skip
 
 
-def say_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
+def print_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Report settings that flags and files have changed, except for those that do not affect results."""
-    silent = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
-    for key in sorted((stored.keys() & now.keys()) - silent):
-        was = tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]
-        if was != now[key]:
-            print(f"aezoo: {section}.{key} is {now[key]}, the checkpoint has {was}", file=sys.stderr)
+    ignored = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
+    for key in sorted((stored.keys() & now.keys()) - ignored):
+        stored_value = (
+            tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]
+        )
+        if stored_value != now[key]:
+            print(f"aezoo: {section}.{key} is {now[key]}, the checkpoint has {stored_value}", file=sys.stderr)

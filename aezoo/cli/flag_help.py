@@ -38,14 +38,16 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
         command: `fit`, `validate`, `test` or `predict`.
     """
     if command == "fit":
-        _mention(
+        _add_documented_flag(
             parser,
             "--resume",
             "RUN|auto",
             "Continue a run that was stopped: a run folder or a checkpoint, or auto, which finds the last run of the "
             "same command, or starts one.",
         )
-    _mention(parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly.")
+    _add_documented_flag(
+        parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly."
+    )
     words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
     for action in parser._actions:
         if action.dest == "model":
@@ -59,6 +61,6 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
             group.title = "The checkpoint"
 
 
-def _mention(parser: LightningArgumentParser, flag: str, metavar: str, text: str) -> None:
+def _add_documented_flag(parser: LightningArgumentParser, flag: str, metavar: str, text: str) -> None:
     nowhere = argparse.SUPPRESS
     parser.add_argument(flag, action=_ReadBefore, dest=nowhere, default=nowhere, metavar=metavar, help=text)

@@ -32,8 +32,8 @@ from aezoo import callbacks, registry
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.cli import flag_help, trainer_settings
-from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, note_other_splits, say_differences
-from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain
+from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
+from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
 from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
@@ -42,7 +42,7 @@ from aezoo.security import archives, values
 from aezoo.training import compilation, distributed, speed
 
 # errors of a disk or folder, anywhere in a run; loggers and pictures also write
-_DISK = {
+_DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
 }
@@ -103,11 +103,11 @@ class AezooCLI(LightningCLI):
 
     Args:
         argv: the command and its flags.
-        ends: closed when the command has ended; the run's folder is held until then.
+        exit_stack: closed when the command has ended; the run's folder is held until then.
     """
 
-    def __init__(self, argv: list[str], ends: contextlib.ExitStack) -> None:
-        self.ends = ends
+    def __init__(self, argv: list[str], exit_stack: contextlib.ExitStack) -> None:
+        self.exit_stack = exit_stack
         try:
             self.request = expand(argv)
         except OSError as error:
@@ -150,7 +150,7 @@ class AezooCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self.command_parser = parser
-        trainer_settings.read_whole_numbers_first(Trainer)
+        trainer_settings.parse_int_before_float(Trainer)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(Autoencoder, "model", subclass_mode=True, required=False)
@@ -225,7 +225,7 @@ class AezooCLI(LightningCLI):
         if self.request.resumes and source is not None:
             trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
             limits = trainer.get("max_epochs"), trainer.get("max_steps")
-            line = resume.nothing_left(source, self.request.run, *limits, early.as_dict())
+            line = resume.finished_message(source, self.request.run, *limits, early.as_dict())
             if line is not None:
                 print(line, file=sys.stderr)
                 sys.exit(0)
@@ -236,19 +236,21 @@ class AezooCLI(LightningCLI):
         except AezooError:
             raise
         except Exception as error:  # classes of Lightning or a plug-in may raise anything for invalid values
-            if registry.too_large(error.__cause__ or error):
-                raise AezooError(registry.does_not_fit(self.request.model or "the model")) from error
+            if registry.is_out_of_memory(error.__cause__ or error):
+                raise AezooError(registry.out_of_memory_message(self.request.model or "the model")) from error
             # jsonargparse wraps a constructor's error in a report about all types that it tried
-            raise AezooError(plain(f"{error}" or repr(error), self.command_parser)) from error
+            raise AezooError(plain_message(f"{error}" or repr(error), self.command_parser)) from error
         kind = type(self.model).__name__
-        values.plain(dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters")
+        values.check_plain(
+            dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters"
+        )
         self.model.importance_samples = self._setting("importance_samples")
         if self.request.source is not None:
             check_against(self.request.stored, self.request.source, self.model, self.subcommand == "fit")
         if self.subcommand == "fit":
-            say_differences("data", self.request.stored_data, dict(self.datamodule.hparams))
+            print_differences("data", self.request.stored_data, dict(self.datamodule.hparams))
         else:
-            note_other_splits(self.request.stored_data, dict(self.datamodule.hparams))
+            warn_other_splits(self.request.stored_data, dict(self.datamodule.hparams))
 
     def _setting(self, key: str) -> Any:
         """A setting of the command, with its classes instantiated."""
@@ -285,7 +287,7 @@ class AezooCLI(LightningCLI):
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
-        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.is_enabled(callback)])
         trainer_settings.check_processes(trainer)
         distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer
@@ -294,7 +296,7 @@ class AezooCLI(LightningCLI):
         """Logger settings with which a resumed run removes the points that it had logged after its checkpoint."""
         if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
             return {}
-        dashboard.wait_for_a_later_name(run_dir)
+        dashboard.wait_for_new_timestamp(run_dir)
         return {"purge_step": self.request.step}
 
     def run_dir(self, root: Path, writes: bool) -> Path:
@@ -311,21 +313,21 @@ class AezooCLI(LightningCLI):
             # processes that a multi-device strategy starts must use the same number
             if RUN_DIR not in os.environ:
                 home = root / self.run_name()
-                stays = run_folder.standing(home)
-                os.environ[RUN_DIR] = str((run_folder.claim if writes else run_folder.next_free)(home))
+                stays = run_folder.existing_parent(home)
+                os.environ[RUN_DIR] = str((run_folder.create_next if writes else run_folder.next_free)(home))
             else:
                 stays = Path(os.environ[RUN_DIR])
             folder = Path(os.environ[RUN_DIR])
         # predicting from a run that is still training is allowed
         if writes and (self.subcommand == "fit" or inside is None):
-            self.ends.enter_context(run_folder.held(folder, stays))
+            self.exit_stack.enter_context(run_folder.locked(folder, stays))
         return folder
 
     def run_name(self) -> str:
         """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
         model = registry.name_of(type(self.model)) or type(self.model).__name__
         own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
-        return archives.component(self.request.run_name or own)
+        return archives.safe_name(self.request.run_name or own)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -335,17 +337,17 @@ class AezooCLI(LightningCLI):
             # Lightning exits with 1 after an interrupt that it has handled
             held = self._setting("interrupt")
             with contextlib.suppress(OSError):  # the terminal may be closed
-                print(self._how_to_resume(), file=sys.stderr)
+                print(self._resume_hint(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
         except BaseException as error:
             distributed.terminate_other_ranks(self.trainer, error)
             if isinstance(error, BrokenPipeError):
                 with contextlib.suppress(OSError):
-                    print(self._how_to_resume(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
+                    print(self._resume_hint(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
                 raise
             if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
                 raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
-            if (line := _refusal(error)) is not None:
+            if (line := _lightning_error_line(error)) is not None:
                 raise AezooError(line) from error
             if "Error(s) in loading state_dict" not in str(error):
                 raise
@@ -354,8 +356,8 @@ class AezooCLI(LightningCLI):
                 "that differ from the checkpoint's"
             ) from error
 
-    def _how_to_resume(self, by: str = "") -> str:
-        last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
+    def _resume_hint(self, by: str = "") -> str:
+        last = getattr(callbacks.checkpoint_callback(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return f"aezoo: interrupted{by}; nothing was saved"
         run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
@@ -387,7 +389,7 @@ class AezooCLI(LightningCLI):
         """Test the best weights, so that a run ends with figures on data it has not seen."""
         if self._test_follows():
             # a run of less than an epoch has no best weights
-            best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
+            best = getattr(callbacks.checkpoint_callback(self.trainer), "best_model_path", "") or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _check_test_share(self) -> None:
@@ -414,7 +416,7 @@ def main(argv: list[str]) -> None:
         AezooError: an error that the user can fix.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_relevant)
     # data in memory need no workers
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 uses a class that newer torch versions rename; the user cannot do anything about it
@@ -427,13 +429,13 @@ def main(argv: list[str]) -> None:
 
     def report(args: threading.ExceptHookArgs) -> None:
         # TensorBoard's writer thread: the run gets the error at the next entry, and reports it below
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK):
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK_ERRORS):
             report_thread(args)
 
     threading.excepthook = report
     try:
-        with contextlib.ExitStack() as ends:
-            AezooCLI(argv, ends)
+        with contextlib.ExitStack() as exit_stack:
+            AezooCLI(argv, exit_stack)
     except AezooError:  # a ValueError itself
         raise
     except RuntimeError as error:
@@ -447,7 +449,7 @@ def main(argv: list[str]) -> None:
     except (OSError, ValueError) as error:
         # Lightning's logger reports any error in TensorBoard's as a value that cannot be logged
         cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError) or cause.errno not in _DISK:
+        if not isinstance(cause, OSError) or cause.errno not in _DISK_ERRORS:
             raise
         flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
         where = os.fsdecode(cause.filename or "the run folder")
@@ -459,7 +461,7 @@ def main(argv: list[str]) -> None:
         threading.excepthook = report_thread
 
 
-def _refusal(error: BaseException) -> str | None:
+def _lightning_error_line(error: BaseException) -> str | None:
     """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
     text = " ".join(str(error).split())
     if (line := worker_failure(error)) is not None:
@@ -473,7 +475,7 @@ def _refusal(error: BaseException) -> str | None:
     return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     """Whether a log record is useful; Lightning's advertisements and its list of absent accelerators are not."""
     text = record.getMessage()
     return not any(word in text for word in ("litlogger", "litmodels", "Tip:", "TPU available", "HPU available"))

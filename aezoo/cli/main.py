@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
     whole = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
-    terminal.show_what_can_be_shown()
+    terminal.replace_unencodable()
     try:
         _run(argv, whole)
     except AezooError as error:
-        print(f"aezoo: {_in_one_line(str(error))}", file=sys.stderr)
+        print(f"aezoo: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
@@ -93,23 +93,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        where = _in_one_line(os.fsdecode(error.filename))
+        where = _one_line(os.fsdecode(error.filename))
         print(f"aezoo: cannot read or write {where}: {error.strerror}; give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        terminal.let_go()
+        terminal.detach_closed_streams()
 
 
-def _in_one_line(text: str) -> str:
+def _one_line(text: str) -> str:
     """Line breaks and whatever else a terminal obeys, as the name of a file may hold, written out."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager
-def importing(whole: bool) -> Iterator[None]:
+def import_errors_in_one_line(whole: bool) -> Iterator[None]:
     """Look for no garbage in what stays: a quarter of the time of imports; never again if the process is ours."""
     enabled = gc.isenabled()
     gc.disable()
@@ -144,17 +144,17 @@ def _run(argv: list[str], whole: bool = False) -> None:
         case ["benchmark", *rest]:
             _benchmark(rest)
         case ["tune", *rest]:
-            with importing(whole):
+            with import_errors_in_one_line(whole):
                 from aezoo.cli import tune
 
             tune.main(rest)
         case [command, *_] if command in HEAVY:
-            with importing(whole):
+            with import_errors_in_one_line(whole):
                 from aezoo.cli import lightning_cli
 
             lightning_cli.main(argv)
         case [command, *_] if command in VERBS:
-            with importing(whole):
+            with import_errors_in_one_line(whole):
                 from aezoo.cli import task_commands as verb
 
             verb.main(argv)

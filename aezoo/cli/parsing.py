@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aezoo import registry
-from aezoo.cli.config_resolution import spell_out
+from aezoo.cli.config_resolution import expand_model_names
 from aezoo.errors import AezooError
 from aezoo.security import policy
 
@@ -19,10 +19,10 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser, with registry names in YAML and one-line errors."""
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(spell_out(content), *args, **kwargs)
+        return super().parse_string(expand_model_names(content), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise AezooError(plain(message, self))
+        raise AezooError(plain_message(message, self))
 
 
 def check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
@@ -62,7 +62,7 @@ def _near(word: str, known: list[str]) -> str:
     return f", did you mean {near[0]}?" if near else "."
 
 
-def plain(message: str, parser: LightningArgumentParser) -> str:
+def plain_message(message: str, parser: LightningArgumentParser) -> str:
     """A message of jsonargparse on one line: the key, what it takes, what it got."""
     denied = re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", message)
     if denied:
@@ -115,6 +115,6 @@ def _reasons(message: str) -> list[str]:
         else:
             depth = None
     named = [re.sub(r"^Problem with given class_path '(?:[\w.]+\.)?(\w+)':", r"\1:", item) for item in items]
-    told = [" ".join(item.split()) for item in named if "NoneType" not in item]
+    reported = [" ".join(item.split()) for item in named if "NoneType" not in item]
     # jsonargparse lists a reason for each type that the value might have
-    return sorted(told, key=lambda item: bool(re.match("Expected an? |Not a valid |Does not validate", item)))
+    return sorted(reported, key=lambda item: bool(re.match("Expected an? |Not a valid |Does not validate", item)))

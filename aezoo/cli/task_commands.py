@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from aezoo.cli.config_resolution import for_the_set, name_data, note_other_splits, setting, without_foreign
+from aezoo.cli.config_resolution import for_data_set, name_data, setting, warn_other_splits, without_foreign
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
@@ -30,7 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
-from aezoo.tasks.output import device_of
+from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import Samples
 from aezoo.training import speed
 from aezoo.training.seeding import mix
@@ -44,10 +44,10 @@ _FILES = {"around"}
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress")
-_MOST_LINES = 20
+_MAX_LINES = 20
 # largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
 _MOST = 11.0
-_AS_IS = {"offset": torch.zeros(()), "factor": torch.ones(())}
+_UNSCALED = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
 
 class Result(Protocol):
@@ -82,11 +82,11 @@ def main(argv: list[str]) -> None:
     model = None
     if path is not None and not {"-h", "--help"} & set(argv):
         if verb in ("compress", "decompress"):
-            tables.stream()  # what is not installed is said before anything is read
+            tables.constriction_stream()  # what is not installed is said before anything is read
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
         stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
-        stored = for_the_set(without_foreign(stored, argv), argv)
+        stored = for_data_set(without_foreign(stored, argv), argv)
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
     config = parser.parse_args(argv[1:])
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
     if not 0 <= config.get("seed", 0) < 2**32:
         raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
-    model = model.to(device_of(config.device)).float()  # samples are float32
+    model = model.to(resolve_device(config.device)).float()  # samples are float32
     settings = {key: config[key] for key in accepted.keys() - _GIVEN}
     if "file" in accepted:
         if config.input is None:
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
     try:
-        with _cleaning_up(), nullcontext() if verb in _EXACT else speed.evaluating(model):
+        with _signals_as_exit(), nullcontext() if verb in _EXACT else speed.evaluating(model):
             result: Result = function(model=model, out=str(out), **settings)
     except RuntimeError as error:
         if (line := worker_failure(error)) is None:
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         print("values are as the model sees them: the training data were scaled (--data.scale)")
     if replaced := before.intersection(result.files):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
-    if len(result.files) > _MOST_LINES:
+    if len(result.files) > _MAX_LINES:
         print(f"{len(result.files):,} files in {out}")
         return
     for file in result.files:
@@ -131,18 +131,18 @@ def main(argv: list[str]) -> None:
 
 
 @contextmanager
-def _cleaning_up() -> Iterator[None]:
+def _signals_as_exit() -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, which removes half-written files."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install signal handlers
         return
 
-    def leave(signum: int, _: Any) -> None:
+    def handle_signal(signum: int, _: Any) -> None:
         if signum != signal.SIGTERM:
             signal.signal(signum, signal.SIG_IGN)  # the kernel and the shell say so each for itself
         sys.exit(128 + signum)
 
-    before = {number: signal.signal(number, leave) for number in terminal.signals()}
+    before = {number: signal.signal(number, handle_signal) for number in terminal.termination_signals()}
     try:
         yield
     finally:
@@ -208,7 +208,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
         module.report_other_scaling(trained["scaling"], trained.get("white"))
-        note_other_splits(trained["settings"], dict(module.hparams))
+        warn_other_splits(trained["settings"], dict(module.hparams))
     except AezooError as error:
         if needed:
             raise
@@ -222,7 +222,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         raise AezooError(f"{module.name} has no {config.split} split: take --split {others}, or give --input FILE")
     for key in missing:
         if wanted[key] in splits:
-            found[key] = Samples.of(module, wanted[key])
+            found[key] = Samples.from_data(module, wanted[key])
     return found
 
 
@@ -314,7 +314,7 @@ def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> t
                          "what white is in them: give an array of such values, as .npy")  # fmt: skip
     ratio = white / was if white and was else 1
     if ratio != 1:
-        scaling = {key: ratio * value for key, value in (scaling or _AS_IS).items()}
+        scaling = {key: ratio * value for key, value in (scaling or _UNSCALED).items()}
     return 1, scaling
 
 

@@ -43,7 +43,7 @@ _MINUS_ONE = ("max_epochs", "max_steps", "num_sanity_val_steps")
 _TEXTS = ("default_root_dir", "model_registry", "profiler", "accelerator", "strategy", "devices")
 
 
-def read_whole_numbers_first(trainer_class: type) -> None:
+def parse_int_before_float(trainer_class: type) -> None:
     """Make a parser try int before float for settings that take either: 1 is one batch, 1.0 is all batches.
 
     Otherwise the order depends on what was imported before Lightning: typing caches unions and treats

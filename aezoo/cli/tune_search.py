@@ -32,13 +32,13 @@ class Search:
     step: int = 1
     choices: tuple[str, ...] = ()
 
-    def ends(self) -> tuple[str, ...]:
+    def bounds(self) -> tuple[str, ...]:
         """The values that are checked before the first trial: the ends of a range, or all choices."""
         if self.kind == "choice":
             return self.choices
         return tuple(str(int(end)) if self.kind == "int" else repr(end) for end in (self.low, self.high))
 
-    def drawn(self, trial: Any) -> str:
+    def suggest(self, trial: Any) -> str:
         """The value for a trial of optuna, in the form that its flag takes."""
         if self.kind == "choice":
             return str(trial.suggest_categorical(self.name, self.choices))

@@ -46,7 +46,7 @@ _POLL = 0.2
 _PATIENCE = 120.0
 # the median of fewer trials is unreliable, and the first epochs say little about the last
 _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
-_MOST_FAILED = 3
+_MAX_FAILED = 3
 # beginning of a line in optuna's journal
 _ENTRY = b'{"op_code":'
 _CURE = "make room, or choose a folder that can be written with --study"
@@ -81,21 +81,21 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
     """
     environment = {**os.environ, distributed.TRIAL: "1"}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    home = _checked(searches, flags)
+    home = _check_searches(searches, flags)
     folder = Path(options.study) if options.study else home.with_name(f"{home.name}-tune")
-    with contextlib.ExitStack() as ends:
-        _hold(folder, ends)
-        held = ends.enter_context(_signals())
+    with contextlib.ExitStack() as exit_stack:
+        _lock_folder(folder, exit_stack)
+        received = exit_stack.enter_context(_signals())
         study = None
         try:
             study = Study(folder, home.parent, options, searches, flags, argv, environment)
-            study.go_on()
+            study.run_trials()
         except Stopped:
             left = f"; {study.done()} of {options.trials} trials are done" if study else ""
             command = shlex.join(["aezoo", "tune", *argv])
             with contextlib.suppress(OSError):  # the terminal may be closed
                 print(f"aezoo: interrupted{left}\ncontinue with: {command}", file=sys.stderr)
-            sys.exit(128 + held[0])
+            sys.exit(128 + received[0])
         except BrokenPipeError:
             raise
         except (OSError, optuna.exceptions.StorageInternalError) as error:
@@ -106,42 +106,42 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
             ) from error
 
 
-def _checked(searches: Sequence[Search], flags: list[str]) -> Path:
+def _check_searches(searches: Sequence[Search], flags: list[str]) -> Path:
     """The folder of all runs of this command; checks each end of each search, one after the other."""
-    first = {search.name: search.ends()[0] for search in searches}
-    home = _dry(flags, first)
+    first = {search.name: search.bounds()[0] for search in searches}
+    home = _dry_run(flags, first)
     for search in searches:
-        for value in search.ends()[1:]:
+        for value in search.bounds()[1:]:
             try:
-                _dry(flags, first | {search.name: value})
+                _dry_run(flags, first | {search.name: value})
             except AezooError as error:
                 raise AezooError(f"--search.{search.name} {search.text}: {value} is not possible: {error}") from error
     return home
 
 
-def _dry(flags: list[str], values: dict[str, str]) -> Path:
+def _dry_run(flags: list[str], values: dict[str, str]) -> Path:
     logging.disable(logging.INFO)  # each check would print the seed
     try:
-        with contextlib.ExitStack() as ends:
-            cli = _DryRun(["fit", *flags, *_as_flags(values)], ends)
+        with contextlib.ExitStack() as exit_stack:
+            cli = _DryRun(["fit", *flags, *_to_flags(values)], exit_stack)
     finally:
         logging.disable(logging.NOTSET)
     trainer = cli.config["fit"]["trainer"]
     return Path(trainer.get("default_root_dir") or "runs") / cli.run_name()
 
 
-def _as_flags(values: dict[str, str]) -> list[str]:
+def _to_flags(values: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
-    stays = run_folder.standing(folder)
+def _lock_folder(folder: Path, exit_stack: contextlib.ExitStack) -> None:
+    stays = run_folder.existing_parent(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AezooError(f"cannot write {folder}: {error.strerror}; choose another with --study") from error
     try:
-        ends.enter_context(run_folder.held(folder, stays))
+        exit_stack.enter_context(run_folder.locked(folder, stays))
     except AezooError as error:
         raise AezooError(f"{folder} is being tuned by another process: wait for it, or give another --study") from error
 
@@ -149,17 +149,17 @@ def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Ctrl-C, SIGTERM and SIGHUP raise Stopped inside this context; the list records which of them."""
-    held = [signal.SIGINT.value]
+    received = [signal.SIGINT.value]
 
     def stop(signum: int, frame: Any) -> None:
-        if signum == held[0] == terminal.HANGUP:
+        if signum == received[0] == terminal.HANGUP:
             return  # the kernel and the shell may each send the signal
-        held[0] = signum
+        received[0] = signum
         raise Stopped
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, *terminal.signals())}
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, *terminal.termination_signals())}
     try:
-        yield held
+        yield received
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -201,14 +201,14 @@ class Study:
             # no other process writes there, so the lock is from a killed process
             record.with_name(f"{record.name}.lock").unlink(missing_ok=True)
         try:
-            self.optuna = self._opened(record, shlex.join(["aezoo", "tune", *argv]))
+            self.optuna = self._open_study(record, shlex.join(["aezoo", "tune", *argv]))
         except AezooError:
             raise
         except Exception as error:  # of SQLite, SQLAlchemy or JSON
             text = " ".join(str(error).split())[:200]
             raise AezooError(f"cannot use {record} as a study: {text}; give another --storage") from error
 
-    def _opened(self, record: Path, command: str) -> optuna.Study:
+    def _open_study(self, record: Path, command: str) -> optuna.Study:
         storage: Any
         record.parent.mkdir(parents=True, exist_ok=True)
         if record.suffix in (".db", ".sqlite", ".sqlite3"):
@@ -216,15 +216,15 @@ class Study:
         else:
             # with a relative path optuna does not recognise the lock of a killed process and waits forever
             backend = JournalFileBackend(str(record.absolute()))
-            _cut_torn(record)
+            _truncate_partial_line(record)
             storage = optuna.storages.JournalStorage(backend)
         name = self.folder.name
         folder = str(self.folder.absolute())
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
-        known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
-        if not self.options.storage and len(known) == 1:
-            (name,) = known  # the name from before the folder was renamed
-        if name in known:
+        existing = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+        if not self.options.storage and len(existing) == 1:
+            (name,) = existing  # the name from before the folder was renamed
+        if name in existing:
             study = optuna.load_study(study_name=name, storage=storage)
             if self.options.storage and (other := study.user_attrs.get("folder", folder)) != folder:
                 raise AezooError(f"{record} holds {name!r} of {other}: give --study a folder of another name, or "
@@ -246,9 +246,9 @@ class Study:
 
     def done(self) -> int:
         """Trials that have ended by themselves or were pruned; a stopped trial is run again."""
-        return sum(_ended(trial) for trial in self.optuna.get_trials(deepcopy=False))
+        return sum(_is_finished(trial) for trial in self.optuna.get_trials(deepcopy=False))
 
-    def go_on(self) -> None:
+    def run_trials(self) -> None:
         """Run trials until there are enough."""
         options, started = self.options, time.monotonic()
         pruner = optuna.pruners.MedianPruner(_FULL_TRIALS, _FIRST_EPOCHS)
@@ -268,8 +268,11 @@ class Study:
         best = self.best()
         if best is None:
             raise AezooError(f"no trial finished with {options.monitor}: see {self.folder / 'trials.csv'}")
-        print(f"best: trial {best.number}, {options.monitor} {best.user_attrs['value']:.6g}; {_words(best.params)}")
-        print(f"its run: {_run_of(self._root_of(best))}\nall trials: {self.folder / 'trials.csv'}")
+        print(
+            f"best: trial {best.number}, {options.monitor} {best.user_attrs['value']:.6g}; "
+            f"{_format_values(best.params)}"
+        )
+        print(f"its run: {_trial_run(self._trial_root(best))}\nall trials: {self.folder / 'trials.csv'}")
         print(f"train it again: aezoo fit -c {shlex.quote(str(self.folder / 'best.yaml'))}")
 
     def best(self) -> FrozenTrial | None:
@@ -278,20 +281,20 @@ class Study:
         sign = 1 if self.options.direction == "min" else -1
         return min(whole, key=lambda trial: sign * trial.user_attrs["value"], default=None)
 
-    def _root_of(self, trial: Trial | FrozenTrial) -> Path:
+    def _trial_root(self, trial: Trial | FrozenTrial) -> Path:
         """The folder of a trial's run; the folder of the study may have been moved."""
         return self.folder / Path(trial.user_attrs["run"]).name
 
     def _trial(self, trial: Trial) -> None:
-        root = self._root_of(trial) if trial.user_attrs.get("run") else run_folder.claim(self.folder)
+        root = self._trial_root(trial) if trial.user_attrs.get("run") else run_folder.create_next(self.folder)
         root.mkdir(exist_ok=True)
         trial.set_user_attr("run", root.name)
-        values = {search.name: search.drawn(trial) for search in self.searches}
+        values = {search.name: search.suggest(trial) for search in self.searches}
         log = root / "log.txt"
-        print(f"trial {trial.number} runs, its output is in {log}: {_words(trial.params)}", flush=True)
+        print(f"trial {trial.number} runs, its output is in {log}: {_format_values(trial.params)}", flush=True)
         started = time.monotonic()
         state, error, epochs = self._fit(trial, root, values, log)
-        best = self._best_of(epochs)
+        best = self._best_value(epochs)
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         trial.set_user_attr("epochs", len(epochs))
         if best is not None:
@@ -305,7 +308,7 @@ class Study:
         print(f"trial {trial.number}: {what}{figure}{len(epochs)} epochs", flush=True)
         trials = self.optuna.get_trials(deepcopy=False)
         failed = [t for t in trials if "error" in t.user_attrs]
-        if len(failed) >= _MOST_FAILED and len(failed) == sum(map(_ended, trials)):
+        if len(failed) >= _MAX_FAILED and len(failed) == sum(map(_is_finished, trials)):
             raise AezooError(f"the first {len(failed)} trials failed, the last with: {error}; see {log}")
 
     def _fit(
@@ -313,7 +316,7 @@ class Study:
     ) -> tuple[TrialState, str | None, dict[int, float]]:
         """How a run ended, why it failed, and the metric for each epoch."""
         again = ["--resume=auto"] if log.exists() else []
-        command = [*FIT, *self.flags, *_as_flags(values), *again]
+        command = [*FIT, *self.flags, *_to_flags(values), *again]
         command += [f"--trainer.default_root_dir={root}", f"--trainer.callbacks+={_CALLBACK}"]
         epochs: dict[int, float] = {}
         with log.open("ab") as file, _process(command, file, self.environment) as process:
@@ -322,21 +325,21 @@ class Study:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL)
                 running = process.poll() is None
-                for epoch, value in self._figures(root):
-                    known = epoch in epochs
+                for epoch, value in self._metric_values(root):
+                    existing = epoch in epochs
                     epochs[epoch] = value
-                    if not known and math.isfinite(value):
+                    if not existing and math.isfinite(value):
                         trial.report(value, epoch)
                         # also after the run has ended: pruning must not depend on the time of the check
                         if trial.should_prune():
                             return TrialState.PRUNED, None, epochs
         if process.returncode:
-            return TrialState.FAIL, _reason(process.returncode, log), epochs
-        if self._best_of(epochs) is None:
+            return TrialState.FAIL, _failure_reason(process.returncode, log), epochs
+        if self._best_value(epochs) is None:
             return TrialState.FAIL, f"no finite {self.options.monitor} was logged", epochs
         return TrialState.COMPLETE, None, epochs
 
-    def _figures(self, root: Path) -> Iterator[tuple[int, float]]:
+    def _metric_values(self, root: Path) -> Iterator[tuple[int, float]]:
         monitor = self.options.monitor
         for line in _lines(root):
             names = [name for name in line if "/" in name]
@@ -349,7 +352,7 @@ class Study:
                     hint = f", did you mean {near[0]}?" if near else f": there are {', '.join(sorted(names))}"
                     raise AezooError(f"--monitor {monitor} is not logged by these runs{hint}")
 
-    def _best_of(self, epochs: dict[int, float]) -> float | None:
+    def _best_value(self, epochs: dict[int, float]) -> float | None:
         finite = [value for value in epochs.values() if math.isfinite(value)]
         return (min if self.options.direction == "min" else max)(finite) if finite else None
 
@@ -365,7 +368,7 @@ class Study:
             if trial.state == TrialState.FAIL and "error" not in attributes:
                 state = "interrupted"
             figures = [attributes.get(key, "") for key in ("value", "epochs", "seconds")]
-            figures.append(str(self._root_of(trial)) if attributes.get("run") else "")
+            figures.append(str(self._trial_root(trial)) if attributes.get("run") else "")
             values = [trial.params.get(name, "") for name in names]
             table.writerow([trial.number, state, *figures, *values, attributes.get("error", "")])
         content = text.getvalue().encode()
@@ -373,7 +376,7 @@ class Study:
         best = self.best()
         if best is None:
             return
-        config = yaml_text.read(_run_of(self._root_of(best)) / "config.yaml")
+        config = yaml_text.read(_trial_run(self._trial_root(best)) / "config.yaml")
         trainer = config["trainer"]
         trainer["default_root_dir"] = None if self.root == Path("runs") else str(self.root)
         added = [item for item in trainer.get("callbacks") or [] if item.get("class_path") != _CALLBACK]
@@ -407,7 +410,7 @@ def _process(command: list[str], log: Any, environment: dict[str, str]) -> Itera
                     raise
 
 
-def _cut_torn(record: Path) -> None:
+def _truncate_partial_line(record: Path) -> None:
     """Remove an incomplete line that a killed process or a full disk has left at the end of a journal.
 
     Otherwise the next line would be appended to it, and neither could be read.
@@ -434,12 +437,12 @@ def _lines(root: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _run_of(root: Path) -> Path:
+def _trial_run(root: Path) -> Path:
     """The folder of the run of a trial."""
     return next((path.parent for path in sorted(root.glob("*/*/config.yaml"))), root)
 
 
-def _reason(code: int, log: Path) -> str:
+def _failure_reason(code: int, log: Path) -> str:
     if code < 0:
         often = " (often: no memory left)" if -code == signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{often}"
@@ -447,7 +450,7 @@ def _reason(code: int, log: Path) -> str:
     return (lines[-1] if lines else f"exit code {code}").removeprefix("aezoo: ")[:300]
 
 
-def _ended(trial: FrozenTrial) -> bool:
+def _is_finished(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "error" in trial.user_attrs
 
 
@@ -455,6 +458,6 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
 
 
-def _words(values: dict[str, Any]) -> str:
+def _format_values(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                      for name, value in values.items())  # fmt: skip

@@ -54,7 +54,7 @@ from aezoo.data.resident import fits_in_memory, free_memory
 from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, byte_divisor, takes, to_float32
 from aezoo.data.source_registry import from_path, open_source
 from aezoo.errors import AezooError
-from aezoo.io.hub_files import on_disk
+from aezoo.io.hub_files import local_path
 from aezoo.nets.blocks.classifier import Classifier
 from aezoo.nets.blocks.pretrained import cached_weights
 from aezoo.security import policy
@@ -142,7 +142,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
         elif is_file:
             from aezoo.io.checkpoint import load_model
 
-            network = Network(load_model(on_disk(name)).float())
+            network = Network(load_model(local_path(name)).float())
         elif is_import:
             network = Network(_imported_network(name))
         else:

@@ -23,7 +23,7 @@ from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.loaders import DecodingDataset
 from aezoo.data.source import STAGES, Options, Source, Stage, split_missing, takes
 from aezoo.errors import AezooError
-from aezoo.security.archives import inside_their_folder
+from aezoo.security.archives import safe_extraction
 
 Arguments = dict[str, Any]
 
@@ -233,7 +233,7 @@ def _prepare(row: VisionSet, options: Options) -> None:
     if not options.download or options.name in _NO_DOWNLOAD:
         return
     try:
-        with inside_their_folder():
+        with safe_extraction():
             for arguments in row.splits.values():
                 _open(row.title, options.root, arguments)
     # existing files must work without a network and in a read-only folder, so downloading comes second
@@ -265,7 +265,7 @@ def _one_line_errors(files: str, options: Options, folder: Path | None = None) -
         # torchvision sets no timeout, and a dropped packet would block for minutes
         socket.setdefaulttimeout(30)
         # it also prints every mirror that fails
-        with contextlib.redirect_stdout(io.StringIO()), inside_their_folder():
+        with contextlib.redirect_stdout(io.StringIO()), safe_extraction():
             yield
     except ImportError as error:
         raise AezooError(f"{options.name} needs a package that is not installed ({error}): pip install it") from None

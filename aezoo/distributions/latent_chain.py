@@ -22,7 +22,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
-class Chain:
+class LatentChain:
     """A generative model as bits-back coding uses it.
 
     Attributes:

@@ -27,7 +27,7 @@ _MARK = b"aezoo-checkpoint "
 _NOTE = re.compile(re.escape(_MARK) + rb"(\{[^{}]*\}) ([0-9a-f]{64})\Z")
 _DIGEST = 64
 _CHUNK = 2**20
-_GO_ON = "make room or make the folder writable, then go on with aezoo fit --resume auto"
+_CURE = "make room or make the folder writable, then go on with aezoo fit --resume auto"
 
 
 class DurableIO(TorchCheckpointIO):
@@ -45,7 +45,7 @@ class DurableIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if "://" not in str(path):
-            check(Path(path))
+            check_intact(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)
 
 
@@ -56,25 +56,25 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         AezooError: it could not be written; an old file is unchanged.
     """
     last = path.name == LAST
-    sealed = _Sealed({"step": int(checkpoint.get("global_step", -1)), "epoch": int(checkpoint.get("epoch", -1))})
-    write(path, lambda file: sealed.fill(file, checkpoint), path.with_name(PREVIOUS) if last else None)
+    writer = _DigestWriter({"step": int(checkpoint.get("global_step", -1)), "epoch": int(checkpoint.get("epoch", -1))})
+    write(path, lambda file: writer.fill(file, checkpoint), path.with_name(PREVIOUS) if last else None)
     if last:
-        record = {**sealed.note, "size": path.stat().st_size, "sha256": sealed.of_all}
-        write(record_of(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
+        record = {**writer.note, "size": path.stat().st_size, "sha256": writer.file_digest}
+        write(record_path(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
 
 
 def write(
     path: Path,
-    fill: Callable[[IO[bytes]], object],
+    write_content: Callable[[IO[bytes]], object],
     keep: Path | None = None,
-    cure: str = _GO_ON,
+    cure: str = _CURE,
     name: Path | None = None,
 ) -> None:
     """Write a file atomically: completely or not at all.
 
     Args:
         path: the file.
-        fill: writes the content into the open file.
+        write_content: writes the content into the open file.
         keep: path under which the current file is kept.
         cure: what the user should do if the file cannot be written.
         name: the file's name in the error message, by default its path.
@@ -88,23 +88,23 @@ def write(
         try:
             # os.open respects the umask, unlike mkstemp
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-                fill(file)
+                write_content(file)
                 file.flush()
                 os.fsync(file.fileno())
             if keep is not None and path.exists():
-                _set_aside(path, keep)
+                _keep_as(path, keep)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        _fsync_folder(path.parent)
     except OSError as error:
         raise AezooError(
             f"cannot write {name or path}: {error.strerror or error}; what was saved before is kept: {cure}"
         ) from error
 
 
-def prepare(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
     """Prepare a folder of checkpoints for a run: check that it is writable, and remove leftovers of killed saves.
 
     A damaged `last.ckpt` is renamed; otherwise the next save would overwrite a good `previous.ckpt` with it.
@@ -117,11 +117,11 @@ def prepare(folder: Path) -> None:
     for stray in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         stray.unlink(missing_ok=True)
     last = folder / LAST
-    if (last.exists() or last.is_symlink()) and fault(last) is not None:
+    if (last.exists() or last.is_symlink()) and find_damage(last) is not None:
         last.replace(folder / f"{LAST}.damaged")
 
 
-def fault(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """Why a checkpoint file is damaged or incomplete, or None; this does not say whether it is safe to load.
 
     Files that this module has not written have no digest, but a CRC for each of their parts.
@@ -135,13 +135,13 @@ def fault(path: Path) -> str | None:
             note = _NOTE.search(file.read())
             if note is not None:
                 file.seek(0)
-                digest, left = hashlib.sha256(), size - _DIGEST
-                while left > 0:
-                    chunk = file.read(min(left, _CHUNK))
+                digest, remaining = hashlib.sha256(), size - _DIGEST
+                while remaining > 0:
+                    chunk = file.read(min(remaining, _CHUNK))
                     digest.update(chunk)
-                    left -= len(chunk) or left
-                same = digest.hexdigest().encode() == note[2]
-                return None if same else "its checksum does not fit its content"
+                    remaining -= len(chunk) or remaining
+                matches = digest.hexdigest().encode() == note[2]
+                return None if matches else "its checksum does not fit its content"
         if start != b"PK":
             return "it is empty" if size == 0 else None
         with zipfile.ZipFile(path) as archive:
@@ -154,23 +154,23 @@ def fault(path: Path) -> str | None:
         return "it is cut off or damaged"
 
 
-def check(path: Path) -> None:
+def check_intact(path: Path) -> None:
     """Reject a checkpoint file that is damaged or incomplete.
 
     Raises:
         AezooError: names the file and what is wrong.
     """
-    wrong = fault(path)
+    wrong = find_damage(path)
     if wrong is not None:
         raise AezooError(f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN")
 
 
-def record_of(path: Path) -> Path:
+def record_path(path: Path) -> Path:
     """The small file beside a checkpoint that describes what was saved there."""
     return path.with_name(f"{path.name}.json")
 
 
-def newest(folder: Path, first: Path | None = None) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(folder: Path, first: Path | None = None) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint in a folder.
 
     Args:
@@ -184,20 +184,20 @@ def newest(folder: Path, first: Path | None = None) -> tuple[Path | None, list[s
     entries = list(os.scandir(folder)) if folder.is_dir() else []
     found = {folder / entry.name for entry in entries if entry.name.endswith(".ckpt")}
     lines: list[str] = []
-    if first not in found and (given or record_of(first).exists() or previous in found):
+    if first not in found and (given or record_path(first).exists() or previous in found):
         lines.append(f"{first} is missing")
-    others = sorted(found - {first, previous}, key=_age, reverse=True)
+    others = sorted(found - {first, previous}, key=_sort_key, reverse=True)
     for path in (first, previous, *others):
         if path not in found:
             continue
-        wrong = fault(path) or (None if zipfile.is_zipfile(path) else "it is no checkpoint")
+        wrong = find_damage(path) or (None if zipfile.is_zipfile(path) else "it is no checkpoint")
         if wrong is None:
             return path, lines
         lines.append(f"{path} cannot be used: {wrong}")
     return None, lines
 
 
-def _age(path: Path) -> tuple[int, float]:
+def _sort_key(path: Path) -> tuple[int, float]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
@@ -207,21 +207,21 @@ def _age(path: Path) -> tuple[int, float]:
         return -1, 0.0
 
 
-def _set_aside(path: Path, keep: Path) -> None:
-    second = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+def _keep_as(path: Path, keep: Path) -> None:
+    link = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
         # a second name, so that the file always has its own name too
-        second.hardlink_to(path)
-        second.replace(keep)
+        link.hardlink_to(path)
+        link.replace(keep)
     except OSError:
         # without hard links the file has only one name at any time
         path.replace(keep)
     finally:
         # a rename does nothing if both names already refer to one file, as after a kill at this point
-        second.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -230,7 +230,7 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-class _Sealed:
+class _DigestWriter:
     """Passes what torch writes to a file and its digest, and puts note and digest into the zip's comment.
 
     Args:
@@ -238,10 +238,10 @@ class _Sealed:
     """
 
     def __init__(self, note: dict[str, int]) -> None:
-        self.note, self.of_all = note, ""
+        self.note, self.file_digest = note, ""
 
     def fill(self, file: IO[bytes], checkpoint: dict[str, Any]) -> None:
-        self._file, self._digest, self._held = file, hashlib.sha256(), b""
+        self._file, self._digest, self._pending = file, hashlib.sha256(), b""
         self._error: OSError | None = None
         try:
             torch.save(checkpoint, cast(IO[bytes], self))
@@ -250,30 +250,30 @@ class _Sealed:
                 raise self._error from None
             raise
         # a zip file ends with the length of its comment
-        if self._held != b"\0\0":
+        if self._pending != b"\0\0":
             raise RuntimeError("torch.save has written a zip file with a comment of its own")
         comment = _MARK + json.dumps(self.note).encode() + b" "
-        self._put((len(comment) + _DIGEST).to_bytes(2, "little") + comment)
+        self._write((len(comment) + _DIGEST).to_bytes(2, "little") + comment)
         digest = self._digest.hexdigest().encode()
-        self._put(digest)
-        self.of_all = self._digest.hexdigest()
+        self._write(digest)
+        self.file_digest = self._digest.hexdigest()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         if len(view) >= 2:
-            self._put(self._held)
-            self._put(view[:-2])
-            self._held = bytes(view[-2:])
+            self._write(self._pending)
+            self._write(view[:-2])
+            self._pending = bytes(view[-2:])
         else:
-            joined = self._held + bytes(view)
-            self._put(joined[:-2])
-            self._held = joined[-2:]
+            joined = self._pending + bytes(view)
+            self._write(joined[:-2])
+            self._pending = joined[-2:]
         return len(view)
 
     def flush(self) -> None:
         """Do nothing: the file is flushed when it is complete."""
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         try:
             self._file.write(data)
         except OSError as error:

@@ -68,7 +68,7 @@ def save_model(
     if scaling is not None:
         model = fold(model, scaling)
     folder = Path(folder)
-    hyperparameters = values.plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
+    hyperparameters = values.check_plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
     config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": hyperparameters}
     # copies, because safetensors rejects tensors that share memory, such as tied weights
     state = {
@@ -121,7 +121,7 @@ def load_run(
         try:
             content = load_file(source / WEIGHTS)
         except Exception as error:  # a header can be wrong in any way
-            raise AezooError(f"cannot read {source / WEIGHTS}: {_brief(error)}; save the model again") from error
+            raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error
         note_version({"version": config.get("aezoo_version")}, source)
         name, hyperparameters = config["model"], config["hyperparameters"]
     else:
@@ -129,12 +129,12 @@ def load_run(
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
         source = find_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
-        atomic_files.check(source)
+        atomic_files.check_intact(source)
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
         note_version(checkpoint.get("aezoo"), source)
-        name, hyperparameters = described(checkpoint, source)
-        content, data = checkpoint["state_dict"], _data_of(checkpoint, source)
-    state = weights.tensors(content, source, name)
+        name, hyperparameters = describe_content(checkpoint, source)
+        content, data = checkpoint["state_dict"], _data_settings(checkpoint, source)
+    state = weights.check_tensors(content, source, name)
     model = build(name, hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
@@ -144,27 +144,31 @@ def load_run(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise AezooError(f"the weights in {source} do not fit {name}: {_brief(error)}") from error
+        raise AezooError(f"the weights in {source} do not fit {name}: {_one_line(error)}") from error
     if address is not None:
-        folder = Path("runs") / archives.component(hub_files.split(address)[0])
+        folder = Path("runs") / archives.safe_name(hub_files.split(address)[0])
     unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
     try:
         return model.to(map_location).eval(), unknown | {"folder": folder} | data
     except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
-        raise AezooError(f"map_location {map_location}: {_brief(error)}; give cpu and move the model later") from error
+        raise AezooError(
+            f"map_location {map_location}: {_one_line(error)}; give cpu and move the model later"
+        ) from error
 
 
-def _data_of(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     what = f"{source}: its settings of the data"
-    settings = values.plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
+    settings = values.check_plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
     state = checkpoint.get("DataModule")
     state = state if isinstance(state, dict) else {}
     scaling, white = state.get("scaling"), state.get("white")
-    whole = isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))
+    is_complete = isinstance(scaling, dict) and all(
+        isinstance(scaling.get(key), Tensor) for key in ("offset", "factor")
+    )
     white = white if isinstance(white, int) and white in (1, 255) else None
     columns = state.get("columns")
     columns = tuple(columns) if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else ()
-    return {"settings": settings, "scaling": scaling if whole else {}, "white": white, "columns": columns}
+    return {"settings": settings, "scaling": scaling if is_complete else {}, "white": white, "columns": columns}
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
@@ -173,8 +177,8 @@ def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any
     Raises:
         AezooError: as in `load_model`, before memory for the model is allocated.
     """
-    name, hyperparameters = described(checkpoint, source)
-    build(name, hyperparameters, source, weights.tensors(checkpoint["state_dict"], source, name), dry=True)
+    name, hyperparameters = describe_content(checkpoint, source)
+    build(name, hyperparameters, source, weights.check_tensors(checkpoint["state_dict"], source, name), dry=True)
     return name, hyperparameters
 
 
@@ -194,14 +198,16 @@ def build(
         AezooError: the constructor does not have a hyperparameter, or rejects a value.
     """
     cls = model_class(name)
-    given = values.plain(hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters")
+    given = values.check_plain(
+        hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters"
+    )
     own = [name, cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}", f"aezoo.{cls.__qualname__}"]
     if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _KNOWN_MAKER) != _KNOWN_MAKER:
         raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
-        with weights.no_larger_than(state):
+        with weights.limit_parameters(state):
             # a plug-in may compute with values, which tensors on the meta device do not have
             with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
                 model = cls(**plain)
@@ -209,7 +215,7 @@ def build(
                     return model
             return cls(**plain)
     except Exception as error:  # a constructor may fail in any way on values that no user would give it
-        raise AezooError(f"{source} does not describe a {name} of this version: {_brief(error)}") from error
+        raise AezooError(f"{source} does not describe a {name} of this version: {_one_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
         config = json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
+        raise AezooError(f"cannot read {folder / CONFIG}: {_one_line(error)}") from error
     if not (isinstance(config, dict) and isinstance(config.get("model"), str)):
         raise AezooError(f"{folder / CONFIG} names no model: it was not written by aezoo.save_model")
     if not isinstance(config.get("hyperparameters"), dict):
@@ -245,14 +251,14 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         AezooError: it is not a checkpoint, is damaged, or contains more than tensors and plain values.
     """
     try:
-        _refuse_growth(path, max_bytes)
+        _check_size(path, max_bytes)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except AezooError:
         raise
     except pickle.UnpicklingError as error:
         raise AezooError(f"{path} is refused: it is damaged, or holds objects that could run code") from error
     except Exception as error:  # one changed byte can cause any exception of the unpickler
-        raise AezooError(f"cannot read {path} as a checkpoint: {_brief(error)}") from error
+        raise AezooError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
         if (path.parent / CONFIG).is_file() and path.suffix == ".safetensors":
@@ -265,7 +271,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
     return checkpoint
 
 
-def _refuse_growth(path: Path, max_bytes: int | None) -> None:
+def _check_size(path: Path, max_bytes: int | None) -> None:
     size = archives.unpacked_size(path)
     if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
         if not given.isdecimal():
@@ -292,7 +298,7 @@ def note_version(stamp: Any, source: Path) -> None:
         print(f"aezoo: {source} was written by aezoo {text}, this is {aezoo.__version__}", file=sys.stderr)
 
 
-def described(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
+def describe_content(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
     """Registry name and hyperparameters that were saved in a checkpoint.
 
     Raises:
@@ -336,7 +342,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         return path
     if not path.exists():
         raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
-    for home in run_folder.homes(path):
+    for home in run_folder.checkpoint_folders(path):
         # a link may be broken
         files = [file for file in home.glob("*.ckpt") if file.is_file()]
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
@@ -359,5 +365,5 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")
 
 
-def _brief(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]

@@ -55,13 +55,13 @@ def push_to_hub(
     hub_files.check_name(name)
     with tempfile.TemporaryDirectory() as folder:
         home = save_model(model, folder, scaling)
-        (home / hub_files.CARD).write_text(card_of(home, name, revision, license, metrics or {}), encoding="utf-8")
+        (home / hub_files.CARD).write_text(model_card(home, name, revision, license, metrics or {}), encoding="utf-8")
         model_name = json.loads((home / hub_files.FILES[0]).read_text())["model"]
         message = commit_message or f"{model_name}, pushed with aezoo"
         return hub_files.upload(home, name, revision, private, message, token, replace_card)
 
 
-def card_of(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
+def model_card(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
     """The model card of a saved model, in Markdown with the YAML head that the hub reads.
 
     Args:
@@ -101,7 +101,7 @@ def card_of(folder: Path, name: str, revision: str | None, license: str | None, 
         "An untrained one of the same kind:",
         "",
         "```python",
-        _call(model, config["hyperparameters"]),
+        _constructor_call(model, config["hyperparameters"]),
         "```",
         "",
         f"In a shell, `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other verbs.",
@@ -109,7 +109,7 @@ def card_of(folder: Path, name: str, revision: str | None, license: str | None, 
     return "\n".join(lines) + "\n"
 
 
-def _call(name: str, hyperparameters: Mapping[str, Any]) -> str:
+def _constructor_call(name: str, hyperparameters: Mapping[str, Any]) -> str:
     """The constructor call, without arguments that have their default values."""
     known = inspect.signature(registry.model_class(name)).parameters
     given = []

@@ -27,7 +27,7 @@ def is_address(path: str | Path) -> bool:
     return str(path).startswith(SCHEME)
 
 
-def on_disk(path: str) -> str:
+def local_path(path: str) -> str:
     """The path itself, for a model's setting that names another model.
 
     Raises:
@@ -80,7 +80,7 @@ def fetch(address: str) -> Path:
     name, revision = split(address)
     own: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
     missing = []
-    with _told(name, revision):
+    with _errors_in_one_line(name, revision):
         from huggingface_hub import errors, hf_hub_download, snapshot_download
 
         folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
@@ -122,7 +122,7 @@ def upload(
             installed.
     """
     check_name(name)
-    with _told(name, None, writes=True):
+    with _errors_in_one_line(name, None, writes=True):
         from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
         if not (token or get_token()):
@@ -143,7 +143,7 @@ def upload(
 
 
 @contextlib.contextmanager
-def _told(name: str, revision: str | None, writes: bool = False) -> Iterator[None]:
+def _errors_in_one_line(name: str, revision: str | None, writes: bool = False) -> Iterator[None]:
     """Turn errors of the hub into one line that says what to do."""
     try:
         yield
@@ -152,10 +152,10 @@ def _told(name: str, revision: str | None, writes: bool = False) -> Iterator[Non
     except ModuleNotFoundError as error:
         raise AezooError("models on the hub need huggingface_hub: pip install 'aezoo[hub]'") from error
     except Exception as error:  # from requests or httpx, depending on the version of huggingface_hub
-        raise AezooError(_line(error, name, revision, writes)) from error
+        raise AezooError(_error_line(error, name, revision, writes)) from error
 
 
-def _line(error: Exception, name: str, revision: str | None, writes: bool) -> str:
+def _error_line(error: Exception, name: str, revision: str | None, writes: bool) -> str:
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT.partition("://")[2]
@@ -182,7 +182,7 @@ def _line(error: Exception, name: str, revision: str | None, writes: bool) -> st
     if constants.HF_HUB_OFFLINE:
         missing = "" if writes else f"{name} is not in the cache, and "
         return f"{missing}HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"
-    if any(isinstance(cause, OSError) or _of_transport(cause) for cause in causes):
+    if any(isinstance(cause, OSError) or _is_transport_error(cause) for cause in causes):
         kept = "" if writes else f", and {name} is not in the cache"
         return f"cannot reach {hub}{kept}: check the network, the disk of the cache and HF_ENDPOINT, then try again"
     return f"the hub fails with {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -193,5 +193,5 @@ def _status(error: Exception) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def _of_transport(error: Exception) -> bool:
+def _is_transport_error(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("requests", "httpx", "httpx2", "urllib3")

@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, run_folder
 
 
-def find(text: str) -> Path:
+def find_checkpoint(text: str) -> Path:
     """The newest intact checkpoint of a run, or a file; skipped checkpoints are printed.
 
     Args:
@@ -28,25 +28,25 @@ def find(text: str) -> Path:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)
     if path.suffix == ".ckpt" and not path.is_dir():
-        home = run_folder.folder_of(path)
+        home = run_folder.parent_folder(path)
         if home.name == run_folder.CHECKPOINTS and home.is_dir():
             return _newest(home, home / path.name)
         if not path.exists():
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
-        atomic_files.check(path)
+        atomic_files.check_intact(path)
         return path
     if not path.exists():
         raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
     if path.is_file():
-        atomic_files.check(path)
+        atomic_files.check_intact(path)
         return path
-    for home in run_folder.homes(path):
+    for home in run_folder.checkpoint_folders(path):
         if _has_saved(home):
             return _newest(home)
     raise AezooError(f"no .ckpt file in {path} or its {run_folder.CHECKPOINTS} folder: has the run saved one yet?")
 
 
-def automatic(home: Path) -> tuple[Path | None, Path | None]:
+def latest_run(home: Path) -> tuple[Path | None, Path | None]:
     """The checkpoint from which `--resume auto` continues.
 
     Args:
@@ -71,7 +71,7 @@ def automatic(home: Path) -> tuple[Path | None, Path | None]:
     return _newest(folder), run
 
 
-def nothing_left(
+def finished_message(
     source: Path, run: Path | None, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]
 ) -> str | None:
     """A message if the run of a checkpoint has already ended by itself, within the same limits.
@@ -89,7 +89,7 @@ def nothing_left(
         early = end.get("early_stopping")
         same = not early and (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
         at_limit = _reached(max_epochs, epoch) or (bool(early) and _reached(max_steps, step))
-        impatient = bool(early) and _no_more_patient(early_stopping, early)
+        impatient = bool(early) and _is_same_patience(early_stopping, early)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if not (same or at_limit or impatient):
@@ -109,19 +109,19 @@ def _reached(limit: Any, at: int) -> bool:
     return isinstance(limit, int) and 0 <= limit <= at
 
 
-def _no_more_patient(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+def _is_same_patience(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     same = all(now.get(key) == then[key] for key in ("monitor", "min_delta"))
     return same and 0 < now["patience"] <= then["patience"]
 
 
 def _has_saved(folder: Path) -> bool:
     return folder.is_dir() and (
-        any(folder.glob("*.ckpt")) or atomic_files.record_of(folder / atomic_files.LAST).exists()
+        any(folder.glob("*.ckpt")) or atomic_files.record_path(folder / atomic_files.LAST).exists()
     )
 
 
 def _newest(folder: Path, first: Path | None = None) -> Path:
-    found, lines = atomic_files.newest(folder, first)
+    found, lines = atomic_files.newest_checkpoint(folder, first)
     if found is None:
         reasons = "; ".join(lines) or f"no .ckpt file in {folder}"
         raise AezooError(f"{reasons}; no other checkpoint there is complete: train from scratch with --resume off")

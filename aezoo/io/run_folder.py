@@ -14,7 +14,7 @@ CHECKPOINTS = "checkpoints"
 _LOCK, _NOTE = ".lock", "checkpoints.txt"
 
 
-def claim(home: Path) -> Path:
+def create_next(home: Path) -> Path:
     """Create the folder with the next free number; processes that call this at the same time get different ones.
 
     Args:
@@ -43,7 +43,7 @@ def next_free(home: Path) -> Path:
     return home / str(max((int(path.name) for path in home.glob("*") if path.name.isdigit()), default=-1) + 1)
 
 
-def standing(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     """The path itself if it exists, otherwise the nearest existing folder above it."""
     return next((at for at in (path, *path.parents) if at.exists()), path)
 
@@ -69,39 +69,39 @@ def note_checkpoints(run: Path, folder: Path) -> None:
         atomic_files.write(run / _NOTE, lambda file: file.write(os.fsencode(folder) + b"\n"))
 
 
-def homes(path: Path) -> list[Path]:
+def checkpoint_folders(path: Path) -> list[Path]:
     """The folders that may hold the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
     below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
     return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
 
 
-def run_of(source: Path, given: Path) -> Path | None:
+def run_of(source: Path, requested: Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to, or None if it belongs to no run.
 
     Args:
         source: the checkpoint file.
-        given: the path that the user gave for it: a run, a folder of runs, or any other.
+        requested: the path that the user gave for it: a run, a folder of runs, or any other.
     """
-    noted = [run for run in (given, *given.glob("*")) if (run / _NOTE).is_file()]
+    noted = [run for run in (requested, *requested.glob("*")) if (run / _NOTE).is_file()]
     noted = [run for run in noted if checkpoints_of(run) == source.parent]
     if noted:
         return max(noted, key=lambda run: (run / _NOTE).stat().st_mtime)
-    home = folder_of(source)
+    home = parent_folder(source)
     return home.parent if home.name == CHECKPOINTS else None
 
 
-def folder_of(file: Path) -> Path:
+def parent_folder(file: Path) -> Path:
     """The folder of a file; it has a name even if it is the working directory or a folder above it."""
     return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
 
 
 @contextlib.contextmanager
-def held(folder: Path, stays: Path) -> Iterator[None]:
+def locked(folder: Path, keep: Path) -> Iterator[None]:
     """Lock a folder against training by other processes; remove it at the end if nothing was written there.
 
     Args:
         folder: the folder of the run.
-        stays: the folder that existed before; empty folders below it are removed.
+        keep: the folder that existed before; empty folders below it are removed.
 
     Raises:
         AezooError: another process trains there.
@@ -123,7 +123,7 @@ def held(folder: Path, stays: Path) -> Iterator[None]:
                 if all(path.name == _LOCK for path in folder.iterdir()):
                     (folder / _LOCK).unlink(missing_ok=True)
                     for path in (folder, *folder.parents):
-                        if path == stays:
+                        if path == keep:
                             break
                         path.rmdir()
 

@@ -41,17 +41,17 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
         factor = factor["factor"]
     c = torch.as_tensor(factor, dtype=torch.float64).cpu().expand(model.input_shape)
     probe = copy.deepcopy(model).cpu().double().eval()
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     weights = [p for p in (*probe.parameters(), *probe.buffers()) if p.is_floating_point()]
     for p in weights:
-        p += 0.05 * torch.rand(p.shape, dtype=p.dtype, generator=dice)
-    x = torch.randn(_TRIALS, *model.input_shape, dtype=torch.float64, generator=dice)
+        p += 0.05 * torch.rand(p.shape, dtype=p.dtype, generator=generator)
+    x = torch.randn(_TRIALS, *model.input_shape, dtype=torch.float64, generator=generator)
     code = probe.encode(x)
     trial = _Trial(weights, probe.decode, lambda: probe.encode(x * c), code, probe.decode(code) * c)
-    factors = trial.found([_of_samples(p, c) for p in weights], _ONE)
+    factors = trial.search([_per_channel(p, c) for p in weights], _ONE)
     if factors is None and bool((c == c.flatten()[0]).all()):
         single = c.flatten()[0]
-        factors = trial.found([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
+        factors = trial.search([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
     if factors is None:
         raise AezooError(f"{type(model).__name__} cannot take the scale of its data into its weights: divide "
                          "activations by it before, and multiply reconstructions after")  # fmt: skip
@@ -80,7 +80,7 @@ class _Trial:
     code: Tensor
     x_hat: Tensor
 
-    def found(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
+    def search(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
         """A choice for each weight such that codes are multiplied by `of_code`; None if there is none."""
         kept = [p.clone() for p in self.weights]
         code = self.code * of_code
@@ -95,12 +95,12 @@ class _Trial:
                 self.weights[i].copy_(kept[i] * by)
                 given.append(call())
             self.weights[i].copy_(kept[i])
-            return not all(_same(one, given[0]) for one in given)
+            return not all(_is_close(one, given[0]) for one in given)
 
         def tried(options: list[list[Tensor]], call: Callable[[], Tensor], wanted: Tensor) -> Iterator[Any]:
             for factors in product(*options):
                 put(factors)
-                if _same(call(), wanted):
+                if _is_close(call(), wanted):
                     yield factors
 
         n = range(len(kept))
@@ -118,7 +118,7 @@ class _Trial:
             put([_ONE for _ in n])
 
 
-def _of_samples(weight: Tensor, c: Tensor) -> list[Tensor]:
+def _per_channel(weight: Tensor, c: Tensor) -> list[Tensor]:
     """Possible factors of a weight, if some of its axes are those of samples or of one of their streams."""
     streams = [c.flatten(), c, *(c if c.ndim > 1 else ())]
     found: list[Tensor] = []
@@ -128,13 +128,13 @@ def _of_samples(weight: Tensor, c: Tensor) -> list[Tensor]:
                 shaped = part.reshape(*part.shape, *[1] * (weight.ndim - start - part.ndim))
                 found += [shaped, 1 / shaped]
     # several axes may have the same length, and several streams the same scale
-    unique = [by for i, by in enumerate(found) if not any(_alike(by, other, weight) for other in found[:i])]
+    unique = [by for i, by in enumerate(found) if not any(_is_similar(by, other, weight) for other in found[:i])]
     return [*unique, _ONE] if weight.ndim < 2 or not unique else unique
 
 
-def _alike(one: Tensor, other: Tensor, weight: Tensor) -> bool:
+def _is_similar(one: Tensor, other: Tensor, weight: Tensor) -> bool:
     return torch.equal(one.expand(weight.shape), other.expand(weight.shape))
 
 
-def _same(found: Tensor, wanted: Tensor) -> bool:
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).abs().max() <= _NEAR * wanted.abs().max())

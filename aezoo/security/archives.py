@@ -30,7 +30,7 @@ def unpacked_size(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def inside_their_folder() -> Iterator[None]:
+def safe_extraction() -> Iterator[None]:
     """Inside this context tarfile unpacks nothing outside its folder, no devices and no links that leave it.
 
     torchvision unpacks without a filter; before Python 3.14, tarfile then follows `../` and absolute paths.
@@ -44,6 +44,6 @@ def inside_their_folder() -> Iterator[None]:
             tarfile.TarFile.extraction_filter = before
 
 
-def component(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name as one component of a path: letters, digits, `_`, `-`, `+`, `=`, inner dots; never empty, `.` or `..`."""
     return re.sub(r"[^\w.+=-]", "_", name).strip(".")[:100] or "run"

@@ -30,7 +30,7 @@ PACKAGES = (
     "lightning.fabric.plugins",
 )
 # modules that start runs or processes; users call them, but a file must not name them
-_CLOSED = ("aezoo.cli", "aezoo.cli.lightning_cli", "aezoo.security", "aezoo.testing")
+_DENIED_MODULES = ("aezoo.cli", "aezoo.cli.lightning_cli", "aezoo.security", "aezoo.testing")
 _GROUPS = ("aezoo.models", "aezoo.data")
 _opened: set[str] = set()
 
@@ -54,7 +54,7 @@ def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             value = rest.pop(0) if rest else ""
         allowed.append(value)
     for name in allowed:
-        if not _dotted(name) or name.partition(".")[0] == "jsonargparse":
+        if not _is_dotted_name(name) or name.partition(".")[0] == "jsonargparse":
             raise AezooError(f"{FLAG} takes an importable package such as my_package, got {name!r}")
     return kept, allowed
 
@@ -85,7 +85,7 @@ def typed_class(path: str, base: type) -> str:
 
 def is_class_path(text: str) -> bool:
     """Whether a word after `--model` is a dotted path and not a name, a file or inline YAML."""
-    return "." in text and _dotted(text) and not Path(text).exists()
+    return "." in text and _is_dotted_name(text) and not Path(text).exists()
 
 
 def enforce(allowed: Iterable[str] = ()) -> None:
@@ -106,7 +106,7 @@ def enforce(allowed: Iterable[str] = ()) -> None:
     # the most specific entry decides, so an old entry below a new one must be allowed like the new one
     valid = {entry for entry in _opened if any(f"{entry}.".startswith(f"{root}.") for root in opened)}
     set_parsing_settings(
-        import_path_denylist=["*", *sorted(_opened - valid), *_CLOSED],
+        import_path_denylist=["*", *sorted(_opened - valid), *_DENIED_MODULES],
         import_path_allowlist=sorted(valid),
         instantiate_subclass_spec_in_any=False,
         config_read_mode_urls_enabled=False,
@@ -125,5 +125,5 @@ def refusal(path: str, entry: str) -> str:
     return f"{path} is not run: {rule}, and never {entry} unless you add {FLAG} {path}"
 
 
-def _dotted(text: str) -> bool:
+def _is_dotted_name(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))

@@ -7,7 +7,7 @@ from aezoo.errors import AezooError
 MAX_VALUES, MAX_DEPTH, MAX_TEXT = 10_000, 8, 10_000
 
 
-def plain(values: object, what: str) -> dict[str, Any]:
+def check_plain(values: object, what: str) -> dict[str, Any]:
     """A copy of a dict of names to plain values: numbers, strings, None, and lists, tuples and dicts of these.
 
     The copy is complete, so a value that is referenced several times counts each time.

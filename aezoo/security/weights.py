@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from aezoo.errors import AezooError
 
 
-def tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Tensor]:
+def check_tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Tensor]:
     """The weights, after checking that each is a named tensor with all the memory that its shape needs.
 
     Args:
@@ -40,7 +40,7 @@ def tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Te
 
 
 @contextlib.contextmanager
-def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+def limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Stop building a model inside this context once it has far more parameters than the weights for it."""
     most = 2 * sum(weight.numel() for weight in weights.values()) + 10**7
     thread, left = threading.get_ident(), [most, 10 * len(weights) + 10_000]

@@ -125,7 +125,7 @@ class Rollback:
     def record(self, loss: Any, batch_idx: int) -> bool:
         """Record the current, trusted step with this loss; return False if it cannot be trusted."""
         plan = self._loop.plan
-        if self._unchecked is None or plan is None or loss is None or not plan.guard.passes_loss(loss):
+        if self._unchecked is None or plan is None or loss is None or not plan.guard.is_finite_loss(loss):
             return False
         if self._step is None or self._copy is None or self._step.groups is not self._copy.groups:
             return False  # it changes more than was copied

@@ -472,8 +472,10 @@ class FastLoop(_TrainingEpochLoop):
         """Call the guard's hooks from here on, unless the step passes."""
         plan = self.planned
         loss, known = output.get("loss"), self._norm is not None and math.isfinite(self._norm)
-        passes = loss is not None and (guard.passes_loss(loss) if known else guard.passes(loss, plan.optimizer))
-        self._calls_guard_hooks = not passes
+        is_finite_step = loss is not None and (
+            guard.is_finite_loss(loss) if known else guard.is_finite_step(loss, plan.optimizer)
+        )
+        self._calls_guard_hooks = not is_finite_step
         if self._calls_guard_hooks and loss is not None:
             guard.on_before_backward(self.trainer, plan.module, loss)
 

@@ -11,14 +11,14 @@ from aezoo.bases.multimodal import Multimodal
 from aezoo.data.classes import UNLABELLED
 from aezoo.metrics.coherence import CrossCoherence, JointCoherence
 from aezoo.tasks.embed_codes import choose_rows, fit_probe
-from aezoo.tasks.output import Row
+from aezoo.tasks.result_store import Row
 from aezoo.tasks.samples import Samples
 
 Array = npt.NDArray[Any]
 
 _FOLDS = 5
 # most samples that classifiers learn from, and number of samples drawn from the prior
-_MOST, _DRAWN = 2000, 1000
+_MAX_SAMPLES, _MAX_DRAWN = 2000, 1000
 
 
 def coherence(model: Multimodal, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
@@ -37,35 +37,41 @@ def coherence(model: Multimodal, samples: Samples, x_hat: Array, seed: int, batc
     """
     y = np.asarray(samples.y)
     known = np.flatnonzero(y != UNLABELLED)
-    rows = known[choose_rows(len(known), _MOST, seed)]
+    rows = known[choose_rows(len(known), _MAX_SAMPLES, seed)]
     x = samples.rows(torch.from_numpy(rows))
     whole = ~x.isnan().flatten(1).any(1)  # classifiers do not accept NaN
     x, rows = x[whole], rows[whole.numpy()]
-    y, made = y[rows], torch.from_numpy(np.asarray(x_hat[rows]))
+    y, generated = y[rows], torch.from_numpy(np.asarray(x_hat[rows]))
     k = int(y.max(initial=0)) + 1
     folds = np.random.default_rng(seed).permutation(len(y)) % _FOLDS
     if len(y) < _FOLDS or any(len(np.unique(y[folds != fold])) < 2 for fold in range(_FOLDS)):
         return []
-    crossed, of_real, alike = CrossCoherence(len(model.sizes)), CrossCoherence(len(model.sizes)), JointCoherence()
+    cross_coherence, real_accuracy, joint_coherence = (
+        CrossCoherence(len(model.sizes)),
+        CrossCoherence(len(model.sizes)),
+        JointCoherence(),
+    )
     for fold in range(_FOLDS):
-        new = torch.from_numpy(folds == fold)
-        probes = [fit_probe(_flat(part), y[~new.numpy()]) for part in model.split(x[~new])]
-        given = torch.from_numpy(y[new.numpy()])
-        crossed.update(_logits(probes, model, made[new], k), given)
-        of_real.update(_logits(probes, model, x[new], k), given)
-        alike.update(_logits(probes, model, x[new], k))
+        generated_samples = torch.from_numpy(folds == fold)
+        probes = [fit_probe(_flat(part), y[~generated_samples.numpy()]) for part in model.split(x[~generated_samples])]
+        given = torch.from_numpy(y[generated_samples.numpy()])
+        cross_coherence.update(_logits(probes, model, generated[generated_samples], k), given)
+        real_accuracy.update(_logits(probes, model, x[generated_samples], k), given)
+        joint_coherence.update(_logits(probes, model, x[generated_samples], k))
     common = float(np.bincount(y).max() / len(y))
     found: list[Row] = [
         {"part": str(i), "coherence": float(a), "of real parts": float(b), "most common class": common}
-        for i, (a, b) in enumerate(zip(*(m.compute().reshape(-1) for m in (crossed, of_real)), strict=True))
+        for i, (a, b) in enumerate(
+            zip(*(m.compute().reshape(-1) for m in (cross_coherence, real_accuracy)), strict=True)
+        )
     ]
     if model.has_prior:
         probes, joint = [fit_probe(_flat(part), y) for part in model.split(x)], JointCoherence()
-        for start in range(0, _DRAWN, batch_size):
-            drawn = model.sample(min(batch_size, _DRAWN - start)).float().cpu()
+        for start in range(0, _MAX_DRAWN, batch_size):
+            drawn = model.sample(min(batch_size, _MAX_DRAWN - start)).float().cpu()
             joint.update(_logits(probes, model, drawn, k))
         found.append({"part": "all, of the prior", "coherence": float(joint.compute()),
-                      "of real parts": float(alike.compute())})  # fmt: skip
+                      "of real parts": float(joint_coherence.compute())})  # fmt: skip
     return found
 
 

@@ -10,12 +10,12 @@ from aezoo.distributions.likelihoods import Bernoulli
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import save_model
 from aezoo.registry import name_of
-from aezoo.tasks.codec import indices, lossless, lossy, machine, tables
-from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, most_in_piece
-from aezoo.tasks.codec.job import Compression, Job
+from aezoo.tasks.codec import indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec.compression import Compression, CompressionRun
+from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, max_samples_per_frame
 from aezoo.tasks.codec.levels import reason, to_levels
-from aezoo.tasks.output import Store
-from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.result_store import Store
+from aezoo.tasks.samples import Samples, evaluation_mode
 
 MODES = ("auto", "lossless", "lossy")
 _QUALITY = 3.0
@@ -75,43 +75,43 @@ def compress(
         quality = model.quality if isinstance(model, EntropyCoded) and model.max_quality else _QUALITY
     qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
     _check(mode, qualities, steps, precision, batch_size)
-    tables.stream()
-    samples = Samples.of(x).check(model)
-    fit = None if fit_on is None else Samples.of(fit_on, "train")
+    tables.constriction_stream()
+    samples = Samples.from_data(x).check(model)
+    fit = None if fit_on is None else Samples.from_data(fit_on, "train")
     if binarise:
-        samples, fit = _binary(samples, model), None if fit is None else _binary(fit, model)
+        samples, fit = _binarised(samples, model), None if fit is None else _binarised(fit, model)
     mode = _mode(mode, model, samples)
-    block = min(batch_size, most_in_piece(model.input_shape))
-    with Store(out) as store, machine.steady(threads) as running, at_work(model, seed):
-        fingerprint = machine.fingerprint(model)
-        header = {"model": machine.name(model), "fingerprint": fingerprint, "n": len(samples),
+    block = min(batch_size, max_samples_per_frame(model.input_shape))
+    with Store(out) as store, reproducibility.deterministic_kernels(threads) as running, evaluation_mode(model, seed):
+        fingerprint = reproducibility.fingerprint(model)
+        header = {"model": reproducibility.model_name(model), "fingerprint": fingerprint, "n": len(samples),
                   "shape": model.input_shape, "code_shape": tuple(model.code_shape), "block": block,
-                  "threads": running, "seed": seed} | machine.describe(model)  # fmt: skip
-        job = Job(model, samples, header, store, block, seed, "compress" if progress else "")
+                  "threads": running, "seed": seed} | reproducibility.describe_device(model)  # fmt: skip
+        job = CompressionRun(model, samples, header, store, block, seed, "compress" if progress else "")
         if mode == "lossless":
-            found = job.code_lossless(precision, compare)
-        elif indices.mode_of(model) == "learned":
-            found = job.code_learned(qualities, compare, fit)
-        elif indices.mode_of(model) != "lossy":
-            found = job.code_indices(qualities, compare, fit)
+            result = job.code_lossless(precision, compare)
+        elif indices.lossy_mode(model) == "learned":
+            result = job.code_learned(qualities, compare, fit)
+        elif indices.lossy_mode(model) != "lossy":
+            result = job.code_indices(qualities, compare, fit)
         else:
-            found = job.code_lossy(qualities, steps, compare, fit)
-        keep_model(model, fingerprint, store)
-    return found
+            result = job.code_lossy(qualities, steps, compare, fit)
+        store_model(model, fingerprint, store)
+    return result
 
 
-def keep_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
+def store_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
     """Save the model beside its files, which only it can decode: further training of its run overwrites the weights."""
     # a class that is not registered is its owner's to keep
     if store.folder is not None and name_of(type(model)) is not None:
-        store.files.append(save_model(model, store.folder / machine.model_folder(fingerprint)))
+        store.files.append(save_model(model, store.folder / reproducibility.model_folder(fingerprint)))
 
 
 def _mode(mode: str, model: Autoencoder, samples: Samples) -> str:
     if mode == "lossy":
         return mode
     try:
-        chain = lossless.chain_of(model)
+        chain = lossless.latent_chain(model)
         if to_levels(samples.rows(range(min(len(samples), 1024))), chain.levels) is None:
             raise AezooError(reason(chain.levels))
     except AezooError:
@@ -121,18 +121,18 @@ def _mode(mode: str, model: Autoencoder, samples: Samples) -> str:
     return "lossless"
 
 
-class _Binary(Samples):
+class _BinarySamples(Samples):
     """Samples of which values above 0.5 count as one."""
 
     def _as_float(self, x: Tensor) -> Tensor:
         return (super()._as_float(x) > 0.5).float()
 
 
-def _binary(samples: Samples, model: Autoencoder) -> Samples:
+def _binarised(samples: Samples, model: Autoencoder) -> Samples:
     if not isinstance(model.likelihood, Bernoulli):
         raise AezooError("binarise is for models with likelihood bernoulli: leave it out")
     kept = samples.class_names, samples.name, samples.num_workers
-    return _Binary(samples.dataset, samples.levels, samples.scaling, *kept)
+    return _BinarySamples(samples.dataset, samples.levels, samples.scaling, *kept)
 
 
 def _check(mode: str, qualities: tuple[float, ...], steps: str, precision: int, batch_size: int) -> None:

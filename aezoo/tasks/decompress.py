@@ -19,12 +19,12 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import indices, learned, lossless, lossy, machine, tables
-from aezoo.tasks.codec.autoregressive import Advance, Autoregressive
+from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import Frame, Header, Reader
-from aezoo.tasks.output import Store
-from aezoo.tasks.samples import at_work, like
-from aezoo.tasks.samples import progress as bar
+from aezoo.tasks.result_store import Store
+from aezoo.tasks.samples import evaluation_mode, reference_tensor
+from aezoo.tasks.samples import progress_bar as bar
 
 KINDS = ("npy", "png")
 
@@ -83,57 +83,59 @@ def decompress(
     """
     if kind not in KINDS:
         raise AezooError(f"kind is {kind!r}: take one of {', '.join(KINDS)}")
-    tables.stream()
+    tables.constriction_stream()
     reader = Reader(file, max_bytes)
     header = reader.header
     _check_model(model, header, file, strict or header.mode == "lossless")
     if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
         raise AezooError(f"samples of shape {header.shape} are no pictures: take kind npy")
-    with Store(out) as store, machine.steady(threads or header.threads), at_work(model):
+    with Store(out) as store, reproducibility.deterministic_kernels(threads or header.threads), evaluation_mode(model):
         dtype = np.uint8 if header.mode == "lossless" else np.float32
         shape = (header.n, *header.shape)
-        with _refusing(reader):
+        with _one_line_errors(reader):
             x = store.array("samples", shape, dtype) if kind == "npy" else np.empty(shape, dtype)
         start, same = 0, True
         with bar("decompress" if progress else "", header.n) as advance:
-            for part, exact in _parts(model, reader, strict, advance):
+            for part, exact in _decode_parts(model, reader, strict, advance):
                 x[start : start + len(part)] = part
                 start, same = start + len(part), same and exact
                 if header.mode != "prior":  # whose work is done token by token
                     advance(len(part))
         if kind == "png":
-            _pictures(store, x)
+            _write_images(store, x)
     return Decompression(x, header.mode, same, store.files)
 
 
 def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> None:
-    own = machine.fingerprint(model)
-    if header.fingerprint != own:
+    fingerprint = reproducibility.fingerprint(model)
+    if header.fingerprint != fingerprint:
         raise AezooError(
             f"{file} was written with another model ({header.model} {header.fingerprint[:8]}, this is "
-            f"{machine.name(model)} {own[:8]}): give --ckpt_path "
-            f"{Path(file).parent / machine.model_folder(header.fingerprint)}, where compress has put that one"
+            f"{reproducibility.model_name(model)} {fingerprint[:8]}): give --ckpt_path "
+            f"{Path(file).parent / reproducibility.model_folder(header.fingerprint)}, where compress has put that one"
         )
     if header.shape != model.input_shape or header.code_shape != tuple(model.code_shape):
         raise AezooError(f"{file} is refused: its samples have shape {header.shape}, the model's {model.input_shape}")
-    if header.mode not in ("lossless", "lossy", *_written_by(model)):
-        raise AezooError(f"{file} is refused: it holds {header.mode}, and {machine.name(model)} has no such thing")
-    here = machine.describe(model)
-    if exact and (header.device, header.dtype) != (here["device"], here["dtype"]):
+    if header.mode not in ("lossless", "lossy", *_readable_modes(model)):
         raise AezooError(
-            f"{file} was written on {header.device} in {header.dtype}, and the model is on {here['device']} in "
-            f"{here['dtype']}, which rounds differently: give --device {header.device}"
+            f"{file} is refused: it holds {header.mode}, and {reproducibility.model_name(model)} has no such thing"
+        )
+    current = reproducibility.describe_device(model)
+    if exact and (header.device, header.dtype) != (current["device"], current["dtype"]):
+        raise AezooError(
+            f"{file} was written on {header.device} in {header.dtype}, and the model is on {current['device']} in "
+            f"{current['dtype']}, which rounds differently: give --device {header.device}"
             + (", or --strict false" if header.mode != "lossless" else "")
         )
 
 
-def _written_by(model: Autoencoder) -> tuple[str, ...]:
+def _readable_modes(model: Autoencoder) -> tuple[str, ...]:
     """The modes that a model's own code may have; files from before it had a prior use tables."""
-    mode = indices.mode_of(model)
+    mode = indices.lossy_mode(model)
     return ("indices", "prior") if mode == "prior" else (mode,)
 
 
-def _parts(
+def _decode_parts(
     model: Autoencoder, reader: Reader, strict: bool, advance: Advance
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     """The samples in parts, and whether they equal those decoded when the file was written."""
@@ -149,30 +151,34 @@ def _parts(
 
 def _lossless(model: Autoencoder, reader: Reader) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     header = reader.header
-    chain = lossless.chain_of(model)
+    chain = lossless.latent_chain(model)
     if chain.levels != header.levels:
         raise AezooError(f"{reader.path} is refused: {header.levels} levels, and the model has {chain.levels}")
-    key = lossless.seed_of(header.fingerprint, header.seed)
-    coder = lossless.BitsBack(chain, like(model), header.block, header.precision, key)
+    key = lossless.initial_seed(header.fingerprint, header.seed)
+    coder = lossless.BitsBack(chain, reference_tensor(model), header.block, header.precision, key)
     for frame in reader.frames:
         words = tables.from_bytes(reader.payload(frame))
-        with _refusing(reader):
+        with _one_line_errors(reader):
             levels = coder.decode(words, frame.n)
         if levels is None or hashlib.sha256(levels.tobytes()).digest() != frame.digest:
-            raise AezooError(_other(reader, "samples"))
+            raise AezooError(_mismatch(reader, "samples"))
         yield levels * np.uint8(255 // (header.levels - 1)), True
 
 
 def _lossy(model: Autoencoder, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     first, *frames = reader.frames
-    with _refusing(reader):
+    with _one_line_errors(reader):
         codec = lossy.Codec.from_bytes(reader.payload(first), math.prod(reader.header.code_shape))
     block = reader.header.block
     for frame in frames:
-        with _refusing(reader):
+        with _one_line_errors(reader):
             symbols = codec.decode(reader.payload(frame), frame.n)
         yield from _outputs(
-            reader, frame, symbols, lambda part: machine.decode(model, codec.quantiser.codes(part), block), strict
+            reader,
+            frame,
+            symbols,
+            lambda part: reproducibility.decode_codes(model, codec.quantiser.codes(part), block),
+            strict,
         )
 
 
@@ -180,22 +186,25 @@ def _indices(
     model: DiscreteAutoencoder, reader: Reader, strict: bool, advance: Advance
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     block, frames = reader.header.block, reader.frames
-    coder: indices.Tabled | Autoregressive
+    coder: indices.TableCoder | AutoregressiveCoder
     if reader.header.mode == "prior":
-        coder = Autoregressive(model, block, advance)
+        coder = AutoregressiveCoder(model, block, advance)
     else:
         first, *frames = frames
-        with _refusing(reader):
-            coder = indices.Tabled.from_bytes(reader.payload(first), indices.codebooks_of(model))
+        with _one_line_errors(reader):
+            coder = indices.TableCoder.from_bytes(reader.payload(first), indices.model_codebooks(model))
     decode = functools.partial(indices.decode, model, block=block)
-    return _coded(reader, frames, coder, "indices", decode, strict)
+    return _decode_frames(reader, frames, coder, "indices", decode, strict)
 
 
 def _learned(model: EntropyCoded, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     block = reader.header.block
-    with learned.at_quality(model, reader.header.quality):
-        coder, decode = learned.Learned(model, block), functools.partial(learned.decode, model, block=block)
-        yield from _coded(reader, reader.frames, coder, "whole numbers", decode, strict)
+    with entropy_model.at_quality(model, reader.header.quality):
+        coder, decode = (
+            entropy_model.EntropyModelCoder(model, block),
+            functools.partial(entropy_model.decode, model, block=block),
+        )
+        yield from _decode_frames(reader, reader.frames, coder, "whole numbers", decode, strict)
 
 
 class _Decoder(Protocol):
@@ -204,16 +213,16 @@ class _Decoder(Protocol):
     def decode(self, content: bytes, n: int, /) -> Any: ...
 
 
-def _coded(
+def _decode_frames(
     reader: Reader, frames: list[Frame], coder: _Decoder, what: str, decode: Callable[[Any], Any], strict: bool
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     """The outputs of frames of integers, a model's own code."""
     for frame in frames:
-        with _refusing(reader):
-            found = coder.decode(reader.payload(frame), frame.n)
-        if found is None:
-            raise AezooError(_other(reader, what))
-        yield from _outputs(reader, frame, found, decode, strict)
+        with _one_line_errors(reader):
+            symbols = coder.decode(reader.payload(frame), frame.n)
+        if symbols is None:
+            raise AezooError(_mismatch(reader, what))
+        yield from _outputs(reader, frame, symbols, decode, strict)
 
 
 def _outputs(
@@ -224,16 +233,18 @@ def _outputs(
     block = reader.header.block
     for start in range(0, frame.n, block):
         parts.append(decode(symbols[start : start + block]))
-        digest.update(machine.raw(parts[-1]))
+        digest.update(reproducibility.little_endian_bytes(parts[-1]))
     same = digest.digest() == frame.digest
     if strict and not same:
-        raise AezooError(f"{_other(reader, 'outputs')}, or accept outputs that differ by rounding with --strict false")
+        raise AezooError(
+            f"{_mismatch(reader, 'outputs')}, or accept outputs that differ by rounding with --strict false"
+        )
     for part in parts:
         yield part, same
 
 
 @contextmanager
-def _refusing(reader: Reader) -> Iterator[None]:
+def _one_line_errors(reader: Reader) -> Iterator[None]:
     """Turn any error into one line: with a correct checksum the file was forged."""
     try:
         yield
@@ -245,14 +256,14 @@ def _refusing(reader: Reader) -> Iterator[None]:
         raise AezooError(f"{reader.path} is refused: {' '.join(str(error).split())[:100]}") from error
 
 
-def _other(reader: Reader, what: str) -> str:
+def _mismatch(reader: Reader, what: str) -> str:
     return (
         f"{reader.path} is refused: its {what} come out differently here, since this machine computes differently "
         f"({torch.__version__}); decode it where it was written ({reader.header.writer})"
     )
 
 
-def _pictures(store: Store, x: npt.NDArray[Any]) -> None:
+def _write_images(store: Store, x: npt.NDArray[Any]) -> None:
     """A PNG for each image of one or three channels."""
     from PIL import Image
 

@@ -16,19 +16,19 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.corruptions import Corruption
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
-from aezoo.tasks.denoisers import MISSING, Filter, best_setting, filters, missing
-from aezoo.tasks.output import Row, Store, fill, table_text
-from aezoo.tasks.samples import Samples, at_work
-from aezoo.tasks.samples import progress as progress_bar
+from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
+from aezoo.tasks.result_store import Row, Store, table_text, write_batch
+from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.seeding import mix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # samples on which the filters' settings are chosen
-_TUNED_ON = 64
+_MAX_TUNING_SAMPLES = 64
 # squares of larger noise overflow float32
-_MOST_NOISE = 1e6
+_MAX_NOISE = 1e6
 
 
 @dataclass
@@ -95,23 +95,25 @@ def denoise(
         raise AezooError(f"n_shown must be at least 0, n_compared and batch_size at least 1, got {n_shown}, "
                          f"{n_compared} and {batch_size}")  # fmt: skip
     noise = corruptions.corruption(corrupt)
-    if noise is not None and noise.amount > _MOST_NOISE:
-        raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MOST_NOISE:g}")
-    samples = Samples.of(x).check(model)
+    if noise is not None and noise.amount > _MAX_NOISE:
+        raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MAX_NOISE:g}")
+    samples = Samples.from_data(x).check(model)
     n = len(samples)
-    with Store(out) as store, at_work(model, seed) as like:
+    with Store(out) as store, evaluation_mode(model, seed) as like:
         x_hat, start = store.array("denoised", (n, *model.input_shape)), 0
         low, high = math.inf, -math.inf
         for batch in samples.batches(batch_size, "denoise" if progress else ""):
             noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)
-            fill(x_hat, start, model(noisy.to(like)))
+            write_batch(x_hat, start, model(noisy.to(like)))
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
             start += len(batch)
         if (low >= 0 and high <= 1) or low == high or model.likelihood.unit_interval:
             low, high = 0.0, 1.0
 
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        compared, tuned_on, shown = (order[:k].sort().values for k in (n_compared, min(n_compared, _TUNED_ON), n_shown))
+        compared, tuned_on, shown = (
+            order[:k].sort().values for k in (n_compared, min(n_compared, _MAX_TUNING_SAMPLES), n_shown)
+        )
         rows: list[Row] = []
         chosen: dict[str, tuple[str, Filter]] = {}
         text = ""
@@ -207,9 +209,11 @@ def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float
 
 def _picture(panels: dict[str, Tensor]) -> "Figure":
     """Rows of samples: original, noisy, output and the best filter's output, if there are any."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    if not drawing.is_image(panels["noisy"].shape[1:]):
-        return drawing.panel_figure([dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)])
-    limits = drawing.value_range(panels.get("original", panels["output"]))
-    return drawing.mosaic_figure([drawing.tiles(part, limits) for part in panels.values()], list(panels))
+    if not plotting.is_image(panels["noisy"].shape[1:]):
+        return plotting.panel_figure(
+            [dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)]
+        )
+    limits = plotting.value_range(panels.get("original", panels["output"]))
+    return plotting.mosaic_figure([plotting.tiles(part, limits) for part in panels.values()], list(panels))

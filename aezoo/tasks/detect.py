@@ -12,11 +12,11 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.detect_labels import Protocol, Reference, about_labels, measure
+from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, p_values
-from aezoo.tasks.output import Row, Store, check_table, fill, table_text
-from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,55 +143,55 @@ def detect(
     detectors += [Baseline(name, features=features or "", **options) for name in others]
 
     protocol = Protocol(normal, anomaly)
-    samples = Samples.of(x, gaps=model.takes_missing).check(model)
+    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
     anomalous = protocol.anomalies(samples)
-    train = Reference.other_split(fit_on, x, "train", protocol, samples)
+    train = Reference.from_split(fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
-    held_out = Reference.other_split(calibrate_on, x, "val", protocol, samples)
+    held_out = Reference.from_split(calibrate_on, x, "val", protocol, samples)
     if quantile is not None and held_out is None:
         raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
                          "calibrate_on, or take contamination")  # fmt: skip
 
     with Store(out) as store:
-        judged = [_judge(detector, samples, train, held_out, quantile) for detector in detectors]
+        results = [_run_detector(detector, samples, train, held_out, quantile) for detector in detectors]
         rows = [
             {"method": detector.name}
-            | ({"note": detector.note} if found is None else measure(found.scores, anomalous) | found.figures())
-            for detector, found in zip(detectors, judged, strict=True)
+            | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
+            for detector, found in zip(detectors, results, strict=True)
         ]
         columns = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
         rows = [{name: row.get(name) for name in columns} for row in rows]
-        first = judged[0]
+        first = results[0]
         assert first is not None  # only baselines may have no scores
-        further = {
+        other_models = {
             detector.name: found
-            for detector, found in zip(detectors[1:], judged[1:], strict=True)
+            for detector, found in zip(detectors[1:], results[1:], strict=True)
             if isinstance(detector, Detector) and found is not None
         }
-        store.table("scores", _score_rows(samples, first, further), table)
+        store.table("scores", _score_rows(samples, first, other_models), table)
         store.table("detect", rows)
-        with at_work(model, seed) as like:
+        with evaluation_mode(model, seed) as like:
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
-                    fill(errors, start, _compared(model, batch, like)[1])
+                    write_batch(errors, start, _reconstruction_errors(model, batch, like)[1])
                     start += len(batch)
             if n_shown and store.folder is not None:
-                strangest = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
-                given = samples.rows(strangest)
-                titles = [f"p {value:.2g}" for value in first.p_values[strangest.numpy()]]
+                top_index = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
+                shown = samples.rows(top_index)
+                titles = [f"p {value:.2g}" for value in first.p_values[top_index.numpy()]]
                 kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
-                store.picture("anomalies", _picture(given, *_compared(model, given, like), titles, kind))
-    itself = train.samples is samples
-    lines = _about_threshold(first, None if itself else train, held_out, contamination, quantile)
-    lines += about_labels(rows, others, train, protocol, anomalous, samples.labels is not None)
+                store.picture("anomalies", _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind))
+    fits_on_itself = train.samples is samples
+    lines = _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
+    lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), store.files
     )
 
 
 @dataclass
-class _Judgement:
+class _DetectorResult:
     """The scores of one detector."""
 
     scores: Scores
@@ -206,13 +206,13 @@ class _Judgement:
         return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())}
 
 
-def _judge(
+def _run_detector(
     detector: Detector | Baseline,
     samples: Samples,
     train: Reference,
     held_out: Reference | None,
     quantile: float | None,
-) -> _Judgement | None:
+) -> _DetectorResult | None:
     detector.fit(train.samples)
     if detector.note:
         return None
@@ -228,21 +228,23 @@ def _judge(
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _Judgement(scores, p, detector.threshold_ if quantile is None else float(np.quantile(reference, quantile)))
+    return _DetectorResult(
+        scores, p, detector.threshold_ if quantile is None else float(np.quantile(reference, quantile))
+    )
 
 
-def _score_rows(samples: Samples, found: _Judgement, others: dict[str, _Judgement]) -> list[Row]:
+def _score_rows(samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult]) -> list[Row]:
     rows: list[Row] = [
-        {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(strange)}
-        for i, (score, p, strange) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True))
+        {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
+        for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True))
     ]
     for name, other in others.items():
         rows = [row | {name: float(score)} for row, score in zip(rows, other.scores, strict=True)]
     return [row | note for row, note in zip(rows, samples.notes, strict=True)]
 
 
-def _about_threshold(
-    found: _Judgement,
+def _threshold_report(
+    found: _DetectorResult,
     train: Reference | None,
     held_out: Reference | None,
     contamination: float,
@@ -265,22 +267,26 @@ def _about_threshold(
     return lines
 
 
-def _compared(model: Autoencoder, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def _reconstruction_errors(model: Autoencoder, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstructions, and how strange each value is: by the model's own map if it has one, else its absolute error."""
     given = x.to(like)
-    output, own = model(given).float().cpu(), getattr(model, "anomaly_map", None)
-    if own is not None:
-        return output, own(given)[:, None].expand_as(given).float().cpu()
+    output, anomaly_map = model(given).float().cpu(), getattr(model, "anomaly_map", None)
+    if anomaly_map is not None:
+        return output, anomaly_map(given)[:, None].expand_as(given).float().cpu()
     return output, (output - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
 
 
 def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str) -> "Figure":
     """The strangest samples, their reconstructions, and how strange each value is."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    if not drawing.is_image(given.shape[1:]):
+    if not plotting.is_image(given.shape[1:]):
         panels = [{"original": x, "output": x_hat, kind: e} for x, x_hat, e in zip(given, output, error, strict=True)]
-        return drawing.panel_figure(panels, titles)
-    limits = drawing.value_range(given)
-    rows = [drawing.tiles(given, limits), drawing.tiles(output, limits), drawing.error_tiles(error, float(error.max()))]
-    return drawing.mosaic_figure(rows, ["strangest", "output", f"{kind}, 0 to {float(error.max()):.2g}"], titles)
+        return plotting.panel_figure(panels, titles)
+    limits = plotting.value_range(given)
+    rows = [
+        plotting.tiles(given, limits),
+        plotting.tiles(output, limits),
+        plotting.error_tiles(error, float(error.max())),
+    ]
+    return plotting.mosaic_figure(rows, ["strangest", "output", f"{kind}, 0 to {float(error.max()):.2g}"], titles)

@@ -25,7 +25,7 @@ from aezoo.nets.blocks.pretrained import cached_weights
 
 RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
 _SIDE = 224
-_MOST_FEATURES = 2**16
+_MAX_FEATURES = 2**16
 _POOLS: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
@@ -33,7 +33,7 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
 }
 
 
-class Frozen(nn.Module):
+class FrozenFeatures(nn.Module):
     """The last activations of a network as vectors, (B, *shape) -> (B, M).
 
     Args:
@@ -65,7 +65,7 @@ class Frozen(nn.Module):
             sides = [math.ceil(side * _SIDE / min(x.shape[2:])) for side in x.shape[2:]]
             x = F.interpolate(x, sides, mode="bilinear", antialias=True)
         found: Tensor = self.net(x)[-1]
-        while found[0].numel() > _MOST_FEATURES and max(found.shape[2:], default=1) > 1:
+        while found[0].numel() > _MAX_FEATURES and max(found.shape[2:], default=1) > 1:
             found = _POOLS[found.ndim - 2](found, [math.ceil(side / 2) for side in found.shape[2:]])
         return found.flatten(1)
 

@@ -12,12 +12,12 @@ from aezoo.data import DataModule
 from aezoo.data.classes import UNLABELLED, describe_classes, label_names
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
-from aezoo.tasks.output import Row
+from aezoo.tasks.result_store import Row
 from aezoo.tasks.samples import Samples
 
 Flags = npt.NDArray[np.bool_]
 # 1 for an anomaly, 0 for a normal sample, UNLABELLED if unknown
-Kinds = npt.NDArray[np.int64]
+AnomalyLabels = npt.NDArray[np.int64]
 
 
 class Protocol:
@@ -31,39 +31,39 @@ class Protocol:
     def __init__(self, normal: str | None, anomaly: str | None) -> None:
         if normal is not None and anomaly is not None:
             raise AezooError("normal and anomaly are both given: name the one normal class or the one anomalous class")
-        self.named = anomaly if normal is None else normal
+        self.class_name = anomaly if normal is None else normal
         self.normal_is_named = normal is not None
 
     def __str__(self) -> str:
         if self.normal_is_named:
-            return f"one-vs-rest: {self.named} is normal, all other classes are anomalies"
-        return f"leave-one-out: {self.named} is the anomaly, all other classes are normal"
+            return f"one-vs-rest: {self.class_name} is normal, all other classes are anomalies"
+        return f"leave-one-out: {self.class_name} is the anomaly, all other classes are normal"
 
-    def anomalies(self, samples: Samples) -> Kinds | None:
+    def anomalies(self, samples: Samples) -> AnomalyLabels | None:
         """Which samples are anomalies, (N,); None if no class is named.
 
         Raises:
             AezooError: there are no labels, or none of the named class.
         """
-        if self.named is None:
+        if self.class_name is None:
             return None
         known = _classes(samples)
         if known is None:
             raise AezooError(f"{samples.name} has no labels to say what normal and anomaly mean: drop these, or give "
                              "samples with labels")  # fmt: skip
         classes, labelled = known
-        if not (classes[labelled] == str(self.named)).any():
-            there = describe_classes(classes[labelled])
-            raise AezooError(f"no sample of {samples.name} has the label {self.named!r}: it has {there}")
-        return np.where(labelled, (classes == str(self.named)) != self.normal_is_named, UNLABELLED)
+        if not (classes[labelled] == str(self.class_name)).any():
+            classes_text = describe_classes(classes[labelled])
+            raise AezooError(f"no sample of {samples.name} has the label {self.class_name!r}: it has {classes_text}")
+        return np.where(labelled, (classes == str(self.class_name)) != self.normal_is_named, UNLABELLED)
 
-    def normal_places(self, samples: Samples) -> npt.NDArray[np.int64]:
+    def normal_indices(self, samples: Samples) -> npt.NDArray[np.int64]:
         """The indices of samples that are normal by their labels; all of them without labels."""
-        known = None if self.named is None else _classes(samples)
+        known = None if self.class_name is None else _classes(samples)
         if known is None:
             return np.arange(len(samples))
         classes, labelled = known
-        normal = np.flatnonzero(labelled & ((classes == str(self.named)) == self.normal_is_named))
+        normal = np.flatnonzero(labelled & ((classes == str(self.class_name)) == self.normal_is_named))
         if not len(normal):
             raise AezooError(f"{samples.name} holds no normal samples, {self}: give others to fit and calibrate on")
         return normal
@@ -84,22 +84,22 @@ class Reference:
     n_left_out: int
 
     @classmethod
-    def other_split(cls, given: Any, x: Any, split: Stage, protocol: Protocol, judged: Samples) -> "Reference | None":
+    def from_split(cls, given: Any, x: Any, split: Stage, protocol: Protocol, scored: Samples) -> "Reference | None":
         """`given`, or else a split of x if that is a DataModule, or else None."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:
             return None
-        everything = Samples.of(given, split)
-        normal = protocol.normal_places(everything)
-        samples = everything if len(normal) == len(everything) else everything.subset(torch.from_numpy(normal))
-        own = normal if everything.dataset is judged.dataset else normal[:0]
-        labels = everything.labels
-        unlabelled = 0 if labels is None or len(normal) == len(everything) else int((labels == UNLABELLED).sum())
-        return cls(samples, own, len(everything) - len(normal) - unlabelled)
+        split_samples = Samples.from_data(given, split)
+        normal = protocol.normal_indices(split_samples)
+        samples = split_samples if len(normal) == len(split_samples) else split_samples.subset(torch.from_numpy(normal))
+        own = normal if split_samples.dataset is scored.dataset else normal[:0]
+        labels = split_samples.labels
+        unlabelled = 0 if labels is None or len(normal) == len(split_samples) else int((labels == UNLABELLED).sum())
+        return cls(samples, own, len(split_samples) - len(normal) - unlabelled)
 
 
-def measure(scores: npt.NDArray[Any], anomalous: Kinds | Flags | None) -> dict[str, float | None]:
+def ranking_metrics(scores: npt.NDArray[Any], anomalous: AnomalyLabels | Flags | None) -> dict[str, float | None]:
     """Area under the ROC curve and average precision; None without anomalies or without normal samples."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -114,21 +114,21 @@ def measure(scores: npt.NDArray[Any], anomalous: Kinds | Flags | None) -> dict[s
     }
 
 
-def about_labels(
+def label_report(
     rows: list[Row],
     baselines: Collection[str],
     train: Reference,
     protocol: Protocol,
-    anomalous: Kinds | None,
+    anomalous: AnomalyLabels | None,
     labelled: bool,
 ) -> list[str]:
     """The samples behind AUROC and AUPR, in words, and whether a baseline is best."""
     if anomalous is None:
         hint = "AUROC and AUPR need to know what an anomaly is: give normal or anomaly, as in --normal CLASS"
         return [hint] if labelled else []
-    kinds = anomalous[anomalous != UNLABELLED]
-    lines = [f"{protocol}: {int(kinds.sum()):,} of {len(kinds):,} samples are anomalies"]
-    if unlabelled := len(anomalous) - len(kinds):
+    anomaly_labels = anomalous[anomalous != UNLABELLED]
+    lines = [f"{protocol}: {int(anomaly_labels.sum()):,} of {len(anomaly_labels):,} samples are anomalies"]
+    if unlabelled := len(anomalous) - len(anomaly_labels):
         lines[0] += f"; {unlabelled:,} without a label are left out of AUROC and AUPR"
     if train.n_left_out:
         lines.append(f"{train.n_left_out:,} anomalies among the training samples are left out here; if the model was "

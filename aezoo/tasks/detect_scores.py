@@ -33,21 +33,21 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.tasks.detect_svdd import DeepSVDD, Tuning
+from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
 
 Scores = npt.NDArray[np.float64]
 
 SCORES = ("nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "deep_svdd")
 # a matrix of so many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
-_MOST_FEATURES = 2**12
+_MAX_FEATURES = 2**12
 # features of training samples, and values of copies of a sample, that are held at a time: at most 512 MiB
-_MOST_VALUES = 2**26
+_MAX_VALUES = 2**26
 
 
 class Scorer(Protocol):
     """One score of a model."""
 
-    def most_samples(self, x: Tensor) -> int | None:
+    def max_samples(self, x: Tensor) -> int | None:
         """The most training samples that it can use, given one of them, (1, *shape); None without limit."""
         ...
 
@@ -59,12 +59,12 @@ class Scorer(Protocol):
         """Scores of a batch, (B, *shape) -> (B,)."""
         ...
 
-    def left_out(self, scores: Scores) -> Scores:
+    def leave_one_out(self, scores: Scores) -> Scores:
         """Scores of the samples it was fitted on, as if each had been left out of the fit."""
         ...
 
 
-def scorer(model: Autoencoder, name: str, n_draws: int, tuning: Tuning | None = None, title: str = "") -> Scorer:
+def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | None = None, title: str = "") -> Scorer:
     """A score by its name.
 
     Args:
@@ -80,28 +80,28 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: Tuning | None = 
     kind = type(model).__name__
     match name:
         case "nll":
-            return Plain(model.score)
+            return FunctionScorer(model.score)
         case "mse":
-            return Plain(lambda x: (model(x) - x).square().flatten(1).mean(1))
+            return FunctionScorer(lambda x: (model(x) - x).square().flatten(1).mean(1))
         case "elbo":
-            return Plain(partial(_negative_elbo, model, n_draws))
+            return FunctionScorer(partial(_negative_elbo, model, n_draws))
         case "iwae":
             log_likelihood = getattr(model, "log_likelihood", None)
             if log_likelihood is None:
                 raise AezooError(f"iwae needs a model with a log_likelihood, such as vae, not {kind}: take nll or nap")
-            return Plain(lambda x: -log_likelihood(x, n_draws))
+            return FunctionScorer(lambda x: -log_likelihood(x, n_draws))
         case "mahalanobis":
             return Mahalanobis(lambda x: model.encode(x).flatten(1), "mahalanobis")
         case "sap":
-            return Plain(lambda x: pathway(model, x).square().sum(1))
+            return FunctionScorer(lambda x: pathway(model, x).square().sum(1))
         case "nap":
             return Mahalanobis(partial(pathway, model), "nap")
         case "deep_svdd":
-            return DeepSVDD(model, tuning or Tuning(), title)
+            return DeepSVDD(model, tuning or SVDDSettings(), title)
     raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")
 
 
-class Plain:
+class FunctionScorer:
     """A score that needs no training samples.
 
     Args:
@@ -111,7 +111,7 @@ class Plain:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
 
-    def most_samples(self, x: Tensor) -> int | None:
+    def max_samples(self, x: Tensor) -> int | None:
         return None
 
     def fit(self, batches: Iterable[Tensor], n: int) -> None:
@@ -120,7 +120,7 @@ class Plain:
     def __call__(self, x: Tensor) -> Tensor:
         return self._function(x)
 
-    def left_out(self, scores: Scores) -> Scores:
+    def leave_one_out(self, scores: Scores) -> Scores:
         return scores
 
 
@@ -143,9 +143,9 @@ class Mahalanobis:
     def __init__(self, features: Callable[[Tensor], Tensor], name: str) -> None:
         self._features, self._name = features, name
 
-    def most_samples(self, x: Tensor) -> int | None:
+    def max_samples(self, x: Tensor) -> int | None:
         m = self._features(x).shape[1]
-        return None if m <= _MOST_FEATURES else max(2, min(_MOST_FEATURES // 2, _MOST_VALUES // m))
+        return None if m <= _MAX_FEATURES else max(2, min(_MAX_FEATURES // 2, _MAX_VALUES // m))
 
     def fit(self, batches: Iterable[Tensor], n: int) -> None:
         self._n = n
@@ -195,7 +195,7 @@ class Mahalanobis:
             h_B += (centred_BM.square().sum(1) - along_BR.square().sum(1)).clamp(min=0) / self._floor
         return self._scale * h_B
 
-    def left_out(self, scores: Scores) -> Scores:
+    def leave_one_out(self, scores: Scores) -> Scores:
         """By the formula of Sherman and Morrison, without n fits.
 
         Without sample i the mean moves away from it by the factor n / (n - 1), and the sum of squares loses
@@ -214,7 +214,7 @@ class Mahalanobis:
 
 def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
     """-ELBO of each sample: `loss` gives means over a batch, so each sample is a batch of its own of n_draws copies."""
-    most = max(1, _MOST_VALUES // x[0].numel())
+    most = max(1, _MAX_VALUES // x[0].numel())
     scores = at_least_float32(x).new_zeros(len(x))
     for i, sample in enumerate(x):
         for start in range(0, n_draws, most):
@@ -229,11 +229,11 @@ def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
 
 def pathway(model: Autoencoder, x: Tensor) -> Tensor:
     """d(x), how far x and its reconstruction are apart in each layer of the encoder, (B, *shape) -> (B, M)."""
-    pairs = zip(hidden(model, x), hidden(model, model(x)), strict=True)
+    pairs = zip(hidden_activations(model, x), hidden_activations(model, model(x)), strict=True)
     return torch.cat([(h.float() - h_hat.float()).flatten(1) for h, h_hat in pairs], dim=1)
 
 
-def hidden(model: Autoencoder, x: Tensor) -> list[Tensor]:
+def hidden_activations(model: Autoencoder, x: Tensor) -> list[Tensor]:
     """h_0(x) = x, the output of each layer of the encoder, and the code; activations count to the layer before them."""
     layers: list[Tensor] = []
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.detect_features import Frozen
+from aezoo.tasks.detect_deep_svdd import SVDDSettings
+from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detect_scores import Scores, scorer
-from aezoo.tasks.detect_svdd import Tuning
-from aezoo.tasks.samples import Samples, at_work, draw_rows
+from aezoo.tasks.samples import Samples, evaluation_mode, random_rows
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
-_MOST_DRAWS = 10**6
+_MAX_DRAWS = 10**6
 # floats that a baseline holds of the training samples, 1 GiB
-_MOST_VALUES = 2**28
+_MAX_VALUES = 2**28
 # directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
 _FRE_COMPONENTS = 220
 
@@ -71,12 +71,12 @@ class Detector:
     ) -> None:
         if not 0 < contamination <= 0.5:
             raise AezooError(f"contamination is {contamination}: give a share above 0 and of at most 0.5")
-        if not 1 <= n_draws <= _MOST_DRAWS or batch_size < 1:
-            raise AezooError(f"n_draws takes 1 to {_MOST_DRAWS:,}, batch_size 1 or more, got {n_draws}, {batch_size}")
+        if not 1 <= n_draws <= _MAX_DRAWS or batch_size < 1:
+            raise AezooError(f"n_draws takes 1 to {_MAX_DRAWS:,}, batch_size 1 or more, got {n_draws}, {batch_size}")
         self.model, self.score, self.contamination = model, score, contamination
         self.name, self.note, self.fitted_on = score, "", slice(None)
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
-        tuning = Tuning(svdd_epochs, svdd_lr, svdd_nu)
+        tuning = SVDDSettings(svdd_epochs, svdd_lr, svdd_nu)
         self._scorer = scorer(model, score, n_draws, tuning, self._title("epochs"))
 
     def fit(self, X: Any, y: Any = None) -> "Detector":
@@ -84,16 +84,16 @@ class Detector:
 
         Labels y are not used.
         """
-        samples = Samples.of(X, "train", self.model.takes_missing).check(self.model)
+        samples = Samples.from_data(X, "train", self.model.takes_missing).check(self.model)
         n = len(samples)
-        with at_work(self.model, self.seed) as like:
-            most = self._scorer.most_samples(samples.rows([0]).to(like))
-            chosen = draw_rows(n, most, self.seed)
+        with evaluation_mode(self.model, self.seed) as like:
+            most = self._scorer.max_samples(samples.rows([0]).to(like))
+            chosen = random_rows(n, most, self.seed)
             part = samples if len(chosen) == n else samples.subset(chosen)
             batches = part.batches(self.batch_size, self._title("fit"))
             self._scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
-        self.decision_scores_[chosen.numpy()] = self._scorer.left_out(self.decision_scores_[chosen.numpy()])
+        self.decision_scores_[chosen.numpy()] = self._scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
         self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
@@ -102,7 +102,7 @@ class Detector:
         """Scores of samples, larger is stranger, (N,)."""
         if not hasattr(self, "threshold_"):
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
-        return self._scores(Samples.of(X, gaps=self.model.takes_missing).check(self.model))
+        return self._scores(Samples.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for samples above the threshold, 0 for the others, (N,)."""
@@ -124,13 +124,13 @@ class Detector:
     def _scores(self, samples: Samples) -> Scores:
         scores = np.empty(len(samples))
         start = 0
-        with at_work(self.model, self.seed) as like:
+        with evaluation_mode(self.model, self.seed) as like:
             for x in samples.batches(self.batch_size, self._title("scores")):
                 scores[start : start + len(x)] = self._scorer(x.to(like)).cpu().double().numpy()
                 start += len(x)
         if not np.isfinite(scores).all():
-            worst = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise AezooError(f"the score {self.score} of sample {worst} is {scores[worst]}: take another score")
+            max_score = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise AezooError(f"the score {self.score} of sample {max_score} is {scores[max_score]}: take another score")
         return scores
 
     def _title(self, what: str) -> str:
@@ -202,14 +202,14 @@ class Baseline:
         self.features, self.device = features, device
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         self.note = ""
-        self._net: Frozen | None = None
+        self._net: FrozenFeatures | None = None
 
     def fit(self, samples: Samples) -> "Baseline":
         """Learn from samples that are mostly normal."""
         if self.name == "fre":
-            self._net = Frozen(self.features, samples.shape).to(self.device)
-        most = max(2, _MOST_VALUES // self._values(samples.rows([0])).shape[1])
-        chosen = draw_rows(len(samples), min(self.n_fit, most), self.seed)
+            self._net = FrozenFeatures(self.features, samples.shape).to(self.device)
+        most = max(2, _MAX_VALUES // self._values(samples.rows([0])).shape[1])
+        chosen = random_rows(len(samples), min(self.n_fit, most), self.seed)
         self.fitted_on = chosen.numpy()
         parts = samples.subset(chosen).batches(self.batch_size, f"{self.name}: fit" if self.progress else "")
         x = np.concatenate([self._values(part) for part in parts])

@@ -14,20 +14,20 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED, original_labels
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import (
+    check_finite,
     choose_rows,
-    codes_of,
-    finite,
-    has_classes,
+    encode_samples,
+    has_class_labels,
     nearest_codes,
     pca,
-    read_off,
+    probe_accuracies,
+    project_to_plane,
     same_classes,
-    to_plane,
     umap,
 )
-from aezoo.tasks.output import Row, Store, check_table, fill, table_text
-from aezoo.tasks.samples import Samples, at_work
-from aezoo.tasks.samples import progress as progress_bar
+from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import progress_bar as progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +36,10 @@ Array = npt.NDArray[Any]
 
 _METHODS = ("pca", "tsne", "umap")
 # points of the picture: t-SNE takes minutes beyond, and more hide each other
-_MOST_POINTS = 10_000
+_MAX_POINTS = 10_000
 # samples that classifiers see, and raw values in them: on pixels they take minutes beyond
-_MOST_PROBED = 10_000
-_MOST_VALUES = 2**26
+_MAX_PROBE_SAMPLES = 10_000
+_MAX_VALUES = 2**26
 
 
 @dataclass
@@ -113,39 +113,39 @@ def embed(
         AezooError: samples that the model cannot use, values out of range, or a folder that cannot be written.
     """
     _check(method, table, nearest, n_shown, batch_size)
-    samples = Samples.of(x, gaps=model.takes_missing).check(model)
-    train = None if fit_on is None else Samples.of(fit_on, "train", model.takes_missing).check(model)
+    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
+    train = None if fit_on is None else Samples.from_data(fit_on, "train", model.takes_missing).check(model)
     library = samples if train is None else train
     n, kind = len(samples), "parquet" if table == "parquet" else "csv"
     if nearest > len(library):
         raise AezooError(f"nearest is {nearest}, but there are {len(library)} samples to choose from")
     labels = None if samples.labels is None else samples.labels.numpy()
-    with Store(out) as store, at_work(model, seed) as like:
+    with Store(out) as store, evaluation_mode(model, seed) as like:
         shape = (n, *model.code_shape)
         codes = store.array("codes", shape) if table == "npy" else np.empty(shape, np.float32)
         start = 0
         for batch in samples.batches(batch_size, "embed" if progress else ""):
-            fill(codes, start, model.encode(batch.to(like)))
+            write_batch(codes, start, model.encode(batch.to(like)))
             start += len(batch)
-        flat = finite(codes.reshape(n, -1))
+        flat = check_finite(codes.reshape(n, -1))
         notes = samples.notes
         if table == "npz":
-            store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _given(samples)}))
+            store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _samples_text(samples)}))
         elif table != "npy":
             store.table("codes", _code_rows(flat, notes), table)
-        rows = choose_rows(n, _MOST_POINTS, seed)
-        plane = to_plane(flat[rows], method, seed)
+        rows = choose_rows(n, _MAX_POINTS, seed)
+        plane = project_to_plane(flat[rows], method, seed)
         shown = None if labels is None else labels[rows]
         store.table("plane", _plane_rows(rows, plane, notes), kind)
         accuracies: list[Row] = []
         # classifiers say nothing about samples that they have learned from
         new = train is not None and train.dataset is not samples.dataset
-        if train is not None and new and has_classes(samples) and has_classes(train):
+        if train is not None and new and has_class_labels(samples) and has_class_labels(train):
             accuracies = _accuracies(model, train, samples, flat, batch_size, seed, progress)
             store.table("accuracies", accuracies, kind)
         neighbours, distances = np.empty((n, 0), np.int64), np.empty((n, 0))
         if nearest:
-            known = flat if train is None else codes_of(model, train, None, batch_size, seed, progress)[0]
+            known = flat if train is None else encode_samples(model, train, None, batch_size, seed, progress)[0]
             neighbours, distances = nearest_codes(known, flat, nearest)
             store.table("neighbours", _neighbour_rows(neighbours, distances, library), kind)
         if n_shown and store.folder is not None:
@@ -174,7 +174,7 @@ def _accuracies(
 
     All use the same labelled samples of either set, at most 10,000.
     """
-    most = min(_MOST_PROBED, max(100, _MOST_VALUES // math.prod(model.input_shape)))
+    most = min(_MAX_PROBE_SAMPLES, max(100, _MAX_VALUES // math.prod(model.input_shape)))
     y_train, y_test = np.asarray(train.y), same_classes(test, train)
     # -1 is no label, see --data.num_labels
     known, known_test = (np.flatnonzero(y != UNLABELLED) for y in (y_train, y_test))
@@ -183,7 +183,7 @@ def _accuracies(
     if len(np.unique(y_train)) < 2 or not len(y_test):
         return []  # nothing to tell apart
     seen = train.subset(torch.from_numpy(rows))
-    train_codes, test_codes = codes_of(model, seen, None, batch_size, seed, progress)[0], test_codes[test_rows]
+    train_codes, test_codes = encode_samples(model, seen, None, batch_size, seed, progress)[0], test_codes[test_rows]
     raw_train, raw_test = (
         part.rows(torch.from_numpy(chosen)).flatten(1).numpy() for part, chosen in ((train, rows), (test, test_rows))
     )
@@ -196,7 +196,7 @@ def _accuracies(
     with progress_bar("classifiers" if progress else "", len(sets)) as advance:
         found = []
         for name, (a, b) in sets.items():
-            found.append({"features": name, "size": a.shape[1]} | read_off(a, y_train, b, y_test))
+            found.append({"features": name, "size": a.shape[1]} | probe_accuracies(a, y_train, b, y_test))
             advance(1)
     return found
 
@@ -204,7 +204,7 @@ def _accuracies(
 # ---- tables and pictures --------------------------------------------------------------------------------------------
 
 
-def _given(samples: Samples) -> Array:
+def _samples_text(samples: Samples) -> Array:
     """Labels as in the data; class numbers if some samples have none."""
     assert samples.labels is not None
     given = np.asarray(original_labels(samples.labels, samples.class_names))
@@ -230,25 +230,25 @@ def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> li
 
 
 def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Samples) -> "Figure":
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
     name = {"pca": "principal component", "tsne": "t-SNE", "umap": "UMAP"}[method]
     shown = None if labels is None else torch.from_numpy(labels)
-    return drawing.scatter_figure(
+    return plotting.scatter_figure(
         torch.from_numpy(plane), shown, (f"{name} 1", f"{name} 2"), f"codes of {samples.name}"
     )
 
 
 def _neighbour_picture(samples: Samples, library: Samples, neighbours: Array, n_shown: int) -> "Figure":
     """Each sample and, to its right, its neighbours."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
     n, k = min(n_shown, len(samples)), min(neighbours.shape[1], 12)
     queries = samples.rows(range(n))
     found = library.rows(torch.from_numpy(neighbours[:n, :k].flatten())).unflatten(0, (n, k))
     columns = ["sample", *(str(j + 1) for j in range(k))]
-    if not drawing.is_image(samples.shape):
-        return drawing.panel_figure([dict(zip(columns, [queries[i], *found[i]], strict=True)) for i in range(n)])
+    if not plotting.is_image(samples.shape):
+        return plotting.panel_figure([dict(zip(columns, [queries[i], *found[i]], strict=True)) for i in range(n)])
     rows: list[Tensor] = [torch.cat([queries[i, None], found[i]]) for i in range(n)]
-    limits = drawing.value_range(queries)
-    return drawing.mosaic_figure([drawing.tiles(row, limits) for row in rows], column_labels=columns)
+    limits = plotting.value_range(queries)
+    return plotting.mosaic_figure([plotting.tiles(row, limits) for row in rows], column_labels=columns)

@@ -15,9 +15,9 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError
-from aezoo.tasks.output import fill
-from aezoo.tasks.samples import Samples, like
-from aezoo.tasks.samples import progress as progress_bar
+from aezoo.tasks.result_store import write_batch
+from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import progress_bar as progress_bar
 
 Array = npt.NDArray[Any]
 
@@ -27,48 +27,48 @@ _VOTES = 5
 _QUERIES = 1024
 
 
-def choose_rows(n: int, most: int | None, seed: int = 0) -> Array:
-    """At most `most` of n row indices, drawn without replacement, in ascending order."""
-    if most is None or n <= most:
+def choose_rows(n: int, max_rows: int | None, seed: int = 0) -> Array:
+    """At most `max_rows` of n row indices, drawn without replacement, in ascending order."""
+    if max_rows is None or n <= max_rows:
         return np.arange(n)
-    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
+    return np.sort(np.random.default_rng(seed).permutation(n)[:max_rows])
 
 
-def codes_of(
+def encode_samples(
     model: Autoencoder,
     samples: Samples,
-    most: int | None,
+    max_samples: int | None,
     batch_size: int,
     seed: int,
     progress: bool,
     code: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Array, Array]:
-    """Codes as vectors, (N, D) float32, of at most `most` samples, and the indices of these; use inside `at_work`.
+    """Codes, (N, D) float32, of at most `max_samples` samples, and their indices. Use inside `evaluation_mode`.
 
     `code` replaces the encoder by another function with outputs of the same size.
     """
     encode = code or model.encode
-    rows = choose_rows(len(samples), most, seed)
+    rows = choose_rows(len(samples), max_samples, seed)
     codes = np.empty((len(rows), math.prod(model.code_shape)), np.float32)
     start = 0
     with progress_bar("codes" if progress else "", len(rows)) as advance:
         whole = len(rows) == len(samples)
         parts = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
         for batch in samples.batches(batch_size) if whole else map(samples.rows, parts):
-            fill(codes, start, encode(batch.to(like(model))).flatten(1))
+            write_batch(codes, start, encode(batch.to(reference_tensor(model))).flatten(1))
             start += len(batch)
             advance(len(batch))
-    return finite(codes), rows
+    return check_finite(codes), rows
 
 
-def finite(codes: Array) -> Array:
+def check_finite(codes: Array) -> Array:
     """The codes themselves, if they are numbers."""
     if not np.isfinite(codes).all():
         raise AezooError("some codes are NaN or infinite: the model is broken, train it again with a lower rate")
     return codes
 
 
-def has_classes(samples: Samples) -> bool:
+def has_class_labels(samples: Samples) -> bool:
     """Whether each sample has one label, and labels are integers."""
     y = samples.labels
     return y is not None and not y.is_floating_point()
@@ -86,7 +86,7 @@ def same_classes(samples: Samples, known: Samples) -> Array:
 # ---- the plane ------------------------------------------------------------------------------------------------------
 
 
-def to_plane(codes: Array, method: str, seed: int) -> Array:
+def project_to_plane(codes: Array, method: str, seed: int) -> Array:
     """Codes (N, D) as points (N, 2).
 
     pca is the plane of largest variance. tsne (van der Maaten & Hinton 2008, https://jmlr.org/papers/v9/vandermaaten08a)
@@ -163,7 +163,7 @@ def fit_probe(x: Array, y: Array) -> Any:
         return probe.fit(x.astype(np.float64), y)
 
 
-def read_off(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
+def probe_accuracies(train: Array, y_train: Array, test: Array, y_test: Array) -> dict[str, float]:
     """Test accuracies of classifiers that are trained on the training codes.
 
     Returns:

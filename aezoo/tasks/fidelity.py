@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aezoo.data.source import ArrayDataset
 from aezoo.tasks.fidelity_features import choose_features
-from aezoo.tasks.output import Row, Store
+from aezoo.tasks.result_store import Row, Store
 from aezoo.tasks.samples import Samples
 from aezoo.training.seeding import forked_rng
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 # real samples of the training set that the figures see: precision and recall compare all pairs
-_MOST_REAL = 5_000
+_MAX_REAL = 5_000
 # the neighbours that set the radius of precision and recall, as in the paper
 _K = 3
 _CHUNK = 256
@@ -44,10 +44,10 @@ class Nearest:
     rows: Array
 
 
-def judge(
+def evaluate_fidelity(
     fake: Tensor,
     train: Samples,
-    held: Samples | None,
+    held_out: Samples | None,
     device: torch.device,
     store: Store,
     *,
@@ -60,7 +60,7 @@ def judge(
     Args:
         fake: (N, *shape) generated samples on the CPU, at least two.
         train: training samples.
-        held: other real samples; at most N of them are used.
+        held_out: other real samples; at most N of them are used.
         device: where features are computed.
         store: receives quality.csv and copies.png, the samples nearest to training samples above these.
         batch_size: samples at a time.
@@ -68,26 +68,29 @@ def judge(
         progress: show bars on a terminal.
 
     Returns:
-        A row of metrics for the generated samples and one for `held`, and the name of the features.
+        A row of metrics for the generated samples and one for `held_out`, and the name of the features.
     """
     features = choose_features(train, device, seed, progress)
-    real = features.all(train.take(_MOST_REAL, seed), batch_size, progress)
-    drawn = features.all(Samples(ArrayDataset(fake)), batch_size, progress)
+    real = features.all(train.subsample(_MAX_REAL, seed), batch_size, progress)
+    fake_features = features.all(Samples(ArrayDataset(fake)), batch_size, progress)
     nearest = nearest_samples(fake, train, batch_size, progress)
-    rows: list[Row] = [{"samples": "generated"} | figures(real, drawn, nearest, seed)]
-    if held is not None and len(held) > 1:
-        held = held.take(len(fake), seed)
-        theirs = nearest_samples(held.rows(range(len(held))), train, batch_size, progress)
-        real_ones = figures(real, features.all(held, batch_size, progress), theirs, seed)
-        rows.append({"samples": "real, held out"} | real_ones)
-        rows[0]["closer"], rows[1]["closer"] = closer(nearest.distances, theirs.distances), 0.5
+    rows: list[Row] = [{"samples": "generated"} | fidelity_metrics(real, fake_features, nearest, seed)]
+    if held_out is not None and len(held_out) > 1:
+        held_out = held_out.subsample(len(fake), seed)
+        held_out_nearest = nearest_samples(held_out.rows(range(len(held_out))), train, batch_size, progress)
+        held_out_metrics = fidelity_metrics(real, features.all(held_out, batch_size, progress), held_out_nearest, seed)
+        rows.append({"samples": "real, held out"} | held_out_metrics)
+        rows[0]["closer_probability"], rows[1]["closer_probability"] = (
+            closer_probability(nearest.distances, held_out_nearest.distances),
+            0.5,
+        )
     store.table("quality", rows)
     if store.folder is not None:
         store.picture("copies", _picture(fake, nearest, train))
     return rows, features.name
 
 
-def figures(real: Tensor, fake: Tensor, nearest: Nearest, seed: int = 0) -> Row:
+def fidelity_metrics(real: Tensor, fake: Tensor, nearest: Nearest, seed: int = 0) -> Row:
     """The metrics of samples with features `fake`, (N, F), whose nearest training samples are known."""
     precision, recall = precision_recall(real, fake)
     return {
@@ -108,7 +111,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=_PrecomputedFeatures(real.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
@@ -126,14 +129,14 @@ def kid(real: Tensor, fake: Tensor, seed: int = 0) -> float:
     subsets = 1 if size == len(real) == len(fake) else 100
     with warnings.catch_warnings(), forked_rng(torch.device("cpu")):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(feature=_PrecomputedFeatures(real.shape[1]), subsets=subsets, subset_size=size)
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
         torch.manual_seed(seed)
         return float(metric.compute()[0])
 
 
-class _Given(nn.Module):
+class _PrecomputedFeatures(nn.Module):
     """Precomputed features, as torchmetrics takes them."""
 
     def __init__(self, size: int) -> None:
@@ -170,19 +173,19 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def nearest_samples(x: Tensor, train: Samples, batch_size: int = 256, progress: bool = False) -> Nearest:
     """The training sample nearest to each of x (N, *shape) in raw values; reads the training samples once."""
     flat = x.flatten(1).double()
-    least = torch.full((len(x),), math.inf, dtype=torch.float64)
+    smallest = torch.full((len(x),), math.inf, dtype=torch.float64)
     rows = torch.zeros(len(x), dtype=torch.int64)
     start = 0
     for batch in train.batches(batch_size, "copies" if progress else ""):
         # in float64 the rounding of |a|^2 - 2ab + |b|^2 is 1e-7 of a sample's norm
-        found, index = torch.cdist(flat, batch.flatten(1).double(), compute_mode="use_mm_for_euclid_dist").min(1)
-        better = found < least
-        least[better], rows[better] = found[better], index[better] + start
+        distance, index = torch.cdist(flat, batch.flatten(1).double(), compute_mode="use_mm_for_euclid_dist").min(1)
+        is_closer = distance < smallest
+        smallest[is_closer], rows[is_closer] = distance[is_closer], index[is_closer] + start
         start += len(batch)
-    return Nearest(least.numpy(), rows.numpy())
+    return Nearest(smallest.numpy(), rows.numpy())
 
 
-def closer(fake: Array, held: Array) -> float:
+def closer_probability(fake: Array, held_out: Array) -> float:
     """P(a generated sample is closer to the training set than a real, held-out one): 0.5 without copies, 1 if all are.
 
     The Mann-Whitney statistic of Meehan et al. 2020, section 3 (https://arxiv.org/abs/2004.05675). Blurred samples are
@@ -190,20 +193,20 @@ def closer(fake: Array, held: Array) -> float:
     """
     from scipy.stats import mannwhitneyu
 
-    farther = mannwhitneyu(fake, held).statistic
-    return float(1 - farther / (len(fake) * len(held)))
+    farther = mannwhitneyu(fake, held_out).statistic
+    return float(1 - farther / (len(fake) * len(held_out)))
 
 
 def _picture(fake: Tensor, nearest: Nearest, train: Samples, n: int = 8) -> "Figure":
     """The samples that are nearest to a training sample, and that training sample."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
     order = torch.from_numpy(np.argsort(nearest.distances, kind="stable")[:n])
     above, below = fake[order], train.rows(torch.from_numpy(nearest.rows)[order])
     distances = [f"{nearest.distances[i]:.3g}" for i in order]
-    if not drawing.is_image(train.shape):
+    if not plotting.is_image(train.shape):
         panels = [{"generated": a, "training": b} for a, b in zip(above, below, strict=True)]
-        return drawing.panel_figure(panels, [f"distance {d}" for d in distances])
-    limits = drawing.value_range(below)
-    tiles = [drawing.tiles(part, limits) for part in (above, below)]
-    return drawing.mosaic_figure(tiles, ["generated", "nearest training sample"], distances)
+        return plotting.panel_figure(panels, [f"distance {d}" for d in distances])
+    limits = plotting.value_range(below)
+    tiles = [plotting.tiles(part, limits) for part in (above, below)]
+    return plotting.mosaic_figure(tiles, ["generated", "nearest training sample"], distances)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.classifier import STEPS, Classifier
 from aezoo.nets.blocks.pretrained import cached_file, cached_weights
-from aezoo.tasks.embed_codes import choose_rows, has_classes
-from aezoo.tasks.output import join
+from aezoo.tasks.embed_codes import choose_rows, has_class_labels
+from aezoo.tasks.result_store import concatenate
 from aezoo.tasks.samples import Samples
-from aezoo.tasks.samples import progress as progress_bar
+from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.seeding import forked_rng
 
 # what the small classifier learns from
-_MOST_LEARNT, _MOST_VALUES = 20_000, 2**26
+_MAX_LEARNED, _MAX_VALUES = 20_000, 2**26
 _BATCH, _COMPONENTS = 128, 64
 # images of 299 x 299 at a time: half a gigabyte
 _INCEPTION_BATCH = 32
@@ -30,16 +30,18 @@ class Features:
 
     Attributes:
         name: its name in the table of metrics.
-        of: maps samples (B, *shape) to features (B, F).
+        extract: maps samples (B, *shape) to features (B, F).
     """
 
     name: str
-    of: Callable[[Tensor], Tensor]
+    extract: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def all(self, samples: Samples, batch_size: int, progress: bool = False) -> Tensor:
         """Features of all samples, (N, F) on the CPU."""
-        found = join(self.of(batch) for batch in samples.batches(batch_size, "features" if progress else ""))
+        found = concatenate(
+            self.extract(batch) for batch in samples.batches(batch_size, "features" if progress else "")
+        )
         if not found.isfinite().all():
             raise AezooError("some samples are NaN or infinite: the model is broken, train it again with a lower rate")
         return found
@@ -54,8 +56,8 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
     has_weights = cached_file("inception_v3").is_file()
     if has_weights and len(shape) == 3 and shape[0] in (1, 3) and _in_unit_interval(train):
         return Features("Inception-v3 of torchvision", _inception(device))
-    most = min(_MOST_LEARNT, max(100, _MOST_VALUES // math.prod(shape)))
-    if train.y is not None and has_classes(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
+    most = min(_MAX_LEARNED, max(100, _MAX_VALUES // math.prod(shape)))
+    if train.y is not None and has_class_labels(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
         labelled = torch.nonzero(train.y >= 0)[:, 0]  # -1 is no label, see --data.num_labels
         rows = labelled[choose_rows(len(labelled), most, seed)]
         return _classifier(train, train.y, rows, device, seed, progress)
@@ -83,7 +85,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     network.fc = nn.Identity()
     network.to(device).eval()
 
-    def of(x: Tensor) -> Tensor:
+    def extract(x: Tensor) -> Tensor:
         colour = x.to(device).clamp(0, 1).expand(-1, 3, -1, -1)
         found = []
         for part in colour.split(_INCEPTION_BATCH):
@@ -91,7 +93,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
             found.append(network(2 * large - 1))  # [0, 1] to the [-1, 1] that these weights were trained on
         return torch.cat(found)
 
-    return of
+    return extract
 
 
 # ---- a small classifier ---------------------------------------------------------------------------------------------
@@ -114,15 +116,15 @@ def _classifier(
         # of variance 1 on the average: how large activations are says nothing
         unit = torch.cat([network.activations(part.to(device)) for part in x.split(_BATCH)]).var(0).mean().sqrt()
 
-    def of(part: Tensor) -> Tensor:
+    def extract(part: Tensor) -> Tensor:
         return network.activations(part.to(device)) / unit.clamp_min(1e-12)
 
     name = f"a small classifier of {train.name}"
     if held:
         with torch.no_grad():
-            found = join(network.head(of(part)).argmax(1) for part in x[:held].split(_BATCH))
+            found = concatenate(network.head(extract(part)).argmax(1) for part in x[:held].split(_BATCH))
         name += f" (accuracy {float((found == y[:held]).float().mean()):.3f})"
-    return Features(name, of)
+    return Features(name, extract)
 
 
 # ---- principal components -------------------------------------------------------------------------------------------

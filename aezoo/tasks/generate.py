@@ -16,12 +16,12 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import generate_walks, priors, priors_principal
-from aezoo.tasks.embed_codes import codes_of
+from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.generate_walks import GIVE_TRAINING
-from aezoo.tasks.output import Row, Store, fill, join, table_text
 from aezoo.tasks.priors_base import Prior
-from aezoo.tasks.samples import Samples, at_work, like
-from aezoo.tasks.samples import progress as progress_bar
+from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_batch
+from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
+from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.limits import at_least
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 # codes that a prior is fitted to, and numbers in them: minutes on one core, half a gigabyte
-_MOST_CODES, _MOST_VALUES = 50_000, 2**24
+_MAX_CODES, _MAX_VALUES = 50_000, 2**24
 # codes drawn at a time; the draws depend on this number
-_DRAWN = 4096
+_DRAWN_AT_ONCE = 4096
 # samples of its own prior that a model walks among if no others are given
 _OWN = 1000
 # images and curves in the picture of samples
-_MOST_SHOWN, _MOST_PANELS = 256, 16
+_MAX_SHOWN, _MAX_PANELS = 256, 16
 
 
 @dataclass
@@ -144,14 +144,14 @@ def generate(
     _check(
         model, n, prior, interpolate, circle, traverse, around is not None, spread, walks, steps, quality, batch_size
     )
-    given = None if x is None else Samples.of(x).check(model)
-    varied = None if around is None else Samples.of(around).check(model)
-    train = None if fit_on is None else Samples.of(fit_on, "train").check(model)
+    given = None if x is None else Samples.from_data(x).check(model)
+    varied = None if around is None else Samples.from_data(around).check(model)
+    train = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
     # samples that the model has learned from are no reference
-    held = None if given is None or (train is not None and given.dataset is train.dataset) else given
+    held_out = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):
         raise AezooError(f"quality needs two training samples at least to compare with: {GIVE_TRAINING}")
-    with Store(out) as store, at_work(model, seed):
+    with Store(out) as store, evaluation_mode(model, seed):
         if interpolate or traverse or varied is not None:
             known = train if train is not None else _own_samples(model, batch_size) if model.has_prior else given
             starts = next((samples for samples in (varied, given, known) if samples is not None), None)
@@ -165,37 +165,37 @@ def generate(
             elif traverse:
                 walk = generate_walks.traversal(model, starts, known, walks, steps, batch_size, seed)
             else:
-                walk = generate_walks.about(model, starts, known, spread, walks, steps, batch_size, seed)
+                walk = generate_walks.around_sample(model, starts, known, spread, walks, steps, batch_size, seed)
             samples = generate_walks.decode(model, walk, store, batch_size)
             if store.folder is not None:
                 store.picture(walk.name, generate_walks.picture(walk, samples))
             return Generation(samples, f"walks of {steps} steps: {walk.name}", files=store.files)
-        fitted, source = _prior(model, prior, train, held, n_components, n_neighbours, batch_size, seed, progress)
-        asked: dict[str, Any] = {} if label is None else {"y": label}
+        fitted, source = _prior(model, prior, train, held_out, n_components, n_neighbours, batch_size, seed, progress)
+        sampling_options: dict[str, Any] = {} if label is None else {"y": label}
         if label is not None:
             source += f", of class {label}"
         if temperature != 1:
-            asked["temperature"], source = temperature, f"{source}, at temperature {temperature:g}"
+            sampling_options["temperature"], source = temperature, f"{source}, at temperature {temperature:g}"
         if top_k:
-            asked["top_k"], source = top_k, f"{source}, from the {top_k} likeliest of each index"
-        judged = min(quality, len(held)) if held is not None and len(held) > 1 else quality
+            sampling_options["top_k"], source = top_k, f"{source}, from the {top_k} likeliest of each index"
+        quality_samples = min(quality, len(held_out)) if held_out is not None and len(held_out) > 1 else quality
         samples = store.array("samples", (n, *model.input_shape))
-        to_judge = np.empty((judged, *model.input_shape), np.float32)
+        n_quality = np.empty((quality_samples, *model.input_shape), np.float32)
         start = 0
-        with progress_bar("generate" if progress else "", max(n, judged)) as advance:
-            for batch in _draws(model, fitted, max(n, judged), batch_size, seed, asked):
-                for array in (samples, to_judge):
-                    fill(array, start, batch[: max(0, len(array) - start)])
+        with progress_bar("generate" if progress else "", max(n, quality_samples)) as advance:
+            for batch in _draws(model, fitted, max(n, quality_samples), batch_size, seed, sampling_options):
+                for array in (samples, n_quality):
+                    write_batch(array, start, batch[: max(0, len(array) - start)])
                 start += len(batch)
                 advance(len(batch))
         if store.folder is not None:
-            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MOST_SHOWN]))))
+            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MAX_SHOWN]))))
         found = Generation(samples, f"samples from {source}", files=store.files)
-        if judged and train is not None:
-            from aezoo.tasks.fidelity import judge
+        if quality_samples and train is not None:
+            from aezoo.tasks.fidelity import evaluate_fidelity
 
-            found.figures, found.features = judge(
-                torch.from_numpy(to_judge), train, held, model.device, store,
+            found.figures, found.features = evaluate_fidelity(
+                torch.from_numpy(n_quality), train, held_out, model.device, store,
                 batch_size=batch_size, seed=seed, progress=progress,
             )  # fmt: skip
     return found
@@ -271,7 +271,7 @@ def _prior(
     model: Autoencoder,
     name: str,
     train: Samples | None,
-    held: Samples | None,
+    held_out: Samples | None,
     n_components: int,
     n_neighbours: int,
     batch_size: int,
@@ -288,12 +288,12 @@ def _prior(
         return None, "the model's own prior"
     if train is None:
         raise AezooError(f"prior {name} is fitted to the codes of training samples: {GIVE_TRAINING}")
-    most = min(_MOST_CODES, max(1_000, _MOST_VALUES // math.prod(model.code_shape)))
-    codes = codes_of(model, train, most, batch_size, seed, progress)[0]
+    max_codes = min(_MAX_CODES, max(1_000, _MAX_VALUES // math.prod(model.code_shape)))
+    codes = encode_samples(model, train, max_codes, batch_size, seed, progress)[0]
     log_vars = None
     if name == "vamp" and model.normal_prior:
         posterior: Any = model.posterior
-        log_vars = codes_of(model, train, most, batch_size, seed, progress, lambda x: posterior(x)[1])[0]
+        log_vars = encode_samples(model, train, max_codes, batch_size, seed, progress, lambda x: posterior(x)[1])[0]
     fitted = priors.fit(
         name,
         codes,
@@ -304,15 +304,19 @@ def _prior(
         seed=seed,
     )
     source = f"{name}, fitted to {len(codes):,} codes"
-    if held is not None and isinstance(fitted, priors_principal.Principal) and name not in ("gaussian", "riemannian"):
-        gain = fitted.gain(codes_of(model, held, _MOST_CODES, batch_size, seed, progress)[0])
-        told = f"{gain:.2f} nats likelier" if gain >= 0 else f"{-gain:.2f} nats less likely"
-        source += f"; held-out codes are {told} than under a Gaussian" + (", which fits better" if gain < 0 else "")
+    if (
+        held_out is not None
+        and isinstance(fitted, priors_principal.PrincipalSubspace)
+        and name not in ("gaussian", "riemannian")
+    ):
+        gain = fitted.gain(encode_samples(model, held_out, _MAX_CODES, batch_size, seed, progress)[0])
+        warning = f"{gain:.2f} nats likelier" if gain >= 0 else f"{-gain:.2f} nats less likely"
+        source += f"; held-out codes are {warning} than under a Gaussian" + (", which fits better" if gain < 0 else "")
     return fitted, source + hint
 
 
 def _own_samples(model: Autoencoder, batch_size: int) -> Samples:
-    drawn = join(_draws(model, None, _OWN, batch_size, 0))
+    drawn = concatenate(_draws(model, None, _OWN, batch_size, 0))
     return Samples(ArrayDataset(drawn.float()), name="the model's prior")
 
 
@@ -322,21 +326,23 @@ def _draws(
     n: int,
     batch_size: int,
     seed: int,
-    asked: dict[str, Any] | None = None,
+    sampling_options: dict[str, Any] | None = None,
 ) -> Iterator[Tensor]:
     """Batches of n samples, from the fitted prior, or the model's own if that is None."""
     if fitted is None:
-        yield from (model.sample(min(batch_size, n - start), **(asked or {})) for start in range(0, n, batch_size))
+        yield from (
+            model.sample(min(batch_size, n - start), **(sampling_options or {})) for start in range(0, n, batch_size)
+        )
         return
     rng = np.random.default_rng(seed)
-    for start in range(0, n, _DRAWN):
-        codes = torch.from_numpy(fitted.sample(min(_DRAWN, n - start), rng)).unflatten(1, model.code_shape)
-        yield from (model.decode(part.to(like(model))) for part in codes.split(batch_size))
+    for start in range(0, n, _DRAWN_AT_ONCE):
+        codes = torch.from_numpy(fitted.sample(min(_DRAWN_AT_ONCE, n - start), rng)).unflatten(1, model.code_shape)
+        yield from (model.decode(part.to(reference_tensor(model))) for part in codes.split(batch_size))
 
 
 def _picture(samples: Tensor) -> "Figure":
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    if not drawing.is_image(samples.shape[1:]):
-        return drawing.panel_figure([{"sample": sample} for sample in samples[:_MOST_PANELS]])
-    return drawing.mosaic_figure(drawing.square(drawing.tiles(samples, drawing.value_range(samples))))
+    if not plotting.is_image(samples.shape[1:]):
+        return plotting.panel_figure([{"sample": sample} for sample in samples[:_MAX_PANELS]])
+    return plotting.mosaic_figure(plotting.square(plotting.tiles(samples, plotting.value_range(samples))))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.embed_codes import codes_of
-from aezoo.tasks.output import Store, fill
-from aezoo.tasks.samples import Samples, like
+from aezoo.tasks.embed_codes import encode_samples
+from aezoo.tasks.result_store import Store, write_batch
+from aezoo.tasks.samples import Samples, reference_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,9 +24,9 @@ Array = npt.NDArray[Any]
 
 GIVE_TRAINING = "give them as fit_on (on the command line those of --data.name SET)"
 # codes that a range or a spread is measured on
-_MOST_CODES = 10_000
+_MAX_CODES = 10_000
 # rows of a picture of curves
-_MOST_PANELS = 16
+_MAX_PANELS = 16
 
 
 @dataclass
@@ -50,7 +50,7 @@ def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int,
     """Walks between the first two samples, the next two, ...; between random ones if there are many."""
     if len(starts) < 2:
         raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
-    x = _some(starts, 2 * walks, seed)
+    x = _random_codes(starts, 2 * walks, seed)
     x = x[: len(x) // 2 * 2]
     a, b = _encoded(model, x).unflatten(0, (-1, 2)).unbind(1)
     t = torch.linspace(0, 1, steps)[:, None]
@@ -82,13 +82,13 @@ def traversal(
     variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)
     order = variance.argsort(descending=True, stable=True)[:walks].tolist()
     start = _encoded(model, starts.rows([0]))[0]
-    walked = start.repeat(len(order), steps, 1)
+    varied_dims = start.repeat(len(order), steps, 1)
     for i, d in enumerate(order):
-        walked[i, :, d] = torch.linspace(float(low[d]), float(high[d]), steps)
-    return Walks("traversal", walked, [f"z{d}  var {float(variance[d]):.2g}" for d in order])
+        varied_dims[i, :, d] = torch.linspace(float(low[d]), float(high[d]), steps)
+    return Walks("traversal", varied_dims, [f"z{d}  var {float(variance[d]):.2g}" for d in order])
 
 
-def about(
+def around_sample(
     model: Autoencoder,
     starts: Samples,
     known: Samples,
@@ -100,7 +100,7 @@ def about(
 ) -> Walks:
     """Codes near those of samples: z + spread s e, e ~ N(0, I), s the standard deviations of codes of `known`."""
     s = _codes(model, known, batch_size, seed).std(0, unbiased=False)
-    x = _some(starts, walks, seed)
+    x = _random_codes(starts, walks, seed)
     z = _encoded(model, x)
     e = torch.randn(len(z), steps, z.shape[1], generator=torch.Generator().manual_seed(seed))
     return Walks("around", z[:, None] + spread * s * e, [], (x,))
@@ -109,15 +109,15 @@ def about(
 def _codes(model: Autoencoder, known: Samples, batch_size: int, seed: int) -> Tensor:
     if len(known) < 2:
         raise AezooError(f"the range of codes is that of the training samples, two at least: {GIVE_TRAINING}")
-    return torch.from_numpy(codes_of(model, known, _MOST_CODES, batch_size, seed, False)[0])
+    return torch.from_numpy(encode_samples(model, known, _MAX_CODES, batch_size, seed, False)[0])
 
 
 def _encoded(model: Autoencoder, x: Tensor) -> Tensor:
     """Codes as rows of float32 on the CPU, (B, *input_shape) -> (B, D)."""
-    return model.encode(x.to(like(model))).flatten(1).float().cpu()
+    return model.encode(x.to(reference_tensor(model))).flatten(1).float().cpu()
 
 
-def _some(samples: Samples, most: int, seed: int) -> Tensor:
+def _random_codes(samples: Samples, most: int, seed: int) -> Tensor:
     """All samples in their order, or `most` random ones in random order if there are more."""
     if len(samples) <= most:
         return samples.rows(range(len(samples)))
@@ -134,14 +134,14 @@ def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Ar
     flat = samples.reshape(-1, *model.input_shape)  # a view
     start = 0
     for part in codes.split(batch_size):
-        fill(flat, start, model.decode(part.to(like(model))))
+        write_batch(flat, start, model.decode(part.to(reference_tensor(model))))
         start += len(part)
     return samples
 
 
 def picture(walk: Walks, samples: Array) -> "Figure":
     """One walk per row, between its originals."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
     decoded = torch.from_numpy(np.array(samples))
     steps = [str(i + 1) for i in range(decoded.shape[1])]
@@ -150,8 +150,8 @@ def picture(walk: Walks, samples: Array) -> "Figure":
         torch.cat([*(x[i, None] for x in before), row, *(x[i, None] for x in after)]) for i, row in enumerate(decoded)
     ]
     columns = [*("original" for _ in before), *steps, *("original " for _ in after)]
-    if not drawing.is_image(decoded.shape[2:]):
-        panels = [dict(zip(columns, row, strict=True)) for row in rows[:_MOST_PANELS]]
-        return drawing.panel_figure(panels, walk.labels[:_MOST_PANELS], ordered=True)
-    limits = drawing.value_range(torch.cat(rows))
-    return drawing.mosaic_figure([drawing.tiles(row, limits) for row in rows], walk.labels, columns)
+    if not plotting.is_image(decoded.shape[2:]):
+        panels = [dict(zip(columns, row, strict=True)) for row in rows[:_MAX_PANELS]]
+        return plotting.panel_figure(panels, walk.labels[:_MAX_PANELS], ordered=True)
+    limits = plotting.value_range(torch.cat(rows))
+    return plotting.mosaic_figure([plotting.tiles(row, limits) for row in rows], walk.labels, columns)

@@ -35,8 +35,8 @@ from aezoo.tasks.priors_principal import principal
 from aezoo.tasks.priors_sphere import Sphere
 from aezoo.tasks.priors_vamp import Posteriors
 
-OF_ANY_CODE = ("gaussian", "gmm", "maf", "knn", "two_stage", "vamp", "riemannian")
-NAMES = (*OF_ANY_CODE, "sphere", "poincare")
+GENERAL_PRIORS = ("gaussian", "gmm", "maf", "knn", "two_stage", "vamp", "riemannian")
+NAMES = (*GENERAL_PRIORS, "sphere", "poincare")
 
 
 def fit(

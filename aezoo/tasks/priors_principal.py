@@ -18,10 +18,10 @@ from aezoo.tasks.priors_vamp import Kernel
 from aezoo.training.seeding import forked_rng
 
 # components of wide codes that fitted densities describe, and the fewest codes that each Gaussian of gmm has for one
-_MOST_COMPONENTS = 64
+_MAX_COMPONENTS = 64
 # those of riemannian, whose metric is a matrix at every place
-_MOST_CURVED = 16
-_CODES_EACH = 5
+_MAX_CURVED = 16
+_CODES_PER_COMPONENT = 5
 # variances below this share of the largest are rounding errors of float32 codes
 _NO_VARIANCE = 1e-10
 # training of a network: seconds on one core, at most a minute
@@ -30,7 +30,7 @@ _EPOCHS, _STEPS, _BATCH, _PATIENCE, _LR = 200, 4_000, 256, 20, 5e-3
 _DRAWS = 200
 
 
-def principal(name: str, codes: Array, n_components: int, seed: int) -> "Principal":
+def principal(name: str, codes: Array, n_components: int, seed: int) -> "PrincipalSubspace":
     """The prior of this name, with as many principal components as it can describe.
 
     Args:
@@ -42,13 +42,13 @@ def principal(name: str, codes: Array, n_components: int, seed: int) -> "Princip
     n, size = codes.shape
     if name == "gmm":
         n_components = min(n_components, n)
-        size = min(size, _MOST_COMPONENTS, max(2, n // (_CODES_EACH * n_components)))
+        size = min(size, _MAX_COMPONENTS, max(2, n // (_CODES_PER_COMPONENT * n_components)))
     elif name != "gaussian":
-        size = min(size, _MOST_COMPONENTS if name != "riemannian" else _MOST_CURVED)
-    return Principal(name, codes, size, n_components, seed)
+        size = min(size, _MAX_COMPONENTS if name != "riemannian" else _MAX_CURVED)
+    return PrincipalSubspace(name, codes, size, n_components, seed)
 
 
-class Principal:
+class PrincipalSubspace:
     """z = mean + t S^1/2 V + r, see `aezoo.tasks.priors`.
 
     Args:

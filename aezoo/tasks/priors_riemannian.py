@@ -26,11 +26,11 @@ from aezoo.training.seeding import forked_rng
 
 Array = npt.NDArray[Any]
 
-_MOST_CENTRES, _CODES_EACH = 200, 20
+_MAX_CENTRES, _CODES_PER_CENTRE = 200, 20
 # lam as a share of the spreads' size
 _LAM = 1e-3
 # chains side by side, steps before the first draw is kept and between two of a chain, leapfrog steps of each
-_CHAINS, _BURN_IN, _APART, _LEAPFROG = 256, 100, 10, 10
+_CHAINS, _BURN_IN, _THINNING, _LEAPFROG = 256, 100, 10, 10
 # a share of the width of the kernel; halved until enough proposals are accepted
 _STEP, _ACCEPTED = 0.3, 0.6
 
@@ -53,7 +53,7 @@ class Riemannian:
     def __init__(self, t: Array, seed: int) -> None:
         from sklearn.cluster import KMeans
 
-        k = max(1, min(_MOST_CENTRES, len(t) // _CODES_EACH, len(np.unique(t.round(6), axis=0))))
+        k = max(1, min(_MAX_CENTRES, len(t) // _CODES_PER_CENTRE, len(np.unique(t.round(6), axis=0))))
         found = KMeans(k, n_init=1, random_state=seed).fit(t)
         self.centres = torch.from_numpy(found.cluster_centers_).double()
         overall = np.cov(t.T, bias=True).reshape(t.shape[1], t.shape[1])
@@ -90,15 +90,15 @@ class Riemannian:
             torch.manual_seed(int(rng.integers(2**32)))
             chains = min(n, _CHAINS)
             z = self.centres[torch.randint(len(self.centres), (chains,))]
-            z, step = self._settle(z)
+            z, step = self._tune_step(z)
             drawn: list[Tensor] = []
             while sum(map(len, drawn)) < n:
-                for _ in range(_APART):
+                for _ in range(_THINNING):
                     z, _ = self._move(z, step)
                 drawn.append(z)
             return torch.cat(drawn)[:n].numpy()
 
-    def _settle(self, z: Tensor) -> tuple[Tensor, float]:
+    def _tune_step(self, z: Tensor) -> tuple[Tensor, float]:
         """Burn in the chains, and adapt the step size."""
         step = _STEP * self.width
         for i in range(_BURN_IN):
@@ -111,8 +111,8 @@ class Riemannian:
 
     def _move(self, z: Tensor, step: float) -> tuple[Tensor, float]:
         """One step of Hamiltonian Monte Carlo; returns the share of accepted proposals."""
-        z, taken = hamiltonian.hmc_step(z, self.log_density, step, _LEAPFROG, self._gradient)
-        return z, float(taken.cpu().double().mean())
+        z, is_accepted = hamiltonian.hmc_step(z, self.log_density, step, _LEAPFROG, self._gradient)
+        return z, float(is_accepted.cpu().double().mean())
 
     def _gradient(self, z: Tensor) -> Tensor:
         with torch.enable_grad():

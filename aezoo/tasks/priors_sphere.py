@@ -20,8 +20,8 @@ from aezoo.tasks.priors_base import Seed
 
 Array = npt.NDArray[Any]
 
-_MOST_CONCENTRATED = 1e5
-_ROUNDS, _ENOUGH = 300, 1e-7
+_MAX_CONCENTRATION = 1e5
+_MAX_ITERATIONS, _TOLERANCE = 300, 1e-7
 # rounding of codes that were normalised in bfloat16
 _OFF_SPHERE = 0.02
 
@@ -59,7 +59,7 @@ class Sphere:
         k = min(n_components, len(np.unique(z_ND.round(6), axis=0)))
         labels = KMeans(k, n_init=4, random_state=seed).fit_predict(z_ND)
         share_NK, before = np.eye(k)[labels], -math.inf
-        for _ in range(_ROUNDS):
+        for _ in range(_MAX_ITERATIONS):
             count_K = share_NK.sum(0) + 1e-12
             sum_KD = share_NK.T @ z_ND
             length_K = np.linalg.norm(sum_KD, axis=1)
@@ -68,7 +68,7 @@ class Sphere:
             log_NK = self._joint(z_ND)
             log_N = np.logaddexp.reduce(log_NK, axis=1)
             share_NK = np.exp(log_NK - log_N[:, None])
-            if log_N.mean() - before < _ENOUGH:
+            if log_N.mean() - before < _TOLERANCE:
                 break
             before = log_N.mean()
 
@@ -105,9 +105,9 @@ class Sphere:
 def concentration(length: Array, size: int) -> Array:
     """The kappa for which unit vectors of `size` dimensions have a mean of this length."""
     r = np.clip(length, 1e-6, 1 - 1e-9)
-    kappa = np.clip(r * (size - r**2) / (1 - r**2), 1e-6, _MOST_CONCENTRATED)
+    kappa = np.clip(r * (size - r**2) / (1 - r**2), 1e-6, _MAX_CONCENTRATION)
     for _ in range(2):
         a = 1 + VonMisesFisher(size).normaliser(torch.from_numpy(kappa))[1].numpy()  # E[mu . z]
         slope = 1 - a**2 - (size - 1) / kappa * a
-        kappa = np.clip(kappa - (a - r) / np.maximum(slope, 1e-12), 1e-6, _MOST_CONCENTRATED)
+        kappa = np.clip(kappa - (a - r) / np.maximum(slope, 1e-12), 1e-6, _MAX_CONCENTRATION)
     return np.asarray(kappa)

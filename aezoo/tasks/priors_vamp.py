@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 # codes left out in turn, and the range of h where t has variance 1: at less, copies of a code would ask for 0
 _LEFT_OUT, _LEAST, _MOST = 500, 1e-2, 2.0
 # numbers of differences held at a time
-_AT_ONCE = 2**24
+_MAX_VALUES = 2**24
 
 
 class Posteriors:
@@ -48,7 +48,7 @@ class Posteriors:
         """Log-density of each code in nats, (M, D) -> (M,)."""
         count, size = self.means_ND.shape
         of_each = []
-        for z in np.array_split(codes.astype(np.float64), -(-len(codes) * count * size // _AT_ONCE) or 1):
+        for z in np.array_split(codes.astype(np.float64), -(-len(codes) * count * size // _MAX_VALUES) or 1):
             square = (z[:, None] - self.means_ND) ** 2 * np.exp(-self.log_vars_ND)
             log_MN = -0.5 * (square + self.log_vars_ND + LOG_2PI).sum(2)
             of_each.append(np.logaddexp.reduce(log_MN, axis=1) - math.log(count))

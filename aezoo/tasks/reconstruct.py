@@ -16,9 +16,9 @@ from aezoo.bases.multimodal import Multimodal
 from aezoo.errors import AezooError
 from aezoo.registry import name_of
 from aezoo.tasks.coherence import coherence
-from aezoo.tasks.embed_codes import has_classes
-from aezoo.tasks.output import Row, Store, check_table, fill, table_text
-from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.embed_codes import has_class_labels
+from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,12 +57,12 @@ class Reconstruction:
         """Means and quantiles as a table."""
         rows = []
         for name, all_values in self.errors.items():
-            values = _known(all_values) if self.part_mse else all_values
+            values = _drop_nan(all_values) if self.part_mse else all_values
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
             rows.append({"error": name, "mean": float(values.mean(dtype=np.float64)), "5 %": low, "median": middle,
                          "95 %": high, "largest": float(values.max())})  # fmt: skip
         # PSNR of the mean error, peak 1, as `aezoo test` reports it
-        mse = _known(self.mse) if self.part_mse else self.mse
+        mse = _drop_nan(self.mse) if self.part_mse else self.mse
         psnr = -10 * math.log10(max(float(mse.mean(dtype=np.float64)), 1e-20))
         text = f"{table_text(rows)}\n{len(self.mse):,} samples, PSNR {psnr:.2f} dB"
         if len(mse) < len(self.mse):
@@ -106,45 +106,45 @@ def reconstruct(
     check_table(table, ("csv", "parquet"))
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
-    some = None if parts is None else _Some(model, (parts,) if isinstance(parts, int) else parts)
-    samples = Samples.of(x, gaps=model.takes_missing).check(model)
+    reconstructor = None if parts is None else _PartReconstructor(model, (parts,) if isinstance(parts, int) else parts)
+    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
     n = len(samples)
-    with Store(out) as store, at_work(model, seed) as like:
+    with Store(out) as store, evaluation_mode(model, seed) as like:
         x_hat = store.array("reconstructions", (n, *model.input_shape))
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
-        part_mse = {i: np.empty(n, np.float32) for i in range(len(some.model.sizes) if some else 0)}
+        part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
         start = 0
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
             given = batch.to(like)
-            output = (some.reconstructed(given) if some else model(given)).float()
+            output = (reconstructor.reconstructed(given) if reconstructor else model(given)).float()
             difference = output - batch.to(output)
-            fill(x_hat, start, output)
+            write_batch(x_hat, start, output)
             known = ~batch.to(like.device).isnan()
-            fill(mse, start, _mean(difference.square(), known))
-            fill(mae, start, _mean(difference.abs(), known))
-            if some is None:
-                fill(score, start, model.score(given))
+            write_batch(mse, start, _mean(difference.square(), known))
+            write_batch(mae, start, _mean(difference.abs(), known))
+            if reconstructor is None:
+                write_batch(score, start, model.score(given))
             else:
-                parts_known = some.model.split(known)
-                for i, part in enumerate(some.model.split(difference)):
-                    fill(part_mse[i], start, _mean(part.square(), parts_known[i]))
+                parts_known = reconstructor.model.split(known)
+                for i, part in enumerate(reconstructor.model.split(difference)):
+                    write_batch(part_mse[i], start, _mean(part.square(), parts_known[i]))
             start += len(batch)
-        found = Reconstruction(x_hat, mse, mae, None if some else score, part_mse)
+        found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
         rows = [
             {"index": i} | {name: float(values[i]) for name, values in found.errors.items()} | note
             for i, note in enumerate(samples.notes)
         ]
         store.table("errors", rows, table)
-        if some and has_classes(samples):
-            found.coherence = coherence(some.model, samples, x_hat, seed, batch_size)
+        if reconstructor and has_class_labels(samples):
+            found.coherence = coherence(reconstructor.model, samples, x_hat, seed, batch_size)
         if found.coherence:
             store.table("coherence", found.coherence, table)
         if n_shown and store.folder is not None:
-            store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, some))
+            store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, reconstructor))
     return replace(found, files=store.files)
 
 
-def _known(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _drop_nan(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The values that are numbers, if any is."""
     lacks = np.isnan(values)
     return values[~lacks] if not lacks.all() else values
@@ -155,7 +155,7 @@ def _mean(errors: Tensor, known: Tensor) -> Tensor:
     return errors.masked_fill(~known, 0).flatten(1).sum(1) / known.flatten(1).sum(1)
 
 
-class _Some:
+class _PartReconstructor:
     """Some parts of samples, for a model with parts.
 
     Raises:
@@ -184,24 +184,26 @@ def _picture(
     x_hat: npt.NDArray[Any],
     mse: npt.NDArray[Any],
     n_shown: int,
-    some: _Some | None = None,
+    reconstructor: _PartReconstructor | None = None,
 ) -> "Figure":
     """Originals above reconstructions, with the encoded parts between, for the least, median and largest errors."""
-    from aezoo.callbacks import drawing
+    from aezoo.callbacks import plotting
 
-    order = torch.from_numpy(np.argsort(mse, kind="stable")[: len(_known(mse))])  # NaN comes last
+    order = torch.from_numpy(np.argsort(mse, kind="stable")[: len(_drop_nan(mse))])  # NaN comes last
     n = min(n_shown, len(order))
     middle = (len(order) - n) // 2
     groups = {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:].flip(0)}
     shown = {}
     for name, index in groups.items():
         given, output = samples.rows(index), torch.from_numpy(np.asarray(x_hat[index.numpy()]))
-        shown[name] = {"original": given} | ({"seen": some.shown(given)} if some else {}) | {"output": output}
-    if not drawing.is_image(samples.shape):
+        shown[name] = (
+            {"original": given} | ({"seen": reconstructor.shown(given)} if reconstructor else {}) | {"output": output}
+        )
+    if not plotting.is_image(samples.shape):
         panels = [{what: part[i] for what, part in parts.items()} for parts in shown.values() for i in range(min(n, 4))]
         labels = [f"{name}: mse {mse[index[i]]:.3g}" for name, index in groups.items() for i in range(min(n, 4))]
-        return drawing.panel_figure(panels, labels)
-    limits = drawing.value_range(torch.cat([parts["original"] for parts in shown.values()]))
-    rows = [drawing.tiles(part, limits) for parts in shown.values() for part in parts.values()]
+        return plotting.panel_figure(panels, labels)
+    limits = plotting.value_range(torch.cat([parts["original"] for parts in shown.values()]))
+    rows = [plotting.tiles(part, limits) for parts in shown.values() for part in parts.values()]
     labels = [name if what == "original" else what for name, parts in shown.items() for what in parts]
-    return drawing.mosaic_figure(rows, labels)
+    return plotting.mosaic_figure(rows, labels)

@@ -49,8 +49,11 @@ class Samples:
         self._y: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]", split: Stage = "test", gaps: bool = False
+    def from_data(
+        cls,
+        x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]",
+        split: Stage = "test",
+        allow_missing: bool = False,
     ) -> "Samples":
         """Samples from `Samples`, a DataModule, a tensor or an array.
 
@@ -58,7 +61,7 @@ class Samples:
             x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape): bytes are scaled
                 to [0, 1], floats stay unchanged. (N, H, W) bytes become images of one channel.
             split: train, val or test.
-            gaps: whether a tensor or an array may hold NaN for missing values.
+            allow_missing: whether a tensor or an array may hold NaN for missing values.
 
         Raises:
             AezooError: not numbers, or no samples.
@@ -74,7 +77,9 @@ class Samples:
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
         return cls(
-            ArrayDataset(to_channels_first(to_real_tensor(x, "x", missing="keep" if gaps else "raise"), "auto")),
+            ArrayDataset(
+                to_channels_first(to_real_tensor(x, "x", missing="keep" if allow_missing else "raise"), "auto")
+            ),
             name="x",
         )
 
@@ -115,8 +120,8 @@ class Samples:
         index = torch.as_tensor(list(index) if isinstance(index, range) else index)
         dataset: Any = self.dataset
         if hasattr(dataset, "__getitems__"):
-            found = dataset.__getitems__(index.tolist())
-            x = (found if isinstance(found, tuple) else collate(found, labels=False))[0]
+            items = dataset.__getitems__(index.tolist())
+            x = (items if isinstance(items, tuple) else collate(items, labels=False))[0]
         else:
             x = torch.stack([dataset[i][0] for i in index.tolist()])
         return self._as_float(x)
@@ -129,7 +134,7 @@ class Samples:
 
     def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
         """All samples in their order, `size` at a time, on the CPU; with a title it shows a progress bar."""
-        with progress(title, len(self)) as advance:
+        with progress_bar(title, len(self)) as advance:
             for x in self._batches(size):
                 yield x
                 advance(len(x))
@@ -138,23 +143,23 @@ class Samples:
         if isinstance(self.dataset, ArrayDataset):
             yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
         else:  # files, which several processes decode ahead
-            ahead = default_num_workers(local_processes()) if self.num_workers is None else self.num_workers
-            loader = make_loader(self.dataset, batch_size=size, num_workers=ahead, labels=False)
+            n_workers = default_num_workers(local_processes()) if self.num_workers is None else self.num_workers
+            loader = make_loader(self.dataset, batch_size=size, num_workers=n_workers, labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
-    def take(self, n: int, seed: int = 0) -> "Samples":
+    def subsample(self, n: int, seed: int = 0) -> "Samples":
         """At most n samples, drawn without replacement, in their order."""
         if n >= len(self):
             return self
-        index = draw_rows(len(self), n, seed)
+        index = random_rows(len(self), n, seed)
         y = self.y
-        held = ArrayDataset(self.rows(index), None if y is None else y[index])
-        return Samples(held, class_names=self.class_names, name=self.name)
+        dataset = ArrayDataset(self.rows(index), None if y is None else y[index])
+        return Samples(dataset, class_names=self.class_names, name=self.name)
 
     def subset(self, index: Tensor) -> "Samples":
         """The samples with these indices, read on demand."""
-        chosen = subset(self.dataset, index)
-        return Samples(chosen, self.levels, self.scaling, self.class_names, self.name, self.num_workers)
+        dataset = subset(self.dataset, index)
+        return Samples(dataset, self.levels, self.scaling, self.class_names, self.name, self.num_workers)
 
     def binarised(self, rule: str, seed: int) -> "Samples":
         """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.
@@ -162,11 +167,11 @@ class Samples:
         Raises:
             AezooError: values outside of [0, 1].
         """
-        held = self.dataset if isinstance(self.dataset, ArrayDataset) else load_into_memory(self.dataset, self.name)
-        x = self._as_float(held.x) if self.scaling else held.x
+        dataset = self.dataset if isinstance(self.dataset, ArrayDataset) else load_into_memory(self.dataset, self.name)
+        x = self._as_float(dataset.x) if self.scaling else dataset.x
         binarise.check_probabilities(x, self.name, "give such values")
-        fresh = binarise.binarise_dataset(ArrayDataset(x, held.y, held.paths), rule, seed)
-        return Samples(fresh, self.levels, None, self.class_names, self.name)
+        binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
+        return Samples(binary, self.levels, None, self.class_names, self.name)
 
     def check(self, model: Autoencoder) -> "Samples":
         """The same samples, if the model can use them.
@@ -184,13 +189,13 @@ class Samples:
         return self
 
 
-def draw_rows(n: int, most: int | None, seed: int) -> Tensor:
-    """At most `most` indices below n, drawn without replacement, in ascending order."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+def random_rows(n: int, max_rows: int | None, seed: int) -> Tensor:
+    """At most `max_rows` indices below n, drawn without replacement, in ascending order."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:max_rows].sort().values
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Any]:
+def progress_bar(title: str, total: int) -> Iterator[Any]:
     """A progress bar on a terminal, which calls of the yielded function advance. Silent without a title."""
     if not title:
         yield lambda n: None
@@ -205,15 +210,15 @@ def progress(title: str, total: int) -> Iterator[Any]:
         yield lambda n: bar.advance(task, n)
 
 
-def like(model: Autoencoder) -> Tensor:
+def reference_tensor(model: Autoencoder) -> Tensor:
     """An empty tensor on the model's device and of its dtype."""
-    held = (value for value in chain(model.parameters(), model.buffers()) if value.is_floating_point())
-    return next(held, torch.empty(0, device=model.device)).detach().new_empty(0)
+    tensors = (value for value in chain(model.parameters(), model.buffers()) if value.is_floating_point())
+    return next(tensors, torch.empty(0, device=model.device)).detach().new_empty(0)
 
 
 @contextmanager
-def at_work(model: Autoencoder, seed: int = 0) -> Iterator[Tensor]:
-    """Evaluation mode, no gradients and a fixed seed inside; yields the tensor that samples are to be `like`.
+def evaluation_mode(model: Autoencoder, seed: int = 0) -> Iterator[Tensor]:
+    """Evaluation mode, no gradients and a fixed seed inside; yields the model's `reference_tensor`.
 
     Restores modes and random states afterwards.
     """
@@ -222,7 +227,7 @@ def at_work(model: Autoencoder, seed: int = 0) -> Iterator[Tensor]:
     try:
         with forked_rng(model.device), torch.no_grad():
             torch.manual_seed(seed)
-            yield like(model)
+            yield reference_tensor(model)
     finally:
         for module, training in modes:
             module.training = training

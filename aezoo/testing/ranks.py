@@ -22,9 +22,9 @@ from aezoo.testing.subject import (
     BATCH,
     Model,
     Subject,
-    brief,
     equal,
-    isolated,
+    one_line,
+    quiet_and_isolated,
     require,
     require_close,
     snapshot,
@@ -139,7 +139,7 @@ def check_ddp(*models: Model, **hyperparameters: Any) -> None:
 def _differences(subjects: Sequence[Subject], dtype: torch.dtype) -> dict[int, str]:
     """What is wrong with the subjects of these numbers."""
     wrong: dict[int, str] = {}
-    with tempfile.TemporaryDirectory() as name, isolated():
+    with tempfile.TemporaryDirectory() as name, quiet_and_isolated():
         folder = Path(name)
         with _two_processes(subjects, dtype, folder) as process:
             single = [_recorded_fit(subject, dtype, 0, 1) for subject in subjects]
@@ -191,7 +191,7 @@ def train_subjects(folder: Path) -> None:
     """What each of the two processes does: train every subject and leave the result in the folder."""
     rank = int(os.environ["RANK"])
     for i, (module, qualname, hyperparameters, dtype) in enumerate(torch.load(_spec(folder), weights_only=True)):
-        with isolated():
+        with quiet_and_isolated():
             subject = Subject(pkgutil.resolve_name(f"{module}:{qualname}"), hyperparameters)
             result = _recorded_fit(subject, dtype, rank, 2)
         torch.save(result, _file(folder, i, rank))
@@ -220,7 +220,7 @@ def _recorded_fit(subject: Subject, dtype: torch.dtype, rank: int, world: int) -
         with SharedNoise(rows, total):
             losses, figures = fit(model, batches, **options)
     except Exception as error:
-        return {"error": brief(error)}
+        return {"error": one_line(error)}
     return {"start": start, "end": snapshot(model), "losses": losses, "figures": figures}
 
 

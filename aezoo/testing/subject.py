@@ -28,7 +28,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 )
 BATCH = 7
 # figures that an evaluation adds beside the loss terms, see aezoo.metrics
-_RESERVED = {"mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "usage", "perplexity"}
+_RESERVED_TERMS = {"mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "usage", "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Subject:
             return False
         except Exception as error:
             raise AssertionError(
-                f"the constructor fails on shape {shape} with {brief(error)}: refuse it with an AezooError"
+                f"the constructor fails on shape {shape} with {one_line(error)}: refuse it with an AezooError"
             ) from error
         return True
 
@@ -108,7 +108,7 @@ def as_check(body: Callable[[Subject], None]) -> Check:
 
     def check(model: Model, /, **hyperparameters: Any) -> None:
         subject = subject_of(model, **hyperparameters)
-        with isolated():
+        with quiet_and_isolated():
             try:
                 body(subject)
             except SkipTest:
@@ -116,7 +116,7 @@ def as_check(body: Callable[[Subject], None]) -> Check:
             except AssertionError as error:
                 raise AssertionError(f"{subject.label} fails {body.__name__}: {error}") from error
             except Exception as error:
-                raise AssertionError(f"{subject.label} fails {body.__name__} with {brief(error)}") from error
+                raise AssertionError(f"{subject.label} fails {body.__name__} with {one_line(error)}") from error
 
     # functools.wraps would also show the signature of the body
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -125,7 +125,7 @@ def as_check(body: Callable[[Subject], None]) -> Check:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def quiet_and_isolated() -> Iterator[None]:
     """Seed 0 and silence; afterwards the random state, the warning filters and the loggers are as they were."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "torch.onnx")]
     levels = [logger.level for logger in loggers]
@@ -146,7 +146,7 @@ def isolated() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def brief(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The error's class and words on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -171,7 +171,7 @@ def require_terms(what: str, terms: dict[str, Tensor]) -> None:
     """A loss as the contract has it: finite scalars by name; that "loss" is among them, the model has seen to."""
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
-        require(name not in _RESERVED, f"{what} has a term {name!r}, which every evaluation reports by itself")
+        require(name not in _RESERVED_TERMS, f"{what} has a term {name!r}, which every evaluation reports by itself")
         require(isinstance(value, Tensor) and value.shape == (), f"{what} has a term {name!r} that is no scalar")
         require(bool(value.isfinite()), f"{what} has {name} = {float(value.detach())}")
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import aezoo
 from aezoo.bases.quantised import DiscreteAutoencoder
-from aezoo.callbacks import Codebook, Projector, in_use
-from aezoo.callbacks.codebook import codes_of, quantiser_of
-from aezoo.callbacks.drawing import count_cells, count_figure, index_colours, index_grid, mosaic_figure, render
+from aezoo.callbacks import Codebook, Projector, is_enabled
+from aezoo.callbacks.codebook import find_quantiser, level_codes
+from aezoo.callbacks.plotting import count_cells, count_figure, index_colours, index_grid, mosaic_figure, render
 from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
@@ -73,7 +73,7 @@ def counted(monkeypatch):
     """The counts that are drawn."""
     found = []
     monkeypatch.setattr(
-        "aezoo.callbacks.drawing.count_figure",
+        "aezoo.callbacks.plotting.count_figure",
         lambda counts, *a, **k: found.append([c.numpy().copy() for c in counts]) or count_figure(counts, *a, **k),
     )
     return found
@@ -84,7 +84,7 @@ def rows(monkeypatch):
     """The labels and tiles of the pictures of indices."""
     found = []
     monkeypatch.setattr(
-        "aezoo.callbacks.drawing.mosaic_figure",
+        "aezoo.callbacks.plotting.mosaic_figure",
         lambda r, labels=(), *a, **k: found.append((list(labels), r)) or mosaic_figure(r, labels, *a, **k),
     )
     return found
@@ -124,14 +124,14 @@ def test_the_histogram_is_of_codes_in_the_order_of_their_use(fit, events):
 
 
 def test_buckets_of_large_books_hold_all_choices(tmp_path):
-    from aezoo.callbacks.codebook import write_ranks
+    from aezoo.callbacks.codebook import write_rank_histogram
 
     class Writer:
         def add_histogram_raw(self, *given):
             self.given = given
 
     counts, writer = torch.randint(0, 9, (4321,), generator=torch.Generator().manual_seed(0)), Writer()
-    write_ranks(writer, "a", counts, 7)
+    write_rank_histogram(writer, "a", counts, 7)
     *_, limits, bars, step = writer.given
     assert step == 7 and len(bars) == 240 and limits[-1] == 4321
     ordered = np.sort(counts.numpy())[::-1]
@@ -246,7 +246,7 @@ def test_early_stop_draws_the_last_weights_and_the_use_of_the_last_count(fit, ev
 def test_nothing_is_drawn_or_counted(fit, tmp_path, options):
     model, period = options.pop("model", Indexed)((1, 8, 8)), 0 if options.pop("off", False) else 1
     callback = Codebook(every_n_epochs=period)
-    assert in_use(callback) == (period > 0)
+    assert is_enabled(callback) == (period > 0)
     fit(model, callback, **options)
     assert getattr(model, "encoded", 0) == 0
     assert not list(tmp_path.rglob("codebook*")) and not list(tmp_path.rglob("projector*"))
@@ -543,24 +543,24 @@ def test_codes_of_levels_and_groups_are_their_own():
     residual = shaken(ResidualVQ(6, 3, 8))
     groups = shaken(GroupedVQ(6, 3, 8))
     for level in range(3):
-        np.testing.assert_allclose(codes_of(residual, level), residual.levels[level].code_KD)
-        found = codes_of(groups, level)
+        np.testing.assert_allclose(level_codes(residual, level), residual.levels[level].code_KD)
+        found = level_codes(groups, level)
         assert found.shape == (8, 2)
         np.testing.assert_allclose(found, groups.groups[level].code_KD)
 
 
 def test_codes_of_books_that_are_not_stored():
     # 0, +-1/2, 1 and -1, +-1 by the paper's formula, the first channel least significant
-    np.testing.assert_allclose(codes_of(FSQ((4, 2)), 0), [[a, b] for b in (-1, 1) for a in (-1, -0.5, 0, 0.5)])
-    np.testing.assert_allclose(codes_of(LFQ(2), 0), [[-1, -1], [1, -1], [-1, 1], [1, 1]])
-    first, second = (codes_of(ResidualFSQ((4, 2), 2), level) for level in (0, 1))
-    np.testing.assert_allclose(first, codes_of(FSQ((4, 2)), 0))
+    np.testing.assert_allclose(level_codes(FSQ((4, 2)), 0), [[a, b] for b in (-1, 1) for a in (-1, -0.5, 0, 0.5)])
+    np.testing.assert_allclose(level_codes(LFQ(2), 0), [[-1, -1], [1, -1], [-1, 1], [1, 1]])
+    first, second = (level_codes(ResidualFSQ((4, 2), 2), level) for level in (0, 1))
+    np.testing.assert_allclose(first, level_codes(FSQ((4, 2)), 0))
     # a cell of half of [-1, 1] in four, one of a step of 2 in two
     np.testing.assert_allclose(second, [[a, b] for b in (-0.5, 0.5) for a in (-0.1875, -0.0625, 0.0625, 0.1875)])
     code_KD = torch.randn(5, 3)
     vq = VQ(3, 5, update="gradient", cosine=True).eval()
     vq.code_KD.data = code_KD
-    np.testing.assert_allclose(codes_of(vq, 0).detach(), code_KD / code_KD.norm(dim=1, keepdim=True), rtol=1e-5)
+    np.testing.assert_allclose(level_codes(vq, 0).detach(), code_KD / code_KD.norm(dim=1, keepdim=True), rtol=1e-5)
 
 
 def test_quantisers_of_several_books_go_by_their_names():
@@ -570,19 +570,19 @@ def test_quantisers_of_several_books_go_by_their_names():
             self.quantiser_top, self.quantiser_bottom = VQ(2, 8), ResidualVQ(2, 2, 8)
 
     model = Two()
-    assert quantiser_of(model, "top", (8,)) is model.quantiser_top
-    assert quantiser_of(model, "bottom", (8, 8)) is model.quantiser_bottom
-    assert quantiser_of(model, "bottom", (8,)) is None
-    assert quantiser_of(model, "bot", (8, 8)) is None
-    assert quantiser_of(model, "", (8,)) is None
-    assert quantiser_of(Fake((4,)), "", (8,)) is None
+    assert find_quantiser(model, "top", (8,)) is model.quantiser_top
+    assert find_quantiser(model, "bottom", (8, 8)) is model.quantiser_bottom
+    assert find_quantiser(model, "bottom", (8,)) is None
+    assert find_quantiser(model, "bot", (8, 8)) is None
+    assert find_quantiser(model, "", (8,)) is None
+    assert find_quantiser(Fake((4,)), "", (8,)) is None
     one = small()
-    assert quantiser_of(one, "", (12,)) is one.quantiser
+    assert find_quantiser(one, "", (12,)) is one.quantiser
     # with quantisers of its own within
     one.quantiser = ResidualVQ(5, 2, 12)
-    assert quantiser_of(one, "", (12, 12)) is one.quantiser
+    assert find_quantiser(one, "", (12, 12)) is one.quantiser
     # of indices that are told in other digits
-    assert quantiser_of(one, "", (4, 3)) is None
+    assert find_quantiser(one, "", (4, 3)) is None
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -293,10 +293,10 @@ def test_gradients_of_any_kind_are_judged(kind):
             gradient = gradient.half() * 6e4  # squares that are beyond float16
         elif kind == "sparse":
             gradient = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), gradient, (4, 3, 4, 4), check_invariants=True)
-        assert fault_guard._broken([torch.ones(3, dtype=gradient.dtype), gradient]) == (value != 1), value
+        assert fault_guard._overflows([torch.ones(3, dtype=gradient.dtype), gradient]) == (value != 1), value
         mixed = [torch.ones(3, dtype=torch.float64), gradient, torch.ones(3, dtype=torch.bfloat16)]
         # squares of 1e30 are no trouble in double precision
-        assert fault_guard._broken(mixed) == (value != 1 if kind == "half" else value not in (1.0, 1e30)), value
+        assert fault_guard._overflows(mixed) == (value != 1 if kind == "half" else value not in (1.0, 1e30)), value
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])

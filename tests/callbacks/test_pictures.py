@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aezoo.callbacks import Filters, LatentScatter, Projector, Reconstructions, Samples, Traversal
-from aezoo.callbacks.base import Picture, undisturbed
-from aezoo.callbacks.drawing import (
+from aezoo.callbacks.base import Picture, preserved_state
+from aezoo.callbacks.filters import first_weights
+from aezoo.callbacks.latents import principal_plane
+from aezoo.callbacks.plotting import (
     is_image,
     mosaic_figure,
     planes,
@@ -29,8 +31,6 @@ from aezoo.callbacks.drawing import (
     value_range,
     write_png,
 )
-from aezoo.callbacks.filters import first_weights
-from aezoo.callbacks.latents import principal_plane
 from aezoo.errors import AezooError
 
 SHAPES = [(30,), (2, 40), (7, 40), (1, 8, 8), (3, 9, 7), (5, 6, 6), (1, 6, 6, 6)]
@@ -111,7 +111,7 @@ def test_drawing_restores_modes_and_random_streams():
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(5)
     np.random.seed(5)
-    with contextlib.suppress(RuntimeError), undisturbed(model):
+    with contextlib.suppress(RuntimeError), preserved_state(model):
         assert not any(m.training for m in model.modules())
         assert not torch.is_grad_enabled()
         torch.rand(7), np.random.rand(7)
@@ -216,7 +216,7 @@ def drawn(monkeypatch) -> list[list[np.ndarray]]:
     """What is handed to the mosaic, instead of pixels."""
     rows = []
     monkeypatch.setattr(
-        "aezoo.callbacks.drawing.mosaic_figure",
+        "aezoo.callbacks.plotting.mosaic_figure",
         lambda r, labels=(), *a, **k: rows.append((list(labels), r)) or mosaic_figure(r, labels, *a, **k),
     )
     return rows

@@ -509,7 +509,7 @@ def test_the_summary_is_not_printed_over_a_live_bar(fit, monkeypatch):
 def test_the_summary_keeps_its_figures_in_a_narrow_window(monkeypatch, capsys, width, framed):
     out = terminal(monkeypatch, width)
     monkeypatch.setattr("aezoo.callbacks.summary.get_console", lambda: zoo.progress.get_console())
-    summary.show("Tested", {"test/log_likelihood": "-118.9"}, [])
+    summary.print_summary("Tested", {"test/log_likelihood": "-118.9"}, [])
     assert ("-118.9" in out.getvalue()) == framed
     assert capsys.readouterr().out == ("" if framed else "Tested\n  test/log_likelihood  -118.9\n")
 
@@ -633,14 +633,14 @@ def test_constructors_take_plain_values_with_help():
 
 
 def test_what_is_switched_off_can_be_left_out():
-    assert not zoo.in_use(zoo.BetaAnnealing())
-    assert not zoo.in_use(zoo.Histograms())
-    assert not zoo.in_use(EMA(0.0))
-    assert not zoo.in_use(zoo.Samples(every_n_epochs=0))
-    assert not zoo.in_use(zoo.Projector(n=0))
-    assert zoo.in_use(EMA())
-    assert zoo.in_use(zoo.Samples())
-    assert zoo.in_use(zoo.Summary())
+    assert not zoo.is_enabled(zoo.BetaAnnealing())
+    assert not zoo.is_enabled(zoo.Histograms())
+    assert not zoo.is_enabled(EMA(0.0))
+    assert not zoo.is_enabled(zoo.Samples(every_n_epochs=0))
+    assert not zoo.is_enabled(zoo.Projector(n=0))
+    assert zoo.is_enabled(EMA())
+    assert zoo.is_enabled(zoo.Samples())
+    assert zoo.is_enabled(zoo.Summary())
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

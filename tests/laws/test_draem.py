@@ -13,7 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.ops import sigmoid_focal_loss
 
 import aezoo
-from aezoo.callbacks import drawing
+from aezoo.callbacks import plotting
 from aezoo.models.regularised.draem import perlin
 from aezoo.nets.unet import UNet
 from aezoo.tasks.detect import detect
@@ -206,8 +206,8 @@ def test_maps_pass_to_the_way_back() -> None:
 
 def test_detect_writes_the_models_own_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, labels = draem(input_shape=(1, 12, 13)).eval(), images(20)[:, :1], []
-    figure = drawing.mosaic_figure
-    monkeypatch.setattr(drawing, "mosaic_figure", lambda *args: labels.append(args[1]) or figure(*args))
+    figure = plotting.mosaic_figure
+    monkeypatch.setattr(plotting, "mosaic_figure", lambda *args: labels.append(args[1]) or figure(*args))
     detect(model, x, baselines=False, maps=True, out=str(tmp_path), n_shown=2)
     maps = torch.from_numpy(np.load(tmp_path / "maps.npy"))
     torch.testing.assert_close(maps, model.anomaly_map(x)[:, None].expand_as(x))

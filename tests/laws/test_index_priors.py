@@ -56,7 +56,7 @@ class Written(DiscreteAutoencoder):
 
 def prior(name: str, index_shape: tuple[int, ...], sizes: tuple[int, ...], **settings: Any) -> Any:
     """A prior in double precision over indices of this layout, away from its initial weights."""
-    with mock.patch.object(token_prior, "_built", return_value=Written(index_shape, sizes)):
+    with mock.patch.object(token_prior, "_build_tokenizer", return_value=Written(index_shape, sizes)):
         model = aezoo.create_model(
             name, (math.prod(index_shape),), tokenizer=FROZEN, **{**SMALL[name], **settings}
         ).double()

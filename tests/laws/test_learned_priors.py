@@ -112,7 +112,7 @@ def test_the_prior_is_the_mixture_of_torch_distributions(name: str, likelihood: 
 def test_many_codes_are_compared_with_the_components_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = small(name, n_components=4), torch.randn(7, 3, dtype=torch.float64)
     whole = model.log_prior(z)
-    monkeypatch.setattr("aezoo.bases.mixture_prior._MOST_VALUES", 25)
+    monkeypatch.setattr("aezoo.bases.mixture_prior._MAX_VALUES", 25)
     torch.testing.assert_close(model.log_prior(z), whole)
 
 

@@ -378,7 +378,7 @@ def test_two_levels_survive_training_there_and_back(settings: dict[str, Any], qu
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
     """Let this be the Gumbel noise of every draw."""
     for module in (aezoo.distributions.categorical, gumbel_vq_vae):
-        monkeypatch.setattr(module, "gumbel", lambda like: g_BPK.view_as(like))
+        monkeypatch.setattr(module, "sample_gumbel", lambda like: g_BPK.view_as(like))
 
 
 def reference_kl(logits_BPK: Tensor) -> Tensor:

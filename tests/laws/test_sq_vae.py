@@ -60,7 +60,7 @@ def squares(model: Any, x: Tensor) -> Tensor:
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
     """Let this be the Gumbel noise of every draw."""
     for module in (aezoo.distributions.categorical, sq_vae):
-        monkeypatch.setattr(module, "gumbel", lambda like: g_BPK.view_as(like))
+        monkeypatch.setattr(module, "sample_gumbel", lambda like: g_BPK.view_as(like))
 
 
 def every_code() -> Tensor:

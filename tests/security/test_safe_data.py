@@ -120,7 +120,7 @@ def test_a_tar_file_cannot_leave_its_folder_when_torchvision_unpacks_it(tmp_path
     from torchvision.datasets.utils import extract_archive
 
     archive = files.tar_that_escapes(tmp_path / "set.tar.gz")
-    with archives.inside_their_folder(), pytest.raises(tarfile.TarError):
+    with archives.safe_extraction(), pytest.raises(tarfile.TarError):
         extract_archive(str(archive), str(tmp_path / "inside" / "set"))
     assert not (tmp_path / "inside" / "escaped.txt").exists() and not (tmp_path / "absolute.txt").exists()
     assert (tmp_path / "inside" / "set" / "honest.txt").read_text() == "hello"
@@ -155,7 +155,7 @@ def test_a_set_whose_archive_would_leave_its_folder_is_refused_in_one_line(tmp_p
     ],
 )
 def test_a_name_is_one_part_of_a_path(name, part):
-    assert archives.component(name) == part
+    assert archives.safe_name(name) == part
     assert (Path("root") / part).parent == Path("root")
 
 

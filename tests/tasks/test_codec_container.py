@@ -137,7 +137,7 @@ def test_a_number_in_the_header_that_is_no_number_is_refused(written):
 def test_a_lying_number_of_samples_takes_no_memory_and_no_time(written, mode):
     header, frames = take_apart(written[1][mode])
     *tables, (_, digest, payload) = frames
-    most = container.most_in_piece((9,))
+    most = container.max_samples_per_frame((9,))
     tracemalloc.start()
     try:
         for n, line in ((most, "is refused"), (most + 1, "larger than compress makes"), (2**32 - 1, "larger than")):
@@ -188,7 +188,7 @@ def test_a_file_may_have_several_parts(written, monkeypatch):
     x = torch.randint(0, 2, (21, 9)).float()
     for mode in MODES:
         with monkeypatch.context() as patch:
-            patch.setattr(container, "MAX_PIECE", 9 * 8)
+            patch.setattr(container, "MAX_FRAME_VALUES", 9 * 8)
             content = compress(model, x, mode=mode, quality=12.0, compare=False, batch_size=4).contents[0]
         counts = [frame[0] for frame in take_apart(content)[1]]
         assert counts == ([8, 8, 5] if mode == "lossless" else [0, 8, 8, 5])

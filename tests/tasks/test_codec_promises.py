@@ -17,7 +17,7 @@ from aezoo.nets.blocks.dictionary import geometric_median
 from aezoo.tasks.codec import baselines, lossless, lossy, tables
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
-from aezoo.tasks.samples import like
+from aezoo.tasks.samples import reference_tensor
 
 
 class WithoutFloat64(TorchFunctionMode):
@@ -73,7 +73,7 @@ class TwoLayers(Autoencoder):
                 mu, s = model.up(torch.cat([x, above[0].float()], 1)).reshape(len(x), 2, 3, 4).unbind(1)
                 return mu, torch.exp(s - 2)
 
-        return lossless.Chain(
+        return lossless.LatentChain(
             [Top(), Low()], lambda z: 3 * self.decoder(z[1].flatten(1).float()), self.likelihood, self.input_shape
         )
 
@@ -144,7 +144,7 @@ def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
     torch.manual_seed(0)
     model = aezoo.create_model("vae", (64,), latent_dim=4, hidden_dims=(16,), likelihood="bernoulli").eval()
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
-    coder = lossless.BitsBack(lossless.chain_of(model), like(model), 8, 8, b"a")
+    coder = lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 8, 8, b"a")
     rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
     with torch.no_grad(), WithoutFloat64():
         assert np.array_equal(coder.decode(coder.encode(levels).words, 20), levels)
@@ -154,7 +154,7 @@ def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
 
 def test_a_file_that_says_more_samples_than_it_has_bits_for_is_left_at_once():
     model, calls = vae(), []
-    coder = lossless.BitsBack(lossless.chain_of(model), like(model), 16, 10, b"seed")
+    coder = lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 16, 10, b"seed")
     with torch.no_grad():
         words = coder.encode(bits(10).byte().numpy()).words
         model.decoder.register_forward_hook(lambda *given: calls.append(None))
@@ -266,13 +266,13 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, mode, kind):
 
 def test_without_constriction_one_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    tables.stream.cache_clear()
+    tables.constriction_stream.cache_clear()
     try:
         for verb in (lambda: compress(vae(), bits(2)), lambda: decompress(vae(), str(tmp_path / "none.aez"))):
             with pytest.raises(AezooError, match=r"constriction: pip install 'aezoo\[codec\]'"):
                 verb()
     finally:
-        tables.stream.cache_clear()
+        tables.constriction_stream.cache_clear()
 
 
 def test_steps_by_deviation_are_its_share_and_err_by_a_twelfth_of_their_square():
@@ -306,10 +306,10 @@ def test_the_other_formats_hold_what_they_are_said_to_hold():
     x = (np.random.default_rng(0).random((70, 3, 9, 7)) * 255).astype(np.uint8)
     for grid in (baselines._sheet(x.shape), baselines._strip(x.shape)):
         pages = [np.asarray(page) for page in baselines._pages(x, grid)]
-        assert np.array_equal(baselines._cut(pages, x.shape, grid), x)
-    rows = {row["method"]: row for row in baselines.lossless(x, False)}
+        assert np.array_equal(baselines._split_pages(pages, x.shape, grid), x)
+    rows = {row["method"]: row for row in baselines.lossless_codecs(x, False)}
     # random bytes cannot be compressed
     assert all(row["bytes"] > 0.99 * x.size and row["samples"] == 70 for row in rows.values())
     assert {"PNG (lossless)", "gzip (lossless)", "xz (lossless)"} <= rows.keys()
-    ones = {row["method"]: row for row in baselines.lossless((x[:, :1] > 127).astype(np.uint8), True)}
+    ones = {row["method"]: row for row in baselines.lossless_codecs((x[:, :1] > 127).astype(np.uint8), True)}
     assert all(row["bits_per_dim"] < 1.6 for row in ones.values())

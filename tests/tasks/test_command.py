@@ -458,7 +458,7 @@ def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monk
 @pytest.mark.parametrize("verb", ["compress", "decompress"])
 def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    tables.stream.cache_clear()
+    tables.constriction_stream.cache_clear()
     assert "pip install 'aezoo[codec]'" in refused(capsys, verb, "--ckpt_path", "nowhere")
     with pytest.raises(SystemExit) as ended:
         main([verb, "--ckpt_path", "nowhere", "--help"])

@@ -13,7 +13,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.codec import lossless, lossy
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
-from aezoo.tasks.samples import like
+from aezoo.tasks.samples import reference_tensor
 
 
 def _vae(likelihood, seed=0, latent_dim=4):
@@ -72,7 +72,9 @@ def test_the_initial_bits_come_back_or_nothing_does():
     model = _vae("bernoulli")
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
     with torch.no_grad():
-        a, b = (lossless.BitsBack(lossless.chain_of(model), like(model), 8, 8, key) for key in (b"a", b"b"))
+        a, b = (
+            lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 8, 8, key) for key in (b"a", b"b")
+        )
         words = a.encode(levels).words
         assert np.array_equal(a.decode(words, 20), levels) and b.decode(words, 20) is None
 

@@ -230,18 +230,18 @@ def test_the_table_that_is_taken_is_the_smallest_in_total():
         for n in (1, 5, 100, 10000):
             counts = np.bincount(random.zipf(1.5, n).clip(1, k) - 1, minlength=k)
             taken = indices.Table.fit(counts)
-            total = taken.bits(counts) / 8 + len(indices._packed([taken]))
+            total = taken.bits(counts) / 8 + len(indices._pack_tables([taken]))
             assert total <= n * math.log2(k) / 8 + 1
             if k > 1:
                 fair = 1 + (24 + np.log2(np.maximum(counts, 1) / n)).round()
                 one = indices.Table(k, 0, np.where(counts > 0, fair, 0).astype(np.uint8))
-                assert total <= one.bits(counts) / 8 + len(indices._packed([one]))
+                assert total <= one.bits(counts) / 8 + len(indices._pack_tables([one]))
             if taken.levels is not None:
                 f = taken.frequencies()
                 assert f.sum() == 2**24 and f.min() >= 1
                 share = f[counts > 0] / 2**24 / (counts[counts > 0] / n)
                 # half a level, above and below, and what shares must sum to
-                assert share.max() / share.min() <= 2 ** (1.001 / (1 << taken.fine))
+                assert share.max() / share.min() <= 2 ** (1.001 / (1 << taken.resolution))
                 assert taken.bits(counts) == pytest.approx(-(counts[counts > 0] * np.log2(f[counts > 0] / 2**24)).sum())
 
 
@@ -290,23 +290,23 @@ def test_each_book_has_its_own_table_wherever_its_indices_stand(tmp_path):
 
 @pytest.mark.parametrize("k", [1, 2, 2**16, 2**16 + 1, 300_000, 2**18, 2**24, 2**40])
 def test_indices_of_large_books_are_coded_as_digits(tmp_path, k):
-    bases = indices.bases(k)
+    bases = indices.digit_sizes(k)
     assert max(bases) <= 2**16 and math.prod(bases) >= k and len(bases) == max(1, math.ceil(math.log2(k) / 16))
     random = np.random.default_rng(0)
     given = random.integers(0, k, (60, 2, 3))
     given[0] = k - 1
     codebooks = [indices.Codebook(np.array([0, 4, 2]), k), indices.Codebook(np.array([1, 3, 5]), k)]
     flat = given.reshape(60, 6)
-    coder = indices.Tabled.fit(codebooks, iter([flat[:20], flat[20:]]))
+    coder = indices.TableCoder.fit(codebooks, iter([flat[:20], flat[20:]]))
     content = coder.encode(flat)
-    again = indices.Tabled.from_bytes(coder.to_bytes(), codebooks)
-    assert np.array_equal(again.decode(content, 60), flat) and coder.returns(content, flat)
+    again = indices.TableCoder.from_bytes(coder.to_bytes(), codebooks)
+    assert np.array_equal(again.decode(content, 60), flat) and coder.decodes_to(content, flat)
     assert 8 * len(content) == pytest.approx(coder.bits, abs=64)
     assert 8 * len(content) <= 360 * sum(math.log2(base) for base in bases) + 64
     wrong = flat.copy()
     wrong[5, 1] = math.prod(bases) - 1
     if wrong[5, 1] >= k:  # digits that no index of the codebook has
-        forged = indices.Tabled.fit(codebooks, iter([wrong]))
+        forged = indices.TableCoder.fit(codebooks, iter([wrong]))
         with pytest.raises(ValueError, match="not in its codebook"):
             forged.decode(forged.encode(wrong), 60)
 
@@ -396,7 +396,7 @@ def test_parts_and_blocks_of_any_size_go_in_and_out(tmp_path, monkeypatch, batch
     for model in (prior((2, 3), (3, 4)), Plain((2, 3), (3, 4)).eval()):
         x = torch.rand(n, 2, 3, generator=torch.Generator().manual_seed(n))
         with monkeypatch.context() as patch:
-            patch.setattr(container, "MAX_PIECE", 6 * 4)
+            patch.setattr(container, "MAX_FRAME_VALUES", 6 * 4)
             _, path = written(model, x, tmp_path, batch_size=batch_size)
         frames = [frame[0] for frame in take_apart(path.read_bytes())[1] if frame[0]]
         assert sum(frames) == n and max(frames) == min(n, 4)
@@ -497,8 +497,8 @@ def test_a_lying_number_of_samples_takes_no_time_under_a_prior(tmp_path):
 def test_tables_that_are_none_are_refused():
     codebooks = [indices.Codebook(np.array([0, 1]), 6), indices.Codebook(np.array([2]), 3)]
     counts = iter([np.array([[0, 1, 2], [5, 1, 2], [1, 1, 0]] * 200)])
-    right = indices.Tabled.fit(codebooks, counts).to_bytes()
-    assert indices.Tabled.from_bytes(right, codebooks).to_bytes() == right
+    right = indices.TableCoder.fit(codebooks, counts).to_bytes()
+    assert indices.TableCoder.from_bytes(right, codebooks).to_bytes() == right
     levels = indices.zlib.compressobj(9, indices.zlib.DEFLATED, -15)
     high = bytes([1, 0]) + levels.compress(bytes([25] * 6)) + levels.flush()
     levels = indices.zlib.compressobj(9, indices.zlib.DEFLATED, -15)
@@ -515,7 +515,7 @@ def test_tables_that_are_none_are_refused():
         bytes([1, 0]),
     ):
         with pytest.raises((ValueError, indices.zlib.error)):
-            indices.Tabled.from_bytes(wrong, codebooks)
+            indices.TableCoder.from_bytes(wrong, codebooks)
 
 
 def test_modes_that_are_not_the_files_are_refused(held, tmp_path):
@@ -599,7 +599,7 @@ def test_books_too_large_for_a_prior_are_refused():
     model = Plain((1, 3), (2**16 + 1,)).eval()
     model.to_tokens = lambda given: given.flatten(1)
     with pytest.raises(AezooError, match="take smaller codebooks"):
-        autoregressive.Autoregressive(model, 8)
+        autoregressive.AutoregressiveCoder(model, 8)
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import aezoo
 import aezoo.bases.entropy_coded
 from aezoo.bases.entropy_coded import SymbolReader
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import container, learned
+from aezoo.tasks.codec import container, entropy_model
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
 from tests.tasks.test_codec_container import put_together, take_apart
@@ -92,7 +92,7 @@ def test_a_code_of_one_place_has_no_place_of_the_other_colour(name, tmp_path):
 def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
     """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
     model, x = small(name, width=3e5), data(20)
-    symbols = learned.encode(model, x)
+    symbols = entropy_model.encode(model, x)
     widest = max(-low for low, _ in model.tables())
     assert symbols.min() < -widest and symbols.max() > widest
     found = compress(model, x, out=str(tmp_path), compare=False)
@@ -102,8 +102,8 @@ def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
 
 def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     model, x = small("cheng2020", width=3e5), data(20)
-    symbols, made = learned.encode(model, x), []
-    coder, original = learned.Learned(model, 20), aezoo.bases.entropy_coded.Mixtures.tables_at
+    symbols, made = entropy_model.encode(model, x), []
+    coder, original = entropy_model.EntropyModelCoder(model, 20), aezoo.bases.entropy_coded.Mixtures.tables_at
 
     def table_at(law, power, here):
         table = original(law, power, here)
@@ -113,7 +113,7 @@ def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     monkeypatch.setattr(aezoo.bases.entropy_coded.Mixtures, "tables_at", table_at)
     whole = coder.encode(symbols)
     assert np.array_equal(coder.decode(whole, 20), symbols) and max(n * size for n, size in made if n > 1) > 100
-    monkeypatch.setattr(learned, "_ENTRIES", 100)
+    monkeypatch.setattr(entropy_model, "_MAX_ENTRIES", 100)
     made.clear()
     parts = coder.encode(symbols)
     assert np.array_equal(coder.decode(parts, 20), symbols) and max(n * size for n, size in made if n > 1) <= 100
@@ -169,19 +169,19 @@ def test_qualities_that_a_model_does_not_have_are_refused(tmp_path):
 
 def test_escapes_keep_every_number_of_32_bits():
     model = small("factorized_prior")
-    coder = learned.Learned(model, 4)
-    symbols = np.zeros((6, learned.width(model)), dtype=np.int64)
+    coder = entropy_model.EntropyModelCoder(model, 4)
+    symbols = np.zeros((6, entropy_model.n_symbols(model)), dtype=np.int64)
     symbols[0, :6] = [2**31 - 1, -(2**31) + 1, 65_535, -65_536, 2**16, 1]
     symbols[5, -3:] = [-1, 2**20, -(2**30)]
     content = coder.encode(symbols)
-    assert np.array_equal(coder.decode(content, 6), symbols) and coder.returns(content, symbols)
+    assert np.array_equal(coder.decode(content, 6), symbols) and coder.decodes_to(content, symbols)
     symbols[3, 2] += 1
-    assert not coder.returns(content, symbols)
+    assert not coder.decodes_to(content, symbols)
 
 
 def test_blocks_and_frames_are_those_of_the_writer(tmp_path, monkeypatch):
     model, x = small("checkerboard"), data(50)
-    monkeypatch.setattr(container, "MAX_PIECE", 21 * x[0].numel())  # frames of three blocks of seven
+    monkeypatch.setattr(container, "MAX_FRAME_VALUES", 21 * x[0].numel())  # frames of three blocks of seven
     compress(model, x, out=str(tmp_path), batch_size=7, compare=False)
     reader = container.Reader(tmp_path / "samples.aez", 2**30)
     assert [frame.n for frame in reader.frames] == [21, 21, 8]
@@ -261,7 +261,7 @@ def test_files_of_other_models_and_forged_ones_are_refused(tmp_path):
 def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
     """The bound of whole numbers is the rate of the samples that they came from."""
     model, x = small("elic"), data(9)
-    symbols = torch.from_numpy(learned.encode(model, x))
+    symbols = torch.from_numpy(entropy_model.encode(model, x))
     coder = SymbolReader(aezoo.bases.entropy_coded.read_in_order(symbols))
     model.code_latents(coder, None, len(x))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.tasks import denoisers
+from aezoo.tasks import denoise_filters
 from aezoo.tasks.denoise import denoise
 
 
@@ -83,7 +83,7 @@ def test_filters_are_those_of_scikit_image(channels):
     x = images(3, channels) + 0.2 * rng.normal(0, 1, (3, channels, 16, 16)).astype(np.float32)
     x = x.astype(np.float32)
     options = {"patch_size": 5, "patch_distance": 6, "fast_mode": True, "h": 0.15, "sigma": 0.2}
-    tv, means = denoisers.total_variation(x, 0.1), denoisers.non_local_means(x, 0.2, 0.15)
+    tv, means = denoise_filters.total_variation(x, 0.1), denoise_filters.non_local_means(x, 0.2, 0.15)
     assert tv.shape == means.shape == x.shape
     for i, image in enumerate(np.moveaxis(x, 1, -1)):
         # channels last, as scikit-image documents them
@@ -94,7 +94,7 @@ def test_filters_are_those_of_scikit_image(channels):
     window = np.lib.stride_tricks.sliding_window_view(
         np.pad(x, ((0,) * 2,) * 2 + ((1, 1),) * 2, "symmetric"), (3, 3), (2, 3)
     )
-    assert np.allclose(denoisers.median(x, 3), np.median(window, axis=(-1, -2)))
+    assert np.allclose(denoise_filters.median(x, 3), np.median(window, axis=(-1, -2)))
 
 
 def test_the_table_is_scikit_images_metrics_of_the_samples_it_is_about():
@@ -137,13 +137,15 @@ def test_no_other_strength_of_a_filter_does_much_better_than_those_that_are_trie
     def error(output):
         return ((output - clean) ** 2).mean()
 
-    found = denoisers.filters((1, 16, 16), sigma)
+    found = denoise_filters.filters((1, 16, 16), sigma)
     least = {name: min(error(run(noisy)) for run in settings.values()) for name, settings in found.items()}
     shares = sigma * np.geomspace(0.2, 10, 20)
-    assert least["total variation"] < 1.05 * min(error(denoisers.total_variation(noisy, w)) for w in shares)
-    assert least["non-local means"] < 1.15 * min(error(denoisers.non_local_means(noisy, sigma, h)) for h in shares)
+    assert least["total variation"] < 1.05 * min(error(denoise_filters.total_variation(noisy, w)) for w in shares)
+    assert least["non-local means"] < 1.15 * min(
+        error(denoise_filters.non_local_means(noisy, sigma, h)) for h in shares
+    )
     # a larger window would blur all that a small image shows
-    assert least["median filter"] < 1.25 * min(error(denoisers.median(noisy, size)) for size in (3, 5, 7, 9))
+    assert least["median filter"] < 1.25 * min(error(denoise_filters.median(noisy, size)) for size in (3, 5, 7, 9))
 
 
 def test_filters_do_not_depend_on_the_unit_of_the_data():
@@ -157,7 +159,7 @@ def test_filters_do_not_depend_on_the_unit_of_the_data():
 
 def test_settings_are_chosen_on_samples_from_everywhere(monkeypatch):
     seen = []
-    best_setting = denoisers.best_setting
+    best_setting = denoise_filters.best_setting
     monkeypatch.setattr(
         "aezoo.tasks.denoise.best_setting", lambda s, noisy, clean: seen.append(clean) or best_setting(s, noisy, clean)
     )
@@ -171,9 +173,9 @@ def test_settings_are_chosen_on_samples_from_everywhere(monkeypatch):
 def test_a_filter_takes_its_best_setting():
     clean = images(20)
     noisy = clean + 0.3 * np.random.default_rng(0).normal(0, 1, clean.shape).astype(np.float32)
-    settings = denoisers.filters((1, 16, 16), 0.3)["total variation"]
+    settings = denoise_filters.filters((1, 16, 16), 0.3)["total variation"]
     errors = {name: ((run(noisy) - clean) ** 2).mean() for name, run in settings.items()}
-    best = denoisers.best_setting(settings, noisy, clean)
+    best = denoise_filters.best_setting(settings, noisy, clean)
     assert all(errors[best] <= error for error in errors.values()) and len(set(errors.values())) == len(errors)
 
 

@@ -18,7 +18,7 @@ from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import detect_scores
 from aezoo.tasks.detect import Detector, _compared, detect, p_values
-from aezoo.tasks.detect_labels import measure
+from aezoo.tasks.detect_labels import ranking_metrics
 from aezoo.tasks.detect_scores import Mahalanobis
 from aezoo.tasks.detectors import Baseline
 from aezoo.tasks.reconstruct import reconstruct
@@ -123,7 +123,7 @@ def test_whitening_is_the_same_with_more_and_with_fewer_samples_than_features(n,
 
     scorer = fitted(train)
     assert np.allclose(scorer(torch.from_numpy(x)), by_hand(train, x), rtol=1e-3)
-    left_out = scorer.left_out(scorer(torch.from_numpy(train)).numpy())
+    left_out = scorer.leave_one_out(scorer(torch.from_numpy(train)).numpy())
     refitted = [by_hand(np.delete(train, i, 0), train[i : i + 1])[0] for i in range(n)]
     assert np.allclose(left_out, refitted, rtol=0.3 if n < m + 2 else 1e-3)  # of few samples, one makes a large part
 
@@ -183,7 +183,7 @@ def test_layers_of_a_convolutional_encoder_count_after_their_activations_and_a_p
 
 
 def test_many_features_are_learnt_from_a_part_of_the_samples(monkeypatch):
-    monkeypatch.setattr(detect_scores, "_MOST_FEATURES", 8)
+    monkeypatch.setattr(detect_scores, "_MAX_FEATURES", 8)
     train, x, model = gaussian(300), gaussian(400, seed=1), linear(latent_dim=3)
     detector = Detector(model, "nap").fit(train)  # 9 features
     direct = detector.decision_function(train)
@@ -193,7 +193,7 @@ def test_many_features_are_learnt_from_a_part_of_the_samples(monkeypatch):
     part = np.flatnonzero(left_out)
     again = Detector(model, "nap").fit(train[part])
     assert np.allclose(again.decision_function(x), detector.decision_function(x), rtol=1e-3)
-    monkeypatch.setattr(detect_scores, "_MOST_VALUES", 9 * 3)
+    monkeypatch.setattr(detect_scores, "_MAX_VALUES", 9 * 3)
     fewer = Detector(model, "nap").fit(train)
     assert (~np.isclose(fewer.decision_function(train), fewer.decision_scores_)).sum() == 3
 
@@ -220,7 +220,7 @@ def linear_vae():
 
 @pytest.mark.parametrize("most", [2**26, 3 * 7000], ids=["at once", "in parts"])
 def test_elbo_is_the_closed_form_of_a_linear_vae_sample_by_sample(monkeypatch, most):
-    monkeypatch.setattr(detect_scores, "_MOST_VALUES", most)
+    monkeypatch.setattr(detect_scores, "_MAX_VALUES", most)
     model, x = linear_vae(), np.random.default_rng(0).normal(0, 1, (12, 3)).astype(np.float32)
     encoder, decoder = (
         {k.rpartition(".")[2]: p.detach().double().numpy() for k, p in net.named_parameters()}
@@ -355,7 +355,9 @@ def test_a_quantile_of_held_out_samples_is_the_threshold():
 def test_baselines_are_those_of_scikit_learn():
     train, x = gaussian(120, d=8), gaussian(30, d=8, seed=1)
     found = {
-        name: Baseline(name, n_components=3, batch_size=7).fit(Samples.of(train)).decision_function(Samples.of(x))
+        name: Baseline(name, n_components=3, batch_size=7)
+        .fit(Samples.from_data(train))
+        .decision_function(Samples.from_data(x))
         for name in ("pca", "mean", "knn", "isolation_forest")
     }
     pca = PCA(3).fit(train)
@@ -367,16 +369,16 @@ def test_baselines_are_those_of_scikit_learn():
     }
     for name, scores in expected.items():
         assert np.allclose(found[name], scores, rtol=1e-3), name
-    own = Baseline("knn").fit(Samples.of(train)).decision_scores_
+    own = Baseline("knn").fit(Samples.from_data(train)).decision_scores_
     assert np.allclose(own, np.sort(cdist(train, train), axis=1)[:, 5], rtol=1e-3)
 
 
 def test_auroc_and_aupr_are_scikit_learns_and_missing_where_one_kind_is_missing():
     scores, anomalous = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
     # the example of scikit-learn's own documentation: 0.75 and 0.83...
-    assert measure(scores, anomalous) == {"auroc": 0.75, "aupr": pytest.approx(0.8333333)}
+    assert ranking_metrics(scores, anomalous) == {"auroc": 0.75, "aupr": pytest.approx(0.8333333)}
     for one_kind in (np.zeros(4, bool), np.ones(4, bool), None):
-        assert measure(scores, one_kind) == {"auroc": None, "aupr": None}
+        assert ranking_metrics(scores, one_kind) == {"auroc": None, "aupr": None}
 
 
 @pytest.mark.parametrize(("protocol", "strange"), [({"normal": "dog"}, [0, 2]), ({"anomaly": "dog"}, [1])])
@@ -443,19 +445,19 @@ def test_no_label_is_no_class_to_name_and_no_labels_at_all_are_none():
 def test_a_split_that_is_judged_by_itself_compares_each_sample_with_the_others():
     data, model = blobs(), linear(d=5, latent_dim=2)
     x, y = data.tensors("train")
-    train, val = Samples.of(data, "train"), Samples.of(data, "val")
-    own = detect(model, Samples.of(data, "train"), fit_on=train, calibrate_on=train)
+    train, val = Samples.from_data(data, "train"), Samples.from_data(data, "val")
+    own = detect(model, Samples.from_data(data, "train"), fit_on=train, calibrate_on=train)
     assert np.allclose(own.p_values, stats.rankdata(-own.scores, "max") / 120)
     knn = next(row for row in own.table if row["method"] == "knn")
     nearest = np.sort(cdist(x, x), axis=1)[:, 5]  # without the sample itself
     assert knn["threshold"] == pytest.approx(np.percentile(nearest, 90), rel=1e-4) and knn["flagged"] == 0.1
     # of normal samples alone
-    one = detect(model, Samples.of(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
+    one = detect(model, Samples.from_data(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
     distances = cdist(x, x[y == 1])
     distances[np.flatnonzero(y == 1), np.arange(40)] = np.inf
     expected = roc_auc_score(y != 1, np.sort(distances, axis=1)[:, 4])
     assert next(row for row in one.table if row["method"] == "knn")["auroc"] == pytest.approx(expected)
-    part = detect(model, Samples.of(data, "train"), fit_on=val, calibrate_on=train, normal="dog")
+    part = detect(model, Samples.from_data(data, "train"), fit_on=val, calibrate_on=train, normal="dog")
     own_places = y.numpy() == 1
     assert np.allclose(part.p_values[own_places], stats.rankdata(-part.scores[own_places], "max") / 40)
     assert (part.p_values[~own_places] >= 1 / 41).all()
@@ -464,7 +466,7 @@ def test_a_split_that_is_judged_by_itself_compares_each_sample_with_the_others()
 def test_a_baseline_that_is_fitted_on_a_part_leaves_each_sample_of_it_out():
     x = gaussian(60)
     found = detect(linear(latent_dim=2), x, n_fit=30)
-    baseline = Baseline("knn", n_fit=30).fit(Samples.of(x))
+    baseline = Baseline("knn", n_fit=30).fit(Samples.from_data(x))
     distances = cdist(x, x[baseline.fitted_on])
     distances[baseline.fitted_on, np.arange(30)] = np.inf
     nearest = np.sort(distances, axis=1)[:, 4]

@@ -16,10 +16,10 @@ import aezoo
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.features import random_features
-from aezoo.tasks import detect_features, detect_svdd
+from aezoo.tasks import detect_deep_svdd, detect_features
 from aezoo.tasks.detect import Detector, detect
-from aezoo.tasks.detect_features import Frozen
-from aezoo.tasks.detect_svdd import DeepSVDD, Tuning
+from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
+from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detectors import Baseline
 from aezoo.tasks.samples import Samples
 
@@ -100,7 +100,7 @@ def test_sap_without_hidden_layers_is_the_squared_error_of_sample_and_code():
 
 
 def fitted(model, x, **tuning):
-    scorer = DeepSVDD(model, Tuning(**tuning))
+    scorer = DeepSVDD(model, SVDDSettings(**tuning))
     with torch.no_grad():
         torch.manual_seed(0)
         scorer.fit(x.split(7), len(x))
@@ -193,7 +193,7 @@ def test_with_biases_training_ends_at_the_constant_and_without_them_it_does_not(
         return float(codes.var(0).sum() / codes.square().sum(1).mean())
 
     sound = fitted(model, x, epochs=300, lr=1e-2)
-    monkeypatch.setattr(detect_svdd, "without_biases", lambda net: [*net.requires_grad_().parameters()])
+    monkeypatch.setattr(detect_deep_svdd, "without_biases", lambda net: [*net.requires_grad_().parameters()])
     collapsed = fitted(model, x, epochs=300, lr=1e-2)
     assert spread(sound) > 1e-3 and spread(collapsed) < 0.1 * spread(sound)
 
@@ -290,7 +290,7 @@ def test_a_trainer_that_a_model_remembers_is_not_copied():
 def test_fre_is_the_error_of_pca_in_the_features():
     """A linear autoencoder's optimum in closed form, half of the 64 features kept."""
     train, x = images(300), images(20, seed=1)
-    found = Baseline("fre", features="random").fit(Samples.of(train)).decision_function(Samples.of(x))
+    found = Baseline("fre", features="random").fit(Samples.from_data(train)).decision_function(Samples.from_data(x))
     net = random_features((1, 8, 8))
     with torch.no_grad():
         f, g = (net(part)[-1].flatten(1).double().numpy() for part in (train, x))
@@ -328,9 +328,9 @@ def test_fre_stands_beside_the_other_baselines_where_features_are_named():
         *("deep_svdd", "nll", "pca", "mean", "knn", "isolation_forest", "fre"),
     ]
     rows = {row["method"]: row for row in found.table}
-    alone = Baseline("fre", features="random").fit(Samples.of(data, "train"))
+    alone = Baseline("fre", features="random").fit(Samples.from_data(data, "train"))
     y = data.tensors("test")[1].numpy()
-    auroc = roc_auc_score(y == 5, alone.decision_function(Samples.of(data, "test")))
+    auroc = roc_auc_score(y == 5, alone.decision_function(Samples.from_data(data, "test")))
     assert rows["fre"]["auroc"] == pytest.approx(auroc) and auroc > 0.75
     only = detect(model, data, features="random", baselines=False, anomaly="5", n_shown=0)
     assert [row["method"] for row in only.table] == ["nll", "fre"]
@@ -342,8 +342,8 @@ def test_the_features_of_a_model_of_the_zoo_are_its_encoders_last_hidden_layer(t
     path = aezoo.save_model(model, tmp_path / "saved")
     with torch.no_grad():
         expected = nn.Sequential(*list(model.encoder)[:4])(x).flatten(1)
-    assert torch.allclose(Frozen(str(path), (1, 8, 8))(x), expected, atol=1e-6)
-    found = Baseline("fre", features=str(path)).fit(Samples.of(x))
+    assert torch.allclose(FrozenFeatures(str(path), (1, 8, 8))(x), expected, atol=1e-6)
+    found = Baseline("fre", features=str(path)).fit(Samples.from_data(x))
     assert np.isfinite(found.decision_scores_).all()
 
 
@@ -352,7 +352,7 @@ def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, 
     """Without weights that were fetched nothing is downloaded; here random ones lie where torchvision puts them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(AezooError, match="fetch them once, python -c") as refused:
-        Frozen("resnet18", (channels, 8, 8))
+        FrozenFeatures("resnet18", (channels, 8, 8))
     assert "\n" not in str(refused.value)
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None).eval()
@@ -360,7 +360,7 @@ def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, 
     (tmp_path / "checkpoints").mkdir()
     torch.save(net.state_dict(), tmp_path / "checkpoints" / name)
     state = torch.get_rng_state()
-    frozen = Frozen("resnet18", (channels, 8, 12))
+    frozen = FrozenFeatures("resnet18", (channels, 8, 12))
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(detect_features, "_SIDE", 32)
     x, seen = images(2, (channels, 8, 12)), {}
@@ -370,13 +370,13 @@ def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, 
         net(torchvision.transforms.functional.normalize(large, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     assert torch.allclose(frozen(x), seen["features"].flatten(1), atol=1e-5)
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.net.training
-    monkeypatch.setattr(detect_features, "_MOST_FEATURES", 600)
+    monkeypatch.setattr(detect_features, "_MAX_FEATURES", 600)
     # 256 x 2 x 3 values are too many
     pooled = nn.functional.adaptive_avg_pool2d(seen["features"], (1, 2)).flatten(1)
     assert torch.allclose(frozen(x), pooled, atol=1e-5)
     (tmp_path / "checkpoints" / name).write_bytes(b"no weights")
     with pytest.raises(AezooError, match="holds no weights of resnet18"):
-        Frozen("resnet18", (channels, 8, 8))
+        FrozenFeatures("resnet18", (channels, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -391,14 +391,14 @@ def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, 
 )
 def test_features_that_cannot_be_had_are_refused_in_one_line(name, shape, message):
     with pytest.raises(AezooError, match=message) as refused:
-        Frozen(name, shape)
+        FrozenFeatures(name, shape)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_few_samples_keep_half_of_their_directions(n):
     x = images(n)
-    found = Baseline("fre", features="random").fit(Samples.of(x))
+    found = Baseline("fre", features="random").fit(Samples.from_data(x))
     net = random_features((1, 8, 8))
     with torch.no_grad():
         f = net(x)[-1].flatten(1).double().numpy()

@@ -14,7 +14,7 @@ import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.embed import embed
-from aezoo.tasks.embed_codes import choose_rows, nearest_codes, read_off, to_plane
+from aezoo.tasks.embed_codes import choose_rows, nearest_codes, probe_accuracies, project_to_plane
 from aezoo.tasks.samples import Samples
 
 
@@ -57,7 +57,7 @@ def test_labels_in_an_npz_are_those_of_the_data(tmp_path, labels, kept):
     data = aezoo.DataModule.from_arrays(
         np.random.default_rng(0).random((4, 5)), labels, val_fraction=0, test_fraction=0
     )
-    embed(model, Samples.of(data, "train"), table="npz", n_shown=0, out=str(tmp_path))
+    embed(model, Samples.from_data(data, "train"), table="npz", n_shown=0, out=str(tmp_path))
     with np.load(tmp_path / "codes.npz") as file:
         assert file["y"].tolist() == kept
 
@@ -112,10 +112,10 @@ def test_what_ends_early_keeps_the_results_of_before(tmp_path, model, digits, mo
 def test_classifiers_read_off_a_line_what_lies_on_either_side():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(400, 1)), rng.normal(size=(200, 1))
-    assert read_off(a, a[:, 0] > 0, b, b[:, 0] > 0)["probe"] > 0.97
+    assert probe_accuracies(a, a[:, 0] > 0, b, b[:, 0] > 0)["probe"] > 0.97
     # one outside of the other: a line cannot tell them apart, neighbours can
-    assert read_off(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["probe"] < 0.75
-    assert read_off(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
+    assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["probe"] < 0.75
+    assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
 
 
 def test_labels_of_another_numbering_are_compared_by_name(model, digits):
@@ -137,7 +137,7 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     found = embed(model, some, fit_on=digits)
     assert len(found.codes) == len(y) and found.accuracies == embed(model, few, fit_on=digits).accuracies
     # in training too, and however few they are
-    monkeypatch.setattr("aezoo.tasks.embed._MOST_PROBED", 30)
+    monkeypatch.setattr("aezoo.tasks.embed._MAX_PROBE_SAMPLES", 30)
     x_train, y_train = digits.tensors("train")
     rows = torch.arange(0, len(y_train), 50)
     sparse = torch.full_like(y_train, -1).index_copy(0, rows, y_train[rows])
@@ -203,10 +203,10 @@ def test_more_queries_than_are_looked_up_at_a_time_find_the_same():
 def test_tsne_keeps_groups_apart_and_repeats_itself(size):
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
-    plane = to_plane(codes, "tsne", seed=0)
+    plane = project_to_plane(codes, "tsne", seed=0)
     groups = np.repeat([0, 1], 40)
     assert KNeighborsClassifier(5).fit(plane, groups).score(plane, groups) == 1
-    assert np.array_equal(plane, to_plane(codes, "tsne", seed=0))
+    assert np.array_equal(plane, project_to_plane(codes, "tsne", seed=0))
 
 
 @pytest.mark.slow  # umap compiles itself for half a minute
@@ -215,12 +215,14 @@ def test_umap_keeps_groups_apart_and_repeats_itself(size):
     pytest.importorskip("umap")
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
-    plane = to_plane(codes, "umap", seed=0)
+    plane = project_to_plane(codes, "umap", seed=0)
     groups = np.repeat([0, 1], 40)
     assert plane.shape == (80, 2) and KNeighborsClassifier(5).fit(plane, groups).score(plane, groups) == 1
-    assert np.array_equal(plane, to_plane(codes, "umap", seed=0))
+    assert np.array_equal(plane, project_to_plane(codes, "umap", seed=0))
     few = np.repeat(codes[:4], 5, axis=0)  # of which it makes four points
-    assert np.isfinite(to_plane(few, "umap", seed=0)).all() and to_plane(codes[:4], "umap", seed=0).shape == (4, 2)
+    assert np.isfinite(project_to_plane(few, "umap", seed=0)).all() and project_to_plane(
+        codes[:4], "umap", seed=0
+    ).shape == (4, 2)
 
 
 @pytest.mark.slow
@@ -266,7 +268,7 @@ def test_a_code_of_one_number_has_a_plane_too():
 
 
 def test_samples_that_classifiers_have_learnt_from_give_no_accuracies(model, digits):
-    train = Samples.of(digits, "train")
+    train = Samples.from_data(digits, "train")
     assert embed(model, train, fit_on=digits).accuracies == []
 
 

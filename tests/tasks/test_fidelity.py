@@ -93,7 +93,7 @@ def test_the_nearest_training_sample_is_found_across_batches_and_a_copy_has_dist
     rng = np.random.default_rng(0)
     train = rng.random((70, 1, 5, 5)).astype(np.float32)
     x = np.concatenate([train[[69, 3]], rng.random((6, 1, 5, 5)).astype(np.float32)])
-    found = fidelity.nearest_samples(torch.from_numpy(x), Samples.of(train), batch_size=16)
+    found = fidelity.nearest_samples(torch.from_numpy(x), Samples.from_data(train), batch_size=16)
     every = np.linalg.norm((x[:, None] - train[None]).reshape(8, 70, -1).astype(np.float64), axis=2)
     assert found.rows.tolist() == every.argmin(1).tolist()
     assert np.allclose(found.distances, every.min(1), atol=1e-6) and found.distances[:2].max() < 1e-6
@@ -103,7 +103,7 @@ def test_copies_are_closer_to_the_training_set_than_new_samples_are():
     rng = np.random.default_rng(0)
     fake, held = rng.random(30), rng.random(50)
     expected = np.mean([[f < h for h in held] for f in fake])
-    assert fidelity.closer(fake, held) == pytest.approx(expected)
+    assert fidelity.closer_probability(fake, held) == pytest.approx(expected)
     x = rng.normal(size=(600, 4)).astype(np.float32)
     copies = generate(identity(4), x[400:], fit_on=x[:400], prior="knn", n_neighbours=1, n=1, quality=200).figures
     fresh = generate(identity(4), x[400:], fit_on=x[:400], prior="gaussian", n=1, quality=200).figures
@@ -139,10 +139,10 @@ def test_labels_train_a_small_classifier_whose_name_and_accuracy_are_said(tmp_pa
 
 def test_without_labels_features_are_principal_components_and_it_says_so():
     x = torch.rand(90, 1, 6, 6)
-    features = fidelity_features.choose_features(Samples.of(x), torch.device("cpu"), 0, False)
+    features = fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False)
     assert "36 principal components of raw values (no labels" in features.name
     reference = PCA(36).fit_transform(x.flatten(1).numpy())
-    assert np.allclose(features.of(x).abs().numpy(), np.abs(reference), atol=1e-4)
+    assert np.allclose(features.from_data(x).abs().numpy(), np.abs(reference), atol=1e-4)
 
 
 def test_labels_with_fractions_are_no_classes():
@@ -151,7 +151,7 @@ def test_labels_with_fractions_are_no_classes():
 
 
 def test_the_classifier_learns_from_the_samples_that_have_labels_however_few(monkeypatch):
-    monkeypatch.setattr(fidelity_features, "_MOST_LEARNT", 6)
+    monkeypatch.setattr(fidelity_features, "_MAX_LEARNED", 6)
     monkeypatch.setattr(fidelity_features, "STEPS", 3)
     monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 3)
     y = torch.full((3000,), -1)
@@ -171,7 +171,7 @@ def test_samples_that_are_no_numbers_are_not_judged():
 
 def test_samples_that_the_model_has_learnt_from_are_no_yardstick():
     x = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
-    train = Samples.of(x[:80])
+    train = Samples.from_data(x[:80])
     same = generate(identity(4), train, fit_on=train, n=2, quality=50)
     assert [(row["samples"], row["n"]) for row in same.figures] == [("generated", 50)]
     assert "held-out" not in same.source
@@ -216,10 +216,10 @@ def test_inception_is_used_where_its_weights_are_at_hand_with_torchvision_s_own_
     pooled = create_feature_extractor(network, {"avgpool": "f"}, suppress_diff_warning=True)
     with torch.no_grad():
         expected = pooled(normalize(colour, official.mean, official.std))["f"].flatten(1)
-        found = features.of(x[:2])
+        found = features.from_data(x[:2])
         # what is out of range counts as black and white, as in a file of 8 bits
         extreme = torch.cat([x[:1].round(), 9 * x[:1].round() - 4])
-        black_and_white, beyond = features.of(extreme)
+        black_and_white, beyond = features.from_data(extreme)
     assert features.name == "Inception-v3 of torchvision" and found.shape == (2, 2048)
     assert expected.std() > 0.1 and torch.allclose(found, expected, atol=1e-3)
     assert torch.allclose(black_and_white, beyond, atol=1e-4)
@@ -232,7 +232,7 @@ def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     with pytest.raises(
         AezooError, match=rf"{stored.name} holds no weights of inception_v3 \(\w+\): remove it"
     ) as caught:
-        fidelity_features.choose_features(Samples.of(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
+        fidelity_features.choose_features(Samples.from_data(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
     assert "\n" not in str(caught.value)
 
 
@@ -243,4 +243,4 @@ def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
 )
 def test_what_is_no_picture_is_not_shown_to_inception(stored, x):
     stored.write_bytes(b"never read")
-    assert "principal" in fidelity_features.choose_features(Samples.of(x), torch.device("cpu"), 0, False).name
+    assert "principal" in fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False).name

@@ -94,7 +94,7 @@ def test_a_seed_fixes_the_samples_and_batches_change_nothing(dense, digits, prio
 
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "knn"])
 def test_many_samples_are_drawn_in_parts_that_do_not_repeat_each_other(prior, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("aezoo.tasks.generate"), "_DRAWN", 5)
+    monkeypatch.setattr(importlib.import_module("aezoo.tasks.generate"), "_DRAWN_AT_ONCE", 5)
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     found = generate(identity(3), fit_on=x, prior=prior, n=13).samples
     assert len(np.unique(found.round(4), axis=0)) == 13
@@ -134,7 +134,7 @@ def test_an_interpolation_runs_from_code_to_code_on_a_line_or_if_asked_for_on_a_
     with torch.no_grad():
         a, b = vae.encode(x[:2]).double().numpy()
         circle, line = (
-            generate_walks.interpolation(vae, Samples.of(x[:2]), asked, 1, 7, 0).codes[0].numpy()
+            generate_walks.interpolation(vae, Samples.from_data(x[:2]), asked, 1, 7, 0).codes[0].numpy()
             for asked in (True, False)
         )
     assert np.allclose(line, np.linspace(a, b, 7), atol=1e-6)

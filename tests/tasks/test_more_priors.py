@@ -95,7 +95,7 @@ def test_fitting_and_drawing_leave_torch_s_random_stream_alone():
 
 
 def test_wide_codes_have_their_covariance_beyond_the_components_kept(monkeypatch):
-    monkeypatch.setattr(priors_principal, "_MOST_COMPONENTS", 2)
+    monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 60)
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(600, 6)) @ rng.normal(size=(6, 6)) + 3

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from aezoo.errors import AezooError
-from aezoo.tasks.output import Store, device_of, fill, table_text
+from aezoo.tasks.result_store import Store, resolve_device, table_text, write_batch
 
 
 def test_an_array_on_disk_is_what_was_filled_in(tmp_path):
     with Store(tmp_path / "new" / "folder") as store:
         array = store.array("x", (5, 2))
-        fill(array, 0, torch.ones(3, 2, dtype=torch.bfloat16))
-        fill(array, 3, torch.full((2, 2), 2.0))
+        write_batch(array, 0, torch.ones(3, 2, dtype=torch.bfloat16))
+        write_batch(array, 3, torch.full((2, 2), 2.0))
         assert not [*(tmp_path / "new" / "folder").glob("x*")]
     assert store.files == [tmp_path / "new" / "folder" / "x.npy"]
     assert np.load(store.files[0]).tolist() == [[1, 1]] * 3 + [[2, 2]] * 2
@@ -50,7 +50,7 @@ def test_no_file_takes_its_name_before_all_are_written(tmp_path):
 
     def stopped():
         with Store(tmp_path) as store:
-            fill(store)
+            write_batch(store)
             assert len(there()) == 7 and there()["t.csv"] == b"before"
             raise KeyboardInterrupt
 
@@ -59,7 +59,7 @@ def test_no_file_takes_its_name_before_all_are_written(tmp_path):
         stopped()
     assert there() == {"t.csv": b"before"}
     with Store(tmp_path) as store:
-        fill(store)
+        write_batch(store)
     assert there().keys() == names == {path.name for path in store.files}
     assert there()["t.csv"] == b"a\n1\n" and there()["f.bin"] == b"new"
     assert np.load(tmp_path / "a.npy").tolist() == [1] * 5 and np.load(tmp_path / "b.npz")["x"].tolist() == [1] * 3
@@ -142,8 +142,8 @@ def test_a_table_for_the_terminal_is_aligned():
 
 
 def test_a_device_that_is_not_there_is_refused():
-    assert device_of("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(AezooError, match="no device 'cuda:99'"):
-        device_of("cuda:99")
+        resolve_device("cuda:99")
     with pytest.raises(AezooError, match="no device 'gpu'"):
-        device_of("gpu")
+        resolve_device("gpu")

@@ -68,7 +68,7 @@ def test_the_gaussian_has_the_density_of_scipy():
 
 @pytest.mark.parametrize("name", ["gmm", "maf"])
 def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, monkeypatch):
-    monkeypatch.setattr(priors_principal, "_MOST_COMPONENTS", 2)
+    monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 30)
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(600, 6)) @ rng.normal(size=(6, 6)) + 3
@@ -82,7 +82,7 @@ def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, mon
 def test_few_codes_have_their_covariance_beyond_the_components_kept_too():
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(8, 5)) @ rng.normal(size=(5, 5))
-    drawn = priors_principal.Principal("gaussian", codes, 2, 1, 0).sample(100_000, seed=0)
+    drawn = priors_principal.PrincipalSubspace("gaussian", codes, 2, 1, 0).sample(100_000, seed=0)
     covariance = np.cov(codes.T)
     scale = np.sqrt(np.diag(covariance))
     assert np.abs((np.cov(drawn.T) - covariance) / np.outer(scale, scale)).max() < 0.03
@@ -137,7 +137,7 @@ def test_samples_of_knn_lie_on_segments_between_a_code_and_one_of_its_neighbours
     assert np.std(places) == pytest.approx(12**-0.5, abs=0.05)  # of U(0, 1)
 
 
-@pytest.mark.parametrize("name", priors.OF_ANY_CODE)
+@pytest.mark.parametrize("name", priors.GENERAL_PRIORS)
 def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
     monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
     codes = mixture(200, 0).astype(np.float32)
@@ -148,7 +148,7 @@ def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
     assert one.sample(20, 5).dtype == np.float32 and one.sample(20, 5).shape == (20, 3)
 
 
-@pytest.mark.parametrize("name", priors.OF_ANY_CODE)
+@pytest.mark.parametrize("name", priors.GENERAL_PRIORS)
 @pytest.mark.parametrize(
     "kind", ["all the same", "two", "one dimension", "a dead dimension", "twins", "binary", "sparse"]
 )

@@ -25,7 +25,7 @@ def test_the_density_is_that_of_a_mixture_however_it_is_cut(monkeypatch):
     z = np.random.default_rng(1).standard_normal((57, 3))
     expected = mixture.log_prob(torch.from_numpy(z)).numpy()
     for can_join_backward in (10**9, 500, 1):
-        monkeypatch.setattr("aezoo.tasks.priors_vamp._AT_ONCE", can_join_backward)
+        monkeypatch.setattr("aezoo.tasks.priors_vamp._MAX_VALUES", can_join_backward)
         assert np.allclose(Posteriors(means, log_vars).log_prob(z), expected, atol=1e-10)
 
 

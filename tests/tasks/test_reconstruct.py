@@ -96,12 +96,12 @@ def test_the_score_of_a_vae_is_minus_its_elbo_at_the_posterior_s_mean():
 def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
     shown = {}
     monkeypatch.setattr(
-        "aezoo.callbacks.drawing.panel_figure",
+        "aezoo.callbacks.plotting.panel_figure",
         lambda panels, labels: shown.update(dict(zip(labels, panels, strict=True))),
     )
     x = torch.zeros(9, 2)
     mse = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6]) / 10
-    _picture(Samples.of(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    _picture(Samples.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
     assert {label: float(panel["original"][0]) for label, panel in shown.items()} == {
         "best: mse 0.1": 1,
         "median: mse 0.5": 0,
@@ -109,7 +109,7 @@ def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
     }
     shown.clear()
     mse[2] = np.nan
-    _picture(Samples.of(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    _picture(Samples.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
     assert [*shown][-1] == "worst: mse 0.8"
 
 

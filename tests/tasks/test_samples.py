@@ -11,7 +11,7 @@ import aezoo
 from aezoo.cli.task_commands import read
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import Samples, at_work
+from aezoo.tasks.samples import Samples, evaluation_mode
 
 UNKNOWN = {"settings": {}, "scaling": {}}
 
@@ -41,18 +41,18 @@ def test_verbs_take_a_model_of_any_precision(dtype):
 
 def test_bytes_become_shares_of_255_and_floats_stay():
     x = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
-    samples = Samples.of(x)
+    samples = Samples.from_data(x)
     assert samples.shape == (1, 8, 8) and len(samples) == 4 and samples.y is None
     assert torch.equal(all_of(samples), torch.from_numpy(x).float()[:, None] / 255)
     floats = torch.randn(5, 3)
-    assert torch.equal(all_of(Samples.of(floats), 2), floats)
-    assert Samples.of(samples) is samples
+    assert torch.equal(all_of(Samples.from_data(floats), 2), floats)
+    assert Samples.from_data(samples) is samples
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_datamodule_gives_what_its_loader_gives(split):
     data = aezoo.DataModule("digits")
-    samples = Samples.of(data, split)
+    samples = Samples.from_data(data, split)
     x, y = data.tensors(split)
     assert torch.equal(all_of(samples), x) and torch.equal(samples.y, y)
     assert torch.equal(samples.rows([3, 1]), x[[3, 1]])
@@ -82,7 +82,7 @@ def test_a_file_is_scaled_by_the_statistics_of_training(tmp_path):
     scaling = data.source.scaling.state()
     np.save(tmp_path / "x.npy", x[:20])
     given = all_of(read(str(tmp_path / "x.npy"), {"settings": {"scale": "standard"}, "scaling": scaling}))
-    train = all_of(Samples.of(data, "train"))
+    train = all_of(Samples.from_data(data, "train"))
     mean, deviation = scaling["offset"], scaling["factor"]
     assert torch.allclose(given, ((torch.from_numpy(x[:20]) - mean) / deviation).float())
     assert abs(float(train.mean())) < 1e-5 and abs(float(given.mean())) < 0.5
@@ -197,12 +197,12 @@ def test_values_are_scaled_before_they_are_binarised(tmp_path):
 
 def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
     data = aezoo.DataModule("digits")
-    samples = Samples.of(data, "train")
-    few = samples.take(50, seed=1)
+    samples = Samples.from_data(data, "train")
+    few = samples.subsample(50, seed=1)
     x, y = data.tensors("train")
     places = [int((x == row).flatten(1).all(1).nonzero()[0]) for row in all_of(few)]
     assert len(few) == 50 and places == sorted(set(places)) and torch.equal(few.y, y[places])
-    assert samples.take(10**6) is samples
+    assert samples.subsample(10**6) is samples
 
 
 @pytest.mark.parametrize(
@@ -216,18 +216,18 @@ def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
 )
 def test_what_are_no_samples_is_refused(x, words):
     with pytest.raises(AezooError, match=words.replace("[", r"\[").replace("]", r"\]")):
-        Samples.of(x)
+        Samples.from_data(x)
 
 
 def test_samples_of_another_shape_or_range_are_refused_before_work_begins():
     model = aezoo.create_model("dense_ae", (4,))
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
-        Samples.of(torch.rand(3, 5)).check(model)
+        Samples.from_data(torch.rand(3, 5)).check(model)
     scaling = {"offset": torch.zeros(4), "factor": torch.ones(4)}  # of data of the model's own shape
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
         Samples(ArrayDataset(torch.rand(3, 5)), 255, scaling).check(model)
     with pytest.raises(AezooError, match=r"needs data in \[0, 1\]"):
-        Samples.of(torch.rand(3, 4) * 255).check(model)
+        Samples.from_data(torch.rand(3, 4) * 255).check(model)
     assert not model.training
 
 
@@ -237,7 +237,7 @@ def test_work_leaves_the_random_streams_and_the_modes_as_they_were():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with at_work(model, seed=9):
+    with evaluation_mode(model, seed=9):
         inside = torch.rand(2)
         assert not model.training and not torch.is_grad_enabled()
     assert model.training and model.encoder.training and torch.equal(torch.rand(2), expected)

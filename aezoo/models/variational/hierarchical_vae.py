@@ -21,7 +21,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from aezoo.distributions.latent_chain import Chain
+from aezoo.distributions.latent_chain import LatentChain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, GaussianParams, Level, gaussian
@@ -117,8 +117,8 @@ class HierarchicalVAE(VAE, normal_prior=False):
         levels = self.top_down([h.expand(n, *h.shape) for h in self.bottom_up(x)], draw=True)
         return torch.cat([level.z for level in levels], -1), torch.stack([level.log_q() for level in levels]).sum(0)
 
-    def latent_chain(self) -> Chain:
+    def latent_chain(self) -> LatentChain:
         """The levels from the top down, in the form that bits-back coding needs."""
         layer = Conditional(self.priors.prior_params, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
         layers = [layer for _ in self.latent_dims]
-        return Chain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)
+        return LatentChain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
-from aezoo.io.hub_files import on_disk
+from aezoo.io.hub_files import local_path
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
 
@@ -106,7 +106,7 @@ class PerceptualVAE(VAE):
 
 def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """The encoder of a trained model of the zoo."""
-    model = load_model(on_disk(path)).float()
+    model = load_model(local_path(path)).float()
     if model.input_shape != input_shape:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
     net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aezoo.bases.network import NetworkAutoencoder
-from aezoo.distributions.latent_chain import Chain
+from aezoo.distributions.latent_chain import LatentChain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import Level
@@ -121,7 +121,7 @@ class VDVAE(VAE, normal_prior=False):
         params, levels = self.infer(x, draw=False)
         return self.nll(params, x) + torch.stack([level.kl() for level in levels]).sum(0)
 
-    def latent_chain(self) -> Chain:
+    def latent_chain(self) -> LatentChain:
         """The groups from the top down, in the form that bits-back coding needs."""
         layers = [self.decoder.conditional(self.encoder) for _ in self.decoder.sizes]
-        return Chain([*layers], lambda z: self.decoder(torch.cat(z, 1)), self.likelihood, self.input_shape)
+        return LatentChain([*layers], lambda z: self.decoder(torch.cat(z, 1)), self.likelihood, self.input_shape)

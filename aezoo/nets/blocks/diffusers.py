@@ -161,7 +161,7 @@ def build(name: str, config: dict[str, Any], channels: int) -> Any:
         AezooError: as `kind_of`, or the class does not take the arguments.
     """
     cls = kind_of(name)
-    given = values.plain(config, f"config of {name}: its arguments")
+    given = values.check_plain(config, f"config of {name}: its arguments")
     known = _arguments(cls)
     for key in given:
         if key not in known:
@@ -201,7 +201,7 @@ def read(folder: Path) -> Any:
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-        with weights.no_larger_than(shapes):
+        with weights.limit_parameters(shapes):
             # from_pretrained knows the names of weights in earlier versions
             net, found = cls.from_pretrained(
                 str(folder),

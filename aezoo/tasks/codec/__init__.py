@@ -7,14 +7,14 @@
     lossy.py       quantised codes under histograms
     indices.py     a model's own indices under tables
     autoregressive.py   the same under the model's prior
-    learned.py     integers of a code under probability models (laws) that the model has learned
-    machine.py     what the arithmetic depends on: the model's fingerprint, threads, deterministic kernels
+    entropy_model.py     integers of a code under entropy models that the model has learned
+    reproducibility.py   what the arithmetic depends on: the model's fingerprint, threads, deterministic kernels
     baselines.py   PNG, WebP, JPEG, AVIF, gzip, xz, PCA on the same data
 
 How decoding returns the same bytes or is refused: the coders see only integers (tables.py), and a file stores only
 integers. Some tables come from a network's floats (lossless, prior, learned), and so does the output (all modes but
 lossless). These floats equal the writer's as long as the arithmetic is the same: the same network on the same batch
-shapes, the same number of threads, no autotuned kernels (machine.py). A machine whose arithmetic differs in the last
-bit is detected by the digest of its decoded samples in every frame, by the initial bits, which must be recovered, and
-by checks of the integers in frames under a prior or learned laws. The file is then refused.
+shapes, the same number of threads, no autotuned kernels (reproducibility.py). A machine whose arithmetic differs in the
+last bit is detected by the digest of its decoded samples in every frame, by the initial bits, which must be recovered,
+and by checks of the integers in frames under a prior or learned distributions. The file is then refused.
 """

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import machine, tables
-from aezoo.tasks.codec.indices import Indices, Prior, on_device, sizes_of
+from aezoo.tasks.codec import reproducibility, tables
+from aezoo.tasks.codec.indices import Indices, Prior, index_sizes, on_device
 
 Advance = Callable[[float], object]
-_MOST_CODES = 1 << 16
+_MAX_CODES = 1 << 16
 DIGEST = 8  # bytes
 
 
-class Autoregressive:
+class AutoregressiveCoder:
     """Codes indices under a model's own prior.
 
     Args:
@@ -46,17 +46,20 @@ class Autoregressive:
         self._model, self._block, self._advance = model, block, advance
         self._prior = cast(Prior, model)
         # the largest symbols, in the order of tokens, as for the indices themselves
-        most = self._prior.to_tokens(on_device(model, sizes_of(model)[None] - 1))
-        self._sizes = [int(symbol) + 1 for symbol in most[0]]
-        if max(self._sizes) > _MOST_CODES:
+        largest = self._prior.to_tokens(on_device(model, index_sizes(model)[None] - 1))
+        self._sizes = [int(symbol) + 1 for symbol in largest[0]]
+        if max(self._sizes) > _MAX_CODES:
             raise AezooError(
                 f"{type(model).__name__} has a codebook of {max(self._sizes):,} codes, and under a prior at most "
-                f"{_MOST_CODES:,} can be coded: take smaller codebooks"
+                f"{_MAX_CODES:,} can be coded: take smaller codebooks"
             )
 
     def encode(self, indices: Indices) -> bytes:
         """Encode (n, D) indices as bytes."""
-        coder, family = tables.stream().queue.RangeEncoder(), tables.stream().model.Categorical(perfect=False)
+        coder, family = (
+            tables.constriction_stream().queue.RangeEncoder(),
+            tables.constriction_stream().model.Categorical(perfect=False),
+        )
         for start in range(0, len(indices), self._block):
             known = self._prior.to_tokens(on_device(self._model, indices[start : start + self._block])).cpu().numpy()
 
@@ -65,8 +68,8 @@ class Autoregressive:
                 coder.encode(symbols, family, table(rows))
                 return symbols
 
-            self._walk(len(known), code)
-            coder.encode(_check(known), tables.stream().model.Uniform(256))
+            self._code_tokens(len(known), code)
+            coder.encode(_check(known), tables.constriction_stream().model.Uniform(256))
         return digest(indices) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Indices | None:
@@ -74,15 +77,15 @@ class Autoregressive:
         indices = np.concatenate([*self._blocks(content, n)])
         return indices if len(indices) == n and digest(indices) == content[:DIGEST] else None
 
-    def returns(self, content: bytes, indices: Indices) -> bool:
+    def decodes_to(self, content: bytes, indices: Indices) -> bool:
         """Whether the first block of bytes decodes to (n, D) indices, which fails if arithmetic is not repeatable."""
-        first = next(Autoregressive(self._model, self._block)._blocks(content, len(indices)))
+        first = next(AutoregressiveCoder(self._model, self._block)._blocks(content, len(indices)))
         return np.array_equal(first, indices[: self._block])
 
     def _blocks(self, content: bytes, n: int) -> Iterator[Indices]:
         """The indices of each block; a block that differs from the encoded one is empty, (0, D), and the last one."""
-        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
-        family = tables.stream().model.Categorical(perfect=False)
+        coder = tables.constriction_stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
+        family = tables.constriction_stream().model.Categorical(perfect=False)
 
         def code(t: int, table: tables.Rows, rows: slice) -> npt.NDArray[np.int32]:
             symbols: npt.NDArray[np.int32] = coder.decode(family, table(rows))
@@ -90,8 +93,10 @@ class Autoregressive:
 
         for start in range(0, n, self._block):
             try:
-                tokens = self._walk(min(self._block, n - start), code)
-                same = np.array_equal(coder.decode(tables.stream().model.Uniform(256), 1), _check(tokens.cpu().numpy()))
+                tokens = self._code_tokens(min(self._block, n - start), code)
+                same = np.array_equal(
+                    coder.decode(tables.constriction_stream().model.Uniform(256), 1), _check(tokens.cpu().numpy())
+                )
             except AssertionError:  # raised by constriction: no symbol matches the bits
                 same = False
             if not same:
@@ -106,14 +111,14 @@ class Autoregressive:
             float(self._prior.log_prob(on_device(self._model, part)).cpu().double().sum()) for part in parts
         ) / math.log(2)
 
-    def _walk(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
+    def _code_tokens(self, n: int, code: Callable[[int, tables.Rows, slice], npt.NDArray[np.int32]]) -> Tensor:
         """Process a block token by token: `code` gets the tables of some rows and returns their tokens."""
         tokens = torch.zeros(n, len(self._sizes), dtype=torch.long, device=self._model.device)
         next_logits = self._prior.incremental_logits()
         for t, k in enumerate(self._sizes):
             if k > 1:
                 table = self._table(next_logits(tokens, t), k)
-                size = max(1, tables.ENTRIES // k)
+                size = max(1, tables.MAX_ENTRIES // k)
                 parts = [code(t, table, slice(i, min(i + size, n))) for i in range(0, n, size)]
                 tokens[:, t] = torch.from_numpy(np.concatenate(parts)).to(tokens)
             self._advance(n / len(self._sizes))
@@ -123,10 +128,10 @@ class Autoregressive:
         """The tables of one token, from its logits (n, at least k); codes outside its codebook are left out."""
 
         def rows(part: slice) -> npt.NDArray[np.float32]:
-            held = logits[part, :k].cpu().double().numpy()
+            selected = logits[part, :k].cpu().double().numpy()
             with np.errstate(invalid="ignore"):
-                cdf = np.exp(held - held.max(1, keepdims=True)).cumsum(1)
-            if held.shape[1] != k or not np.isfinite(cdf).all():
+                cdf = np.exp(selected - selected.max(1, keepdims=True)).cumsum(1)
+            if selected.shape[1] != k or not np.isfinite(cdf).all():
                 raise AezooError(
                     f"the prior of {type(self._model).__name__} gives no {k} probabilities for a token: train it again"
                 )
@@ -137,7 +142,7 @@ class Autoregressive:
 
 def digest(indices: Indices) -> bytes:
     """The digest of indices, 8 bytes."""
-    return hashlib.sha256(machine.raw(indices)).digest()[:DIGEST]
+    return hashlib.sha256(reproducibility.little_endian_bytes(indices)).digest()[:DIGEST]
 
 
 def _check(tokens: Indices) -> npt.NDArray[np.int32]:

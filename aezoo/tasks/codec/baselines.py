@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from aezoo.tasks.codec import lossy
-from aezoo.tasks.output import Row
+from aezoo.tasks.result_store import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
-_MOST_PIXELS = 8192
+_MAX_PIXELS = 8192
 _LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
-    "WEBP": {"lossless": True, "quality": 100, "method": 6},
-    "JXL": {"lossless": True},
+    "WEBP": {"lossless_codecs": True, "quality": 100, "method": 6},
+    "JXL": {"lossless_codecs": True},
 }
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
 _QUALITIES = (5, 25, 50, 75, 95)
@@ -67,7 +67,7 @@ class Distortion:
         return {"psnr": psnr, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
 
 
-def row(
+def table_row(
     method: str, size: float, x: npt.NDArray[Any] | tuple[int, int], quality: float = math.nan, **figures: float
 ) -> Row:
     """A line of the table: `size` bytes for samples x, or for n samples of the given dimension."""
@@ -76,7 +76,7 @@ def row(
     return shown | {"bits_per_dim": 8 * size / (n * dims), "psnr": math.nan, "ssim": math.nan} | figures
 
 
-def general(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
+def general_compressors(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
     """gzip, bz2, xz and, if installed, zstd, of the bytes of samples x, or of zeros and ones."""
     contents = [x.tobytes(), np.packbits(x).tobytes()] if binary else [x.tobytes()]
     methods: dict[str, Callable[[bytes], bytes]] = {
@@ -91,40 +91,40 @@ def general(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
     except ImportError:
         pass
     return [
-        row(f"{name} (lossless)", min(len(method(content)) for content in contents), x)
+        table_row(f"{name} (lossless)", min(len(method(content)) for content in contents), x)
         for name, method in methods.items()
     ]
 
 
-def lossless(x: Pixels, binary: bool) -> list[Row]:
+def lossless_codecs(x: Pixels, binary: bool) -> list[Row]:
     """All lossless methods, on bytes (N, *shape), or on zeros and ones."""
-    rows = general(x, binary)
+    rows = general_compressors(x, binary)
     if _is_picture(x.shape[1:]):
         layouts = [_pages(x * 255 if binary else x, grid) for grid in (_sheet(x.shape), _strip(x.shape))]
-        for name, options in _known(_LOSSLESS).items():
+        for name, options in _available(_LOSSLESS).items():
             one_bit = binary and name == "PNG"
             size = min(
                 sum(len(_save(page.convert("1") if one_bit else page, name, options)) for page in pages)
                 for pages in layouts
             )
-            rows.append(row(f"{name} (lossless)", size, x))
+            rows.append(table_row(f"{name} (lossless)", size, x))
     return rows
 
 
-def pictures(x: Tensor) -> list[Row]:
+def image_codecs(x: Tensor) -> list[Row]:
     """JPEG, WebP, AVIF and, where Pillow has it, JPEG XL, on images (N, C, H, W) in [0, 1]."""
     pixels = (x * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     if not _is_picture(pixels.shape[1:]):
         return []
     grid, rows = _sheet(pixels.shape), []
     pages = _pages(pixels, grid)
-    for name, options in _known(_LOSSY).items():
+    for name, options in _available(_LOSSY).items():
         for quality in _QUALITIES:
             files = [_save(page, name, options | {"quality": quality}) for page in pages]
-            found = torch.from_numpy(_cut([_open(file) for file in files], pixels.shape, grid)).float() / 255
+            found = torch.from_numpy(_split_pages([_open(file) for file in files], pixels.shape, grid)).float() / 255
             distortion = Distortion(tuple(x.shape[1:]), 1.0)
             distortion.add(x, found)
-            rows.append(row(name, sum(map(len, files)), pixels, quality, **distortion.figures()))
+            rows.append(table_row(name, sum(map(len, files)), pixels, quality, **distortion.figures()))
     return rows
 
 
@@ -162,11 +162,11 @@ def pca(
         distortion = Distortion(tuple(x.shape[1:]), peak)
         distortion.add(x, found.float())
         total = overhead + len(codec.to_bytes()) + len(codec.encode(symbols))
-        rows.append(row(f"PCA {size} + {coder}", total, x.numpy(), quality, **distortion.figures()))
+        rows.append(table_row(f"PCA {size} + {coder}", total, x.numpy(), quality, **distortion.figures()))
     return rows
 
 
-def curve(rows: list[Row]) -> "Figure":
+def rate_distortion_figure(rows: list[Row]) -> "Figure":
     """Distortion against rate, one line per method."""
     from matplotlib.figure import Figure
 
@@ -188,10 +188,10 @@ def curve(rows: list[Row]) -> "Figure":
 
 
 def _is_picture(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3) and max(shape[1:]) <= _MOST_PIXELS
+    return len(shape) == 3 and shape[0] in (1, 3) and max(shape[1:]) <= _MAX_PIXELS
 
 
-def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _available(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The formats that Pillow supports here."""
     from PIL import Image, features
 
@@ -203,13 +203,13 @@ def _known(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _sheet(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of samples (N, C, H, W) in a roughly square picture."""
     n, _, h, w = shape
-    columns = min(math.ceil(math.sqrt(n * h / w)), _MOST_PIXELS // w, n)
-    return min(math.ceil(n / columns), _MOST_PIXELS // h), columns
+    columns = min(math.ceil(math.sqrt(n * h / w)), _MAX_PIXELS // w, n)
+    return min(math.ceil(n / columns), _MAX_PIXELS // h), columns
 
 
 def _strip(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of samples in one column."""
-    return min(shape[0], _MOST_PIXELS // shape[2]), 1
+    return min(shape[0], _MAX_PIXELS // shape[2]), 1
 
 
 def _pages(x: Pixels, grid: tuple[int, int]) -> "list[Image.Image]":
@@ -228,7 +228,7 @@ def _pages(x: Pixels, grid: tuple[int, int]) -> "list[Image.Image]":
     return pages
 
 
-def _cut(pages: list[Pixels], shape: tuple[int, ...], grid: tuple[int, int]) -> Pixels:
+def _split_pages(pages: list[Pixels], shape: tuple[int, ...], grid: tuple[int, int]) -> Pixels:
     """Cut the samples, (N, C, H, W), from pictures made by `_pages`."""
     rows, columns = grid
     c, h, w = shape[1:]

@@ -36,7 +36,7 @@ MAX_HEADER = 2**16
 MAX_BLOCK = 2**20
 MAX_THREADS = 1024
 # values of samples in a frame, which can be decoded without other frames; a single sample may have more
-MAX_PIECE = 2**24
+MAX_FRAME_VALUES = 2**24
 QUALITIES = (-8.0, 20.0)
 _HEX = frozenset("0123456789abcdef")
 
@@ -47,7 +47,7 @@ class Header:
 
     Attributes:
         mode: lossless; lossy; indices, of a model's own code, under tables; prior, under the model's prior; or learned,
-            integers under laws of the model. Readers that do not know a mode refuse it by name.
+            integers under distributions of the model. Readers that do not know a mode refuse it by name.
         model: registry name of the model.
         fingerprint: SHA-256 of the model, see `machine.fingerprint`.
         n: number of samples.
@@ -104,7 +104,7 @@ class Header:
         """
         for field in fields(self):
             value = getattr(self, field.name)
-            if not _is_a(value, field.type):
+            if not _is_instance(value, field.type):
                 raise ValueError(f"{field.name} is {str(value)[:40]!r}")
         bounds = {"n": (1, 2**40), "block": (1, MAX_BLOCK), "threads": (1, MAX_THREADS), "quality": QUALITIES}
         if self.mode == "lossless":
@@ -116,7 +116,7 @@ class Header:
             shape = getattr(self, name)
             if not 1 <= len(shape) <= 4 or not all(1 <= size <= 2**31 for size in shape):
                 raise ValueError(f"{name} is {str(shape)[:40]}")
-        if self.block > most_in_piece(self.shape):
+        if self.block > max_samples_per_frame(self.shape):
             raise ValueError(f"block is {self.block}")
         known = {"lossless": (2, 256), "lossy": (0,), "indices": (0,), "prior": (0,), "learned": (0,)}
         if self.levels not in known.get(self.mode, ()):
@@ -127,17 +127,17 @@ class Header:
             raise ValueError("a name is none")
 
 
-def most_in_piece(shape: tuple[int, ...]) -> int:
+def max_samples_per_frame(shape: tuple[int, ...]) -> int:
     """The number of samples of a shape that a frame may hold."""
-    return max(1, MAX_PIECE // math.prod(shape))
+    return max(1, MAX_FRAME_VALUES // math.prod(shape))
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def _is_instance(value: Any, kind: Any) -> bool:
     """Whether a value from JSON has a field's type; True and False do not count as numbers."""
     if isinstance(value, bool):
         return False
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(part, get_args(kind)[0]) for part in value)
+        return isinstance(value, tuple) and all(_is_instance(part, get_args(kind)[0]) for part in value)
     if kind is float:
         return isinstance(value, int | float)
     return isinstance(kind, type | UnionType) and isinstance(value, kind)
@@ -200,7 +200,7 @@ class Reader:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                self._end = _whole(file, self.path)
+                self._end = _check_complete(file, self.path)
                 self.header, start = _header(file, self._end, self.path)
                 self.frames = _frames(file, start, self._end, self.path)
         except OSError as error:
@@ -217,7 +217,7 @@ class Reader:
         if self.header.tables and counts[:1] != [0]:
             raise AezooError(f"{path} is refused: it has no tables")
         counts = counts[1:] if self.header.tables else counts
-        if not all(1 <= n <= most_in_piece(self.header.shape) for n in counts):
+        if not all(1 <= n <= max_samples_per_frame(self.header.shape) for n in counts):
             raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress makes them")
         if sum(counts) != self.header.n:
             raise AezooError(
@@ -237,7 +237,7 @@ class Reader:
             return file.read(frame.size)
 
 
-def _whole(file: IO[bytes], path: Path) -> int:
+def _check_complete(file: IO[bytes], path: Path) -> int:
     """The position of the checksum, if it is correct."""
     if file.read(len(MAGIC)) != MAGIC:
         raise AezooError(f"{path} is no .aez file: give one that compress wrote")

@@ -30,16 +30,16 @@ from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
-from aezoo.tasks.samples import like
+from aezoo.tasks.samples import reference_tensor
 
 Indices = npt.NDArray[np.int64]
-_DIGIT = 16  # bits of a digit, and of the largest table
-_FINE = (0, 1, 2, 3)  # log2 r
-_ABOVE = 8  # levels are rounded to 2^-8 of the smallest share
+_DIGIT_BITS = 16  # bits of a digit, and of the largest table
+_RESOLUTIONS = (0, 1, 2, 3)  # log2 r
+_FRACTION_BITS = 8  # levels are rounded to 2^-8 of the smallest share
 
 
 class Prior(Protocol):
-    """A distribution of a model's indices, token by token; see `aezoo.bases.token_prior`."""
+    """A distribution of a model's indices, token by token; see `aezoo.digit_sizes.token_prior`."""
 
     def to_tokens(self, indices: Tensor) -> Tensor:
         """(B, *index_shape) -> (B, T), the indices in the order in which they are sampled."""
@@ -58,7 +58,7 @@ class Prior(Protocol):
         ...
 
 
-def mode_of(model: Autoencoder) -> str:
+def lossy_mode(model: Autoencoder) -> str:
     """The lossy mode that codes a model: learned, prior, indices or lossy."""
     if isinstance(model, EntropyCoded):
         return "learned"
@@ -75,30 +75,30 @@ class Codebook(NamedTuple):
     size: int
 
 
-def codebooks_of(model: DiscreteAutoencoder) -> list[Codebook]:
+def model_codebooks(model: DiscreteAutoencoder) -> list[Codebook]:
     """The codebooks of a model, and which of a sample's indices belong to them.
 
     Raises:
         AezooError: the indices of the codebooks are not those of the sample.
     """
     d = math.prod(model.index_shape)
-    numbered = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
-    found = [
+    positions = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
+    codebooks = [
         Codebook(part[0, q].flatten().cpu().numpy(), size)
-        for part, sizes in model.codebooks(numbered).values()
+        for part, sizes in model.codebooks(positions).values()
         for q, size in enumerate(sizes)
     ]
-    if not np.array_equal(np.sort(np.concatenate([codebook.columns for codebook in found])), np.arange(d)):
+    if not np.array_equal(np.sort(np.concatenate([codebook.columns for codebook in codebooks])), np.arange(d)):
         raise AezooError(
             f"the codebooks of {type(model).__name__} must hold each index of a sample once: mend its `codebooks`"
         )
-    return found
+    return codebooks
 
 
-def sizes_of(model: DiscreteAutoencoder) -> Indices:
+def index_sizes(model: DiscreteAutoencoder) -> Indices:
     """K of each index of a sample, (D,)."""
     sizes = np.empty(math.prod(model.index_shape), dtype=np.int64)
-    for columns, size in codebooks_of(model):
+    for columns, size in model_codebooks(model):
         sizes[columns] = size
     return sizes
 
@@ -109,7 +109,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
     Raises:
         AezooError: an index is not in its codebook.
     """
-    found: Indices = model.encode_indices(x.to(like(model))).flatten(1).cpu().numpy()
+    found: Indices = model.encode_indices(x.to(reference_tensor(model))).flatten(1).cpu().numpy()
     if not ((found >= 0) & (found < sizes)).all():
         raise AezooError(f"{type(model).__name__} gives indices that are not in its codebooks: train it again")
     return found
@@ -138,31 +138,31 @@ class Table:
 
     Attributes:
         size: number of values that the digit can have.
-        fine: log2 r, for its levels.
+        resolution: log2 r, for its levels.
         levels: (size,), see above; None if all values are equally likely.
     """
 
     size: int
-    fine: int = 0
+    resolution: int = 0
     levels: npt.NDArray[np.uint8] | None = None
 
     @classmethod
     def fit(cls, counts: Indices) -> "Table":
         """The table with the smallest total size, itself included, for the counts of each value, (size,)."""
-        found = [cls(len(counts))]
+        candidates = [cls(len(counts))]
         if len(counts) > 1 and counts.any():
             share = np.log2(np.maximum(counts, 1) / counts.sum())
-            for fine in _FINE:
-                levels = np.maximum(1, 1 + np.rint((1 << fine) * (tables.PRECISION + share)))
-                found.append(cls(len(counts), fine, np.where(counts > 0, levels, 0).astype(np.uint8)))
-        return min(found, key=lambda table: table.bits(counts) + 8 * len(_packed([table])))
+            for resolution in _RESOLUTIONS:
+                levels = np.maximum(1, 1 + np.rint((1 << resolution) * (tables.PRECISION + share)))
+                candidates.append(cls(len(counts), resolution, np.where(counts > 0, levels, 0).astype(np.uint8)))
+        return min(candidates, key=lambda table: table.bits(counts) + 8 * len(_pack_tables([table])))
 
     def bits(self, counts: Indices) -> float:
         """The code length of values with these counts, sum of -log2 p."""
         if self.levels is None:
             return float(counts.sum() * math.log2(self.size))
-        seen = counts > 0
-        return float(np.sum(counts[seen] * (tables.PRECISION - np.log2(self.frequencies()[seen]))))
+        occurs = counts > 0
+        return float(np.sum(counts[occurs] * (tables.PRECISION - np.log2(self.frequencies()[occurs]))))
 
     def frequencies(self) -> tables.Integers:
         """Frequencies in 2^24ths, from levels.
@@ -171,44 +171,44 @@ class Table:
             ValueError: the levels are not those of a table.
         """
         assert self.levels is not None
-        powers = np.array(_powers(self.fine), dtype=np.int64)
+        powers = np.array(_powers(self.resolution), dtype=np.int64)
         if self.levels.max(initial=0) >= len(powers):
             raise ValueError("a level is too high")
         weights = powers[self.levels]
-        if weights.sum() > 2 << (tables.PRECISION + _ABOVE):
+        if weights.sum() > 2 << (tables.PRECISION + _FRACTION_BITS):
             raise ValueError("levels are too high")
         return tables.from_counts(weights, tables.TOTAL)
 
     def model(self) -> Any:
         """The table as a model of constriction."""
         if self.levels is None:
-            return tables.stream().model.Uniform(self.size)
-        return tables.stream().model.Categorical(tables.weights(self.frequencies()), perfect=False)
+            return tables.constriction_stream().model.Uniform(self.size)
+        return tables.constriction_stream().model.Categorical(tables.to_weights(self.frequencies()), perfect=False)
 
 
-def _powers(fine: int) -> list[int]:
+def _powers(resolution: int) -> list[int]:
     """The values of levels: 0, then 2^(8 + (l - 1) / r), rounded down by integer arithmetic."""
-    found = [0]
-    for level in range(1 + (tables.PRECISION << fine)):
-        power = 1 << (level + (_ABOVE << fine))
-        for _ in range(fine):
+    powers = [0]
+    for level in range(1 + (tables.PRECISION << resolution)):
+        power = 1 << (level + (_FRACTION_BITS << resolution))
+        for _ in range(resolution):
             power = math.isqrt(power)
-        found.append(power)
-    return found
+        powers.append(power)
+    return powers
 
 
-def _packed(given: list[Table]) -> bytes:
+def _pack_tables(stored_tables: list[Table]) -> bytes:
     """Tables as stored in a file: a byte for each, 0 or 1 + fine, then all levels, if there are any, packed."""
-    kinds = bytes(0 if table.levels is None else 1 + table.fine for table in given)
-    levels = b"".join(table.levels.tobytes() for table in given if table.levels is not None)
+    kinds = bytes(0 if table.levels is None else 1 + table.resolution for table in stored_tables)
+    levels = b"".join(table.levels.tobytes() for table in stored_tables if table.levels is not None)
     pack = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return kinds + (pack.compress(levels) + pack.flush() if levels else b"")
 
 
-def bases(size: int) -> list[int]:
+def digit_sizes(size: int) -> list[int]:
     """Number of values of each digit of an index below `size`, lowest digit first."""
     bits = (size - 1).bit_length()
-    count = max(1, -(-bits // _DIGIT))
+    count = max(1, -(-bits // _DIGIT_BITS))
     if count == 1:
         return [size]
     low = -(-bits // count)
@@ -216,42 +216,42 @@ def bases(size: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Tabled:
+class TableCoder:
     """Codes indices under a table for each codebook, or for each digit of a large codebook.
 
     Attributes:
-        codebooks: as returned by `codebooks_of`.
-        held: tables of all digits of all codebooks.
+        codebooks: as returned by `model_codebooks`.
+        digit_tables: tables of all digits of all codebooks.
         bits: size of the indices that it was fitted to, without the tables.
         least: N H of their digits.
     """
 
     mode: ClassVar[str] = "indices"
     codebooks: list[Codebook]
-    held: list[Table]
+    digit_tables: list[Table]
     bits: float = 0.0
-    least: float = 0.0
+    entropy_bits: float = 0.0
 
     @classmethod
-    def fit(cls, codebooks: list[Codebook], parts: Iterator[Indices]) -> "Tabled":
+    def fit(cls, codebooks: list[Codebook], parts: Iterator[Indices]) -> "TableCoder":
         """Fit tables to indices, which come in parts (n, D)."""
-        counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in bases(codebook.size)]
+        counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in digit_sizes(codebook.size)]
         for part in parts:
             for count, digit in zip(counts, _digits(codebooks, part), strict=True):
                 count += np.bincount(digit, minlength=len(count))
-        held = [Table.fit(count) for count in counts]
-        bits = sum(table.bits(count) for table, count in zip(held, counts, strict=True))
-        return cls(codebooks, held, bits, sum(_entropy_bits(count) for count in counts))
+        digit_tables = [Table.fit(count) for count in counts]
+        bits = sum(table.bits(count) for table, count in zip(digit_tables, counts, strict=True))
+        return cls(codebooks, digit_tables, bits, sum(_entropy_bits(count) for count in counts))
 
     def encode(self, indices: Indices) -> bytes:
         """Encode (n, D) indices as bytes."""
-        coder = tables.stream().queue.RangeEncoder()
-        for table, digit in zip(self.held, _digits(self.codebooks, indices), strict=True):
+        coder = tables.constriction_stream().queue.RangeEncoder()
+        for table, digit in zip(self.digit_tables, _digits(self.codebooks, indices), strict=True):
             if table.size > 1:
                 coder.encode(digit.astype(np.int32), table.model())
         return tables.to_bytes(coder.get_compressed())
 
-    def returns(self, content: bytes, indices: Indices) -> bool:
+    def decodes_to(self, content: bytes, indices: Indices) -> bool:
         """Whether bytes decode to (n, D) indices."""
         return np.array_equal(self.decode(content, len(indices)), indices)
 
@@ -261,35 +261,35 @@ class Tabled:
         Raises:
             ValueError: the digits do not form an index of a codebook.
         """
-        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
-        found = np.empty((n, sum(len(codebook.columns) for codebook in self.codebooks)), dtype=np.int64)
-        held = iter(self.held)
+        coder = tables.constriction_stream().queue.RangeDecoder(tables.from_bytes(content))
+        decoded = np.empty((n, sum(len(codebook.columns) for codebook in self.codebooks)), dtype=np.int64)
+        digit_tables = iter(self.digit_tables)
         for columns, size in self.codebooks:
-            index, place = np.zeros(n * len(columns), dtype=np.int64), 1
-            for base in bases(size):
-                table = next(held)
+            index, radix = np.zeros(n * len(columns), dtype=np.int64), 1
+            for base in digit_sizes(size):
+                table = next(digit_tables)
                 if base > 1:
-                    index += place * coder.decode(table.model(), len(index)).astype(np.int64)
-                place *= base
+                    index += radix * coder.decode(table.model(), len(index)).astype(np.int64)
+                radix *= base
             if index.max(initial=0) >= size:
                 raise ValueError("an index is not in its codebook")
-            found[:, columns] = index.reshape(n, -1)
-        return found
+            decoded[:, columns] = index.reshape(n, -1)
+        return decoded
 
     def to_bytes(self) -> bytes:
         """The tables as stored in a file."""
-        return _packed(self.held)
+        return _pack_tables(self.digit_tables)
 
     @classmethod
-    def from_bytes(cls, content: bytes, codebooks: list[Codebook]) -> "Tabled":
+    def from_bytes(cls, content: bytes, codebooks: list[Codebook]) -> "TableCoder":
         """The inverse of `to_bytes`.
 
         Raises:
             ValueError: the content is not from `to_bytes`.
         """
-        sizes = [base for codebook in codebooks for base in bases(codebook.size)]
+        sizes = [base for codebook in codebooks for base in digit_sizes(codebook.size)]
         kinds = content[: len(sizes)]
-        if len(kinds) < len(sizes) or max(kinds) > len(_FINE):
+        if len(kinds) < len(sizes) or max(kinds) > len(_RESOLUTIONS):
             raise ValueError("tables are damaged")
         total = sum(size for size, kind in zip(sizes, kinds, strict=True) if kind)
         rest, levels = content[len(sizes) :], b""
@@ -299,27 +299,27 @@ class Tabled:
             rest = unpack.unused_data if unpack.eof else rest
         if len(levels) != total or rest:
             raise ValueError("tables are cut off, or more follows")
-        held, start = [], 0
+        digit_tables, start = [], 0
         for size, kind in zip(sizes, kinds, strict=True):
             if kind:
-                held.append(Table(size, kind - 1, np.frombuffer(levels, np.uint8, size, start)))
-                held[-1].frequencies()
+                digit_tables.append(Table(size, kind - 1, np.frombuffer(levels, np.uint8, size, start)))
+                digit_tables[-1].frequencies()
                 start += size
             else:
-                held.append(Table(size))
-        return cls(codebooks, held)
+                digit_tables.append(Table(size))
+        return cls(codebooks, digit_tables)
 
 
 def _digits(codebooks: list[Codebook], indices: Indices) -> Iterator[Indices]:
     """The digits of all codebooks for indices (n, D), each (n x columns,)."""
     for columns, size in codebooks:
         rest = np.ascontiguousarray(indices[:, columns]).reshape(-1)
-        for base in bases(size):
+        for base in digit_sizes(size):
             yield rest % base
             rest = rest // base
 
 
 def _entropy_bits(counts: Indices) -> float:
     """N H."""
-    seen = counts[counts > 0].astype(np.float64)
-    return float(np.sum(seen * np.log2(seen.sum() / seen)))
+    positive = counts[counts > 0].astype(np.float64)
+    return float(np.sum(positive * np.log2(positive.sum() / positive)))

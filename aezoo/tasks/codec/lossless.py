@@ -30,14 +30,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.distributions.latent_chain import Chain, Layer
+from aezoo.distributions.latent_chain import LatentChain, Layer
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.levels import Levels, level_cdf
 from aezoo.tasks.codec.tables import Floats, Stack, Words
 
 
-class _One:
+class _SingleLayer:
     """The single layer of a model with `posterior(x) -> mu, log variance` and p(z) = N(0, I)."""
 
     def __init__(self, model: Autoencoder) -> None:
@@ -52,7 +52,7 @@ class _One:
         return mu, torch.exp(0.5 * log_var)
 
 
-def chain_of(model: Autoencoder) -> Chain:
+def latent_chain(model: Autoencoder) -> LatentChain:
     """How to code with a model: its own `latent_chain()`, or its Gaussian posterior and N(0, I).
 
     Raises:
@@ -64,23 +64,23 @@ def chain_of(model: Autoencoder) -> Chain:
         raise AezooError(f"lossless needs a likelihood of discrete values, and {kind} has densities: {cure}")
     own = getattr(model, "latent_chain", None)
     if callable(own):
-        return cast(Chain, own())
+        return cast(LatentChain, own())
     if not model.normal_prior:
         raise AezooError(f"lossless needs a Gaussian posterior and prior, and {type(model).__name__} has none: {cure}")
-    return Chain([_One(model)], lambda z: model.decoder(z[-1]), model.likelihood, model.input_shape)
+    return LatentChain([_SingleLayer(model)], lambda z: model.decoder(z[-1]), model.likelihood, model.input_shape)
 
 
-def blocks(n: int, most: int) -> Iterator[slice]:
-    """0:1, 1:2, ..., 16:18, 18:20, ...: an eighth of the number of earlier samples, at least 1 and at most `most`."""
+def blocks(n: int, max_block: int) -> Iterator[slice]:
+    """0:1, 1:2, ..., 16:18, ...: an eighth of the number of earlier samples, at least 1 and at most `max_block`."""
     start = 0
     while start < n:
-        stop = min(n, start + max(1, min(start // 8, most)))
+        stop = min(n, start + max(1, min(start // 8, max_block)))
         yield slice(start, stop)
         start = stop
 
 
 @dataclass(frozen=True)
-class Coded:
+class EncodedSamples:
     """Samples as a stack of words.
 
     Attributes:
@@ -105,32 +105,32 @@ class BitsBack:
         seed: determines the initial bits.
     """
 
-    def __init__(self, chain: Chain, like: Tensor, block: int, precision: int, seed: bytes) -> None:
+    def __init__(self, chain: LatentChain, like: Tensor, block: int, precision: int, seed: bytes) -> None:
         from scipy.special import ndtri
 
         self._chain, self._like, self._block, self._b, self._seed = chain, like, block, precision, seed
         k = np.arange(1 << precision)
-        self._borders = ndtri(k[1:] / (1 << precision))
-        self._middles = torch.from_numpy(ndtri((k + 0.5) / (1 << precision)))
+        self._edges = ndtri(k[1:] / (1 << precision))
+        self._midpoints = torch.from_numpy(ndtri((k + 0.5) / (1 << precision)))
 
-    def encode(self, levels: Levels) -> Coded:
+    def encode(self, levels: Levels) -> EncodedSamples:
         """Encode samples (n, *shape) of integers as words."""
         stack, b = Stack(seed=self._seed), self._b
         before = stack.bits - 32 * stack.given
         for rows in blocks(len(levels), self._block):
             x = self._as_data(levels[rows])
             z: list[Tensor] = []
-            taken: list[npt.NDArray[np.int32]] = []
+            bin_indices: list[npt.NDArray[np.int32]] = []
             for layer in self._chain.layers:
                 prior, q = self._tables(layer, x, z)
                 stack.reserve(prior[0].numel())
-                taken.append(stack.pop(prior[0].numel(), q, 1 << b))
-                z.append(self._values(taken[-1], *prior))
+                bin_indices.append(stack.pop(prior[0].numel(), q, 1 << b))
+                z.append(self._values(bin_indices[-1], *prior))
             stack.push(levels[rows].reshape(-1).astype(np.int32), self._pixels(z), self._chain.levels)
-            for i, index in reversed(list(enumerate(taken))):
+            for i, index in reversed(list(enumerate(bin_indices))):
                 stack.push_uniform(index ^ self._mask(rows, i, len(index)), b)
         used = stack.given - stack.untouched
-        return Coded(stack.words(), stack.bits - 32 * stack.given - before, 32 * used)
+        return EncodedSamples(stack.words(), stack.bits - 32 * stack.given - before, 32 * used)
 
     def decode(self, words: Words, n: int) -> Levels | None:
         """Decode n samples from words; None if the words end too early or the initial bits are not recovered."""
@@ -139,23 +139,23 @@ class BitsBack:
         for rows in reversed(list(blocks(n, self._block))):
             size = rows.stop - rows.start
             z: list[Tensor] = []
-            taken: list[npt.NDArray[np.int32]] = []
+            bin_indices: list[npt.NDArray[np.int32]] = []
             for i, layer in enumerate(self._chain.layers):
                 prior = layer.prior(z, size)
                 count = prior[0].numel()
-                taken.append(stack.pop_uniform(count, b) ^ self._mask(rows, i, count))
-                z.append(self._values(taken[-1], *prior))
+                bin_indices.append(stack.pop_uniform(count, b) ^ self._mask(rows, i, count))
+                z.append(self._values(bin_indices[-1], *prior))
             dims = math.prod(levels.shape[1:])
             pixels = stack.pop(size * dims, self._pixels(z), self._chain.levels)
-            if stack.spent:
+            if stack.is_exhausted:
                 return None
             levels[rows] = pixels.reshape(size, *self._chain.input_shape)
             x = self._as_data(levels[rows])
             for i, layer in reversed(list(enumerate(self._chain.layers))):
-                stack.push(taken[i], self._tables(layer, x, z[:i])[1], 1 << b)
+                stack.push(bin_indices[i], self._tables(layer, x, z[:i])[1], 1 << b)
         rest = stack.unseal()
-        whole = rest is not None and np.array_equal(rest, tables.initial_words(self._seed, len(rest)))
-        return levels if whole else None
+        is_intact = rest is not None and np.array_equal(rest, tables.initial_words(self._seed, len(rest)))
+        return levels if is_intact else None
 
     def bound(self, levels: Levels) -> float:
         """-ELBO of samples in bits, with one draw of z each from torch's generator and closed-form divergences."""
@@ -183,7 +183,7 @@ class BitsBack:
 
     def _values(self, index: npt.NDArray[np.int32], m: Tensor, s: Tensor) -> Tensor:
         """The midpoints of bins."""
-        middles = self._middles[torch.from_numpy(index.astype(np.int64))].reshape(m.shape)
+        middles = self._midpoints[torch.from_numpy(index.astype(np.int64))].reshape(m.shape)
         return (m.cpu().double() + s.cpu().double() * middles).to(self._like)
 
     def _tables(self, layer: Layer, x: Tensor, z: list[Tensor]) -> tuple[tuple[Tensor, Tensor], tables.Rows]:
@@ -196,7 +196,7 @@ class BitsBack:
         ratio, shift = _flat(s / sigma), _flat((m - mu) / sigma)
 
         def rows(part: slice) -> npt.NDArray[np.float32]:
-            return tables.from_cdf(ndtr(ratio[part, None] * self._borders + shift[part, None]))
+            return tables.from_cdf(ndtr(ratio[part, None] * self._edges + shift[part, None]))
 
         return (m, s), rows
 
@@ -206,7 +206,7 @@ class BitsBack:
         return lambda part: tables.from_cdf(level_cdf(self._chain.likelihood, params[part]))
 
 
-def seed_of(fingerprint: str, seed: int) -> bytes:
+def initial_seed(fingerprint: str, seed: int) -> bytes:
     """The source of the initial bits."""
     return hashlib.sha256(f"{fingerprint} {seed}".encode()).digest()
 

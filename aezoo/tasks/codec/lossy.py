@@ -32,10 +32,10 @@ Floats = npt.NDArray[np.float32]
 Symbols = npt.NDArray[np.int64]
 Decode = Callable[[Floats], npt.NDArray[Any]]
 STEPS = ("fitted", "deviation")
-_SHARES = 12  # a bin's share is a multiple of 2^-12
-_MOST_BINS = 64
-_MOST_VALUES = 2**20  # in one bin, so that no value has a probability below 2^-32
-_PROBES = 2**14
+_SHARE_BITS = 12  # a bin's share is a multiple of 2^-12
+_MAX_BINS = 64
+_MAX_VALUES = 2**20  # in one bin, so that no value has a probability below 2^-32
+_MAX_PROBES = 2**14
 # offset, step, number of bins and lowest value of a dimension; width and share of a bin
 _DIMENSION = np.dtype([("offset", "<f4"), ("step", "<f4"), ("bins", "<u2"), ("low", "<i4")])
 _BIN = np.dtype([("width", "<u4"), ("share", "<u2")])
@@ -92,15 +92,15 @@ class Quantiser:
 def sensitivity(codes: Floats, decode: Decode, deviation: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """s_d, the root mean square of ||g(z + h e_d) - g(z)|| / h with h a quarter of the deviation, over a few codes."""
     d = codes.shape[1]
-    chosen = codes[np.linspace(0, len(codes) - 1, max(1, min(len(codes), 32, _PROBES // d))).astype(int)]
-    base = decode(chosen).reshape(len(chosen), -1).astype(np.float64)
-    found = np.zeros(d)
+    subset = codes[np.linspace(0, len(codes) - 1, max(1, min(len(codes), 32, _MAX_PROBES // d))).astype(int)]
+    base = decode(subset).reshape(len(subset), -1).astype(np.float64)
+    result = np.zeros(d)
     for i in np.flatnonzero(deviation > 0):
-        moved = chosen.copy()
-        moved[:, i] += 0.25 * deviation[i]
-        change = decode(moved).reshape(len(chosen), -1) - base
-        found[i] = math.sqrt(float((change**2).sum(1).mean())) / (0.25 * deviation[i])
-    return found
+        perturbed = subset.copy()
+        perturbed[:, i] += 0.25 * deviation[i]
+        change = decode(perturbed).reshape(len(subset), -1) - base
+        result[i] = math.sqrt(float((change**2).sum(1).mean())) / (0.25 * deviation[i])
+    return result
 
 
 @dataclass(frozen=True)
@@ -136,48 +136,50 @@ class Histogram:
             frequent = inner[:-1][inner[:-1] == inner[1:]]
             borders = np.unique(np.concatenate([[low], inner, frequent + 1, [high + 1]]))
         width = np.diff(borders)
-        if width.max() > _MOST_VALUES:
+        if width.max() > _MAX_VALUES:
             raise AezooError(f"a histogram would have {high - low:,} values: give a lower quality")
         counts = np.diff(np.searchsorted(ordered, borders))
-        return cls(low, width, tables.from_counts(counts, 1 << _SHARES))
+        return cls(low, width, tables.from_counts(counts, 1 << _SHARE_BITS))
 
     def bits(self, values: Symbols) -> float:
         """The code length of integers, sum of -log2 p."""
-        index = self._bin_of(values)
-        return float(np.sum(_SHARES - np.log2(self.share[index]) + np.log2(self.width[index])))
+        index = self._bin_index(values)
+        return float(np.sum(_SHARE_BITS - np.log2(self.share[index]) + np.log2(self.width[index])))
 
     def encode(self, coder: Any, values: Symbols) -> None:
         """Put values (n,) into a range coder: their bins, then their positions in bins of more than one integer."""
-        index = self._bin_of(values)
+        index = self._bin_index(values)
         if len(self.width) > 1:
             coder.encode(index.astype(np.int32), self._model())
-        place = values - self.low - self._before[index]
+        position = values - self.low - self._bin_starts[index]
         wide = self.width[index] > 1
         if wide.any():
-            coder.encode(place[wide].astype(np.int32), tables.stream().model.Uniform(), self._widths(index[wide]))
+            coder.encode(
+                position[wide].astype(np.int32), tables.constriction_stream().model.Uniform(), self._widths(index[wide])
+            )
 
     def decode(self, coder: Any, n: int) -> Symbols:
         """Decode the n values that `encode` has encoded."""
         index = coder.decode(self._model(), n).astype(np.int64) if len(self.width) > 1 else np.zeros(n, np.int64)
-        values = self.low + self._before[index]
+        values = self.low + self._bin_starts[index]
         wide = self.width[index] > 1
         if wide.any():
-            values[wide] += coder.decode(tables.stream().model.Uniform(), self._widths(index[wide]))
+            values[wide] += coder.decode(tables.constriction_stream().model.Uniform(), self._widths(index[wide]))
         found: Symbols = values
         return found
 
     @property
-    def _before(self) -> npt.NDArray[np.int64]:
+    def _bin_starts(self) -> npt.NDArray[np.int64]:
         found: npt.NDArray[np.int64] = np.cumsum(self.width) - self.width
         return found
 
-    def _bin_of(self, values: Symbols) -> npt.NDArray[np.int64]:
-        found: npt.NDArray[np.int64] = np.searchsorted(self._before, values - self.low, side="right") - 1
+    def _bin_index(self, values: Symbols) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = np.searchsorted(self._bin_starts, values - self.low, side="right") - 1
         return found
 
     def _model(self) -> Any:
-        return tables.stream().model.Categorical(
-            tables.weights(self.share << (tables.PRECISION - _SHARES)), perfect=False
+        return tables.constriction_stream().model.Categorical(
+            tables.to_weights(self.share << (tables.PRECISION - _SHARE_BITS)), perfect=False
         )
 
     def _widths(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
@@ -202,7 +204,7 @@ class Codec:
             high: (D,) the largest.
             n: number of codes to be coded; a table with more bins would cost more than it saves.
         """
-        bins = max(2, min(_MOST_BINS, math.ceil(2 * n ** (1 / 3))))  # Rice's rule
+        bins = max(2, min(_MAX_BINS, math.ceil(2 * n ** (1 / 3))))  # Rice's rule
         symbols = quantiser.symbols(codes)
         lows, highs = quantiser.symbols(low[None])[0], quantiser.symbols(high[None])[0]
         return cls(
@@ -212,18 +214,18 @@ class Codec:
 
     def encode(self, symbols: Symbols) -> bytes:
         """Encode (n, D) integers as bytes."""
-        coder = tables.stream().queue.RangeEncoder()
+        coder = tables.constriction_stream().queue.RangeEncoder()
         for d, histogram in enumerate(self.histograms):
             histogram.encode(coder, symbols[:, d])
         return tables.to_bytes(coder.get_compressed())
 
-    def returns(self, content: bytes, symbols: Symbols) -> bool:
+    def decodes_to(self, content: bytes, symbols: Symbols) -> bool:
         """Whether bytes decode to (n, D) integers."""
         return np.array_equal(self.decode(content, len(symbols)), symbols)
 
     def decode(self, content: bytes, n: int) -> Symbols:
         """Decode bytes to (n, D) integers."""
-        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content))
+        coder = tables.constriction_stream().queue.RangeDecoder(tables.from_bytes(content))
         found = np.empty((n, len(self.histograms)), dtype=np.int64)
         for d, histogram in enumerate(self.histograms):
             found[:, d] = histogram.decode(coder, n)
@@ -249,15 +251,15 @@ class Codec:
         Raises:
             ValueError: the content is not from `to_bytes`.
         """
-        most = d * (_DIMENSION.itemsize + 2 * _MOST_BINS * _BIN.itemsize)
-        unpacked = zlib.decompressobj().decompress(content, most + 1)
+        max_size = d * (_DIMENSION.itemsize + 2 * _MAX_BINS * _BIN.itemsize)
+        unpacked = zlib.decompressobj().decompress(content, max_size + 1)
         dimensions, used = _columns(unpacked, 0, d, _DIMENSION)
         total = int(dimensions["bins"].sum(dtype=np.int64))
         bins, used = _columns(unpacked, used, total, _BIN)
         first = np.cumsum(dimensions["bins"], dtype=np.int64) - dimensions["bins"]
-        whole = used == len(unpacked) and (dimensions["bins"] >= 1).all() and (bins["share"] >= 1).all()
-        whole = whole and (bins["width"] >= 1).all() and (bins["width"] <= _MOST_VALUES).all()
-        if not whole or (np.add.reduceat(bins["share"].astype(np.int64), first) != 1 << _SHARES).any():
+        is_valid = used == len(unpacked) and (dimensions["bins"] >= 1).all() and (bins["share"] >= 1).all()
+        is_valid = is_valid and (bins["width"] >= 1).all() and (bins["width"] <= _MAX_VALUES).all()
+        if not is_valid or (np.add.reduceat(bins["share"].astype(np.int64), first) != 1 << _SHARE_BITS).any():
             raise ValueError("tables are damaged")
         if not (np.isfinite(dimensions["offset"]).all() and np.isfinite(dimensions["step"]).all()):
             raise ValueError("steps are damaged")

@@ -19,7 +19,7 @@ from aezoo.errors import AezooError
 PRECISION = 24
 TOTAL = 1 << PRECISION
 # table entries in memory at a time: 8 MiB in float64
-ENTRIES = 2**20
+MAX_ENTRIES = 2**20
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.signedinteger[Any]]
@@ -29,7 +29,7 @@ Rows = Callable[[slice], npt.NDArray[np.float32]]
 
 
 @functools.cache
-def stream() -> Any:
+def constriction_stream() -> Any:
     """The stream codes of constriction, after a check that it codes as the format requires.
 
     Raises:
@@ -40,7 +40,7 @@ def stream() -> Any:
     except ImportError as error:
         raise AezooError("compression needs constriction: pip install 'aezoo[codec]'") from error
     coder = constriction.stream.stack.AnsCoder(np.array([1, 2], dtype=np.uint32))
-    table = weights(np.array([[5, 1, TOTAL - 6], [1, TOTAL - 2, 1]]))
+    table = to_weights(np.array([[5, 1, TOTAL - 6], [1, TOTAL - 2, 1]]))
     coder.encode_reverse(np.array([1, 2], dtype=np.int32), constriction.stream.model.Categorical(perfect=False), table)
     # the state is 2 * 2^32 + 1; symbol 2 with f = 1 starting at 2^24 - 1, then symbol 1 with f = 1 starting at 5
     if coder.get_compressed().tolist() != _KNOWN:
@@ -48,7 +48,7 @@ def stream() -> Any:
     return constriction.stream
 
 
-def weights(frequencies: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def to_weights(frequencies: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Frequencies as constriction takes them, see above."""
     return (frequencies - 1).astype(np.float32)
 
@@ -92,7 +92,7 @@ class Stack:
     """
 
     def __init__(self, words: Words | None = None, seed: bytes | None = None) -> None:
-        self._ans = stream().stack.AnsCoder
+        self._ans = constriction_stream().stack.AnsCoder
         self._seed = seed
         if words is None:
             # sealed: a last word of 1 keeps zero words below it
@@ -103,34 +103,34 @@ class Stack:
 
     def reserve(self, symbols: int) -> None:
         """Put initial bits under the stack, so that it cannot run empty while this many symbols are taken from it."""
-        lacking = symbols * PRECISION // 32 + 4 - self._coder.num_words()
-        if lacking > 0:
-            below = initial_words(self._seed or b"", self.given + lacking)[:lacking]
+        missing = symbols * PRECISION // 32 + 4 - self._coder.num_words()
+        if missing > 0:
+            below = initial_words(self._seed or b"", self.given + missing)[:missing]
             self._coder = self._ans(np.concatenate([below, self._coder.get_compressed()]))
-            self.given += lacking
-            self.untouched += lacking
+            self.given += missing
+            self.untouched += missing
 
     def push(self, symbols: npt.NDArray[np.int32], table: Rows, k: int) -> None:
         """Encode symbols (M,), each under its own table of k frequencies."""
-        family, size = stream().model.Categorical(perfect=False), max(1, ENTRIES // k)
+        family, size = constriction_stream().model.Categorical(perfect=False), max(1, MAX_ENTRIES // k)
         for start in reversed(range(0, len(symbols), size)):
             rows = slice(start, min(start + size, len(symbols)))
             self._coder.encode_reverse(symbols[rows], family, table(rows))
 
     def pop(self, m: int, table: Rows, k: int) -> npt.NDArray[np.int32]:
         """Decode m symbols, each under its own table of k frequencies."""
-        family, size = stream().model.Categorical(perfect=False), max(1, ENTRIES // k)
+        family, size = constriction_stream().model.Categorical(perfect=False), max(1, MAX_ENTRIES // k)
         parts = [self._coder.decode(family, table(slice(i, min(i + size, m)))) for i in range(0, m, size)]
         self._note()
         return np.concatenate(parts)
 
     def push_uniform(self, symbols: npt.NDArray[np.int32], bits: int) -> None:
         """Encode symbols that are uniform over 2^bits values."""
-        self._coder.encode_reverse(symbols, stream().model.Uniform(1 << bits))
+        self._coder.encode_reverse(symbols, constriction_stream().model.Uniform(1 << bits))
 
     def pop_uniform(self, m: int, bits: int) -> npt.NDArray[np.int32]:
         """Decode m symbols that are uniform over 2^bits values."""
-        found: npt.NDArray[np.int32] = self._coder.decode(stream().model.Uniform(1 << bits), m)
+        found: npt.NDArray[np.int32] = self._coder.decode(constriction_stream().model.Uniform(1 << bits), m)
         self._note()
         return found
 
@@ -139,7 +139,7 @@ class Stack:
         self.untouched = max(0, min(self.untouched, self._coder.num_words() - 2))
 
     @property
-    def spent(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether less is left than `encode` ever leaves: what is taken from now on is not one of its symbols."""
         return bool(self._coder.num_words() < 2)
 

@@ -1,15 +1,15 @@
-"""Integers of a model's code, entropy-coded under laws that the model has learned; see `aezoo.bases.entropy_coded`.
+"""Integers of a model's code, entropy-coded under learned distributions; see `aezoo.bases.entropy_coded`.
 
     v^ = m + k    P(k) = F(m + k + 1/2) - F(m + k - 1/2)    in as many bits as -log2 P
 
 Writer and reader pass the same `code_latents` of the model over blocks of samples of the same size, so both compute the
-same laws. A law selects one of the model's tables: a learned one for each channel, or that of the nearest of 64 scales
-of a Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in increasing order of
-tables. An integer outside its table is coded as an escape, the last entry, and 32 bits after the integers of that
-table. Under a mixture, each integer has its own table. Integers with tables of one size are coded together, 2^20 table
-entries at a time.
+same distributions. A distribution selects one of the model's tables: a learned one for each channel, or that of the
+nearest of 64 scales of a Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in
+increasing order of tables. An integer outside its table is coded as an escape, the last entry, and 32 bits after the
+integers of that table. Under a mixture, each integer has its own table. Integers with tables of one size are coded
+together, 2^20 table entries at a time.
 
-A machine that computes other laws decodes other integers: the first 8 bytes of a frame are from their digest.
+A machine that computes other distributions decodes other integers: the first 8 bytes of a frame are from their digest.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,15 +26,15 @@ from aezoo.bases.entropy_coded import Distribution, EntropyCoded, Mixtures, Symb
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
-from aezoo.tasks.samples import like
+from aezoo.tasks.samples import reference_tensor
 
 Symbols = npt.NDArray[np.int64]
-_HALF = 16  # bits of each half of an escaped integer
-_MOST = 2**31
-_ENTRIES = 2**20  # table entries at a time, 8 MiB in float64; part of the format, since their escapes follow them
+_HALF_BITS = 16  # bits of each half of an escaped integer
+_MAX_SYMBOL = 2**31
+_MAX_ENTRIES = 2**20  # table entries at a time, 8 MiB in float64; part of the format, since their escapes follow them
 
 
-class _Under(NamedTuple):
+class _SymbolTable(NamedTuple):
     """The table or tables that integers are coded under.
 
     Attributes:
@@ -51,7 +51,7 @@ class _Under(NamedTuple):
 
 
 # integers under one table or under their own tables: those to encode, or as many zeros to decode
-Code = Callable[[_Under, Symbols], Symbols]
+Code = Callable[[_SymbolTable, Symbols], Symbols]
 
 
 @contextmanager
@@ -71,16 +71,16 @@ def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
         model.quality = before
 
 
-def width(model: EntropyCoded) -> int:
+def n_symbols(model: EntropyCoded) -> int:
     """T, number of integers that represent a sample."""
-    passed: list[int] = []
+    coded_parts: list[int] = []
 
-    def take(distribution: Distribution) -> Tensor:
-        passed.append(distribution.mean.numel())
+    def read(distribution: Distribution) -> Tensor:
+        coded_parts.append(distribution.mean.numel())
         return torch.zeros_like(distribution.mean)
 
-    model.code_latents(SymbolReader(take), None, 1)
-    return sum(passed)
+    model.code_latents(SymbolReader(read), None, 1)
+    return sum(coded_parts)
 
 
 def encode(model: EntropyCoded, x: Tensor) -> Symbols:
@@ -89,10 +89,10 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
     Raises:
         AezooError: codes are not finite, or too large.
     """
-    found: Symbols = model.encode_symbols(x.to(like(model))).cpu().numpy()
-    if not ((found > -_MOST) & (found < _MOST)).all():  # -2^40 stands for NaN
+    result: Symbols = model.encode_symbols(x.to(reference_tensor(model))).cpu().numpy()
+    if not ((result > -_MAX_SYMBOL) & (result < _MAX_SYMBOL)).all():  # -2^40 stands for NaN
         raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
-    return found
+    return result
 
 
 def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
@@ -100,15 +100,15 @@ def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
     parts = []
     for start in range(0, len(symbols), block):
         z = model.codes(torch.from_numpy(symbols[start : start + block]).to(model.device))
-        parts.append(model.decode(z.to(like(model))).float().cpu().numpy())
+        parts.append(model.decode(z.to(reference_tensor(model))).float().cpu().numpy())
     return np.concatenate(parts)
 
 
-class Learned:
+class EntropyModelCoder:
     """Codes the integers of a model.
 
     Args:
-        model: a model with laws.
+        model: a model with distributions.
         block: samples that it sees at a time.
     """
 
@@ -116,24 +116,27 @@ class Learned:
 
     def __init__(self, model: EntropyCoded, block: int) -> None:
         self._model, self._block = model, block
-        self._tables = [_shared(table) for table in model.tables()]
+        self._tables = [_shared_table(table) for table in model.tables()]
 
     def encode(self, symbols: Symbols) -> bytes:
         """Encode (n, T) integers as bytes."""
-        coder, halves = tables.stream().queue.RangeEncoder(), tables.stream().model.Uniform(1 << _HALF)
+        coder, halves = (
+            tables.constriction_stream().queue.RangeEncoder(),
+            tables.constriction_stream().model.Uniform(1 << _HALF_BITS),
+        )
 
-        def code(under: _Under, given: Symbols) -> Symbols:
-            entries = given - under.low
-            escaped = (entries < 0) | (entries >= under.size)
-            rows = () if under.rows is None else (under.rows,)
-            coder.encode(np.where(escaped, under.size, entries).astype(np.int32), under.model, *rows)
+        def code(symbol_table: _SymbolTable, values: Symbols) -> Symbols:
+            entries = values - symbol_table.low
+            escaped = (entries < 0) | (entries >= symbol_table.size)
+            rows = () if symbol_table.rows is None else (symbol_table.rows,)
+            coder.encode(np.where(escaped, symbol_table.size, entries).astype(np.int32), symbol_table.model, *rows)
             if escaped.any():
-                coder.encode(_halves(given[escaped]), halves)
-            return given
+                coder.encode(_split_halves(values[escaped]), halves)
+            return values
 
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block])
-            self._walk(len(part), code, read_in_order(part))
+            self._code_block(len(part), code, read_in_order(part))
         return digest(symbols) + tables.to_bytes(coder.get_compressed())
 
     def decode(self, content: bytes, n: int) -> Symbols | None:
@@ -144,7 +147,7 @@ class Learned:
             return None
         return symbols if digest(symbols) == content[:DIGEST] else None
 
-    def returns(self, content: bytes, symbols: Symbols) -> bool:
+    def decodes_to(self, content: bytes, symbols: Symbols) -> bool:
         """Whether the first block of bytes decodes to (n, T) integers."""
         try:
             first = next(self._blocks(content, len(symbols)))
@@ -153,7 +156,7 @@ class Learned:
         return np.array_equal(first, symbols[: self._block])
 
     def bound(self, symbols: Symbols) -> float:
-        """-log2 P of (n, T) integers, by the laws themselves."""
+        """-log2 P of (n, T) integers, by the distributions themselves."""
         bits = 0.0
         for start in range(0, len(symbols), self._block):
             part = torch.from_numpy(symbols[start : start + self._block]).to(self._model.device)
@@ -163,52 +166,61 @@ class Learned:
         return bits
 
     def _blocks(self, content: bytes, n: int) -> Iterator[Symbols]:
-        coder = tables.stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
-        halves = tables.stream().model.Uniform(1 << _HALF)
+        coder = tables.constriction_stream().queue.RangeDecoder(tables.from_bytes(content[DIGEST:]))
+        halves = tables.constriction_stream().model.Uniform(1 << _HALF_BITS)
 
-        def code(under: _Under, given: Symbols) -> Symbols:
-            entries = coder.decode(under.model, len(given) if under.rows is None else under.rows).astype(np.int64)
-            escaped = entries == under.size
-            found: Symbols = entries + under.low
+        def code(symbol_table: _SymbolTable, values: Symbols) -> Symbols:
+            entries = coder.decode(
+                symbol_table.model, len(values) if symbol_table.rows is None else symbol_table.rows
+            ).astype(np.int64)
+            escaped = entries == symbol_table.size
+            result: Symbols = entries + symbol_table.low
             if escaped.any():
-                found[escaped] = _whole(coder.decode(halves, 2 * int(escaped.sum())))
-            return found
+                result[escaped] = _join_halves(coder.decode(halves, 2 * int(escaped.sum())))
+            return result
 
         def unknown(distribution: Distribution) -> Tensor:
             return torch.zeros(distribution.mean.shape, dtype=torch.long)
 
         for start in range(0, n, self._block):
-            yield self._walk(min(self._block, n - start), code, unknown)
+            yield self._code_block(min(self._block, n - start), code, unknown)
 
-    def _walk(self, n: int, code: Code, known: Callable[[Distribution], Tensor]) -> Symbols:
+    def _code_block(self, n: int, code: Code, known: Callable[[Distribution], Tensor]) -> Symbols:
         """The integers of a block, (n, T): `code` gets those of one table after another."""
-        passed: list[Symbols] = []
+        coded_parts: list[Symbols] = []
 
-        def take(distribution: Distribution) -> Tensor:
+        def read(distribution: Distribution) -> Tensor:
             table = distribution.table
-            numbers, symbols = (of.cpu().numpy().reshape(-1) for of in (table, known(distribution)))
+            numbers, symbols = (tensor.cpu().numpy().reshape(-1) for tensor in (table, known(distribution)))
             order = np.argsort(numbers, kind="stable")
             first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
             coded = np.empty(len(order), dtype=np.int64)
             for start, end in pairwise([*first, len(order)]):
-                for here, under in self._under(distribution, int(numbers[order[start]]), order[start:end]):
-                    coded[here] = code(under, symbols[here])
-            passed.append(coded.reshape(n, -1))
+                for index, symbol_table in self._symbol_tables(
+                    distribution, int(numbers[order[start]]), order[start:end]
+                ):
+                    coded[index] = code(symbol_table, symbols[index])
+            coded_parts.append(coded.reshape(n, -1))
             return torch.from_numpy(coded).view(table.shape).to(table.device)
 
-        self._model.code_latents(SymbolReader(take), None, n)
-        return np.concatenate(passed, 1)
+        self._model.code_latents(SymbolReader(read), None, n)
+        return np.concatenate(coded_parts, 1)
 
-    def _under(self, distribution: Distribution, number: int, here: Symbols) -> Iterator[tuple[Symbols, _Under]]:
-        """The tables for the integers at `here`, which share a table number; mixtures give them in several parts."""
+    def _symbol_tables(
+        self, distribution: Distribution, number: int, index: Symbols
+    ) -> Iterator[tuple[Symbols, _SymbolTable]]:
+        """The tables for the integers at `index`, which share a table number; mixtures give them in several parts."""
         if not isinstance(distribution, Mixtures):
-            yield here, self._tables[number]
+            yield index, self._tables[number]
             return
-        family, some = tables.stream().model.Categorical(perfect=False), max(1, _ENTRIES >> (number + 1))
-        for start in range(0, len(here), some):
-            part = here[start : start + some]
+        family, chunk = (
+            tables.constriction_stream().model.Categorical(perfect=False),
+            max(1, _MAX_ENTRIES >> (number + 1)),
+        )
+        for start in range(0, len(index), chunk):
+            part = index[start : start + chunk]
             table = distribution.tables_at(number, part)
-            yield part, _Under(table.low, table.mass.shape[1], family, _weights(table.mass))
+            yield part, _SymbolTable(table.low, table.mass.shape[1], family, _weights(table.mass))
 
 
 def _weights(mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
@@ -216,17 +228,17 @@ def _weights(mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return tables.from_cdf(mass.cumsum(1).clip(0, 1))
 
 
-def _shared(table: Table) -> _Under:
-    model = tables.stream().model.Categorical(_weights(table.mass[None])[0], perfect=False)
-    return _Under(table.low, len(table.mass), model)
+def _shared_table(table: Table) -> _SymbolTable:
+    model = tables.constriction_stream().model.Categorical(_weights(table.mass[None])[0], perfect=False)
+    return _SymbolTable(table.low, len(table.mass), model)
 
 
-def _halves(numbers: Symbols) -> npt.NDArray[np.int32]:
-    unsigned = numbers + _MOST
-    return np.stack([unsigned >> _HALF, unsigned & ((1 << _HALF) - 1)], 1).reshape(-1).astype(np.int32)
+def _split_halves(numbers: Symbols) -> npt.NDArray[np.int32]:
+    unsigned = numbers + _MAX_SYMBOL
+    return np.stack([unsigned >> _HALF_BITS, unsigned & ((1 << _HALF_BITS) - 1)], 1).reshape(-1).astype(np.int32)
 
 
-def _whole(halves: npt.NDArray[np.int32]) -> Symbols:
+def _join_halves(halves: npt.NDArray[np.int32]) -> Symbols:
     high, low = halves.astype(np.int64).reshape(-1, 2).T
-    found: Symbols = (high << _HALF) + low - _MOST
-    return found
+    result: Symbols = (high << _HALF_BITS) + low - _MAX_SYMBOL
+    return result

@@ -18,16 +18,16 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import baselines, indices, learned, lossless, lossy, machine, tables
-from aezoo.tasks.codec.autoregressive import Autoregressive
-from aezoo.tasks.codec.container import FRAME, Header, Writer, most_in_piece
+from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
+from aezoo.tasks.codec.container import FRAME, Header, Writer, max_samples_per_frame
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
-from aezoo.tasks.output import Row, Store, table_text
-from aezoo.tasks.samples import Samples, like
-from aezoo.tasks.samples import progress as bar
+from aezoo.tasks.result_store import Row, Store, table_text
+from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import progress_bar as bar
 
 # limits of samples, and of their values, for fitting steps, tables and baselines: more would change these little
-_FITTED, _VALUES = 20_000, 2**26
+_MAX_SAMPLES, _MAX_VALUES = 20_000, 2**26
 # qualities of PCA next to a model that has its own rate
 _QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
 
@@ -38,7 +38,7 @@ class Compression:
 
     Attributes:
         mode: lossless, lossy, indices (of a model's own code, under tables), prior (under the model's prior) or learned
-            (integers under the model's laws).
+            (integers under the model's distributions).
         rows: methods with their bytes, bits per dimension and, for lossy ones, PSNR and SSIM.
         net_bits: lossless: size of the samples; its expectation is -ELBO. Otherwise size of the indices or integers,
             without tables.
@@ -62,8 +62,8 @@ class Compression:
 
     def summary(self) -> str:
         """The table, and the bound on the rate if there is one."""
-        used = [name for name in self.rows[0] if not all(_is_nan(line[name]) for line in self.rows)]
-        text = table_text([{name: line[name] for name in used} for line in self.rows])
+        columns = [name for name in self.rows[0] if not all(_is_nan(line[name]) for line in self.rows)]
+        text = table_text([{name: line[name] for name in columns} for line in self.rows])
         if self.mode == "lossy":
             return text
         excess = 100 * (self.net_bits / self.bound_bits - 1) if 0 < self.bound_bits < math.inf else 0.0
@@ -77,7 +77,7 @@ class Compression:
             f"{rate}",
             "prior": f"indices {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under the prior "
             f"({self.bound_bits:,.0f}); {rate}",
-            "learned": f"whole numbers {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under their laws "
+            "learned": f"whole numbers {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under their distributions "
             f"({self.bound_bits:,.0f}); {rate}",
         }
         return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
@@ -88,7 +88,7 @@ class _Coder(Protocol):
 
     def encode(self, symbols: Any, /) -> bytes: ...
 
-    def returns(self, content: bytes, symbols: Any, /) -> bool: ...
+    def decodes_to(self, content: bytes, symbols: Any, /) -> bool: ...
 
 
 class _Coding(NamedTuple):
@@ -108,7 +108,7 @@ class _Coding(NamedTuple):
 
 
 @dataclass
-class Job:
+class CompressionRun:
     """One call of `compress`."""
 
     model: Autoencoder
@@ -123,38 +123,38 @@ class Job:
 
     def code_lossless(self, precision: int, compare: bool) -> Compression:
         """Write one file."""
-        chain = lossless.chain_of(self.model)
-        key = lossless.seed_of(self.header["fingerprint"], self.seed)
-        coder = lossless.BitsBack(chain, like(self.model), self.batch_size, precision, key)
-        found = Compression("lossless", [])
+        chain = lossless.latent_chain(self.model)
+        key = lossless.initial_seed(self.header["fingerprint"], self.seed)
+        coder = lossless.BitsBack(chain, reference_tensor(self.model), self.batch_size, precision, key)
+        result = Compression("lossless", [])
 
         def fill(file: IO[bytes]) -> None:
             header = Header(mode="lossless", levels=chain.levels, precision=precision, **self.header)
             writer = Writer(file, header)
-            for levels in self._pieces(chain.levels):
+            for levels in self._level_chunks(chain.levels):
                 coded = coder.encode(levels)
-                back = coder.decode(coded.words, len(levels))
-                if back is None or not np.array_equal(back, levels):
+                decoded = coder.decode(coded.words, len(levels))
+                if decoded is None or not np.array_equal(decoded, levels):
                     raise AezooError("decoding did not give the samples back: this device does not compute the same "
                                      "twice; compress on --device cpu with --threads 1")  # fmt: skip
-                found.net_bits += coded.net_bits
-                found.initial_bits += coded.initial_bits
-                found.bound_bits += coder.bound(levels)
+                result.net_bits += coded.net_bits
+                result.initial_bits += coded.initial_bits
+                result.bound_bits += coder.bound(levels)
                 writer.frame(len(levels), hashlib.sha256(levels.tobytes()).digest(), tables.to_bytes(coded.words))
             writer.close()
 
         size = self._write("samples", fill)
         shape = len(self.samples), math.prod(self.model.input_shape)
-        found.rows = [baselines.row("-ELBO, the bound", found.bound_bits / 8, shape),
-                      baselines.row("aezoo, net", found.net_bits / 8, shape),
-                      baselines.row("aezoo, the file with initial bits", size, shape)]  # fmt: skip
+        result.rows = [baselines.table_row("-ELBO, the bound", result.bound_bits / 8, shape),
+                      baselines.table_row("aezoo, net", result.net_bits / 8, shape),
+                      baselines.table_row("aezoo, the file with initial bits", size, shape)]  # fmt: skip
         if compare:
-            held = to_levels(self._some(self.samples), chain.levels)
-            assert held is not None  # all samples have been coded as levels
-            found.rows += baselines.lossless(held, chain.levels == 2)
-        self.store.table("comparison", found.rows)
-        found.contents, found.files = self.contents, self.store.files
-        return found
+            sample_levels = to_levels(self._subsample(self.samples), chain.levels)
+            assert sample_levels is not None  # all samples have been coded as levels
+            result.rows += baselines.lossless_codecs(sample_levels, chain.levels == 2)
+        self.store.table("comparison", result.rows)
+        result.contents, result.files = self.contents, self.store.files
+        return result
 
     def code_lossy(
         self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: Samples | None
@@ -162,80 +162,97 @@ class Job:
         """Write one file for each quality."""
         codes, peak, unit = self._codes()
         fit = self.samples if fit_on is None else fit_on.check(self.model)
-        most = self._most(max(codes.shape[1], math.prod(self.model.input_shape)))
-        seen = np.array(codes) if fit is self.samples and len(codes) <= most else self._codes(fit.take(most))[0]
+        max_samples = self._max_samples(max(codes.shape[1], math.prod(self.model.input_shape)))
+        fit_codes = (
+            np.array(codes)
+            if fit is self.samples and len(codes) <= max_samples
+            else self._codes(fit.subsample(max_samples))[0]
+        )
         shape, rows = (len(self.samples), math.prod(self.model.input_shape)), []
         low, high = codes.min(0), codes.max(0)
         for q in qualities:
-            quantiser = lossy.Quantiser.fit(seen, self._decode, q, steps)
-            codec = lossy.Codec.fit(seen, quantiser, low, high, len(codes))
+            quantiser = lossy.Quantiser.fit(fit_codes, self._decode, q, steps)
+            codec = lossy.Codec.fit(fit_codes, quantiser, low, high, len(codes))
             distortion = baselines.Distortion(self.model.input_shape, peak)
             file = "samples" if len(qualities) == 1 else f"samples-q{q:g}"
             header = Header(mode="lossy", quality=q, **self.header)
             coding = _Coding(codec.to_bytes(), quantiser.symbols, codec, functools.partial(self._restore, quantiser))
-            size = self._write(file, functools.partial(self._stream, header, coding, codes, distortion))
-            rows.append(baselines.row(f"aezoo {header.model}", size, shape, q, **distortion.figures()))
+            size = self._write(file, functools.partial(self._write_frames, header, coding, codes, distortion))
+            rows.append(baselines.table_row(f"aezoo {header.model}", size, shape, q, **distortion.figures()))
         if compare:
-            rows += self._others(codes.shape[1], fit, qualities, peak, unit, "the same coder")
-        self._show(rows)
+            rows += self._baseline_rows(codes.shape[1], fit, qualities, peak, unit, "the same coder")
+        self._save_table(rows)
         return Compression("lossy", rows, contents=self.contents, files=self.store.files)
 
     def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
         """Write one file of the model's own indices; several qualities apply to the quantisation of PCA."""
         model = cast(DiscreteAutoencoder, self.model)
-        sizes = indices.sizes_of(model)
-        held, peak, unit = self._read(self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes))
-        parts = [slice(start, start + self._piece()) for start in range(0, len(held), self._piece())]
-        tabled = indices.Tabled.fit(indices.codebooks_of(model), (np.asarray(held[part]) for part in parts))
-        stored, outputs = tabled.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
+        sizes = indices.index_sizes(model)
+        stored_indices, peak, unit = self._read(
+            self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes)
+        )
+        parts = [
+            slice(start, start + self._samples_per_frame())
+            for start in range(0, len(stored_indices), self._samples_per_frame())
+        ]
+        table_coder = indices.TableCoder.fit(
+            indices.model_codebooks(model), (np.asarray(stored_indices[part]) for part in parts)
+        )
+        stored, outputs = table_coder.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
         distortion = baselines.Distortion(model.input_shape, peak)
-        prior = indices.mode_of(model) == "prior"
-        with bar(self.title if prior else "", len(held)) as advance:
+        prior = indices.lossy_mode(model) == "prior"
+        with bar(self.title if prior else "", len(stored_indices)) as advance:
             if prior:
-                coder = Autoregressive(model, self.batch_size, advance)
-                found = Compression("prior", [], bound_bits=sum(coder.bound(np.asarray(held[part])) for part in parts))
+                coder = AutoregressiveCoder(model, self.batch_size, advance)
+                result = Compression(
+                    "prior", [], bound_bits=sum(coder.bound(np.asarray(stored_indices[part])) for part in parts)
+                )
                 coding = _Coding(None, np.asarray, coder, outputs)
             else:
-                found = Compression("indices", [], bound_bits=tabled.least, table_bits=8 * len(stored))
-                coding = _Coding(stored, np.asarray, tabled, outputs)
-            header = Header(mode=found.mode, **self.header)
-            size = self._write("samples", functools.partial(self._stream, header, coding, held, distortion))
-        found.net_bits = 8 * (size - self.overhead) - found.table_bits
-        shape = len(held), math.prod(model.input_shape)
+                result = Compression("indices", [], bound_bits=table_coder.entropy_bits, table_bits=8 * len(stored))
+                coding = _Coding(stored, np.asarray, table_coder, outputs)
+            header = Header(mode=result.mode, **self.header)
+            size = self._write(
+                "samples", functools.partial(self._write_frames, header, coding, stored_indices, distortion)
+            )
+        result.net_bits = 8 * (size - self.overhead) - result.table_bits
+        shape = len(stored_indices), math.prod(model.input_shape)
         figures, name = distortion.figures(), f"aezoo {header.model}"
-        found.rows = [baselines.row(name, size, shape, **figures)]
+        result.rows = [baselines.table_row(name, size, shape, **figures)]
         if compare and prior:
-            static = self.overhead + FRAME + len(stored) + tabled.bits / 8
-            found.rows.append(baselines.row(f"{name}, tables instead of its prior", static, shape, **figures))
-        return self._beside(found, len(sizes), qualities, peak, unit, compare, fit_on)
+            static = self.overhead + FRAME + len(stored) + table_coder.bits / 8
+            result.rows.append(baselines.table_row(f"{name}, tables instead of its prior", static, shape, **figures))
+        return self._with_baselines(result, len(sizes), qualities, peak, unit, compare, fit_on)
 
     def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
-        """Write a file of integers under the model's laws, or one for each quality if the model has several.
+        """Write a file of integers under the model's distributions, or one for each quality if the model has several.
 
         For a model with one rate, several qualities apply to the quantisation of PCA.
         """
-        model, found = cast(EntropyCoded, self.model), Compression("learned", [])
+        model, result = cast(EntropyCoded, self.model), Compression("learned", [])
         own = qualities if model.max_quality else (model.quality,)
         for q in own:
-            with learned.at_quality(model, q):
-                width, coder = learned.width(model), learned.Learned(model, self.batch_size)
-                held, peak, unit = self._read(self.samples, width, np.int64, lambda x: learned.encode(model, x))
+            with entropy_model.at_quality(model, q):
+                width, coder = entropy_model.n_symbols(model), entropy_model.EntropyModelCoder(model, self.batch_size)
+                stored_symbols, peak, unit = self._read(
+                    self.samples, width, np.int64, lambda x: entropy_model.encode(model, x)
+                )
                 distortion = baselines.Distortion(model.input_shape, peak)
-                outputs = functools.partial(learned.decode, model, block=self.batch_size)
+                outputs = functools.partial(entropy_model.decode, model, block=self.batch_size)
                 coding = _Coding(None, np.asarray, coder, outputs)
                 header = Header(mode="learned", quality=q, **self.header)
-                fill = functools.partial(self._stream, header, coding, held, distortion)
+                fill = functools.partial(self._write_frames, header, coding, stored_symbols, distortion)
                 size = self._write("samples" if len(own) == 1 else f"samples-q{q:g}", fill)
-                for i in range(0, len(held), self._piece()):
-                    found.bound_bits += coder.bound(np.asarray(held[i : i + self._piece()]))
-            found.net_bits += 8 * (size - self.overhead)
-            name, shape = f"aezoo {header.model}", (len(held), math.prod(model.input_shape))
+                for i in range(0, len(stored_symbols), self._samples_per_frame()):
+                    result.bound_bits += coder.bound(np.asarray(stored_symbols[i : i + self._samples_per_frame()]))
+            result.net_bits += 8 * (size - self.overhead)
+            name, shape = f"aezoo {header.model}", (len(stored_symbols), math.prod(model.input_shape))
             shown = q if model.max_quality else math.nan
-            found.rows.append(baselines.row(name, size, shape, shown, **distortion.figures()))
-        return self._beside(found, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
+            result.rows.append(baselines.table_row(name, size, shape, shown, **distortion.figures()))
+        return self._with_baselines(result, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
 
-    def _beside(
-        self, found: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
+    def _with_baselines(
+        self, result: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
         fit_on: Samples | None,
     ) -> Compression:  # fmt: skip
         """Add the baselines to the result of a model that has its own rate, and write the tables."""
@@ -243,49 +260,53 @@ class Job:
         if compare:
             fit = self.samples if fit_on is None else fit_on.check(self.model)
             qualities = qualities if len(qualities) > 1 else _QUALITIES
-            found.rows += self._others(width, fit, qualities, peak, unit, "histograms")
-        found.rows = [line | {"bits_per_sample": line["bits_per_dim"] * dims} for line in found.rows]
-        self._show(found.rows)
-        found.contents, found.files = self.contents, self.store.files
-        return found
+            result.rows += self._baseline_rows(width, fit, qualities, peak, unit, "histograms")
+        result.rows = [line | {"bits_per_sample": line["bits_per_dim"] * dims} for line in result.rows]
+        self._save_table(result.rows)
+        result.contents, result.files = self.contents, self.store.files
+        return result
 
-    def _others(
+    def _baseline_rows(
         self, size: int, fit: Samples, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
     ) -> list[Row]:
         """The baselines, with `size` numbers per sample for those with a code."""
-        held = self._some(self.samples)
-        size = min(size, held[0].numel())
-        rows = baselines.pca(self._some(fit), held, size, qualities, peak, self.overhead, self.seed, coder)
-        rows += baselines.pictures(held) if unit else []
-        levels = to_levels(held, 256)
-        return rows + (baselines.general(held.numpy()) if levels is None else baselines.lossless(levels, False))
+        subset = self._subsample(self.samples)
+        size = min(size, subset[0].numel())
+        rows = baselines.pca(self._subsample(fit), subset, size, qualities, peak, self.overhead, self.seed, coder)
+        rows += baselines.image_codecs(subset) if unit else []
+        levels = to_levels(subset, 256)
+        return rows + (
+            baselines.general_compressors(subset.numpy())
+            if levels is None
+            else baselines.lossless_codecs(levels, False)
+        )
 
-    def _show(self, rows: list[Row]) -> None:
+    def _save_table(self, rows: list[Row]) -> None:
         self.store.table("rate_distortion", rows)
         if len(rows) > 1:
-            self.store.picture("rate_distortion", baselines.curve(rows))
+            self.store.picture("rate_distortion", baselines.rate_distortion_figure(rows))
 
-    def _stream(
-        self, header: Header, coding: _Coding, given: Any, distortion: baselines.Distortion, file: IO[bytes]
+    def _write_frames(
+        self, header: Header, coding: _Coding, codes: Any, distortion: baselines.Distortion, file: IO[bytes]
     ) -> None:
         """Write the output of the model, (N, D), and measure the decoded samples."""
         writer, coded = Writer(file, header), 0
         if coding.tables is not None:
             writer.frame(0, hashlib.sha256().digest(), coding.tables)
             coded = len(coding.tables)
-        piece = self._piece()
+        per_frame = self._samples_per_frame()
         # under a prior, the slow work is before the outputs, token by token, and has its own progress bar
         batches = self.samples.batches(self.batch_size, "" if header.mode == "prior" else self.title)
-        for start in range(0, len(given), piece):
-            symbols = coding.symbols(np.asarray(given[start : start + piece]))
+        for start in range(0, len(codes), per_frame):
+            symbols = coding.symbols(np.asarray(codes[start : start + per_frame]))
             payload = coding.coder.encode(symbols)
-            if not coding.coder.returns(payload, symbols):
+            if not coding.coder.decodes_to(payload, symbols):
                 raise AezooError("decoding did not give the codes back: this device does not compute the same twice; "
                                  "compress on --device cpu with --threads 1")  # fmt: skip
             digest = hashlib.sha256()
             for i in range(0, len(symbols), self.batch_size):
                 x_hat = coding.outputs(symbols[i : i + self.batch_size])
-                digest.update(machine.raw(x_hat))
+                digest.update(reproducibility.little_endian_bytes(x_hat))
                 distortion.add(next(batches), torch.from_numpy(x_hat))
             writer.frame(len(symbols), digest.digest(), payload)
             coded += len(payload)
@@ -297,7 +318,7 @@ class Job:
         """`_read` for codes (N, D), float32."""
 
         def encode(batch: Tensor) -> Any:
-            z = self.model.encode(batch.to(like(self.model))).float().flatten(1)
+            z = self.model.encode(batch.to(reference_tensor(self.model))).float().flatten(1)
             if not bool(z.isfinite().all()):
                 raise AezooError("the model gives codes that are NaN or infinite: train it again")
             return z.cpu().numpy()
@@ -323,38 +344,38 @@ class Job:
         return codes, 1.0 if unit else max(high - low, 1e-12), unit
 
     def _decode(self, codes: lossy.Floats) -> Any:
-        return machine.decode(self.model, codes, self.batch_size)
+        return reproducibility.decode_codes(self.model, codes, self.batch_size)
 
     def _restore(self, quantiser: lossy.Quantiser, symbols: lossy.Symbols) -> Any:
         return self._decode(quantiser.codes(symbols))
 
-    def _piece(self) -> int:
+    def _samples_per_frame(self) -> int:
         """Number of samples in a frame, a multiple of the batch size."""
-        return most_in_piece(self.model.input_shape) // self.batch_size * self.batch_size
+        return max_samples_per_frame(self.model.input_shape) // self.batch_size * self.batch_size
 
-    def _pieces(self, levels: int) -> Iterator[Levels]:
+    def _level_chunks(self, levels: int) -> Iterator[Levels]:
         """Samples as integers, a piece at a time."""
-        held: list[Levels] = []
+        chunks: list[Levels] = []
         for batch in self.samples.batches(self.batch_size, self.title):
             part = to_levels(batch, levels)
             if part is None:
                 raise AezooError(reason(levels))
-            held.append(part)
-            if sum(map(len, held)) == self._piece():
-                yield np.concatenate(held)
-                held = []
-        if held:
-            yield np.concatenate(held)
+            chunks.append(part)
+            if sum(map(len, chunks)) == self._samples_per_frame():
+                yield np.concatenate(chunks)
+                chunks = []
+        if chunks:
+            yield np.concatenate(chunks)
 
-    def _some(self, samples: Samples) -> Tensor:
+    def _subsample(self, samples: Samples) -> Tensor:
         """Samples in memory, as the other formats need them: only a part if they are many or large."""
-        held = samples.take(self._most(math.prod(self.model.input_shape)), self.seed)
-        return torch.cat(list(held.batches(self.batch_size)))
+        subset = samples.subsample(self._max_samples(math.prod(self.model.input_shape)), self.seed)
+        return torch.cat(list(subset.batches(self.batch_size)))
 
     @staticmethod
-    def _most(dims: int) -> int:
+    def _max_samples(dims: int) -> int:
         """Number of samples of this size to hold in memory."""
-        return max(1, min(_FITTED, _VALUES // dims))
+        return max(1, min(_MAX_SAMPLES, _MAX_VALUES // dims))
 
     def _write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
         """Write a file completely or not at all, and return its size."""

@@ -57,14 +57,14 @@ class Store:
     def __exit__(self, kind: object, *rest: object) -> None:
         try:
             if kind is None:
-                self._name()
+                self._commit()
         finally:
             for temporary in self._written.values():
                 temporary.unlink(missing_ok=True)
             self._written.clear()
             self._mapped.clear()
 
-    def _name(self) -> None:
+    def _commit(self) -> None:
         for array in self._mapped:
             array.flush()
         for path, temporary in self._written.items():
@@ -82,11 +82,11 @@ class Store:
                 raise AezooError(
                     f"{name} of shape {shape} does not fit in memory: ask for less, or give out"
                 ) from error
-        path, empty = self.folder / f"{name}.npy", math.prod(shape) == 0
-        if empty:  # which cannot be mapped
-            held = np.empty(shape, dtype)
-            self.write(path.name, lambda file: np.save(file, held))
-            return held
+        path, is_empty = self.folder / f"{name}.npy", math.prod(shape) == 0
+        if is_empty:  # which cannot be mapped
+            in_memory = np.empty(shape, dtype)
+            self.write(path.name, lambda file: np.save(file, in_memory))
+            return in_memory
         temporary = self._temporary(path)
         try:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=shape)
@@ -99,12 +99,12 @@ class Store:
                 "folder with --out"
             ) from error
         self._mapped.append(array)
-        self._keep(path, temporary)
+        self._register(path, temporary)
         return array
 
-    def arrays(self, name: str, held: dict[str, npt.NDArray[Any]]) -> None:
+    def arrays(self, name: str, arrays_by_name: dict[str, npt.NDArray[Any]]) -> None:
         """Write arrays by name as `folder/name.npz`."""
-        self.write(f"{name}.npz", lambda file: np.savez(file, **held))  # type: ignore[arg-type]
+        self.write(f"{name}.npz", lambda file: np.savez(file, **arrays_by_name))  # type: ignore[arg-type]
 
     def table(self, name: str, rows: Sequence[Row], kind: str = "csv") -> None:
         """Write `folder/name.csv` or, with kind "parquet", `folder/name.parquet`."""
@@ -115,19 +115,19 @@ class Store:
         """Write bytes as `folder/name`."""
         self.write(name, lambda file: file.write(content))
 
-    def write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
-        """Write `folder/name`, whose content `fill` writes into the open file; returns its size."""
+    def write(self, name: str, write_batch: Callable[[IO[bytes]], object]) -> int:
+        """Write `folder/name`, whose content `write_batch` writes into the open file; returns its size."""
         if self.folder is None:
             return 0
         path = self.folder / name
         temporary = self._temporary(path)
-        atomic_files.write(temporary, fill, cure=CURE, name=path)
-        self._keep(path, temporary)
+        atomic_files.write(temporary, write_batch, cure=CURE, name=path)
+        self._register(path, temporary)
         return temporary.stat().st_size
 
     def picture(self, name: str, figure: "Figure") -> None:
         """Write a figure as `folder/name.png`."""
-        from aezoo.callbacks.drawing import render, save_png
+        from aezoo.callbacks.plotting import render, save_png
 
         if self.folder is not None:
             pixels = render(figure)
@@ -136,7 +136,7 @@ class Store:
     def _temporary(self, path: Path) -> Path:
         return path.with_name(f".tmp-{self._token}-{path.name}.part")
 
-    def _keep(self, path: Path, temporary: Path) -> None:
+    def _register(self, path: Path, temporary: Path) -> None:
         self._written[path] = temporary
         self.files.append(path)
 
@@ -206,13 +206,13 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def fill(array: npt.NDArray[Any], start: int, values: Tensor) -> None:
+def write_batch(array: npt.NDArray[Any], start: int, values: Tensor) -> None:
     """Write a batch of results to its place."""
     values = values.detach()
     array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """A device by name; `auto` takes a GPU if there is one.
 
     Raises:
@@ -230,6 +230,6 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def join(parts: Iterable[Tensor]) -> Tensor:
+def concatenate(parts: Iterable[Tensor]) -> Tensor:
     """Batches as one tensor on the CPU."""
     return torch.cat([part.detach().cpu() for part in parts])

@@ -25,8 +25,8 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 _DPI = 100
 _GREY = "0.35"
 _WIDE = 1200
-_LEAST = 24
-_MOSAIC, _MOST_CELLS = 256, 256**2
+_MIN_SIZE = 24
+_MOSAIC, _MAX_CELLS = 256, 256**2
 _LINEAR = 4096
 
 
@@ -72,12 +72,12 @@ def tiles(x: Tensor, limits: tuple[float, float]) -> Floats:
     return np.broadcast_to(shown, (*shown.shape[:3], 3))
 
 
-def error_tiles(error: Tensor, most: float) -> Floats:
-    """Absolute errors as RGB tiles, from black (0) to bright (`most`)."""
+def error_tiles(error: Tensor, maximum: float) -> Floats:
+    """Absolute errors as RGB tiles, from black (0) to bright (`maximum`)."""
     from matplotlib import colormaps
 
     shown = planes(error.abs()).mean(-1)
-    rgb: Floats = colormaps["magma"](np.clip(shown / max(most, 1e-12), 0, 1))[..., :3].astype(np.float32)
+    rgb: Floats = colormaps["magma"](np.clip(shown / max(maximum, 1e-12), 0, 1))[..., :3].astype(np.float32)
     return rgb
 
 
@@ -125,7 +125,7 @@ def mosaic_figure(
     zoom: float = max(1, min(round(80 / max(height, width)), _WIDE // longest))
     zoom = min(zoom, 2 * _WIDE / longest)
     # flat samples, such as sequences of many channels, are stretched until a label fits beside them
-    zooms = max(zoom, -(-_LEAST // height)), max(zoom, -(-_LEAST // width))
+    zooms = max(zoom, -(-_MIN_SIZE // height)), max(zoom, -(-_MIN_SIZE // width))
     margin = 12
     label_width = 8 * max((len(label) for label in row_labels), default=-1) + 8
     header = 20 * bool(title) + 18 * bool(column_labels)
@@ -340,7 +340,7 @@ def enlarged(x: Floats, size: tuple[int, int]) -> Floats:
 
 def count_cells(counts_K: Tensor) -> Tensor:
     """Counts (K,) as a nearly square mosaic (H, W), row by row, -1 in empty cells; cells sum ranges if K is large."""
-    run = -(-len(counts_K) // _MOST_CELLS)
+    run = -(-len(counts_K) // _MAX_CELLS)
     cells = torch.nn.functional.pad(counts_K, (0, -len(counts_K) % run)).unflatten(0, (-1, run)).sum(1)
     columns = math.ceil(len(cells) ** 0.5)
     return torch.nn.functional.pad(cells, (0, -len(cells) % columns), value=-1).unflatten(0, (-1, columns))

@@ -30,17 +30,17 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import progress
+from aezoo.tasks.samples import progress_bar
 
 # floats of training samples that are held, 256 MiB
-_MOST_VALUES = 2**26
-_MOST_EPOCHS = 10**6
-_BATCH, _WEIGHT_DECAY, _NEAR_0 = 128, 1e-6, 0.1
+_MAX_VALUES = 2**26
+_MAX_EPOCHS = 10**6
+_BATCH, _WEIGHT_DECAY, _MIN_ABS_CENTRE = 128, 1e-6, 0.1
 _REFUSED = (nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus)
 
 
 @dataclass(frozen=True)
-class Tuning:
+class SVDDSettings:
     """How the copy is trained.
 
     Attributes:
@@ -54,8 +54,8 @@ class Tuning:
     nu: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epochs <= _MOST_EPOCHS or not 0 < self.lr <= 1000 or not 0 <= self.nu < 1:
-            raise AezooError(f"deep_svdd takes 0 to {_MOST_EPOCHS:,} epochs, an lr above 0 and at most 1000 and a nu "
+        if not 0 <= self.epochs <= _MAX_EPOCHS or not 0 < self.lr <= 1000 or not 0 <= self.nu < 1:
+            raise AezooError(f"deep_svdd takes 0 to {_MAX_EPOCHS:,} epochs, an lr above 0 and at most 1000 and a nu "
                              f"of at least 0 and below 1, got {self.epochs}, {self.lr} and {self.nu}")  # fmt: skip
 
 
@@ -73,15 +73,15 @@ class DeepSVDD:
 
     centre_D: Tensor
 
-    def __init__(self, model: Autoencoder, tuning: Tuning, title: str = "") -> None:
-        unfit = next((type(m).__name__ for m in model.encoder.modules() if isinstance(m, _REFUSED)), None)
-        if unfit:
-            raise AezooError(f"deep_svdd would map everything to one point by the encoder's {unfit}: train the model "
+    def __init__(self, model: Autoencoder, tuning: SVDDSettings, title: str = "") -> None:
+        refused_layer = next((type(m).__name__ for m in model.encoder.modules() if isinstance(m, _REFUSED)), None)
+        if refused_layer:
+            raise AezooError(f"deep_svdd would map everything to one point by its {refused_layer}: train the model "
                              "with activation relu, leaky_relu, gelu or silu, or take mahalanobis or nap")  # fmt: skip
         self._model, self._tuning, self._title = model, tuning, title
 
-    def most_samples(self, x: Tensor) -> int | None:
-        return max(2, _MOST_VALUES // x.numel())
+    def max_samples(self, x: Tensor) -> int | None:
+        return max(2, _MAX_VALUES // x.numel())
 
     def codes(self, x: Tensor) -> Tensor:
         """Fine-tuned codes, (B, *shape) -> (B, D)."""
@@ -98,8 +98,8 @@ class DeepSVDD:
         parts = x.split(_BATCH)
         mean_D = sum(self.codes(part).sum(0) for part in parts) / len(x)
         assert isinstance(mean_D, Tensor)
-        away_D = torch.where(mean_D < 0, -_NEAR_0, _NEAR_0)
-        self.centre_D = torch.where(mean_D.abs() < _NEAR_0, away_D, mean_D)
+        away_D = torch.where(mean_D < 0, -_MIN_ABS_CENTRE, _MIN_ABS_CENTRE)
+        self.centre_D = torch.where(mean_D.abs() < _MIN_ABS_CENTRE, away_D, mean_D)
         with torch.enable_grad():
             if not self.distances(x[:1]).requires_grad:
                 raise AezooError(f"deep_svdd needs codes with a gradient, {type(self._model).__name__} has none: "
@@ -107,7 +107,7 @@ class DeepSVDD:
         optimizer = torch.optim.Adam(weights, self._tuning.lr, weight_decay=_WEIGHT_DECAY)
         nu, radius2 = self._tuning.nu, x.new_zeros(())
         inside = math.ceil((1 - nu) * len(x))
-        with progress(self._title, self._tuning.epochs) as advance:
+        with progress_bar(self._title, self._tuning.epochs) as advance:
             for _ in range(self._tuning.epochs):
                 if nu:
                     radius2 = torch.cat([self.distances(part) for part in parts]).kthvalue(inside)[0]
@@ -124,7 +124,7 @@ class DeepSVDD:
     def __call__(self, x: Tensor) -> Tensor:
         return self.distances(x)
 
-    def left_out(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def leave_one_out(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Unknown without a fit for each sample."""
         return scores
 

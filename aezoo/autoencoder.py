@@ -1,12 +1,9 @@
 """The contract of every model."""
 
-import copy
 import difflib
-import inspect
 import math
-from collections.abc import Mapping, Sequence
-from types import FrameType
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -17,7 +14,7 @@ from aezoo.distributions import likelihoods
 from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.training import collectives, input_checks, optimizers
-from aezoo.training.arguments import Checked, bound, complete_signature
+from aezoo.training.hyperparameters import RecordsArguments
 from aezoo.training.module import TrainingModule
 
 # models find these here, beside the contract
@@ -55,7 +52,7 @@ class Traits(TypedDict, total=False):
     takes_missing: bool
 
 
-class Autoencoder(Checked, TrainingModule):
+class Autoencoder(RecordsArguments, TrainingModule):
     """An encoder, a decoder, a likelihood and a loss; subclass it in one file and write the paper's formula in `loss`.
 
     Losses are in nats per sample: summed over data dimensions, averaged over the batch. Batches are `x`, `(x,)` or
@@ -119,7 +116,6 @@ class Autoencoder(Checked, TrainingModule):
     decoder: nn.Module
     code_shape: tuple[int, ...]
     corruption: Corruption | None
-    _arguments: dict[str, Any]
 
     def __init__(
         self,
@@ -133,7 +129,6 @@ class Autoencoder(Checked, TrainingModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        self._record(self.__dict__.pop("_arguments"))
         if not 1 <= len(input_shape) <= 4 or any(int(n) != n or n < 1 for n in input_shape):
             raise AezooError(f"input_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {tuple(input_shape)}")
         optimizers.check(optimizer, lr, weight_decay, lr_schedule, warmup_steps)
@@ -187,52 +182,15 @@ class Autoencoder(Checked, TrainingModule):
             return z, self.likelihood.mean(params), self.nll(params, x)
         return z, self.decode(z), self.score(x)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        made = super().__new__(cls, *args, **kwargs)
-        made._arguments = bound(cls, args, kwargs)
-        return made
-
     def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
-        super().__init_subclass__()
+        super().__init_subclass__(defaults=defaults)
         for name, value in traits.items():
             if name not in Traits.__annotations__:
                 near = difflib.get_close_matches(name, Traits.__annotations__, n=1)
                 hint = f", did you mean {near[0]!r}?" if near else f": there are {', '.join(Traits.__annotations__)}"
                 raise AezooError(f"{cls.__name__}: unknown trait {name!r}{hint}")
             setattr(cls, name, value)
-        complete_signature(cls, defaults or {})
         input_checks.guard(cls)
-
-    def _record(self, arguments: Mapping[str, Any]) -> None:
-        """Keep the arguments as hyperparameters, for checkpoints and loggers."""
-        self._log_hyperparams, self._hparams_name = True, "kwargs"  # as Lightning's save_hyperparameters leaves them
-        self._set_hparams({name: value for name, value in arguments.items() if not isinstance(value, nn.Module)})
-        self._hparams_initial = copy.deepcopy(self._hparams)
-
-    def save_hyperparameters(
-        self,
-        *args: Any,
-        ignore: Sequence[str] | str | None = None,
-        frame: FrameType | None = None,
-        logger: bool = True,
-    ) -> None:
-        """Record hyperparameters, as the constructor has done already: models need not call this.
-
-        Args:
-            args: mappings of hyperparameters to record in addition; names, all of which are recorded anyway.
-            ignore: names of arguments to leave out.
-            frame: of the constructor, by default that of the caller; variables named like arguments give their values.
-            logger: whether loggers get the hyperparameters.
-        """
-        caller = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
-        values = dict(self.hparams)
-        if caller is not None and caller.f_code is getattr(vars(type(self)).get("__init__"), "__code__", None):
-            values |= {name: caller.f_locals[name] for name in values.keys() & caller.f_locals.keys()}
-        for given in args:
-            values |= {} if isinstance(given, str) else dict(given)
-        self._record(values)
-        self.remove_ignored_hparams([ignore] if isinstance(ignore, str) else [*(ignore or ())])
-        self._log_hyperparams, self._hparams_initial = logger, copy.deepcopy(self._hparams)
 
     def unusable(self, x: Tensor) -> Tensor:
         """Which samples have no loss, since some values are not finite: (B, *input_shape) -> (B,) bool."""

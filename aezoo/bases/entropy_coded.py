@@ -181,7 +181,9 @@ class Factorised(nn.Module):
         super().__init__()
         sizes = (1, *widths, 1)
         self.median_C = nn.Parameter(torch.zeros(channels))
-        self.weights, self.biases, self.bends = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        self.bends = nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
             # F starts about as wide as a rounding step: codes are narrow at first, and a wide F learns slowly
             raw = math.log(math.expm1(1 / n_out))

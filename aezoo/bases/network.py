@@ -47,7 +47,9 @@ class NetworkAutoencoder(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        self.net, self.hidden_dims, self.activation = net, hidden_dims, activation
+        self.net = net
+        self.hidden_dims = hidden_dims
+        self.activation = activation
 
     def build_encoder(self, code_shape: tuple[int, ...]) -> nn.Module:
         """A network of samples, (B, *input_shape) -> (B, *code_shape)."""

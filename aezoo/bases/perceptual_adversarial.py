@@ -40,8 +40,10 @@ class PerceptualAdversarial(Autoencoder):
         """Check the arguments and build D, whose stages have `discriminator_dims` channels."""
         at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
         adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
-        self.perceptual_weight, self.discriminator_weight = perceptual_weight, discriminator_weight
-        self.discriminator_start, self.discriminator_lr = discriminator_start, discriminator_lr
+        self.perceptual_weight = perceptual_weight
+        self.discriminator_weight = discriminator_weight
+        self.discriminator_start = discriminator_start
+        self.discriminator_lr = discriminator_lr
         self.distance = FeatureDistance(features, self.input_shape)
         self.discriminator = adversarial.PatchDiscriminator(self.input_shape, discriminator_dims)
         self.enable_step_counter()

@@ -43,7 +43,8 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
             raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
         mirrored = hidden_dims[::-1]
         if net in nets.WITHOUT_GRID:  # the vector is split into places
-            (d, c), self.code_shape = dims, (dims[1], places)
+            (d, c) = dims
+            self.code_shape = (dims[1], places)
             encoder = nets.encoder(net, self.input_shape, (d * places,), hidden_dims, activation)
             decoder = nets.decoder(net, (c * places,), self.input_shape, mirrored, activation)
             self.encoder = nn.Sequential(encoder, nn.Unflatten(1, (d, places)))

@@ -79,10 +79,12 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True):
         if tokenizer == "":
             raise AezooError(f"tokenizer is {tokenizer!r}: {_CURE}")
         if isinstance(tokenizer, dict) or tokenizer in registry.entries() or tokenizer in registry.ALIASES:
-            self._tokenizer_config, self._has_weights = tokenizer, False
+            self._tokenizer_config = tokenizer
+            self._has_weights = False
             self.tokenizer = _build_tokenizer(tokenizer, self.input_shape)
         else:
-            self.tokenizer, self._has_weights = _load_tokenizer(str(tokenizer), self.input_shape), True
+            self.tokenizer = _load_tokenizer(str(tokenizer), self.input_shape)
+            self._has_weights = True
             # lists instead of tuples, as after a round trip through a saved folder's JSON
             self._tokenizer_config = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
             self._tokenizer_config |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
@@ -91,9 +93,11 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True):
         self.frozen = isinstance(self._tokenizer_config, dict) and bool(self._tokenizer_config.get("trained"))
         if self.frozen:
             self.tokenizer.requires_grad_(False).eval()
-        self.likelihood, self.code_shape = self.tokenizer.likelihood, self.tokenizer.code_shape
+        self.likelihood = self.tokenizer.likelihood
+        self.code_shape = self.tokenizer.code_shape
         sizes = self.index_sizes
-        self.n_tokens, self.n_codes = math.prod(self.index_shape), max(sizes)
+        self.n_tokens = math.prod(self.index_shape)
+        self.n_codes = max(sizes)
         if self.n_codes > _MAX_CODES:
             raise AezooError(
                 f"a prior gives each code a logit, and the tokenizer has codebooks of {self.n_codes:,}, above "

@@ -46,7 +46,9 @@ class TripletAutoencoder(Autoencoder):
             raise AezooError(f"margin must be above 0 and finite, got {margin}")
         if mining not in MINING:
             raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
-        self.triplet_weight, self.margin, self.mining = triplet_weight, margin, mining
+        self.triplet_weight = triplet_weight
+        self.margin = margin
+        self.mining = mining
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over each anchor's triplets and how many count, from the distances to all samples: two (B,)."""

@@ -62,7 +62,10 @@ def _require_signature(cls: type, parameters: list[inspect.Parameter]) -> None:
     require(bool(parameters) and parameters[0].name == "input_shape", "the first argument must be input_shape")
     described = set().union(*map(_described, cls.__mro__))
     for p in parameters:
-        require(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL), f"spell out the arguments instead of *{p.name}")
+        require(
+            p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL),
+            f"spell out the arguments, or take a group by Unpack, instead of *{p.name}",
+        )
         require(p.name in described, f"the class docstring's Args do not describe {p.name}")
         if p.name != "input_shape":
             require(p.kind is p.KEYWORD_ONLY, f"argument {p.name} must be keyword-only")

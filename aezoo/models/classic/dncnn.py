@@ -56,7 +56,8 @@ class Clean(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], width: int, residual: bool) -> None:
         super().__init__()
         self.last = CONVS[rank_of(input_shape)](width, input_shape[0], 3, padding=1)
-        self.residual, self.channels = residual, input_shape[0]
+        self.residual = residual
+        self.channels = input_shape[0]
 
     def forward(self, z: Tensor) -> Tensor:
         if not self.residual:
@@ -102,8 +103,10 @@ class DnCNN(Autoencoder):
     ) -> None:
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
         if likelihood.partition(":")[0] not in _LOCATIONS:
-            raise AezooError(f"a denoiser's output is the sample itself, so likelihood is {', '.join(_LOCATIONS)} "
-                             f"with or without a scale, not {likelihood!r}")  # fmt: skip
+            raise AezooError(
+                f"a denoiser's output is the sample itself, so likelihood is {', '.join(_LOCATIONS)} "
+                f"with or without a scale, not {likelihood!r}"
+            )
         if sigma <= 0:
             raise AezooError(f"sigma must be above 0, on the data's scale, got {sigma}")
         if width < 1 or not 2 <= depth <= _MOST_LAYERS:

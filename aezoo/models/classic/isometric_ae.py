@@ -61,7 +61,8 @@ class IsometricAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
             raise AezooError(f"isometry must be at least 0 and finite, got {isometry}")
         if distortion not in DISTORTIONS:
             raise AezooError(f"unknown distortion {distortion!r}: take one of {', '.join(DISTORTIONS)}")
-        self.isometry, self.distortion = isometry, distortion
+        self.isometry = isometry
+        self.distortion = distortion
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)

@@ -55,7 +55,8 @@ class MemoryAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
             raise AezooError(f"shrinkage must be at least 0 and finite, got {shrinkage}")
         if not 0 <= entropy_weight < math.inf:
             raise AezooError(f"entropy_weight must be at least 0 and finite, got {entropy_weight}")
-        self.shrinkage, self.entropy_weight = shrinkage, entropy_weight
+        self.shrinkage = shrinkage
+        self.entropy_weight = entropy_weight
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)

@@ -80,5 +80,7 @@ class Noise2Noise(DnCNN):
     def check_batch(self, x: Tensor) -> None:
         super().check_batch(x)
         if self.training and isinstance(self.corruption, PoissonNoise) and float(x.min()) < 0:
-            raise AezooError(f"Poisson noise needs data of at least 0, got {float(x.min()):.4g}: scale the data, "
-                             "or take corruption='gaussian:0.1'")  # fmt: skip
+            raise AezooError(
+                f"Poisson noise needs data of at least 0, got {float(x.min()):.4g}: scale the data, "
+                "or take corruption='gaussian:0.1'"
+            )

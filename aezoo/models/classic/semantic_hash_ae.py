@@ -78,7 +78,8 @@ class SemanticHashAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
             raise AezooError(f"unknown binarisation {binarisation!r}: take one of {', '.join(BINARISATIONS)}")
         if not 0 <= noise_std < math.inf:
             raise AezooError(f"noise_std must be at least 0 and finite, got {noise_std}")
-        self.binarisation, self.noise_std = binarisation, noise_std
+        self.binarisation = binarisation
+        self.noise_std = noise_std
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         decoder = self.build_decoder(self.code_shape)

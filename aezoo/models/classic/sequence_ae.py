@@ -59,13 +59,16 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm", "hidden_dims": (64
         if latent_dim < 1:
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
-            raise AezooError(f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "
-                             "or take likelihood='gaussian'")  # fmt: skip
+            raise AezooError(
+                f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "
+                "or take likelihood='gaussian'"
+            )
         self.pad_value = pad_value
         self.code_shape = (latent_dim + (pad_value is not None),)
         self.encoder = self.build_encoder((latent_dim,))
         self.decoder = self.build_decoder((latent_dim,))
-        self.to_steps, self.from_steps = Steps(), FromSteps(self.input_shape)
+        self.to_steps = Steps()
+        self.from_steps = FromSteps(self.input_shape)
 
     def lengths(self, x: Tensor) -> Tensor | None:
         """T of each sequence, (B, *input_shape) -> (B,); None if there is no padding."""

@@ -67,14 +67,16 @@ class StackedDAE(Autoencoder):
             raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
         if phase_epochs < 0:
             raise AezooError(f"phase_epochs must be at least 0, got {phase_epochs}")
-        self.phase_epochs, self.code_shape = phase_epochs, (latent_dim,)
+        self.phase_epochs = phase_epochs
+        self.code_shape = (latent_dim,)
         self.corruption = corruptions.corruption(corruption)
         self.hidden_likelihood = likelihoods.likelihood("bernoulli" if activation == "sigmoid" else "gaussian")
         widths = [*pairwise((math.prod(self.input_shape), *hidden_dims, latent_dim))]
         down = [nn.Sequential(nn.Flatten(), nn.Linear(*width), nets.activation(activation)) for width in widths]
         up = [nn.Sequential(nn.Linear(n_out, n_in), nets.activation(activation)) for n_in, n_out in widths]
         up[0] = nn.Sequential(up[0][0], nn.Unflatten(1, self.input_shape))
-        self.encoder, self.decoder = nn.Sequential(*down), nn.Sequential(*up[::-1])
+        self.encoder = nn.Sequential(*down)
+        self.decoder = nn.Sequential(*up[::-1])
         self.phase = len(down)
 
     def layer_nll(self, x: Tensor, i: int) -> Tensor:

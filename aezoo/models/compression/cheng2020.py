@@ -196,7 +196,8 @@ class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}):
     ) -> None:
         super().__init__(input_shape, net="gdn", **kwargs)
         at_least(1, mixtures=mixtures)
-        self.mixtures, code = mixtures, self.code_shape
+        self.mixtures = mixtures
+        code = self.code_shape
         # these replace the encoder and decoder of net gdn, with the same grids
         self.encoder = Encoder(self.input_shape, code, self.hidden_dims, self.activation, attention)
         self.decoder = Decoder(code, self.input_shape, self.hidden_dims[::-1], self.activation, attention)

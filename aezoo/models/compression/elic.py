@@ -49,9 +49,11 @@ class Elic(Checkerboard, defaults={"net": "resnet"}):
     ) -> None:
         super().__init__(input_shape, latent_dim=sum(groups), lam=lam, reach=reach, **kwargs)
         at_least(1, **{f"groups[{i}]": size for i, size in enumerate(groups)})
-        self.groups, before = tuple(groups), [sum(groups[:k]) for k in range(len(groups))]
+        self.groups = tuple(groups)
+        before = [sum(groups[:k]) for k in range(len(groups))]
         rank, known = len(self.grid), 2 * sum(groups)
-        self.contexts, self.across = nn.ModuleList(), nn.ModuleList()
+        self.contexts = nn.ModuleList()
+        self.across = nn.ModuleList()
         for n, size in zip(before, groups, strict=True):
             self.contexts.append(Context(size, known + (2 * size if n else 0), self.kernel_mask(reach)))
             if n:

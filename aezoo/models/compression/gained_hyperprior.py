@@ -55,7 +55,8 @@ class GainedHyperprior(MeanScaleHyperprior):
         self._weights = [self.weight / lams[-1] * lam for lam in lams]
         log_gain_S = torch.tensor([math.log(lam) / 2 for lam in lams])
         log_gain_SM = (log_gain_S - log_gain_S.mean())[:, None].repeat(1, latent_dim)
-        self.log_gain_SM, self.log_inverse_SM = nn.Parameter(log_gain_SM), nn.Parameter(-log_gain_SM)
+        self.log_gain_SM = nn.Parameter(log_gain_SM)
+        self.log_inverse_SM = nn.Parameter(-log_gain_SM)
         self.max_quality = len(lams) - 1.0
         self.quality = self.max_quality
 

@@ -63,7 +63,8 @@ class ScaleHyperprior(FactorizedPrior):
         self.z_shape: tuple[int, ...] = (hyper_dim,)
         hyper_net = "mlp"
         if len(self.code_shape) > 1:
-            hyper_net, self.z_shape = "conv", nets.map_shape("conv", self.code_shape, hyper_hidden_dims, hyper_dim)
+            hyper_net = "conv"
+            self.z_shape = nets.map_shape("conv", self.code_shape, hyper_hidden_dims, hyper_dim)
         said = (self.per_channel * self.latent_dim, *self.code_shape[1:])
         self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, self.activation)
         self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], self.activation)

@@ -82,7 +82,8 @@ class AsymmetricKL(AutoencoderKL):
             raise AezooError(
                 f"decoder_dims must be as many widths as hidden_dims {self.hidden_dims}, got {decoder_dims}"
             )
-        self.full_mask, self.patchify = full_mask, vit.Patchify((1, *self.input_shape[1:]))
+        self.full_mask = full_mask
+        self.patchify = vit.Patchify((1, *self.input_shape[1:]))
         dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in self.hidden_dims[::-1])
         self.decoder = SightedDecoder(self.net, self.code_shape, self.input_shape, dims, self.activation)
 

@@ -87,7 +87,8 @@ class AutoencoderKL(
         self.latent_dim = latent_dim
         at_least(1, latent_dim=latent_dim)
         at_least(0, beta=beta)
-        self.beta, self.capacity = beta, 0.0
+        self.beta = beta
+        self.capacity = 0.0
         self.code_shape, both = (
             nets.map_shape(self.net, self.input_shape, self.hidden_dims, n * latent_dim) for n in (1, 2)
         )

@@ -115,7 +115,8 @@ class ConsistencyDecoder(nn.Module):
 
     def __init__(self, net: nn.Module, input_shape: tuple[int, ...], *sigmas: float) -> None:
         super().__init__()
-        self.net, self.input_shape = net, input_shape
+        self.net = net
+        self.input_shape = input_shape
         self.sigma_min, self.sigma_max, self.sigma_data = sigmas
 
     def f(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
@@ -174,8 +175,10 @@ class ConsistencyDecoderAE(
             raise AezooError(f"sigmas must be from 1e-4 to 1e4, min < max: got {sigma_min}, {sigma_max}, {sigma_data}")
         if not 1 <= start_noise_levels <= noise_levels <= 10_000:
             raise AezooError(f"noise_levels must rise, from 1 to 10000: got {start_noise_levels} to {noise_levels}")
-        self.nll_weight, self.level_steps = nll_weight, level_steps
-        self.start_noise_levels, self.noise_levels = start_noise_levels, noise_levels
+        self.nll_weight = nll_weight
+        self.level_steps = level_steps
+        self.start_noise_levels = start_noise_levels
+        self.noise_levels = noise_levels
         self.code_shape = nets.map_shape(self.net, self.input_shape, self.hidden_dims, latent_dim)
         self.encoder = self.build_encoder(self.code_shape)
         F = Denoiser(self.input_shape, latent_dim, self.hidden_dims, self.activation)

@@ -74,7 +74,9 @@ class DiffusersAE(Autoencoder):
             kind = type(net).__name__
             # so that a checkpoint loads without the folder
             self.hparams.update(kind=kind, config=diffusers.config_of(net), pretrained="none")
-        self.beta, self.commitment, self.kind = beta, commitment, kind
+        self.beta = beta
+        self.commitment = commitment
+        self.kind = kind
         self.gaussian = "KL" in kind
         if kind == "AsymmetricAutoencoderKL":
             net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting

@@ -81,14 +81,16 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
         at_least(0, tau=tau)
         if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):
             raise AezooError(f"code_shape takes (C,), or C and {len(self.input_shape) - 1} sides, got {code_shape}")
-        self.teacher, self.tau = teacher, tau
+        self.teacher = teacher
+        self.tau = tau
         sides = [-(-n // places) for n, places in zip(self.input_shape[1:], code_shape[1:], strict=False)]
         patchify = vit.Patchify(self.input_shape, max(sides, default=0))
         self.code_shape = tuple(code_shape) or (64, *patchify.grid)
         down, up = head(self.code_shape, (width, *patchify.grid), len(patchify.grid))
         place, blocks = vit.Positions(patchify.grid, width), vit.blocks((width,) * depth, activation)
         out = nn.Linear(width, patchify.size), vit.Unpatchify(patchify)
-        self.encoder, self.decoder = nn.Identity(), nn.Sequential(up, vit.ToTokens(), place, *blocks, *out)
+        self.encoder = nn.Identity()
+        self.decoder = nn.Sequential(up, vit.ToTokens(), place, *blocks, *out)
         if teacher == "none":
             layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)
             self.encoder = nn.Sequential(*layers, vit.ToMap(patchify.grid), down).requires_grad_(False)

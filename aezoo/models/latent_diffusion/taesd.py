@@ -41,7 +41,8 @@ class Block(nn.Module):
     def __init__(self, conv: type[nn.Module], width: int, act: str) -> None:
         super().__init__()
         layers = [part for _ in range(3) for part in (conv(width, width, 3, padding=1), nets.activation(act))]
-        self.body, self.act = nn.Sequential(*layers[:-1]), layers[-1]
+        self.body = nn.Sequential(*layers[:-1])
+        self.act = layers[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(x + self.body(x))
@@ -76,7 +77,8 @@ class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
         at_least(1, latent_dim=latent_dim)
-        self.teacher, self.code_shape = teacher, nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)
+        self.teacher = teacher
+        self.code_shape = nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)
         channels, conv = self.input_shape[0], CONVS[len(self.input_shape) - 1]
         widths = (*(hidden_dims[:1] or (channels,)), *hidden_dims)
         down: list[nn.Module] = [conv(channels, widths[0], 3, padding=1), Block(conv, widths[0], activation)]

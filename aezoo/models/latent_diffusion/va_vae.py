@@ -56,7 +56,8 @@ class VAVAE(AutoencoderKL):
         if foundation == "none":
             raise AezooError("foundation must be a network: for none take autoencoder_kl")
         super().__init__(input_shape, **kwargs)
-        self.alignment_weight, self.margins = alignment_weight, (cosine_margin, matrix_margin)
+        self.alignment_weight = alignment_weight
+        self.margins = (cosine_margin, matrix_margin)
         self.foundation = FeatureDistance(foundation, self.input_shape, "foundation")
         self.projection = CONVS[len(input_shape) - 1](self.latent_dim, self.foundation.channels, 1, bias=False)
 

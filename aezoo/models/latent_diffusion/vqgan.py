@@ -19,7 +19,7 @@ loss through its gradient only, and so does L_D, which belongs to the other play
 Shapes: B batch, D channels of a code, K codes.
 """
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -91,8 +91,15 @@ class VQGAN(
         self.beta = beta
         nets.map_shape(self.net, self.input_shape, self.hidden_dims, 1)  # refuses nets without a grid
         self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places=1)
-        learning: dict[str, Any] = {"update": update, "decay": decay, "dead_below": dead_below}
-        self.quantiser = VQ(latent_dim, codebook_size, estimator=estimator, cosine=cosine, **learning)
+        self.quantiser = VQ(
+            latent_dim,
+            codebook_size,
+            update=update,
+            decay=decay,
+            dead_below=dead_below,
+            estimator=estimator,
+            cosine=cosine,
+        )
         dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
         self.build_losses(
             features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr

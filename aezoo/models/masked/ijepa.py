@@ -184,9 +184,12 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
             raise AezooError(
                 f"ijepa predicts patches from others and {self.input_shape} is one: take a smaller patch_size"
             )
-        self.n_targets, self.momentum, self.momentum_steps = n_targets, momentum, momentum_steps
+        self.n_targets = n_targets
+        self.momentum = momentum
+        self.momentum_steps = momentum_steps
         self.enable_step_counter()
-        self.grid, self.code_shape = patchify.grid, (width, *patchify.grid)
+        self.grid = patchify.grid
+        self.code_shape = (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
         self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
         self.encoder = Follower(self.context)

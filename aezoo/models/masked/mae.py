@@ -34,8 +34,10 @@ class LightDecoder(nn.Module):
         self, patchify: vit.Patchify, masked: int, dims: tuple[int, int], depth: int, act: str, norm_pix: bool
     ) -> None:
         super().__init__()
-        self.patchify, self.masked = patchify, masked
-        self.embed, self.positions = nn.Linear(*dims), vit.Positions(patchify.grid, dims[1])
+        self.patchify = patchify
+        self.masked = masked
+        self.embed = nn.Linear(*dims)
+        self.positions = vit.Positions(patchify.grid, dims[1])
         self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
         self.blocks = vit.blocks((dims[1],) * depth, act)
         self.out = nn.Linear(dims[1], patchify.size)
@@ -98,7 +100,8 @@ class MAE(Autoencoder, defaults={"likelihood": "gaussian"}):
         if norm_pix and self.likelihood.unit_interval:
             raise AezooError("norm_pix leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
         patchify = vit.Patchify(self.input_shape, patch_size)
-        self.norm_pix, self.masked = norm_pix, vit.count_masked(patchify.n, mask_ratio)
+        self.norm_pix = norm_pix
+        self.masked = vit.count_masked(patchify.n, mask_ratio)
         self.code_shape = (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(patchify.grid, width))
         self.encoder = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(patchify.grid))

@@ -101,8 +101,11 @@ class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
                 f"maetok needs 0 <= least_masked <= most_masked < 1, got least_masked={least_masked} and "
                 f"most_masked={most_masked}"
             )
-        self.least_masked, self.most_masked, self.aux_weight = least_masked, most_masked, aux_weight
-        self.patchify, self.code_shape = vit.Patchify(self.input_shape, patch_size), (latent_dim, n_tokens)
+        self.least_masked = least_masked
+        self.most_masked = most_masked
+        self.aux_weight = aux_weight
+        self.patchify = vit.Patchify(self.input_shape, patch_size)
+        self.code_shape = (latent_dim, n_tokens)
         self.encoder = tokens.TokenEncoder(self.patchify, self.code_shape, (width,) * depth, activation)
         self.mask_W = nn.Parameter(0.02 * torch.randn(width), requires_grad=most_masked > 0)
         widths = (decoder_width,) * decoder_depth

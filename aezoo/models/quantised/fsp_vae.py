@@ -53,7 +53,8 @@ class FSPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
-        self.mean_weight, self.variance_weight = mean_weight, variance_weight
+        self.mean_weight = mean_weight
+        self.variance_weight = variance_weight
         self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)
         self.build_nets(self.net, (len(levels), len(levels)), self.hidden_dims, self.activation, places)
 

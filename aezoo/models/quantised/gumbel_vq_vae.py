@@ -82,8 +82,10 @@ class GumbelVQVAE(
         at_least(0, beta=beta, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(2, codebook_size=codebook_size)
-        self.beta, self.temperature_steps = beta, temperature_steps
-        self.temperature, self.start_temperature = temperature, start_temperature
+        self.beta = beta
+        self.temperature_steps = temperature_steps
+        self.temperature = temperature
+        self.start_temperature = start_temperature
         self.build_nets(self.net, (codebook_size, latent_dim), self.hidden_dims, self.activation, places)
         self.enable_step_counter()
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)

@@ -52,7 +52,9 @@ class LFQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
-        self.entropy_weight, self.gamma, self.beta = entropy_weight, gamma, beta
+        self.entropy_weight = entropy_weight
+        self.gamma = gamma
+        self.beta = beta
         self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
         self.quantiser = LFQ(latent_dim, temperature=temperature)
 

@@ -61,7 +61,10 @@ class GatedLayer(nn.Module):
 
     def __init__(self, width: int, groups: int, reach: int, vertical: bool, dropout: float, first: bool) -> None:
         super().__init__()
-        self.groups, self.reach, self.first, self.vertical = groups, reach, first, vertical
+        self.groups = groups
+        self.reach = reach
+        self.first = first
+        self.vertical = vertical
         if vertical:
             self.v = nn.Conv2d(width, 2 * width, (reach + 1, 2 * reach + 1))
             self.link = nn.Conv2d(2 * width, 2 * width, 1)
@@ -111,7 +114,9 @@ class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
         if len(places) > 2:
             raise AezooError("pixelcnn takes maps and sequences of indices, not volumes: take index_transformer")
         self.grid = (*(1,) * (2 - len(places)), *places)
-        each, k, reach = -(-width // q), self.n_codes, kernel_size // 2
+        each = -(-width // q)
+        k = self.n_codes
+        reach = kernel_size // 2
         self.book = nn.Embedding(q * k, each)
         self.layers = nn.ModuleList(
             GatedLayer(q * each, q, reach, self.grid[0] > 1, dropout, first=i == 0) for i in range(depth)

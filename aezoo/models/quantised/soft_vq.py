@@ -85,7 +85,10 @@ class SoftVQ(Autoencoder, defaults={"lr": 2e-3}):
         at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
         if not temperature > 0:
             raise AezooError("temperature must be above 0: for the nearest code itself take titok")
-        self.temperature, self.entropy_weight, self.gamma, self.cosine = temperature, entropy_weight, gamma, cosine
+        self.temperature = temperature
+        self.entropy_weight = entropy_weight
+        self.gamma = gamma
+        self.cosine = cosine
         patchify = vit.Patchify(self.input_shape, patch_size)
         self.code_shape = latent_dim, n_tokens
         self.encoder = tokens.TokenEncoder(patchify, self.code_shape, (width,) * depth, activation)

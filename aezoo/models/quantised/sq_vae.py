@@ -80,11 +80,18 @@ class SQVAE(
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(1, latent_dim=latent_dim)
         at_least(2, codebook_size=codebook_size)
-        self.temperature, self.start_temperature = temperature, start_temperature
+        self.temperature = temperature
+        self.start_temperature = start_temperature
         self.temperature_steps = temperature_steps
         self.enable_step_counter()
-        drawn: dict[str, Any] = {"variance": variance, "start_variance": start_variance, "hard": hard}
-        self.quantiser = StochasticVQ(latent_dim, codebook_size, temperature=float(self.tau()), **drawn)
+        self.quantiser = StochasticVQ(
+            latent_dim,
+            codebook_size,
+            temperature=float(self.tau()),
+            variance=variance,
+            start_variance=start_variance,
+            hard=hard,
+        )
         self.build_nets(self.net, (self.quantiser.dim, latent_dim), self.hidden_dims, self.activation, places)
         # read by scores and evaluation; saved, unlike the usual fixed scale of a likelihood
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)

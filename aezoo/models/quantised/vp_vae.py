@@ -64,7 +64,8 @@ class VPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         at_least(1, codebook_size=codebook_size)
-        self.mean_weight, self.variance_weight = mean_weight, variance_weight
+        self.mean_weight = mean_weight
+        self.variance_weight = variance_weight
         self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
         self.quantiser = VectorPerturbation(
             latent_dim,

@@ -15,7 +15,7 @@ Shapes: B batch, C channels of a code, F channels of h, K codes of each codebook
 """
 
 import math
-from typing import Any, Unpack, cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,18 @@ class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         self.to_bottom = CONVS[len(grid)](2 * width, latent_dim, 1)
         decoder = self.build_decoder((2 * latent_dim, *grid))
         self.decoder = nn.Sequential(OnOneGrid(grids), decoder)
-        how: dict[str, Any] = {"update": update, "decay": decay, "estimator": estimator, "cosine": cosine}
-        self.top, self.bottom = (VQ(latent_dim, codebook_size, dead_below=dead_below, **how) for _ in grids)
+        self.top, self.bottom = (
+            VQ(
+                latent_dim,
+                codebook_size,
+                update=update,
+                decay=decay,
+                dead_below=dead_below,
+                estimator=estimator,
+                cosine=cosine,
+            )
+            for _ in grids
+        )
         if data_init:
             self.enable_data_init()
 

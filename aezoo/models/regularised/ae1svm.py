@@ -66,12 +66,15 @@ class AE1SVM(NetworkAutoencoder, defaults={"hidden_dims": (128,), "likelihood": 
             raise AezooError(f"n_frequencies must lie between 1 and 100000, got {n_frequencies}")
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
-        self.svm_weight, self.nu, self.code_shape = svm_weight, nu, (latent_dim,)
+        self.svm_weight = svm_weight
+        self.nu = nu
+        self.code_shape = (latent_dim,)
         layers = self.build_encoder(self.code_shape)
         self.encoder = nn.Sequential(layers, nets.activation(code_activation))
         self.decoder = self.build_decoder(self.code_shape)
         self.register_buffer("omega_DR", torch.randn(latent_dim, n_frequencies) / bandwidth)
-        self.w_F, self.rho = nn.Parameter(torch.zeros(2 * n_frequencies)), nn.Parameter(torch.zeros(()))
+        self.w_F = nn.Parameter(torch.zeros(2 * n_frequencies))
+        self.rho = nn.Parameter(torch.zeros(()))
         self.enable_data_init()
 
     def init_from_data(self, x: Tensor) -> None:

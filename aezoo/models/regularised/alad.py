@@ -39,7 +39,8 @@ class Judge(nn.Module):
 
     def __init__(self, body: nn.Module, n_features: int, lift: nn.Module) -> None:
         super().__init__()
-        self.body, self.lift = body, lift  # lift maps the second input to the shape of the first
+        self.body = body
+        self.lift = lift  # maps the second input to the shape of the first
         self.head = nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,9 @@ class ALAD(
         at_least(1, latent_dim=latent_dim)
         at_least(0, nll_weight=nll_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.nll_weight, self.discriminator_lr, self.code_shape = nll_weight, discriminator_lr, (latent_dim,)
+        self.nll_weight = nll_weight
+        self.discriminator_lr = discriminator_lr
+        self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)
         dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)

@@ -65,8 +65,10 @@ class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "
         at_least(0, energy_weight=energy_weight, covariance_weight=covariance_weight)
         if not 0 <= dropout < 1:
             raise AezooError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.energy_weight, self.covariance_weight = energy_weight, covariance_weight
-        self.code_shape, z_dim = (latent_dim,), latent_dim + 2
+        self.energy_weight = energy_weight
+        self.covariance_weight = covariance_weight
+        self.code_shape = (latent_dim,)
+        z_dim = latent_dim + 2
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)
         hidden = (nn.Linear(z_dim, estimation_dim), nn.Tanh(), nn.Dropout(dropout))

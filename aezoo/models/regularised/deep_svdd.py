@@ -69,9 +69,12 @@ class DeepSVDD(
             raise AezooError(f"nu must be at least 0 and below 1, got {nu}")
         for kind, name, fit in (("net", self.net, _NETS), ("activation", self.activation, _ACTIVATIONS)):
             if name not in fit:
-                raise AezooError(f"deep_svdd would map everything to one point by {kind} {name!r}: "
-                                 f"take one of {', '.join(fit)}")  # fmt: skip
-        self.nll_weight, self.nu, self.code_shape = nll_weight, nu, (latent_dim,)
+                raise AezooError(
+                    f"deep_svdd would map everything to one point by {kind} {name!r}: take one of {', '.join(fit)}"
+                )
+        self.nll_weight = nll_weight
+        self.nu = nu
+        self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         for layer in self.encoder.modules():
             if "bias" in layer._parameters:

@@ -107,8 +107,11 @@ class DRAEM(NetworkAutoencoder, defaults={"net": "unet", "hidden_dims": (16, 32)
             raise AezooError(f"source is {source!r}: take color or samples")
         if window % 2 == 0:
             raise AezooError(f"window must be odd, got {window}")
-        self.ssim_weight, self.segmentation_weight = ssim_weight, segmentation_weight
-        self.source, self.window, self.code_shape = source, window, (latent_dim,)
+        self.ssim_weight = ssim_weight
+        self.segmentation_weight = segmentation_weight
+        self.source = source
+        self.window = window
+        self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)
         channels, *grid = self.input_shape

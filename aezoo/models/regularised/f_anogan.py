@@ -40,7 +40,8 @@ class Critic(nn.Module):
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
-        self.body, self.head = nn.Sequential(body, nn.LeakyReLU(0.2)), nn.Linear(n_features, 1)
+        self.body = nn.Sequential(body, nn.LeakyReLU(0.2))
+        self.head = nn.Linear(n_features, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         f_BF = self.body(x)
@@ -84,8 +85,11 @@ class FAnoGAN(
         at_least(1, latent_dim=latent_dim)
         at_least(0, generator_weight=generator_weight, feature_weight=feature_weight, penalty_weight=penalty_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.generator_weight, self.feature_weight = generator_weight, feature_weight
-        self.penalty_weight, self.discriminator_lr, self.code_shape = penalty_weight, discriminator_lr, (latent_dim,)
+        self.generator_weight = generator_weight
+        self.feature_weight = feature_weight
+        self.penalty_weight = penalty_weight
+        self.discriminator_lr = discriminator_lr
+        self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)
         dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)

@@ -43,7 +43,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
-        self.body, self.head = body, nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
+        self.body = body
+        self.head = nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         found = self.body(x)
@@ -84,7 +85,9 @@ class GANomaly(
         at_least(1, latent_dim=latent_dim)
         at_least(0, adv_weight=adv_weight, enc_weight=enc_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.adv_weight, self.enc_weight, self.discriminator_lr = adv_weight, enc_weight, discriminator_lr
+        self.adv_weight = adv_weight
+        self.enc_weight = enc_weight
+        self.discriminator_lr = discriminator_lr
         self.code_shape = (latent_dim,)
         self.encoder, self.second_encoder = (self.build_encoder(self.code_shape) for _ in range(2))
         self.decoder = self.build_decoder(self.code_shape)

@@ -91,7 +91,9 @@ class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}):
             raise AezooError(f"beta and regulariser_weight must be at least 0 and finite: {beta}, {regulariser_weight}")
         if regulariser not in REGULARISERS:
             raise AezooError(f"regulariser takes {', '.join(REGULARISERS)}, got {regulariser!r}")
-        self.beta, self.regulariser, self.regulariser_weight = beta, regulariser, regulariser_weight
+        self.beta = beta
+        self.regulariser = regulariser
+        self.regulariser_weight = regulariser_weight
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)

@@ -47,7 +47,8 @@ class SWAE(WAEMMD, compares_samples=False):
         if not 1 <= n_projections <= 100_000:
             raise AezooError(f"n_projections must lie between 1 and 100000, got {n_projections}")
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
-        self.sw_weight, self.n_projections = sw_weight, n_projections
+        self.sw_weight = sw_weight
+        self.n_projections = n_projections
 
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
         """SW between the codes and draws from the prior, over all ranks, equal on each: (B, D), (B, D) -> ()."""

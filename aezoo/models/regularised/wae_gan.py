@@ -60,7 +60,8 @@ class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
         at_least(1, latent_dim=latent_dim)
         at_least(0, adversarial_weight=adversarial_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.adversarial_weight, self.gaussian_posterior = adversarial_weight, gaussian_posterior
+        self.adversarial_weight = adversarial_weight
+        self.gaussian_posterior = gaussian_posterior
         self.discriminator_lr = discriminator_lr
         self.code_shape = (latent_dim,)
         code_dim = 2 * latent_dim if gaussian_posterior else latent_dim

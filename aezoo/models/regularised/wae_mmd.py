@@ -62,7 +62,9 @@ class WAEMMD(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
             raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
         if not kernel_scales or not all(0 < s < math.inf for s in kernel_scales):
             raise AezooError(f"kernel_scales must be one or more numbers above 0, got {tuple(kernel_scales)}")
-        self.mmd_weight, self.kernel, self.unbiased = mmd_weight, kernel, unbiased
+        self.mmd_weight = mmd_weight
+        self.kernel = kernel
+        self.unbiased = unbiased
         self.kernel_scales = tuple(kernel_scales)
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

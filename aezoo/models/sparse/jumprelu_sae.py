@@ -66,7 +66,9 @@ class JumpReLUSAE(SAEL1):
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
         super().__init__(input_shape, latent_dim=latent_dim, l1=l0_weight, l1_steps=l0_steps, **kwargs)
-        self.l0_weight, self.target_l0, self.bandwidth = l0_weight, target_l0, bandwidth
+        self.l0_weight = l0_weight
+        self.target_l0 = target_l0
+        self.bandwidth = bandwidth
         self.theta_N = nn.Parameter(torch.full((latent_dim,), float(threshold)))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

@@ -61,7 +61,9 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
             raise AezooError(f"k_steps must be at least 0, got {k_steps}")
         if not 0 < alpha * k <= latent_dim:
             raise AezooError(f"alpha must be above 0 and alpha k at most latent_dim={latent_dim}, got alpha={alpha}")
-        self.k, self.k_steps, self.start_k = k, k_steps, start_k or k
+        self.k = k
+        self.k_steps = k_steps
+        self.start_k = start_k or k
         self.test_k = max(1, round(alpha * k))
         self.code_shape = (latent_dim,)
         self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)

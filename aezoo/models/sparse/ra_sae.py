@@ -44,7 +44,8 @@ class Archetypes(Dictionary):
 
     def __init__(self, latent_dim: int, input_shape: tuple[int, ...], n_points: int, delta: float) -> None:
         super().__init__(latent_dim, input_shape, "dense")
-        self.delta, self.lambda_NX = delta, nn.Parameter(torch.zeros_like(self.W_NX))
+        self.delta = delta
+        self.lambda_NX = nn.Parameter(torch.zeros_like(self.W_NX))
         del self.W_NX, self.b_X
         self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
         self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))

@@ -82,7 +82,10 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
             raise AezooError(f"form must be unit_norm or april, got {form!r}")
         at_least(1, latent_dim=latent_dim, dead_after=dead_after)
         at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
-        self.unit_norm, self.l1, self.l1_steps, self.resample_steps = form == "unit_norm", l1, l1_steps, resample_steps
+        self.unit_norm = form == "unit_norm"
+        self.l1 = l1
+        self.l1_steps = l1_steps
+        self.resample_steps = resample_steps
         self.code_shape = (latent_dim,)
         self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
         self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)

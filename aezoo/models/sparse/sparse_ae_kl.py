@@ -57,7 +57,9 @@ class SparseAEKL(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=T
             raise AezooError(f"beta must be at least 0 and finite, got {beta}")
         if not 0 <= l2 < math.inf:
             raise AezooError(f"l2 must be at least 0 and finite, got {l2}")
-        self.rho, self.beta, self.l2 = rho, beta, l2
+        self.rho = rho
+        self.beta = beta
+        self.l2 = l2
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)

@@ -87,7 +87,10 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
             raise AezooError("k_aux, aux_weight and multi_weight must be at least 0 and dead_after at least 1")
         if aux_scale not in ("sse", "variance"):
             raise AezooError(f"aux_scale must be sse or variance, got {aux_scale!r}")
-        self.k, self.aux_weight, self.aux_scale, self.multi_weight = k, aux_weight, aux_scale, multi_weight
+        self.k = k
+        self.aux_weight = aux_weight
+        self.aux_scale = aux_scale
+        self.multi_weight = multi_weight
         self.k_aux = min(k_aux or max(1, math.prod(self.target_shape()) // 2), latent_dim)
         self.code_shape = (latent_dim,)
         self.encoder = nn.Linear(math.prod(self.target_shape()), latent_dim)

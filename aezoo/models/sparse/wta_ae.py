@@ -61,7 +61,8 @@ class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, 
             raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
         if not 0 < lifetime <= 1:
             raise AezooError(f"lifetime must be above 0 and at most 1, got {lifetime}")
-        self.lifetime, self.spatial = lifetime, spatial
+        self.lifetime = lifetime
+        self.spatial = spatial
         self.register_buffer("theta_D", torch.zeros(latent_dim))
         if not spatial:
             self.code_shape = (latent_dim,)

@@ -54,8 +54,10 @@ class AnnealedVAE(VAE):
         if capacity_steps < 1:
             raise AezooError(f"capacity_steps must be at least 1, got {capacity_steps}")
         super().__init__(input_shape, **kwargs)
-        self.gamma, self.per_sample = gamma, per_sample
-        self.max_capacity, self.capacity_steps = max_capacity, capacity_steps
+        self.gamma = gamma
+        self.per_sample = per_sample
+        self.max_capacity = max_capacity
+        self.capacity_steps = capacity_steps
         # BetaAnnealing would change these without an effect: it refuses a model that lacks them
         del self.beta, self.capacity
         self.enable_step_counter()

@@ -59,14 +59,19 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True):
             raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
         super().__init__(input_shape, **kwargs)
         del self.capacity  # BetaAnnealing raises beta, but there is no one KL term to hold at a capacity
-        self.alpha, self.gamma, self.estimator, self.dataset_size = alpha, gamma, estimator, dataset_size
-        self._counted, self._samples = False, 0
+        self.alpha = alpha
+        self.gamma = gamma
+        self.estimator = estimator
+        self.dataset_size = dataset_size
+        self._counted = False
+        self._samples = 0
         self.register_buffer("n_data", torch.tensor(dataset_size))  # saved: a loaded model evaluates as it was trained
 
     def on_train_start(self) -> None:
         super().on_train_start()
         resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # keeps its count
-        self._counted, self._samples = self.dataset_size > 0 or resumed, 0
+        self._counted = self.dataset_size > 0 or resumed
+        self._samples = 0
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         x, y = super().begin_step(batch, batch_idx)

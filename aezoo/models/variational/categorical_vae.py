@@ -68,8 +68,10 @@ class CategoricalVAE(VAE, normal_prior=False):
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         super().__init__(input_shape, latent_dim=n_variables * n_classes, **kwargs)
         self.variables = (n_variables, n_classes)
-        self.temperature, self.start_temperature = temperature, start_temperature
-        self.temperature_steps, self.straight_through = temperature_steps, straight_through
+        self.temperature = temperature
+        self.start_temperature = start_temperature
+        self.temperature_steps = temperature_steps
+        self.straight_through = straight_through
         self.encoder = self.build_encoder(self.code_shape)
         self.enable_step_counter()
 

@@ -47,7 +47,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         del self.beta, self.capacity  # the bound has no KL weight: BetaAnnealing would change them without effect
-        self.latent_dim, self.num_classes = self.latent_dim, labels.check_num_classes(num_classes)
+        self.num_classes = labels.check_num_classes(num_classes)
         self.code_shape = (self.latent_dim + self.num_classes,)
         self.label_map = labels.ConcatLabel(self.num_classes, self.input_shape)
         self.encoder = nets.encoder(

@@ -42,7 +42,8 @@ class DIPVAEI(VAE):
             raise AezooError(f"off_diagonal must be at least 0 and finite, got {off_diagonal}")
         if not 0 <= diagonal < math.inf:
             raise AezooError(f"diagonal must be at least 0 and finite, got {diagonal}")
-        self.off_diagonal, self.diagonal = off_diagonal, diagonal
+        self.off_diagonal = off_diagonal
+        self.diagonal = diagonal
 
     def covariance(self, mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
         """Cov[mu(x)] over the batch, (B, D), (B, D) -> (D, D)."""

@@ -57,7 +57,8 @@ class FactorVAE(VAE):
         super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.gamma, self.discriminator_lr = gamma, discriminator_lr
+        self.gamma = gamma
+        self.discriminator_lr = discriminator_lr
         layers: list[nn.Module] = []
         dims = (self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):

@@ -52,7 +52,8 @@ class GammaVAE(VAE, normal_prior=False):
         super().__init__(input_shape, **kwargs)
         at_least(LEAST_SHAPE, prior_shape=prior_shape)
         at_least(LEAST_RATE, prior_rate=prior_rate)
-        self.prior_shape, self.prior_rate = prior_shape, prior_rate
+        self.prior_shape = prior_shape
+        self.prior_rate = prior_rate
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Shape alpha and rate rho of q(z|x): (B, *input_shape) -> (B, D), (B, D)."""

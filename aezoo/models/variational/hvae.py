@@ -71,7 +71,8 @@ class HVAE(VAE, normal_prior=False):
             raise AezooError(f"step_size must be above 0 and below {_LONGEST_STEP}, got {step_size}")
         if not 0 < beta_0 <= 1:
             raise AezooError(f"beta_0 must be above 0 and at most 1, got {beta_0}")
-        self.n_leapfrog, self.cooling = n_leapfrog, hamiltonian.quadratic_cooling(beta_0, n_leapfrog)
+        self.n_leapfrog = n_leapfrog
+        self.cooling = hamiltonian.quadratic_cooling(beta_0, n_leapfrog)
         share = step_size / _LONGEST_STEP
         start_D = torch.full(self.code_shape, math.log(share / (1 - share)))
         self.register_parameter("step_D", nn.Parameter(start_D) if n_leapfrog else None)

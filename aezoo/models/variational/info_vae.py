@@ -61,7 +61,10 @@ class InfoVAE(VAE):
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
         super().__init__(input_shape, beta=1 - alpha, **kwargs)
-        self.alpha, self.mmd_weight, self.kernel, self.bandwidth = alpha, mmd_weight, kernel, bandwidth
+        self.alpha = alpha
+        self.mmd_weight = mmd_weight
+        self.kernel = kernel
+        self.bandwidth = bandwidth
 
     def k(self, squared: Tensor) -> Tensor:
         """The kernel at squared distances, elementwise."""

@@ -62,7 +62,8 @@ class IWAE(VAE):
             raise AezooError(f"n_samples must be from 1 to {MOST_SAMPLES}, got {n_samples}")
         if estimator not in ESTIMATORS:
             raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
-        self.n_samples, self.estimator = n_samples, estimator
+        self.n_samples = n_samples
+        self.estimator = estimator
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BKD, nll_BK, kl_BK = self.draw(x, self.n_samples)

@@ -59,10 +59,14 @@ class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}):
         at_least(0, max_capacity=max_capacity, max_discrete_capacity=max_discrete_capacity)
         super().__init__(input_shape, n_variables=max(1, n_variables), n_classes=n_classes, **kwargs)
         del self.beta, self.capacity  # BetaAnnealing would change them without effect
-        self.gamma, self.max_capacity, self.capacity_steps = gamma, max_capacity, capacity_steps
+        self.gamma = gamma
+        self.max_capacity = max_capacity
+        self.capacity_steps = capacity_steps
         self.max_discrete_capacity = min(max_discrete_capacity, n_variables * math.log(n_classes))
-        self.variables, n_probs = (n_variables, n_classes), n_variables * n_classes
-        self.sizes, self.code_shape = (latent_dim, latent_dim, n_probs), (latent_dim + n_probs,)
+        self.variables = (n_variables, n_classes)
+        n_probs = n_variables * n_classes
+        self.sizes = (latent_dim, latent_dim, n_probs)
+        self.code_shape = (latent_dim + n_probs,)
         self.encoder = self.build_encoder((sum(self.sizes),))
         self.decoder = self.build_decoder(self.code_shape)
 

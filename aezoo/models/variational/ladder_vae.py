@@ -43,7 +43,8 @@ class OfBottom(nn.Module):
 
     def __init__(self, size: int, net: nn.Module) -> None:
         super().__init__()
-        self.size, self.net = size, net
+        self.size = size
+        self.net = net
 
     def forward(self, z: Tensor) -> Tensor:
         params: Tensor = self.net(z[:, : self.size])

@@ -59,7 +59,9 @@ class MineVAE(VAE):
         if not 0 <= decay < 1:
             raise AezooError(f"decay must be at least 0 and below 1, got {decay}")
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.mi_weight, self.decay, self.discriminator_lr = mi_weight, decay, discriminator_lr
+        self.mi_weight = mi_weight
+        self.decay = decay
+        self.discriminator_lr = discriminator_lr
         layers: list[nn.Module] = []
         dims = (math.prod(self.input_shape) + self.latent_dim, *discriminator_dims)
         for n_in, n_out in pairwise(dims):

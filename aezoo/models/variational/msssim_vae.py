@@ -66,7 +66,8 @@ class MSSSIMVAE(VAE):
         if window < 3 or window % 2 == 0:
             raise AezooError(f"window must be odd and at least 3, got {window}")
         side = min(self.input_shape[1:])
-        self.weight, self.window = weight, min(window, side - 1 + side % 2)
+        self.weight = weight
+        self.window = min(window, side - 1 + side % 2)
         self.scales = sum(side // 2**m >= self.window for m in range(scales))
 
     def ms_ssim(self, x: Tensor, y: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
         del self.capacity
         self.build_parts(parts, self.net, self.hidden_dims, self.activation)
         self.decoder = PartDecoders([*self.decoder], self.decoder.dim, latent_dim)
-        self.latent_dim, self.top_beta = latent_dim, top_beta
+        self.latent_dim = latent_dim
+        self.top_beta = top_beta
         self.code_shape = (latent_dim + len(self.sizes) * part_dim,)
         self.top = MessageLevel(len(self.sizes), part_dim, latent_dim, level_dim, self.activation, dropout)
 

@@ -62,7 +62,8 @@ class PerceptualVAE(VAE):
         known = features == "random" or features in VGG
         if not known and not (features and (len(Path(features).parts) > 1 or Path(features).exists())):
             raise AezooError(f"features takes random, {', '.join(VGG)} or a path, got {features!r}")
-        self.features, self.weight = features, weight
+        self.features = features
+        self.weight = weight
         # a tuple keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
         self.frozen: tuple[FeatureNet, ...] = (random_features(self.input_shape),) if features == "random" else ()
 

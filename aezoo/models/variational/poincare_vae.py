@@ -43,7 +43,8 @@ class PoincareVAE(VAE, normal_prior=False):
         del self.capacity  # the sampled KL may be negative, so there is no distance from a capacity
         if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
             raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
-        self.ball, self.code_radius = Ball(float(curvature)), 1 / math.sqrt(curvature)
+        self.ball = Ball(float(curvature))
+        self.code_radius = 1 / math.sqrt(curvature)
         self.decoder = nn.Sequential(self.ball, self.build_decoder(self.code_shape))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,9 @@ class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
                 raise AezooError(f"{name} must be from 1e-6 to 1e6, got {value}")
         if not 1 <= n_fixed_point <= _MOST_ITERATIONS:
             raise AezooError(f"n_fixed_point must be from 1 to {_MOST_ITERATIONS}, got {n_fixed_point}")
-        self.temperature, self.metric_floor, self.n_fixed_point = temperature, metric_floor, n_fixed_point
+        self.temperature = temperature
+        self.metric_floor = metric_floor
+        self.n_fixed_point = n_fixed_point
         self.metric = Gram(self.latent_dim)
         self.register_buffer("centroids_MD", torch.randn(n_centroids, self.latent_dim))
 

@@ -54,7 +54,8 @@ class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
         self.latent_dim = latent_dim
         at_least(1, latent_dim=latent_dim)
         at_least(0, beta=beta)
-        self.beta, self.capacity = beta, 0.0
+        self.beta = beta
+        self.capacity = 0.0
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder((2 * latent_dim,))
         self.decoder = self.build_decoder(self.code_shape)

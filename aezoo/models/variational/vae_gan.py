@@ -64,7 +64,8 @@ class VAEGAN(VAE):
         super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
-        self.gamma, self.discriminator_lr = gamma, discriminator_lr
+        self.gamma = gamma
+        self.discriminator_lr = discriminator_lr
         dims = tuple(discriminator_dims) or ((1024,) if self.net == "mlp" else tuple(self.hidden_dims) or (64,))
         shape = dims[-1:] if self.net == "mlp" else nets.map_shape(self.net, self.input_shape, dims, dims[-1])
         stages = dims[:-1] if self.net == "mlp" else dims

@@ -1,0 +1,68 @@
+"""Constructor arguments recorded as hyperparameters, which checkpoints and loggers hold."""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, Self
+
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from torch import nn
+
+from aezoo.training.arguments import Checked, bound, complete_signature
+
+
+class RecordsArguments(Checked, HyperparametersMixin):
+    """Base of modules whose hyperparameters are all arguments of their constructors, inherited ones and defaults too.
+
+    A subclass may give inherited arguments other defaults: `class Variant(Parent, defaults={"lr": 1e-2})`.
+    """
+
+    _arguments: dict[str, Any]
+
+    def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None) -> None:
+        super().__init_subclass__()
+        complete_signature(cls, defaults or {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls, *args, **kwargs)
+        made._arguments = bound(cls, args, kwargs)
+        return made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._record(self.__dict__.pop("_arguments"))
+
+    def _record(self, arguments: Mapping[str, Any]) -> None:
+        # as Lightning's save_hyperparameters leaves them
+        self._log_hyperparams = True
+        self._hparams_name = "kwargs"
+        # a module's weights are in the checkpoint
+        self._set_hparams({name: value for name, value in arguments.items() if not isinstance(value, nn.Module)})
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Record hyperparameters, as the constructor has done already: models need not call this.
+
+        Args:
+            args: mappings of hyperparameters to record in addition; names, all of which are recorded anyway.
+            ignore: names of arguments to leave out.
+            frame: of the constructor, by default that of the caller; variables named like arguments give their values.
+            logger: whether loggers get the hyperparameters.
+        """
+        caller = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        values = dict(self.hparams)
+        if caller is not None and caller.f_code is getattr(vars(type(self)).get("__init__"), "__code__", None):
+            values |= {name: caller.f_locals[name] for name in values.keys() & caller.f_locals.keys()}
+        for given in args:
+            values |= {} if isinstance(given, str) else dict(given)
+        self._record(values)
+        self.remove_ignored_hparams([ignore] if isinstance(ignore, str) else [*(ignore or ())])
+        self._log_hyperparams = logger
+        self._hparams_initial = copy.deepcopy(self._hparams)

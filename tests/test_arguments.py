@@ -1,0 +1,343 @@
+"""Arguments that constructors hand on: signatures, checks, hyperparameters, flags and cards name all of them."""
+
+import copy
+import inspect
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+import yaml
+from golden import own_models
+from torch import Tensor, nn
+
+import aezoo
+from aezoo import registry
+from aezoo.autoencoder import Autoencoder, Traits
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
+from aezoo.cli.main import main
+from aezoo.errors import AezooError
+from aezoo.models.variational.beta_vae import BetaVAE
+from aezoo.models.variational.vae import VAE
+from aezoo.testing import check_constructor, check_gradients, check_seed
+from aezoo.training.arguments import OptimizerArgs, TrainingArgs
+
+SHARED = ["likelihood", "lr", "optimizer", "weight_decay", "lr_schedule", "warmup_steps"]
+
+
+class Linear(Autoencoder, defaults={"likelihood": "gaussian", "lr": 0.1}, sparse_code=True):
+    """One layer each way.
+
+    Args:
+        width: size of the code.
+        **kwargs: see `Autoencoder`.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, width: int = 2, **kwargs: Unpack[TrainingArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.code_shape = (width,)
+        self.encoder = nn.Linear(self.input_shape[0], width)
+        self.decoder = nn.Linear(width, self.input_shape[0])
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll = self.nll(self.decoder(self.encoder(x)), x).mean()
+        return {"loss": nll, "nll": nll}
+
+
+class Wide(Linear, defaults={"width": 3, "lr": 0.2}):
+    """The same with other defaults."""
+
+
+class Fixed(Linear):
+    """A parent's argument that this class sets itself is none of its own.
+
+    Args:
+        depth: unused.
+        **kwargs: see `Linear`.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, depth: int = 1, **kwargs: Unpack[OptimizerArgs]) -> None:
+        super().__init__(input_shape, likelihood="laplace", **kwargs)
+
+
+class Quick(Autoencoder, defaults={"lr": 0.5}):
+    """A base without a constructor."""
+
+
+class Mixed(Linear, Quick):
+    """Without defaults of its own."""
+
+
+class Old(VAE):
+    """A model as they were written before.
+
+    Args:
+        input_shape: shape of one sample.
+        latent_dim: size of the code.
+        extra: unused.
+    """
+
+    has_prior = False
+
+    def __init__(self, input_shape: tuple[int, ...], *, latent_dim: int = 3, extra: str = "a") -> None:
+        super().__init__(input_shape, latent_dim=latent_dim, net="mlp", hidden_dims=(5,))
+        extra = extra.upper()
+        self.save_hyperparameters()
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "input_shape"}
+
+
+# ---- signatures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_names_what_is_handed_on():
+    assert [*inspect.signature(Linear).parameters] == ["input_shape", "width", *SHARED]
+    parameter = inspect.signature(Linear).parameters["lr"]
+    assert (parameter.kind, parameter.annotation, parameter.default) == (parameter.KEYWORD_ONLY, float, 0.1)
+    assert [*inspect.signature(Linear.__init__).parameters] == ["self", "input_shape", "width", *SHARED]
+
+
+def test_defaults_are_those_of_the_nearest_class():
+    assert {name: defaults(Linear)[name] for name in ("likelihood", "lr")} == {"likelihood": "gaussian", "lr": 0.1}
+    assert defaults(Wide) == defaults(Linear) | {"width": 3, "lr": 0.2}
+    assert defaults(BetaVAE) == defaults(VAE) | {"beta": 4.0}
+    wide = Wide((4,))
+    assert (wide.code_shape, wide.lr, type(wide.likelihood)) == ((3,), 0.2, type(Linear((4,)).likelihood))
+    assert (Wide((4,), width=5, lr=0.3).code_shape, Wide((4,), lr=0.3).lr) == ((5,), 0.3)
+
+
+def test_an_argument_that_a_class_sets_is_none_of_its_arguments():
+    assert [*inspect.signature(Fixed).parameters] == ["input_shape", "depth", "lr", *SHARED[2:]]
+    assert type(Fixed((4,)).likelihood).__name__ == "Laplace"
+    with pytest.raises(TypeError, match=r"^Fixed.__init__\(\) got an unexpected keyword argument 'likelihood'$"):
+        Fixed((4,), likelihood="gaussian")
+
+
+def test_several_parents_share_in_the_order_of_inheritance():
+    # Linear's default comes first; without Linear's, that of Quick
+    assert defaults(Mixed)["lr"] == Mixed((4,)).lr == 0.1
+
+    class Bare(Autoencoder):
+        def __init__(self, input_shape: tuple[int, ...], *, width: int = 2, **kwargs: Unpack[TrainingArgs]) -> None:
+            super().__init__(input_shape, **kwargs)
+
+    class Both(Bare, Quick):
+        pass
+
+    assert defaults(Bare)["lr"] == Bare((4,)).lr == 1e-3
+    assert defaults(Both)["lr"] == Both((4,)).lr == Both((4,)).hparams["lr"] == 0.5
+
+
+def test_signatures_do_not_change_those_of_parents():
+    before = inspect.signature(VAE)
+
+    class Own(VAE, defaults={"beta": 9.0}):
+        pass
+
+    assert inspect.signature(VAE) == before
+    assert VAE((4,)).beta == 1.0
+    assert Own((4,)).beta == 9.0
+
+
+@pytest.mark.parametrize("name", own_models())
+def test_types_of_groups_are_those_of_the_constructors(name):
+    cls = aezoo.model_class(name)
+    parameters = inspect.signature(cls).parameters
+    for parent in cls.__mro__:
+        init = vars(parent).get("__init__")
+        hint = get_type_hints(init).get("kwargs") if inspect.isfunction(init) and parent is not object else None
+        if get_origin(hint) is Unpack:
+            for key, kind in get_type_hints(get_args(hint)[0]).items():
+                assert key not in parameters or parameters[key].annotation == kind, key
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_a_copy_and_a_pickle_keep_arguments():
+    model = Wide((4,), lr=0.3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is Wide
+        assert other.hparams == model.hparams
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"widht": 3}, "Wrong: a default for 'widht', which is no argument of it, did you mean 'width'\\?$"),
+        ({"qqqq": 3}, "which is no argument of it: it has width, likelihood, lr, "),
+        ({"input_shape": 3}, "Wrong: input_shape takes a list of whole numbers, got 3"),
+        ({"width": "3"}, "Wrong: width takes a whole number of at most 64 bits, got '3'$"),
+    ],
+)
+def test_a_wrong_default_is_refused_when_the_class_is_made(given, message):
+    with pytest.raises(AezooError, match=message) as error:
+        type("Wrong", (Linear,), {}, defaults=given)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_arguments_are_refused_in_the_name_of_the_class():
+    with pytest.raises(TypeError, match=r"^BetaVAE.__init__\(\) got an unexpected keyword argument 'latent'$"):
+        BetaVAE((4,), latent=3)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input_shape'"):
+        BetaVAE()
+    with pytest.raises(AezooError, match=r"^BetaVAE: lr takes a finite number of at most 1e9, got 'a'$"):
+        BetaVAE((4,), lr="a")
+    with pytest.raises(AezooError, match=r"^BetaVAE: hidden_dims takes a list of whole numbers, got 8: give \(8,\)$"):
+        BetaVAE((4,), hidden_dims=8)
+    with pytest.raises(AezooError, match="no hyperparameter 'latent_dmi': did you mean 'latent_dim'"):
+        aezoo.create_model("beta_vae", (4,), latent_dmi=3)
+
+
+# ---- hyperparameters ------------------------------------------------------------------------------------------------
+
+
+def test_hyperparameters_are_complete_without_being_saved():
+    model = BetaVAE((4,), latent_dim=3)
+    assert dict(model.hparams) == defaults(BetaVAE) | {"latent_dim": 3, "input_shape": (4,)}
+    assert dict(model.hparams_initial) == dict(model.hparams)
+    assert dict(Linear(input_shape=(4,)).hparams) == defaults(Linear) | {"input_shape": (4,)}
+
+
+def test_a_checkpoint_gives_the_same_model(tmp_path):
+    model = Wide((4,), width=5, warmup_steps=2)
+    path = tmp_path / "wide.ckpt"
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    torch.save(content | {"hparams_name": model._hparams_name, "pytorch-lightning_version": "2.6.0"}, path)
+    other = Wide.load_from_checkpoint(path, weights_only=True)
+    assert other.hparams == model.hparams
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+
+
+def test_models_of_the_old_style_work():
+    model = Old((4,), latent_dim=2)
+    assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 2, "extra": "A"}  # as it was when it was saved
+    assert dict(model.hparams_initial) == dict(model.hparams)
+    assert not model.has_prior
+    assert model.normal_prior
+    check_constructor(Old, extra="B")
+
+
+def test_what_is_ignored_is_no_hyperparameter():
+    class Helped(Old):
+        def __init__(self, input_shape: tuple[int, ...], *, helper: Any = None, other: Any = None) -> None:
+            super().__init__(input_shape)
+            self.save_hyperparameters(ignore=["helper"])
+
+    assert dict(Helped((4,), helper=len).hparams) == {"input_shape": (4,), "other": None}
+    assert "other" not in Helped((4,), other=nn.Linear(1, 1)).hparams  # its weights are in the checkpoint
+
+
+def test_saving_again_changes_nothing_in_the_new_style():
+    class Again(Linear):
+        def __init__(self, input_shape: tuple[int, ...], *, more: int = 1, **kwargs: Unpack[TrainingArgs]) -> None:
+            super().__init__(input_shape, **kwargs)
+            self.save_hyperparameters()
+            self.save_hyperparameters("more")
+            self.save_hyperparameters({"width": 2}, logger=False)
+
+    model = Again((4,), lr=0.4)
+    assert dict(model.hparams) == defaults(Linear) | {"lr": 0.4, "input_shape": (4,), "more": 1}
+    assert not model._log_hyperparams
+
+
+def test_arguments_in_bulk_are_kept_as_given():
+    class Bulk(Linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    assert dict(Bulk((4,), width=3).hparams) == {"input_shape": (4,), "width": 3}
+    assert dict(Bulk(input_shape=(4,)).hparams) == {"input_shape": (4,)}
+
+
+# ---- traits ---------------------------------------------------------------------------------------------------------
+
+
+def test_traits_are_attributes_and_inherited():
+    assert Linear.sparse_code
+    assert Wide((4,)).sparse_code
+    assert not Linear.has_prior
+    assert Autoencoder.not_averaged == ()
+
+    class Back(Linear, sparse_code=False, not_averaged=("a",)):
+        pass
+
+    assert (Back.sparse_code, Back.not_averaged, Linear.sparse_code) == (False, ("a",), True)
+
+
+def test_an_unknown_trait_is_refused():
+    with pytest.raises(AezooError, match=r"^Odd: unknown trait 'has_piror', did you mean 'has_prior'\?$"):
+        type("Odd", (Autoencoder,), {}, has_piror=True)
+    with pytest.raises(AezooError, match=r"^Odd: unknown trait 'qqqq': there are has_prior, normal_prior, "):
+        type("Odd", (Autoencoder,), {}, qqqq=True)
+
+
+def test_every_trait_is_described_and_has_a_value():
+    doc = inspect.getdoc(Traits) or ""
+    for name in Traits.__annotations__:
+        assert f"\n    {name}: " in doc
+        assert getattr(Autoencoder, name) in (False, ())
+
+
+# ---- for users ------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_of_a_variant_tells_type_default_and_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "beta_vae"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, (_, kind, default, meaning) in {p[0]: p for p in registry.card("beta_vae").parameters}.items():
+        if name != "input_shape":
+            assert f"{meaning} (type: {kind}, default: {default.strip(chr(39))})" in text, name
+
+
+def test_a_configuration_sets_what_is_handed_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": {"class_path": "beta_vae", "init_args": {"latent_dim": 3, "lr": 0.01, "hidden_dims": [8]}}}
+    Path("c.yaml").write_text(yaml.safe_dump(settings))
+    quick = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    main(["fit", "-c", "c.yaml", *quick, "--trainer.logger=false", "--model.net=mlp"])
+    stored = next(Path("runs").rglob("*.ckpt"))
+    kept = torch.load(stored, weights_only=True)["hyper_parameters"]
+    assert kept == defaults(BetaVAE) | {"latent_dim": 3, "lr": 0.01, "hidden_dims": (8,), "input_shape": (1, 8, 8)}
+
+
+@pytest.mark.parametrize("name", ["beta_vae", "dip_vae_ii", "mean_scale_hyperprior", "abs_topk_sae", "aae"])
+def test_a_variant_of_defaults_has_no_constructor(name):
+    cls = aezoo.model_class(name)
+    source = inspect.getsource(sys.modules[cls.__module__])
+    assert "def __init__" not in source
+    assert name != "beta_vae" or len(source.splitlines()) < 30
+
+
+class OfNets(NetworkAutoencoder, defaults={"hidden_dims": (6,), "likelihood": "gaussian"}):
+    """Networks of any kind.
+
+    Args:
+        latent_dim: size of the code.
+        **kwargs: see `NetworkAutoencoder`.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, latent_dim: int = 2, **kwargs: Unpack[NetworkArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.code_shape = (latent_dim,)
+        self.encoder = self.build_encoder(self.code_shape)
+        self.decoder = self.build_decoder(self.code_shape)
+
+    def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        nll = self.nll(self.decoder(self.encoder(x)), x).mean()
+        return {"loss": nll, "nll": nll}
+
+
+@pytest.mark.parametrize("check", [check_constructor, check_gradients, check_seed])
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_a_model_of_ones_own_keeps_the_contract(check, net):
+    check(OfNets, net=net)
+    assert [*inspect.signature(OfNets).parameters][1:5] == ["latent_dim", "net", "hidden_dims", "activation"]
+    assert OfNets((1, 8, 8), net=net).hidden_dims == (6,)

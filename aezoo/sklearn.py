@@ -131,7 +131,7 @@ class _Estimator(base.BaseEstimator):
             if "lr" in model.hparams:
                 model.lr = {**settings, **settings["model_params"]}["lr"]
             for part in model.modules():
-                if isinstance(part, Autoencoder) and "steps" in part._buffers:
+                if isinstance(part, Autoencoder) and "steps" in dict(part.named_buffers(recurse=False)):
                     part.steps_before = 0 if from_scratch else int(part.get_buffer("steps")) + 1
             model.compile_mode = "off"
             x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)

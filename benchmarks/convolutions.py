@@ -90,7 +90,10 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
     geometry = layer.geometry(x)
     lower = torch.autocast("cpu", torch.bfloat16) if row["precision"] == "bf16" else contextlib.nullcontext()
-    ways = {"torch": partial(layer.plain.forward, layer), "products": lambda x: layer.with_products(x, geometry)}
+    ways: dict[str, Any] = {
+        "torch": partial(layer.plain.forward, layer),
+        "products": lambda x: layer.with_products(x, geometry),
+    }
     layer.feeds_convolutions = True
     with lower:
         pays = {"batch_inner": conv2d.use_batch_inner(layer, geometry, x)}

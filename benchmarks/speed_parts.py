@@ -5,11 +5,11 @@
     python -m benchmarks.speed_parts --page                        write docs/design/speed.md from the CSVs alone
 
 The workloads are those of `benchmarks.speed`, trained and predicted on one thread. A process repeats all settings in
-turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are of the process's own processor
-time, which other programs change little, of an epoch after a warm-up epoch. `gain` is the median over the repeats of the
-time without the part divided by the time with it; `gain_low` and `gain_high` are the quartiles. `malloc` cannot be taken back
-within a process: it is measured in pairs of processes. A part without a row was not run: its processor or device was not
-there, or the workload does not use it.
+turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time,
+which other programs change little, of the faster of two epochs after a warm-up epoch. `gain` is the median over the
+repeats of the time without the part divided by the time with it; `gain_low` and `gain_high` are the quartiles. `malloc`
+cannot be taken back within a process: it is measured in pairs of processes. A part without a row was not run: its
+processor or device was not there, or the workload does not use it.
 """
 
 import os
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, Table, at_least, command_line, environment, parser, read_csv, run_script
+from .common import ROOT, Table, at_least, command_line, environment, parser, read_csv, results_folder, run_script
 from .processes import answer, run_row
 from .speed import KINDS, WORKLOADS
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for kind in arguments.kinds:
                     measure(workload, kind, precision, arguments, table)
             print(path)
-    if PAGE.parent.is_dir():
+    if PAGE.parent.is_dir() and (arguments.page or arguments.results == results_folder()):
         write_page(arguments.results)
 
 
@@ -214,16 +214,16 @@ def _seconds(spec: dict[str, Any], folder: str) -> float:
 
 _HEAD = """# What is only there to be faster
 
-`aezoo/speed/` holds everything that changes no number but the time that it takes. A fit swaps faster layers, likelihoods
-and loops in at its start and takes them out at its end, however it ends; so does a prediction. `aezoo/training/speed.py`
-is the only call site and loads the package by name. `--speed off`, or the environment variable AEZOO_SPEED=off, does
-without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED also takes a list of parts to
-leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
+`aezoo/speed/` holds everything that changes no number but the time that it takes. A fit swaps faster layers,
+likelihoods and loops in at its start and takes them out at its end, however it ends; so does a prediction.
+`aezoo/training/speed.py` is the only call site and loads the package by name. `--speed off`, or the environment
+variable AEZOO_SPEED=off, does without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED
+also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
 
-A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in one
-run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, without the part divided by with it.
-The row `all` compares with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see
-`aezoo/nets/blocks/narrow_conv.py` and `aezoo.training.compilation.compiled_alike`.
+A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in
+one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, without the part divided by with
+it. The row `all` compares with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see
+`aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.compiled_alike`.
 
 """
 

@@ -28,7 +28,7 @@ import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.registry import entries
 from aezoo.testing import Subject, subject_of
-from aezoo.testing.subject import isolated
+from aezoo.testing.subject import quiet_and_isolated
 
 Record = dict[str, dict[str, float]]
 
@@ -234,7 +234,7 @@ def _in_float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with isolated(), warnings.catch_warnings():
+        with quiet_and_isolated(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

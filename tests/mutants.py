@@ -203,14 +203,15 @@ def test_files(file: str) -> list[str]:
     """The test files of a module.
 
     That with its name; or else those that import it, with the laws of the models that use it; or else, of a model, the
-    laws that name it.
+    laws that name or import it.
     """
     stem, (*packages, _) = Path(file).stem, Path(file).with_suffix("").parts
     texts = {test: text for test, text in _test_texts().items() if test != GOLDEN}
     if packages[1:2] == ["models"]:
         laws = {test: text for test, text in texts.items() if test.startswith("tests/laws/")}
         own = [test for test in laws if Path(test).stem == f"test_{stem}"]
-        return own or [test for test, text in laws.items() if re.search(rf"[\"']{stem}[\"']", text)]
+        named = rf"[\"']{stem}[\"']|\.{stem}\b|\b{'.'.join(packages)} import [^\n]*\b{stem}\b"
+        return own or [test for test, text in laws.items() if re.search(named, text)]
     own = [test for test in texts if Path(test).stem == f"test_{stem}"]
     if own:
         return own

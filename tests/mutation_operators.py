@@ -295,7 +295,11 @@ def _function(node: ast.AST) -> Mutants:
     if not isinstance(node, ast.Call):
         return
     name, of_module = _called(node), _of_module(node)
-    if name in INSTEAD and isinstance(node.func, ast.Attribute):
+    of_axes = of_module or all(_number(part) is not None or isinstance(part, ast.Tuple) for part in node.args)
+    of_axes |= name.endswith("_")  # in place: add_(x)
+    if (
+        name in INSTEAD and isinstance(node.func, ast.Attribute) and of_axes
+    ):  # and not, say, a likelihood's mean(params)
         changed = _with(node, func=_with(node.func, attr=INSTEAD[name]))
         yield f"{INSTEAD[name].strip('_')} for {name.strip('_')}", changed
     guards = any(_is_guard(part) for part in (*node.args[of_module:], *(keyword.value for keyword in node.keywords)))

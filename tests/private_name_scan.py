@@ -1,7 +1,7 @@
 """Uses of private names of libraries in the syntax trees of aezoo.
 
 `python tests/private_name_scan.py` prints what the list in `aezoo/training/private_names.py` lacks or no longer needs;
-with --write it corrects the files of each entry.
+with --write it corrects the files of each entry, and deletes entries that are no longer used.
 """
 
 import ast
@@ -15,15 +15,16 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aezoo
 from aezoo.training import private_names
-from aezoo.training.private_names import PRIVATE_NAMES
+from aezoo.training.private_names import PRIVATE_NAMES, PrivateName
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "litdata")
 ROOT = Path(aezoo.__file__).parents[1]
-# the documented methods of named tuples
-PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
+# documented by Python
+PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe"}
 
 
 def is_private(name: str) -> bool:
@@ -111,11 +112,7 @@ class File:
             return
         is_own = isinstance(value, ast.Name) and value.id in ("self", "cls")
         is_own |= isinstance(value, ast.Call) and ast.unparse(value.func) == "super"
-        if is_own and cls is not None:
-            theirs = name in inherited(cls)
-        else:
-            theirs = name not in self.own or name in self.theirs
-        if theirs:
+        if name in inherited(cls) if is_own and cls is not None else name not in self.own or name in self.theirs:
             self.uses[name] = line
 
     def _path(self, node: ast.AST) -> str | None:
@@ -129,11 +126,14 @@ class File:
 
 def own_names(tree: ast.AST) -> Iterator[str]:
     """Names that a file defines."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    yield from own
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield from [node.attr] if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else []
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            # objects of a library are rarely called like a function of ours
+            yield from (
+                [node.attr] if isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"} | own else []
+            )
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
 
@@ -178,23 +178,62 @@ def unlisted() -> dict[str, tuple[str, ...]]:
     return {use: files for use, files in uses().items() if not any(matches(name, use) for name in names)}
 
 
+def find(name: str) -> object:
+    """What a path names; for an attribute that only instances have, the class.
+
+    Raises:
+        LookupError: says which part of the path is missing.
+    """
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:i]))
+            break
+        except ImportError:
+            continue
+    else:
+        raise LookupError(f"there is no module {parts[0]}")
+    for part in parts[i:]:
+        if inspect.isclass(found) and not hasattr(found, part) and part in instance_attributes(found):
+            return found
+        if not hasattr(found, part):
+            raise LookupError(f"{getattr(found, '__name__', found)} has no {part}")
+        found = getattr(found, part)
+    return found
+
+
+def instance_attributes(cls: type) -> set[str]:
+    """Private names that the packages of a class and its bases give to objects."""
+    packages = {base.__module__.rpartition(".")[0] or base.__module__ for base in cls.__mro__ if base is not object}
+    modules = [m for name, m in sys.modules.items() if name.rpartition(".")[0] in packages or name in packages]
+    paths = [Path(getattr(m, "__file__", None) or "") for m in modules]
+    texts = [path.read_text() for path in paths if path.is_file() and path.suffix == ".py"]
+    stored = r"\w\.(_\w+)(?:: [^=\n]+)? = |^    (_\w+): "
+    return {name for text in texts for names in re.findall(stored, text, re.M) for name in names if name}
+
+
+def entry_text(entry: PrivateName, files: tuple[str, ...]) -> str:
+    """The first lines of an entry with these files."""
+    listed = ", ".join(f'"{file}"' for file in files) + ("," if len(files) == 1 else "")
+    lines = textwrap.wrap(f"files=({listed}),", 118, initial_indent=" " * 8, subsequent_indent=" " * 15)
+    return "\n".join(["    PrivateName(", f'        "{entry.name}",', *lines, ""])
+
+
 def main() -> None:
     for use, files in unlisted().items():
         print(f"not listed: {use} in {', '.join(files)}")
-    text = Path(private_names.__file__).read_text()
+    path = Path(private_names.__file__)
+    text = path.read_text()
     for entry in PRIVATE_NAMES:
-        files = files_of(entry.name)
+        files, start = files_of(entry.name), rf'    PrivateName\(\n        "{re.escape(entry.name)}",\n'
         if not files:
             print(f"no longer used: {entry.name}")
+            text = re.sub(rf"{start}(        .*\n)+    \),\n", "", text)
         elif files != entry.files:
             print(f"{entry.name} is used in {', '.join(files)}")
-            old = re.search(rf'    PrivateName\(\n        "{re.escape(entry.name)}",\n        files=\([^)]*\),\n', text)
-            wanted = "".join(f'"{file}", ' for file in files).rstrip()
-            wanted = wanted if len(files) == 1 else wanted.rstrip(",")
-            line = textwrap.fill(f"files=({wanted}),", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
-            text = text.replace(old[0], f'    PrivateName(\n        "{entry.name}",\n{line}\n') if old else text
+            text = re.sub(rf"{start}        files=\([^)]*\),\n", entry_text(entry, files).replace("\\", r"\\"), text)
     if "--write" in sys.argv:
-        Path(private_names.__file__).write_text(text)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

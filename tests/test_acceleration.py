@@ -591,6 +591,7 @@ def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
 
 STEPS = """
 import resource, sys, torch, aezoo
+from aezoo.speed import malloc
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -599,9 +600,9 @@ made = 0
 if sys.argv[1:]:
     # torch fills what is empty then
     torch.use_deterministic_algorithms(True)
-    aezoo.create_model("dense_ae", (4,))
+    malloc.expect_large_tensors()
     before = faults()
-    aezoo.create_model("dense_ae", (4,))
+    malloc.expect_large_tensors()
     made = faults() - before
 torch.ones(2**18).sum()
 before = faults()
@@ -612,7 +613,7 @@ print(faults() - before, made)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_a_process_with_a_model_does_not_fetch_the_pages_of_each_tensor_anew():
+def test_a_process_that_fits_a_model_does_not_fetch_the_pages_of_each_tensor_anew():
     """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to; a model takes few."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     command = [sys.executable, "-c", STEPS]

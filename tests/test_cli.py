@@ -607,12 +607,12 @@ def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch
     from aezoo.cli import trainer_settings
 
     monkeypatch.setattr(_MultiProcessingLauncher, "launch", None)
-    monkeypatch.setattr(trainer_settings, "cores", lambda: 2)
+    monkeypatch.setattr(trainer_settings, "available_cores", lambda: 2)
     flags = ["fit", *QUICK, "--model=vae", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
     assert "has 2 core(s) here: give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
     assert not Path("runs").exists()
     # what a cluster has started counts its cores in another way
-    monkeypatch.setattr(trainer_settings, "cores", lambda: 0)
+    monkeypatch.setattr(trainer_settings, "available_cores", lambda: 0)
     settings = SimpleNamespace(root_device=torch.device("cpu"), launcher=None)
     trainer_settings.check_processes(SimpleNamespace(strategy=settings, num_devices=8))
 

@@ -1,5 +1,6 @@
 """Old names of methods: plug-ins that call or override them keep working, with a DeprecationWarning."""
 
+import importlib
 import warnings
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.bases.token_prior import IndexPrior
 from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.deprecated.methods import METHODS
+from aezoo.deprecated.paths import ATTRIBUTES, MODULES
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.models.latent_diffusion.va_vae import VAVAE
 from aezoo.models.quantised.vq_vae import VQVAE
@@ -141,3 +143,11 @@ def test_a_model_written_with_old_names_trains():
     with pytest.warns(DeprecationWarning, match=MATCH):
         trainer.fit(model, loader, loader)
     assert (model.began_with, int(model.steps), bool(model.started)) == (8, 1, True)
+
+
+@pytest.mark.filterwarnings("ignore:aezoo.* is now")
+@pytest.mark.parametrize("old", [*ATTRIBUTES])
+def test_an_old_name_in_an_old_module_is_the_new_one(old):
+    module, _, name = old.rpartition(".")
+    modules = [importlib.import_module(f"aezoo.{each}") for each in ([module] if module else MODULES)]
+    assert any(getattr(each, name, None) is not None for each in modules)

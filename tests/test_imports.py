@@ -13,7 +13,7 @@ PACKAGE = Path(aezoo.__file__).parent
 ROOT_FILES = {"__init__", "__main__", "autoencoder", "corruptions", "errors", "registry", "sklearn"}
 
 
-@pytest.mark.parametrize("contract", ["floors", "circles"])
+@pytest.mark.parametrize("contract", ["floors", "circles", "speed"])
 def test_imports_keep_the_contract(contract, capsys):
     config = PACKAGE.parent / "pyproject.toml"
     code = cli.lint_imports(str(config), limit_to_contracts=(contract,), no_cache=True, no_logo=True)

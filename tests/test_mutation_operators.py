@@ -68,6 +68,8 @@ def test_a_block_without_gradient_gets_one():
         ["return x.unflatten(1, self.sizes[:1] + (2,))"],  # shapes
         ["return parts + [x]"],
         ["return x.to(device=y.device + 1)"],
+        ["return self.likelihood.mean(x)"],
+        ["chunk = max(1, size // n)", "return x.split(chunk)"],
     ],
 )
 def test_what_is_no_formula_is_left_alone(lines):

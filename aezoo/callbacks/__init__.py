@@ -20,6 +20,7 @@ from aezoo.callbacks.samples import Samples
 from aezoo.callbacks.summary import Summary
 from aezoo.callbacks.throughput import Throughput
 from aezoo.callbacks.traversal import Traversal
+from aezoo.deprecated import renamed
 
 __all__ = [
     "EMA",
@@ -46,3 +47,5 @@ __all__ = [
     "checkpoint_callback",
     "is_enabled",
 ]
+
+__getattr__ = renamed(__name__)

@@ -96,7 +96,7 @@ class DataModule(Checked, LightningDataModule):
     ) -> None:
         shared = {key: value for key, value in locals().items() if key not in ("self", "settings", "__class__")}
         super().__init__()
-        given = shared | complete(DataModule, SourceArgs, settings)
+        given = shared | complete(SourceArgs, settings)
         # a Path would end up in checkpoints, which weights_only loading then refuses
         given |= {key: str(given[key]) for key in ("name", "root", "network", "of")}
         self.save_hyperparameters(given, frame=frame_without_callers(), logger=False)

@@ -4,6 +4,7 @@
 """
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -23,8 +24,9 @@ class _Redirect(ModuleType):
         old = self.__name__.removeprefix("aezoo.")
         if name.startswith("__"):
             raise AttributeError(name)
-        module = MOVED.get(f"{old}.{name}", MODULES[old])
-        return getattr(import_module(module), ATTRIBUTES.get(name, name))
+        module = import_module(MOVED.get(f"{old}.{name}", MODULES[old]))
+        renamed = ATTRIBUTES.get(f"{old}.{name}", ATTRIBUTES.get(name, name))
+        return getattr(module, renamed if hasattr(module, renamed) else name)
 
 
 class _Loader(Loader):
@@ -46,3 +48,20 @@ def spec(fullname: str) -> ModuleSpec | None:
         stacklevel=_STACK_LEVEL,
     )
     return ModuleSpec(fullname, _Loader())
+
+
+def renamed(module: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that gives its attributes by their old names too, with a DeprecationWarning."""
+
+    def get(name: str) -> Any:
+        if name not in ATTRIBUTES or not hasattr(import_module(module), ATTRIBUTES[name]):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = ATTRIBUTES[name]
+        warnings.warn(
+            f"{module}.{name} is now {new}, and the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(module), new)
+
+    return get

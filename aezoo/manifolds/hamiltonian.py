@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from aezoo.deprecated import renamed
 from aezoo.manifolds.riemannian import half_log_det, velocity
 
 Map = Callable[[Tensor], Tensor]
@@ -129,3 +130,6 @@ def hmc_step(
     log_ratio_B = log_density(proposal_BD) - log_density(z_BD) + 0.5 * (start_BD**2 - v_BD**2).sum(1)
     accepted_B = torch.rand_like(log_ratio_B).log() < log_ratio_B
     return torch.where(accepted_B[:, None], proposal_BD, z_BD), accepted_B
+
+
+__getattr__ = renamed(__name__)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aezoo.deprecated import renamed
+
 _PANELS, _NEWTON_STEPS = 16, 6
 _NODES, _WEIGHTS = ((part / 2).tolist() for part in np.polynomial.legendre.leggauss(6))
 # standard deviations of theta on both sides of its mode; less than 1e-12 lies beyond them
@@ -170,3 +172,6 @@ def _nodes(start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre nodes and weights of intervals, (...) -> (..., N)."""
     node_N, weight_N = (torch.tensor(part, dtype=start.dtype, device=start.device) for part in (_NODES, _WEIGHTS))
     return start[..., None] + width[..., None] * (0.5 + node_N), width[..., None] * weight_N
+
+
+__getattr__ = renamed(__name__)

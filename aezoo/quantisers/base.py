@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 
 
@@ -180,12 +181,12 @@ class Quantiser(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers[name] for name in self._float32_buffers}
+        before = {name: getattr(self, name) for name in self._float32_buffers}
         super()._apply(fn, recurse)
         for name, values in before.items():
-            after = self._buffers[name]
+            after = getattr(self, name)
             if values is not None and after is not None and after.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = values.to(after.device)  # restores the bits that the cast has dropped
+                setattr(self, name, values.to(after.device))  # restores the bits that the cast has dropped
         return self
 
 
@@ -202,3 +203,6 @@ def _restore_shape(rows: Tensor, like: Tensor) -> Tensor:
 def _per_sample(term: Tensor, rows_per_sample: int) -> Tensor:
     """A term summed over the places of a sample and averaged over samples: per row (N,) or per place () -> ()."""
     return term * rows_per_sample if term.ndim == 0 else term.unflatten(0, (-1, rows_per_sample)).sum(1).mean()
+
+
+__getattr__ = renamed(__name__)

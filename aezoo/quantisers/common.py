@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aezoo.deprecated import renamed
 from aezoo.training.precision import at_least_float32
 
 # maximal numbers of rows and of multiplications for k-means
@@ -128,3 +129,6 @@ def group_sizes(total: int, max_size: int) -> list[int]:
     """Split `total` into as few groups as possible of at most `max_size` each, as evenly as possible."""
     groups = math.ceil(total / max_size)
     return [total // groups + (i < total % groups) for i in range(groups)]
+
+
+__getattr__ = renamed(__name__)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import nearest
@@ -77,3 +78,6 @@ class SimVQ(SharedCodebook):
     def codebook(self) -> Tensor:
         """The codes, (K, D)."""
         return self.frozen_KD @ self.W_DD.to(self.exact_dtype)
+
+
+__getattr__ = renamed(__name__)

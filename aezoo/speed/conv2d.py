@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets.blocks import narrow_conv
-from aezoo.nets.blocks.conv_grids import larger_grid, smaller_grid
-from aezoo.nets.blocks.narrow_conv import has_narrow_axis, in_float32, needs_float32
+from aezoo.nets import narrow_conv
+from aezoo.nets.conv_grids import larger_grid, smaller_grid
+from aezoo.nets.narrow_conv import has_narrow_axis, in_float32, needs_float32
 from aezoo.speed import batch_inner_conv, linear
 from aezoo.speed.conv_products import (
     ConvForward,
@@ -300,7 +300,8 @@ class ConvTranspose2d(Swapped, nn.ConvTranspose2d):
     def _compiled(self, input: Tensor) -> Tensor:
         """The result of torch's own layer, with a separate bias if that is faster."""
         if has_slow_bias(self, self.geometry(input).large):
-            out = F.conv_transpose2d(input, self.weight, None, self.stride, self.padding, self.output_padding)
+            padding = cast(Pair, self.padding)
+            out = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
             assert self.bias is not None
             return out + self.bias.to(out.dtype)[:, None, None]
         return super().forward(input)
@@ -334,12 +335,12 @@ class ConvTranspose2d(Swapped, nn.ConvTranspose2d):
 
 
 class NarrowConv2d(Conv2d):
-    """`aezoo.nets.blocks.narrow_conv.Conv2d`."""
+    """`aezoo.nets.narrow_conv.Conv2d`."""
 
     plain = narrow_conv.Conv2d
 
 
 class NarrowConvTranspose2d(ConvTranspose2d):
-    """`aezoo.nets.blocks.narrow_conv.ConvTranspose2d`."""
+    """`aezoo.nets.narrow_conv.ConvTranspose2d`."""
 
     plain = narrow_conv.ConvTranspose2d

@@ -15,6 +15,11 @@ import torch
 from aezoo.speed import linear
 
 
+def enable() -> None:
+    """Use the lowering in graphs that are compiled from now on, on processors where it pays."""
+    linear.lowered_by_inductor = linear.MKL_HALF_WIDTH and register()
+
+
 @cache
 def register() -> bool:
     """Register the lowering with inductor in this process; returns whether this is possible."""

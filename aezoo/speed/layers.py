@@ -41,7 +41,7 @@ def swap_in(module: nn.Module, input_shape: tuple[int, ...] = (), channels_last:
         # the decoder's first feature map, but not its output, is followed by layers that keep its memory layout
         if kind is None or (isinstance(part, nn.Unflatten) and tuple(part.unflattened_size) == input_shape):
             continue
-        part.__class__ = kind
+        part.__class__ = kind  # type: ignore[assignment]
         swapped.append(part)
     if linear.MKL_HALF_WIDTH and is_enabled("batch_inner"):
         _mark_sequences(module)

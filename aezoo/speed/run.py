@@ -12,7 +12,6 @@ from aezoo.speed import (
     inductor_lowering,
     joint_backward,
     layers,
-    linear,
     malloc,
     memory_format,
     predict_loop,
@@ -52,10 +51,11 @@ def set_up(model: TrainingModule, stage: str) -> None:
 
 def _fits_whole(model: TrainingModule) -> bool:
     """Whether each process has the whole model, with weights that no callback flattens."""
+    if not distributed.has_full_model(model.trainer):
+        return False
     # ModelPruning uses torch.nn.utils.parameters_to_vector, which accepts only torch's usual layout
     callbacks: list[Any] = model.trainer.callbacks  # type: ignore[attr-defined]
-    prunes = any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
-    return distributed.has_full_model(model.trainer) and not prunes
+    return not any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
 
 
 def begin_fit(model: TrainingModule, how: dict[str, Any] | None) -> None:
@@ -66,10 +66,8 @@ def begin_fit(model: TrainingModule, how: dict[str, Any] | None) -> None:
         how: arguments with which its loss is compiled; None if it is not.
     """
     trainer = model.trainer
-    if how is not None:
-        linear.lowered_by_inductor = (
-            linear.MKL_HALF_WIDTH and is_enabled("inductor_lowering") and inductor_lowering.register()
-        )
+    if how is not None and is_enabled("inductor_lowering"):
+        inductor_lowering.enable()
     if not is_enabled("fast_loop"):
         return
     fast = fast_loop.install_fast_loop(trainer)

@@ -117,7 +117,7 @@ class Plan:
             and all(group.get("capturable") for group in self.optimizer.param_groups)
         )
         # a guard that is the last to act on a step may be called directly instead of through its hooks
-        guards = [c for c in trainer.callbacks if getattr(c, "only_looks", False)]  # type: ignore[attr-defined]
+        guards = [c for c in trainer.callbacks if getattr(c, "is_passive", False)]  # type: ignore[attr-defined]
         others = [own for hook, own in self.hooks["on_before_optimizer_step"] if _owner(hook) not in guards]
         has_last_word = len(guards) == 1 and all(others)
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None

@@ -1,5 +1,6 @@
 """Layers that stand in for torch's during a fit or a prediction, by `module.__class__`."""
 
+import copyreg
 from typing import Any, ClassVar
 
 from torch import nn
@@ -23,9 +24,10 @@ class Swapped:
         cls.__name__ = cls.plain.__name__  # as summaries show it
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, (_, *arguments), state, *rest = super().__reduce_ex__(protocol)
-        state = {name: value for name, value in state.items() if name not in self.settings}
-        return function, (self.plain, *arguments), state, *rest
+        state: dict[str, Any] = super().__reduce_ex__(protocol)[2]  # type: ignore[assignment]
+        # for the usual function, pickle requires the class of the object itself
+        make = copyreg._reconstructor, (self.plain, object, None)  # type: ignore[attr-defined]
+        return *make, {name: value for name, value in state.items() if name not in self.settings}
 
     def swap_out(self) -> None:
         """Make the layer one of the plain class again."""

@@ -169,7 +169,11 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         if hasattr(cls.__init__, "__signature__"):  # type: ignore[misc]
-            raise TypeError(f"{cls.__name__}.__init__() {error}") from None  # not of the parent that gets **kwargs
+            unknown = next((name for name in kwargs if name not in signature.parameters), "")
+            near = difflib.get_close_matches(unknown, signature.parameters, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            # not of the parent that gets **kwargs
+            raise TypeError(f"{cls.__name__}.__init__() {error}{hint}") from None
         return  # Python's own message names the argument
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):

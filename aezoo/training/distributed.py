@@ -70,7 +70,7 @@ def connect(trainer: Trainer) -> None:
     device = {"device_id": strategy.root_device} if strategy.root_device.type == "cuda" else {}
     dist.init_process_group(
         strategy.process_group_backend or dist.get_default_backend_for_device(strategy.root_device),
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]  # public, but not in __all__
         rank=rank,
         world_size=world,
         timeout=wait,

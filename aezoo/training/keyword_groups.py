@@ -9,7 +9,6 @@ Editors and type checkers read such a constructor by themselves. `expand` does t
 time: jsonargparse 4.53 takes all keys of an unpacked TypedDict for optional ones without a default.
 """
 
-import difflib
 import inspect
 import textwrap
 from collections.abc import Mapping
@@ -69,18 +68,9 @@ def expand(cls: type) -> None:
     cls.__doc__ = "\n".join(lines)
 
 
-def complete(cls: type, group: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the group that a class's constructor takes, with its defaults.
-
-    Raises:
-        TypeError: as Python does for an argument that is none of the group.
-    """
-    arguments = arguments_of(group)
-    for name in given.keys() - arguments.keys():
-        near = difflib.get_close_matches(name, inspect.signature(cls).parameters, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}{hint}")
-    return {name: given.get(name, argument.default) for name, argument in arguments.items()}
+def complete(group: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a group with its defaults."""
+    return {name: given.get(name, argument.default) for name, argument in arguments_of(group).items()}
 
 
 def frame_without_callers() -> FrameType:

@@ -243,7 +243,7 @@ def line(caplog, data):
 def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog, monkeypatch):
     size = 20 * 3 * 8 * 8  # the training split
     # torch warns of more than this machine has cores
-    monkeypatch.setattr(datamodule_module, "workers", lambda processes: 1)
+    monkeypatch.setattr(datamodule_module, "default_num_workers", lambda processes: 1)
     free(4 * size)
     assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
     assert line(caplog, DataModule(**images)) == "folder: samples held in memory (0.0 MiB, uint8)"
@@ -284,7 +284,7 @@ def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatc
     data, gpu = DataModule("mnist5k"), torch.device("cuda", 0)
     free(2**20)
     assert isinstance(data._stored_split("train", gpu), ArrayDataset)
-    monkeypatch.setattr(data, "_held", lambda stage, device: data.dataset(stage))
+    monkeypatch.setattr(data, "_stored_split", lambda stage, device: data.dataset(stage))
     text = "mnist5k: samples held in memory (3.0 MiB, uint8): 3.0 MiB, more than a quarter of 1.0 MiB free on cuda:0"
     assert line(caplog, data) == text
 
@@ -438,7 +438,7 @@ def test_what_is_said_before_a_fit_counts_the_processes_to_come(images, free, mo
         data = DataModule(**images)
         command = SimpleNamespace(
             trainer=two_ranks(), datamodule=data, model=aezoo.create_model("linear_ae", (3, 8, 8), latent_dim=2),
-            config_init={}, _get=lambda config, key: SimpleNamespace(), _test_follows=lambda: False,
+            _setting=lambda key: SimpleNamespace(), _test_follows=lambda: False,
         )  # fmt: skip
         AezooCLI.before_fit(command)
         assert isinstance(data.dataset("train"), ArrayDataset) is (room == 8 * size)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import aezoo
-from aezoo.nets.blocks import narrow_conv
-from aezoo.nets.blocks.conv_grids import larger_grid, smaller_grid
-from aezoo.nets.blocks.narrow_conv import Conv2d, ConvTranspose2d
+from aezoo.nets import narrow_conv
+from aezoo.nets.conv_grids import larger_grid, smaller_grid
+from aezoo.nets.narrow_conv import Conv2d, ConvTranspose2d
 from aezoo.speed import conv2d
 
 CONVS = {1: narrow_conv.Conv1d, 2: Conv2d, 3: narrow_conv.Conv3d}

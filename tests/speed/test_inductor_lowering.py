@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from aezoo.speed import inductor_lowering, linear
-from aezoo.training import compilation
 
 pytestmark = [
     pytest.mark.skipif(
@@ -111,8 +110,8 @@ def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
 
 def test_what_is_compiled_has_told_inductor(monkeypatch):
     monkeypatch.setattr(linear, "lowered_by_inductor", False)
-    compilation.Compiled(lambda x: x, "default", lambda: None)
+    inductor_lowering.enable()
     assert linear.lowered_by_inductor
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", False)
-    compilation.Compiled(lambda x: x, "default", lambda: None)
+    inductor_lowering.enable()
     assert not linear.lowered_by_inductor

@@ -18,7 +18,7 @@ from torch import nn
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.nets.blocks import narrow_conv
+from aezoo.nets import narrow_conv
 from aezoo.speed import conv2d, layers, linear, parts
 from aezoo.speed.swapping import Swapped
 from aezoo.training import speed

@@ -22,7 +22,7 @@ Shapes: B batch, N samples of all ranks, D code.
 from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
@@ -77,7 +77,7 @@ class DeepSVDD(
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         for layer in self.encoder.modules():
-            if "bias" in layer._parameters:
+            if isinstance(getattr(layer, "bias", None), nn.Parameter):
                 layer.register_parameter("bias", None)
         self.decoder = self.build_decoder(self.code_shape)
         self.register_buffer("centre_D", torch.full(self.code_shape, _NEAR_0))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.nets.blocks.conv_grids import kernel_extents, larger_grid, smaller_grid
+from aezoo.nets.conv_grids import kernel_extents, larger_grid, smaller_grid
 from aezoo.training.tracing import is_exporting
 
 

@@ -1,0 +1,68 @@
+"""The private names of libraries: each is there, each is used, and no other is."""
+
+import private_name_scan as scan
+import pytest
+
+from aezoo.training.private_names import PRIVATE_NAMES
+
+
+@pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
+def test_the_installed_library_has_the_name(entry):
+    try:
+        scan.find(entry.name)
+    except LookupError as error:
+        files = ", ".join(entry.files)
+        pytest.fail(f"{error}, which {files} uses: {entry.why}. Without it: {entry.without}")
+
+
+@pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
+def test_an_entry_names_the_files_that_use_it(entry):
+    assert entry.files == scan.files_of(entry.name), "run python tests/private_name_scan.py --write"
+
+
+def test_every_private_name_that_is_used_is_listed():
+    assert not scan.unlisted(), "use a public name, or add an entry to aezoo/training/private_names.py"
+
+
+def test_names_are_listed_once_with_reason_and_consequence():
+    assert len({entry.name for entry in PRIVATE_NAMES}) == len(PRIVATE_NAMES)
+    assert all(entry.why and entry.without for entry in PRIVATE_NAMES)
+
+
+def test_a_name_that_a_library_does_not_have_is_said_to_be_missing():
+    for name, words in (
+        ("torch._no_such_function", "torch has no _no_such_function"),
+        ("lightning.pytorch.Trainer._no_such_attribute", "Trainer has no _no_such_attribute"),
+        ("no_such_library.x", "no module no_such_library"),
+    ):
+        with pytest.raises(LookupError, match=words):
+            scan.find(name)
+
+
+@pytest.mark.parametrize(
+    ("line", "use"),
+    [
+        ("from torch._inductor import ir", "torch._inductor.ir"),
+        ("import torch._dynamo as dynamo\ndynamo.reset()", "torch._dynamo.reset"),
+        ("import torch\ndef f(x): torch._foreach_add_(x, x)", "torch._foreach_add_"),
+        ("import torch\ngetattr(torch.ops.mkldnn, '_linear_pointwise', None)", "torch.ops.mkldnn._linear_pointwise"),
+        ("def f(trainer): trainer._results.clear()", "_results"),
+        ("def f(trainer): setattr(trainer, '_unheard_of', 1)", "_unheard_of"),
+        ("from torch import nn\nclass A(nn.Module):\n    def _apply(self, fn): return self", "_apply"),
+        ("from torch import nn\nclass A(nn.Module):\n    def f(self): return self._modules", "_modules"),
+    ],
+)
+def test_a_use_is_found(line, use, tmp_path, monkeypatch):
+    (tmp_path / "aezoo_example.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(scan, "ROOT", tmp_path)
+    monkeypatch.delitem(scan.sys.modules, "aezoo_example", raising=False)
+    assert use in scan.File(tmp_path / "aezoo_example.py", own=set(), theirs=set()).uses
+
+
+def test_own_private_names_are_no_uses(tmp_path, monkeypatch):
+    text = "from torch import nn\nclass A(nn.Module):\n    _mine = 1\n    def f(self): return self._mine, self._other\n"
+    (tmp_path / "aezoo_own_names.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(scan, "ROOT", tmp_path)
+    assert not scan.File(tmp_path / "aezoo_own_names.py", own=set(), theirs=set()).uses

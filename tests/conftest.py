@@ -4,6 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from law_fixtures import (  # noqa: F401
+    adam,
+    centred,
+    digits,
+    fashion_mnist,
+    lbfgs,
+    mnist5k,
+    quiet,
+    shifted,
+    spectrum,
+)
 
 collect_ignore = ["plugin"]
 

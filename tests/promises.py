@@ -23,10 +23,10 @@ SLOW = ("-m", "pytest", "-n0", "-q", "-m", "slow or not slow")
 RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
     "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
-    "bad_values": (*SLOW, "tests/test_bad_values.py"),
+    "bad_values": (*SLOW, "tests/cli/test_bad_values.py"),
     "soak": (*SLOW, "tests/test_soak.py"),
-    "ranks": (*SLOW, "tests/test_distributed.py"),
-    "resume": (*SLOW, "tests/test_resume.py"),
+    "ranks": (*SLOW, "tests/training/test_distributed.py"),
+    "resume": (*SLOW, "tests/io/test_resume.py"),
 }
 
 
@@ -46,7 +46,7 @@ PROMISES = (
     Promise("A checkpoint cannot choose code", ("tests/security/test_safe_checkpoints.py",)),
     Promise(
         "A crash during a save never loses the previous checkpoint; a killed run resumes bit for bit",
-        ("tests/test_resume.py",),
+        ("tests/io/test_resume.py",),
         "{kills} kills survived, {in_saves} of them while a file was being written",
         "resume",
     ),
@@ -54,27 +54,30 @@ PROMISES = (
         "Every model resumes from a checkpoint, at the end of an epoch or within one, bit for bit",
         ("tests/test_models.py",),
     ),
-    Promise("Resuming finds the newest good state or refuses", ("tests/test_resume.py",)),
+    Promise("Resuming finds the newest good state or refuses", ("tests/io/test_resume.py",)),
     Promise(
         "A step that is not finite never changes the weights silently",
         ("tests/callbacks/test_fault_guard.py", "tests/speed/test_deferred_checks.py"),
     ),
-    Promise("The KL term is safe against overflow", ("tests/laws/test_variational.py",)),
+    Promise("The KL term is safe against overflow", ("tests/laws/variational/test_vae.py",)),
     Promise("Bad data are refused with a one-line message", ("tests/data", "tests/security/test_safe_data.py")),
     Promise(
         "Bad values are refused before training: exit code 2, a one-line message, no files left behind",
-        ("tests/test_bad_values.py",),
+        ("tests/cli/test_bad_values.py",),
         "{values} values for {options} flags, {refused} refused, none accepted silently",
         "bad_values",
     ),
     Promise("Two processes give the same result as one on the same global batch", ("tests/test_models.py",)),
     Promise(
         "A rank that is killed, raises or freezes ends the run; a restarted run continues bit for bit",
-        ("tests/test_distributed.py",),
+        ("tests/training/test_distributed.py",),
         "{runs} failures of a rank, {restarts} of them restarted by torchrun",
         "ranks",
     ),
-    Promise("Noise differs between ranks, only rank 0 writes, each sample counts once", ("tests/test_distributed.py",)),
+    Promise(
+        "Noise differs between ranks, only rank 0 writes, each sample counts once",
+        ("tests/training/test_distributed.py",),
+    ),
     Promise("Any valid shape, batch size and value gives finite numbers", ("tests/test_properties.py",)),
     Promise(
         "A damaged file or configuration is read, or refused with a one-line message",

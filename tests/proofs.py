@@ -53,7 +53,7 @@ class Proofs:
 
         result = yield
         callspec = getattr(item, "callspec", None)
-        if item.path.parent.name == "laws":
+        if "laws" in item.path.parts:
             names = {name_of(cls) for cls in self.built} - {None}
             item.user_properties.append(("laws", sorted(names)))
         elif item.path.name == "test_models.py" and callspec is not None and "check" in callspec.params:

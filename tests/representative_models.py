@@ -1,5 +1,13 @@
 """Models of each kind of network and of what stands between encoder and decoder, for tests too slow for all."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+# one for each way of looking at a sample, in the default run
+REPRESENTATIVE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
+
 OF_EACH_KIND = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae"),
     *("topk_sae", "jumprelu_sae", "matching_pursuit_sae", "rae", "dagmm", "mae", "autoencoder_kl"),
@@ -7,3 +15,8 @@ OF_EACH_KIND = (
     *("vdvae", "categorical_vae", "conditional_vae"),
     *("vq_vae", "rq_vae", "fsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
 )
+
+
+def others_slow(names: Iterable[str], kept: Iterable[str] = REPRESENTATIVE) -> list[Any]:
+    """The names as parameters of a test that runs by default on those to be kept alone."""
+    return [pytest.param(name, marks=[] if name in kept else [pytest.mark.slow]) for name in names]

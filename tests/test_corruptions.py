@@ -17,7 +17,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("amount", [0.05, 0.3, 2.0])
-def test_gaussian_noise_has_mean_zero_and_that_deviation_and_is_not_clipped(amount: float) -> None:
+def test_gaussian_noise_has_its_moments_unclipped(amount: float) -> None:
     x = torch.full((4, N // 4), 0.9, dtype=torch.float64)
     noise = corruption(f"gaussian:{amount}")(x, seeded(1)) - x
     assert abs(noise.mean()) < 5 * amount / math.sqrt(N)
@@ -38,7 +38,7 @@ def test_masking_sets_that_share_to_zero_and_leaves_the_rest(share: float) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
-def test_salt_and_pepper_replaces_that_share_by_zeros_and_ones_evenly(share: float) -> None:
+def test_salt_and_pepper_replaces_its_share_evenly(share: float) -> None:
     x = torch.full((4, N // 4), 0.5)
     found = corruption(f"salt_and_pepper:{share}")(x, seeded(3))
     half = share / 2

@@ -8,7 +8,7 @@ import broken
 import pytest
 import torch
 from golden import VARIANTS, own_models
-from representative_models import OF_EACH_KIND
+from representative_models import OF_EACH_KIND, REPRESENTATIVE
 
 import aezoo
 from aezoo import testing
@@ -35,18 +35,12 @@ def run(check, *subjects):
 
 # graphs take longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
 GRAPHS = (testing.check_compile, testing.check_export, testing.check_onnx)
-GRAPHS_AT_ONCE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
-# 1 to 50 seconds each, and a minute or more
-OVERFIT_LATE = (
-    *("hvae", "dncnn", "dvae", "gumbel_vq_vae", "bsq_vae", "rq_vae", "fsq_vae", "noise2noise", "noise2void"),
-    *("soft_vq", "sim_vq_vae", "vq_vae_2", "piwae", "unet_ae", "titok", "vamp_vae", "lfq_vae", "resnet_ae"),
-    *("miwae", "aae", "simmim", "semi_supervised_vae", "vq_vae", "vae_gan", "conditional_vae", "matryoshka_sae"),
-    *("mae", "matching_pursuit_sae", "autoencoder_kl", "vqgan", "joint_ar_hyperprior", "checkerboard"),
-    *("mean_scale_hyperprior", "scale_hyperprior", "factorized_prior", "alad", "gained_hyperprior"),
-    *("eq_vae", "sq_vae", "asymmetric_kl", "va_vae", "taesd", "diffusers_ae", "consistency_decoder"),
-    *("ijepa", "maetok", "f_anogan", "representation_ae", "ra_sae", "omp_sae", "mvae", "gated_sae", "masked_conv_ae"),
-    *("temporal_sae", "fvq_vae", "vp_vae", "fsp_vae", "draem"),
+# those that fit, or start a run
+FITS = (
+    *(testing.check_overfits, testing.check_resume, testing.check_loop, testing.check_checkpoint, testing.check_seed),
+    testing.check_deterministic_evaluation,
 )
+# a minute or more
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 
 
@@ -55,11 +49,12 @@ def of_models():
     for name in own_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
-                late = check in GRAPHS and name not in GRAPHS_AT_ONCE
+                late = check in (*GRAPHS, *FITS) and name not in REPRESENTATIVE
                 # what cannot be exported has no ONNX file, and what can seldom lacks one
                 last = check is testing.check_onnx and name not in OF_EACH_KIND
                 last |= check is testing.check_overfits and name in OVERFIT_LAST
-                late |= check is testing.check_overfits and name in OVERFIT_LATE
+                # of those it takes long to overfit, too
+                late |= check is testing.check_overfits and name in ("mae", "vq_vae")
                 marks = [pytest.mark.longest] if last else [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
 
@@ -72,7 +67,13 @@ def test_model(name, check):
 
 def of_variants():
     """The checks that fit or save are the longest; what they look at is rarely an argument's doing."""
-    late = (testing.check_checkpoint, testing.check_resume)
+    late = (
+        testing.check_checkpoint,
+        testing.check_resume,
+        testing.check_batch_independence,
+        testing.check_bf16,
+        testing.check_inputs_unchanged,
+    )
     last = (testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
     for check in CHECKS:
         if check.__name__ not in NOT_OF_VARIANTS:
@@ -89,7 +90,7 @@ def test_variant(variant, check):
 
 @strict
 def test_two_processes_train_like_one():
-    run(check_ddp, *GRAPHS_AT_ONCE, "vae_gan", "autoencoder_kl", broken.Sound)
+    run(check_ddp, *REPRESENTATIVE, "vae_gan", "autoencoder_kl", broken.Sound)
 
 
 @strict
@@ -190,6 +191,7 @@ def test_mistake_is_caught(check, cls, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_mistakes_of_two_processes_are_caught():
     wrong = [broken.StatisticOfOneRank, broken.GradientOfOneRank, broken.BufferOfOneRank, broken.FailsOnTwoRanks]
     with pytest.raises(AssertionError) as caught:
@@ -210,6 +212,7 @@ def test_every_check_has_a_mistake_that_it_catches():
 # ---- the way a plug-in uses it --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_check_model_accepts_a_class_that_is_not_registered():
     assert check_model(broken.Sound, exclude=["check_ddp"], widths=(16,)) == {}
 
@@ -267,7 +270,7 @@ def test_what_cannot_run_is_reported(monkeypatch):
     assert set(check_model(Local, exclude=most)) == {"check_onnx", "check_ddp"}
 
 
-def test_a_check_leaves_the_random_state_and_the_warning_filters_alone():
+def test_check_keeps_random_state_and_warning_filters():
     torch.manual_seed(5)
     random.seed(5)
     state, filters = torch.get_rng_state(), list(warnings.filters)

@@ -65,6 +65,7 @@ def test_the_list_is_read_to_the_letter():
     ]
 
 
+@pytest.mark.slow
 def test_a_fault_is_caught_in_a_copy(capsys):
     before = (ROOT / "aezoo/corruptions.py").read_bytes()
     assert mutants.main([QUICK, "--jobs", "1", "--without-golden"]) == 0
@@ -123,6 +124,7 @@ def test_the_state_is_that_of_all_that_is_copied(tmp_path):
     assert mutants.state(tmp_path) == states[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "limit", "word"),
     [
@@ -136,7 +138,7 @@ def test_what_is_not_caught_is_said(change, limit, word):
     assert mutants.judge(replace(quick(), **change), limit, golden=False).word == word
 
 
-def test_less_than_nine_in_ten_one_stale_fault_or_a_red_suite_fail_the_run():
+def test_run_fails_below_90_percent_or_on_stale_fault():
     caught = [Verdict(fault, mutants.CAUGHT, "t.py::test") for fault in LISTED[:9]]
     survived, stale = (Verdict(LISTED[9], word, "t.py") for word in (mutants.SURVIVED, mutants.STALE))
     assert mutants.summary([*caught, survived])[1]

@@ -30,14 +30,15 @@ def run(site, tmp_path, monkeypatch):
     return call
 
 
-def test_a_plugin_is_listed_with_its_summary_and_without_being_imported(run):
+def test_plugin_is_listed_without_import(run):
     listing = run("aezoo", "list", "--family", "plugin")
     assert "mirror_ae  plugin  Mirror autoencoder: tied weights" in listing
     assert "broken_ae  plugin" in listing
     assert "size of the code" in run("aezoo", "info", "mirror_ae")
 
 
-def test_a_plugin_trains_by_its_name_is_checkpointed_and_loads_and_a_broken_neighbour_is_named(run, tmp_path):
+@pytest.mark.slow
+def test_plugin_trains_saves_loads_and_broken_one_is_named(run, tmp_path):
     help_text = run("aezoo", "fit", "--model.help", "mirror_ae")
     assert "--model.latent_dim" in help_text and "size of the code" in help_text
     output = run("aezoo", "fit", "--model", "mirror_ae", "--model.latent_dim", "8", "--trainer.max_epochs", "1")

@@ -19,7 +19,7 @@ def test_the_tests_of_a_promise_exist_and_its_figure_is_measured(promise):
     assert not promise.run or promise.run in promises.RUNS
 
 
-def test_a_plain_run_of_the_tests_writes_nothing_and_a_measuring_one_sums_up(tmp_path, monkeypatch):
+def test_figures_are_recorded_only_when_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(promises, "RESULTS", tmp_path / "counts.json")
     monkeypatch.delenv(promises._SWITCH, raising=False)
     promises.add("soak", "a", {"steps": 3})
@@ -30,7 +30,7 @@ def test_a_plain_run_of_the_tests_writes_nothing_and_a_measuring_one_sums_up(tmp
     assert json.loads(promises.RESULTS.read_text())["soak"] | {"cases": 0} == {"cases": 0, "count": 2, "steps": 7}
 
 
-def test_a_warning_fails_a_test_and_each_one_that_is_ignored_has_its_reason(pytestconfig):
+def test_warnings_fail_and_ignored_ones_have_a_reason(pytestconfig):
     """None is ignored of the contract, see tests/test_models.py: what it lets pass, `aezoo.testing` says itself."""
     first, *ignored = pytestconfig.getini("filterwarnings")
     assert first == "error" and all(line.startswith("ignore:") for line in ignored)

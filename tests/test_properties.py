@@ -9,6 +9,7 @@ import torch
 from golden import own_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from representative_models import others_slow
 
 import aezoo
 from aezoo.autoencoder import Autoencoder
@@ -78,7 +79,7 @@ def batch(n, shape, kind, seed, dtype=torch.float32):
     return made.to(dtype)
 
 
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=25)
 @given(shape=shapes, n=st.integers(1, 5), kind=values, seed=st.integers(0, 99))
 def test_a_model_keeps_shape_dtype_and_finiteness(name, shape, n, kind, seed):
@@ -99,7 +100,7 @@ def test_a_model_keeps_shape_dtype_and_finiteness(name, shape, n, kind, seed):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=10)
 @given(shape=shapes, n=st.integers(2, 5), kind=values, seed=st.integers(0, 99))
 def test_in_evaluation_a_sample_does_not_see_its_batch(name, shape, n, kind, seed):
@@ -114,7 +115,7 @@ def test_in_evaluation_a_sample_does_not_see_its_batch(name, shape, n, kind, see
             assert torch.equal(function(x), function(x))
 
 
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=5)
 @given(shape=shapes, n=st.integers(1, 3), kind=values, seed=st.integers(0, 99))
 def test_a_model_in_float64_stays_there(name, shape, n, kind, seed):
@@ -128,7 +129,7 @@ def test_a_model_in_float64_stays_there(name, shape, n, kind, seed):
         assert model.score(x).isfinite().all() and all(t.isfinite() for t in model.loss(x).values())
 
 
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=10)
 @given(
     shape=shapes,
@@ -183,7 +184,7 @@ kinds = st.sampled_from(["uint8", "uint16", "float32", "float64", "int64", "bool
     seed=st.integers(0, 99),
     labelled=st.booleans(),
 )
-def test_arrays_of_any_shape_and_kind_give_floats_in_disjoint_splits(shape, n, kind, scale, fractions, seed, labelled):
+def test_arrays_give_floats_in_disjoint_splits(shape, n, kind, scale, fractions, seed, labelled):
     rng = np.random.default_rng(seed)
     low, high = {"bool": (0, 2), "uint8": (0, 256), "uint16": (0, 2**16)}.get(kind, (-1000, 1000))
     x = rng.integers(low, high, (n, *shape)).astype(kind)
@@ -227,7 +228,7 @@ def test_arrays_of_any_shape_and_kind_give_floats_in_disjoint_splits(shape, n, k
     batch_size=st.integers(1, 600),
     seed=st.integers(0, 2**31),
 )
-def test_the_sets_that_need_no_network_hold_their_range_and_keep_splits_apart(name, fractions, batch_size, seed):
+def test_offline_sets_keep_range_and_disjoint_splits(name, fractions, batch_size, seed):
     data = DataModule(name, val_fraction=fractions[0], test_fraction=fractions[1], batch_size=batch_size, seed=seed)
     data.setup()
     assert data.input_shape == {"mnist5k": (1, 28, 28), "digits": (1, 8, 8)}[name] and data.num_classes == 10

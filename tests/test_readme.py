@@ -121,7 +121,7 @@ def test_the_report_is_that_of_the_csvs():
     assert f"\n\n{report.target_table(rows)}\n\n" in written, anew
 
 
-def test_every_model_has_passed_checks_and_laws_that_the_table_counts():
+def test_table_counts_checks_and_laws_of_every_model():
     proofs = json.loads(benchmark.PROOFS.read_text(encoding="utf-8"))
     built_in = {name for name in aezoo.list_models() if registry.find(name).owner == "aezoo"}
     assert built_in <= proofs.keys(), "run what tests/proofs.py names"
@@ -133,6 +133,7 @@ def test_every_picture_and_file_that_the_readme_shows_is_there():
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_model_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
     source = re.search(r'```python\n("""My autoencoder.*?)```', README, re.DOTALL)[1]
     assert len([line for line in source.split('"""')[-1].splitlines() if line.strip()]) <= 20

@@ -299,7 +299,7 @@ def test_the_card_tells_what_the_class_has(name):
             assert eval(compile(ast.parse(default, mode="eval"), "default", "eval")) == parameters[parameter].default
 
 
-def test_a_card_of_a_class_without_a_constructor_has_its_parents_arguments(install):
+def test_card_without_constructor_has_parent_arguments(install):
     own = "\n\nclass Middle(MyAE):\n    pass\n\n\nclass Last(Middle):\n    '''A plug-in of a plug-in.'''\n"
     install("nice-ae", {"last_ae": ":Last"}, PLUGIN + own)
     card = registry.card("last_ae")
@@ -356,6 +356,7 @@ def test_import_aezoo_loads_no_torch():
     assert len(loaded) < 30, loaded
 
 
+@pytest.mark.slow
 def test_modules_are_there_after_import_aezoo_alone():
     code = "import aezoo; print(aezoo.registry.find.__name__, hasattr(aezoo, 'nowhere'), hasattr(aezoo, '_none'))"
     assert python(code) == "find False False"

@@ -10,6 +10,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from representative_models import others_slow
 from scipy.stats import loguniform, randint, spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -52,6 +53,7 @@ def test_scikit_learn_s_own_checks(estimator, check):
     check(estimator)
 
 
+@pytest.mark.slow
 def test_models_of_labelled_data_read_the_labels(digits):
     X, y = digits
     names = np.array(list("abcdefghij"))
@@ -127,6 +129,7 @@ def test_a_detector_orders_a_gaussian_as_mahalanobis_does():
     assert spearmanr(found, PCA(2).fit(X).score_samples(unseen))[0] > 0.98
 
 
+@pytest.mark.slow
 def test_a_linear_denoiser_is_wiener_s_filter():
     X, unseen = np.split(gaussian(4000), [3000])
     noisy = unseen + np.random.default_rng(5).normal(0, 0.5, unseen.shape)
@@ -164,6 +167,7 @@ def test_probabilities_have_no_units():
     assert np.allclose(model.score_samples(X), (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_codes_of_digits_serve_a_pipeline_and_a_grid_search(digits):
     X, y = digits
     codes = AutoencoderTransformer("dense_ae", 16, max_epochs=60, random_state=0)
@@ -224,6 +228,7 @@ def test_a_detector_finds_what_is_far_from_the_training_data():
         AutoencoderDetector(contamination="auto").fit(X)
 
 
+@pytest.mark.slow
 def test_a_denoiser_takes_noise_away(digits):
     X = digits[0] / 16
     noise = np.random.default_rng(0).normal(0, 0.3, X.shape)
@@ -261,7 +266,7 @@ def test_a_pickle_holds_safetensors_and_comes_back_the_same(cls):
     assert again.get_params() == model.get_params()
 
 
-def test_a_pickle_that_describes_a_larger_model_than_its_weights_is_refused():
+def test_pickle_larger_than_its_weights_is_refused():
     model = AutoencoderTransformer(**FEW).fit(gaussian(30))
     state = model.__getstate__()
     name, settings, content = state["_saved"]
@@ -352,6 +357,7 @@ def test_a_random_state_is_drawn_from_and_none_is_numpy_s_own():
     assert np.array_equal(*codes) and not np.allclose(codes[0], AutoencoderTransformer(**few).fit(X).transform(X))
 
 
+@pytest.mark.slow
 def test_threads_do_not_disturb_each_other(digits):
     def score(seed):
         return AutoencoderTransformer("vae", max_epochs=3, random_state=seed).fit(digits[0]).score(digits[0])
@@ -370,7 +376,7 @@ def test_a_fit_prints_nothing_and_leaves_no_files(tmp_path, monkeypatch, capfd):
     assert "Epoch" in capfd.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_fit_is_an_interrupt_and_leaves_what_was_fitted_before(monkeypatch):
+def test_interrupted_fit_raises_and_keeps_previous_fit(monkeypatch):
     X = gaussian(40)
     model = AutoencoderTransformer(**FEW).fit(X)
     before = model.score_samples(X)
@@ -416,7 +422,7 @@ def test_partial_fits_take_the_present_learning_rate():
     assert np.abs(model.transform(X) - before).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", aezoo.list_models())
+@pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
 def test_every_model_of_the_zoo_is_an_estimator(name):
     X = load_digits().data[:40]
     model = AutoencoderTransformer(name, 32, sample_shape=(1, 8, 8), max_epochs=1, random_state=0).fit(X)

@@ -35,6 +35,7 @@ def data():
     return DataModule("digits", batch_size=64)
 
 
+@pytest.mark.slow
 def test_every_hyperparameter_of_every_model_is_drawn():
     assert {key for name in own_models() for key in arguments(name)} == RANGES.keys()
     for name in own_models():

@@ -219,7 +219,7 @@ def test_a_rank_that_cannot_count_leaves_no_other_waiting(tmp_path):
 # ---- when -----------------------------------------------------------------------------------------------------------
 
 
-def test_validation_is_encoded_once_and_only_where_a_picture_is_due(fit, events):
+def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
     model = Indexed()
     fit(model, Codebook(every_n_epochs=2), max_epochs=5)
     # three batches, one blank sample that tells the codebooks, and the samples that are drawn; epochs 2, 4 and the last
@@ -235,7 +235,7 @@ def test_max_steps_end_in_all_pictures(fit, events):
         assert [image.step for image in events().Images(f"pictures/{name}")] == [6]
 
 
-def test_early_stop_draws_the_last_weights_and_the_use_of_the_last_count(fit, events):
+def test_early_stop_draws_last_weights_and_usage(fit, events):
     stop = EarlyStopping("val/loss", patience=2, min_delta=1e9)
     fit(Indexed(), Codebook(every_n_epochs=2), stop, max_epochs=20)
     assert [image.step for image in events().Images("pictures/codebook_indices")] == [6, 9]
@@ -273,7 +273,7 @@ def test_training_is_the_same_with_and_without(fit):
 
 
 @pytest.mark.parametrize("where", ["first", "later"])
-def test_a_model_that_cannot_be_counted_warns_once_and_training_goes_on(fit, tmp_path, where):
+def test_uncountable_model_warns_once_and_trains(fit, tmp_path, where):
     class Broken(Indexed):
         def encode_indices(self, x):
             if where == "first" or len(x) == 13:
@@ -330,7 +330,7 @@ def test_cells_of_large_books_are_runs_of_codes():
     assert np.array_equal(count_cells(counts[:65536]).flatten(), counts[:65536])
 
 
-def test_books_beyond_what_is_counted_say_so_once_and_are_still_shown(fit, tmp_path, monkeypatch):
+def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("aezoo.callbacks.codebook.rank_zero_info", said.append)
     fit(Indexed(sizes=(2**40,)), Codebook(every_n_epochs=1), max_epochs=2)

@@ -244,7 +244,7 @@ class Tenth(Norms):
 
 
 @pytest.mark.parametrize(("model", "callbacks"), [(Norms, [Alternate]), (Tenth, [])])
-def test_gradients_are_clipped_as_the_trainer_and_the_module_have_it(monkeypatch, model, callbacks):
+def test_gradients_are_clipped_as_configured(monkeypatch, model, callbacks):
     ends = []
     for light in (True, False):
         states = States()
@@ -266,7 +266,7 @@ class Shake(pl.Callback):
             pl_module.layer.weight.grad.fill_(torch.nan)
 
 
-def test_the_guard_is_not_asked_before_others_have_changed_the_gradients():
+def test_guard_runs_after_gradient_changes():
     made, model = FaultGuard(), Norms(buffers=False)
     fit(model, Shake(), made)
     assert made.skipped == 1
@@ -428,7 +428,7 @@ def test_of_two_optimisers_the_one_with_bad_gradients_skips(defers):
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
-def test_patience_ends_the_run_with_a_report_and_keeps_what_was_good(tmp_path, defers):
+def test_patience_ends_run_with_report_and_good_weights(tmp_path, defers):
     model = Norms(dict.fromkeys(range(BATCHES + 2, 99), "kl"))
     made, saver = guard(defers, patience=3, every_n_steps=1), Checkpoints(dirpath=str(tmp_path / "checkpoints"))
     with pytest.raises(AezooError, match="3 steps in a row were not finite") as error:
@@ -444,7 +444,7 @@ def test_patience_ends_the_run_with_a_report_and_keeps_what_was_good(tmp_path, d
     assert "encoder.2.weight" in text and f"ckpt_path='{tmp_path}/checkpoints/last.ckpt'" in text
 
 
-def test_the_report_names_the_first_layer_that_broke_and_no_later_one(tmp_path):
+def test_report_names_first_broken_layer(tmp_path):
     model = Norms()
     with torch.no_grad():
         model.decoder[1].weight[0, 0] = 3e38

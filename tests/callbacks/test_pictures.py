@@ -90,6 +90,7 @@ def test_early_stop_still_ends_in_pictures_of_the_last_weights(fit, events):
     assert [image.step for image in events().Images("pictures/reconstructions")] == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fake", FAKES)
 def test_training_is_the_same_with_and_without_pictures(fit, fake):
     weights = []
@@ -300,7 +301,7 @@ def traversed(model: pl.LightningModule, x: torch.Tensor, **options) -> list[tor
     return [z.detach() for z in model.decoded]
 
 
-def test_traversal_changes_one_dimension_at_a_time_in_the_order_of_kl():
+def test_traversal_varies_dimensions_by_kl_order():
     model, x = Known(), torch.rand(8, 1, 4, 4)
     walks, lines, grid = traversed(model, x, steps=5, n_pairs=2, side=3)
     first = model.posterior(x[:1])[0][0]

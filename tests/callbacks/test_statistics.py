@@ -57,7 +57,7 @@ def test_kl_is_drawn_and_logged(fit, events, tmp_path):
     assert (tmp_path / "run" / "0" / "pictures" / "kl_per_dimension.png").is_file()
 
 
-def test_a_picture_of_the_kl_that_fails_warns_once_and_training_goes_on(fit, monkeypatch):
+def test_failing_kl_picture_warns_once_and_training_continues(fit, monkeypatch):
     def full(*args):
         raise OSError("disk full")
 
@@ -127,7 +127,7 @@ def test_throughput_of_single_batches_waits_for_the_second(fit, events):
     assert [event.step for event in events().Scalars("train/samples_per_s")] == [1, 2]
 
 
-def test_throughput_of_an_epoch_that_goes_on_without_a_batch_is_left_out():
+def test_throughput_skips_resumed_empty_epoch():
     callback, model = Throughput(), Fake((4,))
     callback.on_train_start(None, model)
     callback.on_train_epoch_end(None, model)  # would log, which a model without a trainer cannot

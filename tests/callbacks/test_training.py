@@ -291,7 +291,7 @@ def test_no_decay_is_no_average(fit, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["validation", "batch end"])
-def test_a_checkpoint_of_an_interrupted_ema_has_each_weights_in_its_place(fit, tmp_path, where):
+def test_interrupted_ema_checkpoint_keeps_both_weights(fit, tmp_path, where):
     class Fail(pl.Callback):
         def on_validation_batch_end(self, trainer, *args):
             if where == "validation" and not trainer.sanity_checking:
@@ -591,7 +591,7 @@ def test_bfloat16_predictions_become_float32(fit, tmp_path):
     assert np.load(tmp_path / "run" / "0" / "predictions.npz")["code"].dtype == np.float32
 
 
-def test_predictions_that_cannot_be_written_are_one_line_with_its_cure(tmp_path):
+def test_unwritable_predictions_are_reported_in_one_line(tmp_path):
     (tmp_path / "a").touch()
     trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
     writer = PredictionWriter(str(tmp_path / "a"))
@@ -645,7 +645,7 @@ def test_what_is_switched_off_can_be_left_out():
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("name", ["EarlyStop", "Checkpoints"])
-def test_a_metric_that_is_mistyped_is_said_before_an_epoch_is_over(fit, name):
+def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):
     callback = getattr(zoo, name)
     said = f"{name}.monitor is val/los, which is not logged so far: is val/loss meant?"
     with pytest.warns(UserWarning, match=re.escape(said)), pytest.raises(Exception, match=r"`val/loss`|'val/loss'"):

@@ -376,7 +376,7 @@ def test_handed_in_data_is_not_changed():
 
 
 @pytest.mark.parametrize("dtype", ["u1", "f4"])
-def test_what_is_written_to_a_file_or_array_later_changes_nothing(tmp_path, dtype):
+def test_later_writes_to_source_change_nothing(tmp_path, dtype):
     x = RNG.integers(0, 2, (400, 3)).astype(dtype)
     np.save(tmp_path / "d.npy", x)
     whole = {"val_fraction": 0.0, "test_fraction": 0.0, "scale": "none"}
@@ -427,7 +427,7 @@ def test_the_first_row_with_nan_is_found_in_any_part(monkeypatch):
         refused(f"NaN or infinity in {19 - row} of 19 rows, the first is row {row}:", x)
 
 
-def test_what_is_missing_is_kept_where_asked_for_and_scaled_by_what_is_there():
+def test_missing_values_are_kept_and_scaled_on_request():
     x = vectors(40, 3) * 7 - 2
     x[:10, 0], x[5:20, 2] = np.nan, np.nan
     settings = {"missing": "keep", "val_fraction": 0, "test_fraction": 0}

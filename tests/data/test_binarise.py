@@ -52,7 +52,7 @@ def test_threshold_is_one_above_a_half():
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_dynamic_draws_training_anew_each_epoch_and_the_rest_once_wherever_samples_are(name):
+def test_dynamic_binarisation_redraws_training_only(name):
     held, read = (DataModule(name, binarise="dynamic", memory=memory, num_workers=0) for memory in ("on", "off"))
     for first, second in zip(epochs(held), epochs(read), strict=True):
         assert torch.equal(first, second)
@@ -63,7 +63,7 @@ def test_dynamic_draws_training_anew_each_epoch_and_the_rest_once_wherever_sampl
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_dynamic_gives_one_draw_of_training_samples_to_all_but_training(name):
+def test_dynamic_binarisation_is_fixed_outside_training(name):
     data, fresh = (DataModule(name, binarise="dynamic", seed=3) for _ in range(2))
     x = data.tensors("train")[0]
     assert torch.equal(x, DataModule(name, binarise="static", seed=3).tensors("train")[0])
@@ -73,7 +73,7 @@ def test_dynamic_gives_one_draw_of_training_samples_to_all_but_training(name):
         assert not torch.equal(first.float().mean(0), x.mean(0))
 
 
-def test_an_epoch_draws_other_noise_than_the_one_before_at_the_same_place():
+def test_noise_differs_between_epochs_at_same_index():
     sampler, x = EpochSampler(100, shuffle=True), torch.full((100, 64), 0.5)
     draws = []
     for epoch in (0, 1, 0):
@@ -85,14 +85,14 @@ def test_an_epoch_draws_other_noise_than_the_one_before_at_the_same_place():
     assert 0.4 < float((draws[0][:50] == draws[0][50:]).float().mean()) < 0.6
 
 
-def test_dynamic_goes_on_within_an_epoch_as_if_it_had_not_stopped():
+def test_dynamic_binarisation_resumes_mid_epoch():
     data = DataModule("digits", binarise="dynamic", batch_size=100)
     whole = epochs(data)[0]
     assert torch.equal(epochs(data, 1, skip=(0, 300))[0], whole[300:])
     assert torch.equal(epochs(data, 2, skip=(0, 300))[1], epochs(data)[1])
 
 
-def test_values_beyond_0_and_1_and_unknown_rules_are_refused_in_one_line():
+def test_out_of_range_values_and_unknown_rules_are_refused():
     with pytest.raises(AezooError, match="did you mean 'static'"):
         DataModule("digits", binarise="statik")
     data = DataModule.from_arrays(torch.randn(50, 4), scale="none", binarise="static")

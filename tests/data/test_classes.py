@@ -84,7 +84,7 @@ def test_data_without_a_label_each_are_refused():
         DataModule.from_arrays(x, RNG.random((40, 3)), train_classes=[0]).setup()
 
 
-def test_labels_are_read_off_the_samples_where_the_set_cannot_tell():
+def test_labels_are_read_from_samples_if_needed():
     class Plain(Dataset):
         def __len__(self):
             return 3

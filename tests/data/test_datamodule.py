@@ -60,7 +60,7 @@ def test_digits_are_scikit_learns():
     assert data.source.value_range == (0.0, 1.0)
 
 
-def test_shape_and_classes_of_every_source_are_known_without_files(tmp_path):
+def test_shape_and_classes_are_known_without_files(tmp_path):
     for name in set(list_data()) - {"folder", "array", "hf", "stream"}:
         data = DataModule(name, root=str(tmp_path / "nowhere"), download=False)
         assert len(data.input_shape) == (1 if name in ("synthetic_dictionary", "activations") else 3)

@@ -328,6 +328,7 @@ def test_a_file_that_vanishes_is_told_in_one_line(tmp_path, num_workers):
         list(batches)
 
 
+@pytest.mark.slow
 def test_both_ways_of_reading_give_the_same_samples(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 20)
@@ -384,8 +385,9 @@ print(peak("off", "skip"), peak("on", "skip"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
-def test_decoding_takes_the_memory_of_the_samples_and_little_more(tmp_path):
+def test_decoding_memory_is_that_of_the_samples(tmp_path):
     for i in range(120):  # 90 MiB
         Image.new("RGB", (512, 512), (i, 0, 0)).save(tmp_path / f"{i}.png", compress_level=1)
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])

@@ -97,7 +97,7 @@ def test_splits_are_taken_out_of_one_set(tmp_path):
     assert data.input_shape == (1, 8, 8)
 
 
-def test_both_ways_of_reading_give_the_same_batches_for_any_number_of_workers(tmp_path):
+def test_both_read_paths_give_equal_batches(tmp_path):
     root = saved(tmp_path / "set", {"train": pictures(images(30), [i % 2 for i in range(30)])})
     ways = {"memory": "on"}, {"memory": "off", "num_workers": 0}, {"memory": "off", "num_workers": 2}
     epochs = []
@@ -318,12 +318,14 @@ def test_what_is_no_such_set(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_the_package_there_is_one_line():
     code = "import sys; sys.modules['datasets'] = None\nfrom aezoo.data import DataModule\nDataModule('hf', root='x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "AezooError: " in done.stderr and "pip install 'aezoo[hf]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_else_imports_it():
     code = "import sys\nfrom aezoo.data import DataModule\nDataModule()\n"
     code += "assert not {'datasets', 'litdata', 'huggingface_hub'} & {*sys.modules}"

@@ -18,7 +18,7 @@ def kept(**plain):
     return DataModule("digits").tensors("train")[1], DataModule("digits", **plain).tensors("train")[1]
 
 
-def test_equally_many_of_each_class_keep_their_own_label_and_the_others_get_minus_one():
+def test_labelled_subset_is_balanced_and_rest_is_minus_one():
     y, few = kept(num_labels=50)
     labelled = few >= 0
     assert torch.equal(few[labelled], y[labelled])

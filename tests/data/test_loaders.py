@@ -93,7 +93,7 @@ def test_training_shards_are_the_strided_order(n, world):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 9, 15, 16, 17, 63])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 8, 100])
-def test_evaluation_reads_every_row_once_in_as_many_batches_on_every_rank(n, world, batch_size):
+def test_evaluation_reads_each_row_once_over_ranks(n, world, batch_size):
     dataset = ArrayDataset(torch.arange(n)[:, None])
     ranks = [list(make_loader(dataset, batch_size=batch_size, rank=rank, world=world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -129,7 +129,7 @@ class Deadly(DecodingDataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_data_worker_that_dies_is_told_in_one_line_with_what_helps():
+def test_dead_data_worker_is_reported_in_one_line():
     with pytest.raises(RuntimeError) as caught:
         list(make_loader(Deadly(), batch_size=2, num_workers=1))
     for error, cause in (
@@ -143,7 +143,7 @@ def test_a_data_worker_that_dies_is_told_in_one_line_with_what_helps():
     assert worker_failure(RuntimeError("mat1 and mat2")) is None
 
 
-def test_a_batch_that_finds_no_room_in_shared_memory_ends_the_run_instead_of_stopping_it(monkeypatch):
+def test_full_shared_memory_ends_the_run(monkeypatch):
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -277,7 +277,7 @@ def test_a_loader_asks_files_for_whole_batches(labelled):
         assert len(x) == 6
 
 
-def test_files_are_decoded_side_by_side_and_what_is_gathered_is_not():
+def test_files_decode_in_parallel_unless_gathered():
     dataset = Counting(True)
     parts = [dataset, subset(dataset, torch.arange(5)), keep_labels(subset(dataset, torch.arange(5)), 2, 0, None, "x")]
     for part in parts:

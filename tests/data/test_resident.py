@@ -91,7 +91,7 @@ def test_epoch_set_after_iter_counts():
 # ---- every kind of source -------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_can_be_read_again_from_any_batch_on_beside_its_reader():
+def test_epoch_is_readable_from_any_batch_concurrently():
     loader = ResidentLoader(*arrays(), batch_size=3, shuffle=True, seed=5)
     loader.sampler.set_epoch(1)
     loader.sampler.skip = (1, 3)  # a run that goes on after its first batch
@@ -192,7 +192,7 @@ def test_training_gives_the_same_weights_and_figures(source):
 
 @pytest.mark.parametrize("later", ["on", "off"])
 @pytest.mark.parametrize("source", ["mnist5k"], indirect=True)
-def test_a_run_that_goes_on_in_an_epoch_may_change_where_samples_are(source, later, tmp_path):
+def test_mid_epoch_resume_may_change_data_path(source, later, tmp_path):
     whole = fit("on", source, tmp_path)
     part = fit(later, source, ckpt_path=tmp_path / "a.ckpt")
     assert all(torch.equal(value, part[0][key]) for key, value in whole[0].items())

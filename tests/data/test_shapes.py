@@ -90,7 +90,7 @@ def test_area_grows_with_the_square_of_the_scale(shape, area):
 
 @pytest.mark.parametrize("shape", [SQUARE, ELLIPSE, HEART])
 @pytest.mark.parametrize("size", [64, 32, 20])
-def test_the_centre_of_mass_moves_linearly_with_x_and_y_and_with_nothing_else(shape, size):
+def test_centre_of_mass_is_linear_in_position(shape, size):
     source = shapes(size)
     for x, y, scale, orientation in ((0, 31, 5, 11), (31, 0, 5, 3), (13, 14, 2, 39), (16, 15, 0, 0), (5, 6, 3, 20)):
         found = centre_of_mass(picture(source, shape, scale, orientation, x, y))
@@ -99,14 +99,14 @@ def test_the_centre_of_mass_moves_linearly_with_x_and_y_and_with_nothing_else(sh
 
 
 @pytest.mark.parametrize(("shape", "period"), [(SQUARE, 10), (ELLIPSE, 20), (HEART, 40)])
-def test_a_shape_repeats_after_its_period_bit_by_bit_and_not_before(shape, period):
+def test_shape_repeats_exactly_after_its_period(shape, period):
     source = shapes(28)
     images = source.render(torch.tensor([[shape, 5, o, 9, 20] for o in range(40)])).flatten(1)
     assert len(images.unique(dim=0)) == period
     assert torch.equal(images, images[:period].repeat(40 // period, 1))
 
 
-def test_a_full_turn_in_steps_comes_back_and_a_quarter_is_the_arrays_quarter():
+def test_rotations_compose_and_match_array_rotation():
     # x = y = 15.5 would be the middle; the sprite at 15 is the mirrored one of 16
     source = shapes()
     for shape in (SQUARE, ELLIPSE, HEART):

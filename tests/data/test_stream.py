@@ -175,7 +175,7 @@ def epochs(data, numbers=(0, 1, 2)):
     return found
 
 
-def test_the_same_batches_in_memory_and_for_any_number_of_workers(tmp_path):
+def test_batches_are_equal_for_any_worker_count(tmp_path):
     root = write(tmp_path / "set", dicts(images(90)), chunk_size=3)
     settings = {"root": root, "batch_size": 8, "seed": 3}
     held = epochs(DataModule("stream", memory="on", **settings))
@@ -188,7 +188,7 @@ def test_the_same_batches_in_memory_and_for_any_number_of_workers(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_chunks_are_mixed_a_group_at_a_time_and_dealt_out_among_ranks(world):
+def test_chunks_are_shuffled_in_groups_and_split_over_ranks(world):
     n_chunks, each = 3 * SHUFFLE_GROUP, 5
     blocks = torch.arange(n_chunks * each) // each
     orders = []
@@ -381,7 +381,7 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-def test_pickled_items_are_refused_by_their_index_and_by_themselves(tmp_path):
+def test_pickled_items_are_refused(tmp_path):
     canary = tmp_path / "canary"
     root = tmp_path / "set"
     write(root, [{"x": np.zeros(3, np.float32), "o": Bomb(canary)} for _ in range(4)])
@@ -400,6 +400,7 @@ def test_pickled_items_are_refused_by_their_index_and_by_themselves(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_without_the_package_there_is_one_line():
     code = (
         "import sys; sys.modules['litdata'] = None\nfrom aezoo.data import DataModule\nDataModule('stream', root='x')"

@@ -220,6 +220,7 @@ def test_a_set_that_torchvision_holds_in_memory(tmp_path, offline, cifar10):
     assert not offline
 
 
+@pytest.mark.slow
 def test_a_set_of_files(tmp_path, offline):
     for c, name in enumerate(("Forest", "River")):
         folder = tmp_path / "eurosat" / "2750" / name

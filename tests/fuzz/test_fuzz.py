@@ -25,7 +25,8 @@ def fuzz(out, files, configs, seed, limit):
     return counts["kinds"]
 
 
-def test_damaged_files_and_configurations_are_read_or_refused_in_one_line(tmp_path):
+@pytest.mark.slow
+def test_damaged_files_and_configs_are_read_or_refused(tmp_path):
     kinds = fuzz(tmp_path / "counts.json", files=250, configs=20, seed=1, limit=120)
     assert len(kinds) >= 24
     # damage that is always refused at the door would test only the door

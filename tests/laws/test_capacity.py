@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_reductions import MODELS, SHAPE
+from reductions_helpers import (
+    MODELS,
+    SHAPE,
+)
 from torch import Tensor
 from two_ranks import on_two_ranks
 
@@ -16,10 +19,14 @@ LINEAR = (
     *("vae", "beta_vae", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "categorical_vae"),
     *("hyperspherical_vae", "gamma_vae", "semi_supervised_m1"),
 )
+
+
 COUPLED = (
     *("sigma_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "factor_vae", "vae_gan", "ada_gvae", "mlvae"),
     *("triplet_vae", "autoencoder_kl", "eq_vae", "asymmetric_kl", "mine_vae", "va_vae"),
 )
+
+
 # with the KL of each level, which free bits hold, that of all processes in any case
 BY_LEVEL = ("hierarchical_vae", "ladder_vae")
 
@@ -69,7 +76,7 @@ def test_without_a_capacity_no_rank_waits_for_another(name: str, shifted: Any) -
     def waits(values: Tensor) -> Tensor:
         raise AssertionError(f"{name} waits")
 
-    model._across_ranks, model.batch_mean, model.all_gather = (lambda: True), waits, waits
+    model._across_ranks, model.batch_mean, model.all_gather_batch = (lambda: True), waits, waits
     model.loss(x, y)
     for term, value in apart.terms.items():
         torch.testing.assert_close(value, whole[term])

@@ -67,7 +67,7 @@ def on_two_ranks(
 
         if exchange:
             own.batch_mean = lambda values: sum(both(values.mean(0))) / 2
-            own.all_gather = lambda values: torch.cat(both(values))
+            own.all_gather_batch = lambda values: torch.cat(both(values))
             own.gather_rank = lambda: rank if ranked else 0
         prepare(own, rank)
         with SharedNoise(rows, n):

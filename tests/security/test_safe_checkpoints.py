@@ -23,7 +23,7 @@ COMMANDS = ("fit", "validate", "test", "predict")
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("where", ["top", "state_dict", "hyper_parameters", "data", "callbacks"])
-def test_a_checkpoint_that_would_run_code_is_refused_on_every_path(refused, honest, canary, monkeypatch, how, where):
+def test_checkpoint_that_runs_code_is_refused_on_every_path(refused, honest, canary, monkeypatch, how, where):
     path = files.pickled(Path("bomb.ckpt"), files.with_bomb(honest, canary, where), how)
     for forced in (False, True):
         if forced:
@@ -39,7 +39,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_on_every_path(refused, hone
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lightning_loads_without_pickle_whatever_the_flag_and_the_environment_say(run, tmp_path, monkeypatch, capsys):
+def test_lightning_always_loads_without_pickle(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     seen, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k.get("weights_only")) or load(*a, **k))
@@ -87,7 +87,7 @@ def test_a_checkpoint_cannot_choose_code(refused, honest, canary, extra):
     assert "evil" not in sys.modules
 
 
-def test_the_settings_of_the_data_in_a_checkpoint_cannot_choose_code(refused, honest):
+def test_checkpoint_data_settings_cannot_choose_code(refused, honest):
     for extra in ({"name": NESTED}, {"name": {"x": SHELL}}, {"seed": [NESTED]}, [NESTED], 3):
         honest["datamodule_hyper_parameters"] = extra
         torch.save(honest, "strings.ckpt")
@@ -140,7 +140,8 @@ def test_a_zip_that_grows_is_refused_unless_the_limit_is_raised(run, refused, mo
     assert "give a number of bytes" in refused("test", "--ckpt_path", str(bomb))
 
 
-def test_hyperparameters_that_ask_for_more_memory_than_the_weights_have(run, honest, refused):
+@pytest.mark.slow
+def test_hyperparameters_beyond_weight_memory_are_refused(run, honest, refused):
     folder = aezoo.save_model(aezoo.load_model(run), "saved")
     config = json.loads((folder / "config.json").read_text())
     before = memory()
@@ -163,7 +164,7 @@ def test_weights_that_claim_more_values_than_they_bring(honest):
         aezoo.load_model("thin.ckpt")
 
 
-def test_values_that_repeat_themselves_are_counted_as_often_as_they_are_printed(honest):
+def test_repeated_values_are_counted_as_printed(honest):
     laugh = ["ha"]
     for _ in range(40):
         laugh = [laugh, laugh]

@@ -90,7 +90,7 @@ def test_code_that_a_config_brings_along_is_not_looked_at(folder, canary):
 
 
 @pytest.mark.parametrize("more", [{"block_out_channels": [4096, 8192]}, {"layers_per_block": 10**9}], ids=str)
-def test_a_config_cannot_ask_for_more_memory_than_its_weights_have(folder, more):
+def test_config_cannot_ask_for_more_memory_than_its_weights(folder, more):
     changed(folder, **more)
     with pytest.raises(AezooError, match="ask for far more than the"):
         load(folder)

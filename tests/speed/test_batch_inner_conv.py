@@ -80,6 +80,7 @@ def assert_same(mine, theirs, x, **near):
     assert found[1].stride() == mine.weight.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -169,7 +170,7 @@ def spied(monkeypatch):
     return taken
 
 
-def test_all_sums_but_that_of_weights_are_onednns_with_the_batch_as_a_side(on, monkeypatch):
+def test_batch_inner_conv_uses_onednn_for_batch_sums(on, monkeypatch):
     down, up = (ours(4, 6, 3, 2, 1) for ours in DOWN_AND_UP)
     made = []
     for name in ("convolve", "transpose"):

@@ -98,6 +98,7 @@ def assert_same(mine, theirs, x):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_values_and_gradients_as_torch_for_any_geometry(always, taken, kernel, bias):
@@ -160,7 +161,7 @@ def test_one_channel_is_laid_over_by_onednn(halved, between, taken, kernel, bias
         assert not conv2d.use_overlap_add(conv2d.ConvTranspose2d(3, 1, 3, 2, 1, 1), geometry)
 
 
-def test_a_grid_that_is_no_whole_number_of_strides_gets_its_bias_apart(taken, monkeypatch):
+def test_grid_off_the_stride_adds_bias_separately(taken, monkeypatch):
     """Else oneDNN adds it number by number, in bfloat16 at five times the price of all else."""
     layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
     assert [conv2d.has_slow_bias(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
@@ -355,7 +356,7 @@ def test_by_onednn_a_network_is_torchs(halved, always, taken, bias):
     assert taken == ["with_products"] * 2
 
 
-def test_points_of_a_batch_are_multiplied_at_once_where_memory_allows():
+def test_batch_points_are_multiplied_at_once_if_memory_allows():
     """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
     down = conv2d.Conv2d(3, 5, 3, 2, 1)
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
@@ -845,7 +846,7 @@ def test_graphs_say_convolution(always, taken):
     ("kernel", "extra", "bias", "separate"),
     [(3, 0, True, True), (4, 1, True, True), (3, 1, True, False), (3, 0, False, False)],
 )
-def test_compiled_graphs_add_a_bias_apart_where_strides_leave_a_rest(kernel, extra, bias, separate):
+def test_compiled_graph_adds_bias_separately_off_stride(kernel, extra, bias, separate):
     up, x = conv2d.ConvTranspose2d(3, 6, kernel, 2, 1, extra, bias=bias), torch.randn(2, 3, 4, 4)
     graphs = []
     compiled = torch.compile(up, backend=lambda module, _: (graphs.append(module.graph), module.forward)[1])

@@ -23,7 +23,7 @@ def likelihood(name: str) -> Likelihood:
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "continuous_bernoulli"])
-def test_compiled_code_has_a_cross_entropy_of_its_own_with_the_same_values(name: str) -> None:
+def test_compiled_cross_entropy_equals_eager(name: str) -> None:
     made = likelihood(name)
     t = torch.linspace(-60, 60, 241)[:, None].repeat(1, 3).requires_grad_()
     x = torch.tensor([0.0, 0.3, 1.0]).repeat(241, 1).requires_grad_()
@@ -38,7 +38,7 @@ def test_compiled_code_has_a_cross_entropy_of_its_own_with_the_same_values(name:
         torch.testing.assert_close(slope, right, rtol=1e-5, atol=1e-6)
 
 
-def test_the_compiled_cross_entropy_keeps_its_digits_where_it_is_small() -> None:
+def test_compiled_cross_entropy_is_exact_when_small() -> None:
     t = torch.linspace(-80, 10, 1001)[:, None]
     compiled = torch.compile(likelihood("bernoulli").log_prob, backend="eager", dynamic=False)
     exact = torch.log1p(torch.exp(t.double())).sum(1)
@@ -46,7 +46,7 @@ def test_the_compiled_cross_entropy_keeps_its_digits_where_it_is_small() -> None
 
 
 @pytest.mark.parametrize("shape", [(64, 784), (8, 3, 64, 64), (64, 3, 16, 16)])
-def test_the_cross_entropy_of_many_values_is_torchs_with_its_derivatives(shape: tuple[int, ...]) -> None:
+def test_cross_entropy_matches_torch_with_derivatives(shape: tuple[int, ...]) -> None:
     made, draw = likelihood("bernoulli"), torch.Generator().manual_seed(0)
     t, x = 8 * torch.randn(shape, generator=draw), torch.rand(shape, generator=draw)
     t[0], x[0] = 1e4, 1
@@ -70,7 +70,7 @@ def test_the_cross_entropy_of_many_values_is_torchs_with_its_derivatives(shape: 
     assert type(made.log_prob(t.requires_grad_(), x).grad_fn.next_functions[0][0]).__name__ == "_CrossEntropyBackward"
 
 
-def test_many_cross_entropies_are_no_further_from_the_truth_than_torchs() -> None:
+def test_batched_cross_entropy_is_as_exact_as_torch() -> None:
     t, x = torch.full((64, 784), -20.0), torch.zeros(64, 784)
     exact = 784 * math.log1p(math.exp(-20.0))
     assert (-likelihood("bernoulli").log_prob(t, x) - exact).abs().max() < 2e-6
@@ -124,7 +124,7 @@ def test_images_with_channels_last_are_not_copied(name: str) -> None:
     torch.testing.assert_close(own.log_prob(params, last[1]), found)
 
 
-def test_the_cross_entropy_goes_through_images_in_the_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_follows_memory_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel copies others, where no test sees it."""
     seen, real = [], torch.nn.functional.binary_cross_entropy_with_logits
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
-from representative_models import OF_EACH_KIND
+from representative_models import others_slow
 from torch import nn
 
 import aezoo
@@ -126,8 +126,9 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_weights_counters_and_lines_are_those_of_steps_looked_at_one_by_one(name, went_back, capsys):
+def test_deferred_checks_match_checked_steps(name, went_back, capsys):
     faults, taken_back = FAULTS[name]
     expected = outcome(*fit(False, faults))
     said = lines(capsys)
@@ -138,6 +139,7 @@ def test_weights_counters_and_lines_are_those_of_steps_looked_at_one_by_one(name
     assert went_back == taken_back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -156,6 +158,7 @@ def test_schedules_noise_and_decay_come_again(settings, went_back):
     assert len(went_back) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "of_model", "of_data"),
     [
@@ -177,6 +180,7 @@ def test_images_come_again(n, of_model, of_data, went_back):
     assert len(went_back) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
     if not joint_backward.can_trace():
@@ -288,6 +292,7 @@ def test_an_error_of_the_step_itself_is_raised(went_back):
     assert went_back == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan", "overflow"])
 def test_buffers_are_taken_back_too(kind, went_back):
     """A codebook of running means, which a step changes before anybody knows whether it was good."""
@@ -312,12 +317,7 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
     assert went_back == [0, 5]
 
 
-def of_models():
-    for name in aezoo.list_models():
-        yield pytest.param(name, marks=[] if name in OF_EACH_KIND else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize("name", [*of_models()])
+@pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
 def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
     monkeypatch.setattr(deferred_checks, "PERIOD", 4)
     asked, trust = [], fast_loop.defer_checks
@@ -339,7 +339,7 @@ def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monk
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "overflow", "sum"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", others_slow(OPTIMIZERS, kept=("adam", "sgd")))
 def test_any_optimiser_ends_as_with_steps_looked_at_one_by_one(optimizer, kind, went_back):
     faults = {4: kind, 43: kind}
     ends = [outcome(*fit(trust, faults, model=model_of(optimizer=optimizer))) for trust in (False, True)]
@@ -394,6 +394,7 @@ class Reads(pl.Callback):
     on_train_epoch_end = on_validation_start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"max_epochs": 2}, {"max_epochs": 2, "limit_train_batches": 13}, {"max_steps": 20}]
 )
@@ -433,7 +434,7 @@ def test_weights_after_an_interruption_are_good(went_back):
     assert not model._state_dict_pre_hooks
 
 
-def test_an_interruption_while_steps_are_taken_again_leaves_good_weights(monkeypatch, tmp_path):
+def test_interrupt_during_replay_keeps_good_weights(monkeypatch, tmp_path):
     """Those of the last step that was taken again, with the counters of that step, for who saves them."""
     replay_step, calls = fast_loop.FastLoop.replay_step, []
 
@@ -506,6 +507,7 @@ class OwnThroughput(Throughput):
     """Nor this."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callbacks", "options", "trusted"),
     [
@@ -566,6 +568,7 @@ def own_transform(model, data, loader):
     loader.transform = lambda batches, sampler: batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [hooked, watched, watched_weight, watched_sum, own_loss, own_layer, own_transfer, own_transform]
 )
@@ -625,6 +628,7 @@ def test_an_epoch_of_summed_gradients_is_not_trusted(went_back):
     assert went_back == [5]
 
 
+@pytest.mark.slow
 def test_steps_are_not_trusted_where_torch_looks_for_anomalies(went_back):
     expected, found = (outcome(*fit(trust, {5: "overflow"}, detect_anomaly=True)) for trust in (False, True))
     assert_same(found, expected)
@@ -647,7 +651,7 @@ def test_models_of_others_and_other_optimisers_are_not_trusted(monkeypatch, went
     assert went_back == []
 
 
-def test_a_hook_on_the_optimiser_keeps_its_steps_from_being_trusted(went_back, monkeypatch):
+def test_optimiser_hook_disables_deferred_checks(went_back, monkeypatch):
     seen = []
 
     def watched(self):
@@ -693,7 +697,7 @@ def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
     assert went_back == [1, 1]
 
 
-def test_without_memory_for_a_copy_steps_are_looked_at_one_by_one(went_back, monkeypatch):
+def test_checks_are_immediate_without_memory_for_a_copy(went_back, monkeypatch):
     sizes = []
     monkeypatch.setattr(deferred_checks, "fits", lambda size, device, processes: sizes.append(size))
     trainer, guard = fit(True, {5: "nan"})
@@ -722,9 +726,10 @@ class Late(VAE):
 LATE = [{4: "nan"}, {5: "nan"}, {6: "nan"}, {8: "overflow", 9: "overflow"}, {3: "overflow", 18: "inf", 45: "nan"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "radam"])
 @pytest.mark.parametrize("faults", LATE)
-def test_weights_that_have_gradients_in_some_steps_are_as_with_steps_looked_at_one_by_one(faults, optimizer, went_back):
+def test_intermittent_gradients_match_checked_steps(faults, optimizer, went_back):
     ends = []
     for trust in (False, True):
         torch.manual_seed(0)

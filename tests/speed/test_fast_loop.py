@@ -558,7 +558,7 @@ def test_a_lightning_that_lacks_something_trains_by_its_own_loop(tmp_path, monke
     assert trainer.global_step == 22
 
 
-def test_batches_are_private_unless_a_strangers_callback_sees_them(tmp_path):
+def test_batches_are_private_without_foreign_callbacks(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             seen.append(fast_loop.batch_is_private(trainer))
@@ -895,6 +895,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS)
 def test_same_where_code_of_others_meddles(both, case):
     both(watched=False, **OTHERS[case])

@@ -141,7 +141,7 @@ def test_the_kernel_alone_is_called_where_nothing_has_changed(monkeypatch):
     assert slow_steps(monkeypatch, optimizer, lambda: steps(net, optimizer, FusedStep(optimizer))) == 3
 
 
-def test_weights_that_have_had_gradients_do_not_hold_up_the_others(monkeypatch):
+def test_frozen_weights_do_not_block_capture(monkeypatch):
     ends = []
     for ours in (False, True):
         net = Net()

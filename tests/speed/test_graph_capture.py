@@ -99,7 +99,7 @@ def test_it_trains_as_the_plain_step_does(labels):
     assert step.replays == 9 - WARM_UP - 1
 
 
-def test_a_replay_reads_the_same_memory_and_leaves_the_batch_alone():
+def test_replay_reads_same_memory_and_keeps_batch():
     module, seen = net(), []
     step, _, _ = captured(module, seen)
     kept = batches(odd=())
@@ -112,7 +112,7 @@ def test_a_replay_reads_the_same_memory_and_leaves_the_batch_alone():
     assert pointers[-1] not in {x.data_ptr() for x in kept}
 
 
-def test_the_recording_begins_without_gradients_and_an_odd_batch_leaves_none():
+def test_capture_starts_without_gradients():
     module, seen = net(), []
     step, _, _ = captured(module, seen)
     for i, x in enumerate(batches()):
@@ -125,7 +125,7 @@ def test_the_recording_begins_without_gradients_and_an_odd_batch_leaves_none():
 
 
 @pytest.mark.parametrize("least", [5, 0])
-def test_a_first_batch_that_is_not_full_does_not_set_the_size_where_that_is_known(least):
+def test_partial_first_batch_does_not_set_known_batch_size(least):
     step, _, recorder = captured(net(), least=least)
     for x in (torch.rand(2, 3), *[torch.rand(5, 3)] * 6):
         step(x, None)

@@ -52,8 +52,9 @@ def calls(code):
     return len(re.findall(r"= torch\.ops\.mkldnn\._linear_pointwise\.default\(", code))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(6,), (2, 3)], ids=str)
-def test_a_compiled_step_calls_onednn_and_writes_each_matrix_once(rows):
+def test_compiled_step_calls_onednn_and_writes_matrices_once(rows):
     layers = network(32, 16, 48)
     x = torch.randint(0, 256, (*rows, 1, 4, 8), dtype=torch.uint8)
 

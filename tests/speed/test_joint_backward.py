@@ -220,6 +220,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_a_fit_ends_as_by_the_engine(graphs, taken, monkeypatch, case, guarded):
@@ -300,6 +301,7 @@ class Hooks(pl.Callback):
             del self._hook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "callbacks", "options", "steps"),
     [
@@ -352,7 +354,7 @@ def test_a_callback_that_comes_later_is_asked(graphs, taken):
     assert taken == [0, 1, 2] and late.seen == 3
 
 
-def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken, monkeypatch):
+def test_replaced_parameter_is_trained_within_epoch(graphs, taken, monkeypatch):
     class Exchanges(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *batch):
             if trainer.global_step == 2:
@@ -368,6 +370,7 @@ def test_a_weight_that_takes_anothers_place_in_an_epoch_is_trained(graphs, taken
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in torch's compiler
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("joined", [True, False])

@@ -130,7 +130,7 @@ class Strides(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_weights_with_gaps_are_copied_since_onednn_would_multiply_them_number_by_number():
+def test_strided_weights_are_copied_for_onednn():
     """As of a dictionary's prefix, and of the gradient of a code of which a part is taken."""
     wide, x = torch.randn(6, 9), torch.randn(5, 4)
     with Strides() as strides:

@@ -214,7 +214,7 @@ def test_a_trainer_goes_on_with_a_module_that_does_not_ask():
     assert kinds == [False] * 4
 
 
-def test_a_lightning_that_lacks_something_predicts_by_its_own_loop(monkeypatch):
+def test_other_lightning_version_uses_its_own_predict_loop(monkeypatch):
     found, light = predict()
     assert light
     monkeypatch.setattr(predict_loop, "_PRIVATE", (*predict_loop._PRIVATE, "_no_such"))

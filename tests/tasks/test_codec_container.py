@@ -100,7 +100,7 @@ FORGED = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("field", FORGED)
-def test_a_forged_header_with_a_right_checksum_is_refused_or_changes_nothing(written, mode, field):
+def test_forged_header_is_refused_or_harmless(written, mode, field):
     _, files, _, right = written
     header, frames = take_apart(files[mode])
     harmless = {"quality", "seed", "model", "torch", "block"} | ({"precision"} if mode == "lossy" else set())
@@ -205,6 +205,7 @@ SMALL = st.one_of(st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8)
 VALUE = st.one_of(SMALL, st.lists(SMALL, max_size=4), st.integers(0, 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(data=st.data())

@@ -93,7 +93,7 @@ def vae(likelihood="bernoulli", shape=(64,), **settings):
     return model
 
 
-def test_two_layers_of_latents_cost_their_two_divergences_and_come_back(tmp_path):
+def test_two_latent_layers_cost_both_kls_and_roundtrip(tmp_path):
     torch.manual_seed(0)
     model, x = TwoLayers().eval(), bits(400)
     found = compress(model, x, compare=False, out=str(tmp_path))
@@ -140,7 +140,7 @@ def test_the_net_rate_is_the_elbo_that_the_model_itself_gives(likelihood, shape,
     assert heads[0] == pytest.approx(heads[1], abs=128) and heads[1] < 8 * 800
 
 
-def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
+def test_device_without_float64_widens_on_cpu():
     torch.manual_seed(0)
     model = aezoo.create_model("vae", (64,), latent_dim=4, hidden_dims=(16,), likelihood="bernoulli").eval()
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
@@ -152,7 +152,7 @@ def test_numbers_of_a_device_without_float64_are_widened_on_the_cpu():
         assert geometric_median(rows).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_a_file_that_says_more_samples_than_it_has_bits_for_is_left_at_once():
+def test_file_with_too_many_samples_is_refused_at_once():
     model, calls = vae(), []
     coder = lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 16, 10, b"seed")
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_file_that_says_more_samples_than_it_has_bits_for_is_left_at_once():
     assert len(calls) <= 2
 
 
-def test_initial_bits_are_those_of_one_sample_however_many_there_are():
+def test_initial_bits_do_not_grow_with_samples():
     model, x = vae(latent_dim=32), bits(300)  # a sample takes twice the bits that it leaves
     one, all_of_them = (compress(model, part, compare=False) for part in (x[:1], x))
     assert 32 * 10 <= one.initial_bits <= all_of_them.initial_bits <= 1.5 * one.initial_bits
@@ -206,7 +206,7 @@ def test_another_machine_gives_the_same_bytes_or_refuses(tmp_path, error):
         assert error < 1e-6 and np.array_equal(found, (255 * x).byte().numpy())
 
 
-def test_a_lossy_file_on_another_machine_is_refused_unless_rounding_is_accepted(tmp_path):
+def test_lossy_file_of_other_machine_needs_accepted_rounding(tmp_path):
     model, x = vae(), bits(30)
     compress(model, x, mode="lossy", compare=False, out=str(tmp_path))
     path = str(tmp_path / "samples.aez")
@@ -275,7 +275,7 @@ def test_without_constriction_one_line_says_what_to_install(monkeypatch, tmp_pat
         tables.constriction_stream.cache_clear()
 
 
-def test_steps_by_deviation_are_its_share_and_err_by_a_twelfth_of_their_square():
+def test_quantisation_error_is_step_squared_over_12():
     codes = (np.random.default_rng(0).normal(size=(4000, 3)) * [1, 10, 0.1]).astype(np.float32)
     quantiser = lossy.Quantiser.fit(codes, lambda z: z * np.float32([5, 1, 1]), 2.0, "deviation")
     assert quantiser.step == pytest.approx(codes.std(0) / 4, rel=1e-5)  # whatever the decoder makes of them

@@ -80,7 +80,7 @@ def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
-def test_bytes_that_were_stored_as_floats_are_told_from_values_up_to_1(tmp_path, capsys):
+def test_float_stored_bytes_are_recognised(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x=pixels)
     flags = ["--data", str(tmp_path / "data.npz"), "--trainer.max_epochs", "1", "--model.likelihood", "gaussian"]
@@ -120,7 +120,8 @@ def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, ve
         assert (words in capsys.readouterr().err) == said
 
 
-def test_classes_that_a_run_was_trained_on_are_not_looked_for_in_other_data(tmp_path, capsys):
+@pytest.mark.slow
+def test_training_classes_are_not_required_in_other_data(tmp_path, capsys):
     x = np.random.default_rng(0).random((60, 4))
     np.savez(tmp_path / "seen.npz", x=x, y=np.arange(60) % 3)
     np.save(tmp_path / "new.npy", x)
@@ -138,6 +139,7 @@ def test_classes_that_a_run_was_trained_on_are_not_looked_for_in_other_data(tmp_
     assert "16 samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):
@@ -188,6 +190,7 @@ def table(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("header", "words"),
     [
@@ -210,7 +213,7 @@ def test_columns_of_other_names_or_in_another_order_are_refused(table, tmp_path,
             assert words in said and name in said, said
 
 
-def test_columns_that_are_those_of_training_or_have_no_names_are_taken(table, tmp_path):
+def test_matching_or_unnamed_columns_are_taken(table, tmp_path):
     for header in (["weight,label,height,age"], ["age,height,weight"], ["label,age,height,weight"], []):
         rows = ["0.1,0.2,0.3" + ",1" * ("label" in "".join(header))] * 4
         (tmp_path / "new.csv").write_text("\n".join([*header, *rows]))
@@ -238,6 +241,7 @@ def test_a_run_is_not_tested_on_columns_in_another_order(table, tmp_path, capsys
     assert "other.csv has the columns of the training data in another order" in said
 
 
+@pytest.mark.slow
 def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     x = np.random.default_rng(0).integers(0, 200, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
@@ -260,6 +264,7 @@ def test_what_is_not_read_of_a_picture_is_said(tmp_path, capsys):
     assert "aezoo: transparency is dropped from 1 images: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
@@ -278,7 +283,7 @@ def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
         assert np.allclose(found, model(seen).detach().numpy(), atol=1e-6)
 
 
-def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path, capsys):
+def test_saved_model_takes_file_and_names_missing_data(run, tmp_path, capsys):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
     assert "does not say what it was trained on" in refused(
         capsys, "reconstruct", "--ckpt_path", str(tmp_path / "saved")
@@ -288,6 +293,7 @@ def test_a_saved_model_takes_a_file_and_says_that_it_knows_no_data(run, tmp_path
     assert (tmp_path / "saved" / "reconstruct" / "errors.csv").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["a file", "written out"])
 def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
@@ -372,7 +378,7 @@ def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):
     assert "data.batch_size" not in out
 
 
-def test_what_scales_samples_is_in_the_checkpoint_only_where_it_is_needed(tmp_path):
+def test_scaling_is_saved_only_where_needed(tmp_path):
     for scale, there in (("standard", True), ("none", False)):
         data = aezoo.DataModule.from_arrays(np.random.default_rng(0).random((40, 3)), scale=scale)
         model = aezoo.create_model("dense_ae", (3,), likelihood="gaussian")
@@ -402,7 +408,8 @@ def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
 
 
-def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_path, capsys):
+@pytest.mark.slow
+def test_model_works_without_its_training_data(run, tmp_path, capsys):
     folder = tmp_path / "moved"
     shutil.copytree(run, folder)
     with np.load(run.parents[2] / "data.npz") as file:
@@ -418,6 +425,7 @@ def test_a_model_that_has_left_its_training_data_behind_still_works(run, tmp_pat
     assert (folder / "detect" / "scores.csv").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
     flags = ["--data", str(tmp_path / "x.npy"), "--data.test_fraction", "0", "--trainer.max_epochs", "1"]
@@ -440,7 +448,7 @@ def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
         ("zuko", "flows", "generate", {"prior": "maf"}),
     ],
 )
-def test_what_is_not_installed_is_said_before_samples_are_looked_at(monkeypatch, package, extra, verb, flags):
+def test_missing_package_is_reported_first(monkeypatch, package, extra, verb, flags):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(AezooError, match=rf"pip install 'aezoo\[{extra}\]'"):
         getattr(aezoo, verb)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
@@ -465,6 +473,7 @@ def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb)
     assert ended.value.code == 0
 
 
+@pytest.mark.slow
 def test_a_prior_needs_no_training_data(tmp_path, capsys):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).random((60, 4)))
     flags = [

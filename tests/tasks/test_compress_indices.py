@@ -377,7 +377,7 @@ def test_an_even_prior_costs_log2_k_and_a_certain_one_nothing(tmp_path, sizes):
     assert np.array_equal(decompress(model, str(path)).x, right(model, model.samples(surprise)))
 
 
-def test_it_takes_a_pass_for_each_token_of_a_block_with_blocks_of_the_same_size_both_ways(tmp_path):
+def test_coding_takes_one_pass_per_token_of_a_block(tmp_path):
     model = prior((2, 5))
     x = model.samples(model.draw(70))
     model.calls.clear()
@@ -442,7 +442,7 @@ def test_a_file_of_another_model_or_prior_is_refused(held):
     assert "another model" in refusal(model, path)
 
 
-def test_payloads_with_a_right_checksum_give_what_was_in_or_nothing(held):
+def test_forged_payload_decodes_or_is_refused(held):
     model, x, path = held
     header, frames = take_apart(path.read_bytes())
     random, expected = np.random.default_rng(1), right(model, x, 16)
@@ -468,7 +468,7 @@ def test_payloads_with_a_right_checksum_give_what_was_in_or_nothing(held):
         assert np.array_equal(found, expected) if isinstance(found, np.ndarray) else "\n" not in found
 
 
-def test_a_forged_header_with_a_right_checksum_is_refused_or_changes_nothing(held):
+def test_forged_header_is_refused_or_harmless(held):
     model, x, path = held
     header, frames = take_apart(path.read_bytes())
     expected = right(model, x, 16)
@@ -532,7 +532,7 @@ def test_modes_that_are_not_the_files_are_refused(held, tmp_path):
         assert "has no such thing" in refusal(nothing, other, put_together(head | {"mode": mode}, frames))
 
 
-def test_a_prior_that_computes_otherwise_is_refused_at_once_with_rounding_accepted_too(tmp_path, monkeypatch):
+def test_prior_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
     model = prior((2, 6), (9, 30), seed=1)
     x = model.samples(model.draw(256))
     _, path = written(model, x, tmp_path, batch_size=16)
@@ -547,7 +547,7 @@ def test_a_prior_that_computes_otherwise_is_refused_at_once_with_rounding_accept
     assert decompress(model, str(path)).same
 
 
-def test_a_decoder_that_rounds_otherwise_is_accepted_if_asked_and_its_indices_are_exact(held):
+def test_other_rounding_accepted_on_request_with_exact_indices(held):
     model, x, path = held
     expected = right(model, x, 16)
     hook = model.decoder.register_forward_hook(lambda module, given, out: out * (1 + 1e-6))
@@ -558,7 +558,7 @@ def test_a_decoder_that_rounds_otherwise_is_accepted_if_asked_and_its_indices_ar
     assert decompress(model, str(path)).same
 
 
-def test_a_device_that_does_not_compute_the_same_twice_writes_no_file(tmp_path, monkeypatch):
+def test_non_deterministic_device_writes_no_file(tmp_path, monkeypatch):
     model, own, calls = prior((2, 6), (9, 30)), WithPrior.next_logits, []
 
     def noisy(self, tokens, t):
@@ -605,7 +605,7 @@ def test_books_too_large_for_a_prior_are_refused():
 # ---- the verb --------------------------------------------------------------------------------------------------------
 
 
-def test_a_lossy_file_that_was_written_before_there_were_indices_is_still_read(tmp_path):
+def test_old_lossy_file_without_indices_is_read(tmp_path):
     model, path = Thirds().eval(), tmp_path / "old.aez"
     path.write_bytes(VERSION_1)
     header, _ = take_apart(VERSION_1)
@@ -616,7 +616,7 @@ def test_a_lossy_file_that_was_written_before_there_were_indices_is_still_read(t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_has_one_row_for_the_model_and_its_rate_is_no_matter_of_quality(tmp_path, kind):
+def test_table_has_one_row_per_model(tmp_path, kind):
     model = {"prior": prior, "indices": Plain}[kind]((1, 8), (9,)).eval()
     x = torch.rand(60, 1, 8, generator=torch.Generator().manual_seed(0))
     rows = {}
@@ -641,7 +641,7 @@ def test_the_table_has_one_row_for_the_model_and_its_rate_is_no_matter_of_qualit
         assert own[1]["bytes"] == pytest.approx(plain.rows[0]["bytes"], abs=12)
 
 
-def test_lossless_is_not_for_indices_and_lossy_and_auto_are_the_same():
+def test_index_models_refuse_lossless_and_auto_is_lossy():
     model, x = Plain((1, 8), (9,)).eval(), torch.rand(20, 1, 8)
     assert compress(model, x, mode="lossy", compare=False).contents == compress(model, x, compare=False).contents
     with pytest.raises(AezooError, match="lossless needs"):
@@ -657,6 +657,7 @@ CODED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CODED)
 def test_every_model_of_indices_is_coded_by_them(tmp_path, name, settings):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from representative_models import others_slow
 
 import aezoo
 import aezoo.bases.entropy_coded
@@ -56,8 +57,8 @@ def by_blocks(model, x, block):
         return torch.cat([model(part) for part in x.split(block)]).numpy()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_decodes_to_the_model_s_reconstruction_in_the_bits_of_its_laws(name, tmp_path):
+@pytest.mark.parametrize("name", others_slow(NAMES, kept=("factorized_prior", "scale_hyperprior")))
+def test_file_decodes_to_reconstruction_in_model_bits(name, tmp_path):
     model, x = trained(small(name, 5.0)), data(200)
     found = compress(model, x, out=str(tmp_path), batch_size=64)
     back = decompress(model, str(tmp_path / "samples.aez"))
@@ -120,6 +121,7 @@ def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
     assert len(parts) == pytest.approx(len(whole), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_model_of_several_rates_writes_a_file_of_each_quality(tmp_path):
     model, x = trained(small("gained_hyperprior", 5.0)), data(60)
     model.quality = 1.0
@@ -197,7 +199,7 @@ def test_codes_that_are_no_numbers_or_too_large_are_refused(value):
         compress(model, data(), compare=False)
 
 
-def test_codes_that_are_nan_are_refused_where_the_processor_makes_0_of_them(monkeypatch):
+def test_nan_codes_are_refused_before_integer_cast(monkeypatch):
     """As ARM's do."""
     model, long = small("factorized_prior"), torch.Tensor.long
     with torch.no_grad():
@@ -230,7 +232,7 @@ def test_outputs_that_differ_by_rounding_are_refused_or_said(tmp_path, monkeypat
     np.testing.assert_allclose(loose.x, by_blocks(model, x, 256), rtol=1e-5, atol=1e-6)
 
 
-def test_a_device_that_does_not_compute_the_same_twice_is_found_when_writing(monkeypatch):
+def test_non_deterministic_device_is_found_when_writing(monkeypatch):
     model = small("mean_scale_hyperprior")
     kind, drift = type(model), itertools.count()
     law = kind.law

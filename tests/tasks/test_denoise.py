@@ -42,7 +42,8 @@ def linear(matrix, offset):
     return model
 
 
-def test_a_linear_model_that_is_the_wiener_filter_has_the_wiener_error():
+@pytest.mark.slow
+def test_wiener_filter_model_has_wiener_error():
     rng, d, sigma = np.random.default_rng(0), 8, 0.7
     mix = rng.normal(0, 1, (d, d)) / np.arange(1, d + 1)
     covariance, mean = mix @ mix.T, rng.normal(0, 1, d)
@@ -69,7 +70,7 @@ def test_psnr_of_the_noisy_samples_is_that_of_the_noise(sigma):
     assert by_method(found)["identity"]["psnr"] == pytest.approx(-10 * np.log10(sigma**2), abs=0.05)
 
 
-def test_the_median_filter_takes_salt_and_pepper_off_a_constant_image():
+def test_median_filter_removes_salt_and_pepper():
     x = np.full((4, 1, 32, 32), 0.4, np.float32)
     model = aezoo.create_model("dense_ae", (1, 32, 32), latent_dim=2)
     rows = by_method(denoise(model, x, corrupt="salt_and_pepper:0.05"))
@@ -97,7 +98,7 @@ def test_filters_are_those_of_scikit_image(channels):
     assert np.allclose(denoise_filters.median(x, 3), np.median(window, axis=(-1, -2)))
 
 
-def test_the_table_is_scikit_images_metrics_of_the_samples_it_is_about():
+def test_table_matches_scikit_image_metrics():
     model, x = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2), images(40)
     found = denoise(model, x, corrupt="gaussian:0.2", n_compared=40)
     row = found.table[0]
@@ -130,7 +131,7 @@ def test_psnr_and_ssim_take_the_range_of_the_data(low, high):
 
 
 @pytest.mark.parametrize("sigma", [0.03, 0.3, 1.0])
-def test_no_other_strength_of_a_filter_does_much_better_than_those_that_are_tried(sigma):
+def test_filter_strength_grid_is_near_optimal(sigma):
     clean = images(6)
     noisy = (clean + sigma * np.random.default_rng(0).normal(0, 1, clean.shape)).astype(np.float32)
 
@@ -179,7 +180,7 @@ def test_a_filter_takes_its_best_setting():
     assert all(errors[best] <= error for error in errors.values()) and len(set(errors.values())) == len(errors)
 
 
-def test_noise_depends_on_the_seed_and_the_number_of_a_sample_alone():
+def test_noise_depends_on_seed_and_sample_index_only():
     model, x = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2), images(20)
     options = {"corrupt": "gaussian:0.2", "baselines": False}
     first = denoise(model, x, **options)
@@ -190,7 +191,7 @@ def test_noise_depends_on_the_seed_and_the_number_of_a_sample_alone():
     assert not np.allclose(same[0], same[1], atol=1e-6)
 
 
-def test_the_table_is_about_n_compared_samples_with_the_noise_that_the_model_met():
+def test_table_uses_n_samples_with_model_noise():
     model, x = linear(np.eye(5), np.zeros(5)), np.random.default_rng(0).normal(0, 1, (50, 5)).astype(np.float32)
     found = denoise(model, x, corrupt="gaussian:0.3", n_compared=10, batch_size=7)
     # the model gives back what it is given

@@ -82,7 +82,7 @@ def test_all_gaps_of_a_perfect_autoencoder_are_0(score):
     assert (Detector(model, "sap").fit(x).decision_function(x) > 1e-3).all()
 
 
-def test_sap_without_hidden_layers_is_the_squared_error_of_sample_and_code():
+def test_sap_without_hidden_layers_is_squared_error():
     """h_0 is the sample, whose part is D times mse; the code is the last layer of the paper's, not one left out."""
     model, x = moved("dense_ae", (6,), hidden_dims=(), latent_dim=3, likelihood="gaussian"), torch.randn(20, 6)
     scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
@@ -107,7 +107,7 @@ def fitted(model, x, **tuning):
     return scorer
 
 
-def test_the_centre_is_the_mean_of_the_initial_codes_kept_away_from_0():
+def test_centre_is_mean_of_initial_codes_away_from_0():
     model, x = moved(latent_dim=12, hidden_dims=(16,)), images(40)
     scorer = fitted(model, x, epochs=0)
     weights = [p.detach().double() for name, p in model.encoder.named_parameters() if name.endswith("weight")]
@@ -119,7 +119,7 @@ def test_the_centre_is_the_mean_of_the_initial_codes_kept_away_from_0():
     assert torch.allclose(scorer.centre_D.double(), expected, atol=1e-6)
 
 
-def test_the_score_is_the_squared_distance_from_the_centre_of_the_fine_tuned_code():
+def test_svdd_score_is_distance_from_centre():
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(40)
     scorer = fitted(model, x, epochs=3)
     code = scorer._copy.encode(x).double()
@@ -130,7 +130,7 @@ def test_the_score_is_the_squared_distance_from_the_centre_of_the_fine_tuned_cod
     assert whole.threshold_ == np.percentile(whole.decision_scores_, 90)
 
 
-def test_one_step_is_adams_on_the_gradient_of_the_mean_squared_distance():
+def test_svdd_step_is_adam_on_mean_squared_distance():
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(40)
     before, after = fitted(model, x, epochs=0), fitted(model, x, epochs=1, lr=1e-3)
     by_hand = copy.deepcopy(before._copy)
@@ -144,7 +144,7 @@ def test_one_step_is_adams_on_the_gradient_of_the_mean_squared_distance():
         assert torch.allclose(mine, theirs, atol=1e-7)
 
 
-def test_training_draws_normal_samples_together_and_leaves_the_model_alone():
+def test_svdd_training_contracts_codes_and_keeps_model():
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(60)
     held, modes = state(model), [m.training for m in model.modules()]
     before, after = fitted(model, x, epochs=0), fitted(model, x, epochs=30, lr=1e-3)
@@ -183,7 +183,7 @@ def test_a_constant_code_cannot_be_reached():
     assert not scorer(x).any()
 
 
-def test_with_biases_training_ends_at_the_constant_and_without_them_it_does_not(monkeypatch):
+def test_biases_collapse_svdd_to_a_constant(monkeypatch):
     x = images(64)
     model = moved(latent_dim=2, hidden_dims=(4,))
 
@@ -199,7 +199,7 @@ def test_with_biases_training_ends_at_the_constant_and_without_them_it_does_not(
 
 
 @pytest.mark.parametrize("act", ["tanh", "sigmoid", "elu", "softplus"])
-def test_activations_that_stand_in_for_a_bias_are_refused_in_one_line(act):
+def test_activations_nonzero_at_zero_are_refused(act):
     with pytest.raises(AezooError, match="relu, leaky_relu, gelu or silu") as refused:
         Detector(moved(activation=act, hidden_dims=(8,)), "deep_svdd")
     assert "\n" not in str(refused.value)
@@ -230,7 +230,8 @@ def test_the_boundary_is_soft_where_a_share_may_lie_outside():
         assert torch.allclose(p.detach() - 1e-3 * g / (g.abs() + 1e-8), theirs, atol=2e-6)
 
 
-def test_it_beats_an_untrained_network_on_digits_with_one_left_out():
+@pytest.mark.slow
+def test_trained_beats_untrained_network_on_digits():
     """PyOD 3.6.3 to 3.6.5 had the AUC of an untrained network, .746 (its changelog)."""
     found = {"trained": [], "codes": [], "untrained": []}
     for digit in (0, 5, 8):
@@ -300,7 +301,8 @@ def test_fre_is_the_error_of_pca_in_the_features():
     assert np.allclose(found, expected, rtol=1e-3) and expected.min() > 0
 
 
-def test_a_linear_autoencoder_trained_on_the_features_comes_to_fre():
+@pytest.mark.slow
+def test_linear_autoencoder_of_features_reaches_fre():
     """Baldi & Hornik 1989; what anomalib trains by Adam is this."""
     net = random_features((1, 8, 8))
     with torch.no_grad():
@@ -320,7 +322,7 @@ def test_a_linear_autoencoder_trained_on_the_features_comes_to_fre():
     assert floor - 1e-4 < error < 1.02 * floor
 
 
-def test_fre_stands_beside_the_other_baselines_where_features_are_named():
+def test_fre_baseline_is_added_with_features():
     data = without(5)
     model = learnt(data.tensors("train")[0], steps=60)
     found = detect(model, data, score="deep_svdd,nll", svdd_epochs=2, features="random", anomaly="5", n_shown=0)
@@ -337,7 +339,7 @@ def test_fre_stands_beside_the_other_baselines_where_features_are_named():
     assert only.table[1]["auroc"] == pytest.approx(auroc)
 
 
-def test_the_features_of_a_model_of_the_zoo_are_its_encoders_last_hidden_layer(tmp_path):
+def test_model_features_are_last_hidden_layer(tmp_path):
     model, x = moved("conv_ae", hidden_dims=(3, 5)), images(30)
     path = aezoo.save_model(model, tmp_path / "saved")
     with torch.no_grad():
@@ -409,8 +411,9 @@ def test_few_samples_keep_half_of_their_directions(n):
 # ---- on the command line --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense_ae", "dagmm", "ganomaly"])
-def test_the_verb_compares_all_scores_on_digits_of_which_training_saw_one(name, tmp_path, capsys):
+def test_detect_compares_scores_on_held_out_digits(name, tmp_path, capsys):
     """`aezoo fit --data.train_classes`, then `aezoo detect`: the scores, and the baselines beside them."""
     flags = ["--data.name=digits", "--data.train_classes=[3]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     main(["fit", f"--model={name}", *flags, f"--trainer.default_root_dir={tmp_path / 'runs'}"])

@@ -199,6 +199,7 @@ def test_more_queries_than_are_looked_up_at_a_time_find_the_same():
     assert np.allclose(distances, np.sort(every, axis=1)[:, :4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 60])
 def test_tsne_keeps_groups_apart_and_repeats_itself(size):
     rng = np.random.default_rng(0)
@@ -267,7 +268,7 @@ def test_a_code_of_one_number_has_a_plane_too():
     assert found.plane[:, 0].std() > 0 and (found.plane[:, 1] == 0).all()
 
 
-def test_samples_that_classifiers_have_learnt_from_give_no_accuracies(model, digits):
+def test_classifier_training_samples_give_no_accuracies(model, digits):
     train = Samples.from_data(digits, "train")
     assert embed(model, train, fit_on=digits).accuracies == []
 
@@ -278,14 +279,14 @@ def test_several_labels_each_are_left_out(tmp_path, model):
     assert "label" not in lines(tmp_path / "plane.csv")[0] and "label" not in lines(tmp_path / "neighbours.csv")[0]
 
 
-def test_at_most_so_many_rows_are_chosen_at_random_and_none_twice():
+def test_row_limit_draws_without_repeats():
     rows = choose_rows(100, 30)
     assert len(rows) == len(set(rows)) == 30 and rows.max() > 30 and (np.diff(rows) > 0).all()
     assert np.array_equal(rows, choose_rows(100, 30)) and not np.array_equal(rows, choose_rows(100, 30, seed=1))
     assert np.array_equal(choose_rows(20, 30), np.arange(20)) and np.array_equal(choose_rows(20, None), np.arange(20))
 
 
-def test_labels_of_one_class_or_with_fractions_give_no_accuracies(model):
+def test_degenerate_labels_give_no_accuracies(model):
     x = torch.rand(8, 1, 8, 8)
     for y in (torch.zeros(8, dtype=torch.long), torch.rand(8)):
         data = Samples(ArrayDataset(x, y))

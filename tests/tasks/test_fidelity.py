@@ -60,7 +60,7 @@ def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel():
     assert fidelity.kid(many, torch.from_numpy(b), seed=1) == fidelity.kid(many, torch.from_numpy(b), seed=1)
 
 
-def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_far_ones():
+def test_precision_recall_limits_are_one_and_zero():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     assert fidelity.precision_recall(x, x) == (1, 1)
     assert fidelity.precision_recall(x, x + 100) == (0, 0)
@@ -70,7 +70,7 @@ def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_far_ones():
     assert fidelity.precision_recall(x, both) == (0.5, 1)
 
 
-def test_precision_and_recall_are_those_of_the_paper_s_definition():
+def test_precision_recall_match_paper_definition():
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(50, 3)), rng.normal(size=(40, 3)) + 1
 
@@ -89,7 +89,7 @@ def test_precision_and_recall_are_those_of_the_paper_s_definition():
     assert 0 < found[0] < 1 and 0 < found[1] < 1 and found[0] != found[1]
 
 
-def test_the_nearest_training_sample_is_found_across_batches_and_a_copy_has_distance_zero():
+def test_nearest_training_sample_is_found_across_batches():
     rng = np.random.default_rng(0)
     train = rng.random((70, 1, 5, 5)).astype(np.float32)
     x = np.concatenate([train[[69, 3]], rng.random((6, 1, 5, 5)).astype(np.float32)])
@@ -99,7 +99,7 @@ def test_the_nearest_training_sample_is_found_across_batches_and_a_copy_has_dist
     assert np.allclose(found.distances, every.min(1), atol=1e-6) and found.distances[:2].max() < 1e-6
 
 
-def test_copies_are_closer_to_the_training_set_than_new_samples_are():
+def test_copies_are_closer_to_training_set_than_samples():
     rng = np.random.default_rng(0)
     fake, held = rng.random(30), rng.random(50)
     expected = np.mean([[f < h for h in held] for f in fake])
@@ -124,7 +124,8 @@ def test_the_batch_size_does_not_change_the_figures():
         )
 
 
-def test_labels_train_a_small_classifier_whose_name_and_accuracy_are_said(tmp_path, dense, digits, monkeypatch):
+@pytest.mark.slow
+def test_labels_train_a_reported_small_classifier(tmp_path, dense, digits, monkeypatch):
     monkeypatch.setattr(fidelity_features, "stored_file", lambda name: tmp_path / name)
     found = generate(dense, digits, fit_on=digits, n=4, quality=100, out=str(tmp_path))
     assert found.features.startswith("a small classifier of digits (train) (accuracy 0.9")
@@ -137,7 +138,7 @@ def test_labels_train_a_small_classifier_whose_name_and_accuracy_are_said(tmp_pa
     assert float(rows[0]["fid"]) == pytest.approx(generated["fid"])
 
 
-def test_without_labels_features_are_principal_components_and_it_says_so():
+def test_features_without_labels_are_principal_components():
     x = torch.rand(90, 1, 6, 6)
     features = fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False)
     assert "36 principal components of raw values (no labels" in features.name
@@ -150,7 +151,7 @@ def test_labels_with_fractions_are_no_classes():
     assert "principal" in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
 
 
-def test_the_classifier_learns_from_the_samples_that_have_labels_however_few(monkeypatch):
+def test_classifier_learns_from_few_labels(monkeypatch):
     monkeypatch.setattr(fidelity_features, "_MAX_LEARNED", 6)
     monkeypatch.setattr(fidelity_features, "STEPS", 3)
     monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 3)
@@ -193,7 +194,8 @@ def stored(tmp_path, monkeypatch):
     return path
 
 
-def test_inception_is_used_where_its_weights_are_at_hand_with_torchvision_s_own_scaling(stored):
+@pytest.mark.slow
+def test_inception_is_used_if_available_with_its_scaling(stored):
     from torchvision.models import Inception_V3_Weights, inception_v3
     from torchvision.models.feature_extraction import create_feature_extractor
     from torchvision.transforms.functional import normalize

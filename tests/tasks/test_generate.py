@@ -54,7 +54,7 @@ def test_auto_is_the_model_s_own_prior_where_it_has_one(tmp_path, vae):
     assert (tmp_path / "samples.png").stat().st_size > 1000 and "own prior" in found.summary()
 
 
-def test_the_samples_of_a_linear_gaussian_vae_have_the_data_s_covariance():
+def test_linear_vae_samples_have_data_covariance():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3000, 2)) @ rng.normal(size=(2, 5)) * 2 + rng.normal(size=(3000, 5)) * 0.3 + 1
     pca = PCA(2).fit(x)
@@ -70,7 +70,7 @@ def test_the_samples_of_a_linear_gaussian_vae_have_the_data_s_covariance():
     assert np.abs(drawn.mean(0) - x.mean(0)).max() < 0.05
 
 
-def test_auto_is_a_mixture_of_the_training_codes_for_a_model_without_a_prior():
+def test_auto_prior_is_mixture_for_model_without_prior():
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(3, 0.2, (300, 2)), rng.normal(-3, 0.2, (100, 2))]).astype(np.float32)
     found = generate(identity(2), x[:50], fit_on=x, n=2000, n_components=2)
@@ -81,6 +81,7 @@ def test_auto_is_a_mixture_of_the_training_codes_for_a_model_without_a_prior():
     assert found.samples[above].std(0) == pytest.approx([0.2, 0.2], abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "maf", "knn", "two_stage", "vamp", "riemannian"])
 def test_a_seed_fixes_the_samples_and_batches_change_nothing(dense, digits, prior):
     one, same, other = (
@@ -93,13 +94,14 @@ def test_a_seed_fixes_the_samples_and_batches_change_nothing(dense, digits, prio
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "knn"])
-def test_many_samples_are_drawn_in_parts_that_do_not_repeat_each_other(prior, monkeypatch):
+def test_batched_draws_do_not_repeat(prior, monkeypatch):
     monkeypatch.setattr(importlib.import_module("aezoo.tasks.generate"), "_DRAWN_AT_ONCE", 5)
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     found = generate(identity(3), fit_on=x, prior=prior, n=13).samples
     assert len(np.unique(found.round(4), axis=0)) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 def test_every_kind_of_sample_is_written(tmp_path, shape):
     model = aezoo.create_model("dense_ae", shape, latent_dim=3)
@@ -129,7 +131,7 @@ def test_code_maps_are_drawn_whole(tmp_path):
 # ---- walks ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_interpolation_runs_from_code_to_code_on_a_line_or_if_asked_for_on_a_circle(vae, digits):
+def test_interpolation_is_linear_or_spherical(vae, digits):
     x, _ = digits.tensors("test")
     with torch.no_grad():
         a, b = vae.encode(x[:2]).double().numpy()
@@ -156,7 +158,7 @@ def test_circles_between_codes_of_unit_length_are_those_of_scipy():
     assert torch.isfinite(generate_walks.slerp(a, torch.zeros(6, dtype=torch.float64), t[:, None])).all()
 
 
-def test_a_traversal_moves_one_dimension_over_its_range_the_most_varied_first():
+def test_traversal_orders_dimensions_by_variance():
     x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32) * [1, 5, 2]
     walked = generate(
         identity(3), x[:1].astype(np.float32), fit_on=x.astype(np.float32), traverse=True, steps=4
@@ -167,7 +169,7 @@ def test_a_traversal_moves_one_dimension_over_its_range_the_most_varied_first():
         assert np.allclose(walk[:, others], x[0, others], atol=1e-5)
 
 
-def test_a_model_with_a_prior_walks_among_samples_of_its_own_where_none_are_given(vae):
+def test_interpolation_defaults_to_samples_of_the_prior(vae):
     torch.manual_seed(0)
     with torch.no_grad():
         codes = vae.encode(vae.sample(1000))
@@ -183,7 +185,7 @@ def test_a_model_with_a_prior_walks_among_samples_of_its_own_where_none_are_give
     assert np.allclose(generate(vae, around=some, spread=1e-6, steps=2).samples[:, 0], vae(some).detach(), atol=1e-4)
 
 
-def test_around_is_as_far_as_asked_for_in_standard_deviations_of_the_codes():
+def test_neighbourhood_radius_is_in_code_deviations():
     rng = np.random.default_rng(0)
     train = (rng.normal(size=(500, 3)) * [1, 5, 0]).astype(np.float32)
     x = rng.normal(size=(2, 3)).astype(np.float32)

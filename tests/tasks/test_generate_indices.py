@@ -26,7 +26,7 @@ def small(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_temperature_and_top_k_are_those_of_the_model_s_own_draws(name, tmp_path):
+def test_temperature_and_top_k_match_model_draws(name, tmp_path):
     model = small(name)
     for asked, said in (
         ({}, "the model's own prior"),
@@ -71,7 +71,7 @@ def test_what_cannot_be_drawn_is_refused(asked, message):
         generate(small("index_transformer"), **asked)
 
 
-def test_another_prior_of_codes_still_works_and_a_walk_starts_from_draws():
+def test_other_prior_works_and_interpolates_its_draws():
     model, x = small("pixelcnn"), torch.rand(40, 1, 8, 8)
     for prior in ("gmm", "knn"):
         found = generate(model, fit_on=x, prior=prior, n=3, n_components=2)
@@ -113,6 +113,7 @@ def runs(tmp_path_factory):
     return tokenizer, home / "runs" / "index_transformer-digits" / "0"
 
 
+@pytest.mark.slow
 def test_two_fits_and_samples_of_the_prior_s_run_alone(runs, tmp_path, capsys):
     tokenizer, own = runs
     alone = tmp_path / "alone"
@@ -133,6 +134,7 @@ def test_two_fits_and_samples_of_the_prior_s_run_alone(runs, tmp_path, capsys):
         assert torch.equal(model.tokenizer.state_dict()[key], value), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["--ckpt_path", "--resume", "auto"])
 def test_a_stopped_fit_of_a_prior_goes_on_as_if_it_had_not_been(runs, tmp_path, how, capsys):
     tokenizer, whole = runs

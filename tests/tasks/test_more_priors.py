@@ -18,6 +18,7 @@ def fitted():
     return priors.fit("two_stage", ring(1500, 0))
 
 
+@pytest.mark.slow
 def test_the_second_stage_finds_a_ring_that_no_gaussian_has(fitted):
     drawn = np.linalg.norm(fitted.sample(4000, seed=0), axis=1)
     gaussian = np.linalg.norm(priors.fit("gaussian", ring(1500, 0)).sample(4000, seed=0), axis=1)
@@ -54,7 +55,7 @@ def test_of_gaussian_codes_it_is_about_that_gaussian():
     assert np.abs((np.cov(drawn.T) - np.cov(codes.T)) / np.outer(scale, scale)).max() < 0.2
 
 
-def test_it_keeps_the_weights_that_codes_held_out_of_its_training_like_best(monkeypatch):
+def test_prior_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
     codes = np.random.default_rng(0).normal(size=(60, 4))
     losses = []
@@ -94,7 +95,7 @@ def test_fitting_and_drawing_leave_torch_s_random_stream_alone():
         priors.fit("two_stage", ring(12, 0))
 
 
-def test_wide_codes_have_their_covariance_beyond_the_components_kept(monkeypatch):
+def test_wide_codes_keep_covariance_beyond_components(monkeypatch):
     monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 60)
     rng = np.random.default_rng(0)

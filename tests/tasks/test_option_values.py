@@ -47,6 +47,7 @@ def packed(model, x, tmp_path_factory):
     return folder / "samples.aez"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "option"), [*options()])
 @pytest.mark.filterwarnings("ignore")
 def test_a_flag_takes_a_value_or_refuses_it(verb, option, model, x, packed, tmp_path):

@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         Store(tmp_path / "file" / "out")
 
 
-def test_an_array_that_the_disk_cannot_hold_is_refused_before_it_is_filled(tmp_path):
+def test_array_beyond_disk_space_is_refused_first(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))

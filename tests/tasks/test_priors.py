@@ -29,7 +29,7 @@ def least_p(a, b):
     return 30 * min(ks_2samp(a @ d, b @ d).pvalue for d in directions)
 
 
-def test_samples_of_a_fitted_mixture_pass_a_two_sample_test_with_the_mixture():
+def test_mixture_samples_pass_two_sample_test():
     fitted = priors.fit("gmm", mixture(4000, 0), n_components=2)
     drawn = fitted.sample(2000, seed=1)
     assert least_p(drawn, mixture(2000, 2)) > 0.05
@@ -49,7 +49,7 @@ def test_the_density_of_a_fitted_mixture_is_that_of_the_mixture():
 
 
 @pytest.mark.parametrize("size", [3, 40], ids=["fewer dimensions than codes", "more dimensions than codes"])
-def test_the_gaussian_has_the_mean_and_the_covariance_of_the_codes(size):
+def test_gaussian_prior_has_code_moments(size):
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(30, size)) @ rng.normal(size=(size, size)) + rng.normal(size=size)
     drawn = priors.fit("gaussian", codes).sample(200_000, seed=0)
@@ -67,7 +67,7 @@ def test_the_gaussian_has_the_density_of_scipy():
 
 
 @pytest.mark.parametrize("name", ["gmm", "maf"])
-def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, monkeypatch):
+def test_residual_components_keep_code_covariance(name, monkeypatch):
     monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 30)
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def test_what_lies_beyond_the_components_kept_has_the_codes_covariance(name, mon
     assert np.abs((drawn.mean(0) - codes.mean(0)) / scale).max() < (0.03 if name == "gmm" else 0.2)
 
 
-def test_few_codes_have_their_covariance_beyond_the_components_kept_too():
+def test_few_codes_keep_covariance_beyond_components():
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(8, 5)) @ rng.normal(size=(5, 5))
     drawn = priors_principal.PrincipalSubspace("gaussian", codes, 2, 1, 0).sample(100_000, seed=0)
@@ -88,7 +88,8 @@ def test_few_codes_have_their_covariance_beyond_the_components_kept_too():
     assert np.abs((np.cov(drawn.T) - covariance) / np.outer(scale, scale)).max() < 0.03
 
 
-def test_the_flow_beats_a_gaussian_on_a_ring_and_its_density_integrates_to_one():
+@pytest.mark.slow
+def test_flow_prior_beats_gaussian_and_is_normalised():
     fitted, held = priors.fit("maf", ring(800, 0)), ring(1000, 1)
     gaussian = priors.fit("gaussian", ring(800, 0)).log_prob(held).mean()
     # the ring's own is -2.34, a Gaussian's -3.54
@@ -107,7 +108,7 @@ def test_the_flow_beats_a_gaussian_on_a_ring_and_its_density_integrates_to_one()
     assert np.abs(histogram - mass).sum() < 0.25  # 0.15 is the noise of 4,000 draws
 
 
-def test_the_flow_keeps_the_weights_that_codes_held_out_of_its_training_like_best(monkeypatch):
+def test_flow_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 100)  # by then it knows 100 codes by heart
     rng = np.random.default_rng(0)
@@ -115,7 +116,7 @@ def test_the_flow_keeps_the_weights_that_codes_held_out_of_its_training_like_bes
     assert fitted.gain(rng.normal(size=(2000, 4))) > -0.3  # nothing is likelier than a Gaussian there
 
 
-def test_samples_of_knn_lie_on_segments_between_a_code_and_one_of_its_neighbours():
+def test_knn_samples_lie_between_neighbouring_codes():
     codes = mixture(60, 0)
     drawn = priors.fit("knn", codes, n_neighbours=3).sample(300, seed=0).astype(np.float64)
     every = np.linalg.norm(codes[:, None] - codes[None], axis=2)
@@ -137,6 +138,7 @@ def test_samples_of_knn_lie_on_segments_between_a_code_and_one_of_its_neighbours
     assert np.std(places) == pytest.approx(12**-0.5, abs=0.05)  # of U(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", priors.GENERAL_PRIORS)
 def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
     monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
@@ -148,6 +150,7 @@ def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
     assert one.sample(20, 5).dtype == np.float32 and one.sample(20, 5).shape == (20, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", priors.GENERAL_PRIORS)
 @pytest.mark.parametrize(
     "kind", ["all the same", "two", "one dimension", "a dead dimension", "twins", "binary", "sparse"]

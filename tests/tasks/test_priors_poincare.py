@@ -15,7 +15,7 @@ def codes(radius: float, n: int = 500) -> np.ndarray:
 
 
 @pytest.mark.parametrize("radius", [1.0, 0.7**-0.5, 5.0])
-def test_normal_coordinates_keep_the_hyperbolic_distance_from_the_centre(radius):
+def test_normal_coordinates_keep_radial_distance(radius):
     z = codes(radius)
     prior = Poincare(z, 1, 0, radius)
     v = prior.to_flat(z)
@@ -26,7 +26,7 @@ def test_normal_coordinates_keep_the_hyperbolic_distance_from_the_centre(radius)
     np.testing.assert_allclose(np.linalg.norm(v, axis=1), distance, rtol=1e-6)
 
 
-def test_draws_have_the_mean_and_the_spread_of_the_codes_in_normal_coordinates():
+def test_prior_draws_match_code_moments_in_normal_coordinates():
     z = codes(1.0, 4000)
     prior = Poincare(z, 1, 0, 1.0)
     drawn = prior.sample(4000, 1)
@@ -44,7 +44,7 @@ def test_codes_on_the_boundary_and_at_the_centre_are_finite():
     assert np.linalg.norm(far, axis=1).max() < 1 and np.isfinite(far).all()
 
 
-def test_codes_outside_and_a_code_without_a_ball_are_refused_in_one_line():
+def test_codes_outside_the_ball_are_refused():
     with pytest.raises(AezooError, match="outside of the ball of radius 1"):
         Poincare(np.full((5, 2), 3.0), 1, 0, 1.0)
     with pytest.raises(AezooError, match="codes in a ball"):

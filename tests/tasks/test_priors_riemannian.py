@@ -12,7 +12,7 @@ def ring(n: int = 600) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], 1) * 1.4 + 0.05 * rng.standard_normal((n, 2))
 
 
-def test_the_inverse_metric_is_the_sum_written_out_and_positive_definite():
+def test_inverse_metric_matches_sum_and_is_positive():
     prior = Riemannian(ring(), 0)
     z = np.random.default_rng(1).standard_normal((5, 2))
     found = prior.inverse_metric(torch.from_numpy(z)).numpy()

@@ -51,7 +51,7 @@ def test_the_kernel_s_width_is_the_likeliest_by_leave_one_out(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vae", "dense_ae"])
-def test_generate_mixes_the_posteriors_of_a_vae_and_kernels_of_other_codes(name, monkeypatch):
+def test_generate_uses_posteriors_or_kernel_density(name, monkeypatch):
     torch.manual_seed(0)
     model = aezoo.create_model(name, (6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
     seen, fit = [], priors.fit

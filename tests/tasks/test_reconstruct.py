@@ -79,7 +79,7 @@ def test_several_labels_each_are_left_out(tmp_path):
     assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,score\n0,")
 
 
-def test_the_score_of_a_vae_is_minus_its_elbo_at_the_posterior_s_mean():
+def test_vae_score_is_minus_elbo_at_posterior_mean():
     torch.manual_seed(0)
     model = aezoo.create_model("vae", (5,), latent_dim=2).eval()
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_pictures_are_scaled_as_the_training_data_were(tmp_path, scale, levels):
 
 
 @pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
-def test_pictures_are_refused_where_the_training_data_do_not_say_what_white_is(tmp_path, scale):
+def test_pictures_need_known_data_range(tmp_path, scale):
     x = np.random.default_rng(0).normal(50, 20, (41, 8, 8))
     seen, trained = trained_on(x[1:], x[0], scale)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
@@ -195,7 +195,7 @@ def test_values_are_scaled_before_they_are_binarised(tmp_path):
         read(str(tmp_path / "x.npy"), trained, {"binarise": "threshold"})
 
 
-def test_a_few_are_drawn_without_repeats_in_their_order_with_their_labels():
+def test_subset_is_drawn_in_order_without_repeats():
     data = aezoo.DataModule("digits")
     samples = Samples.from_data(data, "train")
     few = samples.subsample(50, seed=1)
@@ -219,7 +219,7 @@ def test_what_are_no_samples_is_refused(x, words):
         Samples.from_data(x)
 
 
-def test_samples_of_another_shape_or_range_are_refused_before_work_begins():
+def test_samples_of_other_shape_or_range_are_refused():
     model = aezoo.create_model("dense_ae", (4,))
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
         Samples.from_data(torch.rand(3, 5)).check(model)
@@ -231,7 +231,7 @@ def test_samples_of_another_shape_or_range_are_refused_before_work_begins():
     assert not model.training
 
 
-def test_work_leaves_the_random_streams_and_the_modes_as_they_were():
+def test_task_keeps_random_state_and_modes():
     model = aezoo.create_model("vae", (4,))
     model.train()
     torch.manual_seed(3)

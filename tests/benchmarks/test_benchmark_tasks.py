@@ -1,0 +1,391 @@
+"""The benchmark of the verbs: what it measures, what it does not do twice, and what its report says of who is ahead."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+
+from aezoo import DataModule
+from aezoo.errors import AezooError
+from aezoo.tasks.samples import Samples
+from benchmarks import report, report_tasks, tasks
+from benchmarks.common import Table, as_text, processor, read_csv
+from benchmarks.report_tasks import CONTESTS, Figure, at_targets, merged, over_classes, sentences, verdict
+
+SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
+SMALL += ["--fit-rows", "120", "--test-rows", "40", "--accelerator", "cpu"]
+
+
+def rows_of(folder, verb):
+    (path,) = folder.glob(f"tasks-{verb}-fp32-pt*-cpu*.csv")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# command: python -m benchmarks.tasks --data digits --seeds 1 --steps 2")
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    tasks.main([*SMALL, "--models", "vae", "--results", str(folder)])
+    return folder
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
+    for verb in tasks.VERBS:
+        rows = rows_of(results, verb)
+        assert not [row["error"] for row in rows if row["error"]], verb
+        assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
+        steps = {"steps=2"}
+        assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
+        assert {row["processor"] for row in rows} == {as_text(processor())}, verb
+    methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
+    assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
+    assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]
+    assert {"vae", "raw values", "PCA, 16 numbers"} == methods["embed"]
+    assert {"vae", "vae, -ELBO", "gzip", "PNG", "JPEG", "PCA 16 + the same coder"} <= methods["compress"]
+
+
+def test_pca_and_the_mean_are_those_of_the_training_samples(results):
+    data = DataModule("digits")
+    train, test = (Samples.from_data(data, "train").take(120), Samples.from_data(data, "test").take(40))
+    a, b = (part.rows(range(len(part))).flatten(1).double().numpy() for part in (train, test))
+    kept = np.linalg.svd(a - a.mean(0), full_matrices=False)[2][:16]
+    centred = b - a.mean(0)
+    mse = {row["method"]: float(row["mse"]) for row in rows_of(results, "reconstruct")}
+    assert mse["PCA, 16 numbers"] == pytest.approx(np.square(centred - centred @ kept.T @ kept).mean(), rel=1e-3)
+    assert mse["mean sample"] == pytest.approx(np.square(centred).mean(), rel=1e-3)
+
+
+def test_memorised_samples_are_detected(results):
+    rows = {row["method"]: row for row in rows_of(results, "generate")}
+    assert "vae, prior gmm" in rows
+    copied, real = rows["training samples, copied"], rows["real samples, held out"]
+    assert float(copied["closer"]) == 1 and float(copied["distance"]) == 0 and float(copied["precision"]) == 1
+    assert float(real["closer"]) == 0.5
+    assert float(rows["vae, own prior"]["fid"]) > float(real["fid"])
+
+
+def test_what_is_there_is_kept(results, tmp_path, capsys):
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    before = {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS}
+    tasks.main([*SMALL, "--models", "vae", "--results", str(tmp_path)])
+    assert {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS} == before and "seed" not in capsys.readouterr().out
+
+
+# ---- what is planned ------------------------------------------------------------------------------------------------
+
+
+def plan_of(folder, *words):
+    arguments = tasks.arguments_of([*words, "--results", str(folder)])
+    tables = {
+        verb: tasks.VerbTable(folder / f"{verb}.csv", tasks.KEY, "it", arguments.again) for verb in arguments.verbs
+    }
+    data = {"name": "mnist5k", "root": "", "batch_size": 128, "size": None}
+    return tasks.plan(arguments, data, (1, 28, 28), tables), tables
+
+
+def test_model_trains_once_and_baselines_run_once_per_seed(tmp_path):
+    specs, _ = plan_of(tmp_path, "--seeds", "2")
+    runs = [(spec["model"], spec["seed"]) for spec in specs]
+    assert len(runs) == len({*runs}) and {seed for _, seed in runs} == {0, 1}
+    for verb, models in tasks.MODELS.items():
+        assert {spec["model"] for spec in specs if verb in spec["verbs"]} == {*models}
+        bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(verb, [])]
+        # those of compress depend on no seed; codes of another size have their own
+        once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes"), (0, "lossy")]
+        assert bringing == (once if verb == "compress" else [(0, ""), (1, "")]), verb
+    sizes = {spec["head"]["code_size"] for spec in specs if ":" not in spec["model"]}
+    assert sizes == {32} and {spec["head"]["code_size"] for spec in specs} == {32, 32 * 7 * 7}
+
+
+def test_rate_models_form_one_curve(tmp_path):
+    specs, _ = plan_of(tmp_path, "--verbs", "compress", "--seeds", "1")
+    curves = {}
+    for spec in specs:
+        name, colon, lam = spec["model"].partition(":")
+        if colon:
+            assert spec["registered"] == name and spec["hyperparameters"]["lam"] == float(lam)
+            curves.setdefault(name, []).append(float(lam))
+    assert len(curves) == 2 and all(len({*lams}) == 3 for lams in curves.values())
+
+
+def test_failed_rows_are_retried_on_request(tmp_path):
+    words = ("--verbs", "embed", "--models", "vae", "--seeds", "1")
+    (spec,), tables = plan_of(tmp_path, *words)
+    head = spec["head"] | {"budget": "steps=1000"}
+    tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "error": "it broke"}])
+    assert plan_of(tmp_path, *words)[0] == []
+    assert len(plan_of(tmp_path, *words, "--again", "failed")[0]) == 1
+    # rows of a key come and go together
+    whole = [{"method": "vae", "kind": "ours", "probe": 0.5}, {"method": "raw values", "kind": "baseline"}]
+    tables["embed"].replace(head, whole)
+    assert [row.get("error") for row in tables["embed"].rows] == [None, None]
+    assert plan_of(tmp_path, *words, "--again", "failed")[0] == []
+    assert len(plan_of(tmp_path, *words, "--again")[0]) == 1
+
+
+def test_refused_models_are_skipped_with_a_reason(tmp_path, capsys):
+    specs, _ = plan_of(tmp_path, "--verbs", "embed", "--models", "topk_sae", "vae", "--seeds", "1", "--code-size", "8")
+    assert [spec["model"] for spec in specs] == ["vae"]
+    assert "topk_sae is left out on mnist5k: k must lie" in capsys.readouterr().err
+    with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
+        plan_of(tmp_path, "--models", "dens_ae")
+
+
+# ---- what a run that goes on finds and brings -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Runs of embed without training: rows of a model and, where they are asked for, of baselines."""
+    asked, failing, notes = [], set(), []
+
+    def run_rows(module, specs, *_):
+        for spec in specs:
+            name, brings = spec["model"], spec["baselines"].get("embed", [])
+            asked.append((name, spec["seed"], bool(brings)))
+            if name in failing:
+                yield spec, {"error": "killed by SIGKILL", "out_of_memory": True}
+                continue
+            rows = [{"method": name, "kind": "ours", "probe": 0.5}]
+            raw = {"method": "raw values", "kind": "baseline", "probe": 0.25, "error": notes[0] if notes else ""}
+            yield spec, {"verbs": {"embed": rows + [raw] * bool(brings)}}
+
+    monkeypatch.setattr(tasks, "run_rows", run_rows)
+
+    def run(*words):
+        asked.clear()
+        few = ["--verbs", "embed", "--data", "digits", "--models", "linear_ae", "dense_ae", "--seeds", "1"]
+        tasks.main([*few, "--results", str(tmp_path), *words])
+        (path,) = tmp_path.glob("tasks-embed-*.csv")
+        return [*asked], [(row["model"], row["method"], row["error"]) for row in read_csv(path)[1]]
+
+    run.failing, run.notes = failing, notes
+    return run
+
+
+OURS = [("linear_ae", "linear_ae", ""), ("dense_ae", "dense_ae", "")]
+RAW = ("linear_ae", "raw values", "")
+
+
+def test_rows_are_keyed_by_settings_with_own_baselines(fake):
+    assert fake() == ([("linear_ae", 0, True), ("dense_ae", 0, False)], [OURS[0], RAW, OURS[1]])
+    for number, words in enumerate((["--code-size", "5"], ["--fit-rows", "7"], ["--test-rows", "7"], ["--steps", "7"])):
+        asked, rows = fake(*words)
+        assert asked == [("linear_ae", 0, True), ("dense_ae", 0, False)], words
+        assert rows == [OURS[0], RAW, OURS[1]] * (number + 2)
+        assert fake(*words)[0] == fake()[0] == []
+
+
+def test_fewer_classes_are_another_setting_of_detect_alone(tmp_path):
+    (spec,), tables = plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")
+    for verb in ("detect", "embed"):
+        head = tasks.head_of(spec["head"], verb, tasks.arguments_of([]))
+        tables[verb].replace(head, [{"method": m, "kind": k} for m, k in (("vae, nll", "ours"), ("knn", "baseline"))])
+    words = ("--verbs", "detect", "embed", "--models", "vae", "--seeds", "1", "--classes", "2")
+    (spec,), tables = plan_of(tmp_path, *words)
+    assert spec["verbs"] == ["detect"] and spec["baselines"] == {"detect": [""]}
+    tables["detect"].replace(
+        tasks.head_of(spec["head"], "detect", tasks.arguments_of(words)), [{"method": "vae, nll", "kind": "ours"}]
+    )
+    assert [row.get("classes", "") for row in tables["detect"].rows] == ["", "", "2"]
+    assert plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")[0] == []
+
+
+def test_missing_baselines_are_added_by_next_run(fake):
+    fake.failing.add("linear_ae")
+    lost = ("linear_ae", "linear_ae", "killed by SIGKILL")
+    assert fake()[1] == [lost, OURS[1]]
+    # by a model that is there, whose own rows stay; the one that failed is tried again on demand alone
+    fake.failing.add("dense_ae")
+    assert fake() == ([("dense_ae", 0, True)], [lost, OURS[1]])
+    fake.failing.remove("dense_ae")
+    asked, rows = fake()
+    assert asked == [("dense_ae", 0, True)] and rows == [lost, OURS[1], ("dense_ae", "raw values", "")]
+    assert fake()[0] == []
+    fake.failing.clear()
+    asked, rows = fake("--again", "failed")
+    assert asked == [("linear_ae", 0, False)] and sorted(rows) == sorted([*OURS, ("dense_ae", "raw values", "")])
+
+
+def test_missing_baselines_are_added_with_a_new_model(fake):
+    fake.failing.update({"linear_ae", "dense_ae"})
+    fake()
+    assert fake()[0] == []
+    asked, _ = fake("--models", "linear_ae", "vae")
+    assert asked == [("vae", 0, True)]
+
+
+def test_baselines_survive_model_failure_without_duplicates(fake):
+    fake()
+    fake.failing.add("linear_ae")
+    _, rows = fake("--models", "linear_ae", "--again")
+    assert rows.count(RAW) == 1 and ("linear_ae", "linear_ae", "killed by SIGKILL") in rows
+    _, rows = fake("--models", "dense_ae", "--again")
+    assert [row for row in rows if row[1] == "raw values"] == [("dense_ae", "raw values", "")]
+
+
+def test_failed_baseline_is_measured_again_on_request(fake):
+    fake.notes.append("no room")
+    fake()
+    fake.notes.clear()
+    assert fake()[0] == []
+    asked, rows = fake("--again", "failed")
+    assert asked == [("linear_ae", 0, True)] and sorted(rows) == sorted([*OURS, RAW])
+
+
+def test_each_part_of_compress_has_its_own_baselines(tmp_path):
+    words = ("--verbs", "compress", "--models", "vae", "conv_vae", "bytes_vae", "--seeds", "1")
+    specs, tables = plan_of(tmp_path, *words)
+    assert [spec["baselines"] for spec in specs] == [
+        {"compress": ["lossy", "lossless, binarised"]}, {}, {"compress": ["lossless, bytes"]},
+    ]  # fmt: skip
+    heads = [tasks.head_of(spec["head"], "compress", tasks.arguments_of(words)) for spec in specs]
+    for head, kinds in zip(
+        heads, ({"lossy": 1}, {"lossy": 0, "lossless, binarised": 0}, {"lossless, bytes": 0}), strict=True
+    ):
+        rows = [{"task": task, "method": head["model"], "kind": "ours"} for task in kinds]
+        tables["compress"].replace(
+            head,
+            rows + [{"task": "lossy", "method": "JPEG", "kind": "baseline"}] * kinds.get("lossy", 0),
+        )
+    # a bound is a reference, but of a model
+    bound = {"task": "lossless, binarised", "method": "conv_vae, -ELBO", "kind": "reference"}
+    tables["compress"].rows.append(heads[1] | bound)
+    repairs = plan_of(tmp_path, *words)[0]
+    assert [(spec["model"], spec["baselines"], spec["repairs"]) for spec in repairs] == [
+        ("conv_vae", {"compress": ["lossless, binarised"]}, ["compress"]),
+        ("bytes_vae", {"compress": ["lossless, bytes"]}, ["compress"]),
+    ]
+    # what a model refuses is not asked for again and again
+    tables["compress"].replace(
+        heads[2], [{"task": "lossless, bytes", "method": "bytes_vae", "kind": "ours", "error": "no"}]
+    )
+    assert [spec["model"] for spec in plan_of(tmp_path, *words)[0]] == ["conv_vae"]
+
+
+# ---- what the report says -------------------------------------------------------------------------------------------
+
+
+def contest_of(verb, task=""):
+    return next(contest for contest in CONTESTS if (contest.verb, contest.task) == (verb, task))
+
+
+def made(method, kind, seed, **cells):
+    setting = {"dataset": "digits", "code_size": "16", "budget": "steps=2", "fit_rows": "9", "test_rows": "9"}
+    return setting | {"method": method, "kind": kind, "seed": str(seed)} | {k: str(v) for k, v in cells.items()}
+
+
+def denoised(ours, baseline):
+    rows = [made("vae", "ours", seed, psnr=value) for seed, value in enumerate(ours)]
+    return rows + [made("median filter", "baseline", seed, psnr=value) for seed, value in enumerate(baseline)]
+
+
+def test_a_baseline_that_wins_is_said_to_win():
+    (rows,) = merged(contest_of("denoise"), denoised((10, 12, 17), (20, 22, 27)))
+    assert [row["method"] for row in rows] == ["median filter", "vae"]  # best first
+    assert [(row["psnr"], row["psnr_low"], row["psnr_high"], row["seeds"]) for row in rows] == [
+        ("22.0", "20.0", "27.0", "3"), ("12.0", "10.0", "17.0", "3"),
+    ]  # fmt: skip
+    (line,) = sentences(contest_of("denoise"), rows)
+    assert line == (
+        "- digits (codes of 16 numbers, steps=2): a baseline, median filter (22), is ahead of the best model, "
+        "vae (12), by 10 dB."
+    )
+
+
+def test_winner_and_gaps_within_seed_noise_are_named():
+    (rows,) = merged(contest_of("denoise"), denoised((10, 22, 23), (20, 21, 22)))
+    assert rows[0]["method"] == "vae"
+    (line,) = sentences(contest_of("denoise"), rows)
+    assert "a model, vae (22), is ahead of the best baseline, median filter (21), by 1 dB, within the spread" in line
+    (rows,) = merged(contest_of("denoise"), denoised((21,), (21,)))
+    assert "are equal" in next(sentences(contest_of("denoise"), rows))
+
+
+def test_lower_error_is_better_and_reference_is_unranked():
+    rows = [made("real samples", "reference", 0, fid=0.1), made("copies", "baseline", 0, fid=3)]
+    rows += [made("vae", "ours", 0, fid=5), made("conv_ae", "ours", 0, fid=4)]
+    (found,) = merged(contest_of("generate"), rows)
+    assert [row["method"] for row in found] == ["real samples", "copies", "conv_ae", "vae"]
+    (line,) = sentences(contest_of("generate"), found)
+    assert "a baseline, copies (3), is ahead of the best model, conv_ae (4), by 1." in line
+    text = report_tasks.table(contest_of("generate"), [found])
+    assert "| digits | copies | baseline | 1 | **3** |" in text and "| real samples | reference | 1 | 0.1 |" in text
+
+
+def test_shared_baselines_count_once_and_report_failures():
+    rows = denoised((10, 12), (20, 22)) + denoised((), (20, 22))
+    rows.append(made("vae", "ours", 2, error="killed by SIGKILL"))
+    (found,) = merged(contest_of("denoise"), rows)
+    assert [(row["method"], row["seeds"], row["errors"]) for row in found] == [
+        ("median filter", "2", ""), ("vae", "2", "killed by SIGKILL"),
+    ]  # fmt: skip
+    assert found[0]["psnr"] == "21.0"
+
+
+def test_settings_are_not_mixed():
+    rows = denoised((10,), (20,))
+    groups = merged(contest_of("denoise"), [*rows, rows[0] | {"budget": "steps=9", "psnr": "30"}])
+    assert [len(group) for group in groups] == [2, 1]
+    assert verdict(Figure("psnr", "psnr", "high"), groups[1]) == "no baseline gets there, vae (30) does"
+    assert verdict(Figure("ssim", "ssim", "high"), groups[1]) == "no model has a figure"
+
+
+def test_detection_is_median_over_seeds_of_class_mean():
+    values = {0: (0.5, 0.7), 1: (0.8, 1.0), 2: (0.6, 0.8)}
+    rows = [
+        made("vae, nll", "ours", seed, auroc=value, aupr=value, **{"class": str(name)})
+        for seed, each in values.items()
+        for name, value in enumerate(each)
+    ]
+    (found,) = merged(contest_of("detect"), rows + rows[:1])
+    assert float(found[0]["auroc"]) == pytest.approx(0.7) and found[0]["seeds"] == "3"
+    assert float(over_classes(rows[:2])["aupr"]) == pytest.approx(0.6)
+    # the mean over the classes that went well is not that over all
+    (found,) = merged(contest_of("detect"), [*rows, rows[5] | {"class": "2", "auroc": "", "error": "it broke"}])
+    assert found[0]["seeds"] == "2" and float(found[0]["auroc"]) == pytest.approx(0.75)
+
+
+def test_bits_at_a_psnr_lie_between_the_qualities_around_it():
+    points = [{"bits_per_dim": str(bits), "psnr": str(psnr)} for bits, psnr in ((0.1, 15), (0.2, 19), (0.5, 21))]
+    found = at_targets(points)
+    assert float(found["bits_17"]) == pytest.approx(0.15)  # half way
+    assert float(found["bits_20"]) == pytest.approx(0.35)
+    assert float(found["bits_14"]) == 0.1 and found["bits_14_most"] and not found["bits_17_most"]
+    assert "bits_25" not in found and float(found["best_psnr"]) == 21
+    # a quality that takes more bits and gives less does not count
+    found = at_targets([*points, {"bits_per_dim": "0.3", "psnr": "14"}])
+    assert float(found["bits_17"]) == pytest.approx(0.15)
+
+
+def test_a_rate_that_some_method_does_not_reach_is_said_so():
+    rows = [made("vae", "ours", 0, task="lossy", bits_per_dim=0.1, psnr=18)]
+    rows += [made("JPEG", "baseline", 0, task="lossy", bits_per_dim=bits, psnr=10 + 20 * bits) for bits in (0.5, 1)]
+    (found,) = merged(contest_of("compress", "lossy"), rows)
+    lines = [*sentences(contest_of("compress", "lossy"), found)]
+    told = "a model, vae (≤ 0.1), is ahead of the best baseline, JPEG (≤ 0.5), by at most 0.4 bits/dim."
+    assert f"at 17 dB: {told}" in lines[1]
+    assert "at 20 dB: no model gets there, JPEG (≤ 0.5) does." in lines[2]
+    assert "at 25 dB: no model gets there, JPEG (0.75) does." in lines[3]
+    (found,) = merged(contest_of("compress", "lossless"), [made("PNG", "baseline", 0, task="lossless, bytes", bytes=3)])
+    assert found[0]["bytes"] == "3.0"  # and not what is lossy
+
+
+def test_the_report_shows_the_verbs_first_with_their_pictures(results, tmp_path, capsys):
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "task-denoise.png").write_bytes(b"\x89PNG")
+    report.main(["--results", str(tmp_path)])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.index("## The verbs") < text.index("## Start-up") and "## Others" not in text
+    for verb in tasks.VERBS:
+        assert f"### {verb}\n\n`tasks-{verb}-fp32" in text, verb
+    assert "![denoise](pictures/task-denoise.png)" in text and "![embed]" not in text
+    assert "- digits (codes of 16 numbers, steps=2): a baseline, PCA, 16 numbers (" in text
+    assert "#### lossless" in text and "| digits | vae | ours | 1 |" in text

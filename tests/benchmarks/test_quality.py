@@ -1,0 +1,315 @@
+"""The quality benchmark: what it writes, what it does not do twice, and its figures against other computations."""
+
+import csv
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from aezoo import DataModule, create_model
+from aezoo.errors import AezooError
+from aezoo.tasks.embed_codes import probe_accuracies
+from benchmarks import codes, quality, quality_row
+from benchmarks.common import Table, read_csv
+from benchmarks.quality_table import dataset_name
+
+DIGITS = ["--data", "digits", "--models", "dense_ae", "vae", "--epochs", "1", "--accelerator", "cpu"]
+
+
+def rows_of(folder):
+    (path,) = folder.glob("quality-digits-fp32-pt*-cpu*.csv")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# command: python -m benchmarks.quality --data digits --models dense_ae vae --epochs 1")
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    quality.main([*DIGITS, "--seeds", "1", "--jobs", "2", "--results", str(folder)])
+    return folder
+
+
+def test_every_run_is_a_row_with_filled_columns(results):
+    rows = {row["model"]: row for row in rows_of(results)}
+    assert rows.keys() == {"dense_ae", "vae"} and tuple(rows["vae"]) == (*quality.COLUMNS[:-1], "processor", "error")
+    never = {"l0", "error", "pca_mse_at_l0", "most_seconds"}
+    bound = {"bits_per_dim", "log_likelihood", "importance_samples"}
+    for name, empty in (("dense_ae", never | bound), ("vae", never)):
+        assert {column for column, cell in rows[name].items() if not cell} == empty, name
+    vae = {name: float(cell) for name, cell in rows["vae"].items() if name in ("loss", "bits_per_dim", "mse", "psnr")}
+    assert vae["bits_per_dim"] == pytest.approx(vae["loss"] / 64 / math.log(2), rel=1e-4)
+    assert vae["psnr"] == pytest.approx(-10 * math.log10(vae["mse"]), rel=1e-4)
+    assert float(rows["vae"]["epochs"]) == 1 and int(rows["vae"]["steps"]) == math.ceil(1437 / 128)
+
+
+def test_pca_is_the_best_linear_code_of_the_training_split(results):
+    data = DataModule("digits")
+    (train, _), (test, _) = ((x.flatten(1).double().numpy(), y) for x, y in map(data.tensors, ("train", "test")))
+    directions = np.linalg.svd(train - train.mean(0), full_matrices=False)[2]
+    for row in rows_of(results):
+        kept = directions[: int(row["code_size"])]
+        rest = test - train.mean(0) - (test - train.mean(0)) @ kept.T @ kept
+        assert float(row["pca_mse"]) == pytest.approx(np.square(rest).mean(), rel=1e-4)
+        assert float(row["pca_psnr"]) == pytest.approx(10 * math.log10(1 / np.square(rest).mean()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_of_epochs_ends_after_the_most_seconds_and_says_so(tmp_path):
+    argv = ["--data", "digits", "--models", "linear_ae", "--epochs", "10000", "--most-seconds", "1", "--seeds", "1"]
+    quality.main([*argv, "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.csv")
+    (row,) = csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
+    assert row["budget"] == "epochs=10000" and 0 < float(row["epochs"]) < 10000 and 1 <= float(row["seconds"]) < 60
+
+
+def test_fewer_rows_are_the_same_ones_of_each_split_in_every_run():
+    options = {"name": "digits", "root": "data", "batch_size": 32}
+    whole, first, second = (
+        quality_row.open_data(options | extra, seed) for extra, seed in (({}, 0), ({"rows": 99}, 0), ({"rows": 99}, 1))
+    )
+    for stage in ("train", "test"):
+        (x, y), (all_x, all_y) = first.tensors(stage), whole.tensors(stage)
+        assert len(x) == len(x.unique(dim=0)) == 99
+        places = (x[:, None] == all_x).flatten(2).all(2).float().argmax(1)
+        assert torch.equal(all_x[places], x) and torch.equal(all_y[places], y)
+        assert torch.equal(second.tensors(stage)[0], x)
+    assert dataset_name({"name": "shapes", "root": "data", "size": 32, "rows": 99}) == "shapes-32-99rows"
+
+
+def test_sparse_code_is_compared_with_pca_of_equal_l0():
+    model, data = create_model("topk_sae", (1, 8, 8), latent_dim=40, k=5, likelihood="gaussian"), DataModule("digits")
+    row = quality_row._of_code(model, data, 100)
+    assert row["l0"] == 5 and row["code_size"] == 40
+    train, test = (data.tensors(stage)[0].flatten(1).numpy() for stage in ("train", "test"))
+    assert row["pca_mse_at_l0"] == codes.pca(train, test, 5)[0] > codes.pca(train, test, 6)[0]
+
+
+def test_code_too_large_for_logistic_regression_is_not_probed(monkeypatch):
+    model, data = create_model("linear_ae", (1, 8, 8), latent_dim=4), DataModule("digits")
+    assert "probe" in quality_row._of_code(model, data, 100)
+    monkeypatch.setattr(quality_row, "_MOST_PROBED", 3)
+    assert "probe" not in quality_row._of_code(model, data, 100)
+
+
+def test_what_is_there_is_kept_and_a_new_seed_is_added(results, capsys):
+    before = rows_of(results)
+    quality.main([*DIGITS, "--seeds", "1", "--results", str(results)])
+    assert rows_of(results) == before and "seed" not in capsys.readouterr().out
+    quality.main([*DIGITS[:3], "dense_ae", *DIGITS[5:], "--seeds", "2", "--results", str(results)])
+    rows = rows_of(results)
+    assert rows[:2] == before and [(row["model"], row["seed"]) for row in rows[2:]] == [("dense_ae", "1")]
+    assert "[1/1] dense_ae" in capsys.readouterr().out
+    same = next(row for row in before if row["model"] == "dense_ae")
+    assert {rows[2][name] for name in quality.BASELINE} == {same[name] for name in quality.BASELINE}
+    assert rows[2]["mse"] != same["mse"]
+
+
+def test_a_run_that_fails_is_a_row_that_says_why(results, tmp_path, monkeypatch):
+    plan = quality.plan
+    shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+    before = rows_of(tmp_path)
+
+    def with_a_fault(*arguments):
+        (spec,) = (spec for spec in plan(*arguments) if spec["model"] == "dense_ae" and spec["seed"] == 2)
+        return [spec | {"hyperparameters": {"hidden_dims": [0]}}]
+
+    monkeypatch.setattr(quality, "plan", with_a_fault)
+    quality.main([*DIGITS, "--seeds", "3", "--results", str(tmp_path)])
+    *others, failed = rows_of(tmp_path)
+    assert others == before and (failed["model"], failed["seed"]) == ("dense_ae", "2")
+    assert failed["error"].startswith("AezooError: ") and not failed["mse"] and failed["pca_mse"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Runs without training: 10 s an epoch; what was run is kept, code sizes of baselines as a list."""
+    asked, failing = [], set()
+
+    def run_rows(module, specs, *_):
+        for spec in specs:
+            name = spec.get("model") or [*spec["sizes"]]
+            asked.append(name)
+            if ("baselines" if isinstance(name, list) else name) in failing:
+                yield spec, {"error": "killed by SIGKILL", "out_of_memory": True}
+            elif isinstance(name, list):
+                figures = {"0": {"pixels_probe": 0.25, "pixels_knn": 0.5}}
+                yield spec, {"baselines": {str(n): figures.get(str(n), {"pca_mse": n / 100}) for n in spec["sizes"]}}
+            else:
+                epochs = min(spec["epochs"] or 99, (spec["seconds"] or 990) / 10)
+                figures = {"mse": 0.5, "epochs": float(epochs), "seconds": 10.0 * epochs}
+                yield spec, figures | ({"log_likelihood": -9.0} if name == "vae" else {})
+
+    monkeypatch.setattr(quality, "run_rows", run_rows)
+
+    def run(*words):
+        asked.clear()
+        base = ["--data", "digits", "--seeds", "1", "--models", "dense_ae", "vae", "--code-sizes", "8"]
+        budget = [] if "--seconds" in words else ["--epochs", "2"]
+        quality.main([*base, *budget, "--results", str(tmp_path), *words])
+        (path,) = tmp_path.glob("*.csv")
+        return [*asked], read_csv(path)[1]
+
+    run.failing, run.path = failing, lambda: next(tmp_path.glob("*.csv"))
+    return run
+
+
+def test_rows_are_keyed_by_draw_where_drawn(fake):
+    assert fake()[0] == [[0, 8], "dense_ae", "vae"]
+    assert fake()[0] == []
+    asked, rows = fake("--importance-samples", "10")
+    assert asked == ["vae"]
+    draws = [(row["model"], row["importance_samples"]) for row in rows]
+    assert draws == [("dense_ae", ""), ("vae", "100"), ("vae", "10")]
+    assert fake()[0] == fake("--importance-samples", "10")[0] == []
+
+
+def test_time_limited_run_differs_only_if_cut(fake):
+    fake("--models", "vae", "--most-seconds", "15")
+    asked, rows = fake("--models", "vae")
+    assert asked == ["vae"] and [(row["epochs"], row["most_seconds"]) for row in rows] == [("1.5", "15"), ("2", "")]
+    assert fake("--models", "vae", "--most-seconds", "20")[0] == []
+    assert fake("--models", "vae")[0] == fake("--models", "vae", "--most-seconds", "15")[0] == []
+    # measured anew a row stays one
+    assert len(fake("--models", "vae", "--most-seconds", "15", "--again")[1]) == 2
+    asked, rows = fake("--models", "vae", "--most-seconds", "12")
+    assert asked == ["vae"] and len(rows) == 3
+    assert fake("--models", "vae", "--seconds", "30")[0] == ["vae"]
+    assert fake("--models", "vae", "--seconds", "30")[0] == []
+
+
+def test_rows_of_before_these_columns_are_there(fake):
+    fake()
+    commands, rows = read_csv(fake.path())
+    table = Table(fake.path(), (), commands[0])
+    table.rows = [{k: v for k, v in row.items() if k not in ("importance_samples", "most_seconds")} for row in rows]
+    table.write()
+    assert fake()[0] == []
+
+
+def test_cells_that_a_hand_has_spoilt_cost_their_row_alone(fake):
+    for old, new in ((",2,,20,", ",2,,long,"), (",2,,20,", ",some,,20,"), (",8,", ",eight,")):
+        fake("--models", "vae", "--most-seconds", "90", "--again")
+        text = fake.path().read_text()
+        assert old in text
+        fake.path().write_text(text.replace(old, new))
+        assert fake("--models", "vae", "--most-seconds", "80")[0][-1:] == ["vae"]
+        fake.path().unlink()
+
+
+def test_a_failed_row_is_replaced_when_it_is_measured_again(fake):
+    fake.failing.update({"vae", "dense_ae"})
+    assert [row["error"] for row in fake()[1]] == ["killed by SIGKILL"] * 2
+    fake.failing.clear()
+    asked, rows = fake("--again", "failed")
+    assert asked == ["dense_ae", "vae"] and [row["error"] for row in rows] == ["", ""]
+
+
+def test_baselines_that_failed_are_brought_by_the_next_run(fake):
+    fake.failing.add("baselines")
+    _, rows = fake()
+    assert not any(row["pca_mse"] or row["pixels_knn"] for row in rows)
+    fake.failing.clear()
+    asked, rows = fake()
+    assert asked == [[0, 8]]
+    assert [(row["pca_mse"], row["pixels_knn"]) for row in rows] == [("0.08", "0.5")] * 2
+    assert fake()[0] == []
+
+
+def test_baselines_without_a_meaning_are_not_asked_for(fake):
+    # as many numbers as a digit has
+    fake("--code-sizes", "64", "8")
+    assert fake("--code-sizes", "64", "8")[0] == []
+
+
+def test_two_files_of_one_name_have_tables_of_their_own(tmp_path):
+    paths = [tmp_path / folder / "x.npy" for folder in ("a", "b", "c")]
+    for path, value in zip(paths, (0, 1, 1), strict=True):
+        path.parent.mkdir()
+        np.save(path, np.full((4, 3), value, np.float32))
+    asked = [{"name": name, "root": root, "size": None} for path in paths for name, root in ((str(path), "data"),)]
+    first, second, moved = map(dataset_name, asked)
+    assert first != second == moved and first.startswith("x-")
+    assert dataset_name({"name": "array", "root": str(paths[0]), "size": None}) == first
+    folders = [dataset_name({"name": "folder", "root": str(path.parent), "size": None}) for path in paths]
+    assert len({*folders}) == 3
+    (tmp_path / "a" / "y.npy").touch()
+    assert dataset_name({"name": str(tmp_path / "a"), "root": "data", "size": None}) != folders[0]
+
+
+def test_models_that_do_not_suit_are_left_out_with_a_reason(capsys):
+    arguments = quality.arguments_of(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
+    data = {"name": "array", "root": "tables/some table.npy", "batch_size": 4, "size": None}
+    specs = quality.plan(arguments, data, (30,))
+    found = [(spec["seed"], spec["model"], spec["row"]["code_size"]) for spec in specs]
+    assert found == [(seed, *run) for seed in range(3) for run in (("vae", 8), ("vae", 20), ("topk_sae", 512))]
+    assert specs[0]["row"]["dataset"].startswith("some-table-")
+    said = capsys.readouterr().err
+    assert "conv_ae is left out at code size 8: convolutions take" in said and "vae is left out" not in said
+    with pytest.raises(AezooError, match="no model is left"):
+        quality.plan(quality.arguments_of(["--models", "conv_ae"]), data, (30,))
+    with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
+        quality.plan(quality.arguments_of(["--models", "dens_ae"]), data, (30,))
+
+
+def test_a_map_becomes_a_vector_where_a_code_size_is_asked_for():
+    assert quality.code_of("conv_ae", 12) == {"latent_dim": 12, "latent_map": False}
+    assert quality.code_of("vae", 12) == {"latent_dim": 12} and quality.code_of("vae", None) == {}
+
+
+def test_seeds_change_the_order_and_not_the_splits():
+    first, second = (quality_row.open_data({"name": "digits"}, seed) for seed in (0, 1))
+    assert first.tensors("test")[0].equal(second.tensors("test")[0])
+    x, y = (next(iter(data.train_dataloader()))[0] for data in (first, second))
+    assert x.shape == y.shape and not x.equal(y)
+
+
+def test_a_budget_in_seconds_ends_training_within_an_epoch(tmp_path):
+    spec = {"data": {"name": "digits", "batch_size": 1}, "model": "dense_ae", "hyperparameters": {}, "seed": 0}
+    spec |= {
+        "epochs": None,
+        "seconds": 0.2,
+        "precision": "32-true",
+        "accelerator": "cpu",
+        "probe_rows": 50,
+        "importance_samples": 5,
+    }
+    row = quality_row.run(spec)
+    assert row["seconds"] >= 0.2 and row["steps"] % 1437 > 0
+    assert row["epochs"] == pytest.approx(row["steps"] / 1437, abs=0.01)
+
+
+def test_active_units_of_a_code_made_by_hand():
+    # variances 0.0361, 0.009, 0 and 4: of a posterior two exceed 0.01, of a free code only the last exceeds 0.04
+    sign = np.tile([1.0, -1.0], 10)
+    code = np.stack([0.19 * sign + 5, math.sqrt(0.009) * sign, 0 * sign + 3, 2 * sign], axis=1)
+    assert codes.active_units(code, posterior=True) == 2
+    assert codes.active_units(code, posterior=False) == 1
+    assert codes.active_units(100 * code, posterior=False) == 1
+    code[:, 0] *= 1.1
+    assert codes.active_units(code, posterior=False) == 2
+    assert codes.active_units(np.ones((5, 3)), posterior=False) == 0
+
+
+def test_l0_counts_entries_in_use():
+    assert codes.l0(np.array([[0.0, 2.0, -1.0], [0.0, 0.0005, 0.5]])) == 1.5
+
+
+def test_probe_reads_separable_classes_not_random_labels():
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 3
+    code = np.eye(3)[y] * 10 + rng.normal(size=(300, 3))
+    apart = probe_accuracies(code[:200], y[:200], code[200:], y[200:])
+    assert apart["probe"] > 0.99 and apart["knn"] > 0.99
+    noise = rng.normal(size=(300, 3))
+    chance = probe_accuracies(noise[:200], y[:200], noise[200:], y[200:])
+    assert chance["probe"] < 0.55 and chance["knn"] < 0.55
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seconds", "-1"], ["--code-sizes", "x"], ["--jobs", "0"]])
+def test_a_wrong_number_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        quality.arguments_of(wrong)
+    assert wrong[1] in capsys.readouterr().err

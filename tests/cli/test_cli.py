@@ -1,0 +1,703 @@
+"""The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
+
+import atexit
+import gc
+import os
+import re
+import subprocess
+import sys
+import warnings
+from importlib import abc
+from importlib.util import spec_from_loader
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from representative_models import others_slow
+
+import aezoo
+import aezoo.cli
+from aezoo.cli import recipes
+from aezoo.cli.config_resolution import name_data
+from aezoo.cli.main import main
+from aezoo.cli.parsing import plain_message
+from aezoo.data import DataModule
+from aezoo.io.checkpoint import find_checkpoint
+
+OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*flags):
+    main(["fit", *QUICK, *flags])
+
+
+def refused(capsys, *argv):
+    """The one line on stderr with which a command ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ")
+    return line
+
+
+def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = (
+        "    def __init__(self, input_shape, *, f=len, latent_dim: int = 2):\n        super().__init__(input_shape)\n"
+    )
+    code = f"from aezoo.models.variational.vae import VAE\nclass Odd(VAE):\n{code}        self.save_hyperparameters()\n"
+    Path("odd.py").write_text(code)
+    line = refused(capsys, "fit", *QUICK, "--model", "odd.Odd")
+    assert "Odd could not be loaded from its checkpoint: its hyperparameters: 'f' is a builtin_function" in line
+    assert not Path("runs").exists()
+
+
+# ---- light commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv", [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"]]
+)
+def test_light_commands_need_no_torch(argv):
+    code = f"import sys; from aezoo.cli.main import main; main({argv!r}); assert 'torch' not in sys.modules"
+    code += "; print('light')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("light"), done.stderr
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
+    seen = []
+
+    class Trained(abc.Loader):
+        def exec_module(self, module):
+            seen.append(gc.isenabled())
+            module.main = lambda argv: seen.append(gc.isenabled())
+
+    class Finder:
+        def find_spec(self, name, *_):
+            return spec_from_loader(name, Trained()) if name == "aezoo.cli.lightning_cli" else None
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["aezoo", "fit"])
+    monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # which would keep the garbage of the tests
+    monkeypatch.setattr(atexit, "register", seen.append)
+    monkeypatch.setitem(sys.modules, "aezoo.cli.lightning_cli", None)  # and after the test as it was
+    monkeypatch.setattr(aezoo.cli, "lightning_cli", None, raising=False)
+    del sys.modules["aezoo.cli.lightning_cli"], aezoo.cli.lightning_cli
+    main(None if whole else ["fit"])
+    assert seen == [False, *["kept", gc.unfreeze] * whole, True]
+
+
+@pytest.mark.parametrize(
+    ("command", "shows"),
+    [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest"), ("tune", "--search.SETTING")],
+)
+def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
+    said = []
+    for argv in (["help", command], [command, "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert not end.value.code
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and shows in said[0]
+
+
+def test_help_says_what_flags_do_here(capsys):
+    for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
+        assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
+        assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
+        assert "--weights_only" not in text and "A model of `aezoo list`" in text and "aezoo.models" not in text
+        assert ("--resume RUN|auto Continue a run" in text) == (command == "fit")
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "conditional_vae"])
+    text = capsys.readouterr().out
+    assert "--model.latent_dim" in text and "input_shape" not in text and "num_classes" not in text
+
+
+@pytest.mark.parametrize("flag", ["resume", "allow"])
+def test_what_is_read_before_the_files_is_not_read_from_them(flag, capsys):
+    Path("mine.yaml").write_text(f"model: vae\n{flag}: auto\n")
+    assert f"{flag} is not read from a file: give --{flag}" in refused(capsys, "fit", "-c", "mine.yaml")
+
+
+def test_stray_words_and_unknown_classes_are_refused(capsys):
+    assert "'vae' belongs to no flag: a model is --model vae, a recipe or a file is -c vae" in refused(
+        capsys, "fit", "vae"
+    )
+    line = refused(capsys, "reconstruct", "runs/vae/0")
+    assert line.endswith("no flag: a run is --ckpt_path runs/vae/0, what to work on is --input runs/vae/0")
+    for after in ([], ["--data=digits"]):
+        line = refused(capsys, "fit", "--model=vae", "--model.latent_dim", *after)
+        assert line == "aezoo: --model.latent_dim needs a value"
+    line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
+    assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
+    for name in ("input_shape", "num_classes"):
+        assert f"--model.{name} follows from the data" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
+    assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
+
+
+def test_data_are_named_as_models_are(capsys):
+    given = ["--data", "digits", "--data=shapes", "--data", "a.YAML", "--data={name: b}", "--model=vae", "--data"]
+    named = [
+        "--data.name",
+        "digits",
+        "--data.name=shapes",
+        "--data",
+        "a.YAML",
+        "--data={name: b}",
+        "--model=vae",
+        "--data",
+    ]
+    assert name_data(given) == named
+    assert name_data(["--data", "--model"]) == ["--data", "--model"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.logger=false"]
+    main(["fit", "--model=linear_ae", "--data", "digits", *short])
+    Path("mine.yaml").write_text("model: linear_ae\ndata: digits\n")
+    main(["fit", "-c", "mine.yaml", "--resume=auto", *short])
+    for run in ("linear_ae-digits", "mine"):
+        config = yaml.safe_load(Path("runs", run, "0", "config.yaml").read_text())
+        assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
+    assert "embed needs a trained model" in refused(capsys, "embed", "--data", "digits")
+    assert "unknown data 'digts', did you mean 'digits'?" in refused(capsys, "fit", "--model=vae", "--data", "digts")
+    Path("list.yaml").write_text("- 1\n")
+    for file in ("nothere.yaml", "list.yaml"):
+        line = refused(capsys, "fit", "--model=vae", "--data", file)
+        assert line == f"aezoo: --data {file}: no such file, or none with settings in YAML"
+
+
+def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):
+    wrong = "{class_path: EarlyStopping, init_args: {monitr: val/loss}}"
+    line = refused(capsys, "fit", "--model=vae", f"--trainer.callbacks+={wrong}")
+    assert line == "aezoo: trainer.callbacks: Option 'monitr' is not accepted"
+    # as jsonargparse has it of a logger whose package is not there
+    message = (
+        "Does not validate against any of the Union subtypes\nErrors:\n"
+        "  - Problem with given class_path 'lightning.pytorch.loggers.WandbLogger':\n"
+        "      Requirement 'wandb>=0.12.10' not met.\n      HINT: Try running `pip install -U wandb`\n"
+        "  - Expected a <class 'bool'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>"
+    )
+    reason = "WandbLogger: Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install -U wandb`"
+    assert plain_message(message, None) == reason
+
+
+def test_list_shows_name_family_and_paper_and_filters(capsys):
+    main(["list"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == aezoo.list_models()
+    assert all("http" in row for row in rows)
+    main(["list", "topk*", "sparse*", "--family", "sparse"])
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()] == [
+        "sparse_ae_kl",
+        "sparse_ae_l1",
+        "topk_sae",
+    ]
+
+
+def test_info_lists_hyperparameters_and_counts_parameters(capsys):
+    main(["info", "linear_ae", "--shape", "30"])
+    out = capsys.readouterr().out
+    assert "latent_dim: int = 16" in out and "size of the code" in out and "||x - x_hat||^2" in out
+    assert f"{30 * 16 + 16 + 16 * 30 + 30:,} parameters" in out and "code shape (16,)" in out
+
+
+def test_cp_copies_a_recipe_and_keeps_an_existing_file(capsys):
+    main(["cp", "vae", "mine/my.yaml"])
+    assert Path("mine/my.yaml").read_text() == recipes.find_recipe("vae").read_text()
+    assert "--force" in refused(capsys, "cp", "vae", "mine/my.yaml")
+
+
+def test_console_script_exits_0_without_repr():
+    done = subprocess.run([sys.executable, "-m", "aezoo", "list"], capture_output=True, text=True)
+    assert done.returncode == 0 and "object at" not in done.stdout + done.stderr
+
+
+def test_the_reader_of_a_pipe_may_leave():
+    done = subprocess.run(f"{sys.executable} -m aezoo list | head -1", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_an_output_without_all_letters_shows_the_others():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "aezoo", "list", "factorized_prior"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and "(Ball? et al. 2017)" in done.stdout, done.stderr
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "saved model" not in " ".join(capsys.readouterr().out.split())
+    saved = aezoo.save_model(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), "saved")
+    assert "saved is a saved model, which has no checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))
+    assert "saved model" not in refused(capsys, command, "--ckpt_path", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ft"], "did you mean 'fit'"),
+        (["list", "nothing*"], "no model matches"),
+        (["list", "--family", "sparce"], "unknown family"),
+        (["info", "vea"], "did you mean 'vae'"),
+        (["fit"], "which model?"),
+        (["fit", "--model", "vea"], "did you mean 'vae'"),
+        (["fit", "--model"], "--model needs a value"),
+        (["fit", "-c", "veu"], "did you mean 'vae'"),
+        (["fit", "-c", "http://example.org/x.yaml"], "from disk only"),
+        (["fit", "--model", "vae", "--data.nme", "digits"], "did you mean --data.name"),
+        (["fit", "--model", "vae", "--trainer.max_epoch", "1"], "did you mean --trainer.max_epochs"),
+        (["fit", "--model", "vae", "--model.latent_dmi", "1"], "did you mean --model.latent_dim"),
+        (["fit", "-c", "vae", "--model.latent_dmi", "1"], "did you mean --model.latent_dim"),
+        (["fit", "--model", "vae", "--model.latent_dim", "abc"], "latent_dim takes int, got abc"),
+        (["fit", "--model", "vae", "--model.latent_dim", "0"], "latent_dim must be at least 1, got 0"),
+        (["fit", "--model", "vae", "--model.lr", "0"], "lr must be above 0"),
+        (["fit", "--model", "vae", "--model.likelihood", "foo"], "unknown likelihood 'foo'"),
+        (["fit", "--model", "vae", "--trainer.max_epochs", "x"], "trainer.max_epochs takes int, got x"),
+        (
+            ["fit", "--model", "vae", "--compile", "fast"],
+            "compile takes one of auto, off, default, reduce-overhead, max-autotune, got fast",
+        ),
+        (["fit", "--model", "vae", "--data.memory", "foo"], "data.memory takes one of auto, on, off, got foo"),
+        (["fit", "--model", "vae", "--data.name", "digit"], "did you mean 'digits'"),
+        (["fit", "--model", "vae", "--data.batch_size", "0"], "at least 1"),
+        (["fit", "--model", "conv_ae", "--data.name", "array", "--data.root", "no.npy"], "no.npy does not exist"),
+        (["fit", "--model", "vae", "--optimizer", "AdamW"], "unknown flag --optimizer"),
+        (["fit", "--model", "vae", "--data", "CIFAR10"], "did you mean 'cifar10'"),
+        (["fit", "--model", "vae", "--model.latent_dim", "99999999999"], "vae of this size does not fit in memory"),
+        (["fit", "-model", "vae"], "unknown flag -model, did you mean --model?"),
+        (["fit", "--model", "vae", "-model.latent_dim", "2"], "did you mean --model.latent_dim?"),
+        (["help", "ft"], "did you mean 'fit'"),
+        (["test", "--model", "vae"], "needs a trained model"),
+        (["test", "--ckpt_path", "nothing"], "no checkpoint at nothing"),
+        (["test", "--ckpt_path", "https://example.org/a.ckpt"], "from disk only"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("val_check_interval=1000", "less than or equal to the number of the training batches (3)"),
+        ("limit_val_batches=0.0001", "Please increase the `limit_val_batches` argument"),
+        ("limit_train_batches=0.0001", "Please increase the `limit_train_batches` argument"),
+        ("limit_test_batches=0.0001", "trainer.limit_test_batches is 0.0001, less than one of 2 batches"),
+        ("callbacks+=DeviceStatsMonitor", "a package is missing"),
+    ],
+)
+def test_setting_that_does_not_fit_data_is_refused(capsys, monkeypatch, flag, words):
+    from lightning.pytorch.callbacks import device_stats_monitor
+
+    monkeypatch.setattr(device_stats_monitor, "_PSUTIL_AVAILABLE", False)
+    assert words in refused(capsys, "fit", "--model=linear_ae", *QUICK, f"--trainer.{flag}")
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "as YAML"),
+        ("just words", "holds no settings"),
+        ("model: vea", "did you mean 'vae'"),
+        ("model: {class_path: vae, init_args: {latent: 2}}", "did you mean 'latent_dim'"),
+        ("model: vae\ntrainer: {max_epoch: 2}", "did you mean trainer.max_epochs"),
+        ("model: vae\ncompile: fast", "compile takes one of auto, off, default, reduce-overhead, max-autotune, got"),
+        ("model: vae\ncompile: on", "max-autotune, got on"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(capsys, text, words):
+    Path("my.yaml").write_text(text)
+    assert words in refused(capsys, "fit", "-c", "my.yaml")
+
+
+def test_vector_model_refuses_images_before_training(capsys):
+    np.save("x.npy", np.random.default_rng(0).random((100, 30), dtype=np.float32))
+    assert "convolutions take" in refused(capsys, "fit", "--model", "conv_ae", "--data.name", "x.npy")
+
+
+def test_a_table_of_any_range_trains_by_default():
+    np.save("table.npy", np.random.default_rng(0).normal(size=(300, 30)))
+    main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
+    assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_fit_writes_files_and_names_next_commands(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3")
+    out = capsys.readouterr()
+    run = Path("runs/vae-digits/0")
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints"} and list(run.glob("events*"))
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    # no folder made by the slash in val/loss
+    assert names == {"best-000-3.ckpt", "last.ckpt", "last.ckpt.json", "finished.json"}
+    assert "test/loss" in out.out and "aezoo predict --ckpt_path runs/vae-digits/0" in out.out
+    assert "litlogger" not in out.out + out.err and "litmodels" not in out.out + out.err
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "vae" and config["model"]["init_args"]["latent_dim"] == 3
+    assert config["seed_everything"] == 0
+    assert "input_shape" not in config["model"]["init_args"]
+
+
+def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tmp_path):
+    code = "from aezoo.models.classic.dense_ae import DenseAE\n\n\nclass MyAE(DenseAE):\n    pass\n"
+    Path("my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["--model", "my_module.MyAE"]
+    fit(*mine, "--model.latent_dim=3")
+    assert capsys.readouterr().out.startswith("MyAE: ")
+    (run,) = map(str, Path("runs").glob("*/0"))
+    assert run.startswith("runs/MyAE-")
+    fit(*mine, "--model.latent_dim=3", "--trainer.max_epochs=2", "--resume=auto")
+    assert [path.name for path in Path(run).parent.iterdir()] == ["0"]
+    line = refused(capsys, "test", "--ckpt_path", run)
+    assert "give test and predict -c RUN/config.yaml --model your_module.YourClass" in line
+    main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
+
+
+def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
+    fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
+    out = capsys.readouterr().out
+    assert "Next: aezoo predict --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
+    assert "Next: tensorboard --logdir 'my runs'\n" in out
+    with pytest.raises(SystemExit):
+        main(["fit", "--resume", "my runs/linear_ae-digits/0"])
+    assert capsys.readouterr().err.endswith("aezoo test --ckpt_path 'my runs/linear_ae-digits/0'\n")
+    main(["cp", "vae", "my vae.yaml"])
+    assert "aezoo fit -c 'my vae.yaml'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fraction", ["0.1", "0"])
+def test_a_test_is_suggested_where_there_is_a_split_for_it(capsys, fraction):
+    fit("--model=linear_ae", "--checkpoints.save_top_k=0", f"--data.test_fraction={fraction}")
+    assert ("Next: aezoo test" in capsys.readouterr().out) == (fraction != "0")
+
+
+def test_a_run_without_a_batch_to_test_ends_with_its_table(capsys):
+    fit("--model=linear_ae", "--trainer.limit_test_batches=0")
+    assert "Next: aezoo test --ckpt_path runs/linear_ae-digits/0\n" in capsys.readouterr().out
+
+
+def test_every_run_has_a_folder_and_reusable_config():
+    fit("--model=dense_ae")
+    fit("--model", "dense")
+    main(["fit", "-c", "runs/dense_ae-digits/1/config.yaml"])
+    assert sorted(p.name for p in Path("runs/dense_ae-digits").iterdir()) == ["0", "1"]
+    first, again = (aezoo.load_model(run) for run in ("runs/dense_ae-digits/1", "runs/config/0"))
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)  # the same seed, the same numbers
+
+
+def test_without_a_logger_a_second_run_works_too():
+    for number in "01":
+        fit("--model", "linear_ae", "--trainer.logger", "false")
+        assert Path(f"runs/linear_ae-digits/{number}/config.yaml").is_file()
+
+
+@pytest.mark.parametrize("form", ["model: topk_sae", "model: {class_path: topk_sae}", "model: {class_path: TopKSAE}"])
+def test_yaml_takes_registry_names_and_flags_win(form):
+    Path("mine.yaml").write_text(f"{form}\ndata: {{name: digits}}\n")
+    fit("-c", "mine.yaml", "--model.k", "5")
+    model = aezoo.load_model("runs/mine/0")
+    assert type(model).__name__ == "TopKSAE" and model.k == 5
+
+
+def test_on_and_off_need_no_quotes_in_yaml():
+    Path("mine.yaml").write_text("model: linear_ae\ncompile: off\ndata: {name: digits, memory: on}\n")
+    fit("-c", "mine.yaml")
+    config = yaml.safe_load(Path("runs/mine/0/config.yaml").read_text())
+    assert (config["compile"], config["data"]["memory"]) == ("off", "on")
+
+
+def test_a_run_is_not_taken_for_a_recipe(capsys):
+    Path("runs/vae/0").mkdir(parents=True)
+    Path("runs/vae/0/config.yaml").write_text("model: vae\n")
+    line = refused(capsys, "fit", "-c", "runs/vae/0")
+    assert "run folder: give -c runs/vae/0/config.yaml for its settings, or --ckpt_path runs/vae/0" in line
+
+
+def test_a_local_file_wins_over_a_recipe_of_that_name():
+    Path("vae").write_text("model: linear_ae\n")
+    fit("-c", "vae")
+    assert type(aezoo.load_model("runs/vae/0")).__name__ == "LinearAE"
+
+
+def test_run_below_one_epoch_tests_and_saves(capsys):
+    fit("--model", "vae", "--data.batch_size", "100", "--trainer.max_epochs", "5", "--trainer.max_steps", "3")
+    assert "test/loss" in capsys.readouterr().out
+    assert torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_importance_samples_tighten_the_log_likelihood(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
+    found = []
+    for n in ("1", "300"):
+        capsys.readouterr()
+        main(["test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", n])
+        found.append(float(re.search(r"test/log_likelihood +(-?[\d.]+)", capsys.readouterr().out)[1]))
+    assert found[0] < found[1]
+    refused(capsys, "test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", "0")
+
+
+def test_checkpoint_alone_serves_validate_test_predict_resume(capsys):
+    fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
+    for path in ("runs/vae-digits/0", "runs/vae-digits", "runs/vae-digits/0/checkpoints/last.ckpt"):
+        main(["test", "--ckpt_path", path])
+    main(["validate", "--ckpt_path", "runs/vae-digits/0"])
+    assert "val/log_likelihood" in capsys.readouterr().out
+    main(["predict", "--ckpt_path", "runs/vae-digits/0"])
+    with np.load("runs/vae-digits/0/predictions.npz") as found:
+        n = DataModule("digits").tensors("test")[0].shape[0]
+        assert found["code"].shape == (n, 3) and found["reconstruction"].shape == (n, 1, 8, 8)
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", "2"])
+    checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6 and checkpoint["epoch"] == 1
+    assert checkpoint["hyper_parameters"]["latent_dim"] == 3
+    assert checkpoint["datamodule_hyper_parameters"]["batch_size"] == 100
+    assert not Path("runs/vae-digits/1").exists()
+
+
+def test_a_fit_that_is_refused_leaves_the_settings_of_its_run(capsys):
+    fit("--model", "dense_ae")
+    config = Path("runs/dense_ae-digits/0/config.yaml")
+    before = config.read_text()
+    for flag in ("--model=linear_ae", "--model.latent_dim=7"):
+        line = refused(capsys, "fit", "--ckpt_path=runs/dense_ae-digits/0", "--trainer.max_epochs=2", flag)
+        assert "do not fit the model" in line and config.read_text() == before
+
+
+def test_weights_alone_are_no_training_to_go_on_with(capsys):
+    fit("--model=dense_ae", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true",
+        "--trainer.callbacks.dirpath=lean")  # fmt: skip
+    (lean,) = map(str, Path("lean").iterdir())
+    line = refused(capsys, "fit", "--ckpt_path", lean, "--trainer.max_epochs=2")
+    assert f"{lean} holds only weights" in line and "aezoo.load_model" in line
+    main(["test", "--ckpt_path", lean])
+    out = capsys.readouterr().out
+    assert "test/loss" in out and "run folder" not in out
+
+
+def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
+    fit("--model", "dense_ae")
+    main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
+    assert "model.lr is 0.5, the checkpoint has 0.001" in capsys.readouterr().err
+    assert yaml.safe_load(Path("runs/dense_ae-digits/0/config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
+    saved = torch.load("runs/dense_ae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+    line = refused(capsys, "fit", "--ckpt_path", "runs/dense_ae-digits/0", "--model.optimizer", "sgd")
+    assert "holds the state of adam" in line
+    line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--model.latent_dim", "7")
+    assert "do not fit the model" in line
+    line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--data.name", "mnist5k")
+    assert "trained on samples of shape 1x8x8" in line
+
+
+def test_the_stamp_survives_a_checkpoint_whose_file_moved(tmp_path):
+    fit("--model", "sparse")
+    (tmp_path / "elsewhere.ckpt").write_bytes(Path("runs/sparse_ae_l1-digits/0/checkpoints/last.ckpt").read_bytes())
+    main(["test", "--ckpt_path", "elsewhere.ckpt"])
+
+
+def test_best_checkpoint_is_taken_regardless_of_time():
+    fit("--model", "dense_ae", "--trainer.max_epochs", "3", "--checkpoints.save_top_k=-1")
+    files = sorted(Path("runs/dense_ae-digits/0/checkpoints").glob("best-*.ckpt"))
+    assert len(files) == 3
+    os.utime(files[0])  # as a copy or an archive may leave them
+    assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
+
+
+def test_a_second_model_checkpoint_leaves_best_as_it_is(capsys):
+    # the last epoch, which Lightning's own keeps, is not the best
+    diverges = ["--model.optimizer=sgd", "--model.lr=0.3", "--trainer.max_epochs=4"]
+    fit("--model=dense_ae", *diverges, "--trainer.callbacks+=ModelCheckpoint")
+    out, home = capsys.readouterr().out, Path("runs/dense_ae-digits/0/checkpoints")
+    (best,) = home.glob("best-*.ckpt")
+    assert "best-003" not in best.name and list(home.glob("epoch=3-*.ckpt"))
+    assert re.search(rf"best checkpoint +{best}\n", out)
+    main(["test", f"--ckpt_path={best}", "--trainer.callbacks+=ModelCheckpoint"])
+    assert re.search(r"test/loss .*", out)[0].split() == re.search(r"test/loss .*", capsys.readouterr().out)[0].split()
+
+
+@pytest.mark.parametrize("without", [["--trainer.limit_val_batches", "0"], ["--data.val_fraction", "0"]])
+def test_best_checkpoint_uses_training_loss_without_validation(capsys, without):
+    fit("--model", "vae", *without)
+    (best,) = Path("runs/vae-digits/0/checkpoints").glob("best-*.ckpt")
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint")
+        main(["test", "--ckpt_path", "runs/vae-digits/0"])
+    assert re.search(rf"best checkpoint +{best}\n", capsys.readouterr().out)
+
+
+def test_resume_with_validation_forgets_training_scores():
+    # whose loss is far below that of any validation with beta 0
+    fit("--model", "vae", "--model.beta", "0", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3")
+    more = ["--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "4", "--model.beta", "1"]
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", *more])
+    state = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (saver,) = (found for key, found in state.items() if key.startswith("Checkpoints"))
+    (stopper,) = (found for key, found in state.items() if key.startswith("EarlyStop"))
+    assert saver["monitor"] == stopper["monitor"] == "val/loss"
+    assert saver["best_model_score"] == stopper["best_score"] == saver["current_score"]
+
+
+def test_schedule_accumulation_and_clipping_work_together():
+    fit(
+        "--model=vae", "--model.lr_schedule=cosine", "--model.warmup_steps=2",
+        "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=1.0", "--model.optimizer=adamw",
+    )  # fmt: skip
+
+
+def test_optional_callbacks_go_by_their_class_name():
+    fit(
+        "--model=vae", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9",
+        "--trainer.callbacks+=BetaAnnealing", "--trainer.callbacks.n_steps=10",
+    )  # fmt: skip
+
+
+def test_model_and_data_hyperparameters_do_not_clash():
+    import inspect
+
+    data = set(inspect.signature(DataModule).parameters)
+    for name in aezoo.list_models():
+        assert not data & set(inspect.signature(aezoo.model_class(name)).parameters)
+
+
+def test_spawned_processes_can_pickle_what_the_command_line_adds():
+    import pickle
+
+    from aezoo.cli import lightning_cli
+
+    for cls in (lightning_cli.AezooCLI, lightning_cli.SaveConfig, lightning_cli.Parser):
+        assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run():
+    command = [sys.executable, "-m", "aezoo", "fit", *QUICK, "--model", "vae", "--trainer.accelerator", "cpu"]
+    done = subprocess.run([*command, "--trainer.devices", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in Path("runs/vae-digits").iterdir()] == ["0"]
+    assert len(list(Path("runs/vae-digits/0/checkpoints").glob("*.ckpt"))) == 2
+
+
+def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch):
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    from aezoo.cli import trainer_settings
+
+    monkeypatch.setattr(_MultiProcessingLauncher, "launch", None)
+    monkeypatch.setattr(trainer_settings, "available_cores", lambda: 2)
+    flags = ["fit", *QUICK, "--model=vae", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
+    assert "has 2 core(s) here: give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
+    assert not Path("runs").exists()
+    # what a cluster has started counts its cores in another way
+    monkeypatch.setattr(trainer_settings, "available_cores", lambda: 0)
+    settings = SimpleNamespace(root_device=torch.device("cpu"), launcher=None)
+    trainer_settings.check_processes(SimpleNamespace(strategy=settings, num_devices=8))
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_that_is_not_there_is_told_with_a_cure(capsys, monkeypatch, built):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    line = refused(capsys, "fit", *QUICK, "--model=vae", "--trainer.accelerator=gpu")
+    assert "give --trainer.accelerator cpu or auto" in line and ("install a torch for GPUs" in line) is not built
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
+    import signal
+
+    command = [sys.executable, "-u", "-m", "aezoo", "fit", "--model", "vae", "--trainer.max_epochs", "10000", *OFF]
+    command += ["--data.name", "digits"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("epoch 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    with process.stdout as rest:
+        lines += rest.read().splitlines()
+    assert process.wait() == 130, "".join(lines)
+    assert "Traceback" not in "".join(lines)
+    assert lines[-1].strip() == "continue with: aezoo fit --ckpt_path runs/vae-digits/0"
+    step = int(re.search(r"interrupted at epoch \d+, step (\d+); last saved", "".join(lines))[1])
+    checkpoint = torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", others_slow(recipes.recipes(), kept=("vae", "dense_ae")))
+def test_every_recipe_trains_and_states_command_and_figure(name, fashion_files):
+    head = [line for line in recipes.recipes()[name].read_text().splitlines() if line.startswith("#")]
+    assert head[1].startswith(f"# aezoo fit -c {name}") and re.search(r"# reached: test/\S+ -?\d", head[-1])
+    flags = [f"--data.root={fashion_files}"] if "fashion" in name else []
+    if head[2].startswith("# target: "):  # MNIST itself takes a network
+        flags = ["--data.name=mnist5k", "--importance_samples=2"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_test_batches=1"]
+    main(["fit", "-c", name, *flags, *short, *OFF])
+    assert Path(f"runs/{name}/0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.fixture(scope="session")
+def fashion_files(tmp_path_factory):
+    """Idx files of 200 random pictures where torchvision keeps Fashion-MNIST."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 200), ("t10k", 50)):
+        pixels, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n).astype(np.uint8)
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + values.tobytes())
+    return root
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["cp", "vae", LONG], ["fit", "-c", LONG], ["fit", "--model", "vae", "--data", LONG], ["fit", "--resume", LONG],
+        ["test", "--ckpt_path", LONG], ["reconstruct", "--ckpt_path", LONG],
+    ],
+)  # fmt: skip
+def test_a_path_that_cannot_be_looked_at_is_one_line(argv, capsys):
+    line = refused(capsys, *argv)
+    assert "File name too long" in line and "default_root_dir" not in line
+
+
+@pytest.mark.parametrize("argv", [["fit", "--model", "vae", "--data"], ["test", "--ckpt_path"], ["cp", "vae"]])
+def test_a_name_with_a_line_break_is_told_in_one_line(argv, capsys):
+    Path("a\nb\x1b[31m.npy").write_text("no array")
+    assert "a\\nb\\x1b[31m.npy" in refused(capsys, *argv, "a\nb\x1b[31m.npy")

@@ -1,0 +1,466 @@
+"""`aezoo tune`: what it is asked, the record of a study, and trials that fail, hang, are pruned or are interrupted."""
+
+import csv
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import aezoo
+from aezoo.cli import tune
+from aezoo.cli.main import main
+from aezoo.errors import AezooError
+
+optuna = pytest.importorskip("optuna")
+STUDY = Path("runs/vae-digits-tune")
+BASE = ["tune", "--model=vae", "--data=digits"]
+LR = "--search.model.lr=log:1e-4:1e-1"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
+    from aezoo.cli import tune_study
+
+    def become(**what):
+        monkeypatch.setenv("FAKE_FIT", json.dumps(what))
+
+    script = Path(__file__).with_name("tune_fit.py")
+    monkeypatch.setattr(tune_study, "FIT", (sys.executable, str(script)))
+    return lambda **what: become(**{name.lstrip("_"): value for name, value in what.items()})
+
+
+def ends(*argv, code=2):
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == code
+
+
+def rows(study=STUDY):
+    with (study / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "of_it"),
+    [
+        ("log:1e-4:1e-2", "log", (1e-4, 1e-2, 1)),
+        ("float:-1:2.5", "float", (-1.0, 2.5, 1)),
+        ("int:2:64", "int", (2.0, 64.0, 1)),
+        ("int:2:64:2", "int", (2.0, 64.0, 2)),
+        ("int:2:64:log", "int", (2.0, 64.0, 0)),
+        ("bernoulli, gaussian:learned", "choice", ("bernoulli", "gaussian:learned")),
+        ("[64,32],[128]", "choice", ("[64,32]", "[128]")),
+        ("16,32", "choice", ("16", "32")),
+    ],
+)
+def test_a_search_is_a_range_or_values(text, kind, of_it):
+    found = tune.search("model.x", text)
+    assert found.kind == kind
+    assert (found.choices if kind == "choice" else (found.low, found.high, found.step)) == of_it
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "exit_stack"),
+    [
+        ("log:1e-4:1e-2", {"lr": 0.003}, ("0.0001", "0.01")),
+        ("int:2:64:2", {"lr": 8}, ("2", "64")),
+        ("a,b,c", {"lr": "b"}, ("a", "b", "c")),
+    ],
+)
+def test_values_are_drawn_as_flags_take_them(text, values, ends):
+    found = tune.search("lr", text)
+    assert found.exit_stack() == ends
+    assert found.suggest(optuna.trial.FixedTrial(values)) == str(values["lr"])
+
+
+@pytest.mark.parametrize(("text", "evenly"), [("log:0.01:1", False), ("float:0.01:1", True), ("int:1:9", True)])
+def test_what_is_drawn_evenly_and_what_over_its_logarithm(text, evenly):
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    tune.search("k", text).suggest(trial)
+    assert trial.distributions["k"].log is not evenly
+
+
+def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
+    for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
+        tune_study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        trials = [tune_study.ask() for _ in range(60)]
+        assert {int(tune.search("k", text).suggest(trial)) for trial in trials} == seen
+    assert trials[0].distributions["k"].log
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lgo:1e-4:1e-2", "did you mean log:1e-4:1e-2?"),
+        ("1e-4", "that is one value: give log:LOW:HIGH"),
+        ("log:1e-4", "give log:LOW:HIGH, with numbers"),
+        ("log:1e-4:x", "give log:LOW:HIGH, with numbers"),
+        ("log:1e-4:inf", "give log:LOW:HIGH, with numbers"),
+        ("int:2:6.5", "give int:LOW:HIGH, int:LOW:HIGH:STEP or int:LOW:HIGH:log"),
+        ("int:2:8:0", "the step must be at least 1"),
+        ("float:2:1", "2 is not below 1"),
+        ("log:0:1", "a logarithm needs a lower end above 0"),
+        ("int:0:8:log", "a logarithm needs a lower end above 0"),
+        ("a,,b", "values that differ, none of them empty"),
+        ("a,a", "values that differ"),
+    ],
+)
+def test_a_bad_search_is_told_in_one_line(capsys, text, words):
+    ends(*BASE, f"--search.model.lr={text}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aezoo: --search.model.lr {text}: ") and words in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "nothing is searched"),
+        (["--search.model.lr"], "--search.model.lr needs a range or values"),
+        (["--search.model.lr", "--trials=3"], "--search.model.lr needs a range or values"),
+        ([LR, LR], "--search.model.lr is given twice"),
+        (["--search.=a,b"], "names no setting"),
+        ([LR, "--trails=3"], "did you mean --trials?"),
+        (["--serach.model.lr=a,b"], "did you mean --search?"),
+        ([LR, "--trials=x"], "invalid int value: 'x'"),
+        ([LR, "--trials=0"], "--trials takes a number from 1"),
+        ([LR, "--direction=up"], "invalid choice: 'up'"),
+        ([LR, "--timeout=nan"], "--timeout seconds above 0"),
+        ([LR, "--monitor=loss"], "like val/loss or train/nll"),
+        ([LR, "--storage=mysql://a/b"], "give a file on disk"),
+        ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path is not for tune"),
+        ([LR, "--resume", "auto"], "--resume is not for tune"),
+    ],
+)
+def test_a_bad_flag_of_the_search_is_told_in_one_line(capsys, flags, words):
+    ends(*BASE, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
+
+
+def test_fit_flags_keep_order_beside_similar_names():
+    words = ["-c", "vae", "--model.k", "-1", "--rank_timeout=3", "--model", "vae", "--data.seed", "2"]
+    options, searches, flags = tune.read([*words[:3], LR, *words[3:6], "--seed", "4", *words[6:], "--trials=2"])
+    assert flags == words and options.seed == 4 and options.trials == 2 and searches[0].name == "model.lr"
+
+
+def test_help_and_mistakes_need_neither_torch_nor_optuna():
+    for argv, code in ((["tune", "--help"], 0), (["tune", "--search.model.lr=log:1"], 2)):
+        text = f"import sys; from aezoo.cli.main import main\ntry: main({argv!r})\n"
+        text += "except SystemExit as end: code = end.code"
+        text += "\nassert not {'torch', 'optuna'} & {*sys.modules}; print('code', code)"
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"code {code}", done.stderr
+
+
+def test_without_the_extra_the_cure_is_said(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    ends(*BASE, LR)
+    assert "pip install 'aezoo[tune]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--search.model.latent_dmi=int:2:8"], "unknown flag --model.latent_dmi, did you mean --model.latent_dim?"),
+        (["--search.model.likelihood=bernoulli,gausian"], "bernoulli,gausian: gausian is not possible: "),
+        (["--search.model.latent_dim=float:2:8"], "latent_dim takes int, got 2.0"),
+        (["--search.model.latent_dim=int:0:8"], "latent_dim must be at least 1, got 0"),
+        ([LR, "--trainer.max_epoch=3"], "did you mean --trainer.max_epochs?"),
+        ([LR, "--model=vea"], "did you mean 'vae'"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_the_first_trial(capsys, fake, flags, words):
+    fake()
+    ends(*BASE, *flags)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
+
+
+# ---- studies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
+    fake()
+    main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    table = rows()
+    assert len(table) == 12 and {row["state"] for row in table} <= {"complete", "pruned"}
+    whole = [row for row in table if row["state"] == "complete"]
+    for row in whole:  # the best epoch is the fourth of five
+        assert float(row["val/loss"]) == pytest.approx((math.log10(float(row["model.lr"])) + 3) ** 2)
+        assert row["epochs"] == "5" and Path(row["run"], "log.txt").is_file()
+    best = min(whole, key=lambda row: float(row["val/loss"]))
+    config = yaml.safe_load((STUDY / "best.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == float(best["model.lr"])
+    assert config["trainer"]["callbacks"] == [{"class_path": "aezoo.callbacks.EMA"}]
+    assert config["trainer"]["default_root_dir"] is None
+    assert {"--trainer.max_epochs=5", "--trainer.devices=1"} <= {*config["trainer"]["words"]}
+    out = capsys.readouterr().out
+    assert f"best: trial {best['trial']}, val/loss" in out and f"aezoo fit -c {STUDY / 'best.yaml'}" in out
+    main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
+    assert len(rows()) == 12  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_the_seed_decides_what_is_drawn(fake):
+    fake()
+    drawn = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main([*BASE, LR, "--trials=2", f"--seed={seed}", f"--study={name}"])
+        drawn[name] = [row["model.lr"] for row in rows(Path(name))]
+    assert drawn["a"] == drawn["b"] != drawn["c"] and len(set(drawn["a"])) == 2
+
+
+@pytest.mark.slow
+def test_of_what_should_be_large_the_largest_is_best(fake):
+    fake()
+    Path("mine.yaml").write_text("trainer:\n  default_root_dir: out\n")
+    main([*BASE, "-c", "mine.yaml", LR, "--trials=3", "--direction=max", "--prune=off"])
+    tune_study = Path("out/mine-tune")
+    largest = max(rows(tune_study), key=lambda row: float(row["val/loss"]))
+    assert float(largest["val/loss"]) == pytest.approx((math.log10(float(largest["model.lr"])) + 3) ** 2 + 3)
+    config = yaml.safe_load((tune_study / "best.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == float(largest["model.lr"])
+    assert config["trainer"]["default_root_dir"] == "out"
+
+
+@pytest.mark.slow
+def test_a_crash_loses_one_trial(fake, capsys):
+    fake(_0="crash", _1="die", _3="nan")
+    main([*BASE, LR, "--trials=4"])
+    assert [row["state"] for row in rows()] == ["fail", "fail", "complete", "fail"]
+    assert [row["error"] for row in rows()] == [
+        "it is broken, mend it",
+        "ended by SIGKILL (often: no memory left)",
+        "",
+        "no finite val/loss was logged",
+    ]
+    assert "trial 0: failed: it is broken, mend it" in capsys.readouterr().out
+
+
+def test_a_study_of_which_nothing_works_ends_soon(fake, capsys):
+    fake(_0="crash", _1="crash", _2="crash")
+    ends(*BASE, LR, "--trials=9")
+    assert "the first 3 trials failed, the last with: it is broken, mend it; see" in capsys.readouterr().err
+    assert len(rows()) == 3
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_behind_is_pruned(fake):
+    fake(_5="bad")
+    main([*BASE, LR, "--trials=6"])
+    assert rows()[5]["state"] == "pruned" and float(rows()[5]["val/loss"]) == 1e6
+    assert rows()[5]["epochs"] == "4" and not [*Path(rows()[5]["run"]).rglob("finished")]
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
+    fake()
+    main([*BASE, LR, "--trials=4", "--study=whole"])
+    fake(_1="interrupt")
+    command = [*BASE, LR, "--trials=4", "--study=cut"]
+    ends(*command, code=130)
+    said = capsys.readouterr().err
+    assert "1 of 4 trials are done" in said and f"continue with: aezoo {' '.join(command)}" in said
+    main(command)
+    whole, cut = rows(Path("whole")), rows(Path("cut"))
+    assert [row["state"] for row in cut] == ["complete", "interrupted", "complete", "complete", "complete"]
+    assert cut[1]["run"] == cut[2]["run"] and cut[1]["model.lr"] == cut[2]["model.lr"]
+    config = yaml.safe_load(Path(cut[2]["run"], "vae-digits/0/config.yaml").read_text())
+    assert "--resume=auto" in config["trainer"]["words"]
+    kept = [row["model.lr"] for row in cut if row["state"] == "complete"]
+    assert kept == [row["model.lr"] for row in whole]
+
+
+@pytest.mark.slow
+def test_a_torn_line_of_a_trials_figures_does_not_end_its_study(fake):
+    fake(_0="interrupt")
+    command = [*BASE, LR, "--trials=1"]
+    ends(*command, code=130)
+    (STUDY / "0/vae-digits/0/metrics.jsonl").write_text('{"epoch": -1, "step": 0}\n\0\0\n{"epoch": 0, "st')
+    main(command)
+    assert [(row["state"], row["epochs"]) for row in rows()][1:] == [("complete", "5")]
+
+
+@pytest.mark.slow
+def test_another_search_is_another_study(fake, capsys):
+    fake(_0="interrupt")
+    ends(*BASE, LR, "--trials=1", code=130)
+    fake()
+    main([*BASE, LR, "--trials=1", "--direction=max"])  # nothing was done yet, so nothing is lost
+    capsys.readouterr()
+    ends(*BASE, "--search.model.lr=log:1e-5:1e-2", "--trials=2", "--seed=3")
+    line = capsys.readouterr().err
+    assert "a study with other --direction, --search.model.lr, --seed: give another --study, or go on with it: " in line
+    assert f"aezoo {' '.join(BASE)} {LR} --trials=1 --direction=max" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("monitor", "words"),
+    [
+        ("val/los", "--monitor val/los is not logged by these runs, did you mean val/loss?"),
+        ("train/kl", "--monitor train/kl is not logged by these runs: there are train/loss, val/loss"),
+    ],
+)
+def test_an_unknown_monitor_ends_the_first_trial(fake, capsys, monitor, words):
+    fake()
+    ends(*BASE, LR, f"--monitor={monitor}")
+    assert words in capsys.readouterr().err
+    main([*BASE, LR, "--trials=1"])
+    assert [row["state"] for row in rows()] == ["complete"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["study.db", "else/where.log"])
+def test_the_record_can_lie_elsewhere(fake, name):
+    fake()
+    for trials in (1, 2):
+        main([*BASE, LR, f"--trials={trials}", f"--storage={name}"])
+    assert len(rows()) == 2 and Path(name).is_file() and not (STUDY / "study.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["words.db", "words.log"])
+def test_a_file_that_is_no_record_is_refused(fake, capsys, name):
+    Path(name).write_text("no record\nat all\n")
+    ends(*BASE, LR, f"--storage={name}")
+    assert f"cannot use {name} as a study: " in capsys.readouterr().err and not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_line_that_a_killed_process_left_half_is_taken_away(fake):
+    fake()
+    main([*BASE, LR, "--trials=1"])
+    for torn in ('{"op_code":5,"wor', '{"op'):
+        with (STUDY / "study.log").open("a") as file:
+            file.write(torn)
+        main([*BASE, LR, "--trials=2"])
+        main([*BASE, LR, "--trials=3"])
+    assert [row["state"] for row in rows()] == ["complete"] * 3
+
+
+def test_a_file_that_is_no_record_is_not_changed(fake):
+    Path("words.log").write_text("no record\nat all")
+    ends(*BASE, LR, "--storage=words.log")
+    assert Path("words.log").read_text() == "no record\nat all"
+
+
+@pytest.mark.slow
+def test_a_lock_that_a_killed_process_left_holds_nobody_up(fake):
+    fake()
+    main([*BASE, LR, "--trials=1"])
+    (STUDY / "study.log.lock").symlink_to(STUDY / "study.log")
+    main([*BASE, LR, "--trials=2"])
+    assert len(rows()) == 2
+
+
+@pytest.mark.slow
+def test_moved_study_continues_from_another_folder(fake, monkeypatch, capsys):
+    fake(_1="interrupt")
+    command = [*BASE, LR, "--trials=2", "--study"]
+    ends(*command, "one/mine", code=130)
+    fake()
+    Path("one").rename("two")
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    main([*command, "../two/mine"])
+    table = rows(Path("../two/mine"))
+    assert [row["state"] for row in table] == ["complete", "interrupted", "complete"]
+    assert [row["run"] for row in table] == ["../two/mine/0", "../two/mine/1", "../two/mine/1"]
+    assert "its run: ../two/mine/" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_study_whose_folder_was_renamed_goes_on(fake):
+    fake()
+    command = [*BASE, LR, "--study"]
+    main([*command, "mine", "--trials=1"])
+    Path("mine").rename("old")
+    main([*command, "old", "--trials=2"])
+    assert [row["run"] for row in rows(Path("old"))] == ["old/0", "old/1"]
+
+
+@pytest.mark.slow
+def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
+    fake()
+    command = [*BASE, LR, "--trials=1", "--storage=all.db"]
+    main([*command, "--study=a/x"])
+    ends(*command, "--study=b/x")
+    assert "holds 'x' of " in capsys.readouterr().err and not Path("b").exists()
+    main([*command, "--study=b/y"])
+    main([*command, "--study=a/x"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
+    from aezoo.cli import tune_study
+
+    fake()
+    monkeypatch.setattr(tune_study.Study, "_open_study", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    ends(*BASE, LR, code=130)
+    assert "aezoo: interrupted\ncontinue with: aezoo tune" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_in_one_line(fake, capsys, monkeypatch):
+    from aezoo.cli import tune_study
+
+    fake()
+    main([*BASE, LR, "--trials=1"])
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_study.JournalFileBackend, "append_logs", full)
+        ends(*BASE, LR, "--trials=2")
+    assert "No space left on device; what was recorded is kept" in capsys.readouterr().err
+    main([*BASE, LR, "--trials=2"])
+    assert len(rows()) == 2
+
+
+@pytest.mark.slow
+def test_after_the_timeout_no_trial_is_started(fake, capsys):
+    fake()
+    main([*BASE, LR, "--trials=1"])
+    main([*BASE, LR, "--trials=9", "--timeout=1e-9"])
+    assert len(rows()) == 1 and "no further trial is started" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_study_trains_and_its_best_trains_again(capsys):
+    off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+    quick = [*off, "--projector.n=0", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
+    main([*BASE, "--search.model.latent_dim=int:2:8", "--trials=1", *quick])
+    (row,) = rows()
+    assert row["state"] == "complete" and row["epochs"] == "2", row
+    run = Path(row["run"], "vae-digits/0")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [-1, 0, 1] and "val/loss" in lines[0] and lines[2]["step"] == 4
+    assert float(row["val/loss"]) == min(line["val/loss"] for line in lines[1:]) and "train/loss" in lines[1]
+    assert aezoo.load_model(run).code_shape == (int(row["model.latent_dim"]),)
+    main(["fit", "-c", str(STUDY / "best.yaml"), "--trainer.fast_dev_run=true"])
+    assert f"code shape ({row['model.latent_dim']},)" in capsys.readouterr().out
+    text = (STUDY / "best.yaml").read_text()
+    assert "EpochMetrics" not in text and f"latent_dim: {row['model.latent_dim']}" in text
+
+
+def test_bad_search_space_raises_aezoo_error():
+    with pytest.raises(AezooError, match="one value"):
+        tune.search("model.lr", "x")

@@ -1,0 +1,643 @@
+"""Killed at any moment and started again, a run goes on bit for bit as one that nobody touched."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import promises
+import pytest
+import torch
+
+from aezoo import registry
+from aezoo.callbacks import ProgressBar, dashboard
+from aezoo.callbacks.checkpoints import Checkpoints
+from aezoo.cli import lightning_cli
+from aezoo.cli.main import main
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume
+from aezoo.models.variational.vae import VAE
+
+HELPER = Path(__file__).with_name("kill_harness.py")
+OFF = [
+    f"--{name}.every_n_epochs=0"
+    for name in ("reconstructions", "samples", "traversal", "latents", "filters", "codebook")
+]
+RARE = ["--code_statistics.every_n_epochs=7"]
+DATA = ["--data.name=digits", "--data.batch_size=160"]
+COMMON = [*OFF, *RARE, *DATA, "--projector.n=0", "--trainer.limit_test_batches=0"]
+PLAIN = ["fit", "--model=vae", "--model.hidden_dims=[32]", "--model.latent_dim=4", *COMMON]
+CASES = {
+    "vae": [*PLAIN, "--model.lr_schedule=cosine", "--model.warmup_steps=5"],
+    "ema": [*PLAIN, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
+    "annealing": [*PLAIN, "--trainer.callbacks+=BetaAnnealing", "--trainer.callbacks.n_steps=40"],
+    "factor_vae": [
+        *(
+            "fit",
+            "--model=factor_vae",
+            "--model.hidden_dims=[32]",
+            "--model.latent_dim=4",
+            "--model.discriminator_lr=3e-4",
+        ),
+        *("--model.lr_schedule=cosine", "--model.warmup_steps=5"),
+        *COMMON,
+    ],
+    "vq_vae": [
+        *("fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[32]", "--model.places=4"),
+        *("--model.latent_dim=4", "--model.codebook_size=16", *COMMON),
+    ],
+    "topk_sae": ["fit", "--model=topk_sae", "--model.latent_dim=64", "--model.k=4", "--model.dead_after=300", *COMMON],
+}
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
+
+
+def killed(home, argv, kills, seed=0, **how):
+    spec = json.dumps({"argv": argv, "kills": kills, "seed": seed, **how})
+    done = subprocess.run(
+        [sys.executable, str(HELPER), str(home), spec], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] == kills
+    compare(home / "whole", home / "killed")
+    promises.add("resume", f"{home.name} {kills}", counts)
+
+
+def trace(folder):
+    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+
+
+def compare(whole, killed):
+    """Every step of the killed run, those taken twice too, equals the reference's; so does what is left in the end."""
+    reference = {line["step"]: line for line in trace(whole)}
+    seen = trace(killed)
+    for line in seen:
+        assert line == reference[line["step"]]
+    assert {line["step"] for line in seen} == set(reference)
+    last = [next(folder.glob("runs/*/0/checkpoints/last.ckpt")) for folder in (whole, killed)]
+    first, second = (torch.load(path, weights_only=True) for path in last)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "DataModule", "epoch"):
+        same(first[key], second[key], key)
+    same(first.get("current_model_state"), second.get("current_model_state"), "current_model_state")
+    assert [path.name for path in killed.glob("runs/*/*")] == ["0"]
+    assert not list(last[1].parent.glob(".tmp-*"))
+    for tag, points in curves(last[0].parents[1]).items():
+        assert curves(last[1].parents[1])[tag] == points, tag
+
+
+def curves(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    # how fast the machine was is not a function of the seed
+    tags = [tag for tag in events.Tags()["scalars"] if "samples_per_s" not in tag]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def same(first, second, name):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), name
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first:
+            same(first[key], second[key], f"{name}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), name
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            same(*pair, f"{name}.{i}")
+    else:
+        assert first == second, name
+
+
+@pytest.mark.slow
+def test_three_kills_leave_no_trace(tmp_path):
+    argv = [*CASES["ema"], "--trainer.max_epochs=8", "--checkpoints.every_n_steps=3"]
+    killed(tmp_path, argv, kills=3)
+
+
+@pytest.mark.slow
+def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
+    # 9 steps an epoch: saves at 3, 6, 9 and so on, within epochs and at their ends
+    argv = [*CASES["vae"], "--trainer.max_epochs=4", "--checkpoints.every_n_steps=3", "--trainer.log_every_n_steps=1"]
+    killed(tmp_path, argv, kills=3, after_saves=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_kills_leave_no_trace(tmp_path, case):
+    argv = [*CASES[case], "--trainer.max_epochs=40", "--checkpoints.every_n_steps=4"]
+    killed(tmp_path, argv, kills=20, seed=1)
+
+
+# ---- what a run goes on from ----------------------------------------------------------------------------------------
+
+QUIET = [*OFF, "--code_statistics.every_n_epochs=0", "--projector.n=0", "--trainer.limit_test_batches=0"]
+SHORT = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=500", *QUIET]
+AUTO = ["--resume", "auto"]
+RUN = Path("runs/vae-digits/0")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs, of three steps each."""
+    home = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(home):
+        main([*SHORT, "--trainer.max_epochs=2"])
+    return home
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of that run in the current folder; gives its folder of checkpoints."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN / "checkpoints"
+
+
+def go_on(*flags, epochs=3):
+    main([*SHORT, f"--trainer.max_epochs={epochs}", "--resume", "auto", *flags])
+    return torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def third(finished, tmp_path_factory):
+    """The state that the run has after one epoch more."""
+    home = tmp_path_factory.mktemp("third")
+    shutil.copytree(finished, home, dirs_exist_ok=True)
+    with contextlib.chdir(home):
+        return go_on()["state_dict"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(cut, "it is cut off"), (flip, "its checksum does not fit"), (Path.unlink, "is missing"), (None, "")],
+)
+def test_damaged_last_checkpoint_is_named_and_previous_used(run, third, capsys, damage, words):
+    before = (run / "previous.ckpt").read_bytes()
+    if damage is not None:
+        damage(run / "last.ckpt")
+    end = go_on()
+    error = capsys.readouterr().err
+    assert (f"{run}/last.ckpt" in error and words in error and "previous.ckpt instead" in error) == bool(damage)
+    assert end["global_step"] == 9
+    same(end["state_dict"], third, "from another checkpoint to the same end")
+    assert not (RUN.parent / "1").exists()
+    assert (run / "previous.ckpt").read_bytes() != before
+    assert atomic_files.find_damage(run / "previous.ckpt") is None
+
+
+def test_curves_of_a_start_within_the_same_second_come_last(run):
+    file = next(RUN.glob("events.out.tfevents.*"))
+    before = curves(RUN)["train/loss"]
+    # TensorBoard reads by name: in the same second the process with the greatest number would come last
+    file.rename(RUN / f"events.out.tfevents.{int(time.time()) + 1}.~host.99999.0")
+    go_on()
+    after = curves(RUN)["train/loss"]
+    assert after[: len(before)] == before
+    assert before and [step for step, _ in after[len(before) :]] == [8]
+
+
+def test_a_start_waits_for_a_later_name(tmp_path, monkeypatch):
+    (tmp_path / "events.out.tfevents.100.host.1.0").touch()
+    waited = []
+    monkeypatch.setattr(dashboard.time, "sleep", waited.append)
+    for now in (100.5, 101.0, 98.0):
+        monkeypatch.setattr(dashboard.time, "time", lambda now=now: now)
+        dashboard.wait_for_new_timestamp(tmp_path)
+    assert waited == [0.5]
+
+
+@pytest.mark.parametrize("keep", ["record", "damaged"])
+def test_without_a_whole_checkpoint_nothing_is_started(run, capsys, keep):
+    for path in run.glob("*.ckpt"):
+        path.write_bytes(b"PK") if keep == "damaged" else path.unlink()
+    argv = [*SHORT, "--trainer.max_epochs=3"]
+    assert "last.ckpt" in (line := refused(capsys, *argv, "--resume", "auto")) and "--resume off" in line
+    assert "last.ckpt" in refused(capsys, *argv, "--resume", str(RUN))
+    assert "nothing" in refused(capsys, *argv, "--resume", "nothing")
+    assert [path.name for path in RUN.parent.iterdir()] == ["0"]
+
+
+def test_a_finished_run_says_so_and_a_larger_limit_goes_on(run, capsys):
+    before = (run / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        go_on(epochs=2)
+    assert end.value.code == 0
+    assert "is finished (epoch 2, step 6)" in capsys.readouterr().err
+    assert (run / "last.ckpt").read_bytes() == before
+    assert go_on(epochs=3)["global_step"] == 9
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_early_goes_on_with_more_patience(run, capsys):
+    never = "--early_stopping.min_delta=1e6"  # after the first epoch nothing is an improvement
+    flags = [never, "--early_stopping.patience=1"]
+    end = go_on(*flags, epochs=9)
+    assert end["global_step"] == 9
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        go_on(*flags, epochs=20)
+    assert ended.value.code == 0
+    assert "go further with a larger --early_stopping.patience" in capsys.readouterr().err
+    assert go_on(never, "--early_stopping.patience=3", epochs=9)["global_step"] == 15
+    assert go_on(never, "--early_stopping.patience=0", epochs=7)["global_step"] == 21
+    # it was not impatience that ended it at the seventh epoch
+    assert go_on(*flags, epochs=8)["global_step"] == 24
+
+
+def test_a_run_that_never_improves_again_keeps_its_scores(run, monkeypatch):
+    def scores(checkpoint):
+        (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("Checkpoints"))
+        return {key: state[key] for key in ("current_score", "best_model_score", "kth_value", "best_k_models")}
+
+    before = scores(torch.load(run / "last.ckpt", weights_only=True))
+    assert before["current_score"] is not None
+    monkeypatch.setattr(Checkpoints, "check_monitor_top_k", lambda self, trainer, current: False)
+    same(scores(go_on()), before, "scores")
+
+
+@pytest.mark.slow
+def test_auto_path_and_off(run, capsys):
+    main([*SHORT, "--trainer.max_epochs=3", "--resume", str(run / "last.ckpt")])
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 9
+    main([*SHORT, "--trainer.max_epochs=1", "--resume", "off"])
+    assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    # the newest run is meant
+    main([*SHORT, "--trainer.max_epochs=2", "--resume", "auto"])
+    assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert "give --resume or --ckpt_path, not both" in refused(
+        capsys, *SHORT, "--resume", "auto", "--ckpt_path", str(RUN)
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        # nothing to train on, so that it ends there
+        main([*SHORT, "--data.name=folder", "--data.root=none", *AUTO, "--trainer.default_root_dir=other"])
+    assert "no run in other" in capsys.readouterr().err
+
+
+SETTINGS = {
+    "d.yaml": "name: digits\n",
+    "m.yaml": "class_path: aezoo.models.variational.vae.VAE\ninit_args: {hidden_dims: [8]}\n",
+    "t.yaml": "default_root_dir: other\n",
+    "whole.yaml": "trainer: sub/t.yaml\n",
+    "sub/t.yaml": "default_root_dir: deep\n",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "root", "name"),
+    [
+        (["--model=vae", "--data=d.yaml"], "runs", "vae-digits"),
+        (["--model=vae", "--data", "{name: digits}"], "runs", "vae-digits"),
+        (["--model=vae", "--data.name=shapes", "--data=d.yaml"], "runs", "vae-digits"),
+        (["--model=vae", "--data=d.yaml", "--data.name=shapes"], "runs", "vae-shapes"),
+        (["--model=m.yaml"], "runs", "vae-mnist5k"),
+        (["--model", "{class_path: VAE}"], "runs", "vae-mnist5k"),
+        (["--model=VAE"], "runs", "vae-mnist5k"),
+        (["--model=aezoo.models.variational.vae.VAE"], "runs", "vae-mnist5k"),
+        (["--model=variational", "--trainer=t.yaml"], "other", "vae-mnist5k"),
+        (["--model=vae", "--trainer={max_epochs: 1}"], "runs", "vae-mnist5k"),
+        (["-c", "whole.yaml", "--model=vae"], "deep", "whole"),
+        (["-c", "whole.yaml", "--model=vae", "--trainer.default_root_dir=other"], "other", "whole"),
+    ],
+)
+def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, root, name):
+    monkeypatch.chdir(tmp_path)
+    looked, trains = [], []
+
+    def automatic(home):
+        looked.append(home)
+        return None, None
+
+    def stop(self):
+        config = self.config["fit"]
+        module, _, cls = config["model"]["class_path"].rpartition(".")
+        own = f"{registry.name_of(getattr(sys.modules[module], cls))}-{config['data']['name']}"
+        trains.append(Path(config["trainer"]["default_root_dir"] or "runs", self.request.run_name or own))
+        sys.exit(0)
+
+    monkeypatch.setattr(resume, "latest_run", automatic)
+    monkeypatch.setattr(lightning_cli.AezooCLI, "before_instantiate_classes", stop)
+    Path("sub").mkdir()
+    for file, text in SETTINGS.items():
+        Path(file).write_text(text)
+    with pytest.raises(SystemExit):
+        main(["fit", *flags, *AUTO])
+    assert looked == trains == [Path(root, name)]
+
+
+def test_auto_goes_on_with_a_run_whose_settings_are_in_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    for file, text in SETTINGS.items():
+        Path(file).write_text(text)
+    words = ["fit", "--model=m.yaml", "--data", "{name: digits, batch_size: 500}", "--trainer=t.yaml", *QUIET]
+    for epochs in (1, 2):
+        main([*words, f"--trainer.max_epochs={epochs}", *AUTO])
+    assert torch.load("other/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_flags_override_files_override_checkpoint(run, capsys):
+    Path("my.yaml").write_text("model: {class_path: vae, init_args: {lr: 0.5, beta: 3.0}}\n")
+    # the name of a file would be the name of another run
+    main(["fit", "-c", "my.yaml", "--model.lr=0.25", "--trainer.max_epochs=3", "--resume", str(RUN)])
+    error = capsys.readouterr().err
+    assert "model.lr is 0.25, the checkpoint has 0.001" in error
+    assert "model.beta is 3.0, the checkpoint has 1.0" in error
+    end = torch.load(run / "last.ckpt", weights_only=True)
+    assert end["global_step"] == 9
+    assert end["optimizer_states"][0]["param_groups"][0]["lr"] == 0.25
+    assert (end["hyper_parameters"]["lr"], end["hyper_parameters"]["beta"]) == (0.25, 3.0)
+    assert end["hyper_parameters"]["hidden_dims"] in ((8,), [8])
+
+
+@pytest.mark.slow
+def test_callbacks_that_a_command_adds_are_there_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for epochs in (1, 2):
+        end = go_on("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5", epochs=epochs)
+        assert end["global_step"] == 3 * epochs
+    text = (RUN / "config.yaml").read_text()
+    assert text.count("callbacks.EMA") == 1 and "decay: 0.5" in text
+
+
+@pytest.fixture
+def hangs_up():
+    """What SIGHUP does here where nobody listens, instead of ending the tests."""
+    before = signal.signal(signal.SIGHUP, lambda *_: pytest.fail("nobody listens to SIGHUP"))
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+class Gone(io.StringIO):
+    """An output that nobody reads any more."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.usefixtures("hangs_up")
+@pytest.mark.parametrize(
+    ("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGHUP, 2, 129)]
+)
+def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys, number, times, code):
+    true, write = VAE.training_step, os.write
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == 7:
+            if number == signal.SIGHUP:  # the terminal has gone with it, of which kernel and shell tell us both
+                monkeypatch.setattr(sys, "stderr", Gone())
+                monkeypatch.setattr(os, "write", lambda fd, text: Gone().write(text) if fd == 2 else write(fd, text))
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(VAE, "training_step", step)
+    with pytest.raises(SystemExit) as end:
+        go_on()
+    assert end.value.code == code
+    assert ("interrupted at epoch 2, step 8" in capsys.readouterr().err) == (number != signal.SIGHUP)
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "Input/output")])
+def test_closed_output_saves_step_and_fails(run, monkeypatch, capsys, error):
+    """A reader that has gone is told by a print: of the bar, which cannot take itself off the screen either then."""
+
+    def show(self, trainer, *_):
+        if trainer.global_step == 8:
+            raise error
+
+    def take_off(self):
+        if self.trainer.global_step == 8:
+            raise error
+
+    monkeypatch.setattr(ProgressBar, "on_train_batch_end", show)
+    monkeypatch.setattr(ProgressBar, "_stop_progress", take_off)
+    with pytest.raises(SystemExit) as end:
+        go_on()
+    said = capsys.readouterr().err
+    if isinstance(error, BrokenPipeError):
+        assert end.value.code == 141 and "broken pipe" in said
+        assert said.splitlines()[-1].startswith("continue with: aezoo fit --ckpt_path ")
+    assert end.value.code
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "at", "back"),
+    [
+        (signal.SIGUSR1, 7, True),
+        (signal.SIGTERM, 7, False),
+        # in the last step: the run ends by itself
+        (signal.SIGUSR1, 8, False),
+    ],
+)
+def test_slurm_signal_saves_and_requeues_the_job(run, monkeypatch, number, at, back):
+    job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for key, value in job.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    scontrol = Path("bin/scontrol")
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> asked\ncat {run / "last.ckpt.json"} >> asked\n')
+    scontrol.chmod(0o700)
+    monkeypatch.setenv("PATH", str(scontrol.parent.absolute()), prepend=os.pathsep)
+    true = VAE.training_step
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == at:
+            os.kill(os.getpid(), number)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(VAE, "training_step", step)
+    with contextlib.suppress(SystemExit):
+        go_on()
+    assert Path("asked").exists() == back
+    if back:
+        command, record = Path("asked").read_text().splitlines()
+        assert command == "requeue 77" and json.loads(record)["step"] == 8
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last, own = Path("ck/last.ckpt"), "--checkpoints.dirpath=ck"
+    command = [*SHORT, own, "--resume=auto"]
+
+    def steps():
+        assert [path.name for path in RUN.parent.iterdir()] == ["0"] and not (RUN / "checkpoints").exists()
+        return torch.load(last, weights_only=True)["global_step"]
+
+    for epochs in (1, 2):
+        main([*command, f"--trainer.max_epochs={epochs}"])
+        assert steps() == 3 * epochs
+    main(["fit", "--ckpt_path", str(RUN), "--trainer.max_epochs=3"])
+    assert steps() == 9
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*command, "--trainer.max_epochs=3"])
+    assert f"aezoo test --ckpt_path {RUN}" in capsys.readouterr().err
+    main(["test", "--ckpt_path", str(RUN)])
+    true = VAE.training_step
+
+    def step(self, batch, batch_idx):
+        if self.trainer.global_step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(VAE, "training_step", step)
+    with pytest.raises(SystemExit):
+        main([*command, "--trainer.max_epochs=4"])
+    assert capsys.readouterr().err.splitlines()[-1] == f"continue with: aezoo fit --ckpt_path {RUN}"
+    assert steps() == 11
+    main(["embed", "--ckpt_path", str(RUN)])
+    assert (RUN / "embed" / "codes.npy").is_file()
+
+
+def test_later_run_ignores_remains_of_earlier_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
+    assert resume.latest_run(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
+    # killed before it has saved anything
+    (RUN.parent / "1").mkdir()
+    assert resume.latest_run(RUN.parent) == (None, RUN.parent / "1")
+    shutil.rmtree(RUN.parent / "1")
+    Path("ck").rename("gone")
+    with pytest.raises(AezooError, match=r"no .ckpt file in .*/ck; .* train from scratch with --resume off"):
+        resume.latest_run(RUN.parent)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_what_cannot_be_written_is_one_line_and_keeps_what_was(run, monkeypatch, capsys, how):
+    last = (run / "last.ckpt").read_bytes()
+    true_open, true_fdopen = os.open, os.fdopen
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_WRONLY and "checkpoints" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return true_open(path, flags, *args, **kwargs)
+
+    class Full:
+        """A file on a disk that has room for a thousand bytes."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 1000
+
+        def write(self, data):
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+    if how == "full":
+        monkeypatch.setattr(os, "fdopen", lambda handle, mode: Full(true_fdopen(handle, mode)))
+        # the settings are longer, too
+        monkeypatch.setattr(lightning_cli.SaveConfig, "_write", lambda *args, **kwargs: None)
+    else:
+        monkeypatch.setattr(os, "open", read_only)
+    line = refused(capsys, *SHORT, "--trainer.max_epochs=3", "--resume", "auto")
+    words = {"full": "No space left on device", "read-only": "Permission denied"}[how]
+    assert line.startswith("aezoo: cannot write runs/vae-digits/0/checkpoints") and words in line
+    assert "what was saved before is kept" in line
+    assert (run / "last.ckpt").read_bytes() == last
+    assert not list(run.glob(".tmp-*"))
+
+
+def saves_of(monkeypatch, *flags):
+    """The steps at which `last.ckpt` is written."""
+    steps = []
+    true = atomic_files.save
+
+    def save(checkpoint, path):
+        if path.name == atomic_files.LAST:
+            steps.append(checkpoint["global_step"])
+        true(checkpoint, path)
+
+    monkeypatch.setattr(atomic_files, "save", save)
+    main([*SHORT[:4], "--data.batch_size=200", *QUIET, "--trainer.max_epochs=2", *flags])
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        # eight steps an epoch, whose last one waits for the end of the epoch
+        ([], [8, 16]),
+        (["--checkpoints.every_n_steps=3"], [3, 6, 8, 9, 12, 15, 16]),
+        (["--checkpoints.every_n_epochs=2"], [16]),
+        (["--checkpoints.every_n_minutes=1e-9"], [*range(1, 8), 8, *range(9, 16), 16]),
+        (["--checkpoints.every_n_steps=3", "--trainer.accumulate_grad_batches=2"], [3, 4, 6, 8]),
+    ],
+)
+def test_checkpoints_by_step_epoch_and_time(tmp_path, monkeypatch, flags, steps):
+    monkeypatch.chdir(tmp_path)
+    assert saves_of(monkeypatch, *flags) == steps
+
+
+@pytest.mark.slow
+def test_the_run_folder_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    """Looked at after each call that gives a file another name, makes a second one, or removes one."""
+    monkeypatch.chdir(tmp_path)
+    looks = []
+
+    def wrapped(true):
+        def call(*args, **kwargs):
+            result = true(*args, **kwargs)
+            found, _ = atomic_files.newest_checkpoint(RUN / "checkpoints")
+            # from the first one on; best files, which would hide a gap, are not kept here
+            if found is not None or looks:
+                looks.append(found)
+            return result
+
+        return call
+
+    for name in ("rename", "replace", "link", "unlink", "remove"):
+        monkeypatch.setattr(os, name, wrapped(getattr(os, name)))
+    main([*SHORT, "--trainer.max_epochs=2", "--checkpoints.every_n_steps=1", "--checkpoints.save_top_k=0"])
+    assert len(looks) > 15
+    assert None not in looks

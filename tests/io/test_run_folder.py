@@ -1,0 +1,145 @@
+"""Each run has a folder of its own, and each folder one run that writes into it."""
+
+import contextlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import torch
+
+from aezoo.cli.main import main
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, resume, run_folder
+from aezoo.io.checkpoint import find_checkpoint
+
+OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.limit_train_batches=2", "--projector.n=0", *OFF]
+HOME = Path("runs/vae-digits")
+HOLD = """
+import sys, pathlib
+from aezoo import run_folder
+with run_folder.locked(*map(pathlib.Path, sys.argv[1:])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def holder():
+    """Another process that writes into run 0."""
+    (HOME / "0").mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(HOME / "0"), str(HOME / "0")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_who_asks_at_once_gets_another_number():
+    together = Barrier(8)
+
+    def many(_):
+        together.wait()
+        return [run_folder.create_next(HOME).name for _ in range(50)]
+
+    with ThreadPoolExecutor(8) as pool:
+        names = [name for found in pool.map(many, range(8)) for name in found]
+    assert sorted(map(int, names)) == list(range(400))
+
+
+def test_the_number_after_the_highest_is_next():
+    (HOME / "7").mkdir(parents=True)
+    assert run_folder.next_free(HOME) == HOME / "8" and not (HOME / "8").exists()
+    assert run_folder.create_next(HOME) == HOME / "8"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line():
+    Path("runs").write_text("")
+    with pytest.raises(AezooError, match=r"^cannot read or write runs/vae-digits: .*--trainer.default_root_dir$"):
+        run_folder.create_next(HOME)
+
+
+@pytest.mark.slow
+def test_two_fits_at_once_keep_their_results():
+    command = [sys.executable, "-m", "aezoo", *FIT, "--trainer.max_epochs=1", "--seed_everything"]
+    runs = [subprocess.Popen([*command, seed], stderr=subprocess.PIPE, text=True) for seed in "12"]
+    for run in runs:
+        assert "aezoo:" not in run.communicate()[1] and run.returncode == 0
+    assert sorted(path.name for path in HOME.iterdir()) == ["0", "1"]
+    seeds = {(HOME / name / "config.yaml").read_text().partition("seed_everything: ")[2][0] for name in "01"}
+    assert seeds == {"1", "2"}
+    assert all((HOME / name / "checkpoints" / atomic_files.FINISHED).is_file() for name in "01")
+
+
+def test_a_trial_run_makes_no_folder():
+    main([*FIT, "--trainer.fast_dev_run=1"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [Path(), Path("runs"), HOME], ids=str)
+def test_a_run_that_ends_before_it_writes_leaves_what_was_there(there):
+    there.mkdir(parents=True, exist_ok=True)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*FIT, "--trainer.strategy=none_such"])
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_in_which_something_was_written_stays():
+    with contextlib.suppress(KeyboardInterrupt), run_folder.locked(run_folder.create_next(HOME), Path()):
+        (HOME / "0" / "config.yaml").touch()
+        raise KeyboardInterrupt
+    assert (HOME / "0" / "config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_run_killed_at_its_start_is_started_anew(holder):
+    holder.kill()
+    holder.wait()
+    assert resume.latest_run(HOME) == (None, HOME / "0")
+    main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
+    assert [path.name for path in HOME.iterdir()] == ["0"]
+
+
+@pytest.mark.slow
+def test_a_second_writer_of_a_run_is_refused(holder, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*FIT, "--trainer.max_epochs=1", "--resume=auto"])
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("aezoo: runs/vae-digits/0 is being written by another process: wait for it, or train")
+    assert [path.name for path in (HOME / "0").iterdir()] == [".lock"]
+    main([*FIT, "--trainer.max_epochs=1"])
+    assert (HOME / "1" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("given", ["last.ckpt", ".", "../checkpoints", "sub/../last.ckpt"])
+def test_a_run_is_known_from_within_its_folders(given, monkeypatch):
+    folder = HOME / "0" / "checkpoints"
+    (folder / "sub").mkdir(parents=True)
+    torch.save({}, folder / "last.ckpt")
+    run = (HOME / "0").absolute()
+    monkeypatch.chdir(folder)
+    source = find_checkpoint(given)
+    assert run_folder.run_of(source, Path(given)).resolve() == run
+    monkeypatch.chdir("sub")
+    assert run_folder.run_of(Path("../last.ckpt"), Path("../last.ckpt")) == run
+
+
+def test_a_damaged_file_is_passed_over_from_within_its_folder(monkeypatch, capsys):
+    folder = HOME / "0" / "checkpoints"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    atomic_files.save({"state_dict": {}}, Path("best-000-1.ckpt"))
+    Path("last.ckpt").write_bytes(b"PK")
+    assert resume.find_checkpoint("last.ckpt").name == "best-000-1.ckpt"
+    assert "last.ckpt cannot be used" in capsys.readouterr().err

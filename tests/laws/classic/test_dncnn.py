@@ -1,0 +1,123 @@
+"""Laws of DnCNN, residual denoising network (Zhang et al. 2016)."""
+
+from typing import Any
+
+import pytest
+import torch
+from denoising_helpers import (
+    noise_law,
+)
+from noise_to_noise_laws import (  # noqa: F401
+    LOG_PI,
+    SAMPLES,
+    best_linear_law,
+    linear,
+    positive,
+    small,
+    test_any_size_returns_exactly_through_a_code_of_features,
+    test_invalid_values_are_refused,
+)
+from torch import Tensor
+
+import aezoo
+from aezoo.models.classic.dncnn import DnCNN
+from aezoo.models.classic.noise2noise import Noise2Noise
+from aezoo.models.classic.noise2void import Noise2Void
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+def noise_free(model: Any, y: Tensor) -> Tensor:
+    """The network's own output before anything is subtracted, from its layers."""
+    return model.decoder.last(model.encoder.layers(y))
+
+
+# ---- dncnn: Zhang et al. 2016 ----------------------------------------------------------------------------------------
+
+
+def residual_law(model: Any, x: Tensor) -> None:
+    """The loss is ||R(y) - v||^2 summed over values, with the noise v that was drawn, and so are its gradients."""
+    torch.manual_seed(7)
+    v = model.sigma * torch.randn_like(x)
+    torch.manual_seed(7)
+    terms = model.loss(x)
+    R = noise_free(model, x + v)
+    paper = ((R - v) ** 2).flatten(1).sum(1).mean()
+    torch.testing.assert_close(terms["loss"], paper + x[0].numel() / 2 * LOG_PI)
+    own = [*model.encoder.parameters(), *model.decoder.parameters()]
+    for a, b in zip(torch.autograd.grad(terms["loss"], own), torch.autograd.grad(paper, own), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def with_sigma(make: Any, **settings: Any) -> Any:
+    model = small(make, **settings).double()
+    model.sigma = settings.get("sigma", 25 / 255)
+    return model
+
+
+def test_the_residual_form_is_the_direct_form(shifted: Any) -> None:
+    x = torch.rand(4, 2, 6, 7, dtype=torch.float64)
+    residual_law(shifted(with_sigma(DnCNN)), x)
+    residual_law(shifted(with_sigma(DnCNN, sigma=0.7)), x)
+    model = shifted(with_sigma(DnCNN))
+    torch.testing.assert_close(model(x), x - noise_free(model, x))
+    direct = with_sigma(DnCNN, residual=False)
+    direct.load_state_dict(model.state_dict())
+    torch.testing.assert_close(direct(x), noise_free(model, x))
+
+
+class Adds(DnCNN):
+    """Adds the noise that it predicts."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        return 2 * z[:, : self.decoder.channels] - self.decoder(z)
+
+
+def test_a_network_that_adds_the_noise_is_not_the_residual_form(shifted: Any) -> None:
+    x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(Adds))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(x), x - noise_free(model, x))
+    with pytest.raises(AssertionError):
+        residual_law(shifted(with_sigma(DnCNN, residual=False)), x)
+
+
+def test_denoiser_takes_any_size_with_local_receptive_field() -> None:
+    large, little = small(DnCNN, (1, 30, 25)).eval(), small(DnCNN, (1, 14, 12)).eval()
+    little.load_state_dict(large.state_dict())
+    x = torch.rand(2, 1, 30, 25)
+    # three convolutions see three pixels away
+    inside = large(x)[..., 8:16, 9:15]
+    torch.testing.assert_close(little(x[..., 5:19, 6:18])[..., 3:11, 3:9], inside)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(little(x[..., 7:21, 6:18])[..., 1:9, 3:9], inside)
+
+
+def test_sigma_is_on_the_scale_of_the_data() -> None:
+    x = torch.full((1, 1, 500, 500), 0.3)
+    for settings, sigma in (({}, 25 / 255), ({"sigma": 0.5}, 0.5)):
+        noise = small(DnCNN, (1, 500, 500), **settings).corruption(x) - x
+        assert float(noise.std()) == pytest.approx(sigma, rel=0.01)
+        assert float(noise.mean()) == pytest.approx(0, abs=0.01 * sigma)
+
+
+def test_noise_is_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
+    noise_law(small(DnCNN, (1, 4, 4)), quiet)
+
+
+# ---- the linear case: on a grid of one pixel a convolution is a matrix between channels ------------------------------
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_linear_dncnn_is_the_wiener_filter(residual: bool) -> None:
+    best_linear_law(linear(DnCNN, sigma=0.4, residual=residual), "gaussian:0.4", positive(SAMPLES))
+
+
+# ---- all three -------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_without_neighbours_are_refused() -> None:
+    for make in (DnCNN, Noise2Noise, Noise2Void):
+        with pytest.raises(aezoo.AezooError, match="convolutions take"):
+            small(make, (30,))
+    with pytest.raises(aezoo.AezooError, match="neighbour"):
+        small(Noise2Void, (3, 1, 1))

@@ -1,0 +1,53 @@
+"""Laws of U-Net autoencoder (Ronneberger et al. 2015)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aezoo.models.classic.unet_ae import UNetAE
+
+# ---- unet: Ronneberger et al. 2015, cut at the code ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_size_from_20_to_97_returns_exactly(channels: int) -> None:
+    for n in range(20, 98):
+        shape, latent_map = (channels, n, 117 - n), n % 4 < 2
+        with torch.device("meta"):
+            model = UNetAE(shape, latent_map=latent_map, latent_dim=3, hidden_dims=(2, 4, 4)).eval()
+            x = torch.empty(2, *shape)
+            z = model.encoder(x)
+            assert z.shape == (2, *model.code_shape) and model.decoder(z).shape == x.shape
+        grid = tuple(math.ceil(side / 8) for side in shape[1:])
+        assert model.code_shape == ((3, *grid) if latent_map else (3,))
+
+
+def bottleneck_law(reconstruct: Any, encode: Any, x: Tensor) -> None:
+    """What is rebuilt moves with the sample in no more directions than the code has."""
+    jacobian = torch.autograd.functional.jacobian(lambda v: reconstruct(v[None]).flatten(), x[0]).flatten(1)
+    singular = torch.linalg.svdvals(jacobian)
+    d = encode(x[:1]).numel()
+    assert singular[d - 1] > 1e-8 * singular[0]
+    assert singular[d] < 1e-10 * singular[0]
+
+
+def skipping(model: Any) -> Any:
+    """The U-Net as published: maps of the encoder go to the decoder beside the code."""
+
+    def reconstruct(x: Tensor) -> Tensor:
+        first = model.encoder.stages[0](x)
+        return model.decoder(model.encode(x)) + first.mean(1, keepdim=True)
+
+    return reconstruct
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5), (2, 9)])
+def test_nothing_passes_beside_the_code(shape: tuple[int, ...], shifted: Any) -> None:
+    model = UNetAE(shape, latent_dim=3, hidden_dims=(4, 4), activation="tanh", likelihood="gaussian").double()
+    model, x = shifted(model).eval(), torch.rand(1, *shape, dtype=torch.float64)
+    bottleneck_law(model, model.encode, x)
+    with pytest.raises(AssertionError):
+        bottleneck_law(skipping(model), model.encode, x)

@@ -1,0 +1,260 @@
+"""Laws of the compression family: rates against scipy, bounds, who sees whom, and what whole numbers stand for."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as D
+from scipy import stats
+from torch import Tensor
+
+import aezoo
+from aezoo.bases import entropy_coded
+from aezoo.bases.entropy_coded import Rounding, SymbolReader
+from aezoo.errors import AezooError
+
+NAMES = aezoo.list_models(family="compression")
+
+
+# a law that depends on places before, or of the other colour
+IN_TURN = ["joint_ar_hyperprior", "cheng2020"]
+
+
+IN_STEPS = [*IN_TURN, "checkerboard", "elic"]
+
+
+SHAPE = (2, 11, 10)
+
+
+SMALL: dict[str, Any] = {"hidden_dims": (6, 8), "latent_dim": 5, "hyper_dim": 3, "hyper_hidden_dims": (4,)}
+
+
+def small(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
+    """A model in float64 away from where it starts: wide codes, laws of many scales."""
+    known = aezoo.registry.hyperparameters(name)
+    given = {"groups": (1, 1, 3), "reach": 2, "attention": False, **SMALL}
+    given |= {"lams": (settings.get("lam", 0.01),)} | settings
+    model = aezoo.create_model(name, shape, **{key: value for key, value in given.items() if key in known}).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+        [*model.encoder.parameters()][-1].mul_(20)
+        [*model.encoder.parameters()][-2].mul_(20)
+    return model
+
+
+def data(n: int = 4, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.rand(n, *shape, dtype=torch.float64)
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("lam", [0.0018, 0.05])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_paper_s_rate_and_distortion(name: str, lam: float, training: bool) -> None:
+    """R + lam 255^2 MSE with R in bits a pixel, times pixels and log 2, and the constant of the likelihood."""
+    model, x = small(name, lam=lam).train(training), data()
+    seen: list[Tensor] = []
+    model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
+    terms = model.loss(x)
+    pixels = math.prod(SHAPE[1:])
+    mse = ((x - seen[0]) ** 2).mean()
+    constant = model.weight * x[0].numel() / 2 * math.log(math.pi)
+    expected = (terms["bpp"] + lam * 255**2 * mse) * pixels * math.log(2) + constant
+    torch.testing.assert_close(terms["loss"], expected)
+    torch.testing.assert_close(terms["rate"], terms["bpp"] * pixels * math.log(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_negative_elbo_of_a_uniform_posterior(name: str) -> None:
+    """Ballé et al. 2017, section 4: p(x|y~) = N(x; g(y~), 1 / (2 weight)), q = U about y, whose log density is 0."""
+    model, x = small(name, lam=0.003).train(), data()
+    seen: list[Tensor] = []
+    model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
+    terms = model.loss(x)
+    sigma = (2 * model.weight) ** -0.5
+    log_px = D.Normal(seen[0], sigma).log_prob(x).flatten(1).sum(1).mean()
+    elbo = log_px - terms["rate"]
+    constant = x[0].numel() * (math.log(sigma * math.sqrt(2 * math.pi)) - model.weight / 2 * math.log(math.pi))
+    torch.testing.assert_close(terms["loss"] + constant, -elbo)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_and_maps_count_bits_a_place(name: str) -> None:
+    if name in IN_STEPS:
+        without = "a code without places: take gdn or conv, or mean_scale_hyperprior|convolutions take"
+        with pytest.raises(AezooError, match=without):
+            small(name, (7,), net="mlp")
+        return
+    model = small(name, (7,), net="mlp").eval()
+    terms = model.loss(data(shape=(7,)))
+    torch.testing.assert_close(terms["bpp"], terms["rate"] / math.log(2) / 7)
+    assert model.weight == pytest.approx(0.01 * 255**2 * math.log(2))
+    assert small(name).weight == pytest.approx(0.01 * 255**2 * math.log(2) / SHAPE[0])
+
+
+# ---- what is coded, and in which order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_numbers_are_all_that_a_code_needs(name: str) -> None:
+    model, x = small(name).float().eval(), data().float()
+    symbols = model.encode_symbols(x)
+    assert symbols.dtype == torch.long and int(symbols.abs().max()) > 3
+    assert torch.equal(model.codes(symbols), model.encode(x))
+    assert torch.equal(model.decode(model.codes(symbols)), model(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_whole_numbers_are_all_that_a_code_needs_too(name: str) -> None:
+    """Numbers above 256 are none of bf16, so that sums with means must be taken in float32 by writer and reader."""
+    model, x = small(name).bfloat16().eval(), data().bfloat16()
+    with torch.no_grad():
+        for p in [*model.encoder.parameters()][-2:]:
+            p.mul_(20)
+    symbols = model.encode_symbols(x)
+    assert int(symbols.abs().max()) > 300
+    assert torch.equal(model.codes(symbols).to(x.dtype), model.encode(x))
+    assert bool(model.sample(3).isfinite().all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_are_the_encoder_s_output_to_half_a_step(name: str) -> None:
+    model, x = small(name).train(), data()  # in training, too, a code is a rounded one
+    if name == "gained_hyperprior":  # with steps of 1
+        with torch.no_grad():
+            model.log_gain_SM.zero_()
+            model.log_inverse_SM.zero_()
+    assert torch.equal(model.encode(x), model.encode(x))
+    off = (model.encode(x) - model.encoder(x)).detach().abs()
+    assert 0.3 < float(off.max()) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_is_the_loss_of_a_sample_as_it_is_evaluated(name: str) -> None:
+    model, x = small(name).eval(), data()
+    alone = torch.stack([model.loss(x[i : i + 1])["loss"] for i in range(len(x))])
+    torch.testing.assert_close(model.score(x), alone)
+    torch.testing.assert_close(model.train().score(x), alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
+    """Change whole numbers from some place on: the laws of everything up to there are the same to the last bit."""
+    model, x = small(name).eval(), data(2)
+    symbols = model.encode_symbols(x)
+
+    def laws(given: Tensor) -> Tensor:
+        take, means, start = entropy_coded.read_in_order(given), [], [0]
+
+        class Watching(SymbolReader):
+            def transform(self, v: Tensor, law: Any) -> Tensor:
+                means.append(torch.stack([law.mean, law.log_mass(law.mean)]).flatten(2))
+                start.append(start[-1] + law.mean[0].numel())
+                return super().transform(v, law)
+
+        model.code_latents(Watching(take), None, len(given))
+        ends.update(start)
+        return torch.cat(means, 2)
+
+    ends: set[int] = set()
+    before = laws(symbols)
+    steps = sorted(ends)
+    calls = {"factorized_prior": 1, "checkerboard": 1 + 2, "elic": 1 + 2 * 3, **dict.fromkeys(IN_TURN, 1 + 9)}
+    assert len(steps) - 1 == calls.get(name, 2)
+    changed = 0
+    for start, end in itertools.pairwise(steps):
+        other = symbols.clone()
+        other[:, start:end] += 3
+        after = laws(other)
+        assert torch.equal(after[..., :end], before[..., :end])
+        changed += end < steps[-1] and not torch.equal(after[..., end:], before[..., end:])
+    assert changed == calls.get(name, 2) - 1  # and each says something of what comes after it
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_places_in_turn_are_the_one_convolution_of_training(name: str) -> None:
+    """With what training would see, y^ for y~, the laws of all places at once have the rate of place after place."""
+    model, x = small(name).eval(), data()
+    coder, y = Rounding(), model.encoder(x)
+    y_hat = model.code_latents(coder, y, len(x))
+    can_join_backward = Rounding()
+    said = model.said(can_join_backward, y, len(x))
+    can_join_backward.add_rate(y_hat, model.distribution(*model.context(said, model.context.masked_conv(y_hat))))
+    torch.testing.assert_close(coder.rate_B, can_join_backward.rate_B)
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_no_place_sees_itself_or_a_later_one_in_training(name: str) -> None:
+    model = small(name)
+    y = torch.randn(1, *model.code_shape, dtype=torch.float64, requires_grad=True)
+    said = torch.zeros(1, 2 * model.code_shape[0], *model.grid, dtype=torch.float64)
+    numbers = sum(model.context(said, model.context.masked_conv(y)))
+    height, width = model.grid
+    for t in range(height * width):
+        (slope,) = torch.autograd.grad(numbers.flatten(2)[..., t].sum(), y, retain_graph=True)
+        seen = slope.abs().sum((0, 1)).flatten() > 0
+        near = [abs(s // width - t // width) <= 2 and abs(s % width - t % width) <= 2 for s in range(height * width)]
+        assert seen.tolist() == [s < t and near[s] for s in range(height * width)]
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "elic"])
+@pytest.mark.parametrize("shape", [(1, 11, 10), (1, 11), (1, 6, 7, 8)])
+def test_checkerboard_anchors_condition_non_anchors_only(name: str, shape: tuple[int, ...]) -> None:
+    model = small(name, shape, hidden_dims=(6,), groups=(2,), latent_dim=2)
+    parity = sum(np.indices(model.grid)).flatten() % 2
+    assert parity[model.anchors].sum() == 0 and parity[model.others].all()
+    assert sorted([*model.anchors.tolist(), *model.others.tolist()]) == [*range(parity.size)]
+    context = model.contexts[0]
+    y = torch.randn(1, 2, *model.grid, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(context.masked_conv(y).flatten(2)[..., model.others].sum(), y)
+    seen = slope.abs().sum((0, 1)).flatten() > 0
+    assert bool(seen[model.anchors].all()) and not bool(seen[model.others].any())
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_rate_and_distortion_train_what_they_follow_from(name: str) -> None:
+    model = small(name).train()
+    terms = model.loss(data())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def trained(term: str) -> set[str]:
+        slopes = torch.autograd.grad(terms[term], parameters, retain_graph=True, allow_unused=True)
+        found = zip(names, slopes, strict=True)
+        return {name.split(".")[0] for name, slope in found if slope is not None and bool((slope != 0).any())}
+
+    assert trained("rate") == {"encoder", "hyper_encoder", "hyper_decoder", "density", "context"}
+    assert trained("nll") == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_have_the_laws_of_the_model(name: str) -> None:
+    """Whole numbers drawn under the first law, that of a channel without anything before, come as often as it says."""
+    model = small(name).eval()
+    seen: list[Tensor] = []
+
+    class Watching(SymbolReader):
+        def transform(self, v: Tensor, law: Any) -> Tensor:
+            found = super().transform(v, law)
+            seen.append((found - law.mean).round())
+            return found
+
+    original, entropy_coded.SymbolReader = entropy_coded.SymbolReader, Watching  # type: ignore[misc]
+    try:
+        torch.manual_seed(0)
+        model.sample(300)
+    finally:
+        entropy_coded.SymbolReader = original  # type: ignore[misc]
+    first = seen[0].flatten(2)
+    for c, (low, mass) in enumerate(model.density.tables()):
+        drawn = first[:, c].flatten().long().numpy() - low
+        share = np.bincount(drawn, minlength=len(mass))[: len(mass)]
+        likely = mass * drawn.size > 5
+        assert likely.sum() > 2
+        expected = mass[likely] / mass[likely].sum() * share[likely].sum()
+        assert stats.chisquare(share[likely], expected).pvalue > 1e-4

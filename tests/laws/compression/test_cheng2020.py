@@ -1,0 +1,128 @@
+"""Laws of Learned compression with mixtures and attention (Cheng et al. 2020)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+from compression_laws import (  # noqa: F401
+    data,
+    small,
+    test_a_map_s_law_sees_only_what_was_coded_before,
+    test_codes_are_the_encoder_s_output_to_half_a_step,
+    test_in_bf16_whole_numbers_are_all_that_a_code_needs_too,
+    test_no_place_sees_itself_or_a_later_one_in_training,
+    test_places_in_turn_are_the_one_convolution_of_training,
+    test_rate_and_distortion_train_what_they_follow_from,
+    test_samples_have_the_laws_of_the_model,
+    test_score_is_the_loss_of_a_sample_as_it_is_evaluated,
+    test_the_loss_is_the_negative_elbo_of_a_uniform_posterior,
+    test_the_loss_is_the_paper_s_rate_and_distortion,
+    test_vectors_and_maps_count_bits_a_place,
+    test_whole_numbers_are_all_that_a_code_needs,
+)
+
+import aezoo
+from aezoo.bases.entropy_coded import MIN_SCALE, Gaussians, Mixtures, scale_of
+from aezoo.models.compression.cheng2020 import Attention, Decoder, Encoder, Subpixel
+
+# ---- laws of single values -------------------------------------------------------------------------------------------
+
+
+def of_torch(law: Mixtures) -> D.MixtureSameFamily:
+    """The same without rounding, by torch's distributions, (n, 1)."""
+    means, scales, logits = (part.movedim(0, -1) for part in (law.parts.mean, law.parts.scale, law.log_weight))
+    return D.MixtureSameFamily(D.Categorical(logits=logits), D.Normal(means, scales))
+
+
+# ---- what is coded, and in which order -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixture_of_one_is_the_autoregressive_gaussian(training: bool) -> None:
+    """But for the transforms, which are put into the parent here."""
+    one, two = small("cheng2020", mixtures=1), small("joint_ar_hyperprior", activation="leaky_relu")
+    two.encoder, two.decoder = one.encoder, one.decoder
+    two.load_state_dict(one.state_dict())
+    x = data()
+    terms = []
+    for model in (one, two):
+        torch.manual_seed(0)
+        terms.append(model.train(training).loss(x))
+    for term, value in terms[1].items():
+        assert torch.equal(terms[0][term], value)
+    assert torch.equal(one.encode_symbols(x), two.encode_symbols(x))
+
+
+def test_mixture_parameters_are_means_scales_weights() -> None:
+    model = small("cheng2020")
+    means, raws, logits = torch.randn(3, 3, 2, 5, dtype=torch.float64)
+    law, v = model.distribution(*means, *raws, *logits), torch.randn(2, 5, dtype=torch.float64)
+    expected = of_torch(Mixtures(means, scale_of(raws), logits))
+    torch.testing.assert_close(law.log_mass(v).exp(), expected.cdf(v + 0.5) - expected.cdf(v - 0.5))
+    alone = small("cheng2020", mixtures=1).distribution(means[0], raws[0])
+    same = model.distribution(*[means[0]] * 3, *[raws[0]] * 3, *logits)
+    torch.testing.assert_close(same.log_mass(v), alone.log_mass(v))
+    torch.testing.assert_close(same.mean, alone.mean)
+
+
+def test_a_mixture_tells_two_modes_apart_that_a_gaussian_cannot() -> None:
+    """Numbers of two far modes cost a bit more than their width, and not the width of both."""
+    modes = torch.tensor([-20.0, 20.0, 0.0]).view(3, 1, 1)
+    v = torch.tensor([-20.0, 20.0]).view(2, 1)
+    law = Mixtures(
+        modes.expand(3, 2, 1), torch.full((3, 2, 1), MIN_SCALE), torch.tensor([0.0, 0.0, -90.0]).view(3, 1, 1)
+    )
+    torch.testing.assert_close(law.log_mass(v), torch.full((2, 1), -math.log(2)), rtol=0, atol=1e-4)
+    assert float(Gaussians(torch.zeros(2, 1), torch.full((2, 1), 20.0), 0).log_mass(v).max()) < -4
+
+
+# ---- sub-pixel convolutions and attention ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("larger", [(8, 10), (7, 10), (7, 9)])
+def test_subpixel_conv_is_cropped_pixel_shuffle(larger: tuple[int, ...]) -> None:
+    layer, x = Subpixel(3, 2, larger), torch.randn(2, 3, 4, 5)
+    expected = F.pixel_shuffle(layer.conv(x), 2)[..., : larger[0], : larger[1]]
+    assert torch.equal(layer(x), expected)
+
+
+def test_subpixel_conv_interleaves_every_axis() -> None:
+    line, x = Subpixel(3, 2, (7,)), torch.randn(2, 3, 4)
+    both = line.conv(x).view(2, 2, 2, 4)
+    assert torch.equal(line(x)[..., ::2], both[:, :, 0]) and torch.equal(line(x)[..., 1::2], both[:, :, 1, :3])
+    block, x = Subpixel(3, 2, (4, 6, 4)), torch.randn(1, 3, 2, 3, 2)
+    parts = block.conv(x).view(1, 2, 2, 2, 2, 2, 3, 2)
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        assert torch.equal(block(x)[..., a::2, b::2, c::2], parts[:, :, a, b, c])
+
+
+def test_attention_is_a_share_of_its_trunk() -> None:
+    layer, x = Attention(2, 5, "relu").double(), torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    for bias, share in ((-1e3, 0.0), (0.0, 0.5), (1e3, 1.0)):
+        with torch.no_grad():
+            layer.mask[-1].weight.zero_()
+            layer.mask[-1].bias.fill_(bias)
+        torch.testing.assert_close(layer(x), x + share * layer.trunk(x))
+    assert not torch.allclose(layer.trunk(x), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 13), (3, 16, 11), (1, 5, 6, 7)])
+@pytest.mark.parametrize("dims", [(), (4,), (4, 6), (4, 6, 5)])
+def test_residual_stages_come_back_to_every_grid(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    code = aezoo.nets.map_shape("gdn", shape, dims, 3)
+    x = torch.rand(2, *shape)
+    for attention in (True, False):
+        down, up = Encoder(shape, code, dims, "relu", attention), Decoder(code, shape, dims[::-1], "relu", attention)
+        assert down(x).shape[1:] == code and up(down(x)).shape == x.shape
+        counts = [sum(isinstance(part, Attention) for part in net) for net in (down, up)]
+        assert counts == ([1 + (len(dims) > 1)] * 2 if attention else [0, 0])
+        # on the grid on which the encoder has it
+        if attention and len(dims) > 1:
+            middle = [
+                [*net][[isinstance(part, Attention) for part in net].index(True, first)]
+                for net, first in ((down, 0), (up, 1))
+            ]
+            assert len({part.mask[-1].weight.shape for part in middle}) == 1

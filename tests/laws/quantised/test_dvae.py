@@ -1,0 +1,98 @@
+"""Laws of dVAE, the discrete VAE of DALL-E (Ramesh et al. 2021)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as D
+from quantised_laws import (  # noqa: F401
+    test_what_is_only_looked_at_teaches_a_book_nothing,
+)
+from relaxed_codebook_laws import (  # noqa: F401
+    SHAPE,
+    SMALL,
+    K,
+    P,
+    reference_kl,
+    test_cold_codes_are_discrete,
+    test_drawn_codes_survive_training_there_and_back,
+    test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones,
+    test_invalid_values_are_refused,
+    test_kl_trains_encoder_and_likelihood_everything,
+    test_likeliest_codes_would_report_no_bound,
+    test_samples_decode_uniform_codes,
+    test_the_elbo_is_a_bound_where_codes_are_drawn,
+    test_the_quantiser_has_the_temperature_of_the_step,
+    test_the_score_is_that_of_a_vae_at_the_likeliest_codes,
+    tiny,
+    vectors,
+    with_noise,
+)
+
+import aezoo
+import aezoo.distributions.categorical
+
+# ---- gumbel_vq_vae and dvae: the formula -----------------------------------------------------------------------------
+
+
+def test_the_loss_of_dvae_is_that_of_the_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Density of logit-Laplace by torch.distributions, with the decoder's own scales and the step's weight."""
+    model, x = tiny(shifted, "dvae", kl_steps=8, temperature_steps=6), vectors()
+    g_BPK = D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
+    with_noise(monkeypatch, g_BPK)
+    logits_BPK = model.encoder(x).movedim(1, 2)
+    for steps, beta in ((0, 0.0), (4, 3.3), (8, 6.6), (50, 6.6)):
+        model.steps.fill_(steps)
+        noisy = logits_BPK.log_softmax(2) + g_BPK
+        z_q = torch.eye(K).double()[noisy.argmax(2)] @ model.quantiser.code_KC
+        params = model.decoder(z_q.movedim(2, 1))
+        assert params.shape == (5, 12)
+        b = ((params[:, 6:].double().exp() * math.exp(5) + 1).log() - 5).exp()  # softly at least exp(-5)
+        onto = [D.SigmoidTransform(), D.AffineTransform(-0.1 / 0.8, 1 / 0.8)]
+        nll = -D.TransformedDistribution(D.Laplace(params[:, :6], b), onto).log_prob(x).sum(1).mean()
+        found = model.eval().loss(x)
+        torch.testing.assert_close(found["nll"], nll)
+        torch.testing.assert_close(found["kl"], reference_kl(logits_BPK))
+        torch.testing.assert_close(found["loss"], nll + beta * found["kl"])
+        torch.testing.assert_close(found["elbo"], -nll - found["kl"])
+
+
+def test_a_scale_of_dvae_is_its_decoder_s_but_for_the_floor() -> None:
+    own: Any = aezoo.create_model("dvae", input_shape=(2, 4)).likelihood
+    raw = torch.tensor([-1e4, -30.0, -5.0, -2.0, 0.0, 2.0, 1e4], dtype=torch.float64)
+    mu, log_b = own.split(torch.stack([torch.zeros_like(raw), raw])[None])
+    assert not mu.any()
+    torch.testing.assert_close(log_b[0, 0, 3:6], raw[3:6], rtol=0, atol=0.05)
+    assert (log_b[0, 0, :2] + 5).abs().max() < 1e-9 and log_b[0, 0, -1] == 5
+    # a constant pixel, whose likelihood has no greatest value, stays finite
+    assert own.log_prob(torch.tensor([[[10.0], [-1e4]]]), torch.ones(1, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("net", ["resnet", "conv", "vit", "mlp"])
+def test_dvae_decodes_location_and_scale_per_value(net: str) -> None:
+    for likelihood, maps in (("logit_laplace", 6), ("logit_laplace:learned", 3), ("bernoulli", 3)):
+        model = aezoo.create_model("dvae", input_shape=(3, 8, 9), **SMALL, net=net, likelihood=likelihood).eval()
+        z = model.encode(torch.rand(2, 3, 8, 9))
+        assert model.decoder(z).shape == (2, maps, 8, 9)
+        assert model.decode(z).shape == (2, 3, 8, 9)
+
+
+# ---- gumbel_vq_vae and dvae: temperature -----------------------------------------------------------------------------
+
+
+def test_the_schedules_of_dvae_are_half_a_cosine() -> None:
+    """1 -> 1/16 and 0 -> 6.6; flat at both ends, where a line is not and a constant factor neither."""
+    model: Any = aezoo.create_model("dvae", SHAPE, **SMALL, temperature_steps=12, kl_steps=8)
+    for steps in (0, 1, 3, 6, 9, 12, 40):
+        model.steps.fill_(steps)
+        left, done = min(1, steps / 12), min(1, steps / 8)
+        tau = 1 / 16 + (1 - 1 / 16) * math.cos(math.pi / 2 * left) ** 2
+        assert float(model.tau()) == pytest.approx(tau)
+        assert float(model.kl_weight()) == pytest.approx(6.6 * math.sin(math.pi / 2 * done) ** 2, abs=1e-6)
+    model.steps.fill_(6)
+    assert float(model.tau()) == pytest.approx(17 / 32)
+    for kl_steps, beta in ((8, 0.0), (0, 6.6)):
+        model.kl_steps = kl_steps
+        model.steps.zero_()
+        assert float(model.kl_weight()) == pytest.approx(beta)

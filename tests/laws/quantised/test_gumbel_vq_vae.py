@@ -1,0 +1,114 @@
+"""Laws of Gumbel VQ-VAE, a grid of codes drawn by their logits (Jang et al. 2016)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as D
+from quantised_laws import (  # noqa: F401
+    test_what_is_only_looked_at_teaches_a_book_nothing,
+)
+from relaxed_codebook_laws import (  # noqa: F401
+    SHAPE,
+    SMALL,
+    K,
+    P,
+    nll_of,
+    reference_kl,
+    test_cold_codes_are_discrete,
+    test_drawn_codes_survive_training_there_and_back,
+    test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones,
+    test_invalid_values_are_refused,
+    test_kl_trains_encoder_and_likelihood_everything,
+    test_likeliest_codes_would_report_no_bound,
+    test_samples_decode_uniform_codes,
+    test_the_elbo_is_a_bound_where_codes_are_drawn,
+    test_the_quantiser_has_the_temperature_of_the_step,
+    test_the_score_is_that_of_a_vae_at_the_likeliest_codes,
+    tiny,
+    vectors,
+    with_noise,
+)
+from torch import Tensor
+
+import aezoo
+import aezoo.distributions.categorical
+from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE
+from aezoo.quantisers.base import Quantised
+
+# ---- gumbel_vq_vae and dvae: the formula -----------------------------------------------------------------------------
+
+
+def loss_law(model: Any, monkeypatch: pytest.MonkeyPatch, tau: float, beta: float) -> None:
+    """In training of the relaxed code, in evaluation of the drawn one; the KL is a sum over places of the full one."""
+    x, g_BPK = vectors(), D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
+    with_noise(monkeypatch, g_BPK)
+    logits_BPK = model.encoder(x).movedim(1, 2)
+    codes_KC = model.quantiser.code_KC
+    for training in (True, False):
+        noisy = logits_BPK.log_softmax(2) + g_BPK
+        y = (noisy / tau).softmax(2) if training else torch.eye(K).double()[noisy.argmax(2)]
+        nll = nll_of(model.decoder((y @ codes_KC).movedim(2, 1)), x).mean()
+        kl = reference_kl(logits_BPK)
+        found = model.train(training).loss(x)
+        wanted = {"loss": nll + beta * kl, "nll": nll, "kl": kl, "elbo": -nll - kl}
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value)
+
+
+class MeanOverPlaces(GumbelVQVAE):
+    """As in taming-transformers: a sum over codes, and a mean over places and the batch."""
+
+    def draw(self, x: Tensor) -> Quantised:
+        found = super().draw(x)
+        return found._replace(terms={"kl": found.terms["kl"] / math.prod(self.index_shape)})
+
+
+class MeanOverCodes(GumbelVQVAE):
+    """A mean over codes as well."""
+
+    def draw(self, x: Tensor) -> Quantised:
+        found = super().draw(x)
+        return found._replace(terms={"kl": found.terms["kl"] / self.index_sizes[0]})
+
+
+class NegativeEntropy(GumbelVQVAE):
+    """Without log K: what is left of the KL after dropping the prior."""
+
+    def draw(self, x: Tensor) -> Quantised:
+        found = super().draw(x)
+        return found._replace(terms={"kl": found.terms["kl"] - P * math.log(K)})
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
+def test_the_loss_of_drawn_codes_is_that_of_the_formula(
+    tau: float, shifted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(shifted, beta=2.5, temperature=tau, start_temperature=tau)
+    loss_law(model, monkeypatch, tau, 2.5)
+
+
+@pytest.mark.parametrize("rival", [MeanOverPlaces, MeanOverCodes, NegativeEntropy])
+def test_another_scale_of_the_kl_breaks_the_law(rival: Any, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(shifted, beta=2.5, temperature=1.0)
+    model.__class__ = rival
+    with pytest.raises(AssertionError):
+        loss_law(model, monkeypatch, 1.0, 2.5)
+
+
+# ---- gumbel_vq_vae and dvae: temperature -----------------------------------------------------------------------------
+
+
+def test_the_temperature_falls_by_a_constant_factor() -> None:
+    model: Any = aezoo.create_model(
+        "gumbel_vq_vae", SHAPE, **SMALL, start_temperature=2.0, temperature=0.5, temperature_steps=10
+    )
+    for steps, tau in ((0, 2.0), (5, 1.0), (10, 0.5), (77, 0.5)):
+        model.steps.fill_(steps)
+        assert float(model.tau()) == pytest.approx(tau)
+    assert model.quantiser.temperature == 2
+    model.temperature_steps = 0
+    model.steps.zero_()
+    assert float(model.tau()) == 0.5

@@ -1,0 +1,165 @@
+"""Laws of Gated PixelCNN (van den Oord et al. 2016)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quantised_laws import (  # noqa: F401
+    test_what_is_only_looked_at_teaches_a_book_nothing,
+)
+from token_prior_laws import (  # noqa: F401
+    NAMES,
+    SMALL,
+    batches,
+    causal_law,
+    dependence,
+    prior,
+    test_a_dropped_index_costs_nothing,
+    test_a_pattern_costs_what_its_first_index_does,
+    test_a_prior_holds_its_tokenizer_and_needs_no_file_of_it,
+    test_a_source_of_known_entropy_is_learnt_to_its_entropy,
+    test_a_walk_over_the_tokens_gives_the_logits_of_the_whole,
+    test_draws_have_the_enumerated_probabilities,
+    test_every_token_depends_on_all_before_it_and_none_after,
+    test_next_logits_match_whole_and_are_causal,
+    test_temperature_0_or_top_1_draws_the_likeliest,
+    test_the_loss_is_the_cross_entropy_of_the_indices,
+    test_the_probabilities_of_all_sequences_sum_to_one,
+    test_trained_tokenizer_is_frozen_under_its_prior,
+    test_untrained_tokenizer_trains_as_if_alone,
+    trained,
+)
+from torch import Tensor, nn
+
+import aezoo
+from aezoo.errors import AezooError
+from aezoo.models.quantised.pixelcnn import MaskedConv
+
+# fits without validation, and Lightning's advice on loaders
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+# ---- causality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (1, 6), (2, 2, 2)])
+def test_mask_b_in_the_first_layer_leaks_and_the_law_sees_it(shape: Any) -> None:
+    model = prior("pixelcnn", shape, (4,) * shape[0], depth=6)
+    causal_law(model)
+    first = model.layers[0].h
+    model.layers[0].h = leaking = MaskedConv(first.in_channels, first.out_channels, 1, shape[0], own=True).double()
+    leaking.load_state_dict(first.state_dict())
+    with pytest.raises(AssertionError):
+        causal_law(model)
+
+
+def test_two_masked_stacks_have_no_blind_spot() -> None:
+    class OneStack(nn.Module):
+        """PixelCNN of van den Oord et al. 2016 (1601.06759): 3x3 with the later half masked, layer by layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(6)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, layer in enumerate(self.layers):
+                mask = torch.ones(3, 3, dtype=torch.float64)
+                mask[2], mask[1, 2], mask[1, 1] = 0, 0, float(i > 0)
+                x = F.conv2d(x, layer.weight * mask, layer.bias, padding=1).tanh()
+            return x
+
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    OneStack()(x)[0, :, 4, 2].sum().backward()
+    seen = x.grad[0].norm(dim=0) > 0
+    assert seen[4, :2].all() and not seen[4, 2:].any()
+    assert not seen[3, 4]  # the row above, two to the right
+    ours = dependence(prior("pixelcnn", (1, 5, 5), (4,), depth=6))[4 * 5 + 2].reshape(5, 5) > 0
+    assert ours[:4].all() and ours[4, :2].all() and not ours[4, 2:].any()
+
+
+# ---- probabilities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["vq_vae", "gumbel_vq_vae"])
+def test_score_is_message_length_for_any_tokenizer(tokenizer: str) -> None:
+    small = {"net": "mlp", "places": 3, "latent_dim": 2, "codebook_size": 5, "hidden_dims": [8]}
+    model: Any = aezoo.create_model("pixelcnn", (6,), tokenizer={"model": tokenizer, **small}, **SMALL["pixelcnn"])
+    model, x = model.double().eval(), torch.rand(4, 6, dtype=torch.float64)
+    log_px = torch.distributions.Bernoulli(model(x), validate_args=False).log_prob(x).sum(1)
+    torch.testing.assert_close(model.score(x), -log_px - model.log_prob(model.encode_indices(x)))
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+def test_uneven_books_are_never_left() -> None:
+    model = prior("pixelcnn", (3, 2), (2, 5, 3))
+    for top_k in (0, 4):
+        found = model.sample_indices(500, 3.0, top_k)
+        assert [int(found[:, i].max()) for i in range(3)] == [1, 4, 2]
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(-1.0, 0), (math.nan, 0), (1.0, -1)])
+def test_draws_that_cannot_be_are_refused(temperature: float, top_k: int) -> None:
+    with pytest.raises(AezooError, match="must be at least 0"):
+        prior("pixelcnn", (1, 2), (3,)).sample(1, temperature, top_k)
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_trained_tokenizer_settings_need_weights(trained: Any, quiet: Any) -> None:
+    model = aezoo.create_model("pixelcnn", (1, 4, 4), tokenizer=str(trained), **SMALL["pixelcnn"])
+    empty = aezoo.create_model("pixelcnn", **model.hparams)
+    with pytest.raises(AezooError, match="no weights"):
+        quiet(max_epochs=1).fit(empty, batches())
+    empty.load_state_dict(model.state_dict())
+    quiet(max_epochs=1).fit(empty, batches())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("vae", "writes no code in indices"),
+        ("pixelcnn", "is a prior itself"),
+        ("vq_va", "no checkpoint at vq_va.*give the run"),
+        ("runs/gone/0", "no checkpoint at runs/gone/0.*--ckpt_path RUN"),
+        ({"latent_dim": 3}, "names no model"),
+        ("", "give the run of a trained quantised model"),
+        (None, "a text or a mapping"),
+        ([], "a text or a mapping"),
+        ({"model": "vq_vae", "latent": 3}, "has no hyperparameter 'latent'.*latent_dim"),
+        ({"model": "vq_vae", "codebook_size": 2**17}, "rq_vae"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_in_one_line(tokenizer: Any, message: str) -> None:
+    for name in NAMES:
+        with pytest.raises(AezooError, match=message) as caught:
+            aezoo.create_model(name, (1, 8, 8), tokenizer=tokenizer)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_other_data_is_refused(trained: Any, tmp_path: Any) -> None:
+    with pytest.raises(AezooError, match=r"samples of shape \(1, 4, 4\), these data give \(1, 8, 8\)"):
+        aezoo.create_model("pixelcnn", (1, 8, 8), tokenizer=str(trained))
+    folder = aezoo.save_model(aezoo.create_model("dense_ae", (1, 4, 4)), tmp_path / "dense")
+    with pytest.raises(AezooError, match="writes no code in indices"):
+        aezoo.create_model("pixelcnn", (1, 4, 4), tokenizer=str(folder))
+
+
+def test_pixelcnn_sends_volumes_to_the_transformer() -> None:
+    with pytest.raises(AezooError, match="take index_transformer"):
+        prior("pixelcnn", (1, 2, 2, 2), (3,))
+
+
+@pytest.mark.parametrize(
+    "given", [{"width": 0}, {"depth": 0}, {"depth": 10**12}, {"dropout": 1.0}, {"dropout": math.nan}], ids=str
+)
+def test_a_network_that_cannot_be_built_is_refused(given: dict[str, Any]) -> None:
+    for name in NAMES:
+        with pytest.raises(AezooError, match=f"got .*{next(iter(given.values()))}"):
+            prior(name, (1, 2), (3,), **given)
+    for size in (1, 4):
+        with pytest.raises(AezooError, match="kernel_size must be odd"):
+            prior("pixelcnn", (1, 2), (3,), kernel_size=size)

@@ -1,0 +1,72 @@
+"""Laws of RQ-VAE, residual-quantised autoencoder (Lee et al. 2022)."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from quantised_laws import (  # noqa: F401
+    DIM,
+    built,
+    error,
+    on_data,
+    require_alike,
+    rows,
+    test_a_rival_s_beta_breaks_the_law,
+    test_beta_weighs_the_commitment_and_nothing_else,
+    test_each_term_moves_what_it_may_and_nothing_else,
+    test_invalid_values_are_refused,
+    test_quantiser_dropout_keeps_first_levels,
+    test_resume_is_exact_and_indices_roundtrip,
+    test_rotation_trick_keeps_angle_and_scales_by_norms,
+    test_straight_through_z_gets_the_gradient_of_its_code,
+    test_the_loss_is_its_formula_written_out_in_numpy,
+    test_under_autocast_indices_and_terms_are_those_of_float32,
+    test_usage_is_over_whole_set_not_batch_mean,
+    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_what_it_is_trained_on_teaches_it,
+)
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from aezoo.models.quantised.rq_vae import RQVAE
+
+# ---- neutral limits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"update": "gradient"}, {"estimator": "rotation"}, {"dead_below": 3.0, "decay": 0.5}, {"dropout": 1.0}],
+)
+def test_one_level_of_rq_vae_is_vq_vae(settings: dict[str, Any]) -> None:
+    settings = {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, **settings}
+    one = built("rq_vae", levels=1, **settings).double()
+    other = built("vq_vae", **{name: value for name, value in settings.items() if name != "dropout"}).double()
+    other.load_state_dict({key.replace("levels.0.", ""): value for key, value in one.state_dict().items()})
+    require_alike(one, other)
+    assert torch.equal(one.quantiser.levels[0].code_KD, other.quantiser.code_KD)
+
+
+# ---- k-means ---------------------------------------------------------------------------------------------------------
+
+
+def test_more_levels_reduce_error_with_shared_prefix(rows: Tensor) -> None:
+    errors, codebooks = [], []
+    for levels in (1, 2, 3, 4):
+        model = on_data(RQVAE, 64, levels=levels, codebook_size=16).train()
+        model.begin_step((rows,), 0)
+        errors.append(error(model, rows))
+        codebooks.append(model.quantiser.levels[0].code_KD)
+        terms = model.loss(rows)
+        indices = model.encode_indices(rows)
+        if levels == 4:  # a prefix of the levels is a code
+            partial = [model.decode_indices(indices.where(torch.arange(4)[:, None] < n, -1)) for n in (1, 2, 3, 4)]
+            found = [float((x_hat - rows).double().square().sum()) for x_hat in partial]
+            assert found == pytest.approx(errors, rel=1e-5)
+            # commitment adds what each level leaves over
+            assert terms["commitment"].item() * len(rows) == pytest.approx(sum(errors), rel=1e-4)
+    for fewer, more in itertools.pairwise(errors):
+        assert more < 0.85 * fewer
+    assert all(torch.equal(codebook, codebooks[0]) for codebook in codebooks)
+    one_book = KMeans(16, n_init=1, random_state=0).fit(rows.numpy()).inertia_
+    assert errors[0] == pytest.approx(one_book, rel=0.03)

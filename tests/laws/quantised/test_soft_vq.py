@@ -1,0 +1,225 @@
+"""Laws of SoftVQ-VAE, soft vector quantisation (Chen et al. 2024)."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from token_laws import (  # noqa: F401
+    DIM,
+    SHAPE,
+    SMALL,
+    K,
+    N,
+    bernoulli,
+    data,
+    rows_of,
+    small,
+    squares,
+    test_invalid_values_are_refused,
+    test_number_of_tokens_is_independent_of_input_size,
+    test_the_code_does_not_depend_on_the_decoder,
+    unit,
+)
+from torch import Tensor
+from two_ranks import on_two_ranks
+
+from aezoo.models.quantised.soft_vq import SoftVQ
+from aezoo.models.quantised.titok import TiTok
+from aezoo.quantisers.vq import VQ
+from aezoo.testing import SharedNoise, check_ddp, subject_of
+
+# ---- soft_vq: the mixture --------------------------------------------------------------------------------------------
+
+
+def reference_mixtures(model: Any, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """P and z_q by scipy, (B, N, K), (B, N, D)."""
+    rows, codes = rows_of(model, x), model.code_KD.detach().numpy()
+    if model.cosine:
+        rows, codes = unit(rows), unit(codes)
+    p = scipy.special.softmax(-squares(rows, codes) / model.temperature, axis=-1)
+    return p, p @ codes
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("temperature", [0.05, 0.14, 1.0, 7.0])
+def test_the_mixture_is_the_softmax_of_squared_distances(temperature: float, cosine: bool, shifted: Any) -> None:
+    model, x = small("soft_vq", shifted, temperature=temperature, cosine=cosine).eval(), data()
+    z_q, p = model.mixtures(x)
+    wanted_p, wanted_q = reference_mixtures(model, x)
+    np.testing.assert_allclose(p.detach().numpy(), wanted_p, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(z_q.detach().numpy().swapaxes(1, 2), wanted_q, rtol=1e-8, atol=1e-12)
+    assert torch.equal(model.encode(x), z_q)
+    torch.testing.assert_close(model(x), model.decode(z_q))
+
+
+def test_cosine_mixture_is_softmax_at_half_temperature(shifted: Any) -> None:
+    """As the paper's code has it, temperature 0.07."""
+    model, x = small("soft_vq", shifted, temperature=0.14).eval(), data()
+    cosines = F.cosine_similarity(model.encoder(x).transpose(1, 2)[:, :, None], model.code_KD, dim=-1)
+    torch.testing.assert_close(model.mixtures(x)[1], (cosines / 0.07).softmax(-1))
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_temperature_limits_are_nearest_code_and_mean(cosine: bool, shifted: Any) -> None:
+    model, x = small("soft_vq", shifted, temperature=1e-7, cosine=cosine).eval(), data()
+    vq = VQ(DIM, K, update="gradient", cosine=cosine).double().eval()
+    with torch.no_grad():
+        vq.code_KD.copy_(model.code_KD)
+    found = vq(model.encoder(x))
+    torch.testing.assert_close(model.encode(x), found.z_q)
+    assert len(found.indices.unique()) > 1
+    terms = model.loss(x)
+    assert terms["entropy"].item() == pytest.approx(0, abs=1e-9)
+    share = np.bincount(found.indices.flatten().numpy(), minlength=K) / (6 * N)
+    assert terms["diversity"].item() == pytest.approx(N * scipy.stats.entropy(share), rel=1e-9)
+
+    model.temperature = 1e9
+    codes = F.normalize(model.code_KD, dim=1) if cosine else model.code_KD
+    torch.testing.assert_close(model.encode(x), codes.mean(0)[None, :, None].expand(6, DIM, N), rtol=1e-6, atol=1e-7)
+    for name in ("entropy", "diversity"):
+        assert model.loss(x)[name].item() == pytest.approx(N * math.log(K), rel=1e-9)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_codes_and_encoder_get_exact_mixture_gradient(cosine: bool, shifted: Any) -> None:
+    """By finite differences: straight-through would give the encoder another gradient and the codes none."""
+    model, x = small("soft_vq", shifted, temperature=0.5, cosine=cosine, entropy_weight=0.7), data(3)
+    terms = model.loss(x)
+    checked = (model.code_KD, model.encoder.out.weight, model.encoder.latent_NW)
+    for p, gradient in zip(checked, torch.autograd.grad(terms["loss"], checked), strict=True):
+        direction = torch.randn_like(p)
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                p += step * direction
+                values.append(model.loss(x)["loss"].item())
+                p -= step * direction
+        slope = (values[0] - values[1]) / 2e-6
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-4)
+        assert abs(slope) > 1e-3
+
+
+def test_straight_through_would_fail_the_finite_differences(shifted: Any) -> None:
+    class Straight(SoftVQ):
+        def mixtures(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = F.normalize(self.encoder(x), dim=1)
+            z_q, p = super().mixtures(x)
+            return z_q.detach() + (z - z.detach()), p
+
+    torch.manual_seed(0)
+    model, x = shifted(Straight(SHAPE, **SMALL, entropy_weight=0.0)).double(), data(3)
+    weight = model.encoder.out.weight
+    (gradient,) = torch.autograd.grad(model.loss(x)["loss"], weight)
+    direction, values = torch.randn_like(weight), []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            weight += step * direction
+            values.append(model.loss(x)["loss"].item())
+            weight -= step * direction
+    assert (gradient * direction).sum().item() != pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-2)
+
+
+# ---- soft_vq: entropies ----------------------------------------------------------------------------------------------
+
+
+def reference_soft(model: Any, x: Tensor) -> dict[str, float]:
+    p, z_q = reference_mixtures(model, x)
+    terms = {
+        "nll": bernoulli(model, z_q, x),
+        "entropy": float(scipy.stats.entropy(p, axis=-1).sum(1).mean()),
+        "diversity": N * float(scipy.stats.entropy(p.mean((0, 1)))),
+    }
+    loss = terms["nll"] + model.entropy_weight * (terms["entropy"] - model.gamma * terms["diversity"])
+    return {"loss": loss, **terms}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("cosine", [True, False])
+def test_the_loss_of_soft_vq_is_its_formula(cosine: bool, training: bool, shifted: Any) -> None:
+    model = small("soft_vq", shifted, temperature=0.4, entropy_weight=0.7, gamma=1.6, cosine=cosine).train(training)
+    x = data()
+    terms, wanted = model.loss(x), reference_soft(model, x)
+    assert terms.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-8), name
+    assert 0.1 < wanted["entropy"] < wanted["diversity"] < N * math.log(K)
+
+
+def entropies_at(p: Tensor) -> Tensor:
+    """What the regulariser of a model is at given mixtures, (B, N, K) -> (), with gamma 1."""
+    model = SoftVQ(SHAPE, **{**SMALL, "n_tokens": p.shape[1]}, entropy_weight=1.0).double()
+    model.mixtures = lambda x: (torch.zeros(len(p), DIM, p.shape[1], dtype=torch.float64), p)  # type: ignore[method-assign]
+    terms = model.loss(data(len(p)))
+    return terms["loss"] - terms["nll"]
+
+
+def test_entropy_loss_is_least_for_one_hot_diverse_tokens() -> None:
+    """There it is -N log K; 0 for equal mixtures of any kind; between these else, by the concavity of entropy."""
+    best = F.one_hot(torch.arange(K).repeat(N).reshape(K, N), K).double()
+    assert entropies_at(best).item() == pytest.approx(-N * math.log(K))
+    same = torch.full((K, N, K), 1 / K, dtype=torch.float64)
+    one = F.one_hot(torch.zeros(K, N, dtype=torch.long), K).double()
+    for p in (same, one, torch.rand(K, dtype=torch.float64).softmax(0).expand(K, N, K)):
+        assert entropies_at(p).item() == pytest.approx(0, abs=1e-9)
+    for spread in (0.5, 2.0, 8.0):
+        p = (spread * torch.randn(K, N, K, dtype=torch.float64)).softmax(2)
+        assert -N * math.log(K) < entropies_at(p).item() < 0
+    # a step from the best goes up in every direction that mixtures can take
+    for _ in range(5):
+        other = torch.randn(K, N, K, dtype=torch.float64).softmax(2)
+        assert entropies_at(0.99 * best + 0.01 * other) > entropies_at(best)
+
+
+def test_mixtures_of_one_code_have_finite_gradients(shifted: Any) -> None:
+    model = small("soft_vq", shifted, temperature=1e-6)
+    model.loss(data())["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_the_use_of_codes_is_that_of_both_ranks(shifted: Any) -> None:
+    """Two ranks give the loss and the gradients of one; entropies of each rank's own use would give others."""
+    model, x = small("soft_vq", shifted, temperature=0.4, entropy_weight=2.0), data(8)
+    x[:4] *= 0.1  # the ranks differ in what they use
+    with SharedNoise(range(8), 8):
+        whole = model.loss(x)
+    wanted = torch.autograd.grad(whole["loss"], [*model.parameters()])
+    ranks, alone = on_two_ranks(model, x), on_two_ranks(model, x, exchange=False)
+    for name in whole:
+        torch.testing.assert_close(ranks.terms[name], whole[name], rtol=1e-9, atol=1e-9)
+    for found, expected in zip(ranks.gradients(), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert alone.terms["diversity"] < whole["diversity"] - 1e-3
+
+
+@pytest.mark.slow  # test_models has the defaults
+def test_two_processes_train_like_one() -> None:
+    settings = {**SMALL, "codebook_size": 7}
+    check_ddp(
+        subject_of("titok", **settings),
+        subject_of("titok", **settings, update="gradient", cosine=False),
+        subject_of("soft_vq", **settings, entropy_weight=2.0),
+    )
+
+
+# ---- starts and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_the_codes_of_soft_vq_start_where_k_means_puts_them() -> None:
+    """With as many codes as different rows, each row is a code."""
+    torch.manual_seed(0)
+    model, x = SoftVQ(SHAPE, **{**SMALL, "codebook_size": 3 * N}, temperature=1e-4), torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        model.init_from_data(x)
+    rows = torch.from_numpy(unit(rows_of(model, x))).flatten(0, 1)
+    assert torch.cdist(rows, model.code_KD).amin(1).max() < 1e-3
+    torch.testing.assert_close(model.encode(x).transpose(1, 2).flatten(0, 1), rows, rtol=0, atol=1e-2)
+
+
+def test_the_code_of_soft_vq_is_written_in_no_indices() -> None:
+    assert not SoftVQ.discrete_code
+    assert TiTok.discrete_code

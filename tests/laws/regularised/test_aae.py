@@ -1,0 +1,48 @@
+"""Laws of AAE, adversarial autoencoder (Makhzani et al. 2015)."""
+
+from typing import Any
+
+import pytest
+import torch
+from aggregate_posterior_laws import (  # noqa: F401
+    POSTERIORS,
+    SHAPE,
+    images,
+    small,
+    test_each_player_has_a_group_of_the_optimiser,
+    test_no_term_reaches_another_player,
+    test_one_backward_gives_each_player_its_gradient,
+    test_samples_are_decoded_draws_from_a_standard_normal_prior,
+    test_the_squared_error_of_the_papers_is_the_default,
+    test_the_term_of_each_moves_the_encoder,
+    test_with_weight_0_each_is_the_plain_autoencoder,
+)
+from torch import nn
+
+from aezoo.models.regularised.aae import AAE
+from aezoo.models.regularised.wae_gan import WAEGAN
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+
+# ---- WAE-GAN and AAE: Tolstikhin et al. 2018, Makhzani et al. 2015 ---------------------------------------------------
+
+
+@POSTERIORS
+def test_the_aae_is_the_wae_gan_with_the_paper_s_networks(gaussian: bool, shifted: Any) -> None:
+    ours: Any = AAE(SHAPE, gaussian_posterior=gaussian)
+    widths = [m.out_features for m in ours.discriminator if isinstance(m, nn.Linear)]
+    assert widths == [1000, 1000, 1]
+    assert [m.out_features for m in ours.decoder if isinstance(m, nn.Linear)] == [1000, 1000, 20]
+    assert (ours.code_shape, ours.adversarial_weight) == ((8,), 1.0)
+    assert ours.gaussian_posterior == gaussian
+    aae, x, found = shifted(small("aae", gaussian_posterior=gaussian)), images(), []
+    wae = small("wae_gan", adversarial_weight=1.0, gaussian_posterior=gaussian)
+    wae.load_state_dict(aae.state_dict())
+    for each in (aae, wae):
+        torch.manual_seed(3)
+        found.append(each.loss(x))
+    assert all(torch.equal(found[0][term], found[1][term]) for term in found[0])
+    assert isinstance(aae, WAEGAN)

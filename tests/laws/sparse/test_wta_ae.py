@@ -1,0 +1,139 @@
+"""Laws of Winner-take-all autoencoder (Makhzani & Frey 2015)."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_laws import (  # noqa: F401
+    build,
+    data,
+    gap,
+    gradients,
+    test_invalid_values_are_refused,
+)
+from two_ranks import on_two_ranks
+
+import aezoo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+
+# ---- wta_ae: Makhzani & Frey 2015 ------------------------------------------------------------------------------------
+
+
+def last_layer(net: Any) -> Any:
+    """The layer that gives the code."""
+    return [layer for layer in net.modules() if hasattr(layer, "bias")][-1]
+
+
+def winners_by_hand(h: np.ndarray, p: float) -> np.ndarray:
+    """Which samples each unit is kept for, (B, D): by a loop over units."""
+    kept, most = np.zeros(h.shape, bool), math.ceil(round(p * len(h), 9))
+    for unit in range(h.shape[1]):
+        kept[np.argsort(-h[:, unit])[:most], unit] = True
+    return kept
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize(("lifetime", "n"), [(0.05, 7), (0.05, 40), (0.07, 100), (0.5, 9), (1.0, 6)])
+def test_each_unit_is_kept_for_its_share_of_the_batch(lifetime: float, n: int, spatial: bool, shifted: Any) -> None:
+    model, x = shifted(build("wta_ae", lifetime=lifetime, spatial=spatial, latent_dim=10)), data(n)
+    with torch.no_grad():
+        last_layer(model.encoder).bias += 5  # no zeros: what is kept can be seen
+        h = model.encode(x)
+        found = model.keep(h, model.winners).flatten(2) if spatial else model.keep(h, model.winners)[..., None]
+    best = h.flatten(2).amax(2) if spatial else h
+    kept = winners_by_hand(best.numpy(), lifetime)
+    used = (found != 0).any(2)
+    np.testing.assert_array_equal(used.numpy(), kept)
+    assert (used.sum(0) == math.ceil(round(lifetime * n, 9))).all()
+    assert lifetime == 1 or len(used.sum(1).unique()) > 1  # a sample may have any number
+    assert ((found != 0).sum(2) <= 1).all()
+    torch.testing.assert_close(found.sum(2), best * torch.from_numpy(kept))
+    places = found.argmax(2)[used]
+    assert torch.equal(places, h.flatten(2).argmax(2)[used]) if spatial else True
+    assert math.ceil(0.07 * 100) == 8  # the product is rounded up: one winner too many without care
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_winners_are_those_of_the_batch_of_all_ranks(spatial: bool, shifted: Any) -> None:
+    model, x = shifted(build("wta_ae", lifetime=0.25, spatial=spatial, latent_dim=10)).train(), data(12)
+    single = shifted(model).train()
+    one, together = single.loss(x), on_two_ranks(single, x)
+    before = on_two_ranks(single, x, exchange=False)
+    for term in one:
+        torch.testing.assert_close(together.terms[term], one[term])
+    expected = [*torch.autograd.grad(one["loss"], [*single.parameters()])]
+    for a, b in zip(together.gradients(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert gap(before.terms["nll"], one["nll"]) > 1e-6
+    first, second = (copy.theta_D for copy in together.copies)
+    assert torch.equal(first, second)
+    # a rank that takes itself for the first keeps the samples of another
+    wrong = on_two_ranks(single, x, ranked=False)
+    assert gap(wrong.terms["nll"], one["nll"]) > 1e-6
+
+
+def test_codes_have_no_sparsity_at_all_after_training(shifted: Any) -> None:
+    for spatial in (False, True):
+        model, x = shifted(build("wta_ae", spatial=spatial, latent_dim=10)), data(8)
+        model.train().loss(x)
+        for mode in (True, False):
+            assert torch.equal(model.train(mode).encode(x), model.encoder(x).relu())
+        torch.testing.assert_close(model.encode(x)[2:3], model.encode(x[2:3]))
+
+
+def test_the_gradient_passes_through_the_winners_alone(shifted: Any) -> None:
+    model, x = shifted(build("wta_ae", lifetime=0.2, latent_dim=3)), data(10)
+    with torch.no_grad():
+        last_layer(model.encoder).bias += 5
+    h = model.encode(x)
+    (through,) = torch.autograd.grad(model.loss(x)["loss"], last_layer(model.encoder).bias)
+    h_hat = model.decoder(h * model.winners(h))
+    slope = torch.autograd.grad(model.nll(h_hat, x).mean(), h)[0]
+    assert torch.equal(slope != 0, model.winners(h))
+    torch.testing.assert_close(through, slope.sum(0))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_lifetime_1_equals_relu_autoencoder(likelihood: str, shifted: Any) -> None:
+    x, found = data(6), []
+    for name, extra in (("wta_ae", {"lifetime": 1.0}), ("dense_ae", {"code_activation": "relu"})):
+        torch.manual_seed(0)
+        model = build(name, latent_dim=9, hidden_dims=(), likelihood=likelihood, **extra)
+        found.append(shifted(model).eval())
+    mine, dense = (model.loss(x)["loss"] for model in found)
+    torch.testing.assert_close(mine, dense)
+    slopes = [[*gradients(loss, model).values()] for loss, model in zip((mine, dense), found, strict=True)]
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(found[0](x), found[1](x))  # nothing has been trained: theta is 0
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_reconstructions_come_to_keep_what_the_batches_kept(spatial: bool, shifted: Any) -> None:
+    model, x = shifted(build("wta_ae", lifetime=0.25, spatial=spatial, latent_dim=10)), data(16)
+    nll = [model.train().loss(x)["nll"] for _ in range(300)][-1]
+    h = model.eval().encode(x)
+    least = (h.flatten(2).amax(2) if spatial else h).sort(0, descending=True).values[3]
+    torch.testing.assert_close(model.theta_D, least.detach(), rtol=1e-6, atol=1e-9)
+    model.theta_D.sub_(1e-7)
+    torch.testing.assert_close(model.score(x).mean(), nll, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.nll(model(x), x), model.score(x))
+    everything = model.nll(model.decoder(model.encode(x)), x).mean()
+    assert everything > nll + 1e-3  # all units at once: too much
+    held = model.theta_D.clone()
+    model.loss(x)
+    assert torch.equal(model.theta_D, held)
+
+
+# ---- crosscoder: Lindsey et al. 2024 ---------------------------------------------------------------------------------
+
+
+def test_convolutions_of_the_winner_take_all_model_need_a_grid() -> None:
+    with pytest.raises(aezoo.AezooError, match="convolutions take"):
+        build("wta_ae", input_shape=(24,), spatial=True)

@@ -1,0 +1,178 @@
+"""Laws of samples that lack parts: what is computed of them is what a model of their other parts computes, and no more.
+
+The smaller model is another object of the same class, with copies of the networks of the parts that are there.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as D
+from multimodal_laws import (
+    mixture,
+)
+from scipy import stats
+from torch import Tensor, nn
+
+from aezoo import AezooError
+from aezoo.models.variational.cmvae import CMVAE
+from aezoo.models.variational.crmvae import CRMVAE
+from aezoo.models.variational.jmvae import JMVAE
+from aezoo.models.variational.jnf import JNF
+from aezoo.models.variational.mmvae import MMVAE
+from aezoo.models.variational.mmvae_plus import MMVAEPlus
+from aezoo.models.variational.mopoe_vae import MoPoEVAE
+from aezoo.models.variational.mvae import MVAE
+from aezoo.models.variational.mvtcae import MVTCAE
+from aezoo.models.variational.nexus import Nexus
+from aezoo.models.variational.vae import VAE
+
+SHAPE, PARTS, CODE = (9, 1, 2), (2, 3, 4), 4
+
+
+MODELS: list[Any] = [MVAE, MMVAE, MoPoEVAE, MVTCAE, CRMVAE, MMVAEPlus, CMVAE, Nexus]
+
+
+# what is drawn at random of the parts, apart from noise
+WITHOUT_DRAWS: dict[Any, Any] = {MVAE: {"n_subsets": 0}, Nexus: {"dropout": 0.0}}
+
+
+# of three parts all subsets but the empty one
+PATTERNS = [seen for n in (1, 2, 3) for seen in itertools.combinations(range(3), n)]
+
+
+NAN = float("nan")
+
+
+def small(make: Any, shifted: Any, **settings: Any) -> Any:
+    return shifted(make(SHAPE, parts=PARTS, latent_dim=CODE, hidden_dims=(8,), **settings).double())
+
+
+def images(n: int = 5) -> Tensor:
+    return torch.rand(n, *SHAPE, dtype=torch.float64)
+
+
+def without(x: Tensor, seen: Any) -> Tensor:
+    """The same samples without the other parts."""
+    parts = x.split(PARTS, 1)
+    return torch.cat([part if i in seen else torch.full_like(part, NAN) for i, part in enumerate(parts)], 1)
+
+
+def of_parts(x: Tensor, seen: Any) -> Tensor:
+    parts = x.split(PARTS, 1)
+    return torch.cat([parts[i] for i in seen], 1)
+
+
+def smaller(model: Any, seen: Any) -> Any:
+    """A model of some parts, with the networks that they have in another."""
+    sizes = tuple(PARTS[i] for i in seen)
+    settings = {name: value for name, value in model.hparams.items() if name not in ("input_shape", "parts")}
+    other = type(model)((sum(sizes), *SHAPE[1:]), parts=sizes, **settings).double().train(model.training)
+    other.encoder = nn.ModuleList(model.encoder[i] for i in seen)
+    for place, i in enumerate(seen):
+        other.decoder[place] = model.decoder[i]
+    other.likelihood = model.likelihood
+    if isinstance(model, MMVAEPlus):
+        other.r_log_var_MP = nn.Parameter(model.r_log_var_MP[[*seen]].detach())
+    if isinstance(model, CMVAE):
+        other.weight_K, other.mean_KD, other.log_var_KD = model.weight_K, model.mean_KD, model.log_var_KD
+    if isinstance(model, Nexus):
+        other.top.node = model.top.node
+        other.top.messages = nn.ModuleList(model.top.messages[i] for i in seen)
+        other.top.downward = nn.ModuleList(model.top.downward[i] for i in seen)
+        other.top.s_log_var_MP = nn.Parameter(model.top.s_log_var_MP[[*seen]].detach())
+    return other
+
+
+def with_noise(model: Any, x: Tensor) -> Any:
+    """The loss with the same noise of every code: in another number of draws it could not be compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda like: torch.full_like(like, 0.7))
+        return model.loss(x)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned"])
+def test_loss_matches_models_of_present_modalities(make: Any, likelihood: str, shifted: Any) -> None:
+    settings = WITHOUT_DRAWS.get(make, {})
+    model, x = small(make, shifted, beta=3.0, likelihood=likelihood, **settings), images(len(PATTERNS))
+    given = torch.cat([without(x[i : i + 1], seen) for i, seen in enumerate(PATTERNS)])
+    terms = with_noise(model, given)
+    alone = [with_noise(smaller(model, seen), of_parts(x[i : i + 1], seen)) for i, seen in enumerate(PATTERNS)]
+    for name, value in terms.items():
+        torch.testing.assert_close(value, torch.stack([one[name] for one in alone]).mean(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("seen", PATTERNS[:-1])
+def test_outputs_equal_model_of_present_modalities(make: Any, seen: Any, shifted: Any) -> None:
+    model, x = small(make, shifted).eval(), images()
+    other, given = smaller(model, seen), without(x, seen)
+    code, own = model.encode(given), other.encode(of_parts(x, seen))
+    if issubclass(make, MMVAEPlus | Nexus):
+        shared, private = code.split([CODE, code.shape[1] - CODE], 1)
+        private, unseen = private.unflatten(1, (3, -1)), [i for i in range(3) if i not in seen]
+        expected = model.top.down(shared)[0][:, unseen] if make is Nexus else torch.zeros_like(private[:, unseen])
+        torch.testing.assert_close(private[:, unseen], expected)
+        code = torch.cat([shared, private[:, [*seen]].flatten(1)], 1)
+    torch.testing.assert_close(code, own, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.score(given), other.score(of_parts(x, seen)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(of_parts(model(given), seen), other(of_parts(x, seen)), rtol=1e-9, atol=1e-9)
+    # what they say of the others is what they say of them where these are there and not looked at
+    torch.testing.assert_close(model(given), model.reconstruct_from(x, seen), rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.reconstruct_from(given, seen), model.reconstruct_from(x, seen))
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("seen", PATTERNS[:-1])
+def test_missing_modality_gets_no_gradient(make: Any, seen: Any, shifted: Any) -> None:
+    model, x = small(make, shifted, **WITHOUT_DRAWS.get(make, {})), images()
+    other = smaller(model, seen)
+    with_noise(other, of_parts(x, seen))["loss"].backward()
+    expected = {i: [p.grad.clone() for p in (*model.encoder[i].parameters(), *model.decoder[i].parameters())]
+                for i in seen}  # fmt: skip
+    model.zero_grad()
+    with_noise(model, without(x, seen))["loss"].backward()
+    for i in range(3):
+        found = [p.grad for p in (*model.encoder[i].parameters(), *model.decoder[i].parameters())]
+        if i not in seen:
+            assert all((gradient == 0).all() for gradient in found)
+            continue
+        for gradient, one in zip(found, expected[i], strict=True):
+            torch.testing.assert_close(gradient, one, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [MMVAE, MoPoEVAE, MMVAEPlus, CMVAE])
+def test_posterior_draws_use_present_components(make: Any, shifted: Any) -> None:
+    model, x, seen = small(make, shifted), images(2), (0, 2)
+    other = smaller(model, seen)
+    z, log_q = model.sample_posterior(without(x, seen), 4000)
+    q = mixture(*other.components(of_parts(x, seen)))
+    rest = 0.0
+    if issubclass(make, MMVAEPlus):
+        own = z[..., CODE:].unflatten(2, (3, -1))
+        mu, log_var = (values[..., CODE:] for values in other.experts(of_parts(x, seen)))
+        rest = D.Normal(mu, (0.5 * log_var).exp()).log_prob(own[:, :, [*seen]]).sum((2, 3))
+        rest = rest + D.Normal(0.0, 1.0).log_prob(own[:, :, 1]).sum(2)
+    torch.testing.assert_close(log_q, q.log_prob(z[..., :CODE]) + rest)
+    drawn = q.sample((4000,))
+    for b, d in itertools.product(range(2), range(CODE)):
+        assert stats.ks_2samp(z[:, b, d].detach(), drawn[:, b, d]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_partly_missing_modalities_are_refused(make: Any, shifted: Any) -> None:
+    model, x = small(make, shifted), images()
+    model.check_batch(without(x, (1,)))
+    for bad in (without(x, ()), without(x, (1,)).index_fill(3, torch.tensor([0]), NAN), without(x, (0,)) / 0):
+        with pytest.raises(AezooError, match=r"sample 3 .* a part is missing where all its values are NaN"):
+            model.check_batch(torch.cat([x[:3], bad]))
+    # and where nobody has looked the loss says so
+    assert not with_noise(model, without(x, (1,)).index_fill(3, torch.tensor([0]), NAN))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("make", [VAE, JMVAE, JNF])
+def test_models_that_need_whole_samples_name_those_that_do_not(make: Any) -> None:
+    with pytest.raises(AezooError, match=r"NaN or infinite values: clean them first, or take .* such as mvae"):
+        make(SHAPE, latent_dim=2, hidden_dims=()).check_batch(without(images().float(), (1,)))

@@ -1,0 +1,75 @@
+"""Laws of DIP-VAE-I, disentangled inferred prior (Kumar et al. 2018)."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from objective_laws import (  # noqa: F401
+    CODE,
+    at,
+    dip_law,
+    images,
+    small,
+    test_active_setting_differs_from_vae,
+    test_at_its_neutral_setting_the_model_is_the_vae,
+    test_inference_is_the_vae_s_whatever_the_objective,
+    test_invalid_values_are_refused,
+    test_the_callback_reaches_the_kl_term,
+    test_the_penalty_is_that_of_numpy_s_covariance,
+    test_two_ranks_equal_one_process,
+)
+from torch import Tensor
+
+from aezoo.models.variational.dip_vae_i import DIPVAEI
+from aezoo.models.variational.dip_vae_ii import DIPVAEII
+
+# ---- covariance of the codes: Kumar et al. 2018 ----------------------------------------------------------------------
+
+
+class PyTorchVAEDIP(DIPVAEII):
+    """Centred over the code instead of the batch, without 1/B, with exp(2 log_var) summed into a scalar."""
+
+    def covariance(self, mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
+        centred = mu_BD - mu_BD.mean(dim=1, keepdim=True)
+        return centred.T @ centred + torch.mean(torch.diagonal((2.0 * log_var_BD).exp(), dim1=0), dim=0)
+
+
+def identity_law(cls: Any, s2: float) -> None:
+    """Means with covariance (1 - s2) I and variances s2 on average cost nothing where s2 counts, else 0.25 D of it."""
+    mu, log_var = whitened(64)
+    terms = at(small(cls), mu * math.sqrt(1 - s2), log_var + math.log(s2 or 1)).loss(images(64))
+    assert abs(terms["off_diagonal"].item()) < 1e-20
+    assert abs(terms["diagonal"].item()) < 1e-20
+
+
+def whitened(n: int) -> tuple[Tensor, Tensor]:
+    """Means with mean 3 and covariance I, and log-variances whose variances are 1 on average."""
+    mu = torch.randn(n, CODE, dtype=torch.float64)
+    mu = mu - mu.mean(0)
+    log_var = torch.randn(n, CODE, dtype=torch.float64)
+    mu = math.sqrt(n) * torch.linalg.qr(mu)[0] + 3
+    return mu, log_var - log_var.exp().mean(0).log()
+
+
+def test_codes_with_the_prior_s_covariance_cost_nothing() -> None:
+    identity_law("dip_vae_i", 0.0)
+    identity_law("dip_vae_ii", 0.4)
+
+
+def test_far_codes_lose_no_digits() -> None:
+    """E[mu mu'] - E[mu] E[mu]' in float32 would be off by 1 at a mean of 3000; centred codes are not."""
+    mu, log_var = whitened(64)
+    far = (mu + 3000).float()
+    exact = torch.cov(far.double().T, correction=0).float()
+    torch.testing.assert_close(small("dip_vae_i").covariance(far, log_var.float()), exact, rtol=1e-4, atol=1e-4)
+    moments = (far[:, :, None] * far[:, None]).mean(0) - far.mean(0)[:, None] * far.mean(0)
+    assert (moments - exact).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("law", [lambda cls: dip_law(cls, "dip_vae_ii"), lambda cls: identity_law(cls, 0.4)])
+def test_a_covariance_that_another_library_ships_breaks_the_law(law: Any) -> None:
+    with pytest.raises(AssertionError):
+        law(PyTorchVAEDIP)
+    with pytest.raises(AssertionError):  # nor is the one model the other
+        law(DIPVAEI)

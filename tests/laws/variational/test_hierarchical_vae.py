@@ -1,0 +1,81 @@
+"""Laws of Top-down hierarchical VAE with free bits (Kingma et al. 2016)."""
+
+from typing import Any
+
+import pytest
+import torch
+from hierarchy_laws import (  # noqa: F401
+    SHAPE,
+    bound_law,
+    concatenated,
+    data,
+    draw_law,
+    small,
+    test_binarised_digits_compress_to_bound_losslessly,
+    test_codes_and_scores_are_at_the_means_from_the_top_down,
+    test_densities_and_draws_are_those_of_the_conditionals,
+    test_elbo_importance_bounds_and_evidence_come_in_that_order,
+    test_free_bits_cost_a_constant_without_gradient,
+    test_invalid_values_are_refused,
+    test_one_level_is_the_vae,
+    test_the_hierarchy_keeps_the_law,
+    test_two_level_importance_weights_are_constant_at_posterior,
+)
+from torch import Tensor
+
+from aezoo.models.variational.hierarchical_vae import HierarchicalVAE
+from aezoo.nets.blocks.levels import Level
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+class DrawsTheTopTwice(HierarchicalVAE):
+    """The posterior below is conditioned on one draw of the top, the decoder sees another (`autoencoders` 0.6.8)."""
+
+    def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
+        *low, top = super().top_down(h_L, draw)
+        again = top.mu + torch.exp(0.5 * top.log_var) * torch.randn_like(top.mu)
+        return [*low, top._replace(z=again)]
+
+
+class BottomWithoutPrior(HierarchicalVAE):
+    """p(z_1) = N(0, I): no hierarchy (`autoencoders` 0.6.8)."""
+
+    def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
+        bottom, *rest = super().top_down(h_L, draw)
+        return [bottom._replace(m=0 * bottom.m, log_s2=0 * bottom.m), *rest]
+
+
+class LosesTheTopsGradient(HierarchicalVAE):
+    """The levels below see a constant."""
+
+    def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> Any:
+        return super().q_and_p(h_L, [z.detach() for z in above])
+
+
+@pytest.mark.parametrize(
+    ("rival", "law"),
+    [(DrawsTheTopTwice, draw_law), (BottomWithoutPrior, bound_law), (LosesTheTopsGradient, bound_law)],
+    ids=lambda value: value.__name__,
+)
+def test_the_law_catches_a_rivals_slip(rival: Any, law: Any, shifted: Any) -> None:
+    model = shifted(rival(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
+    with pytest.raises(AssertionError):
+        law(model, concatenated)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_level_whose_posterior_is_its_prior_costs_nothing(level: int, shifted: Any) -> None:
+    model = small("hierarchical_vae", shifted)
+    p, q = model.priors[level], model.posteriors[level]
+    with torch.no_grad():
+        q.load_state_dict(
+            p.state_dict()
+            | {"0.weight": torch.nn.functional.pad(p[0].weight, (q[0].in_features - p[0].in_features, 0))}
+        )
+    terms = model.loss(data())
+    assert terms[f"kl_{level + 1}"].abs() < 1e-12
+    assert all(terms[f"kl_{i}"] > 0.01 for i in (1, 2, 3) if i != level + 1)
+    with torch.no_grad():
+        q[2].bias += 0.1
+    assert model.loss(data())[f"kl_{level + 1}"] > 1e-3

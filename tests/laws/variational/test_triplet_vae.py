@@ -1,0 +1,69 @@
+"""Laws of Triplet-based VAE (Ishfaq et al. 2018)."""
+
+from typing import Any
+
+import pytest
+import torch
+from code_geometry_laws import (  # noqa: F401
+    CODE,
+    LABELS,
+    by_torch,
+    gradients,
+    images,
+    semi_hard,
+    small,
+    test_training_with_labels_separates_the_classes,
+    triples,
+)
+from torch import Tensor
+from weak_label_laws import (  # noqa: F401
+    test_codes_scores_and_likelihoods_are_the_vae_s,
+    test_groups_and_pairs_ignore_batch_order,
+    test_labels_make_it_differ_from_vae,
+    test_samples_that_belong_to_no_other_make_a_vae,
+    test_two_ranks_equal_one_process_with_split_groups,
+)
+
+from aezoo.bases.triplet import MINING
+
+# ---- triplets: Schroff et al. 2015, Hermans et al. 2017 --------------------------------------------------------------
+
+
+def losses_of_one_noise(models: list[Any], training: bool) -> list[dict[str, Tensor]]:
+    found = []
+    for model in models:
+        torch.manual_seed(3)
+        found.append(model.train(training).loss(images(), LABELS))
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mining", MINING)
+def test_at_weight_zero_it_is_the_vae_bit_for_bit(mining: str, training: bool, shifted: Any) -> None:
+    vae = small("vae", shifted, beta=2.0)
+    without, with_it = (small("triplet_vae", shifted, beta=2.0, mining=mining, triplet_weight=w) for w in (0.0, 3.0))
+    for model in (without, with_it):
+        model.load_state_dict(vae.state_dict())
+        model.capacity = vae.capacity = 1.0
+    mine, theirs, other = losses_of_one_noise([without, vae, with_it], training)
+    assert mine["triplet"] > 0
+    for term in ("loss", "nll", "kl", "elbo"):
+        assert torch.equal(mine[term], theirs[term])
+    for a, b in zip(gradients(without, mine["loss"]), gradients(vae, theirs["loss"]), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(other["loss"] - theirs["loss"], 3 * mine["triplet"])
+
+
+@pytest.mark.parametrize("mining", MINING)
+def test_the_triplets_of_the_vae_are_triplet_ae_s_of_the_means(mining: str, shifted: Any) -> None:
+    """Of the posterior's means, whatever is drawn; variances and the decoder get no gradient."""
+    settings = {"mining": mining, "margin": 0.7}
+    model, ae = small("triplet_vae", shifted, **settings), small("triplet_ae", shifted, **settings)
+    mu, log_var = (torch.randn(6, CODE, dtype=torch.float64).requires_grad_() for _ in range(2))
+    model.posterior = lambda x: (mu, log_var)
+    term = model.loss(images(), LABELS)["triplet"]
+    chosen = semi_hard(mu.detach(), LABELS) if mining == "semi_hard" else triples(LABELS)
+    torch.testing.assert_close(term, by_torch(mu, chosen, 0.7, mining), rtol=1e-9, atol=1e-12)
+    assert torch.equal(term, ae.triplet_loss(mu, LABELS)) and float(term.detach()) > 0.01
+    in_mu, in_log_var, *rest = torch.autograd.grad(term, (mu, log_var, *model.decoder.parameters()), allow_unused=True)
+    assert float(in_mu.norm()) > 1e-3 and in_log_var is None and all(g is None for g in rest)

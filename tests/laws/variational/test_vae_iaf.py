@@ -1,0 +1,37 @@
+"""Laws of VAE with inverse autoregressive flow (Kingma et al. 2016)."""
+
+import pytest
+import torch
+from posterior_flow_laws import (  # noqa: F401
+    data,
+    jacobians,
+    small,
+    test_codes_and_scores_are_those_of_a_posterior_without_noise,
+    test_identity_flow_steps_equal_vae,
+    test_importance_likelihood_matches_prior_integral,
+    test_invalid_values_are_refused,
+    test_the_density_of_the_last_code_integrates_to_one,
+    test_the_kl_is_the_paper_s_in_the_mean,
+    test_the_kl_s_weight_may_rise_but_there_is_no_capacity,
+    test_the_log_determinant_is_that_of_autograd_s_jacobian,
+    test_the_loss_and_all_its_gradients_are_those_of_the_formula,
+)
+
+# ---- autoregression --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_flows", [1, 2, 3])
+def test_iaf_jacobian_is_triangular_and_order_alternates(n_flows: int) -> None:
+    model = small("iaf", 4, n_flows=n_flows)
+    z, steps = torch.randn(1, 4, dtype=torch.float64), model.amortised(data(1))[2]
+    whole = jacobians(model, z, steps)[0]
+    first = model.steps[0]
+    m, a = first(z, steps)
+    one = small("iaf", 4, n_flows=1)
+    one.steps[0] = first
+    jacobian = jacobians(one, z, steps)[0]
+    assert torch.equal(jacobian, jacobian.tril()) and (jacobian.tril(-1).abs() > 0).sum() == 6
+    torch.testing.assert_close(jacobian.diagonal(), torch.sigmoid(a + 1.5)[0])
+    torch.testing.assert_close(one.flow(z, steps)[0], torch.sigmoid(a + 1.5) * z + (1 - torch.sigmoid(a + 1.5)) * m)
+    # of several steps each element depends on all: with one order for all of them it would be triangular still
+    assert (whole.abs() > 0).all() == (n_flows > 1)

@@ -1,0 +1,78 @@
+"""Laws of VAE with a VampPrior (Tomczak & Welling 2017)."""
+
+from typing import Any
+
+import pytest
+import torch
+from learned_prior_laws import (  # noqa: F401
+    data,
+    normal,
+    small,
+    test_a_single_standard_component_is_the_vae,
+    test_codes_drawn_from_a_mixture_have_its_moments,
+    test_importance_likelihood_matches_prior_integral,
+    test_invalid_values_are_refused,
+    test_many_codes_are_compared_with_the_components_in_parts,
+    test_score_bounds_kl_tightly_for_far_components,
+    test_the_density_of_a_prior_integrates_to_one,
+    test_the_kl_s_weight_may_rise_but_there_is_no_capacity,
+    test_the_loss_and_all_its_gradients_are_those_of_the_formula,
+    test_the_prior_is_the_mixture_of_torch_distributions,
+)
+
+import aezoo
+
+# ---- mixtures: Tomczak & Welling 2017 --------------------------------------------------------------------------------
+
+
+def test_data_pseudo_inputs_give_aggregate_posterior() -> None:
+    x = data(4).clamp(0.01, 0.99)
+    for n in (1, 4):
+        model = small("vamp_vae", n_components=n)
+        with torch.no_grad():
+            model.pseudo_K.copy_(x[:n].logit())
+        z = torch.randn(6, 3, dtype=torch.float64)
+        each = torch.stack([normal(*(p[i] for p in model.posterior(x[:n]))).log_prob(z) for i in range(n)])
+        torch.testing.assert_close(model.log_prior(z), each.exp().mean(0).log())
+    alone = small("vamp_vae", n_components=1)
+    with torch.no_grad():
+        alone.pseudo_K.copy_(x[:1].logit())
+    terms = alone.loss(x[:1])
+    assert terms["kl"].abs() < 1e-9 and terms["nll"] > 1  # p(z) = q(z|x): the code costs nothing
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "discretised_logistic", "gaussian", "laplace:learned"])
+def test_pseudo_inputs_lie_where_data_lie(likelihood: str) -> None:
+    model = small("vamp_vae", n_components=50, likelihood=likelihood)
+    with torch.no_grad():
+        model.pseudo_K.mul_(20)
+    u = model.pseudo_inputs()
+    assert u.shape == (50, 2, 3, 3)
+    inside = bool((u >= 0).all() and (u <= 1).all())
+    assert inside == model.likelihood.unit_interval
+    # unlike a hardtanh's, the gradient does not die at the ends
+    (slope,) = torch.autograd.grad((0.01 * u).sum(), model.pseudo_K)
+    assert bool((slope > 0).any(0).all())
+
+
+# ---- what cannot work ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_pseudo_inputs_start_at_first_samples(likelihood: str) -> None:
+    torch.manual_seed(0)
+    model: Any = aezoo.create_model("vamp_vae", (2, 3, 3), n_components=7, likelihood=likelihood).train()
+    x = data(5).float()
+    noise = model.pseudo_K.detach().clone()
+    model.begin_step(x, 0)
+    u = torch.cat([x, x[:2]])
+    expected = torch.sigmoid(noise + torch.logit(u.clamp(0.05, 0.95))) if likelihood == "bernoulli" else noise + u
+    torch.testing.assert_close(model.pseudo_inputs(), expected)
+    assert (model.pseudo_inputs()[0] - model.pseudo_inputs()[5]).abs().max() > 0.01
+    before = model.pseudo_K.detach().clone()
+    model.begin_step(x + 1, 1)
+    assert torch.equal(model.pseudo_K, before)
+    untouched: Any = aezoo.create_model("vamp_vae", (2, 3, 3), n_components=7, data_init=False).train()
+    before = untouched.pseudo_K.detach().clone()
+    untouched.begin_step(x, 0)
+    assert torch.equal(untouched.pseudo_K, before)

@@ -1,0 +1,103 @@
+"""Tests of aezoo/nets/blocks/flows.py."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from aezoo.nets.blocks import flows
+from aezoo.nets.blocks.flows import MADE
+
+# ---- determinants ----------------------------------------------------------------------------------------------------
+
+
+def test_steps_stay_invertible_whatever_their_parameters_are() -> None:
+    """And finite in float32, where a softplus or a tanh reaches its limit."""
+    z = torch.linspace(-30, 30, 2001)[:, None]
+    for scale in (1, 10, 100, 1e4):
+        for step, size in flows.FLOWS.values():
+            for seed in range(20):
+                p = scale * torch.randn(1, size(1), generator=torch.Generator().manual_seed(seed))
+                moved, log_det = step(z, p)
+                assert moved.isfinite().all() and log_det.isfinite().all()
+                assert (moved.diff(dim=0) >= -1e-5 * moved.abs().max()).all()
+    # the planar step of a port without u' turns back on itself: w u = -3
+    assert (z + -3.0 * torch.tanh(z)).diff(dim=0).min() < 0
+    # as does a radial one with b' = b < -a, here a = 1
+    assert (z - 2 * z / (1 + z.abs())).diff(dim=0).min() < 0
+
+
+def test_the_planar_step_is_that_of_the_paper() -> None:
+    z, u, w = torch.randn(3, 4, 5, dtype=torch.float64)
+    b = torch.randn(4, 1, dtype=torch.float64)
+    moved, log_det = flows.planar(z, torch.cat([u, w, b], 1))
+    h = torch.tanh((w * z).sum(1, keepdim=True) + b)
+    u_hat = (moved - z) / h
+    # u moves along w alone, to where w u' = m(w u) > -1
+    torch.testing.assert_close(u_hat - u, (u_hat - u) * w / w**2 * w)
+    along = ((u_hat - u) * w).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True)
+    torch.testing.assert_close(u_hat - u, along * w)
+    w_u = (w * u).sum(1)
+    m = torch.log1p(torch.exp(w_u + math.log(math.expm1(0.999)))) - 0.999
+    torch.testing.assert_close((u_hat * w).sum(1), m)
+    assert (m > -1).all()
+    psi = (1 - h**2) * w
+    torch.testing.assert_close(log_det, (1 + (u_hat * psi).sum(1)).abs().log())
+
+
+@pytest.mark.parametrize("d", [1, 4, 10])
+def test_the_sylvester_step_is_that_of_the_paper(d: int) -> None:
+    """With Q, R and S written out as matrices."""
+    generator = torch.Generator().manual_seed(d)
+    p = torch.randn(1, flows.FLOWS["sylvester"][1](d), dtype=torch.float64, generator=generator)
+    z = torch.randn(3, d, dtype=torch.float64, generator=generator)
+    both, s_diagonal, b, axes = p[0].split([d * d, d, d, d * min(d, 8)])
+    both, eye = both.reshape(d, d), torch.eye(d, dtype=torch.float64)
+    q = eye
+    for v in axes.reshape(-1, d):
+        q = q @ (eye - 2 * torch.outer(v, v) / (v @ v))
+    torch.testing.assert_close(q @ q.T, eye)
+    r = both.triu(1) + torch.diag(0.999 * both.diagonal().tanh())
+    s = both.T.triu(1) + torch.diag(0.999 * s_diagonal.tanh())
+    moved, log_det = flows.sylvester(z, p)
+    inner = z @ q @ s.T + b
+    torch.testing.assert_close(moved, z + torch.tanh(inner) @ r.T @ q.T)
+    expected = (1 + (1 - torch.tanh(inner) ** 2) * r.diagonal() * s.diagonal()).log().sum(1)
+    torch.testing.assert_close(log_det, expected)
+
+
+def test_radial_flow_moves_along_rays() -> None:
+    z, centre = torch.randn(2, 4, 3, dtype=torch.float64)
+    a, b = torch.randn(2, 4, 1, dtype=torch.float64)
+    moved, _ = flows.radial(z, torch.cat([centre, a, b], 1))
+    r = (z - centre).norm(dim=1, keepdim=True)
+    a_hat = torch.log1p(a.exp()) + 1e-3
+    b_hat = a_hat * (torch.log1p(torch.exp(b + math.log(math.expm1(0.999)))) - 0.999)
+    torch.testing.assert_close(moved, z + b_hat / (a_hat + r) * (z - centre))
+    assert (b_hat > -a_hat).all()
+    at_centre = flows.radial(centre.requires_grad_(), torch.cat([centre.detach(), a, b], 1))
+    at_centre[1].sum().backward()
+    assert at_centre[0].isfinite().all() and centre.grad is not None and centre.grad.isfinite().all()
+
+
+# ---- autoregression --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "hidden"), [(1, 4), (5, 3), (5, 5), (5, 16)])
+def test_autoregressive_net_depends_on_past_and_context(size: int, hidden: int) -> None:
+    torch.manual_seed(0)
+    made = MADE(size, hidden).double()
+    z, context = torch.randn(size, dtype=torch.float64), torch.randn(hidden, dtype=torch.float64)
+    for which in (0, 1):
+
+        def of_one(z: Tensor, h: Tensor, which: int = which) -> Tensor:
+            return made(z[None], h[None])[which][0]
+
+        of_z, of_h = torch.autograd.functional.jacobian(
+            lambda z, h, w=which: made(z[None], h[None])[w][0], (z, context)
+        )
+        assert torch.equal(of_z, of_z.tril(-1))
+        assert (of_h.abs().sum(1) > 0).all()  # the first too, which sees nothing else
+        if hidden >= size:
+            assert (of_z.tril(-1).abs() > 0).sum() == size * (size - 1) / 2

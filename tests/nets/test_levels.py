@@ -1,0 +1,32 @@
+"""Tests of aezoo/nets/blocks/levels.py."""
+
+import torch
+import torch.distributions as D
+from torch import Tensor
+
+from aezoo.nets.blocks.levels import Level
+
+
+def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
+    return D.Normal(mu, torch.exp(0.5 * log_var))
+
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_of_a_level_is_that_of_two_gaussians() -> None:
+    mu, log_var, m, log_s2 = (torch.randn(4, 6, 5).double().requires_grad_() for _ in range(4))
+    found = Level(mu, mu, mu, log_var, m, log_s2).kl()
+    expected = D.kl_divergence(normal(mu, log_var), normal(m, log_s2)).sum(-1)
+    torch.testing.assert_close(found, expected)
+    weights = torch.rand(4, 6).double()
+    variables = (mu, log_var, m, log_s2)
+    for a, b in zip(
+        torch.autograd.grad((weights * found).sum(), variables),
+        torch.autograd.grad((weights * expected).sum(), variables),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    # also where a variance of float32 would overflow
+    far = torch.full((1, 1), 20.0)
+    assert Level(far, far, far, far, -far, -far).kl().isfinite()

@@ -1,0 +1,34 @@
+"""Tests of aezoo/nets/lstm.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aezoo.nets import lstm
+
+# ---- the networks of steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 7), (2, 5, 6), (2, 3, 4, 5)])
+def test_steps_run_along_the_first_axis_behind_the_channels(shape: tuple[int, ...]) -> None:
+    x = torch.rand(2, *shape)
+    steps = lstm.Steps()(x)
+    n, features = lstm.steps_of(shape)
+    assert steps.shape == (2, n, features) and n * features == x[0].numel()
+    for t in range(n):
+        assert torch.equal(steps[:, t], x[:, t : t + 1] if len(shape) == 1 else x[:, :, t].flatten(1))
+    assert torch.equal(lstm.FromSteps(shape)(steps), x)
+
+
+@pytest.mark.parametrize("width", [5, 8])
+def test_lstm_is_torch_s_with_a_residual_where_widths_agree(width: int, shifted: Any) -> None:
+    own, theirs = lstm.LSTM(5, width).double(), nn.LSTM(5, width, batch_first=True).double()
+    assert (own.bias[width : 2 * width] == 1).all()
+    own = shifted(own)
+    for name, p in (("weight_ih_l0", own.weight_ih), ("weight_hh_l0", own.weight_hh), ("bias_ih_l0", own.bias)):
+        theirs.get_parameter(name).data.copy_(p)
+    theirs.bias_hh_l0.data.zero_()
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(own(x), theirs(x)[0] + (x if width == 5 else 0))

@@ -1,0 +1,3 @@
+"""These tests start from one seed, as the laws do."""
+
+from law_fixtures import _seed  # noqa: F401

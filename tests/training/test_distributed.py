@@ -1,0 +1,390 @@
+"""Several processes: one that fails ends all, a restart goes on bit for bit, and each sample counts once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import promises
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from quiet_trainer import quiet_trainer
+from torch.utils.data import DataLoader
+
+from aezoo import callbacks, create_model
+from aezoo.data import DataModule
+from aezoo.errors import AezooError
+from aezoo.training import distributed
+
+SCRIPT = Path(__file__).with_name("failing.py")
+OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
+# no logger and no pictures: what they write is tested elsewhere, and two cores start four processes
+FIT = [
+    "fit", "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false",
+    "--projector.n=0", "--checkpoints.every_n_steps=4", *OFF,
+]  # fmt: skip
+VAE = ["--model=vae", "--trainer.max_epochs=3"]
+# seconds: what a rank that does not answer is waited for, and within which a run must end, its start included
+TIMEOUT, ENDS = 25, 120
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# a process of a run carries this with the run's own value: torchrun gives its workers sessions of their own
+MARK = "AEZOO_TEST_RUN"
+
+
+def command(*argv, torchrun=()):
+    return [sys.executable, *torchrun, str(SCRIPT), *argv]
+
+
+def environment(fault):
+    kept = {k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD" not in k and not k.startswith("AEZOO_")}
+    kept |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, sys.path)]),
+    }
+    return kept | ({"FAULT": fault} if fault else {})
+
+
+def processes(mark):
+    """The processes of a run that live, with their states."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0")
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if marked and state not in "ZX":
+            found[int(path.name)] = state
+    return found
+
+
+def run(folder, *argv, fault="", torchrun=(), ends=ENDS):
+    """The command: exit code, output, and the processes left 6 s after its end."""
+    folder.mkdir(exist_ok=True)
+    log = folder / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(*argv, torchrun=torchrun), cwd=folder, env=environment(fault) | {MARK: str(folder)}, stdout=out,
+            stderr=out, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = process.wait(ends)
+        limit = time.monotonic() + 6
+        while processes(folder) and time.monotonic() < limit:
+            time.sleep(0.1)
+        return code, log.read_text(), processes(folder)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"no end within {ends} s: {processes(folder)}\n{log.read_text()[-3000:]}")
+    finally:
+        for pid in processes(folder):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def trace(folder, rank):
+    """What each step did, the last of several processes that did it; without the process's number."""
+    return {line["step"]: {**line, "pid": 0} for line in lines(folder / f"trace-{rank}.jsonl")}
+
+
+def weights(folder):
+    (last,) = folder.glob("runs/*/0/checkpoints/last.ckpt")
+    content = torch.load(last, weights_only=True)
+    return content["global_step"], content["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, log, left = run(folder, *FIT, *VAE)
+    assert code == 0 and not left and "Warning" not in log, log
+    return folder
+
+
+def assert_same_run(folder, whole):
+    for rank in (0, 1):
+        assert trace(folder, rank) == trace(whole, rank)
+    (step, state), (whole_step, whole_state) = weights(folder), weights(whole)
+    assert step == whole_step
+    for name, value in whole_state.items():
+        assert torch.equal(state[name], value), name
+
+
+# ---- an undisturbed run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_noise_differs_between_ranks_and_rank_zero_writes(whole):
+    first, second = trace(whole, 0), trace(whole, 1)
+    assert first.keys() == second.keys() and len(first) > 15
+    for step, line in first.items():
+        assert line["pixels"] != second[step]["pixels"]
+        # torch, NumPy, Python
+        assert all(a != b for a, b in zip(line["draws"], second[step]["draws"], strict=True))
+    pids = {line["pid"] for rank in (0, 1) for line in lines(whole / f"trace-{rank}.jsonl")}
+    assert len(pids) == 2
+    assert not (whole / "written.jsonl").exists(), (whole / "written.jsonl").read_text()
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_launched_processes_end_after_an_error(monkeypatch, stopped):
+    monkeypatch.setattr(distributed, "GRACE", 0.1)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    if stopped:
+        process.send_signal(signal.SIGSTOP)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[process])))
+    try:
+        distributed.terminate_other_ranks(trainer, RuntimeError("any"))
+        assert process.returncode == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_rank_that_ends_within_grace_is_not_killed():
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(3)"])
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=[process])))
+    distributed.terminate_other_ranks(trainer, RuntimeError("any"))
+    assert process.returncode == 3
+
+
+def test_rank_timeout_defaults_unless_strategy_sets_it():
+    for own, wanted in ((None, 20), (50, 50)):
+        strategy = DDPStrategy() if own is None else DDPStrategy(timeout=timedelta(seconds=own))
+        distributed.limit_wait(SimpleNamespace(strategy=strategy), 20)
+        assert strategy._timeout == timedelta(seconds=wanted)
+
+
+_LATE_THREAD = """
+import os, sys, threading, time
+from types import SimpleNamespace
+import torch.distributed as dist
+import aezoo
+
+model = aezoo.create_model("dense_ae", input_shape=(4,))
+model._trainer = SimpleNamespace(world_size=2, strategy=None)
+model.setup("fit")
+if sys.argv[1] == "group":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+threading.Thread(target=lambda: (time.sleep(0.05), os.write(1, b"let go")), daemon=True).start()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "said"), [("group", "let go"), ("none", "")])
+def test_threads_join_before_rank_interpreter_ends(group, said):
+    done = subprocess.run(
+        [sys.executable, "-c", _LATE_THREAD, group], env=environment(None), capture_output=True, text=True, timeout=ENDS
+    )
+    assert done.returncode == 0 and done.stdout == said, done.stderr
+
+
+@pytest.mark.parametrize("name", ["Checkpoints", "CodeStatistics", "Codebook", "FaultGuard", "Interrupt"])
+def test_callbacks_that_communicate_extend_rank_timeout(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed.atexit, "register", asked.append)
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    for world, wanted in ((1, []), (2, [distributed._let_go])):
+        monkeypatch.setattr(Trainer, "world_size", world)
+        getattr(callbacks, name)().setup(trainer, LightningModule(), "fit")
+        assert asked == wanted
+
+
+def test_position_within_epoch_needs_equal_process_count():
+    data = DataModule("digits")
+    data.load_state_dict({"epoch": 1, "batches": 3, "world": 1})
+    data.load_state_dict({"epoch": 1, "batches": 0, "world": 2})
+    with pytest.raises(AezooError, match="within an epoch of 2 processes"):
+        data.load_state_dict({"epoch": 1, "batches": 3, "world": 2})
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Layout(Callback):
+    """Leaves the weights of a fit in a file, and how weights and gradients lay."""
+
+    def __init__(self, folder):
+        self.folder, self.last = folder, []
+
+    def on_train_start(self, trainer, pl_module):
+        warnings.filterwarnings("error", message="Grad strides do not match")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        images = [p for p in pl_module.parameters() if p.dim() == 4]
+        self.last += [t.is_contiguous(memory_format=torch.channels_last) for p in images for t in (p, p.grad)]
+
+    def on_train_end(self, trainer, pl_module):
+        held = {"weights": pl_module.state_dict(), "last": self.last}
+        torch.save(held, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+class Halves(DataLoader):
+    """Of each batch, a rank has its share."""
+
+    def __iter__(self):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return (x.chunk(world)[rank] for x in super().__iter__())
+
+
+@pytest.mark.filterwarnings("ignore:.*(no `val_dataloader`|many workers|LeafSpec)")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_trains_alike_in_several_processes(tmp_path, channels):
+    x = torch.rand(24, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        model = create_model("conv_ae", (channels, 8, 8), hidden_dims=(6, 8), latent_dim=4)
+        trainer = quiet_trainer(
+            devices=devices, strategy="ddp_fork" if devices == 2 else "auto", max_epochs=2,
+            use_distributed_sampler=False, callbacks=[Layout(tmp_path)],
+        )  # fmt: skip
+        trainer.fit(model, Halves(x, 8))
+    one, *both = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert len(one["last"]) == 2 * 4 * 6 and all(one["last"])
+    for rank in both:
+        assert rank["last"] == one["last"]
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_strategy_that_cuts_weights_up_finds_them_as_they_were():
+    model = create_model("conv_ae", (3, 8, 8), hidden_dims=(6, 8), latent_dim=4)
+    model._trainer = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
+    model.setup("fit")
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+# ---- a rank that fails ----------------------------------------------------------------------------------------------
+
+
+def count(case, **counts):
+    promises.add("ranks", case, counts)
+
+
+def end_of(folder, rank, kind, *more, **options):
+    """Let a rank fail after 10 steps, in the middle of an epoch of 6, and look at what is left."""
+    code, log, left = run(folder, *FIT, *VAE, f"--rank_timeout={TIMEOUT}", *more, fault=f"{rank}:10:{kind}", **options)
+    assert code != 0, log
+    assert not left, f"left behind: {left}\n{log}"
+    assert (folder / "failed").exists(), log
+    step, state = weights(folder)
+    assert step == 8 and all(value.isfinite().all() for value in state.values())
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["raise", "kill", "freeze"])
+def test_failed_rank_ends_run_and_resume_is_exact(tmp_path, whole, rank, kind):
+    log = end_of(tmp_path, rank, kind)
+    assert kind != "raise" or "the rank that raises" in log
+    code, log, _ = run(tmp_path, *FIT, *VAE, "--resume=auto")
+    assert code == 0, log
+    assert_same_run(tmp_path, whole)
+    count(f"{kind} {rank}", runs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raise", "kill", "freeze"])
+def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path, whole, kind):
+    code, log, left = run(
+        tmp_path, *FIT, *VAE, f"--rank_timeout={TIMEOUT}", "--resume=auto", fault=f"1:10:{kind}",
+        torchrun=[*TORCHRUN, "--max-restarts=1"], ends=180,
+    )  # fmt: skip
+    assert code == 0 and not left and (tmp_path / "failed").exists(), log
+    assert_same_run(tmp_path, whole)
+    count(f"torchrun {kind}", runs=1, restarts=1)
+
+
+@pytest.mark.slow
+def test_without_restarts_torchrun_ends_too(tmp_path):
+    end_of(tmp_path, 1, "freeze", torchrun=TORCHRUN, ends=180)
+
+
+# ---- each sample once -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_val", [9, 15, 1])
+def test_uneven_shards_finish_and_count_samples_once(tmp_path, n_val):
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "data.npz", x=rng.random((63, 6)), x_val=rng.random((n_val, 6)), x_test=rng.random((n_val + 2, 6))
+    )
+    model = ["--model=dense_ae", "--data.name=data.npz", "--data.batch_size=4", "--trainer.max_epochs=2"]
+    code, log, left = run(tmp_path, *FIT, *model)
+    assert code == 0 and not left, log
+    steps = trace(tmp_path, 0)
+    assert [line["n"] for line in steps.values()] == [line["n"] for line in trace(tmp_path, 1).values()]
+    figures = {}
+    for stage in ("validate", "test"):
+        for devices in (1, 2):
+            (tmp_path / "figures.jsonl").unlink(missing_ok=True)
+            (run_folder,) = tmp_path.glob("runs/*/0")
+            code, log, _ = run(
+                tmp_path,
+                stage,
+                f"--ckpt_path={run_folder}",
+                "--trainer.accelerator=cpu",
+                f"--trainer.devices={devices}",
+            )
+            assert code == 0, log
+            figures[devices] = lines(tmp_path / "figures.jsonl")[-1]
+        assert figures[1].keys() == figures[2].keys() and len(figures[1]) >= 4
+        for name, value in figures[1].items():
+            assert figures[2][name] == pytest.approx(value, rel=1e-6), name
+
+
+# ---- another number of processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_other_process_count_resumes_only_between_epochs(tmp_path, whole):
+    alone = ["fit", *VAE, "--trainer.devices=1"]
+    (checkpoints,) = whole.glob("runs/*/0/checkpoints")
+    code, log, _ = run(tmp_path / "end", *alone, f"--ckpt_path={checkpoints}/last.ckpt", "--trainer.max_epochs=4")
+    assert code == 0, log
+    ended = end_of(tmp_path / "within", 1, "raise")
+    assert ended
+    (last,) = (tmp_path / "within").glob("runs/*/0/checkpoints/last.ckpt")
+    code, log, _ = run(tmp_path / "within", *alone, f"--ckpt_path={last}")
+    assert code == 2 and "within an epoch of 2 processes" in log and "Traceback" not in log, log
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named(tmp_path):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = str(held.getsockname()[1])
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        one = ["--trainer.devices=1", "--trainer.strategy=ddp"]
+        done = subprocess.run(
+            [sys.executable, "-m", "aezoo", *FIT, *VAE, *one],
+            env=environment(None) | meet, cwd=tmp_path, capture_output=True, text=True, timeout=ENDS,
+        )  # fmt: skip
+    line = done.stderr.strip().splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and line.startswith(f"aezoo: port {port} of 127.0.0.1 is in use")
+        and "set MASTER_PORT" in line
+    )
+    assert "Traceback" not in done.stderr

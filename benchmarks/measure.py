@@ -214,7 +214,7 @@ class GuardCost(pl.Callback):
         hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
         for name in (*hooks, "remember"):
             setattr(guard, name, self._switched(guard, getattr(guard, name), None))
-        guard.passes = self._switched(guard, guard.passes, True)
+        guard.is_finite_step = self._switched(guard, guard.is_finite_step, True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = None

@@ -102,7 +102,7 @@ class _OfSequences(nn.Module):
 def _set_codes(book: VQ, layer: Any, code_KD: Tensor) -> None:
     code_KD = book.project(code_KD)
     book.code_KD.copy_(code_KD)
-    if book.averages:
+    if book.uses_ema:
         book.sum_KD.copy_(code_KD)
     if layer is not None:
         layer._codebook.embed.data.copy_(code_KD)

@@ -182,7 +182,8 @@ def test_a_wrong_default_is_refused_when_the_class_is_made(given, message):
 
 
 def test_wrong_arguments_are_refused_in_the_name_of_the_class():
-    with pytest.raises(TypeError, match=r"^BetaVAE.__init__\(\) got an unexpected keyword argument 'latent'$"):
+    words = r"^BetaVAE.__init__\(\) got an unexpected keyword argument 'latent', did you mean 'latent_dim'\?$"
+    with pytest.raises(TypeError, match=words):
         BetaVAE((4,), latent=3)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'input_shape'"):
         BetaVAE()

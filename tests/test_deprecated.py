@@ -18,7 +18,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.bases.token_prior import IndexPrior
 from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.deprecated.methods import METHODS
-from aezoo.deprecated.paths import ATTRIBUTES, MODULES
+from aezoo.deprecated.paths import ATTRIBUTES, IN_PLACE, MODULES
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.models.latent_diffusion.va_vae import VAVAE
 from aezoo.models.quantised.vq_vae import VQVAE
@@ -151,3 +151,14 @@ def test_an_old_name_in_an_old_module_is_the_new_one(old):
     module, _, name = old.rpartition(".")
     modules = [importlib.import_module(f"aezoo.{each}") for each in ([module] if module else MODULES)]
     assert any(getattr(each, name, None) is not None for each in modules)
+
+
+@pytest.mark.parametrize("old", [*IN_PLACE])
+def test_an_old_name_in_its_own_module_warns(old):
+    module, _, name = old.rpartition(".")
+    home = importlib.import_module(f"aezoo.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{name} is now {IN_PLACE[old]}"):
+        found = getattr(home, name)
+    assert found is getattr(home, IN_PLACE[old])
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        home.nothing  # noqa: B018

@@ -40,6 +40,11 @@ FITS = (
     *(testing.check_overfits, testing.check_resume, testing.check_loop, testing.check_checkpoint, testing.check_seed),
     testing.check_deterministic_evaluation,
 )
+# those that a network of the same kind passes alike
+LESS_OFTEN = (
+    *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
+    testing.check_constructor,
+)
 # a minute or more
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 
@@ -50,6 +55,7 @@ def of_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = check in (*GRAPHS, *FITS) and name not in REPRESENTATIVE
+                late |= check in LESS_OFTEN and name not in OF_EACH_KIND
                 # what cannot be exported has no ONNX file, and what can seldom lacks one
                 last = check is testing.check_onnx and name not in OF_EACH_KIND
                 last |= check is testing.check_overfits and name in OVERFIT_LAST
@@ -73,6 +79,10 @@ def of_variants():
         testing.check_batch_independence,
         testing.check_bf16,
         testing.check_inputs_unchanged,
+        testing.check_batch_of_one,
+        testing.check_batch_mean,
+        testing.check_constructor,
+        testing.check_state_dict,
     )
     last = (testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
     for check in CHECKS:

@@ -182,8 +182,8 @@ def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
 
 def without_foreign(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Stored data settings without those that the source named by the flags, or else the stored one, does not take."""
-    model_flag = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
-    taken = own_settings(stored | model_flag)
+    chosen = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
+    taken = own_settings(stored | chosen)
     return {key: value for key, value in stored.items() if key in taken}
 
 

@@ -219,7 +219,7 @@ class AezooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep memory pages for speed, and stop here if `--resume` finds a run that has ended by itself."""
-        speed.choose(self._get(self.config, "speed"))
+        speed.choose(self.config[self.subcommand]["speed"])
         speed.keep_memory()
         source = self.request.source
         if self.request.resumes and source is not None:
@@ -287,7 +287,7 @@ class AezooCLI(LightningCLI):
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
-        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.in_use(callback)])
+        trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.is_enabled(callback)])
         trainer_settings.check_processes(trainer)
         distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer
@@ -357,7 +357,7 @@ class AezooCLI(LightningCLI):
             ) from error
 
     def _resume_hint(self, by: str = "") -> str:
-        last = getattr(callbacks.saver_of(self.trainer), "last_model_path", None)
+        last = getattr(callbacks.checkpoint_callback(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return f"aezoo: interrupted{by}; nothing was saved"
         run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
@@ -389,7 +389,7 @@ class AezooCLI(LightningCLI):
         """Test the best weights, so that a run ends with figures on data it has not seen."""
         if self._test_follows():
             # a run of less than an epoch has no best weights
-            best = getattr(callbacks.saver_of(self.trainer), "best_model_path", "") or None
+            best = getattr(callbacks.checkpoint_callback(self.trainer), "best_model_path", "") or None
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def _check_test_share(self) -> None:

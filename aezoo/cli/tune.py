@@ -54,7 +54,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
         help="optuna's record of the study: SQLite if it ends in .db, else a journal (default FOLDER/study.log)",
     )  # fmt: skip
     searches, rest = _searches(argv)
-    own = re.findall(r"--?[\w-]+", parser.format_usage())
+    own = re.findall(r"(?m)^  (--\w+)", parser.format_help())
     options, flags = parser.parse_known_args(rest)
     for word in flags:
         flag = word.partition("=")[0]

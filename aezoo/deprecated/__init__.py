@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from aezoo.deprecated.paths import ATTRIBUTES, MODULES, MOVED
+from aezoo.deprecated.paths import ATTRIBUTES, IN_PLACE, MODULES, MOVED
 
 # frames between the import statement and the warning, beside those of importlib, which `warnings` skips
 _STACK_LEVEL = 3
@@ -25,7 +25,7 @@ class _Redirect(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         module = import_module(MOVED.get(f"{old}.{name}", MODULES[old]))
-        renamed = ATTRIBUTES.get(f"{old}.{name}", ATTRIBUTES.get(name, name))
+        renamed = ATTRIBUTES.get(f"{old}.{name}") or ATTRIBUTES.get(name, name)
         return getattr(module, renamed if hasattr(module, renamed) else name)
 
 
@@ -54,9 +54,9 @@ def renamed(module: str) -> Callable[[str], Any]:
     """A `__getattr__` for a module that gives its attributes by their old names too, with a DeprecationWarning."""
 
     def get(name: str) -> Any:
-        if name not in ATTRIBUTES or not hasattr(import_module(module), ATTRIBUTES[name]):
+        new = IN_PLACE.get(f"{module.removeprefix('aezoo.')}.{name}")
+        if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        new = ATTRIBUTES[name]
         warnings.warn(
             f"{module}.{name} is now {new}, and the old name goes with the next release",
             DeprecationWarning,

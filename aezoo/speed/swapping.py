@@ -1,6 +1,5 @@
 """Layers that stand in for torch's during a fit or a prediction, by `module.__class__`."""
 
-import copyreg
 from typing import Any, ClassVar
 
 from torch import nn
@@ -26,8 +25,11 @@ class Swapped:
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: dict[str, Any] = super().__reduce_ex__(protocol)[2]  # type: ignore[assignment]
         # for the usual function, pickle requires the class of the object itself
-        make = copyreg._reconstructor, (self.plain, object, None)  # type: ignore[attr-defined]
-        return *make, {name: value for name, value in state.items() if name not in self.settings}
+        return (
+            object.__new__,
+            (self.plain,),
+            {name: value for name, value in state.items() if name not in self.settings},
+        )
 
     def swap_out(self) -> None:
         """Make the layer one of the plain class again."""

@@ -80,7 +80,7 @@ def evaluate_fidelity(
         held_out_nearest = nearest_samples(held_out.rows(range(len(held_out))), train, batch_size, progress)
         held_out_metrics = fidelity_metrics(real, features.all(held_out, batch_size, progress), held_out_nearest, seed)
         rows.append({"samples": "real, held out"} | held_out_metrics)
-        rows[0]["closer_probability"], rows[1]["closer_probability"] = (
+        rows[0]["closer"], rows[1]["closer"] = (
             closer_probability(nearest.distances, held_out_nearest.distances),
             0.5,
         )

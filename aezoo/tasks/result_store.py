@@ -115,13 +115,13 @@ class Store:
         """Write bytes as `folder/name`."""
         self.write(name, lambda file: file.write(content))
 
-    def write(self, name: str, write_batch: Callable[[IO[bytes]], object]) -> int:
-        """Write `folder/name`, whose content `write_batch` writes into the open file; returns its size."""
+    def write(self, name: str, write_content: Callable[[IO[bytes]], object]) -> int:
+        """Write `folder/name`, whose content `write_content` writes into the open file; returns its size."""
         if self.folder is None:
             return 0
         path = self.folder / name
         temporary = self._temporary(path)
-        atomic_files.write(temporary, write_batch, cure=CURE, name=path)
+        atomic_files.write(temporary, write_content, cure=CURE, name=path)
         self._register(path, temporary)
         return temporary.stat().st_size
 

@@ -41,6 +41,10 @@ class RecordsArguments(Checked, HyperparametersMixin):
         self._set_hparams({name: value for name, value in arguments.items() if not isinstance(value, nn.Module)})
         self._hparams_initial = copy.deepcopy(self._hparams)
 
+    def update_hyperparameters(self, **values: Any) -> None:
+        """Record other values than those given, such as a resolved path; for constructors."""
+        self._record({**self.hparams, **values})
+
     def save_hyperparameters(
         self,
         *args: Any,

@@ -56,7 +56,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch._foreach_add_",
-        files=("callbacks/ema.py", "nets/blocks/jepa.py"),
+        files=("callbacks/ema.py", "models/masked/ijepa.py"),
         why="one kernel for all tensors of a moving average",
         without="a loop over the tensors gives the same numbers",
     ),
@@ -74,7 +74,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch._foreach_mul_",
-        files=("nets/blocks/jepa.py",),
+        files=("models/masked/ijepa.py",),
         why="as _foreach_add_",
         without="a loop over the tensors gives the same numbers",
     ),
@@ -86,7 +86,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch._foreach_sub",
-        files=("nets/blocks/jepa.py",),
+        files=("models/masked/ijepa.py",),
         why="as _foreach_add_",
         without="a loop over the tensors gives the same numbers",
     ),
@@ -231,7 +231,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._modules",
-        files=("nets/blocks/diffusers.py", "speed/conv2d.py", "speed/transposed_conv.py"),
+        files=("nets/blocks/diffusers.py", "speed/conv2d.py"),
         why="gives a copy of a network its own children, which `delattr` would take from the original too",
         without=_RAISES,
     ),
@@ -429,13 +429,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._hparams",
-        files=("autoencoder.py",),
+        files=("training/hyperparameters.py",),
         why="the hyperparameters that a constructor records",
         without=_RAISES,
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._log_hyperparams",
-        files=("autoencoder.py",),
+        files=("training/hyperparameters.py",),
         why="as save_hyperparameters leaves it, for loggers",
         without=_RAISES,
     ),
@@ -447,7 +447,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._set_hparams",
-        files=("autoencoder.py",),
+        files=("training/hyperparameters.py",),
         why="records hyperparameters that a constructor hands on by **kwargs, which save_hyperparameters does not find",
         without=_RAISES,
     ),

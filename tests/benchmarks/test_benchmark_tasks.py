@@ -51,7 +51,7 @@ def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
 
 def test_pca_and_the_mean_are_those_of_the_training_samples(results):
     data = DataModule("digits")
-    train, test = (Samples.from_data(data, "train").take(120), Samples.from_data(data, "test").take(40))
+    train, test = (Samples.from_data(data, "train").subsample(120), Samples.from_data(data, "test").subsample(40))
     a, b = (part.rows(range(len(part))).flatten(1).double().numpy() for part in (train, test))
     kept = np.linalg.svd(a - a.mean(0), full_matrices=False)[2][:16]
     centred = b - a.mean(0)

@@ -203,7 +203,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
             nonlocal now
             now += 0.25
 
-        def passes(self, *args):
+        def is_finite_step(self, *args):
             nonlocal now
             now += 0.25
             return False
@@ -215,7 +215,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
         assert slow.on_before_backward.__self__ is slow
         for batch in range(45):
             began = now
-            passed = slow.passes(None, None) if asked else slow.on_before_backward(*given[:3])
+            passed = slow.is_finite_step(None, None) if asked else slow.on_before_backward(*given[:3])
             active.append(now > began)
             assert passed is (None if not asked else not active[-1])
             # the first of a block, which begins where the other ends, is slow and does not count
@@ -243,7 +243,7 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
             nonlocal now
             now += 0.25
 
-        def note(self, loss, batch_idx):
+        def record(self, loss, batch_idx):
             nonlocal now
             now += 0.125
             return False
@@ -258,7 +258,7 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
             cost.on_train_epoch_start(trainer, None)
         trust.prepare_step()
         active = batch // 4 % 2 == 1
-        assert trust.note(None, batch) is not active
+        assert trust.record(None, batch) is not active
         now += 0.75
         cost.on_train_batch_end(*[None] * 4, 0)
     # of three steps that count in a block one has a look: 0.125 + 0.25 / 3 beside 0.75
@@ -372,11 +372,11 @@ def test_out_of_memory_is_told_from_other_errors(error, is_memory):
     assert processes.is_out_of_memory(error) == is_memory
 
 
-@pytest.mark.parametrize("abreast", [False, True])
-def test_all_products_of_a_step_run_alone(abreast, monkeypatch):
+@pytest.mark.parametrize("batch_inner", [False, True])
+def test_all_products_of_a_step_run_alone(batch_inner, monkeypatch):
     from aezoo.speed import conv2d
 
-    monkeypatch.setattr(conv2d, "abreast_pays", lambda layer, *_: abreast and layer.among_layers)
+    monkeypatch.setattr(conv2d, "use_batch_inner", lambda layer, *_: batch_inner and layer.feeds_convolutions)
     model, x = aezoo.create_model("vae", (1, 16, 16), net="conv", hidden_dims=(8, 16)), torch.rand(4, 1, 16, 16)
     with measure._Recorder() as recorder:
         model.loss(x)["loss"].backward()

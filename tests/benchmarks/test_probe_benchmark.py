@@ -90,7 +90,9 @@ def test_pixels_are_classified_as_scikit_learn_does_it():
 
 def test_the_pooled_code_is_the_mean_over_places(monkeypatch):
     seen = []
-    monkeypatch.setattr(probe_row, "read_off", lambda a, y, b, y_test: seen.append(b) or {"probe": 0.5, "knn": 0.5})
+    monkeypatch.setattr(
+        probe_row, "probe_accuracies", lambda a, y, b, y_test: seen.append(b) or {"probe": 0.5, "knn": 0.5}
+    )
     models = []
     create = aezoo.create_model
     monkeypatch.setattr(aezoo, "create_model", lambda *a, **k: models.append(create(*a, **k)) or models[-1])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from golden import own_models
 from lightning.pytorch import Trainer
+from representative_models import REPRESENTATIVE, others_slow
 
 import aezoo
 from aezoo import callbacks, registry
@@ -135,10 +136,12 @@ def data_module(**given):
 
 
 def cases():
+    """Every parameter; those of models beside the representative ones are for the slow run."""
     for name, build, cls in constructors():
+        marks = [pytest.mark.slow] if issubclass(cls, aezoo.Autoencoder) and name not in REPRESENTATIVE else []
         for parameter in inspect.signature(cls).parameters:
             if parameter != "input_shape":
-                yield pytest.param(build, name, parameter, id=f"{name}.{parameter}")
+                yield pytest.param(build, name, parameter, id=f"{name}.{parameter}", marks=marks)
 
 
 def means_something(name, parameter, value):
@@ -167,7 +170,7 @@ def test_a_constructor_refuses_what_cannot_work(build, name, parameter):
         assert len(message.splitlines()) == 1 and len(message) < 1000, message
 
 
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", others_slow(own_models()))
 @pytest.mark.parametrize("shape", [(), (0,), (-1, 8), (1, 2, 3, 4, 5), (1.5,), (math.nan, 3), ("a",), (True,), (HUGE,)])
 def test_a_model_refuses_shapes_that_are_none(name, shape):
     with pytest.raises(AezooError) as refusal:

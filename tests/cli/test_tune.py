@@ -76,7 +76,7 @@ def test_a_search_is_a_range_or_values(text, kind, of_it):
 
 
 @pytest.mark.parametrize(
-    ("text", "values", "exit_stack"),
+    ("text", "values", "ends"),
     [
         ("log:1e-4:1e-2", {"lr": 0.003}, ("0.0001", "0.01")),
         ("int:2:64:2", {"lr": 8}, ("2", "64")),
@@ -85,7 +85,7 @@ def test_a_search_is_a_range_or_values(text, kind, of_it):
 )
 def test_values_are_drawn_as_flags_take_them(text, values, ends):
     found = tune.search("lr", text)
-    assert found.exit_stack() == ends
+    assert found.bounds() == ends
     assert found.suggest(optuna.trial.FixedTrial(values)) == str(values["lr"])
 
 

@@ -11,7 +11,7 @@ from quiet_trainer import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from aezoo.cli.lightning_cli import _refusal
+from aezoo.cli.lightning_cli import _lightning_error_line
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.classes import keep_labels, subset
 from aezoo.data.loaders import (
@@ -137,7 +137,7 @@ def test_dead_data_worker_is_reported_in_one_line():
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "by signal: Bus error,"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "exited unexpectedly,"),
     ):
-        for line in (worker_failure(error), _refusal(error)):
+        for line in (worker_failure(error), _lightning_error_line(error)):
             assert line.startswith("a data worker ") and cause in line
             assert "--data.num_workers 0" in line and "--shm-size" in line and "\n" not in line
     assert worker_failure(RuntimeError("mat1 and mat2")) is None

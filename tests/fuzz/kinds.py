@@ -35,7 +35,7 @@ class Kind:
 
     name: str
     payload: bytes
-    read_image: Callable[[Path], object]
+    read: Callable[[Path], object]
     pack: Callable[[bytes], bytes] = bytes
 
 

@@ -91,7 +91,7 @@ def spread(model: Any) -> Any:
             if tensor.ndim == 2:
                 tensor += 0.5 * torch.randn_like(tensor)
     for module in model.quantiser.modules():
-        if getattr(module, "averages", False):
+        if getattr(module, "uses_ema", False):
             module.sum_KD.copy_(module.code_KD * module.count_K[:, None])
     return model
 

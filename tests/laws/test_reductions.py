@@ -11,6 +11,7 @@ from reductions_helpers import (
     SHAPE,
     WITH_SIDE,
 )
+from representative_models import OF_EACH_KIND, others_slow
 from torch import Tensor
 
 import aezoo
@@ -120,8 +121,13 @@ def test_the_table_covers_every_built_in_model() -> None:
     assert set(MODELS) == built_in
 
 
+def of_models(left_out: Any) -> Any:
+    """The names of models, in the default run one of each kind."""
+    return pytest.mark.parametrize("name", others_slow([n for n in MODELS if n not in left_out], OF_EACH_KIND))
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in BATCH_SIZED])
+@of_models(BATCH_SIZED)
 def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifted: Any) -> None:
     """A sum over the batch, or an unbiased statistic of it, would show; rhohat and the L0 are plain means."""
     x = torch.rand(6, *SHAPE)
@@ -132,7 +138,7 @@ def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifte
         torch.testing.assert_close(twice[term], once[term], rtol=1e-6, atol=1e-9, msg=lambda m, t=term: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in BATCH_COUPLED])
+@of_models(BATCH_COUPLED)
 def test_the_loss_of_a_batch_is_the_mean_of_its_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     whole = loss(model, x, range(6))
@@ -142,7 +148,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_samples(name: str, shifted: Any)
         torch.testing.assert_close(whole[term], mean, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@of_models(())
 def test_codes_reconstructions_and_scores_ignore_the_batch_mates(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     for call in (model.encode, model, model.score):
@@ -154,7 +160,7 @@ def test_codes_reconstructions_and_scores_ignore_the_batch_mates(name: str, shif
 PARTIAL = ("eq_vae", "asymmetric_kl", "maetok", "nexus")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*OWN_SCALE, *PARTIAL)])
+@of_models((*OWN_SCALE, *PARTIAL))
 def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted: Any) -> None:
     x = torch.rand(6, *SHAPE)
     train, evaluation = (loss(build(name, shifted).train(mode), x, range(6)) for mode in (True, False))
@@ -162,7 +168,7 @@ def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted:
         torch.testing.assert_close(train[term], evaluation[term], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*NOISY, *OWN_LIKELIHOOD)])
+@of_models((*NOISY, *OWN_LIKELIHOOD))
 def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shifted: Any) -> None:
     """Against torch.distributions, summed over the 64 values here: a mean over them would be 64 times less."""
     for likelihood in ("bernoulli", "gaussian:0.3"):
@@ -178,7 +184,7 @@ def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shif
             torch.testing.assert_close(model.score(x), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*BOUNDS, "vae_gan")])
+@of_models((*BOUNDS, "vae_gan"))
 def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> None:
     weights = {
         "contractive_ae": {"jacobian": 0.1},
@@ -271,7 +277,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
 @pytest.mark.parametrize(
     "likelihood", ["bernoulli", "gaussian", "continuous_bernoulli", "discretised_logistic", "beta_binomial"]
 )
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN_LIKELIHOOD])
+@of_models(OWN_LIKELIHOOD)
 def test_terms_stay_float32_and_close_under_bf16_autocast(name: str, likelihood: str, shifted: Any) -> None:
     model, x = build(name, shifted, likelihood=likelihood).eval(), torch.rand(64, *SHAPE)
     full = loss(model, x, range(64), 64)

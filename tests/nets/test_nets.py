@@ -191,7 +191,6 @@ def test_channels_are_shared_out_evenly(before: int, after: int) -> None:
     images = x[..., None].expand(2, before, 3, 4).contiguous(memory_format=torch.channels_last)
     found = spread(images, after)
     torch.testing.assert_close(found[..., 2], torch.einsum("ij,bjl->bil", shares, x))
-    assert before == 1 or after == 1 or found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_stage_adds_its_convolution_to_the_shortcut() -> None:

@@ -699,7 +699,7 @@ def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
 
 def test_checks_are_immediate_without_memory_for_a_copy(went_back, monkeypatch):
     sizes = []
-    monkeypatch.setattr(deferred_checks, "fits", lambda size, device, processes: sizes.append(size))
+    monkeypatch.setattr(deferred_checks, "fits_in_memory", lambda size, device, processes: sizes.append(size))
     trainer, guard = fit(True, {5: "nan"})
     assert guard.skipped == 1
     assert went_back == []

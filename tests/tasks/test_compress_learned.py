@@ -214,8 +214,8 @@ def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, mon
     model, x = small(name), data()
     compress(model, x, out=str(tmp_path), compare=False)
     kind = type(model)
-    law = kind.law
-    monkeypatch.setattr(kind, "law", lambda self, *numbers: law(self, *numbers[:-1], numbers[-1] + 0.3))
+    law = kind.distribution
+    monkeypatch.setattr(kind, "distribution", lambda self, *numbers: law(self, *numbers[:-1], numbers[-1] + 0.3))
     with pytest.raises(AezooError, match="its whole numbers come out differently here"):
         decompress(model, str(tmp_path / "samples.aez"))
 
@@ -235,8 +235,8 @@ def test_outputs_that_differ_by_rounding_are_refused_or_said(tmp_path, monkeypat
 def test_non_deterministic_device_is_found_when_writing(monkeypatch):
     model = small("mean_scale_hyperprior")
     kind, drift = type(model), itertools.count()
-    law = kind.law
-    monkeypatch.setattr(kind, "law", lambda self, mean, raw: law(self, mean, raw + 0.05 * next(drift)))
+    law = kind.distribution
+    monkeypatch.setattr(kind, "distribution", lambda self, mean, raw: law(self, mean, raw + 0.05 * next(drift)))
     with pytest.raises(AezooError, match="does not compute the same twice"):
         compress(model, data(), compare=False)
 

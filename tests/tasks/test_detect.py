@@ -18,7 +18,7 @@ import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import detect_scores
-from aezoo.tasks.detect import Detector, _compared, detect, p_values
+from aezoo.tasks.detect import Detector, _reconstruction_errors, detect, p_values
 from aezoo.tasks.detect_labels import ranking_metrics
 from aezoo.tasks.detect_scores import Mahalanobis
 from aezoo.tasks.detectors import Baseline
@@ -331,7 +331,7 @@ def test_nap_threshold_is_calibrated_with_n_features():
 def test_missing_values_have_no_error_in_the_picture():
     model, x = aezoo.create_model("mvae", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(3, 6)
     x[0, :3] = torch.nan
-    error = _compared(model, x, x)[1].detach()
+    error = _reconstruction_errors(model, x, x)[1].detach()
     assert (error == 0).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
 
 

@@ -430,4 +430,4 @@ def test_detect_compares_scores_on_held_out_digits(name, tmp_path, capsys):
     if name == "dagmm":
         with pytest.raises(SystemExit):
             main(["detect", f"--ckpt_path={run}", "--score=deep_svdd"])
-        assert "encoder's Tanh" in capsys.readouterr().err
+        assert "by its Tanh" in capsys.readouterr().err

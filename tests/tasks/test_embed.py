@@ -102,7 +102,7 @@ def test_what_ends_early_keeps_the_results_of_before(tmp_path, model, digits, mo
 
     embed(model, digits, fit_on=digits, out=str(tmp_path))
     before = there()
-    monkeypatch.setattr("aezoo.tasks.embed.read_off", stopped)
+    monkeypatch.setattr("aezoo.tasks.embed.probe_accuracies", stopped)
     x, y = digits.tensors("test")
     with pytest.raises(KeyboardInterrupt):
         embed(model, Samples(ArrayDataset(x[:50], y[:50])), fit_on=digits, out=str(tmp_path))

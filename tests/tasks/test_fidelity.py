@@ -126,7 +126,7 @@ def test_the_batch_size_does_not_change_the_figures():
 
 @pytest.mark.slow
 def test_labels_train_a_reported_small_classifier(tmp_path, dense, digits, monkeypatch):
-    monkeypatch.setattr(fidelity_features, "stored_file", lambda name: tmp_path / name)
+    monkeypatch.setattr(fidelity_features, "cached_file", lambda name: tmp_path / name)
     found = generate(dense, digits, fit_on=digits, n=4, quality=100, out=str(tmp_path))
     assert found.features.startswith("a small classifier of digits (train) (accuracy 0.9")
     generated, real = found.figures
@@ -143,7 +143,7 @@ def test_features_without_labels_are_principal_components():
     features = fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False)
     assert "36 principal components of raw values (no labels" in features.name
     reference = PCA(36).fit_transform(x.flatten(1).numpy())
-    assert np.allclose(features.from_data(x).abs().numpy(), np.abs(reference), atol=1e-4)
+    assert np.allclose(features.extract(x).abs().numpy(), np.abs(reference), atol=1e-4)
 
 
 def test_labels_with_fractions_are_no_classes():
@@ -218,10 +218,10 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
     pooled = create_feature_extractor(network, {"avgpool": "f"}, suppress_diff_warning=True)
     with torch.no_grad():
         expected = pooled(normalize(colour, official.mean, official.std))["f"].flatten(1)
-        found = features.from_data(x[:2])
+        found = features.extract(x[:2])
         # what is out of range counts as black and white, as in a file of 8 bits
         extreme = torch.cat([x[:1].round(), 9 * x[:1].round() - 4])
-        black_and_white, beyond = features.from_data(extreme)
+        black_and_white, beyond = features.extract(extreme)
     assert features.name == "Inception-v3 of torchvision" and found.shape == (2, 2048)
     assert expected.std() > 0.1 and torch.allclose(found, expected, atol=1e-3)
     assert torch.allclose(black_and_white, beyond, atol=1e-4)

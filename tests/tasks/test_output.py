@@ -50,7 +50,7 @@ def test_no_file_takes_its_name_before_all_are_written(tmp_path):
 
     def stopped():
         with Store(tmp_path) as store:
-            write_batch(store)
+            fill(store)
             assert len(there()) == 7 and there()["t.csv"] == b"before"
             raise KeyboardInterrupt
 
@@ -59,7 +59,7 @@ def test_no_file_takes_its_name_before_all_are_written(tmp_path):
         stopped()
     assert there() == {"t.csv": b"before"}
     with Store(tmp_path) as store:
-        write_batch(store)
+        fill(store)
     assert there().keys() == names == {path.name for path in store.files}
     assert there()["t.csv"] == b"a\n1\n" and there()["f.bin"] == b"new"
     assert np.load(tmp_path / "a.npy").tolist() == [1] * 5 and np.load(tmp_path / "b.npz")["x"].tolist() == [1] * 3

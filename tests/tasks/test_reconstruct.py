@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.reconstruct import _picture, _Some
+from aezoo.tasks.reconstruct import _PartReconstructor, _picture
 from aezoo.tasks.samples import Samples
 
 
@@ -152,10 +152,10 @@ def test_whole_samples_come_from_some_of_their_parts(half, tmp_path):
 
 def test_what_is_not_looked_at_is_grey_in_the_picture(half):
     model, x = half
-    shown = _Some(model, (0,)).shown(x)
+    shown = _PartReconstructor(model, (0,)).shown(x)
     assert torch.equal(shown[:, :, :2], x[:, :, :2]) and shown[:, :, 2:].unique().numel() == 1
     x[0, :, :2] = torch.nan
-    shown = _Some(model, (0,)).shown(x)[:, :, 2:]
+    shown = _PartReconstructor(model, (0,)).shown(x)[:, :, 2:]
     assert shown.unique().numel() == 1 and shown.isfinite().all()
 
 

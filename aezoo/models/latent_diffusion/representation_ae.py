@@ -77,6 +77,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
     ) -> None:
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
+        self.update_hyperparameters(teacher=teacher)
         at_least(1, width=width, depth=depth)
         at_least(0, tau=tau)
         if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):

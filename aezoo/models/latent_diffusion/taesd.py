@@ -76,6 +76,7 @@ class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
+        self.update_hyperparameters(teacher=teacher)
         at_least(1, latent_dim=latent_dim)
         self.teacher = teacher
         self.code_shape = nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)

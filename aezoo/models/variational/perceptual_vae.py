@@ -56,6 +56,7 @@ class PerceptualVAE(VAE):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         features = str(features)
+        self.update_hyperparameters(features=features)
         self.likelihood.requires_grad_(False)  # no term reads a scale
         if not 0 < weight < math.inf:
             raise AezooError(f"weight must be above 0 and finite, got {weight}")

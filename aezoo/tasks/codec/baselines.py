@@ -32,8 +32,8 @@ Pixels = npt.NDArray[np.uint8]
 _MAX_PIXELS = 8192
 _LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
-    "WEBP": {"lossless_codecs": True, "quality": 100, "method": 6},
-    "JXL": {"lossless_codecs": True},
+    "WEBP": {"lossless": True, "quality": 100, "method": 6},
+    "JXL": {"lossless": True},
 }
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
 _QUALITIES = (5, 25, 50, 75, 95)

@@ -136,7 +136,7 @@ def test_equivariant_autoencoder_has_zero_penalty() -> None:
         sizes.append(x[0].numel())
         return x, z
 
-    model.compared = noted
+    model.decoder_inputs = noted
 
     def excess(seed: int) -> float:
         torch.manual_seed(seed)

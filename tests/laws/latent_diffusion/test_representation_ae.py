@@ -341,6 +341,6 @@ def test_unsupported_settings_are_refused(settings: dict[str, Any], words: str) 
 
 
 def test_a_teacher_of_other_codes_is_refused(teacher: tuple[Any, dict[str, Any]]) -> None:
-    with pytest.raises(AezooError, match=r"teacher: .*, \(6, 3, 3\)\), not .*: set code_shape to fit") as error:
+    with pytest.raises(AezooError, match=r"teacher: .*, \(6, 3, 3\)\), not .*: set code_shape to match") as error:
         small(teacher=teacher[1]["teacher"]).loss(images())
     assert "\n" not in str(error.value)

@@ -1,5 +1,9 @@
 """What all tests share: few threads, since the suite itself runs in two processes."""
 
+import getpass
+import os
+import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,19 @@ from law_fixtures import (  # noqa: F401
 collect_ignore = ["plugin"]
 
 
+def _processor() -> str:
+    """What torch uses of the processor, and a number that stands for its instruction sets."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{torch.backends.cpu.get_cpu_capability()}-{zlib.crc32(flags.encode()):08x}"
+
+
+# inductor takes kernels for AVX2 and AVX512 from the same place in its cache, and those of the other crash the process
+_CACHE = Path(tempfile.gettempdir(), f"inductor-{getpass.getuser()}-{_processor()}")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_CACHE)
+
+
 def pytest_addoption(parser):
     parser.addoption("--proofs", type=Path, metavar="FILE", help="count there what each model has passed")
 
@@ -30,8 +47,9 @@ def pytest_configure(config):
         config.pluginmanager.register(Proofs(config.getoption("--proofs")))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _few_threads():
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tests run in several processes; numba, which UMAP uses, sets the number of threads for all."""
     torch.set_num_threads(1)
 
 

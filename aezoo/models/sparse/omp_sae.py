@@ -65,7 +65,8 @@ class OMPSAE(MatchingPursuitSAE):
         with torch.autocast(x.device.type, enabled=False):
             r_BX = at_least_float32(self.encoder(x) - self.decoder.b_X)
             index_Bk, R_Bkk, y_Bk = self.pursue(r_BX)
-            d_BkX, c_Bk = at_least_float32(self.decoder.W_NX)[index_Bk], self.solve(R_Bkk, y_Bk)
+            # not W_NX[index_Bk]: several threads add up that gradient in no fixed order
+            d_BkX, c_Bk = F.embedding(index_Bk, at_least_float32(self.decoder.W_NX)), self.solve(R_Bkk, y_Bk)
             # a step of Newton's method, (R'R)^-1 d r_k, from where r_k is least: it adds 0 and has the gradients of c
             left_BX = r_BX - (c_Bk[:, None] @ d_BkX)[:, 0]
             slope_Bk = (d_BkX @ left_BX[:, :, None])[:, :, 0]

@@ -157,3 +157,17 @@ def test_autocast_does_not_change_what_is_chosen() -> None:
 def test_invalid_values_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(aezoo.AezooError, match=next(iter(settings))):
         build(**settings)
+
+
+def test_gradients_repeat_exactly_on_two_threads() -> None:
+    model, x = create("omp_sae", input_shape=(784,), latent_dim=8, k=4, likelihood="laplace"), torch.rand(64, 784)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(model.loss(x)["loss"], model.decoder.W_NX)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert all(torch.equal(gradient(), first) for first in [gradient()] for _ in range(9))
+    finally:
+        torch.set_num_threads(threads)

@@ -111,7 +111,7 @@ def test_two_processes_train_every_model_like_one():
 
 def of_slow_checks():
     for name in own_models():
-        mark = pytest.mark.slow if name in OF_EACH_KIND else pytest.mark.longest
+        mark = pytest.mark.slow if name in REPRESENTATIVE else pytest.mark.longest
         for check in SLOW_CHECKS:
             yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=mark)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import own_models
 from quiet_trainer import quiet_trainer
-from representative_models import OF_EACH_KIND
+from representative_models import REPRESENTATIVE
 from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
@@ -46,7 +46,7 @@ def test_every_hyperparameter_of_every_model_is_drawn():
 def of_runs():
     for name in own_models():
         for seed in SEEDS:
-            mark = pytest.mark.slow if seed == SEEDS[0] and name in OF_EACH_KIND else pytest.mark.longest
+            mark = pytest.mark.slow if seed == SEEDS[0] and name in REPRESENTATIVE else pytest.mark.longest
             yield pytest.param(name, seed, id=f"{name}-{seed}", marks=mark)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
-from representative_models import others_slow
+from representative_models import OF_EACH_KIND, others_slow
 from torch import nn
 
 import aezoo
@@ -317,8 +317,8 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
     assert went_back == [0, 5]
 
 
-@pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
-def test_any_model_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
+@pytest.mark.parametrize("name", others_slow([*OF_EACH_KIND, "diffusers_ae"]))
+def test_a_model_of_each_kind_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
     monkeypatch.setattr(deferred_checks, "PERIOD", 4)
     asked, trust = [], fast_loop.defer_checks
     monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: asked.append(trust(trainer)))

@@ -68,7 +68,7 @@ def test_linear_ae_is_pca_on_mnist(mnist5k: Tensor, spectrum: Any, centred: Any,
     assert linear_ae_is_pca(mnist5k, 6, model, spectrum)[1] < 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.longest
 def test_linear_ae_is_pca_on_fashion_mnist(
     fashion_mnist: Any, spectrum: Any, centred: Any, adam: Any, lbfgs: Any
 ) -> None:

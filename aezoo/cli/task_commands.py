@@ -25,6 +25,7 @@ from aezoo.data.array import check_length, encode_labels, to_channels_first
 from aezoo.data.in_memory import as_real_array, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.readers import Table, check_columns, read_arrays
+from aezoo.data.settings import own_settings
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
@@ -204,7 +205,8 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     if not missing:
         return found
     try:
-        module = DataModule(**data)
+        # with --input, settings of another source are those of that file
+        module = DataModule(**(data if needed else own_settings(data)))
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
         module.report_other_scaling(trained["scaling"], trained.get("white"))

@@ -408,6 +408,15 @@ def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
 
 
+def test_settings_of_input_files_leave_the_training_data_available(run, tmp_path, capsys):
+    with np.load(run.parents[2] / "data.npz") as file:
+        np.save(tmp_path / "x.npy", file["x"][:9])
+    command = ["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "x.npy"), f"--out={tmp_path / 'out'}"]
+    main([*command, "--data.on_error", "skip"])
+    assert "not available" not in capsys.readouterr().err
+    assert "--data.on_error skip is not for array" in refused(capsys, *command[:3], "--data.on_error", "skip")
+
+
 @pytest.mark.slow
 def test_model_works_without_its_training_data(run, tmp_path, capsys):
     folder = tmp_path / "moved"

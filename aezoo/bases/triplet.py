@@ -14,6 +14,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.distributions.divergences import distances
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.labels import check_labels
+from aezoo.training.limits import at_least
 
 MINING = ("all", "active", "semi_hard")
 
@@ -40,8 +41,7 @@ class TripletAutoencoder(Autoencoder):
         Raises:
             AezooError: a value is invalid.
         """
-        if not 0 <= triplet_weight < math.inf:
-            raise AezooError(f"triplet_weight must be at least 0 and finite, got {triplet_weight}")
+        at_least(0, triplet_weight=triplet_weight)
         if not 0 < margin < math.inf:
             raise AezooError(f"margin must be above 0 and finite, got {margin}")
         if mining not in MINING:

@@ -23,9 +23,9 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.errors import AezooError
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.limits import at_least
 
 
 class ContractiveAE(Autoencoder):
@@ -51,10 +51,8 @@ class ContractiveAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= contraction < math.inf:
-            raise AezooError(f"contraction must be at least 0 and finite, got {contraction}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, contraction=contraction)
         self.contraction = contraction
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)

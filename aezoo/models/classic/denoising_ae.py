@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aezoo import corruptions
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 class DenoisingAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
@@ -36,8 +36,7 @@ class DenoisingAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         self.corruption = corruptions.corruption(corruption)
         self.encoder = self.build_encoder(self.code_shape)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
-from aezoo.errors import AezooError
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.limits import at_least
 
 
 class DenseAE(Autoencoder):
@@ -41,8 +41,7 @@ class DenseAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         layers = nets.encoder("mlp", self.input_shape, self.code_shape, hidden_dims, activation)
         self.encoder = nn.Sequential(layers, nets.activation(code_activation))

@@ -31,6 +31,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 DISTORTIONS = ("isometric", "relaxed")
 
@@ -55,10 +56,8 @@ class IsometricAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= isometry < math.inf:
-            raise AezooError(f"isometry must be at least 0 and finite, got {isometry}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, isometry=isometry)
         if distortion not in DISTORTIONS:
             raise AezooError(f"unknown distortion {distortion!r}: take one of {', '.join(DISTORTIONS)}")
         self.isometry = isometry

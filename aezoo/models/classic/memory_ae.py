@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 class MemoryAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
@@ -47,14 +47,8 @@ class MemoryAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if n_items < 1:
-            raise AezooError(f"n_items must be at least 1, got {n_items}")
-        if not 0 <= shrinkage < math.inf:
-            raise AezooError(f"shrinkage must be at least 0 and finite, got {shrinkage}")
-        if not 0 <= entropy_weight < math.inf:
-            raise AezooError(f"entropy_weight must be at least 0 and finite, got {entropy_weight}")
+        at_least(1, latent_dim=latent_dim, n_items=n_items)
+        at_least(0, shrinkage=shrinkage, entropy_weight=entropy_weight)
         self.shrinkage = shrinkage
         self.entropy_weight = entropy_weight
         self.code_shape = (latent_dim,)

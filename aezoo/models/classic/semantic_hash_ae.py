@@ -19,7 +19,6 @@ act alike, and the units saturate there for good. data_init starts a bias of eac
 Shapes: B batch, D bits, X data dimensions.
 """
 
-import math
 from typing import Unpack, cast
 
 import torch
@@ -29,6 +28,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.estimators import ste
+from aezoo.training.limits import at_least
 
 BINARISATIONS = ("noise", "improved")
 
@@ -72,12 +72,10 @@ class SemanticHashAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         if binarisation not in BINARISATIONS:
             raise AezooError(f"unknown binarisation {binarisation!r}: take one of {', '.join(BINARISATIONS)}")
-        if not 0 <= noise_std < math.inf:
-            raise AezooError(f"noise_std must be at least 0 and finite, got {noise_std}")
+        at_least(0, noise_std=noise_std)
         self.binarisation = binarisation
         self.noise_std = noise_std
         self.code_shape = (latent_dim,)

@@ -25,6 +25,7 @@ from torch import Tensor
 from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.lstm import FromSteps, Steps
+from aezoo.training.limits import at_least
 
 _NETS = ("lstm", "transformer")
 
@@ -56,8 +57,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm", "hidden_dims": (64
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
         if self.net not in _NETS:
             raise AezooError(f"net must be {' or '.join(_NETS)}, got {self.net!r}")
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
             raise AezooError(
                 f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "

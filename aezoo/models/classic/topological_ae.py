@@ -15,7 +15,6 @@ constant nearly everywhere, so gradients pass through the distances alone. lambd
 Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data dimensions, D code.
 """
 
-import math
 from typing import Any, Unpack
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import divergences
-from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -76,10 +75,8 @@ class TopologicalAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}, compar
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= topology < math.inf:
-            raise AezooError(f"topology must be at least 0 and finite, got {topology}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, topology=topology)
         self.topology = topology
         self.code_shape = (latent_dim,)
         self.log_unit = nn.Parameter(torch.zeros(()))

@@ -24,7 +24,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.triplet import TripletAutoencoder
-from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 class TripletAE(TripletAutoencoder, NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
@@ -49,8 +49,7 @@ class TripletAE(TripletAutoencoder, NetworkAutoencoder, defaults={"hidden_dims":
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         self.set_triplet_loss(triplet_weight, margin, mining)
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
-from aezoo.errors import AezooError
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.limits import at_least
 
 
 class UNetAE(Autoencoder):
@@ -42,8 +42,7 @@ class UNetAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         if latent_map:
             self.code_shape = nets.map_shape("unet", self.input_shape, hidden_dims, latent_dim)

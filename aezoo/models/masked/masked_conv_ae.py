@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.errors import AezooError
 from aezoo.nets import vit
+from aezoo.training.limits import at_least
 
 
 class MaskedConvAE(NetworkAutoencoder, defaults={"net": "conv", "hidden_dims": (32, 64)}):
@@ -52,8 +52,7 @@ class MaskedConvAE(NetworkAutoencoder, defaults={"net": "conv", "hidden_dims": (
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         self.patchify = vit.Patchify(self.input_shape, patch_size)
         self.masked = vit.count_masked(self.patchify.n, mask_ratio)
         channels, *grid = self.input_shape

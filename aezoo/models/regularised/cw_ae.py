@@ -25,8 +25,8 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import LatentArgs
 from aezoo.distributions.divergences import squared_distances
-from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
+from aezoo.training.limits import at_least
 
 # where phi switches from the integral to its asymptotic series: 16 nodes and 16 terms agree there to thirteen digits
 _FAR, _TERMS = 30.0, 16
@@ -60,8 +60,7 @@ class CWAE(WAEMMD, compares_samples=True):
 
     def __init__(self, input_shape: tuple[int, ...], *, cw_weight: float = 1.0, **kwargs: Unpack[LatentArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        if not 0 <= cw_weight < math.inf:
-            raise AezooError(f"cw_weight must be at least 0 and finite, got {cw_weight}")
+        at_least(0, cw_weight=cw_weight)
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
         self.cw_weight = cw_weight
         self._quadrature, self._series = kummer(self.latent_dim)

@@ -11,7 +11,6 @@ the same directions on every rank. The distance of two finite sets of one distri
 Shapes: B batch on this rank, N samples on all ranks, D code, V directions.
 """
 
-import math
 from typing import Unpack
 
 import torch
@@ -22,6 +21,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import LatentArgs
 from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
+from aezoo.training.limits import at_least
 
 
 class SWAE(WAEMMD, compares_samples=False):
@@ -42,8 +42,7 @@ class SWAE(WAEMMD, compares_samples=False):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if not 0 <= sw_weight < math.inf:
-            raise AezooError(f"sw_weight must be at least 0 and finite, got {sw_weight}")
+        at_least(0, sw_weight=sw_weight)
         if not 1 <= n_projections <= 100_000:
             raise AezooError(f"n_projections must lie between 1 and 100000, got {n_projections}")
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased

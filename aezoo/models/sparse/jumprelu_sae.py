@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.sparse.sae_l1 import SAEL1, DictionaryArgs
+from aezoo.training.limits import at_least
 
 
 class JumpReLUSAE(SAEL1):
@@ -55,14 +56,10 @@ class JumpReLUSAE(SAEL1):
         bandwidth: float = 0.05,
         **kwargs: Unpack[DictionaryArgs],
     ) -> None:
-        if not 0 <= l0_weight < math.inf:
-            raise AezooError(f"l0_weight must be at least 0 and finite, got {l0_weight}")
-        if l0_steps < 0:
-            raise AezooError(f"l0_steps must be at least 0, got {l0_steps}")
+        at_least(0, l0_weight=l0_weight, l0_steps=l0_steps)
         if not (target_l0 == 0 or 0 < target_l0 <= latent_dim):
             raise AezooError(f"target_l0 must be 0 or lie between 0 and latent_dim={latent_dim}, got {target_l0}")
-        if not 0 <= threshold < math.inf:
-            raise AezooError(f"threshold must be at least 0 and finite, got {threshold}")
+        at_least(0, threshold=threshold)
         if not 0 < bandwidth < math.inf:
             raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
         super().__init__(input_shape, latent_dim=latent_dim, l1=l0_weight, l1_steps=l0_steps, **kwargs)

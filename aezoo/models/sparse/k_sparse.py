@@ -23,6 +23,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.limits import at_least
 
 
 class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
@@ -57,8 +58,7 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
         if start_k != 0 and not k <= start_k <= latent_dim:
             raise AezooError(f"start_k must be 0 or lie between k={k} and latent_dim={latent_dim}, got {start_k}")
-        if k_steps < 0:
-            raise AezooError(f"k_steps must be at least 0, got {k_steps}")
+        at_least(0, k_steps=k_steps)
         if not 0 < alpha * k <= latent_dim:
             raise AezooError(f"alpha must be above 0 and alpha k at most latent_dim={latent_dim}, got alpha={alpha}")
         self.k = k

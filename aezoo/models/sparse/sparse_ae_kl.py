@@ -24,6 +24,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 class SparseAEKL(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=True):
@@ -49,14 +50,10 @@ class SparseAEKL(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=T
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
+        at_least(1, latent_dim=latent_dim)
         if not 0 < rho < 1:
             raise AezooError(f"rho must lie between 0 and 1, got {rho}")
-        if not 0 <= beta < math.inf:
-            raise AezooError(f"beta must be at least 0 and finite, got {beta}")
-        if not 0 <= l2 < math.inf:
-            raise AezooError(f"l2 must be at least 0 and finite, got {l2}")
+        at_least(0, beta=beta, l2=l2)
         self.rho = rho
         self.beta = beta
         self.l2 = l2

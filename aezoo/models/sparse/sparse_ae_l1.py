@@ -10,14 +10,13 @@ so longer training weakens the penalty. `sae_l1` keeps the decoder's directions 
 the penalty; here `weight_decay` limits the weights.
 """
 
-import math
 from typing import Unpack
 
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.errors import AezooError
+from aezoo.training.limits import at_least
 
 
 class SparseAEL1(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=True):
@@ -33,10 +32,8 @@ class SparseAEL1(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=T
         self, input_shape: tuple[int, ...], *, l1: float = 0.1, latent_dim: int = 256, **kwargs: Unpack[NetworkArgs]
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if latent_dim < 1:
-            raise AezooError(f"latent_dim must be at least 1, got {latent_dim}")
-        if not 0 <= l1 < math.inf:
-            raise AezooError(f"l1 must be at least 0 and finite, got {l1}")
+        at_least(1, latent_dim=latent_dim)
+        at_least(0, l1=l1)
         self.l1 = l1
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

@@ -13,15 +13,14 @@ callback BetaAnnealing is not needed.
 Shapes: B batch, D code.
 """
 
-import math
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.bases.network import LatentArgs
-from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 
 class AnnealedVAE(VAE):
@@ -47,12 +46,8 @@ class AnnealedVAE(VAE):
         per_sample: bool = False,
         **kwargs: Unpack[LatentArgs],
     ) -> None:
-        if not 0 <= gamma < math.inf:
-            raise AezooError(f"gamma must be at least 0 and finite, got {gamma}")
-        if not 0 <= max_capacity < math.inf:
-            raise AezooError(f"max_capacity must be at least 0 and finite, got {max_capacity}")
-        if capacity_steps < 1:
-            raise AezooError(f"capacity_steps must be at least 1, got {capacity_steps}")
+        at_least(0, gamma=gamma, max_capacity=max_capacity)
+        at_least(1, capacity_steps=capacity_steps)
         super().__init__(input_shape, **kwargs)
         self.gamma = gamma
         self.per_sample = per_sample

@@ -9,15 +9,14 @@ whole batch over all ranks. l_od = l_d = 0 is the VAE.
 Shapes: B batch, D code.
 """
 
-import math
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from aezoo.bases.network import LatentArgs
-from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
+from aezoo.training.limits import at_least
 
 
 class DIPVAEI(VAE):
@@ -38,10 +37,7 @@ class DIPVAEI(VAE):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if not 0 <= off_diagonal < math.inf:
-            raise AezooError(f"off_diagonal must be at least 0 and finite, got {off_diagonal}")
-        if not 0 <= diagonal < math.inf:
-            raise AezooError(f"diagonal must be at least 0 and finite, got {diagonal}")
+        at_least(0, off_diagonal=off_diagonal, diagonal=diagonal)
         self.off_diagonal = off_diagonal
         self.diagonal = diagonal
 

@@ -85,6 +85,11 @@ class PrivateDecoders(PartDecoders):
 class Multimodal(Autoencoder):
     """A model with a Gaussian code for samples that have parts; its constructor calls `build_parts`.
 
+    Args:
+        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
+            entries of vectors, rows of images with one channel; halves by default.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+
     Attributes:
         sizes: size of each part along the dimension that is cut.
         encoder: the encoders of the parts, (B, *part) -> (B, 2 D).

@@ -3,12 +3,13 @@
 Shapes: B batch, D channels that are quantised, C channels of a code, Q indices per place.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
+from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.base import Quantised, Quantiser, quantisers_in_eval_mode
 
@@ -98,3 +99,29 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         indices = self.encode_indices(x)
         return self.decode_indices(indices), {"codebooks": self.codebooks(indices)}
+
+
+class CodeMapArgs(NetworkArgs, total=False):
+    """Arguments of `CodeMapAutoencoder`."""
+
+    places: int
+
+
+class CodeMapAutoencoder(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+    """A discrete autoencoder with networks of one kind; its constructor sets the quantiser and calls `build_code_nets`.
+
+    Args:
+        input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
+        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
+        **kwargs: see `NetworkAutoencoder`.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], *, places: int = 16, **kwargs: Unpack[NetworkArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.places = places
+
+    def build_code_nets(self, encoded_dim: int, code_dim: int) -> None:
+        """Set encoder, decoder and code_shape for D channels that are quantised and C of a code."""
+        self.build_nets(self.net, (encoded_dim, code_dim), self.hidden_dims, self.activation, self.places)

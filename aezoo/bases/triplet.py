@@ -3,7 +3,6 @@
 Shapes: B batch on this rank, N samples on all ranks, D code; P (positives) and M (negatives, sorted) also have size N.
 """
 
-import math
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.distributions.divergences import distances
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.labels import check_labels
-from aezoo.training.limits import at_least
+from aezoo.training.limits import above, at_least
 
 MINING = ("all", "active", "semi_hard")
 
@@ -42,8 +41,7 @@ class TripletAutoencoder(Autoencoder):
             AezooError: a value is invalid.
         """
         at_least(0, triplet_weight=triplet_weight)
-        if not 0 < margin < math.inf:
-            raise AezooError(f"margin must be above 0 and finite, got {margin}")
+        above(0, margin=margin)
         if mining not in MINING:
             raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
         self.triplet_weight = triplet_weight

@@ -16,13 +16,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.fsp import FSP
 from aezoo.training.limits import at_least
 
 
-class FSPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class FSPVAE(CodeMapAutoencoder):
     """A map of channels with few values each; in training, noise of similar size replaces part of the rounding.
 
     Args:
@@ -32,10 +31,7 @@ class FSPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         quantised: probability that a number is quantised in training instead of perturbed.
         mean_weight: lam_1.
         variance_weight: lam_2.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -48,15 +44,14 @@ class FSPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         quantised: float = 0.5,
         mean_weight: float = 0.5,
         variance_weight: float = 0.35,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         self.mean_weight = mean_weight
         self.variance_weight = variance_weight
         self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)
-        self.build_nets(self.net, (len(levels), len(levels)), self.hidden_dims, self.activation, places)
+        self.build_code_nets(len(levels), len(levels))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

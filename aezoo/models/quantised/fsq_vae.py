@@ -14,22 +14,18 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.residual_fsq import ResidualFSQ
 
 
-class FSQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class FSQVAE(CodeMapAutoencoder):
     """A map of channels, each rounded to one of a few values.
 
     Args:
         levels: number of values of each channel of a code, which the paper advises to be 5 or more; K is their product.
         depth: how often a place is quantised: each time gives one index, with the same levels.
         dropout: share of training samples that keep only their first indices.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -39,12 +35,11 @@ class FSQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         levels: tuple[int, ...] = (8, 5, 5, 5),
         depth: int = 1,
         dropout: float = 0.0,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.quantiser = ResidualFSQ(tuple(levels), depth, dropout=dropout)
-        self.build_nets(self.net, (len(levels), len(levels)), self.hidden_dims, self.activation, places)
+        self.build_code_nets(len(levels), len(levels))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll = self.nll(self.decoder(self.quantise(x).z_q), x).mean()

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.network import FixedLikelihoodArgs, NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.network import FixedLikelihoodArgs
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.distributions.categorical import kl_from_uniform, sample_gumbel
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.gumbel_vq import GumbelVQ
@@ -42,9 +42,7 @@ class GumbelVQVAEArgs(FixedLikelihoodArgs, total=False):
     places: int
 
 
-class GumbelVQVAE(
-    DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}, has_prior=True
-):
+class GumbelVQVAE(CodeMapAutoencoder, has_prior=True):
     """A map of codes that are categorical variables with a uniform prior.
 
     Args:
@@ -55,10 +53,7 @@ class GumbelVQVAE(
         start_temperature: tau at the first step.
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there.
         hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     quantiser: GumbelVQ
@@ -75,8 +70,7 @@ class GumbelVQVAE(
         start_temperature: float = 1.0,
         temperature_steps: int = 1000,
         hard: bool = False,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta, temperature_steps=temperature_steps)
@@ -86,7 +80,7 @@ class GumbelVQVAE(
         self.temperature_steps = temperature_steps
         self.temperature = temperature
         self.start_temperature = start_temperature
-        self.build_nets(self.net, (codebook_size, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(codebook_size, latent_dim)
         self.enable_step_counter()
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 

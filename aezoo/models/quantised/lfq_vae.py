@@ -17,13 +17,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.lfq import LFQ
 from aezoo.training.limits import at_least
 
 
-class LFQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class LFQVAE(CodeMapAutoencoder):
     """A map of signs.
 
     Args:
@@ -32,10 +31,7 @@ class LFQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         gamma: weight of the diversity term relative to the entropy term.
         beta: weight of the commitment loss.
         temperature: temperature of the code probabilities.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -47,15 +43,14 @@ class LFQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         gamma: float = 1.0,
         beta: float = 0.25,
         temperature: float = 0.1,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
         self.entropy_weight = entropy_weight
         self.gamma = gamma
         self.beta = beta
-        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(latent_dim, latent_dim)
         self.quantiser = LFQ(latent_dim, temperature=temperature)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -16,13 +16,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.residual_vq import ResidualVQ
 from aezoo.training.limits import at_least
 
 
-class RQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class RQVAE(CodeMapAutoencoder):
     """A map of sums of codes, one code from each of several codebooks.
 
     Args:
@@ -36,10 +35,7 @@ class RQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
         estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
         data_init: initialise the codes by k-means on the first training batch, each level on the residuals.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -56,14 +52,13 @@ class RQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         dead_below: float = 1.0,
         estimator: str = "ste",
         data_init: bool = True,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, levels=levels, codebook_size=codebook_size)
         self.beta = beta
-        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(latent_dim, latent_dim)
         self.quantiser = ResidualVQ(
             latent_dim,
             levels,

@@ -13,8 +13,8 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.network import LatentArgs
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.sim_vq import SimVQ
 from aezoo.training.limits import at_least
 
@@ -28,7 +28,7 @@ class SimVQVAEArgs(LatentArgs, total=False):
     places: int
 
 
-class SimVQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class SimVQVAE(CodeMapAutoencoder):
     """A map of codes from one codebook that moves as a whole.
 
     Args:
@@ -36,10 +36,7 @@ class SimVQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet
         codebook_size: K, number of codes.
         beta: weight of the commitment loss.
         estimator: how the gradient passes through the quantiser: ste or rotation.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -50,8 +47,7 @@ class SimVQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet
         codebook_size: int = 512,
         beta: float = 0.25,
         estimator: str = "ste",
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.codebook_size = codebook_size
@@ -60,7 +56,7 @@ class SimVQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size)
         self.beta = beta
-        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(latent_dim, latent_dim)
         self.quantiser = SimVQ(latent_dim, codebook_size, estimator=estimator)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

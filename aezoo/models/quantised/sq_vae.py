@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.network import FixedLikelihoodArgs
+from aezoo.bases.quantised import CodeMapAutoencoder
 from aezoo.distributions.categorical import sample_gumbel
 from aezoo.distributions.likelihoods import Gaussian
 from aezoo.quantisers.base import Quantised, quantisers_in_eval_mode
@@ -35,9 +35,7 @@ from aezoo.quantisers.stochastic_vq import StochasticVQ
 from aezoo.training.limits import at_least
 
 
-class SQVAE(
-    DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}, has_prior=True
-):
+class SQVAE(CodeMapAutoencoder, has_prior=True):
     """A map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
 
     Args:
@@ -51,9 +49,7 @@ class SQVAE(
         temperature_steps: optimiser steps over which it falls to temperature; 0 keeps it there.
         hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     likelihood: Gaussian
@@ -75,7 +71,7 @@ class SQVAE(
         places: int = 16,
         **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
-        super().__init__(input_shape, likelihood="gaussian", **kwargs)
+        super().__init__(input_shape, likelihood="gaussian", places=places, **kwargs)
         at_least(0, temperature_steps=temperature_steps)
         at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         at_least(1, latent_dim=latent_dim)
@@ -92,7 +88,7 @@ class SQVAE(
             start_variance=start_variance,
             hard=hard,
         )
-        self.build_nets(self.net, (self.quantiser.dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(self.quantiser.dim, latent_dim)
         # read by scores and evaluation; saved, unlike the usual fixed scale of a likelihood
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 

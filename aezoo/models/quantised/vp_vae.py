@@ -16,13 +16,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.vector_perturbation import VectorPerturbation
 from aezoo.training.limits import at_least
 
 
-class VPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class VPVAE(CodeMapAutoencoder):
     """A map of codes from one codebook, for which perturbations in training prepare the decoder.
 
     Args:
@@ -37,10 +36,7 @@ class VPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         decay: decay rate of the codes' moving averages.
         dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
         data_init: initialise the codes by k-means on the first training batch, and fill the queue with its rows.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -58,15 +54,14 @@ class VPVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         decay: float = 0.99,
         dead_below: float = 1.0,
         data_init: bool = True,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         at_least(1, codebook_size=codebook_size)
         self.mean_weight = mean_weight
         self.variance_weight = variance_weight
-        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(latent_dim, latent_dim)
         self.quantiser = VectorPerturbation(
             latent_dim,
             codebook_size,

@@ -21,15 +21,14 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.base import Quantiser
 from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class VQVAE(CodeMapAutoencoder):
     """A map of codes from one codebook, or from one codebook for each group of channels.
 
     Args:
@@ -43,10 +42,7 @@ class VQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
         cosine: compare directions, on the unit sphere.
         data_init: initialise the codes by k-means on the first training batch.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `CodeMapAutoencoder`.
     """
 
     def __init__(
@@ -63,14 +59,13 @@ class VQVAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", 
         estimator: str = "ste",
         cosine: bool = False,
         data_init: bool = True,
-        places: int = 16,
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, beta=beta)
         at_least(1, codebook_size=codebook_size, n_groups=n_groups)
         self.beta = beta
-        self.build_nets(self.net, (latent_dim, latent_dim), self.hidden_dims, self.activation, places)
+        self.build_code_nets(latent_dim, latent_dim)
         # a single codebook keeps the parameter names of earlier checkpoints
         one = n_groups == 1
         make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)

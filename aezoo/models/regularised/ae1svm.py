@@ -27,7 +27,7 @@ from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import above, at_least
 
 
 class AE1SVM(NetworkAutoencoder, defaults={"hidden_dims": (128,), "likelihood": "gaussian"}):
@@ -64,8 +64,7 @@ class AE1SVM(NetworkAutoencoder, defaults={"hidden_dims": (128,), "likelihood": 
             raise AezooError(f"nu must be above 0 and at most 1, got {nu}")
         if not 1 <= n_frequencies <= 100_000:
             raise AezooError(f"n_frequencies must lie between 1 and 100000, got {n_frequencies}")
-        if not 0 < bandwidth < math.inf:
-            raise AezooError(f"bandwidth must be above 0 and finite, got {bandwidth}")
+        above(0, bandwidth=bandwidth)
         self.svm_weight = svm_weight
         self.nu = nu
         self.code_shape = (latent_dim,)

@@ -43,8 +43,6 @@ class CRMVAE(MVTCAE):
     """A VAE of several modalities whose posterior is near each expert, and whose experts also reconstruct their parts.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         alpha: share of the L_i, from 0 to 1; that of L_0 is 1 - alpha; None for M / (M + 1).
         **kwargs: see `MVTCAE`.
     """

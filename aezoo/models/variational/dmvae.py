@@ -43,12 +43,9 @@ class DMVAE(Multimodal, VAE):
     """A VAE of several modalities with private codes, and a shared code whose posterior is a product of experts.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of each part's private code.
         beta: weight of the KL terms.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

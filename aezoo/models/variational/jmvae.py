@@ -42,11 +42,8 @@ class JMVAE(Multimodal, VAE):
     """A VAE of whole samples, and encoders of their parts that learn its posterior.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         beta: weight of the KL term between the posterior and the prior.
         alpha: weight of the KL terms between the posterior and those of the parts.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

@@ -45,8 +45,6 @@ class JNF(JMVAE):
     """A VAE of whole samples, and flows that learn its posterior from each of their parts.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         n_flows: layers of each part's flow; 0 for Gaussians.
         flow_width: hidden units of each layer's network, in each of two hidden layers.
         beta: weight of the KL term.

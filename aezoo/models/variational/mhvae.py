@@ -49,7 +49,6 @@ class MHVAE(Multimodal, HierarchicalVAE):
     Args:
         parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
             images or entries of vectors, rows of images with one channel; halves by default.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `HierarchicalVAE`.
     """
 

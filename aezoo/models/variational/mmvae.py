@@ -36,9 +36,6 @@ class MMVAE(MissingModalities, VAE, normal_prior=False):
     """A VAE of several modalities whose posterior is the mixture of the posteriors of the single modalities.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

@@ -45,8 +45,6 @@ class MMVAEPlus(MMVAE):
     """A VAE of several modalities with one shared code, and a private code for each modality.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of each part's private code; 0 gives the MMVAE.
         beta: weight of the terms with q, log q(u|x) - log p(u) and the KL of w_i.

@@ -38,11 +38,8 @@ class MVAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         n_subsets: k, random subsets of the parts whose ELBO is added at each step; of two parts there are none.
         beta: weight of the KL terms of all subsets.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

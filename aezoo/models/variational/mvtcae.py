@@ -39,11 +39,8 @@ class MVTCAE(MissingModalities, VAE):
     """A VAE of several modalities whose posterior, the product of their experts, is kept near each expert.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         beta: weight of all KL terms.
         alpha: share of the KL terms between the posterior and the parts, from 0 to 1; the prior's is 1 - alpha.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

@@ -146,15 +146,12 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
     """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         latent_dim: D, size of the code that all parts share.
         part_dim: P, size of each part's own code.
         level_dim: size of a message, and width of the hidden layer of the nets between the levels.
         dropout: share of training samples whose shared code is inferred from only some of their parts.
         beta: weight of the KL terms of the parts.
         top_beta: weight of the KL term of the shared code.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `VAE`.
     """

@@ -45,11 +45,8 @@ class TELBO(Multimodal, VAE):
     """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
 
     Args:
-        parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
-            entries of vectors, rows of images with one channel; halves by default.
         beta: weight of the KL terms.
         gamma: weight of the likelihoods in the ELBOs of the parts.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
         **kwargs: see `VAE`.
     """
 

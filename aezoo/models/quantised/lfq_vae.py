@@ -13,7 +13,7 @@ The paper weights means: 0.1 of the entropy per place against the error per valu
 w = 0.1 d / P here: 1.6 for images of 28 x 28 with 7 x 7 places. The default gives more weight to the reconstruction.
 """
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ class LFQVAE(CodeMapAutoencoder):
         **kwargs: see `CodeMapAutoencoder`.
     """
 
+    quantiser_class: ClassVar[type[LFQ]] = LFQ
+
     def __init__(
         self,
         input_shape: tuple[int, ...],
@@ -51,7 +53,7 @@ class LFQVAE(CodeMapAutoencoder):
         self.gamma = gamma
         self.beta = beta
         self.build_code_nets(latent_dim, latent_dim)
-        self.quantiser = LFQ(latent_dim, temperature=temperature)
+        self.quantiser = self.quantiser_class(latent_dim, temperature=temperature)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

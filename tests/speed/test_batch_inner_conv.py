@@ -104,7 +104,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, ke
 @pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_onednn", "with_products"])
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (2, 3)])
-def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weight_by_product):
+def test_batch_inner_conv_matches_torch_in_16_bits(on, monkeypatch, kernel, half, weight_by_product):
     monkeypatch.setattr(conv2d, "use_products", lambda *_: weight_by_product)
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     dtype = torch.bfloat16 if half else torch.float32
@@ -142,7 +142,7 @@ def test_16_bits_compute_the_same(on, monkeypatch, kernel, half, weight_by_produ
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "n_in", "n_out"), [(65, 17, 33), (64, 48, 16), (100, 8, 130)])
-def test_numbers_that_fill_no_register_compute_the_same(on, monkeypatch, batch, n_in, n_out, dtype):
+def test_partial_register_sizes_match_torch(on, monkeypatch, batch, n_in, n_out, dtype):
     taken = spied(monkeypatch)
     atol = 2e-5 if dtype == torch.float32 else 0.02
     for ours, (h, w) in product(DOWN_AND_UP, [(4, 5), (7, 6), (8, 8)]):
@@ -184,7 +184,7 @@ def test_batch_inner_conv_uses_onednn_for_batch_sums(on, monkeypatch):
         made.clear()
 
 
-def test_a_bias_of_an_uneven_grid_is_added_apart(on):
+def test_bias_is_added_separately_on_uneven_grid(on):
     up, x = conv2d.ConvTranspose2d(16, 16, 3, 2, 1), torch.randn(32, 16, 3, 3)
     for extra, apart in ((0, True), (1, False)):
         up.output_padding = (extra, extra)
@@ -217,7 +217,7 @@ def both(monkeypatch):
     return mine, theirs
 
 
-def test_gradients_of_gradients_are_torchs(on, monkeypatch):
+def test_second_order_gradients_match_torch(on, monkeypatch):
     nets = both(monkeypatch)
     taken = spied(monkeypatch)
     x, found = torch.randn(3, 2, 5, 5, requires_grad=True), []
@@ -228,14 +228,14 @@ def test_gradients_of_gradients_are_torchs(on, monkeypatch):
     assert len(taken) == 2
 
 
-def test_many_gradients_at_once_are_torchs(on, monkeypatch):
+def test_vectorised_jacobian_matches_torch(on, monkeypatch):
     mine, theirs = both(monkeypatch)
     x = torch.randn(2, 2, 5, 5)
     found, wanted = (jacobian(net, x, vectorize=True) for net in (mine, theirs))
     torch.testing.assert_close(found, wanted)
 
 
-def test_torch_func_is_given_torchs_own(on, monkeypatch):
+def test_torch_func_uses_plain_convolution(on, monkeypatch):
     mine, theirs = both(monkeypatch)
     taken = spied(monkeypatch)
     x = torch.randn(3, 2, 4, 4)
@@ -250,7 +250,7 @@ def test_torch_func_is_given_torchs_own(on, monkeypatch):
     assert taken == []
 
 
-def test_an_output_may_be_changed_in_place(on, monkeypatch):
+def test_output_can_be_modified_in_place(on, monkeypatch):
     mine, theirs = both(monkeypatch)
     x = torch.randn(3, 2, 5, 5, requires_grad=True)
     for net in (mine, theirs):
@@ -262,7 +262,7 @@ def test_an_output_may_be_changed_in_place(on, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_what_needs_no_gradient_gets_none(on, monkeypatch):
+def test_unneeded_gradients_are_not_computed(on, monkeypatch):
     made = []
     for name in ("convolve", "transpose"):
         real = getattr(batch_inner_conv, name)
@@ -283,7 +283,7 @@ def test_what_needs_no_gradient_gets_none(on, monkeypatch):
     assert made == ["convolve", "transpose"]
 
 
-def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch):
+def test_autocast_around_backward_only_keeps_float32_gradients(on, monkeypatch):
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     for ours in DOWN_AND_UP:
         mine, theirs = twins(ours, 8, 16, 3, 2, 1)
@@ -295,7 +295,7 @@ def test_autocast_around_the_backward_pass_alone_lowers_nothing(on, monkeypatch)
         assert_near(mine.weight.grad, theirs.weight.grad)
 
 
-def test_where_it_pays(monkeypatch):
+def test_batch_inner_conv_is_chosen_where_benchmarked_faster(monkeypatch):
     """What `benchmarks.convolutions` found."""
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "HAS_AMX", False)
@@ -332,7 +332,7 @@ def test_where_it_pays(monkeypatch):
     assert not pays()
 
 
-def test_builds_of_torch_without_onednn_do_without(monkeypatch):
+def test_batch_inner_conv_is_unavailable_without_onednn(monkeypatch):
     find = batch_inner_conv.is_available.__wrapped__
     assert find() == hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
     torch.set_default_dtype(torch.float64)  # which oneDNN does not know
@@ -344,7 +344,7 @@ def test_builds_of_torch_without_onednn_do_without(monkeypatch):
     assert not find()
 
 
-def test_torchs_counter_counts_the_same(on, monkeypatch):
+def test_flop_counter_matches_torch(on, monkeypatch):
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     for ours in DOWN_AND_UP:
         mine, theirs = twins(ours, 4, 6, 3, 2, 1)
@@ -356,7 +356,7 @@ def test_torchs_counter_counts_the_same(on, monkeypatch):
         assert counted[0] == counted[1] > 0
 
 
-def test_a_network_of_convolutions_uses_the_layout_within(on):
+def test_conv_network_keeps_batch_inner_layout_between_layers(on):
     torch.manual_seed(0)
     made = {"input_shape": (3, 28, 28), "code_shape": (5,)}
     encoder = conv.Encoder(**made, hidden_dims=(8, 16, 32), act="silu")
@@ -391,7 +391,7 @@ def test_a_network_of_convolutions_uses_the_layout_within(on):
     assert [a.stride() for a in found] == [b.stride() for b in gradients]
 
 
-def test_images_of_a_small_grid_come_out_with_channels_last(on):
+def test_decoder_output_is_channels_last_after_batch_inner(on):
     decoder = conv.Decoder((5,), (3, 16, 16), (16, 8), act="relu")
     swap_in(decoder, (3, 16, 16), channels_last=True)
     lies: list[str] = []
@@ -399,7 +399,7 @@ def test_images_of_a_small_grid_come_out_with_channels_last(on):
     assert order_of(decoder(torch.randn(20, 5))) == "last" and lies == ["batch_inner"]
 
 
-def test_what_follows_takes_this_layout_as_others(on):
+def test_layers_accept_batch_inner_input(on):
     x = to_layout(torch.randn(6, 8, 4, 4), batch_inner=True)
     for layer in (conv2d.Conv2d(8, 4, 1), conv2d.Conv2d(8, 4, 3, 2, 1), conv2d.ConvTranspose2d(8, 1, 3, 2, 1, 1)):
         x.requires_grad_()
@@ -409,7 +409,7 @@ def test_what_follows_takes_this_layout_as_others(on):
         assert order_of(g) == "batch_inner"
 
 
-def test_memory_is_read_as_it_lies():
+def test_layout_of_each_memory_order_is_detected_and_kept():
     first = torch.randn(6, 5, 4, 3)
     for order, make in ORDERS.items():
         x = make(first)
@@ -430,7 +430,7 @@ def test_memory_is_read_as_it_lies():
     assert order_of(convert_layout(to_layout(first, batch_inner=True), batch_inner=False)) == "last"
 
 
-def test_what_is_laid_otherwise_has_its_gradient_as_it_lay():
+def test_layout_conversion_restores_layout_in_backward():
     last = to_layout(torch.randn(6, 5, 4, 3), batch_inner=False)
     for inner in (False, True):
         x = to_layout(last, batch_inner=inner).clone().requires_grad_()
@@ -441,7 +441,7 @@ def test_what_is_laid_otherwise_has_its_gradient_as_it_lay():
         assert convert_layout(y, batch_inner=not inner) is y
 
 
-def test_of_16_bits_images_are_converted_once(on, monkeypatch):
+def test_bf16_images_are_converted_to_batch_inner_once(on, monkeypatch):
     """Weights are weighed with what a layer was computed of, but where products weigh them."""
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     layer = conv2d.Conv2d(4, 6, 3, 2, 1, dtype=torch.bfloat16)
@@ -452,7 +452,7 @@ def test_of_16_bits_images_are_converted_once(on, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_model_learns_the_same(on, precision, monkeypatch):
+def test_batch_inner_conv_keeps_model_gradients(on, precision, monkeypatch):
     grads = {}
     for known in (True, False):
         monkeypatch.setattr(batch_inner_conv, "is_available", lambda known=known: known)

@@ -119,7 +119,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(always, taken, kern
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_points_between_are_those_of_torch_for_any_geometry(between, taken, kernel, bias):
+def test_sub_pixel_transpose_matches_torch_for_any_geometry(between, taken, kernel, bias):
     cases = 0
     for stride, padding, h, w in product([*STRIDES, (3, 2)], PADDINGS, (1, 4), (5,)):
         if stride == (1, 1):
@@ -136,7 +136,7 @@ def test_points_between_are_those_of_torch_for_any_geometry(between, taken, kern
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (3, 4)])
-def test_one_channel_is_laid_over_by_onednn(halved, between, taken, kernel, bias):
+def test_single_channel_transpose_with_onednn_matches_torch(halved, between, taken, kernel, bias):
     cases = 0
     for stride, padding, h, w in product([(2, 2), (2, 1), (2, 3)], PADDINGS, (1, 4), (5,)):
         for extra in product(range(min(stride[0], padding[0] + 1)), range(min(stride[1], padding[1] + 1))):
@@ -188,21 +188,21 @@ def test_grid_off_the_stride_adds_bias_separately(taken, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
 
 
-def test_padding_of_the_output_that_no_point_reaches_is_torchs(between, taken):
+def test_unreached_output_padding_matches_torch(between, taken):
     up, theirs = twins(conv2d.ConvTranspose2d, 3, 2, 2, 2, 0, 1)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     assert_same(up, theirs, x)
     assert taken == ["with_separate_gradients"]
 
 
-def test_points_between_have_gradients_of_gradients(between):
+def test_sub_pixel_transpose_passes_gradgradcheck(between):
     up = conv2d.ConvTranspose2d(2, 2, 3, 2, 1, 1).double()
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: up(x), (x, *up.parameters()))
 
 
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_no_zeros_beyond_the_border_are_multiplied(stride, padding):
+def test_products_skip_zero_padding(stride, padding):
     for (h, w), kernel in product([(4, 4), (5, 3)], [(3, 3), (2, 3)]):
         layer = conv2d.Conv2d(3, 5, kernel, stride, padding)
         x, weight = torch.randn(2, h, w, 3), torch.randn(5, *kernel, 3)
@@ -236,7 +236,7 @@ def sizes(kernels=((3, 3), (2, 3), (4, 3))):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_16_bits_compute_the_same(way, stride, padding, dtype):
+def test_conv2d_matches_torch_in_16_bits(way, stride, padding, dtype):
     """Exactly, of integers so small that they hold their sums."""
     for size, kernel in sizes():
         geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
@@ -251,7 +251,7 @@ def test_16_bits_compute_the_same(way, stride, padding, dtype):
 
 
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_by_onednn_compute_the_same(halved, way, stride, padding):
+def test_onednn_products_match_float64(halved, way, stride, padding):
     for size, kernel in sizes(((3, 3), (2, 3), (1, 3), (4, 3))):
         geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
         shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
@@ -267,7 +267,7 @@ def test_by_onednn_compute_the_same(halved, way, stride, padding):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_parts_are_of_large_layers_with_few_points(halved, monkeypatch, n):
+def test_block_products_are_used_for_large_layers_on_small_grids(halved, monkeypatch, n):
     """Else patches are: `benchmarks.convolutions` reads off how many and how large."""
     monkeypatch.setattr(linear, "HAS_AMX", False)
     ways = {}
@@ -284,7 +284,7 @@ def test_parts_are_of_large_layers_with_few_points(halved, monkeypatch, n):
 
 @pytest.mark.parametrize("group_by", ["taps", "points"])
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
-def test_parts_hold_all_within_the_border_once(stride, padding, group_by):
+def test_block_products_cover_each_valid_tap_once(stride, padding, group_by):
     """No zeros, in as few products as there are kinds of taps or points."""
     for (h, w), kernel in sizes():
         geometry = conv2d.Conv2d(3, 5, kernel, stride, padding).geometry(torch.zeros(1, 3, h, w))
@@ -323,7 +323,7 @@ def kinds_along(seen, axis, group_by):
     return [tuple(kind) for kind in (met.t() if group_by == "taps" else met).tolist()]
 
 
-def test_what_points_see_is_rounded_once_in_16_bits(way):
+def test_bf16_products_are_rounded_once(way):
     """A part of it after the other would be rounded with each."""
     geometry = conv2d.Conv2d(64, 32, 3, 2, 1).geometry(torch.zeros(1, 64, 8, 8))
     x, weight, y = (
@@ -335,7 +335,7 @@ def test_what_points_see_is_rounded_once_in_16_bits(way):
         assert error.sqrt() < 2**-9
 
 
-def test_matrices_lie_without_gaps_where_they_are_multiplied(halved, way, monkeypatch):
+def test_onednn_product_operands_are_contiguous(halved, way, monkeypatch):
     """Of one with gaps oneDNN, or torch before it, makes a copy number by number."""
     multiplied, real = [], linear.onednn_linear
     monkeypatch.setattr(linear, "onednn_linear", lambda *a: (multiplied.extend(a), real(*a))[1])
@@ -348,7 +348,7 @@ def test_matrices_lie_without_gaps_where_they_are_multiplied(halved, way, monkey
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_by_onednn_a_network_is_torchs(halved, always, taken, bias):
+def test_onednn_conv_network_matches_torch(halved, always, taken, bias):
     layers = [(conv2d.Conv2d, nn.Conv2d, (3, 5, 3, 2, 1)), (conv2d.ConvTranspose2d, nn.ConvTranspose2d, (5, 3, 4, 2))]
     mine, theirs = (nn.Sequential(*(pair[i](*pair[2], bias=bias) for pair in layers)) for i in (0, 1))
     theirs.load_state_dict(mine.state_dict())
@@ -356,7 +356,7 @@ def test_by_onednn_a_network_is_torchs(halved, always, taken, bias):
     assert taken == ["with_products"] * 2
 
 
-def test_batch_points_are_multiplied_at_once_if_memory_allows():
+def test_direct_products_multiply_whole_batch_rows():
     """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
     down = conv2d.Conv2d(3, 5, 3, 2, 1)
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
@@ -364,7 +364,7 @@ def test_batch_points_are_multiplied_at_once_if_memory_allows():
     assert rows == [6, 6, 12, 12, 12, 12]
 
 
-def test_torchs_counter_counts_what_is_multiplied(always):
+def test_flop_counter_counts_nonzero_products(always):
     down, up = conv2d.Conv2d(3, 5, 3, 2, 1), conv2d.ConvTranspose2d(5, 3, 3, 2, 1, 1)
     with FlopCounterMode(display=False) as counter:
         up(down(torch.randn(2, 3, 4, 4, requires_grad=True))).sum().backward()
@@ -388,7 +388,7 @@ FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:De
 
 @FORWARD
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
-def test_derivatives_of_torch_func_are_torchs(always, taken, transform):
+def test_torch_func_derivatives_match_torch(always, taken, transform):
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     found, wanted = (vmap(transform(lambda t, m=m: m(t[None])[0]))(x) for m in both())
     torch.testing.assert_close(found, wanted)
@@ -396,7 +396,7 @@ def test_derivatives_of_torch_func_are_torchs(always, taken, transform):
 
 
 @FORWARD
-def test_directions_and_gradients_of_samples(always, taken):
+def test_jvp_and_per_sample_gradients_match_torch(always, taken):
     x, v = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     mine, theirs = both()
     wanted = jvp(theirs, (x,), (v,))
@@ -413,7 +413,7 @@ def test_directions_and_gradients_of_samples(always, taken):
     assert taken == []
 
 
-def test_gradients_of_gradients(always, taken):
+def test_product_path_passes_gradgradcheck(always, taken):
     mine, _ = both()
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: mine(x), (x, *mine.parameters()))
@@ -422,7 +422,7 @@ def test_gradients_of_gradients(always, taken):
 
 @pytest.mark.parametrize("ways", ["always", "between", "halved always"])
 @pytest.mark.parametrize("extra", [0, 1])
-def test_many_gradients_at_once(request, taken, ways, extra):
+def test_batched_gradients_match_torch(request, taken, ways, extra):
     """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
     for fixture in ways.split():
         request.getfixturevalue(fixture)
@@ -462,7 +462,7 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_torch", "with_products"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ours", [conv2d.Conv2d, conv2d.ConvTranspose2d])
-def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weight_by_product):
+def test_separate_gradient_path_matches_torch(monkeypatch, ours, bias, weight_by_product):
     monkeypatch.setattr(conv2d, "use_separate_gradients", lambda *_: True)
     monkeypatch.setattr(conv2d, "use_weight_grad_product", lambda *_: weight_by_product)
     weighed, real = [], conv_products.conv_weight_grad
@@ -491,7 +491,7 @@ def test_apart_all_derivatives_are_torchs(monkeypatch, ours, bias, weight_by_pro
 
 @pytest.mark.parametrize("lowers", [False, True])
 @pytest.mark.parametrize("tiles", [False, True])
-def test_derivatives_are_taken_apart_where_that_pays(monkeypatch, tiles, lowers):
+def test_separate_gradients_are_used_where_benchmarked_faster(monkeypatch, tiles, lowers):
     """What `benchmarks.convolutions` found: for weights of 16 bits without tiles, and where an input fills a cache."""
     monkeypatch.setattr(linear, "HAS_AMX", tiles)
     small = lowers and not tiles
@@ -516,13 +516,13 @@ def test_derivatives_are_taken_apart_where_that_pays(monkeypatch, tiles, lowers)
 
 
 @pytest.mark.parametrize("way", ["with_separate_gradients", "with_sub_pixels", "with_overlap_add"])
-def test_many_gradients_at_once_of_other_ways(way):
+def test_batched_gradients_of_each_transpose_path_match_torch(way):
     up, x = conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(1, 3, 3, 3)
     found = jacobian(lambda t: getattr(up, way)(t, up.geometry(t)), x, vectorize=True)
     torch.testing.assert_close(found, jacobian(lambda t: nn.ConvTranspose2d.forward(up, t), x, vectorize=True))
 
 
-def test_what_needs_no_gradient_gets_none(always, monkeypatch):
+def test_unneeded_gradients_are_not_computed(always, monkeypatch):
     made = []
     for name in ("conv_forward", "conv_input_grad", "conv_weight_grad"):
         work = getattr(conv_products, name)
@@ -539,7 +539,7 @@ def test_what_needs_no_gradient_gets_none(always, monkeypatch):
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
+def test_autocast_matches_torch_bfloat16(request, taken, monkeypatch, ways):
     request.getfixturevalue(ways)
     copied, real = [], conv_products.im2col
     monkeypatch.setattr(conv_products, "im2col", lambda x, geometry: (copied.append(x.dtype), real(x, geometry))[1])
@@ -566,7 +566,7 @@ def test_by_autocast_as_torch_in_bfloat16(request, taken, monkeypatch, ways):
 
 
 @pytest.mark.parametrize("ways", ["always", "halved always"])
-def test_autocast_around_the_backward_pass_alone_lowers_nothing(request, ways):
+def test_autocast_around_backward_only_keeps_float32_gradients(request, ways):
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     for mine, theirs in (
@@ -583,7 +583,7 @@ def test_autocast_around_the_backward_pass_alone_lowers_nothing(request, ways):
 
 
 @pytest.mark.parametrize("way", ["always", "between", "plain"])
-def test_only_what_derivatives_take_is_kept(request, way):
+def test_saved_tensors_match_torch(request, way):
     """No more than torch keeps: what is not kept may change, or be freed."""
     if way != "plain":
         request.getfixturevalue(way)
@@ -605,7 +605,7 @@ def test_only_what_derivatives_take_is_kept(request, way):
 
 
 @pytest.mark.parametrize("way", ["with_separate_gradients", "with_sub_pixels"])
-def test_of_16_bits_a_backward_pass_is_of_16_bits_alone(way):
+def test_bf16_backward_stays_in_bf16(way):
     """Of float32 and bfloat16 together oneDNN refuses some layers on some processors."""
     layer, x = conv2d.ConvTranspose2d(32, 1, 3, 1, 1), torch.randn(64, 32, 1, 1, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -622,7 +622,7 @@ def autoencoder_of_8(conv, transposed):
     return nn.Sequential(conv(8, 16, 3, 2, 1), transposed(16, 8, 3, 2, 1, 1))
 
 
-def test_products_where_grids_are_small_and_channels_many():
+def test_products_are_used_on_small_grids_with_many_channels():
     """What `benchmarks.convolutions` found: the rule is read off its rows."""
     for n_in, n_out, side, wanted in [
         (256, 512, 2, True),
@@ -642,7 +642,7 @@ def test_products_where_grids_are_small_and_channels_many():
     assert not conv2d.use_products(conv2d.Conv2d(512, 512, 1), (2, 2))
 
 
-def test_products_by_onednn_have_to_be_fewer(halved):
+def test_products_are_chosen_for_fewer_layers_with_onednn(halved):
     """Its convolutions are the faster for it."""
     for n_in, n_out, side, stride, wanted in [
         (256, 512, 4, 2, True),
@@ -661,7 +661,7 @@ def test_products_by_onednn_have_to_be_fewer(halved):
         assert conv2d.use_products(conv2d.Conv2d(n_in, n_out, 3, stride), (side, side)) is wanted, (n_in, side, stride)
 
 
-def test_a_layer_takes_the_way_that_pays(taken):
+def test_fastest_path_is_chosen_per_layer_and_grid(taken):
     down, up, out = (
         conv2d.Conv2d(128, 128, 3, 2, 1),
         conv2d.ConvTranspose2d(128, 128, 3, 2, 1, 1),
@@ -690,7 +690,7 @@ def test_a_layer_takes_the_way_that_pays(taken):
 
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("tiles", [False, True], ids=["without", "with"])
-def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tiles, half):
+def test_path_in_16_bits_depends_on_processor(taken, monkeypatch, tiles, half):
     monkeypatch.setattr(linear, "HAS_AMX", tiles)
     dtype = torch.bfloat16 if half else None
     plain, strided = conv2d.Conv2d(256, 256, 3, 1, 1, dtype=dtype), conv2d.Conv2d(256, 512, 3, 2, 1, dtype=dtype)
@@ -710,7 +710,7 @@ def test_in_16_bits_the_way_that_pays_is_the_processors(taken, monkeypatch, tile
 
 
 @pytest.mark.parametrize(("lowers", "few"), [(False, 16), (True, 4)])
-def test_the_bias_of_few_channels_is_left_where_it_is(taken, monkeypatch, lowers, few):
+def test_bias_of_few_channels_is_not_separated(taken, monkeypatch, lowers, few):
     monkeypatch.setattr(linear, "HAS_AMX", False)
     for n, wanted in ((few, []), (few + 1, ["with_separate_gradients"])):
         with torch.autocast("cpu", torch.bfloat16, enabled=lowers):
@@ -723,7 +723,7 @@ def test_the_bias_of_few_channels_is_left_where_it_is(taken, monkeypatch, lowers
     [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}, {"padding": "same"}, {"padding": "valid"}],
     ids=str,
 )
-def test_settings_that_products_lack_are_torchs(always, taken, settings):
+def test_unsupported_conv_settings_fall_back_to_torch(always, taken, settings):
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     assert_same(*twins(conv2d.Conv2d, 4, 6, 3, **({"padding": 1} | settings)), x)
     if settings.keys() & {"groups", "dilation"}:
@@ -732,7 +732,7 @@ def test_settings_that_products_lack_are_torchs(always, taken, settings):
 
 
 @pytest.mark.parametrize("ways", ["always", "between", "halved between", "halved always"])
-def test_an_output_may_be_changed_in_place(request, taken, ways):
+def test_output_can_be_modified_in_place(request, taken, ways):
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     for channels in (1, 3):
@@ -744,7 +744,7 @@ def test_an_output_may_be_changed_in_place(request, taken, ways):
 
 
 @pytest.mark.parametrize("ways", ["always", "between", "halved between", "halved always"])
-def test_a_batch_of_nothing_has_gradients_of_nothing(request, ways):
+def test_empty_batch_has_zero_gradients(request, ways):
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     for layer in (conv2d.Conv2d(8, 4, 3, 2, 1), *(conv2d.ConvTranspose2d(8, n, 3, 2, 1, 1) for n in (1, 3))):
@@ -755,7 +755,7 @@ def test_a_batch_of_nothing_has_gradients_of_nothing(request, ways):
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_weights_that_are_computed_are_computed_once(request, taken, ways):
+def test_parametrised_weights_are_computed_once(request, taken, ways):
     """Else a spectral norm, for one, goes several steps of its search at a time."""
     request.getfixturevalue(ways)
 
@@ -774,7 +774,7 @@ def test_weights_that_are_computed_are_computed_once(request, taken, ways):
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_what_torch_refuses_is_refused(request, ways):
+def test_torch_errors_are_reproduced(request, ways):
     request.getfixturevalue(ways)
     for layer, x in (
         (conv2d.ConvTranspose2d(4, 2, 3, 2, 1, 2), torch.zeros(2, 4, 4, 4)),
@@ -789,7 +789,7 @@ def test_what_torch_refuses_is_refused(request, ways):
         assert str(found.value) == str(wanted.value)
 
 
-def test_what_does_not_fit_is_told_in_torchs_words(always):
+def test_shape_mismatch_raises_torch_error(always):
     down, up = conv2d.Conv2d(4, 6, 5), conv2d.ConvTranspose2d(4, 6, 3)
     for layer, x, words in (
         (down, torch.zeros(2, 4, 3, 3), "Kernel size can't be greater than actual input size"),
@@ -801,7 +801,7 @@ def test_what_does_not_fit_is_told_in_torchs_words(always):
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_a_grid_of_less_than_nothing_is_told_in_torchs_words(request, ways):
+def test_negative_output_size_raises_torch_error(request, ways):
     request.getfixturevalue(ways)
     up, x = conv2d.ConvTranspose2d(4, 2, 3, 2, 20), torch.zeros(2, 4, 10, 10)
     with pytest.raises(RuntimeError) as wanted:
@@ -818,7 +818,7 @@ def test_autocast_leaves_double_precision(always):
             assert layer(x).dtype == torch.float64
 
 
-def test_one_image_and_a_size_that_is_asked_for_are_torchs(always, taken):
+def test_unbatched_input_and_output_size_match_torch(always, taken):
     x = torch.randn(4, 5, 5, dtype=torch.float64, requires_grad=True)
     assert_same(*twins(conv2d.Conv2d, 4, 6, 3), x)
     up, theirs = twins(conv2d.ConvTranspose2d, 4, 6, 3, 2, 1)
@@ -827,7 +827,7 @@ def test_one_image_and_a_size_that_is_asked_for_are_torchs(always, taken):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
-def test_graphs_say_convolution(always, taken):
+def test_exported_graphs_contain_plain_convolutions(always, taken):
     net = nn.Sequential(conv2d.Conv2d(4, 6, 3), conv2d.ConvTranspose2d(6, 4, 3))
     x = torch.randn(2, 4, 6, 6)
     graphs = []
@@ -862,7 +862,7 @@ def test_compiled_graph_adds_bias_separately_off_stride(kernel, extra, bias, sep
 
 
 @pytest.mark.parametrize("ways", ["always", "between"])
-def test_gradients_lie_as_what_they_are_of(request, ways):
+def test_gradients_have_layout_of_their_tensors(request, ways):
     """Else the first thing that happens to them is a copy, and activations and fused optimisers read both as one."""
     request.getfixturevalue(ways)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -882,7 +882,7 @@ def test_gradients_lie_as_what_they_are_of(request, ways):
                 assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_benchmark_measures_all_ways(tmp_path, capsys):
+def test_convolution_benchmark_measures_every_path(tmp_path, capsys):
     from benchmarks import convolutions
 
     words = ["--results", str(tmp_path), "--channels", "1", "3", "--sides", "2", "--batch", "2", "--repeats", "1"]

@@ -81,7 +81,7 @@ def test_batched_cross_entropy_is_as_exact_as_torch() -> None:
     assert (own - wanted).square().mean() < 2 * (others - wanted).square().mean()
 
 
-def test_many_cross_entropies_have_many_gradients_at_once() -> None:
+def test_cross_entropy_supports_batched_gradients() -> None:
     made, weights = likelihood("bernoulli"), torch.rand(2, 48)
     inputs = [torch.randn(48, 784).requires_grad_(), torch.rand(48, 784).requires_grad_()]
     many = torch.autograd.grad(made.log_prob(*inputs), inputs, weights, is_grads_batched=True)
@@ -90,7 +90,7 @@ def test_many_cross_entropies_have_many_gradients_at_once() -> None:
         torch.testing.assert_close(found, torch.stack(wanted))
 
 
-def test_cross_entropies_of_sizes_that_are_symbols_are_torchs() -> None:
+def test_cross_entropy_traces_with_symbolic_sizes() -> None:
     made, samples = likelihood("bernoulli"), (torch.zeros(48, 784), torch.ones(48, 784))
     traced = make_fx(lambda t, x: made.log_prob(t, x), tracing_mode="symbolic")(*samples)
     t, x = torch.randn(3, 5), torch.rand(3, 5)

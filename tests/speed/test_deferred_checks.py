@@ -151,7 +151,7 @@ def test_deferred_checks_match_checked_steps(name, went_back, capsys):
     ],
     ids=lambda settings: next(iter(settings.values())),
 )
-def test_schedules_noise_and_decay_come_again(settings, went_back):
+def test_replay_restores_schedule_noise_and_weight_decay(settings, went_back):
     faults = {5: "nan", 13: "overflow", 36: "overflow"}
     expected, found = (outcome(*fit(trust, faults, model=model_of(**settings))) for trust in (False, True))
     assert_same(found, expected)
@@ -168,7 +168,7 @@ def test_schedules_noise_and_decay_come_again(settings, went_back):
     ],
     ids=["drawn", "convolutions"],
 )
-def test_images_come_again(n, of_model, of_data, went_back):
+def test_replay_reproduces_image_batches(n, of_model, of_data, went_back):
     x = torch.randint(0, 256, (240, 1, n, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     ends = []
     for trust in (False, True):
@@ -182,7 +182,7 @@ def test_images_come_again(n, of_model, of_data, went_back):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_a_compiled_step_is_taken_again(went_back, monkeypatch):
+def test_replay_works_with_compiled_step(went_back, monkeypatch):
     if not joint_backward.can_trace():
         pytest.skip("this torch compiles no gradients")
     faults, original, calls = {5: "nan", 38: "overflow"}, joint_backward.JointStep.step, []
@@ -219,7 +219,7 @@ class InfiniteCodes(aezoo.model_class("vq_vae")):
         return terms if self.trainer.global_step not in (1, 36, 37) else terms | {"loss": terms["loss"] + math.inf}
 
 
-def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
+def test_non_finite_loss_alone_needs_no_replay(went_back):
     ends = []
     for trust in (False, True):
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_takes_no_step_back(went_back):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine"}], ids=["constant", "cosine"])
-def test_a_run_that_is_ended_ends_at_the_same_step(settings, went_back, tmp_path):
+def test_patience_ends_run_at_same_step_as_stepwise_checks(settings, went_back, tmp_path):
     """With everything as it was there: a file that is written then is the same."""
     faults, ends = dict.fromkeys(range(2, 30), "overflow"), []
     for trust in (False, True):
@@ -249,7 +249,7 @@ def test_a_run_that_is_ended_ends_at_the_same_step(settings, went_back, tmp_path
     assert went_back == [8]
 
 
-def test_a_schedule_of_other_settings_comes_again(went_back, monkeypatch):
+def test_replay_restores_one_cycle_schedule(went_back, monkeypatch):
     def one_cycle(self):
         optimizer = torch.optim.Adam(self.parameters(), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=2 * BATCHES)
@@ -269,7 +269,7 @@ class Refuses(DenseAE):
         return super().loss(x, y)
 
 
-def test_a_step_that_bad_weights_keep_from_ending_is_taken_anew(went_back):
+def test_step_that_fails_on_bad_weights_is_replayed(went_back):
     """As a factorisation refuses them; looked at one by one, there would be none."""
     ends = []
     for trust in (False, True):
@@ -279,7 +279,7 @@ def test_a_step_that_bad_weights_keep_from_ending_is_taken_anew(went_back):
     assert went_back == [3]
 
 
-def test_an_error_of_the_step_itself_is_raised(went_back):
+def test_error_in_training_step_is_raised(went_back):
     @of_the_zoo
     class Fails(Refuses):
         def loss(self, x, y=None):
@@ -294,7 +294,7 @@ def test_an_error_of_the_step_itself_is_raised(went_back):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan", "overflow"])
-def test_buffers_are_taken_back_too(kind, went_back):
+def test_replay_restores_buffers(kind, went_back):
     """A codebook of running means, which a step changes before anybody knows whether it was good."""
     ends = []
     for trust in (False, True):
@@ -305,7 +305,7 @@ def test_buffers_are_taken_back_too(kind, went_back):
     assert len(went_back) == 2
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
+def test_non_finite_loss_leaves_buffers_unchanged(went_back):
     ends = []
     for trust in (False, True):
         torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_leaves_no_trace_in_buffers(went_back):
 
 
 @pytest.mark.parametrize("name", others_slow([*OF_EACH_KIND, "diffusers_ae"]))
-def test_a_model_of_each_kind_ends_as_with_steps_looked_at_one_by_one(name, went_back, monkeypatch):
+def test_deferred_checks_match_stepwise_checks(name, went_back, monkeypatch):
     monkeypatch.setattr(deferred_checks, "PERIOD", 4)
     asked, trust = [], fast_loop.defer_checks
     monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: asked.append(trust(trainer)))
@@ -340,7 +340,7 @@ def test_a_model_of_each_kind_ends_as_with_steps_looked_at_one_by_one(name, went
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "overflow", "sum"])
 @pytest.mark.parametrize("optimizer", others_slow(OPTIMIZERS, kept=("adam", "sgd")))
-def test_any_optimiser_ends_as_with_steps_looked_at_one_by_one(optimizer, kind, went_back):
+def test_deferred_checks_match_stepwise_for_every_optimiser(optimizer, kind, went_back):
     faults = {4: kind, 43: kind}
     ends = [outcome(*fit(trust, faults, model=model_of(optimizer=optimizer))) for trust in (False, True)]
     assert_same(*ends)
@@ -354,7 +354,7 @@ def test_any_optimiser_ends_as_with_steps_looked_at_one_by_one(optimizer, kind, 
 
 @pytest.mark.parametrize("kind", [Checkpoints, ModelCheckpoint])
 @pytest.mark.parametrize("step", [11, 12])
-def test_a_checkpoint_within_an_epoch_is_of_good_weights(kind, step, went_back, tmp_path):
+def test_mid_epoch_checkpoint_holds_valid_weights(kind, step, went_back, tmp_path):
     """Step 11 is the one after which the file is written: its loss was finite, its gradient was not."""
     faults, files = {step - 1: "overflow"}, []
     for trust in (False, True):
@@ -398,7 +398,7 @@ class Reads(pl.Callback):
 @pytest.mark.parametrize(
     "options", [{"max_epochs": 2}, {"max_epochs": 2, "limit_train_batches": 13}, {"max_steps": 20}]
 )
-def test_whoever_reads_weights_after_an_epoch_reads_good_ones(options, went_back):
+def test_weights_read_after_epoch_match_stepwise_checks(options, went_back):
     ends = []
     for trust in (False, True):
         reads = Reads()
@@ -422,7 +422,7 @@ class Stops(pl.Callback):
             raise KeyboardInterrupt
 
 
-def test_weights_after_an_interruption_are_good(went_back):
+def test_interruption_leaves_valid_weights(went_back):
     ends = []
     for trust in (False, True):
         model = model_of()
@@ -469,7 +469,7 @@ class Saves(pl.Callback):
             self.finite = all(value.isfinite().all() for value in self.weights.values())
 
 
-def test_steps_are_taken_again_where_nobody_wants_gradients(went_back):
+def test_replay_works_without_gradients_enabled(went_back):
     ends = []
     for trust in (False, True):
         saves = Saves()
@@ -479,7 +479,7 @@ def test_steps_are_taken_again_where_nobody_wants_gradients(went_back):
     assert went_back == [1]
 
 
-def test_a_model_can_be_copied_after_a_fit():
+def test_model_can_be_copied_after_fit():
     model = model_of()
     fit(True, {5: "nan"}, model=model)
     copy.deepcopy(model)
@@ -523,7 +523,7 @@ class OwnThroughput(Throughput):
         ([], {"val_check_interval": 5}, False),
     ],
 )
-def test_steps_that_others_see_are_not_trusted(callbacks, options, trusted, monkeypatch, tmp_path):
+def test_no_deferred_checks_when_callbacks_read_steps(callbacks, options, trusted, monkeypatch, tmp_path):
     plans = []
     trust = fast_loop.defer_checks
     monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: plans.append(trust(trainer)))
@@ -572,7 +572,7 @@ def own_transform(model, data, loader):
 @pytest.mark.parametrize(
     "change", [hooked, watched, watched_weight, watched_sum, own_loss, own_layer, own_transfer, own_transform]
 )
-def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
+def test_no_deferred_checks_with_custom_components(change, went_back, monkeypatch):
     model, data = model_of(), data_of()
     data.prepare_data()
     data.setup("fit")
@@ -583,7 +583,7 @@ def test_what_others_have_put_in_is_not_trusted(change, went_back, monkeypatch):
     assert not _goes_back(model, data, went_back)
 
 
-def test_with_a_hook_from_an_epoch_on_no_later_step_is_trusted(went_back):
+def test_hook_added_at_epoch_disables_deferred_checks(went_back):
     class Hooks(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -593,7 +593,7 @@ def test_with_a_hook_from_an_epoch_on_no_later_step_is_trusted(went_back):
     assert len(went_back) == 1
 
 
-def test_with_hooks_of_all_modules_no_step_is_trusted(went_back):
+def test_global_module_hooks_disable_deferred_checks(went_back):
     hook = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
         assert not _goes_back(model_of(), data_of(), went_back)
@@ -610,7 +610,7 @@ def _goes_back(model, data, went_back):
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_another_loader_is_not_trusted(went_back):
+def test_custom_loader_disables_deferred_checks(went_back):
     x = torch.rand(BATCHES * 8, 6)
     for kind, trusted in ((ResidentLoader, True), (OwnLoader, False)):
         assert _goes_back(model_of(), kind(x, batch_size=8, shuffle=True), went_back) == trusted
@@ -621,7 +621,7 @@ class Accumulates(pl.Callback):
         trainer.accumulate_grad_batches = 1 + trainer.current_epoch
 
 
-def test_an_epoch_of_summed_gradients_is_not_trusted(went_back):
+def test_gradient_accumulation_disables_deferred_checks(went_back):
     faults = {5: "nan", 35: "overflow"}
     expected, found = (outcome(*fit(trust, faults, Accumulates())) for trust in (False, True))
     assert_same(found, expected)
@@ -629,7 +629,7 @@ def test_an_epoch_of_summed_gradients_is_not_trusted(went_back):
 
 
 @pytest.mark.slow
-def test_steps_are_not_trusted_where_torch_looks_for_anomalies(went_back):
+def test_anomaly_detection_disables_deferred_checks(went_back):
     expected, found = (outcome(*fit(trust, {5: "overflow"}, detect_anomaly=True)) for trust in (False, True))
     assert_same(found, expected)
     assert went_back == []
@@ -639,7 +639,7 @@ class Plugin(VAE):
     """A model that is not the zoo's own, and may remember what it likes."""
 
 
-def test_models_of_others_and_other_optimisers_are_not_trusted(monkeypatch, went_back):
+def test_plugins_and_sgd_disable_deferred_checks(monkeypatch, went_back):
     asked = []
     trust = fast_loop.defer_checks
     monkeypatch.setattr(fast_loop, "defer_checks", lambda trainer: asked.append(trust(trainer)))
@@ -667,7 +667,7 @@ def test_optimiser_hook_disables_deferred_checks(went_back, monkeypatch):
     assert went_back == []
 
 
-def test_moments_that_forget_are_not_trusted(went_back, monkeypatch):
+def test_fast_decaying_moments_disable_deferred_checks(went_back, monkeypatch):
     def short_memory(self):
         return torch.optim.Adam(self.parameters(), betas=(0.9, 0.5), fused=True)
 
@@ -677,7 +677,7 @@ def test_moments_that_forget_are_not_trusted(went_back, monkeypatch):
     assert went_back == []
 
 
-def test_moments_that_decay_for_a_whole_epoch_still_tell(went_back, monkeypatch):
+def test_fault_is_detected_after_epoch_of_moment_decay(went_back, monkeypatch):
     def adam(self):
         return torch.optim.Adam(self.parameters(), betas=(0.9, 0.9), fused=True)
 
@@ -689,7 +689,7 @@ def test_moments_that_decay_for_a_whole_epoch_still_tell(went_back, monkeypatch)
     assert went_back == [BATCHES - 1]
 
 
-def test_slow_steps_are_looked_at_sooner(went_back, monkeypatch):
+def test_slow_steps_are_checked_more_often(went_back, monkeypatch):
     monkeypatch.setattr(deferred_checks, "SECONDS", 0.0)
     faults = {10: "overflow", 31: "overflow"}
     expected, found = (outcome(*fit(trust, faults)) for trust in (False, True))

@@ -373,14 +373,14 @@ def both(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_calls_values_and_weights(both, case):
+def test_fast_loop_matches_lightning_calls_values_and_weights(both, case):
     both(**CASES[case])
 
 
 @pytest.mark.parametrize(
     "case", ["plain", "accumulated logs", "clip norm", "bf16", "own optimizer_step", "own zeroing", "hooks in the step"]
 )
-def test_same_where_nobody_asks_for_all_hooks(both, case):
+def test_fast_loop_matches_lightning_without_hook_observers(both, case):
     both(watched=False, **CASES[case])
 
 
@@ -414,7 +414,7 @@ def test_checkpoints_in_an_epoch_hold_the_same(both, tmp_path, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_resumed_in_an_epoch(both, tmp_path, accumulate):
+def test_mid_epoch_resume_matches_lightning(both, tmp_path, accumulate):
     plain = {"model": zoo("vae", latent_dim=2, hidden_dims=(8,)), "accumulate_grad_batches": accumulate}
     saver = lambda: [ModelCheckpoint(filename="{step}", every_n_train_steps=5, save_top_k=-1)]  # noqa: E731
     both(callbacks=saver, enable_checkpointing=True, **plain)
@@ -480,7 +480,7 @@ class OtherStrategy(SingleDeviceStrategy):
         (FetchesItself, {}, False),
     ],
 )
-def test_when_it_is_taken(tmp_path, monkeypatch, model, plain, taken):
+def test_fast_loop_is_used_only_for_supported_runs(tmp_path, monkeypatch, model, plain, taken):
     asked = []
     install_fast_loop = fast_loop.install_fast_loop
     monkeypatch.setattr(fast_loop, "install_fast_loop", lambda trainer: asked.append(install_fast_loop(trainer)))
@@ -495,7 +495,7 @@ def test_when_it_is_taken(tmp_path, monkeypatch, model, plain, taken):
     assert trainer.global_step > 0
 
 
-def test_two_processes_take_lightnings_loop(tmp_path):
+def test_two_processes_use_lightning_loop(tmp_path):
     class Saver(DenseAE):
         def on_train_end(self):
             plan = getattr(self.trainer.fit_loop.epoch_loop, "plan", None)
@@ -505,7 +505,7 @@ def test_two_processes_take_lightnings_loop(tmp_path):
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["None", "None"]
 
 
-def test_a_trainer_that_goes_on_with_another_module_trains_that(tmp_path):
+def test_reused_trainer_trains_new_module(tmp_path):
     trainer = fit(tmp_path, max_epochs=1)
     assert trainer.fit_loop.epoch_loop.plan is None
     other = Foreign()
@@ -515,7 +515,7 @@ def test_a_trainer_that_goes_on_with_another_module_trains_that(tmp_path):
     assert not torch.equal(before, other.net[0].weight)
 
 
-def test_a_plan_of_another_module_is_dropped(tmp_path):
+def test_plan_of_different_module_is_dropped(tmp_path):
     class Stale(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             fast_loop.install_fast_loop(trainer)
@@ -528,7 +528,7 @@ def test_a_plan_of_another_module_is_dropped(tmp_path):
     assert fit(tmp_path, model=Foreign, data=loader, callbacks=lambda: [Stale()]).global_step == 14
 
 
-def test_a_closure_that_was_not_called_is_an_error(tmp_path):
+def test_uncalled_closure_raises_error(tmp_path):
     class Forgets(DenseAE):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
             pass
@@ -537,7 +537,7 @@ def test_a_closure_that_was_not_called_is_an_error(tmp_path):
         fit(tmp_path, model=dense(Forgets))
 
 
-def test_all_that_is_used_of_lightning_is_there(tmp_path):
+def test_required_lightning_attributes_exist(tmp_path):
     found = []
 
     class Look(pl.Callback):
@@ -549,7 +549,7 @@ def test_all_that_is_used_of_lightning_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["_logger_connector.no_such", "fit_loop.epoch_loop.batch_progress.no_such"])
-def test_a_lightning_that_lacks_something_trains_by_its_own_loop(tmp_path, monkeypatch, path):
+def test_missing_lightning_attribute_falls_back_with_warning(tmp_path, monkeypatch, path):
     monkeypatch.setattr(fast_loop, "_NEEDED", (*fast_loop._NEEDED, path))
     with pytest.warns(UserWarning, match=f"has no trainer.{path}: training takes Lightning's own loop") as caught:
         trainer = fit(tmp_path)
@@ -575,7 +575,7 @@ def test_batches_are_private_without_foreign_callbacks(tmp_path):
     assert all(seen) and seen
 
 
-def test_a_signal_to_end_is_heard_between_two_batches(tmp_path):
+def test_signal_is_handled_between_batches(tmp_path):
     class Signal(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append(batch_idx)
@@ -897,16 +897,16 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS)
-def test_same_where_code_of_others_meddles(both, case):
+def test_fast_loop_matches_lightning_with_custom_code(both, case):
     both(watched=False, **OTHERS[case])
 
 
-def test_the_loop_is_lightnings_own_again_after_a_fit(tmp_path):
+def test_lightning_loop_is_restored_after_fit(tmp_path):
     trainer = fit(tmp_path)
     assert type(trainer.fit_loop.epoch_loop) is fast_loop._TrainingEpochLoop
 
 
-def test_an_epoch_that_is_over_does_not_count_into_the_next(tmp_path):
+def test_epoch_means_exclude_previous_epoch_on_resume(tmp_path):
     """A file of an epoch's last batch, which Lightning does not end again, holds the means of that epoch."""
 
     class Means(pl.Callback):

@@ -72,7 +72,7 @@ def pair(make, groups=False):
 
 @pytest.mark.parametrize("groups", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("name", MAKERS)
-def test_same_weights_and_state(name, groups):
+def test_fused_step_matches_weights_and_state(name, groups):
     (net, own), (other, optimizer) = pair(MAKERS[name], groups)
     steps(net, own, own.step)
     steps(other, optimizer, FusedStep(optimizer))
@@ -81,7 +81,7 @@ def test_same_weights_and_state(name, groups):
     assert float(optimizer.state[other.late.weight]["step" if name != "sgd" else "momentum_buffer"].sum())
 
 
-def test_an_average_that_takes_nothing_tells_nothing():
+def test_constant_average_gives_infinite_gradient_bound():
     net = Net()
     optimizer = torch.optim.RMSprop(net.a.parameters(), alpha=1.0)
     update = FusedStep(optimizer)
@@ -90,7 +90,7 @@ def test_an_average_that_takes_nothing_tells_nothing():
     assert group.most_squared(1) == float("inf")
 
 
-def test_same_in_float64_and_under_a_schedule():
+def test_fused_step_matches_in_float64_and_under_schedule():
     (net, own), (other, optimizer) = pair(MAKERS["adam"])
     for each in (net, other):
         each.double()
@@ -104,7 +104,7 @@ def test_same_in_float64_and_under_a_schedule():
     assert_same(net.state_dict(), other.state_dict())
 
 
-def test_state_that_is_loaded_and_a_group_that_is_added_midway():
+def test_loaded_state_and_added_group_match_plain_step():
     made = pair(MAKERS["adam"])
     for i, (net, optimizer) in enumerate(made):
         extra = nn.Parameter(torch.ones(3))
@@ -134,7 +134,7 @@ def slow_steps(monkeypatch, optimizer, run):
     return len(taken)
 
 
-def test_the_kernel_alone_is_called_where_nothing_has_changed(monkeypatch):
+def test_unchanged_parameters_use_kernel_directly(monkeypatch):
     net = Net()
     optimizer = torch.optim.Adam([*net.a.parameters(), *net.b.parameters()], 0.01, fused=True)
     # the first one, and the fourth and ninth, in which b has no gradients
@@ -193,7 +193,7 @@ def test_parameters_of_two_types():
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_a_step_that_somebody_has_put_in_its_place_is_taken():
+def test_replaced_optimizer_step_is_called():
     net = Net()
     optimizer = MAKERS["adam"](net.parameters())
     called, own = [], optimizer.step
@@ -219,7 +219,7 @@ def test_hooks_on_a_step_are_called(which):
     assert len(called) == 4
 
 
-def test_a_device_that_says_skip_is_heeded():
+def test_found_inf_skips_step():
     net = Net()
     optimizer = MAKERS["adam"](net.parameters())
     update = FusedStep(optimizer)
@@ -230,7 +230,7 @@ def test_a_device_that_says_skip_is_heeded():
     assert_same(before, net.state_dict())
 
 
-def test_no_gradients_at_all_is_no_step():
+def test_step_without_gradients_changes_nothing():
     net = Net()
     optimizer = MAKERS["adam"](net.parameters())
     update = FusedStep(optimizer)

@@ -79,7 +79,7 @@ def captured(module, seen=None, **plain):
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_it_trains_as_the_plain_step_does(labels):
+def test_captured_step_matches_plain_step(labels):
     module, plain = net(), net()
     step, optimizer, recorder = captured(module)
     other = torch.optim.Adam(plain.parameters(), lr=0.1)
@@ -133,7 +133,7 @@ def test_partial_first_batch_does_not_set_known_batch_size(least):
     assert recorder.log == (full if least else ["warm-up"]) and step.replays == (6 - WARM_UP if least else 0)
 
 
-def test_cuda_s_recorder_follows_the_protocol():
+def test_cuda_recorder_follows_capture_protocol():
     recorder = graph_capture.CudaRecorder()
     assert callable(recorder.warm_up) and callable(recorder.record)
     assert isinstance(CapturedStep(lambda x, y: None, [])._recorder, graph_capture.CudaRecorder)
@@ -213,7 +213,7 @@ def fit(capturing, watch, **plain):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_captured_run_is_the_plain_run(precision):
+def test_captured_run_matches_plain_run(precision):
     one, other = Watch(), Watch()
     plain, replayed = fit(False, one, precision=precision), fit(True, other, precision=precision)
     assert one.ended == other.ended and len(one.ended) == 22
@@ -227,7 +227,7 @@ def test_a_captured_run_is_the_plain_run(precision):
 
 
 @pytest.mark.parametrize("change", ["accumulation", "schedule"])
-def test_what_changes_on_the_way_ends_the_replays(change):
+def test_changed_training_settings_end_graph_replay(change):
     watch = Watch()
 
     class Change(Watch):
@@ -341,7 +341,7 @@ class InStepModule(aezoo.model_class("dense_ae")):
         ({"cls": InStepModule}, False),
     ],
 )
-def test_what_a_graph_can_hold(changes, can):
+def test_supported_plans_can_be_captured(changes, can):
     assert plan(**changes).can_capture is can
 
 

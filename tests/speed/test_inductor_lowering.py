@@ -81,7 +81,7 @@ def test_compiled_step_calls_onednn_and_writes_matrices_once(rows):
         assert strides is None or strides[2] == strides[3] or strides[4] == "1", first
 
 
-def test_factors_with_gaps_are_laid_out_anew():
+def test_strided_factors_are_made_contiguous():
     layer, wide = linear.Linear(8, 4), torch.randn(6, 16)
     with torch.no_grad():
         stored = torch.randn(4, 16)
@@ -90,7 +90,7 @@ def test_factors_with_gaps_are_laid_out_anew():
         torch.testing.assert_close(found, nn.functional.linear(wide[:, ::2], loose, layer.bias))
 
 
-def test_sizes_that_are_not_known_call_the_operator_itself():
+def test_dynamic_sizes_call_operator_directly():
     layer = linear.Linear(8, 4)
     run = torch.compile(layer, dynamic=True)
     for rows in (5, 9, 13):
@@ -98,7 +98,7 @@ def test_sizes_that_are_not_known_call_the_operator_itself():
         torch.testing.assert_close(run(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
-def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
+def test_missing_inductor_api_disables_lowering(monkeypatch):
     from torch._inductor import lowering
 
     inductor_lowering.register.cache_clear()
@@ -109,7 +109,7 @@ def test_an_inductor_that_lacks_something_is_left_alone(monkeypatch):
     assert inductor_lowering.register()
 
 
-def test_what_is_compiled_has_told_inductor(monkeypatch):
+def test_enabling_lowering_sets_linear_flag(monkeypatch):
     monkeypatch.setattr(linear, "lowered_by_inductor", False)
     inductor_lowering.enable()
     assert linear.lowered_by_inductor

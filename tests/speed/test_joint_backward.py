@@ -75,7 +75,7 @@ def require_as_by_the_engine(module, x, y, terms, values):
 
 
 @pytest.mark.parametrize("labels", [True, False])
-def test_terms_and_gradients_are_those_of_the_engine(graphs, labels):
+def test_joint_step_matches_autograd_engine(graphs, labels):
     module = Two()
     step = joint_of(module).step
     for n in (5, 5, 2):  # the last one runs as it is
@@ -94,7 +94,7 @@ def test_parameters_may_be_frozen_and_freed_between_steps(graphs):
         require_as_by_the_engine(module, x, None, *step(x, None))
 
 
-def test_a_gradient_is_nobody_elses(graphs):
+def test_gradients_do_not_share_memory(graphs):
     module = Two()
     joint_of(module).step(torch.rand(5, 3), None)
     assert torch.equal(module.shift.grad, module.again.grad)
@@ -102,7 +102,7 @@ def test_a_gradient_is_nobody_elses(graphs):
     assert not torch.equal(module.shift.grad, module.again.grad)
 
 
-def test_gradients_lie_as_the_weights_do(graphs):
+def test_gradients_have_layout_of_weights(graphs):
     class Transposed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -135,7 +135,7 @@ class Exact(nn.Module):
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("n", [5, 2])  # compiled or as it is
-def test_gradients_of_what_is_computed_exactly_are_exact(aot_graphs, n, joined):
+def test_exact_regions_under_autocast_have_exact_gradients(aot_graphs, n, joined):
     module, x = Exact(), torch.rand(n, 3)
     plain, in_bf16 = copy.deepcopy(module), torch.autocast("cpu", torch.bfloat16)
     with in_bf16:
@@ -150,7 +150,7 @@ def test_gradients_of_what_is_computed_exactly_are_exact(aot_graphs, n, joined):
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
 
 
-def test_the_setting_of_others_is_left(graphs):
+def test_dynamo_setting_is_restored(graphs):
     import torch._dynamo.config as settings
 
     faulty = Two()
@@ -164,7 +164,7 @@ def test_the_setting_of_others_is_left(graphs):
             assert settings.trace_autograd_ops is before
 
 
-def test_a_torch_that_cannot_trace_is_known(graphs, taken, monkeypatch):
+def test_unsupported_torch_disables_joint_step(graphs, taken, monkeypatch):
     assert can_trace()
     monkeypatch.setattr("aezoo.speed.joint_backward._SETTING", "no_such_setting")
     assert not can_trace()
@@ -223,7 +223,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_fit_ends_as_by_the_engine(graphs, taken, monkeypatch, case, guarded):
+def test_fit_with_joint_step_matches_engine(graphs, taken, monkeypatch, case, guarded):
     settings, options = CASES[case]
     ends = []
     for joined in (True, False):
@@ -331,7 +331,7 @@ class Hooks(pl.Callback):
         "hooks after",
     ],
 )
-def test_when_it_is_taken(graphs, taken, monkeypatch, build, callbacks, options, steps):
+def test_joint_step_is_used_only_without_observers(graphs, taken, monkeypatch, build, callbacks, options, steps):
     made = [callback() for callback in callbacks]
     found = fit(build(), *made, **options)
     assert taken == steps
@@ -342,7 +342,7 @@ def test_when_it_is_taken(graphs, taken, monkeypatch, build, callbacks, options,
         assert getattr(one, "seen", None) == getattr(other, "seen", None)
 
 
-def test_a_callback_that_comes_later_is_asked(graphs, taken):
+def test_callback_added_mid_fit_is_respected(graphs, taken):
     late = LooksBackward()
 
     class Adds(pl.Callback):
@@ -374,7 +374,7 @@ def test_replaced_parameter_is_trained_within_epoch(graphs, taken, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in torch's compiler
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("joined", [True, False])
-def test_hooks_on_layers_that_come_and_go_in_an_epoch_are_called(graphs, taken, monkeypatch, joined, backward):
+def test_layer_hooks_added_and_removed_mid_epoch_are_called(graphs, taken, monkeypatch, joined, backward):
     def halve(layer, inputs, outputs):
         return tuple(g if g is None else g / 2 for g in inputs) if backward else outputs / 2
 
@@ -394,7 +394,7 @@ def test_hooks_on_layers_that_come_and_go_in_an_epoch_are_called(graphs, taken, 
         torch.testing.assert_close(one, other)
 
 
-def test_that_nothing_is_trained_is_said_by_torch(graphs, taken):
+def test_fully_frozen_model_raises_torch_error(graphs, taken):
     class Freezes(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, *batch):
             pl_module.requires_grad_(trainer.global_step < 2)
@@ -405,7 +405,7 @@ def test_that_nothing_is_trained_is_said_by_torch(graphs, taken):
 
 
 @pytest.mark.parametrize("freezes_in_an_epoch", [True, False])
-def test_a_layer_that_is_freed_while_it_trains_is_trained(graphs, taken, freezes_in_an_epoch):
+def test_unfrozen_layer_is_trained_by_joint_step(graphs, taken, freezes_in_an_epoch):
     class Frees(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1 and not freezes_in_an_epoch:
@@ -423,7 +423,7 @@ def test_a_layer_that_is_freed_while_it_trains_is_trained(graphs, taken, freezes
     assert not any(torch.equal(p, q) for p, q in zip(module.encoder.parameters(), before, strict=True))
 
 
-def test_where_one_graph_cannot_be_compiled_two_are(monkeypatch, recwarn):
+def test_joint_graph_failure_falls_back_to_two_graphs(monkeypatch, recwarn):
     real, compiled = torch.compile, []
 
     def backend(module, inputs):
@@ -460,7 +460,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.slow
-def test_gradients_pass_through_layers_that_double_a_grid():
+def test_upsampling_layers_have_correct_gradients():
     """By inductor of torch 2.13 as it is they are 0 there, or the step ends in an UnboundLocalError."""
     torch.manual_seed(0)
     ends = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)

@@ -53,7 +53,7 @@ def derivatives(layer, x, weight):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
-def test_same_values_and_derivatives_of_two_orders_as_torch(taken, rows, bias):
+def test_linear_matches_torch_to_second_order(taken, rows, bias):
     mine, theirs = twins(4, 3, bias)
     x, weight = torch.randn(*rows, 4, requires_grad=True), torch.randn(*rows, 3)
     torch.testing.assert_close(mine(x), theirs(x))
@@ -64,7 +64,7 @@ def test_same_values_and_derivatives_of_two_orders_as_torch(taken, rows, bias):
 
 
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
-def test_many_gradients_at_once(taken, rows):
+def test_batched_gradients_match_torch(taken, rows):
     """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
     x, many = torch.randn(*rows, 4), torch.randn(5, *rows, 3)
     found, wanted = (
@@ -82,14 +82,14 @@ def test_many_gradients_at_once(taken, rows):
 # of torch 2.15, about tensors of its own
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
-def test_as_torchs_own_checks_want_an_operator(rows):
+def test_product_operator_passes_opcheck(rows):
     """Schema, shapes without values, derivatives, and all of that under AOTAutograd."""
     for bias in (None, torch.randn(3, requires_grad=True)):
         a, b = torch.randn(*rows, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
         torch.library.opcheck(torch.ops.aezoo.product, (a, b, bias))
 
 
-def test_what_does_not_lie_in_order(taken):
+def test_non_contiguous_inputs_match_torch(taken):
     mine, theirs = twins(4, 3)
     x = torch.randn(4, 6).t()
     torch.testing.assert_close(mine(x), theirs(x))
@@ -99,14 +99,14 @@ def test_what_does_not_lie_in_order(taken):
     assert len(taken) == 3
 
 
-def test_a_bias_may_lie_anywhere(taken):
+def test_strided_bias_matches_torch(taken):
     x, weight = torch.randn(5, 4), torch.randn(3, 4)
     for bias in (torch.arange(6.0)[::2], torch.full((1,), 2.0).expand(3), torch.randn(3, 2)[:, 1]):
         torch.testing.assert_close(linear.linear(x, weight, bias), F.linear(x, weight, bias))
     assert len(taken) == 3
 
 
-def test_windows_that_overlap(taken):
+def test_overlapping_windows_match_torch(taken):
     mine, theirs = twins(4, 3)
     long = torch.randn(8)
     for x in (long.unfold(0, 4, 1), long.unfold(0, 4, 2), long.expand(3, 8)[:, :4]):
@@ -144,7 +144,7 @@ def test_strided_weights_are_copied_for_onednn():
         assert given in ((k, 1), (1, n))
 
 
-def test_only_what_derivatives_take_is_kept(taken):
+def test_saved_tensors_match_torch(taken):
     """As torch does: what is not kept may change, or be freed."""
     x = torch.randn(5, 4)
     for frozen in ((), ("weight",), ("weight", "bias"), ("bias",)):
@@ -165,7 +165,7 @@ def test_only_what_derivatives_take_is_kept(taken):
 
 @OF_TORCH
 @pytest.mark.parametrize("again", [False, True])
-def test_gradients_of_a_graph_from_outside_of_a_transform(taken, again):
+def test_gradients_of_outer_graph_inside_transform(taken, again):
     x, of_each, results = torch.randn(5, 4, requires_grad=True), torch.randn(6, 5, 3), []
     for layer in twins(4, 3):
         y = layer(x).pow(3)
@@ -176,7 +176,7 @@ def test_gradients_of_a_graph_from_outside_of_a_transform(taken, again):
     assert taken
 
 
-def test_what_needs_no_gradient_gets_none(taken):
+def test_unneeded_gradients_are_not_computed(taken):
     mine, _ = twins(4, 3)
     mine(torch.randn(5, 4)).sum().backward()
     assert taken == [(5, 4), (3, 5)]
@@ -187,7 +187,7 @@ def test_what_needs_no_gradient_gets_none(taken):
         torch.testing.assert_close(mine(torch.ones(1, 4))[0], mine.weight.sum(1) + mine.bias)
 
 
-def test_torchs_counter_counts_the_same():
+def test_flop_counter_matches_torch():
     work = []
     for layer in twins(4, 3):
         with FlopCounterMode(display=False) as counter:
@@ -196,7 +196,7 @@ def test_torchs_counter_counts_the_same():
     assert work == [3 * 2 * 10 * 4 * 3] * 2
 
 
-def test_weights_and_copies_are_as_torchs():
+def test_state_dict_and_deepcopy_match_torch():
     mine, theirs = twins(4, 3)
     assert isinstance(mine, nn.Linear) and [*mine.state_dict()] == [*theirs.state_dict()]
     x = torch.randn(5, 4)
@@ -205,7 +205,7 @@ def test_weights_and_copies_are_as_torchs():
 
 @OF_TORCH
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_multiply_so_too(backend):
+def test_compiled_steps_use_product_operator(backend):
     mine, theirs = twins(4, 3)
     x = torch.randn(5, 4, requires_grad=True)
     step, graphs = torch.compile(lambda x: mine(x).relu().sum(), backend=backend), []
@@ -223,7 +223,7 @@ def test_compiled_steps_multiply_so_too(backend):
 
 
 @OF_TORCH
-def test_all_else_is_torchs(taken):
+def test_transforms_and_forward_ad_use_torch_linear(taken):
     mine, theirs = twins(4, 3)
     x = torch.randn(5, 4)
 
@@ -258,7 +258,7 @@ class Own(torch.Tensor):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_other_tensors_are_torchs(taken):
+def test_sparse_and_subclass_tensors_use_torch_linear(taken):
     x, weight, bias = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
     for a, b, c in (
         (x.to_sparse(), weight, None),
@@ -279,7 +279,7 @@ def test_other_tensors_are_torchs(taken):
     assert taken == []
 
 
-def test_sizes_that_a_graph_does_not_know_are_torchs(taken, monkeypatch):
+def test_data_dependent_sizes_use_torch_linear(taken, monkeypatch):
     monkeypatch.setattr(linear, "_LARGE", 240)
     mine, theirs = twins(4, 3)
     x = torch.randn(100, 4)
@@ -294,12 +294,12 @@ def test_sizes_that_a_graph_does_not_know_are_torchs(taken, monkeypatch):
         assert part.grad is not None
 
 
-def test_the_module_can_be_loaded_again():
+def test_linear_module_can_be_reloaded():
     code = "import importlib; from aezoo.nets import linear; importlib.reload(linear)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
+def test_small_products_and_other_processors_use_torch(taken, monkeypatch):
     mine, _ = twins(4, 3)
     monkeypatch.setattr(linear, "_LARGE", 5 * 4 * 3)
     mine(torch.randn(4, 4))
@@ -311,20 +311,20 @@ def test_small_products_and_other_processors_are_torchs(taken, monkeypatch):
     assert taken == []
 
 
-def test_what_does_not_fit_is_told_in_torchs_words(taken):
+def test_shape_mismatch_raises_torch_error(taken):
     for layer in twins(4, 3):
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(5x6 and 4x3\)"):
             layer(torch.randn(5, 6))
     assert taken == []
 
 
-def test_who_has_turned_onednn_off_gets_none(taken, monkeypatch):
+def test_disabled_onednn_uses_torch_linear(taken, monkeypatch):
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     twins(4, 3)[0](torch.randn(5, 4))
     assert taken == []
 
 
-def test_a_layer_on_another_device_is_torchs(taken):
+def test_other_devices_use_torch_linear(taken):
     mine, _ = twins(4, 3)
     assert mine.to("meta")(torch.randn(5, 4, device="meta")).shape == (5, 3)
     assert taken == []
@@ -341,7 +341,7 @@ def test_a_layer_on_another_device_is_torchs(taken):
     ],
     ids=str,
 )
-def test_halved_are_those_of_amd_that_compute_512_bits(monkeypatch, has, wanted):
+def test_half_width_is_detected_on_amd_avx512(monkeypatch, has, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert linear._mkl_uses_half_width() is wanted
@@ -357,7 +357,7 @@ def gone(error):
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
-def test_where_torch_has_renamed_its_operator_all_is_torchs(monkeypatch, error):
+def test_missing_onednn_operator_disables_path(monkeypatch, error):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN_5, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert linear._mkl_uses_half_width()
@@ -365,6 +365,6 @@ def test_where_torch_has_renamed_its_operator_all_is_torchs(monkeypatch, error):
     assert not linear._mkl_uses_half_width()
 
 
-def test_older_versions_of_torch_do_not_say(monkeypatch):
+def test_half_width_is_false_without_capabilities_api(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not linear._mkl_uses_half_width()

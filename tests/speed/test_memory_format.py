@@ -62,7 +62,9 @@ def mixed(name: str, shape: tuple[int, ...], **settings: Any) -> Counter[str]:
 @pytest.mark.parametrize("batch_inner", [False, True])
 @pytest.mark.parametrize("net", ["conv", "resnet", "convnext"])
 @pytest.mark.parametrize("widths", [(32,), (16, 32, 64)])
-def test_networks_mix_no_orders(net: str, widths: tuple[int, ...], batch_inner: bool, monkeypatch: Any) -> None:
+def test_networks_do_not_mix_memory_formats(
+    net: str, widths: tuple[int, ...], batch_inner: bool, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda layer, *_: batch_inner and layer.feeds_convolutions)
     assert not mixed("vae", (3, 28, 28), net=net, hidden_dims=widths)
 
@@ -75,17 +77,17 @@ def test_networks_mix_no_orders(net: str, widths: tuple[int, ...], batch_inner: 
         ("conv_ae", {}),
     ],
 )
-def test_models_mix_no_orders(name: str, settings: dict[str, Any]) -> None:
+def test_models_do_not_mix_memory_formats(name: str, settings: dict[str, Any]) -> None:
     assert not mixed(name, (3, 28, 28), **settings)
 
 
-def test_only_noise_is_of_its_own_order() -> None:
+def test_dncnn_mixes_formats_only_for_noise() -> None:
     # it is drawn with channels first, so as not to depend on how images lie
     found = mixed("dncnn", (3, 28, 28), depth=4, width=16, likelihood="gaussian")
     assert {*found} == {"aten.add.Tensor (16, 3, 28, 28)"}
 
 
-def test_the_count_sees_two_orders() -> None:
+def test_mixed_memory_formats_are_counted() -> None:
     x = torch.rand(2, 3, 20, 20).contiguous(memory_format=LAST)
     with Mixed() as mode:
         x + x.contiguous()
@@ -102,7 +104,7 @@ class Seen(nn.Identity):
         return x
 
 
-def test_a_flattened_image_has_its_gradient_in_its_own_order() -> None:
+def test_flatten_keeps_gradient_memory_format() -> None:
     x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
     weight = torch.rand(2, 60, dtype=torch.float64)
     for image, last in ((x.contiguous(memory_format=LAST), True), (x, False), (x[:, :1], False)):
@@ -114,7 +116,7 @@ def test_a_flattened_image_has_its_gradient_in_its_own_order() -> None:
         assert (seen.gradient.stride(1) == 1) == last
 
 
-def test_it_has_derivatives_of_any_order() -> None:
+def test_flatten_has_derivatives_of_any_order() -> None:
     x = torch.rand(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: Flatten()(x) ** 3, x)
     assert torch.autograd.gradgradcheck(lambda x: Flatten()(x) ** 3, x)
@@ -122,7 +124,7 @@ def test_it_has_derivatives_of_any_order() -> None:
     assert torch.equal(per_sample, 3 * x.detach() ** 2)
 
 
-def test_other_tensors_are_left_alone() -> None:
+def test_keep_grad_layout_ignores_other_tensors() -> None:
     image = torch.rand(2, 3, 4, 5).contiguous(memory_format=LAST)
     assert keep_grad_layout(image) is image  # no gradient
     one_channel = torch.zeros(2, 1, 4, 5).as_strided((2, 1, 4, 5), (20, 1, 5, 1))
@@ -132,7 +134,7 @@ def test_other_tensors_are_left_alone() -> None:
     assert keep_grad_layout(volume) is volume
 
 
-def test_data_lie_as_what_they_are_compared_with() -> None:
+def test_target_takes_layout_of_prediction() -> None:
     first = torch.rand(2, 3, 4, 5)
     last = first.contiguous(memory_format=LAST)
     assert with_layout_of(first, last).stride() == last.stride() and torch.equal(with_layout_of(first, last), first)
@@ -141,7 +143,7 @@ def test_data_lie_as_what_they_are_compared_with() -> None:
     assert with_layout_of(vectors, vectors) is vectors
 
 
-def test_maps_from_vectors_lie_so_once_the_model_does() -> None:
+def test_unflatten_follows_model_memory_format() -> None:
     model = aezoo.create_model("conv_ae", (1, 28, 28))
     names, z = [*model.state_dict()], torch.rand(2, *model.code_shape)
     part = next(part for part in model.decoder.modules() if isinstance(part, nn.Unflatten))
@@ -157,7 +159,7 @@ def test_maps_from_vectors_lie_so_once_the_model_does() -> None:
     assert type(part) is nn.Unflatten and torch.equal(model.decode(z), before)
 
 
-def test_a_fitted_model_computes_as_one_that_is_loaded() -> None:
+def test_fitted_and_loaded_models_give_equal_outputs() -> None:
     x, model = torch.rand(16, 1, 28, 28), aezoo.create_model("conv_ae", (1, 28, 28))
     pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False

@@ -143,7 +143,7 @@ def predict(model=DenseAE, data=digits, callbacks=(), returned=True, shape=(1, 8
     "ignore:predict returned None|.*many workers|.*dataloader_iter|.*infer the batch|You have overridden"
 )
 @pytest.mark.parametrize("case", CASES)
-def test_same_calls_and_predictions(monkeypatch, case):
+def test_predict_loop_matches_lightning_calls_and_outputs(monkeypatch, case):
     wanted_light, settings = CASES[case]
     found, light = predict(**settings)
     assert light is wanted_light
@@ -158,7 +158,7 @@ def test_same_calls_and_predictions(monkeypatch, case):
 
 
 @pytest.mark.filterwarnings("ignore:.*infer the batch")
-def test_who_comes_before_the_first_batch_is_asked():
+def test_callbacks_added_before_first_batch_are_called():
     """Even after the module's own start."""
 
     class Brings(pl.Callback):
@@ -183,12 +183,12 @@ def test_a_batch_in_place_is_not_moved(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*many workers")
-def test_a_step_of_nothing_is_told_of():
+def test_predict_step_returning_none_warns():
     with pytest.warns(UserWarning, match="predict returned None"):
         predict(model=SometimesNone)
 
 
-def test_data_that_move_their_batches_themselves_do():
+def test_custom_batch_transfer_is_used():
     class Moves(DataModule):
         def transfer_batch_to_device(self, batch, device, dataloader_idx):
             moved.append(dataloader_idx)
@@ -200,7 +200,7 @@ def test_data_that_move_their_batches_themselves_do():
     assert len(moved) > 1
 
 
-def test_a_trainer_goes_on_with_a_module_that_does_not_ask():
+def test_reused_trainer_predicts_with_other_module():
     class Foreign(pl.LightningModule):
         def predict_step(self, batch, batch_idx):
             kinds.append(bool(self.trainer.predict_loop.hooks))

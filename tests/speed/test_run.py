@@ -74,7 +74,7 @@ def losses(setting: str, name: str, shape: tuple[int, ...], precision: Any, monk
         ("mae", (1, 12, 12), {"patch_size": 4}, "64-true"),
     ],
 )
-def test_50_steps_have_the_same_losses_without_it(
+def test_losses_match_without_speed_package(
     name: str, shape: tuple[int, ...], plain: dict[str, Any], precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, wanted = (losses(setting, name, shape, precision, monkeypatch, **plain) for setting in ("auto", "off"))
@@ -110,7 +110,7 @@ class Looks(pl.Callback):
 
 
 @pytest.mark.parametrize("then", [None, ValueError("no"), KeyboardInterrupt()], ids=repr)
-def test_a_fit_swaps_layers_in_and_out_however_it_ends(then: BaseException | None) -> None:
+def test_fit_restores_swapped_layers_after_any_end(then: BaseException | None) -> None:
     model, looks = aezoo.create_model("vae", (1, 12, 12), **CONV), Looks(then)
     plain = [type(part) for part in model.modules()]
     try:
@@ -123,7 +123,7 @@ def test_a_fit_swaps_layers_in_and_out_however_it_ends(then: BaseException | Non
 
 
 @pytest.mark.parametrize("then", [None, ValueError("no")], ids=repr)
-def test_a_prediction_swaps_layers_in_and_out_however_it_ends(then: BaseException | None) -> None:
+def test_prediction_restores_swapped_layers_after_any_end(then: BaseException | None) -> None:
     model, looks = aezoo.create_model("vae", (1, 12, 12), **CONV), Looks(then)
     plain = [type(part) for part in model.modules()]
     try:
@@ -134,7 +134,7 @@ def test_a_prediction_swaps_layers_in_and_out_however_it_ends(then: BaseExceptio
     assert [type(part) for part in model.modules()] == plain
 
 
-def test_only_torchs_and_our_own_classes_are_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_exact_layer_classes_are_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
 
     class Own(nn.Linear):
@@ -149,7 +149,7 @@ def test_only_torchs_and_our_own_classes_are_swapped(monkeypatch: pytest.MonkeyP
     assert [type(part) for part in (net[0], net[3], net[4])] == [nn.Linear, nn.Conv2d, narrow_conv.Conv2d]
 
 
-def test_parts_can_be_left_out_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_features_can_be_disabled_individually(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AEZOO_SPEED", "fast_loop, cross_entropy")
     assert [part for part in parts.PARTS if not parts.is_enabled(part)] == ["fast_loop", "cross_entropy"]
     monkeypatch.setenv("AEZOO_SPEED", "wheels")
@@ -157,7 +157,7 @@ def test_parts_can_be_left_out_one_by_one(monkeypatch: pytest.MonkeyPatch) -> No
         parts.is_enabled("fast_loop")
 
 
-def test_a_command_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_can_disable_speed_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AEZOO_SPEED", "auto")
     speed.choose("auto")
     assert speed._run() is not None
@@ -165,7 +165,7 @@ def test_a_command_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed._run() is None and os.environ["AEZOO_SPEED"] == "off"
 
 
-def test_nothing_imports_it() -> None:
+def test_package_does_not_import_speed() -> None:
     for file in PACKAGE.rglob("*.py"):
         if (PACKAGE / "speed") in file.parents:
             continue
@@ -198,7 +198,7 @@ print(json.dumps({"losses": Losses.seen, "file": aezoo.__file__}))
 """
 
 
-def test_the_folder_can_be_deleted(tmp_path: Path) -> None:
+def test_package_works_without_speed_folder(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("speed", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "aezoo", ignore=left_out)
     (tmp_path / "script.py").write_text(STEPS)

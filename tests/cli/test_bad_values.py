@@ -160,7 +160,7 @@ def refusal(build, parameter, value):
 
 
 @pytest.mark.parametrize(("build", "name", "parameter"), [*cases()])
-def test_a_constructor_refuses_what_cannot_work(build, name, parameter):
+def test_constructor_refuses_invalid_values(build, name, parameter):
     for value in VALUES:
         if means_something(name, parameter, value):
             build(**{parameter: value})
@@ -172,13 +172,13 @@ def test_a_constructor_refuses_what_cannot_work(build, name, parameter):
 
 @pytest.mark.parametrize("name", others_slow(own_models()))
 @pytest.mark.parametrize("shape", [(), (0,), (-1, 8), (1, 2, 3, 4, 5), (1.5,), (math.nan, 3), ("a",), (True,), (HUGE,)])
-def test_a_model_refuses_shapes_that_are_none(name, shape):
+def test_model_refuses_invalid_input_shapes(name, shape):
     with pytest.raises(AezooError) as refusal:
         aezoo.create_model(name, shape)
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_a_path_is_as_good_as_a_text():
+def test_path_object_is_accepted_as_root():
     assert DataModule(name="digits", root=Path("data")).hparams["root"] == "data"
 
 
@@ -296,7 +296,7 @@ def test_integers_are_parsed_first_regardless_of_imports():
 
 
 @pytest.mark.parametrize("key", trainer_settings._WHOLE)
-def test_a_setting_of_the_trainer_has_a_range(key):
+def test_trainer_settings_are_range_checked(key):
     for value in (-1, 0, 1, -2, HUGE, 1.0, -0.5, 1.5, math.nan, math.inf):
         whole, share = isinstance(value, int), key.startswith(("limit_", "overfit", "val_check"))
         works = value == 1 if whole else share and value == 1.0

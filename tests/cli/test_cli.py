@@ -76,7 +76,7 @@ def test_light_commands_need_no_torch(argv):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
+def test_garbage_collection_is_paused_during_imports(monkeypatch, whole):
     seen = []
 
     class Trained(abc.Loader):
@@ -103,7 +103,7 @@ def test_imports_of_what_stays_are_not_searched_for_garbage(monkeypatch, whole):
     ("command", "shows"),
     [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest"), ("tune", "--search.SETTING")],
 )
-def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
+def test_help_command_matches_help_flag(command, shows, capsys):
     said = []
     for argv in (["help", command], [command, "--help"]):
         with pytest.raises(SystemExit) as end:
@@ -113,7 +113,7 @@ def test_help_of_a_command_is_what_its_flag_shows(command, shows, capsys):
     assert said[0] == said[1] and shows in said[0]
 
 
-def test_help_says_what_flags_do_here(capsys):
+def test_help_describes_command_specific_flags(capsys):
     for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -130,12 +130,12 @@ def test_help_says_what_flags_do_here(capsys):
 
 
 @pytest.mark.parametrize("flag", ["resume", "allow"])
-def test_what_is_read_before_the_files_is_not_read_from_them(flag, capsys):
+def test_resume_and_allow_are_refused_in_config_files(flag, capsys):
     Path("mine.yaml").write_text(f"model: vae\n{flag}: auto\n")
     assert f"{flag} is not read from a file: give --{flag}" in refused(capsys, "fit", "-c", "mine.yaml")
 
 
-def test_stray_words_and_unknown_classes_are_refused(capsys):
+def test_stray_arguments_and_unknown_classes_are_refused(capsys):
     assert "'vae' belongs to no flag: a model is --model vae, a recipe or a file is -c vae" in refused(
         capsys, "fit", "vae"
     )
@@ -151,7 +151,7 @@ def test_stray_words_and_unknown_classes_are_refused(capsys):
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
 
 
-def test_data_are_named_as_models_are(capsys):
+def test_data_flag_accepts_a_name(capsys):
     given = ["--data", "digits", "--data=shapes", "--data", "a.YAML", "--data={name: b}", "--model=vae", "--data"]
     named = [
         "--data.name",
@@ -180,7 +180,7 @@ def test_data_are_named_as_models_are(capsys):
         assert line == f"aezoo: --data {file}: no such file, or none with settings in YAML"
 
 
-def test_the_reason_why_a_class_cannot_be_made_is_what_is_said(capsys):
+def test_class_instantiation_error_is_reported(capsys):
     wrong = "{class_path: EarlyStopping, init_args: {monitr: val/loss}}"
     line = refused(capsys, "fit", "--model=vae", f"--trainer.callbacks+={wrong}")
     assert line == "aezoo: trainer.callbacks: Option 'monitr' is not accepted"
@@ -226,12 +226,12 @@ def test_console_script_exits_0_without_repr():
     assert done.returncode == 0 and "object at" not in done.stdout + done.stderr
 
 
-def test_the_reader_of_a_pipe_may_leave():
+def test_closed_pipe_is_not_an_error():
     done = subprocess.run(f"{sys.executable} -m aezoo list | head -1", shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 
 
-def test_an_output_without_all_letters_shows_the_others():
+def test_unencodable_characters_are_replaced_in_output():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [sys.executable, "-m", "aezoo", "list", "factorized_prior"], capture_output=True, text=True, env=environment
@@ -292,7 +292,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
         (["test", "--ckpt_path", "https://example.org/a.ckpt"], "from disk only"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(capsys, argv, words):
+def test_invalid_command_is_refused_in_one_line(capsys, argv, words):
     assert words in refused(capsys, *argv)
 
 
@@ -326,7 +326,7 @@ def test_setting_that_does_not_fit_data_is_refused(capsys, monkeypatch, flag, wo
         ("model: vae\ncompile: on", "max-autotune, got on"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_in_one_line(capsys, text, words):
+def test_invalid_config_file_is_refused_in_one_line(capsys, text, words):
     Path("my.yaml").write_text(text)
     assert words in refused(capsys, "fit", "-c", "my.yaml")
 
@@ -336,7 +336,7 @@ def test_vector_model_refuses_images_before_training(capsys):
     assert "convolutions take" in refused(capsys, "fit", "--model", "conv_ae", "--data.name", "x.npy")
 
 
-def test_a_table_of_any_range_trains_by_default():
+def test_unscaled_table_trains_by_default():
     np.save("table.npy", np.random.default_rng(0).normal(size=(300, 30)))
     main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
     assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
@@ -361,7 +361,7 @@ def test_fit_writes_files_and_names_next_commands(capsys):
     assert "input_shape" not in config["model"]["init_args"]
 
 
-def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tmp_path):
+def test_unregistered_class_is_named_by_import_path(capsys, monkeypatch, tmp_path):
     code = "from aezoo.models.classic.dense_ae import DenseAE\n\n\nclass MyAE(DenseAE):\n    pass\n"
     Path("my_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -377,7 +377,7 @@ def test_a_class_that_is_not_registered_goes_by_its_path(capsys, monkeypatch, tm
     main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
 
 
-def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
+def test_suggested_commands_quote_folder_names(capsys):
     fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
     out = capsys.readouterr().out
     assert "Next: aezoo predict --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
@@ -390,12 +390,12 @@ def test_commands_to_type_next_can_be_pasted_whatever_the_folder(capsys):
 
 
 @pytest.mark.parametrize("fraction", ["0.1", "0"])
-def test_a_test_is_suggested_where_there_is_a_split_for_it(capsys, fraction):
+def test_test_is_suggested_only_with_test_split(capsys, fraction):
     fit("--model=linear_ae", "--checkpoints.save_top_k=0", f"--data.test_fraction={fraction}")
     assert ("Next: aezoo test" in capsys.readouterr().out) == (fraction != "0")
 
 
-def test_a_run_without_a_batch_to_test_ends_with_its_table(capsys):
+def test_run_without_test_batches_ends_with_summary(capsys):
     fit("--model=linear_ae", "--trainer.limit_test_batches=0")
     assert "Next: aezoo test --ckpt_path runs/linear_ae-digits/0\n" in capsys.readouterr().out
 
@@ -410,7 +410,7 @@ def test_every_run_has_a_folder_and_reusable_config():
         assert torch.equal(one, other)  # the same seed, the same numbers
 
 
-def test_without_a_logger_a_second_run_works_too():
+def test_second_run_works_without_logger():
     for number in "01":
         fit("--model", "linear_ae", "--trainer.logger", "false")
         assert Path(f"runs/linear_ae-digits/{number}/config.yaml").is_file()
@@ -424,21 +424,21 @@ def test_yaml_takes_registry_names_and_flags_win(form):
     assert type(model).__name__ == "TopKSAE" and model.k == 5
 
 
-def test_on_and_off_need_no_quotes_in_yaml():
+def test_yaml_on_and_off_are_read_as_strings():
     Path("mine.yaml").write_text("model: linear_ae\ncompile: off\ndata: {name: digits, memory: on}\n")
     fit("-c", "mine.yaml")
     config = yaml.safe_load(Path("runs/mine/0/config.yaml").read_text())
     assert (config["compile"], config["data"]["memory"]) == ("off", "on")
 
 
-def test_a_run_is_not_taken_for_a_recipe(capsys):
+def test_run_folder_is_refused_as_recipe(capsys):
     Path("runs/vae/0").mkdir(parents=True)
     Path("runs/vae/0/config.yaml").write_text("model: vae\n")
     line = refused(capsys, "fit", "-c", "runs/vae/0")
     assert "run folder: give -c runs/vae/0/config.yaml for its settings, or --ckpt_path runs/vae/0" in line
 
 
-def test_a_local_file_wins_over_a_recipe_of_that_name():
+def test_local_file_takes_precedence_over_recipe():
     Path("vae").write_text("model: linear_ae\n")
     fit("-c", "vae")
     assert type(aezoo.load_model("runs/vae/0")).__name__ == "LinearAE"
@@ -479,7 +479,7 @@ def test_checkpoint_alone_serves_validate_test_predict_resume(capsys):
     assert not Path("runs/vae-digits/1").exists()
 
 
-def test_a_fit_that_is_refused_leaves_the_settings_of_its_run(capsys):
+def test_refused_fit_keeps_run_config(capsys):
     fit("--model", "dense_ae")
     config = Path("runs/dense_ae-digits/0/config.yaml")
     before = config.read_text()
@@ -488,7 +488,7 @@ def test_a_fit_that_is_refused_leaves_the_settings_of_its_run(capsys):
         assert "do not fit the model" in line and config.read_text() == before
 
 
-def test_weights_alone_are_no_training_to_go_on_with(capsys):
+def test_weights_only_checkpoint_cannot_resume_training(capsys):
     fit("--model=dense_ae", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true",
         "--trainer.callbacks.dirpath=lean")  # fmt: skip
     (lean,) = map(str, Path("lean").iterdir())
@@ -499,7 +499,7 @@ def test_weights_alone_are_no_training_to_go_on_with(capsys):
     assert "test/loss" in out and "run folder" not in out
 
 
-def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
+def test_flags_override_checkpoint_with_notice(capsys):
     fit("--model", "dense_ae")
     main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
     assert "model.lr is 0.5, the checkpoint has 0.001" in capsys.readouterr().err
@@ -514,7 +514,7 @@ def test_flags_beat_the_checkpoint_and_a_difference_is_said(capsys):
     assert "trained on samples of shape 1x8x8" in line
 
 
-def test_the_stamp_survives_a_checkpoint_whose_file_moved(tmp_path):
+def test_moved_checkpoint_keeps_its_model_name(tmp_path):
     fit("--model", "sparse")
     (tmp_path / "elsewhere.ckpt").write_bytes(Path("runs/sparse_ae_l1-digits/0/checkpoints/last.ckpt").read_bytes())
     main(["test", "--ckpt_path", "elsewhere.ckpt"])
@@ -528,7 +528,7 @@ def test_best_checkpoint_is_taken_regardless_of_time():
     assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
 
 
-def test_a_second_model_checkpoint_leaves_best_as_it_is(capsys):
+def test_second_model_checkpoint_does_not_change_best(capsys):
     # the last epoch, which Lightning's own keeps, is not the best
     diverges = ["--model.optimizer=sgd", "--model.lr=0.3", "--trainer.max_epochs=4"]
     fit("--model=dense_ae", *diverges, "--trainer.callbacks+=ModelCheckpoint")
@@ -570,7 +570,7 @@ def test_schedule_accumulation_and_clipping_work_together():
     )  # fmt: skip
 
 
-def test_optional_callbacks_go_by_their_class_name():
+def test_optional_callbacks_are_added_by_class_name():
     fit(
         "--model=vae", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9",
         "--trainer.callbacks+=BetaAnnealing", "--trainer.callbacks.n_steps=10",
@@ -585,7 +585,7 @@ def test_model_and_data_hyperparameters_do_not_clash():
         assert not data & set(inspect.signature(aezoo.model_class(name)).parameters)
 
 
-def test_spawned_processes_can_pickle_what_the_command_line_adds():
+def test_command_line_classes_are_picklable():
     import pickle
 
     from aezoo.cli import lightning_cli
@@ -603,7 +603,7 @@ def test_two_processes_train_one_run():
     assert len(list(Path("runs/vae-digits/0/checkpoints").glob("*.ckpt"))) == 2
 
 
-def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch):
+def test_too_many_cpu_processes_are_refused(capsys, monkeypatch):
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
     from aezoo.cli import trainer_settings
@@ -620,7 +620,7 @@ def test_more_processes_than_a_cpu_can_serve_are_not_started(capsys, monkeypatch
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_a_gpu_that_is_not_there_is_told_with_a_cure(capsys, monkeypatch, built):
+def test_missing_gpu_is_reported_with_remedy(capsys, monkeypatch, built):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
@@ -629,7 +629,7 @@ def test_a_gpu_that_is_not_there_is_told_with_a_cure(capsys, monkeypatch, built)
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume():
+def test_ctrl_c_keeps_checkpoint_and_prints_resume_command():
     import signal
 
     command = [sys.executable, "-u", "-m", "aezoo", "fit", "--model", "vae", "--trainer.max_epochs", "10000", *OFF]
@@ -692,12 +692,12 @@ LONG = "x" * 300
         ["test", "--ckpt_path", LONG], ["reconstruct", "--ckpt_path", LONG],
     ],
 )  # fmt: skip
-def test_a_path_that_cannot_be_looked_at_is_one_line(argv, capsys):
+def test_overlong_path_is_refused_in_one_line(argv, capsys):
     line = refused(capsys, *argv)
     assert "File name too long" in line and "default_root_dir" not in line
 
 
 @pytest.mark.parametrize("argv", [["fit", "--model", "vae", "--data"], ["test", "--ckpt_path"], ["cp", "vae"]])
-def test_a_name_with_a_line_break_is_told_in_one_line(argv, capsys):
+def test_path_with_newline_is_escaped_in_error(argv, capsys):
     Path("a\nb\x1b[31m.npy").write_text("no array")
     assert "a\\nb\\x1b[31m.npy" in refused(capsys, *argv, "a\nb\x1b[31m.npy")

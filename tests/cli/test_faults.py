@@ -41,7 +41,7 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize("name", aezoo.list_models())
-def test_the_wrong_shape_at_inference(name):
+def test_wrong_input_shape_at_inference_is_refused(name):
     model = aezoo.create_model(name, input_shape=(1, 8, 8)).eval()
     assert model.encode(torch.rand(2, 1, 8, 8)).shape == (2, *model.code_shape)
     for method in (model.encode, model.score, model):
@@ -55,7 +55,7 @@ def test_the_wrong_shape_at_inference(name):
         model.decode(torch.rand(2, *(n + 1 for n in model.code_shape)))
 
 
-def test_a_message_about_shapes_costs_training_nothing(monkeypatch):
+def test_shapes_are_checked_only_after_failure_in_training(monkeypatch):
     model = aezoo.create_model("dense_ae", input_shape=(4,)).train()
     looks = []
     monkeypatch.setattr(input_checks, "_check", lambda *arguments: looks.append(arguments))
@@ -76,7 +76,7 @@ def test_images_from_0_to_255_are_refused(training):
         model.check_batch(torch.linspace(-0.5, 2, 128).reshape(2, 1, 8, 8))
 
 
-def test_labels_of_a_table_are_any_whole_numbers_but_no_nan(capsys):
+def test_table_labels_may_be_any_integers_but_not_nan(capsys):
     x = np.random.default_rng(0).random((60, 4), dtype=np.float32)
     np.savez("x.npz", x_train=x, y_train=np.full(60, np.nan))
     assert "labels hold NaN" in refused(capsys, "fit", "--model=vae", "--data.name=x.npz")
@@ -86,7 +86,7 @@ def test_labels_of_a_table_are_any_whole_numbers_but_no_nan(capsys):
     assert set(data.tensors("train")[1].tolist()) == {0, 1}
 
 
-def test_a_checkpoint_of_another_shape(capsys):
+def test_checkpoint_of_different_input_shape_is_refused(capsys):
     main(FIT)
     line = refused(capsys, "test", "--ckpt_path=runs/vae-digits/0", "--data.name=mnist5k")
     assert "trained on samples of shape 1x8x8, these data give 1x28x28" in line
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_shape(capsys):
 # ---- files of another version, packages that are missing ------------------------------------------------------------
 
 
-def test_another_version_is_noted_and_its_files_load(capsys):
+def test_checkpoint_of_different_version_loads_with_notice(capsys):
     main(FIT)
     path = Path("runs/vae-digits/0/checkpoints/last.ckpt")
     aezoo.load_model(path)
@@ -115,7 +115,7 @@ def test_another_version_is_noted_and_its_files_load(capsys):
     assert "saved was written by aezoo 0.0 1" in capsys.readouterr().err
 
 
-def test_an_extra_that_is_not_installed_is_named(capsys, monkeypatch):
+def test_missing_extra_is_named(capsys, monkeypatch):
     Path("x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pandas", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -124,7 +124,7 @@ def test_an_extra_that_is_not_installed_is_named(capsys, monkeypatch):
     assert "parquet" in importlib.metadata.metadata("aezoo").get_all("Provides-Extra")
 
 
-def test_without_tensorboard(capsys, monkeypatch):
+def test_missing_tensorboard_names_alternatives(capsys, monkeypatch):
     import lightning.fabric.loggers.tensorboard as module
 
     monkeypatch.setattr(module, "_TENSORBOARD_AVAILABLE", False)
@@ -132,7 +132,7 @@ def test_without_tensorboard(capsys, monkeypatch):
     assert "pip install tensorboard, or --trainer.logger false" in refused(capsys, *FIT)
 
 
-def test_the_readme_says_what_to_do_about_a_port_in_use():
+def test_readme_mentions_free_tensorboard_port():
     readme = Path(aezoo.__file__).parents[1] / "README.md"
     if not readme.is_file():
         pytest.skip("installed without the repository")
@@ -143,13 +143,13 @@ def test_the_readme_says_what_to_do_about_a_port_in_use():
 
 
 @pytest.mark.parametrize("root", ["a_file", "a_file/below"])
-def test_a_run_folder_that_cannot_be(capsys, root):
+def test_uncreatable_run_folder_is_refused(capsys, root):
     Path("a_file").touch()
     line = refused(capsys, *FIT, f"--trainer.default_root_dir={root}")
     assert "cannot read or write" in line and "a_file" in line and "--trainer.default_root_dir" in line
 
 
-def test_a_folder_of_predictions_that_is_a_file(capsys):
+def test_predictions_folder_that_is_a_file_is_refused(capsys):
     main(FIT)
     Path("a_file").touch()
     line = refused(capsys, "predict", "--ckpt_path", "runs/vae-digits/0", "--predictions.folder", "a_file")
@@ -157,7 +157,7 @@ def test_a_folder_of_predictions_that_is_a_file(capsys):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_logger_that_cannot_write(capsys, monkeypatch, code):
+def test_unwritable_logger_is_reported_in_one_line(capsys, monkeypatch, code):
     from torch.utils.tensorboard import SummaryWriter
 
     def full(*args, **kwargs):
@@ -171,7 +171,7 @@ def test_a_logger_that_cannot_write(capsys, monkeypatch, code):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file there")
 @pytest.mark.parametrize("size", [3_000, 20_000])
-def test_a_full_disk_in_the_middle_of_a_run(capsys, size):
+def test_full_disk_during_run_is_reported_in_one_line(capsys, size):
     """3,000 bytes end in TensorBoard's writer, 20,000 in a checkpoint."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -182,7 +182,7 @@ def test_a_full_disk_in_the_middle_of_a_run(capsys, size):
     assert "File too large" in line and "what was saved before is kept" in line
 
 
-def test_any_other_error_of_the_system_is_not_hidden(monkeypatch):
+def test_other_os_errors_are_not_hidden(monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 
     def interrupted(*args, **kwargs):

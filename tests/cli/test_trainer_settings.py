@@ -51,14 +51,14 @@ def test_interrupted_evaluation_leaves_no_state():
     assert evaluated(own, X) == figures
 
 
-def test_the_data_of_each_evaluation_are_looked_at():
+def test_each_evaluation_checks_its_data():
     own = model()
     evaluated(own, X)
     with pytest.raises(AezooError, match=r"needs data in \[0, 1\], got values from"):
         evaluated(own, 255 * X)
 
 
-def test_several_loaders_are_evaluated_apart_and_predicted():
+def test_several_loaders_are_evaluated_separately():
     own = model()
     both, second = evaluated(own, X, X / 2), evaluated(own, X / 2)
     first = evaluated(own, X)
@@ -81,7 +81,7 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode(whole):
     assert modes.seen["encoder"] == whole
 
 
-def test_an_optimizer_of_the_user_goes_on_at_its_own_rate(tmp_path):
+def test_custom_optimizer_keeps_learning_rate_on_resume(tmp_path):
     rates = []
     for ckpt_path in (None, tmp_path / "half.ckpt"):
         own = model()
@@ -103,7 +103,7 @@ def test_convolutions_can_be_pruned():
 @pytest.mark.parametrize(
     ("name", "settings"), [("noise2void", {"width": 4, "depth": 3}), ("vq_vae", {"hidden_dims": (4,)})]
 )
-def test_data_start_codes_and_hide_pixels_in_any_precision(name, settings, precision):
+def test_data_init_and_masking_support_any_precision(name, settings, precision):
     own = model(name, (1, 8, 8), **settings)
     run = fit(own, torch.rand(8, 1, 8, 8, dtype=torch.float64), precision=precision, max_epochs=1)
     assert torch.isfinite(run.callback_metrics["train/loss"])
@@ -128,7 +128,7 @@ SPARSE = {"latent_dim": 12, "k": 2, "data_init": True, "lr": 0.1}
 
 
 @pytest.mark.parametrize("fabric", [None, Fabric(accelerator="cpu", devices=1)])
-def test_it_takes_the_steps_that_a_trainer_takes(fabric):
+def test_manual_loop_matches_trainer_steps(fabric):
     """Directions of norm 1 from the first batch on, with Adam's moments along the sphere."""
     by_trainer = model("topk_sae", **SPARSE)
     fit(by_trainer)
@@ -138,7 +138,7 @@ def test_it_takes_the_steps_that_a_trainer_takes(fabric):
 
 
 @pytest.mark.parametrize("was_fitted", [False, True])
-def test_it_counts_its_steps_and_draws_noise_anew(was_fitted):
+def test_manual_loop_counts_steps_and_redraws_noise(was_fitted):
     own = model("annealed_vae", hidden_dims=(8,))
     if was_fitted:
         fit(own)
@@ -162,7 +162,7 @@ class Around(pl.LightningModule):
         return self.own.configure_optimizers()
 
 
-def test_so_does_a_module_around_a_model():
+def test_wrapping_module_keeps_unit_norm_directions():
     own = model("topk_sae", **{**SPARSE, "data_init": False})
     trainer().fit(Around(own), loader())
     torch.testing.assert_close(own.decoder.W_NX.norm(dim=1), torch.ones(12))

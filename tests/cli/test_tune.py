@@ -69,7 +69,7 @@ def rows(study=STUDY):
         ("16,32", "choice", ("16", "32")),
     ],
 )
-def test_a_search_is_a_range_or_values(text, kind, of_it):
+def test_search_is_parsed_as_range_or_choices(text, kind, of_it):
     found = tune.search("model.x", text)
     assert found.kind == kind
     assert (found.choices if kind == "choice" else (found.low, found.high, found.step)) == of_it
@@ -83,20 +83,20 @@ def test_a_search_is_a_range_or_values(text, kind, of_it):
         ("a,b,c", {"lr": "b"}, ("a", "b", "c")),
     ],
 )
-def test_values_are_drawn_as_flags_take_them(text, values, ends):
+def test_suggested_values_are_valid_flag_text(text, values, ends):
     found = tune.search("lr", text)
     assert found.bounds() == ends
     assert found.suggest(optuna.trial.FixedTrial(values)) == str(values["lr"])
 
 
 @pytest.mark.parametrize(("text", "evenly"), [("log:0.01:1", False), ("float:0.01:1", True), ("int:1:9", True)])
-def test_what_is_drawn_evenly_and_what_over_its_logarithm(text, evenly):
+def test_search_kind_sets_linear_or_log_sampling(text, evenly):
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
     tune.search("k", text).suggest(trial)
     assert trial.distributions["k"].log is not evenly
 
 
-def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
+def test_integers_support_step_and_log_sampling():
     for text, seen in (("int:2:8:3", {2, 5, 8}), ("int:1:4:log", {1, 2, 3, 4})):
         tune_study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         trials = [tune_study.ask() for _ in range(60)]
@@ -121,7 +121,7 @@ def test_whole_numbers_are_drawn_in_steps_and_over_a_logarithm():
         ("a,a", "values that differ"),
     ],
 )
-def test_a_bad_search_is_told_in_one_line(capsys, text, words):
+def test_invalid_search_is_refused_in_one_line(capsys, text, words):
     ends(*BASE, f"--search.model.lr={text}")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"aezoo: --search.model.lr {text}: ") and words in line
@@ -147,7 +147,7 @@ def test_a_bad_search_is_told_in_one_line(capsys, text, words):
         ([LR, "--resume", "auto"], "--resume is not for tune"),
     ],
 )
-def test_a_bad_flag_of_the_search_is_told_in_one_line(capsys, flags, words):
+def test_invalid_tune_flag_is_refused_in_one_line(capsys, flags, words):
     ends(*BASE, *flags)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
@@ -168,7 +168,7 @@ def test_help_and_mistakes_need_neither_torch_nor_optuna():
         assert done.stdout.splitlines()[-1] == f"code {code}", done.stderr
 
 
-def test_without_the_extra_the_cure_is_said(capsys, monkeypatch):
+def test_missing_optuna_names_extra_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     ends(*BASE, LR)
     assert "pip install 'aezoo[tune]'" in capsys.readouterr().err
@@ -185,7 +185,7 @@ def test_without_the_extra_the_cure_is_said(capsys, monkeypatch):
         ([LR, "--model=vea"], "did you mean 'vae'"),
     ],
 )
-def test_what_fit_would_refuse_is_refused_before_the_first_trial(capsys, fake, flags, words):
+def test_invalid_fit_flags_are_refused_before_first_trial(capsys, fake, flags, words):
     fake()
     ends(*BASE, *flags)
     *_, line = capsys.readouterr().err.splitlines()
@@ -195,7 +195,7 @@ def test_what_fit_would_refuse_is_refused_before_the_first_trial(capsys, fake, f
 # ---- studies --------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
+def test_study_finds_best_trial_and_writes_its_config(fake, capsys):
     fake()
     main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
     table = rows()
@@ -217,7 +217,7 @@ def test_a_study_finds_the_best_and_writes_what_fit_takes(fake, capsys):
 
 
 @pytest.mark.slow
-def test_the_seed_decides_what_is_drawn(fake):
+def test_trial_values_are_determined_by_seed(fake):
     fake()
     drawn = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -227,7 +227,7 @@ def test_the_seed_decides_what_is_drawn(fake):
 
 
 @pytest.mark.slow
-def test_of_what_should_be_large_the_largest_is_best(fake):
+def test_direction_max_selects_largest_value(fake):
     fake()
     Path("mine.yaml").write_text("trainer:\n  default_root_dir: out\n")
     main([*BASE, "-c", "mine.yaml", LR, "--trials=3", "--direction=max", "--prune=off"])
@@ -240,7 +240,7 @@ def test_of_what_should_be_large_the_largest_is_best(fake):
 
 
 @pytest.mark.slow
-def test_a_crash_loses_one_trial(fake, capsys):
+def test_failed_trials_do_not_end_study(fake, capsys):
     fake(_0="crash", _1="die", _3="nan")
     main([*BASE, LR, "--trials=4"])
     assert [row["state"] for row in rows()] == ["fail", "fail", "complete", "fail"]
@@ -253,7 +253,7 @@ def test_a_crash_loses_one_trial(fake, capsys):
     assert "trial 0: failed: it is broken, mend it" in capsys.readouterr().out
 
 
-def test_a_study_of_which_nothing_works_ends_soon(fake, capsys):
+def test_study_ends_after_three_failed_trials(fake, capsys):
     fake(_0="crash", _1="crash", _2="crash")
     ends(*BASE, LR, "--trials=9")
     assert "the first 3 trials failed, the last with: it is broken, mend it; see" in capsys.readouterr().err
@@ -261,7 +261,7 @@ def test_a_study_of_which_nothing_works_ends_soon(fake, capsys):
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_behind_is_pruned(fake):
+def test_unpromising_trial_is_pruned(fake):
     fake(_5="bad")
     main([*BASE, LR, "--trials=6"])
     assert rows()[5]["state"] == "pruned" and float(rows()[5]["val/loss"]) == 1e6
@@ -269,7 +269,7 @@ def test_a_trial_that_is_behind_is_pruned(fake):
 
 
 @pytest.mark.slow
-def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
+def test_interrupted_study_resumes_exactly(fake, capsys):
     fake()
     main([*BASE, LR, "--trials=4", "--study=whole"])
     fake(_1="interrupt")
@@ -288,7 +288,7 @@ def test_an_interrupted_study_goes_on_as_if_nothing_had_happened(fake, capsys):
 
 
 @pytest.mark.slow
-def test_a_torn_line_of_a_trials_figures_does_not_end_its_study(fake):
+def test_truncated_trial_metrics_do_not_end_study(fake):
     fake(_0="interrupt")
     command = [*BASE, LR, "--trials=1"]
     ends(*command, code=130)
@@ -298,7 +298,7 @@ def test_a_torn_line_of_a_trials_figures_does_not_end_its_study(fake):
 
 
 @pytest.mark.slow
-def test_another_search_is_another_study(fake, capsys):
+def test_changed_search_needs_new_study(fake, capsys):
     fake(_0="interrupt")
     ends(*BASE, LR, "--trials=1", code=130)
     fake()
@@ -328,7 +328,7 @@ def test_an_unknown_monitor_ends_the_first_trial(fake, capsys, monitor, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["study.db", "else/where.log"])
-def test_the_record_can_lie_elsewhere(fake, name):
+def test_study_storage_can_be_chosen(fake, name):
     fake()
     for trials in (1, 2):
         main([*BASE, LR, f"--trials={trials}", f"--storage={name}"])
@@ -337,14 +337,14 @@ def test_the_record_can_lie_elsewhere(fake, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["words.db", "words.log"])
-def test_a_file_that_is_no_record_is_refused(fake, capsys, name):
+def test_invalid_storage_file_is_refused(fake, capsys, name):
     Path(name).write_text("no record\nat all\n")
     ends(*BASE, LR, f"--storage={name}")
     assert f"cannot use {name} as a study: " in capsys.readouterr().err and not Path("runs").exists()
 
 
 @pytest.mark.slow
-def test_a_line_that_a_killed_process_left_half_is_taken_away(fake):
+def test_truncated_journal_line_is_removed(fake):
     fake()
     main([*BASE, LR, "--trials=1"])
     for torn in ('{"op_code":5,"wor', '{"op'):
@@ -355,14 +355,14 @@ def test_a_line_that_a_killed_process_left_half_is_taken_away(fake):
     assert [row["state"] for row in rows()] == ["complete"] * 3
 
 
-def test_a_file_that_is_no_record_is_not_changed(fake):
+def test_invalid_storage_file_is_not_modified(fake):
     Path("words.log").write_text("no record\nat all")
     ends(*BASE, LR, "--storage=words.log")
     assert Path("words.log").read_text() == "no record\nat all"
 
 
 @pytest.mark.slow
-def test_a_lock_that_a_killed_process_left_holds_nobody_up(fake):
+def test_stale_lock_does_not_block_study(fake):
     fake()
     main([*BASE, LR, "--trials=1"])
     (STUDY / "study.log.lock").symlink_to(STUDY / "study.log")
@@ -387,7 +387,7 @@ def test_moved_study_continues_from_another_folder(fake, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_study_whose_folder_was_renamed_goes_on(fake):
+def test_renamed_study_folder_continues(fake):
     fake()
     command = [*BASE, LR, "--study"]
     main([*command, "mine", "--trials=1"])
@@ -397,7 +397,7 @@ def test_a_study_whose_folder_was_renamed_goes_on(fake):
 
 
 @pytest.mark.slow
-def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
+def test_studies_of_same_name_do_not_share_storage(fake, capsys):
     fake()
     command = [*BASE, LR, "--trials=1", "--storage=all.db"]
     main([*command, "--study=a/x"])
@@ -408,7 +408,7 @@ def test_two_studies_of_one_name_do_not_share_a_record(fake, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
+def test_ctrl_c_while_opening_storage_prints_continue_command(fake, capsys, monkeypatch):
     from aezoo.cli import tune_study
 
     fake()
@@ -418,7 +418,7 @@ def test_ctrl_c_while_the_record_is_opened(fake, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_in_one_line(fake, capsys, monkeypatch):
+def test_full_disk_is_reported_and_study_continues(fake, capsys, monkeypatch):
     from aezoo.cli import tune_study
 
     fake()
@@ -444,7 +444,7 @@ def test_after_the_timeout_no_trial_is_started(fake, capsys):
 
 
 @pytest.mark.slow
-def test_a_real_study_trains_and_its_best_trains_again(capsys):
+def test_real_study_trains_and_best_config_can_be_fitted(capsys):
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     quick = [*off, "--projector.n=0", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
     main([*BASE, "--search.model.latent_dim=int:2:8", "--trials=1", *quick])

@@ -69,7 +69,7 @@ def outcome(written, content, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_file_is_what_its_description_says(written, mode):
+def test_file_layout_matches_format_description(written, mode):
     _, files, _, right = written
     header, frames = take_apart(files[mode])
     assert (header["mode"], header["n"], header["shape"], header["code_shape"]) == (mode, 6, [9], [3])
@@ -112,13 +112,13 @@ def test_forged_header_is_refused_or_harmless(written, mode, field):
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"{" * 60000, b"\xff\xfe", b"1" * 5000, b'{"n": NaN}'])
-def test_a_header_that_is_none_is_refused(written, text):
+def test_malformed_header_is_refused(written, text):
     _, frames = take_apart(written[1]["lossless"])
     assert "header is not one of compress" in outcome(written, put_together(text, frames))
     assert isinstance(outcome(written, put_together(text + b" " * 70000, frames)), str)
 
 
-def test_fields_that_are_missing_or_too_many_are_refused(written):
+def test_missing_or_extra_header_fields_are_refused(written):
     header, frames = take_apart(written[1]["lossless"])
     for name in header:
         assert "missing or too many" in outcome(
@@ -127,14 +127,14 @@ def test_fields_that_are_missing_or_too_many_are_refused(written):
     assert "missing or too many" in outcome(written, put_together(header | {"path": "/etc/passwd"}, frames))
 
 
-def test_a_number_in_the_header_that_is_no_number_is_refused(written):
+def test_non_finite_header_number_is_refused(written):
     header, frames = take_apart(written[1]["lossy"])
     for word in (float("nan"), float("inf")):
         assert "quality is" in outcome(written, put_together(header | {"quality": word}, frames))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_lying_number_of_samples_takes_no_memory_and_no_time(written, mode):
+def test_false_sample_count_is_refused_cheaply(written, mode):
     header, frames = take_apart(written[1][mode])
     *tables, (_, digest, payload) = frames
     most = container.max_samples_per_frame((9,))
@@ -154,7 +154,7 @@ def test_a_lying_number_of_samples_takes_no_memory_and_no_time(written, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parts_that_are_empty_missing_or_too_many_are_refused(written, mode):
+def test_empty_missing_or_extra_frames_are_refused(written, mode):
     header, frames = take_apart(written[1][mode])
     *tables, part = frames
     nothing = [0, part[1], b""]
@@ -166,13 +166,13 @@ def test_parts_that_are_empty_missing_or_too_many_are_refused(written, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_samples_that_are_not_those_of_the_digest_are_refused(written, mode):
+def test_digest_mismatch_is_refused(written, mode):
     header, frames = take_apart(written[1][mode])
     frames[-1][1] = hashlib.sha256(b"other samples").digest()
     assert "come out differently here" in outcome(written, put_together(header, frames))
 
 
-def test_sizes_that_do_not_add_up_are_refused(written):
+def test_inconsistent_frame_sizes_are_refused(written):
     content = written[1]["lossless"][:-32]
     at = 14 + struct.unpack("<I", content[10:14])[0]
     for size in (0, 1, 2**32, 2**63, 2**64 - 1):
@@ -183,7 +183,7 @@ def test_sizes_that_do_not_add_up_are_refused(written):
     assert "version 2" in outcome(written, sealed(content[:8] + b"\x02" + content[9:]))
 
 
-def test_a_file_may_have_several_parts(written, monkeypatch):
+def test_multi_frame_file_roundtrips(written, monkeypatch):
     model = written[0]
     x = torch.randint(0, 2, (21, 9)).float()
     for mode in MODES:
@@ -209,7 +209,7 @@ VALUE = st.one_of(SMALL, st.lists(SMALL, max_size=4), st.integers(0, 300))
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_no_change_of_a_file_gives_other_samples(written, mode, data):
+def test_altered_file_never_decodes_to_other_samples(written, mode, data):
     content, right = written[1][mode], written[3][mode]
     kind = data.draw(st.sampled_from(["flip", "cut", "field", "number", "payload"]))
     seal = True

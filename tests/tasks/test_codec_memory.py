@@ -30,7 +30,7 @@ print(json.dumps([work(x).same, 4 * x.size]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
-def test_a_large_set_is_coded_in_less_memory_than_it_takes(tmp_path):
+def test_coding_memory_stays_below_data_size(tmp_path):
     most = 2**27
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BIG, str(tmp_path), "12000", str(most)], capture_output=True, text=True

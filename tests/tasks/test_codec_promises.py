@@ -124,7 +124,7 @@ def test_two_latent_layers_cost_both_kls_and_roundtrip(tmp_path):
         ("discretised_logistic:0.3", (3, 8, 8), {"net": "conv", "hidden_dims": (4,)}),
     ],
 )
-def test_the_net_rate_is_the_elbo_that_the_model_itself_gives(likelihood, shape, settings, precision):
+def test_net_rate_matches_model_elbo(likelihood, shape, settings, precision):
     model = vae(likelihood, shape, latent_dim=6, **settings)
     torch.manual_seed(2)
     with torch.no_grad():  # samples that the model may have given, as a trained one's are
@@ -170,7 +170,7 @@ def test_initial_bits_do_not_grow_with_samples():
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_one_sample_and_constant_samples_go_in_and_out(tmp_path, n):
+def test_single_and_constant_samples_roundtrip(tmp_path, n):
     for value in (0.0, 1.0)[:n]:
         model, x = vae(), torch.full((n, 64), value)
         for mode in ("lossless", "lossy"):
@@ -192,7 +192,7 @@ def other_arithmetic(model, error):
 
 
 @pytest.mark.parametrize("error", [1e-7, 1e-3])
-def test_another_machine_gives_the_same_bytes_or_refuses(tmp_path, error):
+def test_different_arithmetic_decodes_exactly_or_refuses(tmp_path, error):
     model, x = vae("discretised_logistic:0.1"), torch.arange(50 * 64).reshape(50, 64) % 256 / 255
     compress(model, x, compare=False, out=str(tmp_path))
     other_arithmetic(model, error)
@@ -221,7 +221,7 @@ def test_lossy_file_of_other_machine_needs_accepted_rounding(tmp_path):
     assert decompress(model, path, strict=False).same
 
 
-def test_decoding_runs_on_as_many_threads_as_encoding_did(tmp_path):
+def test_decoding_uses_thread_count_of_encoding(tmp_path):
     model, x = vae(), bits(40)
     seen = []
     model.decoder.register_forward_hook(lambda module, given, out: seen.append(torch.get_num_threads()))
@@ -243,7 +243,7 @@ def test_decoding_runs_on_as_many_threads_as_encoding_did(tmp_path):
 
 @pytest.mark.parametrize("mode", ["lossless", "lossy"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_what_is_interrupted_leaves_nothing(tmp_path, mode, kind):
+def test_interrupted_coding_leaves_no_files(tmp_path, mode, kind):
     model, x, calls = vae(), bits(50), []
 
     def interrupt(module, given, out):
@@ -264,7 +264,7 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, mode, kind):
     assert not list((tmp_path / "back").iterdir())
 
 
-def test_without_constriction_one_line_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_constriction_names_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tables.constriction_stream.cache_clear()
     try:
@@ -302,7 +302,7 @@ def test_more_bits_give_less_distortion(steps):
     assert rate == sorted(rate) and psnr == sorted(psnr) and len(set(rate)) == len(set(psnr)) == 6
 
 
-def test_the_other_formats_hold_what_they_are_said_to_hold():
+def test_baseline_codecs_are_lossless():
     x = (np.random.default_rng(0).random((70, 3, 9, 7)) * 255).astype(np.uint8)
     for grid in (baselines._sheet(x.shape), baselines._strip(x.shape)):
         pages = [np.asarray(page) for page in baselines._pages(x, grid)]

@@ -42,21 +42,21 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-def test_a_run_is_all_it_takes(run, capsys):
+def test_verb_needs_only_a_run_folder(run, capsys):
     main(["reconstruct", "--ckpt_path", str(run)])
     out = capsys.readouterr().out
     assert "8 samples" in out and str(run / "reconstruct" / "errors.csv") in out
     assert np.load(run / "reconstruct" / "reconstructions.npy").shape == (8, 4)
 
 
-def test_the_split_the_folder_and_the_batch_size_are_the_users(run, tmp_path, capsys):
+def test_split_output_folder_and_batch_size_are_respected(run, tmp_path, capsys):
     flags = ["--split=train", f"--out={tmp_path / 'here'}", "--batch_size=5", "--n_shown", "0", "--device", "cpu"]
     main(["reconstruct", "--ckpt_path", str(run), *flags])
     assert "64 samples" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["errors.csv", "reconstructions.npy"]
 
 
-def test_results_that_replace_earlier_ones_say_so(run, tmp_path, capsys):
+def test_overwritten_results_are_reported(run, tmp_path, capsys):
     flags = ["--ckpt_path", str(run), f"--out={tmp_path}", "--n_shown", "0"]
     main(["reconstruct", *flags])
     assert capsys.readouterr().err == ""
@@ -66,7 +66,7 @@ def test_results_that_replace_earlier_ones_say_so(run, tmp_path, capsys):
     assert capsys.readouterr().err == said and (tmp_path / "mine.txt").is_file()
 
 
-def test_a_file_is_scaled_as_the_training_data_were(run, tmp_path, capsys):
+def test_input_file_is_scaled_as_training_data(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         x, y = file["x"], file["y"]
     np.savez(tmp_path / "new.npz", x=x, y=y)
@@ -100,7 +100,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
-def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb):
+def test_differently_scaled_data_are_reported(run, tmp_path, caplog, verb):
     with np.load(run.parents[2] / "data.npz") as file:
         np.savez(tmp_path / "new.npz", x=2 * file["x"], y=file["y"])
     words = "values are scaled by what its own training split holds"
@@ -112,7 +112,7 @@ def test_other_data_that_are_scaled_otherwise_say_so(run, tmp_path, caplog, verb
 
 
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
-def test_other_splits_than_those_of_training_are_named(run, tmp_path, capsys, verb):
+def test_changed_split_settings_are_reported(run, tmp_path, capsys, verb):
     place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
     words = "aezoo: --data.seed and --data.test_fraction: the set is split differently than for training"
     for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
@@ -140,7 +140,7 @@ def test_training_classes_are_not_required_in_other_data(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
+def test_tables_contain_file_names_and_labels(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):
         folder = tmp_path / "photos" / ("sound" if i % 2 else "broken")
@@ -166,7 +166,7 @@ def test_tables_say_the_file_and_the_label_that_the_data_have(tmp_path, capsys):
     assert one in (tmp_path / "out" / "scores.csv").read_text()
 
 
-def test_labels_in_tables_are_those_of_the_file(run, tmp_path):
+def test_table_labels_match_input_file(run, tmp_path):
     rows = np.random.default_rng(0).normal(100, 5, (6, 4)).tolist()
     for labels in ([7, 3, 7, -1, 3, 30], ["b", "a", "b", "b", "a", "c"]):
         lines = [",".join(map(repr, row)) + f",{label}" for row, label in zip(rows, labels, strict=True)]
@@ -200,7 +200,7 @@ def table(tmp_path_factory):
         ("age,height,mass", "lacks 'weight' and has 'mass' besides of the 3"),
     ],
 )
-def test_columns_of_other_names_or_in_another_order_are_refused(table, tmp_path, capsys, header, words):
+def test_renamed_or_reordered_columns_are_refused(table, tmp_path, capsys, header, words):
     pandas = pytest.importorskip("pandas")
     names = header.split(",")
     frame = pandas.DataFrame(np.random.default_rng(1).random((12, len(names))), columns=names)
@@ -224,7 +224,7 @@ def test_matching_or_unnamed_columns_are_taken(table, tmp_path):
             assert read(str(tmp_path / "new.csv"), aezoo.io.checkpoint.load_run(table)[1]).shape == (3,)
 
 
-def test_a_file_may_have_or_lack_the_column_of_labels(tmp_path):
+def test_label_column_is_optional_in_input_file(tmp_path):
     trained = {"settings": {"label_column": "fraud"}, "scaling": {}, "columns": ("a", "b")}
     for text, labels in (("a,fraud,b\n0.1,yes,0.2\n0.3,no,0.4\n", [1, 0]), ("a,b\n0.1,0.2\n0.3,0.4\n", None)):
         (tmp_path / "new.csv").write_text(text)
@@ -233,7 +233,7 @@ def test_a_file_may_have_or_lack_the_column_of_labels(tmp_path):
         assert labels is None if samples.y is None else samples.y.tolist() == labels
 
 
-def test_a_run_is_not_tested_on_columns_in_another_order(table, tmp_path, capsys):
+def test_test_refuses_reordered_columns(table, tmp_path, capsys):
     text = (table.parents[2] / "d.csv").read_text()
     (tmp_path / "other.csv").write_text(text.replace("age,height", "height,age"))
     capsys.readouterr()
@@ -242,7 +242,7 @@ def test_a_run_is_not_tested_on_columns_in_another_order(table, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
+def test_input_picture_is_scaled_as_training_data(tmp_path):
     x = np.random.default_rng(0).integers(0, 200, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
     Image.fromarray(x[0]).save(tmp_path / "photo.png")
@@ -257,7 +257,7 @@ def test_a_picture_is_scaled_as_the_training_data_were(tmp_path):
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
 
 
-def test_what_is_not_read_of_a_picture_is_said(tmp_path, capsys):
+def test_dropped_transparency_is_reported(tmp_path, capsys):
     aezoo.save_model(aezoo.create_model("dense_ae", (3, 8, 8), latent_dim=2), tmp_path / "model")
     Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "one.png")
     main(["reconstruct", f"--ckpt_path={tmp_path / 'model'}", f"--input={tmp_path / 'one.png'}", "--n_shown=0"])
@@ -265,7 +265,7 @@ def test_what_is_not_read_of_a_picture_is_said(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_tasks_see_zeros_and_ones_where_training_did(tmp_path):
+def test_tasks_binarise_as_training_did(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
     flags = ["--data.name", str(tmp_path / "x.npy"), "--data.binarise", "dynamic", "--data.seed", "3"]
@@ -295,7 +295,7 @@ def test_saved_model_takes_file_and_names_missing_data(run, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["a file", "written out"])
-def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
+def test_saved_model_accepts_data_settings(run, tmp_path, capsys, form):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
     path, rest = run.parents[2] / "data.npz", "val_fraction: 0.5, batch_size: 7"
     flags = ["reconstruct", "--ckpt_path", str(tmp_path / "saved"), "--data"]
@@ -330,18 +330,18 @@ def test_a_saved_model_takes_settings_of_the_data(run, tmp_path, capsys, form):
         (["--ckpt_path", "RUN", "--data", "{nmae: digits}"], "unknown setting data.nmae, did you mean data.name?"),
     ],
 )
-def test_mistakes_end_in_one_line(run, capsys, flags, words):
+def test_invalid_flags_are_refused_in_one_line(run, capsys, flags, words):
     assert words in refused(capsys, "reconstruct", *[str(run) if flag == "RUN" else flag for flag in flags])
 
 
-def test_a_file_without_a_sample_is_refused(run, tmp_path, capsys):
+def test_empty_input_file_is_refused(run, tmp_path, capsys):
     np.save(tmp_path / "none.npy", np.zeros((0, 1, 8, 8), np.float32))
     line = refused(capsys, "reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / "none.npy"))
     assert line.endswith("none.npy: x is empty (shape (0, 1, 8, 8)): give at least one sample")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number):
+def test_signal_leaves_no_partial_output(run, tmp_path, monkeypatch, number):
     from aezoo.tasks import reconstruct
 
     def ended(*_):
@@ -370,7 +370,7 @@ def test_a_signal_leaves_nothing_half_written(run, tmp_path, monkeypatch, number
         signal.signal(number, before)
 
 
-def test_help_names_the_flags_of_the_verb_and_needs_no_model(capsys):
+def test_help_lists_verb_flags_without_model(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["reconstruct", "--help"])
     out = capsys.readouterr().out
@@ -408,7 +408,7 @@ def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
 
 
-def test_settings_of_input_files_leave_the_training_data_available(run, tmp_path, capsys):
+def test_input_file_settings_keep_training_data_available(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         np.save(tmp_path / "x.npy", file["x"][:9])
     command = ["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "x.npy"), f"--out={tmp_path / 'out'}"]
@@ -435,7 +435,7 @@ def test_model_works_without_its_training_data(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_left_nothing_to_test(tmp_path, capsys):
+def test_run_without_test_split_needs_input(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 4)))
     flags = ["--data", str(tmp_path / "x.npy"), "--data.test_fraction", "0", "--trainer.max_epochs", "1"]
     main(["fit", "--model", "vae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
@@ -463,7 +463,7 @@ def test_missing_package_is_reported_first(monkeypatch, package, extra, verb, fl
         getattr(aezoo, verb)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
 
 
-def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monkeypatch):
+def test_dead_data_worker_is_reported_in_one_line(run, tmp_path, capsys, monkeypatch):
     def batches(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
 
@@ -473,7 +473,7 @@ def test_a_data_worker_that_dies_is_told_in_one_line(run, tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize("verb", ["compress", "decompress"])
-def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb):
+def test_missing_codec_is_reported_before_loading_model(monkeypatch, capsys, verb):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tables.constriction_stream.cache_clear()
     assert "pip install 'aezoo[codec]'" in refused(capsys, verb, "--ckpt_path", "nowhere")
@@ -483,7 +483,7 @@ def test_the_codec_is_missed_before_the_model_is_read(monkeypatch, capsys, verb)
 
 
 @pytest.mark.slow
-def test_a_prior_needs_no_training_data(tmp_path, capsys):
+def test_generating_from_prior_needs_no_training_data(tmp_path, capsys):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).random((60, 4)))
     flags = [
         "--data.name",

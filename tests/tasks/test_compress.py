@@ -59,7 +59,7 @@ def test_lossless_roundtrip_takes_elbo_bits(tmp_path, likelihood, k):
     assert found.net_bits == pytest.approx(300 * np.mean(nats) / math.log(2), rel=0.02)
 
 
-def test_the_likelihood_of_the_user_stays_where_it_is(tmp_path, monkeypatch):
+def test_compress_does_not_move_model_likelihood(tmp_path, monkeypatch):
     model, moved = _vae("beta_binomial"), []
     real = torch.nn.Module._apply
     # what .cpu() and .to() do in place
@@ -68,7 +68,7 @@ def test_the_likelihood_of_the_user_stays_where_it_is(tmp_path, monkeypatch):
     assert moved and not any(part is model.likelihood for part in moved)
 
 
-def test_the_initial_bits_come_back_or_nothing_does():
+def test_initial_bits_are_recovered_or_decoding_fails():
     model = _vae("bernoulli")
     levels = np.random.default_rng(0).integers(0, 2, (20, 64)).astype(np.uint8)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_lossy_codes_take_table_bits_and_roundtrip():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 @pytest.mark.parametrize("n", [1, 21])
-def test_every_kind_of_sample_goes_in_and_out(tmp_path, shape, n):
+def test_every_sample_shape_roundtrips(tmp_path, shape, n):
     model = aezoo.create_model("dense_ae", shape)
     x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
     found = compress(model, x, out=str(tmp_path), batch_size=4)
@@ -145,7 +145,7 @@ def test_every_kind_of_sample_goes_in_and_out(tmp_path, shape, n):
     assert np.array_equal(np.load(tmp_path / "back" / "samples.npy"), back.x)
 
 
-def test_the_pictures_of_a_lossless_file_are_its_samples(tmp_path):
+def test_lossless_file_decodes_to_png_pixels(tmp_path):
     from PIL import Image
 
     torch.manual_seed(0)

@@ -188,7 +188,7 @@ def right(model, x, block=256):
 @pytest.mark.parametrize(
     ("k", "n", "power"), [(2, 3000, 2), (7, 300, 0.5), (512, 2000, 1), (512, 300, 2), (60000, 900, 1)]
 )
-def test_indices_cost_their_entropy_and_a_table_of_a_few_bytes(tmp_path, k, n, power):
+def test_index_rate_is_entropy_plus_small_table(tmp_path, k, n, power):
     model = Plain((1, 40), (k,)).eval()
     given = skewed(n, 40, k, power)
     x = model.samples(given)
@@ -209,7 +209,7 @@ def test_indices_cost_their_entropy_and_a_table_of_a_few_bytes(tmp_path, k, n, p
     assert np.array_equal(decompress(model, str(path)).x, right(model, x))
 
 
-def test_a_table_that_costs_more_than_it_saves_is_left_out(tmp_path):
+def test_unprofitable_table_is_omitted(tmp_path):
     few, many = skewed(1, 49, 512, 1), skewed(400, 49, 512, 1)
     even = np.random.default_rng(0).integers(0, 512, (400, 1, 49))
     for given, table in ((few, False), (many, True), (even, False)):
@@ -224,7 +224,7 @@ def test_a_table_that_costs_more_than_it_saves_is_left_out(tmp_path):
         assert decompress(model, str(path)).same
 
 
-def test_the_table_that_is_taken_is_the_smallest_in_total():
+def test_fitted_table_minimises_total_size():
     random = np.random.default_rng(0)
     for k in (1, 2, 3, 50, 1000):
         for n in (1, 5, 100, 10000):
@@ -245,7 +245,7 @@ def test_the_table_that_is_taken_is_the_smallest_in_total():
                 assert taken.bits(counts) == pytest.approx(-(counts[counts > 0] * np.log2(f[counts > 0] / 2**24)).sum())
 
 
-def test_levels_are_powers_and_a_fine_one_costs_next_to_nothing():
+def test_table_levels_are_powers_with_vanishing_loss_when_fine():
     for fine in range(4):
         found, exact = np.array(indices._powers(fine)), 2.0 ** (8 + np.arange(1 + (24 << fine)) / (1 << fine))
         assert found[0] == 0 and (np.floor(exact * (1 - 1e-12)) <= found[1:]).all() and (found[1:] <= exact).all()
@@ -260,7 +260,7 @@ def test_levels_are_powers_and_a_fine_one_costs_next_to_nothing():
     assert losses == pytest.approx(expected, rel=0.15)
 
 
-def test_each_book_has_its_own_table_wherever_its_indices_stand(tmp_path):
+def test_each_codebook_has_its_own_table(tmp_path):
     class TwoMaps(Plain):
         """6 indices of which 2 are of a codebook of their own, as the top of a hierarchy."""
 
@@ -289,7 +289,7 @@ def test_each_book_has_its_own_table_wherever_its_indices_stand(tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 2, 2**16, 2**16 + 1, 300_000, 2**18, 2**24, 2**40])
-def test_indices_of_large_books_are_coded_as_digits(tmp_path, k):
+def test_large_codebook_indices_are_coded_as_digits(tmp_path, k):
     bases = indices.digit_sizes(k)
     assert max(bases) <= 2**16 and math.prod(bases) >= k and len(bases) == max(1, math.ceil(math.log2(k) / 16))
     random = np.random.default_rng(0)
@@ -311,7 +311,7 @@ def test_indices_of_large_books_are_coded_as_digits(tmp_path, k):
             forged.decode(forged.encode(wrong), 60)
 
 
-def test_a_model_of_large_books_goes_in_and_out(tmp_path):
+def test_large_codebook_model_roundtrips(tmp_path):
     model = Plain((2, 9), (2**18, 5)).eval()
     x = torch.rand(50, 2, 9, generator=torch.Generator().manual_seed(0))
     found, path = written(model, x, tmp_path, batch_size=8)
@@ -323,7 +323,7 @@ def test_a_model_of_large_books_goes_in_and_out(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(7, 4), (3, 40), (5,)])
-def test_under_a_prior_indices_cost_its_cross_entropy(tmp_path, sizes):
+def test_prior_coded_rate_is_cross_entropy(tmp_path, sizes):
     model = prior((len(sizes), 5), sizes)
     given = model.draw(300)
     x = model.samples(given)
@@ -352,7 +352,7 @@ def test_under_a_prior_indices_cost_its_cross_entropy(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(64, 16), (3,), (1, 6)])
-def test_an_even_prior_costs_log2_k_and_a_certain_one_nothing(tmp_path, sizes):
+def test_uniform_prior_costs_log2_k_and_certain_prior_zero(tmp_path, sizes):
     model = prior((len(sizes), 6), sizes, scale=0.0)
     given = torch.stack([torch.from_numpy(skewed(400, 6, k)[:, 0]) for k in sizes], 1)
     found, path = written(model, model.samples(given), tmp_path)
@@ -392,7 +392,7 @@ def test_coding_takes_one_pass_per_token_of_a_block(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 300])
 @pytest.mark.parametrize("n", [1, 5, 8])
-def test_parts_and_blocks_of_any_size_go_in_and_out(tmp_path, monkeypatch, batch_size, n):
+def test_frames_and_blocks_of_any_size_roundtrip(tmp_path, monkeypatch, batch_size, n):
     for model in (prior((2, 3), (3, 4)), Plain((2, 3), (3, 4)).eval()):
         x = torch.rand(n, 2, 3, generator=torch.Generator().manual_seed(n))
         with monkeypatch.context() as patch:
@@ -425,7 +425,7 @@ def refusal(model, path, content=None, **settings):
     return str(caught.value)
 
 
-def test_files_that_are_cut_off_or_altered_are_refused(held):
+def test_truncated_or_altered_files_are_refused(held):
     model, _, path = held
     whole, random = path.read_bytes(), np.random.default_rng(0)
     for i in range(0, len(whole), 3):
@@ -435,7 +435,7 @@ def test_files_that_are_cut_off_or_altered_are_refused(held):
         refusal(model, path, whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
 
 
-def test_a_file_of_another_model_or_prior_is_refused(held):
+def test_file_of_different_model_or_prior_is_refused(held):
     model, _, path = held
     with torch.no_grad():
         (model.b if hasattr(model, "b") else model.scale).add_(1e-3)
@@ -484,7 +484,7 @@ def test_forged_header_is_refused_or_harmless(held):
                 assert np.array_equal(found, expected) and (header[field] == value or field in harmless), field
 
 
-def test_a_lying_number_of_samples_takes_no_time_under_a_prior(tmp_path):
+def test_false_sample_count_is_refused_quickly_under_prior(tmp_path):
     model = KINDS["prior"]()
     _, path = written(model, torch.rand(40, 2, 3), tmp_path, batch_size=16)
     header, [[_, digest, payload]] = take_apart(path.read_bytes())
@@ -494,7 +494,7 @@ def test_a_lying_number_of_samples_takes_no_time_under_a_prior(tmp_path):
     assert len(model.calls) <= 6 * 5
 
 
-def test_tables_that_are_none_are_refused():
+def test_malformed_tables_are_refused():
     codebooks = [indices.Codebook(np.array([0, 1]), 6), indices.Codebook(np.array([2]), 3)]
     counts = iter([np.array([[0, 1, 2], [5, 1, 2], [1, 1, 0]] * 200)])
     right = indices.TableCoder.fit(codebooks, counts).to_bytes()
@@ -518,7 +518,7 @@ def test_tables_that_are_none_are_refused():
             indices.TableCoder.from_bytes(wrong, codebooks)
 
 
-def test_modes_that_are_not_the_files_are_refused(held, tmp_path):
+def test_mismatched_modes_are_refused(held, tmp_path):
     model, _, path = held
     header, frames = take_apart(path.read_bytes())
     for mode in ("lossless", "lossy", "indices", "prior", "zip"):
@@ -532,7 +532,7 @@ def test_modes_that_are_not_the_files_are_refused(held, tmp_path):
         assert "has no such thing" in refusal(nothing, other, put_together(head | {"mode": mode}, frames))
 
 
-def test_prior_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+def test_differently_computing_prior_is_refused(tmp_path, monkeypatch):
     model = prior((2, 6), (9, 30), seed=1)
     x = model.samples(model.draw(256))
     _, path = written(model, x, tmp_path, batch_size=16)
@@ -573,7 +573,7 @@ def test_non_deterministic_device_writes_no_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [-1, 7])
-def test_indices_outside_of_their_books_are_refused(wrong):
+def test_out_of_range_indices_are_refused(wrong):
     model = Plain((1, 4), (7,)).eval()
     own = model.quantiser._quantise_rows
 
@@ -659,7 +659,7 @@ CODED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CODED)
-def test_every_model_of_indices_is_coded_by_them(tmp_path, name, settings):
+def test_every_discrete_model_is_coded_by_indices(tmp_path, name, settings):
     torch.manual_seed(0)
     model = aezoo.create_model(name, (1, 16, 16), **settings).eval()
     if not isinstance(model, DiscreteAutoencoder):

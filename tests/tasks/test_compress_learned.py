@@ -74,7 +74,7 @@ def test_file_decodes_to_reconstruction_in_model_bits(name, tmp_path):
     assert "whole numbers" in found.summary() and "learned" in back.summary()
 
 
-def test_vectors_have_files_too(tmp_path):
+def test_vector_models_roundtrip(tmp_path):
     for name in ("factorized_prior", "mean_scale_hyperprior"):
         model, x = small(name, net="mlp", hidden_dims=(16,)), data(30, (24,))
         compress(model, x, out=str(tmp_path / name), compare=False)
@@ -82,7 +82,7 @@ def test_vectors_have_files_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkerboard", "elic"])
-def test_a_code_of_one_place_has_no_place_of_the_other_colour(name, tmp_path):
+def test_single_position_code_roundtrips_with_checkerboard(name, tmp_path):
     model, x = small(name, shape=(1, 4, 3)), data(30, (1, 4, 3))
     assert model.code_shape == (6, 1, 1)
     compress(model, x, out=str(tmp_path), compare=False)
@@ -90,7 +90,7 @@ def test_a_code_of_one_place_has_no_place_of_the_other_colour(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior", "cheng2020"])
-def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
+def test_values_beyond_tables_are_escaped(name, tmp_path):
     """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
     model, x = small(name, width=3e5), data(20)
     symbols = entropy_model.encode(model, x)
@@ -101,7 +101,7 @@ def test_numbers_beyond_the_tables_are_written_out(name, tmp_path):
     assert found.net_bits < symbols.size * (24 + 32) + 200
 
 
-def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
+def test_mixture_tables_are_built_in_chunks(monkeypatch):
     model, x = small("cheng2020", width=3e5), data(20)
     symbols, made = entropy_model.encode(model, x), []
     coder, original = entropy_model.EntropyModelCoder(model, 20), aezoo.bases.entropy_coded.Mixtures.tables_at
@@ -122,7 +122,7 @@ def test_tables_of_mixtures_are_made_some_at_a_time(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_of_several_rates_writes_a_file_of_each_quality(tmp_path):
+def test_variable_rate_model_writes_file_per_quality(tmp_path):
     model, x = trained(small("gained_hyperprior", 5.0)), data(60)
     model.quality = 1.0
     found = compress(model, x, quality=(0, 1.5, 3), out=str(tmp_path))
@@ -149,7 +149,7 @@ def test_a_model_of_several_rates_writes_a_file_of_each_quality(tmp_path):
     assert np.isclose(one.rows[0]["quality"], 0.5) and (tmp_path / "one" / "samples.aez").exists()
 
 
-def test_qualities_that_a_model_does_not_have_are_refused(tmp_path):
+def test_unsupported_qualities_are_refused(tmp_path):
     several, one, x = small("gained_hyperprior"), small("gained_hyperprior", lams=(0.01,)), data(5)
     with pytest.raises(AezooError, match="quality is 4, and this model has those from 0 to 3"):
         compress(several, x, quality=4, compare=False)
@@ -169,7 +169,7 @@ def test_qualities_that_a_model_does_not_have_are_refused(tmp_path):
         decompress(several, str(tmp_path / "forged.aez"))
 
 
-def test_escapes_keep_every_number_of_32_bits():
+def test_escapes_preserve_32_bit_values():
     model = small("factorized_prior")
     coder = entropy_model.EntropyModelCoder(model, 4)
     symbols = np.zeros((6, entropy_model.n_symbols(model)), dtype=np.int64)
@@ -181,7 +181,7 @@ def test_escapes_keep_every_number_of_32_bits():
     assert not coder.decodes_to(content, symbols)
 
 
-def test_blocks_and_frames_are_those_of_the_writer(tmp_path, monkeypatch):
+def test_reader_uses_writer_blocks_and_frames(tmp_path, monkeypatch):
     model, x = small("checkerboard"), data(50)
     monkeypatch.setattr(container, "MAX_FRAME_VALUES", 21 * x[0].numel())  # frames of three blocks of seven
     compress(model, x, out=str(tmp_path), batch_size=7, compare=False)
@@ -191,7 +191,7 @@ def test_blocks_and_frames_are_those_of_the_writer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
-def test_codes_that_are_no_numbers_or_too_large_are_refused(value):
+def test_non_finite_or_huge_codes_are_refused(value):
     model = small("factorized_prior")
     with torch.no_grad():
         model.encoder[-1].bias[2] = value
@@ -210,7 +210,7 @@ def test_nan_codes_are_refused_before_integer_cast(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mean_scale_hyperprior", "joint_ar_hyperprior", "cheng2020"])
-def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, monkeypatch):
+def test_differing_entropy_model_refuses_file(name, tmp_path, monkeypatch):
     model, x = small(name), data()
     compress(model, x, out=str(tmp_path), compare=False)
     kind = type(model)
@@ -220,7 +220,7 @@ def test_a_machine_that_computes_other_laws_refuses_the_file(name, tmp_path, mon
         decompress(model, str(tmp_path / "samples.aez"))
 
 
-def test_outputs_that_differ_by_rounding_are_refused_or_said(tmp_path, monkeypatch):
+def test_rounding_differences_are_refused_or_accepted_on_request(tmp_path, monkeypatch):
     model, x = small("scale_hyperprior"), data()
     compress(model, x, out=str(tmp_path), compare=False)
     decode = type(model).decode
@@ -241,7 +241,7 @@ def test_non_deterministic_device_is_found_when_writing(monkeypatch):
         compress(model, data(), compare=False)
 
 
-def test_files_of_other_models_and_forged_ones_are_refused(tmp_path):
+def test_foreign_and_forged_files_are_refused(tmp_path):
     model, x = small("factorized_prior"), data()
     compress(model, x, out=str(tmp_path), compare=False)
     path = tmp_path / "samples.aez"
@@ -260,7 +260,7 @@ def test_files_of_other_models_and_forged_ones_are_refused(tmp_path):
             decompress(model, str(forged))
 
 
-def test_a_rate_of_the_laws_is_counted_for_what_is_taken():
+def test_coded_symbols_have_rate_of_loss():
     """The bound of whole numbers is the rate of the samples that they came from."""
     model, x = small("elic"), data(9)
     symbols = torch.from_numpy(entropy_model.encode(model, x))

@@ -64,7 +64,7 @@ def test_wiener_filter_model_has_wiener_error():
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
-def test_psnr_of_the_noisy_samples_is_that_of_the_noise(sigma):
+def test_identity_psnr_matches_noise_variance(sigma):
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2)
     found = denoise(model, images(300), corrupt=f"gaussian:{sigma}", baselines=False)
     assert by_method(found)["identity"]["psnr"] == pytest.approx(-10 * np.log10(sigma**2), abs=0.05)
@@ -79,7 +79,7 @@ def test_median_filter_removes_salt_and_pepper():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_filters_are_those_of_scikit_image(channels):
+def test_filters_match_scikit_image(channels):
     rng = np.random.default_rng(0)
     x = images(3, channels) + 0.2 * rng.normal(0, 1, (3, channels, 16, 16)).astype(np.float32)
     x = x.astype(np.float32)
@@ -149,7 +149,7 @@ def test_filter_strength_grid_is_near_optimal(sigma):
     assert least["median filter"] < 1.25 * min(error(denoise_filters.median(noisy, size)) for size in (3, 5, 7, 9))
 
 
-def test_filters_do_not_depend_on_the_unit_of_the_data():
+def test_filters_are_invariant_to_data_scale():
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2, likelihood="gaussian")
     small, large = (
         denoise(model, unit * (images(8) - 0.5), corrupt=f"gaussian:{0.2 * unit}").table[1:] for unit in (1, 100)
@@ -158,7 +158,7 @@ def test_filters_do_not_depend_on_the_unit_of_the_data():
     assert [row["psnr"] for row in small] == pytest.approx([row["psnr"] for row in large], abs=0.05)
 
 
-def test_settings_are_chosen_on_samples_from_everywhere(monkeypatch):
+def test_filter_settings_are_chosen_on_spread_out_samples(monkeypatch):
     seen = []
     best_setting = denoise_filters.best_setting
     monkeypatch.setattr(
@@ -171,7 +171,7 @@ def test_settings_are_chosen_on_samples_from_everywhere(monkeypatch):
     assert "best for 64 of them" in found.summary()
 
 
-def test_a_filter_takes_its_best_setting():
+def test_filter_uses_setting_with_least_error():
     clean = images(20)
     noisy = clean + 0.3 * np.random.default_rng(0).normal(0, 1, clean.shape).astype(np.float32)
     settings = denoise_filters.filters((1, 16, 16), 0.3)["total variation"]
@@ -214,7 +214,7 @@ def test_every_kind_of_sample_is_denoised_and_written(tmp_path, shape):
     assert [float(row["mse"]) for row in rows] == pytest.approx([row["mse"] for row in found.table])
 
 
-def test_noisy_input_is_cleaned_without_figures(tmp_path):
+def test_noisy_input_is_denoised_without_metrics(tmp_path):
     model, x = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3), torch.rand(3, 1, 8, 8)
     x = x + 0.5 * torch.randn(x.shape)  # beyond the range of clean samples
     found = denoise(model, x, out=str(tmp_path))
@@ -224,7 +224,7 @@ def test_noisy_input_is_cleaned_without_figures(tmp_path):
         assert np.allclose(found.x_hat, model.eval()(x), atol=1e-6)
 
 
-def test_without_scikit_image_the_table_says_what_to_install(monkeypatch):
+def test_missing_scikit_image_is_named_in_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3)
     rows = by_method(denoise(model, images(3, side=8), corrupt="gaussian:0.1"))
@@ -235,7 +235,7 @@ def test_without_scikit_image_the_table_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("x", [images(1), np.full((3, 1, 16, 16), 0.5, np.float32)], ids=["one sample", "constant"])
 @pytest.mark.parametrize("corrupt", ["gaussian:0", "masking:1", "salt_and_pepper:1"])
-def test_one_sample_constant_samples_and_no_noise_are_no_trouble(x, corrupt):
+def test_degenerate_samples_and_zero_noise_give_finite_errors(x, corrupt):
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=3)
     found = denoise(model, x, corrupt=corrupt)
     assert all(np.isfinite(row["mse"]) for row in found.table)

@@ -57,7 +57,7 @@ def blobs():
 # ---- scores ---------------------------------------------------------------------------------------------------------
 
 
-def test_mahalanobis_of_a_full_linear_code_is_that_of_the_data():
+def test_full_linear_code_mahalanobis_equals_data_mahalanobis():
     # an invertible linear map does not change a Mahalanobis distance
     train, x = gaussian(500), gaussian(100, seed=1)
     found = detect(linear(), x, score="mahalanobis", fit_on=train, baselines=False).scores
@@ -66,7 +66,7 @@ def test_mahalanobis_of_a_full_linear_code_is_that_of_the_data():
     assert np.allclose(found, exact, rtol=1e-3)
 
 
-def test_mahalanobis_of_a_narrow_code_is_scikit_learns():
+def test_narrow_code_mahalanobis_matches_scikit_learn():
     train, x, model = gaussian(500), gaussian(100, seed=1), linear(latent_dim=3)
     with torch.no_grad():
         codes, z = (model.eval().encode(torch.from_numpy(part)).double().numpy() for part in (train, x))
@@ -140,7 +140,7 @@ def layers_by_hand(model, x):
     return h
 
 
-def test_sap_and_nap_are_the_formulas_of_the_paper():
+def test_sap_and_nap_match_paper_formulas():
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (12,), hidden_dims=(9, 7), latent_dim=4, activation="relu")
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_layer_features_are_activations_or_posterior_means():
             assert torch.allclose(detect_scores.pathway(model, x), expected, atol=1e-6), type(model)
 
 
-def test_many_features_are_learnt_from_a_part_of_the_samples(monkeypatch):
+def test_nap_with_many_features_is_fitted_on_subset(monkeypatch):
     monkeypatch.setattr(detect_scores, "_MAX_FEATURES", 8)
     train, x, model = gaussian(300), gaussian(400, seed=1), linear(latent_dim=3)
     detector = Detector(model, "nap").fit(train)  # 9 features
@@ -200,7 +200,7 @@ def test_many_features_are_learnt_from_a_part_of_the_samples(monkeypatch):
 
 
 @pytest.mark.parametrize("score", ["nll", "sap"])
-def test_a_perfect_autoencoder_finds_nothing_strange(score):
+def test_perfect_autoencoder_scores_are_constant(score):
     model = aezoo.create_model("linear_ae", (6,), latent_dim=6)
     with torch.no_grad():
         for p in model.parameters():
@@ -237,7 +237,7 @@ def test_elbo_matches_linear_vae_closed_form_per_sample(monkeypatch, most):
     assert np.allclose(found, expected, rtol=0.02)
 
 
-def test_iwae_is_the_likelihood_of_a_linear_vae():
+def test_iwae_score_matches_linear_vae_likelihood():
     model, x = linear_vae(), np.random.default_rng(0).normal(0, 1, (12, 3)).astype(np.float32)
     decoder = {k.rpartition(".")[2]: p.detach().double().numpy() for k, p in model.decoder.named_parameters()}
     p_x = stats.multivariate_normal(decoder["bias"], decoder["weight"] @ decoder["weight"].T + 0.49 * np.eye(3))
@@ -275,7 +275,7 @@ def test_contamination_is_training_share_above_threshold(n, contamination):
     assert [row["flagged"] for row in rows] == pytest.approx([contamination] * 5)
 
 
-def test_p_values_count_the_reference_scores_that_are_as_large():
+def test_p_values_count_reference_scores_at_least_as_large():
     assert p_values(np.array([0.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 2.0])).tolist() == [1.0, 4 / 5, 1 / 5]
     scores = np.array([3.0, 1.0, 2.0, 2.0])
     # each against the three others
@@ -328,14 +328,14 @@ def test_nap_threshold_is_calibrated_with_n_features():
     assert 0.02 < flagged < 0.3
 
 
-def test_missing_values_have_no_error_in_the_picture():
+def test_missing_values_have_zero_error_map():
     model, x = aezoo.create_model("mvae", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(3, 6)
     x[0, :3] = torch.nan
     error = _reconstruction_errors(model, x, x)[1].detach()
     assert (error == 0).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
 
 
-def test_a_quantile_of_held_out_samples_is_the_threshold():
+def test_threshold_is_quantile_of_held_out_scores():
     train, held_out, x = gaussian(100), gaussian(80, seed=1) * 2, gaussian(20, seed=2)
     model = linear(latent_dim=2)
     found = detect(model, x, fit_on=train, calibrate_on=held_out, quantile=0.8)
@@ -353,7 +353,7 @@ def test_a_quantile_of_held_out_samples_is_the_threshold():
 # ---- baselines and labels -------------------------------------------------------------------------------------------
 
 
-def test_baselines_are_those_of_scikit_learn():
+def test_baselines_match_scikit_learn():
     train, x = gaussian(120, d=8), gaussian(30, d=8, seed=1)
     found = {
         name: Baseline(name, n_components=3, batch_size=7)
@@ -475,7 +475,7 @@ def test_baseline_fitted_on_a_part_scores_leave_one_out():
     assert next(row for row in found.table if row["method"] == "knn")["flagged"] == pytest.approx(flagged)
 
 
-def test_a_model_that_may_know_the_anomalies_is_told_of():
+def test_training_on_anomalies_is_reported():
     data, model = blobs(), linear(d=5, latent_dim=2)
     assert "80 anomalies among the training samples" in detect(model, data, normal="dog").summary()
     assert "--data.train_classes" in detect(model, data, anomaly="dog").summary()
@@ -489,7 +489,7 @@ def test_a_model_that_may_know_the_anomalies_is_told_of():
     assert np.allclose(found.p_values, same.p_values) and found.table[0]["auroc"] == same.table[0]["auroc"]
 
 
-def test_the_summary_says_whether_a_baseline_is_best():
+def test_summary_reports_best_baseline():
     x, y = gaussian(100), np.repeat(["odd", "normal"], [50, 50])
     x[:50] += 40  # far from the mean of the others
     data = aezoo.DataModule.from_arrays(
@@ -507,7 +507,7 @@ def test_the_summary_says_whether_a_baseline_is_best():
     assert "a baseline" not in detect(noise, data, normal="normal").summary()
 
 
-def test_without_a_protocol_labels_are_written_but_not_judged_by():
+def test_labels_without_protocol_are_not_evaluated():
     found = detect(linear(d=5, latent_dim=2), blobs())
     assert "auroc" not in found.table[0] and "--normal CLASS" in found.summary()
 
@@ -559,7 +559,7 @@ def test_every_model_has_sap_and_nap(name):
         detect(model, x, score="iwae")
 
 
-def test_labels_and_parquet(tmp_path):
+def test_parquet_table_contains_labels(tmp_path):
     pd = pytest.importorskip("pandas")
     data = blobs()
     detect(linear(d=5, latent_dim=2), data, table="parquet", out=str(tmp_path), baselines=False, n_shown=0)
@@ -570,7 +570,7 @@ def test_labels_and_parquet(tmp_path):
 
 @pytest.mark.parametrize("score", ["nll", "mahalanobis", "nap"])
 @pytest.mark.parametrize("x", [np.full((1, 6), 0.5), np.full((7, 6), 0.5)], ids=["one sample", "constant samples"])
-def test_one_sample_and_constant_samples_are_no_trouble(score, x):
+def test_degenerate_samples_give_finite_scores(score, x):
     found = detect(linear(latent_dim=2), x, score=score)
     assert np.isfinite(found.scores).all() and (found.p_values == 1).all() and not found.is_anomaly.any()
 
@@ -585,7 +585,7 @@ def test_knn_fitted_on_itself_excludes_each_sample():
     assert np.allclose(detect(linear(latent_dim=4), narrow, score="mahalanobis").scores, left_out)
 
 
-def test_pca_that_loses_nothing_says_so_and_the_rest_goes_on():
+def test_lossless_pca_baseline_is_noted_and_others_run():
     found = detect(linear(), gaussian(20), fit_on=gaussian(50, seed=1))
     notes = {row["method"]: row["note"] for row in found.table}
     assert "lose nothing" in notes["pca"] and notes["knn"] is None
@@ -622,7 +622,7 @@ def test_bad_values_are_refused_in_one_line(options, message):
     assert "\n" not in str(refused.value)
 
 
-def test_what_the_detector_cannot_do_is_said():
+def test_unfitted_detector_and_unknown_label_are_refused():
     with pytest.raises(AezooError, match="not fitted"):
         Detector(linear()).predict(gaussian(3))
     with pytest.raises(AezooError, match=r"no sample of .* has the label 'cow': it has cat, dog, eel"):

@@ -63,7 +63,7 @@ def without(digit):
 
 
 @pytest.mark.parametrize("score", ["sap", "nap"])
-def test_all_gaps_of_a_perfect_autoencoder_are_0(score):
+def test_perfect_autoencoder_has_zero_scores(score):
     """Also where the code is wider than the data, and with hidden layers that are kept apart by an activation."""
     model = aezoo.create_model("dense_ae", (5,), hidden_dims=(10,), latent_dim=10, likelihood="gaussian")
     eye = torch.eye(5)
@@ -155,7 +155,7 @@ def test_svdd_training_contracts_codes_and_keeps_model():
     assert modes == [m.training for m in model.modules()]
 
 
-def test_a_seed_gives_the_same_scores_and_nothing_else_is_drawn():
+def test_svdd_is_seeded_and_keeps_global_rng():
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(300)
     torch.manual_seed(8)
     first, again, other = (
@@ -206,13 +206,13 @@ def test_activations_nonzero_at_zero_are_refused(act):
 
 
 @pytest.mark.parametrize("act", ["relu", "leaky_relu", "gelu", "silu", "gated", "identity"])
-def test_a_code_without_biases_is_0_of_a_sample_of_0(act):
+def test_bias_free_svdd_code_of_zero_is_zero(act):
     """So that the constant of zero weights is 0, which the centre is not."""
     scorer = fitted(moved(activation=act, hidden_dims=(8,)), images(20), epochs=1)
     assert not scorer.codes(torch.zeros(1, 1, 8, 8)).any()
 
 
-def test_the_boundary_is_soft_where_a_share_may_lie_outside():
+def test_soft_boundary_svdd_uses_nu_quantile_radius():
     """With nu all but a share of the samples pull: the farthest count, those within the radius do not."""
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(100)
     start = fitted(model, x, epochs=0)
@@ -278,7 +278,7 @@ def test_bad_tuning_is_refused_in_one_line(options):
     assert "\n" not in str(refused.value)
 
 
-def test_a_trainer_that_a_model_remembers_is_not_copied():
+def test_attached_trainer_is_not_copied():
     model = moved(hidden_dims=(8,))
     model._trainer = trainer = object.__new__(pl.Trainer)
     scorer = fitted(model, images(9), epochs=1)
@@ -288,7 +288,7 @@ def test_a_trainer_that_a_model_remembers_is_not_copied():
 # ---- frozen features ------------------------------------------------------------------------------------------------
 
 
-def test_fre_is_the_error_of_pca_in_the_features():
+def test_fre_matches_pca_error_of_features():
     """A linear autoencoder's optimum in closed form, half of the 64 features kept."""
     train, x = images(300), images(20, seed=1)
     found = Baseline("fre", features="random").fit(Samples.from_data(train)).decision_function(Samples.from_data(x))
@@ -350,7 +350,7 @@ def test_model_features_are_last_hidden_layer(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, monkeypatch):
+def test_resnet_features_resize_and_normalise_images(channels, tmp_path, monkeypatch):
     """Without weights that were fetched nothing is downloaded; here random ones lie where torchvision puts them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(AezooError, match="fetch them once, python -c") as refused:
@@ -391,14 +391,14 @@ def test_a_resnet_sees_enlarged_images_in_imagenets_colours(channels, tmp_path, 
         ("vgg16", (9,), "takes images"),
     ],
 )
-def test_features_that_cannot_be_had_are_refused_in_one_line(name, shape, message):
+def test_unavailable_features_are_refused_in_one_line(name, shape, message):
     with pytest.raises(AezooError, match=message) as refused:
         FrozenFeatures(name, shape)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_few_samples_keep_half_of_their_directions(n):
+def test_fre_keeps_half_as_many_directions_as_samples(n):
     x = images(n)
     found = Baseline("fre", features="random").fit(Samples.from_data(x))
     net = random_features((1, 8, 8))

@@ -39,7 +39,7 @@ def lines(path):
         return list(csv.DictReader(file))
 
 
-def test_codes_in_an_npz_are_data_that_a_model_can_be_trained_on(tmp_path):
+def test_npz_codes_load_as_training_data(tmp_path):
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3)
     data = aezoo.DataModule("digits")
     found = embed(model, data, table="npz", n_shown=0, out=str(tmp_path))
@@ -52,7 +52,7 @@ def test_codes_in_an_npz_are_data_that_a_model_can_be_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "kept"), [([7, 3, 7, 3], [7, 3, 7, 3]), ([7, 3, -1, 3], [7, 3, -1, 3]), (list("baba"), list("baba"))]
 )
-def test_labels_in_an_npz_are_those_of_the_data(tmp_path, labels, kept):
+def test_npz_labels_match_data(tmp_path, labels, kept):
     model = aezoo.create_model("dense_ae", (5,), latent_dim=3)
     data = aezoo.DataModule.from_arrays(
         np.random.default_rng(0).random((4, 5)), labels, val_fraction=0, test_fraction=0
@@ -62,7 +62,7 @@ def test_labels_in_an_npz_are_those_of_the_data(tmp_path, labels, kept):
         assert file["y"].tolist() == kept
 
 
-def test_codes_are_those_of_the_model(tmp_path, model, digits):
+def test_embedded_codes_match_model_encode(tmp_path, model, digits):
     x, y = digits.tensors("test")
     found = embed(model, digits, out=str(tmp_path), batch_size=7)
     assert np.allclose(found.codes, encoded(model, x), atol=1e-6)
@@ -73,7 +73,7 @@ def test_codes_are_those_of_the_model(tmp_path, model, digits):
     assert [int(row["label"]) for row in lines(tmp_path / "csv" / "codes.csv")] == y.tolist()
 
 
-def test_the_accuracies_are_those_of_scikit_learn(tmp_path, model, digits):
+def test_probe_accuracies_match_scikit_learn(tmp_path, model, digits):
     (x_train, y_train), (x, y) = (tuple(part.numpy() for part in digits.tensors(stage)) for stage in ("train", "test"))
     found = embed(model, digits, fit_on=digits, out=str(tmp_path))
     raw_train, raw = x_train.reshape(len(x_train), -1), x.reshape(len(x), -1)
@@ -93,7 +93,7 @@ def test_the_accuracies_are_those_of_scikit_learn(tmp_path, model, digits):
     assert "raw values" in found.summary()
 
 
-def test_what_ends_early_keeps_the_results_of_before(tmp_path, model, digits, monkeypatch):
+def test_interrupted_embed_keeps_earlier_results(tmp_path, model, digits, monkeypatch):
     def there():
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -109,7 +109,7 @@ def test_what_ends_early_keeps_the_results_of_before(tmp_path, model, digits, mo
     assert there() == before
 
 
-def test_classifiers_read_off_a_line_what_lies_on_either_side():
+def test_linear_probe_needs_linear_separability_and_knn_does_not():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(400, 1)), rng.normal(size=(200, 1))
     assert probe_accuracies(a, a[:, 0] > 0, b, b[:, 0] > 0)["probe"] > 0.97
@@ -118,7 +118,7 @@ def test_classifiers_read_off_a_line_what_lies_on_either_side():
     assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
 
 
-def test_labels_of_another_numbering_are_compared_by_name(model, digits):
+def test_labels_are_compared_by_class_name(model, digits):
     x, y = digits.tensors("test")
     few = (y == 3) | (y == 5)
     names = Samples(ArrayDataset(x[few], (y[few] == 5).long()), class_names=("3", "5"))
@@ -148,7 +148,7 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     assert embed(model, none, fit_on=digits).accuracies == []
 
 
-def test_a_class_that_was_never_seen_is_read_off_wrongly(model, digits):
+def test_unseen_class_counts_as_misclassified(model, digits):
     x, y = digits.tensors("test")
     half = Samples(ArrayDataset(x, y % 2), class_names=("3", "hare"))
     only = Samples(ArrayDataset(x[y % 2 == 0], y[y % 2 == 0] % 2), class_names=("3", "hare"))
@@ -156,7 +156,7 @@ def test_a_class_that_was_never_seen_is_read_off_wrongly(model, digits):
     assert share == pytest.approx(alone * len(only) / len(half))
 
 
-def test_the_plane_is_that_of_pca_up_to_signs(tmp_path, model, digits):
+def test_plane_matches_pca_up_to_sign(tmp_path, model, digits):
     found = embed(model, digits, out=str(tmp_path))
     reference = PCA(2).fit_transform(np.asarray(found.codes, np.float64))
     for ours, theirs in zip(found.plane.T, reference.T, strict=True):
@@ -167,7 +167,7 @@ def test_the_plane_is_that_of_pca_up_to_signs(tmp_path, model, digits):
 
 
 @pytest.mark.parametrize("size", [3, 40], ids=["few dimensions", "many dimensions"])
-def test_the_nearest_of_a_training_sample_is_itself(size):
+def test_training_sample_is_its_own_nearest_neighbour(size):
     torch.manual_seed(1)
     model = aezoo.create_model("dense_ae", (64,), latent_dim=size)
     x = torch.rand(300, 64) + 5
@@ -191,7 +191,7 @@ def test_neighbours_come_from_the_training_samples(tmp_path, model, digits):
     assert (tmp_path / "neighbours.png").stat().st_size > 1000
 
 
-def test_more_queries_than_are_looked_up_at_a_time_find_the_same():
+def test_nearest_codes_match_brute_force_over_several_chunks():
     library, queries = np.random.default_rng(0).normal(size=(50, 4)), np.random.default_rng(1).normal(size=(1500, 4))
     every = np.linalg.norm(queries[:, None] - library[None], axis=2)
     found, distances = nearest_codes(library, queries, 4)
@@ -201,7 +201,7 @@ def test_more_queries_than_are_looked_up_at_a_time_find_the_same():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 60])
-def test_tsne_keeps_groups_apart_and_repeats_itself(size):
+def test_tsne_separates_groups_reproducibly(size):
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
     plane = project_to_plane(codes, "tsne", seed=0)
@@ -212,7 +212,7 @@ def test_tsne_keeps_groups_apart_and_repeats_itself(size):
 
 @pytest.mark.slow  # umap compiles itself for half a minute
 @pytest.mark.parametrize("size", [1, 4, 60])
-def test_umap_keeps_groups_apart_and_repeats_itself(size):
+def test_umap_separates_groups_reproducibly(size):
     pytest.importorskip("umap")
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
@@ -227,7 +227,7 @@ def test_umap_keeps_groups_apart_and_repeats_itself(size):
 
 
 @pytest.mark.slow
-def test_a_picture_by_umap_is_written(tmp_path, model, digits):
+def test_umap_plane_and_picture_are_written(tmp_path, model, digits):
     pytest.importorskip("umap")
     found = embed(model, digits, method="umap", out=str(tmp_path))
     assert found.plane.shape == (180, 2) and (tmp_path / "plane.png").stat().st_size > 1000
@@ -257,12 +257,12 @@ def test_code_maps_are_kept_as_maps(tmp_path):
 
 
 @pytest.mark.parametrize("x", [torch.rand(1, 1, 8, 8), torch.full((5, 1, 8, 8), 0.5)], ids=["one", "all the same"])
-def test_one_sample_and_equal_samples_lie_at_the_origin(tmp_path, model, x):
+def test_single_and_equal_samples_map_to_origin(tmp_path, model, x):
     found = embed(model, x, nearest=1, out=str(tmp_path))
     assert np.array_equal(found.plane, np.zeros((len(x), 2))) and (found.distances == 0).all()
 
 
-def test_a_code_of_one_number_has_a_plane_too():
+def test_one_dimensional_code_has_a_plane():
     model = aezoo.create_model("dense_ae", (6,), latent_dim=1)
     found = embed(model, torch.rand(20, 6))
     assert found.plane[:, 0].std() > 0 and (found.plane[:, 1] == 0).all()
@@ -273,7 +273,7 @@ def test_classifier_training_samples_give_no_accuracies(model, digits):
     assert embed(model, train, fit_on=digits).accuracies == []
 
 
-def test_several_labels_each_are_left_out(tmp_path, model):
+def test_multi_label_targets_are_omitted(tmp_path, model):
     data = Samples(ArrayDataset(torch.rand(6, 1, 8, 8), torch.zeros(6, 2)))
     embed(model, data, fit_on=data, nearest=1, out=str(tmp_path))
     assert "label" not in lines(tmp_path / "plane.csv")[0] and "label" not in lines(tmp_path / "neighbours.csv")[0]
@@ -323,14 +323,14 @@ def test_a_bad_value_is_refused_in_one_line(model, wrong, said):
 
 
 @pytest.mark.parametrize("asked", [{}, {"method": "tsne"}, {"nearest": 2}])
-def test_codes_of_a_model_that_diverged_are_refused(asked):
+def test_non_finite_codes_are_refused(asked):
     broken = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=5)
     broken.encoder.apply(lambda part: [weight.data.fill_(torch.nan) for weight in part.parameters(recurse=False)])
     with pytest.raises(AezooError, match="some codes are NaN or infinite: the model is broken"):
         embed(broken, torch.rand(8, 1, 8, 8), **asked)
 
 
-def test_umap_says_how_to_get_it_where_it_is_not_installed(model, monkeypatch):
+def test_missing_umap_names_extra_to_install(model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(AezooError, match=r"aezoo\[umap\]"):
         embed(model, torch.rand(8, 1, 8, 8), method="umap")

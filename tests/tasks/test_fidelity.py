@@ -113,7 +113,7 @@ def test_copies_are_closer_to_training_set_than_samples():
     assert fresh[0]["fid"] < 0.3 and abs(fresh[0]["precision"] - fresh[1]["precision"]) < 0.15
 
 
-def test_the_batch_size_does_not_change_the_figures():
+def test_metrics_do_not_depend_on_batch_size():
     x = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
     one, many = (
         generate(identity(4), x[80:], fit_on=x[:80], n=5, quality=40, batch_size=size).figures for size in (7, 256)
@@ -146,7 +146,7 @@ def test_features_without_labels_are_principal_components():
     assert np.allclose(features.extract(x).abs().numpy(), np.abs(reference), atol=1e-4)
 
 
-def test_labels_with_fractions_are_no_classes():
+def test_fractional_labels_are_not_classes():
     data = Samples(ArrayDataset(torch.rand(20, 5), torch.rand(20)))
     assert "principal" in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
 
@@ -162,7 +162,7 @@ def test_classifier_learns_from_few_labels(monkeypatch):
     assert found.features == "a small classifier of the data" and np.isfinite(found.figures[0]["fid"])
 
 
-def test_samples_that_are_no_numbers_are_not_judged():
+def test_non_finite_samples_are_refused():
     x = torch.randn(20, 4)
     broken = aezoo.create_model("vae", (4,), latent_dim=2, likelihood="gaussian")
     broken.decoder.apply(lambda part: [weight.data.fill_(torch.nan) for weight in part.parameters(recurse=False)])
@@ -170,7 +170,7 @@ def test_samples_that_are_no_numbers_are_not_judged():
         generate(broken, fit_on=x, n=2, quality=5)
 
 
-def test_samples_that_the_model_has_learnt_from_are_no_yardstick():
+def test_training_samples_are_not_used_as_held_out_reference():
     x = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
     train = Samples.from_data(x[:80])
     same = generate(identity(4), train, fit_on=train, n=2, quality=50)
@@ -243,6 +243,6 @@ def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     [9 * torch.rand(9, 3, 8, 8), torch.rand(9, 2, 8, 8), torch.rand(9, 8)],
     ids=["no range", "two channels", "vectors"],
 )
-def test_what_is_no_picture_is_not_shown_to_inception(stored, x):
+def test_non_image_data_do_not_use_inception(stored, x):
     stored.write_bytes(b"never read")
     assert "principal" in fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False).name

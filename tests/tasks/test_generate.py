@@ -46,7 +46,7 @@ def identity(size):
 # ---- samples --------------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_model_s_own_prior_where_it_has_one(tmp_path, vae):
+def test_auto_prior_is_model_prior_if_available(tmp_path, vae):
     found = generate(vae, n=10, out=str(tmp_path), seed=3)
     torch.manual_seed(3)
     assert np.allclose(found.samples, vae.sample(10), atol=1e-6)
@@ -83,7 +83,7 @@ def test_auto_prior_is_mixture_for_model_without_prior():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "maf", "knn", "two_stage", "vamp", "riemannian"])
-def test_a_seed_fixes_the_samples_and_batches_change_nothing(dense, digits, prior):
+def test_samples_are_seeded_and_independent_of_batch_size(dense, digits, prior):
     one, same, other = (
         generate(dense, fit_on=digits.tensors("train")[0][:120], prior=prior, n=12, seed=seed, batch_size=size).samples
         for seed, size in ((1, 12), (1, 5), (2, 12))
@@ -120,7 +120,7 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
     assert all(file.stat().st_size > 500 for file in found.files if file.suffix == ".png")
 
 
-def test_code_maps_are_drawn_whole(tmp_path):
+def test_code_maps_are_sampled_with_full_shape(tmp_path):
     model = aezoo.create_model("conv_ae", (1, 8, 8))
     x = torch.rand(40, 1, 8, 8)
     for prior in ("gaussian", "gmm", "knn"):
@@ -149,7 +149,7 @@ def test_interpolation_is_linear_or_spherical(vae, digits):
     assert np.allclose(straight, np.linspace(*ends.numpy(), 5), atol=1e-6)
 
 
-def test_circles_between_codes_of_unit_length_are_those_of_scipy():
+def test_slerp_matches_scipy_geometric_slerp():
     a, b = nn.functional.normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).double(), dim=1)
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     expected = geometric_slerp(a.numpy(), b.numpy(), t.numpy())
@@ -198,7 +198,7 @@ def test_neighbourhood_radius_is_in_code_deviations():
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "knn"])
-def test_equal_training_samples_give_that_sample(dense, prior):
+def test_equal_training_samples_generate_same_sample(dense, prior):
     x = torch.full((12, 1, 8, 8), 0.3)
     found = generate(dense, x, fit_on=x, prior=prior, n=3, quality=4)
     assert np.allclose(found.samples, dense(x[:3]).detach(), atol=1e-5)

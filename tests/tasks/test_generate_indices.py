@@ -49,7 +49,7 @@ def test_temperature_and_top_k_match_model_draws(name, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [{"temperature": 0.5}, {"top_k": 3}])
-def test_a_model_without_a_prior_over_indices_has_no_temperature(asked):
+def test_temperature_without_index_prior_is_refused(asked):
     for name in ("vae", "vq_vae"):
         model = aezoo.create_model(name, (1, 8, 8), net="mlp", hidden_dims=(8,))
         with pytest.raises(AezooError, match="leave them out, or take pixelcnn or index_transformer"):
@@ -66,7 +66,7 @@ def test_a_model_without_a_prior_over_indices_has_no_temperature(asked):
         ({"top_k": -3}, "top_k must be at least 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(asked, message):
+def test_unsupported_sampling_options_are_refused(asked, message):
     with pytest.raises(AezooError, match=message):
         generate(small("index_transformer"), **asked)
 
@@ -79,7 +79,7 @@ def test_other_prior_works_and_interpolates_its_draws():
     assert generate(model, interpolate=True, walks=2, steps=3).samples.shape == (2, 3, 1, 8, 8)
 
 
-def test_a_quantised_model_without_a_prior_is_told_of_one():
+def test_quantised_model_without_prior_suggests_index_prior():
     x = torch.rand(40, 1, 8, 8)
     model = aezoo.create_model("vq_vae", (1, 8, 8), **TOKENIZER)
     found = generate(model, fit_on=x, n=3, n_components=2)
@@ -114,7 +114,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_fits_and_samples_of_the_prior_s_run_alone(runs, tmp_path, capsys):
+def test_prior_run_generates_without_tokenizer_run(runs, tmp_path, capsys):
     tokenizer, own = runs
     alone = tmp_path / "alone"
     shutil.copytree(own, alone)
@@ -136,7 +136,7 @@ def test_two_fits_and_samples_of_the_prior_s_run_alone(runs, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["--ckpt_path", "--resume", "auto"])
-def test_a_stopped_fit_of_a_prior_goes_on_as_if_it_had_not_been(runs, tmp_path, how, capsys):
+def test_resumed_prior_fit_matches_uninterrupted_fit(runs, tmp_path, how, capsys):
     tokenizer, whole = runs
     home = tmp_path
     flags = ["--model", "index_transformer", "--model.tokenizer", str(tokenizer), "--model.width=16", "--model.depth=1"]

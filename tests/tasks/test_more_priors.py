@@ -19,7 +19,7 @@ def fitted():
 
 
 @pytest.mark.slow
-def test_the_second_stage_finds_a_ring_that_no_gaussian_has(fitted):
+def test_second_stage_prior_fits_ring_shaped_codes(fitted):
     drawn = np.linalg.norm(fitted.sample(4000, seed=0), axis=1)
     gaussian = np.linalg.norm(priors.fit("gaussian", ring(1500, 0)).sample(4000, seed=0), axis=1)
     # the mean distance from the ring is 0.16 for codes
@@ -31,7 +31,7 @@ def test_the_second_stage_finds_a_ring_that_no_gaussian_has(fitted):
     )
 
 
-def test_its_density_integrates_to_one_and_is_that_of_its_draws(fitted):
+def test_two_stage_density_is_normalised_and_matches_samples(fitted):
     side = np.linspace(-6, 6, 61)
     grid = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     p = np.exp(fitted.log_prob(grid)) * (side[1] - side[0]) ** 2
@@ -44,7 +44,7 @@ def test_its_density_integrates_to_one_and_is_that_of_its_draws(fitted):
     assert 0.02 < scale < 0.9
 
 
-def test_of_gaussian_codes_it_is_about_that_gaussian():
+def test_two_stage_prior_of_gaussian_codes_is_near_gaussian():
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(2000, 4)) @ rng.normal(size=(4, 4)) + 3
     second = priors.fit("two_stage", codes)
@@ -85,7 +85,7 @@ def test_prior_keeps_best_held_out_weights(monkeypatch):
     assert fitted.gain(np.random.default_rng(1).normal(size=(500, 4))) > -1.5
 
 
-def test_fitting_and_drawing_leave_torch_s_random_stream_alone():
+def test_fitting_and_sampling_keep_torch_rng_state():
     state = torch.get_rng_state()
     fitted = priors.fit("two_stage", ring(12, 0))
     fitted.sample(3, seed=0)

@@ -50,7 +50,7 @@ def packed(model, x, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "option"), [*options()])
 @pytest.mark.filterwarnings("ignore")
-def test_a_flag_takes_a_value_or_refuses_it(verb, option, model, x, packed, tmp_path):
+def test_option_value_is_accepted_or_refused_in_one_line(verb, option, model, x, packed, tmp_path):
     function = function_of(verb)
     parser = task_commands.parser_of(verb, function)
     accepted = inspect.signature(function).parameters

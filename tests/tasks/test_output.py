@@ -13,7 +13,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.result_store import Store, resolve_device, table_text, write_batch
 
 
-def test_an_array_on_disk_is_what_was_filled_in(tmp_path):
+def test_stored_array_has_written_values(tmp_path):
     with Store(tmp_path / "new" / "folder") as store:
         array = store.array("x", (5, 2))
         write_batch(array, 0, torch.ones(3, 2, dtype=torch.bfloat16))
@@ -23,7 +23,7 @@ def test_an_array_on_disk_is_what_was_filled_in(tmp_path):
     assert np.load(store.files[0]).tolist() == [[1, 1]] * 3 + [[2, 2]] * 2
 
 
-def test_what_ends_early_leaves_nothing_and_keeps_what_was_there(tmp_path):
+def test_failed_store_keeps_existing_files(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(3))
     with pytest.raises(ValueError, match="broadcast"), Store(tmp_path) as store:
         store.array("x", (5,))[:] = np.ones(4)
@@ -31,7 +31,7 @@ def test_what_ends_early_leaves_nothing_and_keeps_what_was_there(tmp_path):
     assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
 
 
-def test_no_file_takes_its_name_before_all_are_written(tmp_path):
+def test_files_are_renamed_only_after_all_are_written(tmp_path):
     from matplotlib.figure import Figure
 
     names = {"a.npy", "empty.npy", "b.npz", "t.csv", "f.bin", "p.png"}
@@ -65,7 +65,7 @@ def test_no_file_takes_its_name_before_all_are_written(tmp_path):
     assert np.load(tmp_path / "a.npy").tolist() == [1] * 5 and np.load(tmp_path / "b.npz")["x"].tolist() == [1] * 3
 
 
-def test_a_file_that_cannot_be_written_is_called_by_its_name(tmp_path):
+def test_unwritable_file_is_named(tmp_path):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_written_is_called_by_its_name(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "t.csv"]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_store_without_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Store(None) as store:
         assert store.array("x", (2, 3)).shape == (2, 3)
@@ -89,7 +89,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert not store.files and not [*tmp_path.iterdir()]
 
 
-def test_tables_keep_their_numbers(tmp_path):
+def test_tables_preserve_float_precision(tmp_path):
     pytest.importorskip("pyarrow")
     rows = [{"index": 0, "mse": 0.1234567890123, "label": "a"}, {"index": 1, "mse": 2e-30, "label": "b, c"}]
     with Store(tmp_path) as store:
@@ -102,7 +102,7 @@ def test_tables_keep_their_numbers(tmp_path):
     assert found == rows == pq.read_table(tmp_path / "t.parquet").to_pylist()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_uncreatable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AezooError, match="choose a folder that can be written with --out"):
         Store(tmp_path / "file" / "out")
@@ -125,14 +125,14 @@ def test_array_beyond_disk_space_is_refused_first(tmp_path):
         store.array("x", (2**40, 2**10))
 
 
-def test_the_room_of_an_array_is_taken_at_once(tmp_path):
+def test_array_disk_space_is_allocated_at_once(tmp_path):
     with Store(tmp_path) as store:
         store.array("x", (2**18,))
         (file,) = tmp_path.iterdir()
         assert file.stat().st_blocks * 512 >= 2**20
 
 
-def test_a_table_for_the_terminal_is_aligned():
+def test_text_table_is_aligned():
     text = table_text([{"name": "pca", "mse": 0.123456, "n": 12000}, {"name": "median filter", "mse": None, "n": 7}])
     assert text.splitlines() == [
         "name              mse       n",
@@ -141,7 +141,7 @@ def test_a_table_for_the_terminal_is_aligned():
     ]
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_unavailable_device_is_refused():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(AezooError, match="no device 'cuda:99'"):
         resolve_device("cuda:99")

@@ -39,7 +39,7 @@ def test_mixture_samples_pass_two_sample_test():
     assert least_p(drawn[:1000], drawn[1000:]) > 0.05
 
 
-def test_the_density_of_a_fitted_mixture_is_that_of_the_mixture():
+def test_fitted_mixture_density_matches_true_density():
     fitted = priors.fit("gmm", mixture(20_000, 0), n_components=2)
     x = mixture(500, 5)
     a = multivariate_normal([4, 0, 1], [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 0.1]]).pdf(x)
@@ -59,7 +59,7 @@ def test_gaussian_prior_has_code_moments(size):
     assert np.abs((np.cov(drawn.T) - covariance) / np.outer(scale, scale)).max() < 0.02
 
 
-def test_the_gaussian_has_the_density_of_scipy():
+def test_gaussian_density_matches_scipy():
     codes = mixture(300, 0)
     fitted = priors.fit("gaussian", codes)
     expected = multivariate_normal(codes.mean(0), np.cov(codes.T)).logpdf(mixture(50, 1))
@@ -140,7 +140,7 @@ def test_knn_samples_lie_between_neighbouring_codes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", priors.GENERAL_PRIORS)
-def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
+def test_samples_are_determined_by_seed(name, monkeypatch):
     monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
     codes = mixture(200, 0).astype(np.float32)
     one, two = (priors.fit(name, codes, seed=3) for _ in range(2))
@@ -155,7 +155,7 @@ def test_a_seed_fixes_what_is_drawn_and_another_draws_anew(name, monkeypatch):
 @pytest.mark.parametrize(
     "kind", ["all the same", "two", "one dimension", "a dead dimension", "twins", "binary", "sparse"]
 )
-def test_odd_codes_are_taken_as_they_are(name, kind, monkeypatch):
+def test_degenerate_codes_can_be_fitted(name, kind, monkeypatch):
     monkeypatch.setattr(priors_principal, "_EPOCHS", 3)
     codes = {
         "all the same": np.full((20, 3), 0.7),
@@ -197,7 +197,7 @@ def test_a_bad_value_is_refused(wrong, said):
         priors.fit(**({"name": "gmm", "codes": mixture(20, 0)} | wrong))
 
 
-def test_maf_says_how_to_get_zuko_where_it_is_not_installed(monkeypatch):
+def test_missing_zuko_names_extra_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zuko", None)
     with pytest.raises(AezooError, match=r"aezoo\[flows\]"):
         priors.fit("maf", mixture(20, 0))

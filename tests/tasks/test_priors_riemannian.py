@@ -26,14 +26,14 @@ def test_inverse_metric_matches_sum_and_is_positive():
     np.testing.assert_allclose(prior.log_density(torch.from_numpy(z)).numpy(), determinant, rtol=1e-9)
 
 
-def test_far_from_all_codes_the_density_falls_as_a_normal_one():
+def test_density_far_from_codes_is_gaussian():
     prior = Riemannian(ring(), 0)
     z = torch.tensor([[5.0, 5.0], [0.0, 9.0]], dtype=torch.float64)
     torch.testing.assert_close(prior.log_density(z), np.log(prior.lam) - 0.5 * (z**2).sum(1), rtol=1e-9, atol=0)
     assert (prior.log_density(prior.centres) > np.log(prior.lam) + 3).all()
 
 
-def test_draws_follow_the_density():
+def test_samples_match_density_by_quadrature():
     """Against its quadrature: the share of each of nine squares."""
     prior = Riemannian(ring(), 0)
     z = prior.sample(4000, np.random.default_rng(3))
@@ -47,7 +47,7 @@ def test_draws_follow_the_density():
     assert 0.5 < prior.accepted <= 1
 
 
-def test_a_step_leaves_the_density_as_it_is_however_long_it_is():
+def test_long_mcmc_step_keeps_density_invariant():
     """What a long step gets wrong its proposals' refusal must mend: from draws of the density come draws of it."""
     prior = Riemannian(ring(), 0)
     axis = np.linspace(-3, 3, 241)
@@ -63,7 +63,7 @@ def test_a_step_leaves_the_density_as_it_is_however_long_it_is():
     np.testing.assert_allclose(radius[0], radius[1], atol=0.06)
 
 
-def test_draws_keep_to_the_codes_where_a_gaussian_does_not():
+def test_samples_stay_near_ring_unlike_gaussian():
     codes = ring()
     prior = Riemannian(codes, 0)
     z = prior.sample(300, np.random.default_rng(0))
@@ -73,7 +73,7 @@ def test_draws_keep_to_the_codes_where_a_gaussian_does_not():
     assert (np.abs(np.linalg.norm(normal, axis=1) - 1.4) < 0.4).mean() < 0.5
 
 
-def test_the_seed_decides_and_no_other_stream_is_touched():
+def test_sampling_is_seeded_and_keeps_torch_rng_state():
     prior = Riemannian(ring(200), 0)
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -82,7 +82,7 @@ def test_the_seed_decides_and_no_other_stream_is_touched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_few_codes_and_one_dimension_have_a_prior_too():
+def test_degenerate_codes_have_finite_samples():
     for codes in (np.random.default_rng(0).standard_normal((3, 5)), np.arange(40.0)[:, None], np.zeros((10, 2))):
         z = Riemannian(codes, 0).sample(7, np.random.default_rng(0))
         assert z.shape == (7, codes.shape[1]) and np.isfinite(z).all()

@@ -21,7 +21,7 @@ def mixture(n: int, seed: int) -> np.ndarray:
     return np.where(rng.random((n, 1)) < 0.75, a, b)
 
 
-def test_the_fit_finds_the_mixture() -> None:
+def test_fit_recovers_mixture_parameters() -> None:
     prior = Sphere(mixture(5000, 0), 2, 0)
     order = np.argsort(-prior.weights_K)
     np.testing.assert_allclose(prior.weights_K[order], [0.75, 0.25], atol=0.02)
@@ -46,13 +46,13 @@ def test_draws_pass_a_two_sample_test_with_the_mixture() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 64])
-def test_a_concentration_comes_back_from_the_length_of_its_mean(size: int) -> None:
+def test_concentration_is_recovered_from_mean_length(size: int) -> None:
     kappa = np.array([0.5, 5.0, 80.0, 3000.0])
     length = ive(size / 2, kappa) / ive(size / 2 - 1, kappa)
     np.testing.assert_allclose(concentration(length, size), kappa, rtol=1e-3)
 
 
-def test_no_normaliser_underflows() -> None:
+def test_log_normaliser_does_not_underflow() -> None:
     for size, kappa in ((2, 0.5), (2, 30.0), (2, 400.0), (500, 1.0)):
         prior, z = Sphere(np.eye(size), 0, 0), np.eye(size)[:2]
         prior.weights_K, prior.means_KD, prior.kappas_K = np.ones(1), np.eye(size)[:1], np.array([kappa])
@@ -72,7 +72,7 @@ def test_no_normaliser_underflows() -> None:
     assert np.isfinite(prior.log_prob(wide)).all() and np.isfinite(prior.sample(5, 0)).all()
 
 
-def test_without_a_component_it_is_uniform() -> None:
+def test_zero_components_give_uniform_distribution() -> None:
     prior = Sphere(mixture(50, 0), 0, 0)
     drawn = prior.sample(20_000, 0)
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, atol=1e-6)
@@ -80,7 +80,7 @@ def test_without_a_component_it_is_uniform() -> None:
     np.testing.assert_allclose(prior.log_prob(drawn[:3]), -math.log(2 * math.pi**2))
 
 
-def test_few_equal_and_foreign_codes() -> None:
+def test_equal_codes_are_fitted_and_non_unit_codes_refused() -> None:
     same = np.repeat(A[None], 10, 0).astype(np.float32)
     np.testing.assert_allclose(Sphere(same, 10, 0).sample(5, 0), same[:5], atol=0.02)
     circle = Sphere(mixture(40, 0)[:, :2] / np.linalg.norm(mixture(40, 0)[:, :2], axis=1, keepdims=True), 2, 0)

@@ -18,7 +18,7 @@ def posteriors(n=40, size=3):
     return 2 * rng.standard_normal((n, size)), rng.uniform(-3, 0.5, (n, size))
 
 
-def test_the_density_is_that_of_a_mixture_however_it_is_cut(monkeypatch):
+def test_mixture_density_is_independent_of_chunk_size(monkeypatch):
     means, log_vars = posteriors()
     parts = D.Independent(D.Normal(torch.from_numpy(means), torch.from_numpy(np.exp(log_vars / 2))), 1)
     mixture = D.MixtureSameFamily(D.Categorical(torch.ones(40)), parts)
@@ -29,7 +29,7 @@ def test_the_density_is_that_of_a_mixture_however_it_is_cut(monkeypatch):
         assert np.allclose(Posteriors(means, log_vars).log_prob(z), expected, atol=1e-10)
 
 
-def test_draws_have_the_mixture_s_moments():
+def test_samples_have_mixture_moments():
     means, log_vars = posteriors()
     drawn = Posteriors(means, log_vars).sample(200_000, seed=0)
     covariance = np.cov(means.T, bias=True) + np.diag(np.exp(log_vars).mean(0))
@@ -37,7 +37,7 @@ def test_draws_have_the_mixture_s_moments():
     assert np.abs(np.cov(drawn.T) - covariance).max() < 0.05
 
 
-def test_the_kernel_s_width_is_the_likeliest_by_leave_one_out(monkeypatch):
+def test_kernel_width_maximises_leave_one_out_likelihood(monkeypatch):
     rng = np.random.default_rng(0)
     t = np.where(rng.random((120, 2)) < 0.5, -1, 1) + 0.15 * rng.standard_normal((120, 2))
     monkeypatch.setattr("aezoo.tasks.priors_vamp._LEFT_OUT", 120)

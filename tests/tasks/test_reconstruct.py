@@ -12,7 +12,7 @@ from aezoo.tasks.reconstruct import _PartReconstructor, _picture
 from aezoo.tasks.samples import Samples
 
 
-def test_the_errors_of_a_linear_model_are_those_of_pca():
+def test_linear_model_errors_match_pca():
     x = np.random.default_rng(0).normal(0, 1, (300, 6)) @ np.diag([3, 2, 1, 1, 0.5, 0.2])
     reference = PCA(2).fit(x)
     model = aezoo.create_model("linear_ae", (6,), latent_dim=2)
@@ -47,7 +47,7 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
     assert "5 samples, PSNR" in found.summary()
 
 
-def test_what_is_missing_has_no_error():
+def test_missing_values_are_excluded_from_errors():
     model = aezoo.create_model("mvae", (6,), likelihood="gaussian")
     x = torch.rand(4, 6)
     x[0, :3], x[1, 3:] = torch.nan, torch.nan
@@ -63,7 +63,7 @@ def test_what_is_missing_has_no_error():
         aezoo.reconstruct(aezoo.create_model("vae", (6,)), x)
 
 
-def test_one_sample_and_labels_are_enough(tmp_path):
+def test_single_sample_and_labelled_data_are_reconstructed(tmp_path):
     data = aezoo.DataModule("digits")
     x, y = data.tensors("test")
     model = aezoo.create_model("conv_ae", (1, 8, 8))
@@ -73,7 +73,7 @@ def test_one_sample_and_labels_are_enough(tmp_path):
     assert lines[0] == "index,mse,mae,score,label" and [int(line.split(",")[4]) for line in lines[1:]] == y.tolist()
 
 
-def test_several_labels_each_are_left_out(tmp_path):
+def test_multi_label_targets_are_omitted(tmp_path):
     data = Samples(ArrayDataset(torch.rand(3, 4), torch.zeros(3, 2)))
     aezoo.reconstruct(aezoo.create_model("dense_ae", (4,)), data, out=str(tmp_path))
     assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,score\n0,")
@@ -93,7 +93,7 @@ def test_vae_score_is_minus_elbo_at_posterior_mean():
     assert np.allclose(aezoo.reconstruct(model, x).score, nll + kl, rtol=1e-4)
 
 
-def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
+def test_picture_shows_best_median_and_worst_samples(monkeypatch):
     shown = {}
     monkeypatch.setattr(
         "aezoo.callbacks.plotting.panel_figure",
@@ -113,7 +113,7 @@ def test_the_picture_shows_the_best_the_median_and_the_worst(monkeypatch):
     assert [*shown][-1] == "worst: mse 0.8"
 
 
-def test_the_batch_size_changes_nothing():
+def test_results_do_not_depend_on_batch_size():
     model = aezoo.create_model("vae", (1, 8, 8))
     x = torch.rand(11, 1, 8, 8)
     one, many = (aezoo.reconstruct(model, x, batch_size=size) for size in (1, 11))
@@ -135,7 +135,7 @@ def half():
     return model, torch.rand(7, 1, 6, 4)
 
 
-def test_whole_samples_come_from_some_of_their_parts(half, tmp_path):
+def test_samples_are_reconstructed_from_chosen_modalities(half, tmp_path):
     model, x = half
     found = aezoo.reconstruct(model, x, parts=(1,), out=str(tmp_path), batch_size=3)
     expected = model.reconstruct_from(x, (1,)).detach()
@@ -150,7 +150,7 @@ def test_whole_samples_come_from_some_of_their_parts(half, tmp_path):
     assert np.array_equal(aezoo.reconstruct(model, other, parts=1, batch_size=3).x_hat, found.x_hat)
 
 
-def test_what_is_not_looked_at_is_grey_in_the_picture(half):
+def test_unread_modalities_are_grey_in_picture(half):
     model, x = half
     shown = _PartReconstructor(model, (0,)).shown(x)
     assert torch.equal(shown[:, :, :2], x[:, :, :2]) and shown[:, :, 2:].unique().numel() == 1
@@ -160,7 +160,7 @@ def test_what_is_not_looked_at_is_grey_in_the_picture(half):
 
 
 @pytest.mark.parametrize(("name", "parts", "words"), [("vae", (0,), "vae knows no parts"), ("mvae", (2,), "0 to 1")])
-def test_parts_that_a_model_does_not_have_are_refused(name, parts, words):
+def test_unknown_modalities_are_refused(name, parts, words):
     model = aezoo.create_model(name, (6,), latent_dim=2, hidden_dims=(5,))
     with pytest.raises(AezooError, match=words):
         aezoo.reconstruct(model, torch.rand(3, 6), parts=parts)

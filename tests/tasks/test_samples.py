@@ -21,7 +21,7 @@ def all_of(samples, size=7):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_verbs_take_a_model_of_any_precision(dtype):
+def test_verbs_support_every_model_dtype(dtype):
     x, narrow = torch.rand(20, 6), aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(8,)).eval()
     wide = copy.deepcopy(narrow).to(dtype)
     calls = {
@@ -39,7 +39,7 @@ def test_verbs_take_a_model_of_any_precision(dtype):
         np.testing.assert_allclose(call(wide), call(narrow), rtol=0.05, atol=0.05, err_msg=verb)
 
 
-def test_bytes_become_shares_of_255_and_floats_stay():
+def test_bytes_are_divided_by_255_and_floats_kept():
     x = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
     samples = Samples.from_data(x)
     assert samples.shape == (1, 8, 8) and len(samples) == 4 and samples.y is None
@@ -50,7 +50,7 @@ def test_bytes_become_shares_of_255_and_floats_stay():
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_datamodule_gives_what_its_loader_gives(split):
+def test_samples_match_datamodule_split(split):
     data = aezoo.DataModule("digits")
     samples = Samples.from_data(data, split)
     x, y = data.tensors(split)
@@ -58,7 +58,7 @@ def test_a_datamodule_gives_what_its_loader_gives(split):
     assert torch.equal(samples.rows([3, 1]), x[[3, 1]])
 
 
-def test_images_in_a_folder_are_read_as_they_are_used(tmp_path, monkeypatch):
+def test_folder_images_are_read_lazily(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (6, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):
@@ -75,7 +75,7 @@ def test_images_in_a_folder_are_read_as_they_are_used(tmp_path, monkeypatch):
     assert torch.equal(all_of(one), torch.from_numpy(pixels[:1]).float()[None] / 255)
 
 
-def test_a_file_is_scaled_by_the_statistics_of_training(tmp_path):
+def test_input_file_uses_training_statistics(tmp_path):
     x = np.random.default_rng(0).normal(50, 20, (200, 3))
     data = aezoo.DataModule.from_arrays(x, scale="standard")
     data.setup()
@@ -126,7 +126,7 @@ def test_pictures_need_known_data_range(tmp_path, scale):
     assert torch.allclose(all_of(read(str(tmp_path / "x.npy"), trained)), seen)
 
 
-def test_any_pictures_of_a_folder_can_be_worked_on(tmp_path, capsys):
+def test_any_image_folder_is_accepted_as_input(tmp_path, capsys):
     for stage, values in (("train", [7, 7]), ("test", [9, 9, 9])):
         (tmp_path / stage).mkdir()
         for i, value in enumerate(values):
@@ -149,7 +149,7 @@ def test_any_pictures_of_a_folder_can_be_worked_on(tmp_path, capsys):
         ({"x": np.float32(3)}, r"x has shape \(\): give samples \(N, \*shape\), one sample"),
     ],
 )
-def test_arrays_that_are_no_samples_are_refused_in_one_line(tmp_path, arrays, words):
+def test_invalid_arrays_are_refused_in_one_line(tmp_path, arrays, words):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(AezooError, match=words) as refusal:
         read(str(tmp_path / "x.npz"), UNKNOWN)
@@ -157,7 +157,7 @@ def test_arrays_that_are_no_samples_are_refused_in_one_line(tmp_path, arrays, wo
 
 
 @pytest.mark.parametrize("rule", ["threshold", "static", "dynamic"])
-def test_files_are_binarised_by_the_rule_of_training(tmp_path, rule):
+def test_files_use_binarisation_of_training(tmp_path, rule):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     x[:, 0], x[:, 1] = 0, 255
     for i, image in enumerate(x):
@@ -182,7 +182,7 @@ def test_files_are_binarised_by_the_rule_of_training(tmp_path, rule):
         assert y is None if grey.y is None else torch.equal(y, grey.y)
 
 
-def test_values_are_scaled_before_they_are_binarised(tmp_path):
+def test_scaling_precedes_binarisation(tmp_path):
     x = np.random.default_rng(0).random((40, 3)) * 90 + 10
     data = aezoo.DataModule.from_arrays(x, scale="unit", val_fraction=0, test_fraction=0)
     inside = data.tensors("train")[0]
@@ -214,12 +214,12 @@ def test_subset_is_drawn_in_order_without_repeats():
         (np.full((2, 4), np.nan), "NaN"),
     ],
 )
-def test_what_are_no_samples_is_refused(x, words):
+def test_invalid_samples_are_refused(x, words):
     with pytest.raises(AezooError, match=words.replace("[", r"\[").replace("]", r"\]")):
         Samples.from_data(x)
 
 
-def test_samples_of_other_shape_or_range_are_refused():
+def test_samples_of_wrong_shape_or_range_are_refused():
     model = aezoo.create_model("dense_ae", (4,))
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
         Samples.from_data(torch.rand(3, 5)).check(model)
@@ -245,7 +245,7 @@ def test_task_keeps_random_state_and_modes():
     assert torch.equal(torch.rand(2), inside)
 
 
-def test_a_subset_is_scaled_and_labelled_as_the_whole():
+def test_subset_keeps_scaling_and_labels():
     whole = Samples(
         ArrayDataset(torch.arange(12, dtype=torch.uint8).view(6, 2), torch.arange(6)), 255, None, tuple("abcdef")
     )

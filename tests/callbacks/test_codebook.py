@@ -93,7 +93,7 @@ def rows(monkeypatch):
 # ---- counts ---------------------------------------------------------------------------------------------------------
 
 
-def test_counts_are_those_of_the_whole_validation_set(fit, counted, tmp_path):
+def test_counts_cover_whole_validation_set(fit, counted, tmp_path):
     # batches of 16, 16 and 13
     model = Indexed()
     fit(model, Codebook(every_n_epochs=1), n=45, max_epochs=2)
@@ -108,7 +108,7 @@ def test_counts_are_those_of_the_whole_validation_set(fit, counted, tmp_path):
     assert model.encoded == 2 * (3 + 1 + 1)
 
 
-def test_the_histogram_is_of_codes_in_the_order_of_their_use(fit, events):
+def test_histogram_shows_codes_sorted_by_use(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=1), n=45, max_epochs=2)
     found = events()
     assert set(found.Tags()["histograms"]) == {"codebook/use_0", "codebook/use_1"}
@@ -123,7 +123,7 @@ def test_the_histogram_is_of_codes_in_the_order_of_their_use(fit, events):
     assert histogram.sum_squares == (middles**2).sum()
 
 
-def test_buckets_of_large_books_hold_all_choices(tmp_path):
+def test_large_codebook_histogram_buckets_keep_total(tmp_path):
     from aezoo.callbacks.codebook import write_rank_histogram
 
     class Writer:
@@ -138,7 +138,7 @@ def test_buckets_of_large_books_hold_all_choices(tmp_path):
     np.testing.assert_array_equal(bars, [part.sum() for part in np.split(ordered, limits[:-1])])
 
 
-def test_figures_are_the_models_to_log(fit, events):
+def test_usage_scalars_are_not_logged_by_callback(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=1), max_epochs=1)
     assert not [tag for tag in events().Tags()["scalars"] if "usage" in tag or "perplexity" in tag]
 
@@ -211,7 +211,7 @@ def test_two_processes_count_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_cannot_count_leaves_no_other_waiting(tmp_path):
+def test_failing_rank_does_not_block_other_rank(tmp_path):
     assert on_two_ranks(tmp_path, Fails(), (25, 20)) == [[], []]
     assert {path.stem for path in (tmp_path / "pictures").glob("codebook*")} == {"codebook_indices"}
 
@@ -243,7 +243,7 @@ def test_early_stop_draws_last_weights_and_usage(fit, events):
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": 2}, {"off": True}, {"model": Fake}, {"model": FakeVAE}], ids=str)
-def test_nothing_is_drawn_or_counted(fit, tmp_path, options):
+def test_disabled_or_unsupported_callback_draws_nothing(fit, tmp_path, options):
     model, period = options.pop("model", Indexed)((1, 8, 8)), 0 if options.pop("off", False) else 1
     callback = Codebook(every_n_epochs=period)
     assert is_enabled(callback) == (period > 0)
@@ -299,7 +299,7 @@ def test_bad_values_are_refused():
 # ---- the map of use -------------------------------------------------------------------------------------------------
 
 
-def test_exactly_the_used_cells_are_lit():
+def test_used_codes_are_drawn_as_lit_cells():
     counts = torch.zeros(23, dtype=torch.long)
     counts[[0, 4, 5, 22]] = torch.tensor([1, 10, 1000, 10])
     figure = count_figure([counts], ["a codebook"], "times")
@@ -320,7 +320,7 @@ def test_exactly_the_used_cells_are_lit():
     assert found[4] == found[22]
 
 
-def test_cells_of_large_books_are_runs_of_codes():
+def test_large_codebook_cells_sum_consecutive_codes():
     counts = torch.arange(2 * 65536 + 1)
     cells = count_cells(counts).flatten().numpy()
     # three codes a cell
@@ -353,7 +353,7 @@ def test_at_most_eight_indices_a_place_are_shown(fit, rows, counted, events):
     assert len(events().Tags()["histograms"]) == 8
 
 
-def test_each_of_several_books_has_pictures_of_its_name(fit, tmp_path, counted, rows):
+def test_each_codebook_has_named_pictures(fit, tmp_path, counted, rows):
     class Two(Indexed):
         def codebooks(self, indices):
             return {"top": (indices[:, :1], SIZES[:1]), "bottom": (indices[:, 1:], SIZES[1:])}
@@ -370,7 +370,7 @@ def test_each_of_several_books_has_pictures_of_its_name(fit, tmp_path, counted, 
 # ---- indices in their places ----------------------------------------------------------------------------------------
 
 
-def test_colours_differ_and_stay():
+def test_index_colours_are_distinct_and_stable():
     colours = index_colours(torch.arange(512))
     assert len({tuple(colour) for colour in colours.round(4).tolist()}) == 512
     np.testing.assert_allclose(colours[:3], index_colours(torch.tensor([[0], [1], [2]]))[:, 0])
@@ -410,7 +410,7 @@ class Counting(Indexed):
     ],
     ids=str,
 )
-def test_indices_stand_where_they_are(fit, rows, tmp_path, shape, places, grid):
+def test_indices_are_drawn_at_their_positions(fit, rows, tmp_path, shape, places, grid):
     fit(Counting(shape, places), Codebook(n=3, every_n_epochs=1), max_epochs=1)
     labels, tiles = rows[0]
     kinds = ["original", "indices 0", "indices 1", "output"]
@@ -433,7 +433,7 @@ def test_indices_stand_where_they_are(fit, rows, tmp_path, shape, places, grid):
     assert np.asarray(Image.open(tmp_path / "run" / "0" / "pictures" / "codebook_indices.png")).std() > 5
 
 
-def test_samples_and_outputs_stand_beside_their_indices(fit, rows):
+def test_samples_and_outputs_are_drawn_beside_indices(fit, rows):
     model = Indexed()
     fit(model, Codebook(n=5, every_n_epochs=1), max_epochs=1)
     x = digits((1, 8, 8)).tensors[0][:5]
@@ -444,7 +444,7 @@ def test_samples_and_outputs_stand_beside_their_indices(fit, rows):
     np.testing.assert_allclose(output[:, 7::14, 7::14, 1], x_hat[:, 0], atol=1e-6)
 
 
-def test_a_grid_is_as_it_is_shown():
+def test_index_grid_takes_middle_plane_of_volume():
     volume = torch.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5)
     assert torch.equal(index_grid(volume), volume[:, 2])
     assert index_grid(volume[:, 0, 0]).shape == (2, 1, 5)
@@ -468,7 +468,7 @@ def table(path: Path) -> tuple[list[str], np.ndarray]:
     return head.split("\t"), np.array([[int(value) for value in line.split("\t")] for line in lines])
 
 
-def test_projector_files_hold_the_codes_and_their_use(fit, tmp_path):
+def test_projector_files_contain_codes_and_usage(fit, tmp_path):
     model = small()
     for epochs in (2, 1):  # the second run, as after a resume, leaves nothing of the first
         fit(model, Codebook(every_n_epochs=1), max_epochs=epochs, n=45)
@@ -487,7 +487,7 @@ def test_projector_files_hold_the_codes_and_their_use(fit, tmp_path):
 
 
 @pytest.mark.parametrize("codebook_first", [True, False])
-def test_codebook_and_latent_codes_stand_in_one_tab(fit, tmp_path, codebook_first):
+def test_codebook_and_latent_codes_share_projector_tab(fit, tmp_path, codebook_first):
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
     from tensorboard.plugins.base_plugin import TBContext
@@ -506,7 +506,7 @@ def test_codebook_and_latent_codes_stand_in_one_tab(fit, tmp_path, codebook_firs
     assert [list(info.tensor_shape) for info in config.embeddings] == [[12, 5], [30, 20]]
 
 
-def test_a_list_of_embeddings_that_was_cut_off_is_written_anew(fit, tmp_path):
+def test_truncated_projector_config_is_rewritten(fit, tmp_path):
     folder = tmp_path / "run" / "0"
     folder.mkdir(parents=True)
     (folder / "projector_config.pbtxt").write_text('embeddings {\n  tensor_name: "cod')
@@ -515,12 +515,12 @@ def test_a_list_of_embeddings_that_was_cut_off_is_written_anew(fit, tmp_path):
 
 
 @pytest.mark.parametrize(("most", "written"), [(12, True), (11, False), (0, False)])
-def test_larger_books_are_not_projected(fit, tmp_path, most, written):
+def test_codebooks_above_limit_are_not_projected(fit, tmp_path, most, written):
     fit(small(), Codebook(every_n_epochs=1, n_projected=most), max_epochs=1)
     assert (tmp_path / "run" / "0" / "projector_config.pbtxt").is_file() == written
 
 
-def test_an_early_stop_says_of_which_epoch_the_use_is(fit, tmp_path):
+def test_early_stop_labels_usage_with_its_epoch(fit, tmp_path):
     class Stop(pl.Callback):
         def on_validation_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 2
@@ -539,7 +539,7 @@ def shaken(quantiser: Quantiser) -> Quantiser:
     return quantiser.eval()
 
 
-def test_codes_of_levels_and_groups_are_their_own():
+def test_level_codes_match_levels_and_groups():
     residual = shaken(ResidualVQ(6, 3, 8))
     groups = shaken(GroupedVQ(6, 3, 8))
     for level in range(3):
@@ -549,7 +549,7 @@ def test_codes_of_levels_and_groups_are_their_own():
         np.testing.assert_allclose(found, groups.groups[level].code_KD)
 
 
-def test_codes_of_books_that_are_not_stored():
+def test_level_codes_of_implicit_codebooks_are_computed():
     # 0, +-1/2, 1 and -1, +-1 by the paper's formula, the first channel least significant
     np.testing.assert_allclose(level_codes(FSQ((4, 2)), 0), [[a, b] for b in (-1, 1) for a in (-1, -0.5, 0, 0.5)])
     np.testing.assert_allclose(level_codes(LFQ(2), 0), [[-1, -1], [1, -1], [-1, 1], [1, 1]])
@@ -563,7 +563,7 @@ def test_codes_of_books_that_are_not_stored():
     np.testing.assert_allclose(level_codes(vq, 0).detach(), code_KD / code_KD.norm(dim=1, keepdim=True), rtol=1e-5)
 
 
-def test_quantisers_of_several_books_go_by_their_names():
+def test_quantisers_are_found_by_codebook_name():
     class Two(Fake):
         def __init__(self):
             super().__init__((4,))
@@ -588,7 +588,7 @@ def test_quantisers_of_several_books_go_by_their_names():
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_shows_all_of_it_by_default(tmp_path, monkeypatch):
+def test_codebook_callback_is_enabled_by_default(tmp_path, monkeypatch):
     assert lightning_cli.DEFAULT_CALLBACKS["codebook"] is Codebook
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -605,13 +605,13 @@ def test_the_command_line_shows_all_of_it_by_default(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16-true"}, {"logger": False}], ids=str)
-def test_other_precisions_and_loggers(fit, tmp_path, options):
+def test_bf16_and_missing_logger_are_supported(fit, tmp_path, options):
     fit(small(), Codebook(every_n_epochs=1), max_epochs=1, **options)
     folder = tmp_path if "logger" in options else tmp_path / "run" / "0"
     assert {path.stem for path in (folder / "pictures").iterdir()} == PICTURES
 
 
-def test_plain_batches_are_counted(tmp_path, counted):
+def test_batches_without_labels_are_counted(tmp_path, counted):
     x = digits((1, 8, 8), 45).tensors[0]
 
     class Plain(Indexed):

@@ -132,7 +132,7 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("fault", ["kl", "gradient", "overflow", "batch"])
-def test_a_bad_step_changes_nothing_and_is_counted(capsys, fault, optimizer, defers):
+def test_non_finite_step_is_skipped_and_counted(capsys, fault, optimizer, defers):
     made, states = guard(defers), States()
     model = Norms({3: fault}, optimizer)
     data = table(bad=3 * 8 + 5) if fault == "batch" else None
@@ -157,7 +157,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(capsys, fault, optimizer, def
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_the_device_counts_and_skips_as_the_host_does(ema):
+def test_device_guard_matches_host_guard(ema):
     """Faults in a row, at the start, at the end of an epoch, of several kinds; several looks within an epoch."""
     faults = {0: "kl", 3: "gradient", 4: "kl", 5: "kl", 9: "gradient", 11: "kl", 13: "kl"}
     ends = []
@@ -191,7 +191,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_loop_that_asks_the_guard_does_as_its_hooks_do(monkeypatch, capsys, optimizer, clip):
+def test_fast_loop_guard_matches_hook_guard(monkeypatch, capsys, optimizer, clip):
     faults = {0: "kl", 2: "gradient", 3: "overflow", 7: "loss", 11: "kl", 12: "overflow", 17: "kl"}
     calls = {FaultGuard: 0, Hooked: 0}
     original = FaultGuard.on_before_optimizer_step
@@ -274,7 +274,7 @@ def test_guard_runs_after_gradient_changes():
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}], ids=["sum", "clip"])
-def test_the_guard_is_not_asked_where_a_step_is_not_a_batch(options):
+def test_guard_falls_back_when_step_is_not_one_batch(options):
     made = FaultGuard()
     states = States()
     fit(Norms({2: "loss"}, buffers=False), made, states, **options)
@@ -285,7 +285,7 @@ def test_the_guard_is_not_asked_where_a_step_is_not_a_batch(options):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "half", "channels_last"])
-def test_gradients_of_any_kind_are_judged(kind):
+def test_gradients_of_every_layout_are_checked(kind):
     for value in (1.0, torch.nan, torch.inf, 1e30):
         gradient = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
         gradient[1, 0, 2, 0] = value
@@ -300,7 +300,7 @@ def test_gradients_of_any_kind_are_judged(kind):
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
-def test_a_healthy_run_is_as_without_a_guard(capsys, defers):
+def test_finite_run_is_unchanged_by_guard(capsys, defers):
     ends = []
     for callbacks in ([guard(defers)], []):
         states = States()
@@ -310,7 +310,7 @@ def test_a_healthy_run_is_as_without_a_guard(capsys, defers):
     assert "skipped" not in capsys.readouterr().err
 
 
-def test_a_look_for_a_checkpoint_takes_nothing_away():
+def test_reading_state_keeps_skip_count():
     made = guard(True)
     seen = []
 
@@ -333,7 +333,7 @@ def test_under_accumulation_all_batches_of_a_step_are_dropped(defers):
     assert made.skipped == 1
 
 
-def test_a_gradient_scaler_finds_its_scale_without_being_counted():
+def test_gradient_scaler_overflows_are_not_counted():
     made, states = guard(), States()
     # in float16 the first steps overflow under so large a scale
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
@@ -369,7 +369,7 @@ class Two(pl.LightningModule):
         return [torch.optim.Adam(layer.parameters(), 0.01, fused=True) for layer in (self.first, self.second)]
 
 
-def test_momentum_begins_with_the_first_good_step():
+def test_momentum_starts_at_first_finite_step():
     """Torch's kernel of SGD, told to skip its very first step, would leave momentum whatever was in that memory."""
     ends = []
     for defers in (False, True):
@@ -388,7 +388,7 @@ STARTED = {
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("name", STARTED)
-def test_what_data_start_is_started_by_the_first_good_batch(name, defers):
+def test_data_init_uses_first_finite_batch(name, defers):
     """A first batch that has overflowed leaves nothing: neither parameters started from it nor none started at all."""
 
     class Looks(pl.Callback):
@@ -414,7 +414,7 @@ def test_what_data_start_is_started_by_the_first_good_batch(name, defers):
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
-def test_of_two_optimisers_the_one_with_bad_gradients_skips(defers):
+def test_only_optimiser_with_bad_gradients_skips(defers):
     made, states = guard(defers), States()
     fit(Two(bad=2), made, states)
     changed = differing(states.seen[2], states.seen[3])
@@ -463,19 +463,19 @@ def test_report_names_first_broken_layer(tmp_path):
 @pytest.mark.parametrize(
     ("precision", "cure"), [("32-true", "lower --model.lr or look at"), ("16-true", "16-mixed or bf16-true")]
 )
-def test_what_ends_a_run_names_a_cure_for_its_precision(tmp_path, precision, cure):
+def test_ending_error_suggests_remedy_for_precision(tmp_path, precision, cure):
     with pytest.raises(AezooError, match=cure):
         fit(Norms(dict.fromkeys(range(99), "kl")), guard(patience=2), precision=precision, tmp_path=tmp_path)
 
 
-def test_a_good_step_between_bad_ones_starts_the_count_again():
+def test_finite_step_resets_patience():
     made = guard(patience=2)
     fit(Norms({0: "kl", 2: "kl", 4: "kl"}), made)
     assert made.skipped == 3
 
 
 @pytest.mark.parametrize("folder", [None, "elsewhere"])
-def test_the_command_in_the_report_runs_into_the_same_fault(tmp_path, monkeypatch, capsys, folder):
+def test_reported_command_reproduces_fault(tmp_path, monkeypatch, capsys, folder):
     """From the command line: exit code 2, one line, the samples of the batch by number, and the way back to them."""
     monkeypatch.chdir(tmp_path)
     true = VAE.loss
@@ -533,7 +533,7 @@ def test_bad_values_are_refused(values):
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------
 
 
-def test_only_a_guard_that_keeps_nothing_a_batch_can_be_captured():
+def test_guard_without_per_batch_state_is_capturable():
     found = []
 
     class Look(pl.Callback):

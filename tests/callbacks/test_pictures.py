@@ -122,7 +122,7 @@ def test_drawing_restores_modes_and_random_streams():
     assert np.array_equal(np.random.rand(3), expected[1])
 
 
-def test_a_picture_that_fails_warns_once_and_training_goes_on(fit, tmp_path):
+def test_failing_picture_warns_once_and_training_continues(fit, tmp_path):
     class Broken(Picture):
         calls = 0
 
@@ -137,7 +137,7 @@ def test_a_picture_that_fails_warns_once_and_training_goes_on(fit, tmp_path):
     assert pictures(tmp_path) == set()
 
 
-def test_a_failed_write_leaves_the_old_picture_and_no_rubbish(tmp_path, monkeypatch):
+def test_failed_write_keeps_old_picture_without_temporary_files(tmp_path, monkeypatch):
     path, pixels = tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8)
     write_png(path, pixels)
     monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
@@ -148,7 +148,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_rubbish(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes there")
-def test_who_may_read_a_picture_is_said_by_the_umask(tmp_path):
+def test_picture_permissions_follow_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
@@ -158,7 +158,7 @@ def test_who_may_read_a_picture_is_said_by_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])
-def test_without_tensorboard_there_are_only_files(fit, tmp_path, logger):
+def test_pictures_are_written_as_files_without_tensorboard(fit, tmp_path, logger):
     made = CSVLogger(tmp_path, name="csv", version="0") if logger else False
     fit(FakeVAE((1, 6, 6)), *all_pictures(), logger=made, max_epochs=1)
     folder = tmp_path / "csv" / "0" if logger else tmp_path
@@ -172,7 +172,7 @@ def test_fast_dev_run_draws_nothing(fit, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_samples_are_fixed_and_not_those_of_the_sanity_check(fit):
+def test_samples_are_fixed_and_independent_of_sanity_check(fit):
     seen = []
 
     class Spy(Picture):
@@ -189,7 +189,7 @@ def test_samples_are_fixed_and_not_those_of_the_sanity_check(fit):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "one", "float label"])
-def test_batches_without_labels(tmp_path, kind):
+def test_pictures_support_batches_without_labels(tmp_path, kind):
     x = digits((1, 6, 6)).tensors[0]
     data = {"tensor": x, "one": TensorDataset(x), "float label": TensorDataset(x, torch.rand(len(x)))}[kind]
 
@@ -223,7 +223,7 @@ def drawn(monkeypatch) -> list[list[np.ndarray]]:
     return rows
 
 
-def test_reconstruction_rows_hold_the_right_numbers(fit, monkeypatch):
+def test_reconstruction_rows_show_original_output_and_error(fit, monkeypatch):
     rows = drawn(monkeypatch)
     model = Fake((1, 6, 6))
     fit(model, Reconstructions(n=5, every_n_epochs=1), max_epochs=1)
@@ -248,7 +248,7 @@ def test_a_denoiser_is_shown_the_corrupted_input(fit, monkeypatch):
     np.testing.assert_array_equal(corrupted, rows[1][1][1])  # the same noise at every epoch
 
 
-def test_the_articles_figure_has_two_rows(fit, monkeypatch):
+def test_reconstruction_rows_can_be_selected(fit, monkeypatch):
     rows = drawn(monkeypatch)
     fit(Fake((1, 6, 6), denoising=True), Reconstructions(every_n_epochs=1, rows=("original", "output")), max_epochs=1)
     assert rows[0][0] == ["original", "output"]
@@ -317,7 +317,7 @@ def test_traversal_varies_dimensions_by_kl_order():
     assert torch.allclose(grid[4], torch.zeros(2), atol=1e-6)
 
 
-def test_without_a_normal_prior_the_codes_give_order_and_range():
+def test_traversal_without_prior_uses_code_statistics():
     class Deterministic(Known):
         normal_prior = False
 
@@ -374,7 +374,7 @@ def test_projector_files(fit, tmp_path, shape):
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
-def test_projector_has_the_three_dimensions_that_the_tab_needs(fit, tmp_path, latent_dim):
+def test_projector_pads_codes_to_three_dimensions(fit, tmp_path, latent_dim):
     fit(Fake((6,), latent_dim=latent_dim), Projector(n=30))
     codes = np.loadtxt(tmp_path / "run" / "0" / "projector" / "codes.tsv")
     assert codes.shape == (30, 3)
@@ -410,7 +410,7 @@ def test_first_weights_of_linear_and_convolutional_encoders():
     assert first_weights(model) is None
 
 
-def test_atoms_of_a_linear_decoder_are_its_dictionary(monkeypatch):
+def test_linear_decoder_atoms_match_dictionary(monkeypatch):
     class Linear(FakeSparse):
         def decode(self, z):
             return self.decoder(z)
@@ -433,7 +433,7 @@ def test_atoms_of_a_linear_decoder_are_its_dictionary(monkeypatch):
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-def test_mosaic_puts_each_tile_in_its_place():
+def test_mosaic_places_tiles_in_order():
     x = torch.zeros(6, 1, 4, 4)
     x[4] = 1.0
     rgb = tiles(x, (0.0, 1.0))

@@ -82,7 +82,7 @@ def test_l0_and_dead_share_of_sparse_codes(fit):
     assert "val/active_units" not in trainer.callback_metrics
 
 
-def test_a_name_of_the_models_own_is_left_to_it(fit):
+def test_metric_logged_by_model_is_not_overwritten(fit):
     class Own(FakeSparse):
         def loss(self, x, y=None):
             return {**super().loss(x, y), "l0": torch.tensor(123.0)}
@@ -90,7 +90,7 @@ def test_a_name_of_the_models_own_is_left_to_it(fit):
     assert fit(Own((4,)), CodeStatistics(), max_epochs=1).callback_metrics["val/l0"] == 123.0
 
 
-def test_other_models_and_dry_runs_log_nothing(fit):
+def test_unsupported_models_and_dry_runs_log_nothing(fit):
     assert "val/l0" not in fit(Fake((4,)), CodeStatistics()).callback_metrics
     assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(), fast_dev_run=True).callback_metrics
     assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(every_n_epochs=0)).callback_metrics
@@ -155,7 +155,7 @@ def test_histograms_are_off_by_default(fit, events):
     assert events().Tags()["histograms"] == []
 
 
-def test_histograms_bear_gradients_that_are_not_finite(fit, events):
+def test_histograms_tolerate_non_finite_gradients(fit, events):
     class Broken(Fake):
         def training_step(self, batch, batch_idx):
             return {"loss": super().training_step(batch, batch_idx)["loss"] * float("nan")}
@@ -275,7 +275,7 @@ def test_best_loss_survives_a_resume(tmp_path, fit):
     assert (second._best.value, second._best.epoch) == (first._best.value, 1)
 
 
-def test_figures_of_the_best_epoch_follow_it(fit, events, tmp_path):
+def test_best_metrics_are_those_of_best_epoch(fit, events, tmp_path):
     class Falling(Fake):
         def validation_step(self, batch, batch_idx):
             loss = [5.0, 3.0, 4.0][self.current_epoch]
@@ -289,7 +289,7 @@ def test_figures_of_the_best_epoch_follow_it(fit, events, tmp_path):
     assert resumed.state_dict() == trainer.callbacks[0].state_dict()
 
 
-def test_going_on_from_an_older_checkpoint_draws_no_curve_twice(fit, events, tmp_path):
+def test_resume_from_older_checkpoint_does_not_repeat_curves(fit, events, tmp_path):
     class Keep(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -309,7 +309,7 @@ def test_going_on_from_an_older_checkpoint_draws_no_curve_twice(fit, events, tmp
     assert sorted(event.step for event in events().Tensors("config/text_summary")) == [0, 6, 6]
 
 
-def test_dashboard_copes_with_other_loggers_and_dry_runs(fit, tmp_path):
+def test_dashboard_supports_missing_logger_and_dry_runs(fit, tmp_path):
     fit(Fake((4,)), Dashboard(), logger=False)
     fit(Fake((4,)), Dashboard(), fast_dev_run=True)
     assert not list(tmp_path.rglob("*tfevents*"))
@@ -330,7 +330,7 @@ def test_summary_names_results_places_and_commands(fit, tmp_path, capsys):
     assert "train/kl" in out
 
 
-def test_one_table_when_a_test_follows(fit, capsys):
+def test_summary_is_printed_once_when_test_follows(fit, capsys):
     from torch.utils.data import DataLoader
 
     summary, model = Summary(), Fake((4,))
@@ -343,7 +343,7 @@ def test_one_table_when_a_test_follows(fit, capsys):
     assert "test/loss" in out
 
 
-def test_summary_on_a_narrow_terminal_breaks_no_command(fit, capsys, monkeypatch, tmp_path):
+def test_narrow_summary_does_not_break_commands(fit, capsys, monkeypatch, tmp_path):
     import io
 
     from rich.console import Console

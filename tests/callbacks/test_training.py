@@ -211,7 +211,7 @@ def test_a_test_of_the_best_checkpoint_has_averaged_weights(fit, tmp_path):
     assert torch.allclose(look.weights, averages(trace.steps, 0.8)[2], atol=1e-6)
 
 
-def test_pictures_show_averaged_weights_wherever_ema_is_listed(fit):
+def test_pictures_use_ema_weights_for_any_callback_order(fit):
     class Spy(Picture):
         def __init__(self):
             super().__init__(2, 1)
@@ -247,7 +247,7 @@ def test_counters_are_copied_not_averaged(fit):
 
 
 @pytest.mark.parametrize(("name", "settings"), [("topk_sae", {"k": 2}), ("rae", {"regulariser": "sn"})])
-def test_averaged_weights_are_held_where_the_model_holds_its_own(fit, name, settings):
+def test_ema_weights_keep_model_constraints(fit, name, settings):
     """Averages of unit vectors are shorter than 1, and that of a singular vector belongs to no weight."""
     model = aezoo.create_model(name, (4,), latent_dim=8, lr=0.1, **settings)
     fit(model, EMA(0.8), max_epochs=4)
@@ -260,7 +260,7 @@ def test_averaged_weights_are_held_where_the_model_holds_its_own(fit, name, sett
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_weights_in_another_precision_are_averaged(fit, precision):
+def test_ema_supports_other_precisions(fit, precision):
     ema = EMA(decay=0.8)
     model = aezoo.create_model("linear_ae", input_shape=(4,), lr=0.05)
     trainer = fit(model, ema, precision=precision, max_epochs=1)
@@ -271,7 +271,7 @@ def test_weights_in_another_precision_are_averaged(fit, precision):
     assert trainer.global_step == ema._average_model.n_averaged
 
 
-def test_codes_that_a_model_has_seen_are_not_averaged(fit):
+def test_stored_centroids_are_not_averaged(fit):
     """The average of a row of codes that moves on at each step is none of them: all would be the mean of the data's."""
     ends = []
     for callbacks in ([], [EMA(0.8)]):
@@ -282,7 +282,7 @@ def test_codes_that_a_model_has_seen_are_not_averaged(fit):
     assert torch.equal(*ends)
 
 
-def test_no_decay_is_no_average(fit, tmp_path):
+def test_zero_decay_disables_averaging(fit, tmp_path):
     trace, model = Trace(), Fake((4,))
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}")
     fit(model, EMA(decay=0.0), trace, saver, max_epochs=1, enable_checkpointing=True)
@@ -353,7 +353,7 @@ def handlers():
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", HANDLERS)
-def test_a_signal_is_held_until_the_batch_is_done(fit, tmp_path, number):
+def test_signal_is_handled_after_current_batch(fit, tmp_path, number):
     interrupt, kill = Interrupt(), Kill(4, number)
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x", save_on_exception=True)
     with pytest.raises(SystemExit):
@@ -366,7 +366,7 @@ def test_a_signal_is_held_until_the_batch_is_done(fit, tmp_path, number):
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", HANDLERS)
-def test_on_an_epochs_last_batch_the_epoch_is_finished_first(fit, tmp_path, number):
+def test_signal_on_last_batch_finishes_epoch_first(fit, tmp_path, number):
     interrupt, validated = Interrupt(), Trace()
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}-{step}", save_last=True, save_top_k=-1)
     with pytest.raises(SystemExit):
@@ -382,7 +382,7 @@ def test_on_an_epochs_last_batch_the_epoch_is_finished_first(fit, tmp_path, numb
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_second_signal_interrupts_at_once(fit):
+def test_second_signal_interrupts_immediately(fit):
     interrupt, kill = Interrupt(), Kill(4, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit):
         fit(Fake((4,)), kill, interrupt)
@@ -391,7 +391,7 @@ def test_a_second_signal_interrupts_at_once(fit):
 
 
 @pytest.mark.usefixtures("handlers")
-def test_without_a_signal_nothing_happens(fit):
+def test_run_without_signal_is_unchanged(fit):
     interrupt = Interrupt()
     trainer = fit(Fake((4,)), interrupt)
     assert trainer.current_epoch == 2
@@ -399,7 +399,7 @@ def test_without_a_signal_nothing_happens(fit):
 
 
 @pytest.mark.usefixtures("handlers")
-def test_handlers_come_back_after_an_error(fit):
+def test_signal_handlers_are_restored_after_error(fit):
     class Fail(pl.Callback):
         def on_train_batch_end(self, *args):
             raise RuntimeError("stop")
@@ -409,7 +409,7 @@ def test_handlers_come_back_after_an_error(fit):
 
 
 @pytest.mark.usefixtures("handlers")
-def test_under_nohup_the_end_of_the_terminal_is_none_of_the_run(fit):
+def test_ignored_sighup_stays_ignored(fit):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         interrupt = Interrupt()
@@ -419,7 +419,7 @@ def test_under_nohup_the_end_of_the_terminal_is_none_of_the_run(fit):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_in_a_thread_no_handler_is_installed(fit):
+def test_no_signal_handler_outside_main_thread(fit):
     done = []
     thread = threading.Thread(target=lambda: done.append(fit(Fake((4,)), Interrupt()).current_epoch))
     thread.start()
@@ -429,7 +429,7 @@ def test_in_a_thread_no_handler_is_installed(fit):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("at", [4, 5], ids=["within", "last batch"])
-def test_what_an_interrupt_saves_resumes_exactly(tmp_path, at):
+def test_interrupted_checkpoint_resumes_exactly(tmp_path, at):
     """Batches in order, one epoch's position kept by the loader: the weights equal those of a run in one piece."""
 
     class Loader(DataLoader):
@@ -506,7 +506,7 @@ def test_the_summary_is_not_printed_over_a_live_bar(fit, monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "framed"), [(24, False), (80, True)])
-def test_the_summary_keeps_its_figures_in_a_narrow_window(monkeypatch, capsys, width, framed):
+def test_narrow_summary_shows_all_values(monkeypatch, capsys, width, framed):
     out = terminal(monkeypatch, width)
     monkeypatch.setattr("aezoo.callbacks.summary.get_console", lambda: zoo.progress.get_console())
     summary.print_summary("Tested", {"test/log_likelihood": "-118.9"}, [])
@@ -514,7 +514,7 @@ def test_the_summary_keeps_its_figures_in_a_narrow_window(monkeypatch, capsys, w
     assert capsys.readouterr().out == ("" if framed else "Tested\n  test/log_likelihood  -118.9\n")
 
 
-def test_the_bar_costs_little_between_two_refreshes(fit, monkeypatch):
+def test_progress_bar_reads_metrics_only_on_refresh(fit, monkeypatch):
     terminal(monkeypatch, 100)
     bar = ProgressBar(refresh_rate=1)
     asked = []
@@ -525,7 +525,7 @@ def test_the_bar_costs_little_between_two_refreshes(fit, monkeypatch):
     assert len(asked) <= 5
 
 
-def test_without_a_terminal_there_is_one_line_an_epoch(fit, capsys):
+def test_one_line_per_epoch_without_terminal(fit, capsys):
     fit(FakeVAE((4,)), ProgressBar(), zoo.Throughput(), max_epochs=3)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
@@ -535,14 +535,14 @@ def test_without_a_terminal_there_is_one_line_an_epoch(fit, capsys):
         assert line.endswith("samples/s")
 
 
-def test_the_lines_belong_to_their_epochs(fit, capsys, events):
+def test_epoch_lines_show_values_of_their_epoch(fit, capsys, events):
     fit(FakeVAE((4,)), ProgressBar(), max_epochs=3)
     printed = [float(line.split("train/loss ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
     logged = [event.value for event in events().Scalars("train/loss")]
     assert printed == pytest.approx(logged, rel=1e-3)
 
 
-def test_a_bar_that_is_off_prints_nothing(fit, capsys, monkeypatch):
+def test_disabled_progress_bar_prints_nothing(fit, capsys, monkeypatch):
     fit(Fake((4,)), ProgressBar(refresh_rate=0))
     assert capsys.readouterr().out == ""
     out = terminal(monkeypatch, 100)
@@ -573,7 +573,7 @@ def test_predictions_are_written_in_order(fit, tmp_path, capsys, own):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".tmp")] == []
 
 
-def test_predictions_that_replace_earlier_ones_say_so(tmp_path, capsys):
+def test_overwritten_predictions_are_reported(tmp_path, capsys):
     trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
     path = tmp_path / "predictions.npz"
     for said in ("", f"aezoo: the earlier {path} is replaced; --predictions.folder DIR keeps both\n"):
@@ -632,7 +632,7 @@ def test_constructors_take_plain_values_with_help():
         cls()
 
 
-def test_what_is_switched_off_can_be_left_out():
+def test_disabled_callbacks_are_detected():
     assert not zoo.is_enabled(zoo.BetaAnnealing())
     assert not zoo.is_enabled(zoo.Histograms())
     assert not zoo.is_enabled(EMA(0.0))
@@ -655,7 +655,7 @@ def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):
         fit(FakeVAE((4,)), zoo.CodeStatistics(), callback(monitor=metric), enable_checkpointing=True, max_epochs=1)
 
 
-def test_what_is_watched_without_validation_is_of_that_fit_alone(tmp_path, recwarn):
+def test_training_monitor_state_resets_between_fits(tmp_path, recwarn):
     low, high = (torch.rand(40, 4, generator=torch.Generator().manual_seed(i)) / 10 for i in (0, 1))
     saver, stop = zoo.Checkpoints(), zoo.EarlyStop()
     trainer = pl.Trainer(
@@ -705,7 +705,7 @@ def test_all_callbacks_together_on_two_processes(tmp_path):
 # ---- EpochMetrics ---------------------------------------------------------------------------------------------------
 
 
-def test_each_epoch_has_a_line_with_its_own_figures(fit, events, tmp_path):
+def test_epoch_metrics_file_has_line_per_epoch(fit, events, tmp_path):
     fit(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), zoo.EpochMetrics(), max_epochs=3)
     lines = [json.loads(line) for line in (tmp_path / "run" / "0" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(-1, 0), (0, 3), (1, 6), (2, 9)]
@@ -719,7 +719,7 @@ def test_a_dry_run_and_a_test_write_no_lines(fit, tmp_path):
     assert not [*tmp_path.rglob("metrics.jsonl")]
 
 
-def test_an_epoch_that_ends_with_an_interrupt_has_its_line(fit, tmp_path):
+def test_interrupted_epoch_has_metrics_line(fit, tmp_path):
     class Stop(pl.callbacks.EarlyStopping):
         def on_train_epoch_end(self, trainer, pl_module):
             raise RuntimeError("stop")

@@ -124,7 +124,7 @@ def test_bytes_are_scaled_unless_kept():
             assert torch.allclose(data.tensors("val")[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_each_position_is_a_sample_or_all_are_pooled():
+def test_positions_are_separate_samples_or_pooled():
     maps, y = by_hand("first", "val")
     each = activations("first")
     assert each.input_shape == (6,) and each.source.positions == 36 and each.num_classes == 10
@@ -145,7 +145,7 @@ def test_activation_layouts_default_by_rank():
     assert activations("first", feature_axis="last").source.positions == 36
 
 
-def test_several_layers_are_streams():
+def test_several_layers_are_stacked_as_streams():
     first, _ = by_hand("first", "val")
     tokens, _ = by_hand("mix", "val")
     data = activations("first, mix")
@@ -175,7 +175,7 @@ def test_training_split_is_scaled_to_norm_sqrt_dim():
 # ---- where they are -------------------------------------------------------------------------------------------------
 
 
-def test_a_mapped_file_gives_the_samples_that_memory_gives():
+def test_memory_mapped_activations_match_in_memory():
     held, mapped = (activations("flat", normalise=True, memory=memory) for memory in ("on", "off"))
     for stage in ("train", "val", "test"):
         one, other = held.tensors(stage), mapped.tensors(stage)
@@ -195,7 +195,7 @@ def test_a_mapped_file_gives_the_samples_that_memory_gives():
                    for a, b in zip(one, other, strict=True))  # fmt: skip
 
 
-def test_the_mapped_file_goes_with_its_data():
+def test_mapped_file_is_deleted_with_its_data():
     data = activations("flat", memory="off")
     folder = Path(data.dataset("train")._path).parent
     assert folder.is_dir() and folder.name.startswith("aezoo-activations-")
@@ -210,7 +210,7 @@ def test_the_mapped_file_goes_with_its_data():
     assert not folder.exists()
 
 
-def test_what_does_not_fit_is_mapped_or_refused(monkeypatch):
+def test_oversized_activations_are_mapped_or_refused(monkeypatch):
     monkeypatch.setattr("aezoo.data.activations.fits_in_memory", lambda *_: False)
     data = activations("flat")
     assert data.dataset("val")._path
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_mapped_or_refused(monkeypatch):
         activations("flat", memory="on").setup()
 
 
-def test_the_same_numbers_come_again_and_no_random_stream_moves(monkeypatch):
+def test_activations_are_seeded_and_keep_rng_state(monkeypatch):
     monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 10)
     before = torch.get_rng_state()
     one, other = (activations("features", network="classifier", seed=2).tensors("val")[0] for _ in range(2))
@@ -227,7 +227,7 @@ def test_the_same_numbers_come_again_and_no_random_stream_moves(monkeypatch):
     assert not torch.equal(activations("features", network="classifier", seed=3).tensors("val")[0][:50], one[:50])
 
 
-def test_within_inference_mode_they_can_still_be_trained_on():
+def test_activations_made_in_inference_mode_are_trainable():
     with torch.inference_mode():
         x = activations("flat").dataset("train").x
     weight = torch.ones(5, requires_grad=True)
@@ -250,7 +250,7 @@ def test_classifier_learns_labels_unless_random():
     assert vector(torch.rand(4, 7)).shape == (4, 3)
 
 
-def test_a_saved_model_of_the_zoo_gives_its_layers(tmp_path):
+def test_saved_zoo_model_provides_layers(tmp_path):
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,)).eval()
     save_model(model, tmp_path / "ae")
@@ -290,7 +290,7 @@ def test_pretrained_weights_are_found_or_refused(tmp_path, monkeypatch):
         activations(**wide)
 
 
-def test_random_weights_are_said_loudly_and_fixed_by_the_seed():
+def test_random_weights_warn_and_are_seeded():
     seen = []
     for seed in (0, 0, 1):
         with pytest.warns(UserWarning, match="squeezenet1_1 gets RANDOM weights, fixed by --data.seed"):
@@ -325,13 +325,13 @@ def test_random_weights_are_said_loudly_and_fixed_by_the_seed():
         ({"layer": "flat", "weights": "trained"}, "choose from stored, random"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(given, message):
+def test_invalid_settings_are_refused_in_one_line(given, message):
     with pytest.raises(AezooError, match=message) as caught:
         activations(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_sets_that_do_not_suit_a_network_are_refused(tmp_path):
+def test_unsuitable_datasets_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 9)).astype("float32"))
     vectors = str(tmp_path / "x.npy")
     with pytest.raises(AezooError, match="has no classes for a classifier"):
@@ -354,7 +354,7 @@ def test_sequences_have_their_features_first(tmp_path):
         activations("1", "own_more.dead", of=str(tmp_path / "x.npy"), normalise=True).setup()
 
 
-def test_a_module_is_imported_only_where_it_is_allowed(monkeypatch):
+def test_module_is_imported_only_if_allowed(monkeypatch):
     policy.enforce()
     with pytest.raises(AezooError, match=r"own_nets.Net is not imported.*add --allow own_nets"):
         activations("flat", "own_nets.Net")
@@ -369,7 +369,7 @@ def test_a_module_is_imported_only_where_it_is_allowed(monkeypatch):
     assert activations("flat", "own_nets.Net").input_shape == (5,)
 
 
-def test_a_module_of_the_user_is_left_as_it_is():
+def test_user_module_is_not_modified():
     import own_nets
 
     own_nets.made[2] = nn.Flatten()
@@ -432,7 +432,7 @@ def test_folded_scale_gives_equal_raw_reconstructions(name, c):
     ("topk_sae", {"k": 4}), ("crosscoder", {}), ("transcoder", {"targets": (1,)}), ("transcoder", {"targets": (0,)}),
     ("matryoshka_sae", {"k": 8}),
 ])  # fmt: skip
-def test_streams_are_folded_each_by_its_own_scale(name, given):
+def test_each_stream_is_folded_by_its_scale(name, given):
     if name not in registry.list_models():
         pytest.skip("no such model")
     torch.manual_seed(0)
@@ -448,13 +448,13 @@ def test_streams_are_folded_each_by_its_own_scale(name, given):
         assert torch.allclose(folded.encode(c * x), model.encode(x), atol=1e-4)
 
 
-def test_tied_weights_take_one_scale_and_not_one_a_stream():
+def test_tied_weights_refuse_scale_per_stream():
     with pytest.raises(AezooError, match="KSparse cannot take"):
         fold(sparse_model("k_sparse", (2, 6)), torch.tensor([[0.2], [30.0]]))
     fold(sparse_model("k_sparse", (2, 6)), torch.tensor([[2.0], [2.0]]))
 
 
-def test_equal_axes_are_told_apart():
+def test_folding_distinguishes_axes_of_equal_size():
     model = aezoo.create_model("dense_ae", (6,), latent_dim=6, hidden_dims=(6, 6), likelihood="gaussian").eval()
     x = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -52,7 +52,7 @@ def write(path, x, y):
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "pt", "csv", "parquet"])
-def test_every_file_format(tmp_path, suffix):
+def test_every_file_format_is_read(tmp_path, suffix):
     x, y = vectors(40, 3), np.arange(40) % 4
     path = tmp_path / f"d.{suffix}"
     write(path, x, y)
@@ -80,7 +80,7 @@ def test_named_splits_are_kept(tmp_path):
     assert [len(data.dataset(stage)) for stage in ("train", "val", "test")] == [18, 2, 10]
 
 
-def test_pt_forms(tmp_path):
+def test_pt_file_contents_are_recognised(tmp_path):
     x, y = torch.rand(20, 3), torch.arange(20) % 2
     for content, classes in ((x, None), ((x, y), 2), ({"features": x}, None), ({"x": x, "y": y}, 2)):
         torch.save(content, tmp_path / "d.pt")
@@ -117,7 +117,7 @@ def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize("labels", [["b", None, "a", "a", "b", None], [7, 3, None, 3, 7, 7], [1, -1, None, -1, 1, 1]])
-def test_rows_of_a_table_whose_label_is_empty_have_none(tmp_path, kind, labels):
+def test_empty_label_cells_mean_unlabelled_rows(tmp_path, kind, labels):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     frame = pandas.DataFrame({"a": np.arange(6.0) / 5, "label": labels})
@@ -143,7 +143,7 @@ def test_rows_of_a_table_whose_label_is_empty_have_none(tmp_path, kind, labels):
     assert read(label_column="none").num_classes is None
 
 
-def test_what_has_no_named_columns_refuses_one_of_labels(tmp_path):
+def test_label_column_needs_named_columns(tmp_path):
     np.save(tmp_path / "x.npy", vectors())
     with pytest.raises(AezooError, match=r"no column 'y' .*columns have names in .csv and .parquet"):
         DataModule(str(tmp_path / "x.npy"), label_column="y")
@@ -162,7 +162,7 @@ def test_csv_without_header_and_with_other_separators(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["decimals", "whole numbers"])
-def test_a_csv_header_of_numbers_is_no_sample(tmp_path, whole):
+def test_numeric_csv_header_is_not_a_sample(tmp_path, whole):
     path, x = tmp_path / "d.csv", np.arange(1, 61).reshape(20, 3)
     x = x if whole else x + 0.5
     rows = [",".join(map(repr, row)) for row in x.tolist()]
@@ -179,7 +179,7 @@ def test_a_csv_header_of_numbers_is_no_sample(tmp_path, whole):
         assert torch.equal(everything(DataModule(str(path), scale="none")), ordered(expected))
 
 
-def test_long_numbers_of_classes_stay_apart(tmp_path):
+def test_long_integer_labels_stay_distinct(tmp_path):
     numbers = [10**17, 10**17 + 1, 2**70]
     (tmp_path / "d.csv").write_text("\n".join(["a,label", *(f"{i},{numbers[i % 3]}" for i in range(30))]))
     data = DataModule(str(tmp_path / "d.csv"))
@@ -191,13 +191,13 @@ def test_long_numbers_of_classes_stay_apart(tmp_path):
         DataModule.from_arrays(vectors(), np.array([1e300, 1.0] * 20))
 
 
-def test_a_decimal_comma_is_named(tmp_path):
+def test_decimal_comma_is_reported(tmp_path):
     (tmp_path / "d.csv").write_text("a;b\n1,5;2\n")
     with pytest.raises(AezooError, match="a: '1,5' is no number: write a point for its comma"):
         read_arrays(tmp_path / "d.csv")
 
 
-def test_a_csv_of_one_column_that_begins_with_0_has_no_header(tmp_path):
+def test_single_column_csv_starting_at_0_has_no_header(tmp_path):
     (tmp_path / "d.csv").write_text("\n".join(map(str, range(20))))
     assert everything(DataModule(str(tmp_path / "d.csv"), scale="none"))[:, 0].tolist() == list(range(20))
 
@@ -224,7 +224,7 @@ def test_a_csv_of_one_column_that_begins_with_0_has_no_header(tmp_path):
         ((20, 5, 6, 7), "f4", "volume", (1, 5, 6, 7)),
     ],
 )
-def test_axes(shape, dtype, layout, expected):
+def test_layout_determines_input_shape(shape, dtype, layout, expected):
     x = (RNG.random(shape) * (255 if dtype == "u1" else 1)).astype(dtype)
     data = DataModule.from_arrays(x, layout=layout)
     assert data.input_shape == expected
@@ -285,7 +285,7 @@ def test_scale_unit_standard_none():
     assert abs(z.std(correction=0) - 1) < 1e-5
 
 
-def test_a_feature_that_never_changes_becomes_zero():
+def test_constant_feature_is_scaled_to_zero():
     x = vectors() * 10
     x[:, 2] = 4.0
     for scale in ("auto", "standard"):
@@ -302,7 +302,7 @@ def test_every_real_dtype_becomes_float32(dtype):
     assert torch.equal(everything(DataModule.from_arrays(x, scale="none")), ordered(x.astype("f4")))
 
 
-def test_close_numbers_far_from_zero_stay_apart():
+def test_large_close_values_stay_distinct():
     x = 1e9 + np.arange(40.0)[:, None] * np.ones(3)
     assert len(everything(DataModule.from_arrays(x)).unique()) == 40
 
@@ -335,7 +335,7 @@ def test_labels_of_any_kind():
     ],
 )
 @pytest.mark.parametrize("kind", ["plain", "category", "nullable", "objects"])
-def test_labels_as_pandas_holds_them(y, names, numbers, kind):
+def test_pandas_label_dtypes_are_supported(y, names, numbers, kind):
     pandas = pytest.importorskip("pandas")
     held = pandas.Series(y)
     held = {"category": held.astype("category"), "nullable": held.convert_dtypes(), "objects": held.astype(object)}.get(
@@ -349,7 +349,7 @@ def test_labels_as_pandas_holds_them(y, names, numbers, kind):
     assert labels[x[:, 0].argsort()].tolist() == numbers
 
 
-def test_a_frame_names_its_columns():
+def test_dataframe_column_names_are_used():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(vectors(20, 2), columns=["a", "b"])
     data = DataModule.from_arrays(frame, x_val=frame[:5])
@@ -362,7 +362,7 @@ def test_a_frame_names_its_columns():
     assert DataModule.from_arrays(pandas.DataFrame(vectors(20, 2))).source.columns == ()
 
 
-def test_handed_in_data_is_not_changed():
+def test_input_arrays_are_not_modified():
     x = RNG.integers(0, 256, (20, 4, 4), dtype=np.uint8)
     wide, tensor = vectors(20) * 9, torch.rand(20, 3, requires_grad=True)
     copies = x.copy(), wide.copy(), tensor.detach().clone()
@@ -392,7 +392,7 @@ def test_later_writes_to_source_change_nothing(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])
-def test_what_a_file_held_does_not_stay_beside_the_samples(tmp_path, suffix):
+def test_file_contents_are_not_kept_in_memory_twice(tmp_path, suffix):
     x = vectors(2000, 100)
     path = tmp_path / f"d.{suffix}"
     if suffix == "csv":
@@ -412,14 +412,14 @@ def test_what_a_file_held_does_not_stay_beside_the_samples(tmp_path, suffix):
     assert peak < {"npy": 0.5, "npz": 2.5, "csv": 7}[suffix] * x.nbytes
 
 
-def test_data_that_were_refused_once_are_refused_again():
+def test_invalid_data_are_refused_on_every_setup():
     data = DataModule.from_arrays(vectors(20), x_val=np.full((3, 5), np.nan))
     for _ in range(2):
         with pytest.raises(AezooError, match="x_val has NaN or infinity in 3 of 3 rows, the first is row 0"):
             data.setup()
 
 
-def test_the_first_row_with_nan_is_found_in_any_part(monkeypatch):
+def test_first_nan_row_is_found_in_any_chunk(monkeypatch):
     monkeypatch.setattr("aezoo.data.in_memory._CHUNK", 8)
     for row in (0, 3, 4, 18):
         x = vectors(19)
@@ -447,7 +447,7 @@ def test_missing_values_are_kept_and_scaled_on_request():
     assert np.nanmin(found) == 0 and np.nanmax(found) == 1 and np.array_equal(np.isnan(found), np.isnan(images))
 
 
-def test_what_is_missing_beyond_use_is_refused():
+def test_unusable_missing_values_are_refused():
     x = vectors(40, 3)
     x[3] = np.nan
     refused("no value at all in row 3: remove such rows", x, missing="keep")
@@ -480,7 +480,7 @@ def refused(match, x, y=None, **plain):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_arrays():
+def test_invalid_arrays_are_refused():
     bad = vectors()
     bad[17, 2] = np.nan
     bad[30, 0] = np.inf
@@ -562,7 +562,7 @@ def broken_files(folder):
     yield ".", "is a folder: give a file of arrays"
 
 
-def test_broken_and_hostile_files(tmp_path, monkeypatch):
+def test_broken_and_hostile_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = list(broken_files(tmp_path))
     assert len(cases) == 23
@@ -614,7 +614,7 @@ def test_parquet_of_several_kinds_of_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])
-def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch, suffix):
+def test_unreadable_file_is_reported(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"d.{suffix}"
     path.write_text("1,2")
 

@@ -21,7 +21,7 @@ def epochs(data: DataModule, n: int = 2, skip: tuple[int, int] = (-1, 0)) -> lis
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_a_value_is_the_chance_of_a_one(dtype):
+def test_pixel_value_is_probability_of_one(dtype):
     levels = torch.tensor([0, 1, 60, 128, 254, 255])
     x = levels.repeat(200_000, 1)
     x = x.to(torch.uint8) if dtype == torch.uint8 else x.float() / 255
@@ -33,7 +33,7 @@ def test_a_value_is_the_chance_of_a_one(dtype):
     assert (error <= 5 * (p * (1 - p) / 200_000).sqrt()).all()
 
 
-def test_static_draws_once_and_its_splits_apart():
+def test_static_binarisation_is_fixed_and_independent_per_split():
     first, second = (DataModule("digits", binarise="static", seed=3) for _ in range(2))
     x, again, other = first.tensors("train")[0], second.tensors("train")[0], DataModule("digits", binarise="static")
     assert torch.equal(x, again)

@@ -17,7 +17,7 @@ def labels(module, stage):
     return set(module.tensors(stage)[1].tolist())
 
 
-def test_train_and_val_keep_the_classes_and_test_keeps_all():
+def test_train_and_val_are_filtered_and_test_is_not():
     everything, module = DataModule("digits"), DataModule("digits", train_classes=[3, "7"])
     for stage in ("train", "val"):
         x, y = everything.tensors(stage)
@@ -35,14 +35,14 @@ def test_batches_of_training_hold_the_classes_alone():
     assert set(y.tolist()) == {5} and len(y) == len(module.dataset("train"))
 
 
-def test_names_of_an_array_are_its_own():
+def test_array_classes_are_chosen_by_name():
     x, y = RNG.random((60, 4)), np.array(["cat", "dog", "owl"] * 20)
     module = DataModule.from_arrays(x, y, train_classes=["owl"])
     assert labels(module, "train") == {2} and labels(module, "test") == {0, 1, 2}
 
 
 @pytest.mark.parametrize("memory", ["on", "off"])
-def test_a_folder_of_files(tmp_path, memory):
+def test_folder_classes_can_be_chosen(tmp_path, memory):
     for name, value in (("cats", 10), ("dogs", 200)):
         (tmp_path / name).mkdir()
         for i in range(20):
@@ -71,7 +71,7 @@ def test_a_small_val_split_may_lack_one_class_but_not_all():
         ([True], "takes a list"),
     ],
 )
-def test_classes_that_are_not_there_are_named(classes, match):
+def test_unknown_classes_are_reported(classes, match):
     with pytest.raises(AezooError, match=match):
         DataModule("digits", train_classes=classes).setup()
 
@@ -101,7 +101,7 @@ def test_names_of_numbers_and_fractions():
     assert label_names(torch.tensor([1.0, 0.5]), None).tolist() == ["1", "0.5"]
 
 
-def test_names_that_look_like_numbers_stay_apart_in_tables():
+def test_ambiguous_numeric_class_names_stay_distinct():
     y = torch.tensor([0, 1, -1])
     assert original_labels(y, ("3", "7")) == [3, 7, -1]
     for names in (("1", "01"), ("001", "002"), ("3", "\u00b2")):

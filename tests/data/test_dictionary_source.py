@@ -56,7 +56,7 @@ def test_supports_have_requested_mean_and_correlation(active, correlation):
     assert abs(found[other].mean()) < 0.003 and np.abs(found[other]).max() < 0.04
 
 
-def test_sizes_are_uniform_and_tell_nothing_of_each_other():
+def test_coefficients_are_uniform_and_independent():
     f = dictionary(dictionary_active=24.0).source.codes(torch.arange(20_000)).numpy()
     assert stats.kstest(f[:, 0], "uniform", args=(0.5, 1)).pvalue > 1e-3
     assert stats.kstest(f[0], "uniform", args=(0.5, 1)).pvalue > 1e-3
@@ -67,7 +67,7 @@ def test_sizes_are_uniform_and_tell_nothing_of_each_other():
     assert all(abs(np.corrcoef(f[:-lag, 3], f[lag:, 3])[0, 1]) < 0.04 for lag in (1, 2, 7))
 
 
-def test_noise_is_gaussian_of_the_deviation_that_was_asked_for():
+def test_noise_is_gaussian_with_requested_deviation():
     rows = torch.arange(20_000)
     clean = dictionary().source
     noisy = dictionary(dictionary_noise=0.3).source
@@ -84,7 +84,7 @@ def test_atoms_are_spread_evenly_over_the_sphere():
     assert np.abs(atoms.mean(0)).max() < 0.02
 
 
-def test_a_sample_depends_on_the_seed_and_its_number_alone():
+def test_sample_depends_on_seed_and_index_only():
     source = dictionary(dictionary_noise=0.1, dictionary_correlation=0.4).source
     rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
     x, f = source.samples(rows), source.codes(rows)
@@ -98,7 +98,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone():
     assert source.samples([]).shape == (0, 10) and source.codes([]).shape == (0, 24)
 
 
-def test_the_numbers_are_those_of_splitmix64():
+def test_random_numbers_match_splitmix64():
     # Vigna's splitmix64.c with the state 1234567, https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64
     first = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     import aezoo.data.synthetic_dictionary as module
@@ -112,7 +112,7 @@ def test_the_numbers_are_those_of_splitmix64():
     assert found == pytest.approx([z / 2**64 for z in first], abs=2.0**-52)
 
 
-def test_splits_are_ranges_that_never_meet():
+def test_splits_are_disjoint_index_ranges():
     data = dictionary(val_fraction=0.2, test_fraction=0.05)
     rows = [data.source.rows(stage) for stage in ("train", "val", "test")]
     assert [len(part) for part in rows] == [750, 200, 50] == [len(data.dataset(s)) for s in ("train", "val", "test")]
@@ -138,7 +138,7 @@ def test_held_samples_and_workers_give_the_same_batches():
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[3][0], dataset[3][0])
 
 
-def test_nothing_grows_with_the_number_of_samples():
+def test_memory_is_independent_of_sample_count():
     source = dictionary(dictionary_samples=10**9).source
     assert source.samples(torch.tensor([999_999_999])).shape == (1, 10)
     assert len(pickle.dumps(source.split("train"))) < 20_000
@@ -169,13 +169,13 @@ def test_streams_show_one_code_in_several_spaces():
         ({"dictionary_samples": 2}, "too few"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(given, message):
+def test_invalid_settings_are_refused_in_one_line(given, message):
     with pytest.raises(AezooError, match=message) as caught:
         dictionary(**given)
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_below_zero_is_none():
+def test_negative_index_is_refused():
     with pytest.raises(AezooError, match="-1 is none"):
         dictionary().source.samples([3, -1])
 
@@ -248,7 +248,7 @@ def test_rows_are_kept_failures_are_rows_and_medians_are_shown(tmp_path, capsys,
     assert len(capsys.readouterr().out.splitlines()) == 4  # two failures, the table's head and the file
 
 
-def test_a_decoder_that_has_the_atoms_is_found_to_have_them():
+def test_true_dictionary_decoder_scores_perfect_recovery():
     data = dictionary(dictionary_atoms=6, dictionary_dim=6, dictionary_active=1.5)
     model = aezoo.create_model("sparse_ae_l1", (6,), latent_dim=6, likelihood="gaussian").eval()
     x, f = data.tensors("test")[0], data.source.codes(data.source.rows("test"))
@@ -270,7 +270,7 @@ def test_a_decoder_that_has_the_atoms_is_found_to_have_them():
         dictionaries_row.scores(model, x, data.source.atoms)
 
 
-def test_a_transcoder_is_judged_by_what_it_predicts():
+def test_transcoder_is_scored_on_target_streams():
     data = dictionary(dictionary_streams=2, dictionary_atoms=6, dictionary_dim=6)
     model = aezoo.create_model("transcoder", data.input_shape, latent_dim=6, targets=(1,)).eval()
     x, atoms = data.tensors("test")[0], data.source.atoms
@@ -284,7 +284,7 @@ def test_a_transcoder_is_judged_by_what_it_predicts():
     assert found["fvu"] == pytest.approx(float(error.square().sum() / spread.square().sum()), rel=1e-5)
 
 
-def test_the_command_line_trains_on_it(tmp_path, monkeypatch):
+def test_fit_command_trains_on_this_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")]
     few += [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]

@@ -72,7 +72,7 @@ def test_class_folders_nested_to_any_depth(tmp_path):
         assert torch.equal(y == 0, x[:, 0, 0, 0] < 0.5)
 
 
-def test_one_folder_or_stray_files_make_no_classes(tmp_path):
+def test_single_folder_or_stray_files_give_no_classes(tmp_path):
     pictures(tmp_path / "images")
     assert DataModule("folder", root=str(tmp_path)).num_classes is None
     pictures(tmp_path / "more")
@@ -98,7 +98,7 @@ def test_images_come_in_the_order_of_their_folders_names(tmp_path):
     assert [names[k] for _, k in files["train"]] == [p.relative_to(tmp_path).parts[0] for p, _ in files["train"]]
 
 
-def test_links_that_lead_nowhere_are_images_that_cannot_be_read(tmp_path):
+def test_dangling_links_are_reported_as_unreadable(tmp_path):
     pictures(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
@@ -108,7 +108,7 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_read(tmp_path):
         DataModule("folder", root=str(tmp_path), on_error="skip").setup()
 
 
-def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+def test_unreadable_folder_is_reported(tmp_path, monkeypatch):
     pictures(tmp_path / "shut")
 
     def look(folder, scandir=os.scandir):
@@ -120,7 +120,7 @@ def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
     refused(r"cannot read the folder .*shut \(Permission denied\): check its permissions", tmp_path)
 
 
-def test_a_scan_that_takes_long_says_what_it_does(tmp_path, monkeypatch, caplog):
+def test_slow_folder_scan_is_reported(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     pictures(tmp_path, 2)
     find_images(tmp_path)
@@ -145,7 +145,7 @@ def test_split_folders(tmp_path):
         DataModule("folder", root=str(tmp_path))
 
 
-def test_val_comes_out_of_train_where_only_test_is_given(tmp_path):
+def test_val_is_split_from_train_if_only_test_exists(tmp_path):
     pictures(tmp_path / "train", 10)
     pictures(tmp_path / "test", 4)
     data = DataModule("folder", root=str(tmp_path))
@@ -166,7 +166,7 @@ def test_resize_crop_and_grey(tmp_path):
     assert coloured.tensors("train")[0].shape == (10, 3, 10, 10)
 
 
-def test_mixed_sizes_name_two_files_and_the_cure(tmp_path):
+def test_mixed_image_sizes_name_two_files_and_remedy(tmp_path):
     pictures(tmp_path, 5)
     save(tmp_path / "odd.png", (19, 7, 3))
     message = refused("images of 2 sizes", tmp_path)
@@ -175,7 +175,7 @@ def test_mixed_sizes_name_two_files_and_the_cure(tmp_path):
     DataModule("folder", root=str(tmp_path), size=7).setup()
 
 
-def test_grey_among_coloured_is_a_choice(tmp_path):
+def test_mixed_grey_and_colour_needs_channels_option(tmp_path):
     pictures(tmp_path, 5)
     save(tmp_path / "grey.png", (8, 8))
     refused("grey.png is grey and .*00.png is coloured: choose --data.channels", tmp_path)
@@ -184,7 +184,7 @@ def test_grey_among_coloured_is_a_choice(tmp_path):
         assert data.tensors("train")[0].shape[1] == channels
 
 
-def test_transparency_is_dropped_aloud(tmp_path):
+def test_transparency_is_dropped_with_warning(tmp_path):
     pictures(tmp_path, 5, (8, 8, 4))
     data = DataModule("folder", root=str(tmp_path))
     with pytest.warns(UserWarning, match="transparency is dropped from 5 images"):
@@ -193,7 +193,7 @@ def test_transparency_is_dropped_aloud(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
-def test_of_several_images_in_a_file_the_first_is_read_aloud(tmp_path, suffix):
+def test_multi_image_file_reads_first_with_warning(tmp_path, suffix):
     for i in range(5):
         first, *others = (Image.fromarray(np.full((8, 8), 40 * i + 9 * j, np.uint8)) for j in range(3))
         first.save(tmp_path / f"{i}.{suffix}", save_all=True, append_images=others)
@@ -203,7 +203,7 @@ def test_of_several_images_in_a_file_the_first_is_read_aloud(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png")])
-def test_one_transparent_colour_is_dropped_aloud_as_well(tmp_path, mode, suffix):
+def test_transparent_colour_is_dropped_with_warning(tmp_path, mode, suffix):
     for i in range(5):
         image = Image.fromarray(np.tile(np.uint8([0, 40 * i + 50]), (8, 4))).convert(mode)
         image.save(tmp_path / f"{i}.{suffix}", transparency=(0, 0, 0) if mode == "RGB" else 0)
@@ -227,7 +227,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["on", "off"])
-def test_sixteen_bits_a_value(tmp_path, memory):
+def test_sixteen_bit_images_are_scaled(tmp_path, memory):
     values = RNG.integers(0, 65536, (4, 5), dtype=np.uint16)
     save(tmp_path / "0.png", values=values)
     low = save(tmp_path / "1.png", (4, 5))
@@ -238,7 +238,7 @@ def test_sixteen_bits_a_value(tmp_path, memory):
     assert DataModule("folder", root=str(tmp_path), size=3, channels=3).input_shape == (3, 3, 3)
 
 
-def test_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused_by_header(tmp_path, monkeypatch):
     pictures(tmp_path, 4)
     Image.new("L", (3000, 1000)).save(tmp_path / "zz.png")
     message = refused("zz.png has 3 million pixels, more than the limit of 1", tmp_path, max_pixels=1_000_000, size=8)
@@ -280,7 +280,7 @@ def chunk(kind, content):
     ],
     ids=["nothing", "a date", "eXIf", "XMP"],
 )
-def test_the_header_of_a_png_is_told_without_its_pixels(tmp_path, monkeypatch, note, shape):
+def test_png_header_is_read_without_decoding(tmp_path, monkeypatch, note, shape):
     path, loads = tmp_path / "a.png", []
     save(path, (4, 8, 3))
     plain = path.read_bytes()
@@ -318,7 +318,7 @@ def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_that_vanishes_is_told_in_one_line(tmp_path, num_workers):
+def test_deleted_file_is_reported_in_one_line(tmp_path, num_workers):
     pictures(tmp_path, 10)
     data = DataModule("folder", root=str(tmp_path), memory="off", num_workers=num_workers, batch_size=2)
     batches = iter(data.train_dataloader())
@@ -329,7 +329,7 @@ def test_a_file_that_vanishes_is_told_in_one_line(tmp_path, num_workers):
 
 
 @pytest.mark.slow
-def test_both_ways_of_reading_give_the_same_samples(tmp_path):
+def test_resident_and_lazy_folder_samples_match(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 20)
     resident = DataModule("folder", root=str(tmp_path), size=6)
@@ -349,7 +349,7 @@ def test_both_ways_of_reading_give_the_same_samples(tmp_path):
 
 @pytest.mark.parametrize("shape", [(9, 3, 8, 8), (9, 1, 1, 1), (9, 3, 65, 1)])
 @pytest.mark.parametrize("n", [9, 5, 0])
-def test_rows_are_sorted_where_they_are(shape, n):
+def test_rows_are_moved_in_place(shape, n):
     x, order = torch.rand(shape), torch.randperm(9)[:n]
     wanted = x[order]
     move_rows_to_front(x, order)
@@ -412,7 +412,7 @@ def test_empty_missing_and_wrong_folders(tmp_path):
     refused("scale standard is not for image files", tmp_path, scale="standard")
 
 
-def test_empty_class_folder_is_told(tmp_path):
+def test_empty_class_folders_warn(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 5)
     for name in (*"cdefg", ".git"):
@@ -421,7 +421,7 @@ def test_empty_class_folder_is_told(tmp_path):
         assert DataModule("folder", root=str(tmp_path)).num_classes == 2
 
 
-def test_constant_images(tmp_path):
+def test_constant_images_are_refused(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.png", values=np.full((4, 4), 7, np.uint8))
     refused("constant data", tmp_path)

@@ -70,7 +70,7 @@ def chw(arrays):
 
 
 @pytest.mark.parametrize("memory", ["auto", "off"])
-def test_a_saved_set_with_splits_of_its_own(tmp_path, memory):
+def test_saved_dataset_splits_are_used(tmp_path, memory):
     arrays = images(16)
     labels = [i % 2 for i in range(16)]
     parts = {"train": slice(0, 10), "validation": slice(10, 12), "test": slice(12, 16)}
@@ -111,14 +111,14 @@ def test_both_read_paths_give_equal_batches(tmp_path):
             assert torch.equal(y, labels)
 
 
-def test_what_workers_are_sent_reads_the_same(tmp_path):
+def test_pickled_dataset_reads_equal_samples(tmp_path):
     data = DataModule("hf", root=saved(tmp_path / "set", {"train": pictures(images(12))}), memory="off")
     dataset = data.dataset("train")
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(copy[i][0], dataset[i][0]) for i in range(len(dataset)))
 
 
-def test_a_folder_as_the_hub_holds_it(tmp_path):
+def test_hub_parquet_folder_is_read_without_script(tmp_path):
     arrays, labels = images(14), [i % 2 for i in range(14)]
     for name, part in (("train", slice(0, 10)), ("test", slice(10, 14))):
         pictures(arrays[part], labels[part]).to_parquet(str(tmp_path / f"set/data/{name}-00000-of-00001.parquet"))
@@ -129,7 +129,7 @@ def test_a_folder_as_the_hub_holds_it(tmp_path):
     assert torch.equal(data.tensors("test")[0], chw(arrays[10:]))
 
 
-def test_images_with_metadata_as_the_hub_holds_them(tmp_path):
+def test_hub_image_folder_is_read(tmp_path):
     arrays, root = images(6), tmp_path / "set"
     for i, array in enumerate(arrays):
         path = root / "train" / NAMES[i % 2] / f"{i}.png"
@@ -212,7 +212,7 @@ def test_arrays_of_unequal_shape_are_named(tmp_path):
     refused(r"parts, test, row 0 has shape \(3,\)", saved(tmp_path / "parts", parts))
 
 
-def test_whole_numbers_that_are_missing_are_named(tmp_path):
+def test_missing_integers_are_reported(tmp_path):
     bytes_ = {"x": datasets.Sequence(datasets.Value("uint8"))}
     for name, feature, odd, message in (
         ("part", bytes_, [1, None], r"part, train, row 3 lacks numbers in column x"),
@@ -223,7 +223,7 @@ def test_whole_numbers_that_are_missing_are_named(tmp_path):
         refused(message, saved(tmp_path / name, {"train": rows}), val_fraction=0, test_fraction=0)
 
 
-def test_numbers_that_float32_cannot_tell_apart(tmp_path):
+def test_large_close_values_stay_distinct(tmp_path):
     values = [[1e9 + i, 1.0] for i in range(5)]
     rows = table({"x": values}, {"x": datasets.Sequence(datasets.Value("float64"))})
     data = DataModule("hf", root=saved(tmp_path / "set", {"train": rows}), val_fraction=0, test_fraction=0)
@@ -245,7 +245,7 @@ def test_splits_whose_columns_differ(tmp_path):
 
 @pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
 @pytest.mark.parametrize("columns", [None, ["label"]])
-def test_the_format_in_which_a_set_was_saved_changes_nothing(tmp_path, form, columns):
+def test_saved_set_format_does_not_change_samples(tmp_path, form, columns):
     arrays = images(6)
     rows = pictures(arrays, [0, 1] * 3)
     rows.set_format(form, columns=columns)
@@ -274,7 +274,7 @@ def test_columns_by_their_names(tmp_path):
     assert DataModule("hf", root=root, column="b", label_column="none", **plain).num_classes is None
 
 
-def test_labels_that_are_missing_or_beyond(tmp_path):
+def test_missing_and_non_integer_labels_are_handled(tmp_path):
     plain = {"val_fraction": 0, "test_fraction": 0}
     data = DataModule("hf", root=saved(tmp_path / "some", {"train": pictures(images(4), [0, None, 1, -1])}), **plain)
     assert data.tensors("train")[1].tolist() == [0, -1, 1, -1]
@@ -287,7 +287,7 @@ def test_labels_that_are_missing_or_beyond(tmp_path):
     refused("gap, train, row 1 has no label", saved(tmp_path / "gap", {"train": rows}))
 
 
-def test_splits_of_other_names(tmp_path):
+def test_unknown_split_names_are_refused_or_warned(tmp_path):
     rows = pictures(images(6))
     root = saved(tmp_path / "two", {"left": rows, "right": rows})
     refused("splits left, right and none called train", root)
@@ -297,7 +297,7 @@ def test_splits_of_other_names(tmp_path):
         DataModule("hf", root=saved(tmp_path / "more", {"train": rows, "extra": rows}), **plain)
 
 
-def test_what_is_no_such_set(tmp_path):
+def test_invalid_dataset_folders_are_refused(tmp_path):
     refused(r"no such folder: data: give a folder or a name of the hub", "data")
     refused("no such folder", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -319,14 +319,14 @@ def test_what_is_no_such_set(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_package_there_is_one_line():
+def test_missing_datasets_package_names_extra():
     code = "import sys; sys.modules['datasets'] = None\nfrom aezoo.data import DataModule\nDataModule('hf', root='x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "AezooError: " in done.stderr and "pip install 'aezoo[hf]'" in done.stderr
 
 
 @pytest.mark.slow
-def test_nothing_else_imports_it():
+def test_optional_packages_are_imported_lazily():
     code = "import sys\nfrom aezoo.data import DataModule\nDataModule()\n"
     code += "assert not {'datasets', 'litdata', 'huggingface_hub'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

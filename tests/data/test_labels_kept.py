@@ -27,7 +27,7 @@ def test_labelled_subset_is_balanced_and_rest_is_minus_one():
     assert few.dtype == torch.int64
 
 
-def test_val_and_test_and_all_samples_stay_as_they_are():
+def test_only_training_labels_are_removed():
     everything, few = DataModule("digits"), DataModule("digits", num_labels=50)
     for stage in ("train", "val", "test"):
         (x, y), (few_x, few_y) = everything.tensors(stage), few.tensors(stage)
@@ -38,7 +38,7 @@ def test_val_and_test_and_all_samples_stay_as_they_are():
     assert torch.equal(DataModule("digits", num_labels=0).tensors("train")[1], everything.tensors("train")[1])
 
 
-def test_the_seed_says_which_and_more_labels_hold_the_fewer():
+def test_kept_labels_are_seeded_and_nested():
     first, again, other = (kept(num_labels=50, seed=seed)[1] for seed in (3, 3, 4))
     more = kept(num_labels=80, seed=3)[1]
     assert torch.equal(first, again)
@@ -49,7 +49,7 @@ def test_the_seed_says_which_and_more_labels_hold_the_fewer():
     assert 0.3 * len(first) < where.mean() < 0.7 * len(first)
 
 
-def test_the_seed_says_which_where_it_splits_nothing(tmp_path):
+def test_kept_labels_are_seeded_without_splitting(tmp_path):
     np.savez(tmp_path / "whole.npz", x=RNG.random((200, 4)), y=np.arange(200) % 2)
     whole = {"name": str(tmp_path / "whole.npz"), "val_fraction": 0, "test_fraction": 0}
     (x, first), (again, other) = (DataModule(**whole, num_labels=20, seed=seed).tensors("train") for seed in (3, 4))
@@ -64,14 +64,14 @@ def pairs(batches):
 
 @pytest.mark.parametrize("memory", ["on", "off"])
 @pytest.mark.parametrize("binarise", ["none", "threshold"])
-def test_batches_carry_the_kept_labels_by_both_paths(memory, binarise):
+def test_batches_have_kept_labels_for_both_loaders(memory, binarise):
     module = DataModule("digits", num_labels=50, memory=memory, num_workers=0, batch_size=64, binarise=binarise)
     x, y = module.dataset("train").x, module.dataset("train").y
     assert pairs(module.train_dataloader()) == pairs([(x, y)])
     assert torch.equal(y, kept(num_labels=50)[1])
 
 
-def test_with_chosen_classes_these_share_the_labels():
+def test_labels_are_shared_among_chosen_classes():
     y = DataModule("digits", train_classes=[3, 7], num_labels=10).tensors("train")[1]
     assert y[y >= 0].bincount().nonzero()[:, 0].tolist() == [3, 7]
     assert y[y >= 0].bincount().tolist()[3::4] == [5, 5]
@@ -79,7 +79,7 @@ def test_with_chosen_classes_these_share_the_labels():
 
 @pytest.mark.parametrize("memory", ["on", "off"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_of_files(tmp_path, memory, workers):
+def test_folder_labels_can_be_limited(tmp_path, memory, workers):
     for name, value in (("cats", 10), ("dogs", 200)):
         (tmp_path / name).mkdir()
         for i in range(20):
@@ -104,7 +104,7 @@ def test_a_folder_of_files(tmp_path, memory, workers):
         (-1, "at least 0"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused_in_one_line(n, match):
+def test_invalid_label_counts_are_refused_in_one_line(n, match):
     with pytest.raises(AezooError, match=match) as refusal:
         DataModule("digits", num_labels=n).setup()
     assert "\n" not in str(refusal.value)
@@ -120,12 +120,12 @@ def test_data_without_classes_are_refused_in_one_line():
         DataModule("digits", num_labels=50, labels="ignore")
 
 
-def test_no_label_is_not_the_last_class():
+def test_missing_label_is_not_read_as_last_class():
     assert label_names(torch.tensor([1, -1, 0]), ("a", "b")).tolist() == ["b", "-1", "a"]
     assert label_names(torch.tensor([3, -1]), None).tolist() == ["3", "-1"]
 
 
-def test_callbacks_and_tasks_bear_samples_without_a_label(tmp_path, monkeypatch):
+def test_callbacks_and_tasks_accept_unlabelled_samples(tmp_path, monkeypatch):
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
 

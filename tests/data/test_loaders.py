@@ -101,7 +101,7 @@ def test_evaluation_reads_each_row_once_over_ranks(n, world, batch_size):
     assert rows == sorted([*range(n)] * (world if n < world else 1))
 
 
-def test_one_process_keeps_the_batch_size_it_was_given():
+def test_even_batch_size_keeps_size_for_single_process():
     assert even_batch_size(9, 1, 3) == 3
     assert even_batch_size(9, 2, 4) == 3
     assert even_batch_size(9, 2, 8) == 8
@@ -143,7 +143,7 @@ def test_dead_data_worker_is_reported_in_one_line():
     assert worker_failure(RuntimeError("mat1 and mat2")) is None
 
 
-def test_full_shared_memory_ends_the_run(monkeypatch):
+def test_full_shared_memory_raises_error(monkeypatch):
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -154,7 +154,7 @@ def test_full_shared_memory_ends_the_run(monkeypatch):
     assert len(list(make_loader(ArrayDataset(numbers()), batch_size=8))) == 5
 
 
-def test_workers_change_nothing_in_a_training_run():
+def test_training_batches_do_not_depend_on_workers():
     runs = []
     for num_workers in (0, 2):
         data = DataModule.from_arrays(numbers(), batch_size=7, num_workers=num_workers, seed=1)
@@ -168,7 +168,7 @@ def test_workers_change_nothing_in_a_training_run():
     assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
 
 
-def test_every_stage_of_the_trainer():
+def test_datamodule_serves_every_trainer_stage():
     data, model = DataModule("digits", batch_size=100), Recorder()
     run = trainer(max_epochs=1, num_sanity_val_steps=0)
     run.fit(model, data)
@@ -183,7 +183,7 @@ def test_every_stage_of_the_trainer():
 
 @pytest.mark.parametrize("memory", ["on", "off"])
 @pytest.mark.parametrize("binarise", ["none", "dynamic"])
-def test_batches_to_learn_by_heart_are_the_same_in_every_epoch(memory, binarise, recwarn):
+def test_overfit_batches_are_equal_in_every_epoch(memory, binarise, recwarn):
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append([part.clone() for part in batch])
@@ -204,7 +204,7 @@ def test_batches_to_learn_by_heart_are_the_same_in_every_epoch(memory, binarise,
     assert not [str(one.message) for one in recwarn if "shuffling" in str(one.message)]
 
 
-def test_validation_switched_off():
+def test_disabled_validation_uses_all_samples_for_training():
     data, model = DataModule.from_arrays(numbers(), val_fraction=0, test_fraction=0), Recorder()
     trainer(max_epochs=1).fit(model, data)
     assert not model.seen["val"]
@@ -212,7 +212,7 @@ def test_validation_switched_off():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_other_data_are_validated_after_a_fit_without_validation(fails):
+def test_validation_limit_is_restored_after_fit_without_val(fails):
     class Fail(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
             limits.append(trainer.limit_val_batches)
@@ -233,7 +233,7 @@ def test_other_data_are_validated_after_a_fit_without_validation(fails):
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)]
 )
-def test_bytes_reach_the_model_as_floats_of_the_run(precision, dtype):
+def test_bytes_are_converted_to_run_precision(precision, dtype):
     data, model = DataModule(batch_size=50), Recorder()
     trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, precision=precision).fit(model, data)
     x, y = model.batch
@@ -263,7 +263,7 @@ class Counting(DecodingDataset):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_loader_asks_files_for_whole_batches(labelled):
+def test_loader_requests_whole_batches_from_files(labelled):
     dataset = Counting(labelled)
     first, last = make_loader(dataset, batch_size=4)
     assert dataset.batches == [[0, 1, 2, 3], [4, 5]]

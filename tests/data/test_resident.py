@@ -42,7 +42,7 @@ def same_batches(one, other):
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_batches_are_the_loaders(batch_size, world, shuffle, drop_last, dtype, labels):
+def test_resident_batches_match_dataloader(batch_size, world, shuffle, drop_last, dtype, labels):
     x, y = arrays(labels, dtype)
     seen = []
     for rank in range(world):
@@ -63,7 +63,7 @@ def test_batches_are_the_loaders(batch_size, world, shuffle, drop_last, dtype, l
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_an_epoch_of_which_all_is_skipped_has_no_batches(drop_last):
+def test_fully_skipped_epoch_has_no_batches(drop_last):
     x = torch.rand(10, 3)
     settings = {"batch_size": 4, "shuffle": True, "drop_last": drop_last}
     for loader in (ResidentLoader(x, **settings), make_loader(ArrayDataset(x), **settings)):
@@ -131,7 +131,7 @@ def source(request, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["array", "digits", "mnist5k", "fashion_mnist", "folder"], indirect=True)
-def test_every_source_gives_the_same_batches_either_way(source):
+def test_resident_and_lazy_batches_match_for_every_source(source):
     loaders = {}
     for memory in ("on", "off"):
         data = DataModule(
@@ -152,7 +152,7 @@ def test_every_source_gives_the_same_batches_either_way(source):
 
 
 @pytest.mark.parametrize("source", ["mnist5k", "fashion_mnist", "folder"], indirect=True)
-def test_bytes_stay_bytes(source):
+def test_resident_bytes_keep_uint8(source):
     data = DataModule(**source, memory="on", batch_size=7)
     held = data.train_dataloader()
     assert held.x.dtype == torch.uint8
@@ -198,7 +198,7 @@ def test_mid_epoch_resume_may_change_data_path(source, later, tmp_path):
     assert all(torch.equal(value, part[0][key]) for key, value in whole[0].items())
 
 
-def test_two_processes_see_the_same_either_way(tmp_path):
+def test_resident_and_lazy_match_for_two_processes(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(batch[0].flatten(1).sum(1))
@@ -240,7 +240,7 @@ def line(caplog, data):
     return text
 
 
-def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog, monkeypatch):
+def test_auto_memory_limit_is_quarter_of_free_memory(images, free, caplog, monkeypatch):
     size = 20 * 3 * 8 * 8  # the training split
     # torch warns of more than this machine has cores
     monkeypatch.setattr(datamodule_module, "default_num_workers", lambda processes: 1)
@@ -262,7 +262,7 @@ def test_auto_holds_what_takes_a_quarter_of_the_free_memory(images, free, caplog
     assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
 
 
-def test_the_line_says_why_auto_does_not_hold_a_set(tmp_path, free, caplog, monkeypatch):
+def test_log_line_explains_why_data_are_not_held(tmp_path, free, caplog, monkeypatch):
     for i in range(10):
         Image.new("RGB", (256, 512), (i, 0, 0)).save(tmp_path / f"{i}.png")
     data = {"name": "folder", "root": str(tmp_path), "num_workers": 0}
@@ -280,7 +280,7 @@ def test_the_line_says_why_auto_does_not_hold_a_set(tmp_path, free, caplog, monk
     assert line(caplog, seen) == "folder: samples held in memory (3.0 MiB, uint8)"
 
 
-def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatch):
+def test_log_line_explains_why_data_are_not_on_gpu(free, caplog, monkeypatch):
     data, gpu = DataModule("mnist5k"), torch.device("cuda", 0)
     free(2**20)
     assert isinstance(data._stored_split("train", gpu), ArrayDataset)
@@ -289,7 +289,7 @@ def test_the_line_says_why_a_set_is_not_held_on_the_gpu(free, caplog, monkeypatc
     assert line(caplog, data) == text
 
 
-def test_what_lies_in_memory_anyway_is_held_whatever_it_takes(free, caplog):
+def test_in_memory_sources_are_always_held(free, caplog):
     free(1)
     held = DataModule("mnist5k").train_dataloader()
     assert isinstance(held, ResidentLoader)
@@ -299,7 +299,7 @@ def test_what_lies_in_memory_anyway_is_held_whatever_it_takes(free, caplog):
     assert "quarter" not in line(caplog, data)
 
 
-def test_memory_on_and_off_are_obeyed(images, free, caplog):
+def test_memory_on_and_off_are_respected(images, free, caplog):
     free(0)
     assert isinstance(DataModule(**images, memory="on").train_dataloader(), ResidentLoader)
     free(2**60)
@@ -310,12 +310,12 @@ def test_memory_on_and_off_are_obeyed(images, free, caplog):
         DataModule(memory="foo")
 
 
-def test_the_line_shows_the_size(caplog):
+def test_log_line_shows_data_size(caplog):
     assert line(caplog, DataModule("mnist5k")) == "mnist5k: samples held in memory (3.0 MiB, uint8)"
     assert line(caplog, DataModule("digits")) == "digits: samples held in memory (0.4 MiB, float32)"
 
 
-def test_decoding_many_samples_says_how_much_they_take(caplog, images, monkeypatch):
+def test_decoding_many_samples_reports_memory(caplog, images, monkeypatch):
     caplog.set_level("INFO")
     dataset = [(torch.zeros(3, 64, 64, dtype=torch.uint8), i) for i in range(2001)]
     held = resident.load_into_memory(dataset, "folder")
@@ -327,7 +327,7 @@ def test_decoding_many_samples_says_how_much_they_take(caplog, images, monkeypat
 
 
 @pytest.mark.parametrize("how", ["little is free", "torch gets none"])
-def test_what_cannot_be_held_is_one_clear_line(images, monkeypatch, free, how):
+def test_insufficient_memory_is_refused_in_one_line(images, monkeypatch, free, how):
     def full(*shape, **plain):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
 
@@ -347,7 +347,7 @@ def test_what_cannot_be_held_is_one_clear_line(images, monkeypatch, free, how):
     assert "--data.memory off" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_a_gpu_cannot_hold_is_one_clear_line():
+def test_insufficient_gpu_memory_is_refused_in_one_line():
     class Full:
         nbytes = 2**31
 
@@ -364,7 +364,7 @@ def test_what_a_gpu_cannot_hold_is_one_clear_line():
     assert torch.equal(held.x, arrays()[0]) and torch.equal(held.y, arrays()[1])
 
 
-def test_a_broken_sample_is_told_while_decoding(images):
+def test_broken_sample_is_reported_while_decoding(images):
     class Broken:
         def __len__(self):
             return 3
@@ -392,7 +392,7 @@ def two_ranks(**plain):
 
 
 @pytest.mark.parametrize("count", ["whole set", "training split"])
-def test_what_lightning_starts_itself_shares_memory_and_cores(images, free, monkeypatch, count):
+def test_lightning_processes_share_memory_and_cores(images, free, monkeypatch, count):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     size = (24 if count == "whole set" else 20) * 3 * 8 * 8
@@ -410,7 +410,7 @@ def test_what_lightning_starts_itself_shares_memory_and_cores(images, free, monk
         assert loaders[8 * size - 1].num_workers == 3
 
 
-def test_both_processes_of_a_fit_count_each_other(images, free, monkeypatch, tmp_path):
+def test_two_process_fit_divides_free_memory(images, free, monkeypatch, tmp_path):
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             kind = type(trainer.train_dataloader).__name__
@@ -430,7 +430,7 @@ def test_both_processes_of_a_fit_count_each_other(images, free, monkeypatch, tmp
     }
 
 
-def test_what_is_said_before_a_fit_counts_the_processes_to_come(images, free, monkeypatch):
+def test_memory_check_before_fit_counts_processes(images, free, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     size = 24 * 3 * 8 * 8
     for room in (4 * size, 8 * size):  # of one process, and of two
@@ -444,7 +444,7 @@ def test_what_is_said_before_a_fit_counts_the_processes_to_come(images, free, mo
         assert isinstance(data.dataset("train"), ArrayDataset) is (room == 8 * size)
 
 
-def test_torchrun_says_how_many_processes_a_machine_has(monkeypatch):
+def test_local_process_count_follows_torchrun(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = pl.Trainer(accelerator="cpu", devices=1, logger=False)
     assert (local_processes(), local_processes(alone), local_processes(two_ranks())) == (1, 1, 2)
@@ -452,7 +452,7 @@ def test_torchrun_says_how_many_processes_a_machine_has(monkeypatch):
     assert (local_processes(), local_processes(alone), local_processes(two_ranks())) == (4, 4, 4)
 
 
-def test_free_memory_is_the_machines_or_its_containers(monkeypatch, tmp_path):
+def test_free_memory_respects_container_limit(monkeypatch, tmp_path):
     free = free_memory(torch.device("cpu"))
     assert 2**24 < free < 2**50
     real = resident.Path.read_text

@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stops", [(2,), (5,), (8,), (10,), (7, 3), (3, 2, 4)], ids=str)
-def test_going_on_equals_never_stopping(tmp_path, whole, stops):
+def test_resumed_runs_match_uninterrupted_run(tmp_path, whole, stops):
     last = None
     for stop in stops:
         fit(tmp_path, stop, last)
@@ -65,7 +65,7 @@ def test_going_on_equals_never_stopping(tmp_path, whole, stops):
         ({"seed": 1}, "in the order of seed 0, which 1 cannot go on with: take --data.seed 0, or"),
     ],
 )
-def test_batches_and_their_order_may_change_between_epochs_alone(tmp_path, other, words):
+def test_batch_settings_cannot_change_mid_epoch(tmp_path, other, words):
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     fit(tmp_path, 8)
     with pytest.raises(AezooError, match=words) as caught:

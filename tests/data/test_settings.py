@@ -17,7 +17,7 @@ from aezoo.data.source_registry import settings_of
 DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
 
 
-def test_every_setting_has_a_source_and_every_source_only_settings_of_the_datamodule():
+def test_source_settings_cover_datamodule_settings():
     taken = [settings_of(name, {}) for name in list_data()]
     assert set().union(*taken) == set(SourceArgs.__annotations__)
 
@@ -37,34 +37,34 @@ def test_every_setting_has_a_source_and_every_source_only_settings_of_the_datamo
         ({"name": "activations", "of": "digits", "column": "a"}, "column a is not for activations, but for hf, stream"),
     ],
 )
-def test_a_setting_of_another_source_is_refused_with_its_sources_and_the_nearest(given, line):
+def test_setting_of_different_source_is_refused_with_suggestion(given, line):
     with pytest.raises(AezooError) as refusal:
         DataModule(**given)
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_arrays_from_python_refuse_settings_of_other_sources():
+def test_from_arrays_refuses_settings_of_other_sources():
     with pytest.raises(AezooError, match="layer x is not for array"):
         DataModule.from_arrays(torch.rand(20, 3), layer="x")
 
 
-def test_an_unknown_argument_is_a_type_error_that_names_the_nearest():
+def test_unknown_argument_raises_type_error_with_suggestion():
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'batch_sise', did you mean 'batch_size'\?"):
         DataModule(batch_sise=3)
 
 
 @pytest.mark.parametrize("name", ["mnist5k", "digits", "shapes", "synthetic_dictionary"])
-def test_the_defaults_of_all_settings_load_with_every_source(name):
+def test_default_settings_load_with_every_source(name):
     assert dict(DataModule(**DEFAULTS | {"name": name}).hparams) == DEFAULTS | {"name": name}
 
 
-def test_activations_take_the_settings_of_the_set_that_they_are_of():
+def test_activations_accept_settings_of_underlying_source():
     with pytest.warns(UserWarning, match="RANDOM weights"):
         data = DataModule("activations", of="shapes", size=8, weights="random")
     assert data.source.of.input_shape == (1, 8, 8)
 
 
-def test_settings_of_another_source_are_left_out_of_stored_ones():
+def test_stored_settings_of_other_sources_are_dropped():
     stored = {"name": "digits", "seed": 3, "size": 4, "column": "a"}
     assert own_settings(stored) == {"name": "digits", "seed": 3, "size": 4}
     assert own_settings(stored | {"name": "no such set"}) == stored | {"name": "no such set"}
@@ -86,7 +86,7 @@ class Resized(Plain):
 
 
 @pytest.mark.parametrize("factory", [Plain, Resized])
-def test_a_plugin_takes_all_settings_or_those_that_it_names(factory, monkeypatch):
+def test_plugin_accepts_all_or_its_declared_settings(factory, monkeypatch):
     class Dist:
         name = "some-dist"
 
@@ -105,14 +105,14 @@ def test_a_plugin_takes_all_settings_or_those_that_it_names(factory, monkeypatch
             DataModule("plugged", layout="vector")
 
 
-def test_options_have_the_defaults_of_settings_that_are_not_given():
+def test_options_fall_back_to_setting_defaults():
     options = Options("shapes", size=8)
     assert (options.size, options.channels, options.seed) == (8, None, 0)
     with pytest.raises(AttributeError, match="no setting 'sise'"):
         options.sise  # noqa: B018
 
 
-def test_a_file_with_all_settings_fits_and_a_verb_finds_the_data_again(tmp_path, monkeypatch, capsys):
+def test_config_with_all_data_settings_works_for_fit_and_verbs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.yaml").write_text(json.dumps(DEFAULTS | {"name": "digits"}))
     run = ["--model", "linear_ae", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]

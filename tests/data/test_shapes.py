@@ -50,7 +50,7 @@ def points_inside(shape, scale, orientation, x, y, size, fine=16):
 
 
 @pytest.mark.parametrize(("channels", "colours"), [(None, 1), (3, 36)])
-def test_numbers_become_factors_and_numbers_again(channels, colours):
+def test_indices_and_factors_roundtrip(channels, colours):
     source = shapes(channels=channels)
     assert len(source) == 737_280 * colours == math.prod(source.factor_sizes)
     numbers = torch.cat([torch.arange(50), torch.randint(len(source), (5000,)), torch.tensor([len(source) - 1])])
@@ -151,7 +151,7 @@ def test_colours_are_exact_and_edges_between_the_two():
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 28, 33])
-def test_a_picture_depends_on_its_factors_alone(size, channels):
+def test_image_depends_on_factors_only(size, channels):
     source = shapes(size, channels)
     numbers = torch.randint(len(source), (300,), generator=torch.Generator().manual_seed(1))
     images = source.render(source.factors(numbers))
@@ -164,7 +164,7 @@ def test_a_picture_depends_on_its_factors_alone(size, channels):
 
 
 @pytest.mark.parametrize("channels", [None, 3])
-def test_splits_hold_every_sample_once_and_share_no_picture(channels):
+def test_splits_partition_samples_without_shared_images(channels):
     data = DataModule("shapes", size=8, channels=channels, memory="off", seed=3, val_fraction=0.2)
     source = data.source
     if channels == 3:
@@ -184,7 +184,7 @@ def test_splits_hold_every_sample_once_and_share_no_picture(channels):
     assert sum(map(len, pictures.values())) == 430_080 == len(set.union(*pictures.values()))
 
 
-def test_a_split_knows_its_samples_numbers_and_labels():
+def test_split_provides_indices_and_labels():
     data = DataModule("shapes", size=16, channels=3, memory="off", batch_size=64, num_workers=0)
     dataset, numbers = data.dataset("val"), data.source.rows("val")
     assert len(dataset) == len(numbers) == len(dataset.labels)
@@ -226,12 +226,12 @@ def test_held_samples_and_workers_give_the_same_batches(classes, monkeypatch):
             assert classes is None or set(one[1].tolist()) == {HEART}
 
 
-def test_the_seed_alone_decides_who_is_in_a_split():
+def test_split_membership_is_determined_by_seed():
     first, again, other = (shapes(8, seed=seed).rows("val") for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_split_that_is_switched_off_is_none():
+def test_disabled_split_is_none():
     assert shapes(8, val_fraction=0.0).split("val") is None
     assert shapes(8, val_fraction=0.0).split("train") is not None
 
@@ -240,13 +240,13 @@ def test_a_split_that_is_switched_off_is_none():
     ("plain", "message"),
     [({"size": 7}, "at least 8"), ({"scale": "unit"}, "use auto"), ({"scale": "standard"}, "use auto")],
 )
-def test_options_that_make_no_sense_are_refused_in_one_line(plain, message):
+def test_invalid_options_are_refused_in_one_line(plain, message):
     with pytest.raises(AezooError, match=message) as caught:
         DataModule("shapes", **plain)
     assert "\n" not in str(caught.value)
 
 
-def test_factors_and_numbers_outside_are_refused():
+def test_out_of_range_factors_and_indices_are_refused():
     source = shapes(8)
     for wrong in ([COMBINATIONS], [-1], [3, -COMBINATIONS]):
         with pytest.raises(AezooError, match="sample"):
@@ -256,7 +256,7 @@ def test_factors_and_numbers_outside_are_refused():
             source.render(torch.tensor([wrong]))
 
 
-def test_the_command_line_trains_on_it(tmp_path, monkeypatch):
+def test_fit_command_trains_on_this_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")]

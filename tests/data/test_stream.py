@@ -148,7 +148,7 @@ def test_size_and_channels(tmp_path):
     assert DataModule("stream", root=root, size=4, channels=1, **ALL).tensors("train")[0].shape == (5, 1, 4, 4)
 
 
-def test_splits_of_its_own_and_taken_out(tmp_path):
+def test_stored_and_random_splits_are_used(tmp_path):
     arrays = images(30)
     for name, part in (("train", slice(0, 20)), ("validation", slice(20, 25)), ("test", slice(25, 30))):
         write(tmp_path / "own" / name, dicts(arrays[part]))
@@ -214,7 +214,7 @@ def test_chunks_are_shuffled_in_groups_and_split_over_ranks(world):
     assert set(orders[0][: SHUFFLE_GROUP * each]) != set(orders[1][: SHUFFLE_GROUP * each])
 
 
-def test_blocks_follow_the_rows_of_a_part(tmp_path):
+def test_shuffle_blocks_follow_selected_rows(tmp_path):
     root = write(tmp_path / "set", dicts(images(12)), chunk_size=5)
     classes(tmp_path / "set")
     data = DataModule("stream", root=root, memory="off", **ALL)
@@ -236,7 +236,7 @@ class SaveAt(pl.Callback):
 
 
 @pytest.mark.parametrize("later", [{"num_workers": 0}, {"num_workers": 2}, {"memory": "on"}], ids=str)
-def test_a_run_goes_on_within_an_epoch_bit_for_bit(tmp_path, later):
+def test_mid_epoch_resume_is_exact(tmp_path, later):
     root, ckpt = write(tmp_path / "set", dicts(images(60)), chunk_size=3), tmp_path / "11.ckpt"
 
     def run(save=None, ckpt_path=None, **plain):
@@ -254,7 +254,7 @@ def test_a_run_goes_on_within_an_epoch_bit_for_bit(tmp_path, later):
     assert not all(torch.equal(value, other[name]) for name, value in whole.items())
 
 
-def test_what_workers_are_sent_reads_the_same(tmp_path):
+def test_pickled_dataset_reads_equal_samples(tmp_path):
     data = DataModule("stream", root=write(tmp_path / "set", dicts(images(9))), memory="off", **ALL)
     dataset = data.dataset("train")
     wanted = [dataset[i][0] for i in range(9)]
@@ -264,7 +264,7 @@ def test_what_workers_are_sent_reads_the_same(tmp_path):
     assert torch.equal(batch, torch.stack([wanted[i] for i in (7, 0, 3)])) and y.tolist() == [1, 0, 1]
 
 
-def test_items_that_differ_are_named(tmp_path):
+def test_inconsistent_items_are_reported(tmp_path):
     first = dicts(images(5))
     for name, odd, message in (
         ("size", {"image": Image.fromarray(images(1, (9, 8, 3))[0]), "label": 0}, "is 3x9x8, the first item is 3x8x8"),
@@ -313,7 +313,7 @@ def test_labels(tmp_path):
     assert DataModule("stream", root=str(numbers), **ALL).tensors("train")[1].tolist() == [0, -1, 2]
 
 
-def test_labels_that_are_tensors_of_no_dimension(tmp_path):
+def test_zero_dimensional_tensor_labels_are_read(tmp_path):
     # as other sources give them, and as docs/data.md writes them
     root = write(tmp_path / "set", [(torch.full((3,), 0.5), torch.tensor(n)) for n in (1, 0, 1)])
     classes(tmp_path / "set")
@@ -341,7 +341,7 @@ def test_columns_by_their_names(tmp_path):
     assert torch.equal(DataModule("stream", root=pairs, column="1", **ALL).tensors("train")[0], chw(second))
 
 
-def test_chunks_that_are_cut_missing_or_of_another_kind(tmp_path):
+def test_invalid_or_missing_chunks_are_refused(tmp_path):
     refused("does not exist: give one that litdata.optimize wrote", tmp_path / "nowhere")
     refused("is an address, and addresses are not opened", "s3://bucket/set")
     (tmp_path / "empty").mkdir()
@@ -401,7 +401,7 @@ def test_pickled_items_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_package_there_is_one_line():
+def test_missing_litdata_package_names_extra():
     code = (
         "import sys; sys.modules['litdata'] = None\nfrom aezoo.data import DataModule\nDataModule('stream', root='x')"
     )

@@ -62,7 +62,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_idx_files_in_torchvisions_layout(tmp_path, offline, name, suffix):
+def test_idx_files_in_torchvision_layout_are_read(tmp_path, offline, name, suffix):
     (images, labels), (test_images, _) = write_family(name, tmp_path / FAMILIES[name].title / "raw", suffix, 700, 20)
     data = DataModule(name, root=str(tmp_path))
     assert data.num_classes == len(FAMILIES[name].class_names)
@@ -82,7 +82,7 @@ def test_idx_files_in_torchvisions_layout(tmp_path, offline, name, suffix):
 
 
 @pytest.mark.parametrize("folder", ["fashion-mnist", "fashion_mnist", "FashionMNIST", "."])
-def test_other_places_read_only_and_without_copies(tmp_path, offline, folder):
+def test_read_only_folder_is_used_without_copies(tmp_path, offline, folder):
     write_family("fashion_mnist", tmp_path / folder, ".gz")
     before = sorted(tmp_path.rglob("*"))
     tmp_path.chmod(0o555)
@@ -111,7 +111,7 @@ def refused(match, name, root, **plain):
     return str(caught.value)
 
 
-def test_files_of_another_set_are_not_taken_for_it(tmp_path, offline, monkeypatch):
+def test_files_of_different_dataset_are_refused(tmp_path, offline, monkeypatch):
     write_family("fashion_mnist", tmp_path / "fashion-mnist")
     refused("mnist cannot be downloaded", "mnist", tmp_path / "fashion-mnist")
     refused("mnist cannot be downloaded", "mnist", tmp_path)
@@ -150,7 +150,7 @@ def test_broken_idx_files_are_named(tmp_path):
     assert read_idx(tmp_path / "ok.gz").shape == (5, 28, 28)
 
 
-def test_idx_files_that_do_not_belong_together(tmp_path):
+def test_mismatched_idx_files_are_refused(tmp_path):
     home = tmp_path / "MNIST" / "raw"
     write_family("mnist", home)
     (home / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(59, np.uint8)))
@@ -162,7 +162,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VISION_SETS])
-def test_no_network_is_one_clear_line(tmp_path, offline, name):
+def test_missing_network_is_reported_in_one_line(tmp_path, offline, name):
     message = refused("put ", name, tmp_path)
     assert name in message
     assert str(tmp_path) in message
@@ -179,13 +179,13 @@ def test_no_network_is_one_clear_line(tmp_path, offline, name):
         assert offline or "h5py" in message
 
 
-def test_download_switched_off_asks_for_nothing(tmp_path, offline):
+def test_disabled_download_makes_no_request(tmp_path, offline):
     for name in ("mnist", "emnist", "cifar10", "flowers102", "svhn"):
         refused("put ", name, tmp_path, download=False)
     assert not offline
 
 
-def test_the_table_fits_torchvision():
+def test_vision_table_matches_torchvision_signatures():
     for name, row in VISION_SETS.items():
         accepted = inspect.signature(getattr(torchvision.datasets, row.title).__init__).parameters
         for arguments in row.splits.values():
@@ -210,7 +210,7 @@ def cifar10(tmp_path, monkeypatch):
     return pixels
 
 
-def test_a_set_that_torchvision_holds_in_memory(tmp_path, offline, cifar10):
+def test_in_memory_torchvision_set_is_read(tmp_path, offline, cifar10):
     data = DataModule("cifar10", root=str(tmp_path))
     assert data.describe() == "cifar10: 45 train, 5 val, 10 test, 3x32x32, 10 classes"
     x, y = data.tensors("test")
@@ -221,7 +221,7 @@ def test_a_set_that_torchvision_holds_in_memory(tmp_path, offline, cifar10):
 
 
 @pytest.mark.slow
-def test_a_set_of_files(tmp_path, offline):
+def test_file_based_torchvision_set_is_read(tmp_path, offline):
     for c, name in enumerate(("Forest", "River")):
         folder = tmp_path / "eurosat" / "2750" / name
         folder.mkdir(parents=True)

@@ -28,7 +28,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_that_was_written_is_whole_and_torch_reads_it(tmp_path):
+def test_saved_file_is_intact_and_loadable(tmp_path):
     path = save(tmp_path, "a.ckpt", 7)
     assert atomic_files.find_damage(path) is None and step_of(path) == 7 and names(tmp_path) == ["a.ckpt"]
 
@@ -55,7 +55,7 @@ def test_bit_flips_and_truncation_are_detected(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_a_file_that_is_cut_off_is_named(tmp_path, share):
+def test_truncated_file_is_named(tmp_path, share):
     path = save(tmp_path, "a.ckpt", 7)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(AezooError, match=r"a\.ckpt cannot be used"):
@@ -76,7 +76,7 @@ def test_failed_write_keeps_old_file_and_no_remains(tmp_path):
     assert path.read_bytes() == b"old" and names(tmp_path) == ["a.txt"]
 
 
-def test_the_last_checkpoint_before_stays_and_the_record_fits(tmp_path):
+def test_previous_checkpoint_is_kept_with_matching_record(tmp_path):
     save(tmp_path, "last.ckpt", 1)
     save(tmp_path, "last.ckpt", 2)
     assert names(tmp_path) == ["last.ckpt", "last.ckpt.json", "previous.ckpt"]
@@ -114,7 +114,7 @@ def test_remains_of_killed_save_are_removed(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_folder_is_reported(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(AezooError, match="cannot write"):
         atomic_files.prepare_folder(tmp_path)
@@ -135,7 +135,7 @@ def test_auto_resume_takes_newest_starts_or_refuses(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
+def test_finished_run_resumes_only_with_larger_limit(tmp_path):
     path = save(tmp_path / "checkpoints", "last.ckpt", 30)
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.0}
     assert resume.finished_message(path, None, 3, -1, early) is None
@@ -145,7 +145,7 @@ def test_a_finished_run_is_left_alone_unless_it_is_made_longer(tmp_path):
     assert resume.finished_message(path, None, 4, -1, early) is None
 
 
-def test_a_run_that_was_stopped_early_asks_for_patience(tmp_path):
+def test_early_stopped_run_suggests_larger_patience(tmp_path):
     path = save(tmp_path / "checkpoints", "last.ckpt", 30)
     early = {"monitor": "val/loss", "patience": 2, "min_delta": 0.5}
     end = {"epoch": 3, "step": 30, "max_epochs": 9, "max_steps": -1, "early_stopping": early}

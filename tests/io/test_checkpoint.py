@@ -113,7 +113,7 @@ def test_every_kind_of_path_gives_the_same_model(model, run, saved):
         assert same(model, aezoo.load_model(str(path))), path
 
 
-def test_a_run_folder_means_its_best_checkpoint(model, run):
+def test_run_folder_loads_best_checkpoint(model, run):
     edit(run / "checkpoints" / "last.ckpt", lambda c: c["state_dict"]["decoder.1.bias"].zero_())
     assert same(model, aezoo.load_model(run))
     assert find_checkpoint(run).name == "best.ckpt"
@@ -122,7 +122,7 @@ def test_a_run_folder_means_its_best_checkpoint(model, run):
     assert find_checkpoint(run).name == "last.ckpt"
 
 
-def test_a_folder_of_runs_means_the_newest(run):
+def test_folder_of_runs_loads_newest_run(run):
     newer = Path(shutil.copytree(run, run.with_name("1")))
     now = time.time()
     os.utime(run / "checkpoints", (now - 60, now - 60))
@@ -132,7 +132,7 @@ def test_a_folder_of_runs_means_the_newest(run):
     assert find_checkpoint(run.parent).parent.parent == run
 
 
-def test_a_saved_model_can_be_saved_again_and_moved(model, saved, tmp_path):
+def test_saved_model_can_be_resaved_and_moved(model, saved, tmp_path):
     aezoo.save_model(aezoo.load_model(saved), saved)
     moved = saved.rename(tmp_path / "moved")
     assert same(model, aezoo.load_model(moved))
@@ -169,7 +169,7 @@ def test_weights_load_in_saved_precision(model, run, tmp_path, dtype):
         assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
 
 
-def test_weights_of_two_precisions_lose_nothing(model, tmp_path):
+def test_mixed_precision_weights_are_saved_exactly(model, tmp_path):
     sae = aezoo.create_model("jumprelu_sae", input_shape=(6,)).bfloat16()  # its thresholds stay in float32
     mixed = copy.deepcopy(model)
     mixed.encoder.bfloat16()
@@ -179,7 +179,7 @@ def test_weights_of_two_precisions_lose_nothing(model, tmp_path):
         assert all(torch.equal(value.float(), state[key].float()) for key, value in other.state_dict().items())
 
 
-def test_a_model_goes_on_the_device_that_is_asked_for(model, run, saved):
+def test_map_location_is_respected(model, run, saved):
     for path in (run, saved):
         assert same(model, aezoo.load_model(path, map_location=torch.device("cpu")))
         assert aezoo.load_model(path, map_location="meta").device.type == "meta"
@@ -187,7 +187,7 @@ def test_a_model_goes_on_the_device_that_is_asked_for(model, run, saved):
             aezoo.load_model(path, map_location="ipu")
 
 
-def test_a_link_to_nothing_among_checkpoints_is_passed_over(model, run):
+def test_dangling_checkpoint_link_is_ignored(model, run):
     (run / "checkpoints" / "best-2.ckpt").symlink_to("gone.ckpt")
     assert same(model, aezoo.load_model(run))
 
@@ -216,7 +216,7 @@ class Fewer(VAE):
         self.save_hyperparameters()
 
 
-def test_a_checkpoint_holds_what_its_own_class_takes(tmp_path):
+def test_checkpoint_stores_arguments_of_its_class(tmp_path):
     model = Fewer((4,), weight=0.5)
     assert dict(model.hparams) == {"input_shape": (4,), "weight": 0.5, "latent_dim": 3} == dict(model.hparams_initial)
     pl.Trainer(max_epochs=1, logger=False, default_root_dir=tmp_path, enable_progress_bar=False).fit(
@@ -243,20 +243,20 @@ class HandsAllOn(VAE):
 
 
 @pytest.mark.parametrize(("cls", "more"), [(HandsOn, {"extra": 2.0}), (HandsAllOn, {})])
-def test_so_does_one_of_a_class_that_hands_arguments_on(cls, more):
+def test_hparams_include_forwarded_arguments(cls, more):
     model = cls((4,), latent_dim=3, **more)
     assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 3, **more}
     assert dict(copy.deepcopy(model).hparams) == dict(model.hparams)
     assert cls(**model.hparams).code_shape == (3,)
 
 
-def test_nothing_there(refused, tmp_path):
+def test_missing_checkpoint_is_refused(refused, tmp_path):
     refused(tmp_path / "nothing.ckpt", "no checkpoint at .*nothing.ckpt")
     refused(tmp_path, "no .ckpt file in")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3"])
-def test_an_address_is_refused_before_anything_is_fetched(refused, scheme):
+def test_url_is_refused_before_any_request(refused, scheme):
     refused(f"{scheme}://example.org/model.ckpt", f"from disk only, not from {scheme}://example.org/model.ckpt")
 
 
@@ -273,7 +273,7 @@ class Bomb:
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "hyperparameter", "weight"])
-def test_a_file_that_would_run_code_is_refused(refused, tmp_path, monkeypatch, file, how, suffix):
+def test_code_executing_file_is_refused(refused, tmp_path, monkeypatch, file, how, suffix):
     # an override that some machines have in their environment must not open the door
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     canary, path = tmp_path / "canary", tmp_path / f"bomb{suffix}"
@@ -296,7 +296,7 @@ def test_a_file_that_would_run_code_is_refused(refused, tmp_path, monkeypatch, f
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(refused, file, share):
+def test_truncated_checkpoint_is_refused(refused, file, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     assert str(file) in refused(file)
@@ -324,24 +324,24 @@ def test_checkpoint_with_a_changed_byte_loads_or_is_refused(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint\n", b"PK\x03\x04" + bytes(100), bytes(1000)])
-def test_a_file_of_something_else(refused, tmp_path, content):
+def test_non_checkpoint_file_is_refused(refused, tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)
     assert "x.ckpt" in refused(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, {"state_dict": 3}, torch.zeros(2)])
-def test_a_file_without_a_state_dict(refused, tmp_path, content):
+def test_checkpoint_without_state_dict_is_refused(refused, tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     refused(tmp_path / "x.ckpt", "it has no state_dict")
 
 
-def test_weights_alone_name_the_way_to_load_them(refused, saved, model, tmp_path):
+def test_weights_only_file_names_how_to_load_it(refused, saved, model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     refused(tmp_path / "weights.pt", "only weights: make the model by aezoo.create_model and give them to its load_sta")
     refused(saved / "model.safetensors", f"it has no state_dict; give the folder of the saved model, {saved}")
 
 
-def test_a_checkpoint_without_a_registered_name(refused, file):
+def test_checkpoint_without_registered_name_is_refused(refused, file):
     for stamp in (None, "vae", {}, {"model": None}):
         edit(file, lambda c, stamp=stamp: c.update(aezoo=stamp))
         refused(file, "names no registered model: load it with YourClass.load_from_checkpoint")
@@ -349,7 +349,7 @@ def test_a_checkpoint_without_a_registered_name(refused, file):
     refused(file, "names no registered model")
 
 
-def test_a_class_that_is_not_registered_is_stamped_and_refused(refused, tmp_path):
+def test_unregistered_class_is_refused_by_load_model(refused, tmp_path):
     class Mine(VAE):
         """Not in the registry."""
 
@@ -362,12 +362,12 @@ def test_a_class_that_is_not_registered_is_stamped_and_refused(refused, tmp_path
         aezoo.save_model(mine, tmp_path / "saved")
 
 
-def test_a_model_that_is_not_installed(refused, file):
+def test_unknown_model_name_is_refused(refused, file):
     edit(file, lambda c: c["aezoo"].update(model="vae2"))
     refused(file, "unknown model 'vae2', did you mean 'vae'")
 
 
-def test_a_foreign_state_dict(refused, file):
+def test_foreign_state_dict_is_refused(refused, file):
     edit(file, lambda c: c.update(state_dict={"layer.weight": torch.zeros(2)}))
     assert "encoder" in refused(file, "the weights in .* do not fit vae")
     edit(file, lambda c: c.update(state_dict={}))
@@ -375,13 +375,13 @@ def test_a_foreign_state_dict(refused, file):
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3), "text", None, 1.0])
-def test_a_weight_of_another_shape_or_type(refused, file, value):
+def test_weight_of_wrong_shape_or_type_is_refused(refused, file, value):
     edit(file, lambda c: c["state_dict"].update({"decoder.1.bias": value}))
     assert "decoder.1.bias" in refused(file, "do not fit vae")
 
 
 @pytest.mark.parametrize("keys", [{3: torch.zeros(1)}, {("a", "b"): torch.zeros(1)}])
-def test_a_state_dict_with_keys_that_are_no_names(refused, file, keys):
+def test_state_dict_with_non_string_keys_is_refused(refused, file, keys):
     edit(file, lambda c: c["state_dict"].update(keys))
     refused(file, "do not fit vae")
 
@@ -404,18 +404,18 @@ def test_a_state_dict_with_keys_that_are_no_names(refused, file, keys):
         ({3: 4}, "does not describe a vae|no hyperparameter"),
     ],
 )
-def test_hyperparameters_that_the_model_does_not_take(refused, file, change, message):
+def test_unknown_hyperparameters_are_refused(refused, file, change, message):
     edit(file, lambda c: c["hyper_parameters"].update(change))
     assert "last.ckpt" in refused(file, message)
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [1, 2]])
-def test_hyperparameters_that_are_no_dict(refused, file, value):
+def test_non_dict_hyperparameters_are_refused(refused, file, value):
     edit(file, lambda c: c.update(hyper_parameters=value))
     refused(file, "hyperparameters|does not describe a vae")
 
 
-def test_no_hyperparameters(refused, file):
+def test_missing_hyperparameters_are_refused(refused, file):
     edit(file, lambda c: c.pop("hyper_parameters"))
     refused(file, "does not describe a vae.*input_shape")
 
@@ -443,7 +443,7 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_checkpoint_whose_bytes_have_changed(refused, file, tmp_path, sealed):
+def test_modified_checkpoint_is_refused(refused, file, tmp_path, sealed):
     path = tmp_path / "best.ckpt"
     if sealed:
         atomic_files.save(torch.load(file, weights_only=True), path)
@@ -461,18 +461,18 @@ def test_a_checkpoint_whose_bytes_have_changed(refused, file, tmp_path, sealed):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-10], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * 8 + b, lambda b: pickle.dumps(1)]
 )
-def test_damaged_weights(refused, saved, damage):
+def test_damaged_weights_are_refused(refused, saved, damage):
     file = saved / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     assert "model.safetensors" in refused(saved, "cannot read")
 
 
-def test_missing_weights(refused, saved):
+def test_missing_weights_are_refused(refused, saved):
     (saved / "model.safetensors").unlink()
     assert "model.safetensors" in refused(saved, "cannot read")
 
 
-def test_weights_of_another_model(refused, saved):
+def test_weights_of_different_model_are_refused(refused, saved):
     weights = load_file(saved / "model.safetensors")
     save_file({key: value for key, value in weights.items() if key != "decoder.1.bias"}, saved / "model.safetensors")
     refused(saved, "the weights in .* do not fit vae.*decoder.1.bias")
@@ -496,12 +496,12 @@ def test_weights_of_another_model(refused, saved):
         ('{"model": "vae", "hyperparameters": {"input_shape": [1, 8, 8], "latent_dmi": 3}}', "mean 'latent_dim'"),
     ],
 )
-def test_damaged_config(refused, saved, text, message):
+def test_damaged_config_is_refused(refused, saved, text, message):
     (saved / "config.json").write_text(text, encoding="utf-8")
     refused(saved, message)
 
 
-def test_config_that_is_no_text(refused, saved):
+def test_undecodable_config_is_refused(refused, saved):
     (saved / "config.json").write_bytes(b"\xff\xfe\x00")
     refused(saved, "cannot read .*config.json")
     (saved / "config.json").write_text("[" * 100_000)

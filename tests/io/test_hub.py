@@ -60,7 +60,7 @@ def head_of(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_a_pushed_model_loads_again_bit_for_bit(hub, model):
+def test_pushed_model_roundtrips_exactly(hub, model):
     url = aezoo.push_to_hub(model, "user/digits")
     sha, message, files = hub.commits["user/digits"]["main"][-1]
     assert url == f"{hub.address}/user/digits/commit/{sha}" and message == "vae, pushed with aezoo"
@@ -71,7 +71,7 @@ def test_a_pushed_model_loads_again_bit_for_bit(hub, model):
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
-def test_only_the_two_files_of_a_saved_model_are_fetched(hub, model):
+def test_only_config_and_weights_are_fetched(hub, model):
     aezoo.push_to_hub(model, "user/digits")
     hub.put("user/digits", {"pytorch_model.bin": b"\x80\x04.", "last.ckpt": b"PK", "old/config.json": b"{}"})
     hub.asked.clear()
@@ -81,7 +81,7 @@ def test_only_the_two_files_of_a_saved_model_are_fetched(hub, model):
     assert set(resolved) == set(hub_files.FILES)
 
 
-def test_a_strangers_model_passes_the_checks_of_any_other(hub, model):
+def test_hub_model_passes_checkpoint_checks(hub, model):
     aezoo.push_to_hub(model, "user/digits")
     config = files_of(hub)["config.json"].decode()
     hub.put("user/digits", {"config.json": config.replace('"latent_dim": 3', '"latent_dim": 4').encode()})
@@ -92,7 +92,7 @@ def test_a_strangers_model_passes_the_checks_of_any_other(hub, model):
         aezoo.load_model(ADDRESS)
 
 
-def test_a_branch_a_tag_or_a_commit_goes_after_the_at(hub, model):
+def test_revision_is_given_after_at_sign(hub, model):
     first = aezoo.push_to_hub(model, "user/digits").rpartition("/")[2]
     key, weight = next(iter(model.named_parameters()))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_a_branch_a_tag_or_a_commit_goes_after_the_at(hub, model):
         aezoo.load_model(f"{ADDRESS}@v3")
 
 
-def test_the_card_says_how_to_load_and_only_what_was_handed_in(hub, model):
+def test_model_card_shows_loading_and_given_metadata_only(hub, model):
     aezoo.push_to_hub(model, "user/digits", private=True)
     card = files_of(hub)["README.md"].decode()
     assert hub.private["user/digits"]
@@ -117,7 +117,7 @@ def test_the_card_says_how_to_load_and_only_what_was_handed_in(hub, model):
     assert dict(again.hparams) == dict(model.hparams)
 
 
-def test_the_card_of_a_plugin_names_its_package(model, tmp_path, monkeypatch):
+def test_plugin_model_card_names_package(model, tmp_path, monkeypatch):
     found = replace(registry.find("vae"), owner="nice-ae")
     monkeypatch.setattr(registry, "find", lambda name: found)
     card = model_card(aezoo.save_model(model, tmp_path), "user/digits", None, None, {"a|b\\": 2.5})
@@ -125,7 +125,7 @@ def test_the_card_of_a_plugin_names_its_package(model, tmp_path, monkeypatch):
     assert "| a/b | 2.5 |" in card
 
 
-def test_a_card_that_is_there_stays_unless_it_is_to_be_replaced(hub, model, capsys):
+def test_existing_model_card_is_kept_unless_replaced(hub, model, capsys):
     aezoo.push_to_hub(model, "user/digits")
     hub.put("user/digits", {"README.md": b"mine"})
     aezoo.push_to_hub(model, "user/digits", license="mit", metrics={"val/loss": 98.25})
@@ -144,7 +144,7 @@ def test_scaling_is_folded_in_as_save_model_does(hub):
     assert torch.equal(aezoo.load_model("hf://user/sae")(x), saved(x)) and not torch.allclose(saved(x), model(x))
 
 
-def test_verbs_take_an_address_and_write_into_a_folder_of_runs(hub, model, capsys):
+def test_verbs_accept_hub_address_and_write_to_runs(hub, model, capsys):
     aezoo.push_to_hub(model, "user/digits")
     np.save("new.npy", np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32))
     assert load_run(ADDRESS)[1]["folder"] == Path("runs/user_digits")
@@ -153,7 +153,7 @@ def test_verbs_take_an_address_and_write_into_a_folder_of_runs(hub, model, capsy
 
 
 @pytest.mark.parametrize("command", ["test", "fit"])
-def test_commands_that_need_a_checkpoint_say_so(hub, command, capsys):
+def test_commands_requiring_checkpoint_refuse_hub_model(hub, command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--ckpt_path", ADDRESS])
     assert end.value.code == 2 and "is a saved model, which has no" in capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_commands_that_need_a_checkpoint_say_so(hub, command, capsys):
 @pytest.mark.parametrize(
     "argv", [["-c", ADDRESS], ["--model", "vae", "--data", ADDRESS], [f"--model={ADDRESS}"], ["--resume", ADDRESS]]
 )
-def test_fit_asks_the_hub_for_nothing(hub, model, argv, capsys):
+def test_fit_makes_no_hub_request(hub, model, argv, capsys):
     aezoo.push_to_hub(model, "user/digits")
     hub.asked.clear()
     with pytest.raises(SystemExit) as end:
@@ -178,7 +178,7 @@ def test_fit_asks_the_hub_for_nothing(hub, model, argv, capsys):
     ["hf://digits", "hf://a/b/c", "hf://user/", "hf:///digits", "hf://user/a--b", "hf://../digits", "hf://u/-x",
      "hf://user/x.git", f"hf://user/{'x' * 96}", "hf://user/é"],
 )  # fmt: skip
-def test_what_is_no_name_is_refused_before_anything_is_asked(hub, model, address):
+def test_invalid_hub_name_is_refused_without_request(hub, model, address):
     with pytest.raises(aezoo.AezooError, match="give user/name"):
         aezoo.load_model(address)
     with pytest.raises(aezoo.AezooError, match="give user/name"):
@@ -206,7 +206,7 @@ def test_an_empty_revision_is_refused(hub):
         aezoo.load_model(f"{ADDRESS}@")
 
 
-def test_a_repository_that_is_not_there_or_not_shown(hub, model, monkeypatch):
+def test_missing_or_private_repository_is_reported(hub, model, monkeypatch):
     with pytest.raises(aezoo.AezooError, match=r"has no repository user/digits, or shows it only to others"):
         aezoo.load_model(ADDRESS)
     aezoo.push_to_hub(model, "user/digits", private=True)
@@ -215,7 +215,7 @@ def test_a_repository_that_is_not_there_or_not_shown(hub, model, monkeypatch):
         aezoo.load_model(ADDRESS)
 
 
-def test_who_is_not_logged_in_or_a_stranger_pushes_nothing(hub, model, monkeypatch):
+def test_push_requires_login_and_write_access(hub, model, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     with pytest.raises(aezoo.AezooError, match=r"does not let you write to user/digits \(403\)"):
         aezoo.push_to_hub(model, "user/digits")
@@ -228,18 +228,18 @@ def test_who_is_not_logged_in_or_a_stranger_pushes_nothing(hub, model, monkeypat
     assert "config.json" in files_of(hub)
 
 
-def test_an_empty_token_is_none(hub, model):
+def test_empty_token_is_treated_as_none(hub, model):
     aezoo.push_to_hub(model, "user/digits", token="")
     assert "config.json" in files_of(hub)
 
 
-def test_offline_the_cache_is_not_blamed_for_what_is_not_pushed(monkeypatch):
+def test_offline_push_error_does_not_mention_cache(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for writes, words in ((True, "HF_HUB_OFFLINE forbids"), (False, "user/digits is not in the cache, and HF_HUB_OFF")):
         assert hub_files._error_line(ConnectionError(), "user/digits", None, writes).startswith(words)
 
 
-def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):
+def test_incomplete_cached_model_is_refused(hub, model, monkeypatch):
     aezoo.push_to_hub(model, "user/digits")
     weights = hub_files.fetch(ADDRESS) / "model.safetensors"
     weights.resolve().unlink()
@@ -250,13 +250,13 @@ def test_half_a_model_in_the_cache_is_no_other_model(hub, model, monkeypatch):
 
 
 @pytest.mark.parametrize("files", [{"README.md": b"words"}, {"config.json": b"{}"}])
-def test_a_repository_without_an_aezoo_model(hub, files):
+def test_repository_without_aezoo_model_is_refused(hub, files):
     hub.put("user/digits", files)
     with pytest.raises(aezoo.AezooError, match=r"is no aezoo model, it has no .*model.safetensors"):
         aezoo.load_model(ADDRESS)
 
 
-def test_a_model_of_another_library(hub):
+def test_model_of_different_library_is_refused(hub):
     hub.put("user/digits", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"\0" * 16})
     with pytest.raises(aezoo.AezooError, match=r"names no model: it was not written by aezoo.save_model"):
         aezoo.load_model(ADDRESS)
@@ -275,7 +275,7 @@ def test_offline_hub_uses_cache_or_reports(hub, model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_finds_the_cache_by_the_environment(hub, model, tmp_path):
+def test_subprocess_uses_cache_from_environment(hub, model, tmp_path):
     aezoo.push_to_hub(model, "user/digits")
     aezoo.load_model(ADDRESS)
     hub.asked.clear()
@@ -286,7 +286,7 @@ def test_a_process_of_its_own_finds_the_cache_by_the_environment(hub, model, tmp
     assert "user/other is not in the cache, and HF_HUB_OFFLINE forbids to ask" in done.stderr.splitlines()[-1]
 
 
-def test_without_the_extra_the_cure_is_said(model, monkeypatch):
+def test_missing_huggingface_hub_names_extra_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for use in (lambda: aezoo.load_model(ADDRESS), lambda: aezoo.push_to_hub(model, "user/digits")):
         with pytest.raises(aezoo.AezooError, match=r"pip install 'aezoo\[hub\]'"):

@@ -217,7 +217,7 @@ def test_damaged_last_checkpoint_is_named_and_previous_used(run, third, capsys, 
     assert atomic_files.find_damage(run / "previous.ckpt") is None
 
 
-def test_curves_of_a_start_within_the_same_second_come_last(run):
+def test_curves_of_resume_in_same_second_are_read_last(run):
     file = next(RUN.glob("events.out.tfevents.*"))
     before = curves(RUN)["train/loss"]
     # TensorBoard reads by name: in the same second the process with the greatest number would come last
@@ -228,7 +228,7 @@ def test_curves_of_a_start_within_the_same_second_come_last(run):
     assert before and [step for step, _ in after[len(before) :]] == [8]
 
 
-def test_a_start_waits_for_a_later_name(tmp_path, monkeypatch):
+def test_new_event_file_waits_for_later_timestamp(tmp_path, monkeypatch):
     (tmp_path / "events.out.tfevents.100.host.1.0").touch()
     waited = []
     monkeypatch.setattr(dashboard.time, "sleep", waited.append)
@@ -239,7 +239,7 @@ def test_a_start_waits_for_a_later_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", ["record", "damaged"])
-def test_without_a_whole_checkpoint_nothing_is_started(run, capsys, keep):
+def test_resume_without_valid_checkpoint_is_refused(run, capsys, keep):
     for path in run.glob("*.ckpt"):
         path.write_bytes(b"PK") if keep == "damaged" else path.unlink()
     argv = [*SHORT, "--trainer.max_epochs=3"]
@@ -249,7 +249,7 @@ def test_without_a_whole_checkpoint_nothing_is_started(run, capsys, keep):
     assert [path.name for path in RUN.parent.iterdir()] == ["0"]
 
 
-def test_a_finished_run_says_so_and_a_larger_limit_goes_on(run, capsys):
+def test_finished_run_is_reported_and_extended_by_larger_limit(run, capsys):
     before = (run / "last.ckpt").read_bytes()
     with pytest.raises(SystemExit) as end:
         go_on(epochs=2)
@@ -260,7 +260,7 @@ def test_a_finished_run_says_so_and_a_larger_limit_goes_on(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_early_goes_on_with_more_patience(run, capsys):
+def test_early_stopped_run_resumes_with_larger_patience(run, capsys):
     never = "--early_stopping.min_delta=1e6"  # after the first epoch nothing is an improvement
     flags = [never, "--early_stopping.patience=1"]
     end = go_on(*flags, epochs=9)
@@ -276,7 +276,7 @@ def test_a_run_that_was_stopped_early_goes_on_with_more_patience(run, capsys):
     assert go_on(*flags, epochs=8)["global_step"] == 24
 
 
-def test_a_run_that_never_improves_again_keeps_its_scores(run, monkeypatch):
+def test_resume_without_improvement_keeps_scores(run, monkeypatch):
     def scores(checkpoint):
         (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("Checkpoints"))
         return {key: state[key] for key in ("current_score", "best_model_score", "kth_value", "best_k_models")}
@@ -288,7 +288,7 @@ def test_a_run_that_never_improves_again_keeps_its_scores(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_auto_path_and_off(run, capsys):
+def test_resume_accepts_path_and_off(run, capsys):
     main([*SHORT, "--trainer.max_epochs=3", "--resume", str(run / "last.ckpt")])
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 9
     main([*SHORT, "--trainer.max_epochs=1", "--resume", "off"])
@@ -333,7 +333,7 @@ SETTINGS = {
         (["-c", "whole.yaml", "--model=vae", "--trainer.default_root_dir=other"], "other", "whole"),
     ],
 )
-def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, root, name):
+def test_auto_resume_searches_run_folder_of_command(tmp_path, monkeypatch, flags, root, name):
     monkeypatch.chdir(tmp_path)
     looked, trains = [], []
 
@@ -358,7 +358,7 @@ def test_auto_looks_where_the_same_command_trains(tmp_path, monkeypatch, flags, 
     assert looked == trains == [Path(root, name)]
 
 
-def test_auto_goes_on_with_a_run_whose_settings_are_in_files(tmp_path, monkeypatch):
+def test_auto_resume_works_with_settings_in_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
     for file, text in SETTINGS.items():
@@ -384,7 +384,7 @@ def test_flags_override_files_override_checkpoint(run, capsys):
 
 
 @pytest.mark.slow
-def test_callbacks_that_a_command_adds_are_there_once(tmp_path, monkeypatch):
+def test_resume_does_not_duplicate_added_callbacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for epochs in (1, 2):
         end = go_on("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5", epochs=epochs)
@@ -493,7 +493,7 @@ def test_slurm_signal_saves_and_requeues_the_job(run, monkeypatch, number, at, b
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_lie_elsewhere_goes_on(tmp_path, monkeypatch, capsys):
+def test_run_with_custom_checkpoint_folder_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     last, own = Path("ck/last.ckpt"), "--checkpoints.dirpath=ck"
     command = [*SHORT, own, "--resume=auto"]
@@ -543,7 +543,7 @@ def test_later_run_ignores_remains_of_earlier_run(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])
-def test_what_cannot_be_written_is_one_line_and_keeps_what_was(run, monkeypatch, capsys, how):
+def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys, how):
     last = (run / "last.ckpt").read_bytes()
     true_open, true_fdopen = os.open, os.fdopen
 
@@ -620,7 +620,7 @@ def test_checkpoints_by_step_epoch_and_time(tmp_path, monkeypatch, flags, steps)
 
 
 @pytest.mark.slow
-def test_the_run_folder_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
+def test_run_folder_always_has_valid_checkpoint(tmp_path, monkeypatch):
     """Looked at after each call that gives a file another name, makes a second one, or removes one."""
     monkeypatch.chdir(tmp_path)
     looks = []

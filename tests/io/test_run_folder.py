@@ -43,7 +43,7 @@ def holder():
         process.kill()
 
 
-def test_who_asks_at_once_gets_another_number():
+def test_concurrent_requests_get_distinct_run_numbers():
     together = Barrier(8)
 
     def many(_):
@@ -55,20 +55,20 @@ def test_who_asks_at_once_gets_another_number():
     assert sorted(map(int, names)) == list(range(400))
 
 
-def test_the_number_after_the_highest_is_next():
+def test_next_run_number_follows_highest():
     (HOME / "7").mkdir(parents=True)
     assert run_folder.next_free(HOME) == HOME / "8" and not (HOME / "8").exists()
     assert run_folder.create_next(HOME) == HOME / "8"
 
 
-def test_a_folder_that_cannot_be_made_is_one_line():
+def test_uncreatable_run_folder_is_refused_in_one_line():
     Path("runs").write_text("")
     with pytest.raises(AezooError, match=r"^cannot read or write runs/vae-digits: .*--trainer.default_root_dir$"):
         run_folder.create_next(HOME)
 
 
 @pytest.mark.slow
-def test_two_fits_at_once_keep_their_results():
+def test_concurrent_fits_use_separate_folders():
     command = [sys.executable, "-m", "aezoo", *FIT, "--trainer.max_epochs=1", "--seed_everything"]
     runs = [subprocess.Popen([*command, seed], stderr=subprocess.PIPE, text=True) for seed in "12"]
     for run in runs:
@@ -79,14 +79,14 @@ def test_two_fits_at_once_keep_their_results():
     assert all((HOME / name / "checkpoints" / atomic_files.FINISHED).is_file() for name in "01")
 
 
-def test_a_trial_run_makes_no_folder():
+def test_fast_dev_run_creates_no_folder():
     main([*FIT, "--trainer.fast_dev_run=1"])
     assert not Path("runs").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("there", [Path(), Path("runs"), HOME], ids=str)
-def test_a_run_that_ends_before_it_writes_leaves_what_was_there(there):
+def test_run_failing_before_writing_leaves_no_folder(there):
     there.mkdir(parents=True, exist_ok=True)
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit, match="2"):
@@ -94,7 +94,7 @@ def test_a_run_that_ends_before_it_writes_leaves_what_was_there(there):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_folder_in_which_something_was_written_stays():
+def test_interrupted_run_with_files_keeps_folder():
     with contextlib.suppress(KeyboardInterrupt), run_folder.locked(run_folder.create_next(HOME), Path()):
         (HOME / "0" / "config.yaml").touch()
         raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_a_folder_in_which_something_was_written_stays():
 
 
 @pytest.mark.slow
-def test_a_folder_of_a_run_killed_at_its_start_is_started_anew(holder):
+def test_folder_of_run_killed_at_start_is_reused(holder):
     holder.kill()
     holder.wait()
     assert resume.latest_run(HOME) == (None, HOME / "0")
@@ -123,7 +123,7 @@ def test_a_second_writer_of_a_run_is_refused(holder, capsys):
 
 
 @pytest.mark.parametrize("given", ["last.ckpt", ".", "../checkpoints", "sub/../last.ckpt"])
-def test_a_run_is_known_from_within_its_folders(given, monkeypatch):
+def test_run_is_found_from_inside_its_folders(given, monkeypatch):
     folder = HOME / "0" / "checkpoints"
     (folder / "sub").mkdir(parents=True)
     torch.save({}, folder / "last.ckpt")
@@ -135,7 +135,7 @@ def test_a_run_is_known_from_within_its_folders(given, monkeypatch):
     assert run_folder.run_of(Path("../last.ckpt"), Path("../last.ckpt")) == run
 
 
-def test_a_damaged_file_is_passed_over_from_within_its_folder(monkeypatch, capsys):
+def test_damaged_checkpoint_is_skipped_inside_its_folder(monkeypatch, capsys):
     folder = HOME / "0" / "checkpoints"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)

@@ -94,14 +94,14 @@ def defaults(cls: type) -> dict[str, Any]:
 # ---- signatures -----------------------------------------------------------------------------------------------------
 
 
-def test_a_signature_names_what_is_handed_on():
+def test_signature_includes_forwarded_arguments():
     assert [*inspect.signature(Linear).parameters] == ["input_shape", "width", *SHARED]
     parameter = inspect.signature(Linear).parameters["lr"]
     assert (parameter.kind, parameter.annotation, parameter.default) == (parameter.KEYWORD_ONLY, float, 0.1)
     assert [*inspect.signature(Linear.__init__).parameters] == ["self", "input_shape", "width", *SHARED]
 
 
-def test_defaults_are_those_of_the_nearest_class():
+def test_defaults_come_from_nearest_class():
     assert {name: defaults(Linear)[name] for name in ("likelihood", "lr")} == {"likelihood": "gaussian", "lr": 0.1}
     assert defaults(Wide) == defaults(Linear) | {"width": 3, "lr": 0.2}
     assert defaults(BetaVAE) == defaults(VAE) | {"beta": 4.0}
@@ -110,14 +110,14 @@ def test_defaults_are_those_of_the_nearest_class():
     assert (Wide((4,), width=5, lr=0.3).code_shape, Wide((4,), lr=0.3).lr) == ((5,), 0.3)
 
 
-def test_an_argument_that_a_class_sets_is_none_of_its_arguments():
+def test_fixed_argument_is_removed_from_signature():
     assert [*inspect.signature(Fixed).parameters] == ["input_shape", "depth", "lr", *SHARED[2:]]
     assert type(Fixed((4,)).likelihood).__name__ == "Laplace"
     with pytest.raises(TypeError, match=r"^Fixed.__init__\(\) got an unexpected keyword argument 'likelihood'$"):
         Fixed((4,), likelihood="gaussian")
 
 
-def test_several_parents_share_in_the_order_of_inheritance():
+def test_multiple_inheritance_follows_mro():
     # Linear's default comes first; without Linear's, that of Quick
     assert defaults(Mixed)["lr"] == Mixed((4,)).lr == 0.1
 
@@ -132,7 +132,7 @@ def test_several_parents_share_in_the_order_of_inheritance():
     assert defaults(Both)["lr"] == Both((4,)).lr == Both((4,)).hparams["lr"] == 0.5
 
 
-def test_signatures_do_not_change_those_of_parents():
+def test_subclass_defaults_do_not_change_parent_signature():
     before = inspect.signature(VAE)
 
     class Own(VAE, defaults={"beta": 9.0}):
@@ -144,7 +144,7 @@ def test_signatures_do_not_change_those_of_parents():
 
 
 @pytest.mark.parametrize("name", own_models())
-def test_types_of_groups_are_those_of_the_constructors(name):
+def test_argument_group_types_match_constructors(name):
     cls = aezoo.model_class(name)
     parameters = inspect.signature(cls).parameters
     for parent in cls.__mro__:
@@ -215,7 +215,7 @@ def test_a_checkpoint_gives_the_same_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 
-def test_models_of_the_old_style_work():
+def test_old_style_models_are_supported():
     model = Old((4,), latent_dim=2)
     assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 2, "extra": "A"}  # as it was when it was saved
     assert dict(model.hparams_initial) == dict(model.hparams)
@@ -224,7 +224,7 @@ def test_models_of_the_old_style_work():
     check_constructor(Old, extra="B")
 
 
-def test_what_is_ignored_is_no_hyperparameter():
+def test_ignored_arguments_are_not_hyperparameters():
     class Helped(Old):
         def __init__(self, input_shape: tuple[int, ...], *, helper: Any = None, other: Any = None) -> None:
             super().__init__(input_shape)
@@ -234,7 +234,7 @@ def test_what_is_ignored_is_no_hyperparameter():
     assert "other" not in Helped((4,), other=nn.Linear(1, 1)).hparams  # its weights are in the checkpoint
 
 
-def test_saving_again_changes_nothing_in_the_new_style():
+def test_repeated_save_hyperparameters_has_no_effect():
     class Again(Linear):
         def __init__(self, input_shape: tuple[int, ...], *, more: int = 1, **kwargs: Unpack[TrainingArgs]) -> None:
             super().__init__(input_shape, **kwargs)
@@ -247,7 +247,7 @@ def test_saving_again_changes_nothing_in_the_new_style():
     assert not model._log_hyperparams
 
 
-def test_arguments_in_bulk_are_kept_as_given():
+def test_star_args_constructor_stores_given_arguments():
     class Bulk(Linear):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -288,7 +288,7 @@ def test_every_trait_is_described_and_has_a_value():
 # ---- for users ------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_of_a_variant_tells_type_default_and_text(capsys, monkeypatch):
+def test_variant_help_shows_type_default_and_text(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "beta_vae"])
@@ -298,7 +298,7 @@ def test_the_help_of_a_variant_tells_type_default_and_text(capsys, monkeypatch):
             assert f"{meaning} (type: {kind}, default: {default.strip(chr(39))})" in text, name
 
 
-def test_a_configuration_sets_what_is_handed_on(tmp_path, monkeypatch):
+def test_config_file_sets_forwarded_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"model": {"class_path": "beta_vae", "init_args": {"latent_dim": 3, "lr": 0.01, "hidden_dims": [8]}}}
     Path("c.yaml").write_text(yaml.safe_dump(settings))
@@ -310,7 +310,7 @@ def test_a_configuration_sets_what_is_handed_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["beta_vae", "dip_vae_ii", "mean_scale_hyperprior", "abs_topk_sae", "aae"])
-def test_a_variant_of_defaults_has_no_constructor(name):
+def test_default_only_variant_has_no_constructor(name):
     cls = aezoo.model_class(name)
     source = inspect.getsource(sys.modules[cls.__module__])
     assert "def __init__" not in source
@@ -338,7 +338,7 @@ class OfNets(NetworkAutoencoder, defaults={"hidden_dims": (6,), "likelihood": "g
 
 @pytest.mark.parametrize("check", [check_constructor, check_gradients, check_seed])
 @pytest.mark.parametrize("net", ["mlp", "conv"])
-def test_a_model_of_ones_own_keeps_the_contract(check, net):
+def test_custom_model_passes_checks(check, net):
     check(OfNets, net=net)
     assert [*inspect.signature(OfNets).parameters][1:5] == ["latent_dim", "net", "hidden_dims", "activation"]
     assert OfNets((1, 8, 8), net=net).hidden_dims == (6,)

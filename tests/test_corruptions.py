@@ -29,7 +29,7 @@ def test_gaussian_noise_has_its_moments_unclipped(amount: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_masking_sets_that_share_to_zero_and_leaves_the_rest(share: float) -> None:
+def test_masking_zeroes_requested_share(share: float) -> None:
     x = torch.rand(4, N // 4) + 0.5
     found = corruption(f"masking:{share}")(x, seeded(2))
     masked = found == 0
@@ -38,7 +38,7 @@ def test_masking_sets_that_share_to_zero_and_leaves_the_rest(share: float) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
-def test_salt_and_pepper_replaces_its_share_evenly(share: float) -> None:
+def test_salt_and_pepper_replaces_requested_share_evenly(share: float) -> None:
     x = torch.full((4, N // 4), 0.5)
     found = corruption(f"salt_and_pepper:{share}")(x, seeded(3))
     half = share / 2
@@ -75,7 +75,7 @@ def test_shape_dtype_and_device_stay_and_the_input_is_untouched(
     assert corruption(name)(torch.empty(shape, dtype=dtype, device="meta")).device.type == "meta"
 
 
-def test_nothing_is_corrupted_by_amount_zero_or_none() -> None:
+def test_zero_amount_or_none_leaves_input_unchanged() -> None:
     x = torch.rand(5, 8)
     assert corruption("none") is None
     for kind in CORRUPTIONS:

@@ -40,12 +40,12 @@ MATCH = "is now [a-z_]+, and the old name goes with the next release"
 NAMES = [(cls, *names) for cls in CLASSES for names in METHODS[f"{cls.__module__}.{cls.__qualname__}"].items()]
 
 
-def test_every_class_with_old_names_is_here():
+def test_every_class_with_deprecated_names_is_tested():
     assert {f"{cls.__module__}.{cls.__qualname__}" for cls in CLASSES} == {*METHODS}
 
 
 @pytest.mark.parametrize(("cls", "old", "new"), NAMES)
-def test_an_old_name_calls_the_method(cls, old, new, monkeypatch):
+def test_deprecated_name_calls_renamed_method(cls, old, new, monkeypatch):
     monkeypatch.setattr(cls, new, lambda self, *args, **kwargs: (self, args, kwargs))
     model = object.__new__(cls)
     with pytest.warns(DeprecationWarning, match=rf"{cls.__name__}\.{old} is now {new}") as warned:
@@ -54,7 +54,7 @@ def test_an_old_name_calls_the_method(cls, old, new, monkeypatch):
 
 
 @pytest.mark.parametrize(("cls", "old", "new"), NAMES)
-def test_an_override_under_an_old_name_is_one_under_the_new(cls, old, new, monkeypatch):
+def test_deprecated_override_replaces_renamed_method(cls, old, new, monkeypatch):
     monkeypatch.setattr(cls, new, lambda self, *args: ("parent", *args))
 
     def method(self, *args):
@@ -70,7 +70,7 @@ def test_an_override_under_an_old_name_is_one_under_the_new(cls, old, new, monke
             assert getattr(own, new)(3) == getattr(own, old)(3) == ("child", "parent", 3)
 
 
-def test_an_override_calls_the_class_between_under_its_new_name():
+def test_super_call_in_deprecated_override_works():
     with pytest.warns(DeprecationWarning, match=MATCH):
 
         class Own(VAVAE):
@@ -87,7 +87,7 @@ def test_an_override_calls_the_class_between_under_its_new_name():
     assert {k: v.item() for k, v in ours.items()} == {k: v.item() for k, v in other.loss(x).items()}
 
 
-def test_a_new_override_wins_over_an_old_one_of_its_parent():
+def test_new_override_precedes_deprecated_parent_override():
     with pytest.warns(DeprecationWarning, match=MATCH):
 
         class Old(VQVAE):
@@ -102,7 +102,7 @@ def test_a_new_override_wins_over_an_old_one_of_its_parent():
     assert [*object.__new__(New).codebooks(None)] == ["new"]
 
 
-def test_an_old_override_of_a_mixin_is_taken_over():
+def test_deprecated_override_in_mixin_is_used():
     class Mixin:
         def start_from(self, x):
             return "mixin"
@@ -116,7 +116,7 @@ def test_an_old_override_of_a_mixin_is_taken_over():
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-def test_a_model_written_with_old_names_trains():
+def test_model_with_deprecated_names_trains():
     """It counts steps, starts from its data and reads its own rows."""
     with pytest.warns(DeprecationWarning, match=MATCH):
 
@@ -147,14 +147,14 @@ def test_a_model_written_with_old_names_trains():
 
 @pytest.mark.filterwarnings("ignore:aezoo.* is now")
 @pytest.mark.parametrize("old", [*ATTRIBUTES])
-def test_an_old_name_in_an_old_module_is_the_new_one(old):
+def test_deprecated_module_name_resolves_to_new_one(old):
     module, _, name = old.rpartition(".")
     modules = [importlib.import_module(f"aezoo.{each}") for each in ([module] if module else MODULES)]
     assert any(getattr(each, name, None) is not None for each in modules)
 
 
 @pytest.mark.parametrize("old", [*IN_PLACE])
-def test_an_old_name_in_its_own_module_warns(old):
+def test_deprecated_name_in_current_module_warns(old):
     module, _, name = old.rpartition(".")
     home = importlib.import_module(f"aezoo.{module}")
     with pytest.warns(DeprecationWarning, match=f"{name} is now {IN_PLACE[old]}"):

@@ -18,15 +18,15 @@ def test_golden_values(subject):
 
 @pytest.mark.slow
 @of_each
-def test_no_golden_value_hangs_on_a_tie(subject):
+def test_golden_values_are_stable_under_small_perturbation(subject):
     assert not differences(golden_values(subject, NUDGE), recorded()[subject.label], 1000 * NUDGE)
 
 
-def test_no_golden_values_of_models_that_are_gone():
+def test_golden_values_exist_for_current_models_only():
     assert set(recorded()) == {subject.label for subject in SUBJECTS}
 
 
-def test_a_difference_is_told():
+def test_golden_differences_are_reported():
     golden = recorded()["vae"]
     assert not differences(golden, golden, TOLERANCE)
     for kind, name in (

@@ -20,7 +20,7 @@ def test_imports_keep_the_contract(contract, capsys):
     assert code == cli.EXIT_STATUS_SUCCESS, capsys.readouterr().out
 
 
-def test_the_root_holds_the_words_of_the_contract():
+def test_package_root_contains_listed_files_only():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     files = {path.stem for path in PACKAGE.glob("*.py")}
     assert files == ROOT_FILES

@@ -214,7 +214,7 @@ def test_mistakes_of_two_processes_are_caught():
     assert "cannot train on two ranks" in lines[3]
 
 
-def test_every_check_has_a_mistake_that_it_catches():
+def test_every_check_has_a_failing_example():
     caught = {check for check, _, _ in MISTAKES} | {"ddp"}
     assert {check.__name__ for check in CHECKS} == {f"check_{name}" for name in caught}
 
@@ -223,7 +223,7 @@ def test_every_check_has_a_mistake_that_it_catches():
 
 
 @pytest.mark.slow
-def test_check_model_accepts_a_class_that_is_not_registered():
+def test_check_model_accepts_unregistered_class():
     assert check_model(broken.Sound, exclude=["check_ddp"], widths=(16,)) == {}
 
 
@@ -257,7 +257,7 @@ def test_check_model_gathers_all_failures():
     assert [line.split(" ")[2] for line in str(caught.value).splitlines()] == ["check_state_dict:", "check_checkpoint:"]
 
 
-def test_check_model_takes_hyperparameters_and_words():
+def test_check_model_accepts_hyperparameters_and_aliases():
     quick = [check.__name__ for check in CHECKS if check.__name__ != "check_shapes"]
     assert check_model("variational", exclude=quick, latent_dim=3) == {}
     assert subject_of("variational", latent_dim=3).label == "vae(latent_dim=3)"
@@ -267,7 +267,7 @@ def test_check_model_takes_hyperparameters_and_words():
         check_model("vea")
 
 
-def test_what_cannot_run_is_reported(monkeypatch):
+def test_checks_that_cannot_run_are_reported(monkeypatch):
     class Local(broken.Sound):
         """Only this function knows it."""
 
@@ -311,7 +311,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
-def test_shared_noise_hands_each_process_its_rows(draw):
+def test_shared_noise_gives_each_process_its_rows(draw):
     x = torch.zeros(6, 50)
     with SharedNoise(range(6), 6):
         whole = [draw(x) for _ in range(2)]
@@ -323,7 +323,7 @@ def test_shared_noise_hands_each_process_its_rows(draw):
         assert all(torch.equal(p, w[list(rows)]) for p, w in zip(part, whole, strict=True))
 
 
-def test_a_dropout_of_nothing_draws_nothing():
+def test_zero_dropout_draws_no_random_numbers():
     x = torch.rand(6, 5)
     drawn = []
     for training in (True, False):
@@ -346,7 +346,7 @@ def test_a_dropout_of_nothing_draws_nothing():
         ("gamma", 2, 2**0.5),
     ],
 )
-def test_shared_noise_has_the_distribution_that_was_asked_for(name, mean, std):
+def test_shared_noise_has_requested_distribution(name, mean, std):
     with SharedNoise(range(3), 6):
         drawn = DRAWS[name](torch.zeros(3, 100_000))
     assert float(drawn.mean()) == pytest.approx(mean, abs=0.02)

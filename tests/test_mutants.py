@@ -17,7 +17,7 @@ def quick():
     return next(fault for fault in mutants.generated() if fault.identity == QUICK)
 
 
-def test_every_listed_fault_fits_its_file_once_and_has_a_test():
+def test_every_listed_fault_matches_once_and_has_a_test():
     misfits = [fault.identity for fault in LISTED if fault.occurrences() != 1]
     assert not misfits, f"tests/mutants.txt is stale, correct the old text of: {misfits}"
     assert all(fault.old != fault.new for fault in LISTED)
@@ -26,12 +26,12 @@ def test_every_listed_fault_fits_its_file_once_and_has_a_test():
     assert {fault.file.partition("/")[0] for fault in LISTED} <= {*mutants.COPIED}
 
 
-def test_no_two_listed_faults_are_the_same():
+def test_listed_faults_are_distinct():
     assert max(Counter(fault.identity for fault in LISTED).values()) == 1
     assert max(Counter((fault.file, fault.old, fault.new) for fault in LISTED).values()) == 1
 
 
-def test_equivalent_mutants_are_there_and_have_a_reason(monkeypatch):
+def test_equivalent_mutants_exist_and_have_reasons(monkeypatch):
     equivalent = mutants.EQUIVALENT
     left_out = {fault.identity for fault in mutants.generated()}
     assert not left_out & equivalent.keys()
@@ -45,7 +45,7 @@ def test_every_formula_has_a_test():
     assert not [file for file in sorted(files) if not mutants.test_files(file)]
 
 
-def test_tests_follow_from_the_name_of_a_file():
+def test_test_files_are_derived_from_source_name():
     assert mutants.test_files("aezoo/corruptions.py") == ["tests/test_corruptions.py"]
     golden = mutants.golden_tests("aezoo/models/variational/mine_vae.py")
     assert len(golden) == 2 and golden[0] == "tests/test_golden.py::test_golden_values[mine_vae]"
@@ -55,7 +55,7 @@ def test_tests_follow_from_the_name_of_a_file():
     assert mutants.golden_tests("aezoo/cli/main.py") == []
 
 
-def test_the_list_is_read_to_the_letter():
+def test_mutant_list_is_parsed_exactly():
     first = "# head\n[a.py]\none\n-   x = 1\n-\n+   x = 2\ntwo\n- - b\n+\n"
     second = "\n[c.py -> u.py]\nthree\n- d\n+ + d\n+ e\n"
     assert list(mutants.parse(first + second)) == [
@@ -75,7 +75,7 @@ def test_a_fault_is_caught_in_a_copy(capsys):
     assert (ROOT / "aezoo/corruptions.py").read_bytes() == before
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_interrupted_mutation_run_resumes(tmp_path, monkeypatch, capsys):
     judged, file = [], tmp_path / "kept"
     monkeypatch.setattr(mutants, "judge", lambda fault, *_: (judged.append(fault), Verdict(fault, *WORDS))[1])
     monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     assert len(judged) == 2 * every + 1
 
 
-def test_a_draw_is_a_part_of_the_list(tmp_path, monkeypatch, capsys):
+def test_draw_selects_subset_of_faults(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mutants, "judge", lambda fault, *_: Verdict(fault, *WORDS))
     monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
     every = len(mutants.faults())
@@ -111,7 +111,7 @@ def test_a_draw_is_a_part_of_the_list(tmp_path, monkeypatch, capsys):
     assert [len({*lines}) for lines in drawn] == [20, 20, 20, every]
 
 
-def test_the_state_is_that_of_all_that_is_copied(tmp_path):
+def test_state_hash_covers_all_copied_files(tmp_path):
     for name in mutants.COPIED:
         (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
     states = [mutants.state(tmp_path)]
@@ -134,7 +134,7 @@ def test_the_state_is_that_of_all_that_is_copied(tmp_path):
         ({"old": "2 * noise"}, 300, mutants.STALE),
     ],
 )
-def test_what_is_not_caught_is_said(change, limit, word):
+def test_surviving_mutants_are_reported(change, limit, word):
     assert mutants.judge(replace(quick(), **change), limit, golden=False).word == word
 
 
@@ -148,7 +148,7 @@ def test_run_fails_below_90_percent_or_on_stale_fault():
     assert not mutants.summary([*caught, survived], ["t.py::test"])[1]
 
 
-def test_a_test_that_fails_without_a_fault_has_caught_nothing(tmp_path, monkeypatch):
+def test_tests_failing_without_fault_are_excluded(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "COPIED", ("aezoo", "test_all.py"))
     (tmp_path / "aezoo").mkdir()
@@ -157,6 +157,6 @@ def test_a_test_that_fails_without_a_fault_has_caught_nothing(tmp_path, monkeypa
     assert mutants.red_anyway(["test_all.py::test_green", "test_all.py::test_red"], 300) == ["test_all.py::test_red"]
 
 
-def test_another_package_than_the_copy_s_is_refused(tmp_path):
+def test_importing_package_outside_copy_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="another aezoo"):
         mutants.pytest_in(tmp_path, ["--version"], 300)

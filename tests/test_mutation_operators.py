@@ -45,11 +45,11 @@ def changes(*lines, signature="x: Tensor, y: Tensor) -> Tensor"):
         ("return range(n)", [("off by one", "range(n - 1)")]),
     ],
 )
-def test_an_operator_makes_its_faults(line, wanted):
+def test_operators_generate_expected_mutants(line, wanted):
     assert changes(line) == wanted
 
 
-def test_a_block_without_gradient_gets_one():
+def test_no_grad_block_is_mutated_to_enable_grad():
     assert changes("with torch.no_grad():", "    return x") == [("drop no_grad", "torch.enable_grad()")]
 
 
@@ -72,7 +72,7 @@ def test_a_block_without_gradient_gets_one():
         ["chunk = max(1, size // n)", "return x.split(chunk)"],
     ],
 )
-def test_what_is_no_formula_is_left_alone(lines):
+def test_non_formula_lines_are_not_mutated(lines):
     assert changes(*lines) == []
 
 
@@ -83,7 +83,7 @@ def test_a_function_without_tensors_is_no_formula():
     assert mutants_of(source) == []
 
 
-def test_functions_are_named_with_their_classes_and_those_inside_belong_to_them():
+def test_nested_functions_are_attributed_to_their_method():
     method = "    def f(self, x: Tensor) -> Tensor:\n        def g(v):\n            return -v\n        return g(-x)\n"
     source = f"class A:\n{method}"
     assert [(m.function, m.operator, m.ordinal, m.line) for m in mutants_of(source)] == [
@@ -92,13 +92,13 @@ def test_functions_are_named_with_their_classes_and_those_inside_belong_to_them(
     ]
 
 
-def test_text_before_a_fault_may_have_any_letters():
+def test_fault_offset_handles_non_ascii_text():
     source = 'def f(x: Tensor) -> Tensor:\n    return g("π", -x)\n'
     (mutant,) = mutants_of(source)
     assert source[mutant.start :].startswith(mutant.old) and mutant.old == "-x"
 
 
-def test_the_faults_of_the_package_are_many_and_each_has_an_identity_of_its_own():
+def test_package_faults_have_unique_identities():
     assert len(FAULTS) > 5000
     assert len({fault.identity for fault in FAULTS}) == len(FAULTS)
     file = ROOT / FAULTS[0].file
@@ -118,7 +118,7 @@ def test_the_faults_of_the_package_are_many_and_each_has_an_identity_of_its_own(
     }
 
 
-def test_every_fault_leaves_a_module_that_parses_and_is_another():
+def test_every_fault_changes_module_and_parses():
     texts = {fault.file: (ROOT / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
     trees = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
     assert all(fault.occurrences() == 1 for fault in FAULTS[::100])

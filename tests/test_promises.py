@@ -8,12 +8,12 @@ import promises
 import pytest
 
 
-def test_the_page_is_in_step_with_the_figures():
+def test_page_matches_recorded_figures():
     assert promises.PAGE.read_text(encoding="utf-8") == promises.page(promises.results()), "python -m tests.promises"
 
 
 @pytest.mark.parametrize("promise", promises.PROMISES, ids=lambda promise: promise.text)
-def test_the_tests_of_a_promise_exist_and_its_figure_is_measured(promise):
+def test_promise_tests_exist_and_figures_are_measured(promise):
     assert promise.tests and all((promises.ROOT / test).exists() for test in promise.tests)
     assert bool(promise.figure) == bool(promise.run)
     assert not promise.run or promise.run in promises.RUNS

@@ -103,7 +103,7 @@ def test_a_model_keeps_shape_dtype_and_finiteness(name, shape, n, kind, seed):
 @pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=10)
 @given(shape=shapes, n=st.integers(2, 5), kind=values, seed=st.integers(0, 99))
-def test_in_evaluation_a_sample_does_not_see_its_batch(name, shape, n, kind, seed):
+def test_evaluation_is_independent_of_batch(name, shape, n, kind, seed):
     model = small(name, shape)
     if model is None:
         return
@@ -118,7 +118,7 @@ def test_in_evaluation_a_sample_does_not_see_its_batch(name, shape, n, kind, see
 @pytest.mark.parametrize("name", others_slow(own_models()))
 @settings(bounded, max_examples=5)
 @given(shape=shapes, n=st.integers(1, 3), kind=values, seed=st.integers(0, 99))
-def test_a_model_in_float64_stays_there(name, shape, n, kind, seed):
+def test_float64_model_keeps_float64(name, shape, n, kind, seed):
     model = small(name, shape)
     if model is None:
         return
@@ -137,7 +137,7 @@ def test_a_model_in_float64_stays_there(name, shape, n, kind, seed):
     fault=st.sampled_from(["nan", "inf", "-inf", "above", "below", "uint8", "int64", "rank", "size"]),
     seed=st.integers(0, 99),
 )
-def test_a_batch_that_no_model_can_use_is_refused_in_one_line(name, shape, n, fault, seed):
+def test_invalid_batch_is_refused_in_one_line(name, shape, n, fault, seed):
     model = small(name, shape)
     if model is None:
         return
@@ -249,7 +249,7 @@ def test_offline_sets_keep_range_and_disjoint_splits(name, fractions, batch_size
     fault=st.sampled_from(["nan", "inf", "text", "object", "complex", "empty", "one", "constant"]),
     seed=st.integers(0, 99),
 )
-def test_arrays_that_cannot_be_data_are_refused_in_one_line(shape, fault, seed):
+def test_invalid_arrays_are_refused_in_one_line(shape, fault, seed):
     x = np.random.default_rng(seed).random((20, *shape)).astype(np.float32)
     if fault in ("nan", "inf"):
         x.reshape(-1)[seed % x.size] = float(fault)
@@ -263,7 +263,7 @@ def test_arrays_that_cannot_be_data_are_refused_in_one_line(shape, fault, seed):
     assert message is not None and len(message.splitlines()) == 1
 
 
-def test_a_loop_that_forgot_its_checks_would_be_seen(monkeypatch):
+def test_missing_input_check_is_detected(monkeypatch):
     """The refusals above come from the check and not from torch by luck."""
     monkeypatch.setattr(Autoencoder, "check_batch", lambda self, x: None)
     model = small("dense_ae", (4,)).train()

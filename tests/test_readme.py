@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_tables_and_heads_are_those_of_the_newest_results():
+def test_tables_and_headers_match_newest_results():
     rows = benchmark.read(benchmark.newest())
     assert rows.keys() == benchmark.own_recipes().keys()
     assert benchmark.readme(rows) == README
@@ -26,7 +26,7 @@ def test_tables_and_heads_are_those_of_the_newest_results():
         assert benchmark.head(rows[name], benchmark.newest()) in path.read_text(encoding="utf-8").splitlines()
 
 
-def test_sentences_say_what_the_csvs_say():
+def test_readme_sentences_match_result_files():
     """Sentences that a report does not write: measured anew, they are to be written anew."""
     rows = {path.stem: read_csv(path)[1] for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
     readme = " ".join(README.split())
@@ -113,7 +113,7 @@ def test_sentences_say_what_the_csvs_say():
     assert len(sets) == 4 and all(numbers <= found for found in sets) and "on four data sets with three" in readme
 
 
-def test_the_report_is_that_of_the_csvs():
+def test_report_matches_result_files():
     home = ROOT / "benchmarks"
     text, rows = report.tables(home / "results", home)
     written = (home / "RESULTS.md").read_text(encoding="utf-8")
@@ -129,7 +129,7 @@ def test_table_counts_checks_and_laws_of_every_model():
     assert all(proofs[name]["contract"] >= 15 and proofs[name]["laws"] >= 3 for name in built_in)
 
 
-def test_every_picture_and_file_that_the_readme_shows_is_there():
+def test_readme_links_point_to_existing_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
 
@@ -150,7 +150,7 @@ def test_the_model_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_readme_python_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = re.search(r"```python\n(import aezoo\n.*?)```", README, re.DOTALL)[1]
     names: dict[str, object] = {}
@@ -159,7 +159,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["z"].shape == (500, 8)
 
 
-def test_all_that_the_pages_call_by_name_is_there():
+def test_names_in_documentation_exist():
     pages = [page.read_text(encoding="utf-8") for pattern in ("*.md", "docs/*.md") for page in ROOT.glob(pattern)]
     named = {name for page in pages for name in re.findall(r"\baezoo\.([a-z_]\w*)", page)}
     assert {"io", "load_model", "metrics"} <= named

@@ -93,12 +93,12 @@ def test_list_models_refuses_an_unknown_family():
     assert aezoo.list_models("nothing", family="plugin") == []
 
 
-def test_natural_order(install):
+def test_models_are_listed_in_natural_order(install):
     install("number-ae", {f"n_ae_{i}": ":MyAE" for i in (10, 2, 1, 100)} | {"n_ae": ":MyAE", "n2_b": ":MyAE"})
     assert aezoo.list_models("n[2_]*") == ["n2_b", "n_ae", "n_ae_1", "n_ae_2", "n_ae_10", "n_ae_100"]
 
 
-def test_order_is_that_of_names_whoever_brings_them(install):
+def test_plugins_are_sorted_among_models_by_name(install):
     install("one", {"aaa": ":MyAE", "zzz": ":MyAE"})
     names = aezoo.list_models()
     assert names[0] == "aaa"
@@ -115,7 +115,7 @@ def test_order_is_that_of_names_whoever_brings_them(install):
         ("variational", "vae"),
     ],
 )
-def test_the_five_words(word, name):
+def test_short_names_refer_to_models(word, name):
     assert aezoo.model_class(word) is aezoo.model_class(name)
     assert type(aezoo.create_model(word, input_shape=(1, 8, 8))) is aezoo.model_class(name)
     assert registry.card(word) == registry.card(name)
@@ -132,7 +132,7 @@ def test_an_unknown_name_suggests(asked, meant):
             call(asked)
 
 
-def test_a_name_like_no_other_suggests_nothing():
+def test_dissimilar_name_gets_no_suggestion():
     with pytest.raises(AezooError, match=r"unknown model 'qqqqqq'\. See `aezoo list`"):
         aezoo.create_model("qqqqqq")
 
@@ -151,13 +151,13 @@ def test_create_model_passes_values_on():
 
 
 @pytest.mark.parametrize("name", own_models())
-def test_names_lead_to_classes_and_back(name):
+def test_names_and_classes_roundtrip(name):
     cls = aezoo.model_class(name)
     assert registry.name_of(cls) == name
     assert cls.__module__ == f"aezoo.models.{registry.find(name).family}.{name}"
 
 
-def test_a_class_of_nobody_has_no_name():
+def test_unregistered_class_has_no_name():
     class Mine(aezoo.model_class("vae")):
         """Registered nowhere."""
 
@@ -168,7 +168,7 @@ def test_a_class_of_nobody_has_no_name():
 # ---- plug-ins -------------------------------------------------------------------------------------------------------
 
 
-def test_a_plugin_is_a_model_like_any_other(install):
+def test_plugin_model_is_listed_and_created(install):
     module = install("nice-ae", {"nice_ae": ":MyAE"})
     assert module not in sys.modules
     assert aezoo.list_models(family="plugin") == ["nice_ae"]
@@ -181,7 +181,7 @@ def test_a_plugin_is_a_model_like_any_other(install):
     assert registry.import_plugins() == ["nice_ae"]
 
 
-def test_a_plugin_may_lie_deeper_than_in_its_module(install):
+def test_plugin_may_use_nested_attribute(install):
     deep = "import types\n\n\nhome = types.SimpleNamespace(models=types.SimpleNamespace(Deep=MyAE))\n"
     install("deep-ae", {"deep_ae": ":home.models.Deep"}, PLUGIN + deep)
     model = aezoo.create_model("deep_ae", input_shape=(6,), latent_dim=2)
@@ -206,13 +206,13 @@ def test_a_plugin_cannot_take_a_name_of_the_zoo(install):
     assert "greedy-ae (greedy_ae)" in str(caught.value)
 
 
-def test_a_plugin_cannot_take_one_of_the_five_words(install):
+def test_plugin_cannot_use_reserved_short_name(install):
     install("greedy-ae", {"sparse": ":MyAE"})
     with pytest.raises(AezooError, match="greedy-ae registers 'sparse', a word that aezoo reserves for sparse_ae_l1"):
         aezoo.list_models()
 
 
-def test_one_package_twice_on_the_path_counts_once(install, tmp_path, monkeypatch):
+def test_duplicate_package_on_path_is_counted_once(install, tmp_path, monkeypatch):
     install("nice-ae", {"nice_ae": ":MyAE"})
     copy = tmp_path / "again"
     (tmp_path / "nice-ae-site").rename(copy)
@@ -262,13 +262,13 @@ def test_working_plugins_raise_no_warning(install):
 
 
 @pytest.mark.parametrize("source", ["class MyAE(:\n", "\x00"])
-def test_the_card_of_a_broken_plugin_names_it(install, source):
+def test_card_of_broken_plugin_names_package(install, source):
     install("sad-ae", {"sad_ae": ":MyAE"}, source)
     with pytest.raises(AezooError, match="'sad_ae' of package sad-ae is broken"):
         registry.card("sad_ae")
 
 
-def test_the_card_of_a_plugin_whose_module_is_gone_names_it(install, tmp_path):
+def test_card_of_missing_plugin_module_names_package(install, tmp_path):
     install("gone-ae", {"gone_ae": ":MyAE"})
     (tmp_path / "gone-ae-site" / "gone_ae.py").unlink()
     with pytest.raises(AezooError, match="no source file for gone_ae of package gone-ae"):
@@ -279,14 +279,14 @@ def test_the_card_of_a_plugin_whose_module_is_gone_names_it(install, tmp_path):
 
 
 @pytest.mark.parametrize("name", own_models())
-def test_the_first_line_names_the_paper_and_its_address(name):
+def test_summary_names_paper_and_url(name):
     summary = registry.card(name).summary
     assert re.fullmatch(r"\S.* \(.*\b(19|20)\d\d\b.*\), https?://\S+", summary), summary
     assert summary == (inspect.getdoc(sys.modules[aezoo.model_class(name).__module__]) or "").splitlines()[0]
 
 
 @pytest.mark.parametrize("name", own_models())
-def test_the_card_tells_what_the_class_has(name):
+def test_card_lists_class_parameters(name):
     card, cls = registry.card(name), aezoo.model_class(name)
     assert card.text
     assert card.about
@@ -309,7 +309,7 @@ def test_card_without_constructor_has_parent_arguments(install):
     assert registry.card("ring_ae").parameters == ()
 
 
-def test_a_name_with_a_dot_and_arguments_that_are_handed_on_work(install):
+def test_dotted_plugin_name_and_kwargs_are_supported(install):
     source = (
         PLUGIN + "\n    def __init__(self, input_shape, **kwargs):\n        super().__init__(input_shape, **kwargs)\n"
     )
@@ -319,7 +319,7 @@ def test_a_name_with_a_dot_and_arguments_that_are_handed_on_work(install):
     assert aezoo.create_model("nice.ae", input_shape=(4,), latent_dim=3).code_shape == (3,)
 
 
-def test_a_card_is_of_the_class_that_a_package_hands_on(tmp_path, monkeypatch, install):
+def test_card_describes_reexported_class(tmp_path, monkeypatch, install):
     module = install("handing-on", {"handed_ae": ":Handed"}, "from .far_away.models import MyAE as Handed\n")
     home = tmp_path / "handing-on-site"
     (home / module).mkdir()
@@ -357,7 +357,7 @@ def test_import_aezoo_loads_no_torch():
 
 
 @pytest.mark.slow
-def test_modules_are_there_after_import_aezoo_alone():
+def test_submodules_are_available_after_import_aezoo():
     code = "import aezoo; print(aezoo.registry.find.__name__, hasattr(aezoo, 'nowhere'), hasattr(aezoo, '_none'))"
     assert python(code) == "find False False"
 
@@ -375,7 +375,7 @@ def test_old_module_path_warns_and_redirects(old):
 
 @pytest.mark.filterwarnings("ignore:aezoo.* is now:DeprecationWarning")
 @pytest.mark.parametrize("path", [*MOVED])
-def test_name_moved_out_of_its_module_is_found(path):
+def test_moved_names_are_found_at_old_paths(path):
     old, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(f"aezoo.{old}"), name)
     assert found is getattr(importlib.import_module(MOVED[path]), ATTRIBUTES.get(name, name))
@@ -387,7 +387,7 @@ def test_documented_old_paths_keep_working():
     assert python(code) == "aezoo.io.checkpoint aezoo.speed.malloc aezoo.training.projected_weights"
 
 
-def test_the_public_names_are_there():
+def test_public_names_exist():
     assert all(getattr(aezoo, name) is not None for name in aezoo.__all__)
     assert set(aezoo.__all__) <= set(dir(aezoo))
     assert len(aezoo.__all__) <= 16  # the core and a function for each verb
@@ -395,7 +395,7 @@ def test_the_public_names_are_there():
         aezoo.create_modle  # noqa: B018
 
 
-def test_model_files_are_readable_in_one_sitting() -> None:
+def test_model_files_are_short() -> None:
     folder = Path(aezoo.__file__).parent / "models"
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*/*.py")}
     assert {path.stem for path in lines} >= {*aezoo.list_models()}

@@ -54,7 +54,7 @@ def test_scikit_learn_s_own_checks(estimator, check):
 
 
 @pytest.mark.slow
-def test_models_of_labelled_data_read_the_labels(digits):
+def test_supervised_models_use_labels(digits):
     X, y = digits
     names = np.array(list("abcdefghij"))
     half = np.where(np.arange(len(y)) % 2, y, -1)
@@ -78,20 +78,20 @@ def test_models_of_labelled_data_read_the_labels(digits):
 @pytest.mark.parametrize(
     ("y", "says"), [(np.linspace(0, 1, 30), "continuous"), ([-1] * 30, "all labels are -1"), ([0] * 29, "inconsistent")]
 )
-def test_labels_that_are_none_are_refused(y, says):
+def test_invalid_labels_are_refused(y, says):
     with pytest.raises(ValueError, match=says):
         AutoencoderTransformer("conditional_vae", **FEW).fit(gaussian(30), y)
 
 
 @pytest.mark.parametrize("name", ["triplet_ae", "triplet_vae", "ada_gvae", "mlvae"])
-def test_so_do_models_that_are_told_what_belongs_together(name):
+def test_weakly_supervised_models_use_labels(name):
     X, y = gaussian(30), np.array(list("ab") * 15)
     plain, told = (AutoencoderTransformer(name, **FEW).fit(X, labels) for labels in (None, y))
     assert told.classes_.tolist() == ["a", "b"] and not hasattr(plain, "classes_")
     assert not np.allclose(plain.transform(X), told.transform(X))
 
 
-def test_other_models_ignore_labels():
+def test_unsupervised_models_ignore_labels():
     X = gaussian(30)
     plain, given = AutoencoderTransformer(**FEW).fit(X), AutoencoderTransformer(**FEW).fit(X, np.linspace(0, 1, 30))
     np.testing.assert_array_equal(plain.transform(X), given.transform(X))
@@ -148,7 +148,7 @@ def test_a_linear_denoiser_is_wiener_s_filter():
 
 
 @pytest.mark.parametrize("scale", ["none", "standard", "unit"])
-def test_likelihoods_are_those_of_the_data_in_their_own_units(scale):
+def test_score_samples_is_in_data_units(scale):
     X = gaussian(80) * [1, 10, 100, 1, 1, 1]
     model = AutoencoderTransformer("dense_ae", scale=scale, likelihood="gaussian:0.5", **FEW).fit(X)
     # N(x_hat, (0.5 s_i)^2) for each feature, s_i its scale
@@ -160,7 +160,7 @@ def test_likelihoods_are_those_of_the_data_in_their_own_units(scale):
     assert np.allclose(model.inverse_transform(model.transform(X)), model.reconstruct(X), rtol=1e-4, atol=1e-3)
 
 
-def test_probabilities_have_no_units():
+def test_bernoulli_score_samples_is_unscaled():
     X = gaussian(80)
     model = AutoencoderTransformer("dense_ae", scale="unit", likelihood="bernoulli", **FEW).fit(X)
     x, p = ((rows - X.min(0)) / np.ptp(X, 0) for rows in (X, model.reconstruct(X)))
@@ -168,7 +168,7 @@ def test_probabilities_have_no_units():
 
 
 @pytest.mark.slow
-def test_codes_of_digits_serve_a_pipeline_and_a_grid_search(digits):
+def test_transformer_works_in_pipeline_and_grid_search(digits):
     X, y = digits
     codes = AutoencoderTransformer("dense_ae", 16, max_epochs=60, random_state=0)
     accuracy = cross_val_score(make_pipeline(codes, LogisticRegression(max_iter=2000)), X, y, cv=2).mean()
@@ -177,7 +177,7 @@ def test_codes_of_digits_serve_a_pipeline_and_a_grid_search(digits):
     assert search.best_params_ == {"latent_dim": 16}
 
 
-def test_searches_may_draw_numpy_s_numbers():
+def test_search_accepts_numpy_scalars():
     X = gaussian(60)
     drawn = {
         "latent_dim": np.arange(1, 4), "batch_size": randint(16, 64), "lr": loguniform(1e-3, 1e-2),
@@ -199,7 +199,7 @@ def test_a_search_in_two_processes_finds_the_same(digits):
     assert np.array_equal(one.cv_results_["mean_test_score"], two.cv_results_["mean_test_score"])
 
 
-def test_a_convolutional_model_sees_rows_as_images(digits):
+def test_convolutional_model_reshapes_rows_to_images(digits):
     X = digits[0][:300]
     model = AutoencoderTransformer(
         "conv_ae", 8, sample_shape=(1, 8, 8), scale="unit", likelihood="bernoulli", max_epochs=2, random_state=0
@@ -212,7 +212,7 @@ def test_a_convolutional_model_sees_rows_as_images(digits):
         clone(model).set_params(sample_shape=(1, 9, 9)).fit(X)
 
 
-def test_a_detector_finds_what_is_far_from_the_training_data():
+def test_detector_finds_outliers():
     X, random = gaussian(400), np.random.default_rng(1)
     strange = X[:40] + random.normal(size=(40, 6))
     model = AutoencoderDetector("linear_ae", 2, contamination=0.05, max_epochs=60, lr=0.01, random_state=0).fit(X)
@@ -229,7 +229,7 @@ def test_a_detector_finds_what_is_far_from_the_training_data():
 
 
 @pytest.mark.slow
-def test_a_denoiser_takes_noise_away(digits):
+def test_denoiser_reduces_noise(digits):
     X = digits[0] / 16
     noise = np.random.default_rng(0).normal(0, 0.3, X.shape)
     model = AutoencoderDenoiser(
@@ -242,7 +242,7 @@ def test_a_denoiser_takes_noise_away(digits):
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_copies_are_the_same_fitted_or_not(cls, tmp_path):
+def test_copies_of_estimators_are_equal(cls, tmp_path):
     X, new = gaussian(50), cls(**FEW, model_params={"hidden_dims": (8,)})
     assert pickle.loads(pickle.dumps(new)).get_params() == new.get_params()
     model = pickle.loads(pickle.dumps(new)).fit(X)
@@ -277,14 +277,14 @@ def test_pickle_larger_than_its_weights_is_refused():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 129])
 @pytest.mark.parametrize("cls", ALL)
-def test_any_number_of_samples_will_do(cls, n):
+def test_small_sample_counts_are_supported(cls, n):
     X = gaussian(n)
     model = cls(**FEW).fit(X)
     assert np.isfinite(model.score_samples(X)).all() and model.reconstruct(X).shape == (n, 6)
     assert np.allclose(model.score_samples(X[:1]), model.score_samples(X)[:1])
 
 
-def test_frames_come_in_and_go_out():
+def test_pandas_frames_are_supported():
     pd = pytest.importorskip("pandas")
     X = pd.DataFrame(gaussian(40), columns=list("abcdef"), index=range(100, 140))
     model = AutoencoderTransformer(**FEW).set_output(transform="pandas").fit(X)
@@ -311,7 +311,7 @@ def test_the_dtype_is_kept(dtype):
     assert codes.dtype == model.inverse_transform(codes).dtype == clean.dtype == dtype
 
 
-def test_torch_s_default_type_is_nothing_to_it():
+def test_estimator_ignores_torch_default_dtype():
     X, model = gaussian(10), AutoencoderTransformer(**FEW)
     codes = model.fit(X).transform(X)
     torch.set_default_dtype(torch.float64)
@@ -323,7 +323,7 @@ def test_torch_s_default_type_is_nothing_to_it():
 
 
 @pytest.mark.parametrize("light", [True, False])
-def test_a_seed_fixes_everything_and_disturbs_nobody(light, monkeypatch):
+def test_random_state_is_deterministic_and_keeps_global_rng(light, monkeypatch):
     if not light:  # Lightning's own loop seeds NumPy's and Python's streams too, for models of others
         monkeypatch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
     X = gaussian(60)
@@ -344,7 +344,7 @@ def test_a_seed_fixes_everything_and_disturbs_nobody(light, monkeypatch):
     assert not np.allclose(one.transform(X), other.transform(X))
 
 
-def test_a_random_state_is_drawn_from_and_none_is_numpy_s_own():
+def test_random_state_instance_and_none_follow_numpy():
     X, few = gaussian(20), {"max_epochs": 1, "latent_dim": 2}
     drawn = AutoencoderTransformer(**few, random_state=np.random.RandomState(0))
     one, two = drawn.fit(X).transform(X), drawn.fit(X).transform(X)
@@ -358,7 +358,7 @@ def test_a_random_state_is_drawn_from_and_none_is_numpy_s_own():
 
 
 @pytest.mark.slow
-def test_threads_do_not_disturb_each_other(digits):
+def test_parallel_threads_give_independent_results(digits):
     def score(seed):
         return AutoencoderTransformer("vae", max_epochs=3, random_state=seed).fit(digits[0]).score(digits[0])
 
@@ -368,7 +368,7 @@ def test_threads_do_not_disturb_each_other(digits):
     assert logging.getLogger("lightning.pytorch").level == level
 
 
-def test_a_fit_prints_nothing_and_leaves_no_files(tmp_path, monkeypatch, capfd):
+def test_fit_is_silent_and_writes_no_files(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     model = AutoencoderTransformer(**FEW).fit(gaussian(20))
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
@@ -396,7 +396,7 @@ def test_interrupted_fit_raises_and_keeps_previous_fit(monkeypatch):
     assert not model.autoencoder_.training and model.autoencoder_._trainer is None
 
 
-def test_partial_fits_go_on_where_the_last_one_ended():
+def test_partial_fit_continues_training():
     X = gaussian(200)
     model = AutoencoderTransformer(**{**FEW, "max_epochs": 1})
     scores = [model.partial_fit(X[:100]).partial_fit(X[100:]).score(X) for _ in range(10)]
@@ -406,14 +406,14 @@ def test_partial_fits_go_on_where_the_last_one_ended():
     assert np.allclose(model.offset_of_scale_, X[:100].mean(0))
 
 
-def test_partial_fits_go_on_with_what_changes_over_steps():
+def test_partial_fit_continues_step_schedules():
     X = gaussian(60)
     model = AutoencoderTransformer("annealed_vae", batch_size=20, **FEW).partial_fit(X).partial_fit(X)
     assert pickle.loads(pickle.dumps(model)).partial_fit(X).autoencoder_.steps == 8
     assert model.fit(X).autoencoder_.steps == 5
 
 
-def test_partial_fits_take_the_present_learning_rate():
+def test_partial_fit_uses_current_learning_rate():
     X = gaussian(60)
     model = AutoencoderTransformer(**FEW).partial_fit(X)
     before = model.transform(X)
@@ -423,7 +423,7 @@ def test_partial_fits_take_the_present_learning_rate():
 
 
 @pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
-def test_every_model_of_the_zoo_is_an_estimator(name):
+def test_every_zoo_model_works_as_estimator(name):
     X = load_digits().data[:40]
     model = AutoencoderTransformer(name, 32, sample_shape=(1, 8, 8), max_epochs=1, random_state=0).fit(X)
     found = model.transform(X)
@@ -431,7 +431,7 @@ def test_every_model_of_the_zoo_is_an_estimator(name):
     assert np.array_equal(pickle.loads(pickle.dumps(model)).transform(X), found)
 
 
-def test_a_prior_over_indices_takes_rows_and_their_likelihood():
+def test_index_prior_model_works_as_estimator():
     model = AutoencoderTransformer("index_transformer", max_epochs=1, random_state=0).fit(gaussian(60))
     assert model.autoencoder_.tokenizer.likelihood.__class__.__name__ == "Gaussian"
     assert np.isfinite(model.transform(gaussian(60))).all()
@@ -464,7 +464,7 @@ def test_bad_values_are_refused(bad, words):
 
 
 @pytest.mark.parametrize("scale", ["none", "standard", "unit"])
-def test_values_that_float32_cannot_hold_are_refused(scale):
+def test_values_beyond_float32_are_refused(scale):
     X, words = gaussian(10), "too large for float32"
     model = AutoencoderTransformer(scale=scale, **FEW).fit(X)
     with pytest.raises(AezooError, match=words):

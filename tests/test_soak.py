@@ -52,7 +52,7 @@ def of_runs():
 
 @pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
 @pytest.mark.parametrize(("name", "seed"), [*of_runs()])
-def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
+def test_long_training_stays_finite_without_memory_growth(name, seed, data):
     torch.manual_seed(seed)
     drawn = draw(name, seed)
     model, watch = aezoo.create_model(name, data.input_shape, **drawn), Watch()
@@ -65,7 +65,7 @@ def test_hundreds_of_steps_stay_finite_and_do_not_grow(name, seed, data):
 
 @pytest.mark.slow
 @pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
-def test_a_model_that_keeps_its_batches_would_be_seen(data):
+def test_memory_leak_is_detected(data):
     class Hoards(Watch):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)

@@ -32,7 +32,7 @@ def spread(channels: int = 3) -> Factorised:
     return density
 
 
-def test_gaussian_masses_are_those_of_scipy_far_out_too() -> None:
+def test_gaussian_log_mass_matches_scipy_in_far_tails() -> None:
     scale = torch.logspace(math.log10(0.11), 2, 25, dtype=torch.float64)[:, None]
     v = torch.tensor([-300.0, -31.3, -2.5, -0.4, 0.0, 0.3, 7.0, 45.2, 900.0], dtype=torch.float64)
     mean = torch.tensor(0.7, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_gaussian_mass_gradients_match_float64_in_tails() -> None:
         torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-5)
 
 
-def test_factorised_cdf_is_monotone_with_its_median() -> None:
+def test_factorised_cdf_is_monotone_with_half_at_median() -> None:
     density = spread()
     off = torch.linspace(-400, 400, 20_001, dtype=torch.float64).expand(3, -1)
     F_CN = density.logits(off).sigmoid().detach()
@@ -98,7 +98,7 @@ def test_factorised_masses_of_all_whole_numbers_sum_to_one() -> None:
     torch.testing.assert_close(mass.sum(0), torch.ones(3, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
-def test_tables_hold_the_masses_of_their_laws() -> None:
+def test_tables_match_log_mass() -> None:
     density = spread()
     for c, (low, mass) in enumerate(density.tables()):
         k = torch.arange(low, low + len(mass), dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_mixture_masses_match_torch_cdf_differences() -> None:
     torch.testing.assert_close(law.mean, of_torch(law).mean)
 
 
-def test_mixture_masses_are_those_of_scipy_far_out_too() -> None:
+def test_mixture_log_mass_matches_scipy_in_far_tails() -> None:
     law = mixtures()
     for v in (law.mean - 300, law.mean + 900.3):
         parts = []
@@ -161,7 +161,7 @@ def test_mixture_masses_of_all_whole_numbers_sum_to_one() -> None:
             )
 
 
-def test_a_mixture_of_equals_or_of_one_is_a_gaussian() -> None:
+def test_mixture_of_equal_components_equals_gaussian() -> None:
     mean, scale = torch.randn(30, 2, dtype=torch.float64), MIN_SCALE + torch.rand(30, 2, dtype=torch.float64)
     one, v = Gaussians(mean, scale, 0), mean + 4 * torch.randn(30, 2, dtype=torch.float64)
     for k in (1, 2, 5):
@@ -186,7 +186,7 @@ def test_mixture_masses_are_finite_in_float32() -> None:
         assert all(bool(values.isfinite().all()) for values in (found, *gradients)), scale
 
 
-def test_tables_of_mixtures_hold_the_masses_of_their_laws() -> None:
+def test_mixture_tables_match_log_mass() -> None:
     law = mixtures(n=200)
     powers = law.table.flatten().numpy()
     assert len({*powers}) > 2
@@ -211,7 +211,7 @@ def test_mixture_table_spans_weighted_components() -> None:
     assert Mixtures(100 * means, scales, torch.tensor([[0.0], [0.0], [0.0]])).table.tolist() == [12]
 
 
-def test_draws_of_a_mixture_come_as_often_as_its_masses_say() -> None:
+def test_mixture_samples_follow_masses() -> None:
     one = mixtures(n=1)
     law = Mixtures(*(of.expand(3, 20_000, 1) for of in (one.parts.mean, one.parts.scale, one.log_weight)))
     drawn = law.draw()
@@ -224,7 +224,7 @@ def test_draws_of_a_mixture_come_as_often_as_its_masses_say() -> None:
     )
 
 
-def test_a_scale_stays_within_what_tables_hold() -> None:
+def test_scale_is_clamped_to_table_range() -> None:
     raw = torch.tensor([-1e4, -3.0, 0.0, 5.0, 1e4])
     found = entropy_coded.scale_of(raw)
     torch.testing.assert_close(found[1:4], MIN_SCALE + torch.log1p(raw[1:4].exp()))

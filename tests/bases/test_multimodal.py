@@ -69,7 +69,7 @@ def test_modalities_split_first_divisible_dimension(shape: Any, dim: int, halves
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_left_out_of_a_product_gets_no_gradient() -> None:
+def test_excluded_expert_gets_no_gradient() -> None:
     mu, log_var = (values.requires_grad_() for values in experts(3, 3))
     member = torch.tensor([True, False, True])
     for values in gaussians.product(mu, log_var, member):

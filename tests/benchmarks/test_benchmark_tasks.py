@@ -34,7 +34,7 @@ def results(tmp_path_factory):
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
-def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
+def test_every_verb_has_model_and_baseline_rows(results):
     for verb in tasks.VERBS:
         rows = rows_of(results, verb)
         assert not [row["error"] for row in rows if row["error"]], verb
@@ -49,7 +49,7 @@ def test_every_verb_has_rows_of_a_model_and_of_its_baselines(results):
     assert {"vae", "vae, -ELBO", "gzip", "PNG", "JPEG", "PCA 16 + the same coder"} <= methods["compress"]
 
 
-def test_pca_and_the_mean_are_those_of_the_training_samples(results):
+def test_pca_and_mean_baselines_use_training_samples(results):
     data = DataModule("digits")
     train, test = (Samples.from_data(data, "train").subsample(120), Samples.from_data(data, "test").subsample(40))
     a, b = (part.rows(range(len(part))).flatten(1).double().numpy() for part in (train, test))
@@ -69,7 +69,7 @@ def test_memorised_samples_are_detected(results):
     assert float(rows["vae, own prior"]["fid"]) > float(real["fid"])
 
 
-def test_what_is_there_is_kept(results, tmp_path, capsys):
+def test_existing_rows_are_kept(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     before = {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS}
     tasks.main([*SMALL, "--models", "vae", "--results", str(tmp_path)])
@@ -181,7 +181,7 @@ def test_rows_are_keyed_by_settings_with_own_baselines(fake):
         assert fake(*words)[0] == fake()[0] == []
 
 
-def test_fewer_classes_are_another_setting_of_detect_alone(tmp_path):
+def test_class_limit_affects_only_detect_settings(tmp_path):
     (spec,), tables = plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")
     for verb in ("detect", "embed"):
         head = tasks.head_of(spec["head"], verb, tasks.arguments_of([]))
@@ -238,7 +238,7 @@ def test_failed_baseline_is_measured_again_on_request(fake):
     assert asked == [("linear_ae", 0, True)] and sorted(rows) == sorted([*OURS, RAW])
 
 
-def test_each_part_of_compress_has_its_own_baselines(tmp_path):
+def test_each_compress_mode_has_its_own_baselines(tmp_path):
     words = ("--verbs", "compress", "--models", "vae", "conv_vae", "bytes_vae", "--seeds", "1")
     specs, tables = plan_of(tmp_path, *words)
     assert [spec["baselines"] for spec in specs] == [
@@ -285,7 +285,7 @@ def denoised(ours, baseline):
     return rows + [made("median filter", "baseline", seed, psnr=value) for seed, value in enumerate(baseline)]
 
 
-def test_a_baseline_that_wins_is_said_to_win():
+def test_winning_baseline_is_reported():
     (rows,) = merged(contest_of("denoise"), denoised((10, 12, 17), (20, 22, 27)))
     assert [row["method"] for row in rows] == ["median filter", "vae"]  # best first
     assert [(row["psnr"], row["psnr_low"], row["psnr_high"], row["seeds"]) for row in rows] == [
@@ -328,7 +328,7 @@ def test_shared_baselines_count_once_and_report_failures():
     assert found[0]["psnr"] == "21.0"
 
 
-def test_settings_are_not_mixed():
+def test_rows_of_different_settings_are_not_merged():
     rows = denoised((10,), (20,))
     groups = merged(contest_of("denoise"), [*rows, rows[0] | {"budget": "steps=9", "psnr": "30"}])
     assert [len(group) for group in groups] == [2, 1]
@@ -351,7 +351,7 @@ def test_detection_is_median_over_seeds_of_class_mean():
     assert found[0]["seeds"] == "2" and float(found[0]["auroc"]) == pytest.approx(0.75)
 
 
-def test_bits_at_a_psnr_lie_between_the_qualities_around_it():
+def test_bits_at_target_psnr_are_interpolated():
     points = [{"bits_per_dim": str(bits), "psnr": str(psnr)} for bits, psnr in ((0.1, 15), (0.2, 19), (0.5, 21))]
     found = at_targets(points)
     assert float(found["bits_17"]) == pytest.approx(0.15)  # half way
@@ -363,7 +363,7 @@ def test_bits_at_a_psnr_lie_between_the_qualities_around_it():
     assert float(found["bits_17"]) == pytest.approx(0.15)
 
 
-def test_a_rate_that_some_method_does_not_reach_is_said_so():
+def test_unreached_psnr_target_is_reported():
     rows = [made("vae", "ours", 0, task="lossy", bits_per_dim=0.1, psnr=18)]
     rows += [made("JPEG", "baseline", 0, task="lossy", bits_per_dim=bits, psnr=10 + 20 * bits) for bits in (0.5, 1)]
     (found,) = merged(contest_of("compress", "lossy"), rows)
@@ -376,7 +376,7 @@ def test_a_rate_that_some_method_does_not_reach_is_said_so():
     assert found[0]["bytes"] == "3.0"  # and not what is lossy
 
 
-def test_the_report_shows_the_verbs_first_with_their_pictures(results, tmp_path, capsys):
+def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
     (tmp_path / "pictures").mkdir()

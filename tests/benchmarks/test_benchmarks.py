@@ -90,7 +90,7 @@ def test_failed_row_keeps_its_error_and_is_retried_on_demand(tmp_path, monkeypat
     assert rows[1]["samples_per_s"] == "150" and not rows[1]["error"] and len(commands) == 1
 
 
-def test_the_batch_is_halved_until_it_fits(tmp_path, monkeypatch):
+def test_batch_is_halved_until_it_fits_in_memory(tmp_path, monkeypatch):
     tried = []
 
     def run_row(module, spec, timeout, variables):
@@ -122,7 +122,7 @@ def test_each_row_compiles_with_an_empty_cache(tmp_path, monkeypatch):
     assert len(caches) == 2 and not any(cache.exists() for cache in caches)
 
 
-def test_no_batch_fits():
+def test_error_is_kept_when_no_batch_fits():
     full = {"error": "MemoryError: ", "out_of_memory": True}
     assert processes.with_smaller_batches(lambda spec: dict(full), {"batch": 3}) == ({"error": "MemoryError: "}, 1)
 
@@ -139,7 +139,7 @@ def test_no_batch_fits():
         (["--startup", "--repeats", "0"], "--repeats"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, words, message):
+def test_invalid_speed_arguments_are_refused(tmp_path, monkeypatch, words, message):
     monkeypatch.setattr(startup, "_seconds", lambda *_: 1.0)
     monkeypatch.setattr(speed, "run_row", lambda *_: {})
     with pytest.raises(aezoo.AezooError, match=message):
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, words, messag
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
-def test_the_first_step_is_taken_where_the_file_s_name_says(tmp_path, monkeypatch, accelerator):
+def test_startup_benchmark_uses_requested_accelerator(tmp_path, monkeypatch, accelerator):
     ran = []
     monkeypatch.setattr(startup, "_seconds", lambda words, _: ran.append(words) or 1.0)
     speed.main(["--startup", "--repeats", "1", "--accelerator", accelerator, "--results", str(tmp_path)])
@@ -161,7 +161,7 @@ def test_the_first_step_is_taken_where_the_file_s_name_says(tmp_path, monkeypatc
     assert read_csv(path)[1][1]["what"] == "aezoo fit -c dense_article --compile off"
 
 
-def test_workloads_have_settings_that_their_models_take():
+def test_workload_settings_fit_their_models():
     for name, load in speed.WORKLOADS.items():
         model = aezoo.create_model(load.model, load.shape, **load.settings)
         assert model(torch.rand(2, *load.shape)).shape == (2, *load.shape), name
@@ -170,7 +170,7 @@ def test_workloads_have_settings_that_their_models_take():
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def test_flops_of_a_dense_network_are_those_of_its_products():
+def test_dense_network_flops_match_matrix_products():
     model = aezoo.create_model("dense_ae", (784,), latent_dim=32, hidden_dims=(128, 64))
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     found = measure.work(model, torch.rand(8, 784))
@@ -178,7 +178,7 @@ def test_flops_of_a_dense_network_are_those_of_its_products():
     assert found == (2 * weights, 6 * weights - 2 * 784 * 128, 6 * weights - 2 * 784 * 128)
 
 
-def test_convolutions_count_as_work_but_not_as_matrix_products():
+def test_convolutions_count_as_flops_but_not_gemms():
     model = aezoo.create_model("conv_ae", (1, 8, 8), hidden_dims=(4,), latent_dim=2)
     found = measure.work(model, torch.rand(4, 1, 8, 8))
     assert 0 <= found.gemms < found.forward < found.step
@@ -190,7 +190,7 @@ def test_peak_is_measured_in_both_precisions():
         assert measure.matmul_peak(torch.device("cpu"), precision, seconds=0.01) > 1e8
 
 
-def test_launches_and_copies_are_told_from_other_events():
+def test_kernel_launches_and_copies_are_counted():
     names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch", "aten::mm", "Memcpy DtoD"]
     assert measure.count_events([*names, "Memcpy HtoD (Pageable -> Device)", "cudaMemcpyAsync"], 2) == (2, 0.5)
 
@@ -226,7 +226,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
     assert measure.GuardCost(FaultGuard()).shares() == []
 
 
-def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
+def test_guard_cost_averages_check_over_its_steps(monkeypatch):
     now = 0.0
 
     class Trust:
@@ -269,7 +269,7 @@ def test_guard_cost_spreads_a_look_over_the_steps_it_is_for(monkeypatch):
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_whatever_happens_in_its_process_a_row_comes_back(tmp_path, warm):
+def test_every_process_failure_returns_an_error_row(tmp_path, warm):
     assert "No module named" in processes.run_row("absent", {}, 60, warm=warm)["error"]
     assert processes.run_row("absent", {}, 1e-3, warm=warm)["error"] == "no result after 0.001 s"
     killed = processes._judge([], -9, 1, tmp_path)
@@ -347,7 +347,7 @@ def test_forked_rows_come_back_from_all_threads_and_end_in_time():
     assert {*processes._running} == before
 
 
-def test_an_exception_becomes_the_error_of_a_row(tmp_path):
+def test_exception_is_written_as_row_error(tmp_path):
     code = "from benchmarks.processes import answer; answer(lambda spec: 1 / spec['x'], ['{\"x\": 0}', 'row'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1
@@ -368,12 +368,12 @@ def test_an_exception_becomes_the_error_of_a_row(tmp_path):
         (ValueError("out of memory"), False),
     ],
 )
-def test_out_of_memory_is_told_from_other_errors(error, is_memory):
+def test_out_of_memory_errors_are_recognised(error, is_memory):
     assert processes.is_out_of_memory(error) == is_memory
 
 
 @pytest.mark.parametrize("batch_inner", [False, True])
-def test_all_products_of_a_step_run_alone(batch_inner, monkeypatch):
+def test_recorded_matrix_products_can_be_run_alone(batch_inner, monkeypatch):
     from aezoo.speed import conv2d
 
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda layer, *_: batch_inner and layer.feeds_convolutions)

@@ -53,7 +53,7 @@ def plan(*argv, shape=(1, 28, 28)):
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_given_less_time_is_another_row(tmp_path):
+def test_time_limit_makes_a_separate_row(tmp_path):
     words = ("--models", "fsq_vae", "--bits", "6", "--seeds", "1")
     (whole,), (cut,) = plan(*words), plan(*words, "--most-seconds", "5")
     table = Table(tmp_path / "bits.csv", bits.KEY, "it")
@@ -62,14 +62,14 @@ def test_a_run_that_is_given_less_time_is_another_row(tmp_path):
     assert not table.needs(whole["row"]) and table.needs(cut["row"])
 
 
-def test_no_model_that_gives_indices_is_left_out():
+def test_every_discrete_model_is_planned():
     models = {name: registry.model_class(name) for name in registry.list_models(family="quantised")}
     wanted = {name for name, cls in models.items() if cls.discrete_code and not issubclass(cls, IndexPrior)}
     assert {spec["row"]["model"] for spec in plan("--seeds", "1")} == wanted
 
 
 @pytest.mark.parametrize("wanted", [6, 8, 10])
-def test_all_have_the_same_bits(wanted):
+def test_all_plans_have_requested_bits(wanted):
     """Counted here from the options, on the 7 x 7 places of two stages (and 4 x 4 of a third)."""
     seen = set()
     for spec in plan("--bits", str(wanted), "--seeds", "1"):
@@ -101,7 +101,7 @@ def test_published_fsq_levels_have_expected_bits():
         assert math.log2(math.prod(levels)) == pytest.approx(wanted, abs=0.11)
 
 
-def test_all_of_one_seed_come_first_and_names_are_checked():
+def test_plan_is_ordered_by_seed_and_checks_names():
     seeds = [spec["row"]["seed"] for spec in plan("--models", "vq_vae", "lfq_vae", "--seeds", "2")]
     assert seeds == sorted(seeds) and len(seeds) == 2 * 2 * 8
     with pytest.raises(AezooError, match="did you mean 'fsq_vae'"):
@@ -113,7 +113,7 @@ def test_all_of_one_seed_come_first_and_names_are_checked():
 # ---- what is counted ------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_measured_once_and_say_what_the_model_does(tmp_path, monkeypatch, capsys):
+def test_rows_are_measured_once_with_model_metrics(tmp_path, monkeypatch, capsys):
     models, create = [], aezoo.create_model
     monkeypatch.setattr(aezoo, "create_model", lambda *a, **k: models.append(create(*a, **k)) or models[-1])
     run(tmp_path, "--models", "rq_vae", "gumbel_vq_vae", "--bits", "4", "--seeds", "2")
@@ -158,7 +158,7 @@ class Codebooks:
         }
 
 
-def test_bits_that_are_used_are_those_of_every_place_and_book():
+def test_used_bits_sum_over_places_and_codebooks():
     figures = {"usage_top": 0.5, "usage_0_bottom": 0.25, "usage_1_bottom": 1.0}
     figures |= {"perplexity_top": 4.0, "perplexity_0_bottom": 2.0, "perplexity_1_bottom": 8.0}
     found = bits_row.of_books(Codebooks(), figures)
@@ -167,7 +167,7 @@ def test_bits_that_are_used_are_those_of_every_place_and_book():
     assert bits_row.of_books(Codebooks(), {"usage_top": 0.5}) == {}  # codebooks too large to count
 
 
-def test_the_report_has_medians_at_the_same_bits_and_a_picture(tmp_path, capsys):
+def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
     table = Table(tmp_path / "bits-digits-fp32-pt2.13-cpu2.csv", bits.KEY, "bits it")
     for bits_a_place, mse in ((10, 0.01), (6, 0.04)):
         for options, factor in ((f"codebook_size={2**bits_a_place}", 1), ("latent_dim=6 estimator=rotation", 2)):
@@ -185,7 +185,7 @@ def test_the_report_has_medians_at_the_same_bits_and_a_picture(tmp_path, capsys)
     assert plots_bits.bits([]) is None
 
 
-def test_a_way_is_named_by_what_sets_it_apart():
+def test_series_is_named_by_distinguishing_options():
     def way(options):
         return plots_bits.way({"model": "vq_vae", "options": options})
 

@@ -70,7 +70,7 @@ def test_samples_come_from_test_split_for_any_seed():
     assert factors[:, 0].bincount().min() > 120 and factors[:50, 0].unique().numel() == 3
 
 
-def test_figures_are_those_of_the_model():
+def test_metrics_match_model_posterior():
     model = aezoo.create_model("vae", (1, 8, 8), latent_dim=3, hidden_dims=(8,))
     x = torch.rand(700, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     z, kl, figures = disentangle_row.evaluate(model, x)
@@ -90,7 +90,7 @@ def test_figures_are_those_of_the_model():
         disentangle_row.evaluate(model, x)
 
 
-def test_a_code_that_is_the_factors_scores_1_where_that_can_be():
+def test_true_factors_score_near_one():
     data = aezoo.DataModule("shapes", size=8, memory="off")
     _, factors = disentangle_row.samples(data, 3000)
     found = disentangle_row.scores(factors.float(), factors)

@@ -89,7 +89,7 @@ def test_ratios_are_taken_within_a_round(fake):
     assert "/somewhere" not in path.read_text() and not [*fake.folder.glob("*.part")]
 
 
-def test_processors_with_as_many_cores_have_files_of_their_own(fake):
+def test_machine_name_separates_result_files(fake):
     fake.run()
     before = {path: path.read_bytes() for path in fake.folder.glob("*.csv")}
     peers.main(["dense", "--machine", "zen4", "--parties", "loop", "aezoo", "--results", str(fake.folder)])
@@ -104,7 +104,7 @@ def test_processors_with_as_many_cores_have_files_of_their_own(fake):
 
 
 @pytest.mark.parametrize("name", ["", "Zen4", "zen-4", "../zen4"])
-def test_a_machine_s_name_is_a_plain_word(fake, capsys, name):
+def test_invalid_machine_name_is_refused(fake, capsys, name):
     with pytest.raises(SystemExit) as left:
         peers.main(["dense", "--machine", name])
     assert left.value.code == 2 and "small letters and digits" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_a_machine_s_name_is_a_plain_word(fake, capsys, name):
 @pytest.mark.parametrize(
     "losses", [[200.0, 150.0, 130.0], [200.0, 150.0], [200.0, 150.0, float("nan")], [200.0, float("inf"), 140.0]]
 )
-def test_a_party_that_trains_something_else_is_named(fake, capsys, losses):
+def test_peer_with_different_losses_is_reported(fake, capsys, losses):
     fake.losses["lightning"] = losses
     code, rows = fake.run()
     assert code == 1
@@ -122,7 +122,7 @@ def test_a_party_that_trains_something_else_is_named(fake, capsys, losses):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_rounding_is_no_other_training(fake, precision):
+def test_rounding_differences_agree_in_bf16_only(fake, precision):
     # 1.5 %, more than the workload's tolerance
     fake.losses |= {party: [200.0, 150.0, 142.1] for party in ("aezoo", "lightning")}
     _, rows = fake.run("--precision", precision)
@@ -134,13 +134,13 @@ def test_another_rounding_is_no_other_training(fake, precision):
     assert fake.run("--precision", precision, "--again")[1]["lightning"]["agrees"] == "no"
 
 
-def test_another_number_of_parameters_is_less_work(fake):
+def test_different_parameter_count_disagrees(fake):
     fake.parameters["aezoo"] = 9
     code, rows = fake.run()
     assert code == 1 and rows["aezoo"]["agrees"] == "no"
 
 
-def test_a_run_that_failed_is_kept_and_only_it_is_tried_again(fake):
+def test_failed_run_is_kept_and_retried_alone(fake):
     fake.fail = {("aezoo", 2)}
     code, rows = fake.run()
     assert code == 1 and rows["aezoo"]["error"] == "killed by SIGKILL"
@@ -152,12 +152,12 @@ def test_a_run_that_failed_is_kept_and_only_it_is_tried_again(fake):
     assert fake.run() == (0, rows) and len(fake.calls) == before + 1  # nothing is left to do
 
 
-def test_the_yardstick_must_take_part(fake):
+def test_reference_loop_is_required(fake):
     with pytest.raises(AezooError, match="add 'loop' to --parties"):
         fake.run(parties=("aezoo", "lightning"))
 
 
-def test_who_runs_at_bf16(fake):
+def test_bf16_runs_use_peers_that_support_it(fake):
     fake.run("--precision", "bf16", parties=("loop", "aezoo_compiled", "lightning", "lightning_bf16"), repeats="1")
     compiled = ("--compile", "default")
     assert fake.calls == [
@@ -170,7 +170,7 @@ def test_who_runs_at_bf16(fake):
     assert "keras_jax_bf16" in peers.default_parties("bf16")
 
 
-def test_a_gpu_has_a_file_of_its_own_and_all_parties_train_there(fake, monkeypatch):
+def test_gpu_results_have_their_own_file(fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     words = ("loop", "loop_graph", "aezoo_compiled", "keras_jax")
@@ -186,7 +186,7 @@ def test_a_gpu_has_a_file_of_its_own_and_all_parties_train_there(fake, monkeypat
     assert fake.accelerators == {"cpu"} and len([*fake.folder.glob("*-cpu*.csv")]) == 1
 
 
-def test_another_command_replaces_no_rows_unasked(fake, capsys):
+def test_different_command_does_not_replace_rows_without_flag(fake, capsys):
     fake.run()
     (path,) = fake.folder.glob("*.csv")
     before, calls = path.read_bytes(), len(fake.calls)
@@ -199,7 +199,7 @@ def test_another_command_replaces_no_rows_unasked(fake, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_two_runs_do_not_measure_into_one_file(fake):
+def test_concurrent_run_into_same_file_is_refused(fake):
     fake.run()
     (path,) = fake.folder.glob("*.csv")
     part, before = path.with_suffix(".runs.part"), path.read_bytes()
@@ -212,7 +212,7 @@ def test_two_runs_do_not_measure_into_one_file(fake):
     assert not part.exists()
 
 
-def test_what_needs_a_gpu_is_refused_without_one(fake, monkeypatch):
+def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AezooError, match=r"^--accelerator cuda: torch finds no GPU; .* or use cpu$"):
         fake.run("--accelerator", "cuda")
@@ -229,7 +229,7 @@ def test_what_needs_a_gpu_is_refused_without_one(fake, monkeypatch):
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_the_networks_written_out_once_more_are_the_zoos(tmp_path, workload):
+def test_reimplemented_networks_match_zoo_models(tmp_path, workload):
     load = WORKLOADS[workload]
     network, zoo = networks.Network(job_for(workload, tmp_path)), model(load, 0)
     x = torch.from_numpy(images(2, load.shape, 0)).float() / 255
@@ -246,7 +246,7 @@ def test_the_networks_written_out_once_more_are_the_zoos(tmp_path, workload):
         torch.testing.assert_close(loss, zoo.train().loss(x)["loss"], rtol=1e-4, atol=0)
 
 
-def test_kerass_kernels_are_mirrored_for_its_padding(tmp_path):
+def test_keras_kernels_are_flipped_for_padding(tmp_path):
     job = job_for("conv28", tmp_path)
     network, x = networks.Network(job), torch.rand(2, 1, 28, 28)
     kernel, bias = (torch.from_numpy(np.ascontiguousarray(array)) for array in keras_fit._weights(job)[:2])
@@ -255,7 +255,7 @@ def test_kerass_kernels_are_mirrored_for_its_padding(tmp_path):
     torch.testing.assert_close(theirs.flip(2, 3), network.encoder[0](x))
 
 
-def test_an_order_is_the_epochs_however_it_is_read(tmp_path):
+def test_sample_order_depends_on_epoch_only(tmp_path):
     order = networks.Order(job_for("dense", tmp_path), 64)
     first, second = [*order], [*order]
     assert sorted(first) == sorted(second) == [*range(64)] and first != second
@@ -265,7 +265,7 @@ def test_an_order_is_the_epochs_however_it_is_read(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("party", ["aezoo", "lightning", "pytorch_vae"])
-def test_a_party_trains_as_the_loop_does(tmp_path, monkeypatch, party):
+def test_peer_losses_match_reference_loop(tmp_path, monkeypatch, party):
     job = job_for("dense", tmp_path)
     monkeypatch.chdir(tmp_path)
     with flushed_denormals():  # the loop leaves that switch on, and other tests of this process want small numbers
@@ -279,7 +279,7 @@ def test_a_party_trains_as_the_loop_does(tmp_path, monkeypatch, party):
 
 @pytest.mark.parametrize("workload", ["dense", "conv28"])
 @pytest.mark.parametrize("warm_up", [0, 3])
-def test_the_step_that_a_graph_records_trains_as_the_loop_does(tmp_path, workload, warm_up):
+def test_graph_step_losses_match_reference_loop(tmp_path, workload, warm_up):
     """Recorded by nothing and run on the CPU, after a warm-up that must leave no trace; the last batch is smaller."""
     job = job_for(workload, tmp_path, batch=24)
     recorded = []
@@ -299,7 +299,7 @@ def test_the_step_that_a_graph_records_trains_as_the_loop_does(tmp_path, workloa
     assert found["parameters"] == reference["parameters"] and len(recorded) == 2
 
 
-def test_a_clock_waits_for_the_device_before_it_is_read(monkeypatch, tmp_path):
+def test_clock_synchronises_device_before_reading(monkeypatch, tmp_path):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(clock.begins) + len(clock.seconds)))
     clock = networks.clock_of(job_for("dense", tmp_path, accelerator="cuda"))
@@ -314,7 +314,7 @@ def test_a_clock_waits_for_the_device_before_it_is_read(monkeypatch, tmp_path):
     assert len(waited) == 3
 
 
-def test_where_a_run_is_told_to_train(monkeypatch, tmp_path):
+def test_run_environment_selects_device(monkeypatch, tmp_path):
     for given, seen in ((None, "0"), ("3,1", "3")):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
@@ -364,7 +364,7 @@ def test_party_without_terminal_reports_plain_errors(tmp_path, monkeypatch):
         peer_runs.shutil.rmtree(home / "peer_scripts")
 
 
-def test_a_run_that_ends_badly_says_why(tmp_path):
+def test_failed_run_reports_its_error(tmp_path):
     job = job_for("dense", tmp_path, weights=str(tmp_path / "absent.npz"), party="loop_eager")
     with pytest.raises(peer_runs.RunFailure, match=r"exit code 1: FileNotFoundError: .*absent\.npz"):
         peer_runs.train(sys.executable, job, timeout=120)
@@ -372,7 +372,7 @@ def test_a_run_that_ends_badly_says_why(tmp_path):
         peer_runs.train(sys.executable, job, timeout=0.01)
 
 
-def test_a_cut_line_of_the_runs_is_not_a_run(tmp_path):
+def test_truncated_run_record_is_ignored(tmp_path):
     part = peer_runs.Part(tmp_path / "x.part", {"rows": 1})
     part.add("loop", 0, result={"rates": [1.0]})
     with part.path.open("a") as file:
@@ -384,7 +384,7 @@ def test_a_cut_line_of_the_runs_is_not_a_run(tmp_path):
     assert json.loads(part.path.read_text()) == {"settings": {"rows": 2}}
 
 
-def test_a_part_that_cannot_be_written_is_said_in_one_line(tmp_path):
+def test_unwritable_record_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AezooError, match=r"cannot write .*x\.part: .*; give another folder by --results"):
         peer_runs.Part(tmp_path / "file" / "x.part", {})
@@ -396,7 +396,7 @@ def test_a_part_that_cannot_be_written_is_said_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [("--rows", "0"), ("--threads", "x"), ("--timeout", "nan"), ("--timeout", "0")])
-def test_a_wrong_number_is_refused_in_plain_words(wrong, capsys):
+def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         peers.arguments(["dense", *wrong])
     assert f"argument {wrong[0]}: '{wrong[1]}' is no " in capsys.readouterr().err
@@ -424,7 +424,7 @@ def pip(monkeypatch):
     return state
 
 
-def test_an_environment_is_made_once(pip, tmp_path, capsys):
+def test_environment_is_created_once(pip, tmp_path, capsys):
     assert environments.python_for("loop", tmp_path) == sys.executable
     python = environments.python_for("keras_tensorflow", tmp_path)
     assert python == str(tmp_path / "keras_tensorflow/bin/python")
@@ -460,7 +460,7 @@ def peer(party, rates, agrees="yes"):
     return {"party": party, "round_rates": rates, "agrees": agrees}
 
 
-def test_a_target_is_judged_by_the_rounds_of_one_run():
+def test_target_ratio_is_taken_within_rounds():
     rows = [peer("aezoo", "200 90 210 -"), peer("keras_jax", "100 100 100 100"), peer("loop", "- 100 200 100")]
     rows.append(peer("pythae", "1 1 1 1", agrees="no"))
     found = targets.between("aezoo", "keras_jax")(rows)
@@ -509,7 +509,7 @@ def test_gpu_targets_use_gpu_files_only():
     assert not any("on a GPU" in target.what for target, file, _ in targets.judge({mac: rows}) if file == mac)
 
 
-def test_targets_name_parties_and_workloads_that_there_are():
+def test_targets_name_existing_peers_and_workloads():
     for target in targets.TARGETS:
         kind, _, rest = target.file.partition("-")
         if kind == "peers":
@@ -517,7 +517,7 @@ def test_targets_name_parties_and_workloads_that_there_are():
             assert target.what.rsplit(" ", 1)[1] in peers.PARTIES
 
 
-def test_other_targets_are_read_off_their_rows():
+def test_remaining_targets_are_computed_from_rows():
     row = {"name": "dense_article", "compile": "off", "devices": "1", "threads": "1"}
     row |= {"gemm_floor_share": "0.5", "samples_per_s": "100", "samples_per_s_low": "90", "samples_per_s_high": "120"}
     best = row | {"compile": "default", "gemm_floor_share": "0.7"}
@@ -530,7 +530,7 @@ def test_other_targets_are_read_off_their_rows():
     assert targets.missed({"speed-startup-fp32-x": [startup | {"ratio": "1.3"}]}) == []
 
 
-def test_the_columns_of_a_row_are_those_that_are_declared(fake):
+def test_row_columns_match_declaration(fake):
     fake.run(repeats="1")
     (path,) = fake.folder.glob("*.csv")
     head = next(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))

@@ -47,7 +47,7 @@ def fake(monkeypatch, tmp_path):
     return run
 
 
-def test_both_get_the_same_job_and_the_difference_is_of_one_seed(fake, capsys):
+def test_both_peers_get_equal_jobs_per_seed(fake, capsys):
     code, rows = fake("--models", "iwae", "vamp_vae")
     assert code == 0 and len(rows) == 8
     for first, second in zip(fake.calls[::2], fake.calls[1::2], strict=True):
@@ -67,7 +67,7 @@ def test_both_get_the_same_job_and_the_difference_is_of_one_seed(fake, capsys):
     assert "iwae: aezoo -" in capsys.readouterr().out
 
 
-def test_a_run_that_failed_is_told_and_tried_again_alone(fake):
+def test_failed_run_is_reported_and_retried_alone(fake):
     fake.failing.add(2)
     code, rows = fake("--models", "vae", "--seeds", "1")
     assert code == 1 and rows[1]["error"] == "killed by SIGKILL"
@@ -75,13 +75,13 @@ def test_a_run_that_failed_is_told_and_tried_again_alone(fake):
     assert code == 0 and len(fake.calls) == 3 and not rows[1]["error"]
 
 
-def test_failed_row_of_another_run_is_ignored(fake):
+def test_failed_row_of_different_run_is_ignored(fake):
     fake.failing.add(1)
     assert fake("--models", "vae", "--seeds", "1")[0] == 1
     assert fake("--models", "iwae", "--seeds", "1")[0] == 0
 
 
-def test_the_difference_is_written_whichever_of_both_came_last(fake):
+def test_difference_is_written_after_either_peer_finishes(fake):
     fake.failing.add(1)
     rows = fake("--models", "vae", "--seeds", "1")[1]
     assert rows[0]["error"] and not rows[1]["tighter_by"]
@@ -90,7 +90,7 @@ def test_the_difference_is_written_whichever_of_both_came_last(fake):
     assert float(theirs["tighter_by"]) == pytest.approx(gap, abs=0.02)
 
 
-def test_rows_of_other_settings_are_neither_taken_nor_summed_up(fake, capsys):
+def test_rows_of_other_settings_are_ignored(fake, capsys):
     fake("--models", "vae", "iwae", "--seeds", "1")
     for flag, value in (("--epochs", "7"), ("--latent-dim", "7"), ("--batch", "50"), ("--elbo-samples", "3")):
         before, _ = len(fake.calls), capsys.readouterr()
@@ -117,7 +117,7 @@ def test_likelihood_estimate_uses_importance_weights(tmp_path):
     assert found["elbo"] < found["log_likelihood"]
 
 
-def test_the_seeds_of_noise_are_those_of_the_zoo_s_steps(tmp_path, monkeypatch):
+def test_noise_seeds_match_zoo_training_steps(tmp_path, monkeypatch):
     asked = peers_quality.arguments_of(["--latent-dim", "3", "--batch", "2000", "--epochs", "2"])
     _, data, weights = peers_quality.prepare(tmp_path, asked, 3)
     seen, loss = [], VAE.loss
@@ -136,7 +136,7 @@ def test_the_seeds_of_noise_are_those_of_the_zoo_s_steps(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_zoo_s_party_trains_from_the_given_weights(tmp_path):
+def test_zoo_peer_starts_from_given_weights(tmp_path):
     asked = peers_quality.arguments_of(["--latent-dim", "5"])
     _, data, weights = peers_quality.prepare(tmp_path, asked, 3)
     out = tmp_path / "trained.npz"

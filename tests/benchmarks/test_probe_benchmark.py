@@ -61,7 +61,7 @@ def test_every_seed_is_a_row_and_rows_are_kept(tmp_path, capsys):
     assert rows_of(tmp_path) == rows and "seed 0:" not in capsys.readouterr().out
 
 
-def test_a_failure_is_a_row_and_has_no_share_in_the_medians(tmp_path, capsys):
+def test_failed_row_is_excluded_from_medians(tmp_path, capsys):
     run(tmp_path, "--models", "msssim_vae", "--seeds", "1", "--code-size", "3")
     rows = rows_of(tmp_path)
     assert len(rows) == 3
@@ -73,7 +73,7 @@ def test_a_failure_is_a_row_and_has_no_share_in_the_medians(tmp_path, capsys):
     assert probe.medians(table, like | {"steps": "7"}) == []
 
 
-def test_pixels_are_classified_as_scikit_learn_does_it():
+def test_pixel_probe_matches_scikit_learn():
     spec = {"data": {"name": "digits", "root": ""}, "rows": 300, "row": {"model": "raw pixels", "seed": 0}}
     x, y, x_test, y_test = probe_row.samples(spec)
     assert x.shape == (300, 1, 8, 8) and len(x_test) > 100
@@ -88,7 +88,7 @@ def test_pixels_are_classified_as_scikit_learn_does_it():
     assert found["numbers"] == 64
 
 
-def test_the_pooled_code_is_the_mean_over_places(monkeypatch):
+def test_pooled_code_is_mean_over_positions(monkeypatch):
     seen = []
     monkeypatch.setattr(
         probe_row, "probe_accuracies", lambda a, y, b, y_test: seen.append(b) or {"probe": 0.5, "knn": 0.5}

@@ -14,7 +14,7 @@ from benchmarks import common, published, recipes
 ROW = {"data": "mnist5k", "binarise": "static", "steps": "40", "importance_samples": "5"}
 
 
-def test_every_target_names_a_figure_and_its_conditions():
+def test_every_target_has_metric_and_conditions():
     assert len(published.published()) >= 13
     for name, path in published.published().items():
         assert re.search(r"(test|train)/\w+ -?\d+\.\d", recipes.target(path)), name
@@ -24,13 +24,13 @@ def test_every_target_names_a_figure_and_its_conditions():
         assert name not in recipes.own_recipes()
 
 
-def test_data_are_binarised_as_the_recipe_has_it():
+def test_binarisation_follows_recipe():
     found = {name: published.binarisation(path) for name, path in published.published().items()}
     assert found["mnist_vae"] == "static" and found["mnist_miwae"] == "dynamic" and found["mnist_keras_vae"] == "none"
 
 
 @pytest.mark.slow
-def test_a_run_takes_so_many_steps_and_reads_its_figures(tmp_path, monkeypatch):
+def test_run_is_limited_in_steps_and_returns_metrics(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = published.run({"recipe": "mnist_vae", **ROW}, None)
     assert "error" not in row
@@ -38,13 +38,13 @@ def test_a_run_takes_so_many_steps_and_reads_its_figures(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_fails_is_the_last_line_that_it_wrote(tmp_path, monkeypatch):
+def test_failure_reports_last_output_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = published.run({"recipe": "mnist_vae", **ROW, "data": "mnist6k"}, None)
     assert "mnist6k" in row["error"] and "\n" not in row["error"]
 
 
-def test_heads_state_the_rows_of_the_csv_and_nothing_else(tmp_path, monkeypatch):
+def test_recipe_headers_match_csv_rows(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     for name in ("mnist_vae", "mnist_keras_vae", "vae"):
         shutil.copy(find_recipe(name), tmp_path / "recipes")
@@ -68,13 +68,13 @@ def test_heads_state_the_rows_of_the_csv_and_nothing_else(tmp_path, monkeypatch)
     assert (tmp_path / "recipes" / "vae.yaml").read_text() == before
 
 
-def test_an_unknown_recipe_is_one_line():
+def test_unknown_recipe_is_refused():
     with pytest.raises(AezooError, match="take mnist_ciwae"):
         published.arguments_of(["mnist_vea"])
 
 
 @pytest.mark.slow
-def test_recipes_are_measured_one_by_one_under_their_commands(tmp_path, monkeypatch):
+def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     found = {"epochs": "2", "seconds": "3"} | dict.fromkeys(recipes.FIGURES, "1.5")
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
@@ -95,7 +95,7 @@ def test_recipes_are_measured_one_by_one_under_their_commands(tmp_path, monkeypa
     assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "README.md").read_text()
 
 
-def test_a_recipe_that_fails_is_one_line(monkeypatch):
+def test_failing_recipe_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(AezooError, match="recipe vae ends with exit code 1"):
         recipes.train("vae", None)

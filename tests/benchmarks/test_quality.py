@@ -45,7 +45,7 @@ def test_every_run_is_a_row_with_filled_columns(results):
     assert float(rows["vae"]["epochs"]) == 1 and int(rows["vae"]["steps"]) == math.ceil(1437 / 128)
 
 
-def test_pca_is_the_best_linear_code_of_the_training_split(results):
+def test_pca_baseline_matches_svd_of_training_split(results):
     data = DataModule("digits")
     (train, _), (test, _) = ((x.flatten(1).double().numpy(), y) for x, y in map(data.tensors, ("train", "test")))
     directions = np.linalg.svd(train - train.mean(0), full_matrices=False)[2]
@@ -57,7 +57,7 @@ def test_pca_is_the_best_linear_code_of_the_training_split(results):
 
 
 @pytest.mark.slow
-def test_a_run_of_epochs_ends_after_the_most_seconds_and_says_so(tmp_path):
+def test_time_limit_ends_run_of_epochs(tmp_path):
     argv = ["--data", "digits", "--models", "linear_ae", "--epochs", "10000", "--most-seconds", "1", "--seeds", "1"]
     quality.main([*argv, "--results", str(tmp_path)])
     (path,) = tmp_path.glob("*.csv")
@@ -65,7 +65,7 @@ def test_a_run_of_epochs_ends_after_the_most_seconds_and_says_so(tmp_path):
     assert row["budget"] == "epochs=10000" and 0 < float(row["epochs"]) < 10000 and 1 <= float(row["seconds"]) < 60
 
 
-def test_fewer_rows_are_the_same_ones_of_each_split_in_every_run():
+def test_limited_rows_are_same_for_every_seed():
     options = {"name": "digits", "root": "data", "batch_size": 32}
     whole, first, second = (
         quality_row.open_data(options | extra, seed) for extra, seed in (({}, 0), ({"rows": 99}, 0), ({"rows": 99}, 1))
@@ -94,7 +94,7 @@ def test_code_too_large_for_logistic_regression_is_not_probed(monkeypatch):
     assert "probe" not in quality_row._of_code(model, data, 100)
 
 
-def test_what_is_there_is_kept_and_a_new_seed_is_added(results, capsys):
+def test_existing_rows_are_kept_and_new_seed_is_added(results, capsys):
     before = rows_of(results)
     quality.main([*DIGITS, "--seeds", "1", "--results", str(results)])
     assert rows_of(results) == before and "seed" not in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_what_is_there_is_kept_and_a_new_seed_is_added(results, capsys):
     assert rows[2]["mse"] != same["mse"]
 
 
-def test_a_run_that_fails_is_a_row_that_says_why(results, tmp_path, monkeypatch):
+def test_failed_run_is_a_row_with_error(results, tmp_path, monkeypatch):
     plan = quality.plan
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     before = rows_of(tmp_path)
@@ -180,7 +180,7 @@ def test_time_limited_run_differs_only_if_cut(fake):
     assert fake("--models", "vae", "--seconds", "30")[0] == []
 
 
-def test_rows_of_before_these_columns_are_there(fake):
+def test_rows_without_newer_columns_are_recognised(fake):
     fake()
     commands, rows = read_csv(fake.path())
     table = Table(fake.path(), (), commands[0])
@@ -189,7 +189,7 @@ def test_rows_of_before_these_columns_are_there(fake):
     assert fake()[0] == []
 
 
-def test_cells_that_a_hand_has_spoilt_cost_their_row_alone(fake):
+def test_invalid_cells_invalidate_only_their_row(fake):
     for old, new in ((",2,,20,", ",2,,long,"), (",2,,20,", ",some,,20,"), (",8,", ",eight,")):
         fake("--models", "vae", "--most-seconds", "90", "--again")
         text = fake.path().read_text()
@@ -199,7 +199,7 @@ def test_cells_that_a_hand_has_spoilt_cost_their_row_alone(fake):
         fake.path().unlink()
 
 
-def test_a_failed_row_is_replaced_when_it_is_measured_again(fake):
+def test_remeasured_row_replaces_failed_row(fake):
     fake.failing.update({"vae", "dense_ae"})
     assert [row["error"] for row in fake()[1]] == ["killed by SIGKILL"] * 2
     fake.failing.clear()
@@ -207,7 +207,7 @@ def test_a_failed_row_is_replaced_when_it_is_measured_again(fake):
     assert asked == ["dense_ae", "vae"] and [row["error"] for row in rows] == ["", ""]
 
 
-def test_baselines_that_failed_are_brought_by_the_next_run(fake):
+def test_failed_baselines_are_remeasured_by_next_run(fake):
     fake.failing.add("baselines")
     _, rows = fake()
     assert not any(row["pca_mse"] or row["pixels_knn"] for row in rows)
@@ -218,13 +218,13 @@ def test_baselines_that_failed_are_brought_by_the_next_run(fake):
     assert fake()[0] == []
 
 
-def test_baselines_without_a_meaning_are_not_asked_for(fake):
+def test_inapplicable_baselines_are_not_requested(fake):
     # as many numbers as a digit has
     fake("--code-sizes", "64", "8")
     assert fake("--code-sizes", "64", "8")[0] == []
 
 
-def test_two_files_of_one_name_have_tables_of_their_own(tmp_path):
+def test_same_named_data_files_have_separate_tables(tmp_path):
     paths = [tmp_path / folder / "x.npy" for folder in ("a", "b", "c")]
     for path, value in zip(paths, (0, 1, 1), strict=True):
         path.parent.mkdir()
@@ -239,7 +239,7 @@ def test_two_files_of_one_name_have_tables_of_their_own(tmp_path):
     assert dataset_name({"name": str(tmp_path / "a"), "root": "data", "size": None}) != folders[0]
 
 
-def test_models_that_do_not_suit_are_left_out_with_a_reason(capsys):
+def test_unsuitable_models_are_skipped_with_reason(capsys):
     arguments = quality.arguments_of(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
     data = {"name": "array", "root": "tables/some table.npy", "batch_size": 4, "size": None}
     specs = quality.plan(arguments, data, (30,))
@@ -254,12 +254,12 @@ def test_models_that_do_not_suit_are_left_out_with_a_reason(capsys):
         quality.plan(quality.arguments_of(["--models", "dens_ae"]), data, (30,))
 
 
-def test_a_map_becomes_a_vector_where_a_code_size_is_asked_for():
+def test_code_size_replaces_latent_map_by_vector():
     assert quality.code_of("conv_ae", 12) == {"latent_dim": 12, "latent_map": False}
     assert quality.code_of("vae", 12) == {"latent_dim": 12} and quality.code_of("vae", None) == {}
 
 
-def test_seeds_change_the_order_and_not_the_splits():
+def test_seed_changes_order_but_not_splits():
     first, second = (quality_row.open_data({"name": "digits"}, seed) for seed in (0, 1))
     assert first.tensors("test")[0].equal(second.tensors("test")[0])
     x, y = (next(iter(data.train_dataloader()))[0] for data in (first, second))
@@ -281,7 +281,7 @@ def test_a_budget_in_seconds_ends_training_within_an_epoch(tmp_path):
     assert row["epochs"] == pytest.approx(row["steps"] / 1437, abs=0.01)
 
 
-def test_active_units_of_a_code_made_by_hand():
+def test_active_units_of_known_code_are_counted():
     # variances 0.0361, 0.009, 0 and 4: of a posterior two exceed 0.01, of a free code only the last exceeds 0.04
     sign = np.tile([1.0, -1.0], 10)
     code = np.stack([0.19 * sign + 5, math.sqrt(0.009) * sign, 0 * sign + 3, 2 * sign], axis=1)
@@ -309,7 +309,7 @@ def test_probe_reads_separable_classes_not_random_labels():
 
 
 @pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seconds", "-1"], ["--code-sizes", "x"], ["--jobs", "0"]])
-def test_a_wrong_number_is_refused(wrong, capsys):
+def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         quality.arguments_of(wrong)
     assert wrong[1] in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_missing_peer_leaves_empty_columns(tmp_path, capsys):
     assert rows_of(tmp_path) == rows and "codes:" not in capsys.readouterr().out
 
 
-def test_levels_multiply_to_the_codes():
+def test_fsq_levels_multiply_to_code_count():
     for bits in range(2, 22):
         (spec,) = quantisers.plan(quantisers.arguments_of(["--kinds", "fsq", "--codes", str(2**bits)]), "cpu")
         levels = quantisers_row.levels_of(2**bits, spec["row"]["dim"])
@@ -79,7 +79,7 @@ def test_levels_multiply_to_the_codes():
 
 
 @pytest.mark.parametrize("codes", ["1000", "2"])
-def test_codes_that_bits_do_not_make_are_refused(codes):
+def test_code_counts_that_are_not_powers_of_two_are_refused(codes):
     for kind in ("fsq", "lfq"):
         with pytest.raises(AezooError, match=f"not {codes}: leave it out"):
             quantisers.plan(quantisers.arguments_of(["--kinds", kind, "--codes", codes]), "cpu")
@@ -134,13 +134,13 @@ def test_speed_ratio_is_per_round_and_above_1_if_faster(monkeypatch):
 
 
 @pytest.mark.usefixtures("_beside_another")
-def test_rounds_end_with_the_time_but_not_before_the_first(monkeypatch):
+def test_at_least_one_round_is_measured(monkeypatch):
     row = quantisers_row.measure(SPEC | {"row": ROW, "seconds": 1e-9})
     assert row["repeats"] == 1 and row["forward_per_s"] > 0
 
 
 @pytest.mark.usefixtures("_beside_another")
-def test_a_peer_that_fails_costs_its_own_columns_alone(monkeypatch):
+def test_failing_peer_leaves_only_its_columns_empty(monkeypatch):
     def fails(self: Fixed, z: Tensor) -> None:
         if self.training:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -153,7 +153,7 @@ def test_a_peer_that_fails_costs_its_own_columns_alone(monkeypatch):
     assert not any((name.startswith("peer_") and name != "peer_error") or "ratio" in name for name in row)
 
 
-def test_the_same_codes_are_counted_by_place():
+def test_equal_codes_are_counted_per_position():
     z = torch.randn(2, 3, 4, 4)
     moved = torch.zeros(2, 3, 4, 4)
     moved[0, 1, :, :2] = 0.1  # a channel of 8 of 32 places
@@ -162,7 +162,7 @@ def test_the_same_codes_are_counted_by_place():
 
 
 @pytest.mark.slow
-def test_peak_memory_is_that_of_what_lies_there_at_once():
+def test_peak_memory_counts_simultaneous_allocations():
     """In a process of its own, as every row is."""
     script = """
 import torch
@@ -184,7 +184,7 @@ print(quantisers_row.peak_mb(work, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kind", quantisers.KINDS)
-def test_both_parties_do_the_same(kind):
+def test_both_implementations_give_equal_results(kind):
     """Codes, gradients and what moving averages become, against vector-quantize-pytorch."""
     pytest.importorskip(quantisers_row.PEER)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 # ---- tables and reports ---------------------------------------------------------------------------------------------
 
 
-def test_a_csv_is_whole_after_each_row(tmp_path):
+def test_csv_is_complete_after_each_row(tmp_path):
     path = tmp_path / "new" / "a.csv"
     first = Table(path, ("model",), "python -m benchmarks.x")
     first.put({"model": "vae", "mse": 1 / 3})
@@ -42,7 +42,7 @@ def test_a_csv_is_whole_after_each_row(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.csv"]
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+def test_failed_table_write_keeps_old_table(tmp_path, monkeypatch):
     table = Table(tmp_path / "some.csv", ("a",), "it")
     table.put({"a": 1})
 
@@ -71,7 +71,7 @@ def test_concurrent_csv_edits_are_kept(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of folders")
-def test_two_processes_do_not_write_at_the_same_time(tmp_path):
+def test_table_writes_are_serialised(tmp_path):
     writer = threading.Thread(target=Table(tmp_path / "a.csv", ("model",), "it").put, args=({"model": "vae"},))
     with in_turn(tmp_path):
         writer.start()
@@ -81,7 +81,7 @@ def test_two_processes_do_not_write_at_the_same_time(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_what_could_not_be_written_is_not_measured(tmp_path):
+def test_unwritable_table_is_refused_before_measuring(tmp_path):
     (tmp_path / "file").touch()
     table = Table(tmp_path / "file" / "a.csv", ("model",), "it")
     with pytest.raises(AezooError, match=r"cannot write .*a\.csv: .*; give another folder by --results"):
@@ -99,14 +99,14 @@ def test_absent_accelerator_has_no_rows(monkeypatch):
     assert [environment(SimpleNamespace(accelerator=name))[-4:] for name in ("auto", "gpu", "mps")] == ["-mps"] * 3
 
 
-def test_a_broken_csv_is_named(tmp_path):
+def test_malformed_csv_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2,3\n")
     with pytest.raises(aezoo.AezooError, match=r"a\.csv"):
         read_csv(path)
 
 
-def test_the_command_of_a_csv_is_free_of_folders_and_can_be_run(monkeypatch):
+def test_recorded_command_omits_folders_and_is_runnable(monkeypatch):
     words = ["train", "--results", "/somewhere", "--again", "failed", "--models", "all", "--results=/x"]
     assert command_line("speed", words) == "python -m benchmarks.speed train --models all"
     monkeypatch.setattr("benchmarks.common.NAME", "aezoo.benchmarks")  # in a wheel, where there are no others
@@ -144,7 +144,7 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_products_are_a_share_of_a_step_with_all_that_a_user_has():
+def test_gemm_share_uses_run_with_interface():
     def row(rate, interface):
         rates = {f"samples_per_s{end}": str(rate) for end in ("", "_low", "_high")}
         return {"name": "vae", "devices": "1", "interface": interface, "gemm_floor_share": str(rate / 4000), **rates}
@@ -152,7 +152,7 @@ def test_products_are_a_share_of_a_step_with_all_that_a_user_has():
     assert targets.gemm_share("vae")([row(980, "on"), row(1000, "off")]).median == 980 / 4000
 
 
-def test_a_report_is_made_of_what_there_is(results, capsys):
+def test_report_is_built_from_available_results(results, capsys):
     report.main(["--results", str(results)])
     said = capsys.readouterr().out
     assert "no speed-startup-*.csv" in said and "start-up left out" in said
@@ -178,7 +178,7 @@ def test_a_report_is_made_of_what_there_is(results, capsys):
         assert (results / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rates_of_another_processor_are_hollow_and_off_the_front():
+def test_other_processor_rates_are_excluded_from_front():
     rows = [
         {"model": name, "family": "f", "dataset": "d", "code_size": "4", "mse": mse, "samples_per_s": rate}
         | {"pca_mse": "0.1", "processor": processor}
@@ -195,7 +195,7 @@ def test_rates_of_another_processor_are_hollow_and_off_the_front():
         assert ("on another processor" in legend) is bool(hollow)
 
 
-def test_each_machine_has_a_picture_of_peers(results):
+def test_each_machine_has_a_peers_picture(results):
     for name in ("dense-fp32-pt2.13-cpu2-zen4", "conv28-bf16-pt2.13-cpu2-zen4"):
         peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
         peers.put({"party": "loop", "samples_per_s": 1e4, "ratio": 1.0, "agrees": "yes"})
@@ -222,7 +222,7 @@ def test_peers_picture_names_precision_and_missing_parties():
         )
 
 
-def test_devices_are_compared_with_one_device_of_the_same_state(results):
+def test_scaling_uses_matching_single_device_row(results):
     one = {"name": "vae", "devices": "1", "samples_per_s": "1000", "peak_gflops": "100", "scaling_efficiency": "1"}
     two = one | {"devices": "2", "samples_per_s": "1500", "scaling_efficiency": "0.9"}
 
@@ -266,7 +266,7 @@ def test_unnamed_processor_is_that_of_the_machine(results):
     )
 
 
-def test_a_command_says_how_many_of_its_rows_are_there(tmp_path, monkeypatch):
+def test_command_states_number_of_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "run_row", lambda *_: {"samples_per_s": 7.0})
     words = [
         "--models",
@@ -302,7 +302,7 @@ def test_a_command_says_how_many_of_its_rows_are_there(tmp_path, monkeypatch):
     assert report.counted("quality-digits-fp32-x", more, rows) == more
 
 
-def test_layers_that_torch_computes_best_are_left_out(results):
+def test_layers_where_torch_is_near_best_are_omitted(results):
     layers = Table(results / "convolutions-fp32-pt2.13-cpu2.csv", ("side",), "convolutions it")
     for side, chosen, lost in ((1, "torch", 1.0), (2, "torch", 1.09), (3, "torch", 1.2), (4, "products", 1.0)):
         layers.put({"side": side, "chosen": chosen, "lost": lost})
@@ -311,7 +311,7 @@ def test_layers_that_torch_computes_best_are_left_out(results):
     assert [row in text for row in ("| 1 | torch", "| 2 | torch", "| 3 | torch", "| 4 | products")] == [0, 0, 1, 1]
 
 
-def test_a_csv_that_was_edited_by_hand_is_shown_or_named(results):
+def test_hand_edited_csv_is_shown_or_reported(results):
     wrong = Table(results / "peers-dense-bf16-pt9.9-cpu2.csv", ("party",), "python -m 'benchmarks.speed")
     wrong.put({"party": "loop", "agrees": "yes", "round_rates": "90 fast"})
     assert targets.round_rates(wrong.rows[0]) == [90, None]
@@ -325,7 +325,7 @@ def test_a_csv_that_was_edited_by_hand_is_shown_or_named(results):
         report.main(["--results", str(results)])
 
 
-def test_models_behind_pca_are_listed_with_their_reasons(monkeypatch):
+def test_models_worse_than_pca_are_listed_with_reasons(monkeypatch):
     row = {"dataset": "digits", "code_size": "8", "budget": "epochs=1", "steps": "1", "mse": "0.3", "pca_mse": "0.2"}
     rows = [row | {"model": name} for name in ("slow_ae", "odd_ae", "lost_ae")]
     rows.append(row | {"model": "vae", "mse": "0.1"})
@@ -351,7 +351,7 @@ def test_models_behind_pca_are_listed_with_their_reasons(monkeypatch):
     assert report_pca.section([rows[5]], rows) == ""
 
 
-def test_seeds_of_one_budget_are_one_row():
+def test_seeds_of_equal_budget_are_merged():
     row = {"model": "vae", "budget": "seconds=1"}
     (found,) = report.over_seeds([row | {"seed": str(i), "steps": str(90 + i), "mse": str(i)} for i in range(3)])
     assert found["seeds"] == "3" and float(found["mse"]) == 1
@@ -366,7 +366,7 @@ def test_rows_differ_by_draws_and_time_limit():
         assert [row["seeds"] for row in found] == ["2", "1"]
 
 
-def test_runs_that_time_has_cut_are_marked():
+def test_time_limited_runs_are_marked():
     def cells(budget, *epochs):
         row = {"model": "vae", "budget": budget}
         (found,) = report.over_seeds([row | {"seed": str(i), "epochs": n} for i, n in enumerate(epochs)])
@@ -417,7 +417,7 @@ def test_the_command_lists_the_benchmarks_without_torch():
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (AezooError("cause; cure"), 2)])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-def test_scripts_end_in_one_line(monkeypatch, capsys, error, code):
+def test_script_errors_are_reported_in_one_line(monkeypatch, capsys, error, code):
     def ends(*_):
         raise error
 

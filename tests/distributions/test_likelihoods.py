@@ -101,7 +101,7 @@ def test_log_prob_matches_reference_summed_per_sample(name: str, shape: tuple[in
     torch.testing.assert_close(found.detach(), expected, rtol=rtol, atol=atol)
 
 
-def test_the_constants_that_the_documentation_states() -> None:
+def test_documented_constants_are_correct() -> None:
     x, t = torch.rand(5, 3, 4, dtype=torch.float64), torch.randn(5, 3, 4, dtype=torch.float64)
     sse = ((x - t) ** 2).flatten(1).sum(1)
     torch.testing.assert_close(-build("gaussian").log_prob(t, x), sse + 6 * math.log(math.pi))
@@ -117,7 +117,7 @@ LOGITS = (-60.0, -5.0, -0.06, -0.049, -0.01, 0.0, 1e-4, 0.02, 0.0499, 0.0501, 0.
 
 
 @pytest.mark.parametrize("t", LOGITS)
-def test_continuous_bernoulli_is_a_density_with_that_mean(t: float) -> None:
+def test_continuous_bernoulli_is_normalised_with_its_mean(t: float) -> None:
     made = build("continuous_bernoulli")
     near = [0.0, 1 / 60, 0.5, 59 / 60, 1.0]
     total = sum(quad(lambda x: math.exp(one(made, t, x)), a, b)[0] for a, b in pairwise(near))
@@ -143,7 +143,7 @@ def test_continuous_bernoulli_mean_is_finite_in_half() -> None:
         *("logcosh", "logcosh:0.1", "logcosh:learned"),
     ],
 )
-def test_densities_integrate_to_one_with_that_mean(name: str) -> None:
+def test_densities_are_normalised_with_their_mean(name: str) -> None:
     made, t = build(name), 0.3
     cuts = [t - 40 * scale_of(made), t, t + 40 * scale_of(made)]
     parts = list(pairwise(cuts))
@@ -199,7 +199,7 @@ def test_logit_laplace_is_normalised_with_its_mean(t: float, scale: float) -> No
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-def test_the_mean_of_logit_laplace_is_that_of_its_quantiles(scale: float) -> None:
+def test_logit_laplace_mean_matches_quantile_average(scale: float) -> None:
     """Also where the density at the ends is infinite."""
     made, t = build(f"logit_laplace:{scale}"), torch.linspace(-6, 6, 13, dtype=torch.float64)[:, None]
     quantiles = stats.laplace.ppf((np.arange(400_000) + 0.5) / 400_000, 0, scale_of(made))
@@ -223,7 +223,7 @@ class OfYAlone(LogitLaplace):
 
 
 @pytest.mark.parametrize("rival", [WithoutTheSlopeOfTheLogit, OfYAlone])
-def test_what_ports_of_logit_laplace_leave_out_is_seen(rival: type[LogitLaplace]) -> None:
+def test_wrong_logit_laplace_densities_are_detected(rival: type[LogitLaplace]) -> None:
     made = rival(0.3, learned=False).double()
     assert abs(of_its_interval(made, 0.7, lambda x, p: p) - 1) > 0.1
     x, t = LEVELS[torch.randint(256, (6, 3))], torch.randn(6, 3, dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_beta_binomial_sums_to_1_over_256_levels(t: float, c: float) -> None:
 
 @pytest.mark.parametrize("log_c", [-100.0, -3.0, 0.0, 3.0, 100.0])
 @pytest.mark.parametrize("t", [-1e5, -30.0, 0.3, 30.0, 1e5])
-def test_beta_binomial_keeps_its_digits_and_its_gradient_far_out(t: float, log_c: float) -> None:
+def test_beta_binomial_is_accurate_for_extreme_parameters(t: float, log_c: float) -> None:
     made = likelihood("beta_binomial")
     with torch.no_grad():
         made.log_scale.fill_(log_c)
@@ -325,7 +325,7 @@ def test_samples_have_the_moments_of_log_prob(name: str, t: float) -> None:
         ("laplace:learned", lambda e: e.abs().mean()),
     ],
 )
-def test_the_learned_scale_is_optimal_where_theory_says(name: str, best: object) -> None:
+def test_learned_scale_optimum_matches_theory(name: str, best: object) -> None:
     made = build(name)
     x, t = torch.rand(40, 6, dtype=torch.float64), torch.rand(40, 6, dtype=torch.float64)
     gradients = []
@@ -340,7 +340,7 @@ def test_the_learned_scale_is_optimal_where_theory_says(name: str, best: object)
     assert gradients[2] > 0.5
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_log_prob_gradients_match_finite_differences() -> None:
     x = LEVELS[torch.tensor([[0, 1, 100, 254, 255]])]
     t = torch.tensor([[0.1, -0.2, 0.03, 1.3, 0.9]], dtype=torch.float64, requires_grad=True)
     for name in NAMES:
@@ -348,7 +348,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradcheck(lambda t, made=made: made.log_prob(t, x), (t,), atol=1e-6)
 
 
-def test_flags_say_which_data_and_which_measure() -> None:
+def test_flags_state_data_range_and_discreteness() -> None:
     flags = {name: (likelihood(name).unit_interval, likelihood(name).discrete) for name in LIKELIHOODS}
     assert flags == {
         "bernoulli": (True, True),

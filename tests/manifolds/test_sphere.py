@@ -38,7 +38,7 @@ def mean_cosine(d: int, family: str, kappa: float) -> float:
 # ---- the sphere ------------------------------------------------------------------------------------------------------
 
 
-def test_no_bessel_function_of_large_order_underflows() -> None:
+def test_large_order_bessel_functions_do_not_underflow() -> None:
     """At order 249 scipy's is 0; of that order I_nu(k) = (k/2)^nu / Gamma(nu + 1) * 0F1(nu + 1, k^2/4)."""
     d, kappa = 500, 1.0
     assert special.ive(d / 2 - 1, kappa) == 0
@@ -49,7 +49,7 @@ def test_no_bessel_function_of_large_order_underflows() -> None:
     assert mean_h.item() + 1 == pytest.approx(kappa / d * special.hyp0f1(d / 2 + 1, kappa**2 / 4) / series, abs=1e-8)
 
 
-def test_the_vmf_density_is_scipy_s() -> None:
+def test_vmf_density_matches_scipy() -> None:
     for d, kappa in ((2, 3.0), (4, 0.5), (7, 60.0)):
         mu, z = directions(1, d), directions(20, d)
         found = about_mean(d, "vmf").log_prob(z, mu, concentrations(kappa, 1))
@@ -62,7 +62,7 @@ def levels(n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_angle_is_the_quantile_of_its_marginal(family: str) -> None:
+def test_angle_quantile_matches_marginal_cdf(family: str) -> None:
     u = levels(400)
     for d in (2, 3, 8, 33):
         q = about_mean(d, family)

@@ -33,7 +33,7 @@ def test_coherence_shares_match_manual_count(size):
     assert joint.compute().item() == pytest.approx(4 / 6)  # all but samples 2 and 4
 
 
-def test_a_perfect_model_has_one_and_guesses_their_chance():
+def test_perfect_coherence_is_one_and_random_is_chance():
     cross, joint = metrics.CrossCoherence(3), metrics.JointCoherence()
     y = torch.arange(3).repeat(400)
     cross.update([F.one_hot(y, 3)] * 3, y)
@@ -45,7 +45,7 @@ def test_a_perfect_model_has_one_and_guesses_their_chance():
     assert float(joint.compute()) == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_other_numbers_of_parts_or_samples_are_refused():
+def test_mismatched_parts_or_samples_are_refused():
     for given, y in (([logits(FIRST)], CLASSES), ([logits(FIRST)] * 2, CLASSES[1:])):
         with pytest.raises(AezooError, match="takes logits of 2 parts and y"):
             metrics.CrossCoherence(2).update(given, torch.tensor(y))

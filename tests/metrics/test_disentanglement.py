@@ -47,18 +47,18 @@ def score(name, codes, factors=FACTORS):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_code_that_is_the_factors_scores_1(name):
+def test_true_factors_score_one(name):
     assert 0.99 < score(name, PERFECT) <= 1
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_rotation_lowers_the_score(name):
+def test_rotated_factors_score_lower(name):
     mixed = score(name, MIXED)
     assert (mixed > 0.8) if name in SAME_WHEN_MIXED else (mixed < 0.75)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_codes_that_know_nothing_score_what_chance_gives(name):
+def test_uninformative_codes_score_at_chance(name):
     # a majority vote of 4 factors is right once in four times; modularity compares what a finite sample seems to know
     least, most = {"factor_vae": (0.2, 0.35), "modularity": (0.3, 0.9)}.get(name, (0, 0.07))
     assert least <= score(name, NOISE) < most
@@ -67,7 +67,7 @@ def test_codes_that_know_nothing_score_what_chance_gives(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("codes", [BLURRED, MIXED], ids=["blurred", "mixed"])
-def test_order_sign_scale_and_origin_of_dimensions_do_not_matter(name, codes):
+def test_score_is_invariant_to_permutation_and_affine_maps(name, codes):
     before = score(name, codes)
     # forests break ties by the order of dimensions, bins and quantiles end elsewhere after a change of sign
     off = {"disentanglement": 0.03, "completeness": 0.03, "factor_vae": 0.03}.get(name, 0.01)
@@ -95,14 +95,14 @@ def test_metrics_ignore_order_of_samples_and_factors(name):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_dimension_that_never_changes_changes_nothing(name):
+def test_constant_dimensions_do_not_change_score(name):
     wider = torch.cat([torch.full((N, 1), 0.1), BLURRED, torch.zeros(N, 2)], 1)
     assert score(name, wider) == pytest.approx(score(name, BLURRED), abs=1e-6)
     assert score(name, torch.full((N, 3), 0.1)) == 0
     assert math.isfinite(score(name, BLURRED[:, :1])) and 0 <= score(name, BLURRED[:, :1]) <= 1
 
 
-def test_two_dimensions_with_one_factor_leave_no_gap():
+def test_duplicated_factor_has_no_gap():
     twice = torch.cat([PERFECT, PERFECT], 1)
     assert score("mig", twice) < 1e-6 and score("sap", twice) < 1e-6
     # each dimension still knows one factor alone; but a factor is spread over two
@@ -137,7 +137,7 @@ def table(codes, bins=20):
 
 
 @pytest.mark.parametrize("bins", [20, 7])
-def test_mig_and_modularity_are_those_of_a_count(bins):
+def test_mig_and_modularity_match_counted_information(bins):
     known = table(BLURRED, bins)
     gaps = []
     for k in range(4):
@@ -183,7 +183,7 @@ def test_sap_of_two_classes_is_accuracy_gap():
     assert float(three.compute()) == pytest.approx(2 / 3, abs=0.06)
 
 
-def test_dci_is_that_of_the_forests_importances():
+def test_dci_matches_random_forest_importances():
     # uneven: two dimensions share a factor, and two mix all
     codes = torch.cat([BLURRED, PERFECT[:, :1] + 0.5 * NOISE.flip(0)[:, :1], MIXED[:, :2]], 1)
     rows, held = train_test_rows(N, 0)
@@ -209,7 +209,7 @@ def test_dci_is_that_of_the_forests_importances():
 
 
 @pytest.mark.parametrize("quantile", [0.99, 1.0, 0.5])
-def test_irs_is_that_of_a_loop_over_values(quantile):
+def test_irs_matches_loop_over_factor_values(quantile):
     codes = MIXED.double().numpy()
     whole = [np.quantile(abs(z - z.mean()), quantile) for z in codes.T]
     robust = []
@@ -256,7 +256,7 @@ def test_factor_vae_score_matches_fixed_factor_sampling():
     assert 0.3 < expected < 0.9 and float(metric.compute()) == pytest.approx(expected, abs=0.03)
 
 
-def test_votes_are_of_all_values_by_their_frequency():
+def test_factor_values_are_drawn_by_frequency():
     # dimension 0 stands still for one value in four of factor 0, dimension 1 for every value of factor 1
     factors = torch.randint(4, (4000, 2), generator=torch.Generator().manual_seed(0))
     noise = torch.from_numpy(np.random.default_rng(3).normal(size=4000))
@@ -287,7 +287,7 @@ def test_equivalent_models_score_1_and_unrelated_0():
 
 
 @pytest.mark.parametrize("correlation", ["spearman", "lasso"])
-def test_udr_is_that_of_a_loop_over_pairs(correlation):
+def test_udr_matches_loop_over_model_pairs(correlation):
     codes = [BLURRED, MIXED[:, :3], torch.cat([MIXED, NOISE[:, :2]], 1), PERFECT + 2 * NOISE.flip(1)]
     expected = []
     for j, one in enumerate(codes):
@@ -333,7 +333,7 @@ def test_dimensions_without_kl_and_without_change_are_left_out():
 # ---- as metrics of torchmetrics -------------------------------------------------------------------------------------
 
 
-def test_a_collection_shares_samples_and_forgets_them():
+def test_metric_collection_shares_samples_and_resets():
     together = MetricCollection([MIG(), IRS(), DCI(trees=3)])
     together.update(BLURRED, FACTORS)
     found = together.compute()
@@ -389,7 +389,7 @@ def test_two_processes_compute_from_the_samples_of_both(tmp_path):
         (lambda: DCI(categorical=(-1,)), PERFECT, FACTORS, "must be columns 0 to 3"),
     ],
 )
-def test_what_has_no_score_is_refused_in_one_line(metric, codes, factors, message):
+def test_invalid_inputs_are_refused_in_one_line(metric, codes, factors, message):
     def run(found):
         found.update(codes, factors)
         found.compute()
@@ -407,7 +407,7 @@ def test_one_factor_is_enough_for_a_gap():
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
 @pytest.mark.parametrize("metric", [MIG, lambda: UDR(2)])
-def test_nothing_collected_and_other_widths_are_refused(metric):
+def test_empty_state_and_width_changes_are_refused(metric):
     with pytest.raises(AezooError, match="seen no codes"):
         metric().compute()
     mig = MIG()
@@ -432,6 +432,6 @@ def test_nothing_collected_and_other_widths_are_refused(metric):
         (lambda: udr(PERFECT, PERFECT, kl=[PERFECT, PERFECT[:, :2]]), "shape of the codes"),
     ],
 )
-def test_arguments_without_a_meaning_are_refused(make, message):
+def test_invalid_metric_arguments_are_refused(make, message):
     with pytest.raises(AezooError, match=message):
         make()

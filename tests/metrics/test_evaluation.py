@@ -31,7 +31,7 @@ def ssim(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.mark.parametrize(
     "shape", [(30,), (3, 17), (1, 28, 28), (3, 9, 12), (1, 8, 8), (1, 6, 6), (1, 5, 8), (1, 4, 4, 4)]
 )
-def test_uneven_batches_give_the_figures_of_the_whole_set(shape: tuple[int, ...]) -> None:
+def test_uneven_batches_match_whole_set_metrics(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.rand(23, *shape)
     x_hat = x + 0.2 * torch.randn_like(x)  # outside [0, 1] too
@@ -59,7 +59,7 @@ def test_a_perfect_reconstruction() -> None:
     assert "bits_per_dim" not in found
 
 
-def test_what_is_missing_has_no_part_in_the_figures() -> None:
+def test_missing_values_are_excluded_from_metrics() -> None:
     x, known = torch.rand(8, 1, 12, 12), torch.ones(8, 1, 12, 12, dtype=torch.bool)
     known[:4, :, :5] = False
     x_hat = x + 0.2 * torch.randn_like(x)
@@ -100,7 +100,7 @@ def test_means_of_many_batches_keep_their_digits() -> None:
     assert means.compute()["a"].item() == pytest.approx(0.1, rel=1e-7)
 
 
-def test_each_of_several_loaders_has_figures_of_its_own(tmp_path: Path) -> None:
+def test_each_loader_has_its_own_metrics(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (DataLoader((scale * torch.rand(10, 6, generator=generator)), batch_size=4) for scale in (1, 0.5))
     torch.manual_seed(0)

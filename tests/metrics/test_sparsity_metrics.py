@@ -43,7 +43,7 @@ def cut(size):
 
 
 @pytest.mark.parametrize("size", [N, 500, 128, 7, 1])
-def test_figures_are_those_of_all_samples_however_they_are_cut(size):
+def test_metrics_do_not_depend_on_batch_size(size):
     together = metrics.sparse_metrics((X,), (LATENTS,))
     for code, samples, hats in cut(size):
         together.update(code=code, x=samples, x_hat=hats)
@@ -68,7 +68,7 @@ def test_the_mean_over_batches_of_their_own_fvu_is_biased():
     assert float(((x - hat) ** 2).sum() / (x**2).sum()) < exact / 2
 
 
-def test_float64_keeps_what_float32_sums_lose():
+def test_fvu_accumulates_in_float64():
     n = 20_000
     samples = 1000 + torch.randn(n, 4, generator=DICE)
     hats = samples + 0.1 * torch.randn(n, 4, generator=DICE)
@@ -84,7 +84,7 @@ def test_float64_keeps_what_float32_sums_lose():
     assert low.compute().dtype == torch.float64
 
 
-def test_a_perfect_model_has_the_values_that_it_should():
+def test_perfect_reconstruction_has_ideal_metrics():
     found = metrics.sparse_metrics((X,), (LATENTS,))
     found.update(code=CODES, x=SAMPLES, x_hat=SAMPLES)
     # Cosine and Shrinkage have equal sums then, and must not be taken for one
@@ -106,7 +106,7 @@ def test_bias_metric_is_optimal_rescaling():
     assert errors[1] < min(errors[0], errors[2])
 
 
-def test_samples_of_zeros_spoil_nothing():
+def test_zero_samples_give_finite_metrics():
     samples, hats = torch.tensor([[0.0, 0], [3, 4]]), torch.tensor([[1.0, 0], [0, 0]])
     for metric, value in ((metrics.Cosine(), 0.0), (metrics.Shrinkage(), 0.0)):
         metric.update(samples, hats)
@@ -119,7 +119,7 @@ def test_samples_of_zeros_spoil_nothing():
         assert math.isnan(float(metric.compute()))
 
 
-def test_a_threshold_counts_what_is_above_it_of_either_sign():
+def test_threshold_applies_to_absolute_activations():
     code = torch.tensor([[0.0, 0.2, -0.2, 0.5], [0.0, 0.1, 0, -0.6]])
     for threshold, l0, dead in ((0.0, 2.5, 0.25), (0.15, 2.0, 0.25), (0.3, 1.0, 0.75)):
         number, share = metrics.L0(threshold=threshold), metrics.DeadShare(4, threshold=threshold)
@@ -141,7 +141,7 @@ def test_maps_are_flattened():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_forward_gives_the_batch_and_keeps_the_whole():
+def test_forward_returns_batch_value_and_accumulates():
     fvu = metrics.FVU(X)
     first = fvu(SAMPLES[:50], HATS[:50])
     assert float(first) == pytest.approx(1 - r2_score(x[:50], hat[:50], multioutput="variance_weighted"), rel=1e-9)
@@ -162,7 +162,7 @@ def _rank(rank, store, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_figures_of_one(tmp_path):
+def test_two_processes_match_single_process_metrics(tmp_path):
     multiprocessing.start_processes(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
@@ -210,7 +210,7 @@ def test_true_atoms_score_1_up_to_order_sign_scale():
 
 
 @pytest.mark.parametrize("latents", [6, 4, 7])
-def test_the_matching_is_the_best_of_all_there_are(latents):
+def test_mcc_uses_optimal_matching(latents):
     directions = torch.randn(latents, 4, generator=DICE)
     cosine = np.abs(cosine_similarity(ATOMS.double().numpy(), directions.double().numpy()))
     if latents <= 6:
@@ -224,7 +224,7 @@ def test_the_matching_is_the_best_of_all_there_are(latents):
     assert found["mcc"] <= cosine.max(1).mean() + 1e-9
 
 
-def test_latents_alike_are_told_by_uniqueness_and_by_mcc():
+def test_duplicated_latents_lower_uniqueness_and_mcc():
     alike = ATOMS[[0, 0, 0, 3, 3, 3]]
     found = recovery(ATOMS, alike)
     assert found["uniqueness"] == pytest.approx(2 / 6) and found["mcc"] < 0.9
@@ -258,7 +258,7 @@ def test_similarity_averages_dictionaries_and_joins_streams():
         (lambda: metrics.Recovery(ATOMS).compute(), "no samples"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(call, message):
+def test_invalid_arguments_are_refused_in_one_line(call, message):
     with pytest.raises(AezooError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -272,7 +272,7 @@ def test_a_device_without_float64_takes_float32():
     assert float(found["fvu"]) == pytest.approx(float(EXPECTED["fvu"]), rel=1e-3)
 
 
-def test_one_collection_may_hold_them_all():
+def test_metrics_share_a_collection():
     together = MetricCollection([metrics.Cosine(), metrics.Shrinkage(), metrics.ReconstructionBias()])
     together.update(SAMPLES, SAMPLES)
     together.update(SAMPLES, 3 * SAMPLES)

@@ -23,7 +23,7 @@ pytestmark = [
 # ---- the players -----------------------------------------------------------------------------------------------------
 
 
-def test_hinge_by_hand() -> None:
+def test_hinge_loss_matches_hand_computation() -> None:
     real, fake = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([-3.0, 0.0, 2.0])
     # (0 + 0.5 + 2 + 0) / 4 and (0 + 1 + 3) / 3
     assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (2.5 / 4 + 4 / 3))
@@ -40,14 +40,14 @@ def test_hinge_by_hand() -> None:
         ([0.0, 0.0], [1.0, 0.0], 0.0),
     ],
 )
-def test_the_adaptive_weight_by_hand(rec: list[float], gan: list[float], expected: float) -> None:
+def test_adaptive_weight_matches_hand_computation(rec: list[float], gan: list[float], expected: float) -> None:
     found = adaptive_weight(torch.tensor(rec, dtype=torch.float64), torch.tensor(gan, dtype=torch.float64))
     assert found.item() == pytest.approx(expected)
     assert adaptive_weight(torch.ones(3).bfloat16(), torch.ones(3).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo imports what torch itself has deprecated
-def test_in_a_graph_gradients_within_a_loss_are_the_same(shifted: Any) -> None:
+def test_compiled_last_layer_gradients_match_eager(shifted: Any) -> None:
     net = shifted(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))).double()
     scale, z = nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), torch.randn(6, 3, dtype=torch.float64)
 
@@ -70,14 +70,14 @@ def test_in_a_graph_gradients_within_a_loss_are_the_same(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 7), (1, 1, 1), (3, 11), (1, 5, 4, 3)])
-def test_the_discriminator_judges_patches_of_samples_one_by_one(shape: tuple[int, ...], shifted: Any) -> None:
+def test_patch_discriminator_treats_samples_independently(shape: tuple[int, ...], shifted: Any) -> None:
     net, x = PatchDiscriminator(shape, (8, 6)).double(), torch.rand(3, *shape, dtype=torch.float64)
     t = net(x)
     assert t.shape == (3, 1, *(math.ceil(math.ceil(n / 2) / 2) for n in shape[1:]))
     torch.testing.assert_close(torch.cat([net(each[None]) for each in x]), t)
 
 
-def test_a_patch_s_judgement_reads_its_neighbourhood_alone() -> None:
+def test_patch_discriminator_has_local_receptive_field() -> None:
     net, x = PatchDiscriminator((1, 32), (4,)).double(), torch.rand(1, 1, 32, dtype=torch.float64).requires_grad_()
     for i, t in enumerate(net(x)[0, 0]):
         (g,) = torch.autograd.grad(t, x, retain_graph=True)

@@ -16,7 +16,7 @@ pytestmark = [
 # ---- the code's scale ------------------------------------------------------------------------------------------------
 
 
-def test_the_standardiser_has_the_moments_of_all_that_it_saw() -> None:
+def test_standardiser_moments_match_all_observed_codes() -> None:
     module, seen = Standardiser(3).double(), []
     for step in range(9):
         seen.append(torch.randn(5, 3, 4, 2, dtype=torch.float64) * (step + 1) + step)
@@ -40,7 +40,7 @@ def test_later_moments_are_moving_averages_of_100_steps() -> None:
     assert module.std_C.item() == pytest.approx(math.sqrt(0.99 + 0.1 - 0.0009))
 
 
-def test_codes_that_are_all_alike_can_be_standardised() -> None:
+def test_constant_codes_can_be_standardised() -> None:
     module = Standardiser(2)
     module.observe(torch.ones(3, 2, 4), lambda values: values.mean(0))
     assert module(torch.ones(3, 2, 4)).abs().max() < 1e-3

@@ -12,7 +12,7 @@ from aezoo.nets import convnext
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_a_convnext_block_is_its_formula(rank: int, shifted: Any) -> None:
+def test_convnext_block_matches_formula(rank: int, shifted: Any) -> None:
     block = shifted(convnext.ConvNeXtBlock(rank, 4, "gelu"))
     x = torch.randn(2, 4, *([9] * rank))
     norm_, (first, _, last) = block.norm, block.pointwise

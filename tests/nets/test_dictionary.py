@@ -33,7 +33,7 @@ def nearest_to_all(x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("case", ["normal", "outliers", "off centre"])
-def test_the_geometric_median_is_the_optimiser_s(case: str) -> None:
+def test_geometric_median_matches_numerical_optimiser(case: str) -> None:
     x = torch.randn(40, 5, dtype=torch.float64)
     if case == "outliers":
         x[:12] += 1000
@@ -46,7 +46,7 @@ def test_the_geometric_median_is_the_optimiser_s(case: str) -> None:
     assert np.abs(found - x.mean(0).numpy()).max() > 1e-2  # the mean is another point
 
 
-def test_the_geometric_median_may_be_a_sample_and_start_at_one() -> None:
+def test_geometric_median_may_coincide_with_a_sample() -> None:
     """Weiszfeld's plain iteration divides by 0 where a sample is the median, and never leaves one where it is not."""
     x = torch.randn(9, 3, dtype=torch.float64)
     several = torch.cat([x, x[:1].expand(12, 3)])
@@ -58,7 +58,7 @@ def test_the_geometric_median_may_be_a_sample_and_start_at_one() -> None:
     torch.testing.assert_close(geometric_median(line), line[2], rtol=0, atol=1e-6)
 
 
-def test_gathered_rows_are_added_in_float32_in_a_model_of_bf16() -> None:
+def test_bf16_gathered_rows_are_summed_in_float32() -> None:
     values, index = torch.rand(4, 200).bfloat16(), torch.rand(4, 300).topk(200).indices
     dictionary = Dictionary(300, (7,), "gather").bfloat16()
     found = dictionary.sum_of_directions(values, index)
@@ -69,7 +69,7 @@ def test_gathered_rows_are_added_in_float32_in_a_model_of_bf16() -> None:
     assert dictionary.W_NX.grad is not None
 
 
-def test_auto_gathers_from_the_measured_crossover_on() -> None:
+def test_auto_decode_switches_at_measured_crossover() -> None:
     dictionary = Dictionary(2 * CROSSOVER["cpu"], (7,))
     assert [dictionary.uses_gather(k) for k in (1, 2, 3, 100)] == [True, True, False, False]
     assert not any(Dictionary(2 * CROSSOVER["cpu"], (7,), "dense").uses_gather(k) for k in (1, 2, 3))

@@ -12,7 +12,7 @@ from aezoo.nets.blocks.flows import MADE
 # ---- determinants ----------------------------------------------------------------------------------------------------
 
 
-def test_steps_stay_invertible_whatever_their_parameters_are() -> None:
+def test_flow_steps_are_invertible_for_any_parameters() -> None:
     """And finite in float32, where a softplus or a tanh reaches its limit."""
     z = torch.linspace(-30, 30, 2001)[:, None]
     for scale in (1, 10, 100, 1e4):
@@ -28,7 +28,7 @@ def test_steps_stay_invertible_whatever_their_parameters_are() -> None:
     assert (z - 2 * z / (1 + z.abs())).diff(dim=0).min() < 0
 
 
-def test_the_planar_step_is_that_of_the_paper() -> None:
+def test_planar_step_matches_paper() -> None:
     z, u, w = torch.randn(3, 4, 5, dtype=torch.float64)
     b = torch.randn(4, 1, dtype=torch.float64)
     moved, log_det = flows.planar(z, torch.cat([u, w, b], 1))
@@ -47,7 +47,7 @@ def test_the_planar_step_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("d", [1, 4, 10])
-def test_the_sylvester_step_is_that_of_the_paper(d: int) -> None:
+def test_sylvester_step_matches_paper(d: int) -> None:
     """With Q, R and S written out as matrices."""
     generator = torch.Generator().manual_seed(d)
     p = torch.randn(1, flows.FLOWS["sylvester"][1](d), dtype=torch.float64, generator=generator)

@@ -27,7 +27,7 @@ def test_gdn_divides_by_the_joint_size_of_channels() -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-def test_gdn_of_float16_squares_what_has_no_square_there(inverse: bool) -> None:
+def test_float16_gdn_handles_overflowing_squares(inverse: bool) -> None:
     """65,504 is the largest number of float16, and 300^2 more."""
     x = torch.tensor([300.0, -20.0, 1000.0]).repeat(2, 1)[..., None].requires_grad_()
     layer, sign = GDN(3, inverse), torch.tensor([1.0, -1.0, 1.0])[:, None]
@@ -44,7 +44,7 @@ def test_gdn_of_float16_squares_what_has_no_square_there(inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("grid", [(7,), (4, 5), (2, 3, 4)])
-def test_gdn_without_weights_is_undone_by_its_mirror(grid: tuple[int, ...]) -> None:
+def test_inverse_gdn_undoes_gdn_for_zero_gamma(grid: tuple[int, ...]) -> None:
     """Exact for gamma = 0 alone: with weights the mirror is one step of a fixed-point iteration."""
     x = torch.randn(2, 3, *grid, dtype=torch.float64)
     layer, mirror = GDN(3).double(), GDN(3, inverse=True).double()

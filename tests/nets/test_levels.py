@@ -14,7 +14,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
-def test_the_kl_of_a_level_is_that_of_two_gaussians() -> None:
+def test_level_kl_matches_torch_distributions() -> None:
     mu, log_var, m, log_s2 = (torch.randn(4, 6, 5).double().requires_grad_() for _ in range(4))
     found = Level(mu, mu, mu, log_var, m, log_s2).kl()
     expected = D.kl_divergence(normal(mu, log_var), normal(m, log_s2)).sum(-1)

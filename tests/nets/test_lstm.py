@@ -12,7 +12,7 @@ from aezoo.nets import lstm
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 7), (2, 5, 6), (2, 3, 4, 5)])
-def test_steps_run_along_the_first_axis_behind_the_channels(shape: tuple[int, ...]) -> None:
+def test_steps_follow_first_axis_after_channels(shape: tuple[int, ...]) -> None:
     x = torch.rand(2, *shape)
     steps = lstm.Steps()(x)
     n, features = lstm.steps_of(shape)
@@ -23,7 +23,7 @@ def test_steps_run_along_the_first_axis_behind_the_channels(shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("width", [5, 8])
-def test_lstm_is_torch_s_with_a_residual_where_widths_agree(width: int, shifted: Any) -> None:
+def test_lstm_matches_torch_with_residual_for_equal_widths(width: int, shifted: Any) -> None:
     own, theirs = lstm.LSTM(5, width).double(), nn.LSTM(5, width, batch_first=True).double()
     assert (own.bias[width : 2 * width] == 1).all()
     own = shifted(own)

@@ -36,7 +36,7 @@ def mixed(block: mixer.Block, x_BND: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "width", "between"), [(6, 10, 5), (9, 4, 2), (1, 1, 1)])
-def test_a_mixer_s_block_is_its_formula(n: int, width: int, between: int, shifted: Any) -> None:
+def test_mixer_block_matches_formula(n: int, width: int, between: int, shifted: Any) -> None:
     block, x_BND = shifted(mixer.Block(n, width, "gelu")).double(), torch.randn(3, n, width, dtype=torch.float64)
     assert block.places[0].weight.shape == (between, n) and block.channels[0].weight.shape == (4 * width, width)
     torch.testing.assert_close(block(x_BND), mixed(block, x_BND))
@@ -76,7 +76,7 @@ def test_layers_over_places_are_the_same_for_each_channel(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 11), (3, 5, 7), (2, 3, 4, 5)])
-def test_a_mixer_is_patches_through_its_blocks(shape: tuple[int, ...], shifted: Any) -> None:
+def test_mixer_networks_match_hand_written_forward(shape: tuple[int, ...], shifted: Any) -> None:
     """Encoder and decoder of a map whole, by hand: widths that differ have a linear layer between them."""
     patchify, x = vit.Patchify(shape), data(2, shape)
     code = (5, *patchify.grid)
@@ -95,7 +95,7 @@ def test_a_mixer_is_patches_through_its_blocks(shape: tuple[int, ...], shifted: 
 
 
 @pytest.mark.parametrize("sides", [(1,), (2, 3), (2, 3, 2)])
-def test_a_code_s_grid_is_that_of_a_mixer_s_patches(sides: tuple[int, ...]) -> None:
+def test_mixer_code_grid_must_match_patch_grid(sides: tuple[int, ...]) -> None:
     shape = (1, *(4 * side for side in sides))
     assert nets.map_shape("mixer", shape, (8,), 5) == (5, *vit.Patchify(shape).grid)
     for build_, shapes in ((nets.encoder, (shape, (5, *sides[1:], 9))), (nets.decoder, ((5, *sides[1:], 9), shape))):

@@ -63,7 +63,7 @@ def assert_right(layer, shape):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("kind", [CONVS, TRANSPOSED], ids=["convolution", "transposed"])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (3, 1), (4, 2), (5, 3), (4, 4)])
-def test_values_and_gradients_are_right_on_grids_of_any_width(kind, rank, kernel, stride):
+def test_values_and_gradients_are_correct_for_any_grid_width(kind, rank, kernel, stride):
     for size, channels in product((1, 2, 3, 5), ((16, 8), (8, 16))):
         padding = kernel // 2
         if kind is TRANSPOSED and (size - 1) * stride - 2 * padding + kernel < 1:
@@ -74,7 +74,7 @@ def test_values_and_gradients_are_right_on_grids_of_any_width(kind, rank, kernel
 
 
 @pytest.mark.parametrize("net", ["conv", "resnet", "convnext", "conv_keras"])
-def test_an_encoder_may_go_on_where_its_grid_is_one_point(net):
+def test_deep_encoder_on_single_point_grid_has_gradients(net):
     x = torch.rand(16, 1, 8, 8)
     gradients = []
     for lowers in (False, True):
@@ -123,7 +123,7 @@ def test_an_encoder_may_go_on_where_its_grid_is_one_point(net):
     ],
     ids=str,
 )
-def test_those_layers_are_found(taken, layer, shape, wanted):
+def test_layers_needing_float32_are_detected(taken, layer, shape, wanted):
     x = torch.randn(2, 8, *shape)
     with torch.no_grad():
         exact = layer(x)
@@ -136,7 +136,7 @@ def test_those_layers_are_found(taken, layer, shape, wanted):
     assert not narrow_conv.needs_float32(layer, x[0].bfloat16())
 
 
-def test_no_layer_with_a_tap_beyond_the_border_is_missed():
+def test_every_layer_with_out_of_range_tap_is_detected():
     for kernel, stride, padding, n in product(range(1, 8), range(1, 5), range(8), range(1, 11)):
         small = (n + 2 * padding - kernel) // stride + 1
         if n + 2 * padding < kernel:
@@ -150,7 +150,7 @@ def test_no_layer_with_a_tap_beyond_the_border_is_missed():
                 assert larger_grid(nn.ConvTranspose1d(1, 1, kernel, stride, padding, extra), (small,)) == (n,)
 
 
-def test_graphs_for_elsewhere_say_convolution():
+def test_exported_graph_contains_plain_convolution():
     layer, x = Conv2d(4, 8, 3, 2, 1).bfloat16(), torch.randn(2, 4, 1, 1).bfloat16()
     assert narrow_conv.needs_float32(layer, x)
     ops = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes if node.op == "call_function"]

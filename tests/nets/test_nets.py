@@ -56,7 +56,7 @@ def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
     ],
 )
 @pytest.mark.parametrize("act", ["relu", "silu"])
-def test_values_flow_both_ways_and_no_sample_sees_another(name: str, shape: tuple[int, ...], act: str) -> None:
+def test_networks_use_all_parameters_and_separate_samples(name: str, shape: tuple[int, ...], act: str) -> None:
     torch.manual_seed(0)
     encoder, decoder = nets.encoder(name, shape, (6,), (8, 12), act), nets.decoder(name, (6,), shape, (12, 8), act)
     x = torch.rand(3, *shape)
@@ -68,7 +68,7 @@ def test_values_flow_both_ways_and_no_sample_sees_another(name: str, shape: tupl
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
 
 
-def test_mlp_is_the_article_s_network() -> None:
+def test_mlp_layer_widths_match_article() -> None:
     hidden = [128, 64]
     encoder, decoder = nets.encoder("mlp", (1, 28, 28), (32,), hidden), nets.decoder("mlp", (32,), (784,), hidden[::-1])
     widths = [m.weight.shape[::-1] for m in [*encoder, *decoder] if isinstance(m, nn.Linear)]
@@ -91,14 +91,14 @@ def test_gated_layer_is_linear_times_sigmoid() -> None:
             nets.encoder(net, (1, 8, 8), (2,), (3,), "gated")
 
 
-def test_the_network_of_keras_has_its_parameters() -> None:
+def test_keras_vae_network_has_published_parameter_count() -> None:
     """The counts that the page of the example prints, https://keras.io/examples/generative/vae/"""
     encoder = nets.encoder("conv_keras", (1, 28, 28), (4,), (32, 64))
     decoder = nets.decoder("conv_keras", (2,), (1, 28, 28), (64, 32))
     assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [69_076, 65_089]
 
 
-def test_keras_network_of_a_map_has_its_parameters() -> None:
+def test_keras_vq_vae_network_has_published_parameter_count() -> None:
     """Those of https://keras.io/examples/generative/vq_vae/: with 64 codes of 16 numbers the 48,913 that it prints."""
     encoder = nets.encoder("conv_keras", (1, 28, 28), (16, 7, 7), (32, 64))
     decoder = nets.decoder("conv_keras", (16, 7, 7), (1, 28, 28), (64, 32))
@@ -131,7 +131,7 @@ def shortcuts(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_what_goes_from_space_to_channels_comes_back(rank: int) -> None:
+def test_space_to_channel_shuffle_roundtrips(rank: int) -> None:
     from aezoo.nets.dc import shuffle, unshuffle
 
     x = torch.randn(2, 3, *(4, 6, 2)[:rank])
@@ -146,7 +146,7 @@ def test_what_goes_from_space_to_channels_comes_back(rank: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (2, 8, 12), (1, 7, 5), (1, 4, 3, 5)])
-def test_shortcuts_of_enough_channels_give_back_every_value(shape: tuple[int, ...]) -> None:
+def test_dc_shortcuts_with_enough_channels_are_lossless(shape: tuple[int, ...]) -> None:
     """A stage without parameters is a rearrangement: in 2-D channels 4 C and 16 C hold all there is."""
     cell = 2 ** (len(shape) - 1)
     stages = (cell * shape[0], cell**2 * shape[0])
@@ -177,7 +177,7 @@ def test_dc_shortcuts_average_and_repeat_cells(pool: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6), (6, 4), (4, 6), (1, 5), (5, 5)])
-def test_channels_are_shared_out_evenly(before: int, after: int) -> None:
+def test_spread_averages_channels_by_overlap(before: int, after: int) -> None:
     """Each new one is the mean of the old ones over its own part of all, by the lengths that they have in common."""
     from aezoo.nets.dc import spread
 
@@ -193,7 +193,7 @@ def test_channels_are_shared_out_evenly(before: int, after: int) -> None:
     torch.testing.assert_close(found[..., 2], torch.einsum("ij,bjl->bil", shares, x))
 
 
-def test_a_stage_adds_its_convolution_to_the_shortcut() -> None:
+def test_dc_stage_adds_convolution_to_shortcut() -> None:
     from aezoo.nets.dc import _Down, _Up
 
     x = torch.rand(2, 3, 8, 6, dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_a_stage_adds_its_convolution_to_the_shortcut() -> None:
 
 
 @pytest.mark.parametrize("name", nets.ACTIVATIONS)
-def test_activations_are_fresh_modules(name: str) -> None:
+def test_activation_returns_a_new_module(name: str) -> None:
     assert nets.activation(name) is not nets.activation(name)
     assert type(nets.activation(name)) is nets.ACTIVATIONS[name]
 

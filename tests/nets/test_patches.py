@@ -37,7 +37,7 @@ def test_patches_put_together_are_the_sample(shape: tuple[int, ...], size: int) 
     torch.testing.assert_close(again, (patches_BNP * 3 + 1) * patchify.real_NP)
 
 
-def test_a_patch_is_a_block_of_the_image_with_its_channels() -> None:
+def test_patch_is_image_block_with_all_channels() -> None:
     patchify, x = vit.Patchify((3, 6, 8), 2), data(2, (3, 6, 8))
     for i in range(3):
         for j in range(4):
@@ -79,7 +79,7 @@ def test_masks_are_uniform_and_differ_between_samples() -> None:
     assert (masked_BN.mean(0) - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
 
 
-def test_unshuffling_what_was_shuffled_changes_nothing() -> None:
+def test_unshuffle_inverts_shuffle() -> None:
     tokens_BND, order_BN = torch.randn(4, 9, 3), torch.rand(4, 9).argsort(1)
     moved_BND = vit.shuffle(tokens_BND, order_BN)
     assert torch.equal(vit.unshuffle(moved_BND, order_BN), tokens_BND)
@@ -89,7 +89,7 @@ def test_unshuffling_what_was_shuffled_changes_nothing() -> None:
     assert not torch.equal(vit.shuffle(moved_BND, order_BN), tokens_BND)
 
 
-def test_what_is_averaged_is_each_patch_where_it_was_hidden() -> None:
+def test_average_masked_uses_only_hidden_patches() -> None:
     orders_KN = vit.fixed_orders(10, 7)
     hidden_KN = vit.is_masked(orders_KN, 7)
     values_BKNP = torch.randn(3 * len(orders_KN), 10, 2)

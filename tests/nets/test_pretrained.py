@@ -24,7 +24,7 @@ def load(module: nn.Module, name: str, file: Path | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "inception_v3"])
-def test_the_file_is_that_which_torchvision_fetches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_file_matches_torchvision_location(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Path] = []
 
     def fetch(url: str, file: str, *_: Any, **__: Any) -> None:
@@ -59,7 +59,7 @@ def test_missing_and_broken_weights_name_the_cure(tmp_path: Path) -> None:
             load(net, "a line", own)
 
 
-def test_weights_that_fit_are_loaded(tmp_path: Path) -> None:
+def test_matching_weights_are_loaded(tmp_path: Path) -> None:
     net, given = nn.Linear(2, 3), nn.Linear(2, 3)
     for name, file in (("resnet18", None), ("a line", tmp_path / "own.pth")):
         torch.save(given.state_dict(), file or cached_file(name))

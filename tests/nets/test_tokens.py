@@ -67,7 +67,7 @@ def test_latent_tokens_permuted_give_tokens_permuted() -> None:
     assert not torch.allclose(decoder(code), x_hat)  # the order of tokens says something
 
 
-def test_rows_reshaped_instead_of_transposed_mix_the_tokens() -> None:
+def test_reshape_instead_of_transpose_is_detected() -> None:
     """1d-tokenizer's `is_legacy` takes (B, N, W) for (B, W, N), so that a channel of the code mixes tokens."""
 
     class Legacy(tokens.TokenEncoder):
@@ -145,7 +145,7 @@ def test_encoder_and_decoder_are_the_published_ones(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("n", [3, 16, 21])
-def test_at_the_start_each_token_meets_its_run_of_patches(n: int) -> None:
+def test_initial_attention_assigns_patch_runs_to_tokens(n: int) -> None:
     """By the scores of the first attention: runs in order, all of them greater than those of the other patches."""
     torch.manual_seed(0)
     patchify, width = vit.Patchify(SHAPE), 128

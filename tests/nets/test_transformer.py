@@ -14,7 +14,7 @@ from aezoo.nets.transformer import Block
 
 
 @pytest.mark.parametrize("width", [6, 7])
-def test_sinusoids_are_the_paper_s_and_a_shift_rotates_them(width: int) -> None:
+def test_sinusoids_match_paper_and_shift_rotates_them(width: int) -> None:
     found = lstm.sinusoids(50, width).double()
     for t in (0, 1, 31):
         for k in range(width):
@@ -28,7 +28,7 @@ def test_sinusoids_are_the_paper_s_and_a_shift_rotates_them(width: int) -> None:
     assert torch.equal(lstm.sinusoids(20, width), lstm.sinusoids(50, width)[:20])
 
 
-def test_a_block_is_torch_s_pre_norm_layer(shifted: Any) -> None:
+def test_block_matches_torch_pre_norm_layer(shifted: Any) -> None:
     """nn.TransformerEncoderLayer with the same weights, with keys left out and causal."""
     for causal in (False, True):
         block = shifted(Block(32, "relu", causal)).double()

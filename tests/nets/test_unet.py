@@ -31,7 +31,7 @@ def test_every_unet_stage_passes_through_the_code() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
-def test_doubling_is_the_way_back_of_a_pooling_that_rounds_up(n: int) -> None:
+def test_upsampling_inverts_ceil_mode_pooling(n: int) -> None:
     small_map = torch.rand(1, 1, math.ceil(n / 2))
     large = unet._Doubled((n,))(small_map)
     assert torch.equal(large[0, 0], small_map[0, 0].repeat_interleave(2)[:n])

@@ -13,7 +13,7 @@ from aezoo.nets import vit
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 2), (96, 3), (7, 1)])
-def test_attention_is_that_of_torch(width: int, heads: int, shifted: Any) -> None:
+def test_attention_matches_torch_multihead_attention(width: int, heads: int, shifted: Any) -> None:
     ours = shifted(vit.Attention(width)).double()
     theirs = nn.MultiheadAttention(width, heads, batch_first=True).double()
     theirs.load_state_dict(
@@ -29,7 +29,7 @@ def test_attention_is_that_of_torch(width: int, heads: int, shifted: Any) -> Non
     torch.testing.assert_close(ours(x_BND), theirs(x_BND, x_BND, x_BND)[0])
 
 
-def test_a_block_is_torch_s_pre_norm_encoder_layer(shifted: Any) -> None:
+def test_block_matches_torch_pre_norm_encoder_layer(shifted: Any) -> None:
     ours = shifted(vit.Block(64, "gelu")).double()
     theirs = nn.TransformerEncoderLayer(64, 2, 256, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True).double()
     pairs = {

@@ -91,7 +91,7 @@ def inertia(rows, codes):
 
 @every
 @pytest.mark.parametrize("places", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_layout_is_its_rows(name, places):
+def test_result_is_independent_of_spatial_layout(name, places):
     quantiser, z = built(name), torch.randn(5, D, *places)
     found, flat = quantiser(z), quantiser(as_rows(z))
     assert found.z_q.shape == (5, quantiser.code_dim, *places)
@@ -102,7 +102,7 @@ def test_a_layout_is_its_rows(name, places):
 
 
 @every
-def test_indices_go_there_and_back(name):
+def test_indices_roundtrip_to_codes(name):
     quantiser, z = built(name), torch.randn(40, D, 3)
     for given in (z, z.bfloat16(), z.double()):
         found = quantiser.quantise(given)
@@ -120,7 +120,7 @@ def test_indices_go_there_and_back(name):
 
 
 @every
-def test_autocast_changes_nothing(name):
+def test_autocast_does_not_change_results(name):
     quantiser, z = built(name), torch.randn(2000, D)
     with torch.autocast("cpu", torch.bfloat16):
         found = quantiser(z)
@@ -191,7 +191,7 @@ def test_wrong_shapes_are_refused(name):
         (lambda: CodebookUsage((2**25,)), "digits of an index"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(build, message):
+def test_invalid_settings_are_refused(build, message):
     with pytest.raises(AezooError, match=message):
         build()
 
@@ -214,7 +214,7 @@ def test_counts_stay_in_float32_when_a_model_goes_to_bf16():
 
 
 @pytest.mark.parametrize("shift", [0.0, 300.0])
-def test_the_index_is_that_of_the_least_distance(shift):
+def test_index_is_nearest_code(shift):
     quantiser, z = VQ(D, 200), torch.randn(3000, D) + shift
     quantiser.code_KD.copy_(torch.randn(200, D) + shift)
     distance = torch.cdist(z.double(), quantiser.code_KD.double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -236,7 +236,7 @@ def test_products_in_tf32_have_the_precision_of_float32():
     assert plain > 2e-4 and (rounded(left) @ rounded(right).T - exact).abs().max() < plain / 100
 
 
-def test_with_cosine_the_index_is_that_of_the_largest_cosine():
+def test_cosine_index_has_largest_similarity():
     quantiser, z = VQ(D, 50, cosine=True).eval(), 5 * torch.randn(500, D)
     quantiser.code_KD.mul_(torch.rand(50, 1) + 0.1)
     cosine = F.cosine_similarity(z[:, None], quantiser.code_KD[None], dim=2)
@@ -275,7 +275,7 @@ def test_training_reaches_k_means_inertia(update, digits):
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_the_start_is_k_means_and_sets_sums_and_counts(update, digits):
+def test_init_is_k_means_with_sums_and_counts(update, digits):
     rows = digits.flatten(1).float()
     quantiser = VQ(64, 20, update=update, dead_below=0.1)
     quantiser.init_from_data(rows)
@@ -357,7 +357,7 @@ def test_ema_step_matches_formula_and_keeps_unused_codes():
     assert torch.equal(quantiser.code_KD[~used], start[~used])
 
 
-def test_a_code_that_was_unused_for_ever_comes_back_to_its_rows():
+def test_long_unused_code_moves_to_its_rows_when_used():
     quantiser = VQ(2, 2, decay=0.5).train()
     quantiser.code_KD.copy_(torch.tensor([[0.0, 0], [9, 9]]))
     quantiser.sum_KD.copy_(quantiser.code_KD)
@@ -409,7 +409,7 @@ def test_commitment_moves_z_alone_and_codebook_the_codes_alone(build):
     assert of_z.abs().max() == 0 and of_code.abs().max() > 0
 
 
-def test_beta_weighs_what_moves_z():
+def test_beta_weights_commitment_gradient():
     """On the wrong term it is the fault of taming-transformers #57, diffusers #8226, 1d-tokenizer #95 and others."""
     quantiser, z, beta = VQ(D, K, update="gradient").train(), torch.randn(30, D, requires_grad=True), 0.25
     found = quantiser(z)
@@ -423,7 +423,7 @@ def test_beta_weighs_what_moves_z():
 
 
 @pytest.mark.parametrize("name", ["vq", "vq-gradient", "residual_vq", "grouped_vq", "sim_vq", "fvq", "lfq"])
-def test_straight_through_the_gradient_of_z_is_that_of_the_code(name):
+def test_straight_through_passes_code_gradient_to_input(name):
     quantiser, z, weight = built(name).train(), torch.randn(8, D, 3, requires_grad=True), torch.randn(8, D, 3)
     z_q = quantiser(z).z_q
     (of_z,) = gradients((weight * z_q).sum(), z)
@@ -515,7 +515,7 @@ def test_gumbel_tends_to_nearest_code_at_low_temperature():
     assert torch.equal(drawn.eval()(z).indices, drawn(z).indices)
 
 
-def test_an_estimator_changes_the_value_of_nothing_in_evaluation():
+def test_estimators_agree_in_evaluation():
     z, first = torch.randn(30, D), None
     for estimator in ("ste", "rotation", "gumbel", "diveq"):
         torch.manual_seed(0)
@@ -574,7 +574,7 @@ def test_two_levels_a_channel_are_signs_in_fsq_lfq_and_bsq():
         assert torch.equal(found.indices[:, 0], bits)
 
 
-def test_one_code_is_the_mean_of_all():
+def test_single_code_is_mean_of_rows():
     quantiser, z = VQ(D, 1, decay=0.0), torch.randn(100, D) + 3
     assert quantiser.bits == 0 and quantiser.train()(z).indices.abs().max() == 0
     torch.testing.assert_close(quantiser.code_KD[0], z.mean(0))
@@ -582,7 +582,7 @@ def test_one_code_is_the_mean_of_all():
     torch.testing.assert_close(quantiser.eval()(z).terms["commitment"], variance)
 
 
-def test_groups_are_books_of_their_own():
+def test_grouped_vq_equals_separate_quantisers():
     quantiser, z = built("grouped_vq"), torch.randn(20, D)
     found = quantiser(z)
     parts = [group(part) for group, part in zip(quantiser.groups, z.split(2, 1), strict=True)]
@@ -621,7 +621,7 @@ def test_fsq_is_the_published_listing(levels):
 
 
 @pytest.mark.parametrize("levels", [(8, 5, 5, 5), (2, 3, 4, 2)])
-def test_the_whole_book_of_fsq_is_reached_and_told_apart(levels):
+def test_every_fsq_code_is_reachable_and_distinct(levels):
     quantiser, size = FSQ(levels), math.prod(levels)
     codes = quantiser.codes(torch.arange(size)[:, None])
     assert len(codes.unique(dim=0)) == size and codes.abs().max() == 1
@@ -634,7 +634,7 @@ def test_the_whole_book_of_fsq_is_reached_and_told_apart(levels):
     assert quantiser(z).indices[:, 0].tolist() == [*range(size)]
 
 
-def test_two_levels_are_cut_at_zero():
+def test_two_level_fsq_thresholds_at_zero():
     """A shift of atanh(.999), as in vector-quantize-pytorch #237, would cut at -3.8."""
     z = torch.tensor([-4.0, -3, -0.01, 0.01, 3, 4])
     for levels in ((2,), (2, 5)):
@@ -642,7 +642,7 @@ def test_two_levels_are_cut_at_zero():
         assert found.tolist() == [-1, -1, -1, 1, 1, 1]
 
 
-def test_the_gradient_of_fsq_is_that_of_its_bound():
+def test_fsq_gradient_matches_bound_derivative():
     z = torch.randn(30, len(GRIDS), dtype=torch.float64, requires_grad=True)
     quantiser = FSQ(GRIDS).double()
     (found,) = gradients(quantiser(z).z_q.sum(), z)
@@ -663,7 +663,7 @@ def brute_entropies(u, temperature, scale):
 
 @pytest.mark.parametrize("kind", [LFQ, BSQ])
 @pytest.mark.parametrize("dim", [1, 4, 10])
-def test_entropies_are_those_of_the_whole_book(kind, dim):
+def test_entropy_terms_match_brute_force(kind, dim):
     z = 0.5 * torch.randn(60, dim) + 0.2
     quantiser = kind(dim, temperature=0.7)
     terms = quantiser(z).terms
@@ -704,7 +704,7 @@ def test_entropy_loss_is_least_for_confident_diverse_codes():
     assert value(torch.zeros(4, dim)) == pytest.approx(0, abs=1e-5)  # unsure of each: both are dim log 2
 
 
-def test_entropies_of_what_is_sure_have_finite_gradients():
+def test_entropy_of_certain_codes_has_finite_gradient():
     for kind in (LFQ, BSQ):
         z = (1e3 * torch.randn(8, 9)).requires_grad_()
         terms = kind(9)(z).terms
@@ -781,7 +781,7 @@ def test_the_random_projection_is_frozen_and_compares_directions():
 # ---- residuals and dropout -------------------------------------------------------------------------------------------
 
 
-def test_levels_fitted_to_residuals_leave_ever_less():
+def test_residual_levels_reduce_error():
     z = torch.randn(600, D)
     quantiser = ResidualVQ(D, 4, K)
     quantiser.init_from_data(z)
@@ -800,7 +800,7 @@ def test_levels_fitted_to_residuals_leave_ever_less():
 
 
 @pytest.mark.parametrize("levels", [(8, 5, 5, 5), (2, 3, 6, 7)])
-def test_a_level_of_residual_fsq_cuts_the_error_by_its_values(levels):
+def test_residual_fsq_error_shrinks_by_levels(levels):
     quantiser = ResidualFSQ(levels, 4).double()
     z = torch.randn(3000, len(levels), dtype=torch.float64)
     found = quantiser(z)
@@ -831,7 +831,7 @@ def test_dropout_keeps_the_first_levels_of_a_sample(build):
     assert (quantiser.eval()(z).indices >= 0).all() and (build(0.0).train()(z).indices >= 0).all()
 
 
-def test_dropped_levels_count_nothing_and_learn_nothing():
+def test_dropped_levels_are_not_updated():
     z = torch.randn(300, D)
     quantiser = ResidualVQ(D, 3, K, dropout=1.0, decay=0.0)
     quantiser.init_from_data(z)
@@ -857,7 +857,7 @@ def test_dropped_levels_count_nothing_and_learn_nothing():
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_dead_codes_come_back_until_all_are_used(update):
+def test_dead_code_revival_uses_every_code(update):
     centres = 10 * F.normalize(torch.randn(K, D), dim=1)
     used = {}
     for dead_below in (0.0, 1.0):
@@ -879,7 +879,7 @@ def test_dead_codes_come_back_until_all_are_used(update):
     assert used == {0.0: 1 / K, 1.0: 1.0}
 
 
-def test_a_revived_code_is_a_row_with_sum_and_count_of_its_own():
+def test_revived_code_resets_sum_and_count():
     z = torch.randn(40, D)
     quantiser = VQ(D, K, dead_below=0.995, decay=0.99)
     quantiser.code_KD[1:] += 100
@@ -976,7 +976,7 @@ def _rank(rank, store, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_learn_what_one_learns_from_all(tmp_path):
+def test_two_processes_match_single_process_training(tmp_path):
     multiprocessing.start_processes(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork")
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name in RANKED:
@@ -1036,14 +1036,14 @@ def require_compiled_alike(name, backend):
 
 @pytest.mark.slow  # the contract of models exports and compiles them too
 @pytest.mark.parametrize("name", COMPILED)
-def test_in_one_graph_it_is_the_same(name):
+def test_aot_eager_graph_matches_eager(name):
     require_compiled_alike(name, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_it_is_the_same(name):
+def test_inductor_matches_eager(name):
     require_compiled_alike(name, "inductor")
 
 
@@ -1066,7 +1066,7 @@ EXPORTED = ("vq", "fsq", "lfq", "residual_vq")
 
 @pytest.mark.slow  # the contract of models exports and compiles them too
 @pytest.mark.parametrize("name", ALL)
-def test_exported_for_any_batch_it_is_the_same(name):
+def test_exported_program_matches_for_any_batch(name):
     quantiser, z = built(name), torch.randn(5, D, 2, 3)
     batch = torch.export.Dim("batch", min=1)
     for module, given in ((ToIndices(quantiser), z), (FromIndices(quantiser), quantiser(z).indices)):
@@ -1077,7 +1077,7 @@ def test_exported_for_any_batch_it_is_the_same(name):
 
 @pytest.mark.slow  # the contract of models exports and compiles them too
 @pytest.mark.parametrize("name", EXPORTED)
-def test_through_onnx_for_any_batch_it_is_the_same(name):
+def test_onnx_model_matches_for_any_batch(name):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     quantiser, z = built(name), torch.randn(5, D, 2, 3)
@@ -1131,7 +1131,7 @@ def test_residual_fsq_levels_match_peer(peer):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_grouped_vq_takes_the_codes_of_the_peer_s(cosine, peer):
+def test_grouped_vq_matches_peer_codes(cosine, peer):
     quantiser, z = GroupedVQ(D, 3, K, cosine=cosine), torch.randn(300, D)
     quantiser.init_from_data(z)
     theirs = peer.GroupedResidualVQ(
@@ -1149,7 +1149,7 @@ def test_grouped_vq_takes_the_codes_of_the_peer_s(cosine, peer):
 # ---- how much of a codebook is used ----------------------------------------------------------------------------------
 
 
-def test_usage_and_perplexity_are_of_all_that_was_seen():
+def test_usage_and_perplexity_cover_all_batches():
     sizes, dice = (8, 5), torch.Generator().manual_seed(0)
     second = torch.tensor([2, 2, 2, 3]).expand(300, 4)
     indices = torch.stack([torch.randint(6, (300, 4), generator=dice), second], 1)
@@ -1204,6 +1204,6 @@ def test_usage_is_counted_over_ranks(tmp_path):
         assert torch.load(tmp_path / f"count-{rank}.pt") == pytest.approx([1, K])
 
 
-def test_ste_is_the_code_to_the_bit():
+def test_ste_value_equals_code_exactly():
     z, q = 1e6 * torch.randn(100), torch.randn(100)
     assert torch.equal(ste(z, q), q) and not torch.equal(z + (q - z), q)

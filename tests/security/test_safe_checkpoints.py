@@ -49,7 +49,7 @@ def test_lightning_always_loads_without_pickle(run, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_honest_run_loads_on_every_path(run, capsys):
+def test_regular_run_loads_on_every_path(run, capsys):
     assert type(aezoo.load_model(run)).__name__ == "VAE"
     aezoo.load_model(aezoo.save_model(aezoo.load_model(run), "saved"))
     for command in COMMANDS:
@@ -95,7 +95,7 @@ def test_checkpoint_data_settings_cannot_choose_code(refused, honest):
 
 
 @pytest.mark.parametrize("text", ["evil.Evil", "os.system", "../vae", "", "__import__('os')"])
-def test_a_saved_model_names_nothing_but_a_registered_model(run, canary, text):
+def test_saved_model_may_name_only_registered_models(run, canary, text):
     folder = aezoo.save_model(aezoo.load_model(run), "saved")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model": text}))
@@ -108,7 +108,7 @@ def test_a_saved_model_names_nothing_but_a_registered_model(run, canary, text):
     assert not canary.exists()
 
 
-def test_weights_that_are_a_pickle_or_lie_about_their_header(run, canary):
+def test_pickled_or_malformed_weights_are_refused(run, canary):
     folder = aezoo.save_model(aezoo.load_model(run), "saved")
     weights = folder / "model.safetensors"
     for content in (
@@ -125,7 +125,7 @@ def test_weights_that_are_a_pickle_or_lie_about_their_header(run, canary):
     assert not canary.exists()
 
 
-def test_a_zip_that_grows_is_refused_unless_the_limit_is_raised(run, refused, monkeypatch):
+def test_zip_bomb_is_refused_unless_limit_is_raised(run, refused, monkeypatch):
     bomb = files.inflated(Path("bomb.ckpt"), run / "checkpoints" / "last.ckpt")
     assert bomb.stat().st_size < 2**20
     before = memory()
@@ -156,7 +156,7 @@ def test_hyperparameters_beyond_weight_memory_are_refused(run, honest, refused):
     assert memory() - before < 2**28
 
 
-def test_weights_that_claim_more_values_than_they_bring(honest):
+def test_expanded_weights_are_refused(honest):
     key, value = next(iter(honest["state_dict"].items()))
     honest["state_dict"][key] = torch.zeros(1).expand(value.shape)
     torch.save(honest, "thin.ckpt")
@@ -175,18 +175,18 @@ def test_repeated_values_are_counted_as_printed(honest):
 
 
 @pytest.mark.parametrize("value", [2**64, -(2**63), "x" * 10_001, {3: 4}, torch.zeros(2), {1, 2}, 1j, b"x"], ids=str)
-def test_values_that_are_not_plain(value):
+def test_non_plain_values_are_refused(value):
     with pytest.raises(AezooError, match="it: 'key'"):
         values.check_plain({"key": value}, "it")
 
 
-def test_plain_values_come_back_as_they_are():
+def test_plain_values_are_returned_unchanged():
     plain = {"a": 1, "b": 1.5, "c": None, "d": True, "e": "x", "f": [1, (2, {"g": 3})], "h": math.inf}
     assert values.check_plain(plain, "it") == plain
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "gs", "file"])
-def test_an_address_is_refused_with_the_advice_to_download_first(refused, scheme):
+def test_urls_are_refused_with_advice_to_download(refused, scheme):
     address = f"{scheme}://127.0.0.1:9/x"
     with pytest.raises(AezooError, match="download it first"):
         aezoo.load_model(address)
@@ -196,7 +196,7 @@ def test_an_address_is_refused_with_the_advice_to_download_first(refused, scheme
     refused("fit", f"--model={address}")
 
 
-def test_nothing_is_fetched_from_a_server_that_answers(refused, canary, tmp_path):
+def test_no_request_reaches_a_live_server(refused, canary, tmp_path):
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):

@@ -38,7 +38,7 @@ def test_a_configuration_cannot_run_code_or_hang(refused, canary, name, honest):
     assert memory() - before < 2**27
 
 
-def test_an_honest_configuration_runs(canary, capsys):
+def test_regular_configuration_runs(canary, capsys):
     Path("honest.yaml").write_text(
         "common: &steps 1\n".replace("common", "seed_everything")
         + "model: {class_path: vae, init_args: {latent_dim: 2}}\n"
@@ -99,7 +99,7 @@ def test_class_path_after_model_needs_no_other_flag(refused, canary, capsys):
         (["--model", "vae", "--allow", "jsonargparse"], "--allow takes"),
     ],
 )
-def test_what_the_user_types_is_checked_too(refused, canary, capsys, argv, words):
+def test_command_line_class_paths_are_checked(refused, canary, capsys, argv, words):
     if "evil.Missing" in argv:
         with pytest.raises(SystemExit):
             main(["fit", *argv])
@@ -108,7 +108,7 @@ def test_what_the_user_types_is_checked_too(refused, canary, capsys, argv, words
         assert words in refused("fit", *argv)
 
 
-def test_a_plugin_is_trusted_since_the_user_has_installed_it(monkeypatch, canary, capsys):
+def test_installed_plugin_is_trusted(monkeypatch, canary, capsys):
     point = type("Point", (), {"module": "evil.sub", "group": "aezoo.models"})
     monkeypatch.setattr(policy, "entry_points", lambda group: [point] if group == "aezoo.models" else [])
     Path("mine.yaml").write_text("model: {class_path: evil.Evil, init_args: {latent_dim: 2}}")
@@ -117,7 +117,7 @@ def test_a_plugin_is_trusted_since_the_user_has_installed_it(monkeypatch, canary
 
 
 @pytest.mark.parametrize("text", ["a: &x [1, 2]\nb: *x", "a: {b: [1, {c: 2}]}", "", "- 1", "x: '&a *b'"])
-def test_yaml_within_bounds_reads_as_ever(text):
+def test_yaml_within_limits_is_read_unchanged(text):
     assert yaml_text.load(text) == yaml.safe_load(text)
 
 
@@ -127,7 +127,7 @@ def test_yaml_alias_bomb_is_refused():
         yaml_text.check("a: &a 1\nb: [" + ", ".join(["*a"] * 17) + "]")
 
 
-def test_the_policy_holds_in_a_process_of_its_own(canary, tmp_path):
+def test_policy_is_enforced_in_new_process(canary, tmp_path):
     Path("hostile.yaml").write_text("model: {class_path: evil.Evil}")
     paths = os.pathsep.join([str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -139,13 +139,13 @@ def test_the_policy_holds_in_a_process_of_its_own(canary, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["trainer: -1", "trainer: null", "data: 3", "progress: 7", "checkpoints: null"])
-def test_a_section_that_is_no_section_is_refused(refused, tmp_path, text):
+def test_invalid_config_section_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
     message = refused("fit", "-c", str(tmp_path / "odd.yaml"))
     assert text.partition(":")[0] in message and "one to a line, or leave it out" in message
 
 
 @pytest.mark.parametrize("text", ["config: -1", "config: a.yaml", "fit: {config: {a: 1}}"])
-def test_a_file_of_settings_names_no_other(refused, tmp_path, text):
+def test_nested_config_file_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
     assert "give each with --config" in refused("fit", "-c", str(tmp_path / "odd.yaml"))

@@ -26,7 +26,7 @@ def data(path, **plain):
 
 
 @pytest.mark.parametrize("how", ["object", "npz", "zip", "legacy", "pickle"])
-def test_an_array_file_that_would_run_code(canary, how):
+def test_pickled_array_file_is_refused(canary, how):
     bomb = np.array([files.Bomb(canary)], object)
     path = Path("x.npy" if how == "object" else "x.npz" if how == "npz" else "x.pt")
     if how == "object":
@@ -41,7 +41,7 @@ def test_an_array_file_that_would_run_code(canary, how):
 
 
 @pytest.mark.parametrize("shape", [(2**62, 4), (10**6, 10**6), (2**40,), (0, 2**62), (-1, 4), (2**70,)])
-def test_headers_that_declare_more_than_the_file_has(shape):
+def test_oversized_array_headers_are_refused(shape):
     Path("x.npy").write_bytes(files.npy_header(shape) + bytes(64))
     before = memory()
     with pytest.raises(AezooError, match=r"x\.npy"):
@@ -72,7 +72,7 @@ def test_archive_bomb_is_refused_below_raised_limit():
     assert DataModule(str(bomb), max_bytes=2**27).input_shape == (1024,)
 
 
-def test_tensors_texts_and_tables_are_held_to_the_limit():
+def test_size_limit_applies_to_tensors_texts_and_tables():
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     torch.save(torch.zeros(1, 8).expand(2**40, 8), "x.pt")
@@ -97,7 +97,7 @@ def test_image_above_pixel_limit_is_refused():
     assert read_image(Path("pictures/bomb.png"), 28, 1, 10**7).shape == (1, 28, 28)
 
 
-def test_a_picture_that_would_call_another_program_is_no_picture(canary, monkeypatch, tmp_path):
+def test_postscript_image_is_refused(canary, monkeypatch, tmp_path):
     Path("pictures").mkdir()
     text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     Path("pictures/x.png").write_text(text)
@@ -116,7 +116,7 @@ def test_a_picture_that_would_call_another_program_is_no_picture(canary, monkeyp
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 
-def test_tar_cannot_escape_its_folder_in_torchvision(tmp_path):
+def test_torchvision_tar_cannot_escape_its_folder(tmp_path):
     from torchvision.datasets.utils import extract_archive
 
     archive = files.tar_that_escapes(tmp_path / "set.tar.gz")
@@ -154,12 +154,12 @@ def test_archive_with_path_traversal_is_refused(tmp_path, monkeypatch):
         ("été", "été"),
     ],
 )
-def test_a_name_is_one_part_of_a_path(name, part):
+def test_safe_name_is_a_single_path_component(name, part):
     assert archives.safe_name(name) == part
     assert (Path("root") / part).parent == Path("root")
 
 
-def test_a_configuration_cannot_name_a_run_out_of_its_folder(capsys):
+def test_config_name_cannot_place_run_outside_folder(capsys):
     Path("inner").mkdir()
     Path("inner/...yaml").write_text("model: vae")
     assert Path("inner/...yaml").stem == ".."
@@ -170,7 +170,7 @@ def test_a_configuration_cannot_name_a_run_out_of_its_folder(capsys):
     assert {path.name for path in Path("inner").iterdir()} == {"...yaml", "runs"}
 
 
-def test_names_of_classes_do_not_become_paths(capsys):
+def test_class_names_do_not_become_paths(capsys):
     np.savez("x.npz", x=np.random.default_rng(0).random((60, 4, 4)), y=np.array(["../../a", "/etc/b"] * 30))
     flags = ["--data.name", "x.npz", "--data.size", "8", "--trainer.max_epochs=1", "--model", "vae"]
     main(["fit", *flags, "--model.latent_dim=2"])

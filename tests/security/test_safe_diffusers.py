@@ -34,7 +34,7 @@ def changed(folder, **more):
     (folder / "config.json").write_text(json.dumps({**config, **more}))
 
 
-def test_an_honest_folder_loads_without_the_network(folder, canary, monkeypatch):
+def test_regular_folder_loads_without_network(folder, canary, monkeypatch):
     asked = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
@@ -45,7 +45,7 @@ def test_an_honest_folder_loads_without_the_network(folder, canary, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", WEIGHTS])
-def test_a_pickle_in_the_place_of_weights_runs_nothing(folder, canary, refused, name):
+def test_pickled_weights_run_no_code(folder, canary, refused, name):
     (folder / WEIGHTS).unlink()
     torch.save({"decoder.conv_in.bias": files.Bomb(canary)}, folder / name)
     with pytest.raises(AezooError, match=r"a pickle can run code|cannot read"):
@@ -83,7 +83,7 @@ def test_a_config_cannot_choose_code(folder, canary, more):
     assert "\n" not in str(refusal.value) and "evil" not in sys.modules and not canary.exists()
 
 
-def test_code_that_a_config_brings_along_is_not_looked_at(folder, canary):
+def test_config_code_references_are_ignored(folder, canary):
     changed(folder, auto_map={"AutoModel": "evil.Evil"}, _module="evil", evil={"class_path": "evil.Evil"})
     assert load(folder).code_shape == (4, 4, 4)
     assert "evil" not in sys.modules and not canary.exists()

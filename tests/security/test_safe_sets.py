@@ -21,7 +21,7 @@ def caller():
 
 
 @pytest.mark.parametrize("kind", ["pickle", "image:pickle", "jpeg:pickle", "graph", "int", "no_header_numpy:9"])
-def test_chunks_of_pickled_items(canary, tmp_path, kind):
+def test_pickled_chunk_items_are_refused(canary, tmp_path, kind):
     pytest.importorskip("litdata")
     from litdata.streaming.cache import Cache
 
@@ -52,7 +52,7 @@ def test_chunks_of_pickled_items(canary, tmp_path, kind):
     assert not canary.exists()
 
 
-def test_an_index_that_names_a_module_imports_nothing(canary, tmp_path, monkeypatch):
+def test_index_naming_a_module_imports_nothing(canary, tmp_path, monkeypatch):
     pytest.importorskip("litdata")
     from litdata.streaming.cache import Cache
 
@@ -79,7 +79,7 @@ def test_an_index_that_names_a_module_imports_nothing(canary, tmp_path, monkeypa
 
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
 @pytest.mark.parametrize("files", ["{}", "\n  - split: train\n    path: [x.csv, {}]", "zip://x.csv::{}"])
-def test_a_folder_that_names_addresses(caller, tmp_path, card, files):
+def test_folder_referencing_urls_is_refused(caller, tmp_path, card, files):
     pytest.importorskip("datasets")
     address = f"http://127.0.0.1:{caller.getsockname()[1]}/x.csv"
     root = tmp_path / "set"
@@ -93,7 +93,7 @@ def test_a_folder_that_names_addresses(caller, tmp_path, card, files):
         caller.accept()
 
 
-def test_a_folder_whose_card_names_its_files(tmp_path, monkeypatch):
+def test_folder_card_with_local_files_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"
@@ -106,7 +106,7 @@ def test_a_folder_whose_card_names_its_files(tmp_path, monkeypatch):
     assert DataModule("hf", root=str(root)).input_shape == (2,)
 
 
-def test_a_folder_with_a_loading_script(canary, tmp_path, monkeypatch):
+def test_folder_loading_script_is_not_run(canary, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"

@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("collective", [all_gather_rows, all_reduce_sum])
-def test_values_and_derivatives_are_those_of_one_process(folder, collective):
+def test_collectives_match_single_process(folder, collective):
     found = [torch.load(folder / f"{collective.__name__}-{rank}", weights_only=True) for rank in range(WORLD)]
     whole = values() if collective is all_gather_rows else sum(values().chunk(WORLD))
     for seen, *_ in found:

@@ -71,7 +71,7 @@ def judged(parameters=10**6, batch_size=256, uses=1, steps=10_000.0, device=CPU)
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda", 0)])
-def test_more_work_is_never_less_worth_compiling(device):
+def test_compilation_benefit_is_monotone_in_work(device):
     sizes = [10**k for k in range(2, 9)]
     on_cpu = device.type == "cpu"
     for other in (1, 100):
@@ -82,7 +82,7 @@ def test_more_work_is_never_less_worth_compiling(device):
             assert answers == [judged(**fixed | {changing: size}, device=device) for size in sizes]
 
 
-def test_a_short_run_is_not_compiled_and_a_long_one_is():
+def test_auto_compiles_long_runs_only():
     assert not judged(steps=10.0)
     assert judged(steps=10.0**7)
     assert not judged(steps=float("inf"))  # nobody knows how long
@@ -100,7 +100,7 @@ def test_break_even_point_is_compilation_time():
     assert judged(steps=even * 1.01)
 
 
-def test_weights_of_a_convolution_are_used_once_a_point():
+def test_weight_use_counts_convolution_positions():
     dense = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 9))
     conv = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, bias=False))
     assert positions(dense, (1, 8, 8)) == 1
@@ -109,7 +109,7 @@ def test_weights_of_a_convolution_are_used_once_a_point():
     assert positions(both, (1, 64, 64)) == round((256 + 1) / 2)
 
 
-def test_the_choice_is_said_in_one_line(caplog, graphs):
+def test_compilation_choice_is_logged_in_one_line(caplog, graphs):
     caplog.set_level("INFO")
     fit(model("auto"), max_epochs=1)
     assert (
@@ -122,7 +122,7 @@ def test_the_choice_is_said_in_one_line(caplog, graphs):
     assert len(graphs) == 1
 
 
-def test_a_step_that_differs_from_the_last_is_not_compiled(caplog, graphs):
+def test_varying_training_step_is_not_compiled(caplog, graphs):
     caplog.set_level("INFO")
     settings = {"hidden_dims": (4,), "features": "none"}
     source = DataModule.from_arrays(torch.rand(12, 1, 4, 4), batch_size=4, val_fraction=0, test_fraction=0)
@@ -203,7 +203,7 @@ def test_bytes_of_foreign_loader_are_refused(graphs, mode):
         trainer.fit(model(mode, "dense_ae"), loader, loader)
 
 
-def test_a_strangers_callback_sees_floats_in_a_compiled_run_too(graphs):
+def test_custom_callback_sees_floats_in_compiled_run(graphs):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             assert batch[0].dtype == torch.float32
@@ -215,7 +215,7 @@ def test_a_strangers_callback_sees_floats_in_a_compiled_run_too(graphs):
 
 
 @pytest.mark.parametrize("in_an_epoch", [True, False])
-def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epoch):
+def test_callback_added_later_sees_floats(graphs, in_an_epoch):
     seen = []
 
     class Look(pl.Callback):
@@ -239,7 +239,7 @@ def test_a_strangers_callback_that_comes_later_sees_floats_too(graphs, in_an_epo
     assert seen == [(torch.float32, False, False)] * (3 if in_an_epoch else 2)
 
 
-def test_batches_of_another_size_run_as_they_are(graphs):
+def test_batches_of_other_sizes_run_uncompiled(graphs):
     compiled = Compiled(lambda x: x.sum(), "default", lambda: None)
     assert compiled(torch.ones(4, 2)) == 8
     assert compiled(torch.ones(3, 2)) == 6
@@ -279,12 +279,12 @@ def test_resume_at_last_batch_compiles_for_full_batches(sizes, tmp_path):
     assert len(losses) == 12 and sizes == [4] * 10
 
 
-def test_a_set_that_is_smaller_than_a_batch_is_one(sizes):
+def test_dataset_smaller_than_batch_is_full_batch(sizes):
     fit(model("default"), source=data(n=10, batch_size=64))
     assert sizes == [9] * 2
 
 
-def test_full_batch_size_is_the_loaders(sizes):
+def test_full_batch_size_comes_from_loader(sizes):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(())
@@ -314,7 +314,7 @@ def test_compiled_checkpoint_loads_into_uncompiled_model(graphs, tmp_path):
     assert len(graphs) == 1
 
 
-def test_a_run_that_goes_on_keeps_its_decision(graphs, tmp_path, monkeypatch):
+def test_resumed_run_keeps_compilation_choice(graphs, tmp_path, monkeypatch):
     for first, later in ((True, False), (False, True)):
         monkeypatch.setattr(compilation, "worth_compiling", lambda *sizes, answer=first: answer)
         _, trainer = fit(model("auto"), max_epochs=1)
@@ -359,7 +359,7 @@ def test_failed_compilation_restores_random_state(monkeypatch):
     assert calls == ["compiled", "put back", "plain", "plain"]
 
 
-def test_a_step_that_cannot_be_compiled_anew_runs_on_uncompiled(monkeypatch):
+def test_failed_recompilation_continues_uncompiled(monkeypatch):
     """A layer that is frozen in the middle of a run has the step compiled once more."""
     made, frozen = [], []
 
@@ -385,7 +385,7 @@ def test_a_step_that_cannot_be_compiled_anew_runs_on_uncompiled(monkeypatch):
     assert fallen == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_fault_of_the_model_is_raised_as_it_is(graphs):
+def test_model_error_is_raised_unchanged(graphs):
     class Faulty(aezoo.model_class("dense_ae")):
         def loss(self, x, y=None):
             raise ZeroDivisionError("mine")
@@ -465,7 +465,7 @@ class Fails(pl.Callback):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("stop")])
-def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, error):
+def test_fit_cleanup_runs_once_after_any_end(sizes, monkeypatch, error):
     calls, undo = [], Autoencoder.leave_fit
     monkeypatch.setattr(Autoencoder, "leave_fit", lambda self: calls.append(1) or undo(self))
     module = model("default", "conv_ae", (1, 28, 28), hidden_dims=(4, 8))
@@ -480,7 +480,7 @@ def test_what_is_of_a_fit_is_undone_once_however_it_ends(sizes, monkeypatch, err
     assert len(calls) == 1
 
 
-def test_a_trainer_that_fits_again_undoes_once(sizes):
+def test_reused_trainer_registers_cleanup_once(sizes):
     _, trainer = fit(model("default"), max_epochs=1)
     many = len(trainer.callbacks)
     trainer.fit_loop.max_epochs = 2
@@ -505,7 +505,7 @@ class LookAtDenormals(pl.Callback):
             raise RuntimeError("stop")
 
 
-def test_denormals_are_zero_inside_and_as_before_outside():
+def test_flush_denormals_context_restores_state():
     assert not flushes()
     with flushed_denormals():
         assert flushes()
@@ -533,7 +533,7 @@ def test_a_fit_flushes_denormals_and_restores_them(fails):
 # ---- memory layout --------------------------------------------------------------------------------------------------
 
 
-def test_channels_last_is_for_two_dimensional_convolutions_alone():
+def test_channels_last_applies_to_2d_convolutions_only():
     conv = torch.nn.Conv2d(3, 4, 3)
     values = conv.weight.detach().clone()
     assert to_channels_last(torch.nn.Sequential(conv))
@@ -560,7 +560,7 @@ def test_optimiser_moments_follow_weight_layout():
     torch.testing.assert_close(layers[0].weight.contiguous(), layers[1].weight.contiguous())
 
 
-def test_a_fit_lays_convolutions_out_and_undoes_it(tmp_path):
+def test_fit_uses_channels_last_and_restores_layout(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             weights = [p for p in pl_module.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
@@ -613,7 +613,7 @@ print(faults() - before, made)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_a_process_that_fits_a_model_does_not_fetch_the_pages_of_each_tensor_anew():
+def test_fit_reduces_page_faults_of_large_tensors():
     """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to; a model takes few."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     command = [sys.executable, "-c", STEPS]
@@ -654,7 +654,7 @@ print(fault() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not malloc._heap(), reason="glibc's malloc on Linux")
-def test_malloc_keeps_its_pages_and_asks_for_huge_ones():
+def test_malloc_keeps_heap_and_uses_huge_pages():
     """In a process of its own, as what is set stays set."""
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     *heaps, faults = [line.split() for line in run.stdout.splitlines()]

@@ -247,7 +247,7 @@ class Halves(DataLoader):
 
 @pytest.mark.filterwarnings("ignore:.*(no `val_dataloader`|many workers|LeafSpec)")
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channels_last_trains_alike_in_several_processes(tmp_path, channels):
+def test_channels_last_matches_in_multi_process_training(tmp_path, channels):
     x = torch.rand(24, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     for devices in (1, 2):
         torch.manual_seed(0)
@@ -265,7 +265,7 @@ def test_channels_last_trains_alike_in_several_processes(tmp_path, channels):
             torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_a_strategy_that_cuts_weights_up_finds_them_as_they_were():
+def test_sharding_strategy_keeps_contiguous_weights():
     model = create_model("conv_ae", (3, 8, 8), hidden_dims=(6, 8), latent_dim=4)
     model._trainer = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
     model.setup("fit")
@@ -304,7 +304,7 @@ def test_failed_rank_ends_run_and_resume_is_exact(tmp_path, whole, rank, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raise", "kill", "freeze"])
-def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path, whole, kind):
+def test_torchrun_restart_resumes_exactly(tmp_path, whole, kind):
     code, log, left = run(
         tmp_path, *FIT, *VAE, f"--rank_timeout={TIMEOUT}", "--resume=auto", fault=f"1:10:{kind}",
         torchrun=[*TORCHRUN, "--max-restarts=1"], ends=180,
@@ -315,7 +315,7 @@ def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path, whole, kind)
 
 
 @pytest.mark.slow
-def test_without_restarts_torchrun_ends_too(tmp_path):
+def test_torchrun_ends_without_restarts(tmp_path):
     end_of(tmp_path, 1, "freeze", torchrun=TORCHRUN, ends=180)
 
 
@@ -370,7 +370,7 @@ def test_other_process_count_resumes_only_between_epochs(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_named(tmp_path):
+def test_port_in_use_is_reported(tmp_path):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()

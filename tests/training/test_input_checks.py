@@ -35,7 +35,7 @@ WRONG = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", ["encode", "forward", "score", "loss"])
 @pytest.mark.parametrize("what", WRONG)
-def test_data_that_a_model_was_not_made_for_are_refused(what, method, training):
+def test_inputs_of_wrong_shape_or_type_are_refused(what, method, training):
     given, says = WRONG[what]
     with pytest.raises(AezooError, match=rf"{says}") as error:
         getattr(model().train(training), method)(given)
@@ -46,29 +46,29 @@ def test_data_that_a_model_was_not_made_for_are_refused(what, method, training):
     ("name", "method", "settings"), [("vq_vae", "encode_indices", {"net": "mlp"}), ("mvae", "reconstruct_from", {})]
 )
 @pytest.mark.parametrize("what", WRONG)
-def test_so_are_those_for_what_some_models_do(what, name, method, settings):
+def test_model_specific_methods_refuse_wrong_inputs(what, name, method, settings):
     given, says = WRONG[what]
     with pytest.raises(AezooError, match=rf"^{method} {says}"):
         getattr(model(name, **settings).eval(), method)(given)
 
 
-def test_so_are_those_with_a_mask():
+def test_inpaint_refuses_wrong_shape():
     with pytest.raises(AezooError, match=r"^inpaint expects samples of shape Bx1x8x8, got 6x12"):
         model("asymmetric_kl", (1, 8, 8)).eval().inpaint(X, X > 0.5)
 
 
 @pytest.mark.parametrize("name", ["mlvae", "triplet_ae", "semi_supervised_vae"])
-def test_labels_are_one_a_sample(name):
+def test_labels_must_be_one_per_sample(name):
     with pytest.raises(AezooError, match=r"labels must be one .* a sample, got torch.int64 of shape \(6, 1\)"):
         model(name).loss(X, torch.zeros(6, 1).long())
 
 
-def test_codes_are_looked_at_too():
+def test_decode_checks_code_shape():
     with pytest.raises(AezooError, match="decode expects codes of shape Bx16, got 6x12"):
         model().decode(X)
 
 
-def test_what_is_right_is_looked_at_without_the_weights(monkeypatch):
+def test_valid_input_check_does_not_read_parameters(monkeypatch):
     """To find the first of them takes as long as a small layer."""
     model, asked = aezoo.create_model("dense_ae", (30,)).eval(), []
     monkeypatch.setattr(model, "parameters", lambda: asked.append(1) or iter(()))
@@ -77,7 +77,7 @@ def test_what_is_right_is_looked_at_without_the_weights(monkeypatch):
     assert not asked
 
 
-def test_an_error_of_the_model_itself_stays_what_it_is():
+def test_model_errors_are_not_replaced():
     class Broken(type(model())):
         def encode(self, x):
             raise RuntimeError("my own mistake")
@@ -86,7 +86,7 @@ def test_an_error_of_the_model_itself_stays_what_it_is():
         Broken((12,), hidden_dims=(8,)).encode(X)
 
 
-def test_a_model_in_double_precision_takes_doubles():
+def test_model_accepts_inputs_of_its_precision():
     assert model().double().eval().encode(X.double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):  # and a narrow one what autocast makes of its inputs
         assert model().eval().encode(X.bfloat16()).dtype == torch.bfloat16
@@ -94,7 +94,7 @@ def test_a_model_in_double_precision_takes_doubles():
 
 @pytest.mark.parametrize("method", ["encode", "forward", "score", "loss"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_floats_are_those_of_the_weights(method, dtype):
+def test_input_dtype_must_match_weights(method, dtype):
     says = f"({method}|encode) expects {dtype} like the model's weights, got torch.float32: give x.to\\({dtype}\\)"
     with pytest.raises(AezooError, match=says):
         getattr(model().to(dtype).eval(), method)(X)
@@ -102,17 +102,17 @@ def test_floats_are_those_of_the_weights(method, dtype):
 
 @pytest.mark.parametrize("n", [-1, 2.5, "3", None])
 @pytest.mark.parametrize("name", ["vae", "conditional_vae"])  # the second has its `sample` from a class beside
-def test_a_count_that_is_none_is_refused(n, name):
+def test_invalid_sample_counts_are_refused(n, name):
     with pytest.raises(AezooError, match=r"sample takes a whole number of samples, at least 0, got"):
         model(name).sample(n)
 
 
-def test_a_count_may_be_numpys():
+def test_sample_accepts_numpy_integer():
     assert model().sample(np.int64(2)).shape == (2, 12)
 
 
 @pytest.mark.parametrize("name", ["vae", "mixture_vae"])
-def test_a_count_may_be_zero(name):
+def test_sample_accepts_zero(name):
     assert model(name).sample(0).shape == (0, 12)
 
 
@@ -140,19 +140,19 @@ def trained(own, data):
         ((X[0].numpy().astype(float), 1), "the data are float64"),
     ],
 )
-def test_batches_that_a_model_was_not_made_for_are_refused(row, says):
+def test_invalid_training_batches_are_refused(row, says):
     with pytest.raises(AezooError, match=says):
         trained(model(), Rows(row))
 
 
 @pytest.mark.parametrize("row", [X[0], (X[0],), (X[0], 3), [X[0], 3]])
-def test_batches_are_samples_alone_or_with_labels(row):
+def test_batches_may_have_labels(row):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="a batch has")
         trained(model(), Rows(row))
 
 
-def test_parts_of_a_batch_that_nobody_reads_are_named():
+def test_unused_batch_parts_warn():
     with pytest.warns(UserWarning, match="a batch has 3 parts: .* the others are ignored"):
         trained(model(), Rows((X[0], 3, 0.5)))
 
@@ -166,7 +166,7 @@ def test_parts_of_a_batch_that_nobody_reads_are_named():
         (lambda loss: (loss, loss), "got tuple"),
     ],
 )
-def test_a_loss_of_one_s_own_is_told_what_to_return(gives, says):
+def test_invalid_custom_loss_return_is_refused(gives, says):
     class Own(type(model("dense_ae"))):
         def loss(self, x, y=None):
             return gives((self(x) - x).square().mean())
@@ -175,7 +175,7 @@ def test_a_loss_of_one_s_own_is_told_what_to_return(gives, says):
         trained(Own((12,), hidden_dims=(8,)), TensorDataset(X))
 
 
-def test_a_loss_of_one_s_own_takes_labels():
+def test_custom_loss_must_accept_labels():
     with pytest.raises(AezooError, match=r"Own\.loss must take self, x and y: def loss\(self, x, y=None\)"):
 
         class Own(type(model("dense_ae"))):
@@ -183,7 +183,7 @@ def test_a_loss_of_one_s_own_takes_labels():
                 return {"loss": self.score(x).mean()}
 
 
-def test_a_method_is_guarded_once_and_keeps_its_name_and_words():
+def test_guard_wraps_method_once_and_keeps_metadata():
     kind = type(model())
     for name in ("encode", "decode", "forward", "score", "loss", "sample"):
         method = getattr(kind, name)
@@ -193,6 +193,6 @@ def test_a_method_is_guarded_once_and_keeps_its_name_and_words():
         assert getattr(kind, name) is before
 
 
-def test_a_number_for_a_shape_is_answered_with_the_shape():
+def test_integer_input_shape_suggests_tuple():
     with pytest.raises(AezooError, match=r"input_shape takes a list of whole numbers, got 784: give \(784,\)"):
         aezoo.create_model("vae", 784)

@@ -68,7 +68,7 @@ def expected(name: str, steps: int, warmup: int = 0) -> list[float]:
 
 @pytest.mark.parametrize("warmup", [0, 5])
 @pytest.mark.parametrize("name", [*SCHEDULES, "multistep:0.63@0.1,0.35,0.9"])
-def test_the_rate_follows_the_schedule_of_that_name(name: str, warmup: int) -> None:
+def test_learning_rate_follows_named_schedule(name: str, warmup: int) -> None:
     found = rates(lr_schedule=name, warmup_steps=warmup)
     assert found == pytest.approx(expected(name, 20, warmup), rel=1e-6)
     assert max(found) == pytest.approx(LR)
@@ -129,19 +129,19 @@ def test_a_schedule_without_an_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 6}, {"max_epochs": 5, "max_steps": 6}], ids=str)
-def test_a_stream_without_a_length_has_max_steps_as_its_end(settings: dict[str, Any]) -> None:
+def test_schedule_of_unsized_stream_ends_at_max_steps(settings: dict[str, Any]) -> None:
     found = rates(DataLoader(Endless(), batch_size=4), settings, lr_schedule="linear")
     assert found == pytest.approx(expected("linear", 6), rel=1e-6)
 
 
-def test_constant_without_warmup_needs_no_scheduler_and_no_end() -> None:
+def test_constant_schedule_needs_no_end() -> None:
     assert rates() == [LR] * 20
     with_warmup = rates(DataLoader(Endless(), batch_size=4), {"max_steps": 6}, warmup_steps=3)
     assert with_warmup == pytest.approx(expected("constant", 6, 3))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_is_torchs_and_lowers_the_loss(name: str) -> None:
+def test_optimizers_are_torch_classes_and_lower_loss(name: str) -> None:
     torch.manual_seed(0)
     model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=1e-3, optimizer=name, weight_decay=0.01)
     optimizer = model.configure_optimizers()
@@ -173,7 +173,7 @@ WITH_BETAS = ("adam", "adamw", "adamax", "nadam", "radam")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_settings_are_torch_s(name: str) -> None:
+def test_optimizer_settings_match_torch(name: str) -> None:
     usual = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))]).defaults
     cases: list[tuple[str, dict[str, Any]]] = [("", {})]
     if name != "sgd":
@@ -193,7 +193,7 @@ def test_settings_are_torch_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["adam:beta1=0.5,beta2=0.9", "adamw:beta1=0,eps=1e-3", "adamax:beta2=0.5"])
-def test_a_fit_takes_torch_s_steps_with_these_settings(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_with_optimizer_settings_matches_torch(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop calls kernels by itself, with what it finds in the groups."""
     name, _, rest = text.partition(":")
     given = {key: float(value) for key, value in (part.split("=") for part in rest.split(","))}
@@ -246,13 +246,13 @@ def test_a_fit_takes_torch_s_steps_with_these_settings(text: str, monkeypatch: p
     ],
     ids=str,
 )
-def test_values_that_cannot_work_are_refused_in_one_line(settings: dict[str, Any], word: str) -> None:
+def test_invalid_optimizer_values_are_refused_in_one_line(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(AezooError, match=word) as error:
         aezoo.create_model("dense_ae", input_shape=(3,), **settings)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_s_own_parameter_groups_are_left_alone() -> None:
+def test_custom_parameter_groups_are_kept() -> None:
     class TwoRates(aezoo.model_class("linear_ae")):  # type: ignore[misc]
         def configure_optimizers(self) -> Any:
             groups = [{"params": self.encoder.parameters(), "lr": 1e-2}, {"params": self.decoder.parameters()}]
@@ -292,7 +292,7 @@ def test_fused_kernel_is_used_where_torch_has_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
-def test_the_kernel_of_all_parameters_takes_the_same_steps(name: str, memory_format: torch.memory_format) -> None:
+def test_fused_kernel_matches_plain_steps(name: str, memory_format: torch.memory_format) -> None:
     ends = []
     for fused in (True, False):
         weights = [torch.nn.Parameter(torch.linspace(-1, 1, 54).view(2, 3, 3, 3)), torch.nn.Parameter(torch.ones(5))]

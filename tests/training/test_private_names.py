@@ -7,7 +7,7 @@ from aezoo.training.private_names import PRIVATE_NAMES
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
-def test_the_installed_library_has_the_name(entry):
+def test_private_name_exists_in_installed_library(entry):
     try:
         scan.find(entry.name)
     except LookupError as error:
@@ -16,11 +16,11 @@ def test_the_installed_library_has_the_name(entry):
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
-def test_an_entry_names_the_files_that_use_it(entry):
+def test_entry_lists_files_using_the_name(entry):
     assert entry.files == scan.files_of(entry.name), "run python tests/private_name_scan.py --write"
 
 
-def test_every_private_name_that_is_used_is_listed():
+def test_every_used_private_name_is_listed():
     assert not scan.unlisted(), "use a public name, or add an entry to aezoo/training/private_names.py"
 
 
@@ -29,7 +29,7 @@ def test_names_are_listed_once_with_reason_and_consequence():
     assert all(entry.why and entry.without for entry in PRIVATE_NAMES)
 
 
-def test_a_name_that_a_library_does_not_have_is_said_to_be_missing():
+def test_missing_private_name_is_reported():
     for name, words in (
         ("torch._no_such_function", "torch has no _no_such_function"),
         ("lightning.pytorch.Trainer._no_such_attribute", "Trainer has no _no_such_attribute"),
@@ -52,7 +52,7 @@ def test_a_name_that_a_library_does_not_have_is_said_to_be_missing():
         ("from torch import nn\nclass A(nn.Module):\n    def f(self): return self._modules", "_modules"),
     ],
 )
-def test_a_use_is_found(line, use, tmp_path, monkeypatch):
+def test_private_name_use_is_detected(line, use, tmp_path, monkeypatch):
     (tmp_path / "aezoo_example.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(scan, "ROOT", tmp_path)
@@ -60,7 +60,7 @@ def test_a_use_is_found(line, use, tmp_path, monkeypatch):
     assert use in scan.File(tmp_path / "aezoo_example.py", own=set(), theirs=set()).uses
 
 
-def test_own_private_names_are_no_uses(tmp_path, monkeypatch):
+def test_own_private_names_are_not_counted(tmp_path, monkeypatch):
     text = "from torch import nn\nclass A(nn.Module):\n    _mine = 1\n    def f(self): return self._mine, self._other\n"
     (tmp_path / "aezoo_own_names.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

@@ -53,7 +53,7 @@ def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", WEIGHT)
-def test_at_weight_zero_it_is_the_plain_autoencoder(name: str, training: bool, shifted: Any) -> None:
+def test_zero_weight_equals_plain_autoencoder(name: str, training: bool, shifted: Any) -> None:
     model, x = small(name, shifted, **{WEIGHT[name]: 0.0}).train(training), images()
     other = plain(model).train(training)
     mine, theirs = model.loss(x, LABELS), other.loss(x)

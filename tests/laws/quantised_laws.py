@@ -204,7 +204,7 @@ WEIGHTS = {"commitment": 0.6, "codebook": 1.0, "entropy": 0.3, "diversity": -0.3
 
 @pytest.mark.parametrize("training", [True, False])
 @every
-def test_the_loss_is_its_formula_written_out_in_numpy(key: str, training: bool) -> None:
+def test_loss_matches_numpy_formula(key: str, training: bool) -> None:
     model, x = small(key).train(training), data()
     z_q, expected = reference(key, model, model.encoder(x))
     log_p = D.Bernoulli(logits=model.decoder(z_q), validate_args=False).log_prob(x)
@@ -230,7 +230,7 @@ REACHES = {
 
 
 @every
-def test_each_term_moves_what_it_may_and_nothing_else(key: str) -> None:
+def test_each_term_trains_expected_parts_only(key: str) -> None:
     model = small(key)
     parts = {ENCODER: model.encoder, CODES: model.quantiser, DECODER: model.decoder}
     terms = model.loss(data())
@@ -294,13 +294,13 @@ BOOKS = [(VQVAE, {"update": "gradient"}), (RQVAE, {"update": "gradient", "levels
 
 
 @pytest.mark.parametrize(("cls", "settings"), BOOKS)
-def test_beta_weighs_the_commitment_and_nothing_else(cls: Any, settings: dict[str, Any]) -> None:
+def test_beta_weights_commitment_only(cls: Any, settings: dict[str, Any]) -> None:
     beta_law(cls, **settings)
 
 
 @pytest.mark.parametrize("rival", [BetaOnCodebook, BetaOnBoth, CommitmentAfterTheEstimator])
 @pytest.mark.parametrize(("cls", "settings"), BOOKS)
-def test_a_rival_s_beta_breaks_the_law(rival: Any, cls: Any, settings: dict[str, Any]) -> None:
+def test_misplaced_beta_is_detected(rival: Any, cls: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         beta_law(type("Rival", (rival, cls), {}), **settings)
 
@@ -320,7 +320,7 @@ def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("key", ["vq", "vq-gradient", "vq-groups", "rq", "rq-gradient", "lfq", "sim_vq", "fvq"])
-def test_straight_through_z_gets_the_gradient_of_its_code(key: str) -> None:
+def test_straight_through_passes_code_gradient_to_z(key: str) -> None:
     _, z, z_q, of_z, of_q = passed(key)
     assert not torch.equal(z, z_q)
     assert torch.equal(of_z, of_q)
@@ -452,7 +452,7 @@ def test_quantiser_dropout_keeps_first_levels(key: str) -> None:
 
 
 @every
-def test_under_autocast_indices_and_terms_are_those_of_float32(key: str) -> None:
+def test_autocast_indices_and_terms_match_float32(key: str) -> None:
     model = small(key).float().eval()
     z = (0.3 * torch.randn(700, DIM, PLACES)).bfloat16()
     x = torch.rand(700, 6)
@@ -551,7 +551,7 @@ PRIORS = ("index_transformer", "pixelcnn")
 
 
 @pytest.mark.parametrize("name", [name for name in aezoo.list_models() if aezoo.model_class(name).discrete_code])
-def test_what_is_only_looked_at_teaches_a_book_nothing(name: str) -> None:
+def test_inference_calls_do_not_update_codebook(name: str) -> None:
     """A Trainer leaves a model in training, in which a quantiser learns from all that it quantises."""
     torch.manual_seed(0)
     # the priors over indices drop activations
@@ -566,7 +566,7 @@ def test_what_is_only_looked_at_teaches_a_book_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["vq", "rq", "vq-cosine"])
-def test_what_it_is_trained_on_teaches_it(key: str) -> None:
+def test_training_loss_updates_codebook(key: str) -> None:
     model = small(key)
     before = copy.deepcopy(model.quantiser.state_dict())
     model.loss(torch.rand(4, 6).double())

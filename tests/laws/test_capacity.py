@@ -48,7 +48,7 @@ def of_two(model: Any, rank: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*LINEAR, *COUPLED])
-def test_the_mean_over_ranks_is_what_is_near_a_capacity(name: str, shifted: Any) -> None:
+def test_capacity_applies_to_kl_mean_over_ranks(name: str, shifted: Any) -> None:
     model, x, y = made(name, shifted)
     with SharedNoise(range(6), 6):
         # then the ranks' own lie on both sides, at the same distance
@@ -67,7 +67,7 @@ def test_the_mean_over_ranks_is_what_is_near_a_capacity(name: str, shifted: Any)
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_without_a_capacity_no_rank_waits_for_another(name: str, shifted: Any) -> None:
+def test_zero_capacity_needs_no_rank_communication(name: str, shifted: Any) -> None:
     model, x, y = made(name, shifted)
     with SharedNoise(range(6), 6):
         whole = model.loss(x, y)

@@ -160,7 +160,7 @@ def test_every_importance_weight_is_the_likelihood(case: Any, solution: Solution
 
 
 @pytest.mark.parametrize("case", ONE_DRAW, ids=name_of)
-def test_a_bound_of_weights_is_the_likelihood_whatever_is_drawn(case: Any, solution: Solution) -> None:
+def test_bound_equals_likelihood_for_any_draw(case: Any, solution: Solution) -> None:
     model, x = solved(solution, *case), torch.from_numpy(solution.x)
     for seed in range(3):
         torch.manual_seed(seed)

@@ -139,7 +139,7 @@ def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifte
 
 
 @of_models(BATCH_COUPLED)
-def test_the_loss_of_a_batch_is_the_mean_of_its_samples(name: str, shifted: Any) -> None:
+def test_batch_loss_is_mean_over_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     whole = loss(model, x, range(6))
     alone = [loss(model, x[i : i + 1], [i]) for i in range(6)]

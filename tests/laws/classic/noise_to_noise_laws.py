@@ -27,7 +27,7 @@ def small(make: Any, shape: tuple[int, ...] = (2, 6, 7), **settings: Any) -> Any
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("make", [DnCNN, Noise2Noise, Noise2Void])
-def test_any_size_returns_exactly_through_a_code_of_features(make: Any, residual: bool) -> None:
+def test_output_has_input_size_for_any_image_size(make: Any, residual: bool) -> None:
     for shape in SIZES:
         if make is Noise2Void and shape == (2, 1, 1):
             continue

@@ -27,7 +27,7 @@ def jacobians(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
-def test_the_contractive_penalty_is_autograd_s_jacobian(shift: bool, training: bool, shifted: Any) -> None:
+def test_contractive_penalty_matches_autograd_jacobian(shift: bool, training: bool, shifted: Any) -> None:
     model = contractive(contraction=0.7).train(training)
     model = shifted(model) if shift else model
     x = torch.rand(5, 2, 3, 4, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_the_contractive_penalty_is_autograd_s_jacobian(shift: bool, training: b
     assert (((h * (1 - h)) @ W.square().sum(1)).square() - truth).abs().min() > 1e-3
 
 
-def test_the_contractive_gradient_is_that_of_the_jacobian(shifted: Any) -> None:
+def test_contractive_penalty_gradient_matches_autograd(shifted: Any) -> None:
     model = shifted(contractive(contraction=1.0))
     x = torch.rand(3, 2, 3, 4, dtype=torch.float64)
     W, b = model.encoder[1].weight, model.encoder[1].bias
@@ -72,7 +72,7 @@ def test_contractive_outputs_start_at_first_batch_mean(data_init: bool, shifted:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_contractive_code_of_few_units_tells_digits_apart(
+def test_data_init_avoids_constant_outputs_of_small_codes(
     tied: bool, adam: Callable[..., float], mnist5k: Tensor
 ) -> None:
     """Without a start at the mean all units of free weights saturate alike, and every output is the mean image."""
@@ -89,7 +89,7 @@ def test_a_contractive_code_of_few_units_tells_digits_apart(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_without_contraction_only_the_likelihood_is_left(tied: bool, shifted: Any) -> None:
+def test_zero_contraction_leaves_likelihood_only(tied: bool, shifted: Any) -> None:
     model, x = shifted(contractive(contraction=0.0, tied=tied)), torch.rand(4, 2, 3, 4, dtype=torch.float64)
     terms = model.loss(x)
     assert torch.equal(terms["loss"], terms["nll"])
@@ -99,7 +99,7 @@ def test_without_contraction_only_the_likelihood_is_left(tied: bool, shifted: An
     torch.testing.assert_close(terms["loss"], bce.mean())
 
 
-def test_the_contractive_decoder_has_the_encoder_s_weights(shifted: Any, tmp_path: Path) -> None:
+def test_tied_decoder_shares_encoder_weights(shifted: Any, tmp_path: Path) -> None:
     model, free = shifted(contractive()), contractive(tied=False)
     x, W = torch.rand(9, 2, 3, 4, dtype=torch.float64), model.encoder[1].weight
     assert model.decoder[0].weight is W
@@ -117,7 +117,7 @@ def test_the_contractive_decoder_has_the_encoder_s_weights(shifted: Any, tmp_pat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_contraction_cannot_be_evaded_where_weights_are_tied(tied: bool) -> None:
+def test_tied_weights_prevent_evading_contraction(tied: bool) -> None:
     """The encoder times 0.01 and the decoder divided by it: nearly the same reconstruction, for no penalty."""
     model, x = contractive(tied=tied), torch.rand(50, 2, 3, 4, dtype=torch.float64)
     (_, down, _), (up, _) = model.encoder, model.decoder

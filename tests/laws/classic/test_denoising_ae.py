@@ -32,7 +32,7 @@ def as_matrix(model: aezoo.Autoencoder, dims: int) -> Tensor:
         return model.decode(model.encode(eye)) - model.decode(model.encode(0 * eye))
 
 
-def test_the_linear_denoiser_is_the_wiener_filter() -> None:
+def test_linear_denoiser_matches_wiener_filter() -> None:
     dims, std, n = 4, 0.6, 100_000
     A = torch.randn(dims, dims, dtype=torch.float64) * 0.7
     S = A @ A.T
@@ -124,6 +124,6 @@ class Encdr(DenoisingAE):
         return {"loss": nll, "nll": nll}
 
 
-def test_a_clean_validation_loss_breaks_the_law(quiet: Any) -> None:
+def test_noise_free_validation_loss_is_detected(quiet: Any) -> None:
     with pytest.raises(AssertionError):
         noise_law(Encdr((1, 4, 4), corruption="gaussian:0.3"), quiet)

@@ -14,8 +14,8 @@ from noise_to_noise_laws import (  # noqa: F401
     linear,
     positive,
     small,
-    test_any_size_returns_exactly_through_a_code_of_features,
     test_invalid_values_are_refused,
+    test_output_has_input_size_for_any_image_size,
 )
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def with_sigma(make: Any, **settings: Any) -> Any:
     return model
 
 
-def test_the_residual_form_is_the_direct_form(shifted: Any) -> None:
+def test_residual_form_equals_input_minus_noise(shifted: Any) -> None:
     x = torch.rand(4, 2, 6, 7, dtype=torch.float64)
     residual_law(shifted(with_sigma(DnCNN)), x)
     residual_law(shifted(with_sigma(DnCNN, sigma=0.7)), x)
@@ -73,7 +73,7 @@ class Adds(DnCNN):
         return 2 * z[:, : self.decoder.channels] - self.decoder(z)
 
 
-def test_a_network_that_adds_the_noise_is_not_the_residual_form(shifted: Any) -> None:
+def test_wrong_residual_sign_is_detected(shifted: Any) -> None:
     x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(Adds))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(model(x), x - noise_free(model, x))
@@ -108,7 +108,7 @@ def test_noise_is_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_a_linear_dncnn_is_the_wiener_filter(residual: bool) -> None:
+def test_linear_dncnn_matches_wiener_filter(residual: bool) -> None:
     best_linear_law(linear(DnCNN, sigma=0.4, residual=residual), "gaussian:0.4", positive(SAMPLES))
 
 

@@ -13,8 +13,8 @@ from code_geometry_laws import (  # noqa: F401
     SHAPE,
     images,
     small,
-    test_at_weight_zero_it_is_the_plain_autoencoder,
     test_outputs_equal_plain_autoencoder,
+    test_zero_weight_equals_plain_autoencoder,
 )
 from torch import Tensor
 from two_ranks import on_two_ranks
@@ -53,7 +53,7 @@ NETS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", NETS, ids=lambda settings: "-".join(str(v) for v in settings.values()))
-def test_products_with_jacobians_are_autograd_s(settings: dict[str, Any], shifted: Any) -> None:
+def test_jacobian_products_match_autograd(settings: dict[str, Any], shifted: Any) -> None:
     model, x, u = small("isometric_ae", shifted, **settings), images(), directions()
     z = model.encoder(x).detach()
     at = jacobians(lambda v: model.decode(v), z)
@@ -70,7 +70,7 @@ def test_products_with_jacobians_are_autograd_s(settings: dict[str, Any], shifte
         assert (push(u) - torch.einsum("bxd,bd->bx", jacobians(model.decoder, z), u)).abs().max() > 1e-3
 
 
-def test_products_are_those_of_forward_mode(shifted: Any) -> None:
+def test_jacobian_products_match_forward_mode(shifted: Any) -> None:
     model, u = small("isometric_ae", shifted), directions()
     z = model.encoder(images()).detach()
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def test_products_are_those_of_forward_mode(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
-def test_a_linear_decoder_costs_the_square_of_its_scale_less_one(scale: float, shifted: Any) -> None:
+def test_scaled_isometry_has_closed_form_penalty(scale: float, shifted: Any) -> None:
     """0 for orthonormal columns and their transpose; (c - 1)^2 and (1/c - 1)^2 at a scale c, for any direction."""
     model, x = linear(scale, shifted), images()
     terms = model.loss(x)
@@ -89,7 +89,7 @@ def test_a_linear_decoder_costs_the_square_of_its_scale_less_one(scale: float, s
     torch.testing.assert_close(terms["loss"], terms["nll"] + 10 * (terms["iso"] + terms["piso"]))
 
 
-def test_the_pseudo_inverse_is_what_the_encoder_s_term_asks_for(shifted: Any) -> None:
+def test_encoder_term_is_zero_only_for_pseudo_inverse(shifted: Any) -> None:
     """An encoder that inverts the decoder on its image but not at right angles reconstructs as well and costs more."""
     model, x = linear(1.0, shifted), images()
     basis = model.decoder[1].weight.detach()
@@ -102,7 +102,7 @@ def test_the_pseudo_inverse_is_what_the_encoder_s_term_asks_for(shifted: Any) ->
     assert float(terms["piso"].detach()) > 1e-2
 
 
-def test_each_term_trains_its_own_map(shifted: Any) -> None:
+def test_each_term_trains_its_own_network(shifted: Any) -> None:
     model, x = small("isometric_ae", shifted), images()
     for term, own, other in (("iso", model.decoder, model.encoder), ("piso", model.encoder, model.decoder)):
         value = model.loss(x)[term]
@@ -123,7 +123,7 @@ class TermOf(torch.nn.Module):
         return self.call(self.model)
 
 
-def test_the_gradients_are_those_of_finite_differences(shifted: Any) -> None:
+def test_gradients_match_finite_differences(shifted: Any) -> None:
     x, u = images(3), directions(3)
     model = small("isometric_ae", shifted, activation="tanh", hidden_dims=(5,))
     z = model.encoder(x).detach()
@@ -140,7 +140,7 @@ def test_the_gradients_are_those_of_finite_differences(shifted: Any) -> None:
         )
 
 
-def test_directions_are_uniform_on_the_sphere_and_apart(shifted: Any) -> None:
+def test_directions_are_uniform_and_independent(shifted: Any) -> None:
     model, seen = small("isometric_ae", shifted), list[Tensor]()
 
     def keep(at: Tensor, u: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def test_directions_are_uniform_on_the_sphere_and_apart(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.2, 7.0])
-def test_the_relaxed_term_is_least_at_any_scale_of_an_isometry(scale: float, shifted: Any) -> None:
+def test_relaxed_term_is_minimal_for_scaled_isometries(scale: float, shifted: Any) -> None:
     model, x = linear(scale, shifted, distortion="relaxed"), images()
     terms = model.loss(x)
     assert float(terms["iso"].detach()) == pytest.approx(1 / CODE, rel=1e-9)

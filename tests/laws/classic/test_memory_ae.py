@@ -42,7 +42,7 @@ def address_of(query: Tensor, items: Tensor, shrinkage: float) -> Tensor:
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.8, 1.0, 1.1])
-def test_the_address_is_the_paper_s(shrinkage: float, shifted: Any) -> None:
+def test_address_matches_paper(shrinkage: float, shifted: Any) -> None:
     model, x = memory(shifted, shrinkage=shrinkage), images()
     w = model.address(x)
     expected = address_of(model.encoder(x), model.memory_ND, shrinkage)
@@ -55,7 +55,7 @@ def test_the_address_is_the_paper_s(shrinkage: float, shifted: Any) -> None:
 
 @pytest.mark.parametrize("shrinkage", [0.0, 1.0, 3.0, 100.0])
 @pytest.mark.parametrize("n_items", [1, 2, 50])
-def test_the_weights_of_an_address_sum_to_one(n_items: int, shrinkage: float, shifted: Any) -> None:
+def test_address_weights_sum_to_one(n_items: int, shrinkage: float, shifted: Any) -> None:
     model = memory(shifted, n_items=n_items, shrinkage=shrinkage).float()
     w = model.address(images(20).float())
     torch.testing.assert_close(w.sum(1), torch.ones(20))
@@ -65,7 +65,7 @@ def test_the_weights_of_an_address_sum_to_one(n_items: int, shrinkage: float, sh
         assert torch.equal(w, F.one_hot(nearest, n_items).float())
 
 
-def test_without_shrinkage_it_is_an_attention(shifted: Any) -> None:
+def test_zero_shrinkage_equals_attention(shifted: Any) -> None:
     model, x = memory(shifted, shrinkage=0.0), images()
     query, keys = F.normalize(model.encoder(x)), F.normalize(model.memory_ND)
     attended = F.scaled_dot_product_attention(query[None], keys[None], model.memory_ND[None], scale=1.0)[0]
@@ -76,14 +76,14 @@ def test_without_shrinkage_it_is_an_attention(shifted: Any) -> None:
     assert (model.encode(x) - by_product).abs().max() > 1e-2
 
 
-def test_a_memory_of_one_item_has_one_code(shifted: Any) -> None:
+def test_single_item_memory_gives_constant_code(shifted: Any) -> None:
     model = memory(shifted, n_items=1)
     code = model.encode(images())
     torch.testing.assert_close(code, model.memory_ND.expand(6, CODE), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(model(images())[0], model(images(seed=8))[3], rtol=1e-12, atol=1e-14)
 
 
-def test_the_entropy_is_torch_s_and_zero_at_one_item(shifted: Any) -> None:
+def test_address_entropy_matches_torch_distributions(shifted: Any) -> None:
     w = memory(shifted).address(images())
     assert 0 < (w == 0).sum() < w.numel()
     torch.testing.assert_close(MemoryAE.entropy(w), D.Categorical(probs=w).entropy(), rtol=1e-6, atol=1e-9)
@@ -94,7 +94,7 @@ def test_the_entropy_is_torch_s_and_zero_at_one_item(shifted: Any) -> None:
     torch.testing.assert_close(MemoryAE.entropy(torch.full((1, 9), 1 / 9)), torch.tensor([math.log(9)]))
 
 
-def test_the_loss_is_the_paper_s(shifted: Any) -> None:
+def test_loss_matches_paper(shifted: Any) -> None:
     model, x = memory(shifted, entropy_weight=0.7), images()
     w = address_of(model.encoder(x), model.memory_ND, 1.0)
     nll = bernoulli_nll(model.decoder(w @ model.memory_ND), x).mean()
@@ -106,7 +106,7 @@ def test_the_loss_is_the_paper_s(shifted: Any) -> None:
     torch.testing.assert_close(model.score(x).mean(), nll)
 
 
-def test_items_below_the_threshold_for_all_samples_learn_nothing(shifted: Any) -> None:
+def test_unused_memory_items_get_no_gradient(shifted: Any) -> None:
     model, x = memory(shifted, shrinkage=1.2), images(3)
     w = model.address(x)
     model.loss(x)["loss"].backward()
@@ -130,7 +130,7 @@ class LossOf(nn.Module):
         return value
 
 
-def test_the_gradient_is_that_of_finite_differences(shifted: Any) -> None:
+def test_gradient_matches_finite_differences(shifted: Any) -> None:
     model, x = LossOf(memory(shifted, entropy_weight=0.7, activation="tanh")), images(3)
 
     def loss(items: Tensor) -> Tensor:

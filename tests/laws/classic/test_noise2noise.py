@@ -18,8 +18,8 @@ from noise_to_noise_laws import (  # noqa: F401
     linear,
     positive,
     small,
-    test_any_size_returns_exactly_through_a_code_of_features,
     test_invalid_values_are_refused,
+    test_output_has_input_size_for_any_image_size,
 )
 from scipy import stats
 from sklearn.linear_model import LinearRegression
@@ -68,13 +68,13 @@ class Clipped(Noise2Noise):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [OneNoise, Clipped])
-def test_shared_noise_and_clipped_targets_break_the_law(make: Any) -> None:
+def test_shared_noise_and_clipped_targets_are_detected(make: Any) -> None:
     with pytest.raises(AssertionError):
         best_linear_law(linear(make, corruption="gaussian:0.4"), "gaussian:0.4", positive(SAMPLES))
 
 
 @pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
-def test_a_noisy_target_adds_its_variance_to_the_squared_error(kind: str, shifted: Any) -> None:
+def test_noisy_target_adds_its_variance_to_loss(kind: str, shifted: Any) -> None:
     """E ||f(y1) - y2||^2 = ||f(y1) - x||^2 + Var(y2 | x), for any f, here at one y1."""
     model = shifted(small(Noise2Noise, (3, 1), corruption=kind)).double()
     x = torch.tensor([0.2, 0.5, 1.1], dtype=torch.float64)[None, :, None]

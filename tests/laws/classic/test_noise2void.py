@@ -11,8 +11,8 @@ import torch
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
     small,
-    test_any_size_returns_exactly_through_a_code_of_features,
     test_invalid_values_are_refused,
+    test_output_has_input_size_for_any_image_size,
 )
 from scipy import stats
 from torch import Tensor
@@ -95,7 +95,7 @@ def test_neighbour_is_uniform_over_window_in_grid() -> None:
 
 
 @pytest.mark.parametrize("rival", RIVALS.values(), ids=list(RIVALS))
-def test_clipped_coordinates_and_the_pixel_itself_are_caught(rival: Blind) -> None:
+def test_clipped_or_own_pixel_neighbours_are_detected(rival: Blind) -> None:
     with pytest.raises(AssertionError):
         neighbours_law(rival, 4_000)
 
@@ -124,7 +124,7 @@ def test_masked_output_ignores_its_own_value(grid: tuple[int, ...], radius: int)
 @pytest.mark.parametrize(
     "rival", [FROM_MASKED, RIVALS["a window with the pixel itself"], lambda m, y: (y, FROM_MASKED(m, y)[1])]
 )
-def test_leak_through_another_masked_pixel_is_caught(rival: Blind) -> None:
+def test_leak_through_masked_pixel_is_detected(rival: Blind) -> None:
     with pytest.raises(AssertionError):
         blind_spot_law(rival, (5, 6), 2)
 
@@ -147,7 +147,7 @@ def test_loss_is_rescaled_masked_squared_error(channels: int, shifted: Any) -> N
     assert abs(float(found.detach()) - everywhere) > 1e-2  # a loss over all pixels is another
 
 
-def test_as_many_pixels_are_masked_as_was_asked_and_at_least_one() -> None:
+def test_requested_share_of_pixels_is_masked() -> None:
     for masked, n in ((0.02, 1), (0.1, 3), (0.5, 15)):
         _, M = small(Noise2Void, (1, 5, 6), masked=masked, radius=4).blind(torch.rand(50, 1, 5, 6))
         assert (M.sum(1) == n).all()
@@ -157,7 +157,7 @@ def test_as_many_pixels_are_masked_as_was_asked_and_at_least_one() -> None:
     assert torch.equal(torch.where(M[:, None].bool(), y.flip(2), y), out)
 
 
-def test_a_pixel_without_a_free_neighbour_is_left_alone() -> None:
+def test_pixel_without_unmasked_neighbour_is_not_masked() -> None:
     model = small(Noise2Void, (1, 12), masked=0.5, radius=1)
     y = torch.rand(500, 1, 12)
     out, M = model.blind(y)
@@ -165,7 +165,7 @@ def test_a_pixel_without_a_free_neighbour_is_left_alone() -> None:
     assert torch.equal((out != y).flatten(1), M.bool())
 
 
-def test_masks_are_fixed_in_evaluation_and_anew_in_training(quiet: Any) -> None:
+def test_masks_are_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
     """CAREamics #703: with other masks at each epoch validation losses do not compare."""
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
 
@@ -204,6 +204,6 @@ class Sighted(Noise2Void):
         return y, super().blind(y)[1]
 
 
-def test_noise_is_taken_away_by_what_has_seen_nothing_but_noise() -> None:
+def test_training_on_noisy_images_alone_denoises() -> None:
     assert error_after_training(Noise2Void) < 0.4
     assert error_after_training(Sighted) > 0.6  # it learns the identity

@@ -37,7 +37,7 @@ def test_codes_are_bits_exactly(binarisation: str, shifted: Any) -> None:
         assert torch.equal(code > 0.5, model.encoder(x) > 0)
 
 
-def test_a_gradient_passes_the_bits_as_it_passes_the_sigmoid(shifted: Any) -> None:
+def test_bit_gradient_equals_sigmoid_gradient(shifted: Any) -> None:
     model, x, g = small("semantic_hash_ae", shifted), images(), torch.randn(6, CODE, dtype=torch.float64)
     parts = [*model.encoder.parameters()]
     through = torch.autograd.grad(model.encode(x), parts, g)
@@ -54,7 +54,7 @@ def noise_of(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("noise_std", [0.0, 1.0, 4.0])
-def test_the_noise_stands_before_the_sigmoid(noise_std: float, training: bool, shifted: Any) -> None:
+def test_noise_is_added_before_sigmoid(noise_std: float, training: bool, shifted: Any) -> None:
     model, x = small("semantic_hash_ae", shifted, noise_std=noise_std).train(training), images()
     eps, _ = noise_of((6, CODE), 3)
     expected = bernoulli_nll(model.decoder((model.encoder(x) + noise_std * eps).sigmoid()), x).mean()
@@ -64,7 +64,7 @@ def test_the_noise_stands_before_the_sigmoid(noise_std: float, training: bool, s
     assert noise_std == 0 or (expected - after).abs() > 1e-2
 
 
-def test_without_noise_it_is_an_autoencoder_with_a_sigmoid_code(shifted: Any) -> None:
+def test_zero_noise_equals_sigmoid_code_autoencoder(shifted: Any) -> None:
     model = small("semantic_hash_ae", shifted, noise_std=0.0)
     plain = aezoo.create_model(
         "dense_ae", SHAPE, latent_dim=CODE, hidden_dims=(16,), code_activation="sigmoid"
@@ -156,7 +156,7 @@ def test_the_loss_moves_encoder_and_decoder_by_the_chain_rule(shifted: Any) -> N
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_noise_drives_the_code_to_bits(adam: Callable[..., float], digits: Tensor) -> None:
+def test_noise_training_makes_codes_nearly_binary(adam: Callable[..., float], digits: Tensor) -> None:
     """Trained with noise the sigmoids are nearly binary, and rounding them costs little; without, it costs much."""
     x, found = digits[:400].float(), {}
     for noise_std in (0.0, 4.0):

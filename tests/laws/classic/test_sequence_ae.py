@@ -68,7 +68,7 @@ def padding_law(make: Any, net: str, shifted: Any, **settings: Any) -> None:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned"])
 @pytest.mark.parametrize("net", NETS)
-def test_padding_beyond_the_length_changes_nothing(net: str, likelihood: str, shifted: Any) -> None:
+def test_loss_and_code_are_invariant_to_padding(net: str, likelihood: str, shifted: Any) -> None:
     padding_law(small, net, shifted, likelihood=likelihood)
 
 
@@ -114,12 +114,12 @@ def rival(cls: Any) -> Any:
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("cls", [AllSteps, ReadsPadding, PerStep])
-def test_padding_in_the_loss_or_in_the_encoder_is_caught(cls: Any, net: str, shifted: Any) -> None:
+def test_padding_leaks_are_detected(cls: Any, net: str, shifted: Any) -> None:
     with pytest.raises(AssertionError):
         padding_law(rival(cls), net, shifted)
 
 
-def test_a_step_of_the_padding_s_value_before_the_end_is_data() -> None:
+def test_pad_value_inside_sequence_counts_as_data() -> None:
     x = sequences()
     assert (x[1, :, 2] == PAD).all() and (x[1, :, 6] == PAD).all()
     assert small("lstm").lengths(x).tolist() == LENGTHS.tolist()
@@ -132,7 +132,7 @@ def test_a_step_of_the_padding_s_value_before_the_end_is_data() -> None:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_what_stands_behind_the_length_does_not_reach_the_code(net: str, shifted: Any) -> None:
+def test_code_ignores_values_beyond_length(net: str, shifted: Any) -> None:
     encoder = shifted(small(net)).encoder
     x = sequences().requires_grad_()
     code = encoder(x, LENGTHS)
@@ -174,7 +174,7 @@ def test_the_loss_is_the_likelihood_of_the_steps_before_the_end(net: str, likeli
 
 @pytest.mark.parametrize("shape", [(2, 7), (1, 5, 6), (9,), (2, 3, 4, 5)])
 @pytest.mark.parametrize("net", NETS)
-def test_without_padding_in_the_data_pad_value_changes_nothing(net: str, shape: tuple[int, ...], shifted: Any) -> None:
+def test_pad_value_has_no_effect_without_padding(net: str, shape: tuple[int, ...], shifted: Any) -> None:
     plain, padded = shifted(small(net, shape, pad_value=None)), small(net, shape)
     padded.load_state_dict(plain.state_dict())
     x = torch.rand(3, *shape, dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_without_padding_in_the_data_pad_value_changes_nothing(net: str, shape: 
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_the_code_holds_the_length_and_the_decoder_stops_there(net: str, shifted: Any) -> None:
+def test_code_stores_length_and_decoder_pads_beyond_it(net: str, shifted: Any) -> None:
     model, x = shifted(small(net)).eval(), sequences()
     z = model.encode(x)
     assert model.code_shape == (5,) == z.shape[1:]

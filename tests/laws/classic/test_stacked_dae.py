@@ -72,7 +72,7 @@ def phase_loss(model: Any, x: Tensor, i: int, corrupt: Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 @pytest.mark.parametrize("phase", range(DEPTH))
-def test_a_phase_is_the_denoising_of_its_layer(phase: int, activation: str, shifted: Any) -> None:
+def test_phase_loss_is_denoising_loss_of_its_layer(phase: int, activation: str, shifted: Any) -> None:
     model, x = stacked(shifted, activation=activation, corruption="masking:0.4").train(), images()
     model.phase = phase
     torch.manual_seed(3)
@@ -94,7 +94,7 @@ def test_a_phase_is_the_denoising_of_its_layer(phase: int, activation: str, shif
 
 
 @pytest.mark.parametrize("phase", range(DEPTH))
-def test_in_a_phase_other_layers_have_no_gradient(phase: int, shifted: Any) -> None:
+def test_phase_gives_other_layers_no_gradient(phase: int, shifted: Any) -> None:
     model = stacked(shifted, corruption="masking:0.4", likelihood="gaussian:learned").train()
     model.phase = phase
     model.loss(images())["loss"].backward()
@@ -136,7 +136,7 @@ def test_the_last_phase_is_a_denoising_autoencoder(shifted: Any) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_evaluation_judges_the_whole_in_every_phase(shifted: Any) -> None:
+def test_evaluation_uses_whole_model_in_every_phase(shifted: Any) -> None:
     """Otherwise the loss of a first layer would win against that of the whole when checkpoints are compared."""
     model = stacked(shifted).eval()
     whole = model.loss(images())
@@ -183,9 +183,7 @@ OPTIMIZERS = [("adam", 0.1), ("adamw", 0.1), ("sgd", 0.1), ("rmsprop", 0.1)]
 
 
 @pytest.mark.parametrize(("optimizer", "decay"), OPTIMIZERS)
-def test_a_fit_moves_one_layer_after_the_other_and_then_all(
-    optimizer: str, decay: float, quiet: Any, shifted: Any
-) -> None:
+def test_fit_trains_layers_in_turn_then_jointly(optimizer: str, decay: float, quiet: Any, shifted: Any) -> None:
     """Bit for bit, neither weight decay nor moments move a layer out of its phase, nor do the moments change."""
     model, watch = stacked(shifted, optimizer=optimizer, weight_decay=decay, phase_epochs=2).float(), Watch()
     start = [p.detach().clone() for p in model.parameters()]
@@ -207,7 +205,7 @@ def test_a_fit_moves_one_layer_after_the_other_and_then_all(
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_zeros_in_place_of_no_gradient_would_move_the_others(kind: str, decay: float) -> None:
+def test_zero_gradients_would_move_parameters(kind: str, decay: float) -> None:
     """The slip that the hook is there for, on torch's own optimisers."""
     p = nn.Parameter(torch.ones(3))
     optimizer = optimizers.build(kind, [p], 0.1, decay)
@@ -220,7 +218,7 @@ def test_zeros_in_place_of_no_gradient_would_move_the_others(kind: str, decay: f
     assert moves == [True, True, False]
 
 
-def test_a_phase_logs_its_own_loss(quiet: Any, shifted: Any) -> None:
+def test_each_phase_logs_its_loss(quiet: Any, shifted: Any) -> None:
     model, watch = stacked(shifted, phase_epochs=1).float(), Watch()
     quiet(max_epochs=DEPTH + 1, callbacks=[watch]).fit(model, loader())
     for epoch, logged in enumerate(watch.logged[1:]):
@@ -238,7 +236,7 @@ def test_a_phase_logs_its_own_loss(quiet: Any, shifted: Any) -> None:
     (1, 1, [0, 1, 2]),
     (8, 3, [*[0] * 3, *[1] * 3, *[2] * 3, *[3] * 15]),
 ])  # fmt: skip
-def test_by_default_the_layers_share_half_of_the_steps(
+def test_default_phases_take_half_of_the_steps(
     epochs: int, accumulate: int, wanted: list[int], quiet: Any, shifted: Any
 ) -> None:
     model, watch = stacked(shifted).float(), Watch()
@@ -246,7 +244,7 @@ def test_by_default_the_layers_share_half_of_the_steps(
     assert watch.phases == wanted
 
 
-def test_loss_after_partial_phase_is_that_of_whole_model(quiet: Any, shifted: Any) -> None:
+def test_loss_after_partial_fit_is_whole_model_loss(quiet: Any, shifted: Any) -> None:
     model, watch = stacked(shifted, phase_epochs=2).float(), Watch()
     quiet(max_epochs=3, callbacks=[watch]).fit(model, loader())
     assert watch.phases[-1] == 1
@@ -262,7 +260,7 @@ def test_a_fit_without_an_end_is_refused_in_one_line(quiet: Any, shifted: Any) -
 
 @pytest.mark.parametrize("phase_epochs", [0, 1])
 @pytest.mark.parametrize("last_epoch", [0, 1, 3])
-def test_a_resumed_fit_is_the_unstopped_one(
+def test_resumed_fit_matches_uninterrupted_fit(
     last_epoch: int, phase_epochs: int, quiet: Any, shifted: Any, tmp_path: Path
 ) -> None:
     """Stopped within a phase, after 3 steps of 2 a phase, at a phase's end, and in fine-tuning."""
@@ -283,7 +281,7 @@ def test_a_resumed_fit_is_the_unstopped_one(
         assert torch.equal(p, q)
 
 
-def test_a_loop_without_a_trainer_sets_the_phase_itself(quiet: Any, shifted: Any) -> None:
+def test_manual_loop_matches_fit_phases(quiet: Any, shifted: Any) -> None:
     """The same steps as a fit makes."""
     model = stacked(shifted, phase_epochs=1, weight_decay=0.1).float()
     by_hand, watch = copy.deepcopy(model), Watch()

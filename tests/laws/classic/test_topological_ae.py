@@ -13,9 +13,9 @@ from code_geometry_laws import (  # noqa: F401
     SHAPE,
     images,
     small,
-    test_at_weight_zero_it_is_the_plain_autoencoder,
     test_outputs_equal_plain_autoencoder,
     test_two_ranks_equal_one_process,
+    test_zero_weight_equals_plain_autoencoder,
 )
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
@@ -50,7 +50,7 @@ def largest(points_ND: Tensor) -> Tensor:
     return torch.pdist(points_ND).max()
 
 
-def test_distances_are_scipy_s_over_the_largest_or_a_unit() -> None:
+def test_normalised_distances_match_scipy() -> None:
     for n in (2, 9, 40):  # above 25 points torch's cdist would multiply matrices
         x = points(n, 5)
         expected = squareform(pdist(x.numpy()))
@@ -61,7 +61,7 @@ def test_distances_are_scipy_s_over_the_largest_or_a_unit() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20, 64])
-def test_the_pairing_is_kruskal_s_tree_at_any_scale(n: int) -> None:
+def test_pairing_matches_kruskal_tree_at_any_scale(n: int) -> None:
     for scale in (1.0, 1e-25, 1e25):
         a = scale * distances(points(n, 5))
         found = edges_of(a)
@@ -80,7 +80,7 @@ def test_the_pairing_is_the_persistence_of_dimension_zero() -> None:
 
 
 @pytest.mark.parametrize("copies", [2, 3])
-def test_samples_that_are_equal_lose_no_edge(copies: int) -> None:
+def test_equal_samples_keep_zero_length_edges(copies: int) -> None:
     """Their distance is 0, which SciPy takes for no edge at all."""
     from scipy.sparse.csgraph import minimum_spanning_tree
 
@@ -105,7 +105,7 @@ def by_hand(x: Tensor, z: Tensor, unit: float) -> tuple[float, ...]:
     return tuple(sum(0.5 * (a_x[e] - a_z[e]) ** 2 for e in kruskal(tree)) / len(x) for tree in (a_x, a_z))
 
 
-def test_the_terms_are_the_paper_s(shifted: Any) -> None:
+def test_terms_match_paper(shifted: Any) -> None:
     model, x = small("topological_ae", shifted, topology=3.0), images(12)
     terms = {name: value.detach() for name, value in model.loss(x).items()}
     x_to_z, z_to_x = by_hand(x, model.encoder(x), math.exp(model.log_unit.item()))
@@ -142,7 +142,7 @@ def test_topological_terms_are_scale_and_order_invariant() -> None:
         torch.testing.assert_close(mine, expected)  # the two terms are each other's mirror
 
 
-def test_the_gradient_passes_through_the_distances_and_the_unit() -> None:
+def test_gradient_flows_through_distances_and_unit() -> None:
     """Not through the largest distance between codes, as if it were their unit."""
     x, z, unit = points(10, 5), points(10, 2).requires_grad_(), torch.tensor(4.0, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda *given: TopologicalAE.signature_loss(x, *given), (z, unit))
@@ -170,7 +170,7 @@ def test_equal_codes_have_finite_gradients() -> None:
         assert torch.autograd.grad(sum(terms), given)[0].isfinite().all()  # type: ignore[arg-type]
 
 
-def test_the_term_keeps_apart_what_a_plain_autoencoder_may_mix(adam: Callable[..., float]) -> None:
+def test_topological_term_preserves_ring_structure(adam: Callable[..., float]) -> None:
     """Trained with it the codes of a ring in 10 dimensions have the ring's tree; a plain autoencoder's need not."""
     angle = torch.rand(64, dtype=torch.float64).sort().values * 2 * math.pi
     ring = torch.stack([angle.cos(), angle.sin()], 1) @ torch.linalg.qr(torch.randn(10, 2, dtype=torch.float64)).Q.T

@@ -16,10 +16,10 @@ from code_geometry_laws import (  # noqa: F401
     same,
     semi_hard,
     small,
-    test_at_weight_zero_it_is_the_plain_autoencoder,
     test_outputs_equal_plain_autoencoder,
     test_training_with_labels_separates_the_classes,
     test_two_ranks_equal_one_process,
+    test_zero_weight_equals_plain_autoencoder,
     triples,
 )
 from torch import Tensor
@@ -31,7 +31,7 @@ from aezoo.bases.triplet import MINING
 
 @pytest.mark.parametrize("margin", [0.2, 1.0])
 @pytest.mark.parametrize("mining", MINING)
-def test_the_triplet_loss_is_torch_s_over_three_loops(mining: str, margin: float, shifted: Any) -> None:
+def test_triplet_loss_matches_torch_over_all_triplets(mining: str, margin: float, shifted: Any) -> None:
     model = small("triplet_ae", shifted, mining=mining, margin=margin)
     y = labels(0, 1, 0, 0, 2, 1, -1, 2, -1, 1, 3)
     kinds = set()
@@ -56,7 +56,7 @@ def test_the_triplet_loss_is_torch_s_over_three_loops(mining: str, margin: float
     "y", [None, labels(-1, -1, -1, -1, -1, -1), labels(3, 3, 3, 3, 3, 3), labels(0, 1, 2, 3, 4, 5)]
 )
 @pytest.mark.parametrize("mining", MINING)
-def test_without_triplets_it_is_the_plain_autoencoder(mining: str, y: Tensor | None, shifted: Any) -> None:
+def test_batch_without_triplets_equals_plain_autoencoder(mining: str, y: Tensor | None, shifted: Any) -> None:
     model, x = small("triplet_ae", shifted, mining=mining), images()
     other = plain(model)
     terms = model.loss(x, y)
@@ -65,7 +65,7 @@ def test_without_triplets_it_is_the_plain_autoencoder(mining: str, y: Tensor | N
 
 
 @pytest.mark.parametrize("mining", MINING)
-def test_classes_apart_by_more_than_the_margin_cost_nothing(mining: str, shifted: Any) -> None:
+def test_separated_classes_have_zero_triplet_loss(mining: str, shifted: Any) -> None:
     model, y = small("triplet_ae", shifted, mining=mining, margin=1.0), labels(0, 0, 1, 1)
     z = torch.tensor([[0.0], [1.0], [4.0], [5.0]], dtype=torch.float64)
     assert float(model.triplet_loss(z, y)) == 0
@@ -75,7 +75,7 @@ def test_classes_apart_by_more_than_the_margin_cost_nothing(mining: str, shifted
     assert float(model.triplet_loss(z, y)) == pytest.approx(wanted[mining])
 
 
-def test_samples_without_a_label_change_nothing_of_the_term(shifted: Any) -> None:
+def test_unlabelled_samples_do_not_change_triplet_term(shifted: Any) -> None:
     for mining in MINING:
         model = small("triplet_ae", shifted, mining=mining)
         z, y = torch.randn(8, CODE, dtype=torch.float64), labels(0, 1, 0, 1, 2, 2, -1, -1)

@@ -45,7 +45,7 @@ def skipping(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 5), (2, 9)])
-def test_nothing_passes_beside_the_code(shape: tuple[int, ...], shifted: Any) -> None:
+def test_output_depends_on_input_through_code_only(shape: tuple[int, ...], shifted: Any) -> None:
     model = UNetAE(shape, latent_dim=3, hidden_dims=(4, 4), activation="tanh", likelihood="gaussian").double()
     model, x = shifted(model).eval(), torch.rand(1, *shape, dtype=torch.float64)
     bottleneck_law(model, model.encode, x)

@@ -56,7 +56,7 @@ def data(n: int = 4, shape: tuple[int, ...] = SHAPE) -> Tensor:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("lam", [0.0018, 0.05])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_the_paper_s_rate_and_distortion(name: str, lam: float, training: bool) -> None:
+def test_loss_matches_paper_rate_distortion(name: str, lam: float, training: bool) -> None:
     """R + lam 255^2 MSE with R in bits a pixel, times pixels and log 2, and the constant of the likelihood."""
     model, x = small(name, lam=lam).train(training), data()
     seen: list[Tensor] = []
@@ -71,7 +71,7 @@ def test_the_loss_is_the_paper_s_rate_and_distortion(name: str, lam: float, trai
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_the_negative_elbo_of_a_uniform_posterior(name: str) -> None:
+def test_loss_is_negative_elbo_with_uniform_posterior(name: str) -> None:
     """Ballé et al. 2017, section 4: p(x|y~) = N(x; g(y~), 1 / (2 weight)), q = U about y, whose log density is 0."""
     model, x = small(name, lam=0.003).train(), data()
     seen: list[Tensor] = []
@@ -85,7 +85,7 @@ def test_the_loss_is_the_negative_elbo_of_a_uniform_posterior(name: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vectors_and_maps_count_bits_a_place(name: str) -> None:
+def test_bits_are_counted_per_position_for_vectors_and_maps(name: str) -> None:
     if name in IN_STEPS:
         without = "a code without places: take gdn or conv, or mean_scale_hyperprior|convolutions take"
         with pytest.raises(AezooError, match=without):
@@ -102,7 +102,7 @@ def test_vectors_and_maps_count_bits_a_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_numbers_are_all_that_a_code_needs(name: str) -> None:
+def test_symbols_determine_code_and_reconstruction(name: str) -> None:
     model, x = small(name).float().eval(), data().float()
     symbols = model.encode_symbols(x)
     assert symbols.dtype == torch.long and int(symbols.abs().max()) > 3
@@ -111,7 +111,7 @@ def test_whole_numbers_are_all_that_a_code_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_bf16_whole_numbers_are_all_that_a_code_needs_too(name: str) -> None:
+def test_bf16_symbols_determine_code(name: str) -> None:
     """Numbers above 256 are none of bf16, so that sums with means must be taken in float32 by writer and reader."""
     model, x = small(name).bfloat16().eval(), data().bfloat16()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_in_bf16_whole_numbers_are_all_that_a_code_needs_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_are_the_encoder_s_output_to_half_a_step(name: str) -> None:
+def test_codes_are_encoder_output_within_half_a_step(name: str) -> None:
     model, x = small(name).train(), data()  # in training, too, a code is a rounded one
     if name == "gained_hyperprior":  # with steps of 1
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_codes_are_the_encoder_s_output_to_half_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_score_is_the_loss_of_a_sample_as_it_is_evaluated(name: str) -> None:
+def test_score_is_evaluation_loss_per_sample(name: str) -> None:
     model, x = small(name).eval(), data()
     alone = torch.stack([model.loss(x[i : i + 1])["loss"] for i in range(len(x))])
     torch.testing.assert_close(model.score(x), alone)
@@ -144,7 +144,7 @@ def test_score_is_the_loss_of_a_sample_as_it_is_evaluated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
+def test_symbol_distributions_are_causal(name: str) -> None:
     """Change whole numbers from some place on: the laws of everything up to there are the same to the last bit."""
     model, x = small(name).eval(), data(2)
     symbols = model.encode_symbols(x)
@@ -178,7 +178,7 @@ def test_a_map_s_law_sees_only_what_was_coded_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IN_TURN)
-def test_places_in_turn_are_the_one_convolution_of_training(name: str) -> None:
+def test_sequential_coding_matches_parallel_training_rate(name: str) -> None:
     """With what training would see, y^ for y~, the laws of all places at once have the rate of place after place."""
     model, x = small(name).eval(), data()
     coder, y = Rounding(), model.encoder(x)
@@ -190,7 +190,7 @@ def test_places_in_turn_are_the_one_convolution_of_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IN_TURN)
-def test_no_place_sees_itself_or_a_later_one_in_training(name: str) -> None:
+def test_context_model_is_causal_in_training(name: str) -> None:
     model = small(name)
     y = torch.randn(1, *model.code_shape, dtype=torch.float64, requires_grad=True)
     said = torch.zeros(1, 2 * model.code_shape[0], *model.grid, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_checkerboard_anchors_condition_non_anchors_only(name: str, shape: tuple
 
 
 @pytest.mark.parametrize("name", IN_TURN)
-def test_rate_and_distortion_train_what_they_follow_from(name: str) -> None:
+def test_rate_and_distortion_train_expected_networks(name: str) -> None:
     model = small(name).train()
     terms = model.loss(data())
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -233,7 +233,7 @@ def test_rate_and_distortion_train_what_they_follow_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_have_the_laws_of_the_model(name: str) -> None:
+def test_sampled_symbols_follow_model_distribution(name: str) -> None:
     """Whole numbers drawn under the first law, that of a channel without anything before, come as often as it says."""
     model = small(name).eval()
     seen: list[Tensor] = []

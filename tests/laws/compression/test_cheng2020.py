@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from compression_laws import (  # noqa: F401
     data,
     small,
-    test_a_map_s_law_sees_only_what_was_coded_before,
-    test_codes_are_the_encoder_s_output_to_half_a_step,
-    test_in_bf16_whole_numbers_are_all_that_a_code_needs_too,
-    test_no_place_sees_itself_or_a_later_one_in_training,
-    test_places_in_turn_are_the_one_convolution_of_training,
-    test_rate_and_distortion_train_what_they_follow_from,
-    test_samples_have_the_laws_of_the_model,
-    test_score_is_the_loss_of_a_sample_as_it_is_evaluated,
-    test_the_loss_is_the_negative_elbo_of_a_uniform_posterior,
-    test_the_loss_is_the_paper_s_rate_and_distortion,
-    test_vectors_and_maps_count_bits_a_place,
-    test_whole_numbers_are_all_that_a_code_needs,
+    test_bf16_symbols_determine_code,
+    test_bits_are_counted_per_position_for_vectors_and_maps,
+    test_codes_are_encoder_output_within_half_a_step,
+    test_context_model_is_causal_in_training,
+    test_loss_is_negative_elbo_with_uniform_posterior,
+    test_loss_matches_paper_rate_distortion,
+    test_rate_and_distortion_train_expected_networks,
+    test_sampled_symbols_follow_model_distribution,
+    test_score_is_evaluation_loss_per_sample,
+    test_sequential_coding_matches_parallel_training_rate,
+    test_symbol_distributions_are_causal,
+    test_symbols_determine_code_and_reconstruction,
 )
 
 import aezoo
@@ -41,7 +41,7 @@ def of_torch(law: Mixtures) -> D.MixtureSameFamily:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_mixture_of_one_is_the_autoregressive_gaussian(training: bool) -> None:
+def test_one_component_mixture_equals_joint_ar_hyperprior(training: bool) -> None:
     """But for the transforms, which are put into the parent here."""
     one, two = small("cheng2020", mixtures=1), small("joint_ar_hyperprior", activation="leaky_relu")
     two.encoder, two.decoder = one.encoder, one.decoder
@@ -68,7 +68,7 @@ def test_mixture_parameters_are_means_scales_weights() -> None:
     torch.testing.assert_close(same.mean, alone.mean)
 
 
-def test_a_mixture_tells_two_modes_apart_that_a_gaussian_cannot() -> None:
+def test_mixture_codes_bimodal_symbols_cheaply() -> None:
     """Numbers of two far modes cost a bit more than their width, and not the width of both."""
     modes = torch.tensor([-20.0, 20.0, 0.0]).view(3, 1, 1)
     v = torch.tensor([-20.0, 20.0]).view(2, 1)
@@ -99,7 +99,7 @@ def test_subpixel_conv_interleaves_every_axis() -> None:
         assert torch.equal(block(x)[..., a::2, b::2, c::2], parts[:, :, a, b, c])
 
 
-def test_attention_is_a_share_of_its_trunk() -> None:
+def test_attention_mask_scales_trunk() -> None:
     layer, x = Attention(2, 5, "relu").double(), torch.randn(2, 5, 4, 3, dtype=torch.float64)
     for bias, share in ((-1e3, 0.0), (0.0, 0.5), (1e3, 1.0)):
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_attention_is_a_share_of_its_trunk() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 13), (3, 16, 11), (1, 5, 6, 7)])
 @pytest.mark.parametrize("dims", [(), (4,), (4, 6), (4, 6, 5)])
-def test_residual_stages_come_back_to_every_grid(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+def test_residual_stages_restore_every_grid_size(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
     code = aezoo.nets.map_shape("gdn", shape, dims, 3)
     x = torch.rand(2, *shape)
     for attention in (True, False):

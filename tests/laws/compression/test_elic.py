@@ -4,16 +4,16 @@ import torch
 from compression_laws import (  # noqa: F401
     data,
     small,
-    test_a_map_s_law_sees_only_what_was_coded_before,
+    test_bf16_symbols_determine_code,
+    test_bits_are_counted_per_position_for_vectors_and_maps,
     test_checkerboard_anchors_condition_non_anchors_only,
-    test_codes_are_the_encoder_s_output_to_half_a_step,
-    test_in_bf16_whole_numbers_are_all_that_a_code_needs_too,
-    test_samples_have_the_laws_of_the_model,
-    test_score_is_the_loss_of_a_sample_as_it_is_evaluated,
-    test_the_loss_is_the_negative_elbo_of_a_uniform_posterior,
-    test_the_loss_is_the_paper_s_rate_and_distortion,
-    test_vectors_and_maps_count_bits_a_place,
-    test_whole_numbers_are_all_that_a_code_needs,
+    test_codes_are_encoder_output_within_half_a_step,
+    test_loss_is_negative_elbo_with_uniform_posterior,
+    test_loss_matches_paper_rate_distortion,
+    test_sampled_symbols_follow_model_distribution,
+    test_score_is_evaluation_loss_per_sample,
+    test_symbol_distributions_are_causal,
+    test_symbols_determine_code_and_reconstruction,
 )
 
 # ---- what is coded, and in which order -------------------------------------------------------------------------------

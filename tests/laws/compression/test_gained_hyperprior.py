@@ -10,15 +10,15 @@ from compression_laws import (  # noqa: F401
     SMALL,
     data,
     small,
-    test_a_map_s_law_sees_only_what_was_coded_before,
-    test_codes_are_the_encoder_s_output_to_half_a_step,
-    test_in_bf16_whole_numbers_are_all_that_a_code_needs_too,
-    test_samples_have_the_laws_of_the_model,
-    test_score_is_the_loss_of_a_sample_as_it_is_evaluated,
-    test_the_loss_is_the_negative_elbo_of_a_uniform_posterior,
-    test_the_loss_is_the_paper_s_rate_and_distortion,
-    test_vectors_and_maps_count_bits_a_place,
-    test_whole_numbers_are_all_that_a_code_needs,
+    test_bf16_symbols_determine_code,
+    test_bits_are_counted_per_position_for_vectors_and_maps,
+    test_codes_are_encoder_output_within_half_a_step,
+    test_loss_is_negative_elbo_with_uniform_posterior,
+    test_loss_matches_paper_rate_distortion,
+    test_sampled_symbols_follow_model_distribution,
+    test_score_is_evaluation_loss_per_sample,
+    test_symbol_distributions_are_causal,
+    test_symbols_determine_code_and_reconstruction,
 )
 from scipy import stats
 
@@ -33,7 +33,7 @@ LAMS = (0.002, 0.01, 0.03)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gains_of_one_are_a_mean_scale_hyperprior(training: bool) -> None:
+def test_unit_gains_equal_mean_scale_hyperprior(training: bool) -> None:
     """Neutral limit, at each quality with its own lam, and in training with one."""
     x = data()
     for lams in ((0.01,),) if training else ((0.01,), LAMS):
@@ -57,7 +57,7 @@ def test_gains_of_one_are_a_mean_scale_hyperprior(training: bool) -> None:
             assert torch.equal(one.encode_symbols(x), two.encode_symbols(x))
 
 
-def test_a_code_is_rounded_in_steps_of_its_quality() -> None:
+def test_code_is_rounded_in_steps_of_quality_gain() -> None:
     model, x = small("gained_hyperprior", lams=LAMS).eval(), data()
     parent, y = small("mean_scale_hyperprior").eval(), model.encoder(x)
     parent.load_state_dict({key: value for key, value in model.state_dict().items() if key[:4] != "log_"})
@@ -67,7 +67,7 @@ def test_a_code_is_rounded_in_steps_of_its_quality() -> None:
         torch.testing.assert_close(model.encode(x), parent.code_latents(Rounding(), gain * y, len(x)) * inverse)
 
 
-def test_between_two_qualities_gains_and_lam_are_geometric() -> None:
+def test_gains_and_lambda_are_interpolated_geometrically() -> None:
     model, x = small("gained_hyperprior", lams=LAMS).eval(), data()
     for s, part in ((0, 0.25), (1, 0.7)):
         model.quality = s + part
@@ -132,7 +132,7 @@ def test_initial_gains_scale_error_inversely_with_lambda() -> None:
     torch.testing.assert_close(step.log().mean(0), torch.zeros(5))
 
 
-def test_qualities_and_lams_that_are_none_are_refused() -> None:
+def test_invalid_qualities_and_lambdas_are_refused() -> None:
     model = aezoo.create_model("gained_hyperprior", SHAPE, lams=LAMS, **SMALL)
     assert model.quality == model.max_quality == 2
     for value in (-0.1, 2.1, math.nan):

@@ -86,7 +86,7 @@ def test_full_mask_equals_autoencoder_kl(net: str, training: bool, shifted: Any)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 8, 8), (3, 11), (1, 5, 4, 3)])
-def test_each_map_is_that_of_what_is_visible_where_it_is(shape: tuple[int, ...], shifted: Any) -> None:
+def test_condition_maps_are_computed_from_visible_values(shape: tuple[int, ...], shifted: Any) -> None:
     """Place by place; a place of a smaller map is the first of those that it stands for in the mask."""
     model, x = model_of(shifted, input_shape=shape), images(4, shape=shape)
     z, visible = torch.randn(4, *model.code_shape, dtype=torch.float64), mask(4, shape[1:])
@@ -120,7 +120,7 @@ def test_gradient_reaches_visible_values_only(shifted: Any) -> None:
     assert of_z is None or not of_z.any()
 
 
-def test_the_decoder_is_the_larger_half() -> None:
+def test_decoder_is_larger_than_encoder() -> None:
     model: Any = aezoo.create_model("asymmetric_kl", (3, 32, 32), hidden_dims=(8, 16))
     assert model.decoder.stages[0].weight.shape[:2] == (24, 4) and model.decoder.last[1].weight.shape[:2] == (3, 12)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.decoder.stages)]
@@ -131,7 +131,7 @@ def test_the_decoder_is_the_larger_half() -> None:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_the_last_layer_is_found_behind_what_is_seen(net: str, shifted: Any) -> None:
+def test_last_layer_is_found_behind_condition_maps(net: str, shifted: Any) -> None:
     model, x = model_of(shifted, net=net), images(2)
     z = torch.randn(2, *model.code_shape, dtype=torch.float64)
     out, to_last = last_layer_vjp(model.decoder, z, x, mask(2))
@@ -172,7 +172,7 @@ def test_terms_and_gradients_match_visible_decoding(full_mask: float, shifted: A
 
 
 @pytest.mark.parametrize("full_mask", [0.0, 0.3, 1.0])
-def test_a_share_of_images_is_hidden_and_of_the_others_any_share(full_mask: float) -> None:
+def test_masking_hides_full_images_or_uniform_shares(full_mask: float) -> None:
     """Which is uniform: mean 1/2 and variance 1/12, and that of 20 patches of which each has its own chance."""
     model: Any = small("asymmetric_kl", full_mask=full_mask)
     visible = model.visible(torch.zeros(4000, *SHAPE))
@@ -210,7 +210,7 @@ def test_inpainting_keeps_and_reads_visible_values_only(likelihood: str, shifted
     torch.testing.assert_close(found, torch.where(visible, x, decoded))
 
 
-def test_what_is_inpainted_comes_from_a_code_that_is_given(shifted: Any) -> None:
+def test_inpainting_uses_given_code(shifted: Any) -> None:
     model, x, visible = model_of(shifted).eval(), images(), mask()
     z = torch.randn(6, *model.code_shape, dtype=torch.float64)
     found = model.inpaint(x, visible, z)
@@ -224,17 +224,17 @@ def test_what_is_inpainted_comes_from_a_code_that_is_given(shifted: Any) -> None
 
 
 @pytest.mark.parametrize("visible", [mask().double(), mask(5), mask().expand(-1, 2, -1, -1), mask()[:, 0], None])
-def test_a_mask_of_another_kind_is_refused(visible: Any) -> None:
+def test_invalid_mask_is_refused(visible: Any) -> None:
     with pytest.raises(AezooError, match=r"^inpaint takes as visible a boolean tensor of shape \(6, 1, 9, 7\)"):
         small("asymmetric_kl").eval().inpaint(images(), visible)
 
 
-def test_codes_of_another_shape_are_refused() -> None:
+def test_codes_of_wrong_shape_are_refused() -> None:
     with pytest.raises(AezooError, match=r"inpaint takes codes z of shape \(6, 3, 3, 2\), got \(6, 3, 3, 3\)"):
         small("asymmetric_kl").eval().inpaint(images(), mask(), torch.zeros(6, 3, 3, 3, dtype=torch.float64))
 
 
-def test_what_it_sees_it_learns_to_keep(digits: Tensor) -> None:
+def test_training_uses_visible_values(digits: Tensor) -> None:
     """After 150 steps: with a half in sight the decoder errs less there than blind, and blind it decodes as well."""
     torch.manual_seed(0)
     x = digits[:1024].float()

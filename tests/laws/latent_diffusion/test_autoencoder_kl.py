@@ -96,14 +96,14 @@ def test_perceptual_distance_is_scaled_by_number_of_values() -> None:
     torch.testing.assert_close(terms["loss"], terms["nll"] + terms["perceptual"] + 1e-6 * terms["kl"])
 
 
-def test_the_distance_of_features_is_the_perceptual_vae_s() -> None:
+def test_feature_distance_matches_perceptual_vae() -> None:
     x, y = images(), images(seed=8)
     other: Any = aezoo.create_model("perceptual_vae", SHAPE, weight=1.0, likelihood="gaussian").double()
     torch.testing.assert_close(FeatureDistance("random", SHAPE)(x, y), other.nll(x, y))
     assert FeatureDistance("none", SHAPE)(x, y).tolist() == [0] * 6
 
 
-def test_it_is_the_negative_elbo_without_players_and_features(shifted: Any) -> None:
+def test_loss_without_critic_and_features_is_negative_elbo(shifted: Any) -> None:
     model = shifted(small(beta=1.0, features="none", discriminator_weight=0.0))
     x = images()
     torch.manual_seed(3)
@@ -167,7 +167,7 @@ def test_adversarial_gradient_is_invariant_to_critic_scale(factor: float, shifte
     torch.testing.assert_close(moves[0], moves[1], rtol=0.05, atol=1e-3 * moves[0].abs().max().item())
 
 
-def test_the_adaptive_weight_has_an_end(shifted: Any) -> None:
+def test_adaptive_weight_is_capped(shifted: Any) -> None:
     model = shifted(small())
     with torch.no_grad():
         model.discriminator[-1].weight.zero_()
@@ -312,7 +312,7 @@ def test_invalid_values_are_refused(settings: dict[str, Any], words: str) -> Non
 
 
 @pytest.mark.slow
-def test_it_learns_digits_with_all_players(digits: Tensor) -> None:
+def test_training_with_all_losses_reconstructs_digits(digits: Tensor) -> None:
     torch.manual_seed(0)
     x = digits[:1024].float()
     model: Any = aezoo.create_model("autoencoder_kl", (1, 8, 8), hidden_dims=(16, 16), lr=2e-3)

@@ -60,7 +60,7 @@ class Given(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sigma_min", [0.002, 0.3])
-def test_of_the_least_noise_nothing_is_changed(sigma_min: float, dtype: torch.dtype, shifted: Any) -> None:
+def test_consistency_function_is_identity_at_least_noise(sigma_min: float, dtype: torch.dtype, shifted: Any) -> None:
     decoder = shifted(small(sigma_min=sigma_min)).decoder.to(dtype)
     x, z = images().to(dtype), torch.randn(6, 3, 3, 2, dtype=dtype)
     assert torch.equal(decoder.f(x, at(sigma_min).to(dtype), z), x)
@@ -68,7 +68,7 @@ def test_of_the_least_noise_nothing_is_changed(sigma_min: float, dtype: torch.dt
 
 
 @pytest.mark.parametrize("sigmas", [(0.002, 80.0, 0.5), (0.1, 20.0, 1.5)])
-def test_preconditioning_is_that_of_diffusers(sigmas: tuple[float, float, float]) -> None:
+def test_preconditioning_matches_diffusers(sigmas: tuple[float, float, float]) -> None:
     schedulers = pytest.importorskip("diffusers.schedulers.scheduling_consistency_models")
     s_0, s_N, s_d = sigmas
     theirs = schedulers.CMStochasticIterativeScheduler(sigma_min=s_0, sigma_max=s_N, sigma_data=s_d)
@@ -83,7 +83,7 @@ def test_preconditioning_is_that_of_diffusers(sigmas: tuple[float, float, float]
     assert seen is z
 
 
-def test_an_image_is_one_step_from_the_mean_of_the_most_noise(shifted: Any) -> None:
+def test_decoding_is_one_step_from_mean_of_maximum_noise(shifted: Any) -> None:
     model = shifted(small(sigma_max=70.0))
     z, s = codes(model), 70.0
     e = model.decoder.net(torch.zeros(6, *SHAPE, dtype=torch.float64), at([math.log(s) / 4] * 6).reshape(6, 1), z)
@@ -96,7 +96,7 @@ def test_an_image_is_one_step_from_the_mean_of_the_most_noise(shifted: Any) -> N
 
 @pytest.mark.parametrize("sigmas", [(0.002, 80.0), (0.05, 10.0)])
 @pytest.mark.parametrize("N", [1, 2, 10, 37])
-def test_neighbouring_levels_are_drawn_as_often_as_in_the_paper(N: int, sigmas: tuple[float, float]) -> None:
+def test_noise_level_distribution_matches_paper(N: int, sigmas: tuple[float, float]) -> None:
     """Each u is a share of the draws; figures of section 3.5 and equation 5 of Song & Dhariwal."""
     model, n_u = small(sigma_min=sigmas[0], sigma_max=sigmas[1]), 200_000
     u = (torch.arange(n_u, dtype=torch.float64) + 0.5) / n_u
@@ -111,7 +111,7 @@ def test_neighbouring_levels_are_drawn_as_often_as_in_the_paper(N: int, sigmas: 
 
 
 @pytest.mark.parametrize("N", [1, 10, 160, 10_000])
-def test_levels_end_where_noise_does_in_float32_too(N: int) -> None:
+def test_float32_noise_levels_reach_both_ends(N: int) -> None:
     model = small()
     ends = torch.tensor([0.0, 1 - 2**-24, 1.0])
     low, high = model.pair(ends, torch.tensor(float(N)))
@@ -122,7 +122,7 @@ def test_levels_end_where_noise_does_in_float32_too(N: int) -> None:
 
 
 @pytest.mark.parametrize(("s0", "s1", "K"), [(10, 160, 1000), (10, 1280, 800), (2, 12, 40), (7, 7, 30), (1, 100, 7)])
-def test_levels_double_as_in_the_paper(s0: int, s1: int, K: int) -> None:
+def test_noise_level_count_doubles_as_in_paper(s0: int, s1: int, K: int) -> None:
     """N(k) = min(s0 2^floor(k / K'), s1) with K' = K / (log2(s1 / s0) + 1), equation 4 there, which rounds K' down."""
     model = small(start_noise_levels=s0, noise_levels=s1, level_steps=K)
     found = []
@@ -136,7 +136,7 @@ def test_levels_double_as_in_the_paper(s0: int, s1: int, K: int) -> None:
     assert found[0] == s0 and found[-1] == s1 and found == sorted(found)
 
 
-def test_without_steps_there_are_all_levels_at_once() -> None:
+def test_zero_level_steps_use_all_levels() -> None:
     model = small(start_noise_levels=3, noise_levels=50, level_steps=0)
     assert model.n_levels() == 50
 
@@ -171,7 +171,7 @@ def by_hand(model: Any, x: Tensor, N: int, stopped: bool = True) -> dict[str, Te
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("step", "N"), [(0, 10), (500, 40), (10**6, 160)])
-def test_the_terms_are_those_of_the_papers(step: int, N: int, training: bool, shifted: Any) -> None:
+def test_terms_match_papers(step: int, N: int, training: bool, shifted: Any) -> None:
     model, x = shifted(small(nll_weight=0.7, noise_levels=160)).train(training), images()
     model.steps.fill_(step)
     torch.manual_seed(3)
@@ -213,7 +213,7 @@ def test_ema_target_keeps_full_precision_weights(shifted: Any) -> None:
     assert loss.dtype == torch.float32 and F.cosine_similarity(*grads, dim=0) > 0.9
 
 
-def test_one_level_compares_with_the_sample_itself(shifted: Any) -> None:
+def test_single_level_uses_sample_as_target(shifted: Any) -> None:
     """From s_N to s_0 in one step: the reconstruction, but for the distance and the draws of noise."""
     model, x = shifted(small(start_noise_levels=1, noise_levels=1)), images()
     z = model.encode(x).detach()
@@ -267,7 +267,7 @@ class Solved(nn.Module):
         return torch.where(s - S_0 > 1e-9, (f - c_skip * x) / c_out.clamp_min(1e-12), 0)
 
 
-def test_along_the_ode_all_levels_are_denoised_alike() -> None:
+def test_exact_ode_solution_is_consistent_along_trajectory() -> None:
     model, s = small(), levels(40)
     model.decoder.net = Solved()
     path = trajectory(S_N * np.random.default_rng(0).standard_normal(X), s)
@@ -322,7 +322,7 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) ->
 # ---- the U-Net -------------------------------------------------------------------------------------------------------
 
 
-def test_a_block_that_is_not_shifted_is_a_residual_block() -> None:
+def test_unmodulated_block_equals_residual_block() -> None:
     block, plain = Block(2, 8, "silu").double(), ResidualBlock(2, 8, "silu").double()
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("film")})
     x, level = torch.randn(3, 8, 5, 4, dtype=torch.float64), torch.randn(3, 32, dtype=torch.float64)
@@ -336,7 +336,7 @@ def test_a_block_that_is_not_shifted_is_a_residual_block() -> None:
         torch.testing.assert_close(block(x, level), x + plain.body[5](h))
 
 
-def test_a_net_of_one_stage_is_what_it_says() -> None:
+def test_one_stage_network_matches_hand_written_forward() -> None:
     torch.manual_seed(0)
     net = Denoiser((2, 5, 4), 3, (6,), "silu").double()
     x, z = torch.randn(4, 2, 5, 4, dtype=torch.float64), torch.randn(4, 3, 2, 2, dtype=torch.float64)
@@ -351,7 +351,7 @@ def test_a_net_of_one_stage_is_what_it_says() -> None:
 
 @pytest.mark.parametrize("dims", [(), (4,), (4, 6, 5)])
 @pytest.mark.parametrize("grid", [(7,), (1, 5), (4, 3, 2)])
-def test_every_value_sees_the_sample_the_noise_and_the_map(grid: tuple[int, ...], dims: tuple[int, ...]) -> None:
+def test_output_depends_on_sample_noise_level_and_code(grid: tuple[int, ...], dims: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     net = Denoiser((2, *grid), 3, dims, "silu").double()
     made: list[Any] = [(2, *grid), (1,), (3, *[2] * len(grid))]

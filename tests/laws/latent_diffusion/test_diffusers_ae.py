@@ -93,7 +93,7 @@ def code_of(net: Any, x: Tensor) -> Tensor:
 
 @every
 @torch.no_grad()
-def test_codes_and_reconstructions_are_those_of_diffusers(kind: str, tmp_path: Path) -> None:
+def test_codes_and_reconstructions_match_diffusers(kind: str, tmp_path: Path) -> None:
     net, x = stored(kind, tmp_path), images()
     model = ours(tmp_path).eval()
     z = code_of(net, 2 * x - 1)
@@ -109,7 +109,7 @@ def test_codes_and_reconstructions_are_those_of_diffusers(kind: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", GAUSSIAN)
 @torch.no_grad()
-def test_moments_are_those_of_diffusers_and_stay_finite(kind: str, tmp_path: Path) -> None:
+def test_moments_match_diffusers_and_stay_finite(kind: str, tmp_path: Path) -> None:
     net, x = stored(kind, tmp_path), images()
     model = ours(tmp_path).eval()
     *_, last = [m for m in (net.quant_conv if hasattr(net, "quant_conv") else net.encoder).modules() if has_bias(m)]
@@ -139,14 +139,14 @@ def test_model_without_folder_equals_diffusers_class(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "VQModel"])
-def test_blocks_are_as_many_as_the_widths_that_are_given(kind: str) -> None:
+def test_number_of_blocks_follows_given_widths(kind: str) -> None:
     names = [name for name in KINDS[kind] if name.endswith("block_out_channels")]
     model = new(kind, config={name: [8, 16, 24] for name in names})
     assert model.code_shape[1:] == (2, 2)
     assert model.encoder.net.config.down_block_types == ["DownEncoderBlock2D"] * 3
 
 
-def test_weights_of_before_have_other_names(tmp_path: Path) -> None:
+def test_legacy_attention_weight_names_are_loaded(tmp_path: Path) -> None:
     """Those of Stable Diffusion are stored so; diffusers itself knows the names."""
     net, x = stored("AutoencoderKL", tmp_path), images()
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -172,7 +172,7 @@ def test_half_precision_weights_load_as_trainable_float32(tmp_path: Path) -> Non
 @pytest.mark.slow
 @every
 @torch.no_grad()
-def test_many_samples_at_once_are_as_few(kind: str, tmp_path: Path) -> None:
+def test_large_batch_matches_small_batch(kind: str, tmp_path: Path) -> None:
     """From 64 on diffusers goes another way."""
     net, x = stored(kind, tmp_path).double(), images(70, dtype=torch.float64)
     model = ours(tmp_path).double().eval()
@@ -236,7 +236,7 @@ def test_the_loss_of_vqmodel_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderTiny"])
-def test_the_loss_of_other_kinds_is_the_likelihood_alone(kind: str) -> None:
+def test_deterministic_kinds_use_likelihood_only(kind: str) -> None:
     model, x = new(kind, SHAPE, likelihood="laplace:0.2").double(), images(dtype=torch.float64)
     z = model.encoder.net.encode(2 * x - 1)[0]
     p = D.Laplace(model.decoder.net.decode(z).sample / 2 + 0.5, 0.2)
@@ -285,7 +285,7 @@ def test_saved_model_loads_without_its_source_folder(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_from_a_folder_goes_on_without_it(tmp_path: Path, monkeypatch: Any) -> None:
+def test_run_from_pretrained_folder_continues_without_it(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     net = diffusers.AutoencoderKL(**{**KINDS["AutoencoderKL"], "in_channels": 1, "out_channels": 1})
@@ -301,7 +301,7 @@ def test_a_run_that_starts_from_a_folder_goes_on_without_it(tmp_path: Path, monk
     assert not torch.equal(found, start) and (found - start).abs().max() < 0.01  # two steps from where it began
 
 
-def test_config_of_another_version_is_read_by_its_class(tmp_path: Path) -> None:
+def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
     """An argument that a file does not have is the class's own, not that of our small model."""
     stored("AutoencoderKL", tmp_path, norm_num_groups=32)
     file = tmp_path / "config.json"
@@ -352,14 +352,14 @@ def test_invalid_values_are_refused_in_one_line(settings: dict[str, Any], words:
         ((1, 1, 1), "does not take samples of shape"),
     ],
 )
-def test_shapes_that_it_cannot_take_are_refused(shape: tuple[int, ...], words: str) -> None:
+def test_unsupported_shapes_are_refused(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(AezooError, match=words) as refusal:
         aezoo.create_model("diffusers_ae", shape)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_autoencoder_of_images_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_non_image_autoencoders_are_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
     for settings in ({"kind": kind}, {"pretrained": str(tmp_path)}):
         with pytest.raises(AezooError, match=f"{kind} of diffusers .*: take one of AutoencoderKL") as refusal:
@@ -376,7 +376,7 @@ def test_every_diffusers_autoencoder_is_taken_or_refused() -> None:
     assert with_codes - {*KINDS, *REFUSED} == set()
 
 
-def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
+def test_invalid_model_folders_are_refused(tmp_path: Path) -> None:
     net = stored("AutoencoderKL", tmp_path)
     whole = {file: (tmp_path / file).read_bytes() for file in ("config.json", WEIGHTS)}
 
@@ -419,7 +419,7 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
 # ---- without diffusers -----------------------------------------------------------------------------------------------
 
 
-def test_without_the_extra_it_is_asked_for_in_one_line(monkeypatch: Any, capsys: Any) -> None:
+def test_missing_diffusers_names_extra_to_install(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(AezooError, match=r"^diffusers_ae needs diffusers: pip install 'aezoo\[diffusers\]'$"):
         aezoo.create_model("diffusers_ae", (1, 8, 8))
@@ -433,13 +433,13 @@ def test_without_the_extra_it_is_asked_for_in_one_line(monkeypatch: Any, capsys:
 
 
 @pytest.mark.slow
-def test_diffusers_is_imported_only_where_one_is_built() -> None:
+def test_diffusers_is_imported_lazily() -> None:
     code = "import sys, aezoo; aezoo.model_class('diffusers_ae'); print('diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_a_diffusers_that_lacks_a_kind_is_to_be_renewed(monkeypatch: Any) -> None:
+def test_outdated_diffusers_suggests_upgrade(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", type(sys)("diffusers"))
     with pytest.raises(AezooError, match=r"diffusers cannot give VQModel, .*pip install -U .aezoo\[diffusers\]"):
         new("VQModel")

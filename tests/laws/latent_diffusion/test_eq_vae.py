@@ -84,7 +84,7 @@ def test_terms_and_gradients_match_transformed_images(shifted: Any) -> None:
 
 @pytest.mark.parametrize("net", ["resnet", "conv", "convnext", "conv_keras", "gdn", "dc"])
 @pytest.mark.parametrize("shape", [SHAPE, (1, 8, 8), (1, 1, 13)])
-def test_under_every_tau_images_have_the_size_of_what_is_decoded(net: str, shape: tuple[int, ...]) -> None:
+def test_transformed_images_match_decoded_size(net: str, shape: tuple[int, ...]) -> None:
     model, x = small("eq_vae", input_shape=shape, net=net), images(2, shape=shape)
     z, found = torch.randn(2, *model.code_shape, dtype=torch.float64), set()
     for quarters in (1, 2, 3):
@@ -184,7 +184,7 @@ def test_zero_equivariance_equals_autoencoder_kl(training: bool, shifted: Any) -
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_tau_is_drawn_by_the_seed_of_the_step(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformation_is_determined_by_step_seed(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, drawn = small("eq_vae", equivariance=share), []
     monkeypatch.setattr(model, "transformed", lambda x, z, *tau: drawn.append(tau) or (x, z))
     x, z = torch.zeros(1), torch.zeros(1)
@@ -214,6 +214,6 @@ def test_tau_is_drawn_by_the_seed_of_the_step(share: float, monkeypatch: pytest.
         ({"equivariance": 1.1}, "equivariance must be from 0 to 1"),
     ],
 )
-def test_what_eq_vae_cannot_do_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_unsupported_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(AezooError, match=words):
         small("eq_vae", **settings)

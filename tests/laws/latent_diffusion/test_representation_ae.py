@@ -80,7 +80,7 @@ def test_codes_are_standardised_teacher_codes(name: str, tmp_path: Path, shifted
 
 
 @pytest.mark.parametrize("name", ["mae", "vae", "none"])
-def test_a_fit_leaves_the_encoder_as_it_is(name: str, tmp_path: Path, shifted: Any, quiet: Any) -> None:
+def test_fit_does_not_change_encoder(name: str, tmp_path: Path, shifted: Any, quiet: Any) -> None:
     loader: Any = DataLoader([images(6, seed).float() for seed in range(3)], batch_size=None)  # type: ignore[arg-type]
     how: dict[str, Any] = {}
     if name != "none":
@@ -119,7 +119,7 @@ def test_encoder_without_teacher_is_seeded_and_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(x), models[0].encode(x))
 
 
-def test_it_is_saved_without_its_teacher_and_decodes_without(
+def test_saved_model_excludes_teacher_and_decodes_without_it(
     teacher: tuple[Any, dict[str, Any]], tmp_path: Path
 ) -> None:
     model, x = small(**teacher[1]).float(), images().float()
@@ -139,7 +139,7 @@ def test_it_is_saved_without_its_teacher_and_decodes_without(
         assert "\n" not in str(error.value)
 
 
-def test_a_run_with_a_teacher_goes_on_as_if_it_had_not_stopped(
+def test_resumed_run_with_teacher_matches_uninterrupted_run(
     teacher: tuple[Any, dict[str, Any]], quiet: Any, tmp_path: Path
 ) -> None:
     loader: Any = DataLoader([images(6, seed).float() for seed in range(2)], batch_size=None)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def test_training_codes_are_standardised(name: str, tmp_path: Path, shifted: Any
     assert model.normaliser.count == 8
 
 
-def test_the_last_batch_counts_as_much_as_the_first(teacher: tuple[Any, dict[str, Any]]) -> None:
+def test_normaliser_weighs_batches_equally(teacher: tuple[Any, dict[str, Any]]) -> None:
     """After 399 batches of mean 0 and variance 1 another one has a share of 1 in 400."""
     other, how = teacher
     model, x = small(**how), images()
@@ -183,7 +183,7 @@ def test_the_last_batch_counts_as_much_as_the_first(teacher: tuple[Any, dict[str
     torch.testing.assert_close(model.normaliser.std_C, (second - (codes.mean(1) / 400) ** 2).sqrt())
 
 
-def test_evaluation_leaves_the_moments(teacher: tuple[Any, dict[str, Any]]) -> None:
+def test_evaluation_does_not_update_moments(teacher: tuple[Any, dict[str, Any]]) -> None:
     model = small(**teacher[1]).eval()
     model.loss(images())
     assert model.normaliser.count == 0 and not model.normaliser.mean_C.any()
@@ -269,7 +269,7 @@ def by_hand(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_one_backward_pass_gives_each_player_its_own_gradient(
+def test_single_backward_gives_each_network_its_gradient(
     start: int, teacher: tuple[Any, dict[str, Any]], shifted: Any
 ) -> None:
     weights = {"perceptual_weight": 0.3, "discriminator_weight": 0.6, "discriminator_start": start}
@@ -294,7 +294,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(
     assert all(p.grad is None for p in model.load_teacher().parameters())
 
 
-def test_no_term_reaches_another_player(shifted: Any) -> None:
+def test_no_term_reaches_other_networks(shifted: Any) -> None:
     model, x = shifted(small()), images()
     terms = model.loss(x)
     parts = {"decoder": [*model.decoder.parameters()], "discriminator": [*model.discriminator.parameters()]}
@@ -316,7 +316,7 @@ def test_each_code_position_is_one_decoder_token(patch: int) -> None:
     assert model(images()).shape == (len(images()), *SHAPE)
 
 
-def test_the_default_is_the_code_of_an_mae_as_it_is() -> None:
+def test_default_code_shape_matches_mae() -> None:
     for shape in ((1, 28, 28), (3, 32), (1, 5, 6, 7)):
         assert aezoo.create_model("representation_ae", shape).code_shape == aezoo.create_model("mae", shape).code_shape
 
@@ -340,7 +340,7 @@ def test_unsupported_settings_are_refused(settings: dict[str, Any], words: str) 
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_of_other_codes_is_refused(teacher: tuple[Any, dict[str, Any]]) -> None:
+def test_teacher_with_other_code_shape_is_refused(teacher: tuple[Any, dict[str, Any]]) -> None:
     with pytest.raises(AezooError, match=r"teacher: .*, \(6, 3, 3\)\), not .*: set code_shape to match") as error:
         small(teacher=teacher[1]["teacher"]).loss(images())
     assert "\n" not in str(error.value)

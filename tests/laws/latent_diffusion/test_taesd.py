@@ -49,7 +49,7 @@ def target(model: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_each_half_has_the_loss_of_its_own_target(training: bool, teacher: tuple[Any, str], shifted: Any) -> None:
+def test_encoder_and_decoder_have_separate_losses(training: bool, teacher: tuple[Any, str], shifted: Any) -> None:
     other, path = teacher
     model, x = shifted(small(teacher=path)).train(training), images()
     terms, z = model.loss(x), target(other, x)
@@ -61,7 +61,7 @@ def test_each_half_has_the_loss_of_its_own_target(training: bool, teacher: tuple
     assert terms.keys() == {"loss", "nll", "code"} and terms["code"] > 1
 
 
-def test_no_half_moves_the_other_or_the_teacher(teacher: tuple[Any, str], shifted: Any) -> None:
+def test_losses_do_not_reach_other_half_or_teacher(teacher: tuple[Any, str], shifted: Any) -> None:
     other, path = teacher
     model, x = shifted(small(teacher=path)), images()
     halves = [[*half.parameters()] for half in (model.encoder, model.decoder)]
@@ -108,7 +108,7 @@ def test_codes_of_teacher_without_moments_are_unscaled(tmp_path: Path, shifted: 
     torch.testing.assert_close(model.teach(x), other.double().encoder(x).detach())
 
 
-def test_what_is_learned_is_the_teacher(teacher: tuple[Any, str]) -> None:
+def test_training_approaches_teacher_codes(teacher: tuple[Any, str]) -> None:
     other, path = teacher
     torch.manual_seed(0)
     model, x = small(teacher=path).float(), images(16).float()
@@ -122,7 +122,7 @@ def test_what_is_learned_is_the_teacher(teacher: tuple[Any, str]) -> None:
     assert (model.encode(x) - z).square().mean() < 0.3 * before[0] and model.loss(x)["nll"] < before[1]
 
 
-def test_without_a_teacher_it_is_an_autoencoder(shifted: Any) -> None:
+def test_no_teacher_equals_autoencoder(shifted: Any) -> None:
     model, x = shifted(small()), images()
     terms = model.loss(x)
     log_p = D.Normal(model.decoder(model.encoder(x)), 0.5**0.5).log_prob(x).sum((1, 2, 3))
@@ -135,7 +135,7 @@ def test_without_a_teacher_it_is_an_autoencoder(shifted: Any) -> None:
 # ---- the teacher's file ----------------------------------------------------------------------------------------------
 
 
-def test_a_student_is_saved_loaded_and_used_without_its_teacher(teacher: tuple[Any, str], tmp_path: Path) -> None:
+def test_student_is_saved_and_used_without_teacher(teacher: tuple[Any, str], tmp_path: Path) -> None:
     model, x = small(teacher=teacher[1]).float().eval(), images().float()
     model.loss(x)
     assert model.state_dict().keys() == small().state_dict().keys()
@@ -150,7 +150,7 @@ def test_a_student_is_saved_loaded_and_used_without_its_teacher(teacher: tuple[A
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_named_without_a_folder_is_found_elsewhere(
+def test_relative_teacher_path_survives_folder_change(
     teacher: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a student whose teacher is gone can still be built, as loading does."""
@@ -163,7 +163,7 @@ def test_a_teacher_named_without_a_folder_is_found_elsewhere(
     assert aezoo.load_model(save_model(model, tmp_path / "student")).teacher == teacher[1]
 
 
-def test_the_teacher_goes_where_the_student_goes(teacher: tuple[Any, str]) -> None:
+def test_teacher_follows_student_dtype(teacher: tuple[Any, str]) -> None:
     model, x = small(teacher=teacher[1]), images()
     assert {p.dtype for p in model.load_teacher().parameters()} == {torch.float64}
     assert {p.dtype for p in model.float().load_teacher().parameters()} == {torch.float32}
@@ -173,9 +173,7 @@ def test_the_teacher_goes_where_the_student_goes(teacher: tuple[Any, str]) -> No
     assert rounded.dtype == torch.bfloat16 and torch.equal(exact, model.teach(x.float()))
 
 
-def test_the_teacher_is_read_before_training_and_stays_out_of_it(
-    teacher: tuple[Any, str], quiet: Any, tmp_path: Path
-) -> None:
+def test_teacher_is_loaded_before_training_and_frozen(teacher: tuple[Any, str], quiet: Any, tmp_path: Path) -> None:
     loader: Any = DataLoader([images(6, seed).float() for seed in range(2)], batch_size=None)  # type: ignore[arg-type]
     model = small(teacher=teacher[1]).float()
     other = copy.deepcopy(teacher[0]).float().state_dict()
@@ -192,7 +190,7 @@ def test_the_teacher_is_read_before_training_and_stays_out_of_it(
         quiet(max_epochs=1).fit(model, loader)
 
 
-def test_a_run_with_a_teacher_goes_on_as_if_it_had_not_stopped(
+def test_resumed_run_with_teacher_matches_uninterrupted_run(
     teacher: tuple[Any, str], quiet: Any, tmp_path: Path
 ) -> None:
     loader: Any = DataLoader([images(6, seed).float() for seed in range(2)], batch_size=None)  # type: ignore[arg-type]
@@ -208,13 +206,13 @@ def test_a_run_with_a_teacher_goes_on_as_if_it_had_not_stopped(
 
 
 @pytest.mark.parametrize("student", [{"latent_dim": 4}, {"hidden_dims": (8,)}])
-def test_a_teacher_of_other_codes_is_refused(student: dict[str, Any], teacher: tuple[Any, str]) -> None:
+def test_teacher_with_other_code_shape_is_refused(student: dict[str, Any], teacher: tuple[Any, str]) -> None:
     with pytest.raises(AezooError, match=r"teacher: .*, \(3, 3, 2\)\), not .*: set latent_dim and hidden") as error:
         small(teacher=teacher[1], **student).loss(images())
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
+def test_teacher_with_other_input_shape_is_refused(tmp_path: Path) -> None:
     other = aezoo.create_model("autoencoder_kl", (2, 10, 7), latent_dim=3, hidden_dims=(4, 4))
     path = save_model(other, tmp_path / "teacher")
     with pytest.raises(AezooError, match=r"teacher: .* has shapes \(\(2, 10, 7\), .* not \(\(2, 9, 7\)"):
@@ -222,7 +220,7 @@ def test_a_teacher_of_other_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "autoencoder_kl", "hf://user/name"])
-def test_a_teacher_that_is_no_file_is_refused(name: str) -> None:
+def test_invalid_teacher_path_is_refused(name: str) -> None:
     words = "is not fetched for a setting" if "://" in name else "teacher takes none or the path"
     with pytest.raises(AezooError, match=words):
         small(teacher=name).loss(images())
@@ -231,7 +229,7 @@ def test_a_teacher_that_is_no_file_is_refused(name: str) -> None:
 # ---- its size --------------------------------------------------------------------------------------------------------
 
 
-def test_at_full_size_it_has_the_weights_of_the_original() -> None:
+def test_full_size_parameter_count_matches_original() -> None:
     """As in https://github.com/madebyollin/taesd/blob/main/taesd.py, counted layer by layer."""
     model: Any = aezoo.create_model("taesd", (3, 64, 64), hidden_dims=(64, 64, 64))
     assert model.code_shape == (4, 8, 8)
@@ -245,7 +243,7 @@ def test_at_full_size_it_has_the_weights_of_the_original() -> None:
     assert [sum(p.numel() for p in half.parameters()) for half in (model.encoder, model.decoder)] == expected
 
 
-def test_its_halves_are_those_of_the_original_layer_by_layer(shifted: Any) -> None:
+def test_encoder_and_decoder_match_original_layers(shifted: Any) -> None:
     """By torch's functions: 1, 3, 3 blocks down and 3, 3, 1 up, each relu(x + three convolutions), grids doubled."""
     model, x = shifted(small()), images()
     F = nn.functional

@@ -68,7 +68,7 @@ def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tens
 
 @pytest.mark.parametrize("net", ["resnet", "conv", "vit", "mixer"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_terms_are_those_of_the_written_sums_and_of_autograd(net: str, training: bool, shifted: Any) -> None:
+def test_terms_match_explicit_sums_and_autograd(net: str, training: bool, shifted: Any) -> None:
     model, x = shifted(aligned(net=net, beta=0.3, perceptual_weight=0.7)).train(training), images()
     torch.manual_seed(3)
     found = model.loss(x)
@@ -79,7 +79,7 @@ def test_terms_are_those_of_the_written_sums_and_of_autograd(net: str, training:
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_each_player_has_the_gradient_of_its_own_loss(shifted: Any) -> None:
+def test_each_network_gets_gradient_of_its_own_loss(shifted: Any) -> None:
     model, x = shifted(aligned(beta=0.3, perceptual_weight=0.7)), images()
     torch.manual_seed(3)
     terms = model.loss(x)
@@ -95,7 +95,7 @@ def test_each_player_has_the_gradient_of_its_own_loss(shifted: Any) -> None:
     assert not terms["alignment_weight"].requires_grad
 
 
-def test_without_weight_it_is_autoencoder_kl(shifted: Any) -> None:
+def test_zero_weight_equals_autoencoder_kl(shifted: Any) -> None:
     model, x = shifted(aligned(alignment_weight=0.0)), images()
     plain = small()
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if "projection" not in key})
@@ -111,7 +111,7 @@ def test_without_weight_it_is_autoencoder_kl(shifted: Any) -> None:
         assert mine.equal(theirs)
 
 
-def test_codes_that_are_features_up_to_their_length_are_aligned() -> None:
+def test_codes_parallel_to_features_have_zero_misalignment() -> None:
     model, x = aligned(latent_dim=5, cosine_margin=0.0, matrix_margin=0.0), images()
     with torch.no_grad():
         model.projection.weight.copy_(torch.eye(64, 5, dtype=torch.float64)[:, :, None, None])
@@ -130,7 +130,7 @@ def test_codes_that_are_features_up_to_their_length_are_aligned() -> None:
     assert model.seen(x, torch.Size((3, 2))).equal(features(x, (3, 2)))
 
 
-def test_margins_leave_out_what_is_near_enough() -> None:
+def test_margins_ignore_small_misalignment() -> None:
     model = aligned(cosine_margin=2.0, matrix_margin=2.0)
     z = torch.randn(6, *model.code_shape, dtype=torch.float64)
     f = torch.randn(6, 64, *model.code_shape[1:], dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_feature_network_stays_out_of_state_dict() -> None:
     assert model.projection.weight.shape == (64, 3, 1, 1)
 
 
-def test_a_gradient_is_taken_through_a_network_as_by_autograd(shifted: Any) -> None:
+def test_input_gradient_matches_autograd(shifted: Any) -> None:
     model = shifted(aligned())
     z = torch.randn(2, *model.code_shape, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, *SHAPE, dtype=torch.float64)

@@ -14,7 +14,7 @@ from latent_diffusion_laws import (  # noqa: F401
     test_missing_feature_file_is_named_before_training,
 )
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from torch import Tensor, nn
 from two_ranks import on_two_ranks
@@ -66,7 +66,7 @@ def vqgan_by_hand(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_vqgan_has_the_terms_and_the_gradients_of_torch_s_own(net: str, shifted: Any) -> None:
+def test_vqgan_terms_and_gradients_match_autograd(net: str, shifted: Any) -> None:
     model, x = shifted(small_vqgan(net=net, perceptual_weight=0.7, beta=0.6)), images()
     found, expected = model.loss(x), vqgan_by_hand(model, x)
     assert found.keys() == expected.keys() and 0 < expected["adaptive_weight"] < 1e4
@@ -126,7 +126,7 @@ def test_vqgan_two_ranks_equal_one_process(shifted: Any) -> None:
     assert (alone["adaptive_weight"] - whole["adaptive_weight"]).abs() > 1e-3
 
 
-def test_vqgan_trains_its_codes_with_the_autoencoder() -> None:
+def test_vqgan_codebook_is_in_autoencoder_parameter_group() -> None:
     model = small_vqgan(discriminator_lr=3e-3, lr=2e-3)
     first, second = model.configure_optimizers().param_groups
     assert {id(p) for p in second["params"]} == {id(p) for p in model.discriminator.parameters()}
@@ -144,6 +144,6 @@ def test_vqgan_trains_its_codes_with_the_autoencoder() -> None:
         ({"discriminator_start": -1}, "discriminator_start must be at least 0"),
     ],
 )
-def test_what_vqgan_cannot_do_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_unsupported_vqgan_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(AezooError, match=words):
         small_vqgan(**settings)

@@ -94,7 +94,7 @@ def test_visible_targets_do_not_enter_the_loss(name: str, shifted: Any, monkeypa
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "simmim_mixer", "masked_conv_ae"])
-def test_predictions_do_not_depend_on_what_is_masked(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_do_not_depend_on_masked_values(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The derivative of each prediction by each masked value is 0; by visible ones it is not."""
     model, x = build(name, shifted), data(3).requires_grad_()
     _, masked = masks(model, 3)

@@ -62,7 +62,7 @@ def rectangle(u: list[float], grid: tuple[int, int], share: tuple[float, float],
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (14, 14), (3, 8), (1, 5), (2, 1)])
-def test_masks_are_the_blocks_of_the_paper_and_what_they_leave(grid: tuple[int, int]) -> None:
+def test_masks_match_paper_blocks_and_remaining_context(grid: tuple[int, int]) -> None:
     seen_BN, asked_BKN, counts_BK = masks(60, grid)
     torch.manual_seed(7)
     for b, u_L4 in enumerate(torch.rand(60, K + 1, 4).tolist()):
@@ -88,7 +88,7 @@ def test_masks_leave_context_and_targets_on_every_grid() -> None:
         assert seen_BN.any(1).all() and asked_BKN.any(2).all() and counts_BK[:, 0].all()
 
 
-def test_shares_and_aspects_are_those_of_the_paper() -> None:
+def test_mask_scale_and_aspect_match_paper() -> None:
     """On a fine grid rounding is small; then 4 blocks always leave something, and each place is as likely as others."""
     side = 60
     blocks_BKSS = ijepa.blocks(torch.rand(500, K, 4), (side, side), (0.15, 0.2), (0.75, 1.5)).unflatten(2, (side, side))
@@ -113,7 +113,7 @@ def test_shares_and_aspects_are_those_of_the_paper() -> None:
 # ---- what is seen ----------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_as_if_those_that_are_not_seen_were_not_there(shifted: Any) -> None:
+def test_visible_attention_equals_removing_masked_tokens(shifted: Any) -> None:
     """The authors' code cuts them out; here all samples keep their length."""
     layers, tokens_BND = shifted(vit.blocks((8, 8), "gelu")).double(), torch.randn(5, N, 8, dtype=torch.float64)
     seen_BN, _, _ = masks(5)
@@ -143,9 +143,7 @@ def by_hand(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [SHAPE, (2, 2, 4)])
-def test_the_loss_is_that_of_the_authors_summed_over_the_code(
-    shape: tuple[int, ...], training: bool, shifted: Any
-) -> None:
+def test_loss_matches_authors_smooth_l1_sum(shape: tuple[int, ...], training: bool, shifted: Any) -> None:
     model, x = build(shifted, shape).train(training), data(5, shape)
     n, counts_BK = math.prod(model.grid), masks(5, model.grid)[2]
     assert bool(counts_BK.all()) == (shape == SHAPE)  # of a coarse grid some blocks do not count
@@ -157,7 +155,7 @@ def test_the_loss_is_that_of_the_authors_summed_over_the_code(
     torch.testing.assert_close(terms["loss"], terms["nll"] + terms["prediction"])
 
 
-def test_predictions_know_no_pixel_of_what_is_asked_for(shifted: Any) -> None:
+def test_predictions_do_not_depend_on_target_pixels(shifted: Any) -> None:
     """The derivative of predictions by each value that is not seen is 0, by every seen one it is not."""
     model, x, found = build(shifted), data(5).requires_grad_(), []
     model.predictor.register_forward_hook(lambda module, given, out: found.append((given[0], out)))
@@ -217,7 +215,7 @@ class Seen:
 
 
 @pytest.mark.parametrize(("batches", "momentum_steps"), [(1, 0), (2, 0), (1, 2)])
-def test_the_target_encoder_is_a_moving_average_once_a_step(batches: int, momentum_steps: int, quiet: Any) -> None:
+def test_target_encoder_ema_updates_once_per_step(batches: int, momentum_steps: int, quiet: Any) -> None:
     torch.manual_seed(0)
     model: Any = aezoo.create_model("ijepa", SHAPE, **SMALL, momentum=0.9, momentum_steps=momentum_steps, lr=0.05)
     model.compile_mode, seen = "off", Seen(model)
@@ -249,7 +247,7 @@ def test_the_momentum_rises_from_its_start_to_one() -> None:
     assert model.momentum_now().item() == pytest.approx(0.996, abs=1e-7)
 
 
-def test_what_is_predicted_depends_on_what_is_seen(adam: Any) -> None:
+def test_trained_predictions_use_visible_patches(adam: Any) -> None:
     """Samples of one grey value each: codes of hidden patches follow from seen ones, a constant of each place errs."""
     torch.manual_seed(0)
     model, x = aezoo.create_model("ijepa", (1, 8, 8), **SMALL), torch.randn(256, 1, 1, 1).expand(-1, 1, 8, 8)

@@ -16,7 +16,7 @@ from masked_laws import (  # noqa: F401
     patchify_of,
     test_invalid_values_are_refused_with_a_cure,
     test_loss_is_rescaled_masked_likelihood,
-    test_predictions_do_not_depend_on_what_is_masked,
+    test_predictions_do_not_depend_on_masked_values,
     test_visible_targets_do_not_enter_the_loss,
 )
 from scipy.stats import norm
@@ -48,7 +48,7 @@ def test_mae_loss_depends_on_masked_targets_only(name: str, shifted: Any) -> Non
     assert (of(torch.where(masked, other, x)) - of(x)).abs() > 0.1
 
 
-def test_the_encoder_of_an_mae_gets_visible_patches_alone(shifted: Any) -> None:
+def test_mae_encoder_receives_visible_patches_only(shifted: Any) -> None:
     model, x, sizes = build("mae", shifted), data(4).requires_grad_(), []
     blocks = model.encoder[1]
     blocks[0].register_forward_hook(lambda module, given, out: sizes.append((given[0].shape, out)))
@@ -135,7 +135,7 @@ def test_score_masks_and_counts_each_patch_once(shifted: Any) -> None:
         torch.testing.assert_close(model.score(x), total.sum(1))
 
 
-def test_a_mask_is_of_the_sample_not_of_the_batch(shifted: Any) -> None:
+def test_masks_are_drawn_per_sample(shifted: Any) -> None:
     """Each sample of a batch has a mask of its own, which another batch around it does not change."""
     for name in SMALL:
         model, x = build(name, shifted), data(6)
@@ -152,7 +152,7 @@ def test_a_mask_is_of_the_sample_not_of_the_batch(shifted: Any) -> None:
 # ---- what is learned -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_hidden_is_filled_in_from_what_is_seen(adam: Any) -> None:
+def test_hidden_patches_are_predicted_from_visible_ones(adam: Any) -> None:
     """Samples of one grey value each: a model that looks at the visible patches is right, the mean sample is not."""
     torch.manual_seed(0)
     model = aezoo.create_model("mae", (1, 4, 4), **SMALL["mae"])

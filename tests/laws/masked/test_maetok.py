@@ -55,7 +55,7 @@ def masks(n: int, least: float = 0.4, most: float = 0.6, patches: int = P) -> Te
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 4), (3, 4), (3, 8)])
-def test_histograms_are_those_of_scikit_image(channels: int, side: int) -> None:
+def test_hog_features_match_scikit_image(channels: int, side: int) -> None:
     x, patchify = data(5, (channels, 16, 24)), vit.Patchify((channels, 16, 24), side)
     found = maetok.hog(x, vit.Patchify((9, 16, 24), side))
     for image, own in zip(x.numpy(), found, strict=True):
@@ -66,7 +66,7 @@ def test_histograms_are_those_of_scikit_image(channels: int, side: int) -> None:
         np.testing.assert_allclose(own.permute(1, 2, 0).numpy(), wanted[:, :, 0, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_ramp_has_one_direction_and_a_flat_image_none() -> None:
+def test_hog_of_ramp_is_one_hot_and_of_flat_image_zero() -> None:
     patchify = vit.Patchify((9, 9, 9), 3)
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     for angle, place in ((10, 0), (50, 2), (90, 4), (170, 8), (190, 0)):
@@ -160,7 +160,7 @@ def test_without_masks_training_is_evaluation(shifted: Any) -> None:
     torch.testing.assert_close(loss(model.train(), x), loss(model.eval(), x))
 
 
-def test_a_mask_is_of_the_sample_not_of_the_batch(shifted: Any) -> None:
+def test_masks_are_drawn_per_sample(shifted: Any) -> None:
     model, x = build(shifted).train(), data(6)
     with torch.no_grad():
         with SharedNoise(range(6), 6):

@@ -11,7 +11,7 @@ from masked_laws import (  # noqa: F401
     data,
     test_invalid_values_are_refused_with_a_cure,
     test_loss_is_rescaled_masked_likelihood,
-    test_predictions_do_not_depend_on_what_is_masked,
+    test_predictions_do_not_depend_on_masked_values,
     test_visible_targets_do_not_enter_the_loss,
 )
 
@@ -20,7 +20,7 @@ import aezoo
 # ---- the losses ------------------------------------------------------------------------------------------------------
 
 
-def test_over_all_masks_the_loss_is_a_sum_over_the_whole_sample(shifted: Any) -> None:
+def test_expected_masked_loss_equals_whole_sample_sum(shifted: Any) -> None:
     """With a model that does not look at its input: whatever the ratio, the scale is that of any other model."""
     x = data(1)
     found = []
@@ -39,7 +39,7 @@ def test_over_all_masks_the_loss_is_a_sum_over_the_whole_sample(shifted: Any) ->
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_the_token_of_the_convolutional_one_is_learned_or_zero(learned: bool) -> None:
+def test_mask_token_is_learned_or_zero(learned: bool) -> None:
     model: Any = aezoo.create_model("masked_conv_ae", SHAPE, **SMALL["masked_conv_ae"], learned_token=learned)
     assert not model.token.any() and model.token.shape == (2, 1, 1)
     model.loss(data(4).float())["loss"].backward()

@@ -13,7 +13,7 @@ from masked_laws import (  # noqa: F401
     patchify_of,
     test_invalid_values_are_refused_with_a_cure,
     test_loss_is_rescaled_masked_likelihood,
-    test_predictions_do_not_depend_on_what_is_masked,
+    test_predictions_do_not_depend_on_masked_values,
     test_visible_targets_do_not_enter_the_loss,
 )
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def mixed(block: mixer.Block, x_BND: Tensor) -> Tensor:
     return x_BND + torch.einsum("dc,bnc->bnd", w_4, nn.functional.gelu(h_BNC)) + b_4
 
 
-def test_simmim_s_mixer_is_made_of_such_blocks_without_positions(shifted: Any) -> None:
+def test_simmim_mixer_uses_mixer_blocks_without_positions(shifted: Any) -> None:
     model, x = build("simmim_mixer", shifted, depth=3), data(4)
     masked_BN = vit.is_masked(torch.rand(4, patchify_of(model).n).argsort(1), model.masked)
     embed, blocks, _ = model.encoder.children()
@@ -53,7 +53,7 @@ def test_simmim_s_mixer_is_made_of_such_blocks_without_positions(shifted: Any) -
 # ---- the losses ------------------------------------------------------------------------------------------------------
 
 
-def test_the_leak_of_a_mixer_that_is_masked_late_would_be_seen(shifted: Any) -> None:
+def test_masking_after_mixing_leak_is_detected(shifted: Any) -> None:
     """The mixer of autoencodersplz masks what has been mixed: a visible token then tells of every masked value."""
     model, x = build("simmim_mixer", shifted), data(3).requires_grad_()
     order_BN, masked = masks(model, 3)
@@ -78,7 +78,7 @@ def test_simmim_encoder_reads_mask_tokens(name: str, shifted: Any) -> None:
             torch.testing.assert_close(found[0][b, i], wanted)
 
 
-def test_the_head_of_norm_pix_and_the_readout_move_nothing_else(shifted: Any) -> None:
+def test_auxiliary_heads_train_only_their_parameters(shifted: Any) -> None:
     for name, term, own in (
         ("mae_norm", "scale", "decoder.scale."),
         ("simmim", "readout", "decoder.1."),

@@ -92,7 +92,7 @@ def exact(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", GUMBEL)
 @pytest.mark.parametrize("hard", [False, True])
-def test_the_elbo_is_a_bound_where_codes_are_drawn(name: str, hard: bool, shifted: Any) -> None:
+def test_elbo_with_sampled_codes_is_below_evidence(name: str, hard: bool, shifted: Any) -> None:
     """In evaluation, and in training with hard codes, its mean over draws is the exact ELBO, below log p(x)."""
     model, x = tiny(shifted, name, hard=hard), vectors(1)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_elbo_is_a_bound_where_codes_are_drawn(name: str, hard: bool, shifte
 
 
 @pytest.mark.parametrize("name", GUMBEL)
-def test_likeliest_codes_would_report_no_bound(name: str, shifted: Any) -> None:
+def test_loss_at_most_likely_codes_is_not_a_bound(name: str, shifted: Any) -> None:
     """The KL of what is drawn with the nll of what is not exceeds log p(x): why the loss draws in evaluation."""
     model = tiny(shifted, name).eval()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_likeliest_codes_would_report_no_bound(name: str, shifted: Any) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", GUMBEL)
-def test_the_score_is_that_of_a_vae_at_the_likeliest_codes(name: str, training: bool, shifted: Any) -> None:
+def test_score_is_vae_score_at_most_likely_codes(name: str, training: bool, shifted: Any) -> None:
     """-log p(x | code) alone would give codes away for nothing."""
     model, x = tiny(shifted, name, beta=2.5).train(training), vectors()
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_quantiser_has_the_temperature_of_the_step(name: str, quiet: Any) ->
 
 
 @pytest.mark.parametrize("name", GUMBEL)
-def test_cold_codes_are_discrete(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_temperature_codes_are_discrete(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As tau falls the code tends to that of the largest noisy logit, and so does the loss in training."""
     model, x = tiny(shifted, name), vectors()
     with_noise(monkeypatch, D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample())
@@ -183,9 +183,7 @@ def test_kl_trains_encoder_and_likelihood_everything(name: str, hard: bool, shif
 
 
 @pytest.mark.parametrize("name", GUMBEL)
-def test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones(
-    name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hard_codes_have_relaxed_gradient(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, x = tiny(shifted, name, temperature_steps=0, temperature=0.7), vectors()
     with_noise(monkeypatch, D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample())
     hard = tiny(shifted, name, temperature_steps=0, temperature=0.7, hard=True)
@@ -203,7 +201,7 @@ def test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones(
 
 
 @pytest.mark.parametrize("name", GUMBEL)
-def test_drawn_codes_survive_training_there_and_back(name: str, quiet: Any) -> None:
+def test_indices_roundtrip_after_training(name: str, quiet: Any) -> None:
     model, x, found = fitted(name, quiet, beta=0.01)
     indices = model.encode_indices(x)
     assert torch.equal(indices, model.encoder(x).argmax(1, keepdim=True))

@@ -6,12 +6,12 @@ from quantised_laws import (  # noqa: F401
     built,
     data,
     passed,
-    test_each_term_moves_what_it_may_and_nothing_else,
+    test_autocast_indices_and_terms_match_float32,
+    test_each_term_trains_expected_parts_only,
+    test_inference_calls_do_not_update_codebook,
     test_invalid_values_are_refused,
+    test_loss_matches_numpy_formula,
     test_resume_is_exact_and_indices_roundtrip,
-    test_the_loss_is_its_formula_written_out_in_numpy,
-    test_under_autocast_indices_and_terms_are_those_of_float32,
-    test_what_is_only_looked_at_teaches_a_book_nothing,
 )
 
 # ---- where gradients go ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributions as D
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from relaxed_codebook_laws import (  # noqa: F401
     SHAPE,
@@ -15,16 +15,16 @@ from relaxed_codebook_laws import (  # noqa: F401
     K,
     P,
     reference_kl,
-    test_cold_codes_are_discrete,
-    test_drawn_codes_survive_training_there_and_back,
-    test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones,
+    test_elbo_with_sampled_codes_is_below_evidence,
+    test_hard_codes_have_relaxed_gradient,
+    test_indices_roundtrip_after_training,
     test_invalid_values_are_refused,
     test_kl_trains_encoder_and_likelihood_everything,
-    test_likeliest_codes_would_report_no_bound,
+    test_loss_at_most_likely_codes_is_not_a_bound,
+    test_low_temperature_codes_are_discrete,
     test_samples_decode_uniform_codes,
-    test_the_elbo_is_a_bound_where_codes_are_drawn,
+    test_score_is_vae_score_at_most_likely_codes,
     test_the_quantiser_has_the_temperature_of_the_step,
-    test_the_score_is_that_of_a_vae_at_the_likeliest_codes,
     tiny,
     vectors,
     with_noise,
@@ -36,7 +36,7 @@ import aezoo.distributions.categorical
 # ---- gumbel_vq_vae and dvae: the formula -----------------------------------------------------------------------------
 
 
-def test_the_loss_of_dvae_is_that_of_the_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dvae_loss_matches_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Density of logit-Laplace by torch.distributions, with the decoder's own scales and the step's weight."""
     model, x = tiny(shifted, "dvae", kl_steps=8, temperature_steps=6), vectors()
     g_BPK = D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
@@ -58,7 +58,7 @@ def test_the_loss_of_dvae_is_that_of_the_paper(shifted: Any, monkeypatch: pytest
         torch.testing.assert_close(found["elbo"], -nll - found["kl"])
 
 
-def test_a_scale_of_dvae_is_its_decoder_s_but_for_the_floor() -> None:
+def test_dvae_scale_is_clamped_decoder_output() -> None:
     own: Any = aezoo.create_model("dvae", input_shape=(2, 4)).likelihood
     raw = torch.tensor([-1e4, -30.0, -5.0, -2.0, 0.0, 2.0, 1e4], dtype=torch.float64)
     mu, log_b = own.split(torch.stack([torch.zeros_like(raw), raw])[None])
@@ -81,7 +81,7 @@ def test_dvae_decodes_location_and_scale_per_value(net: str) -> None:
 # ---- gumbel_vq_vae and dvae: temperature -----------------------------------------------------------------------------
 
 
-def test_the_schedules_of_dvae_are_half_a_cosine() -> None:
+def test_dvae_schedules_are_half_cosines() -> None:
     """1 -> 1/16 and 0 -> 6.6; flat at both ends, where a line is not and a constant factor neither."""
     model: Any = aezoo.create_model("dvae", SHAPE, **SMALL, temperature_steps=12, kl_steps=8)
     for steps in (0, 1, 3, 6, 9, 12, 40):

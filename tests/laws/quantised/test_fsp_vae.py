@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from torch import Tensor
 from torch.distributions import Normal
@@ -31,7 +31,7 @@ def rows(n: int = 200) -> Tensor:
 
 @squashes
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_codes_moves_and_gradients_are_the_peer_s(squash: str, rate: float) -> None:
+def test_fsp_matches_peer_codes_noise_and_gradients(squash: str, rate: float) -> None:
     peer = pytest.importorskip("vector_quantize_pytorch")
     theirs = peer.FSP(levels=[*LEVELS], act_name=squash, quantize_rate=rate, vector_norm="none").double()
     ours, z = built(squash=squash, quantised=rate), rows().requires_grad_()
@@ -62,7 +62,7 @@ def test_p_is_uniform_for_target_distribution_of_z(squash: str) -> None:
     torch.testing.assert_close(error, torch.tensor(1 / 25, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-def test_terms_are_of_z_and_name_the_variance_of_the_squash() -> None:
+def test_terms_pull_variance_to_squash_distribution() -> None:
     z = rows()
     for squash, variance in (("tanh", math.pi**2 / 12), ("sigmoid", math.pi**2 / 3), ("normal", 1.0)):
         terms = built(squash=squash)(z).terms
@@ -72,7 +72,7 @@ def test_terms_are_of_z_and_name_the_variance_of_the_squash() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 2.0])
-def test_moves_are_as_wide_as_eta_intervals_and_stay_in_0_and_1(eta: float) -> None:
+def test_noise_has_eta_intervals_width_within_unit_range(eta: float) -> None:
     quantiser, z = built(eta=eta, quantised=0.0), rows(4000)
     p, moved = (torch.tanh(z) + 1) / 2, quantiser(z).z_q / math.sqrt(12) + 0.5
     off = (moved - p).abs() * torch.tensor(LEVELS)

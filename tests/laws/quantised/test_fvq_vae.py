@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantised_laws import (  # noqa: F401
-    test_each_term_moves_what_it_may_and_nothing_else,
+    test_autocast_indices_and_terms_match_float32,
+    test_each_term_trains_expected_parts_only,
+    test_inference_calls_do_not_update_codebook,
     test_invalid_values_are_refused,
+    test_loss_matches_numpy_formula,
     test_resume_is_exact_and_indices_roundtrip,
     test_rotation_trick_keeps_angle_and_scales_by_norms,
-    test_straight_through_z_gets_the_gradient_of_its_code,
-    test_the_loss_is_its_formula_written_out_in_numpy,
-    test_under_autocast_indices_and_terms_are_those_of_float32,
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_straight_through_passes_code_gradient_to_z,
 )
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ def test_one_used_code_moves_every_code() -> None:
     assert torch.cdist(moves, moves).add(torch.eye(K)).min() > 1e-9
 
 
-def test_without_attention_codes_know_their_group_alone() -> None:
+def test_without_attention_codes_depend_on_own_group_only() -> None:
     for knows, scale in ((K, 1.0), (3, 0.0)):
         quantiser = built()
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_without_attention_codes_know_their_group_alone() -> None:
         assert int(moved.sum()) == knows and moved[3:6].all()
 
 
-def test_codes_start_apart_and_at_the_authors_start_alike() -> None:
+def test_codes_start_distinct_unlike_zero_initialisation() -> None:
     quantiser = FVQ(D, 512)
     codebook = quantiser.codebook()
     assert torch.pdist(codebook).min() > 1e-3 and 0.2 < codebook.std() < 1.5
@@ -155,7 +155,7 @@ def test_codes_and_loss_match_peer_vq_behind_same_bridge() -> None:
     torch.testing.assert_close(loss.squeeze() * D, found.terms["commitment"], rtol=1e-4, atol=1e-5)
 
 
-def test_behind_a_matrix_of_1_the_same_book_is_sim_vq_vae_s() -> None:
+def test_single_matrix_bridge_equals_sim_vq_vae() -> None:
     nets: dict[str, Any] = {"latent_dim": D, "codebook_size": K, "net": "mlp", "hidden_dims": (8,), "places": 3}
     model = aezoo.create_model("fvq_vae", (6,), **nets, **SMALL).double().train()
     other: Any = aezoo.create_model("sim_vq_vae", (6,), **nets).double().train()
@@ -175,6 +175,6 @@ def test_invalid_quantiser_values_are_refused(wrong: dict[str, Any]) -> None:
         FVQ(D, K, **wrong)
 
 
-def test_a_bridge_takes_several_books() -> None:
+def test_bridge_transforms_batched_codebooks() -> None:
     bridge, codebooks = Bridge(D, 3, 8, 1), torch.randn(2, K, D)
     torch.testing.assert_close(bridge(codebooks), torch.stack([bridge(codebook) for codebook in codebooks]))

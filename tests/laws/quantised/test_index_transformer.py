@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from token_prior_laws import (  # noqa: F401
     LAYOUTS,
@@ -15,17 +15,17 @@ from token_prior_laws import (  # noqa: F401
     chi_square_law,
     drawn,
     prior,
-    test_a_dropped_index_costs_nothing,
-    test_a_pattern_costs_what_its_first_index_does,
-    test_a_prior_holds_its_tokenizer_and_needs_no_file_of_it,
-    test_a_source_of_known_entropy_is_learnt_to_its_entropy,
-    test_a_walk_over_the_tokens_gives_the_logits_of_the_whole,
+    test_deterministic_pattern_costs_first_index_only,
     test_draws_have_the_enumerated_probabilities,
-    test_every_token_depends_on_all_before_it_and_none_after,
+    test_dropped_index_has_no_loss,
+    test_incremental_logits_match_full_logits,
     test_next_logits_match_whole_and_are_causal,
+    test_prior_contains_tokenizer_and_needs_no_file,
     test_temperature_0_or_top_1_draws_the_likeliest,
     test_the_loss_is_the_cross_entropy_of_the_indices,
     test_the_probabilities_of_all_sequences_sum_to_one,
+    test_token_logits_are_causal,
+    test_trained_nll_reaches_source_entropy,
     test_trained_tokenizer_is_frozen_under_its_prior,
     test_untrained_tokenizer_trains_as_if_alone,
     trained,
@@ -49,7 +49,7 @@ def test_tokens_are_in_raster_order_by_position(shape: Any, sizes: Any) -> None:
 
 
 @pytest.mark.parametrize(("shape", "sizes"), LAYOUTS)
-def test_an_index_is_told_by_the_vectors_of_its_own_book(shape: Any, sizes: Any) -> None:
+def test_indices_are_embedded_by_their_codebook(shape: Any, sizes: Any) -> None:
     model = prior("index_transformer", shape, sizes)
     tokens = drawn(model, 3)
     for t in range(model.n_tokens):
@@ -63,7 +63,7 @@ def test_an_index_is_told_by_the_vectors_of_its_own_book(shape: Any, sizes: Any)
 # ---- causality -------------------------------------------------------------------------------------------------------
 
 
-def test_attention_to_later_tokens_leaks_and_the_law_sees_it() -> None:
+def test_non_causal_attention_is_detected() -> None:
     model = prior("index_transformer", (1, 5), (4,))
     model.blocks[1].causal = False
     with pytest.raises(AssertionError):
@@ -73,7 +73,7 @@ def test_attention_to_later_tokens_leaks_and_the_law_sees_it() -> None:
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_at_another_temperature_are_told_apart() -> None:
+def test_wrong_sampling_temperature_is_detected() -> None:
     model = prior("index_transformer", (2, 2), (3, 2))
     with pytest.raises(AssertionError):
         chi_square_law(model, lambda n, temperature, top_k: model.sample_indices(n, 1.3, top_k), 1.0, 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from token_prior_laws import (  # noqa: F401
     NAMES,
@@ -16,17 +16,17 @@ from token_prior_laws import (  # noqa: F401
     causal_law,
     dependence,
     prior,
-    test_a_dropped_index_costs_nothing,
-    test_a_pattern_costs_what_its_first_index_does,
-    test_a_prior_holds_its_tokenizer_and_needs_no_file_of_it,
-    test_a_source_of_known_entropy_is_learnt_to_its_entropy,
-    test_a_walk_over_the_tokens_gives_the_logits_of_the_whole,
+    test_deterministic_pattern_costs_first_index_only,
     test_draws_have_the_enumerated_probabilities,
-    test_every_token_depends_on_all_before_it_and_none_after,
+    test_dropped_index_has_no_loss,
+    test_incremental_logits_match_full_logits,
     test_next_logits_match_whole_and_are_causal,
+    test_prior_contains_tokenizer_and_needs_no_file,
     test_temperature_0_or_top_1_draws_the_likeliest,
     test_the_loss_is_the_cross_entropy_of_the_indices,
     test_the_probabilities_of_all_sequences_sum_to_one,
+    test_token_logits_are_causal,
+    test_trained_nll_reaches_source_entropy,
     test_trained_tokenizer_is_frozen_under_its_prior,
     test_untrained_tokenizer_trains_as_if_alone,
     trained,
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warn
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3), (1, 6), (2, 2, 2)])
-def test_mask_b_in_the_first_layer_leaks_and_the_law_sees_it(shape: Any) -> None:
+def test_first_layer_mask_b_leak_is_detected(shape: Any) -> None:
     model = prior("pixelcnn", shape, (4,) * shape[0], depth=6)
     causal_law(model)
     first = model.layers[0].h
@@ -93,7 +93,7 @@ def test_score_is_message_length_for_any_tokenizer(tokenizer: str) -> None:
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-def test_uneven_books_are_never_left() -> None:
+def test_sampled_indices_stay_within_uneven_codebooks() -> None:
     model = prior("pixelcnn", (3, 2), (2, 5, 3))
     for top_k in (0, 4):
         found = model.sample_indices(500, 3.0, top_k)
@@ -101,7 +101,7 @@ def test_uneven_books_are_never_left() -> None:
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(-1.0, 0), (math.nan, 0), (1.0, -1)])
-def test_draws_that_cannot_be_are_refused(temperature: float, top_k: int) -> None:
+def test_invalid_sampling_arguments_are_refused(temperature: float, top_k: int) -> None:
     with pytest.raises(AezooError, match="must be at least 0"):
         prior("pixelcnn", (1, 2), (3,)).sample(1, temperature, top_k)
 
@@ -133,14 +133,14 @@ def test_trained_tokenizer_settings_need_weights(trained: Any, quiet: Any) -> No
         ({"model": "vq_vae", "codebook_size": 2**17}, "rq_vae"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused_in_one_line(tokenizer: Any, message: str) -> None:
+def test_invalid_tokenizer_is_refused_in_one_line(tokenizer: Any, message: str) -> None:
     for name in NAMES:
         with pytest.raises(AezooError, match=message) as caught:
             aezoo.create_model(name, (1, 8, 8), tokenizer=tokenizer)
         assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_of_other_data_is_refused(trained: Any, tmp_path: Any) -> None:
+def test_tokenizer_with_other_input_shape_is_refused(trained: Any, tmp_path: Any) -> None:
     with pytest.raises(AezooError, match=r"samples of shape \(1, 4, 4\), these data give \(1, 8, 8\)"):
         aezoo.create_model("pixelcnn", (1, 8, 8), tokenizer=str(trained))
     folder = aezoo.save_model(aezoo.create_model("dense_ae", (1, 4, 4)), tmp_path / "dense")
@@ -148,7 +148,7 @@ def test_a_tokenizer_of_other_data_is_refused(trained: Any, tmp_path: Any) -> No
         aezoo.create_model("pixelcnn", (1, 4, 4), tokenizer=str(folder))
 
 
-def test_pixelcnn_sends_volumes_to_the_transformer() -> None:
+def test_pixelcnn_refuses_volumes_and_suggests_transformer() -> None:
     with pytest.raises(AezooError, match="take index_transformer"):
         prior("pixelcnn", (1, 2, 2, 2), (3,))
 
@@ -156,7 +156,7 @@ def test_pixelcnn_sends_volumes_to_the_transformer() -> None:
 @pytest.mark.parametrize(
     "given", [{"width": 0}, {"depth": 0}, {"depth": 10**12}, {"dropout": 1.0}, {"dropout": math.nan}], ids=str
 )
-def test_a_network_that_cannot_be_built_is_refused(given: dict[str, Any]) -> None:
+def test_invalid_network_settings_are_refused(given: dict[str, Any]) -> None:
     for name in NAMES:
         with pytest.raises(AezooError, match=f"got .*{next(iter(given.values()))}"):
             prior(name, (1, 2), (3,), **given)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributions as D
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def nearest(z: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_loss_is_its_formula_written_out_in_numpy(training: bool, shifted: Any) -> None:
+def test_loss_matches_numpy_formula(training: bool, shifted: Any) -> None:
     model, x = small(shifted).train(training), data()
     z, values = (t.detach().numpy() for t in (model.encoder(x), model.quantiser.value_DK))
     index = nearest(z, values)
@@ -112,7 +112,7 @@ def test_beta_weighs_the_commitment_alone(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("rival", [BetaOnTheValues, NothingForTheValues])
-def test_a_rival_breaks_the_law_of_beta(rival: Any, shifted: Any) -> None:
+def test_wrong_beta_placement_is_detected(rival: Any, shifted: Any) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         beta_law(rival, shifted)
 
@@ -126,7 +126,7 @@ def test_values_start_evenly_from_minus_to_plus_a_half(size: int) -> None:
     np.testing.assert_allclose(model.quantiser.value_DK.detach(), [np.linspace(-0.5, 0.5, size)] * 3, atol=1e-7)
 
 
-def test_all_codes_are_reached_and_told_apart(shifted: Any) -> None:
+def test_every_code_is_reachable_and_distinct(shifted: Any) -> None:
     model = small(shifted, latent_dim=3)
     indices = torch.cartesian_prod(*(torch.arange(K),) * 3)
     codes = model.codes(indices)
@@ -135,7 +135,7 @@ def test_all_codes_are_reached_and_told_apart(shifted: Any) -> None:
     assert torch.equal(model.decode_indices(indices), model.decode(codes))
 
 
-def test_a_number_is_a_codebook_of_vectors_of_one(shifted: Any) -> None:
+def test_each_latent_equals_one_channel_vq(shifted: Any) -> None:
     """A `VQ` of one channel for each number: codes, indices, terms and all gradients are the same."""
     quantiser = small(shifted).quantiser
     groups = GroupedVQ(DIM, DIM, K, update="gradient").double()
@@ -165,7 +165,7 @@ def test_two_values_of_minus_and_plus_1_are_the_signs_of_lfq() -> None:
     torch.testing.assert_close(found.terms["commitment"], signs.terms["commitment"])
 
 
-def test_many_values_leave_a_dense_autoencoder(shifted: Any) -> None:
+def test_many_values_approach_dense_autoencoder(shifted: Any) -> None:
     """Losses come together as the values do, and both terms vanish with the square of the spacing."""
     model, x, terms = small(shifted, n_values=400), data(), []
     dense: Any = aezoo.create_model("dense_ae", (6,), hidden_dims=(16,), latent_dim=DIM).double()
@@ -218,7 +218,7 @@ def on_data(dim: int, **settings: Any) -> Any:
     return model
 
 
-def test_with_identity_nets_values_reach_k_means_of_each_number() -> None:
+def test_identity_nets_reach_k_means_per_latent() -> None:
     """By their own term alone, from where k-means starts, too."""
     x = torch.rand(2000, 8, dtype=torch.float64) ** torch.linspace(0.3, 4, 8)
     model = on_data(8, n_values=6).double()
@@ -248,7 +248,7 @@ def test_with_identity_nets_values_reach_k_means_of_each_number() -> None:
 # ---- what decays -----------------------------------------------------------------------------------------------------
 
 
-def test_matrices_and_kernels_decay_and_nothing_else() -> None:
+def test_weight_decay_applies_to_matrices_and_kernels_only() -> None:
     """A step of AdamW without gradients is the decay, 1 - lr weight_decay, alone."""
     model: Any = aezoo.create_model("qlae", (1, 8, 8), net="conv", hidden_dims=(4,), likelihood="gaussian:learned")
     with torch.no_grad():

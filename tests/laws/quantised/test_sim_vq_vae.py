@@ -8,16 +8,16 @@ from quantised_laws import (  # noqa: F401
     Given,
     data,
     small,
-    test_a_rival_s_beta_breaks_the_law,
-    test_beta_weighs_the_commitment_and_nothing_else,
-    test_each_term_moves_what_it_may_and_nothing_else,
+    test_autocast_indices_and_terms_match_float32,
+    test_beta_weights_commitment_only,
+    test_each_term_trains_expected_parts_only,
+    test_inference_calls_do_not_update_codebook,
     test_invalid_values_are_refused,
+    test_loss_matches_numpy_formula,
+    test_misplaced_beta_is_detected,
     test_resume_is_exact_and_indices_roundtrip,
     test_rotation_trick_keeps_angle_and_scales_by_norms,
-    test_straight_through_z_gets_the_gradient_of_its_code,
-    test_the_loss_is_its_formula_written_out_in_numpy,
-    test_under_autocast_indices_and_terms_are_those_of_float32,
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_straight_through_passes_code_gradient_to_z,
     trained_losses,
 )
 
@@ -35,7 +35,7 @@ def test_identity_sim_vq_equals_vq_before_updates() -> None:
     assert first[1]["codebook"] != pytest.approx(second[1]["codebook"], rel=1e-6)
 
 
-def test_one_used_code_moves_all_in_sim_vq_and_none_in_vq() -> None:
+def test_one_used_code_moves_all_codes_in_sim_vq_only() -> None:
     frozen = {}
     for key in ("sim_vq", "vq-gradient"):
         model = small(key, **({} if key == "sim_vq" else {"data_init": False, "dead_below": 0.0}))

@@ -104,7 +104,7 @@ def test_codes_and_encoder_get_exact_mixture_gradient(cosine: bool, shifted: Any
         assert abs(slope) > 1e-3
 
 
-def test_straight_through_would_fail_the_finite_differences(shifted: Any) -> None:
+def test_straight_through_gradient_is_detected(shifted: Any) -> None:
     class Straight(SoftVQ):
         def mixtures(self, x: Tensor) -> tuple[Tensor, Tensor]:
             z = F.normalize(self.encoder(x), dim=1)
@@ -140,7 +140,7 @@ def reference_soft(model: Any, x: Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("cosine", [True, False])
-def test_the_loss_of_soft_vq_is_its_formula(cosine: bool, training: bool, shifted: Any) -> None:
+def test_soft_vq_loss_matches_formula(cosine: bool, training: bool, shifted: Any) -> None:
     model = small("soft_vq", shifted, temperature=0.4, entropy_weight=0.7, gamma=1.6, cosine=cosine).train(training)
     x = data()
     terms, wanted = model.loss(x), reference_soft(model, x)
@@ -181,7 +181,7 @@ def test_mixtures_of_one_code_have_finite_gradients(shifted: Any) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_the_use_of_codes_is_that_of_both_ranks(shifted: Any) -> None:
+def test_code_usage_is_computed_over_ranks(shifted: Any) -> None:
     """Two ranks give the loss and the gradients of one; entropies of each rank's own use would give others."""
     model, x = small("soft_vq", shifted, temperature=0.4, entropy_weight=2.0), data(8)
     x[:4] *= 0.1  # the ranks differ in what they use
@@ -209,7 +209,7 @@ def test_two_processes_train_like_one() -> None:
 # ---- starts and refusals ---------------------------------------------------------------------------------------------
 
 
-def test_the_codes_of_soft_vq_start_where_k_means_puts_them() -> None:
+def test_soft_vq_codes_start_at_k_means() -> None:
     """With as many codes as different rows, each row is a code."""
     torch.manual_seed(0)
     model, x = SoftVQ(SHAPE, **{**SMALL, "codebook_size": 3 * N}, temperature=1e-4), torch.rand(3, *SHAPE)
@@ -220,6 +220,6 @@ def test_the_codes_of_soft_vq_start_where_k_means_puts_them() -> None:
     torch.testing.assert_close(model.encode(x).transpose(1, 2).flatten(0, 1), rows, rtol=0, atol=1e-2)
 
 
-def test_the_code_of_soft_vq_is_written_in_no_indices() -> None:
+def test_soft_vq_code_is_not_discrete() -> None:
     assert not SoftVQ.discrete_code
     assert TiTok.discrete_code

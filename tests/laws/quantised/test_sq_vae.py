@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributions as D
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -106,7 +106,7 @@ def test_terms_are_means_over_all_codes_of_a_sample(variance: str, training: boo
 
 
 @every_variance
-def test_together_they_are_the_density_of_a_mixture_at_the_codes(variance: str, shifted: Any) -> None:
+def test_terms_sum_to_mixture_density_at_codes(variance: str, shifted: Any) -> None:
     """-log of the mean of N(z; e_k, s^2), but for what a code at z itself would have; the score adds it up."""
     model, x = tiny(shifted, variance=variance).eval(), vectors()
     z_BPD, s2_BP1 = parts(model, x)
@@ -123,7 +123,7 @@ def test_together_they_are_the_density_of_a_mixture_at_the_codes(variance: str, 
 
 
 @every_variance
-def test_only_distances_in_units_of_s_count(variance: str, shifted: Any) -> None:
+def test_terms_depend_on_distances_relative_to_sigma(variance: str, shifted: Any) -> None:
     """All vectors moved by the same, or z, the codes and s together made larger, change no term and no draw."""
     model, x = tiny(shifted, variance=variance).quantiser.train(), torch.randn(5, DIM + 1, P).double()
     x = x[:, : model.dim]
@@ -155,7 +155,7 @@ def own_channel(variance: str, own: Tensor) -> tuple[StochasticVQ, Tensor]:
     return quantiser, z if variance == "one" else torch.cat([z, own[:, None]], 1)
 
 
-def test_a_factor_of_1_is_one_variance_for_all() -> None:
+def test_unit_factor_equals_shared_variance() -> None:
     found = []
     for variance in VARIANCES:
         quantiser, z = own_channel(variance, torch.zeros(6, P).double())
@@ -163,7 +163,7 @@ def test_a_factor_of_1_is_one_variance_for_all() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_a_sample_has_the_mean_of_its_places_and_a_place_its_own() -> None:
+def test_variance_modes_scale_per_sample_or_position() -> None:
     own = torch.randn(6, P).double()
     plain = own_channel("one", own)
     one = plain[0].logits(plain[1])
@@ -191,7 +191,7 @@ def test_the_encoder_gives_the_variance_a_channel(variance: str, net: str, shift
 
 
 @pytest.mark.parametrize("hard", [True, False])
-def test_without_variance_it_is_vq(hard: bool) -> None:
+def test_zero_variance_equals_vq(hard: bool) -> None:
     """As s falls to 0: the nearest code whatever is drawn, a KL of log K, and VQ's commitment over 2 s^2."""
     torch.manual_seed(0)
     quantiser = StochasticVQ(DIM, 9, start_variance=1e-6, hard=hard).double().train()
@@ -207,7 +207,7 @@ def test_without_variance_it_is_vq(hard: bool) -> None:
     assert torch.equal(quantiser.eval()(z).indices, vq.eval()(z).indices)
 
 
-def test_with_all_variance_codes_are_uniform() -> None:
+def test_large_variance_gives_uniform_codes() -> None:
     """As s grows: entropy log K, KL and dequantisation of 0, shares of 1 / K."""
     quantiser = StochasticVQ(DIM, 9, start_variance=2e4, hard=True).double().train()
     z = torch.randn(2000, DIM, 3, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_with_all_variance_codes_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("log_variance", [-1e4, 1e4])
-def test_a_variance_that_runs_away_stays_finite(log_variance: float) -> None:
+def test_extreme_log_variance_stays_finite(log_variance: float) -> None:
     quantiser = StochasticVQ(DIM, 9).train()
     with torch.no_grad():
         quantiser.log_variance.fill_(log_variance)
@@ -280,7 +280,7 @@ def test_variance_falls_with_fit_and_grows_if_ignored(variance: float) -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_training_moves_s_the_way_of_the_exact_gradient(reads: bool) -> None:
+def test_variance_update_has_sign_of_exact_gradient(reads: bool) -> None:
     """Relaxed draws at a low temperature, whose gradient is that of the mean but for a small bias."""
     model, x = on_a_square(1.0, 0.02, temperature_steps=0, temperature=0.1)
     model.quantiser.hard = False
@@ -293,7 +293,7 @@ def test_training_moves_s_the_way_of_the_exact_gradient(reads: bool) -> None:
     assert (sum(found) > 0) == reads and sum(found) / 10 == pytest.approx(slope(model, x), abs=0.25)
 
 
-def test_a_better_decoder_has_more_to_say_to_s(shifted: Any) -> None:
+def test_variance_gradient_grows_with_decoder_precision(shifted: Any) -> None:
     """What the nll wants of s is 1 / v times one number, and what the other terms want is not."""
     model, x = tiny(shifted, hard=True).eval(), vectors()
     slopes = []
@@ -309,7 +309,7 @@ def test_a_better_decoder_has_more_to_say_to_s(shifted: Any) -> None:
     assert slopes[1] == pytest.approx(100 * slopes[0]) and slopes[2] == pytest.approx(1e4 * slopes[0])
 
 
-def test_it_anneals_itself_in_training() -> None:
+def test_training_reduces_variance() -> None:
     """The paper's observation: s^2 falls while codes learn, and q becomes sure."""
     model, x = on_a_square(1.0, 0.1)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -328,7 +328,7 @@ def test_it_anneals_itself_in_training() -> None:
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
 @every_variance
-def test_the_nll_is_that_of_the_drawn_codes(
+def test_nll_is_computed_at_sampled_codes(
     tau: float, variance: str, shifted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In training of relaxed codes with the v that fits best, in evaluation of codes with its running mean."""
@@ -349,7 +349,7 @@ def test_the_nll_is_that_of_the_drawn_codes(
         assert float(model.likelihood.log_scale) == pytest.approx(wanted)
 
 
-def test_the_gradient_is_that_of_the_logarithm_of_the_error(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nll_gradient_matches_log_squared_error(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """X / 2 log of the mean squared error, as the authors' code has it: v itself needs no gradient."""
     model, x = tiny(shifted).train(), vectors()
     with_noise(monkeypatch, gumbel_noise())
@@ -395,7 +395,7 @@ def test_the_elbo_is_a_bound_in_evaluation(variance: str, shifted: Any) -> None:
         assert (found.mean() - elbo).abs() < 5 * found.std() / math.sqrt(40) + 1e-6
 
 
-def test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_codes_have_relaxed_gradient(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"temperature_steps": 0, "temperature": 0.7}
     soft, hard, x = tiny(shifted, **settings), tiny(shifted, **settings, hard=True), vectors()
     hard.load_state_dict(soft.state_dict())
@@ -415,7 +415,7 @@ def test_hard_codes_are_codes_with_the_gradient_of_relaxed_ones(shifted: Any, mo
         torch.testing.assert_close(a, b)
 
 
-def test_places_and_samples_are_drawn_by_themselves(shifted: Any) -> None:
+def test_positions_and_samples_are_drawn_independently(shifted: Any) -> None:
     """At a uniform q two places agree in 1 of K, in training and in evaluation."""
     model = tiny(shifted, hard=True)
     with torch.no_grad():
@@ -474,7 +474,7 @@ def test_the_temperature_falls_by_a_constant_factor() -> None:
     assert float(model.tau()) == 0.5
 
 
-def test_training_sets_the_temperature_and_codes_survive_it(quiet: Any) -> None:
+def test_training_anneals_temperature_and_indices_roundtrip(quiet: Any) -> None:
     model: Any = aezoo.create_model("sq_vae", SHAPE, **SMALL, temperature_steps=20)
     x = (torch.rand(40, 1, 1, 1) * torch.rand(40, *SHAPE)).clamp(0, 1)
     trainer, batches = quiet(max_epochs=3), DataLoader(x, batch_size=10)

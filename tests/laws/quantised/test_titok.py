@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from token_laws import (  # noqa: F401
     SHAPE,
@@ -46,7 +46,7 @@ def reference_titok(model: Any, x: Tensor, beta: float, wrong: bool = False) -> 
 
 @pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("update", ["gradient", "ema"])
-def test_the_loss_of_titok_is_its_formula(update: str, cosine: bool, shifted: Any) -> None:
+def test_titok_loss_matches_formula(update: str, cosine: bool, shifted: Any) -> None:
     model, x = small("titok", shifted, update=update, cosine=cosine, beta=0.3).eval(), data()
     terms, wanted = model.loss(x), reference_titok(model, x, 0.3)
     assert terms.keys() == wanted.keys()
@@ -92,7 +92,7 @@ def test_beta_weighs_the_commitment_alone(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("rival", [BetaOnTheCodebook, BetaOnBoth])
-def test_beta_on_another_term_breaks_the_law(rival: Any, shifted: Any) -> None:
+def test_beta_on_wrong_term_is_detected(rival: Any, shifted: Any) -> None:
     with pytest.raises(AssertionError):
         beta_law(rival, shifted)
 
@@ -109,7 +109,7 @@ def test_titok_codes_are_unit_norm_and_ignore_length(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
-def test_indices_go_there_and_back_after_training(update: str, shifted: Any) -> None:
+def test_indices_roundtrip_after_training(update: str, shifted: Any) -> None:
     model, x = small("titok", shifted, update=update).train(), data(20)
     optimiser = torch.optim.Adam(model.parameters(), 1e-5)
     before = model.quantiser.codebook().clone()

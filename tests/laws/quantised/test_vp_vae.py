@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def by_numpy(z: Any, queue: Any, given: Any, eta: float, k: int) -> tuple[Any, A
 
 
 @pytest.mark.parametrize(("eta", "k"), [(1.0, 2), (0.4, 1), (1.7, 6)])
-def test_moves_are_the_paper_s_written_out_in_numpy(eta: float, k: int) -> None:
+def test_perturbations_match_paper_in_numpy(eta: float, k: int) -> None:
     quantiser, z, given = built(eta=eta, neighbours=k), torch.randn(80, D, dtype=torch.float64), draws(80)
     moves, accepted = by_numpy(z.numpy(), quantiser.queue_SD.numpy(), [v.numpy() for v in given], eta, k)
     np.testing.assert_allclose(quantiser.perturb(z, *given).numpy(), np.where(accepted[:, None], moves, 0), atol=1e-12)
@@ -124,7 +124,7 @@ def test_equal_rows_in_the_queue_stay_finite() -> None:
 # ---- what trains -----------------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_passes_to_z_as_it_is_and_codes_have_none() -> None:
+def test_gradient_passes_unchanged_and_codes_get_none() -> None:
     quantiser, z = built(), torch.randn(9, D, 4, dtype=torch.float64, requires_grad=True)
     found, weight = quantiser(z), torch.randn(9, D, 4, dtype=torch.float64)
     (of_z,) = torch.autograd.grad((weight * found.z_q).sum(), z, retain_graph=True)
@@ -169,7 +169,7 @@ def test_codebook_is_vq_ema_and_evaluation_takes_nearest() -> None:
     torch.testing.assert_close(quantiser.codes(found.indices), found.z_q)
 
 
-def test_without_moves_training_is_an_autoencoder_s() -> None:
+def test_zero_perturbation_equals_autoencoder() -> None:
     model: Any = aezoo.create_model("vp_vae", (6,), **NETS, eta=0.0, mean_weight=0.0, variance_weight=0.0).double()
     x = torch.rand(7, 6, dtype=torch.float64)
     terms = model.train().loss(x)
@@ -223,7 +223,7 @@ def test_queue_takes_spread_rows_of_each_batch() -> None:
     assert all(np.diff(part).tolist() == [4, 4, 4] for part in taken) and len({part[0] for part in taken}) == 4
 
 
-def test_data_fill_the_queue() -> None:
+def test_data_init_fills_queue() -> None:
     quantiser, rows = built(), torch.randn(S, D, dtype=torch.float64)
     quantiser.init_from_data(rows)
     assert torch.equal(quantiser.queue_SD, rows)

@@ -19,18 +19,18 @@ from quantised_laws import (  # noqa: F401
     rows,
     small,
     spread,
-    test_a_rival_s_beta_breaks_the_law,
-    test_beta_weighs_the_commitment_and_nothing_else,
-    test_each_term_moves_what_it_may_and_nothing_else,
+    test_autocast_indices_and_terms_match_float32,
+    test_beta_weights_commitment_only,
+    test_each_term_trains_expected_parts_only,
+    test_inference_calls_do_not_update_codebook,
     test_invalid_values_are_refused,
+    test_loss_matches_numpy_formula,
+    test_misplaced_beta_is_detected,
     test_resume_is_exact_and_indices_roundtrip,
     test_rotation_trick_keeps_angle_and_scales_by_norms,
-    test_straight_through_z_gets_the_gradient_of_its_code,
-    test_the_loss_is_its_formula_written_out_in_numpy,
-    test_under_autocast_indices_and_terms_are_those_of_float32,
+    test_straight_through_passes_code_gradient_to_z,
+    test_training_loss_updates_codebook,
     test_usage_is_over_whole_set_not_batch_mean,
-    test_what_is_only_looked_at_teaches_a_book_nothing,
-    test_what_it_is_trained_on_teaches_it,
 )
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -43,7 +43,7 @@ from aezoo.testing import check_ddp, subject_of
 # ---- the loss, written out a place at a time -------------------------------------------------------------------------
 
 
-def test_a_step_of_training_counts_the_rows_of_the_batch_once() -> None:
+def test_training_step_updates_code_counts_once() -> None:
     model, x = small("vq").train(), data()
     before = model.quantiser.count_K.clone()
     hits = np.bincount(model.eval().encode_indices(x).flatten().numpy(), minlength=7)
@@ -58,7 +58,7 @@ def test_a_step_of_training_counts_the_rows_of_the_batch_once() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["diveq", "gumbel"])
-def test_estimators_that_train_codes_through_the_decoder_do(estimator: str) -> None:
+def test_diveq_and_gumbel_codes_get_decoder_gradient(estimator: str) -> None:
     model = small("vq-gradient", estimator=estimator).train()
     terms = model.loss(data())
     assert ("codebook" in terms) == (estimator == "gumbel")
@@ -70,7 +70,7 @@ def test_estimators_that_train_codes_through_the_decoder_do(estimator: str) -> N
 
 
 @pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"cosine": True}, {"dead_below": 3.0, "decay": 0.5}])
-def test_one_group_of_vq_vae_is_vq_vae_under_the_names_of_before(settings: dict[str, Any]) -> None:
+def test_one_group_equals_vq_vae_with_legacy_names(settings: dict[str, Any]) -> None:
     given = {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, **settings}
     one, other = (spread(built("vq_vae", n_groups=1, **given).double()) for _ in range(2))
     assert type(one.quantiser) is VQ
@@ -84,7 +84,7 @@ def test_one_group_of_vq_vae_is_vq_vae_under_the_names_of_before(settings: dict[
     "settings",
     [{}, {"update": "gradient"}, {"cosine": True}, {"estimator": "rotation"}, {"dead_below": 3.0, "decay": 0.5}],
 )
-def test_groups_of_vq_vae_are_quantised_as_by_a_vq_vae_each(settings: dict[str, Any]) -> None:
+def test_groups_equal_separate_vq_vaes(settings: dict[str, Any]) -> None:
     """Terms are the sums of theirs and a place's indices theirs in turn, in training and evaluation, and so learn."""
     settings = {"codebook_size": 7, "beta": 0.6, **settings}
     whole = spread(built("vq_vae", latent_dim=DIM, n_groups=2, **settings).double())
@@ -134,7 +134,7 @@ def test_identity_nets_reach_k_means_inertia(rows: Tensor, batch: int, decay: fl
     assert (terms["nll"].item() - constant) * len(rows) == pytest.approx(found, rel=1e-3)
 
 
-def test_the_first_batch_starts_the_codes_once(rows: Tensor) -> None:
+def test_codes_are_initialised_once_from_first_batch(rows: Tensor) -> None:
     first, second = rows[:700], rows[700:]
     model = on_data(VQVAE, 64, codebook_size=20).train()
     assert not model.started
@@ -157,7 +157,7 @@ def test_the_first_batch_starts_the_codes_once(rows: Tensor) -> None:
     assert torch.equal(never.quantiser.code_KD, codes)
 
 
-def test_groups_of_channels_start_and_end_as_k_means_of_each(rows: Tensor) -> None:
+def test_channel_groups_reach_k_means(rows: Tensor) -> None:
     """Which gives 20^2 codes where one codebook of as many numbers has 20."""
     model = on_data(VQVAE, 64, codebook_size=20, n_groups=2, decay=0.5, dead_below=0.0).train()
     model.begin_step((rows,), 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from quantised_laws import (  # noqa: F401
-    test_what_is_only_looked_at_teaches_a_book_nothing,
+    test_inference_calls_do_not_update_codebook,
 )
 from relaxed_codebook_laws import (  # noqa: F401
     SHAPE,
@@ -73,7 +73,7 @@ def test_top_indices_ignore_bottom_weights_and_codes(shifted: Any) -> None:
     top_law(two_levels(shifted))
 
 
-def test_a_top_that_reads_the_bottom_breaks_the_law(shifted: Any) -> None:
+def test_top_reading_bottom_is_detected(shifted: Any) -> None:
     model = two_levels(shifted)
     model.__class__ = TopReadsBottom
     with pytest.raises(AssertionError):
@@ -106,7 +106,7 @@ def test_top_and_bottom_codes_have_their_gradients(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_each_term_moves_its_own_part(update: str, shifted: Any) -> None:
+def test_each_term_trains_its_own_networks(update: str, shifted: Any) -> None:
     model = two_levels(shifted, update=update)
     terms = model.loss(images())
     names = [name for name, _ in model.named_parameters()]
@@ -178,7 +178,7 @@ class MeanCommitment(VQVAE2):
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_the_loss_of_two_levels_is_that_of_the_paper(update: str, shifted: Any) -> None:
+def test_two_level_loss_matches_paper(update: str, shifted: Any) -> None:
     formula_law(two_levels(shifted, beta=0.7, update=update))
 
 
@@ -198,14 +198,14 @@ def test_beta_weights_the_commitment_alone(shifted: Any) -> None:
         commitment_gradient_law(wrong)
 
 
-def test_a_mean_for_the_sum_over_places_breaks_the_law(shifted: Any) -> None:
+def test_mean_instead_of_sum_over_positions_is_detected(shifted: Any) -> None:
     model = two_levels(shifted, beta=0.7)
     model.__class__ = MeanCommitment
     with pytest.raises(AssertionError):
         formula_law(model)
 
 
-def test_without_a_top_it_is_vq_vae(shifted: Any) -> None:
+def test_ignored_top_level_equals_vq_vae(shifted: Any) -> None:
     """Where neither the bottom nor the decoder reads the top, the bottom level is a VQ-VAE of the same nets."""
     model, x = two_levels(shifted), images()
     one = aezoo.create_model("vq_vae", input_shape=SHAPE, **SMALL, dead_below=0.0, data_init=False).double()
@@ -328,7 +328,7 @@ def test_the_reconstruction_reads_both_levels(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"update": "gradient"}, {"estimator": "rotation"}])
-def test_two_levels_survive_training_there_and_back(settings: dict[str, Any], quiet: Any) -> None:
+def test_two_level_indices_roundtrip_after_training(settings: dict[str, Any], quiet: Any) -> None:
     model, x, found = fitted("vq_vae_2", quiet, **settings, top_dims=(5,))
     indices = model.encode_indices(x)
     assert torch.equal(model.codes(indices), model.encode(x))
@@ -346,6 +346,6 @@ def test_two_levels_survive_training_there_and_back(settings: dict[str, Any], qu
 # ---- gumbel_vq_vae and dvae: gradients, codes and samples ------------------------------------------------------------
 
 
-def test_two_levels_need_a_grid() -> None:
+def test_vector_input_is_refused() -> None:
     with pytest.raises(aezoo.AezooError, match="convolutions take"):
         aezoo.create_model("vq_vae_2", input_shape=(30,))

@@ -146,7 +146,7 @@ def causal_law(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "shape", "sizes"), CASES)
-def test_every_token_depends_on_all_before_it_and_none_after(name: str, shape: Any, sizes: Any) -> None:
+def test_token_logits_are_causal(name: str, shape: Any, sizes: Any) -> None:
     causal_law(prior(name, shape, sizes, **({"depth": 6} if name == "pixelcnn" else {})))
 
 
@@ -194,7 +194,7 @@ def test_the_loss_is_the_cross_entropy_of_the_indices(name: str, shape: Any, siz
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dropped_index_costs_nothing(name: str) -> None:
+def test_dropped_index_has_no_loss(name: str) -> None:
     model = prior(name, (2, 3), (4, 4))
     tokens = drawn(model, 3)
     dropped = tokens.clone()
@@ -218,9 +218,7 @@ def test_next_logits_match_whole_and_are_causal(name: str, shape: Any, sizes: An
 
 @pytest.mark.parametrize(("name", "shape", "sizes"), CASES)
 @pytest.mark.parametrize("every_nth", [1, 3])
-def test_a_walk_over_the_tokens_gives_the_logits_of_the_whole(
-    name: str, shape: Any, sizes: Any, every_nth: int
-) -> None:
+def test_incremental_logits_match_full_logits(name: str, shape: Any, sizes: Any, every_nth: int) -> None:
     """Tokens may be passed over: the codec codes none that have one code only."""
     model = prior(name, shape, sizes)
     tokens = drawn(model, 4)
@@ -289,7 +287,7 @@ def test_temperature_0_or_top_1_draws_the_likeliest(name: str, temperature: floa
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_source_of_known_entropy_is_learnt_to_its_entropy(name: str, adam: Any) -> None:
+def test_trained_nll_reaches_source_entropy(name: str, adam: Any) -> None:
     """Independent indices, each of its own distribution: nll falls to the sum of their entropies, and not below."""
     shape, rng = (1, 2, 3), np.random.default_rng(0)
     p_TK = rng.dirichlet(np.ones(4), 6)
@@ -305,7 +303,7 @@ def test_a_source_of_known_entropy_is_learnt_to_its_entropy(name: str, adam: Any
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 3, 3), (2, 4)])
-def test_a_pattern_costs_what_its_first_index_does(name: str, shape: Any, adam: Any) -> None:
+def test_deterministic_pattern_costs_first_index_only(name: str, shape: Any, adam: Any) -> None:
     """k_t = k_0 + t (mod 5): after a uniform k_0, log 5 nats, nothing is left to tell."""
     t = math.prod(shape)
     tokens = (torch.arange(5)[:, None] + torch.arange(t)) % 5
@@ -371,7 +369,7 @@ def test_untrained_tokenizer_trains_as_if_alone(name: str, quiet: Any, capsys: p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prior_holds_its_tokenizer_and_needs_no_file_of_it(name: str, trained: Any, tmp_path: Any) -> None:
+def test_prior_contains_tokenizer_and_needs_no_file(name: str, trained: Any, tmp_path: Any) -> None:
     model = aezoo.create_model(name, (1, 4, 4), tokenizer=str(trained), **SMALL[name]).eval()
     x = torch.rand(5, 1, 4, 4)
     expected = aezoo.load_model(trained)(x)

@@ -85,7 +85,7 @@ TERMS = {
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_with_weight_0_each_is_the_plain_autoencoder(name: str, likelihood: str, shifted: Any) -> None:
+def test_zero_weight_equals_dense_autoencoder(name: str, likelihood: str, shifted: Any) -> None:
     plain, x = shifted(small("dense_ae", likelihood=likelihood)), images()
     model, whole = small(name, likelihood=likelihood, **NEUTRAL[name]), small(name, likelihood=likelihood)
     state = {key.replace("encoder.0.", "encoder."): value for key, value in plain.state_dict().items()}
@@ -111,7 +111,7 @@ def test_the_squared_error_of_the_papers_is_the_default(name: str, shifted: Any)
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_the_term_of_each_moves_the_encoder(name: str, shifted: Any) -> None:
+def test_regularisation_term_trains_encoder(name: str, shifted: Any) -> None:
     model = shifted(small(name))
     found = torch.autograd.grad(model.loss(images())[TERMS[name]], [*model.encoder.parameters()])
     assert all(g.abs().max() > 1e-6 for g in found)
@@ -249,7 +249,7 @@ def players(model: Any, x: Tensor) -> dict[str, Tensor]:
 @POSTERIORS
 @pytest.mark.parametrize("likelihood", ["gaussian", "gaussian:learned"])
 @pytest.mark.parametrize("name", GANS)
-def test_one_backward_gives_each_player_its_gradient(name: str, likelihood: str, gaussian: bool, shifted: Any) -> None:
+def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str, gaussian: bool, shifted: Any) -> None:
     model = shifted(small(name, likelihood=likelihood, gaussian_posterior=gaussian, adversarial_weight=3.0))
     x, found = images(), []
     for loss in (model.loss, lambda x: players(model, x)):
@@ -268,7 +268,7 @@ def test_one_backward_gives_each_player_its_gradient(name: str, likelihood: str,
 
 @POSTERIORS
 @pytest.mark.parametrize("name", GANS)
-def test_no_term_reaches_another_player(name: str, gaussian: bool, shifted: Any) -> None:
+def test_no_term_reaches_other_networks(name: str, gaussian: bool, shifted: Any) -> None:
     model = shifted(small(name, gaussian_posterior=gaussian))
     terms, sets = model.loss(images()), parts(model)
     owners = {"nll": "autoencoder", "adversarial": "autoencoder", "discriminator": "discriminator"}

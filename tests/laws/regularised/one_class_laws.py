@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
     ("name", "settings"),
     [("ae1svm", {}), ("deep_svdd", {"nu": 0.1})],
 )
-def test_they_find_malignant_tumours_once_they_know_benign_ones(name: str, settings: Any, adam: Any) -> None:
+def test_one_class_training_detects_malignant_tumours(name: str, settings: Any, adam: Any) -> None:
     """Rows of a table; of the samples that they know about a share nu lies outside."""
     found = load_breast_cancer()
     benign, malignant = found.data[found.target == 1], found.data[found.target == 0]

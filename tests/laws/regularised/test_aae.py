@@ -10,12 +10,12 @@ from aggregate_posterior_laws import (  # noqa: F401
     images,
     small,
     test_each_player_has_a_group_of_the_optimiser,
-    test_no_term_reaches_another_player,
-    test_one_backward_gives_each_player_its_gradient,
+    test_no_term_reaches_other_networks,
+    test_one_backward_gives_each_network_its_gradient,
+    test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from torch import nn
 

@@ -12,7 +12,7 @@ from one_class_laws import (  # noqa: F401
     all_grads,
     images,
     small,
-    test_they_find_malignant_tumours_once_they_know_benign_ones,
+    test_one_class_training_detects_malignant_tumours,
     test_two_ranks_equal_one_process,
 )
 from sklearn.linear_model import SGDOneClassSVM
@@ -67,7 +67,7 @@ def test_products_of_features_tend_to_the_gaussian_kernel(bandwidth: float) -> N
     assert (slip @ slip.T - kernel).abs().max() > 1
 
 
-def test_frequencies_are_drawn_by_the_seed_and_stay() -> None:
+def test_fourier_frequencies_are_seeded_and_saved() -> None:
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def test_svm_gradients_count_outliers(shifted: Any) -> None:
     torch.testing.assert_close(w, model.w_F.detach() - phi[out].sum(0) / (nu * 20))
 
 
-def test_only_what_lies_outside_moves_the_encoder(shifted: Any) -> None:
+def test_only_outliers_give_encoder_gradient(shifted: Any) -> None:
     model, x = shifted(ae1svm()), images()
     with torch.no_grad():
         model.rho.copy_(model.rho - 1 + model.features(model.encode(x)).mv(model.w_F).min())
@@ -160,7 +160,7 @@ class Codes:
 
 
 @pytest.mark.parametrize("nu", [0.1, 0.4])
-def test_one_class_svm_of_scikit_learn_is_the_optimum(nu: float) -> None:
+def test_scikit_learn_one_class_svm_minimises_loss(nu: float) -> None:
     codes = Codes(nu, 30)
     learnt = OneClassSVM(kernel="linear", nu=nu, tol=1e-10).fit(codes.phi)
     # libsvm's problem times nu N
@@ -180,7 +180,7 @@ def test_one_class_svm_of_scikit_learn_is_the_optimum(nu: float) -> None:
     assert codes.put(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
 
 
-def test_training_finds_that_optimum(adam: Any) -> None:
+def test_training_reaches_one_class_svm_optimum(adam: Any) -> None:
     codes, nu = Codes(0.2, 30), 0.2
     for net in (codes.model.encoder, codes.model.decoder):
         net.requires_grad_(False)
@@ -226,7 +226,7 @@ def test_many_fourier_features_give_gaussian_kernel_svm() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_without_the_svm_it_is_dense_ae(likelihood: str, shifted: Any) -> None:
+def test_zero_svm_weight_equals_dense_ae(likelihood: str, shifted: Any) -> None:
     parent = shifted(small("dense_ae", likelihood=likelihood, code_activation="sigmoid"))
     x, named = images(), dict(parent.named_parameters())
     for weight in (0.0, 1.0):
@@ -246,7 +246,7 @@ def test_without_the_svm_it_is_dense_ae(likelihood: str, shifted: Any) -> None:
         torch.testing.assert_close(model(x), parent(x))
 
 
-def test_the_score_is_how_far_outside_a_code_lies(shifted: Any) -> None:
+def test_score_is_distance_beyond_svm_boundary(shifted: Any) -> None:
     model, x = shifted(ae1svm()).eval(), images(20)
     score, z = model.score(x).detach(), model.encode(x).detach().numpy()
     np.testing.assert_allclose(score, outside_by_hand(model, z), rtol=1e-9, atol=1e-12)
@@ -257,7 +257,7 @@ def test_the_score_is_how_far_outside_a_code_lies(shifted: Any) -> None:
     assert model.score(x).unique().numel() == 1
 
 
-def test_far_from_all_codes_lies_outside(adam: Any) -> None:
+def test_distant_codes_are_outliers(adam: Any) -> None:
     codes = Codes(0.1, 300)
     adam(codes.model, codes.x, steps=150, lr=0.02, batch=len(codes.x))
     z = 30 * torch.randn(200, CODE).double()

@@ -100,7 +100,7 @@ def size(value: Tensor, of: list[nn.Parameter]) -> float:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "gaussian:learned"])
-def test_one_backward_pass_gives_each_player_its_own_gradient(likelihood: str, training: bool, shifted: Any) -> None:
+def test_single_backward_gives_each_network_its_gradient(likelihood: str, training: bool, shifted: Any) -> None:
     model, x = shifted(alad(likelihood=likelihood, nll_weight=0.3)).train(training), images()
     terms, expected = drawn(model, x)
     terms["loss"].backward()
@@ -116,7 +116,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(likelihood: str, t
             torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
 
 
-def test_no_term_reaches_another_player(shifted: Any) -> None:
+def test_no_term_reaches_other_networks(shifted: Any) -> None:
     model, x = shifted(alad()), images()
     terms, parts = model.loss(x), players(model)
     for term in ("nll", "adversarial", "cycle_x", "cycle_z"):
@@ -132,7 +132,7 @@ def test_no_term_reaches_another_player(shifted: Any) -> None:
         assert all(size(terms["discriminator"], [p]) > 0 for p in judge.parameters())
 
 
-def test_the_players_are_disjoint_and_together_all_parameters() -> None:
+def test_networks_partition_all_parameters() -> None:
     model = alad(discriminator_lr=3e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
     held = [id(p) for group in (first, last) for p in group["params"]]
@@ -143,7 +143,7 @@ def test_the_players_are_disjoint_and_together_all_parameters() -> None:
     assert (last["lr"], last["betas"]) == (3e-3, (0.5, 0.999))
 
 
-def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet: Any) -> None:
+def test_training_matches_separate_optimisers(shifted: Any, quiet: Any) -> None:
     batches = [images(6, seed) for seed in range(5)]
     model = shifted(alad(lr=2e-3, discriminator_lr=5e-3, nll_weight=0.7))
     other = copy.deepcopy(model)
@@ -167,7 +167,7 @@ def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8, msg=key)
 
 
-def test_its_reconstruction_has_dense_aes_error_and_gradient(shifted: Any) -> None:
+def test_reconstruction_term_matches_dense_ae(shifted: Any) -> None:
     parent = shifted(
         aezoo.create_model(
             "dense_ae", SHAPE, latent_dim=CODE, hidden_dims=(16,), activation="leaky_relu", likelihood="gaussian"
@@ -193,7 +193,7 @@ def test_its_reconstruction_has_dense_aes_error_and_gradient(shifted: Any) -> No
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def test_discriminators_that_cannot_tell_cost_2_log_2_each() -> None:
+def test_indifferent_discriminators_cost_2_log_2_each() -> None:
     model = alad()
     with torch.no_grad():
         for judge in model.discriminator.values():
@@ -215,7 +215,7 @@ def identity() -> Any:
     return model
 
 
-def test_cycles_compare_a_sample_with_what_comes_back() -> None:
+def test_cycle_terms_compare_input_with_reconstruction() -> None:
     """Of an autoencoder without error both cycles look real; PyOD's compares samples with draws from the prior."""
     model, x = identity(), torch.rand(9, CODE, dtype=torch.float64)
     torch.manual_seed(5)
@@ -255,7 +255,7 @@ def test_the_score_is_the_distance_of_features_of_the_two_pairs(likelihood: str,
     torch.testing.assert_close(model.score(x[5:6]).detach(), score[5:6], rtol=1e-9, atol=0)
 
 
-def test_the_discriminator_cannot_choose_the_scale_of_the_score(shifted: Any) -> None:
+def test_score_is_invariant_to_discriminator_feature_scale(shifted: Any) -> None:
     model, x, found = shifted(alad()), images(), []
     for factor in (1, 1000):
         with torch.no_grad():
@@ -267,7 +267,7 @@ def test_the_discriminator_cannot_choose_the_scale_of_the_score(shifted: Any) ->
 
 
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 9, 7), (3, 8, 8), (1, 4, 5, 6)], ids=str)
-def test_every_kind_of_sample_is_scored(shape: tuple[int, ...]) -> None:
+def test_every_input_shape_is_scored(shape: tuple[int, ...]) -> None:
     for net in ("mlp", "conv", "resnet")[: 1 if len(shape) == 1 else 3]:
         model, x = aezoo.create_model("alad", shape, net=net, hidden_dims=(4, 4)), torch.rand(5, *shape)
         model.loss(x)["loss"].backward()
@@ -275,7 +275,7 @@ def test_every_kind_of_sample_is_scored(shape: tuple[int, ...]) -> None:
         assert model.eval().score(x).shape == (5,)
 
 
-def test_it_tells_threes_from_other_digits() -> None:
+def test_one_class_training_detects_other_digits() -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])
     model = aezoo.create_model("alad", (1, 8, 8), hidden_dims=(32,), lr=2e-3)

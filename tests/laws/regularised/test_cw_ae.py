@@ -17,11 +17,11 @@ from aggregate_posterior_laws import (  # noqa: F401
     small,
     test_distances_are_not_rounded_under_autocast,
     test_fitted_priors_follow_the_codes,
+    test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
     test_two_ranks_equal_one_process,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from scipy.special import hyp1f1
 from torch import Tensor
@@ -37,7 +37,7 @@ pytestmark = [
 # ---- Cramer-Wold: Knop et al. 2018 -----------------------------------------------------------------------------------
 
 
-def test_phi_is_kummer_s_function_with_its_gradient() -> None:
+def test_phi_matches_kummer_function_and_gradient() -> None:
     s = torch.cat([torch.linspace(0, 60, 601), torch.logspace(1.8, 5, 30)]).double().requires_grad_()
     for d in range(1, 20):
         found = small("cw_ae", latent_dim=d, hidden_dims=()).phi(s)
@@ -47,7 +47,7 @@ def test_phi_is_kummer_s_function_with_its_gradient() -> None:
         np.testing.assert_allclose(slope, -0.5 / b * hyp1f1(1.5, b + 1, at), rtol=1e-8, atol=1e-11)
 
 
-def test_from_20_dimensions_on_phi_is_the_paper_s_asymptotics() -> None:
+def test_phi_uses_asymptotics_from_20_dimensions() -> None:
     s = torch.linspace(0, 200, 101).double()
     for d in (20, 64):
         found = small("cw_ae", latent_dim=d, hidden_dims=()).phi(s)
@@ -92,7 +92,7 @@ def test_the_cramer_wold_distance_is_the_integral_over_lines() -> None:
     caught(lines_law, OneWidth)
 
 
-def test_its_gradient_is_right_by_finite_differences() -> None:
+def test_distance_gradient_passes_gradcheck() -> None:
     for d in (2, 3, 20):
         assert torch.autograd.gradcheck(small("cw_ae", latent_dim=d).distance, codes(4, d))
 
@@ -115,7 +115,7 @@ def test_the_loss_counts_the_logarithm_of_the_distance(shifted: Any) -> None:
     assert small("cw_ae").cw_weight == 1
 
 
-def test_what_rounding_takes_below_0_has_a_finite_logarithm(shifted: Any) -> None:
+def test_negative_rounding_gives_finite_logarithm(shifted: Any) -> None:
     model = shifted(small("cw_ae"))
     model.distance = lambda z: z.sum() * 0 - 1e-7
     terms = model.loss(images())

@@ -11,7 +11,7 @@ import torch.distributions as D
 from anomaly_laws import (  # noqa: F401
     SHAPE,
     images,
-    test_every_kind_of_sample_is_scored,
+    test_every_input_shape_is_scored,
 )
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
@@ -68,7 +68,7 @@ def z_by_hand(model: Any, x: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_energy_is_the_mixtures_negative_log_density(seed: int) -> None:
+def test_energy_is_mixture_negative_log_density(seed: int) -> None:
     phi, mu, sigma = mixture_of(seed)
     z = 3 * torch.randn(50, 5, dtype=torch.float64)
     energy = dagmm().energy(z, phi, mu, sigma)
@@ -85,7 +85,7 @@ def test_the_energy_is_the_mixtures_negative_log_density(seed: int) -> None:
     assert (rooted - energy).abs().max() > 0.1
 
 
-def test_far_samples_keep_their_order_where_a_port_ties_them() -> None:
+def test_far_samples_have_ordered_finite_energies() -> None:
     """-log(sum + 1e-12), as in https://github.com/danieltan07/dagmm, ends at 27.6 for whatever is far."""
     phi, mu, sigma = mixture_of(0)
     z = torch.arange(1, 6, dtype=torch.float64)[:, None] * 100 * torch.ones(5, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_the_loss_is_error_energy_and_inverse_variances(shifted: Any) -> None:
     assert terms["loss"].item() == pytest.approx(error + 0.3 * energy + 0.02 * inverse, rel=1e-7)
 
 
-def test_without_weights_it_is_an_autoencoder(shifted: Any) -> None:
+def test_zero_weights_equal_dense_autoencoder(shifted: Any) -> None:
     """lambda_1 = lambda_2 = 0: the loss and the gradients of dense_ae with the same weights."""
     model, x = shifted(dagmm(energy_weight=0.0, covariance_weight=0.0)), images(30)
     parent = aezoo.create_model(
@@ -230,7 +230,7 @@ def test_evaluation_reads_the_pooled_statistics_of_training(shifted: Any) -> Non
     assert np.abs(averaged - sigma).max() > 1e-3  # a mean of covariances lacks what means differ by
 
 
-def test_evaluation_changes_nothing_and_looks_at_no_other_sample(shifted: Any) -> None:
+def test_evaluation_is_stateless_and_per_sample(shifted: Any) -> None:
     model, x = shifted(dagmm()), images(20)
     model.train().loss(images(20, seed=1))
     held = {name: value.clone() for name, value in model.eval().state_dict().items()}
@@ -280,7 +280,7 @@ def test_nan_codes_give_nan_energy_without_error() -> None:
     assert model.energy(torch.zeros(4, 5).double(), phi, mu, lost).isnan().all()
 
 
-def test_a_component_without_samples_is_no_trouble() -> None:
+def test_empty_mixture_component_stays_finite() -> None:
     model, x = dagmm(n_components=2), images(12)
     with torch.no_grad():
         model.estimation[-1].bias.copy_(torch.tensor([2000.0, -2000.0]))
@@ -306,7 +306,7 @@ def test_black_samples_have_a_finite_distance(shifted: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
-def test_dagmm_finds_malignant_tumours_once_it_knows_benign_ones(adam: Any) -> None:
+def test_dagmm_detects_malignant_tumours(adam: Any) -> None:
     """Rows of a table, as in the paper; far above the reconstruction's relative error alone."""
     found = load_breast_cancer()
     benign, malignant = found.data[found.target == 1], found.data[found.target == 0]

@@ -12,7 +12,7 @@ from one_class_laws import (  # noqa: F401
     all_grads,
     images,
     small,
-    test_they_find_malignant_tumours_once_they_know_benign_ones,
+    test_one_class_training_detects_malignant_tumours,
     test_two_ranks_equal_one_process,
 )
 from sklearn.metrics import roc_auc_score
@@ -40,7 +40,7 @@ def svdd(**settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("net", FIT)
-def test_the_code_of_nothing_is_0_whatever_the_weights(net: str, shifted: Any) -> None:
+def test_bias_free_code_of_zero_input_is_zero(net: str, shifted: Any) -> None:
     """The constant of a network without biases, which c is not."""
     model = shifted(svdd(input_shape=(1, 8, 8), net=net, hidden_dims=(8, 12)))
     assert not any("bias" in name for name, _ in model.encoder.named_parameters())
@@ -50,7 +50,7 @@ def test_the_code_of_nothing_is_0_whatever_the_weights(net: str, shifted: Any) -
 
 
 @pytest.mark.parametrize("net", [net for net in NETS if net not in FIT])
-def test_networks_that_know_places_or_gates_are_refused(net: str) -> None:
+def test_networks_with_position_or_gate_offsets_are_refused(net: str) -> None:
     made = nets.encoder(net, (1, 8, 8), (CODE,), (8,))
     with torch.no_grad():
         for name, p in made.named_parameters():
@@ -70,7 +70,7 @@ def test_networks_that_know_places_or_gates_are_refused(net: str) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_that_stand_in_for_a_bias_are_refused(name: str) -> None:
+def test_bias_like_activations_are_refused(name: str) -> None:
     """Proposition 3, and what is not 0 at 0."""
     act = nets.activation(name)
     at_0, (low, lower, high, higher) = act(torch.zeros(1)), act(torch.tensor([-100.0, -1000.0, 100.0, 1000.0]))
@@ -97,7 +97,7 @@ def test_the_centre_is_the_mean_of_the_first_codes_and_stays(quiet: Any) -> None
 
 
 @pytest.mark.parametrize("value", [0.0, 0.03, -0.03, 0.5, -0.5])
-def test_the_centre_is_never_near_0(value: float) -> None:
+def test_centre_is_kept_away_from_zero(value: float) -> None:
     model = svdd(input_shape=(CODE,), hidden_dims=())
     with torch.no_grad():
         model.encoder[1].weight.copy_(value * torch.eye(CODE))
@@ -194,7 +194,7 @@ def test_svdd_reconstructs_as_dense_ae_distance_trains_encoder(shifted: Any) -> 
     assert not any(g.any() for g in all_grads(alone_terms["loss"], alone.decoder.parameters()))
 
 
-def test_a_linear_encoder_ends_where_least_squares_do(lbfgs: Any) -> None:
+def test_linear_encoder_reaches_least_squares_solution(lbfgs: Any) -> None:
     """The least mean of ||W x - c||^2 has W = c a', a = E[xx']^-1 E[x], and leaves ||c||^2 (1 - a'x)^2."""
     x = images(60, shape=(5,)) + 0.2
     model = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0)
@@ -209,7 +209,7 @@ def test_a_linear_encoder_ends_where_least_squares_do(lbfgs: Any) -> None:
     np.testing.assert_allclose(model.score(new).detach(), c @ c * (1 - new.numpy() @ a) ** 2, atol=1e-4)
 
 
-def test_a_bias_would_let_everything_be_one_point(lbfgs: Any) -> None:
+def test_bias_would_collapse_codes_to_a_point(lbfgs: Any) -> None:
     """Proposition 2: with one the least loss is 0, and all samples score alike."""
     model, x = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0), images(60, shape=(5,)) + 0.2
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_bias_would_let_everything_be_one_point(lbfgs: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"nll_weight": 0.0, "nu": 0.1}], ids=["one-class", "soft-boundary"])
-def test_deep_svdd_tells_threes_from_other_digits(settings: dict[str, Any]) -> None:
+def test_deep_svdd_detects_other_digits(settings: dict[str, Any]) -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])
     torch.manual_seed(0)

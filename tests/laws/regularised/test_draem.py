@@ -60,7 +60,7 @@ def noise_by_hand(seed: int, n: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", [(17, 16), (9, 40), (3, 3)])
-def test_noise_is_perlins(grid: tuple[int, int]) -> None:
+def test_perlin_noise_matches_reference(grid: tuple[int, int]) -> None:
     torch.manual_seed(3)
     found = perlin(5, grid, CPU)
     torch.testing.assert_close(found.double(), torch.from_numpy(noise_by_hand(3, 5, grid)), rtol=1e-4, atol=1e-4)
@@ -76,7 +76,7 @@ def test_noise_has_cells_of_several_sizes() -> None:
     assert abs(float(noise.mean())) < 0.01
 
 
-def test_a_colour_is_laid_over_the_region() -> None:
+def test_damage_blends_colour_over_region() -> None:
     model, x = draem(), images(400)
     found, seen = model.damage(x), []
     changed = (found != x).any(1)
@@ -98,7 +98,7 @@ def test_a_colour_is_laid_over_the_region() -> None:
     assert min(seen) < 0.3 and max(seen) > 0.8
 
 
-def test_another_sample_is_laid_over_the_region() -> None:
+def test_damage_blends_other_sample_over_region() -> None:
     model = draem(source="samples")
     x = torch.arange(8.0)[:, None, None, None].expand(8, *SHAPE).contiguous() / 8
     found, seen = model.damage(x), set()
@@ -145,14 +145,14 @@ def test_the_loss_is_made_of_three_known_terms(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(terms["loss"], terms["nll"] + 0.3 * terms["structure"] + 0.7 * terms["segmentation"])
 
 
-def test_what_does_not_show_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invisible_damage_is_not_segmented(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = draem(ssim_weight=0.0).eval(), torch.zeros(4, *SHAPE)
     monkeypatch.setattr(model, "log_odds", lambda x, params: torch.full((len(x), *SHAPE[1:]), -9.0))
     torch.manual_seed(1)
     assert float(model.loss(x)["segmentation"]) < 1e-3  # a black sample has no other colour than black
 
 
-def test_each_term_reaches_its_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terms_train_expected_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = draem(), images()
     monkeypatch.setattr(model, "damage", lambda x: x.flip(3))
     ways = {}
@@ -166,7 +166,7 @@ def test_each_term_reaches_its_networks(monkeypatch: pytest.MonkeyPatch) -> None
     assert ways == {"nll": alone, "structure": alone, "segmentation": alone | {"segmentation"}}  # all, as in the paper
 
 
-def test_without_anomalies_and_weights_it_is_an_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_anomalies_and_zero_weights_equal_unet_ae(monkeypatch: pytest.MonkeyPatch) -> None:
     model = draem(ssim_weight=0.0, segmentation_weight=0.0)
     monkeypatch.setattr(model, "damage", lambda x: x)
     plain = aezoo.create_model(
@@ -188,7 +188,7 @@ def test_the_score_is_the_largest_mean_under_the_window(window: int) -> None:
     torch.testing.assert_close(model.score(x), means.flatten(1).amax(1))
 
 
-def test_the_map_compares_a_sample_with_its_reconstruction() -> None:
+def test_anomaly_map_reads_sample_and_reconstruction() -> None:
     model, x = draem().eval(), images()
     seen: list[Tensor] = []
     model.segmentation.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -197,7 +197,7 @@ def test_the_map_compares_a_sample_with_its_reconstruction() -> None:
     torch.testing.assert_close(found, model.segmentation(seen[0]).sigmoid()[:, 0])
 
 
-def test_maps_pass_to_the_way_back() -> None:
+def test_unet_skip_connections_reach_decoder() -> None:
     net = UNet((1, 9, 10), 2, (3, 4, 5), "relu")
     assert net(torch.rand(2, 1, 9, 10)).shape == (2, 2, 9, 10)
     for p in net.down[1:].parameters():
@@ -216,7 +216,7 @@ def test_detect_writes_the_models_own_map(tmp_path: Any, monkeypatch: pytest.Mon
     assert labels[0][2].startswith("anomaly, 0 to ")
 
 
-def test_refuses_what_is_no_image() -> None:
+def test_non_image_inputs_are_refused() -> None:
     for shape in ((30,), (1, 2, 9), (1, 8, 8, 8)):
         with pytest.raises(aezoo.AezooError, match="draem takes images"):
             draem(input_shape=shape)
@@ -229,7 +229,7 @@ def test_refuses_what_is_no_image() -> None:
 
 
 @pytest.mark.slow
-def test_it_finds_patches_that_an_autoencoder_misses() -> None:
+def test_training_detects_patches_missed_by_autoencoder() -> None:
     x = aezoo.DataModule("mnist5k", train_classes=[3]).tensors("train")[0]
     x, normal = x[:256], x[256:]
     damaged = normal.clone()

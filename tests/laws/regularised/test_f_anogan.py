@@ -94,7 +94,7 @@ def size(value: Tensor, of: list[nn.Parameter]) -> float:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "gaussian:learned"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_one_backward_pass_gives_each_player_its_own_gradient(
+def test_single_backward_gives_each_network_its_gradient(
     alpha: float, likelihood: str, training: bool, shifted: Any
 ) -> None:
     settings = {"generator_weight": alpha, "feature_weight": 0.7, "penalty_weight": 4.0, "likelihood": likelihood}
@@ -114,7 +114,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(
             torch.testing.assert_close(p.grad, torch.zeros_like(p) if g is None else g, rtol=1e-6, atol=1e-9)
 
 
-def test_no_term_reaches_another_player(shifted: Any) -> None:
+def test_no_term_reaches_other_networks(shifted: Any) -> None:
     model, x = shifted(small(generator_weight=0.0)), images()
     terms, parts = model.loss(x), players(model)
     moved = {"nll": "encoder", "features": "encoder", "adversarial": "generator"}
@@ -124,7 +124,7 @@ def test_no_term_reaches_another_player(shifted: Any) -> None:
             assert (size(terms[term], part) > 1e-6) == (other == player), (term, other)
 
 
-def test_the_players_are_disjoint_and_together_all_parameters() -> None:
+def test_networks_partition_all_parameters() -> None:
     model = small(discriminator_lr=5e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
     held = [id(p) for group in (first, last) for p in group["params"]]
@@ -167,7 +167,7 @@ def test_generator_and_critic_train_independently_of_encoder(shifted: Any, quiet
         assert key == "discriminator.head.bias" or not torch.equal(mine, start[key]), key
 
 
-def test_its_reconstruction_has_dense_aes_error(shifted: Any) -> None:
+def test_reconstruction_loss_and_score_match_dense_ae(shifted: Any) -> None:
     how: dict[str, Any] = {"hidden_dims": (16,), "activation": "leaky_relu", "likelihood": "gaussian"}
     parent = shifted(aezoo.create_model("dense_ae", SHAPE, latent_dim=CODE, **how).double())
     model, x = small(feature_weight=0.0), images()
@@ -218,7 +218,7 @@ class HalfSquare(nn.Module):
         return 0.5 * x.flatten(1).square().sum(1, keepdim=True)
 
 
-def test_the_penalty_is_taken_between_a_sample_and_what_is_made() -> None:
+def test_gradient_penalty_uses_uniform_interpolates() -> None:
     model, n = small(discriminator_dims=(1,)), 4000
     model.discriminator.body = HalfSquare()
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_the_penalty_is_taken_between_a_sample_and_what_is_made() -> None:
     assert stats.kstest(a.detach().numpy(), "uniform").pvalue > 1e-3
 
 
-def test_the_critic_s_loss_does_not_see_a_constant(shifted: Any) -> None:
+def test_critic_loss_is_invariant_to_constant_shift(shifted: Any) -> None:
     model, x, found = shifted(small()), images(), []
     for _ in range(2):
         torch.manual_seed(5)
@@ -260,7 +260,7 @@ def test_the_score_is_the_paper_s_times_the_number_of_values(kappa: float, net: 
     torch.testing.assert_close(model.score(x[5:6]).detach(), score[5:6], rtol=1e-9, atol=0)
 
 
-def test_without_the_features_the_score_is_the_likelihood_s(shifted: Any) -> None:
+def test_zero_feature_weight_scores_negative_log_likelihood(shifted: Any) -> None:
     model, x = shifted(small(feature_weight=0.0, likelihood="bernoulli")).eval(), images()
     expected = -D.Bernoulli(probs=model(x), validate_args=False).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(model.score(x), expected)
@@ -281,7 +281,7 @@ def test_samples_are_decoded_standard_normal_draws() -> None:
 
 
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 9, 7), (1, 4, 5, 6)], ids=str)
-def test_every_kind_of_sample_is_scored(shape: tuple[int, ...]) -> None:
+def test_every_input_shape_is_scored(shape: tuple[int, ...]) -> None:
     for net in ("mlp", "conv", "resnet")[: 1 if len(shape) == 1 else 3]:
         model, x = aezoo.create_model("f_anogan", shape, net=net, hidden_dims=(4, 4)), torch.rand(5, *shape)
         model.loss(x)["loss"].backward()
@@ -290,7 +290,7 @@ def test_every_kind_of_sample_is_scored(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
-def test_it_tells_threes_from_other_digits(alpha: float) -> None:
+def test_one_class_training_detects_other_digits(alpha: float) -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])
     model = aezoo.create_model("f_anogan", (1, 8, 8), hidden_dims=(32,), lr=2e-3, generator_weight=alpha)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from anomaly_laws import (  # noqa: F401
     SHAPE,
     images,
-    test_every_kind_of_sample_is_scored,
+    test_every_input_shape_is_scored,
 )
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def size(value: Tensor, of: list[nn.Parameter]) -> float:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_one_backward_pass_gives_each_player_its_own_gradient(likelihood: str, training: bool, shifted: Any) -> None:
+def test_single_backward_gives_each_network_its_gradient(likelihood: str, training: bool, shifted: Any) -> None:
     model, x = shifted(ganomaly(likelihood=likelihood, adv_weight=0.7, enc_weight=0.3)).train(training), images()
     terms, expected = model.loss(x), losses(model, x)
     terms["loss"].backward()
@@ -90,7 +90,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient(likelihood: str, t
             torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
 
 
-def test_no_term_reaches_another_player(shifted: Any) -> None:
+def test_no_term_reaches_other_networks(shifted: Any) -> None:
     model, x = shifted(ganomaly()), images()
     terms, parts = model.loss(x), players(model)
     for term in ("nll", "adversarial", "encoding"):
@@ -107,7 +107,7 @@ def test_no_term_reaches_another_player(shifted: Any) -> None:
     assert size(leaky, parts["generator"]) > 1e-6
 
 
-def test_the_players_are_disjoint_and_together_all_parameters() -> None:
+def test_networks_partition_all_parameters() -> None:
     model = ganomaly(discriminator_lr=3e-3, likelihood="laplace:learned")
     first, last = model.configure_optimizers().param_groups
     held = [id(p) for group in (first, last) for p in group["params"]]
@@ -121,7 +121,7 @@ def test_the_players_are_disjoint_and_together_all_parameters() -> None:
     assert len(ganomaly(optimizer="sgd").configure_optimizers().param_groups) == 2
 
 
-def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet: Any) -> None:
+def test_training_matches_separate_optimisers(shifted: Any, quiet: Any) -> None:
     batches = [images(6, seed) for seed in range(5)]
     model = shifted(ganomaly(lr=2e-3, discriminator_lr=5e-3, adv_weight=0.7))
     other = copy.deepcopy(model)
@@ -145,7 +145,7 @@ def test_its_steps_are_those_of_an_optimiser_for_each_player(shifted: Any, quiet
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8, msg=key)
 
 
-def test_without_weights_the_generator_is_an_autoencoder(shifted: Any) -> None:
+def test_zero_weights_generator_equals_dense_ae(shifted: Any) -> None:
     """Its loss and gradients are dense_ae's, whatever the discriminator does."""
     model, x = shifted(ganomaly(adv_weight=0.0, enc_weight=0.0)), images()
     parent = aezoo.create_model(
@@ -165,7 +165,7 @@ def test_without_weights_the_generator_is_an_autoencoder(shifted: Any) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
 
 
-def test_a_discriminator_that_cannot_tell_costs_2_log_2() -> None:
+def test_indifferent_discriminator_costs_2_log_2() -> None:
     model = ganomaly()
     with torch.no_grad():
         for p in model.discriminator.head.parameters():
@@ -203,7 +203,7 @@ def test_score_is_mean_squared_code_difference(likelihood: str, net: str, shifte
     assert (scaled[0][3:9] - scaled[1]).abs().max() > 0.01
 
 
-def test_two_encoders_that_agree_find_nothing_strange(shifted: Any) -> None:
+def test_agreeing_encoders_give_zero_score(shifted: Any) -> None:
     """A perfect autoencoder whose second encoder is its first."""
     model: Any = aezoo.create_model("ganomaly", (6,), latent_dim=6, hidden_dims=(), discriminator_dims=(8,)).double()
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_two_encoders_that_agree_find_nothing_strange(shifted: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
-def test_ganomaly_tells_threes_from_other_digits() -> None:
+def test_ganomaly_detects_other_digits() -> None:
     """One-vs-rest; figures of runs differ much (anomalib #1093), hence the mean of two. Baselines stand beside it."""
     data, found = aezoo.DataModule("digits", batch_size=64, train_classes=[3]), []
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])

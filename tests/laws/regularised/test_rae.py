@@ -16,9 +16,9 @@ from aggregate_posterior_laws import (  # noqa: F401
     same,
     small,
     test_fitted_priors_follow_the_codes,
+    test_regularisation_term_trains_encoder,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,7 +37,7 @@ pytestmark = [
 # ---- RAE: Ghosh et al. 2020 ------------------------------------------------------------------------------------------
 
 
-def test_the_code_and_the_decoder_s_parameters_are_held_near_0(shifted: Any) -> None:
+def test_loss_penalises_code_and_decoder_norms(shifted: Any) -> None:
     model, x = shifted(small("rae", beta=0.3, regulariser_weight=0.2)), images()
     terms = model.loss(x)
     code = np.linalg.norm(model.encode(x).detach(), axis=1) ** 2 / 2
@@ -166,7 +166,7 @@ def test_spectrally_normalised_decoder_is_1_lipschitz() -> None:
     assert (moved <= (1 + 3e-3) * (z - other).norm(dim=1)).all()
 
 
-def test_it_samples_from_a_mixture_fitted_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_samples_from_post_hoc_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
     main([

@@ -15,11 +15,11 @@ from aggregate_posterior_laws import (  # noqa: F401
     small,
     test_decoded_codes_are_compared_with_prior_draws,
     test_distances_are_not_rounded_under_autocast,
+    test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
     test_two_ranks_equal_one_process,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from torch import Tensor
 
@@ -89,7 +89,7 @@ SW_LAWS = (pot_law, line_law, shift_law)
 
 
 @pytest.mark.parametrize("law", SW_LAWS, ids=lambda law: law.__name__)
-def test_the_sliced_wasserstein_distance_keeps_the_law(law: Any) -> None:
+def test_sliced_wasserstein_distance_satisfies_laws(law: Any) -> None:
     law(SWAE)
 
 
@@ -103,11 +103,11 @@ def test_the_sliced_wasserstein_distance_keeps_the_law(law: Any) -> None:
         (Unsorted, shift_law),
     ],
 )
-def test_the_laws_catch_the_mistakes_of_sliced_wasserstein(mistake: Any, law: Any) -> None:
+def test_wrong_sliced_wasserstein_distances_are_detected(mistake: Any, law: Any) -> None:
     caught(law, mistake)
 
 
-def test_of_a_permuted_set_it_is_0_and_directions_are_drawn_anew() -> None:
+def test_distance_of_permuted_set_is_zero() -> None:
     model, z = small("swae"), codes(9)
     assert model.sliced_wasserstein(z, z[torch.randperm(9)]) == 0
     p = normal(9)

@@ -14,12 +14,12 @@ from aggregate_posterior_laws import (  # noqa: F401
     small,
     test_each_player_has_a_group_of_the_optimiser,
     test_fitted_priors_follow_the_codes,
-    test_no_term_reaches_another_player,
-    test_one_backward_gives_each_player_its_gradient,
+    test_no_term_reaches_other_networks,
+    test_one_backward_gives_each_network_its_gradient,
+    test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from scipy import stats
 from torch import Tensor
@@ -82,7 +82,7 @@ def test_gaussian_posterior_has_its_mean_and_variance(shifted: Any) -> None:
     torch.testing.assert_close(plain.draw(x[:3]), plain.encode(x[:3]))
 
 
-def test_log_variances_that_would_overflow_give_a_finite_loss() -> None:
+def test_overflowing_log_variances_give_finite_loss() -> None:
     model = aezoo.create_model("wae_gan", SHAPE, latent_dim=CODE, gaussian_posterior=True)
     with torch.no_grad():
         model.encoder[-2].bias[CODE:] = 300.0  # type: ignore[index]

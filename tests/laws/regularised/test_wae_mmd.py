@@ -14,11 +14,11 @@ from aggregate_posterior_laws import (  # noqa: F401
     small,
     test_decoded_codes_are_compared_with_prior_draws,
     test_distances_are_not_rounded_under_autocast,
+    test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
     test_the_squared_error_of_the_papers_is_the_default,
-    test_the_term_of_each_moves_the_encoder,
     test_two_ranks_equal_one_process,
-    test_with_weight_0_each_is_the_plain_autoencoder,
+    test_zero_weight_equals_dense_autoencoder,
 )
 from torch import Tensor
 
@@ -88,14 +88,14 @@ def mmd_law(cls: Any) -> None:
                 same(found, loops(kernel, scales, z, p, unbiased), z)
 
 
-def test_the_mmd_is_that_of_a_double_loop() -> None:
+def test_mmd_matches_double_loop() -> None:
     mmd_law(WAEMMD)
     model = small("wae_mmd")
     assert (model.kernel, model.kernel_scales, model.unbiased, model.mmd_weight) == (KERNELS[0], SCALES, True, 10.0)
 
 
 @pytest.mark.parametrize("mistake", [DividedTwice, CrossWithoutDiagonal, MeanOverTheCode])
-def test_the_double_loop_catches_the_mistakes_of_pytorch_vae(mistake: Any) -> None:
+def test_wrong_mmd_estimates_are_detected(mistake: Any) -> None:
     caught(mmd_law, mistake)
 
 
@@ -141,7 +141,7 @@ def test_the_default_is_algorithm_2_term_for_term() -> None:
     assert signs == {-1.0, 1.0}
 
 
-def test_of_shifted_or_scaled_codes_it_is_the_closed_form() -> None:
+def test_mmd_matches_closed_form_for_gaussian_codes() -> None:
     model = small("wae_mmd", kernel="rbf", unbiased=True)
     for shift, v in ((1.0, 1.0), (0.0, 0.05), (0.0, 4.0), (0.7, 0.3)):
         exact = mean_kernel(0, 2 * v) + mean_kernel(0, 2) - 2 * mean_kernel(CODE * shift**2, v + 1)

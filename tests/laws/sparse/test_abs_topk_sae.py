@@ -23,7 +23,7 @@ from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,
     test_auxk_does_not_add_the_bias_a_second_time,
     test_auxk_trains_dead_latents_only,
-    test_data_start_a_model_once_and_only_where_asked,
+    test_data_init_runs_once_and_only_if_enabled,
     test_resumed_fit_equals_uninterrupted_fit,
 )
 from torch import Tensor
@@ -54,7 +54,7 @@ def test_code_keeps_k_largest_magnitudes_with_gradients(k: int, decode: str, shi
     same_gradients(model, terms["loss"], sse[0] + sse[1] / 8)
 
 
-def test_the_opposite_sample_has_the_opposite_code(shifted: Any) -> None:
+def test_negated_sample_has_negated_code(shifted: Any) -> None:
     """About b_pre and without b_enc; TopK gives it other latents."""
     for name, odd in (("abs_topk_sae", True), ("topk_sae", False)):
         model, x = shifted(build(name)), data(9) * 4 - 2
@@ -99,7 +99,7 @@ def test_orthonormal_topk_is_best_k_term_approximation() -> None:
 
 @pytest.mark.parametrize("aux_scale", ["sse", "variance"])
 @pytest.mark.parametrize("decode", ["dense", "gather"])
-def test_where_the_largest_are_positive_it_is_topk(decode: str, aux_scale: str, shifted: Any) -> None:
+def test_positive_pre_activations_equal_topk(decode: str, aux_scale: str, shifted: Any) -> None:
     x, found = data(6), []
     settings = {"decode": decode, "aux_scale": aux_scale, "multi_weight": 0.3, "aux_weight": 0.7, "k_aux": 4}
     for name in ("topk_sae", "abs_topk_sae"):
@@ -119,7 +119,7 @@ def test_where_the_largest_are_positive_it_is_topk(decode: str, aux_scale: str, 
 
 
 @pytest.mark.parametrize("k_aux", [1, 2, 3, 6])
-def test_auxk_takes_dead_latents_of_either_sign_and_no_other(k_aux: int, shifted: Any) -> None:
+def test_auxk_uses_dead_latents_of_both_signs_only(k_aux: int, shifted: Any) -> None:
     model, x = shifted(build("abs_topk_sae", dead_after=100, k_aux=k_aux, aux_weight=0.5)), data(5)
     with torch.no_grad():  # live ones outrank them
         model.encoder.bias += 20 * torch.tensor([1.0, -1.0]).repeat(6)
@@ -138,7 +138,7 @@ def test_auxk_takes_dead_latents_of_either_sign_and_no_other(k_aux: int, shifted
     assert model.loss(x)["aux"] == 0
 
 
-def test_a_latent_that_is_negative_fires(shifted: Any) -> None:
+def test_negative_latents_count_as_active(shifted: Any) -> None:
     model, expected = shifted(build("abs_topk_sae", dead_after=20)), torch.zeros(12, dtype=torch.long)
     with torch.no_grad():
         model.encoder.bias[:6] -= 4
@@ -163,7 +163,7 @@ def test_data_init_scales_encoder_for_signed_sums(shifted: Any) -> None:
     assert (f < 0).any()
 
 
-def test_both_poles_of_a_direction_are_found_as_one_latent() -> None:
+def test_both_signs_of_direction_are_one_latent() -> None:
     """Known directions with coefficients of both signs, as many latents as directions: TopK has too few."""
     truth = F.normalize(torch.randn(8, 24), dim=1)
     signs = torch.where(torch.rand(4000, 8) < 0.5, -1.0, 1.0)

@@ -15,11 +15,11 @@ from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,
     test_auxk_does_not_add_the_bias_a_second_time,
     test_auxk_trains_dead_latents_only,
+    test_data_init_runs_once_and_only_if_enabled,
     test_data_init_sets_bias_to_median_and_encoder_scale,
-    test_data_start_a_model_once_and_only_where_asked,
     test_invalid_topk_values_are_refused,
     test_resumed_fit_equals_uninterrupted_fit,
-    test_two_ranks_choose_what_one_would,
+    test_two_ranks_select_same_latents_as_one_process,
     with_dead_latents,
 )
 
@@ -49,7 +49,7 @@ def test_auxk_of_no_dead_latents_is_not_computed(shifted: Any, monkeypatch: Any)
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_in_training_the_batch_shares_its_active_latents(n: int, shifted: Any) -> None:
+def test_training_selects_top_latents_over_batch(n: int, shifted: Any) -> None:
     model, x = positive("batch_topk_sae", shifted), data(n)
     pi = model.pre_activations(x).detach()
     f = model.top_of_batch(pi, 3)
@@ -85,7 +85,7 @@ def test_negative_pre_activations_are_never_taken(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"k": 12}, {"n": 1}], ids=["all latents", "one sample"])
-def test_with_all_latents_or_one_sample_batch_topk_is_topk(settings: dict[str, int], shifted: Any) -> None:
+def test_full_k_or_single_sample_equals_topk(settings: dict[str, int], shifted: Any) -> None:
     k, x, found = settings.get("k", 3), data(settings.get("n", 6)), []
     for name in ("topk_sae", "batch_topk_sae"):
         torch.manual_seed(0)

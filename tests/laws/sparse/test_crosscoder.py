@@ -25,7 +25,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 4, 6)])
-def test_a_crosscoder_of_one_stream_is_the_april_form(shape: tuple[int, ...], shifted: Any) -> None:
+def test_one_stream_crosscoder_equals_april_sae(shape: tuple[int, ...], shifted: Any) -> None:
     found = []
     for name, extra in (("crosscoder", {}), ("sae_l1", {"form": "april"})):
         torch.manual_seed(0)

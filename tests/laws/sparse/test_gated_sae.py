@@ -42,7 +42,7 @@ def gated_by_hand(model: Any, x: Tensor, frozen: bool = True) -> dict[str, Tenso
     }  # fmt: skip
 
 
-def test_the_gated_loss_is_the_paper_s_and_so_are_its_gradients(shifted: Any) -> None:
+def test_gated_loss_and_gradients_match_paper(shifted: Any) -> None:
     model, x = gated(shifted), data(20)
     expected, terms = gated_by_hand(model, x), model.loss(x)
     torch.testing.assert_close(model.encode(x), expected["f"])
@@ -70,7 +70,7 @@ def test_each_gated_term_trains_its_own_parameters(shifted: Any) -> None:
     assert leaks["decoder.W_NX"].abs().max() > 1e-2 < leaks["decoder.b_X"].abs().max()
 
 
-def test_with_gates_and_magnitudes_that_agree_it_is_the_relu(shifted: Any) -> None:
+def test_equal_gates_and_magnitudes_equal_relu_sae(shifted: Any) -> None:
     model, x = gated(shifted), data(20)
     relu = shifted(sae())
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_with_gates_and_magnitudes_that_agree_it_is_the_relu(shifted: Any) -> No
     torch.testing.assert_close(model.encode(x), 2 * relu.encode(x))  # exp(r), not r or 1 + r
 
 
-def test_an_l1_penalty_shrinks_what_a_gate_leaves_at_its_size(lbfgs: Any) -> None:
+def test_gated_sae_avoids_l1_shrinkage(lbfgs: Any) -> None:
     """One direction, of which every sample has at least 1: the L1 code is lam / 2 short, the gated one is not."""
     d = F.normalize(torch.randn(6, dtype=torch.float64), dim=0)
     a = torch.linspace(1, 3, 40, dtype=torch.float64)[:, None]

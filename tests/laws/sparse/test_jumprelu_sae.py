@@ -52,7 +52,7 @@ def test_jumprelu_passes_values_above_threshold(shifted: Any) -> None:
     assert gap(f, (pi - model.theta_N).clamp(min=0)) > 0.1  # no soft threshold, which shrinks
 
 
-def test_with_thresholds_at_zero_it_is_the_relu(shifted: Any) -> None:
+def test_zero_thresholds_equal_relu_sae(shifted: Any) -> None:
     model, x = jump(shifted, l0_weight=0.0), data(9)
     relu = build("sae_l1", latent_dim=12, l1=0.0)
     with torch.no_grad():

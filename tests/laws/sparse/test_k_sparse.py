@@ -23,7 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("k", [1, 4, 11, 12])
-def test_the_k_largest_units_are_kept_whatever_their_sign(k: int, shifted: Any) -> None:
+def test_k_largest_signed_units_are_kept(k: int, shifted: Any) -> None:
     model, x = shifted(build("k_sparse", latent_dim=12, k=k)), data(30) - 0.5
     z = (x.flatten(1) @ model.encoder.weight.T + model.encoder.bias).detach().numpy()
     support = np.argsort(-z, axis=1)[:, :k]

@@ -11,7 +11,7 @@ from topk_sae_laws import (  # noqa: F401
     data,
     same_gradients,
     test_a_fit_keeps_unit_norm_and_starts_from_data,
-    test_data_start_a_model_once_and_only_where_asked,
+    test_data_init_runs_once_and_only_if_enabled,
     test_invalid_topk_values_are_refused,
     test_resumed_fit_equals_uninterrupted_fit,
 )
@@ -56,7 +56,7 @@ def test_code_matches_reference_pursuit_with_gradients(k: int, shifted: Any) -> 
         assert terms["l0"] < 12  # some were taken again, and add up
 
 
-def test_what_is_left_shrinks_with_every_step_and_is_the_error(shifted: Any) -> None:
+def test_residual_shrinks_each_step_and_is_error(shifted: Any) -> None:
     x = data(6) * 3
     model = shifted(build("matching_pursuit_sae", k=8))
     _, residuals = pursuit(model, x, 8)
@@ -93,7 +93,7 @@ def test_with_orthogonal_directions_matching_pursuit_is_topk(shifted: Any) -> No
     assert (model.encode(x) - parallel.encode(x)).abs().max() > 0.1
 
 
-def test_autocast_does_not_change_what_the_pursuit_takes() -> None:
+def test_autocast_does_not_change_pursuit_selection() -> None:
     model = create("matching_pursuit_sae", input_shape=(32,), latent_dim=400, k=6)
     x = torch.randn(40, 32)
     with torch.autocast("cpu", torch.bfloat16):

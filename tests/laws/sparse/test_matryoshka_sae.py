@@ -13,11 +13,11 @@ from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,
     test_auxk_does_not_add_the_bias_a_second_time,
     test_auxk_trains_dead_latents_only,
+    test_data_init_runs_once_and_only_if_enabled,
     test_data_init_sets_bias_to_median_and_encoder_scale,
-    test_data_start_a_model_once_and_only_where_asked,
     test_invalid_topk_values_are_refused,
     test_resumed_fit_equals_uninterrupted_fit,
-    test_two_ranks_choose_what_one_would,
+    test_two_ranks_select_same_latents_as_one_process,
     with_dead_latents,
 )
 
@@ -44,7 +44,7 @@ def test_with_one_prefix_matryoshka_is_batch_topk(training: bool, shifted: Any) 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_every_prefix_is_to_rebuild_the_data(shifted: Any) -> None:
+def test_loss_sums_reconstruction_of_every_prefix(shifted: Any) -> None:
     model, x = with_dead_latents("matryoshka_sae", shifted, fractions=(0.25, 0.5), k=6, aux_weight=0.5), data(6)
     assert model.prefixes == [3, 6, 12]
     f = model.top_of_batch(model.pre_activations(x), 6)
@@ -61,7 +61,7 @@ def test_every_prefix_is_to_rebuild_the_data(shifted: Any) -> None:
     assert len({round(value.item(), 3) for value in each}) == 3
 
 
-def test_later_directions_do_not_touch_a_prefix(shifted: Any) -> None:
+def test_prefix_loss_ignores_later_directions(shifted: Any) -> None:
     """By the decoder's rows: later pre-activations do compete for the k."""
     model, x = positive("matryoshka_sae", shifted, fractions=(0.5,), k=6), data(6)
     before = model.loss(x)

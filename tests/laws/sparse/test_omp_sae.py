@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import orthogonal_mp
 from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,
-    test_data_start_a_model_once_and_only_where_asked,
+    test_data_init_runs_once_and_only_if_enabled,
     test_resumed_fit_equals_uninterrupted_fit,
 )
 from torch import Tensor
@@ -62,7 +62,7 @@ def test_codes_match_scikit_learn_omp_with_gradients(k: int, likelihood: str, sh
 
 
 @pytest.mark.parametrize(("likelihood", "same"), [("gaussian", True), ("laplace", False)])
-def test_of_the_squared_error_the_decoder_has_all_gradients(likelihood: str, same: bool, shifted: Any) -> None:
+def test_squared_error_gives_full_decoder_gradient(likelihood: str, same: bool, shifted: Any) -> None:
     model, x = shifted(build(likelihood=likelihood)), data(8)
     held = model.nll(model.decoder(model.encode(x).detach()), x).mean()
     whole, part = (torch.autograd.grad(v, model.decoder.W_NX)[0] for v in (model.loss(x)["loss"], held))
@@ -82,12 +82,12 @@ def test_residual_is_orthogonal_and_shrinks(shifted: Any) -> None:
     assert all((b < a).all() for a, b in pairwise(lengths))
 
 
-def test_as_many_as_there_are_dimensions_leave_nothing(shifted: Any) -> None:
+def test_k_equal_to_dimension_reconstructs_exactly(shifted: Any) -> None:
     model, x = shifted(build(k=24)), data(5)
     torch.testing.assert_close(model(x), x)
 
 
-def test_with_orthogonal_directions_it_is_abs_topk(shifted: Any) -> None:
+def test_orthogonal_directions_equal_abs_topk(shifted: Any) -> None:
     x, settings = data(20), {"latent_dim": 24, "k": 5}
     model, parallel = shifted(build(**settings)), build("abs_topk_sae", **settings)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_with_orthogonal_directions_it_is_abs_topk(shifted: Any) -> None:
     torch.testing.assert_close(model.encode(x), parallel.encode(x))
 
 
-def test_with_one_step_it_is_matching_pursuit_of_either_sign(shifted: Any) -> None:
+def test_one_step_equals_signed_matching_pursuit(shifted: Any) -> None:
     model, x = shifted(build(k=1)), data(20)
     plain = build("matching_pursuit_sae", k=1)
     plain.load_state_dict(model.state_dict())
@@ -108,7 +108,7 @@ def test_with_one_step_it_is_matching_pursuit_of_either_sign(shifted: Any) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sample_that_few_directions_make_up_has_these_alone(dtype: torch.dtype, shifted: Any) -> None:
+def test_sparse_combination_is_recovered_exactly(dtype: torch.dtype, shifted: Any) -> None:
     model = shifted(build(k=6)).to(dtype)
     W, b = model.decoder.W_NX.detach(), model.decoder.b_X.detach()
     x = torch.stack([b, b + 3 * W[0], b + 2 * W[4] - W[7]]).reshape(3, *SHAPE)
@@ -121,7 +121,7 @@ def test_a_sample_that_few_directions_make_up_has_these_alone(dtype: torch.dtype
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_directions_that_are_alike_but_for_rounding_count_once(shifted: Any) -> None:
+def test_nearly_equal_directions_are_selected_once(shifted: Any) -> None:
     model, x = shifted(build(k=8)).float(), data(6).float()
     with torch.no_grad():
         W = model.decoder.W_NX
@@ -135,7 +135,7 @@ def test_directions_that_are_alike_but_for_rounding_count_once(shifted: Any) -> 
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_near_directions_are_told_apart_in_float32(shifted: Any) -> None:
+def test_close_directions_are_distinguished_in_float32(shifted: Any) -> None:
     model, x = shifted(build(latent_dim=60, k=20)), data(8)
     with torch.no_grad():
         model.decoder.W_NX[30:] = model.decoder.W_NX[:30] + 0.02 * torch.randn(30, 24)
@@ -144,7 +144,7 @@ def test_near_directions_are_told_apart_in_float32(shifted: Any) -> None:
     torch.testing.assert_close(model.float()(x.float()).double(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_autocast_does_not_change_what_is_chosen() -> None:
+def test_autocast_does_not_change_selected_directions() -> None:
     model, x = create("omp_sae", input_shape=(32,), latent_dim=400, k=6), torch.randn(2000, 32)
     with torch.autocast("cpu", torch.bfloat16):
         found = model.encode(x)

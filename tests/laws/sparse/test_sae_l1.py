@@ -44,7 +44,7 @@ def by_hand(model: Any, x: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["unit_norm", "april"])
-def test_both_forms_are_their_formulas_in_nats(form: str, shifted: Any) -> None:
+def test_both_forms_match_formulas(form: str, shifted: Any) -> None:
     model, x = shifted(sae(form=form)), data(9)
     if form == "april":
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_no_penalty_equals_relu_autoencoder(form: str, shifted: Any) -> None:
     torch.testing.assert_close(found["decoder.W_NX"].T, [*expected.values()][2])
 
 
-def test_the_april_loss_does_not_see_how_a_latent_is_scaled(shifted: Any) -> None:
+def test_april_loss_is_invariant_to_latent_scale(shifted: Any) -> None:
     model, x, c = shifted(sae(form="april")), data(9), torch.linspace(0.2, 3, 12).double()
     before, plain = model.loss(x), model.encode(x).sum(1).mean()
     after = rescaled(model, c).loss(x)
@@ -179,7 +179,7 @@ def test_samples_are_drawn_by_the_square_of_their_error(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
-def test_no_latent_starts_anew_from_a_sample_that_is_not_finite(value: float, shifted: Any) -> None:
+def test_resampling_ignores_non_finite_samples(value: float, shifted: Any) -> None:
     """The fault guard would skip the step, but not bring back the weights."""
     for seed in range(4):
         model, optimizer = with_dead(shifted(sae()), data(30))
@@ -191,7 +191,7 @@ def test_no_latent_starts_anew_from_a_sample_that_is_not_finite(value: float, sh
         assert found.amax(1).min() > 0.9999
 
 
-def test_a_fit_revives_dead_latents_when_it_is_time(digits: Any, quiet: Any) -> None:
+def test_fit_resamples_dead_latents_at_interval(digits: Any, quiet: Any) -> None:
     settings: dict[str, Any] = {"input_shape": (1, 8, 8), "latent_dim": 32, "dead_after": 30}
     shares = []
     for resample_steps in (0, 4):

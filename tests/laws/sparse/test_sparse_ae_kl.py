@@ -25,7 +25,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("rho", [0.01, 0.05, 0.4])
-def test_the_divergence_is_that_of_bernoulli_variables(rho: float, shifted: Any) -> None:
+def test_sparsity_matches_bernoulli_kl(rho: float, shifted: Any) -> None:
     model, x = shifted(build("sparse_ae_kl", rho=rho, beta=2.0, latent_dim=9)), data(6)
     terms, h = model.loss(x), model.encode(x)
     assert 0 < h.min() <= h.max() < 1
@@ -54,7 +54,7 @@ def test_divergence_vanishes_only_at_target(rho: float) -> None:
             torch.testing.assert_close(slope, torch.full_like(slope, (r - rho) / (r * (1 - r))), rtol=1e-6, atol=0)
 
 
-def test_the_divergence_s_gradient_is_that_of_finite_differences(shifted: Any) -> None:
+def test_sparsity_gradient_matches_finite_differences(shifted: Any) -> None:
     model, x = shifted(build("sparse_ae_kl", latent_dim=5, beta=3.0, l2=0.0)), data(4)
     parameter, h = model.encoder[1].weight, 1e-5
     terms = model.loss(x)

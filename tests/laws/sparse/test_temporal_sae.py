@@ -204,7 +204,7 @@ def test_new_codes_are_sparse_and_counted_by_positions(shifted: Any) -> None:
     assert terms["dead_latents"] == (~fired_N).float().mean()
 
 
-def test_half_of_a_position_s_dimensions_model_what_is_left() -> None:
+def test_default_k_aux_is_half_of_dimensions() -> None:
     assert build().k_aux == D // 2 and build((2, T, 3)).k_aux == D // 2 and build((1, T, 1)).k_aux == 1
 
 
@@ -222,7 +222,7 @@ def test_data_init_uses_median_and_scale_of_positions() -> None:
 @pytest.mark.parametrize(
     ("shape", "t", "d"), [((7,), 1, 7), ((3, 4), 3, 4), ((2, 3, 4), 3, 8), ((2, 3, 4, 5), 3, 40), ((1, 1, 6), 1, 6)]
 )
-def test_positions_are_rows_or_what_follows_the_channels(shape: tuple[int, ...], t: int, d: int) -> None:
+def test_positions_follow_rows_or_axis_after_channels(shape: tuple[int, ...], t: int, d: int) -> None:
     x = torch.arange(2.0 * math.prod(shape)).reshape(2, *shape)
     rows = positions(x)
     assert counts(shape) == (t, d) and rows.shape == (2, t, d)

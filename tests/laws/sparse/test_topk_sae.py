@@ -21,8 +21,8 @@ from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,
     test_auxk_does_not_add_the_bias_a_second_time,
     test_auxk_trains_dead_latents_only,
+    test_data_init_runs_once_and_only_if_enabled,
     test_data_init_sets_bias_to_median_and_encoder_scale,
-    test_data_start_a_model_once_and_only_where_asked,
     test_invalid_topk_values_are_refused,
     test_resumed_fit_equals_uninterrupted_fit,
 )
@@ -70,7 +70,7 @@ def test_the_code_is_the_top_k_of_the_pre_activations(k: int, shifted: Any) -> N
     assert model.loss(x)["l0"] == (found > 0).sum(1).float().mean()
 
 
-def test_with_all_latents_positive_and_kept_it_is_linear(shifted: Any) -> None:
+def test_all_positive_kept_latents_give_linear_map(shifted: Any) -> None:
     model, x = shifted(sae(k=12)), data(7)
     with torch.no_grad():
         model.encoder.bias += 50
@@ -132,7 +132,7 @@ def test_auxk_matches_formula_with_detached_residual(k_aux: int, shifted: Any) -
     assert (leak[0] - found[0]).abs().max() > 1e-2
 
 
-def test_auxk_reaches_the_dead_latents_and_only_them(shifted: Any) -> None:
+def test_auxk_gradient_reaches_dead_latents_only(shifted: Any) -> None:
     model, x = with_dead_latents(shifted, aux_weight=1.0), data(5)
     terms = model.loss(x)
     alone = torch.autograd.grad(
@@ -144,7 +144,7 @@ def test_auxk_reaches_the_dead_latents_and_only_them(shifted: Any) -> None:
         assert torch.equal(gradient.reshape(12, -1).abs().amax(1) > 0, expected)
 
 
-def test_auxk_is_zero_when_nothing_is_dead(shifted: Any) -> None:
+def test_auxk_is_zero_without_dead_latents(shifted: Any) -> None:
     model = with_dead_latents(shifted, aux_weight=1.0)
     model.since_fired_N[DEAD] = 99 - 5  # one sample short after this batch of 5
     terms = model.loss(data(5))
@@ -214,7 +214,7 @@ def test_directions_keep_unit_norm_without_radial_gradient(
     assert all((n - 1).abs().max() < 1e-6 for n in watch.norms_after_batch)
 
 
-def test_a_dictionary_is_recovered_where_it_is_known() -> None:
+def test_known_dictionary_is_recovered() -> None:
     """Known directions with sparse positive coefficients: at least 14 of 16 are found (cosine above 0.95)."""
     truth = torch.nn.functional.normalize(torch.randn(16, 24), dim=1)
     active = torch.rand(6000, 16) < 0.12
@@ -238,7 +238,7 @@ def test_a_dictionary_is_recovered_where_it_is_known() -> None:
 # ---- the dictionary --------------------------------------------------------------------------------------------------
 
 
-def test_data_as_bytes_start_a_model_as_their_values_do() -> None:
+def test_byte_data_initialise_like_float_data() -> None:
     x = torch.randint(0, 256, (6, *SHAPE)).to(torch.uint8)
     found = []
     for given in (x, x.float() / 255):
@@ -250,7 +250,7 @@ def test_data_as_bytes_start_a_model_as_their_values_do() -> None:
     assert 0.2 < found[0].mean() < 0.8
 
 
-def test_equal_samples_leave_the_encoder_as_it_is() -> None:
+def test_data_init_with_equal_samples_keeps_encoder() -> None:
     model = build_topk_sae("topk_sae", data_init=True).train()
     before = model.encoder.weight.detach().clone()
     model.begin_step(torch.ones(4, *SHAPE, dtype=torch.float64), 0)
@@ -258,7 +258,7 @@ def test_equal_samples_leave_the_encoder_as_it_is() -> None:
     torch.testing.assert_close(model.decoder.b_X.detach(), torch.ones(24, dtype=torch.float64))
 
 
-def test_gathering_rows_is_the_dense_product_with_all_gradients(shifted: Any) -> None:
+def test_gather_decoding_matches_dense_with_gradients(shifted: Any) -> None:
     found = []
     for decode in ("dense", "gather"):
         model = with_dead_latents_topk_sae("topk_sae", shifted, decode=decode, multi_weight=0.3, aux_weight=0.7)
@@ -337,7 +337,7 @@ def test_variance_scaled_auxk_is_residual_fraction(training: bool, shifted: Any)
     assert 0 < model.aux(x_hat, x_hat, pi).max() < 1e12  # nor has what is rebuilt without an error
 
 
-def test_the_variance_of_two_ranks_is_that_of_one(shifted: Any) -> None:
+def test_variance_over_two_ranks_matches_one_process(shifted: Any) -> None:
     model, x = with_dead_latents_topk_sae("topk_sae", shifted, aux_scale="variance", aux_weight=1.0), data_topk_sae(8)
     x[4:] *= 3
     one, both = model.loss(x), on_two_ranks(model, x)

@@ -40,7 +40,7 @@ def winners_by_hand(h: np.ndarray, p: float) -> np.ndarray:
 
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize(("lifetime", "n"), [(0.05, 7), (0.05, 40), (0.07, 100), (0.5, 9), (1.0, 6)])
-def test_each_unit_is_kept_for_its_share_of_the_batch(lifetime: float, n: int, spatial: bool, shifted: Any) -> None:
+def test_each_unit_wins_for_lifetime_share_of_batch(lifetime: float, n: int, spatial: bool, shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=lifetime, spatial=spatial, latent_dim=10)), data(n)
     with torch.no_grad():
         last_layer(model.encoder).bias += 5  # no zeros: what is kept can be seen
@@ -60,7 +60,7 @@ def test_each_unit_is_kept_for_its_share_of_the_batch(lifetime: float, n: int, s
 
 
 @pytest.mark.parametrize("spatial", [False, True])
-def test_winners_are_those_of_the_batch_of_all_ranks(spatial: bool, shifted: Any) -> None:
+def test_winners_are_selected_over_all_ranks(spatial: bool, shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=0.25, spatial=spatial, latent_dim=10)).train(), data(12)
     single = shifted(model).train()
     one, together = single.loss(x), on_two_ranks(single, x)
@@ -78,7 +78,7 @@ def test_winners_are_those_of_the_batch_of_all_ranks(spatial: bool, shifted: Any
     assert gap(wrong.terms["nll"], one["nll"]) > 1e-6
 
 
-def test_codes_have_no_sparsity_at_all_after_training(shifted: Any) -> None:
+def test_encode_returns_dense_relu_codes(shifted: Any) -> None:
     for spatial in (False, True):
         model, x = shifted(build("wta_ae", spatial=spatial, latent_dim=10)), data(8)
         model.train().loss(x)
@@ -115,7 +115,7 @@ def test_lifetime_1_equals_relu_autoencoder(likelihood: str, shifted: Any) -> No
 
 
 @pytest.mark.parametrize("spatial", [False, True])
-def test_reconstructions_come_to_keep_what_the_batches_kept(spatial: bool, shifted: Any) -> None:
+def test_evaluation_threshold_converges_to_training_winners(spatial: bool, shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=0.25, spatial=spatial, latent_dim=10)), data(16)
     nll = [model.train().loss(x)["nll"] for _ in range(300)][-1]
     h = model.eval().encode(x)

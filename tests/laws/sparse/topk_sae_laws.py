@@ -88,7 +88,7 @@ def test_data_init_sets_bias_to_median_and_encoder_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_data_start_a_model_once_and_only_where_asked(name: str) -> None:
+def test_data_init_runs_once_and_only_if_enabled(name: str) -> None:
     model, x = build(name, data_init=True).train(), data(6)
     untouched = build(name).train()
     untouched.begin_step(x, 0)
@@ -195,7 +195,7 @@ def positive(name: str, shifted: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["batch_topk_sae", "matryoshka_sae"])
-def test_two_ranks_choose_what_one_would(name: str, shifted: Any) -> None:
+def test_two_ranks_select_same_latents_as_one_process(name: str, shifted: Any) -> None:
     model, x = positive(name, shifted, latent_dim=20), data(8)
     x[:4] *= 4  # the first rank's samples take nearly all
     with torch.no_grad():

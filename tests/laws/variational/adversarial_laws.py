@@ -137,7 +137,7 @@ def test_player_parameters_partition_the_model(name: str, likelihood: str) -> No
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_one_backward_gives_each_player_its_gradient(name: str, likelihood: str, training: bool, shifted: Any) -> None:
+def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str, training: bool, shifted: Any) -> None:
     model, x = shifted(small(name, likelihood=likelihood, gamma=0.7)).train(training), images()
     torch.manual_seed(3)
     terms = model.loss(x)
@@ -156,7 +156,7 @@ def test_one_backward_gives_each_player_its_gradient(name: str, likelihood: str,
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("name", NAMES)
-def test_no_term_reaches_another_player(name: str, likelihood: str, shifted: Any) -> None:
+def test_no_term_reaches_other_networks(name: str, likelihood: str, shifted: Any) -> None:
     model, x = shifted(small(name, likelihood=likelihood)), images()
     terms, parts = model.loss(x), sets(model)
     reached = {"discriminator": "discriminator"}
@@ -184,7 +184,7 @@ def trained(model: Any, batches: list[Tensor], quiet: Any, *callbacks: Any, **se
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_steps_are_those_of_an_optimiser_for_each_player(name: str, shifted: Any, quiet: Any) -> None:
+def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: Any) -> None:
     """Six steps of the real loop, the light one, against Adams by hand, each on the gradient of its player's loss."""
     batches = [images(6, seed) for seed in range(6)]
     model = shifted(small(name, lr=2e-3, discriminator_lr=5e-3, gamma=0.7))

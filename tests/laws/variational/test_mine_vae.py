@@ -115,7 +115,7 @@ def test_the_groups_are_the_players() -> None:
 
 @every_mode
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
-def test_each_player_has_the_gradient_of_its_own_loss(weight: float, training: bool, shifted: Any) -> None:
+def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: bool, shifted: Any) -> None:
     """Both climb the same bound, T at the weight 1; of that neither the decoder nor the KL term feels anything."""
     model, x = shifted(small(mi_weight=weight, decay=0.0, beta=2.0)).train(training), images()
     torch.manual_seed(3)

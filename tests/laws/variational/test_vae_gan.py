@@ -16,12 +16,12 @@ from adversarial_laws import (  # noqa: F401
     small,
     test_indifferent_discriminator_pays_log_2_per_class,
     test_inference_is_the_vae_s,
-    test_its_steps_are_those_of_an_optimiser_for_each_player,
-    test_no_term_reaches_another_player,
-    test_one_backward_gives_each_player_its_gradient,
+    test_no_term_reaches_other_networks,
+    test_one_backward_gives_each_network_its_gradient,
     test_player_parameters_partition_the_model,
     test_resumed_each_player_has_the_rate_that_is_asked_for,
     test_the_callback_reaches_the_kl_term,
+    test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
 )
 from torch import Tensor

@@ -213,7 +213,7 @@ def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: An
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", [{}, {"lr_schedule": "linear", "warmup_steps": 2}], ids=["constant", "linear"])
-def test_resumed_each_player_has_the_rate_that_is_asked_for(
+def test_resumed_networks_use_requested_learning_rates(
     name: str, schedule: dict[str, Any], quiet: Any, tmp_path: Path
 ) -> None:
     batches, rates, file = [images(6, seed) for seed in range(6)], [], tmp_path / "step=3.ckpt"
@@ -246,7 +246,7 @@ def test_resumed_each_player_has_the_rate_that_is_asked_for(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inference_is_the_vae_s(name: str, shifted: Any) -> None:
+def test_inference_equals_vae(name: str, shifted: Any) -> None:
     """Scores and likelihoods are those of the data, whatever a discriminator sees."""
     vae, model, x, found = shifted(small("vae")), small(name), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
@@ -261,7 +261,7 @@ def test_inference_is_the_vae_s(name: str, shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_callback_reaches_the_kl_term(name: str, shifted: Any) -> None:
+def test_beta_and_capacity_apply_to_kl_term(name: str, shifted: Any) -> None:
     model, x, found = shifted(small(name)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
         model.beta, model.capacity = beta, capacity

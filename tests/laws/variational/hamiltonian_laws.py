@@ -40,7 +40,7 @@ def draws_of(model: Any, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["hvae", "rhvae"])
-def test_no_step_is_the_vae(name: str, shifted: Any) -> None:
+def test_zero_leapfrog_steps_equal_vae(name: str, shifted: Any) -> None:
     model, x = shifted(small(name, n_leapfrog=0)).double(), images(6)
     vae = small("vae")
     vae.load_state_dict({key: value for key, value in model.state_dict().items() if key in vae.state_dict()})
@@ -59,7 +59,7 @@ def test_no_step_is_the_vae(name: str, shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["hvae", "rhvae"])
-def test_the_score_is_the_bound_s_at_the_mean_with_no_momentum(name: str, shifted: Any) -> None:
+def test_score_is_bound_at_mean_without_momentum(name: str, shifted: Any) -> None:
     """With sigma^2 in place of the squared noise, as KL of the VAE has it at K = 0."""
     model, x = shifted(small(name, step_size=0.2)).double().eval(), images(5)
     mu, log_var = model.posterior(x)

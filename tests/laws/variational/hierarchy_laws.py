@@ -85,7 +85,7 @@ def decoded(model: Any, call: Callable[[], Any]) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("name", CONDITIONALS)
-def test_one_level_is_the_vae(name: str, shifted: Any) -> None:
+def test_one_level_equals_vae(name: str, shifted: Any) -> None:
     model = small(name, shifted, latent_dims=(5,), beta=3.0)
     vae = aezoo.create_model("vae", input_shape=SHAPE, latent_dim=5, hidden_dims=(16,), beta=3.0).double()
     vae.load_state_dict(model.state_dict())
@@ -149,7 +149,7 @@ def draw_law(model: Any, q_of: Any) -> None:
 
 @pytest.mark.parametrize("law", [bound_law, draw_law], ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", CONDITIONALS)
-def test_the_hierarchy_keeps_the_law(name: str, law: Any, shifted: Any) -> None:
+def test_hierarchy_satisfies_every_law(name: str, law: Any, shifted: Any) -> None:
     law(small(name, shifted, beta=2.0), CONDITIONALS[name])
 
 
@@ -194,7 +194,7 @@ def test_free_bits_cost_a_constant_without_gradient(name: str, shifted: Any) -> 
 
 
 @pytest.mark.parametrize("name", CONDITIONALS)
-def test_densities_and_draws_are_those_of_the_conditionals(name: str, shifted: Any) -> None:
+def test_densities_and_samples_match_conditionals(name: str, shifted: Any) -> None:
     model, x, n = small(name, shifted), data(3), 4000
     with torch.no_grad():
         z_KBD, log_q_KB = model.sample_posterior(x, n)
@@ -214,7 +214,7 @@ def test_densities_and_draws_are_those_of_the_conditionals(name: str, shifted: A
 
 
 @pytest.mark.parametrize("name", CONDITIONALS)
-def test_codes_and_scores_are_at_the_means_from_the_top_down(name: str, shifted: Any) -> None:
+def test_codes_and_scores_use_top_down_means(name: str, shifted: Any) -> None:
     model, x = small(name, shifted).eval(), data()
     code = model.encode(x)
     z = [*code.split(model.latent_dims, 1)]
@@ -306,7 +306,7 @@ def test_two_level_importance_weights_are_constant_at_posterior(name: str) -> No
 
 
 @pytest.mark.parametrize("name", CONDITIONALS)
-def test_elbo_importance_bounds_and_evidence_come_in_that_order(name: str) -> None:
+def test_elbo_importance_bounds_and_evidence_are_ordered(name: str) -> None:
     model, evidence = linear_hierarchy(name)
     x = evidence.sample((30,))
     with torch.no_grad():

@@ -174,7 +174,7 @@ LAWS = (value_law, decoder_law, encoder_law)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_the_model_keeps_the_law(law: Any, name: str, estimator: str) -> None:
+def test_importance_bound_satisfies_every_law(law: Any, name: str, estimator: str) -> None:
     law(name, small, estimator)
 
 
@@ -212,7 +212,7 @@ def test_neutral_setting_equals_multi_sample_vae(name: str, settings: dict[str, 
 @pytest.mark.parametrize(
     ("name", "neutral"), [("miwae", {"n_groups": 1}), ("piwae", {"n_groups": 1}), ("ciwae", {"beta": 0.0})]
 )
-def test_at_its_neutral_setting_it_is_the_iwae(name: str, neutral: dict[str, Any], estimator: str) -> None:
+def test_neutral_setting_equals_iwae(name: str, neutral: dict[str, Any], estimator: str) -> None:
     model, parent, x = small(name, n_samples=6, estimator=estimator, **neutral), small("iwae", n_samples=6), data()
     parent.estimator = estimator
     found, wanted = codes(model, x)[0], codes(parent, x)[0]
@@ -353,7 +353,7 @@ def test_reparam_and_dreg_are_unbiased(
 
 
 @pytest.mark.parametrize(("name", "settings", "shares"), IN_BOUNDS)
-def test_stl_has_that_mean_for_bounds_of_one_sample_only(
+def test_stl_is_unbiased_for_single_sample_bounds_only(
     name: str, settings: dict[str, Any], shares: dict[int, float]
 ) -> None:
     """Where the weights depend on z, dropping the score moves the mean (Tucker et al. 2018)."""
@@ -467,7 +467,7 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
         ("piwae", OneObjective, encoder_law),
     ],
 )
-def test_a_rival_s_mistake_breaks_the_law(name: str, rival: Any, law: Any) -> None:
+def test_wrong_importance_bounds_are_detected(name: str, rival: Any, law: Any) -> None:
     def make(name: str, **settings: Any) -> Any:
         model = small(name, **settings)
         model.__class__ = rival
@@ -499,7 +499,7 @@ def test_weights_that_underflow_leave_finite_gradients(name: str, estimator: str
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_encoder_runs_once_and_each_code_is_decoded_once(name: str) -> None:
+def test_encoder_runs_once_and_codes_are_decoded_once(name: str) -> None:
     model, rows = small(name, **SETTINGS[name]), []
     model.encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     model.decoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))

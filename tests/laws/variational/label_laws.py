@@ -130,7 +130,7 @@ def at_the_truth(cls: type[ConditionalVAE], noise: float = 0.6, alike: bool = Fa
 
 
 @pytest.mark.parametrize("cls", [ConditionalVAE, SemiSupervisedVAE])
-def test_under_the_true_posteriors_everything_is_exact(cls: Any) -> None:
+def test_true_posteriors_give_exact_bounds(cls: Any) -> None:
     model, x, given = at_the_truth(cls)
     evidence = torch.logsumexp(given, 1) - math.log(K)
     torch.testing.assert_close(model.classify(x), given.log_softmax(1))
@@ -151,7 +151,7 @@ def test_under_the_true_posteriors_everything_is_exact(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", [ConditionalVAE, SemiSupervisedVAE])
-def test_off_the_true_posterior_the_bounds_come_in_order(cls: Any) -> None:
+def test_bounds_are_ordered_away_from_true_posterior(cls: Any) -> None:
     model, x, given = at_the_truth(cls)
     with torch.no_grad():
         model.encoder[1].bias += 0.4
@@ -198,7 +198,7 @@ def test_samples_have_requested_or_uniform_labels(name: str) -> None:
         (torch.zeros(5, 2, dtype=torch.long), "whole number"),
     ],
 )
-def test_labels_that_are_none_are_refused(name: str, y: Tensor, word: str) -> None:
+def test_invalid_labels_are_refused(name: str, y: Tensor, word: str) -> None:
     model, x = make(name), data()
     for call in (model.loss, model.encode):
         with pytest.raises(aezoo.AezooError, match=word) as refusal:

@@ -97,7 +97,7 @@ def plane(half: float, side: int) -> tuple[Tensor, float]:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:0.3"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_the_prior_is_the_mixture_of_torch_distributions(name: str, likelihood: str) -> None:
+def test_mixture_prior_matches_torch_distributions(name: str, likelihood: str) -> None:
     model = small(name, n_components=4, likelihood=likelihood)
     z = 2 * torch.randn(6, 5, 3, dtype=torch.float64)
     expected = mixture(model).log_prob(z)
@@ -114,7 +114,7 @@ def test_the_prior_is_the_mixture_of_torch_distributions(name: str, likelihood: 
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_many_codes_are_compared_with_the_components_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixture_log_prob_is_independent_of_chunk_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, z = small(name, n_components=4), torch.randn(7, 3, dtype=torch.float64)
     whole = model.log_prior(z)
     monkeypatch.setattr("aezoo.bases.mixture_prior._MAX_VALUES", 25)
@@ -129,7 +129,7 @@ def test_the_density_of_a_prior_integrates_to_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_codes_drawn_from_a_mixture_have_its_moments(name: str) -> None:
+def test_mixture_prior_samples_have_its_moments(name: str) -> None:
     model = small(name, n_components=3)
     expected, z = mixture(model), model.sample_prior(100_000)
     scale = expected.variance.sqrt()
@@ -143,7 +143,7 @@ def test_codes_drawn_from_a_mixture_have_its_moments(name: str) -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*MIXTURES, *FLOWS])
-def test_the_loss_and_all_its_gradients_are_those_of_the_formula(name: str, beta: float) -> None:
+def test_loss_and_gradients_match_formula(name: str, beta: float) -> None:
     """Of the pseudo-inputs and, by way of them, of the encoder as well."""
     model, x = small(name, beta=beta), data()
     terms, drawn = draw(model, x)
@@ -195,7 +195,7 @@ def pair(name: str) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, An
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_single_standard_component_is_the_vae(name: str) -> None:
+def test_single_standard_component_equals_vae(name: str) -> None:
     model, vae = standard(name)
     x = data()
     (terms, z), (vae_terms, vae_z) = draw(model, x), draw(vae, x)
@@ -270,7 +270,7 @@ def test_invalid_values_are_refused(name: str, settings: dict[str, Any], word: s
 
 
 @pytest.mark.parametrize("name", ["mixture_vae", "vamp_vae", "flow_prior_vae"])
-def test_the_kl_s_weight_may_rise_but_there_is_no_capacity(name: str) -> None:
+def test_beta_can_be_annealed_but_capacity_is_refused(name: str) -> None:
     model = aezoo.create_model(name, input_shape=(4,))
     BetaAnnealing("linear", n_steps=5).setup(None, model, "fit")
     with pytest.raises(aezoo.AezooError, match="needs a model with a number"):

@@ -75,7 +75,7 @@ def given_noise(patch: pytest.MonkeyPatch, eps: Tensor | None = None) -> None:
 
 
 @pytest.mark.parametrize("make", EVERY)
-def test_sizes_that_do_not_add_up_are_refused(make: Any) -> None:
+def test_inconsistent_part_sizes_are_refused(make: Any) -> None:
     for parts in ((3, 2), (6, 1), (7, -1), (6, 0)):
         with pytest.raises(AezooError, match="parts must be sizes of at least 1 that add up to 6, dimension 0"):
             make(SHAPE, parts=parts)
@@ -123,7 +123,7 @@ def is_the_vae(model: Any, vae: Any, training: bool, **close: float) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 @pytest.mark.parametrize("make", MIXTURES)
-def test_a_mixture_of_one_part_is_the_vae_to_the_last_bit(make: Any, beta: float, training: bool, shifted: Any) -> None:
+def test_one_part_mixture_equals_vae_exactly(make: Any, beta: float, training: bool, shifted: Any) -> None:
     is_the_vae(*both(make, shifted, beta=beta), training, rtol=0, atol=0)
 
 
@@ -178,7 +178,7 @@ def test_mixture_kl_matches_integration_below_mean_kl(make: Any, apart: float, s
 
 
 @pytest.mark.parametrize("make", MIXTURES)
-def test_codes_are_the_mixture_s_mean_and_its_moments_are_known(make: Any, shifted: Any) -> None:
+def test_posterior_moments_match_mixture(make: Any, shifted: Any) -> None:
     model, x = small(make, shifted).eval(), images()
     q = mixture(*model.components(x))
     mean, log_var = model.posterior(x)
@@ -204,7 +204,7 @@ def test_posterior_draws_follow_the_mixture_density(make: Any, shifted: Any) -> 
 
 
 @pytest.mark.parametrize("make", EVERY)
-def test_the_score_is_the_bound_of_all_parts_without_noise(make: Any, shifted: Any) -> None:
+def test_score_is_noise_free_bound_of_all_parts(make: Any, shifted: Any) -> None:
     model, x = small(make, shifted, beta=3.0).eval(), images()
     with pytest.MonkeyPatch.context() as patch:
         given_noise(patch)
@@ -246,7 +246,7 @@ def test_other_experts_get_no_reconstruction_gradient(make: Any, shifted: Any) -
 
 @pytest.mark.parametrize("make", EVERY)
 @pytest.mark.parametrize("parts", [(), (3,), (-1,), (0, 0), (0, 1, 2, 3)])
-def test_parts_that_there_are_not_are_refused(make: Any, parts: tuple[int, ...], shifted: Any) -> None:
+def test_unknown_parts_are_refused(make: Any, parts: tuple[int, ...], shifted: Any) -> None:
     with pytest.raises(AezooError, match="parts must be some of 0 to 2, each once, got"):
         small(make, shifted).reconstruct_from(images(), parts)
 
@@ -320,7 +320,7 @@ def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_importance_samples_find_the_evidence_from_any_posterior(make: Any, shifted: Any) -> None:
+def test_importance_sampling_estimates_evidence(make: Any, shifted: Any) -> None:
     """From experts that are wrong, and less sure than the true ones, so that few draws weigh no more than the rest."""
     exact, model, x = solved(make)
     shifted(model.encoder)
@@ -336,6 +336,6 @@ def test_importance_samples_find_the_evidence_from_any_posterior(make: Any, shif
 
 
 @pytest.mark.parametrize("make", EVERY)
-def test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity(make: Any) -> None:
+def test_part_sizes_may_be_list_and_capacity_is_refused(make: Any) -> None:
     model = aezoo.create_model(aezoo.registry.name_of(make), SHAPE, parts=[2, 4])
     assert model.sizes == (2, 4) and not hasattr(model, "capacity") and model.beta == 1.0

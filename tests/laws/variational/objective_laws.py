@@ -102,7 +102,7 @@ def losses(*models: Any, x: Tensor, training: bool = True) -> list[dict[str, Ten
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_at_its_neutral_setting_the_model_is_the_vae(name: str, training: bool, shifted: Any) -> None:
+def test_neutral_setting_equals_vae(name: str, training: bool, shifted: Any) -> None:
     model, vae = twins(name, NEUTRAL[name], shifted)
     x = images()
     mine, theirs = losses(model, vae, x=x, training=training)
@@ -123,7 +123,7 @@ def test_active_setting_differs_from_vae(name: str, settings: dict[str, Any], sh
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_inference_is_the_vae_s_whatever_the_objective(name: str, shifted: Any) -> None:
+def test_inference_equals_vae_for_every_objective(name: str, shifted: Any) -> None:
     model, vae = twins(name, {}, shifted)
     x, found = images(), []
     for each in (model.eval(), vae.eval()):
@@ -134,7 +134,7 @@ def test_inference_is_the_vae_s_whatever_the_objective(name: str, shifted: Any) 
 
 
 @pytest.mark.parametrize("name", ["dip_vae_i", "dip_vae_ii", "info_vae", "sigma_vae"])
-def test_the_callback_reaches_the_kl_term(name: str, shifted: Any) -> None:
+def test_beta_and_capacity_apply_to_kl_term(name: str, shifted: Any) -> None:
     """BetaAnnealing sets `beta` and `capacity`: both count, beside the model's own terms."""
     model, x, found = shifted(small(name)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
@@ -191,7 +191,7 @@ def dip_law(cls: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dip_vae_i", "dip_vae_ii"])
-def test_the_penalty_is_that_of_numpy_s_covariance(name: str) -> None:
+def test_dip_penalty_matches_numpy_covariance(name: str) -> None:
     dip_law(name, name)
 
 

@@ -107,7 +107,7 @@ def test_training_by_the_distance_reconstructs_digits(make: Any, digits: Tensor,
 
 
 @pytest.mark.parametrize("make", DISTANCES)
-def test_of_the_likelihood_only_the_mean_counts(make: Any) -> None:
+def test_only_likelihood_mean_is_used(make: Any) -> None:
     x, params = images(), torch.randn(6, *SHAPE, dtype=torch.float64)
     for likelihood, x_hat in (("bernoulli", params.sigmoid()), ("gaussian:learned", params), ("laplace", params)):
         model = small(make, likelihood=likelihood)

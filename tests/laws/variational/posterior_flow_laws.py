@@ -59,7 +59,7 @@ def jacobians(model: Any, z_BD: Tensor, steps_BP: Tensor, create_graph: bool = F
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 5, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_log_determinant_is_that_of_autograd_s_jacobian(kind: str, latent_dim: int) -> None:
+def test_log_determinant_matches_autograd_jacobian(kind: str, latent_dim: int) -> None:
     model = small(kind, latent_dim)
     steps = model.amortised(data())[2]
     z = 2 * torch.randn(5, latent_dim, dtype=torch.float64)
@@ -101,7 +101,7 @@ def quadrangles(model: Any, steps: Tensor) -> float:
 
 @pytest.mark.parametrize(("latent_dim", "integral"), [(1, lines), (2, quadrangles)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_density_of_the_last_code_integrates_to_one(kind: str, latent_dim: int, integral: Any) -> None:
+def test_flow_posterior_density_integrates_to_one(kind: str, latent_dim: int, integral: Any) -> None:
     """No derivative is asked for: lengths and areas are those of what the flow makes of a grid."""
     model = small(kind, latent_dim)
     steps = model.amortised(data(1))[2]
@@ -137,7 +137,7 @@ def gradients(model: Any, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_and_all_its_gradients_are_those_of_the_formula(kind: str, beta: float) -> None:
+def test_loss_and_gradients_match_formula(kind: str, beta: float) -> None:
     model, x = small(kind, beta=beta), data()
     terms, z, eps = draw(model, x)
     mu, log_var, steps = model.amortised(x)
@@ -156,7 +156,7 @@ def test_the_loss_and_all_its_gradients_are_those_of_the_formula(kind: str, beta
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kl_is_the_paper_s_in_the_mean(kind: str) -> None:
+def test_mean_kl_matches_paper(kind: str) -> None:
     model, x = small(kind), data(1)
     with torch.no_grad():
         kl = torch.stack([model.loss(x.expand(50, 2, 3, 3))["kl"] for _ in range(400)])
@@ -225,7 +225,7 @@ def test_importance_likelihood_matches_prior_integral(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_and_scores_are_those_of_a_posterior_without_noise(kind: str) -> None:
+def test_codes_and_scores_use_noise_free_posterior(kind: str) -> None:
     model, x = small(kind), data()
     assert torch.equal(model.score(x), model.score(x))
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_invalid_values_are_refused(name: str, settings: dict[str, Any], word: s
 
 
 @pytest.mark.parametrize("name", ["vae_flow", "vae_iaf"])
-def test_the_kl_s_weight_may_rise_but_there_is_no_capacity(name: str) -> None:
+def test_beta_can_be_annealed_but_capacity_is_refused(name: str) -> None:
     model = aezoo.create_model(name, input_shape=(4,))
     BetaAnnealing("linear", n_steps=5).setup(None, model, "fit")
     with pytest.raises(aezoo.AezooError, match="needs a model with a number"):

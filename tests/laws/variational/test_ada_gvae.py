@@ -9,16 +9,16 @@ from weak_label_laws import (  # noqa: F401
     posterior,
     small,
     test_an_identical_pair_shares_every_dimension,
-    test_any_average_of_a_sample_with_itself_is_itself,
-    test_codes_scores_and_likelihoods_are_the_vae_s,
+    test_averaging_sample_with_itself_is_identity,
+    test_group_labels_change_loss,
     test_groups_and_pairs_ignore_batch_order,
+    test_inference_without_labels_equals_vae,
     test_invalid_values_are_refused,
-    test_labels_make_it_differ_from_vae,
+    test_loss_uses_averaged_posteriors,
     test_most_different_dimension_is_kept_least_averaged,
     test_pair_training_finds_shared_dimension,
-    test_samples_that_belong_to_no_other_make_a_vae,
-    test_the_loss_is_that_of_the_averaged_posteriors,
     test_two_ranks_equal_one_process_with_split_groups,
+    test_ungrouped_samples_equal_vae,
 )
 
 from aezoo.models.variational.ada_gvae import AdaGVAE
@@ -57,7 +57,7 @@ def authors_mask(mu: Tensor, log_var: Tensor, mu2: Tensor, log_var2: Tensor) -> 
     return distance < (distance.amin(1, keepdim=True) + distance.amax(1, keepdim=True)) / 2
 
 
-def test_both_of_a_pair_have_the_same_dimensions_in_common() -> None:
+def test_shared_dimensions_are_symmetric_in_pair() -> None:
     model, apart = small(AdaGVAE), 0
     for _ in range(50):
         one, two = posterior(3), posterior(3)

@@ -16,9 +16,9 @@ from objective_laws import (  # noqa: F401
     same,
     small,
     test_active_setting_differs_from_vae,
-    test_at_its_neutral_setting_the_model_is_the_vae,
-    test_inference_is_the_vae_s_whatever_the_objective,
+    test_inference_equals_vae_for_every_objective,
     test_invalid_values_are_refused,
+    test_neutral_setting_equals_vae,
     test_two_ranks_equal_one_process,
 )
 from torch import Tensor
@@ -74,17 +74,17 @@ def capacity_law(cls: Any) -> None:
             assert (moved < kl) == (sign > 0)
 
 
-def test_the_code_is_driven_towards_its_capacity() -> None:
+def test_loss_pulls_kl_towards_capacity() -> None:
     capacity_law("annealed_vae")
 
 
 @pytest.mark.parametrize("rival", [PyODAnnealed, PythaeAnnealed], ids=lambda cls: cls.__name__)
-def test_a_capacity_that_another_library_ships_breaks_the_law(rival: Any) -> None:
+def test_wrong_capacity_terms_are_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         capacity_law(rival)
 
 
-def test_the_capacity_holds_the_batch_or_each_sample() -> None:
+def test_capacity_applies_to_batch_mean_or_each_sample() -> None:
     """|mean KL - C| lets samples differ; the mean of |KL_i - C| does not, and adds up over accumulated batches."""
     mu, log_var = posterior()
     order = reference_kl(mu, log_var).argsort()
@@ -171,7 +171,7 @@ def test_accumulated_batches_count_as_one_step(quiet: Any) -> None:
     assert watch["capacity"] == pytest.approx([8 * (t // 2) / 6 for t in range(8)], abs=1e-6)
 
 
-def test_a_resumed_run_goes_on_with_its_capacity(quiet: Any, tmp_path: Any) -> None:
+def test_resumed_run_continues_capacity_schedule(quiet: Any, tmp_path: Any) -> None:
     _, whole = fitted(quiet, annealing(), max_epochs=2)
     trainer, first = fitted(quiet, annealing(), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")

@@ -79,7 +79,7 @@ def mixture(mu: Tensor, log_var: Tensor) -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize(("n", "N"), [(2, 2), (2, 9), (4, 4), (4, 100), (7, 60_000)])
 @pytest.mark.parametrize("estimator", STRATIFIED)
-def test_each_code_is_one_of_n_data_and_its_weights_sum_to_one(estimator: str, n: int, N: int) -> None:
+def test_stratified_weights_sum_to_one(estimator: str, n: int, N: int) -> None:
     W = weights(small(estimator=estimator, dataset_size=N), n)
     torch.testing.assert_close(W.sum(1), torch.ones(n, dtype=W.dtype))
     torch.testing.assert_close(W.diagonal(), torch.full((n,), 1 / N, dtype=W.dtype))
@@ -97,7 +97,7 @@ def test_stratified_weights_average_to_uniform() -> None:
     torch.testing.assert_close(torch.stack(over_orders).mean(0), mean)
 
 
-def test_the_weights_that_other_libraries_ship_do_not_sum_to_one() -> None:
+def test_known_wrong_weights_do_not_sum_to_one() -> None:
     W = weights(small(WrongColumns, dataset_size=100), 4)
     assert [round(row, 2) for row in W.sum(1).tolist()] == [1, 1, 1.31, 1]
     assert W.diagonal().max() > 0.3
@@ -118,17 +118,17 @@ def unbiased_law(model: Any) -> None:
 
 
 @pytest.mark.parametrize("estimator", STRATIFIED)
-def test_the_estimate_of_the_aggregate_density_has_no_bias(estimator: str) -> None:
+def test_aggregate_density_estimate_is_unbiased(estimator: str) -> None:
     unbiased_law(small(estimator=estimator, dataset_size=5))
 
 
-def test_rivals_weights_and_those_of_mws_have_one() -> None:
+def test_wrong_and_mws_weights_are_biased() -> None:
     for model in (small(WrongColumns, dataset_size=5), small(estimator="mws", dataset_size=5)):
         with pytest.raises(AssertionError):
             unbiased_law(model)
 
 
-def test_mws_is_its_formula_in_two_loops() -> None:
+def test_mws_matches_double_loop() -> None:
     n, N = 5, 70
     mu, log_var = posteriors(n)
     z = draw(mu, log_var)
@@ -176,7 +176,7 @@ def test_the_three_terms_sum_to_the_kl_of_the_sample(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_each_term_is_its_formula_and_has_its_weight(estimator: str) -> None:
+def test_terms_match_formulas_and_weights(estimator: str) -> None:
     mu, log_var = posteriors()
     model = small(estimator=estimator, dataset_size=50, alpha=0.3, beta=5.0, gamma=2.0)
     terms, z = terms_at(model, mu, log_var)
@@ -204,7 +204,7 @@ def test_uninformative_codes_leave_dimension_kl_only(estimator: str) -> None:
 
 
 @pytest.mark.parametrize(("make", "settings"), [(WrongColumns, {}), (BetaTCVAE, {"estimator": "mws"})])
-def test_weights_that_do_not_sum_to_one_find_a_correlation_there(make: Any, settings: dict[str, Any]) -> None:
+def test_unnormalised_weights_report_false_correlation(make: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         independent_law(make, **settings)
 
@@ -221,7 +221,7 @@ def test_total_correlation_of_grid_and_diagonal_codes() -> None:
     assert terms["tc"] > 1
 
 
-def test_codes_far_apart_tell_all_of_their_sample() -> None:
+def test_distant_codes_have_full_mutual_information() -> None:
     mu = 1000 * torch.arange(6, dtype=torch.float64)[:, None].expand(6, CODE)
     terms, _ = terms_at(small(estimator="mss_mean", dataset_size=6), mu, torch.zeros_like(mu))
     assert terms["mi"].item() == pytest.approx(math.log(6))
@@ -257,7 +257,7 @@ def loaders() -> dict[str, tuple[Any, int]]:
 
 
 @pytest.mark.parametrize("kind", loaders())
-def test_dataset_size_is_that_of_the_training_set(kind: str, quiet: Any) -> None:
+def test_dataset_size_is_taken_from_training_loader(kind: str, quiet: Any) -> None:
     loader, expected = loaders()[kind]
     model, told = (BetaTCVAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), **s) for s in ({}, {"dataset_size": 70}))
     for each in (model, told):
@@ -279,7 +279,7 @@ def test_dataset_size_survives_a_skipped_first_step(quiet: Any) -> None:
     assert model.n_data.item() == 22
 
 
-def test_a_run_that_goes_on_keeps_its_number_of_data(quiet: Any, tmp_path: Any) -> None:
+def test_resumed_run_keeps_dataset_size(quiet: Any, tmp_path: Any) -> None:
     """Counted by batches it would depend on the size of the one that is next."""
     loader, val = loaders()["batches"][0], loaders()["samples"][0].dataset
     trainer = quiet(max_epochs=1)
@@ -293,7 +293,7 @@ def test_a_run_that_goes_on_keeps_its_number_of_data(quiet: Any, tmp_path: Any) 
         assert model.n_data.item() == expected
 
 
-def test_the_zoo_s_own_data_are_counted_and_the_number_is_saved(quiet: Any, tmp_path: Any) -> None:
+def test_dataset_size_of_datamodule_is_counted_and_saved(quiet: Any, tmp_path: Any) -> None:
     data = aezoo.DataModule("digits", batch_size=128)
     model = BetaTCVAE(data.input_shape, latent_dim=CODE, hidden_dims=(8,))
     quiet(max_steps=1, max_epochs=1).fit(model, data)
@@ -336,7 +336,7 @@ def test_annealing_acts_on_total_correlation_without_capacity(shifted: Any, quie
         trainer.fit(model.float(), *[DataLoader(batches, batch_size=None)] * 2)
 
 
-def test_terms_keep_their_digits_in_float32(shifted: Any) -> None:
+def test_terms_are_accurate_in_float32(shifted: Any) -> None:
     """A total correlation that is a thousandth of the logarithms it is the difference of."""
     mu, log_var = posteriors(64)
     mu, log_var = 0.05 * mu, 0.05 * log_var

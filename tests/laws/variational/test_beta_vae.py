@@ -9,15 +9,15 @@ from objective_laws import (  # noqa: F401
     reference_kl,
     small,
     test_active_setting_differs_from_vae,
-    test_at_its_neutral_setting_the_model_is_the_vae,
-    test_inference_is_the_vae_s_whatever_the_objective,
+    test_inference_equals_vae_for_every_objective,
     test_invalid_values_are_refused,
+    test_neutral_setting_equals_vae,
 )
 
 # ---- neutral settings ------------------------------------------------------------------------------------------------
 
 
-def test_beta_weighs_the_kl_by_four_unless_told_otherwise(shifted: Any) -> None:
+def test_beta_weights_kl_and_defaults_to_four(shifted: Any) -> None:
     x = images()
     for settings, beta in (({}, 4.0), ({"beta": 0.3}, 0.3)):
         model = shifted(small("beta_vae", **settings))

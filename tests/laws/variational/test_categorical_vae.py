@@ -86,17 +86,17 @@ class EntropyAlone(CategoricalVAE):
         return (p_BD * log_p_BD).sum(1)
 
 
-def test_the_kl_is_that_of_torch_distributions() -> None:
+def test_kl_matches_torch_distributions() -> None:
     kl_law(CategoricalVAE)
 
 
 @pytest.mark.parametrize("rival", [EpsilonInLog, EntropyAlone])
-def test_a_rival_s_kl_breaks_the_law(rival: Any) -> None:
+def test_wrong_kl_is_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         kl_law(rival)
 
 
-def test_logits_beyond_all_bounds_leave_everything_finite() -> None:
+def test_extreme_logits_stay_finite() -> None:
     for factor in (1e4, -1e4):
         model, x = small(straight_through=True), data()
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_relaxed_codes_match_torch_distributions() -> None:
 
 
 @pytest.mark.parametrize("rival", [NoiseOutside, GaussianNoise])
-def test_another_noise_breaks_the_law(rival: Any) -> None:
+def test_wrong_relaxation_noise_is_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         relaxation_law(rival)
 
@@ -200,7 +200,7 @@ def test_straight_through_is_one_hot_with_relaxed_gradient() -> None:
 
 
 @pytest.mark.parametrize("rival", [HardWithoutGradient, NearlyHard])
-def test_a_hard_code_without_the_gradient_breaks_the_law(rival: Any) -> None:
+def test_hard_code_without_gradient_is_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         hard_law(rival)
 
@@ -231,7 +231,7 @@ def test_temperature_schedule_spans_epochs_and_resumes(quiet: Any, tmp_path: Any
     assert wrong != pytest.approx(EXPECTED, rel=1e-6)
 
 
-def test_a_loaded_model_has_the_temperature_of_its_last_step(quiet: Any, tmp_path: Any) -> None:
+def test_loaded_model_keeps_last_temperature(quiet: Any, tmp_path: Any) -> None:
     loader: Any = DataLoader(list(torch.rand(12, 6)), batch_size=4)
     trainer, model = quiet(max_epochs=1), CategoricalVAE((6,), **TEMPERATURES)
     trainer.fit(model, loader, loader)
@@ -253,7 +253,7 @@ def sharpened(**settings: Any) -> Any:
     return model
 
 
-def test_the_likelihood_of_few_codes_is_the_sum_over_all_of_them() -> None:
+def test_likelihood_of_few_codes_is_exact_sum() -> None:
     model, x = sharpened(), data()
     torch.testing.assert_close(model.log_likelihood(x, K**N), exact(model, x))
     assert torch.equal(model.log_likelihood(x, 10_000), model.log_likelihood(x, 10_000))
@@ -315,14 +315,14 @@ def test_samples_are_decoded_from_uniform_one_hot_codes() -> None:
     torch.testing.assert_close(x, model.decoder(seen[0]).sigmoid())
 
 
-def test_codes_are_probabilities_and_scores_are_taken_there() -> None:
+def test_codes_and_scores_use_probabilities() -> None:
     model, x = sharpened().eval(), data()
     p = D.Categorical(logits=model.log_probs(x)).probs
     torch.testing.assert_close(model.encode(x), p.flatten(1))
     torch.testing.assert_close(model.score(x), nll_at(model, x, p.flatten(1)) + reference_kl(p.log()))
 
 
-def test_beta_weighs_the_kl_and_the_capacity_is_that_of_the_vae() -> None:
+def test_beta_and_capacity_weight_kl_as_in_vae() -> None:
     for beta, capacity in ((0.0, 0.0), (3.0, 0.0), (3.0, 2.0)):
         torch.manual_seed(1)
         model = sharpened(beta=beta)

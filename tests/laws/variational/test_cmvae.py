@@ -34,12 +34,12 @@ from multimodal_laws import (  # noqa: F401
     images,
     mixture,
     normal,
+    test_inconsistent_part_sizes_are_refused,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from scipy.integrate import quad
@@ -134,7 +134,7 @@ def test_one_modality_equals_mixture_vae(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0, 4.0])
-def test_the_kl_is_that_of_two_mixtures_by_integration(apart: float, shifted: Any) -> None:
+def test_mixture_kl_matches_numerical_integration(apart: float, shifted: Any) -> None:
     """All samples of a batch are the same; the mean is over draws."""
     n, sigma = 20_000, torch.tensor([0.5, 0.8]).double()
     mu = apart * torch.tensor([-1.0, 0.7]).double() + 0.3
@@ -262,7 +262,7 @@ def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
     return model.eval(), torch.rand(n, 4, dtype=torch.float64), of
 
 
-def test_samples_near_a_cluster_are_of_it() -> None:
+def test_samples_are_assigned_to_nearest_cluster() -> None:
     model, x, of = placed(6)
     assert torch.equal(model.clusters(x).argmax(1), of)
     torch.testing.assert_close(model.clusters(x).sum(1), torch.ones(60).double())
@@ -332,7 +332,7 @@ def test_cluster_count_must_stay_positive() -> None:
         CMVAE((4,), n_components=0)
 
 
-def test_clusters_are_told_by_the_parts_that_are_there(shifted: Any) -> None:
+def test_clusters_use_present_modalities(shifted: Any) -> None:
     model, x, seen = small_missing_modality(CMVAE, shifted), images_missing_modality(), (0, 2)
     other, given = smaller(model, seen), without(x, seen)
     torch.testing.assert_close(model.clusters(given), other.clusters(of_parts(x, seen)))

@@ -18,13 +18,13 @@ from label_laws import (  # noqa: F401
     noise_of,
     of_every_label,
     terms_at,
+    test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
+    test_invalid_labels_are_refused,
     test_labelled_loss_is_conditional_elbo,
-    test_labels_that_are_none_are_refused,
-    test_off_the_true_posterior_the_bounds_come_in_order,
     test_samples_have_requested_or_uniform_labels,
-    test_under_the_true_posteriors_everything_is_exact,
+    test_true_posteriors_give_exact_bounds,
 )
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -37,7 +37,7 @@ from aezoo.models.variational.conditional_vae import ConditionalVAE
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_without_a_say_of_the_label_it_is_the_vae(kind: str) -> None:
+def test_zero_label_weights_equal_vae(kind: str) -> None:
     shape, net = SHAPES[kind]
     settings = {"latent_dim": LATENT, "hidden_dims": (8,), "net": net}
     model, x = make(shape=shape, net=net), data(5, shape)
@@ -126,12 +126,12 @@ class MostLikelyAlone(ConditionalVAE):
         return {"loss": -best, "elbo": best, "nll": nll.mean(), "kl": -best - nll.mean()}
 
 
-def test_without_labels_the_bound_is_that_of_the_sum_over_labels() -> None:
+def test_unlabelled_bound_sums_over_labels() -> None:
     enumeration_law(ConditionalVAE)
 
 
 @pytest.mark.parametrize("rival", [ClosedForm, NoPrior, MostLikelyAlone])
-def test_another_sum_over_labels_breaks_the_law(rival: Any) -> None:
+def test_wrong_sums_over_labels_are_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         enumeration_law(rival)
 
@@ -185,7 +185,7 @@ def labelled_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_trained_model_tells_and_draws_digits_of_a_class(labelled_digits: Any) -> None:
+def test_trained_model_classifies_and_generates_digits(labelled_digits: Any) -> None:
     """Chance is 0.1; the judge of the samples is a logistic regression on real digits, right on 85 % of them."""
     x, y, x_test, y_test = labelled_digits
     torch.manual_seed(0)

@@ -31,14 +31,14 @@ from multimodal_laws import (  # noqa: F401
     small,
     solved,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_no_bound_is_above_the_evidence,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from torch import Tensor, nn
@@ -96,14 +96,14 @@ def test_loss_is_mean_of_bounds_by_torch_distributions(alpha: float | None, shif
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5])
-def test_by_default_all_bounds_weigh_alike(m: int) -> None:
+def test_default_alpha_weights_all_bounds_equally(m: int) -> None:
     model = CRMVAE((6,), parts=(1,) * (m - 1) + (7 - m,))
     assert 1 - model.alpha == pytest.approx(model.alpha / m) and model.hparams["alpha"] is None
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("parts", [(2, 4), (1, 2, 3), (1,) * 6])
-def test_every_modality_counts_once_for_any_alpha(parts: tuple[int, ...], alpha: float | None, shifted: Any) -> None:
+def test_likelihood_weights_sum_to_one_per_modality(parts: tuple[int, ...], alpha: float | None, shifted: Any) -> None:
     """Decoders that heed no code have the same likelihood from whichever; without the KLs it is what is left."""
     model, x = small(CRMVAE, shifted, parts=parts, alpha=alpha, beta=0.0, hidden_dims=()), images()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_every_modality_counts_once_for_any_alpha(parts: tuple[int, ...], alpha:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
-def test_without_what_the_parts_say_alone_it_is_mvtcae(alpha: float, shifted: Any) -> None:
+def test_without_own_reconstructions_equals_mvtcae(alpha: float, shifted: Any) -> None:
     model, other, x = small(CRMVAE, shifted, alpha=alpha, beta=3.0), small(MVTCAE, shifted, beta=3.0), images()
     other.load_state_dict(model.state_dict())
     other.alpha, found = alpha, []

@@ -22,7 +22,7 @@ from aezoo.models.variational.denoising_vae import DenoisingVAE
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_corruption_the_denoising_vae_is_the_vae(training: bool, shifted: Any) -> None:
+def test_no_corruption_equals_vae(training: bool, shifted: Any) -> None:
     same(*twins(DenoisingVAE, shifted, {"beta": 2.0}, corruption="none", beta=2.0), training)
 
 
@@ -46,7 +46,7 @@ def test_corrupted_input_and_clean_target(corruption: str, shifted: Any) -> None
     torch.testing.assert_close(terms["loss"], terms["nll"] + terms["kl"])
 
 
-def test_codes_scores_and_likelihoods_take_a_sample_as_it_is(shifted: Any) -> None:
+def test_inference_does_not_corrupt_samples(shifted: Any) -> None:
     model, vae = twins(DenoisingVAE, shifted, {})
     x, found = images(), []
     for each in (model.eval(), vae.eval()):

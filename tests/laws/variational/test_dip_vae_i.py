@@ -12,11 +12,11 @@ from objective_laws import (  # noqa: F401
     images,
     small,
     test_active_setting_differs_from_vae,
-    test_at_its_neutral_setting_the_model_is_the_vae,
-    test_inference_is_the_vae_s_whatever_the_objective,
+    test_beta_and_capacity_apply_to_kl_term,
+    test_dip_penalty_matches_numpy_covariance,
+    test_inference_equals_vae_for_every_objective,
     test_invalid_values_are_refused,
-    test_the_callback_reaches_the_kl_term,
-    test_the_penalty_is_that_of_numpy_s_covariance,
+    test_neutral_setting_equals_vae,
     test_two_ranks_equal_one_process,
 )
 from torch import Tensor
@@ -52,12 +52,12 @@ def whitened(n: int) -> tuple[Tensor, Tensor]:
     return mu, log_var - log_var.exp().mean(0).log()
 
 
-def test_codes_with_the_prior_s_covariance_cost_nothing() -> None:
+def test_codes_with_prior_covariance_have_zero_penalty() -> None:
     identity_law("dip_vae_i", 0.0)
     identity_law("dip_vae_ii", 0.4)
 
 
-def test_far_codes_lose_no_digits() -> None:
+def test_penalty_is_accurate_for_distant_codes() -> None:
     """E[mu mu'] - E[mu] E[mu]' in float32 would be off by 1 at a mean of 3000; centred codes are not."""
     mu, log_var = whitened(64)
     far = (mu + 3000).float()
@@ -68,7 +68,7 @@ def test_far_codes_lose_no_digits() -> None:
 
 
 @pytest.mark.parametrize("law", [lambda cls: dip_law(cls, "dip_vae_ii"), lambda cls: identity_law(cls, 0.4)])
-def test_a_covariance_that_another_library_ships_breaks_the_law(law: Any) -> None:
+def test_wrong_covariance_penalties_are_detected(law: Any) -> None:
     with pytest.raises(AssertionError):
         law(PyTorchVAEDIP)
     with pytest.raises(AssertionError):  # nor is the one model the other

@@ -5,11 +5,11 @@ from objective_laws import (  # noqa: F401
     posterior,
     small,
     test_active_setting_differs_from_vae,
-    test_at_its_neutral_setting_the_model_is_the_vae,
-    test_inference_is_the_vae_s_whatever_the_objective,
+    test_beta_and_capacity_apply_to_kl_term,
+    test_dip_penalty_matches_numpy_covariance,
+    test_inference_equals_vae_for_every_objective,
     test_invalid_values_are_refused,
-    test_the_callback_reaches_the_kl_term,
-    test_the_penalty_is_that_of_numpy_s_covariance,
+    test_neutral_setting_equals_vae,
     test_two_ranks_equal_one_process,
 )
 

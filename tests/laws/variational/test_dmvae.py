@@ -17,12 +17,12 @@ from multimodal_laws import (  # noqa: F401
     images,
     normal,
     small_vae,
+    test_inconsistent_part_sizes_are_refused,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_private_codes_its_first_elbo_is_that_of_mvae(training: bool, shifted: Any) -> None:
+def test_without_private_codes_joint_elbo_equals_mvae(training: bool, shifted: Any) -> None:
     """The others are not: there each part is decoded from its own code alone."""
     model, x = small(shifted, private_dim=0, beta=3.0), images()
     other = MVAE(SHAPE, parts=PARTS, latent_dim=CODE, hidden_dims=(8,), beta=3.0, n_subsets=0).double()
@@ -167,7 +167,7 @@ def test_codes_are_shared_product_and_private_or_prior(shifted: Any) -> None:
     assert model.encode(x).shape == (5, C) == (5, *model.code_shape)
 
 
-def test_draws_from_the_posterior_know_their_density(shifted: Any) -> None:
+def test_posterior_draw_densities_match(shifted: Any) -> None:
     model, x = small(shifted), images(2)
     z, log_q = model.sample_posterior(x, 50)
     torch.testing.assert_close(log_q, normal(*model.infer(x)).log_prob(z))
@@ -299,7 +299,7 @@ def test_training_separates_shared_and_private_factors() -> None:
 # ---- the zoo ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_codes_have_sizes() -> None:
+def test_invalid_code_sizes_are_refused() -> None:
     model = DMVAE((6,), latent_dim=3, private_dim=2)
     assert model.code_shape == (7,) and model.hparams["latent_dim"] == 3
     assert DMVAE((6,), private_dim=0).code_shape == (16,)

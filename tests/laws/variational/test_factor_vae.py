@@ -13,13 +13,13 @@ from adversarial_laws import (  # noqa: F401
     images,
     sets,
     small,
+    test_beta_and_capacity_apply_to_kl_term,
     test_indifferent_discriminator_pays_log_2_per_class,
-    test_inference_is_the_vae_s,
+    test_inference_equals_vae,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
     test_player_parameters_partition_the_model,
-    test_resumed_each_player_has_the_rate_that_is_asked_for,
-    test_the_callback_reaches_the_kl_term,
+    test_resumed_networks_use_requested_learning_rates,
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
     trained,
@@ -56,7 +56,7 @@ def test_factor_vae_with_gamma_0_trains_like_the_vae(shifted: Any, quiet: Any) -
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_factor_vae_with_gamma_0_has_the_vae_s_loss_and_gradient(training: bool, shifted: Any) -> None:
+def test_zero_gamma_has_vae_loss_and_gradient(training: bool, shifted: Any) -> None:
     vae, model, x, found = shifted(small("vae")), small("factor_vae", gamma=0.0), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
     for each in (model, vae):
@@ -133,7 +133,7 @@ def test_optimal_discriminator_is_log_density_ratio() -> None:
     assert terms["discriminator"].item() == pytest.approx(least.item(), abs=0.01)
 
 
-def test_of_independent_codes_it_can_tell_nothing() -> None:
+def test_independent_codes_have_zero_total_correlation() -> None:
     model: Any = aezoo.create_model(
         "factor_vae", input_shape=(1,), latent_dim=2, hidden_dims=(), discriminator_dims=(32,)
     )

@@ -89,11 +89,11 @@ def kl_law(make: Any) -> None:
         assert model.kl(*at).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_the_kl_is_that_of_torch_distributions() -> None:
+def test_kl_matches_torch_distributions() -> None:
     kl_law(GammaVAE)
 
 
-def test_a_rival_s_kl_breaks_the_law() -> None:
+def test_wrong_kl_is_detected() -> None:
     with pytest.raises(AssertionError):
         kl_law(PyTorchVAE)
 
@@ -149,12 +149,12 @@ def test_gamma_draw_gradients_match_closed_forms() -> None:
 
 
 @pytest.mark.parametrize("rival", [PyTorchVAE, Rejection])
-def test_a_rival_s_draw_breaks_the_law(rival: Any) -> None:
+def test_wrong_draw_gradients_are_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         gradient_law(rival, (1.0, 1.0, 1.5, 2.0))
 
 
-def test_a_draw_s_gradient_is_the_derivative_of_its_quantile() -> None:
+def test_draw_gradient_is_quantile_derivative() -> None:
     """dz/dalpha at the level F(z) of each draw, by scipy; -z / rho in the rate."""
     alpha = torch.tensor([[0.2, 0.9, 4.0, 70.0]], dtype=torch.float64).expand(200, -1).clone().requires_grad_()
     rho = torch.full_like(alpha, 2.0).requires_grad_()
@@ -183,7 +183,7 @@ def test_codes_of_all_kinds_are_gamma_distributed() -> None:
     assert stats.kstest(prior.flatten().numpy(), stats.gamma(0.6, 0, 1 / 2.5).cdf).pvalue > 1e-3
 
 
-def test_densities_are_scipy_s() -> None:
+def test_densities_match_scipy() -> None:
     model, x = small(prior_shape=0.6, prior_rate=2.5), images(7)
     z, log_q = model.sample_posterior(x, 5)
     alpha, rho = (p.detach().numpy() for p in model.posterior(x))
@@ -229,7 +229,7 @@ def test_the_elbo_is_the_mean_log_weight(shifted: Any) -> None:
     torch.testing.assert_close(model(x), model.decoder(alpha / rho).sigmoid())
 
 
-def test_elbo_iwae_and_the_evidence_come_in_that_order(shifted: Any) -> None:
+def test_elbo_iwae_and_evidence_are_ordered(shifted: Any) -> None:
     """Log p(x) by the prior's quantiles on a grid of two codes."""
     model, x = shifted(small(latent_dim=2, prior_shape=0.8, prior_rate=0.5)).eval(), images(4)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_elbo_iwae_and_the_evidence_come_in_that_order(shifted: Any) -> None:
     assert model.log_likelihood(x, 20_000).mean().item() == pytest.approx(evidence, abs=0.03)
 
 
-def test_the_prior_s_rate_is_the_unit_of_codes_alone(shifted: Any) -> None:
+def test_prior_rate_only_rescales_codes(shifted: Any) -> None:
     one, four = shifted(small()), small(prior_rate=4.0)
     four.load_state_dict(one.state_dict())
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_the_prior_s_rate_is_the_unit_of_codes_alone(shifted: Any) -> None:
 
 @pytest.mark.parametrize("shift", [-1e38, -100.0, -5.0, 100.0, 1e38])
 @pytest.mark.parametrize("part", [slice(0, CODE), slice(CODE, None), slice(None)], ids=["shape", "rate", "both"])
-def test_an_extreme_posterior_leaves_everything_finite(part: slice, shift: float) -> None:
+def test_extreme_posterior_stays_finite(part: slice, shift: float) -> None:
     for prior_shape in (0.1, 2.0, 1e5):
         model = small(prior_shape=prior_shape).float()
         with torch.no_grad():
@@ -280,7 +280,7 @@ def test_an_extreme_posterior_leaves_everything_finite(part: slice, shift: float
         assert terms["kl"] > -1e-3
 
 
-def test_a_model_learns_through_its_draws(adam: Any, digits: Tensor) -> None:
+def test_training_through_gamma_draws_beats_constant_code(adam: Any, digits: Tensor) -> None:
     model = aezoo.create_model("gamma_vae", (1, 8, 8), latent_dim=6, hidden_dims=(48,))
     x = digits[:600].float()
     mean = x.mean(0).clamp(1e-6, 1 - 1e-6)

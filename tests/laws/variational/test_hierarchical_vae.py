@@ -12,13 +12,13 @@ from hierarchy_laws import (  # noqa: F401
     draw_law,
     small,
     test_binarised_digits_compress_to_bound_losslessly,
-    test_codes_and_scores_are_at_the_means_from_the_top_down,
-    test_densities_and_draws_are_those_of_the_conditionals,
-    test_elbo_importance_bounds_and_evidence_come_in_that_order,
+    test_codes_and_scores_use_top_down_means,
+    test_densities_and_samples_match_conditionals,
+    test_elbo_importance_bounds_and_evidence_are_ordered,
     test_free_bits_cost_a_constant_without_gradient,
+    test_hierarchy_satisfies_every_law,
     test_invalid_values_are_refused,
-    test_one_level_is_the_vae,
-    test_the_hierarchy_keeps_the_law,
+    test_one_level_equals_vae,
     test_two_level_importance_weights_are_constant_at_posterior,
 )
 from torch import Tensor
@@ -58,14 +58,14 @@ class LosesTheTopsGradient(HierarchicalVAE):
     [(DrawsTheTopTwice, draw_law), (BottomWithoutPrior, bound_law), (LosesTheTopsGradient, bound_law)],
     ids=lambda value: value.__name__,
 )
-def test_the_law_catches_a_rivals_slip(rival: Any, law: Any, shifted: Any) -> None:
+def test_wrong_hierarchies_are_detected(rival: Any, law: Any, shifted: Any) -> None:
     model = shifted(rival(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
     with pytest.raises(AssertionError):
         law(model, concatenated)
 
 
 @pytest.mark.parametrize("level", [0, 1])
-def test_a_level_whose_posterior_is_its_prior_costs_nothing(level: int, shifted: Any) -> None:
+def test_posterior_equal_to_prior_has_zero_kl(level: int, shifted: Any) -> None:
     model = small("hierarchical_vae", shifted)
     p, q = model.priors[level], model.posteriors[level]
     with torch.no_grad():

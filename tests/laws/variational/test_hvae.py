@@ -13,8 +13,8 @@ from hamiltonian_laws import (  # noqa: F401
     normals,
     small,
     test_evaluation_needs_no_gradients,
-    test_no_step_is_the_vae,
-    test_the_score_is_the_bound_s_at_the_mean_with_no_momentum,
+    test_score_is_bound_at_mean_without_momentum,
+    test_zero_leapfrog_steps_equal_vae,
 )
 from torch import Tensor
 
@@ -74,7 +74,7 @@ def test_leapfrog_jacobian_is_product_of_tempering(shifted: Any) -> None:
         assert model.cooling[-1] == 1 and model.cooling[0] == pytest.approx(beta_0**0.5)
 
 
-def test_the_leapfrog_is_reversible_and_nearly_keeps_the_energy(shifted: Any) -> None:
+def test_leapfrog_is_reversible_and_nearly_conserves_energy(shifted: Any) -> None:
     model, x = shifted(small(n_leapfrog=5, beta_0=1.0, step_size=0.05)).double(), images(6)
     z, rho = normals(6, 4), normals(6, 4)
     there = model.leapfrog(x, z, rho)
@@ -96,7 +96,7 @@ def test_the_leapfrog_is_reversible_and_nearly_keeps_the_energy(shifted: Any) ->
     assert drift[0] < 0.2 and drift[1] < drift[0] / 2  # of second order, at a path half as long
 
 
-def test_the_steps_are_those_of_the_paper(shifted: Any) -> None:
+def test_leapfrog_steps_match_paper(shifted: Any) -> None:
     """Algorithm 1 and equation 6, written with autograd and a loop of one's own."""
     model, x = shifted(small(n_leapfrog=3, beta_0=0.4, step_size=0.1)).double(), images(5)
     z, gamma = normals(5, 4), normals(5, 4)
@@ -120,7 +120,7 @@ def test_the_steps_are_those_of_the_paper(shifted: Any) -> None:
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
-def test_the_bound_is_that_of_the_joint_density(shifted: Any) -> None:
+def test_bound_matches_joint_density(shifted: Any) -> None:
     """Log p(x, z_K) + log N(rho_K) - log q(z_0) - log N(rho_0; 0, 1/beta_0) + D/2 log beta_0, the last the Jacobian."""
     model, x = shifted(small(n_leapfrog=3, beta_0=0.3, step_size=0.1)).double(), images(6)
     z, log_q, gamma = draws_of(model, x, 5)

@@ -66,7 +66,7 @@ def test_kl_to_uniform_is_log_area_minus_entropy(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_kl_s_gradient_is_that_of_the_reference(family: str) -> None:
+def test_kl_gradient_matches_reference(family: str) -> None:
     for d, kappa in ((2, 0.7), (5, 2.0), (16, 30.0)):
         mu = directions(1, d)
         concentration = spread(kappa, mu).requires_grad_()
@@ -94,7 +94,7 @@ def test_the_density_integrates_to_one_over_the_sphere(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_nan_at_any_concentration(family: str) -> None:
+def test_values_and_gradients_are_finite_at_any_concentration(family: str) -> None:
     for d in (2, 3, 10, 64):
         model = sphere(d, family).float()
         for kappa in (1e-6, 1e-2, 1.0, 1e3, 1e6):

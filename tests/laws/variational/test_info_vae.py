@@ -15,10 +15,10 @@ from objective_laws import (  # noqa: F401
     same,
     small,
     test_active_setting_differs_from_vae,
-    test_at_its_neutral_setting_the_model_is_the_vae,
-    test_inference_is_the_vae_s_whatever_the_objective,
+    test_beta_and_capacity_apply_to_kl_term,
+    test_inference_equals_vae_for_every_objective,
     test_invalid_values_are_refused,
-    test_the_callback_reaches_the_kl_term,
+    test_neutral_setting_equals_vae,
     test_two_ranks_equal_one_process,
 )
 from torch import Tensor
@@ -141,7 +141,7 @@ MMD_LAWS = (mmd_law, objective_law, prior_law, gaussian_law)
 
 
 @pytest.mark.parametrize("law", MMD_LAWS, ids=lambda law: law.__name__)
-def test_the_info_vae_keeps_the_law(law: Any) -> None:
+def test_info_vae_satisfies_every_law(law: Any) -> None:
     law("info_vae")
 
 
@@ -152,7 +152,7 @@ def test_the_info_vae_keeps_the_law(law: Any) -> None:
     + [(PyTorchVAEKernel, gaussian_law), (WithoutAlpha, objective_law)],
     ids=lambda value: value.__name__,
 )
-def test_a_discrepancy_that_another_library_ships_breaks_the_law(rival: Any, law: Any) -> None:
+def test_wrong_discrepancies_are_detected(rival: Any, law: Any) -> None:
     with pytest.raises(AssertionError):
         law(rival)
 
@@ -176,7 +176,7 @@ def test_codes_are_compared_with_as_many_draws_from_the_prior() -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_same_codes_in_another_order_have_no_discrepancy(name: str) -> None:
+def test_permuted_codes_have_zero_discrepancy(name: str) -> None:
     z, p = posterior(9)[0].detach(), torch.randn(9, CODE, dtype=torch.float64)
     model = small("info_vae", kernel=name)
     assert abs(model.mmd(z, z[torch.randperm(9)])) < 1e-14
@@ -186,7 +186,7 @@ def test_the_same_codes_in_another_order_have_no_discrepancy(name: str) -> None:
     assert found > 1e-3
 
 
-def test_the_kernel_keeps_its_digits_in_half_precision() -> None:
+def test_kernel_is_accurate_under_autocast() -> None:
     z, p = torch.randn(2, 16, 16)
     model: Any = aezoo.create_model("info_vae", SHAPE)
     exact = brute_force("inverse_multiquadratic", z.double(), p.double(), 1.0)

@@ -20,17 +20,17 @@ from importance_bound_laws import (  # noqa: F401
     exact_bound,
     small,
     test_a_linear_model_becomes_probabilistic_pca,
-    test_a_rival_s_mistake_breaks_the_law,
+    test_encoder_runs_once_and_codes_are_decoded_once,
+    test_importance_bound_satisfies_every_law,
     test_inference_equals_parent,
     test_invalid_values_are_refused,
     test_neutral_setting_equals_multi_sample_vae,
     test_noise_is_independent_per_sample_and_draw,
     test_reparam_and_dreg_are_unbiased,
-    test_stl_has_that_mean_for_bounds_of_one_sample_only,
-    test_the_encoder_runs_once_and_each_code_is_decoded_once,
-    test_the_model_keeps_the_law,
+    test_stl_is_unbiased_for_single_sample_bounds_only,
     test_true_posterior_gives_evidence_without_noise,
     test_weights_that_underflow_leave_finite_gradients,
+    test_wrong_importance_bounds_are_detected,
     true_posterior,
     unbiased_law,
 )
@@ -85,7 +85,7 @@ def test_the_bounds_rise_from_the_elbo_towards_the_evidence() -> None:
     assert ladder[-1] == pytest.approx(top, abs=0.01)
 
 
-def test_on_one_draw_the_bounds_come_in_the_order_of_jensen() -> None:
+def test_bounds_of_one_draw_follow_jensen() -> None:
     """Mean of log w <= CIWAE <= IWAE, and MIWAE <= IWAE over all samples."""
     x = data(8)
     iwae, miwae, ciwae, piwae = (
@@ -107,14 +107,14 @@ def test_the_quadrature_is_the_closed_form_for_one_sample() -> None:
 # ---- rivals' mistakes ------------------------------------------------------------------------------------------------
 
 
-def test_pytorch_vae_s_weights_favour_the_worst_sample() -> None:
+def test_pytorch_vae_weighting_is_dominated_by_worst_sample() -> None:
     model = at(small("iwae", n_samples=2), torch.zeros(1, 4).double(), torch.zeros(1, 4).double())
     model.nll_given = lambda x, z: torch.tensor([[0.0, 9.0]]).double()
     model.__class__ = PyTorchVAE
     assert model.loss(data(1))["loss"].item() == pytest.approx(8.999, abs=1e-3)
 
 
-def test_dreg_without_its_square_is_seen_to_be_biased() -> None:
+def test_dreg_without_squared_weights_is_biased() -> None:
     def make(*arguments: Any, **settings: Any) -> Any:
         model = true_posterior(*arguments, **settings)
         model.scale_gradient = lambda z, factor: None
@@ -128,7 +128,7 @@ def test_dreg_without_its_square_is_seen_to_be_biased() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
-def test_held_posteriors_lose_no_digits_at_a_small_variance(estimator: str) -> None:
+def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
     """(z - mu) / sigma rounds to anything in float32 when sigma is 1e-6 of mu; the noise itself is exact."""
     mu, log_var = torch.full((3, 4), 5.0), torch.full((3, 4), -28.0)
     found = []
@@ -149,7 +149,7 @@ def test_estimators_pass_the_contract_s_checks(estimator: str) -> None:
         assert all(value.isfinite() for value in small("iwae", estimator=estimator).loss(data()).values())
 
 
-def test_annealing_what_the_bound_does_not_weigh_is_refused() -> None:
+def test_annealing_unsupported_terms_is_refused() -> None:
     for mode, name in (("linear", "iwae"), ("linear", "miwae"), ("capacity", "ciwae"), ("capacity", "piwae")):
         with pytest.raises(aezoo.AezooError, match="needs a model with a number"):
             BetaAnnealing(mode, n_steps=5).setup(None, aezoo.create_model(name, input_shape=(4,)), "fit")

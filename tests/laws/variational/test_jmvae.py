@@ -16,7 +16,7 @@ from joint_encoder_laws import (  # noqa: F401
     vae_of,
 )
 from missing_modality_laws import (  # noqa: F401
-    test_models_that_need_whole_samples_name_those_that_do_not,
+    test_models_without_missing_support_suggest_others,
 )
 from multimodal_laws import (  # noqa: F401
     CODE,
@@ -30,14 +30,14 @@ from multimodal_laws import (  # noqa: F401
     normal,
     small,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_no_bound_is_above_the_evidence,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from torch import nn
 
@@ -49,7 +49,7 @@ from aezoo.models.variational.vae import VAE
 # ---- the KL of two Gaussians -----------------------------------------------------------------------------------------
 
 
-def test_the_kl_of_two_gaussians_is_that_of_torch_distributions() -> None:
+def test_gaussian_kl_matches_torch_distributions() -> None:
     p, q = experts(6), experts(6)
     torch.testing.assert_close(gaussians.kl(*p, *q), D.kl_divergence(normal(*p), normal(*q)))
     torch.testing.assert_close(gaussians.kl(*p, *map(torch.zeros_like, p)), VAE.kl(*p))
@@ -114,7 +114,7 @@ def test_one_modality_with_joint_encoder_equals_vae(alpha: float, shifted: Any) 
     assert all(g.abs().max() < 1e-12 for g in gradients(terms["parts_kl"], model.encoder))
 
 
-def test_the_encoders_of_parts_learn_from_the_alpha_term_alone(shifted: Any) -> None:
+def test_unimodal_encoders_learn_from_alpha_term_only(shifted: Any) -> None:
     model, x = small(JMVAE, shifted, beta=3.0, alpha=0.7), images()
     terms = model.loss(x)
     reached = {
@@ -199,7 +199,7 @@ def test_unimodal_posterior_is_a_minimum() -> None:
                 assert (of.mean(0).abs() < 4 * of.std(0) / len(x) ** 0.5).all() and of.std() > 0.01
 
 
-def test_a_part_less_sure_than_the_prior_counts_as_sure_as_that() -> None:
+def test_expert_variance_is_clamped_to_prior() -> None:
     mu, log_var = experts(6, 2)
     log_var -= 2.0
     unsure = (torch.cat([mu, torch.zeros(6, 1, CODE)], 1), torch.cat([log_var, torch.full((6, 1, CODE), 20.0)], 1))

@@ -13,7 +13,7 @@ from joint_encoder_laws import (
     vae_of,
 )
 from missing_modality_laws import (  # noqa: F401
-    test_models_that_need_whole_samples_name_those_that_do_not,
+    test_models_without_missing_support_suggest_others,
 )
 from multimodal_laws import (  # noqa: F401
     CODE,
@@ -26,12 +26,12 @@ from multimodal_laws import (  # noqa: F401
     images,
     normal,
     small,
+    test_inconsistent_part_sizes_are_refused,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def test_each_part_s_density_integrates_to_one(shifted: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("n_flows", [0, 1, 3])
-def test_a_flow_has_an_inverse_and_its_elements_take_turns(size: int, n_flows: int) -> None:
+def test_flow_is_invertible_with_alternating_order(size: int, n_flows: int) -> None:
     flow, z = AutoregressiveFlow(size, n_flows, 8).double(), 2 * torch.randn(4, 3, size, dtype=torch.float64)
     with torch.no_grad():
         for p in flow.parameters():
@@ -103,9 +103,7 @@ def test_a_flow_has_an_inverse_and_its_elements_take_turns(size: int, n_flows: i
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("parts", [(6,), PARTS])
-def test_the_joint_vae_is_that_of_whole_samples_to_the_last_bit(
-    parts: tuple[int, ...], training: bool, shifted: Any
-) -> None:
+def test_joint_vae_equals_vae_of_whole_samples_exactly(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
     """In its terms, codes and gradients, whatever parts and flows say."""
     model, x, found = made(shifted, parts=parts, beta=3.0), images(), []
     for each in (model, vae_of(model, beta=3.0)):
@@ -142,7 +140,7 @@ def test_no_flow_layers_equal_jmvae_in_the_mean(shifted: Any) -> None:
                 torch.testing.assert_close(a, b)
 
 
-def test_a_flow_learns_a_posterior_that_no_gaussian_is_near() -> None:
+def test_flow_fits_non_gaussian_posterior() -> None:
     """A parabola: 1.23 nats are its entropy, 3.19 those of the Gaussian of its moments."""
     torch.manual_seed(0)
     model, x = JNF((2,), parts=(1, 1), latent_dim=2, hidden_dims=(), flow_width=16), torch.zeros(256, 2)
@@ -221,7 +219,7 @@ def test_exact_posterior_experts_give_any_posterior(
         np.testing.assert_allclose(np.exp(found_log_var), np.diag(covariance)[None].repeat(4, 0), rtol=1e-9)
 
 
-def test_their_densities_are_the_posteriors_by_scipy() -> None:
+def test_expert_densities_match_exact_posteriors() -> None:
     exact = Linear()
     z = np.random.default_rng(2).normal(size=(4, K))
     found = exact.model.log_experts(torch.from_numpy(z), torch.from_numpy(exact.x)).detach().numpy()
@@ -231,7 +229,7 @@ def test_their_densities_are_the_posteriors_by_scipy() -> None:
         np.testing.assert_allclose(found[:, i], expected, rtol=1e-9)
 
 
-def test_variances_above_one_count_as_one_along_any_axis() -> None:
+def test_variances_above_one_are_clamped_along_principal_axes() -> None:
     rng = np.random.default_rng(0)
     roots, precisions, mu = [], [], rng.normal(size=(2, 3))
     for variances in ((9.0, 0.25, 0.5), (0.1, 1.5, 4.0)):

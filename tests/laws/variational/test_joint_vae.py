@@ -45,7 +45,7 @@ def joint(**settings: Any) -> Any:
     return model
 
 
-def test_without_classes_it_is_the_annealed_vae() -> None:
+def test_no_discrete_variables_equals_annealed_vae() -> None:
     settings = {"gamma": 7.0, "max_capacity": 3.0, "capacity_steps": 10}
     model = joint(n_variables=0, **settings)
     parent = aezoo.create_model("annealed_vae", input_shape=(6,), latent_dim=2, hidden_dims=(16,), **settings).double()
@@ -116,12 +116,12 @@ class OneDistance(JointVAE):
         return terms | {"loss": terms["nll"] + self.gamma * distance}
 
 
-def test_each_part_is_held_at_its_own_capacity() -> None:
+def test_each_latent_type_has_its_own_capacity() -> None:
     distance_law(JointVAE)
 
 
 @pytest.mark.parametrize("rival", [Unbounded, OneDistance])
-def test_another_distance_breaks_the_law(rival: Any) -> None:
+def test_wrong_capacity_distances_are_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         distance_law(rival)
 

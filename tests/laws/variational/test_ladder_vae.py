@@ -10,13 +10,13 @@ from hierarchy_laws import (  # noqa: F401
     normal,
     small,
     test_binarised_digits_compress_to_bound_losslessly,
-    test_codes_and_scores_are_at_the_means_from_the_top_down,
-    test_densities_and_draws_are_those_of_the_conditionals,
-    test_elbo_importance_bounds_and_evidence_come_in_that_order,
+    test_codes_and_scores_use_top_down_means,
+    test_densities_and_samples_match_conditionals,
+    test_elbo_importance_bounds_and_evidence_are_ordered,
     test_free_bits_cost_a_constant_without_gradient,
+    test_hierarchy_satisfies_every_law,
     test_invalid_values_are_refused,
-    test_one_level_is_the_vae,
-    test_the_hierarchy_keeps_the_law,
+    test_one_level_equals_vae,
     test_two_level_importance_weights_are_constant_at_posterior,
 )
 
@@ -25,7 +25,7 @@ from aezoo.models.variational.ladder_vae import product as product_of
 # ---- the ladder: Sonderby et al. 2016 --------------------------------------------------------------------------------
 
 
-def test_the_ladder_s_merge_is_the_product_of_two_gaussians() -> None:
+def test_ladder_merge_is_product_of_gaussians() -> None:
     """N(z; a) N(z; b) / N(z; merged) is the same for all z: Bayes' rule with the estimate as the likelihood."""
     given = [*torch.randn(4, 4, 5).double()]
     for spread in (1.0, 6.0):

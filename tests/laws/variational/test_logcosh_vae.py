@@ -21,7 +21,7 @@ from aezoo.models.variational.logcosh_vae import LogCoshVAE
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_log_cosh_vae_is_the_vae_with_that_likelihood(training: bool, shifted: Any) -> None:
+def test_logcosh_vae_equals_vae_with_logcosh_likelihood(training: bool, shifted: Any) -> None:
     same(*twins(LogCoshVAE, shifted, {"likelihood": "logcosh:0.1"}), training)
     same(*twins(LogCoshVAE, shifted, {"likelihood": "logcosh:2", "beta": 3.0}, a=0.5, beta=3.0), training)
 
@@ -37,6 +37,6 @@ def test_log_cosh_likelihood_is_normalised_paper_loss(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("a", [0.0, -1.0, 1e-9, 1e9])
-def test_a_scale_that_no_data_have_is_refused(a: float) -> None:
+def test_out_of_range_scale_is_refused(a: float) -> None:
     with pytest.raises(aezoo.AezooError, match="a must lie"):
         small(LogCoshVAE, a=a)

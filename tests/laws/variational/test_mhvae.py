@@ -223,7 +223,7 @@ def test_partial_codes_are_top_down_means(chosen: tuple[int, ...], shifted: Any)
 
 
 @pytest.mark.parametrize("parts", [(), (3,), (-1,), (0, 0), (0, 1, 2, 3)])
-def test_parts_that_there_are_not_are_refused(parts: tuple[int, ...], shifted: Any) -> None:
+def test_unknown_parts_are_refused(parts: tuple[int, ...], shifted: Any) -> None:
     with pytest.raises(AezooError, match="parts must be some of 0 to 2, each once, got"):
         small(shifted).reconstruct_from(images(), parts)
 
@@ -236,7 +236,7 @@ def test_output_depends_on_bottom_code_and_own_decoder(shifted: Any) -> None:
     assert torch.equal(model.decode(z), expected)
 
 
-def test_densities_and_draws_are_those_of_the_conditionals(shifted: Any) -> None:
+def test_densities_and_samples_match_conditionals(shifted: Any) -> None:
     model, x, n = small(shifted), images(3), 2000
     with torch.no_grad():
         z_KBD, log_q_KB = model.sample_posterior(x, n)
@@ -373,7 +373,7 @@ def test_bounds_are_below_importance_sampled_evidence() -> None:
     np.testing.assert_allclose(model.log_likelihood(x, 20_000).numpy(), evidence, atol=0.1)
 
 
-def test_more_parts_make_surer_codes_at_the_top(shifted: Any) -> None:
+def test_more_modalities_reduce_top_level_variance(shifted: Any) -> None:
     model, x = small(shifted), images()
     top = {chosen: model.infer(x, chosen)[1][:, -3:] for chosen in SUBSETS}
     for a, b in itertools.permutations(SUBSETS, 2):

@@ -66,7 +66,7 @@ def by_hand(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @every_mode
-def test_of_weight_0_it_is_the_beta_vae(training: bool, shifted: Any) -> None:
+def test_zero_weight_equals_beta_vae(training: bool, shifted: Any) -> None:
     vae, model, x, found = shifted(small("beta_vae", beta=3.0)), small(beta=3.0, mi_weight=0.0), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
     for each in (model, vae):
@@ -81,7 +81,7 @@ def test_of_weight_0_it_is_the_beta_vae(training: bool, shifted: Any) -> None:
     assert max(float(p.grad.abs().max()) for p in players(model)["statistics"]) > 1e-4
 
 
-def test_of_weight_0_it_trains_like_the_beta_vae(shifted: Any, quiet: Any) -> None:
+def test_zero_weight_trains_like_beta_vae(shifted: Any, quiet: Any) -> None:
     start, found = shifted(small("beta_vae", beta=3.0)), {}
     for weight in (None, 0.0, 2.0):
         model = small("beta_vae", beta=3.0) if weight is None else small(beta=3.0, mi_weight=weight)
@@ -94,7 +94,7 @@ def test_of_weight_0_it_trains_like_the_beta_vae(shifted: Any, quiet: Any) -> No
     assert max((found[2.0][name] - p).abs().max() for name, p in found[None].items()) > 1e-4
 
 
-def test_inference_is_the_vae_s(shifted: Any) -> None:
+def test_inference_equals_vae(shifted: Any) -> None:
     vae, model, x, found = shifted(small("vae")), small(), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
     for each in (model.eval(), vae.eval()):
@@ -104,7 +104,7 @@ def test_inference_is_the_vae_s(shifted: Any) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_the_groups_are_the_players() -> None:
+def test_parameter_groups_match_networks() -> None:
     model = small(likelihood="gaussian:learned", discriminator_lr=3e-3)
     vae, statistics = model.configure_optimizers().param_groups
     for group, player in ((vae, "vae"), (statistics, "statistics")):
@@ -160,7 +160,7 @@ def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
         alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
 
 
-def test_it_takes_the_bias_out_of_the_gradient() -> None:
+def test_moving_average_reduces_gradient_bias() -> None:
     """Of batches of two with a T that is one number for each code: a ratio of means is not the mean of ratios."""
     model: Any = small(input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=(), decay=0.99)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_it_takes_the_bias_out_of_the_gradient() -> None:
     assert sum(found[0.0]) / len(found[0.0]) < exact - 0.3
 
 
-def test_evaluation_leaves_the_average_alone(shifted: Any) -> None:
+def test_evaluation_does_not_update_moving_average(shifted: Any) -> None:
     model = shifted(small())
     model.loss(images())
     before = model.log_average.clone()
@@ -195,7 +195,7 @@ def test_evaluation_leaves_the_average_alone(shifted: Any) -> None:
 
 @every_mode
 @pytest.mark.parametrize("t", [-2000.0, 2000.0])
-def test_a_t_that_leaps_leaves_all_finite(t: float, training: bool) -> None:
+def test_extreme_statistics_stay_finite(t: float, training: bool) -> None:
     """exp(2000) is no number, and exp(-2000) is 0: the average holds 1 % of this batch, so weights sum to 100."""
     model, x = small().train(training), images()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def of_pairs(rho: float, discriminator: nn.Module, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("constant", [0.0, 3.0, -40.0])
 @pytest.mark.parametrize("rho", [0.0, 0.5, -0.8])
-def test_at_the_optimum_it_is_the_information_of_gaussians(rho: float, constant: float) -> None:
+def test_optimal_statistics_give_gaussian_information(rho: float, constant: float) -> None:
     """-1/2 log(1 - rho^2), for T plus any constant."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
     exact = -0.5 * math.log(1 - rho**2)
@@ -246,7 +246,7 @@ def test_at_the_optimum_it_is_the_information_of_gaussians(rho: float, constant:
 
 
 @pytest.mark.parametrize("factor", [-0.3, 0.0, 0.5, 0.9, 1.1])
-def test_every_other_t_is_below(factor: float) -> None:
+def test_suboptimal_statistics_give_lower_bound(factor: float) -> None:
     """E[exp(a t)] is an integral of Gaussians, so that the bound is known for each factor a."""
     rho, x = 0.5, torch.randn(200_000, 1, dtype=torch.float64)
     # a t = -a/2 log(1 - rho^2) - v' Q v / 2, whose mean under N(0, I) of exp is a determinant
@@ -259,7 +259,7 @@ def test_every_other_t_is_below(factor: float) -> None:
     assert of_pairs(rho, LogRatio(rho, factor)).loss(x)["mi"].item() == pytest.approx(bound, abs=0.01)
 
 
-def test_the_weight_of_beta_pays_back_all_that_a_code_tells() -> None:
+def test_mi_weight_equal_to_beta_cancels_information_cost() -> None:
     """KL = I + KL(q(z) || p(z)), and these codes are all together at the prior."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
     terms = of_pairs(0.8, LogRatio(0.8), beta=1.5, mi_weight=1.5).loss(x)
@@ -267,7 +267,7 @@ def test_the_weight_of_beta_pays_back_all_that_a_code_tells() -> None:
     assert terms["loss"].item() == pytest.approx(terms["nll"].item(), abs=0.03)
 
 
-def test_codes_meet_every_sample_but_their_own() -> None:
+def test_shuffled_pairs_exclude_own_sample() -> None:
     model, seen = small().eval(), []
     model.discriminator.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     x_BX, z_BD = torch.rand(6, 18, dtype=torch.float64), torch.rand(6, CODE, dtype=torch.float64)
@@ -283,7 +283,7 @@ def test_codes_meet_every_sample_but_their_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.8])
-def test_the_network_finds_the_information(rho: float) -> None:
+def test_trained_network_estimates_mutual_information(rho: float) -> None:
     """As T is trained by the model's own loss; judged on pairs that it has not seen."""
     model: Any = aezoo.create_model(
         "mine_vae", input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=(32, 32), likelihood="gaussian"

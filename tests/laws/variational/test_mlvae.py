@@ -21,16 +21,16 @@ from weak_label_laws import (  # noqa: F401
     small,
     terms_at,
     test_an_identical_pair_shares_every_dimension,
-    test_any_average_of_a_sample_with_itself_is_itself,
-    test_codes_scores_and_likelihoods_are_the_vae_s,
+    test_averaging_sample_with_itself_is_identity,
+    test_group_labels_change_loss,
     test_groups_and_pairs_ignore_batch_order,
+    test_inference_without_labels_equals_vae,
     test_invalid_values_are_refused,
-    test_labels_make_it_differ_from_vae,
+    test_loss_uses_averaged_posteriors,
     test_most_different_dimension_is_kept_least_averaged,
     test_pair_training_finds_shared_dimension,
-    test_samples_that_belong_to_no_other_make_a_vae,
-    test_the_loss_is_that_of_the_averaged_posteriors,
     test_two_ranks_equal_one_process_with_split_groups,
+    test_ungrouped_samples_equal_vae,
     twins,
 )
 
@@ -40,7 +40,7 @@ from aezoo.models.variational.mlvae import MLVAE
 # ---- without labels --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_content_the_groups_have_nothing_in_common(shifted: Any) -> None:
+def test_zero_group_dimension_equals_vae(shifted: Any) -> None:
     is_the_vae(*twins(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
 
 
@@ -76,7 +76,7 @@ def product_law(product: Any) -> None:
     torch.testing.assert_close(constant, constant[:1].expand_as(constant))
 
 
-def test_the_content_is_the_normalised_product_of_its_group() -> None:
+def test_group_content_is_product_of_posteriors() -> None:
     model = small(MLVAE)
     product_law(model.product)
     two = torch.tensor([[1.0], [4.0]]), torch.log(torch.tensor([[1.0], [0.5]]))
@@ -85,7 +85,7 @@ def test_the_content_is_the_normalised_product_of_its_group() -> None:
     assert log_var.exp().item() == pytest.approx(1 / 3)
 
 
-def test_an_average_of_precisions_is_not_their_product() -> None:
+def test_averaged_precisions_are_detected() -> None:
     def rooted(mu: Tensor, log_var: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
         mean, new = small(MLVAE).product(mu, log_var, member)
         return mean, new + member.sum(1, keepdim=True).log()
@@ -94,7 +94,7 @@ def test_an_average_of_precisions_is_not_their_product() -> None:
         product_law(rooted)
 
 
-def test_a_group_is_all_of_a_label_and_an_unknown_label_is_none() -> None:
+def test_groups_share_label_and_unlabelled_samples_are_alone() -> None:
     found = small(MLVAE).members(labels(3, -1, 3, -1, 0))
     assert found.int().tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 
@@ -119,7 +119,7 @@ def test_content_kl_counts_per_group_style_kl_per_sample() -> None:
     torch.testing.assert_close(terms["elbo"], -(terms["nll"] + terms["kl"]))
 
 
-def test_each_sample_of_a_group_draws_its_own_content() -> None:
+def test_group_members_draw_content_independently() -> None:
     model, mu, log_var = small(MLVAE), *posterior()
     model.posterior = lambda x: (mu, log_var)
     seen: list[Tensor] = []

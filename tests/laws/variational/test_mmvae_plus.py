@@ -31,12 +31,12 @@ from multimodal_laws import (  # noqa: F401
     mixture,
     normal,
     small_vae,
+    test_inconsistent_part_sizes_are_refused,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def test_loss_matches_torch_distributions_with_r_draws(shifted: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_private_codes_it_is_the_mmvae_to_the_last_bit(training: bool, shifted: Any) -> None:
+def test_without_private_codes_equals_mmvae_exactly(training: bool, shifted: Any) -> None:
     model, x, found = small(shifted, private_dim=0, beta=3.0), images(), []
     other = MMVAE(SHAPE, parts=PARTS, latent_dim=CODE, hidden_dims=(8,), beta=3.0).double()
     other.load_state_dict({name: value for name, value in model.state_dict().items() if name != "r_log_var_MP"})
@@ -88,7 +88,7 @@ def test_without_private_codes_it_is_the_mmvae_to_the_last_bit(training: bool, s
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_of_one_part_it_is_the_vae_of_both_codes_to_the_last_bit(training: bool, shifted: Any) -> None:
+def test_one_part_equals_vae_of_joined_code_exactly(training: bool, shifted: Any) -> None:
     vae = small_vae(shifted, beta=3.0)
     model = small(shifted, parts=(6,), latent_dim=CODE - 1, private_dim=1, beta=3.0)
     own = {name.replace("coder.", "coder.0.", 1): value for name, value in vae.state_dict().items()}
@@ -104,7 +104,7 @@ def test_of_one_part_it_is_the_vae_of_both_codes_to_the_last_bit(training: bool,
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_private_code_says_nothing_of_any_other_part(shifted: Any) -> None:
+def test_private_codes_do_not_affect_other_parts(shifted: Any) -> None:
     """Gradients of each part's likelihood, by what its three encoders say; r has no part in a part's own."""
     model, x = small(shifted), images()
     values = [v.detach().requires_grad_() for v in model.experts(x)]
@@ -150,7 +150,7 @@ def test_codes_are_shared_mean_and_private_or_prior(shifted: Any) -> None:
     assert model.encode(x).shape == (5, CODE + M * P) == (5, *model.code_shape)
 
 
-def test_each_part_is_decoded_from_the_shared_code_and_its_own(shifted: Any) -> None:
+def test_parts_are_decoded_from_shared_and_own_code(shifted: Any) -> None:
     model, z = small(shifted), torch.randn(4, CODE + M * P, dtype=torch.float64)
     before = model.decode(z).split(PARTS, 1)
     for j in range(M):
@@ -162,7 +162,7 @@ def test_each_part_is_decoded_from_the_shared_code_and_its_own(shifted: Any) -> 
     assert all((a != b).any() for a, b in zip(before, model.decode(z).split(PARTS, 1), strict=True))
 
 
-def test_draws_from_the_posterior_know_their_density(shifted: Any) -> None:
+def test_posterior_draw_densities_match(shifted: Any) -> None:
     model, x = small(shifted), images(2)
     z, log_q = model.sample_posterior(x, 20_000)
     mu, log_var = model.experts(x)
@@ -231,7 +231,7 @@ def test_prior_for_r_gives_bound_that_training_tightens() -> None:
     assert gaps[1] < 0.5 * gaps[0]
 
 
-def test_the_codes_have_sizes() -> None:
+def test_invalid_code_sizes_are_refused() -> None:
     model = MMVAEPlus((6,), latent_dim=3, private_dim=2)
     assert model.code_shape == (7,) and model.hparams["latent_dim"] == 3 and not hasattr(model, "capacity")
     # of one part and with no private codes r is of no use

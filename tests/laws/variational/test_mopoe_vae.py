@@ -16,20 +16,20 @@ from multimodal_laws import (  # noqa: F401
     given_noise,
     images,
     small,
-    test_a_mixture_of_one_part_is_the_vae_to_the_last_bit,
-    test_codes_are_the_mixture_s_mean_and_its_moments_are_known,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_loss_is_component_mean_by_torch_distributions,
     test_mixture_kl_matches_integration_below_mean_kl,
     test_no_bound_is_above_the_evidence,
+    test_one_part_mixture_equals_vae_exactly,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
     test_posterior_draws_follow_the_mixture_density,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_posterior_moments_match_mixture,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def test_mopoe_components_are_subset_products(shifted: Any) -> None:
         torch.testing.assert_close(found_mu, (mu[:, chosen] / log_var[:, chosen].exp()).sum(1) / precision)
 
 
-def test_mopoe_of_single_parts_alone_is_mmvae(shifted: Any) -> None:
+def test_mopoe_of_single_modalities_equals_mmvae(shifted: Any) -> None:
     model, other, x = small(MoPoEVAE, shifted), small(MMVAE, shifted), images()
     other.load_state_dict(model.state_dict())
     model.subsets = lambda m, device: torch.eye(m, dtype=torch.bool, device=device)
@@ -67,7 +67,7 @@ def test_mopoe_of_single_parts_alone_is_mmvae(shifted: Any) -> None:
             torch.testing.assert_close(found[0][term], found[1][term], rtol=1e-12, atol=1e-12)
 
 
-def test_mopoe_of_the_full_subset_alone_is_the_joint_product(shifted: Any) -> None:
+def test_mopoe_of_full_subset_equals_joint_product(shifted: Any) -> None:
     """With the prior among its experts it is the first ELBO of MVAE."""
     model, other, x = small(MoPoEVAE, shifted), small(MVAE, shifted), images()
     other.load_state_dict(model.state_dict())

@@ -9,7 +9,7 @@ from perceptual_distance_laws import (  # noqa: F401
     images,
     test_distance_is_zero_only_for_perfect_reconstruction,
     test_no_density_is_claimed,
-    test_of_the_likelihood_only_the_mean_counts,
+    test_only_likelihood_mean_is_used,
     test_the_loss_is_the_weighted_distance_and_the_kl,
     test_training_by_the_distance_reconstructs_digits,
 )
@@ -52,7 +52,7 @@ def reference(model: Any, x: Tensor, y: Tensor) -> Tensor:
         ((4, 64, 64), {"scales": 1}, 1, 11),
     ],
 )
-def test_ms_ssim_is_torchmetrics_with_its_gradient(
+def test_ms_ssim_and_gradient_match_torchmetrics(
     shape: tuple[int, ...], settings: dict[str, Any], scales: int, window: int
 ) -> None:
     model = MSSSIMVAE(shape, latent_dim=2, hidden_dims=(2,), **settings)
@@ -121,7 +121,7 @@ def test_opposite_structure_still_has_useful_gradient() -> None:
     assert (model.ms_ssim(x + 0.01 * step, y) > model.ms_ssim(x, y)).all()
 
 
-def test_variances_keep_their_digits_in_float32() -> None:
+def test_variances_are_accurate_in_float32() -> None:
     y = 0.9 + 0.01 * smooth(8, (1, 28, 28))
     x = y + 0.002 * torch.rand_like(y)
     model = MSSSIMVAE((1, 28, 28))
@@ -134,7 +134,7 @@ def test_variances_keep_their_digits_in_float32() -> None:
 
 
 @pytest.mark.parametrize("shape", [(30,), (3, 128), (1, 12, 12, 12), (1, 2, 28), (1, 28, 2)])
-def test_what_is_no_image_is_refused_in_one_line(shape: tuple[int, ...]) -> None:
+def test_non_image_shapes_are_refused_in_one_line(shape: tuple[int, ...]) -> None:
     with pytest.raises(aezoo.AezooError, match=r"\(C, H, W\)") as error:
         MSSSIMVAE(shape)
     assert "\n" not in str(error.value)
@@ -148,6 +148,6 @@ def test_what_is_no_image_is_refused_in_one_line(shape: tuple[int, ...]) -> None
         *(({"window": w}, "window") for w in (1, 4, -3)),
     ],
 )
-def test_settings_of_ms_ssim_that_cannot_work_are_refused(settings: dict[str, Any], word: str) -> None:
+def test_invalid_ms_ssim_settings_are_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(aezoo.AezooError, match=word):
         MSSSIMVAE(SHAPE, **settings)

@@ -31,14 +31,14 @@ from multimodal_laws import (  # noqa: F401
     small,
     solved,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_no_bound_is_above_the_evidence,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from scipy.integrate import quad
@@ -79,7 +79,7 @@ def test_mixture_subset_count_is_bounded() -> None:
 
 @pytest.mark.parametrize("with_prior", [True, False])
 @pytest.mark.parametrize("m", [1, 2, 3])
-def test_a_product_is_that_of_the_densities_by_integration(m: int, with_prior: bool) -> None:
+def test_product_matches_numerical_integration(m: int, with_prior: bool) -> None:
     mu, log_var = experts(3, m)
     found_mu, found_log_var = (MVAE.product if with_prior else gaussians.product)(mu, log_var)
     for b, d in itertools.product(range(3), range(CODE)):
@@ -120,7 +120,7 @@ def test_one_expert_and_the_prior() -> None:
     assert all(torch.equal(a, b[:, 0]) for a, b in zip(gaussians.product(mu, log_var), (mu, log_var), strict=True))
 
 
-def test_experts_as_sure_as_the_prior_are_averaged_with_it() -> None:
+def test_unit_variance_experts_average_with_prior() -> None:
     mu = torch.tensor([[[3.0], [9.0]]])
     found_mu, found_log_var = MVAE.product(mu, torch.zeros(1, 2, 1))
     assert found_mu.item() == pytest.approx(4.0) and found_log_var.exp().item() == pytest.approx(1 / 3)
@@ -148,7 +148,7 @@ def test_product_of_one_modality_equals_vae_with_prior_expert(beta: float, train
 # ---- MVAE: Wu & Goodman 2018 -----------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_sum_of_the_elbos_of_the_subsets(shifted: Any) -> None:
+def test_loss_is_sum_of_subset_elbos(shifted: Any) -> None:
     """By loops over samples, subsets and their parts, with the densities of torch.distributions."""
     model, x = small(MVAE, shifted, n_subsets=2, beta=3.0), images()
     eps = torch.randn(5, 6, CODE, dtype=torch.float64)
@@ -257,7 +257,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
         assert float(values.mean()) == pytest.approx(expected.mean(), abs=5 * error) and error < 0.05
 
 
-def test_random_subsets_of_mvae_are_of_the_parts_that_are_there(shifted: Any) -> None:
+def test_random_subsets_use_present_modalities(shifted: Any) -> None:
     """Those of a model of these parts, each as likely as another of its size; with fewer than three there are none."""
     n, seen = 20_000, torch.tensor([True, False, True, True, True])
     model = MVAE((5,), parts=(1,) * 5, latent_dim=1, hidden_dims=())

@@ -28,14 +28,14 @@ from multimodal_laws import (  # noqa: F401
     small,
     solved,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_no_bound_is_above_the_evidence,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from scipy.integrate import quad
@@ -53,7 +53,7 @@ def saying(model: Any, mu_BMD: Tensor, log_var_BMD: Tensor) -> Any:
     return model
 
 
-def test_the_loss_is_the_formula_by_torch_distributions(shifted: Any) -> None:
+def test_loss_matches_torch_distributions(shifted: Any) -> None:
     model, x = small(MVTCAE, shifted, beta=3.0, alpha=0.7), images()
     eps = torch.randn(5, CODE, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_alpha_0_equals_vae_of_expert_product(training: bool, shifted: Any) -> N
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_of_one_part_it_is_the_vae_weighed_by_what_alpha_leaves(alpha: float, shifted: Any) -> None:
+def test_one_part_equals_vae_weighted_by_one_minus_alpha(alpha: float, shifted: Any) -> None:
     model, vae = both(MVTCAE, shifted, beta=3.0)
     model.alpha = alpha
     x, found = images(), []
@@ -130,7 +130,7 @@ def test_kl_of_agreeing_experts_is_precision_gain() -> None:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.9])
-def test_with_alpha_of_1_nothing_of_the_prior_is_in_the_loss(alpha: float, shifted: Any) -> None:
+def test_alpha_1_loss_is_independent_of_prior(alpha: float, shifted: Any) -> None:
     """Codes that are all moved, and a decoder that moves them back, are as good, but for the prior."""
     model, x = small(MVTCAE, shifted, alpha=alpha, hidden_dims=()), images()
     found = []

@@ -32,12 +32,12 @@ from multimodal_laws import (  # noqa: F401
     given_noise,
     images,
     normal,
+    test_inconsistent_part_sizes_are_refused,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from scipy import stats
 from torch import Tensor
@@ -105,7 +105,7 @@ def test_loss_matches_torch_distributions_with_joint_u(chosen: Any, shifted: Any
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_each_part_has_a_vae_that_learns_as_if_alone(dropout: float, shifted: Any) -> None:
+def test_first_level_vaes_train_independently(dropout: float, shifted: Any) -> None:
     model, x = small(shifted, beta=3.0, dropout=dropout), images()
     eps = torch.randn(5, M * P + CODE, dtype=torch.float64)
     terms = with_noise(model, x, eps)
@@ -154,7 +154,7 @@ def test_no_dropout_or_one_modality_sends_all() -> None:
     assert Nexus((6,), dropout=1.0).top.senders(of).sum(1).eq(1).all()
 
 
-def test_nothing_is_dropped_but_from_a_training_loss(shifted: Any) -> None:
+def test_dropout_applies_to_training_loss_only(shifted: Any) -> None:
     model, x, asked = small(shifted, dropout=1.0), images(), []
     model.top.senders = lambda seen: asked.append(len(seen)) or seen
     for training in (True, False):
@@ -188,7 +188,7 @@ def test_codes_of_missing_modalities_come_from_top_level(chosen: Any, shifted: A
     assert mean.shape == (5, *model.code_shape) == (5, CODE + M * P)
 
 
-def test_each_part_is_decoded_from_its_own_code_alone(shifted: Any) -> None:
+def test_parts_are_decoded_from_own_code_only(shifted: Any) -> None:
     model, z = small(shifted), torch.randn(4, CODE + M * P, dtype=torch.float64)
     before = model.decode(z)
     expected = [net(z_i) for net, z_i in zip(model.decoder, z[:, CODE:].split(P, 1), strict=True)]
@@ -197,7 +197,7 @@ def test_each_part_is_decoded_from_its_own_code_alone(shifted: Any) -> None:
     assert torch.equal(model.decode(z), before)
 
 
-def test_draws_from_the_posterior_know_their_density(shifted: Any) -> None:
+def test_posterior_draw_densities_match(shifted: Any) -> None:
     model, x, n = small(shifted), images(2), 5_000
     code, log_q = model.sample_posterior(x, n)
     u, *z = code.split([CODE, *[P] * M], 2)
@@ -284,7 +284,7 @@ def test_exact_upper_level_gives_evidence_of_codes(shifted: Any) -> None:
     np.testing.assert_allclose(weights.numpy(), evidence, rtol=1e-9)
 
 
-def test_the_codes_have_sizes() -> None:
+def test_invalid_code_sizes_are_refused() -> None:
     model = Nexus((6,), latent_dim=3, part_dim=2)
     assert model.code_shape == (7,) and model.hparams["latent_dim"] == 3 and not hasattr(model, "capacity")
     for name in ("latent_dim", "part_dim", "level_dim"):
@@ -311,7 +311,7 @@ def test_nexus_draws_use_prior_for_missing_modalities(shifted: Any) -> None:
     assert stats.kstest(prior.cdf(own[:, :, 1]).flatten().detach(), "uniform").pvalue > 1e-4
 
 
-def test_of_nexus_some_of_the_parts_that_are_there_send_messages() -> None:
+def test_dropout_selects_among_present_modalities() -> None:
     top, seen = Nexus((5,), parts=(1,) * 5, dropout=1.0, hidden_dims=()).top, torch.tensor([1, 0, 1, 1, 0]).bool()
     sent = top.senders(seen.expand(3000, 5))
     assert not sent[:, ~seen].any() and sent.sum(1).unique().tolist() == [1, 2]

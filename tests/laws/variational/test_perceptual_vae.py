@@ -14,7 +14,7 @@ from perceptual_distance_laws import (  # noqa: F401
     small,
     test_distance_is_zero_only_for_perfect_reconstruction,
     test_no_density_is_claimed,
-    test_of_the_likelihood_only_the_mean_counts,
+    test_only_likelihood_mean_is_used,
     test_the_loss_is_the_weighted_distance_and_the_kl,
     test_training_by_the_distance_reconstructs_digits,
 )
@@ -42,7 +42,7 @@ def by_hand(x: Tensor) -> list[Tensor]:
     return found
 
 
-def test_the_distance_is_the_paper_s_of_each_layer() -> None:
+def test_feature_distance_matches_paper_per_layer() -> None:
     model, x = small(PerceptualVAE, weight=7.0), images()
     params = torch.randn_like(x)
     expected = torch.zeros(6, dtype=x.dtype)
@@ -117,7 +117,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", VGG)
-def test_vgg_features_are_those_of_torchvision(name: str, channels: int, hub: Any) -> None:
+def test_vgg_features_match_torchvision(name: str, channels: int, hub: Any) -> None:
     layers, shape = hub(name), (channels, 16, 18)
     model, x = PerceptualVAE(shape, features=name, hidden_dims=(4,)), images(2, (channels, 16, 18)).float()
     scaled = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(x.expand(2, 3, 16, 18))
@@ -133,7 +133,7 @@ def test_vgg_features_are_those_of_torchvision(name: str, channels: int, hub: An
     assert (model.nll(torch.zeros_like(x), x) > 0).all()
 
 
-def test_missing_weights_name_the_cure_and_codes_need_none(hub: Any, quiet: Any, tmp_path: Path) -> None:
+def test_missing_vgg_weights_are_named_and_codes_work_without(hub: Any, quiet: Any, tmp_path: Path) -> None:
     model = PerceptualVAE(SHAPE, features="vgg19", hidden_dims=(4,))
     x = images().float()
     assert model.encode(x).shape == (6, 16)
@@ -167,7 +167,7 @@ def test_vgg_weights_load_from_any_path_others_are_refused(hub: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(("net", "layers"), [("mlp", 2), ("conv", 2), ("resnet", 2)])
-def test_a_trained_model_of_the_zoo_lends_its_encoder(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
+def test_saved_zoo_encoder_provides_features(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
     eye = shifted(aezoo.create_model("vae", SHAPE, net=net, hidden_dims=(8, 8), latent_dim=3))
     path, x = save_model(eye, tmp_path / "eye"), images().float()
     model = PerceptualVAE(SHAPE, features=str(path), hidden_dims=(4,)).train()
@@ -183,7 +183,7 @@ def test_a_trained_model_of_the_zoo_lends_its_encoder(net: str, layers: int, tmp
     model.loss(x)["loss"].backward()
 
 
-def test_a_model_that_cannot_lend_its_encoder_is_refused(tmp_path: Path) -> None:
+def test_unsuitable_feature_model_is_refused(tmp_path: Path) -> None:
     x = images().float()
     flat = save_model(aezoo.create_model("vae", SHAPE, hidden_dims=()), tmp_path / "flat")
     other = save_model(aezoo.create_model("vae", (1, 9, 9), hidden_dims=(4,)), tmp_path / "other")
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_lend_its_encoder_is_refused(tmp_path: Path) -> None
     ("settings", "word"),
     [({"features": ""}, "features"), ({"features": "vgg18"}, "vgg16, vgg19"), ({"weight": 0.0}, "weight")],
 )
-def test_settings_of_features_that_cannot_work_are_refused(settings: dict[str, Any], word: str) -> None:
+def test_invalid_feature_settings_are_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(aezoo.AezooError, match=word):
         PerceptualVAE(SHAPE, **settings)
 

@@ -96,7 +96,7 @@ def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
     assert (model.ball.log_density(v, log_var).exp() * volume).sum().item() == pytest.approx(1, abs=2e-3)
 
 
-def test_draws_have_the_density_that_is_claimed() -> None:
+def test_samples_match_reported_density() -> None:
     """E_q[p / q] = 1, with log q from the draw or from its place, and E_q[log q] against torch's normal at c -> 0."""
     for c in (0.2, 1.0):
         model = disc(3, c)
@@ -113,7 +113,7 @@ def test_draws_have_the_density_that_is_claimed() -> None:
     torch.testing.assert_close(flat.ball.log_density(v, log_var), expected, rtol=0, atol=1e-5)
 
 
-def test_a_flat_ball_is_the_vae(shifted: Any) -> None:
+def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
     x = torch.rand(6, 2, 3, 3, dtype=torch.float64)
     flat = shifted(disc(5, 1e-6, beta=2.0)).double()
     vae = aezoo.create_model("vae", (2, 3, 3), latent_dim=5, hidden_dims=(16,), beta=2.0).double()
@@ -153,7 +153,7 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
     assert model.kl(zero, zero).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_a_draw_s_hyperbolic_kl_below_zero_counts_as_it_is() -> None:
+def test_negative_sampled_kl_is_not_clamped() -> None:
     """Its gradient is that of the KL, whatever the sign; there is no capacity that it could be at a distance from."""
     model, x = disc(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
     mean = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
@@ -174,7 +174,7 @@ def test_a_draw_s_hyperbolic_kl_below_zero_counts_as_it_is() -> None:
         BetaAnnealing("capacity", n_steps=5).setup(None, model, "fit")
 
 
-def test_gradients_of_the_maps_are_those_of_finite_differences() -> None:
+def test_map_gradients_match_finite_differences() -> None:
     for c in (0.3, 2.0):
         model = disc(3, c)
         mean, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_gradients_of_the_maps_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradcheck(model.ball.log, places, atol=1e-5)
 
 
-def test_nothing_is_nan_with_codes_at_the_boundary() -> None:
+def test_boundary_codes_stay_finite() -> None:
     for c in (1e-6, 1.0, 1e6):
         for size in (0.0, 1e-20, 1.0, 50.0, 1e4, 1e30):
             model = disc(4, c).float()

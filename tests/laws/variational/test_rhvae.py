@@ -13,8 +13,8 @@ from hamiltonian_laws import (  # noqa: F401
     normals,
     small,
     test_evaluation_needs_no_gradients,
-    test_no_step_is_the_vae,
-    test_the_score_is_the_bound_s_at_the_mean_with_no_momentum,
+    test_score_is_bound_at_mean_without_momentum,
+    test_zero_leapfrog_steps_equal_vae,
 )
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def test_metric_matches_centroid_sum_and_is_positive() -> None:
     torch.testing.assert_close(velocity(found, v), torch.einsum("bij,bj->bi", found, v))
 
 
-def test_the_slopes_are_those_of_the_hamiltonian() -> None:
+def test_kinetic_gradient_matches_autograd() -> None:
     model, z, v = curved(), normals(4, 3).requires_grad_(), normals(4, 3)
     kinetic = sum(
         0.5 * torch.logdet(torch.linalg.inv(explicit_metric(model, a))) + 0.5 * b @ explicit_metric(model, a) @ b
@@ -91,7 +91,7 @@ def test_the_generalised_leapfrog_is_reversible_and_keeps_volume() -> None:
     torch.testing.assert_close(back * torch.tensor([1, 1, 1, -1, -1, -1]), start, rtol=1e-8, atol=1e-8)
 
 
-def test_a_flat_metric_is_the_hamiltonian_vae(shifted: Any) -> None:
+def test_flat_metric_equals_hamiltonian_vae(shifted: Any) -> None:
     x = images(6)
     model = shifted(small("rhvae", n_centroids=5, metric_floor=1.0, step_size=0.1, beta_0=0.4)).double()
     plain = small("hvae", step_size=0.1, beta_0=0.4)
@@ -109,7 +109,7 @@ def test_a_flat_metric_is_the_hamiltonian_vae(shifted: Any) -> None:
     torch.testing.assert_close(model.score(x), plain.score(x))
 
 
-def test_the_riemannian_bound_is_that_of_the_joint_density() -> None:
+def test_riemannian_bound_matches_joint_density() -> None:
     """With N(v; 0, G) by torch.distributions at both ends."""
     model, x = curved(n_leapfrog=2, beta_0=0.5, n_fixed_point=30), images(6)
     z, log_q, gamma = draws_of(model, x, 5)

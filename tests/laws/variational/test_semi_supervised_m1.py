@@ -28,7 +28,7 @@ def pair() -> tuple[aezoo.Autoencoder, aezoo.Autoencoder]:
     return model, plain
 
 
-def test_but_for_the_classifier_it_is_the_vae_gradients_included() -> None:
+def test_without_classifier_term_equals_vae() -> None:
     model, plain = pair()
     x, y = torch.rand(9, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, -1, -1, 0, 2, 2, -1])
     torch.manual_seed(3)
@@ -80,7 +80,7 @@ def test_classifier_of_fixed_codes_is_logistic_regression() -> None:
     np.testing.assert_allclose(model.classify(x).exp().detach().numpy(), known.predict_proba(codes.numpy()), atol=1e-5)
 
 
-def test_a_rival_that_lets_labels_into_the_code_would_show() -> None:
+def test_undetached_classifier_code_is_detected() -> None:
     """The slip: the code is not detached, so that the VAE is no longer the one of the data alone."""
     model, _ = pair()
     x, y = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3
@@ -102,7 +102,7 @@ def test_data_without_classes_are_refused_in_one_line() -> None:
 # ---- codes, samples and labels that are none -------------------------------------------------------------------------
 
 
-def test_m1_refuses_labels_that_the_data_cannot_have() -> None:
+def test_m1_refuses_out_of_range_labels() -> None:
     model, x = make("semi_supervised_m1"), data()
     with pytest.raises(aezoo.AezooError, match="from 0 to 2, or -1 for none, got 3"):
         model.loss(x, torch.tensor([0, 2, 1, 3, -1]))

@@ -16,13 +16,13 @@ from label_laws import (  # noqa: F401
     moved,
     noise_of,
     of_every_label,
+    test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
+    test_invalid_labels_are_refused,
     test_labelled_loss_is_conditional_elbo,
-    test_labels_that_are_none_are_refused,
-    test_off_the_true_posterior_the_bounds_come_in_order,
     test_samples_have_requested_or_uniform_labels,
-    test_under_the_true_posteriors_everything_is_exact,
+    test_true_posteriors_give_exact_bounds,
 )
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +35,7 @@ from aezoo.models.variational.semi_supervised_vae import SemiSupervisedVAE
 # ---- codes, samples and labels that are none -------------------------------------------------------------------------
 
 
-def test_the_semi_supervised_label_is_the_classifier_s() -> None:
+def test_predicted_label_matches_classifier() -> None:
     model, x = make("semi_supervised_vae").eval(), data(20)
     q = D.Categorical(logits=model.classifier(x))
     torch.testing.assert_close(model.classify(x).exp(), q.probs)
@@ -101,7 +101,7 @@ def test_the_bound_of_unlabelled_samples_is_the_sum_over_labels() -> None:
 
 
 @pytest.mark.parametrize("rival", [EntropyAdded, MeanOfLabelled, HardLabel])
-def test_another_bound_breaks_the_law(rival: Any) -> None:
+def test_wrong_unlabelled_bounds_are_detected(rival: Any) -> None:
     with pytest.raises(AssertionError):
         unlabelled_law(rival)
 
@@ -126,7 +126,7 @@ def test_full_labels_equal_conditional_vae() -> None:
         assert all(p.grad is None or not p.grad.any() for p in model.classifier.parameters())
 
 
-def test_each_part_learns_from_what_it_should() -> None:
+def test_terms_train_expected_networks() -> None:
     """Labels move the classifier through the cross-entropy alone, which moves nothing else; without, through U."""
     x, y, none = data(), torch.tensor([0, 2, 1, 1, 0]), torch.full((5,), -1)
 

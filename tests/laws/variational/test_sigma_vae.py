@@ -14,8 +14,8 @@ from objective_laws import (  # noqa: F401
     reference_kl,
     same,
     small,
+    test_beta_and_capacity_apply_to_kl_term,
     test_invalid_values_are_refused,
-    test_the_callback_reaches_the_kl_term,
     test_two_ranks_equal_one_process,
     twins,
 )
@@ -36,7 +36,7 @@ def errors(model: Any, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     return terms, seen[0], (x - seen[0]) ** 2
 
 
-def test_sigma_is_the_best_there_is(shifted: Any) -> None:
+def test_sigma_minimises_loss(shifted: Any) -> None:
     """s^2 is the MSE; no other s has a lower loss, as scipy finds it; the loss is that of torch's normal there."""
     model, x = shifted(small("sigma_vae")), images(9) * 3
     terms, x_hat, squared = errors(model, x)
@@ -71,7 +71,7 @@ def test_sigma_needs_no_gradient(shifted: Any) -> None:
     )
 
 
-def test_at_its_sigma_the_model_is_the_gaussian_vae(shifted: Any) -> None:
+def test_fixed_sigma_equals_gaussian_vae(shifted: Any) -> None:
     sigma_vae, _ = twins("sigma_vae", {}, shifted)
     x = images(9)
     torch.manual_seed(3)
@@ -98,7 +98,7 @@ def test_at_its_sigma_the_model_is_the_gaussian_vae(shifted: Any) -> None:
     torch.testing.assert_close(sigma_vae.score(x)[:2], sigma_vae.score(x[:2]))
 
 
-def test_training_leaves_its_sigma_to_evaluation(shifted: Any, tmp_path: Any) -> None:
+def test_evaluation_uses_running_mean_of_sigma(shifted: Any, tmp_path: Any) -> None:
     """The running mean of log sigma: where training stands still it is the batch's own; evaluation does not move it."""
     model, x = shifted(small("sigma_vae")), images(9) * 5
     start = model.likelihood.log_scale.item()

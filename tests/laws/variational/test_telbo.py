@@ -25,14 +25,14 @@ from multimodal_laws import (  # noqa: F401
     normal,
     small,
     test_each_modality_has_its_own_decoder,
-    test_importance_samples_find_the_evidence_from_any_posterior,
+    test_importance_sampling_estimates_evidence,
+    test_inconsistent_part_sizes_are_refused,
     test_no_bound_is_above_the_evidence,
     test_other_experts_get_no_reconstruction_gradient,
+    test_part_sizes_may_be_list_and_capacity_is_refused,
     test_partial_reconstruction_ignores_other_modalities,
-    test_parts_that_there_are_not_are_refused,
-    test_sizes_may_be_a_list_and_no_kl_of_several_has_a_capacity,
-    test_sizes_that_do_not_add_up_are_refused,
-    test_the_score_is_the_bound_of_all_parts_without_noise,
+    test_score_is_noise_free_bound_of_all_parts,
+    test_unknown_parts_are_refused,
 )
 from torch import Tensor, nn
 
@@ -112,7 +112,7 @@ def test_unimodal_encoder_learns_from_its_elbo(likelihood: str, shifted: Any) ->
 
 
 @pytest.mark.parametrize("net", ["conv", "resnet", "gdn", "vit", "lstm"])
-def test_decoders_of_every_make_are_held(net: str, shifted: Any) -> None:
+def test_every_decoder_type_is_frozen_in_unimodal_elbos(net: str, shifted: Any) -> None:
     """Recurrent ones, ones with attention and ones whose weights are not parameters but made of them."""
     model = shifted(TELBO((3, 8, 8), latent_dim=2, net=net, hidden_dims=(4, 4)))
     terms = model.loss(torch.rand(2, 3, 8, 8))
@@ -191,7 +191,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_steps_on_the_loss_find_the_posteriors_of_parts(beta: float) -> None:
+def test_training_finds_unimodal_posteriors(beta: float) -> None:
     """Those of the likelihood raised to gamma / beta."""
     exact, model = exact_model(beta=beta, gamma=2.0)
     x, sharper = drawn(exact, 400), math.sqrt(SCALE**2 * beta / 2.0)

@@ -17,11 +17,11 @@ from code_geometry_laws import (  # noqa: F401
 )
 from torch import Tensor
 from weak_label_laws import (  # noqa: F401
-    test_codes_scores_and_likelihoods_are_the_vae_s,
+    test_group_labels_change_loss,
     test_groups_and_pairs_ignore_batch_order,
-    test_labels_make_it_differ_from_vae,
-    test_samples_that_belong_to_no_other_make_a_vae,
+    test_inference_without_labels_equals_vae,
     test_two_ranks_equal_one_process_with_split_groups,
+    test_ungrouped_samples_equal_vae,
 )
 
 from aezoo.bases.triplet import MINING
@@ -39,7 +39,7 @@ def losses_of_one_noise(models: list[Any], training: bool) -> list[dict[str, Ten
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mining", MINING)
-def test_at_weight_zero_it_is_the_vae_bit_for_bit(mining: str, training: bool, shifted: Any) -> None:
+def test_zero_weight_equals_vae_exactly(mining: str, training: bool, shifted: Any) -> None:
     vae = small("vae", shifted, beta=2.0)
     without, with_it = (small("triplet_vae", shifted, beta=2.0, mining=mining, triplet_weight=w) for w in (0.0, 3.0))
     for model in (without, with_it):
@@ -55,7 +55,7 @@ def test_at_weight_zero_it_is_the_vae_bit_for_bit(mining: str, training: bool, s
 
 
 @pytest.mark.parametrize("mining", MINING)
-def test_the_triplets_of_the_vae_are_triplet_ae_s_of_the_means(mining: str, shifted: Any) -> None:
+def test_triplet_term_is_triplet_ae_loss_of_means(mining: str, shifted: Any) -> None:
     """Of the posterior's means, whatever is drawn; variances and the decoder get no gradient."""
     settings = {"mining": mining, "margin": 0.7}
     model, ae = small("triplet_vae", shifted, **settings), small("triplet_ae", shifted, **settings)

@@ -33,7 +33,7 @@ def first_stage(model: Any) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if not name.startswith("second.")]
 
 
-def test_the_first_stage_has_the_loss_and_the_gradient_of_a_vae() -> None:
+def test_first_stage_has_vae_loss_and_gradient() -> None:
     model, vae = two_stages()
     x = data()
     (terms, z), (vae_terms, vae_z) = draw(model, x), draw(vae, x)
@@ -121,7 +121,7 @@ def test_linear_stages_match_closed_form() -> None:
     assert (wrong - of_z.log_prob(z)).abs().max() > 0.1
 
 
-def test_samples_go_by_way_of_both_decoders() -> None:
+def test_samples_pass_through_both_decoders() -> None:
     model = two_stages()[0]
     seen: list[Tensor] = []
     for net in (model.second.decoder, model.decoder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributions as D
 from missing_modality_laws import (  # noqa: F401
-    test_models_that_need_whole_samples_name_those_that_do_not,
+    test_models_without_missing_support_suggest_others,
 )
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -128,7 +128,7 @@ def test_the_bounds_of_the_fitted_linear_vae_are_tight(digits_vae: Any, digits: 
     assert elbo(digits_vae, x, 100) < top + 0.02
 
 
-def test_elbo_iwae_and_the_evidence_come_in_that_order(digits_vae: Any, digits: Tensor) -> None:
+def test_elbo_iwae_and_evidence_are_ordered(digits_vae: Any, digits: Tensor) -> None:
     model, x = copy.deepcopy(digits_vae), digits[:300].float()
     with torch.no_grad():  # a posterior that is off in its mean and in its variance
         model.encoder[1].bias += 0.25 * torch.randn_like(model.encoder[1].bias)
@@ -303,7 +303,7 @@ LAWS = (kl_law, elbo_law, train_is_evaluation, capacity_law, log_likelihood_law,
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_the_vae_keeps_the_law(law: Any) -> None:
+def test_vae_satisfies_every_law(law: Any) -> None:
     law(small)
 
 
@@ -361,7 +361,7 @@ class Pythae(VAE):
     ],
     ids=lambda value: value.__name__,
 )
-def test_a_formula_that_another_library_ships_breaks_the_law(rival: Any, law: Any) -> None:
+def test_wrong_vae_formulas_are_detected(rival: Any, law: Any) -> None:
     def make(**settings: Any) -> Any:
         return rival((2, 3, 3), latent_dim=5, hidden_dims=(16,), **settings).double()
 
@@ -387,7 +387,7 @@ def test_beta_weighs_kl_alone() -> None:
 
 @pytest.mark.parametrize("shift", [-200.0, -50.0, 50.0, 200.0])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned", "discretised_logistic", "beta_binomial"])
-def test_an_extreme_log_variance_leaves_everything_finite(shift: float, likelihood: str) -> None:
+def test_extreme_log_variance_stays_finite(shift: float, likelihood: str) -> None:
     model = aezoo.create_model("vae", input_shape=(1, 4, 4), latent_dim=3, hidden_dims=(8,), likelihood=likelihood)
     with torch.no_grad():
         model.encoder[-2].bias[3:] = shift
@@ -398,7 +398,7 @@ def test_an_extreme_log_variance_leaves_everything_finite(shift: float, likeliho
     assert all(torch.isfinite(v).all() for v in values)
 
 
-def test_codes_are_drawn_with_the_posterior_s_mean_and_deviation() -> None:
+def test_posterior_samples_have_its_mean_and_deviation() -> None:
     mu = torch.tensor([[0.5, -2.0, 0.0, 1.0, 3.0]])
     log_var = torch.tensor([[-3.0, 1.0, 0.0, -1.0, 0.7]])
     model, draws = small().float(), 4000

@@ -5,15 +5,15 @@ from posterior_flow_laws import (  # noqa: F401
     KINDS,
     data,
     small,
-    test_codes_and_scores_are_those_of_a_posterior_without_noise,
+    test_beta_can_be_annealed_but_capacity_is_refused,
+    test_codes_and_scores_use_noise_free_posterior,
+    test_flow_posterior_density_integrates_to_one,
     test_identity_flow_steps_equal_vae,
     test_importance_likelihood_matches_prior_integral,
     test_invalid_values_are_refused,
-    test_the_density_of_the_last_code_integrates_to_one,
-    test_the_kl_is_the_paper_s_in_the_mean,
-    test_the_kl_s_weight_may_rise_but_there_is_no_capacity,
-    test_the_log_determinant_is_that_of_autograd_s_jacobian,
-    test_the_loss_and_all_its_gradients_are_those_of_the_formula,
+    test_log_determinant_matches_autograd_jacobian,
+    test_loss_and_gradients_match_formula,
+    test_mean_kl_matches_paper,
 )
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from adversarial_laws import (  # noqa: F401
     sets,
     size,
     small,
+    test_beta_and_capacity_apply_to_kl_term,
     test_indifferent_discriminator_pays_log_2_per_class,
-    test_inference_is_the_vae_s,
+    test_inference_equals_vae,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
     test_player_parameters_partition_the_model,
-    test_resumed_each_player_has_the_rate_that_is_asked_for,
-    test_the_callback_reaches_the_kl_term,
+    test_resumed_networks_use_requested_learning_rates,
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
 )
@@ -37,7 +37,7 @@ pytestmark = [
 # ---- who trains what -------------------------------------------------------------------------------------------------
 
 
-def test_the_leak_of_rivals_would_be_seen(shifted: Any) -> None:
+def test_gradient_leaks_between_networks_are_detected(shifted: Any) -> None:
     """Pythae lets FactorVAE's discriminator loss into the encoder; the GAN's into the encoder is the same slip."""
     model, x = shifted(small("factor_vae")), images()
     _, z, _ = draw(model, x)
@@ -82,7 +82,7 @@ def test_feature_distance_is_invariant_to_critic_scale(net: str, shifted: Any) -
     torch.testing.assert_close(*found)
 
 
-def test_features_that_are_all_alike_give_finite_losses() -> None:
+def test_constant_features_give_finite_losses() -> None:
     """As of images of one colour, once the decoder makes them exactly."""
     model = small("vae_gan")
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_features_that_are_all_alike_give_finite_losses() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "gamma"), [(1e-2, 0.0), (1e-2, 1.0), (1e-4, 0.1)])
-def test_it_stays_bounded_whoever_is_ahead(rate: float, gamma: float, digits: Tensor) -> None:
+def test_discriminator_learning_rate_ratio_keeps_loss_bounded(rate: float, gamma: float, digits: Tensor) -> None:
     """Neither a discriminator that wins nor a decoder that no reconstruction holds makes a loss grow."""
     torch.manual_seed(0)
     x, worst = digits[:1024].float(), {"feature_nll": 0.0, "discriminator": 0.0}

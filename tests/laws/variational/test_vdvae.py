@@ -157,7 +157,7 @@ def test_vdvae_log_likelihood_is_importance_bound(shifted: Any) -> None:
         model.log_likelihood(x, 0)
 
 
-def test_one_block_is_the_flat_vae_of_the_same_posterior(shifted: Any) -> None:
+def test_one_block_equals_flat_vae(shifted: Any) -> None:
     """With a prior of N(0, I), as at the start, the bound is the VAE's formula."""
     model = deep(None, enc_blocks=(1,), dec_blocks=(1,))
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_blocks_have_the_published_shapes() -> None:
         ((1, 2, 1), [(2, 1), (1, 1), (1, 1)]),
     ],
 )
-def test_images_of_any_size_have_resolutions_by_halves(shape: tuple[int, ...], grids: list[tuple[int, int]]) -> None:
+def test_resolutions_halve_for_any_image_size(shape: tuple[int, ...], grids: list[tuple[int, int]]) -> None:
     model = aezoo.create_model("vdvae", input_shape=shape, width=4, latent_channels=1)
     x = torch.rand(2, *shape)
     assert [tuple(a.shape[2:]) for a in model.encoder(x)] == grids
@@ -269,7 +269,7 @@ def test_images_of_any_size_have_resolutions_by_halves(shape: tuple[int, ...], g
 
 
 @pytest.mark.slow
-def test_the_very_deep_vae_codes_images_in_the_bits_of_its_bound(digits: Tensor, tmp_path: Path) -> None:
+def test_lossless_coding_rate_matches_bound(digits: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = aezoo.create_model("vdvae", input_shape=(1, 8, 8), **BLOCKS).eval()
     x = (digits[:200] > 0.5).float()
@@ -297,6 +297,6 @@ def test_the_very_deep_vae_codes_images_in_the_bits_of_its_bound(digits: Tensor,
         ((1, 8, 8), {"latent_channels": 0}, "latent_channels"),
     ],
 )
-def test_what_no_very_deep_vae_can_be_is_refused(shape: tuple[int, ...], settings: dict[str, Any], word: str) -> None:
+def test_invalid_vdvae_settings_are_refused(shape: tuple[int, ...], settings: dict[str, Any], word: str) -> None:
     with pytest.raises(aezoo.AezooError, match=word):
         aezoo.create_model("vdvae", input_shape=shape, **settings)

@@ -99,23 +99,23 @@ def is_the_vae(model: Any, vae: Any, y: Tensor | None, training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("y", ALONE.values(), ids=list(ALONE))
 @pytest.mark.parametrize("make", WEAK)
-def test_samples_that_belong_to_no_other_make_a_vae(make: Any, y: Tensor | None, training: bool, shifted: Any) -> None:
+def test_ungrouped_samples_equal_vae(make: Any, y: Tensor | None, training: bool, shifted: Any) -> None:
     is_the_vae(*twins(make, shifted), y, training)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_any_average_of_a_sample_with_itself_is_itself(average: str, shifted: Any) -> None:
+def test_averaging_sample_with_itself_is_identity(average: str, shifted: Any) -> None:
     is_the_vae(*twins(AdaGVAE, shifted, average=average), ALONE["all different"], True)
 
 
 @pytest.mark.parametrize("make", WEAK)
-def test_labels_make_it_differ_from_vae(make: Any, shifted: Any) -> None:
+def test_group_labels_change_loss(make: Any, shifted: Any) -> None:
     mine, theirs = losses(*twins(make, shifted), labels(0, 0, 1, 1, -1, -1), True)
     assert (mine["loss"] - theirs["loss"]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("make", WEAK)
-def test_codes_scores_and_likelihoods_are_the_vae_s(make: Any, shifted: Any) -> None:
+def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
     x, found = images(), []
     for each in twins(make, shifted):
         torch.manual_seed(5)
@@ -153,7 +153,7 @@ def test_most_different_dimension_is_kept_least_averaged(average: str) -> None:
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_the_loss_is_that_of_the_averaged_posteriors(average: str) -> None:
+def test_loss_uses_averaged_posteriors(average: str) -> None:
     mu, log_var = posterior()
     y, model = labels(0, 1, 0, 0, 1, -1), small(AdaGVAE, average=average, beta=3.0)
     terms, z = terms_at(model, mu, log_var, y)

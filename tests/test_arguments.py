@@ -298,6 +298,7 @@ def test_variant_help_shows_type_default_and_text(capsys, monkeypatch):
             assert f"{meaning} (type: {kind}, default: {default.strip(chr(39))})" in text, name
 
 
+@pytest.mark.slow
 def test_config_file_sets_forwarded_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"model": {"class_path": "beta_vae", "init_args": {"latent_dim": 3, "lr": 0.01, "hidden_dims": [8]}}}

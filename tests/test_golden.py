@@ -7,9 +7,17 @@ from golden import NUDGE, TOLERANCE, differences, golden_values, recorded, subje
 
 SUBJECTS = subjects()
 of_each = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.label)
+# variants of models differ from them by an argument
+variants_slow = pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(subject, id=subject.label, marks=[pytest.mark.slow] * ("(" in subject.label))
+        for subject in SUBJECTS
+    ],
+)
 
 
-@of_each
+@variants_slow
 def test_golden_values(subject):
     golden = recorded()
     assert subject.label in golden, "run python -m tests.golden"

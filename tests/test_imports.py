@@ -48,6 +48,7 @@ def test_the_package_imports_only_the_standard_library():
     assert {name.partition(".")[0] for name in runtime_imports(tree)} <= sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_modules_of_the_package_are_imported_by_their_paths():
     """`aezoo.load_model` inside the package would be an import that the linter does not see."""
     for path in PACKAGE.rglob("*.py"):

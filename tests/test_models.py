@@ -33,7 +33,7 @@ def run(check, *subjects):
         pytest.fail(f"{check.__name__} did not run: {reason}")
 
 
-# graphs take longer than all other checks but check_ddp; one of each kind of network shows a new torch's mistakes
+# graphs take longer than all other checks but check_ddp
 GRAPHS = (testing.check_compile, testing.check_export, testing.check_onnx)
 # those that fit, or start a run
 FITS = (
@@ -43,7 +43,7 @@ FITS = (
 # those that a network of the same kind passes alike
 LESS_OFTEN = (
     *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
-    testing.check_constructor,
+    *(testing.check_constructor, testing.check_state_dict),
 )
 # a minute or more
 OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
@@ -54,7 +54,7 @@ def of_models():
     for name in own_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
-                late = check in (*GRAPHS, *FITS) and name not in REPRESENTATIVE
+                late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in OF_EACH_KIND
                 # what cannot be exported has no ONNX file, and what can seldom lacks one
                 last = check is testing.check_onnx and name not in OF_EACH_KIND
@@ -73,22 +73,11 @@ def test_model(name, check):
 
 def of_variants():
     """The checks that fit or save are the longest; what they look at is rarely an argument's doing."""
-    late = (
-        testing.check_checkpoint,
-        testing.check_resume,
-        testing.check_batch_independence,
-        testing.check_bf16,
-        testing.check_inputs_unchanged,
-        testing.check_batch_of_one,
-        testing.check_batch_mean,
-        testing.check_constructor,
-        testing.check_state_dict,
-    )
     last = (testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
     for check in CHECKS:
         if check.__name__ not in NOT_OF_VARIANTS:
-            marks = [pytest.mark.longest] if check in last else [pytest.mark.slow] if check in late else []
-            yield pytest.param(check, id=name_of_check(check), marks=marks)
+            mark = pytest.mark.longest if check in last else pytest.mark.slow
+            yield pytest.param(check, id=name_of_check(check), marks=mark)
 
 
 @strict
@@ -100,7 +89,7 @@ def test_variant(variant, check):
 
 @strict
 def test_two_processes_train_like_one():
-    run(check_ddp, *REPRESENTATIVE, "vae_gan", "autoencoder_kl", broken.Sound)
+    run(check_ddp, "dense_ae", "vae", "vq_vae", "vae_gan")
 
 
 @strict

@@ -17,6 +17,7 @@ def quick():
     return next(fault for fault in mutants.generated() if fault.identity == QUICK)
 
 
+@pytest.mark.slow
 def test_every_listed_fault_matches_once_and_has_a_test():
     misfits = [fault.identity for fault in LISTED if fault.occurrences() != 1]
     assert not misfits, f"tests/mutants.txt is stale, correct the old text of: {misfits}"
@@ -40,11 +41,13 @@ def test_equivalent_mutants_exist_and_have_reasons(monkeypatch):
     assert {fault.identity for fault in mutants.generated()} == left_out | equivalent.keys()
 
 
+@pytest.mark.slow
 def test_every_formula_has_a_test():
     files = {fault.file for fault in mutants.generated()}
     assert not [file for file in sorted(files) if not mutants.test_files(file)]
 
 
+@pytest.mark.slow
 def test_test_files_are_derived_from_source_name():
     assert mutants.test_files("aezoo/corruptions.py") == ["tests/test_corruptions.py"]
     golden = mutants.golden_tests("aezoo/models/variational/mine_vae.py")

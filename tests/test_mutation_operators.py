@@ -118,6 +118,7 @@ def test_package_faults_have_unique_identities():
     }
 
 
+@pytest.mark.slow
 def test_every_fault_changes_module_and_parses():
     texts = {fault.file: (ROOT / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
     trees = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}

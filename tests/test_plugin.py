@@ -30,6 +30,7 @@ def run(site, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_plugin_is_listed_without_import(run):
     listing = run("aezoo", "list", "--family", "plugin")
     assert "mirror_ae  plugin  Mirror autoencoder: tied weights" in listing

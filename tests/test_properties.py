@@ -174,6 +174,7 @@ def read(x, y=None, **settings):
 kinds = st.sampled_from(["uint8", "uint16", "float32", "float64", "int64", "bool"])
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=60)
 @given(
     shape=shapes,
@@ -221,6 +222,7 @@ def test_arrays_give_floats_in_disjoint_splits(shape, n, kind, scale, fractions,
         assert sum(seen) == len(parts[stage][0]) and max(seen) <= 4
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=12)
 @given(
     name=st.sampled_from(["mnist5k", "digits"]),

@@ -339,6 +339,7 @@ def test_card_describes_reexported_class(tmp_path, monkeypatch, install):
     assert registry.card("handed_ae").parameters == ()
 
 
+@pytest.mark.slow
 def test_cards_and_names_need_no_torch():
     code = (
         "import sys, aezoo; from aezoo import registry; names = aezoo.list_models()\n"
@@ -381,6 +382,7 @@ def test_moved_names_are_found_at_old_paths(path):
     assert found is getattr(importlib.import_module(MOVED[path]), ATTRIBUTES.get(name, name))
 
 
+@pytest.mark.slow
 def test_documented_old_paths_keep_working():
     code = "from aezoo.checkpoint import load_run; from aezoo.acceleration import keep_pages; import aezoo.constraint"
     code += "; print(load_run.__module__, keep_pages.__module__, aezoo.constraint.Constrained.__module__)"

@@ -97,6 +97,7 @@ def test_unsupervised_models_ignore_labels():
     np.testing.assert_array_equal(plain.transform(X), given.transform(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["none", "standard"])
 def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
     X = gaussian(600)
@@ -114,6 +115,7 @@ def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
     assert (((found - X) / s) ** 2).mean() == pytest.approx((((expected - X) / s) ** 2).mean(), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_detector_orders_a_gaussian_as_mahalanobis_does():
     # -ELBO of a linear VAE at its optimum is -log p(x) of probabilistic PCA (Lucas et al. 2019, arXiv:1911.02469)
     random = np.random.default_rng(0)

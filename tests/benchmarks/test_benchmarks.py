@@ -185,6 +185,7 @@ def test_convolutions_count_as_flops_but_not_gemms():
     assert measure.alone(model, torch.rand(4, 1, 8, 8), "fp32") > 0
 
 
+@pytest.mark.slow
 def test_peak_is_measured_in_both_precisions():
     for precision in measure.DTYPES:
         assert measure.matmul_peak(torch.device("cpu"), precision, seconds=0.01) > 1e8

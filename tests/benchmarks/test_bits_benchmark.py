@@ -113,6 +113,7 @@ def test_plan_is_ordered_by_seed_and_checks_names():
 # ---- what is counted ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once_with_model_metrics(tmp_path, monkeypatch, capsys):
     models, create = [], aezoo.create_model
     monkeypatch.setattr(aezoo, "create_model", lambda *a, **k: models.append(create(*a, **k)) or models[-1])

@@ -90,6 +90,7 @@ def test_metrics_match_model_posterior():
         disentangle_row.evaluate(model, x)
 
 
+@pytest.mark.slow
 def test_true_factors_score_near_one():
     data = aezoo.DataModule("shapes", size=8, memory="off")
     _, factors = disentangle_row.samples(data, 3000)

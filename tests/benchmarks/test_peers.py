@@ -364,6 +364,7 @@ def test_party_without_terminal_reports_plain_errors(tmp_path, monkeypatch):
         peer_runs.shutil.rmtree(home / "peer_scripts")
 
 
+@pytest.mark.slow
 def test_failed_run_reports_its_error(tmp_path):
     job = job_for("dense", tmp_path, weights=str(tmp_path / "absent.npz"), party="loop_eager")
     with pytest.raises(peer_runs.RunFailure, match=r"exit code 1: FileNotFoundError: .*absent\.npz"):

@@ -47,6 +47,7 @@ def fake(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_both_peers_get_equal_jobs_per_seed(fake, capsys):
     code, rows = fake("--models", "iwae", "vamp_vae")
     assert code == 0 and len(rows) == 8
@@ -67,6 +68,7 @@ def test_both_peers_get_equal_jobs_per_seed(fake, capsys):
     assert "iwae: aezoo -" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failed_run_is_reported_and_retried_alone(fake):
     fake.failing.add(2)
     code, rows = fake("--models", "vae", "--seeds", "1")
@@ -75,6 +77,7 @@ def test_failed_run_is_reported_and_retried_alone(fake):
     assert code == 0 and len(fake.calls) == 3 and not rows[1]["error"]
 
 
+@pytest.mark.slow
 def test_failed_row_of_different_run_is_ignored(fake):
     fake.failing.add(1)
     assert fake("--models", "vae", "--seeds", "1")[0] == 1
@@ -90,6 +93,7 @@ def test_difference_is_written_after_either_peer_finishes(fake):
     assert float(theirs["tighter_by"]) == pytest.approx(gap, abs=0.02)
 
 
+@pytest.mark.slow
 def test_rows_of_other_settings_are_ignored(fake, capsys):
     fake("--models", "vae", "iwae", "--seeds", "1")
     for flag, value in (("--epochs", "7"), ("--latent-dim", "7"), ("--batch", "50"), ("--elbo-samples", "3")):

@@ -42,6 +42,7 @@ def run(folder, *more):
     probe.main(["--data", "digits", *TINY, "--results", str(folder), *more])
 
 
+@pytest.mark.slow
 def test_every_seed_is_a_row_and_rows_are_kept(tmp_path, capsys):
     run(tmp_path, "--models", "mae", "conv_ae", "--seeds", "2")
     rows = rows_of(tmp_path)

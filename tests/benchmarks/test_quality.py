@@ -266,6 +266,7 @@ def test_seed_changes_order_but_not_splits():
     assert x.shape == y.shape and not x.equal(y)
 
 
+@pytest.mark.slow
 def test_a_budget_in_seconds_ends_training_within_an_epoch(tmp_path):
     spec = {"data": {"name": "digits", "batch_size": 1}, "model": "dense_ae", "hyperparameters": {}, "seed": 0}
     spec |= {

@@ -133,12 +133,14 @@ def test_speed_ratio_is_per_round_and_above_1_if_faster(monkeypatch):
     assert order[:4] == order[4:8][::-1]  # nobody is always the first
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_beside_another")
 def test_at_least_one_round_is_measured(monkeypatch):
     row = quantisers_row.measure(SPEC | {"row": ROW, "seconds": 1e-9})
     assert row["repeats"] == 1 and row["forward_per_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_beside_another")
 def test_failing_peer_leaves_only_its_columns_empty(monkeypatch):
     def fails(self: Fixed, z: Tensor) -> None:

@@ -152,6 +152,7 @@ def test_gemm_share_uses_run_with_interface():
     assert targets.gemm_share("vae")([row(980, "on"), row(1000, "off")]).median == 980 / 4000
 
 
+@pytest.mark.slow
 def test_report_is_built_from_available_results(results, capsys):
     report.main(["--results", str(results)])
     said = capsys.readouterr().out
@@ -195,6 +196,7 @@ def test_other_processor_rates_are_excluded_from_front():
         assert ("on another processor" in legend) is bool(hollow)
 
 
+@pytest.mark.slow
 def test_each_machine_has_a_peers_picture(results):
     for name in ("dense-fp32-pt2.13-cpu2-zen4", "conv28-bf16-pt2.13-cpu2-zen4"):
         peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
@@ -222,6 +224,7 @@ def test_peers_picture_names_precision_and_missing_parties():
         )
 
 
+@pytest.mark.slow
 def test_scaling_uses_matching_single_device_row(results):
     one = {"name": "vae", "devices": "1", "samples_per_s": "1000", "peak_gflops": "100", "scaling_efficiency": "1"}
     two = one | {"devices": "2", "samples_per_s": "1500", "scaling_efficiency": "0.9"}
@@ -302,6 +305,7 @@ def test_command_states_number_of_its_rows(tmp_path, monkeypatch):
     assert report.counted("quality-digits-fp32-x", more, rows) == more
 
 
+@pytest.mark.slow
 def test_layers_where_torch_is_near_best_are_omitted(results):
     layers = Table(results / "convolutions-fp32-pt2.13-cpu2.csv", ("side",), "convolutions it")
     for side, chosen, lost in ((1, "torch", 1.0), (2, "torch", 1.09), (3, "torch", 1.2), (4, "products", 1.0)):
@@ -436,6 +440,7 @@ def test_an_unknown_benchmark_suggests_the_nearest(capsys):
     assert "did you mean 'quality'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_benchmark(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     main(["benchmark", "report", "--results", str(results)])

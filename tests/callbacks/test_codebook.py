@@ -93,6 +93,7 @@ def rows(monkeypatch):
 # ---- counts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counts_cover_whole_validation_set(fit, counted, tmp_path):
     # batches of 16, 16 and 13
     model = Indexed()
@@ -108,6 +109,7 @@ def test_counts_cover_whole_validation_set(fit, counted, tmp_path):
     assert model.encoded == 2 * (3 + 1 + 1)
 
 
+@pytest.mark.slow
 def test_histogram_shows_codes_sorted_by_use(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=1), n=45, max_epochs=2)
     found = events()
@@ -138,6 +140,7 @@ def test_large_codebook_histogram_buckets_keep_total(tmp_path):
     np.testing.assert_array_equal(bars, [part.sum() for part in np.split(ordered, limits[:-1])])
 
 
+@pytest.mark.slow
 def test_usage_scalars_are_not_logged_by_callback(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=1), max_epochs=1)
     assert not [tag for tag in events().Tags()["scalars"] if "usage" in tag or "perplexity" in tag]
@@ -186,6 +189,7 @@ def on_two_ranks(folder: Path, model: pl.LightningModule, shares: tuple[int, int
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_counts_are_summed_over_ranks_in_one_exchange(fit, monkeypatch, counted):
     asked = []
 
@@ -219,6 +223,7 @@ def test_failing_rank_does_not_block_other_rank(tmp_path):
 # ---- when -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
     model = Indexed()
     fit(model, Codebook(every_n_epochs=2), max_epochs=5)
@@ -229,12 +234,14 @@ def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
         assert [image.step for image in events().Images(f"pictures/{name}")] == [6, 12, 15]
 
 
+@pytest.mark.slow
 def test_max_steps_end_in_all_pictures(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=5), max_epochs=-1, max_steps=6)
     for name in PICTURES:
         assert [image.step for image in events().Images(f"pictures/{name}")] == [6]
 
 
+@pytest.mark.slow
 def test_early_stop_draws_last_weights_and_usage(fit, events):
     stop = EarlyStopping("val/loss", patience=2, min_delta=1e9)
     fit(Indexed(), Codebook(every_n_epochs=2), stop, max_epochs=20)
@@ -260,6 +267,7 @@ def test_without_validation_nothing_is_drawn(tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(fit):
     weights = []
     for callbacks in ([], [Codebook(every_n_epochs=1)]):
@@ -272,6 +280,7 @@ def test_training_is_the_same_with_and_without(fit):
     assert not Codebook().state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["first", "later"])
 def test_uncountable_model_warns_once_and_trains(fit, tmp_path, where):
     class Broken(Indexed):
@@ -341,6 +350,7 @@ def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
     assert pictures(tmp_path) == {"codebook_indices"}
 
 
+@pytest.mark.slow
 def test_at_most_eight_indices_a_place_are_shown(fit, rows, counted, events):
     class Many(Indexed):
         def encode_indices(self, x):
@@ -353,6 +363,7 @@ def test_at_most_eight_indices_a_place_are_shown(fit, rows, counted, events):
     assert len(events().Tags()["histograms"]) == 8
 
 
+@pytest.mark.slow
 def test_each_codebook_has_named_pictures(fit, tmp_path, counted, rows):
     class Two(Indexed):
         def codebooks(self, indices):
@@ -393,6 +404,7 @@ class Counting(Indexed):
         return torch.cat([first, first + 2048], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "places", "grid"),
     [
@@ -433,6 +445,7 @@ def test_indices_are_drawn_at_their_positions(fit, rows, tmp_path, shape, places
     assert np.asarray(Image.open(tmp_path / "run" / "0" / "pictures" / "codebook_indices.png")).std() > 5
 
 
+@pytest.mark.slow
 def test_samples_and_outputs_are_drawn_beside_indices(fit, rows):
     model = Indexed()
     fit(model, Codebook(n=5, every_n_epochs=1), max_epochs=1)
@@ -468,6 +481,7 @@ def table(path: Path) -> tuple[list[str], np.ndarray]:
     return head.split("\t"), np.array([[int(value) for value in line.split("\t")] for line in lines])
 
 
+@pytest.mark.slow
 def test_projector_files_contain_codes_and_usage(fit, tmp_path):
     model = small()
     for epochs in (2, 1):  # the second run, as after a resume, leaves nothing of the first
@@ -486,6 +500,7 @@ def test_projector_files_contain_codes_and_usage(fit, tmp_path):
     np.testing.assert_array_equal(values[:, 1], np.bincount(distance.sum(-1).argmin(1), minlength=12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook_first", [True, False])
 def test_codebook_and_latent_codes_share_projector_tab(fit, tmp_path, codebook_first):
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -506,6 +521,7 @@ def test_codebook_and_latent_codes_share_projector_tab(fit, tmp_path, codebook_f
     assert [list(info.tensor_shape) for info in config.embeddings] == [[12, 5], [30, 20]]
 
 
+@pytest.mark.slow
 def test_truncated_projector_config_is_rewritten(fit, tmp_path):
     folder = tmp_path / "run" / "0"
     folder.mkdir(parents=True)
@@ -514,12 +530,14 @@ def test_truncated_projector_config_is_rewritten(fit, tmp_path):
     assert len(embeddings(folder)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "written"), [(12, True), (11, False), (0, False)])
 def test_codebooks_above_limit_are_not_projected(fit, tmp_path, most, written):
     fit(small(), Codebook(every_n_epochs=1, n_projected=most), max_epochs=1)
     assert (tmp_path / "run" / "0" / "projector_config.pbtxt").is_file() == written
 
 
+@pytest.mark.slow
 def test_early_stop_labels_usage_with_its_epoch(fit, tmp_path):
     class Stop(pl.Callback):
         def on_validation_end(self, trainer, pl_module):
@@ -588,6 +606,7 @@ def test_quantisers_are_found_by_codebook_name():
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_codebook_callback_is_enabled_by_default(tmp_path, monkeypatch):
     assert lightning_cli.DEFAULT_CALLBACKS["codebook"] is Codebook
     monkeypatch.chdir(tmp_path)
@@ -604,6 +623,7 @@ def test_codebook_callback_is_enabled_by_default(tmp_path, monkeypatch):
     assert values[:, 1].sum() % 16 == 0 and values[:, 1].sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"precision": "bf16-true"}, {"logger": False}], ids=str)
 def test_bf16_and_missing_logger_are_supported(fit, tmp_path, options):
     fit(small(), Codebook(every_n_epochs=1), max_epochs=1, **options)
@@ -611,6 +631,7 @@ def test_bf16_and_missing_logger_are_supported(fit, tmp_path, options):
     assert {path.stem for path in (folder / "pictures").iterdir()} == PICTURES
 
 
+@pytest.mark.slow
 def test_batches_without_labels_are_counted(tmp_path, counted):
     x = digits((1, 8, 8), 45).tensors[0]
 

@@ -474,6 +474,7 @@ def test_finite_step_resets_patience():
     assert made.skipped == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [None, "elsewhere"])
 def test_reported_command_reproduces_fault(tmp_path, monkeypatch, capsys, folder):
     """From the command line: exit code 2, one line, the samples of the batch by number, and the way back to them."""

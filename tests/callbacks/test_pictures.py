@@ -52,6 +52,7 @@ def pictures(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "run" / "0" / "pictures").glob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fake", "shape"), [*((FakeVAE, shape) for shape in SHAPES), (Fake, (1, 8, 8)), (FakeSparse, (1, 8, 8))], ids=str
 )
@@ -66,6 +67,7 @@ def test_every_kind_of_sample_and_model_is_drawn(fit, tmp_path, fake, shape):
         assert pixels.std() > 5, f"{name} is a blank sheet"
 
 
+@pytest.mark.slow
 def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
     fit(FakeVAE((1, 8, 8), latent_dim=2), *all_pictures(every_n_epochs=2), max_epochs=5)
     found = events()

@@ -118,6 +118,7 @@ def test_bad_annealing_is_refused(values, message):
         BetaAnnealing(**values)
 
 
+@pytest.mark.slow
 def test_annealing_does_not_recompile_at_every_step(fit):
     class Compiled(FakeVAE):
         def __init__(self):
@@ -271,6 +272,7 @@ def test_ema_supports_other_precisions(fit, precision):
     assert trainer.global_step == ema._average_model.n_averaged
 
 
+@pytest.mark.slow
 def test_stored_centroids_are_not_averaged(fit):
     """The average of a row of codes that moves on at each step is none of them: all would be the mean of the data's."""
     ends = []
@@ -643,6 +645,7 @@ def test_disabled_callbacks_are_detected():
     assert zoo.is_enabled(zoo.Summary())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("name", ["EarlyStop", "Checkpoints"])
 def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):

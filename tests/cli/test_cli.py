@@ -135,6 +135,7 @@ def test_resume_and_allow_are_refused_in_config_files(flag, capsys):
     assert f"{flag} is not read from a file: give --{flag}" in refused(capsys, "fit", "-c", "mine.yaml")
 
 
+@pytest.mark.slow
 def test_stray_arguments_and_unknown_classes_are_refused(capsys):
     assert "'vae' belongs to no flag: a model is --model vae, a recipe or a file is -c vae" in refused(
         capsys, "fit", "vae"
@@ -151,6 +152,7 @@ def test_stray_arguments_and_unknown_classes_are_refused(capsys):
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
 
 
+@pytest.mark.slow
 def test_data_flag_accepts_a_name(capsys):
     given = ["--data", "digits", "--data=shapes", "--data", "a.YAML", "--data={name: b}", "--model=vae", "--data"]
     named = [
@@ -195,6 +197,7 @@ def test_class_instantiation_error_is_reported(capsys):
     assert plain_message(message, None) == reason
 
 
+@pytest.mark.slow
 def test_list_shows_name_family_and_paper_and_filters(capsys):
     main(["list"])
     rows = capsys.readouterr().out.splitlines()
@@ -226,6 +229,7 @@ def test_console_script_exits_0_without_repr():
     assert done.returncode == 0 and "object at" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_not_an_error():
     done = subprocess.run(f"{sys.executable} -m aezoo list | head -1", shell=True, capture_output=True, text=True)
     assert done.stderr == ""
@@ -336,6 +340,7 @@ def test_vector_model_refuses_images_before_training(capsys):
     assert "convolutions take" in refused(capsys, "fit", "--model", "conv_ae", "--data.name", "x.npy")
 
 
+@pytest.mark.slow
 def test_unscaled_table_trains_by_default():
     np.save("table.npy", np.random.default_rng(0).normal(size=(300, 30)))
     main(["fit", "--model", "vae", "--data.name", "table.npy", "--trainer.max_epochs", "1", *OFF])
@@ -345,6 +350,7 @@ def test_unscaled_table_trains_by_default():
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fit_writes_files_and_names_next_commands(capsys):
     fit("--model", "vae", "--model.latent_dim", "3")
     out = capsys.readouterr()
@@ -361,6 +367,7 @@ def test_fit_writes_files_and_names_next_commands(capsys):
     assert "input_shape" not in config["model"]["init_args"]
 
 
+@pytest.mark.slow
 def test_unregistered_class_is_named_by_import_path(capsys, monkeypatch, tmp_path):
     code = "from aezoo.models.classic.dense_ae import DenseAE\n\n\nclass MyAE(DenseAE):\n    pass\n"
     Path("my_module.py").write_text(code)
@@ -377,6 +384,7 @@ def test_unregistered_class_is_named_by_import_path(capsys, monkeypatch, tmp_pat
     main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
 
 
+@pytest.mark.slow
 def test_suggested_commands_quote_folder_names(capsys):
     fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
     out = capsys.readouterr().out
@@ -400,6 +408,7 @@ def test_run_without_test_batches_ends_with_summary(capsys):
     assert "Next: aezoo test --ckpt_path runs/linear_ae-digits/0\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_run_has_a_folder_and_reusable_config():
     fit("--model=dense_ae")
     fit("--model", "dense")
@@ -410,12 +419,14 @@ def test_every_run_has_a_folder_and_reusable_config():
         assert torch.equal(one, other)  # the same seed, the same numbers
 
 
+@pytest.mark.slow
 def test_second_run_works_without_logger():
     for number in "01":
         fit("--model", "linear_ae", "--trainer.logger", "false")
         assert Path(f"runs/linear_ae-digits/{number}/config.yaml").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["model: topk_sae", "model: {class_path: topk_sae}", "model: {class_path: TopKSAE}"])
 def test_yaml_takes_registry_names_and_flags_win(form):
     Path("mine.yaml").write_text(f"{form}\ndata: {{name: digits}}\n")
@@ -444,12 +455,14 @@ def test_local_file_takes_precedence_over_recipe():
     assert type(aezoo.load_model("runs/vae/0")).__name__ == "LinearAE"
 
 
+@pytest.mark.slow
 def test_run_below_one_epoch_tests_and_saves(capsys):
     fit("--model", "vae", "--data.batch_size", "100", "--trainer.max_epochs", "5", "--trainer.max_steps", "3")
     assert "test/loss" in capsys.readouterr().out
     assert torch.load("runs/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_importance_samples_tighten_the_log_likelihood(capsys):
     fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
     found = []
@@ -461,6 +474,7 @@ def test_importance_samples_tighten_the_log_likelihood(capsys):
     refused(capsys, "test", "--ckpt_path", "runs/vae-digits/0", "--importance_samples", "0")
 
 
+@pytest.mark.slow
 def test_checkpoint_alone_serves_validate_test_predict_resume(capsys):
     fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
     for path in ("runs/vae-digits/0", "runs/vae-digits", "runs/vae-digits/0/checkpoints/last.ckpt"):
@@ -479,6 +493,7 @@ def test_checkpoint_alone_serves_validate_test_predict_resume(capsys):
     assert not Path("runs/vae-digits/1").exists()
 
 
+@pytest.mark.slow
 def test_refused_fit_keeps_run_config(capsys):
     fit("--model", "dense_ae")
     config = Path("runs/dense_ae-digits/0/config.yaml")
@@ -488,6 +503,7 @@ def test_refused_fit_keeps_run_config(capsys):
         assert "do not fit the model" in line and config.read_text() == before
 
 
+@pytest.mark.slow
 def test_weights_only_checkpoint_cannot_resume_training(capsys):
     fit("--model=dense_ae", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true",
         "--trainer.callbacks.dirpath=lean")  # fmt: skip
@@ -499,6 +515,7 @@ def test_weights_only_checkpoint_cannot_resume_training(capsys):
     assert "test/loss" in out and "run folder" not in out
 
 
+@pytest.mark.slow
 def test_flags_override_checkpoint_with_notice(capsys):
     fit("--model", "dense_ae")
     main(["fit", "--ckpt_path", "runs/dense_ae-digits/0", "--trainer.max_epochs", "2", "--model.lr", "0.5"])
@@ -514,12 +531,14 @@ def test_flags_override_checkpoint_with_notice(capsys):
     assert "trained on samples of shape 1x8x8" in line
 
 
+@pytest.mark.slow
 def test_moved_checkpoint_keeps_its_model_name(tmp_path):
     fit("--model", "sparse")
     (tmp_path / "elsewhere.ckpt").write_bytes(Path("runs/sparse_ae_l1-digits/0/checkpoints/last.ckpt").read_bytes())
     main(["test", "--ckpt_path", "elsewhere.ckpt"])
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_taken_regardless_of_time():
     fit("--model", "dense_ae", "--trainer.max_epochs", "3", "--checkpoints.save_top_k=-1")
     files = sorted(Path("runs/dense_ae-digits/0/checkpoints").glob("best-*.ckpt"))
@@ -528,6 +547,7 @@ def test_best_checkpoint_is_taken_regardless_of_time():
     assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
 
 
+@pytest.mark.slow
 def test_second_model_checkpoint_does_not_change_best(capsys):
     # the last epoch, which Lightning's own keeps, is not the best
     diverges = ["--model.optimizer=sgd", "--model.lr=0.3", "--trainer.max_epochs=4"]
@@ -540,6 +560,7 @@ def test_second_model_checkpoint_does_not_change_best(capsys):
     assert re.search(r"test/loss .*", out)[0].split() == re.search(r"test/loss .*", capsys.readouterr().out)[0].split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [["--trainer.limit_val_batches", "0"], ["--data.val_fraction", "0"]])
 def test_best_checkpoint_uses_training_loss_without_validation(capsys, without):
     fit("--model", "vae", *without)
@@ -551,6 +572,7 @@ def test_best_checkpoint_uses_training_loss_without_validation(capsys, without):
     assert re.search(rf"best checkpoint +{best}\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_resume_with_validation_forgets_training_scores():
     # whose loss is far below that of any validation with beta 0
     fit("--model", "vae", "--model.beta", "0", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3")
@@ -563,6 +585,7 @@ def test_resume_with_validation_forgets_training_scores():
     assert saver["best_model_score"] == stopper["best_score"] == saver["current_score"]
 
 
+@pytest.mark.slow
 def test_schedule_accumulation_and_clipping_work_together():
     fit(
         "--model=vae", "--model.lr_schedule=cosine", "--model.warmup_steps=2",
@@ -570,6 +593,7 @@ def test_schedule_accumulation_and_clipping_work_together():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_optional_callbacks_are_added_by_class_name():
     fit(
         "--model=vae", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9",

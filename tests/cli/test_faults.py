@@ -86,6 +86,7 @@ def test_table_labels_may_be_any_integers_but_not_nan(capsys):
     assert set(data.tensors("train")[1].tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_checkpoint_of_different_input_shape_is_refused(capsys):
     main(FIT)
     line = refused(capsys, "test", "--ckpt_path=runs/vae-digits/0", "--data.name=mnist5k")
@@ -95,6 +96,7 @@ def test_checkpoint_of_different_input_shape_is_refused(capsys):
 # ---- files of another version, packages that are missing ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checkpoint_of_different_version_loads_with_notice(capsys):
     main(FIT)
     path = Path("runs/vae-digits/0/checkpoints/last.ckpt")
@@ -142,6 +144,7 @@ def test_readme_mentions_free_tensorboard_port():
 # ---- folders and disks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", ["a_file", "a_file/below"])
 def test_uncreatable_run_folder_is_refused(capsys, root):
     Path("a_file").touch()
@@ -149,6 +152,7 @@ def test_uncreatable_run_folder_is_refused(capsys, root):
     assert "cannot read or write" in line and "a_file" in line and "--trainer.default_root_dir" in line
 
 
+@pytest.mark.slow
 def test_predictions_folder_that_is_a_file_is_refused(capsys):
     main(FIT)
     Path("a_file").touch()
@@ -156,6 +160,7 @@ def test_predictions_folder_that_is_a_file_is_refused(capsys):
     assert "cannot write a_file/predictions.npz: File exists" in line and "--predictions.folder" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_unwritable_logger_is_reported_in_one_line(capsys, monkeypatch, code):
     from torch.utils.tensorboard import SummaryWriter
@@ -182,6 +187,7 @@ def test_full_disk_during_run_is_reported_in_one_line(capsys, size):
     assert "File too large" in line and "what was saved before is kept" in line
 
 
+@pytest.mark.slow
 def test_other_os_errors_are_not_hidden(monkeypatch):
     from torch.utils.tensorboard import SummaryWriter
 

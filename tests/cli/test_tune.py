@@ -195,6 +195,7 @@ def test_invalid_fit_flags_are_refused_before_first_trial(capsys, fake, flags, w
 # ---- studies --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_study_finds_best_trial_and_writes_its_config(fake, capsys):
     fake()
     main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])
@@ -253,6 +254,7 @@ def test_failed_trials_do_not_end_study(fake, capsys):
     assert "trial 0: failed: it is broken, mend it" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_study_ends_after_three_failed_trials(fake, capsys):
     fake(_0="crash", _1="crash", _2="crash")
     ends(*BASE, LR, "--trials=9")
@@ -355,6 +357,7 @@ def test_truncated_journal_line_is_removed(fake):
     assert [row["state"] for row in rows()] == ["complete"] * 3
 
 
+@pytest.mark.slow
 def test_invalid_storage_file_is_not_modified(fake):
     Path("words.log").write_text("no record\nat all")
     ends(*BASE, LR, "--storage=words.log")

@@ -112,6 +112,7 @@ def test_layer_with_in_place_output_change_is_captured_first():
     assert torch.allclose(found, expected.movedim(1, -1).reshape(-1, 6), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bytes_are_scaled_unless_kept():
     import own_nets
 
@@ -195,6 +196,7 @@ def test_memory_mapped_activations_match_in_memory():
                    for a, b in zip(one, other, strict=True))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_mapped_file_is_deleted_with_its_data():
     data = activations("flat", memory="off")
     folder = Path(data.dataset("train")._path).parent
@@ -238,6 +240,7 @@ def test_activations_made_in_inference_mode_are_trainable():
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_classifier_learns_labels_unless_random():
     data = activations("head", network="classifier", positions="each")
     x, y = data.tensors("test")
@@ -266,6 +269,7 @@ def test_saved_zoo_model_provides_layers(tmp_path):
         activations("encoder", network=str(tmp_path / "none" / "x.ckpt"))
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_found_or_refused(tmp_path, monkeypatch):
     from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 
@@ -476,6 +480,7 @@ def test_unfoldable_model_or_scaling_is_refused():
             fold(sparse_model("topk_sae"), scaling)
 
 
+@pytest.mark.slow
 def test_run_keeps_scale_and_model_takes_raw_activations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

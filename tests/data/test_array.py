@@ -391,6 +391,7 @@ def test_later_writes_to_source_change_nothing(tmp_path, dtype):
     assert np.array_equal(from_array.dataset("train").x, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["npy", "npz", "csv"])
 def test_file_contents_are_not_kept_in_memory_twice(tmp_path, suffix):
     x = vectors(2000, 100)

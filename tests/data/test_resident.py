@@ -198,6 +198,7 @@ def test_mid_epoch_resume_may_change_data_path(source, later, tmp_path):
     assert all(torch.equal(value, part[0][key]) for key, value in whole[0].items())
 
 
+@pytest.mark.slow
 def test_resident_and_lazy_match_for_two_processes(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -410,6 +411,7 @@ def test_lightning_processes_share_memory_and_cores(images, free, monkeypatch, c
         assert loaders[8 * size - 1].num_workers == 3
 
 
+@pytest.mark.slow
 def test_two_process_fit_divides_free_memory(images, free, monkeypatch, tmp_path):
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):

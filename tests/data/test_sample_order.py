@@ -57,6 +57,7 @@ def test_resumed_runs_match_uninterrupted_run(tmp_path, whole, stops):
         assert torch.equal(value, whole[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("other", "words"),

@@ -112,6 +112,7 @@ def test_options_fall_back_to_setting_defaults():
         options.sise  # noqa: B018
 
 
+@pytest.mark.slow
 def test_config_with_all_data_settings_works_for_fit_and_verbs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.yaml").write_text(json.dumps(DEFAULTS | {"name": "digits"}))

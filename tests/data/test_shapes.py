@@ -163,6 +163,7 @@ def test_image_depends_on_factors_only(size, channels):
     assert source.render(source.factors([])).shape == (0, channels, size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, 3])
 def test_splits_partition_samples_without_shared_images(channels):
     data = DataModule("shapes", size=8, channels=channels, memory="off", seed=3, val_fraction=0.2)
@@ -256,6 +257,7 @@ def test_out_of_range_factors_and_indices_are_refused():
             source.render(torch.tensor([wrong]))
 
 
+@pytest.mark.slow
 def test_fit_command_trains_on_this_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]

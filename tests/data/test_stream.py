@@ -175,6 +175,7 @@ def epochs(data, numbers=(0, 1, 2)):
     return found
 
 
+@pytest.mark.slow
 def test_batches_are_equal_for_any_worker_count(tmp_path):
     root = write(tmp_path / "set", dicts(images(90)), chunk_size=3)
     settings = {"root": root, "batch_size": 8, "seed": 3}
@@ -235,6 +236,7 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [{"num_workers": 0}, {"num_workers": 2}, {"memory": "on"}], ids=str)
 def test_mid_epoch_resume_is_exact(tmp_path, later):
     root, ckpt = write(tmp_path / "set", dicts(images(60)), chunk_size=3), tmp_path / "11.ckpt"

@@ -40,6 +40,7 @@ def damaged(content):
         yield content[:i]
 
 
+@pytest.mark.slow
 def test_bit_flips_and_truncation_are_detected(tmp_path):
     path = save(tmp_path, "a.ckpt", 7)
     content, harmless = path.read_bytes(), 0

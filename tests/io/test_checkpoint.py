@@ -302,6 +302,7 @@ def test_truncated_checkpoint_is_refused(refused, file, share):
     assert str(file) in refused(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoint_with_a_changed_byte_loads_or_is_refused(tmp_path, zipped):
     model = aezoo.create_model("vae", input_shape=(4,), latent_dim=2, hidden_dims=(3,))

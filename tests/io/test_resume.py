@@ -217,6 +217,7 @@ def test_damaged_last_checkpoint_is_named_and_previous_used(run, third, capsys, 
     assert atomic_files.find_damage(run / "previous.ckpt") is None
 
 
+@pytest.mark.slow
 def test_curves_of_resume_in_same_second_are_read_last(run):
     file = next(RUN.glob("events.out.tfevents.*"))
     before = curves(RUN)["train/loss"]
@@ -249,6 +250,7 @@ def test_resume_without_valid_checkpoint_is_refused(run, capsys, keep):
     assert [path.name for path in RUN.parent.iterdir()] == ["0"]
 
 
+@pytest.mark.slow
 def test_finished_run_is_reported_and_extended_by_larger_limit(run, capsys):
     before = (run / "last.ckpt").read_bytes()
     with pytest.raises(SystemExit) as end:
@@ -276,6 +278,7 @@ def test_early_stopped_run_resumes_with_larger_patience(run, capsys):
     assert go_on(*flags, epochs=8)["global_step"] == 24
 
 
+@pytest.mark.slow
 def test_resume_without_improvement_keeps_scores(run, monkeypatch):
     def scores(checkpoint):
         (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("Checkpoints"))
@@ -358,6 +361,7 @@ def test_auto_resume_searches_run_folder_of_command(tmp_path, monkeypatch, flags
     assert looked == trains == [Path(root, name)]
 
 
+@pytest.mark.slow
 def test_auto_resume_works_with_settings_in_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
@@ -369,6 +373,7 @@ def test_auto_resume_works_with_settings_in_files(tmp_path, monkeypatch):
     assert torch.load("other/vae-digits/0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
+@pytest.mark.slow
 def test_flags_override_files_override_checkpoint(run, capsys):
     Path("my.yaml").write_text("model: {class_path: vae, init_args: {lr: 0.5, beta: 3.0}}\n")
     # the name of a file would be the name of another run
@@ -408,6 +413,7 @@ class Gone(io.StringIO):
         raise OSError(errno.EIO, "Input/output error")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangs_up")
 @pytest.mark.parametrize(
     ("number", "times", "code"), [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGHUP, 2, 129)]
@@ -528,6 +534,7 @@ def test_run_with_custom_checkpoint_folder_resumes(tmp_path, monkeypatch, capsys
     assert (RUN / "embed" / "codes.npy").is_file()
 
 
+@pytest.mark.slow
 def test_later_run_ignores_remains_of_earlier_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
@@ -542,6 +549,7 @@ def test_later_run_ignores_remains_of_earlier_run(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys, how):
     last = (run / "last.ckpt").read_bytes()

@@ -79,6 +79,7 @@ def test_concurrent_fits_use_separate_folders():
     assert all((HOME / name / "checkpoints" / atomic_files.FINISHED).is_file() for name in "01")
 
 
+@pytest.mark.slow
 def test_fast_dev_run_creates_no_folder():
     main([*FIT, "--trainer.fast_dev_run=1"])
     assert not Path("runs").exists()

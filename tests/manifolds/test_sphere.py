@@ -78,6 +78,7 @@ def test_angle_quantile_matches_marginal_cdf(family: str) -> None:
                 np.testing.assert_allclose(np.interp(theta, t, cdf / cdf[-1]), u, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draws_are_unit_vectors_around_mu(family: str) -> None:
     """E[z] = E[mu . z] mu, and all directions across mu are alike; wherever mu is, the pole included."""
@@ -134,6 +135,7 @@ def test_a_draw_s_gradient_is_the_derivative_of_the_quantile(family: str) -> Non
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_in_mu_is_unbiased(family: str) -> None:
     """d/dmu E[(c . z)^2] across mu, where E[z z'] = s I + (E[t^2] - s) mu mu'."""

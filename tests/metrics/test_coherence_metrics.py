@@ -74,6 +74,7 @@ def made(first, second):
     return noise + torch.stack([first, -first, second, -second], 1) * 3.0
 
 
+@pytest.mark.slow
 def test_coherence_table_compares_with_real_parts():
     y = torch.arange(200) % 2
     wrong = torch.arange(200) % 10 == 0
@@ -96,6 +97,7 @@ def test_incomplete_samples_are_left_out_of_coherence():
     assert coherence(Told(1.0), few, x[10:13].numpy(), 0, 64) == []
 
 
+@pytest.mark.slow
 def test_reconstruct_from_some_parts_writes_their_coherence(tmp_path):
     model = aezoo.create_model("mvae", (1, 8, 8), latent_dim=2, hidden_dims=(8,))
     data = aezoo.DataModule("digits")

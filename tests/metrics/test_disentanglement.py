@@ -79,6 +79,7 @@ def test_score_is_invariant_to_permutation_and_affine_maps(name, codes):
         assert score(name, codes * scales + torch.tensor([0, 0, 2, 3])) == pytest.approx(before, abs=off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_ignore_order_of_samples_and_factors(name):
     before = score(name, BLURRED)
@@ -94,6 +95,7 @@ def test_metrics_ignore_order_of_samples_and_factors(name):
     assert float(found[name] if isinstance(found, dict) else found) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METRICS)
 def test_constant_dimensions_do_not_change_score(name):
     wider = torch.cat([torch.full((N, 1), 0.1), BLURRED, torch.zeros(N, 2)], 1)
@@ -183,6 +185,7 @@ def test_sap_of_two_classes_is_accuracy_gap():
     assert float(three.compute()) == pytest.approx(2 / 3, abs=0.06)
 
 
+@pytest.mark.slow
 def test_dci_matches_random_forest_importances():
     # uneven: two dimensions share a factor, and two mix all
     codes = torch.cat([BLURRED, PERFECT[:, :1] + 0.5 * NOISE.flip(0)[:, :1], MIXED[:, :2]], 1)
@@ -227,6 +230,7 @@ def test_irs_matches_loop_over_factor_values(quantile):
     assert float(metric.compute()) == pytest.approx(np.average(robust, weights=whole), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_factor_vae_score_matches_fixed_factor_sampling():
     """The paper's procedure, with a generator in the place of groups: the code of `shapes`' factors, mixed."""
     source = Shapes(Options("shapes", size=8))
@@ -286,6 +290,7 @@ def test_equivalent_models_score_1_and_unrelated_0():
     assert udr(PERFECT, PERFECT.flip(1), correlation="lasso") == pytest.approx([0.9, 0.9], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", ["spearman", "lasso"])
 def test_udr_matches_loop_over_model_pairs(correlation):
     codes = [BLURRED, MIXED[:, :3], torch.cat([MIXED, NOISE[:, :2]], 1), PERFECT + 2 * NOISE.flip(1)]

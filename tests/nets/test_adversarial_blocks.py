@@ -46,6 +46,7 @@ def test_adaptive_weight_matches_hand_computation(rec: list[float], gan: list[fl
     assert adaptive_weight(torch.ones(3).bfloat16(), torch.ones(3).bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo imports what torch itself has deprecated
 def test_compiled_last_layer_gradients_match_eager(shifted: Any) -> None:
     net = shifted(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))).double()

@@ -150,6 +150,7 @@ def test_every_layer_with_out_of_range_tap_is_detected():
                 assert larger_grid(nn.ConvTranspose1d(1, 1, kernel, stride, padding, extra), (small,)) == (n,)
 
 
+@pytest.mark.slow
 def test_exported_graph_contains_plain_convolution():
     layer, x = Conv2d(4, 8, 3, 2, 1).bfloat16(), torch.randn(2, 4, 1, 1).bfloat16()
     assert narrow_conv.needs_float32(layer, x)

@@ -976,6 +976,7 @@ def _rank(rank, store, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_match_single_process_training(tmp_path):
     multiprocessing.start_processes(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork")
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -38,6 +38,7 @@ def test_checkpoint_that_runs_code_is_refused_on_every_path(refused, honest, can
         assert canary.exists(), "the bomb is no bomb"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_always_loads_without_pickle(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -48,6 +49,7 @@ def test_lightning_always_loads_without_pickle(run, tmp_path, monkeypatch, capsy
     assert len(seen) >= 2 * len(COMMANDS) and all(flag is True for flag in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_regular_run_loads_on_every_path(run, capsys):
     assert type(aezoo.load_model(run)).__name__ == "VAE"
@@ -125,6 +127,7 @@ def test_pickled_or_malformed_weights_are_refused(run, canary):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_zip_bomb_is_refused_unless_limit_is_raised(run, refused, monkeypatch):
     bomb = files.inflated(Path("bomb.ckpt"), run / "checkpoints" / "last.ckpt")
     assert bomb.stat().st_size < 2**20
@@ -185,6 +188,7 @@ def test_plain_values_are_returned_unchanged():
     assert values.check_plain(plain, "it") == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3", "gs", "file"])
 def test_urls_are_refused_with_advice_to_download(refused, scheme):
     address = f"{scheme}://127.0.0.1:9/x"
@@ -196,6 +200,7 @@ def test_urls_are_refused_with_advice_to_download(refused, scheme):
     refused("fit", f"--model={address}")
 
 
+@pytest.mark.slow
 def test_no_request_reaches_a_live_server(refused, canary, tmp_path):
     asked = []
 

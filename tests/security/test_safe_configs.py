@@ -58,6 +58,7 @@ def test_regular_configuration_runs(canary, capsys):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["flag", "flag with =", "environment"])
 def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way):
     Path("mine.yaml").write_text("model: {class_path: evil.Evil, init_args: {latent_dim: 2}}")
@@ -76,6 +77,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
     assert "--allow evil" in refused(*argv, "--allow", "evi")
 
 
+@pytest.mark.slow
 def test_class_path_after_model_needs_no_other_flag(refused, canary, capsys):
     main(["fit", "--model", "evil.Evil", "--model.latent_dim", "2", *QUICK])
     canary.rmdir()
@@ -127,6 +129,7 @@ def test_yaml_alias_bomb_is_refused():
         yaml_text.check("a: &a 1\nb: [" + ", ".join(["*a"] * 17) + "]")
 
 
+@pytest.mark.slow
 def test_policy_is_enforced_in_new_process(canary, tmp_path):
     Path("hostile.yaml").write_text("model: {class_path: evil.Evil}")
     paths = os.pathsep.join([str(tmp_path / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -138,6 +141,7 @@ def test_policy_is_enforced_in_new_process(canary, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["trainer: -1", "trainer: null", "data: 3", "progress: 7", "checkpoints: null"])
 def test_invalid_config_section_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")

@@ -55,6 +55,7 @@ def test_oversized_array_headers_are_refused(shape):
     assert memory() - before < 2**25
 
 
+@pytest.mark.slow
 def test_archive_bomb_is_refused_below_raised_limit():
     limit = 2**24
     bomb, packed = files.npz_bomb(Path("x.npz")), files.idx_bomb(Path("x.gz"), declared=2**31)
@@ -159,6 +160,7 @@ def test_safe_name_is_a_single_path_component(name, part):
     assert (Path("root") / part).parent == Path("root")
 
 
+@pytest.mark.slow
 def test_config_name_cannot_place_run_outside_folder(capsys):
     Path("inner").mkdir()
     Path("inner/...yaml").write_text("model: vae")
@@ -170,6 +172,7 @@ def test_config_name_cannot_place_run_outside_folder(capsys):
     assert {path.name for path in Path("inner").iterdir()} == {"...yaml", "runs"}
 
 
+@pytest.mark.slow
 def test_class_names_do_not_become_paths(capsys):
     np.savez("x.npz", x=np.random.default_rng(0).random((60, 4, 4)), y=np.array(["../../a", "/etc/b"] * 30))
     flags = ["--data.name", "x.npz", "--data.size", "8", "--trainer.max_epochs=1", "--model", "vae"]

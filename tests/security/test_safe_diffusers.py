@@ -89,6 +89,7 @@ def test_config_code_references_are_ignored(folder, canary):
     assert "evil" not in sys.modules and not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"block_out_channels": [4096, 8192]}, {"layers_per_block": 10**9}], ids=str)
 def test_config_cannot_ask_for_more_memory_than_its_weights(folder, more):
     changed(folder, **more)

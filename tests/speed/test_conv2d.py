@@ -413,6 +413,7 @@ def test_jvp_and_per_sample_gradients_match_torch(always, taken):
     assert taken == []
 
 
+@pytest.mark.slow
 def test_product_path_passes_gradgradcheck(always, taken):
     mine, _ = both()
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -459,6 +460,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_torch", "with_products"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ours", [conv2d.Conv2d, conv2d.ConvTranspose2d])
@@ -842,6 +844,7 @@ def test_exported_graphs_contain_plain_convolutions(always, taken):
     assert taken == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "extra", "bias", "separate"),
     [(3, 0, True, True), (4, 1, True, True), (3, 1, True, False), (3, 0, False, False)],

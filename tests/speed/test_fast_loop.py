@@ -395,6 +395,7 @@ def test_the_trace_sees_the_hooks_of_a_step(tmp_path):
     assert [line[4] for line in trace if line[0] == "on_train_batch_end"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_checkpoints_in_an_epoch_hold_the_same(both, tmp_path, accumulate):
     def saver():
@@ -413,6 +414,7 @@ def test_checkpoints_in_an_epoch_hold_the_same(both, tmp_path, accumulate):
         same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_mid_epoch_resume_matches_lightning(both, tmp_path, accumulate):
     plain = {"model": zoo("vae", latent_dim=2, hidden_dims=(8,)), "accumulate_grad_batches": accumulate}
@@ -495,6 +497,7 @@ def test_fast_loop_is_used_only_for_supported_runs(tmp_path, monkeypatch, model,
     assert trainer.global_step > 0
 
 
+@pytest.mark.slow
 def test_two_processes_use_lightning_loop(tmp_path):
     class Saver(DenseAE):
         def on_train_end(self):

@@ -81,6 +81,7 @@ def test_compiled_step_calls_onednn_and_writes_matrices_once(rows):
         assert strides is None or strides[2] == strides[3] or strides[4] == "1", first
 
 
+@pytest.mark.slow
 def test_strided_factors_are_made_contiguous():
     layer, wide = linear.Linear(8, 4), torch.randn(6, 16)
     with torch.no_grad():
@@ -90,6 +91,7 @@ def test_strided_factors_are_made_contiguous():
         torch.testing.assert_close(found, nn.functional.linear(wide[:, ::2], loose, layer.bias))
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_call_operator_directly():
     layer = linear.Linear(8, 4)
     run = torch.compile(layer, dynamic=True)

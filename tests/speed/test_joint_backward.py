@@ -85,6 +85,7 @@ def test_joint_step_matches_autograd_engine(graphs, labels):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_parameters_may_be_frozen_and_freed_between_steps(graphs):
     module, x = Two(), torch.rand(5, 3)
     step = joint_of(module).step
@@ -342,6 +343,7 @@ def test_joint_step_is_used_only_without_observers(graphs, taken, monkeypatch, b
         assert getattr(one, "seen", None) == getattr(other, "seen", None)
 
 
+@pytest.mark.slow
 def test_callback_added_mid_fit_is_respected(graphs, taken):
     late = LooksBackward()
 
@@ -354,6 +356,7 @@ def test_callback_added_mid_fit_is_respected(graphs, taken):
     assert taken == [0, 1, 2] and late.seen == 3
 
 
+@pytest.mark.slow
 def test_replaced_parameter_is_trained_within_epoch(graphs, taken, monkeypatch):
     class Exchanges(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *batch):
@@ -394,6 +397,7 @@ def test_layer_hooks_added_and_removed_mid_epoch_are_called(graphs, taken, monke
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_fully_frozen_model_raises_torch_error(graphs, taken):
     class Freezes(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, *batch):
@@ -404,6 +408,7 @@ def test_fully_frozen_model_raises_torch_error(graphs, taken):
     assert taken == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freezes_in_an_epoch", [True, False])
 def test_unfrozen_layer_is_trained_by_joint_step(graphs, taken, freezes_in_an_epoch):
     class Frees(pl.Callback):
@@ -423,6 +428,7 @@ def test_unfrozen_layer_is_trained_by_joint_step(graphs, taken, freezes_in_an_ep
     assert not any(torch.equal(p, q) for p, q in zip(module.encoder.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_joint_graph_failure_falls_back_to_two_graphs(monkeypatch, recwarn):
     real, compiled = torch.compile, []
 

@@ -80,6 +80,7 @@ def test_batched_gradients_match_torch(taken, rows):
 
 
 # of torch 2.15, about tensors of its own
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
 def test_product_operator_passes_opcheck(rows):
@@ -222,6 +223,7 @@ def test_compiled_steps_use_product_operator(backend):
     assert "aezoo.product.default" in {str(node.target) for node in graph.nodes}
 
 
+@pytest.mark.slow
 @OF_TORCH
 def test_transforms_and_forward_ad_use_torch_linear(taken):
     mine, theirs = twins(4, 3)
@@ -279,6 +281,7 @@ def test_sparse_and_subclass_tensors_use_torch_linear(taken):
     assert taken == []
 
 
+@pytest.mark.slow
 def test_data_dependent_sizes_use_torch_linear(taken, monkeypatch):
     monkeypatch.setattr(linear, "_LARGE", 240)
     mine, theirs = twins(4, 3)
@@ -294,6 +297,7 @@ def test_data_dependent_sizes_use_torch_linear(taken, monkeypatch):
         assert part.grad is not None
 
 
+@pytest.mark.slow
 def test_linear_module_can_be_reloaded():
     code = "import importlib; from aezoo.nets import linear; importlib.reload(linear)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -170,6 +170,7 @@ def test_fitted_and_loaded_models_give_equal_outputs() -> None:
     assert torch.equal(model(x), again(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_graphs_plan_their_own_memory() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Flatten(), Unflatten(1, (4, 2, 3)))

@@ -60,6 +60,7 @@ def losses(setting: str, name: str, shape: tuple[int, ...], precision: Any, monk
     return torch.tensor(seen.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "plain", "precision"),
     [
@@ -165,6 +166,7 @@ def test_command_line_can_disable_speed_features(monkeypatch: pytest.MonkeyPatch
     assert speed._run() is None and os.environ["AEZOO_SPEED"] == "off"
 
 
+@pytest.mark.slow
 def test_package_does_not_import_speed() -> None:
     for file in PACKAGE.rglob("*.py"):
         if (PACKAGE / "speed") in file.parents:
@@ -198,6 +200,7 @@ print(json.dumps({"losses": Losses.seen, "file": aezoo.__file__}))
 """
 
 
+@pytest.mark.slow
 def test_package_works_without_speed_folder(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("speed", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "aezoo", ignore=left_out)

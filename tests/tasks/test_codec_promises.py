@@ -93,6 +93,7 @@ def vae(likelihood="bernoulli", shape=(64,), **settings):
     return model
 
 
+@pytest.mark.slow
 def test_two_latent_layers_cost_both_kls_and_roundtrip(tmp_path):
     torch.manual_seed(0)
     model, x = TwoLayers().eval(), bits(400)
@@ -114,6 +115,7 @@ def test_two_latent_layers_cost_both_kls_and_roundtrip(tmp_path):
     assert found.bound_bits == pytest.approx(np.mean(nats) / math.log(2), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [9, 12])
 @pytest.mark.parametrize(
     ("likelihood", "shape", "settings"),
@@ -162,6 +164,7 @@ def test_file_with_too_many_samples_is_refused_at_once():
     assert len(calls) <= 2
 
 
+@pytest.mark.slow
 def test_initial_bits_do_not_grow_with_samples():
     model, x = vae(latent_dim=32), bits(300)  # a sample takes twice the bits that it leaves
     one, all_of_them = (compress(model, part, compare=False) for part in (x[:1], x))
@@ -169,6 +172,7 @@ def test_initial_bits_do_not_grow_with_samples():
     assert one.initial_bits > 2 * all_of_them.net_bits / 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_single_and_constant_samples_roundtrip(tmp_path, n):
     for value in (0.0, 1.0)[:n]:
@@ -221,6 +225,7 @@ def test_lossy_file_of_other_machine_needs_accepted_rounding(tmp_path):
     assert decompress(model, path, strict=False).same
 
 
+@pytest.mark.slow
 def test_decoding_uses_thread_count_of_encoding(tmp_path):
     model, x = vae(), bits(40)
     seen = []
@@ -302,6 +307,7 @@ def test_more_bits_give_less_distortion(steps):
     assert rate == sorted(rate) and psnr == sorted(psnr) and len(set(rate)) == len(set(psnr)) == 6
 
 
+@pytest.mark.slow
 def test_baseline_codecs_are_lossless():
     x = (np.random.default_rng(0).random((70, 3, 9, 7)) * 255).astype(np.uint8)
     for grid in (baselines._sheet(x.shape), baselines._strip(x.shape)):

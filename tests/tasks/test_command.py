@@ -42,6 +42,7 @@ def refused(capsys, *argv):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_verb_needs_only_a_run_folder(run, capsys):
     main(["reconstruct", "--ckpt_path", str(run)])
     out = capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_verb_needs_only_a_run_folder(run, capsys):
     assert np.load(run / "reconstruct" / "reconstructions.npy").shape == (8, 4)
 
 
+@pytest.mark.slow
 def test_split_output_folder_and_batch_size_are_respected(run, tmp_path, capsys):
     flags = ["--split=train", f"--out={tmp_path / 'here'}", "--batch_size=5", "--n_shown", "0", "--device", "cpu"]
     main(["reconstruct", "--ckpt_path", str(run), *flags])
@@ -66,6 +68,7 @@ def test_overwritten_results_are_reported(run, tmp_path, capsys):
     assert capsys.readouterr().err == said and (tmp_path / "mine.txt").is_file()
 
 
+@pytest.mark.slow
 def test_input_file_is_scaled_as_training_data(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         x, y = file["x"], file["y"]
@@ -80,6 +83,7 @@ def test_input_file_is_scaled_as_training_data(run, tmp_path, capsys):
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
+@pytest.mark.slow
 def test_float_stored_bytes_are_recognised(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x=pixels)
@@ -99,6 +103,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
     assert np.allclose(found["bytes"], found["unit"], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
 def test_differently_scaled_data_are_reported(run, tmp_path, caplog, verb):
     with np.load(run.parents[2] / "data.npz") as file:
@@ -111,6 +116,7 @@ def test_differently_scaled_data_are_reported(run, tmp_path, caplog, verb):
         assert (words in caplog.text) == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["reconstruct", "test"])
 def test_changed_split_settings_are_reported(run, tmp_path, capsys, verb):
     place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
@@ -213,6 +219,7 @@ def test_renamed_or_reordered_columns_are_refused(table, tmp_path, capsys, heade
             assert words in said and name in said, said
 
 
+@pytest.mark.slow
 def test_matching_or_unnamed_columns_are_taken(table, tmp_path):
     for header in (["weight,label,height,age"], ["age,height,weight"], ["label,age,height,weight"], []):
         rows = ["0.1,0.2,0.3" + ",1" * ("label" in "".join(header))] * 4
@@ -233,6 +240,7 @@ def test_label_column_is_optional_in_input_file(tmp_path):
         assert labels is None if samples.y is None else samples.y.tolist() == labels
 
 
+@pytest.mark.slow
 def test_test_refuses_reordered_columns(table, tmp_path, capsys):
     text = (table.parents[2] / "d.csv").read_text()
     (tmp_path / "other.csv").write_text(text.replace("age,height", "height,age"))
@@ -387,6 +395,7 @@ def test_scaling_is_saved_only_where_needed(tmp_path):
         assert ("scaling" in data.state_dict()) == there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "flags", "files"),
     [
@@ -408,6 +417,7 @@ def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
 
 
+@pytest.mark.slow
 def test_input_file_settings_keep_training_data_available(run, tmp_path, capsys):
     with np.load(run.parents[2] / "data.npz") as file:
         np.save(tmp_path / "x.npy", file["x"][:9])

@@ -30,6 +30,7 @@ def _file(tmp_path, x, model, **settings):
     return tmp_path / "samples.aez"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("likelihood", "k"), [("bernoulli", 2), ("discretised_logistic:0.3", 256), ("beta_binomial", 256)]
 )

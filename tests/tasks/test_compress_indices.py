@@ -442,6 +442,7 @@ def test_file_of_different_model_or_prior_is_refused(held):
     assert "another model" in refusal(model, path)
 
 
+@pytest.mark.slow
 def test_forged_payload_decodes_or_is_refused(held):
     model, x, path = held
     header, frames = take_apart(path.read_bytes())
@@ -468,6 +469,7 @@ def test_forged_payload_decodes_or_is_refused(held):
         assert np.array_equal(found, expected) if isinstance(found, np.ndarray) else "\n" not in found
 
 
+@pytest.mark.slow
 def test_forged_header_is_refused_or_harmless(held):
     model, x, path = held
     header, frames = take_apart(path.read_bytes())
@@ -615,6 +617,7 @@ def test_old_lossy_file_without_indices_is_read(tmp_path):
     assert hashlib.sha256(found.x.tobytes()).digest() == take_apart(VERSION_1)[1][-1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_table_has_one_row_per_model(tmp_path, kind):
     model = {"prior": prior, "indices": Plain}[kind]((1, 8), (9,)).eval()

@@ -89,6 +89,7 @@ def test_single_position_code_roundtrips_with_checkerboard(name, tmp_path):
     assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, by_blocks(model, x, 256))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior", "cheng2020"])
 def test_values_beyond_tables_are_escaped(name, tmp_path):
     """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
@@ -101,6 +102,7 @@ def test_values_beyond_tables_are_escaped(name, tmp_path):
     assert found.net_bits < symbols.size * (24 + 32) + 200
 
 
+@pytest.mark.slow
 def test_mixture_tables_are_built_in_chunks(monkeypatch):
     model, x = small("cheng2020", width=3e5), data(20)
     symbols, made = entropy_model.encode(model, x), []

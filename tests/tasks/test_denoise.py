@@ -98,6 +98,7 @@ def test_filters_match_scikit_image(channels):
     assert np.allclose(denoise_filters.median(x, 3), np.median(window, axis=(-1, -2)))
 
 
+@pytest.mark.slow
 def test_table_matches_scikit_image_metrics():
     model, x = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2), images(40)
     found = denoise(model, x, corrupt="gaussian:0.2", n_compared=40)
@@ -158,6 +159,7 @@ def test_filters_are_invariant_to_data_scale():
     assert [row["psnr"] for row in small] == pytest.approx([row["psnr"] for row in large], abs=0.05)
 
 
+@pytest.mark.slow
 def test_filter_settings_are_chosen_on_spread_out_samples(monkeypatch):
     seen = []
     best_setting = denoise_filters.best_setting

@@ -475,6 +475,7 @@ def test_baseline_fitted_on_a_part_scores_leave_one_out():
     assert next(row for row in found.table if row["method"] == "knn")["flagged"] == pytest.approx(flagged)
 
 
+@pytest.mark.slow
 def test_training_on_anomalies_is_reported():
     data, model = blobs(), linear(d=5, latent_dim=2)
     assert "80 anomalies among the training samples" in detect(model, data, normal="dog").summary()

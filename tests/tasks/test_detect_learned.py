@@ -322,6 +322,7 @@ def test_linear_autoencoder_of_features_reaches_fre():
     assert floor - 1e-4 < error < 1.02 * floor
 
 
+@pytest.mark.slow
 def test_fre_baseline_is_added_with_features():
     data = without(5)
     model = learnt(data.tensors("train")[0], steps=60)
@@ -349,6 +350,7 @@ def test_model_features_are_last_hidden_layer(tmp_path):
     assert np.isfinite(found.decision_scores_).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resnet_features_resize_and_normalise_images(channels, tmp_path, monkeypatch):
     """Without weights that were fetched nothing is downloaded; here random ones lie where torchvision puts them."""

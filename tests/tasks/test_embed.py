@@ -73,6 +73,7 @@ def test_embedded_codes_match_model_encode(tmp_path, model, digits):
     assert [int(row["label"]) for row in lines(tmp_path / "csv" / "codes.csv")] == y.tolist()
 
 
+@pytest.mark.slow
 def test_probe_accuracies_match_scikit_learn(tmp_path, model, digits):
     (x_train, y_train), (x, y) = (tuple(part.numpy() for part in digits.tensors(stage)) for stage in ("train", "test"))
     found = embed(model, digits, fit_on=digits, out=str(tmp_path))
@@ -93,6 +94,7 @@ def test_probe_accuracies_match_scikit_learn(tmp_path, model, digits):
     assert "raw values" in found.summary()
 
 
+@pytest.mark.slow
 def test_interrupted_embed_keeps_earlier_results(tmp_path, model, digits, monkeypatch):
     def there():
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -118,6 +120,7 @@ def test_linear_probe_needs_linear_separability_and_knn_does_not():
     assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
 
 
+@pytest.mark.slow
 def test_labels_are_compared_by_class_name(model, digits):
     x, y = digits.tensors("test")
     few = (y == 3) | (y == 5)
@@ -127,6 +130,7 @@ def test_labels_are_compared_by_class_name(model, digits):
     assert by_name[1]["knn"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [tuple("0123456789"), tuple("9876543210")], ids=["same", "other numbering"])
 def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, names, monkeypatch):
     x, y = digits.tensors("test")
@@ -148,6 +152,7 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     assert embed(model, none, fit_on=digits).accuracies == []
 
 
+@pytest.mark.slow
 def test_unseen_class_counts_as_misclassified(model, digits):
     x, y = digits.tensors("test")
     half = Samples(ArrayDataset(x, y % 2), class_names=("3", "hare"))
@@ -179,6 +184,7 @@ def test_training_sample_is_its_own_nearest_neighbour(size):
     assert np.allclose(found.distances, np.sort(every, axis=1)[:, :3], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_neighbours_come_from_the_training_samples(tmp_path, model, digits):
     x, _ = digits.tensors("test")
     x_train, y_train = digits.tensors("train")

@@ -151,6 +151,7 @@ def test_fractional_labels_are_not_classes():
     assert "principal" in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
 
 
+@pytest.mark.slow
 def test_classifier_learns_from_few_labels(monkeypatch):
     monkeypatch.setattr(fidelity_features, "_MAX_LEARNED", 6)
     monkeypatch.setattr(fidelity_features, "STEPS", 3)

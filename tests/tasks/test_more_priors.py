@@ -31,6 +31,7 @@ def test_second_stage_prior_fits_ring_shaped_codes(fitted):
     )
 
 
+@pytest.mark.slow
 def test_two_stage_density_is_normalised_and_matches_samples(fitted):
     side = np.linspace(-6, 6, 61)
     grid = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
@@ -44,6 +45,7 @@ def test_two_stage_density_is_normalised_and_matches_samples(fitted):
     assert 0.02 < scale < 0.9
 
 
+@pytest.mark.slow
 def test_two_stage_prior_of_gaussian_codes_is_near_gaussian():
     rng = np.random.default_rng(0)
     codes = rng.normal(size=(2000, 4)) @ rng.normal(size=(4, 4)) + 3
@@ -55,6 +57,7 @@ def test_two_stage_prior_of_gaussian_codes_is_near_gaussian():
     assert np.abs((np.cov(drawn.T) - np.cov(codes.T)) / np.outer(scale, scale)).max() < 0.2
 
 
+@pytest.mark.slow
 def test_prior_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
     codes = np.random.default_rng(0).normal(size=(60, 4))
@@ -95,6 +98,7 @@ def test_fitting_and_sampling_keep_torch_rng_state():
         priors.fit("two_stage", ring(12, 0))
 
 
+@pytest.mark.slow
 def test_wide_codes_keep_covariance_beyond_components(monkeypatch):
     monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 60)

@@ -48,6 +48,7 @@ def test_fitted_mixture_density_matches_true_density():
     assert abs((fitted.log_prob(x) - expected).mean()) < 0.02 and np.abs(fitted.log_prob(x) - expected).max() < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 40], ids=["fewer dimensions than codes", "more dimensions than codes"])
 def test_gaussian_prior_has_code_moments(size):
     rng = np.random.default_rng(0)
@@ -108,6 +109,7 @@ def test_flow_prior_beats_gaussian_and_is_normalised():
     assert np.abs(histogram - mass).sum() < 0.25  # 0.15 is the noise of 4,000 draws
 
 
+@pytest.mark.slow
 def test_flow_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
     monkeypatch.setattr(priors_principal, "_EPOCHS", 100)  # by then it knows 100 codes by heart
@@ -116,6 +118,7 @@ def test_flow_keeps_best_held_out_weights(monkeypatch):
     assert fitted.gain(rng.normal(size=(2000, 4))) > -0.3  # nothing is likelier than a Gaussian there
 
 
+@pytest.mark.slow
 def test_knn_samples_lie_between_neighbouring_codes():
     codes = mixture(60, 0)
     drawn = priors.fit("knn", codes, n_neighbours=3).sample(300, seed=0).astype(np.float64)

@@ -1,6 +1,7 @@
 """The Riemannian prior: its metric and its density, written out, and draws that follow the density."""
 
 import numpy as np
+import pytest
 import torch
 
 from aezoo.tasks.priors_riemannian import Riemannian
@@ -33,6 +34,7 @@ def test_density_far_from_codes_is_gaussian():
     assert (prior.log_density(prior.centres) > np.log(prior.lam) + 3).all()
 
 
+@pytest.mark.slow
 def test_samples_match_density_by_quadrature():
     """Against its quadrature: the share of each of nine squares."""
     prior = Riemannian(ring(), 0)
@@ -47,6 +49,7 @@ def test_samples_match_density_by_quadrature():
     assert 0.5 < prior.accepted <= 1
 
 
+@pytest.mark.slow
 def test_long_mcmc_step_keeps_density_invariant():
     """What a long step gets wrong its proposals' refusal must mend: from draws of the density come draws of it."""
     prior = Riemannian(ring(), 0)
@@ -63,6 +66,7 @@ def test_long_mcmc_step_keeps_density_invariant():
     np.testing.assert_allclose(radius[0], radius[1], atol=0.06)
 
 
+@pytest.mark.slow
 def test_samples_stay_near_ring_unlike_gaussian():
     codes = ring()
     prior = Riemannian(codes, 0)
@@ -73,6 +77,7 @@ def test_samples_stay_near_ring_unlike_gaussian():
     assert (np.abs(np.linalg.norm(normal, axis=1) - 1.4) < 0.4).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_and_keeps_torch_rng_state():
     prior = Riemannian(ring(200), 0)
     torch.manual_seed(0)
@@ -82,6 +87,7 @@ def test_sampling_is_seeded_and_keeps_torch_rng_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_degenerate_codes_have_finite_samples():
     for codes in (np.random.default_rng(0).standard_normal((3, 5)), np.arange(40.0)[:, None], np.zeros((10, 2))):
         z = Riemannian(codes, 0).sample(7, np.random.default_rng(0))

@@ -96,6 +96,7 @@ def trained_on(x, pixels, scale):
     return seen, {"settings": {"scale": scale}, "scaling": source.scaling.state(), "white": source.white}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
 @pytest.mark.parametrize("levels", [1, 255], ids=["bytes", "shares"])
 def test_pictures_are_scaled_as_the_training_data_were(tmp_path, scale, levels):

@@ -109,6 +109,7 @@ def test_weight_use_counts_convolution_positions():
     assert positions(both, (1, 64, 64)) == round((256 + 1) / 2)
 
 
+@pytest.mark.slow
 def test_compilation_choice_is_logged_in_one_line(caplog, graphs):
     caplog.set_level("INFO")
     fit(model("auto"), max_epochs=1)
@@ -147,6 +148,7 @@ def test_an_unknown_mode_is_refused():
 # ---- a compiled step ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_run_takes_the_same_steps(graphs):
     plain, _ = fit(model("off"))
     assert not graphs
@@ -203,6 +205,7 @@ def test_bytes_of_foreign_loader_are_refused(graphs, mode):
         trainer.fit(model(mode, "dense_ae"), loader, loader)
 
 
+@pytest.mark.slow
 def test_custom_callback_sees_floats_in_compiled_run(graphs):
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -214,6 +217,7 @@ def test_custom_callback_sees_floats_in_compiled_run(graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_an_epoch", [True, False])
 def test_callback_added_later_sees_floats(graphs, in_an_epoch):
     seen = []
@@ -299,6 +303,7 @@ def test_full_batch_size_comes_from_loader(sizes):
     assert sizes == [8, 8]
 
 
+@pytest.mark.slow
 def test_compiled_checkpoint_loads_into_uncompiled_model(graphs, tmp_path):
     module = model("default")
     names = list(module.state_dict())
@@ -314,6 +319,7 @@ def test_compiled_checkpoint_loads_into_uncompiled_model(graphs, tmp_path):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_compilation_choice(graphs, tmp_path, monkeypatch):
     for first, later in ((True, False), (False, True)):
         monkeypatch.setattr(compilation, "worth_compiling", lambda *sizes, answer=first: answer)
@@ -327,6 +333,7 @@ def test_resumed_run_keeps_compilation_choice(graphs, tmp_path, monkeypatch):
             assert bool(graphs) is wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [RuntimeError, ImportError])
 def test_missing_compiler_warns_once_and_runs_eagerly(monkeypatch, fault):
     plain, _ = fit(model("off"))
@@ -359,6 +366,7 @@ def test_failed_compilation_restores_random_state(monkeypatch):
     assert calls == ["compiled", "put back", "plain", "plain"]
 
 
+@pytest.mark.slow
 def test_failed_recompilation_continues_uncompiled(monkeypatch):
     """A layer that is frozen in the middle of a run has the step compiled once more."""
     made, frozen = [], []
@@ -394,6 +402,7 @@ def test_model_error_is_raised_unchanged(graphs):
         fit(model("default", cls=Faulty))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["linear", "capacity"])
 def test_annealing_compiles_once_and_equals_the_plain_run(graphs, mode):
     class Watch(pl.Callback):
@@ -612,6 +621,7 @@ print(faults() - before, made)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_fit_reduces_page_faults_of_large_tensors():
     """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to; a model takes few."""

@@ -245,6 +245,7 @@ class Halves(DataLoader):
         return (x.chunk(world)[rank] for x in super().__iter__())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(no `val_dataloader`|many workers|LeafSpec)")
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_last_matches_in_multi_process_training(tmp_path, channels):

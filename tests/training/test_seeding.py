@@ -119,6 +119,7 @@ def drawn(*callbacks, seed=0, **plain):
     return model.drawn
 
 
+@pytest.mark.slow
 def test_noise_is_a_function_of_step_epoch_and_rank():
     first = drawn()
     assert len(first) == len(set(first)) == 15

@@ -71,6 +71,7 @@ def test_contractive_outputs_start_at_first_batch_mean(data_init: bool, shifted:
     torch.testing.assert_close(model.decoder[0].bias.detach(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_data_init_avoids_constant_outputs_of_small_codes(
     tied: bool, adam: Callable[..., float], mnist5k: Tensor

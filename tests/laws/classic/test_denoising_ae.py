@@ -32,6 +32,7 @@ def as_matrix(model: aezoo.Autoencoder, dims: int) -> Tensor:
         return model.decode(model.encode(eye)) - model.decode(model.encode(0 * eye))
 
 
+@pytest.mark.slow
 def test_linear_denoiser_matches_wiener_filter() -> None:
     dims, std, n = 4, 0.6, 100_000
     A = torch.randn(dims, dims, dtype=torch.float64) * 0.7

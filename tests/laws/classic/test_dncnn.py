@@ -107,6 +107,7 @@ def test_noise_is_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
 # ---- the linear case: on a grid of one pixel a convolution is a matrix between channels ------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [True, False])
 def test_linear_dncnn_matches_wiener_filter(residual: bool) -> None:
     best_linear_law(linear(DnCNN, sigma=0.4, residual=residual), "gaussian:0.4", positive(SAMPLES))

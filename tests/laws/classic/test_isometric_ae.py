@@ -70,6 +70,7 @@ def test_jacobian_products_match_autograd(settings: dict[str, Any], shifted: Any
         assert (push(u) - torch.einsum("bxd,bd->bx", jacobians(model.decoder, z), u)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_jacobian_products_match_forward_mode(shifted: Any) -> None:
     model, u = small("isometric_ae", shifted), directions()
     z = model.encoder(images()).detach()

@@ -45,6 +45,7 @@ def linear_ae_is_pca(x: Tensor, k: int, fitted: aezoo.Autoencoder, spectrum: Any
     return ratio, principal_angle(fitted, vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4, 10])
 def test_linear_ae_is_pca_on_digits(k: int, digits: Tensor, spectrum: Any, centred: Any, adam: Any, lbfgs: Any) -> None:
     x = digits[:1437]

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 # ---- the linear case: on a grid of one pixel a convolution is a matrix between channels ------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
 def test_noisy_targets_have_the_minimiser_of_clean_ones(kind: str) -> None:
     model, x = linear(Noise2Noise, corruption=kind), positive(SAMPLES)

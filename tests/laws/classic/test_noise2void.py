@@ -94,6 +94,7 @@ def test_neighbour_is_uniform_over_window_in_grid() -> None:
     neighbours_law(Noise2Void.blind, 20_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rival", RIVALS.values(), ids=list(RIVALS))
 def test_clipped_or_own_pixel_neighbours_are_detected(rival: Blind) -> None:
     with pytest.raises(AssertionError):
@@ -204,6 +205,7 @@ class Sighted(Noise2Void):
         return y, super().blind(y)[1]
 
 
+@pytest.mark.slow
 def test_training_on_noisy_images_alone_denoises() -> None:
     assert error_after_training(Noise2Void) < 0.4
     assert error_after_training(Sighted) > 0.6  # it learns the identity

@@ -91,6 +91,7 @@ def test_outputs_start_at_the_mean_of_the_first_batch(likelihood: str, shifted: 
     assert torch.equal(model.decoder[1].b_X, after)
 
 
+@pytest.mark.slow
 def test_mean_init_keeps_units_distinct(adam: Callable[..., float], mnist5k: Tensor) -> None:
     x, used = mnist5k[:1280].float(), {}
     for data_init in (False, True):
@@ -156,6 +157,7 @@ def test_the_loss_moves_encoder_and_decoder_by_the_chain_rule(shifted: Any) -> N
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_noise_training_makes_codes_nearly_binary(adam: Callable[..., float], digits: Tensor) -> None:
     """Trained with noise the sigmoids are nearly binary, and rounding them costs little; without, it costs much."""
     x, found = digits[:400].float(), {}

@@ -299,6 +299,7 @@ def test_manual_loop_matches_fit_phases(quiet: Any, shifted: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_follows_the_phase(shifted: Any) -> None:
     model, x = stacked(shifted).train(), images()
     torch._dynamo.reset()

@@ -170,6 +170,7 @@ def test_equal_codes_have_finite_gradients() -> None:
         assert torch.autograd.grad(sum(terms), given)[0].isfinite().all()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_topological_term_preserves_ring_structure(adam: Callable[..., float]) -> None:
     """Trained with it the codes of a ring in 10 dimensions have the ring's tree; a plain autoencoder's need not."""
     angle = torch.rand(64, dtype=torch.float64).sort().values * 2 * math.pi

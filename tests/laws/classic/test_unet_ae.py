@@ -12,6 +12,7 @@ from aezoo.models.classic.unet_ae import UNetAE
 # ---- unet: Ronneberger et al. 2015, cut at the code ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_size_from_20_to_97_returns_exactly(channels: int) -> None:
     for n in range(20, 98):

@@ -234,6 +234,7 @@ def test_codes_of_wrong_shape_are_refused() -> None:
         small("asymmetric_kl").eval().inpaint(images(), mask(), torch.zeros(6, 3, 3, 3, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_training_uses_visible_values(digits: Tensor) -> None:
     """After 150 steps: with a half in sight the decoder errs less there than blind, and blind it decodes as well."""
     torch.manual_seed(0)

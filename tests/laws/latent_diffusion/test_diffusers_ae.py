@@ -107,6 +107,7 @@ def test_codes_and_reconstructions_match_diffusers(kind: str, tmp_path: Path) ->
         torch.testing.assert_close(model(x), net(2 * x - 1).sample / 2 + 0.5, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GAUSSIAN)
 @torch.no_grad()
 def test_moments_match_diffusers_and_stay_finite(kind: str, tmp_path: Path) -> None:
@@ -301,6 +302,7 @@ def test_run_from_pretrained_folder_continues_without_it(tmp_path: Path, monkeyp
     assert not torch.equal(found, start) and (found - start).abs().max() < 0.01  # two steps from where it began
 
 
+@pytest.mark.slow
 def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
     """An argument that a file does not have is the class's own, not that of our small model."""
     stored("AutoencoderKL", tmp_path, norm_num_groups=32)

@@ -58,6 +58,7 @@ def tau_of_draws(model: Any) -> Tau:
     return tau
 
 
+@pytest.mark.slow
 def test_terms_and_gradients_match_transformed_images(shifted: Any) -> None:
     model, x = shifted(small("eq_vae", beta=0.3, perceptual_weight=0.7)), images()
     by_draws, sizes = tau_of_draws(model), set()

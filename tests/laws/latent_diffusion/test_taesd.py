@@ -108,6 +108,7 @@ def test_codes_of_teacher_without_moments_are_unscaled(tmp_path: Path, shifted: 
     torch.testing.assert_close(model.teach(x), other.double().encoder(x).detach())
 
 
+@pytest.mark.slow
 def test_training_approaches_teacher_codes(teacher: tuple[Any, str]) -> None:
     other, path = teacher
     torch.manual_seed(0)

@@ -66,6 +66,7 @@ def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tens
     return terms, player + model.alignment_weight * terms["alignment_weight"] * A
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["resnet", "conv", "vit", "mixer"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_terms_match_explicit_sums_and_autograd(net: str, training: bool, shifted: Any) -> None:

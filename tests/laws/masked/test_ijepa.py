@@ -247,6 +247,7 @@ def test_the_momentum_rises_from_its_start_to_one() -> None:
     assert model.momentum_now().item() == pytest.approx(0.996, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_trained_predictions_use_visible_patches(adam: Any) -> None:
     """Samples of one grey value each: codes of hidden patches follow from seen ones, a constant of each place errs."""
     torch.manual_seed(0)

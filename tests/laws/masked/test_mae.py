@@ -152,6 +152,7 @@ def test_masks_are_drawn_per_sample(shifted: Any) -> None:
 # ---- what is learned -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hidden_patches_are_predicted_from_visible_ones(adam: Any) -> None:
     """Samples of one grey value each: a model that looks at the visible patches is right, the mean sample is not."""
     torch.manual_seed(0)

@@ -125,6 +125,7 @@ def test_straight_through_and_terms_have_one_sided_gradients() -> None:
         assert all((g is not None and bool(g.any())) == of_book for g in of[1:])
 
 
+@pytest.mark.slow
 def test_transformed_codebook_revives_codes_together() -> None:
     rows, used = torch.randn(150, D), {}
     for quantiser in (FVQ(D, 32, group_size=4, width=32, depth=1), VQ(D, 32, update="gradient")):

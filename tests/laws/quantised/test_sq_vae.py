@@ -474,6 +474,7 @@ def test_the_temperature_falls_by_a_constant_factor() -> None:
     assert float(model.tau()) == 0.5
 
 
+@pytest.mark.slow
 def test_training_anneals_temperature_and_indices_roundtrip(quiet: Any) -> None:
     model: Any = aezoo.create_model("sq_vae", SHAPE, **SMALL, temperature_steps=20)
     x = (torch.rand(40, 1, 1, 1) * torch.rand(40, *SHAPE)).clamp(0, 1)

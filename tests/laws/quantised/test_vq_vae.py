@@ -178,6 +178,7 @@ def test_channel_groups_reach_k_means(rows: Tensor) -> None:
 # ---- what is used ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_revival_uses_every_code_on_balanced_clusters(quiet: Any) -> None:
     clusters = torch.rand(48, 6).repeat(16, 1)[torch.randperm(768)]
     loader: Any = DataLoader((clusters + 0.01 * torch.randn(768, 6)).clamp(0, 1), batch_size=192)  # type: ignore[arg-type]

@@ -327,6 +327,7 @@ def test_the_reconstruction_reads_both_levels(shifted: Any) -> None:
         assert (model.decode(other) - model.decode(z)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"update": "gradient"}, {"estimator": "rotation"}])
 def test_two_level_indices_roundtrip_after_training(settings: dict[str, Any], quiet: Any) -> None:
     model, x, found = fitted("vq_vae_2", quiet, **settings, top_dims=(5,))

@@ -180,6 +180,7 @@ def test_scikit_learn_one_class_svm_minimises_loss(nu: float) -> None:
     assert codes.put(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
 
 
+@pytest.mark.slow
 def test_training_reaches_one_class_svm_optimum(adam: Any) -> None:
     codes, nu = Codes(0.2, 30), 0.2
     for net in (codes.model.encoder, codes.model.decoder):
@@ -257,6 +258,7 @@ def test_score_is_distance_beyond_svm_boundary(shifted: Any) -> None:
     assert model.score(x).unique().numel() == 1
 
 
+@pytest.mark.slow
 def test_distant_codes_are_outliers(adam: Any) -> None:
     codes = Codes(0.1, 300)
     adam(codes.model, codes.x, steps=150, lr=0.02, batch=len(codes.x))

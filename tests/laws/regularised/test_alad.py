@@ -275,6 +275,7 @@ def test_every_input_shape_is_scored(shape: tuple[int, ...]) -> None:
         assert model.eval().score(x).shape == (5,)
 
 
+@pytest.mark.slow
 def test_one_class_training_detects_other_digits() -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])

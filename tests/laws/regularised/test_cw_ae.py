@@ -87,6 +87,7 @@ def lines_law(cls: Any) -> None:
         assert small(cls, latent_dim=d).distance(z).item() == pytest.approx(over_lines(z, lines), rel=rel)
 
 
+@pytest.mark.slow
 def test_the_cramer_wold_distance_is_the_integral_over_lines() -> None:
     lines_law(CWAE)
     caught(lines_law, OneWidth)
@@ -97,6 +98,7 @@ def test_distance_gradient_passes_gradcheck() -> None:
         assert torch.autograd.gradcheck(small("cw_ae", latent_dim=d).distance, codes(4, d))
 
 
+@pytest.mark.slow
 def test_cramer_wold_vanishes_at_prior_and_grows_away() -> None:
     model = small("cw_ae", latent_dim=5)
     few, many = model.distance(normal(30, 5)), model.distance(normal(700, 5))

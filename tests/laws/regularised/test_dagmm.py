@@ -306,6 +306,7 @@ def test_black_samples_have_a_finite_distance(shifted: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dagmm_detects_malignant_tumours(adam: Any) -> None:
     """Rows of a table, as in the paper; far above the reconstruction's relative error alone."""
     found = load_breast_cancer()

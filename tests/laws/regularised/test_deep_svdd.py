@@ -222,6 +222,7 @@ def test_bias_would_collapse_codes_to_a_point(lbfgs: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"nll_weight": 0.0, "nu": 0.1}], ids=["one-class", "soft-boundary"])
 def test_deep_svdd_detects_other_digits(settings: dict[str, Any]) -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])

@@ -222,6 +222,7 @@ def test_agreeing_encoders_give_zero_score(shifted: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ganomaly_detects_other_digits() -> None:
     """One-vs-rest; figures of runs differ much (anomalib #1093), hence the mean of two. Baselines stand beside it."""
     data, found = aezoo.DataModule("digits", batch_size=64, train_classes=[3]), []

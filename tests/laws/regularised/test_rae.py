@@ -89,6 +89,7 @@ def test_linear_decoder_penalty_is_squared_norm() -> None:
     caught(linear_law, OfTheSquares)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_jacobian_estimate_matches_autograd(likelihood: str, shifted: Any) -> None:
     model, x = shifted(small("rae", regulariser="gp", activation="tanh", likelihood=likelihood)), images()
@@ -134,6 +135,7 @@ def spectral_law(cls: Any, quiet: Any, **settings: Any) -> None:
     assert max(seen) <= 1 + 1e-3 and min(seen) > 1 - 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"hidden_dims": (40,)}, {"net": "conv", "hidden_dims": (8, 12)}])
 def test_decoder_weights_keep_spectral_norm_1(settings: Any, quiet: Any) -> None:
     spectral_law(RAE, quiet, **settings)
@@ -141,6 +143,7 @@ def test_decoder_weights_keep_spectral_norm_1(settings: Any, quiet: Any) -> None
     assert max(abs(norm - 1) for norm in norms(RAE((1, 8, 8), regulariser="none", **settings))) > 0.1
 
 
+@pytest.mark.slow
 def test_normalised_weights_load_as_saved(tmp_path: Path) -> None:
     model = aezoo.create_model("rae", SHAPE, regulariser="sn", hidden_dims=(8,))
     x = images().float()
@@ -166,6 +169,7 @@ def test_spectrally_normalised_decoder_is_1_lipschitz() -> None:
     assert (moved <= (1 + 3e-3) * (z - other).norm(dim=1)).all()
 
 
+@pytest.mark.slow
 def test_generate_samples_from_post_hoc_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]

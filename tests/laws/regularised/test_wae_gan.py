@@ -89,6 +89,7 @@ def test_overflowing_log_variances_give_finite_loss() -> None:
     assert model.loss(images().float())["loss"].isfinite()
 
 
+@pytest.mark.slow
 def test_the_encoder_is_driven_towards_the_prior() -> None:
     """A code that is the sample moved: with the sign of the adversarial term turned it would run away."""
     torch.manual_seed(0)

@@ -109,6 +109,7 @@ def mean_kernel(squared_shift: float, variance: float) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_u_statistic_is_unbiased_and_v_statistic_has_known_bias() -> None:
     n, draws = 20, 300
     for unbiased, expected in ((True, 0.0), (False, 2 * (len(SCALES) - mean_kernel(0, 2)) / n)):

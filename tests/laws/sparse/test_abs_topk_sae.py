@@ -163,6 +163,7 @@ def test_data_init_scales_encoder_for_signed_sums(shifted: Any) -> None:
     assert (f < 0).any()
 
 
+@pytest.mark.slow
 def test_both_signs_of_direction_are_one_latent() -> None:
     """Known directions with coefficients of both signs, as many latents as directions: TopK has too few."""
     truth = F.normalize(torch.randn(8, 24), dim=1)

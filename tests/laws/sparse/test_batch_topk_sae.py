@@ -142,6 +142,7 @@ def test_evaluation_codes_ignore_batch_mates(shifted: Any) -> None:
     assert model.above_threshold(pi).tolist() == [[2.5, 0, 0, 3.0]]
 
 
+@pytest.mark.slow
 def test_the_threshold_reproduces_the_number_of_active_latents() -> None:
     truth = torch.nn.functional.normalize(torch.randn(16, 24), dim=1)
     x = (torch.rand(4000, 16) + 0.5) * (torch.rand(4000, 16) < 0.15) @ truth

@@ -135,6 +135,7 @@ def test_l0_target_is_approached_by_mean_over_ranks(shifted: Any) -> None:
     assert slopes[0] < 0 < slopes[1]
 
 
+@pytest.mark.slow
 def test_thresholds_move_under_adam(digits: Any) -> None:
     x = digits[:200].float()
     model = create("jumprelu_sae", input_shape=(1, 8, 8), latent_dim=32, threshold=0.001, l0_weight=1.0)

@@ -101,6 +101,7 @@ def test_directions_start_at_the_points_and_in_the_middle_of_two() -> None:
     torch.testing.assert_close(D, torch.cat([flat[:3], (flat[:3] + flat[[1, 2, 0]]) / 2]))
 
 
+@pytest.mark.slow
 def test_single_latent_is_its_point_and_points_are_rebuilt() -> None:
     x = data(6)
     model = started(x, k=4, n_points=6, latent_dim=48, delta=0.0)
@@ -240,6 +241,7 @@ def test_radial_gradient_is_kept() -> None:
     assert (D * g).sum(1).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_directions_are_more_stable_than_topk(digits: Tensor, quiet: Any) -> None:
     """What the paper is for: the least distance from a direction of one to those of the other is small."""
     x, alike = digits[:400].float(), {}

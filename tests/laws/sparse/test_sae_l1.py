@@ -102,6 +102,7 @@ def test_directions_of_the_april_form_take_any_norm(digits: Any, quiet: Any) -> 
     assert (norms[-1] - norms[0]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_activity_falls_with_the_weight_of_the_sum(digits: Tensor, adam: Any) -> None:
     x, activity = digits[:1437].float(), []
     for l1 in (0.0, 0.3, 3.0):

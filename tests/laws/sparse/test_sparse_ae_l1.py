@@ -59,6 +59,7 @@ def test_scaling_code_down_always_lowers_loss(shifted: Any) -> None:
         assert after["loss"] < before["loss"]
 
 
+@pytest.mark.slow
 def test_activity_falls_with_the_l1_weight(digits: Tensor, adam: Any) -> None:
     x, activity, active = digits[:1437].float(), [], []
     for l1 in (0.0, 0.3, 3.0):

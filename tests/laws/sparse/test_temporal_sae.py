@@ -236,6 +236,7 @@ def test_positions_follow_rows_or_axis_after_channels(shape: tuple[int, ...], t:
     assert torch.equal(decoder(torch.stack([rows, 2 * rows], 1)), 3 * x + 0.5)
 
 
+@pytest.mark.slow
 def test_constant_part_is_predicted_without_latents() -> None:
     """Sequences of a dense constant and of a new atom at each position: TopK has no latent left for the constant."""
     torch.manual_seed(0)

@@ -214,6 +214,7 @@ def test_directions_keep_unit_norm_without_radial_gradient(
     assert all((n - 1).abs().max() < 1e-6 for n in watch.norms_after_batch)
 
 
+@pytest.mark.slow
 def test_known_dictionary_is_recovered() -> None:
     """Known directions with sparse positive coefficients: at least 14 of 16 are found (cosine above 0.95)."""
     truth = torch.nn.functional.normalize(torch.randn(16, 24), dim=1)

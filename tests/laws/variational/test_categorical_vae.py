@@ -223,6 +223,7 @@ class RestartsEachEpoch(CategoricalVAE):
         return found
 
 
+@pytest.mark.slow
 def test_temperature_schedule_spans_epochs_and_resumes(quiet: Any, tmp_path: Any) -> None:
     whole, parted = steps_of(CategoricalVAE, "tau", quiet, tmp_path, **TEMPERATURES)
     assert whole == pytest.approx(EXPECTED, rel=1e-6)
@@ -263,6 +264,7 @@ def test_likelihood_of_few_codes_is_exact_sum() -> None:
     assert sum(rows) == len(x) * (K**N - 1)
 
 
+@pytest.mark.slow
 def test_importance_bound_approaches_exact_likelihood() -> None:
     model, x = sharpened(), data()
     top = exact(model, x)

@@ -273,6 +273,7 @@ def test_bounds_hold_and_importance_samples_find_evidence(shifted: Any) -> None:
     np.testing.assert_allclose(model.log_likelihood(x, 20_000).numpy(), evidence, atol=0.1)
 
 
+@pytest.mark.slow
 def test_training_separates_shared_and_private_factors() -> None:
     """Of two parts with one number in common and one of each alone."""
     common, *alone = torch.randn(3, 500)

@@ -99,6 +99,7 @@ def at(model: Any, z: Tensor) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_optimal_discriminator_is_log_density_ratio() -> None:
     """Of a Gaussian of correlation rho: TC = -1/2 log(1 - rho^2), and t(z) is the log ratio at every point."""
     rho, n = 0.8, 1024
@@ -133,6 +134,7 @@ def test_optimal_discriminator_is_log_density_ratio() -> None:
     assert terms["discriminator"].item() == pytest.approx(least.item(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_independent_codes_have_zero_total_correlation() -> None:
     model: Any = aezoo.create_model(
         "factor_vae", input_shape=(1,), latent_dim=2, hidden_dims=(), discriminator_dims=(32,)

@@ -86,6 +86,7 @@ def test_flow_inverse_undoes_forward(name: str, latent_dim: int) -> None:
     torch.testing.assert_close(through(model, drawn), torch.randn(9, latent_dim, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 def test_flow_samples_match_density(name: str) -> None:
     """Moments and entropy of draws, against quadrature over the density."""

@@ -229,6 +229,7 @@ def test_the_elbo_is_the_mean_log_weight(shifted: Any) -> None:
     torch.testing.assert_close(model(x), model.decoder(alpha / rho).sigmoid())
 
 
+@pytest.mark.slow
 def test_elbo_iwae_and_evidence_are_ordered(shifted: Any) -> None:
     """Log p(x) by the prior's quantiles on a grid of two codes."""
     model, x = shifted(small(latent_dim=2, prior_shape=0.8, prior_rate=0.5)).eval(), images(4)
@@ -280,6 +281,7 @@ def test_extreme_posterior_stays_finite(part: slice, shift: float) -> None:
         assert terms["kl"] > -1e-3
 
 
+@pytest.mark.slow
 def test_training_through_gamma_draws_beats_constant_code(adam: Any, digits: Tensor) -> None:
     model = aezoo.create_model("gamma_vae", (1, 8, 8), latent_dim=6, hidden_dims=(48,))
     x = digits[:600].float()

@@ -151,6 +151,7 @@ def test_bound_rises_with_steps_below_evidence() -> None:
     assert gaps[-1] < 0.7 * gaps[0]
 
 
+@pytest.mark.slow
 def test_importance_weights_of_the_flow_are_unbiased() -> None:
     """E[p / q] over draws is p(x): a wrong sign or factor in the momentum's term would show."""
     torch.manual_seed(0)

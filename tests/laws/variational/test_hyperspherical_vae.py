@@ -110,6 +110,7 @@ def test_values_and_gradients_are_finite_at_any_concentration(family: str) -> No
         assert all(value.isfinite() for value in model.loss(torch.rand(3, 2, 3, 3)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: Any) -> None:
     """Draws, log q, log p, KL and likelihood belong together; codes stay on the sphere."""

@@ -139,6 +139,7 @@ def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 def test_estimators_pass_the_contract_s_checks(estimator: str) -> None:
     """With as many samples as the checks' batch has, whose noise must not be taken for one noise a sample."""

@@ -140,6 +140,7 @@ def test_no_flow_layers_equal_jmvae_in_the_mean(shifted: Any) -> None:
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_flow_fits_non_gaussian_posterior() -> None:
     """A parabola: 1.23 nats are its entropy, 3.19 those of the Gaussian of its moments."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from aezoo.models.variational.joint_vae import JointVAE
 # ---- the temperature and the capacity depend on the step -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_capacities_rise_with_the_step_and_resume(quiet: Any, tmp_path: Any) -> None:
     settings = {"max_capacity": 8.0, "max_discrete_capacity": 1.0, "capacity_steps": 6, "n_classes": 4}
     rise = [min(t, 6) / 6 for t in range(9)]

@@ -160,6 +160,7 @@ def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
         alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
 
 
+@pytest.mark.slow
 def test_moving_average_reduces_gradient_bias() -> None:
     """Of batches of two with a T that is one number for each code: a ratio of means is not the mean of ratios."""
     model: Any = small(input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=(), decay=0.99)

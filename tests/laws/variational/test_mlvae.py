@@ -47,6 +47,7 @@ def test_zero_group_dimension_equals_vae(shifted: Any) -> None:
 # ---- Ada-GVAE: Locatello et al. 2020 ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mlvae_average_is_normalised_geometric_mean() -> None:
     one, two = posterior(1), posterior(1)
     mu, log_var = small(AdaGVAE, average="mlvae").averaged(*one, *two)

@@ -212,6 +212,7 @@ def test_importance_samples_find_the_evidence() -> None:
     np.testing.assert_allclose(model.log_likelihood(x, 40_000).numpy(), evidence, atol=0.15)
 
 
+@pytest.mark.slow
 def test_prior_for_r_gives_bound_that_training_tightens() -> None:
     """It stays below: with the u of another part a private code has the prior for its posterior."""
     model, x, evidence = linear(0.0)

@@ -77,6 +77,7 @@ def test_mixture_subset_count_is_bounded() -> None:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_prior", [True, False])
 @pytest.mark.parametrize("m", [1, 2, 3])
 def test_product_matches_numerical_integration(m: int, with_prior: bool) -> None:

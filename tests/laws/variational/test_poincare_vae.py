@@ -80,6 +80,7 @@ def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
         assert torch.autograd.grad(out.sum(), beyond)[0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [0.05, 1.0, 3.0])
 def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
     """In polar coordinates about the centre, where the volume is (sinh(sqrt(c) r) / sqrt(c))^(D-1) dr."""

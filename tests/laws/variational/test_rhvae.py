@@ -75,6 +75,7 @@ def test_kinetic_gradient_matches_autograd() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(kinetic, z)[0])
 
 
+@pytest.mark.slow
 def test_the_generalised_leapfrog_is_reversible_and_keeps_volume() -> None:
     model, x, start = curved(n_leapfrog=2, beta_0=0.4, n_fixed_point=25), images(1), normals(6)
     metric = model.metric_now()
@@ -128,6 +129,7 @@ def test_riemannian_bound_matches_joint_density() -> None:
     torch.testing.assert_close(terms["elbo"], bound.mean())
 
 
+@pytest.mark.slow
 def test_importance_weights_of_the_riemannian_flow_are_unbiased() -> None:
     """E[w] = p(x), which sums over all binary images to one."""
     torch.manual_seed(0)
@@ -158,6 +160,7 @@ def test_centroids_are_the_codes_seen_last() -> None:
     torch.testing.assert_close(model.centroids_MD, model.posterior(many)[0][-5:])
 
 
+@pytest.mark.slow
 def test_samples_follow_root_inverse_metric_determinant() -> None:
     """Around a single centroid of one dimension it is a Gaussian of standard deviation T, down to the floor."""
     model = small("rhvae", latent_dim=1, n_centroids=1, temperature=0.7, metric_floor=1e-6)

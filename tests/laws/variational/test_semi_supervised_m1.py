@@ -57,6 +57,7 @@ def test_cross_entropy_counts_labelled_samples_once(labels: list[int] | None) ->
     assert model.loss(x, y)["classifier"].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_classifier_of_fixed_codes_is_logistic_regression() -> None:
     model, _ = pair()
     rng = np.random.default_rng(0)

@@ -190,6 +190,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
         assert float(values.mean()) == pytest.approx(expected.mean(), abs=5 * error) and error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_training_finds_unimodal_posteriors(beta: float) -> None:
     """Those of the likelihood raised to gamma / beta."""

@@ -81,6 +81,7 @@ def digits_vae(digits: Tensor, adam: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_linear_vae_is_probabilistic_pca_on_digits(digits_vae: Any, digits: Tensor, spectrum: Any) -> None:
     train, test = digits[:1437].float(), digits[1437:].float()
     # scikit-learn estimates the variances with N - 1
@@ -121,6 +122,7 @@ def bounds(model: Any, x: Tensor, ks: tuple[int, ...], rows: int) -> list[float]
     return [torch.stack([model.log_likelihood(x, k).mean() for _ in range(rows // k)]).mean().item() for k in ks]
 
 
+@pytest.mark.slow
 def test_the_bounds_of_the_fitted_linear_vae_are_tight(digits_vae: Any, digits: Tensor) -> None:
     x = digits[1437:].float()
     top = exact(digits_vae, x).mean().item()

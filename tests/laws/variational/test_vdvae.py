@@ -91,6 +91,7 @@ def test_vdvae_bound_and_gradients_match_paper(shifted: Any) -> None:
         assert b.any()
 
 
+@pytest.mark.slow
 def test_vdvae_codes_scores_densities_match_its_groups(shifted: Any) -> None:
     model, x, n = deep(shifted).eval(), images(), 1500
     with torch.no_grad():
@@ -130,6 +131,7 @@ def test_vdvae_codes_scores_densities_match_its_groups(shifted: Any) -> None:
         torch.testing.assert_close(free.T.cov(), torch.eye(108).double(), rtol=0, atol=8 / math.sqrt(n))
 
 
+@pytest.mark.slow
 def test_vdvae_log_likelihood_is_importance_bound(shifted: Any) -> None:
     """In one pass as in the VAE's three, whatever the number of rows; and it rises from the ELBO."""
     model, x = deep(shifted), images()

@@ -20,6 +20,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli import HEAVY
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
+from aezoo.data.identity import data_identity, other_data_message, set_name
 from aezoo.data.settings import own_settings
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, checkpoint, resume, run_folder
@@ -130,6 +131,8 @@ def expand(argv: list[str]) -> Request:
             settings["data"] = for_data_set(settings["data"], flags)
         _drop_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
+        if command == "fit" and _trained_on(content) not in (None, data_identity(*_data_set(flags))):
+            raise AezooError(other_data_message(run or source))
         model = model or _model_name(settings)
         data = content.get("datamodule_hyper_parameters", {})
         stored_data = _plain_values(values.check_plain(data, f"{source}: its settings of the data"))
@@ -216,14 +219,30 @@ def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> t
         model = setting(flags, "model", "class_path")
         if model is None:
             raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
-        data = setting(flags, "data", "name") or inspect.signature(DataModule).parameters["name"].default
-        run_name = f"{_run_folder_model_name(model)}-{Path(data).stem}"
+        run_name = f"{_run_folder_model_name(model)}-{set_name(*_data_set(flags)[:2])}"
     home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.safe_name(run_name)
-    found, run = resume.latest_run(home)
+    found, run = resume.latest_run(home, lambda source: _is_of(source, flags))
     os.environ[RESUMED] = str(found or "")
     if run is not None:
         os.environ[RUN_DIR] = str(run)
     return found, run
+
+
+def _data_set(flags: list[str]) -> list[str]:
+    """The data's name, root and of."""
+    defaults = inspect.signature(DataModule).parameters
+    return [setting(flags, "data", key) or str(defaults[key].default) for key in ("name", "root", "of")]
+
+
+def _is_of(source: Path, flags: list[str]) -> bool:
+    """Whether a checkpoint's run was trained on the data that the flags name; yes if it does not say."""
+    return _trained_on(checkpoint.read_checkpoint(source)) in (None, data_identity(*_data_set(flags)))
+
+
+def _trained_on(content: dict[str, Any]) -> str | None:
+    state = content.get(DataModule.__qualname__)
+    found = state.get("identity") if isinstance(state, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _run_folder_model_name(model: str) -> str:

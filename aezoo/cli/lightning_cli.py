@@ -35,6 +35,7 @@ from aezoo.cli import flag_help, trainer_settings
 from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
+from aezoo.data.identity import set_name
 from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
@@ -326,7 +327,7 @@ class AezooCLI(LightningCLI):
     def run_name(self) -> str:
         """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
         model = registry.name_of(type(self.model)) or type(self.model).__name__
-        own = f"{model}-{Path(self.datamodule.hparams['name']).stem}"
+        own = f"{model}-{set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
         return archives.safe_name(self.request.run_name or own)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -1,6 +1,7 @@
 """The DataModule: any source by name, the same batches for the same seed."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Unpack, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset, Subset
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.array import Array
 from aezoo.data.classes import keep_labels, restrict_training_classes
+from aezoo.data.identity import data_identity, other_data_message
 from aezoo.data.loaders import (
     EpochSampler,
     LazyLoader,
@@ -235,6 +237,13 @@ class DataModule(Checked, LightningDataModule):
         self._position = (-1, 0)
         return loader
 
+    @cached_property
+    def identity(self) -> str:
+        """What tells this set from others, see `data_identity`; empty for arrays in memory."""
+        if self._arrays is not None:
+            return ""
+        return data_identity(str(self.name), *(str(self.hparams[key]) for key in ("root", "of")))
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and the settings that fix the order of batches.
 
@@ -252,7 +261,8 @@ class DataModule(Checked, LightningDataModule):
         scale = {} if scaling is None else scaling.state()
         white = {} if self.source.white is None else {"white": self.source.white}
         columns = {"columns": list(self.source.columns)} if self.source.columns else {}
-        return position | white | columns | ({"scaling": scale} if scale else {})
+        identity = {"identity": self.identity} if self.identity else {}
+        return position | identity | white | columns | ({"scaling": scale} if scale else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue there; Lightning calls this before it asks for the loader.
@@ -266,6 +276,8 @@ class DataModule(Checked, LightningDataModule):
         _, world = self._rank_and_world()
         # evaluation does not continue the epoch
         trains = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        if trains and self.identity and state_dict.get("identity", self.identity) != self.identity:
+            raise AezooError(other_data_message("the checkpoint"))
         for key, now, flag, words in (
             ("world", world, "trainer.devices", "of {} processes"),
             ("batch_size", self.batch_size, "data.batch_size", "of batches of {}"),

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,18 @@ def find_checkpoint(text: str) -> Path:
     raise AezooError(f"no .ckpt file in {path} or its {run_folder.CHECKPOINTS} folder: has the run saved one yet?")
 
 
-def latest_run(home: Path) -> tuple[Path | None, Path | None]:
+def latest_run(
+    home: Path, matches: Callable[[Path], bool] = lambda checkpoint: True
+) -> tuple[Path | None, Path | None]:
     """The checkpoint from which `--resume auto` continues.
 
     Args:
         home: the folder of all runs of a recipe, `runs/vae`.
+        matches: whether a checkpoint belongs to this command's data; runs of other data are passed over.
 
     Returns:
-        The newest intact checkpoint of the newest run, or None if there is no run or it has not saved one yet; and the
-        folder of that run, or None.
+        The newest intact checkpoint of the newest such run, or None if there is none or it has not saved one yet; and
+        the folder of that run, or None.
 
     Raises:
         AezooError: the newest run has saved checkpoints, but none of them is intact.
@@ -63,12 +66,17 @@ def latest_run(home: Path) -> tuple[Path | None, Path | None]:
     if not runs:
         print(f"aezoo: no run in {home} yet: starting one", file=sys.stderr)
         return None, None
-    run = max(runs, key=lambda path: int(path.name))
-    folder = run_folder.checkpoints_of(run)
-    if folder == run / run_folder.CHECKPOINTS and not _has_saved(folder):
-        print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
-        return None, run
-    return _newest(folder), run
+    for run in sorted(runs, key=lambda path: int(path.name), reverse=True):
+        folder = run_folder.checkpoints_of(run)
+        if folder == run / run_folder.CHECKPOINTS and not _has_saved(folder):
+            print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
+            return None, run
+        found = _newest(folder)
+        if matches(found):
+            return found, run
+        print(f"aezoo: {run} was trained on other data, or its data have changed: not continued", file=sys.stderr)
+    print(f"aezoo: no run of these data in {home} yet: starting one", file=sys.stderr)
+    return None, None
 
 
 def finished_message(

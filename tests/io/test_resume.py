@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
+import numpy as np
 import promises
 import pytest
 import torch
@@ -21,6 +23,7 @@ from aezoo.callbacks import ProgressBar, dashboard
 from aezoo.callbacks.checkpoints import Checkpoints
 from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
+from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume
 from aezoo.models.variational.vae import VAE
@@ -140,11 +143,80 @@ def test_twenty_kills_leave_no_trace(tmp_path, case):
     killed(tmp_path, argv, kills=20, seed=1)
 
 
+# ---- runs of other data ---------------------------------------------------------------------------------------------
+
+AUTO = ["--resume", "auto"]
+OF_ARRAYS = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=array", *OFF, "--projector.n=0"]
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Two files of one name and one shape, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        Path(name).mkdir()
+        np.save(f"{name}/x.npy", np.random.default_rng(seed).random((60, 4), dtype=np.float32))
+
+
+def fit_to(name, *flags, epochs=1):
+    main([*OF_ARRAYS, f"--data.root={name}/x.npy", f"--trainer.max_epochs={epochs}", *flags])
+
+
+def trained(run):
+    return {path.name: path.read_bytes() for path in Path(run, "checkpoints").iterdir()}
+
+
+def test_auto_starts_a_run_of_its_own_for_another_file(sets, capsys):
+    fit_to("a")
+    first = trained("runs/vae-x/0")
+    fit_to("b", *AUTO, epochs=2)
+    error = capsys.readouterr().err
+    assert "runs/vae-x/0 was trained on other data" in error and "nothing is left to do" not in error
+    assert trained("runs/vae-x/0") == first and trained("runs/vae-x/1")
+    # and finds the older run of the first file again
+    with pytest.raises(SystemExit) as ended:
+        fit_to("a", *AUTO, epochs=1)
+    assert ended.value.code == 0
+    assert "runs/vae-x/0 is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--ckpt_path", "--resume"])
+@pytest.mark.parametrize("change", ["another file", "new content"])
+def test_a_run_is_not_continued_on_other_data(sets, capsys, flag, change):
+    fit_to("a")
+    before = trained("runs/vae-x/0")
+    if change == "new content":
+        Path("b/x.npy").replace("a/x.npy")
+    with pytest.raises(SystemExit) as ended:
+        fit_to("a" if change == "new content" else "b", f"{flag}=runs/vae-x/0", epochs=2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and "runs/vae-x/0 was trained on other data" in lines[-1]
+    assert trained("runs/vae-x/0") == before and not Path("runs/vae-x/1").exists()
+
+
+def test_a_moved_file_is_the_same_data(sets, capsys):
+    fit_to("a")
+    Path("a").rename("c")
+    fit_to("c", "--resume=runs/vae-x/0", epochs=2)
+    assert "runs/vae-x/0/checkpoints" in capsys.readouterr().out
+
+
+def test_python_fits_refuse_other_data_and_tests_take_them(sets, tmp_path):
+    model = VAE((4,), hidden_dims=(8,))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(model, DataModule("array", root="a/x.npy"))
+    trainer.save_checkpoint("end.ckpt")
+    other = DataModule("array", root="b/x.npy")
+    with pytest.raises(AezooError, match="trained on other data"):
+        pl.Trainer(max_epochs=2, **quiet).fit(model, other, ckpt_path="end.ckpt", weights_only=True)
+    trainer.test(model, other, ckpt_path="end.ckpt", weights_only=True, verbose=False)
+
+
 # ---- what a run goes on from ----------------------------------------------------------------------------------------
 
 QUIET = [*OFF, "--code_statistics.every_n_epochs=0", "--projector.n=0", "--trainer.limit_test_batches=0"]
 SHORT = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=500", *QUIET]
-AUTO = ["--resume", "auto"]
 RUN = Path("runs/vae-digits/0")
 
 
@@ -340,7 +412,7 @@ def test_auto_resume_searches_run_folder_of_command(tmp_path, monkeypatch, flags
     monkeypatch.chdir(tmp_path)
     looked, trains = [], []
 
-    def automatic(home):
+    def automatic(home, matches):
         looked.append(home)
         return None, None
 

@@ -1,0 +1,88 @@
+"""What tells two sets of samples apart, so that no run goes on with the samples of another."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from aezoo.data.source import DEFAULT_ROOT
+from aezoo.data.source_registry import from_path
+
+# sources of the user's own files, which the name of the source does not tell
+_OF_FILES = ("folder", "array", "hf", "stream")
+# a larger file is represented by its size and by blocks of its content
+_WHOLE, _BLOCK, _BLOCKS = 2**26, 2**18, 64
+# files of a folder whose content is read; the others count by their names and sizes
+_READ = 64
+
+
+def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "") -> str:
+    """A text that is the same for the same set, wherever its files are, and changes with them.
+
+    Args:
+        name: name of a source, or the path of a set, as in `DataModule`.
+        root: the folder or file of the samples.
+        of: the set whose samples go through a network, if the source is activations.
+
+    Returns:
+        The source's name; with a digest for folders and files of samples, whose other content is another set.
+    """
+    reader = from_path(name)
+    source, place = (reader, name) if reader else (name, root)
+    if source == "activations":
+        return f"activations of {data_identity(of, root)}"
+    if source not in _OF_FILES:
+        return source
+    path = Path(place).expanduser()
+    # a set of the hub has only its name
+    return f"{source} {_digest(path) if path.exists() else place}"
+
+
+def other_data_message(source: object) -> str:
+    """Why a fit does not go on from a checkpoint of another set."""
+    return (
+        f"{source} was trained on other data than these, or they have changed since: leave out --ckpt_path and "
+        "--resume to train a run of their own, or fine-tune from Python with aezoo.load_model"
+    )
+
+
+def set_name(name: str, root: str = DEFAULT_ROOT) -> str:
+    """The name of a set in the name of its runs: that of its file or folder, or of the source."""
+    own_files = name in _OF_FILES and root not in ("", DEFAULT_ROOT)
+    return (Path(root).expanduser().resolve() if own_files else Path(name)).stem
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    if path.is_file():
+        _add_content(found, path, _WHOLE)
+        return found.hexdigest()
+    files = sorted(_files(path))
+    for relative, size in files:
+        found.update(f"{relative}\0{size}\0".encode("utf-8", "surrogateescape"))
+    for relative, _ in files[:: max(1, len(files) // _READ)]:
+        _add_content(found, path / relative, _BLOCK)
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Paths within a folder and sizes of its files, without hidden ones."""
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(at, name)
+            if not name.startswith(".") and file.is_file():
+                yield str(file.relative_to(folder)), file.stat().st_size
+
+
+def _add_content(found: "hashlib.blake2b", path: Path, whole: int) -> None:
+    size = path.stat().st_size
+    found.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= whole:
+            found.update(file.read(whole))
+            return
+        blocks = _BLOCKS if whole == _WHOLE else 1
+        for i in range(blocks):
+            file.seek((size - _BLOCK) * i // max(1, blocks - 1))
+            found.update(file.read(_BLOCK))

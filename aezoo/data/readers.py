@@ -22,6 +22,9 @@ from aezoo.training.keyword_groups import Argument
 
 # a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
 _CSV_MEMORY_FACTOR = 8
+# as fixed-width texts, which NumPy holds them as
+_MOST_LABEL_BYTES = 2**30
+_PARQUET_ROWS = 2**16
 _MAX_EXACT_INTEGER = 2**53
 Arrays = Mapping[str, Any]
 
@@ -294,29 +297,57 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
 def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     """All columns but the labels as features."""
     try:
-        import pandas
+        import pandas  # noqa: F401  (for to_pandas)
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: pip install 'aezoo[parquet]'") from None
     with parquet.ParquetFile(path) as file:
-        about = file.metadata
+        about, schema = file.metadata, file.schema_arrow
+        index = (schema.pandas_metadata or {}).get("index_columns", ())
+        names = [name for name in schema.names if name not in index]
+        place = _label_position(names, label_column)
+        label = None if place is None else names[place]
+        # lists and texts may take any amount of memory, whatever the file declares
+        text = [name for name in names if name != label and not _holds_numbers(schema.field(name).type)]
+        if text or not names or names == [label]:
+            raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, "
+                             "or say by --data.label_column which holds the classes")  # fmt: skip
+        if label is not None and pyarrow.types.is_nested(schema.field(label).type):
+            raise AezooError(f"{path}: the column {label} holds lists, not classes: choose another with "
+                             "--data.label_column")  # fmt: skip
         declared = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         # a column that repeats one value takes no space in the file
-        check_bytes(path, max(declared, 8 * about.num_rows * about.num_columns), max_bytes)
-    frame = pandas.read_parquet(path)
-    place = _label_position([str(name) for name in frame.columns], label_column)
-    name = None if place is None else frame.columns[place]
-    column = None if name is None else frame.pop(name)
-    text = [str(name) for name, kind in frame.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
-    if text or not frame.shape[1]:
-        raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, or "
-                         "say by --data.label_column which holds the classes")  # fmt: skip
-    y = None
-    if column is not None and label_column != "none":
-        missing, y = column.isna().to_numpy(), column.to_numpy()
-        if missing.any() or y.dtype.kind not in "biuf":
-            y = parse_labels(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
-    return Table({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], name and str(name))
+        check_bytes(path, max(declared, 8 * about.num_rows * len(names)), max_bytes)
+    # each text once, not once a row
+    with parquet.ParquetFile(path, read_dictionary=None if label is None else [label]) as file:
+        batches, rows = [], 0
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
+            rows += len(batch)
+            check_bytes(path, max(8 * rows * len(names), batch.nbytes), max_bytes)
+            batches.append(batch)
+        frame = (pyarrow.Table.from_batches(batches) if batches else file.read(columns=names)).to_pandas()
+    column = None if label is None else frame.pop(label)
+    y = None if column is None or label_column == "none" else _labels(column)
+    return Table({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], label and str(label))
+
+
+def _labels(column: Any) -> Any:
+    """The labels of a pandas column, (N,)."""
+    missing, categories = column.isna().to_numpy(), getattr(column.dtype, "categories", None)
+    if categories is not None and categories.dtype.kind not in "biuf":
+        names = [str(name) for name in categories]  # each once, whatever pandas would make of the column
+        return parse_labels(["" if code < 0 else names[code] for code in column.cat.codes.to_numpy()])
+    y = column.to_numpy()
+    if missing.any() or y.dtype.kind not in "biuf":
+        return parse_labels(["" if lacks else str(label) for label, lacks in zip(y, missing, strict=True)])
+    return y
+
+
+def _holds_numbers(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind))
 
 
 def frame_values(frame: Any) -> npt.NDArray[Any]:
@@ -330,6 +361,10 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
 
 def parse_labels(texts: list[str]) -> Any:
     """Numbers if all texts are numbers and exact, else the texts, (N,); masked where empty."""
+    longest = max(map(len, texts), default=0)
+    if 4 * longest * len(texts) > _MOST_LABEL_BYTES:
+        raise AezooError(f"{len(texts):,} labels of up to {longest:,} characters are no names of classes: choose their "
+                         "column with --data.label_column")  # fmt: skip
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
     # beyond, neighbouring integers are the same float

@@ -3,6 +3,7 @@
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.data.idx import read_idx
 from aezoo.data.images import read_image
+from aezoo.data.readers import read_arrays
 from aezoo.errors import AezooError
 from aezoo.security import archives
 
@@ -85,6 +87,47 @@ def test_size_limit_applies_to_tensors_texts_and_tables():
         with pytest.raises(AezooError, match=f"{name} takes .* --data.max_bytes"):
             DataModule(name, max_bytes=limit)
     assert data("y.csv", max_bytes=10**6).input_shape == (2,)
+
+
+@pytest.mark.parametrize("kind", ["lists", "texts"])
+def test_parquet_columns_that_expand_are_refused_unread(kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    pool = pyarrow.default_memory_pool()
+    rows = 20 if kind == "lists" else 4000
+    if kind == "lists":
+        column = pyarrow.array([[0.0] * 10**6] * rows, pyarrow.list_(pyarrow.float64()))
+    else:
+        column = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["x" * 10**5])
+    parquet.write_table(pyarrow.table({"a": [1.0] * rows, "b": column}), "x.parquet", compression="zstd")
+    assert Path("x.parquet").stat().st_size < 10**6
+    del column
+    before = pool.bytes_allocated()
+    said = []
+    for label in ("auto", "b"):
+        with pytest.raises(AezooError) as error:
+            read_arrays(Path("x.parquet"), max_bytes=10**7, label_column=label)
+        said.append(str(error.value))
+    assert "the columns b hold no numbers" in said[0]
+    assert ("holds lists" if kind == "lists" else "are no names of classes") in said[1]
+    assert pool.bytes_allocated() - before < 10**7
+
+
+def test_a_parquet_of_more_rows_than_it_declares_is_refused(monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": np.zeros(10**6)}), "x.parquet")
+
+    class Lies(parquet.ParquetFile):
+        @property
+        def metadata(self):
+            return SimpleNamespace(num_rows=1, num_row_groups=0)
+
+    monkeypatch.setattr(parquet, "ParquetFile", Lies)
+    with pytest.raises(AezooError, match=r"takes .* --data.max_bytes"):
+        read_arrays(Path("x.parquet"), max_bytes=10**6)
 
 
 def test_image_above_pixel_limit_is_refused():

@@ -14,11 +14,15 @@ Splits called train, validation and test (or any name that a folder may have) ar
 taken from train. No code of a data set is ever run.
 """
 
+import bz2
 import contextlib
+import gzip
+import lzma
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -304,6 +308,7 @@ def _load(options: Options) -> Mapping[str, Any]:
             found = datasets.load_from_disk(str(path))
         elif path.is_dir():
             _check_card(path)
+            _check_packed(path, options.max_bytes)
             with _offline():
                 found = datasets.load_dataset(str(path), trust_remote_code=False)
         elif named and options.root != DEFAULT_ROOT:
@@ -340,6 +345,34 @@ def _check_card(folder: Path) -> None:
             if "://" in one or "::" in one:
                 raise AezooError(f"the card of {folder} names {one[:100]!r}, and addresses are not opened "
                                  "(SECURITY.md): download it, and name it by its path")  # fmt: skip
+
+
+def _check_packed(folder: Path, max_bytes: int) -> None:
+    """Refuse packed files of more content than the limit: datasets unpacks them, and reads a line as a whole."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".zip" and path.is_file():
+            with zipfile.ZipFile(path) as archive:
+                check_bytes(path, sum(member.file_size for member in archive.infolist()), max_bytes)
+        elif path.suffix in _UNPACKERS and path.is_file():
+            size = 0
+            with _UNPACKERS[path.suffix](path) as file:
+                while block := file.read(2**20):
+                    size += len(block)
+                    check_bytes(path, size, max_bytes)
+
+
+def _unpack_zstd(path: Path) -> Any:
+    import zstandard
+
+    return zstandard.open(path, "rb")
+
+
+_UNPACKERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _unpack_zstd,
+}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,8 +1,12 @@
 """Sets of Hugging Face and chunks of litdata from strangers: no code, no addresses."""
 
+import bz2
 import contextlib
+import gzip
 import json
+import lzma
 import socket
+import zipfile
 
 import numpy as np
 import pytest
@@ -115,3 +119,31 @@ def test_folder_loading_script_is_not_run(canary, tmp_path, monkeypatch):
     with pytest.raises(AezooError, match="cannot be read as a data set"):
         DataModule("hf", root=str(root))
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "zip"])
+def test_packed_files_of_a_folder_are_held_to_the_limit(tmp_path, monkeypatch, suffix):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    root.mkdir()
+    line = b'{"x": [' + b"0.0, " * 10**6 + b"0.0]}\n"
+    if suffix == "zip":
+        with zipfile.ZipFile(root / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train.jsonl", line)
+    else:
+        pack = {"jsonl.gz": gzip, "jsonl.bz2": bz2, "jsonl.xz": lzma}[suffix]
+        (root / f"train.{suffix}").write_bytes(pack.compress(line))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: pytest.fail("it was read"))
+    with pytest.raises(AezooError, match=rf"train\.{suffix} takes .* more than the limit of .* --data.max_bytes"):
+        DataModule("hf", root=str(root), max_bytes=10**6)
+
+
+def test_a_packed_file_within_the_limit_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    root.mkdir()
+    rows = "".join(f'{{"x": [{i}.5, 1.0]}}\n' for i in range(20))
+    (root / "train.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    assert DataModule("hf", root=str(root)).input_shape == (2,)

@@ -140,7 +140,7 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join([repr(name) for name in names[:5]] + ["..."] * (len(names) > 5))
 
 
-def check_bytes(path: Path, size: int, max_bytes: int) -> None:
+def check_bytes(path: Path | str, size: int, max_bytes: int) -> None:
     """Refuse a file whose content takes too much memory."""
     if size > max_bytes:
         raise AezooError(

@@ -52,7 +52,7 @@ from aezoo.data.images import (
 )
 from aezoo.data.in_memory import to_real_tensor
 from aezoo.data.loaders import SHUFFLE_GROUP, collate
-from aezoo.data.readers import ColumnArgs
+from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
 from aezoo.data.source import Batch, Options, Source, Stage, split_missing, takes
 from aezoo.errors import AezooError
 
@@ -96,19 +96,53 @@ class _RefusePickle(_RawBytes):
         raise AezooError(f"it holds Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
+def _unpacked_size(data: bytes) -> int:
+    """The size of its content that a frame of zstd declares (RFC 8878, section 3.1.1.1); -1 if it declares none."""
+    if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 5:
+        return -1
+    descriptor = data[4]
+    is_single, size_flag = descriptor >> 5 & 1, descriptor >> 6
+    length = (is_single, 2, 4, 8)[size_flag]
+    start = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
+    field = data[start : start + length]
+    if not length or len(field) < length:
+        return -1
+    return int.from_bytes(field, "little") + (256 if length == 2 else 0)
+
+
+class _LimitedUnpacking:
+    """litdata's unpacking of items, for content within a limit: as much memory is taken as a packed item declares.
+
+    Args:
+        unpacker: what litdata unpacks with.
+        max_bytes: the limit.
+    """
+
+    def __init__(self, unpacker: Any, max_bytes: int) -> None:
+        self._unpacker, self._max_bytes = unpacker, max_bytes
+
+    def decompress(self, data: Any, *sizes: int, **named: int) -> Any:
+        size = max([_unpacked_size(bytes(data[:18])), *sizes, *named.values()])
+        if size < 0:
+            raise AezooError("it is packed and does not declare its size: write it again")
+        check_bytes("what is packed there", size, self._max_bytes)
+        return self._unpacker.decompress(data, *sizes, **named)
+
+
 class ChunkedItems(Dataset[Any]):
     """The items of one folder, by index.
 
     Args:
         root: the folder.
+        max_bytes: the most memory that a packed item may take.
 
     Attributes:
         names: the chunks.
         ends: the index after the last item of each chunk.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root, self._open = root, (0, None)
+    def __init__(self, root: str, max_bytes: int = 2**33) -> None:
+        self.root, self.max_bytes, self._open = root, max_bytes, (0, None)
         self.names, self.ends = _read_index(Path(root))
 
     def __len__(self) -> int:
@@ -136,17 +170,29 @@ class ChunkedItems(Dataset[Any]):
         """The litdata reader, one per process, as it keeps files open."""
         process, reader = self._open
         if reader is None or process != os.getpid():
-            self._open = (os.getpid(), _reader(self.root))
+            self._open = (os.getpid(), _reader(self.root, self.max_bytes))
         return self._open[1]
 
 
-def _reader(root: str) -> Any:
+def _reader(root: str, max_bytes: int = 2**33) -> Any:
     from litdata import StreamingDataset
+    from litdata.streaming import item_loader
     from litdata.streaming.serializers import _SERIALIZERS
+
+    # litdata compares its name with that in the index
+    class PyTreeLoader(item_loader.PyTreeLoader):
+        """litdata's loader with a limit to what it unpacks."""
+
+        def _framed_compressor(self) -> Any:
+            return _LimitedUnpacking(super()._framed_compressor(), max_bytes)
 
     serializers: dict[str, Any] = {name: _RefusePickle() for name in _SERIALIZERS if name not in _SAFE_KINDS}
     serializers |= {name: _RawBytes() for name in _ENCODED}
-    settings: dict[str, Any] = {"serializers": serializers, "max_pre_download": SHUFFLE_GROUP}
+    settings: dict[str, Any] = {
+        "serializers": serializers,
+        "max_pre_download": SHUFFLE_GROUP,
+        "item_loader": PyTreeLoader(),
+    }
     # by default litdata decodes 32 items for each one requested
     if "batch_decode" in inspect.signature(StreamingDataset).parameters:
         settings["batch_decode"] = 0
@@ -205,7 +251,7 @@ def _container_types(spec: Any) -> Iterator[str]:
         yield from _container_types(part)
 
 
-@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs)
+@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs)
 class Stream(Source):
     """Chunks of litdata.
 
@@ -227,7 +273,7 @@ class Stream(Source):
         except ImportError:
             raise AezooError("--data stream needs the package litdata: pip install 'aezoo[stream]'") from None
         self.options = options
-        self.chunks = {stage: ChunkedItems(root) for stage, root in _folders(options.root).items()}
+        self.chunks = {stage: ChunkedItems(root, options.max_bytes) for stage, root in _folders(options.root).items()}
         self.class_names = _class_names(options.root)
         self.num_classes = len(self.class_names) if self.class_names else None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None

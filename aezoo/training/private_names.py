@@ -580,6 +580,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without=_NO_CLI,
     ),
     PrivateName(
+        "litdata.streaming.item_loader.PyTreeLoader._framed_compressor",
+        files=("data/stream.py",),
+        why="unpacks items and batches; a limit to their size comes before it",
+        without="packed items take as much memory as they declare",
+    ),
+    PrivateName(
         "litdata.streaming.serializers._SERIALIZERS",
         files=("data/stream.py",),
         why="the names of all decoders, so that those which unpickle are refused",

@@ -16,7 +16,7 @@ from PIL import Image
 from quiet_trainer import quiet_trainer
 
 import aezoo
-from aezoo.data import ArrayDataset, DataModule
+from aezoo.data import ArrayDataset, DataModule, stream
 from aezoo.data.loaders import SHUFFLE_GROUP, EpochSampler, sample_blocks
 from aezoo.errors import AezooError
 
@@ -409,3 +409,43 @@ def test_missing_litdata_package_names_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "AezooError: " in done.stderr and "pip install 'aezoo[stream]'" in done.stderr
+
+
+# ---- packed items ---------------------------------------------------------------------------------------------------
+
+
+def write_packed(root, items, level):
+    from litdata.streaming.cache import Cache
+
+    root.mkdir()
+    cache = Cache(str(root), chunk_size=4, compression="zstd", compression_level=level)
+    for i, item in enumerate(items):
+        cache[i] = item
+    cache.done()
+    cache.merge()
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+def test_packed_items_are_read_within_the_limit(tmp_path, level):
+    items = [RNG.random(300).astype(np.float32) for _ in range(8)]
+    write_packed(tmp_path / "set", items, level)
+    (x, _), *_ = read_all(DataModule("stream", root=str(tmp_path / "set"), max_bytes=10**5, **ALL))
+    assert torch.equal(x, torch.from_numpy(np.stack(items)))
+
+
+@pytest.mark.parametrize("level", ["sample", "batch"])
+def test_packed_items_beyond_the_limit_are_refused_unread(tmp_path, level):
+    zeros = np.zeros(2**20, np.float32)
+    write_packed(tmp_path / "set", [zeros] * 4, level)
+    assert sum(file.stat().st_size for file in (tmp_path / "set").iterdir()) < 10**5
+    refused(r"item 0 .* more than the limit of .* --data\.max_bytes", tmp_path / "set", max_bytes=10**6)
+
+
+@pytest.mark.parametrize("size", [0, 255, 256, 70_000, 2**24])
+def test_declared_size_of_packed_content(size):
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(size))
+    assert stream._unpacked_size(packed) == size
+    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(size))
+    assert stream._unpacked_size(unknown) in (-1, size)
+    assert stream._unpacked_size(packed[:4]) == stream._unpacked_size(b"text that is not packed") == -1

@@ -351,6 +351,12 @@ class AezooCLI(LightningCLI):
             if (line := _lightning_error_line(error)) is not None:
                 raise AezooError(line) from error
             if "Error(s) in loading state_dict" not in str(error):
+                if isinstance(error, Exception) and not isinstance(error, AezooError) and _restores(error):
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    raise AezooError(
+                        f"{self.request.source} cannot be restored ({reason}): it is damaged; take another checkpoint "
+                        "of its run, or train from scratch with --resume off"
+                    ) from error
                 raise
             raise AezooError(
                 "the checkpoint's weights do not fit the model as it is set now: drop the --model flags and -c files "
@@ -474,6 +480,15 @@ def _lightning_error_line(error: BaseException) -> str | None:
     own = type(error) is ValueError and error.__cause__ is None
     own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
     return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
+
+
+def _restores(error: BaseException) -> bool:
+    """Whether an error was raised while a checkpoint's state was restored."""
+    return any(
+        frame.f_globals.get("__name__", "").endswith("connectors.checkpoint_connector")
+        and frame.f_code.co_name.lstrip("_").startswith(("restore", "resume"))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:

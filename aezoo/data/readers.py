@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.security.archives import unpacked_size
+from aezoo.security.values import check_extent
 from aezoo.training.keyword_groups import Argument
 
 # a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
@@ -215,6 +216,7 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
             f"{path} is damaged or holds more than tensors ({reason}): torch.save a tensor, (x, y) or "
             "{'x': x, 'y': y}"
         ) from None
+    check_extent(content, str(path))
     if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
         return {"x": content[0], "y": content[1]}
     if isinstance(content, Mapping):

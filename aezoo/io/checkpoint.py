@@ -239,6 +239,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+# what Lightning writes and reads without a look
+_FIELDS: dict[str, type] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "DataModule": dict,
+}
+_DATA_FIELDS: dict[str, type] = {
+    "epoch": int,
+    "batches": int,
+    "world": int,
+    "batch_size": int,
+    "seed": int,
+    "columns": list,
+    "scaling": dict,
+    "identity": str,
+}
+_COUNTS = ("ready", "started", "processed", "completed")
+
+
 def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None = None) -> dict[str, Any]:
     """The content of a checkpoint file, loaded with `weights_only=True`.
 
@@ -268,7 +292,29 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         else:
             cure = ""
         raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
+    values.check_extent(checkpoint, str(path))
+    _check_types(checkpoint, _FIELDS, str(path))
+    data = checkpoint.get("DataModule", {})
+    _check_types(data, _DATA_FIELDS, f"{path}, DataModule")
+    _check_types(data.get("scaling", {}), dict.fromkeys(data.get("scaling", {}), Tensor), f"{path}, scaling")
+    if not all(isinstance(name, str) for name in data.get("columns", ())):
+        raise AezooError(f"{path} is damaged: its columns are no names")
+    _check_progress(checkpoint.get("loops", {}), path)
     return checkpoint
+
+
+def _check_types(found: dict[str, Any], kinds: dict[str, type], what: str) -> None:
+    for key, kind in kinds.items():
+        if key in found and not isinstance(found[key], kind):
+            raise AezooError(f"{what} is damaged: its {str(key)[:50]} is a {type(found[key]).__name__}")
+
+
+def _check_progress(loop: Any, path: Path) -> None:
+    """Refuse counts of epochs and batches that are no numbers."""
+    for key, value in loop.items() if isinstance(loop, dict) else ():
+        if key in _COUNTS and not isinstance(value, int):
+            raise AezooError(f"{path} is damaged: a loop's count {key} is a {type(value).__name__}")
+        _check_progress(value, path)
 
 
 def _check_size(path: Path, max_bytes: int | None) -> None:

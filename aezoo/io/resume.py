@@ -27,6 +27,8 @@ def find_checkpoint(text: str) -> Path:
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise AezooError(f"{path} is a pipe or a device: give a .ckpt file or a run folder")
     if path.suffix == ".ckpt" and not path.is_dir():
         home = run_folder.parent_folder(path)
         if home.name == run_folder.CHECKPOINTS and home.is_dir():

@@ -5,6 +5,8 @@ from typing import Any
 from aezoo.errors import AezooError
 
 MAX_VALUES, MAX_DEPTH, MAX_TEXT = 10_000, 8, 10_000
+# of whole files, with each reference to a shared part followed
+MAX_EXTENT, MAX_LEVELS = 5_000_000, 64
 
 
 def check_plain(values: object, what: str) -> dict[str, Any]:
@@ -26,6 +28,41 @@ def check_plain(values: object, what: str) -> dict[str, Any]:
         if not isinstance(key, str):
             raise AezooError(f"{what} have the name {str(key)[:50]!r}, which is no text: the file is damaged")
     return {key: _copy(value, f"{what}: {key[:100]!r}", budget, 0) for key, value in values.items()}
+
+
+def check_extent(content: object, what: str) -> None:
+    """Refuse content that is nested too deep, or too large once each reference to a shared part is followed.
+
+    A file of a kilobyte can hold lists of lists whose walk would never end, since each list is stored once.
+
+    Args:
+        content: what a file held: tensors, and lists, tuples, sets and dicts of any values.
+        what: beginning of the error message, the file.
+
+    Raises:
+        AezooError: it is too deep or too large, or contains itself.
+    """
+    _extent(content, what, {}, 0)
+
+
+def _extent(value: object, what: str, known: dict[int, int], depth: int) -> int:
+    """How many values a walk visits; 0 in `known` marks containers that are being counted."""
+    if not isinstance(value, list | tuple | set | frozenset | dict):
+        return 1
+    if id(value) not in known:
+        if depth > MAX_LEVELS:
+            raise AezooError(f"{what} is nested deeper than {MAX_LEVELS} levels: nothing that was trained needs that")
+        known[id(value)] = 0
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        total = 1
+        for part in parts:
+            total += _extent(part, what, known, depth + 1)
+            if total > MAX_EXTENT:
+                raise AezooError(f"{what} holds more than {MAX_EXTENT:,} values: nothing that was trained needs that")
+        known[id(value)] = total
+    if not known[id(value)]:
+        raise AezooError(f"{what} contains itself: the file is damaged")
+    return known[id(value)]
 
 
 def _copy(value: object, what: str, budget: list[int], depth: int) -> Any:

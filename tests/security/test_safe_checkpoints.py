@@ -1,7 +1,9 @@
 """Checkpoints and saved models from strangers: nothing in them runs or fills the memory; honest ones load."""
 
+import copy
 import json
 import math
+import os
 import pickle
 import sys
 import threading
@@ -15,7 +17,9 @@ from hostile.memory import memory
 
 import aezoo
 from aezoo.cli.main import main
+from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import read_checkpoint
 from aezoo.security import values
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -173,7 +177,7 @@ def test_repeated_values_are_counted_as_printed(honest):
         laugh = [laugh, laugh]
     honest["hyper_parameters"]["hidden_dims"] = laugh
     torch.save(honest, "laugh.ckpt")
-    with pytest.raises(AezooError, match="more than 10000 values or 8 levels"):
+    with pytest.raises(AezooError, match="holds more than 5,000,000 values"):
         aezoo.load_model("laugh.ckpt")
 
 
@@ -223,3 +227,134 @@ def test_no_request_reaches_a_live_server(refused, canary, tmp_path):
         server.shutdown()
         server.server_close()
     assert asked == []
+
+
+# ---- content that is valid and hostile ------------------------------------------------------------------------------
+
+
+def shared_lists(levels=30):
+    """10^levels values in a few hundred bytes."""
+    found = [0]
+    for _ in range(levels):
+        found = [found] * 10
+    return found
+
+
+def with_field(content, path, value):
+    """The content with a value at a path of keys; `*` is the first key there."""
+    content = copy.deepcopy(content)
+    place = content
+    for key in path[:-1]:
+        place = place[next(iter(place)) if key == "*" else key]
+    place[next(iter(place)) if path[-1] == "*" else path[-1]] = value
+    return content
+
+
+SHARED = [
+    ("pytorch-lightning_version",),
+    ("epoch",),
+    ("loops",),
+    ("callbacks", "*", "best_model_path"),
+    ("callbacks", "*", "last_model_path"),
+    ("hyper_parameters", "beta"),
+    ("datamodule_hyper_parameters", "name"),
+    ("DataModule", "columns"),
+    ("DataModule", "scaling"),
+    ("optimizer_states",),
+    ("aezoo", "version"),
+]
+
+
+@pytest.mark.parametrize("path", SHARED, ids=".".join)
+def test_lists_that_expand_without_end_are_refused(refused, honest, path):
+    torch.save(with_field(honest, path, shared_lists()), "x.ckpt")
+    for command in ("fit", "test"):
+        assert "x.ckpt" in refused(command, "--ckpt_path", "x.ckpt")
+    with pytest.raises(AezooError, match="holds more than"):
+        aezoo.load_model("x.ckpt")
+
+
+def test_deep_and_recursive_content_is_refused(honest):
+    deep, loop = [], []
+    for _ in range(200):
+        deep = [deep]
+    loop.append(loop)
+    for value, words in ((deep, "nested deeper"), (loop, "contains itself")):
+        torch.save({**honest, "loops": {"fit_loop": value}}, "x.ckpt")
+        with pytest.raises(AezooError, match=words):
+            aezoo.load_model("x.ckpt")
+
+
+def test_labels_of_tensor_files_are_held_to_the_extent():
+    torch.save({"x": torch.rand(8, 3), "y": shared_lists()}, "x.pt")
+    assert Path("x.pt").stat().st_size < 10**4
+    with pytest.raises(AezooError, match=r"x\.pt holds more than"):
+        DataModule("x.pt")
+
+
+WRONG = [
+    (("epoch",), "text"),
+    (("global_step",), [1]),
+    (("pytorch-lightning_version",), 3),
+    (("loops",), [1]),
+    (("loops", "fit_loop"), 5),
+    (("loops", "fit_loop", "epoch_progress"), []),
+    (("loops", "fit_loop", "epoch_progress", "current", "ready"), "text"),
+    (("callbacks",), 5),
+    (("callbacks", "*"), 5),
+    (("optimizer_states",), {}),
+    (("optimizer_states",), [5]),
+    (("optimizer_states",), [{"state": 5, "param_groups": []}]),
+    (("optimizer_states",), [{"state": {}, "param_groups": [{"params": [0, 1, 99]}]}]),
+    (("lr_schedulers",), 5),
+    (("DataModule",), 5),
+    (("DataModule", "scaling"), 5),
+    (("DataModule", "scaling"), {"offset": "text", "factor": torch.ones(3)}),
+    (("DataModule", "columns"), 5),
+    (("DataModule", "epoch"), "text"),
+    (("DataModule", "batches"), [1]),
+    (("DataModule", "identity"), 5),
+]
+
+
+def test_content_of_an_honest_checkpoint_is_accepted(honest):
+    torch.save(honest, "x.ckpt")
+    assert read_checkpoint(Path("x.ckpt")).keys() == honest.keys()
+
+
+def name_of_field(value):
+    return ".".join(value) if isinstance(value, tuple) else repr(value)[:20]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=name_of_field)
+def test_wrong_types_in_training_state_are_refused_in_one_line(run, refused, path, value):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(with_field(content, path, value), "x.ckpt")
+    settings = ["--trainer.max_epochs", "3", "--trainer.default_root_dir", "other"]
+    line = refused("fit", "--ckpt_path", "x.ckpt", *settings)
+    assert "x.ckpt" in line and (path[-1] in line or "cannot be restored" in line)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pipes_and_devices_are_refused_at_once(run, refused):
+    os.mkfifo("pipe.ckpt")
+    os.mkfifo("pipe.npy")
+    os.mkfifo("pipe.aez")
+    trained = ["--ckpt_path", str(run)]
+    for argv in (
+        ["fit", "--ckpt_path", "pipe.ckpt"],
+        ["fit", "--model", "vae", "--resume", "pipe.ckpt"],
+        ["test", "--ckpt_path", "pipe.ckpt"],
+        ["reconstruct", "--ckpt_path", "/dev/zero"],
+        ["fit", "-c", "pipe.ckpt"],
+        ["fit", "--model", "vae", "--data", "pipe.npy"],
+        ["fit", "--model", "vae", "--data", "array", "--data.root", "/dev/zero"],
+        ["reconstruct", *trained, "--input", "pipe.npy"],
+        ["reconstruct", *trained, "--input", "/dev/zero"],
+        ["decompress", *trained, "--input", "pipe.aez"],
+    ):
+        refused(*argv)

@@ -198,6 +198,8 @@ class Reader:
 
     def __init__(self, path: str | Path, max_bytes: int) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise AezooError(f"{path} is no file: give a file that compress wrote")
         try:
             with self.path.open("rb") as file:
                 self._end = _check_complete(file, self.path)

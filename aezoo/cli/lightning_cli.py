@@ -38,7 +38,7 @@ from aezoo.data import DataModule
 from aezoo.data.identity import set_name
 from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, resume, run_folder
+from aezoo.io import atomic_files, resume, run_folder, terminal
 from aezoo.security import archives, values
 from aezoo.training import compilation, distributed, speed
 
@@ -459,6 +459,10 @@ def main(argv: list[str]) -> None:
         if not isinstance(cause, OSError) or cause.errno not in _DISK_ERRORS:
             raise
         flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
+        if cause.filename is None and (reason := terminal.unwritable_output(after=cause)) is not None:
+            raise AezooError(
+                f"cannot write the output: {reason}; make room, or write it elsewhere; what was saved before is kept"
+            ) from error
         where = os.fsdecode(cause.filename or "the run folder")
         raise AezooError(
             f"cannot read or write {where}: {cause.strerror}; what was saved before is kept: make room, or choose a "

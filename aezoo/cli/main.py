@@ -7,7 +7,6 @@ import difflib
 import gc
 import importlib
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -15,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import aezoo
 from aezoo import registry
@@ -80,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
     whole = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
+    terminal.open_missing_streams()
     terminal.replace_unencodable()
     try:
         _run(argv, whole)
     except AezooError as error:
-        print(f"aezoo: {_one_line(str(error))}", file=sys.stderr)
+        print(f"aezoo: {terminal.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
@@ -92,20 +93,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(128 + 13)  # SIGPIPE, as shells have it
     except OSError as error:
         if error.filename is None:
-            raise
-        where = _one_line(os.fsdecode(error.filename))
+            if (reason := terminal.unwritable_output(after=error)) is None:
+                raise
+            _refuse_output(reason)
+        where = terminal.printable(os.fsdecode(error.filename))
         print(f"aezoo: cannot read or write {where}: {error.strerror}; give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\naezoo: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        terminal.detach_closed_streams()
+        failure = terminal.unwritable_output()
+        terminal.detach_unwritable_streams()
+        if failure is not None and not isinstance(sys.exception(), SystemExit):
+            _refuse_output(failure)
 
 
-def _one_line(text: str) -> str:
-    """Line breaks and whatever else a terminal obeys, as the name of a file may hold, written out."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+def _refuse_output(reason: str) -> NoReturn:
+    print(f"aezoo: cannot write the output: {reason}; make room, or write it elsewhere", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from aezoo.cli.tune_search import Search
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, run_folder, terminal
 from aezoo.security import yaml_text
+from aezoo.tasks.result_store import spreadsheet_cell
 from aezoo.training import distributed
 from aezoo.training.seeding import mix
 
@@ -370,8 +371,9 @@ class Study:
             figures = [attributes.get(key, "") for key in ("value", "epochs", "seconds")]
             figures.append(str(self._trial_root(trial)) if attributes.get("run") else "")
             values = [trial.params.get(name, "") for name in names]
-            table.writerow([trial.number, state, *figures, *values, attributes.get("error", "")])
-        content = text.getvalue().encode()
+            row = [trial.number, state, *figures, *values, attributes.get("error", "")]
+            table.writerow([spreadsheet_cell(cell) for cell in row])
+        content = text.getvalue().encode("utf-8", "backslashreplace")
         atomic_files.write(self.folder / "trials.csv", lambda file: file.write(content), cure=_CURE)
         best = self.best()
         if best is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, hub_files, run_folder
+from aezoo.io import atomic_files, hub_files, run_folder, terminal
 from aezoo.io.scale_folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
@@ -340,7 +340,7 @@ def note_version(stamp: Any, source: Path) -> None:
     """
     version = stamp.get("version") if isinstance(stamp, dict) else None
     if isinstance(version, str) and version != aezoo.__version__:
-        text = " ".join(version.split())[:40]
+        text = terminal.printable(version)[:40]
         print(f"aezoo: {source} was written by aezoo {text}, this is {aezoo.__version__}", file=sys.stderr)
 
 

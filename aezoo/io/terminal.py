@@ -3,11 +3,28 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 # sent by the kernel and by the shell, independently, when a terminal is closed; does not exist on Windows
 HANGUP = getattr(signal, "SIGHUP", None)
+
+
+def open_missing_streams() -> None:
+    """Replace standard streams that are closed, as by `>&-`, by the null device.
+
+    Python sets them to None then, and the next file that is opened would get their number and whatever is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def printable(text: str) -> str:
+    """Line breaks and whatever else a terminal obeys, as names of files and versions may hold, written out."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def replace_unencodable() -> None:
@@ -31,13 +48,26 @@ def is_closed_pipe(error: BaseException) -> bool:
     )
 
 
-def detach_closed_streams() -> None:
-    """Redirect outputs without a reader to the null device, so that the interpreter's last flush does not fail."""
+def unwritable_output(after: OSError | None = None) -> str | None:
+    """Why the standard output cannot be written though it has a reader, such as a full disk; None if it can.
+
+    Args:
+        after: an error that may be its own. What could not be written is gone then, so an empty line is tried.
+    """
+    try:
+        if after is not None:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        return None if is_closed_pipe(error) else error.strerror
+    return None
+
+
+def detach_unwritable_streams() -> None:
+    """Redirect outputs that cannot be written to the null device, for the interpreter's last flush."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError as error:
-            if not is_closed_pipe(error):
-                continue
+        except OSError:
             with contextlib.suppress(OSError):  # an output without a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

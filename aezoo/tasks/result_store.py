@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files
+from aezoo.io.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,11 +156,24 @@ def _reserve(file: Path) -> None:
 
 def csv_bytes(rows: Sequence[Row]) -> bytes:
     """A CSV with the keys of the first row as header; numbers with all digits."""
+    names = list(rows[0]) if rows else []
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writerow({name: spreadsheet_cell(name) for name in names})
+    writer.writerows({name: spreadsheet_cell(cell) for name, cell in row.items()} for row in rows)
+    # names of files may hold bytes that are no text
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def spreadsheet_cell(cell: Any) -> Any:
+    """A cell of a CSV; a text that spreadsheets would run as a formula gets a leading apostrophe."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def check_table(kind: str, kinds: Sequence[str]) -> None:
@@ -175,8 +189,12 @@ def _parquet_bytes(rows: Sequence[Row]) -> bytes:
     import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), sink)
+    pq.write_table(pa.Table.from_pylist([{name: _text(cell) for name, cell in row.items()} for row in rows]), sink)
     return sink.getvalue()
+
+
+def _text(cell: Any) -> Any:
+    return cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
 
 
 def table_text(rows: Sequence[Row]) -> str:
@@ -200,7 +218,7 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool | str):
-        return str(value)
+        return printable(str(value))
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}"

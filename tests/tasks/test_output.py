@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aezoo.errors import AezooError
-from aezoo.tasks.result_store import Store, resolve_device, table_text, write_batch
+from aezoo.tasks.result_store import Store, csv_bytes, resolve_device, table_text, write_batch
 
 
 def test_stored_array_has_written_values(tmp_path):
@@ -147,3 +147,39 @@ def test_unavailable_device_is_refused():
         resolve_device("cuda:99")
     with pytest.raises(AezooError, match="no device 'gpu'"):
         resolve_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
+        ("+cmd", "'+cmd"),
+        ("-2+3", "'-2+3"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\tx", "'\tx"),
+        ("-1.5", "-1.5"),
+        ("+3", "+3"),
+        ("plain = text", "plain = text"),
+        (-2.5, "-2.5"),
+    ],
+)
+def test_csv_cells_do_not_run_in_spreadsheets(cell, written):
+    rows = [*csv.reader(csv_bytes([{"name": cell}]).decode().splitlines())]
+    assert rows == [["name"], [written]]
+    header, _ = csv.reader(csv_bytes([{"=name()": 1}]).decode().splitlines())
+    assert header == ["'=name()"]
+
+
+def test_undecodable_names_are_written_escaped(tmp_path):
+    with Store(tmp_path) as store:
+        store.table("paths", [{"path": "caf\udce9"}])
+    assert (tmp_path / "paths.csv").read_text() == "path\ncaf\\udce9\n"
+    pq = pytest.importorskip("pyarrow.parquet")
+    with Store(tmp_path) as store:
+        store.table("paths", [{"path": "caf\udce9", "error": 1.5}], kind="parquet")
+    assert pq.read_table(tmp_path / "paths.parquet").to_pylist() == [{"path": "caf\\udce9", "error": 1.5}]
+
+
+def test_printed_tables_have_no_control_characters():
+    text = table_text([{"class": "red\x1b[31m\x07\r", "n": 3}])
+    assert "red\\x1b[31m\\x07\\r" in text and "\x1b" not in text

@@ -1,0 +1,71 @@
+"""Standard streams that are closed or full end no command in a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FIT = "fit --model vae --model.hidden_dims [8] --data digits --trainer.max_epochs 1 --projector.n 0"
+CLOSED = [">&-", "2>&-", ">&- 2>&- <&-"]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="redirections of a POSIX shell")
+
+
+def shell(command, redirections, folder):
+    """Exit code and what the command printed to stderr, through a shell that redirects its streams."""
+    line = f'"{sys.executable}" -m aezoo {command} {redirections}'
+    ended = subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("redirections", CLOSED)
+def test_light_commands_run_with_closed_streams(tmp_path, redirections):
+    assert shell("list vae", redirections, tmp_path) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("command", ["list", "--help", "info vae"])
+def test_full_output_is_reported_in_one_line(tmp_path, command):
+    code, error = shell(command, "> /dev/full", tmp_path)
+    assert code == 2
+    assert error.splitlines() == [
+        "aezoo: cannot write the output: No space left on device; make room, or write it elsewhere"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirections", CLOSED)
+def test_fits_and_verbs_run_with_closed_streams(tmp_path, redirections):
+    code, error = shell(FIT, redirections, tmp_path)
+    assert code == 0 and "Traceback" not in error
+    assert (tmp_path / "runs/vae-digits/0/checkpoints/last.ckpt").is_file()
+    code, error = shell("reconstruct --ckpt_path runs/vae-digits/0", redirections, tmp_path)
+    assert code == 0 and "Traceback" not in error
+    assert (tmp_path / "runs/vae-digits/0/reconstruct/errors.csv").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_fit_to_full_output_ends_in_one_line(tmp_path):
+    code, error = shell(FIT, "> /dev/full", tmp_path)
+    assert code == 2 and "Traceback" not in error
+    assert "cannot write the output: No space left on device" in error.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_class_folder_with_undecodable_name_is_usable(tmp_path):
+    """Names of files are bytes on Linux; what is printed or written shows a question mark or an escape."""
+    photos = tmp_path / "photos"
+    for name in (b"caf\xe9", b"plain"):
+        folder = Path(os.fsdecode(bytes(photos) + b"/" + name))
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.new("L", (8, 8), i * 10).save(folder / f"{i}.png")
+    fit = FIT.replace("--data digits", "--data photos")
+    assert shell(fit, "", tmp_path)[0] == 0
+    for verb in ("detect", "embed", "reconstruct"):
+        code, error = shell(f"{verb} --ckpt_path runs/vae-photos/0", "", tmp_path)
+        assert code == 0, error

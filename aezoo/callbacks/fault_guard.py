@@ -28,7 +28,8 @@ class FaultGuard(Checked, pl.Callback):
     the one with bad gradients skips. With gradient accumulation all batches of the step are dropped. Skips by which a
     gradient scaler finds its scale do not count until that scale is below 1.
 
-    Skips are logged, ever more rarely; a run that ends this way leaves `fault.txt` in its folder. Several processes
+    Skips are logged, ever more rarely; a run that ends this way leaves `fault.txt` in its folder. A shorter run whose
+    steps were all skipped fails at its end. Several processes
     decide by the gradients alone, which they share, and so skip the same steps.
 
     On a CPU many steps of the zoo's own models are checked together where possible; if one was bad, they are undone
@@ -205,6 +206,12 @@ class FaultGuard(Checked, pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._device = self._buffers = None
+        steps = trainer.global_step // max(1, len(trainer.optimizers))
+        if self.patience and 0 < steps <= self.skipped:
+            raise AezooError(
+                f"all {steps} steps were skipped, as {', '.join(self.by_term)} was not finite, and nothing was learnt: "
+                "scale the data (--data.scale standard), or lower --model.lr"
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):

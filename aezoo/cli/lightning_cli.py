@@ -350,6 +350,12 @@ class AezooCLI(LightningCLI):
                 raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
             if (line := _lightning_error_line(error)) is not None:
                 raise AezooError(line) from error
+            if _lacks_memory(error):
+                batch = self.datamodule.batch_size
+                raise AezooError(
+                    f"out of memory in a step of {batch} samples ({' '.join(str(error).split())[:120]}): lower "
+                    "--data.batch_size, --model.hidden_dims or --data.size; what was saved before is kept"
+                ) from error
             if "Error(s) in loading state_dict" not in str(error):
                 if isinstance(error, Exception) and not isinstance(error, AezooError) and _restores(error):
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -484,6 +490,12 @@ def _lightning_error_line(error: BaseException) -> str | None:
     own = type(error) is ValueError and error.__cause__ is None
     own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
     return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether the memory of the host or of a GPU was not enough."""
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _restores(error: BaseException) -> bool:

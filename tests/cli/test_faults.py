@@ -16,6 +16,7 @@ from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.distributions.likelihoods import LIKELIHOODS, likelihood
 from aezoo.errors import AezooError
+from aezoo.models.variational.vae import VAE
 from aezoo.training import input_checks
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -241,3 +242,30 @@ def test_a_log_variance_cannot_overflow(value, dtype):
     terms["loss"].backward()
     assert all(term.isfinite() for term in terms.values())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["none", "auto"])
+def test_run_whose_steps_are_all_skipped_fails(capsys, scale):
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    np.save("x.npy", x * np.float32(1e30) if scale == "none" else x)
+    flags = ["--data", "x.npy", "--data.scale", scale, "--model.likelihood", "gaussian"]
+    command = ["fit", "--model", "dense_ae", *flags, "--trainer.max_epochs", "1", "--projector.n", "0"]
+    if scale == "auto":
+        main(command)
+    else:
+        line = refused(capsys, *command)
+        assert "all 1 steps were skipped" in line and "--data.scale standard" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["host", "device", "python"])
+def test_out_of_memory_in_a_step_is_reported_in_one_line(capsys, monkeypatch, where):
+    def loss(self, x, y=None):
+        if where == "device":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return [0] * 2**62 if where == "python" else torch.empty(2**58)
+
+    monkeypatch.setattr(VAE, "loss", loss)
+    line = refused(capsys, *FIT)
+    assert "out of memory in a step of" in line and "lower --data.batch_size" in line

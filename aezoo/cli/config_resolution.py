@@ -125,6 +125,8 @@ def expand(argv: list[str]) -> Request:
         if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
             raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
+        if command == "fit" and run is not None and "--config" not in flags:
+            _check_config_exists(content, run)
         settings = _settings(command, content, source, run, optional=model_flag is not None)
         settings["data"] = without_foreign(settings["data"], flags)
         if command != "fit":
@@ -348,6 +350,14 @@ def expand_model_names(text: str) -> str:
             if "." not in name and isinstance(model.get("init_args"), dict):
                 registry.check_hyperparameters(registry.model_class(name), model["init_args"], name)
     return yaml.safe_dump(config, sort_keys=False)
+
+
+def _check_config_exists(content: dict[str, Any], run: Path) -> None:
+    noted = content.get("callbacks", {}).get("SaveConfig")
+    file = noted.get("file") if isinstance(noted, dict) else None
+    if isinstance(file, str) and not (run / file).is_file():
+        raise AezooError(f"{run} has lost its {file}, which holds the settings of its trainer and callbacks: put it "
+                         "back, or give them all with -c FILE")  # fmt: skip
 
 
 def _settings(command: str, content: dict[str, Any], source: Path, run: Path | None, optional: bool) -> dict[str, Any]:

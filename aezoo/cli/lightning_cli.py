@@ -85,6 +85,10 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, pl_module, trainer.log_dir)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Notes in checkpoints that their run has this file, which is then required to continue it."""
+        return {"file": self.config_filename}
+
     def _write(self, trainer: Trainer, pl_module: LightningModule, log_dir: str | None) -> None:
         if trainer.is_global_zero and log_dir is not None and not self.already_saved:
             config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))

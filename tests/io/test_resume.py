@@ -213,6 +213,19 @@ def test_python_fits_refuse_other_data_and_tests_take_them(sets, tmp_path):
     trainer.test(model, other, ckpt_path="end.ckpt", weights_only=True, verbose=False)
 
 
+def test_run_without_its_config_is_not_continued(sets, capsys):
+    fit_to("a", "--trainer.gradient_clip_val=0.5")
+    config = Path("runs/vae-x/0/config.yaml")
+    config.rename("kept.yaml")
+    for flag in ("--ckpt_path", "--resume"):
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", f"{flag}=runs/vae-x/0", "--trainer.max_epochs=2"])
+        assert ended.value.code == 2
+        assert "runs/vae-x/0 has lost its config.yaml" in capsys.readouterr().err
+    main(["fit", "-c", "kept.yaml", "--ckpt_path=runs/vae-x/0", "--trainer.max_epochs=2"])
+    assert "gradient_clip_val: 0.5" in config.read_text()
+
+
 # ---- what a run goes on from ----------------------------------------------------------------------------------------
 
 QUIET = [*OFF, "--code_statistics.every_n_epochs=0", "--projector.n=0", "--trainer.limit_test_batches=0"]

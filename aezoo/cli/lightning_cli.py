@@ -276,6 +276,8 @@ class AezooCLI(LightningCLI):
         for callback in extra:
             if isinstance(callback, callbacks.Checkpoints):
                 callback.run = run_dir
+                if writes and self.subcommand == "fit":
+                    self._lock_checkpoints(callback.dirpath)
         if self.subcommand != "fit" and config.get("logger") is None:
             # their events at step 0 would cut off the run's own curves
             config["logger"] = False
@@ -296,6 +298,16 @@ class AezooCLI(LightningCLI):
         trainer_settings.check_processes(trainer)
         distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer
+
+    def _lock_checkpoints(self, dirpath: Any) -> None:
+        """Let no other run write into a folder of checkpoints that the user has named."""
+        if dirpath is None or "://" in str(dirpath):
+            return
+        folder = Path(dirpath)
+        stays = run_folder.existing_parent(folder)
+        with contextlib.suppress(OSError):  # reported when the first file is written
+            folder.mkdir(parents=True, exist_ok=True)
+            self.exit_stack.enter_context(run_folder.locked(folder, stays, "give another --checkpoints.dirpath"))
 
     def _curves(self, run_dir: Path) -> dict[str, Any]:
         """Logger settings with which a resumed run removes the points that it had logged after its checkpoint."""

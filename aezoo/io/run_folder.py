@@ -96,12 +96,15 @@ def parent_folder(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, keep: Path) -> Iterator[None]:
+def locked(
+    folder: Path, keep: Path, cure: str = "train from scratch without --ckpt_path and --resume"
+) -> Iterator[None]:
     """Lock a folder against training by other processes; remove it at the end if nothing was written there.
 
     Args:
         folder: the folder of the run.
         keep: the folder that existed before; empty folders below it are removed.
+        cure: what to do instead of waiting.
 
     Raises:
         AezooError: another process trains there.
@@ -110,10 +113,7 @@ def locked(folder: Path, keep: Path) -> Iterator[None]:
         try:
             _lock(ends.enter_context((folder / _LOCK).open("ab")))
         except BlockingIOError as error:
-            raise AezooError(
-                f"{folder} is being written by another process: wait for it, or train from scratch without "
-                "--ckpt_path and --resume"
-            ) from error
+            raise AezooError(f"{folder} is being written by another process: wait for it, or {cure}") from error
         except OSError:
             pass  # no locks on this file system; a failure to write is reported later
         try:

@@ -123,6 +123,21 @@ def test_a_second_writer_of_a_run_is_refused(holder, capsys):
     assert (HOME / "1" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
+def test_a_second_writer_of_a_folder_of_checkpoints_is_refused(holder, capsys):
+    shared = f"--checkpoints.dirpath={HOME / '0'}"
+    with pytest.raises(SystemExit) as end:
+        main([*FIT, "--trainer.max_epochs=1", "--trainer.default_root_dir=others", shared])
+    assert end.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "runs/vae-digits/0 is being written by another process" in line and "--checkpoints.dirpath" in line
+    assert [path.name for path in (HOME / "0").iterdir()] == [".lock"]
+    holder.kill()
+    holder.wait()
+    main([*FIT, "--trainer.max_epochs=1", "--trainer.default_root_dir=others", shared])
+    assert (HOME / "0" / "last.ckpt").is_file()
+
+
 @pytest.mark.parametrize("given", ["last.ckpt", ".", "../checkpoints", "sub/../last.ckpt"])
 def test_run_is_found_from_inside_its_folders(given, monkeypatch):
     folder = HOME / "0" / "checkpoints"

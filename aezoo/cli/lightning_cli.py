@@ -40,7 +40,7 @@ from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder, terminal
 from aezoo.security import archives, values
-from aezoo.training import compilation, distributed, speed
+from aezoo.training import compilation, distributed, launcher, speed
 
 # errors of a disk or folder, anywhere in a run; loggers and pictures also write
 _DISK_ERRORS = {
@@ -450,7 +450,7 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 uses a class that newer torch versions rename; the user cannot do anything about it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)", category=FutureWarning)
-    distributed.end_with_launcher()
+    launcher.end_with_launcher()
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_DIR, None)
         os.environ.pop(RESUMED, None)

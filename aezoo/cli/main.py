@@ -22,6 +22,7 @@ from aezoo.cli import HEAVY, LIGHT, VERBS
 from aezoo.cli.recipes import find_recipe, recipes
 from aezoo.errors import AezooError
 from aezoo.io import terminal
+from aezoo.training import launcher
 
 HELP = """\
 usage: aezoo COMMAND ...
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
     whole = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
+    if whole:
+        launcher.end_with_launcher()
     terminal.open_missing_streams()
     terminal.replace_unencodable()
     try:

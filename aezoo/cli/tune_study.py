@@ -36,7 +36,7 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, run_folder, terminal
 from aezoo.security import yaml_text
 from aezoo.tasks.result_store import spreadsheet_cell
-from aezoo.training import distributed
+from aezoo.training import launcher
 from aezoo.training.seeding import mix
 
 # the command that a trial runs
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
         AezooError: an error that the user can fix; mistakes in flags or searches are reported before the first trial.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; the study can be continued.
     """
-    environment = {**os.environ, distributed.TRIAL: "1"}
+    environment = {**os.environ, launcher.TRIAL: "1"}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     home = _check_searches(searches, flags)
     folder = Path(options.study) if options.study else home.with_name(f"{home.name}-tune")

@@ -6,11 +6,8 @@ of a collective in the other ranks, which then end it.
 """
 
 import atexit
-import contextlib
-import ctypes
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -19,27 +16,13 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-# set in the environment of a run that `aezoo tune` has started
-TRIAL = "AEZOO_TRIAL"
 # seconds that a rank has for its own error message after another rank has failed
 GRACE = 5.0
 # seconds for threads to release tensors; a thread needs microseconds once it has a core
 _LET_GO = 0.2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_S_OWN = timedelta(minutes=30)
 _LATE = ("timed out", "timeout", "time out")
-
-
-def end_with_launcher() -> None:
-    """On Linux, have this rank or run of a study killed when the process that launched it ends for any reason.
-
-    Nothing else can end a stopped process whose launcher was killed.
-    """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or TRIAL in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
-    if launched and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def limit_wait(trainer: Trainer, seconds: float) -> None:

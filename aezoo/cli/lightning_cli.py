@@ -73,6 +73,10 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
 _Draws = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="and")
 
 
+# how often a command that evaluates a run looks for its best checkpoint
+_ATTEMPTS = 3
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it."""
 
@@ -463,8 +467,17 @@ def main(argv: list[str]) -> None:
 
     threading.excepthook = report
     try:
-        with contextlib.ExitStack() as exit_stack:
-            AezooCLI(argv, exit_stack)
+        for attempt in range(_ATTEMPTS):
+            try:
+                with contextlib.ExitStack() as exit_stack:
+                    AezooCLI(argv, exit_stack)
+                break
+            except (AezooError, FileNotFoundError) as error:
+                # a run that is still training has replaced its best checkpoint since it was found
+                cause = error.__cause__ if isinstance(error, AezooError) else error
+                missing = isinstance(cause, FileNotFoundError) and str(cause.filename).endswith(".ckpt")
+                if argv[0] == "fit" or not missing or attempt == _ATTEMPTS - 1:
+                    raise
     except AezooError:  # a ValueError itself
         raise
     except RuntimeError as error:

@@ -6,6 +6,7 @@ it, stored in the comment of the zip format: `head -c -64 FILE | sha256sum` prin
 loader of torch's files can read it. The digest is part of the file, so a kill cannot separate the two.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -162,7 +163,10 @@ def check_intact(path: Path) -> None:
     """
     wrong = find_damage(path)
     if wrong is not None:
-        raise AezooError(f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN")
+        gone = None if path.exists() else FileNotFoundError(errno.ENOENT, wrong, str(path))
+        raise AezooError(
+            f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN"
+        ) from gone
 
 
 def record_path(path: Path) -> Path:

@@ -725,3 +725,22 @@ def test_overlong_path_is_refused_in_one_line(argv, capsys):
 def test_path_with_newline_is_escaped_in_error(argv, capsys):
     Path("a\nb\x1b[31m.npy").write_text("no array")
     assert "a\\nb\\x1b[31m.npy" in refused(capsys, *argv, "a\nb\x1b[31m.npy")
+
+
+@pytest.mark.slow
+def test_checkpoint_replaced_while_it_is_read_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--data", "digits", "--trainer.max_epochs", "1", "--projector.n", "0"]
+    main(["fit", "--model", "vae", "--model.hidden_dims", "[8]", *quick])
+    (best,) = Path("runs/vae-digits/0/checkpoints").glob("best*.ckpt")
+    load, replaced = torch.load, []
+
+    def replace_after_first(file, *args, **settings):
+        content = load(file, *args, **settings)
+        if not replaced:
+            replaced.append(best.rename(best.with_name("best-007-9.ckpt")))
+        return content
+
+    monkeypatch.setattr(torch, "load", replace_after_first)
+    main(["test", "--ckpt_path", "runs/vae-digits/0"])
+    assert replaced

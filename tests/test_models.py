@@ -88,6 +88,7 @@ def test_variant(variant, check):
 
 
 @strict
+@pytest.mark.slow
 def test_two_processes_train_like_one():
     run(check_ddp, "dense_ae", "vae", "vq_vae", "vae_gan")
 
@@ -110,6 +111,7 @@ def test_model_slowly(name, check):
     run(check, name)
 
 
+@pytest.mark.slow
 def test_the_registry_takes_vectors_images_sequences_and_volumes():
     for shape in SHAPES:
         takers = {name for name in own_models() if subject_of(name).takes(shape)}

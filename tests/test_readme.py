@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_tables_and_headers_match_newest_results():
     rows = benchmark.read(benchmark.newest())
     assert rows.keys() == benchmark.own_recipes().keys()
@@ -149,6 +150,7 @@ def test_the_model_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
             check(MyAE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_readme_python_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

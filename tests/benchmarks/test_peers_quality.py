@@ -121,6 +121,7 @@ def test_likelihood_estimate_uses_importance_weights(tmp_path):
     assert found["elbo"] < found["log_likelihood"]
 
 
+@pytest.mark.slow
 def test_noise_seeds_match_zoo_training_steps(tmp_path, monkeypatch):
     asked = peers_quality.arguments_of(["--latent-dim", "3", "--batch", "2000", "--epochs", "2"])
     _, data, weights = peers_quality.prepare(tmp_path, asked, 3)

@@ -224,6 +224,7 @@ def test_cp_copies_a_recipe_and_keeps_an_existing_file(capsys):
     assert "--force" in refused(capsys, "cp", "vae", "mine/my.yaml")
 
 
+@pytest.mark.slow
 def test_console_script_exits_0_without_repr():
     done = subprocess.run([sys.executable, "-m", "aezoo", "list"], capture_output=True, text=True)
     assert done.returncode == 0 and "object at" not in done.stdout + done.stderr

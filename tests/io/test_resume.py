@@ -166,6 +166,7 @@ def trained(run):
     return {path.name: path.read_bytes() for path in Path(run, "checkpoints").iterdir()}
 
 
+@pytest.mark.slow
 def test_auto_starts_a_run_of_its_own_for_another_file(sets, capsys):
     fit_to("a")
     first = trained("runs/vae-x/0")
@@ -180,6 +181,7 @@ def test_auto_starts_a_run_of_its_own_for_another_file(sets, capsys):
     assert "runs/vae-x/0 is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--ckpt_path", "--resume"])
 @pytest.mark.parametrize("change", ["another file", "new content"])
 def test_a_run_is_not_continued_on_other_data(sets, capsys, flag, change):
@@ -194,6 +196,7 @@ def test_a_run_is_not_continued_on_other_data(sets, capsys, flag, change):
     assert trained("runs/vae-x/0") == before and not Path("runs/vae-x/1").exists()
 
 
+@pytest.mark.slow
 def test_a_moved_file_is_the_same_data(sets, capsys):
     fit_to("a")
     Path("a").rename("c")

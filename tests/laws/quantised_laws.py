@@ -400,6 +400,7 @@ def batches(n: int = 48, size: int = 8) -> Any:
     return DataLoader(x, batch_size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", LEARNED)
 def test_resume_is_exact_and_indices_roundtrip(key: str, quiet: Any, tmp_path: Any) -> None:
     name, settings = LEARNED[key]

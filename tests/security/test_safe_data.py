@@ -89,6 +89,7 @@ def test_size_limit_applies_to_tensors_texts_and_tables():
     assert data("y.csv", max_bytes=10**6).input_shape == (2,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lists", "texts"])
 def test_parquet_columns_that_expand_are_refused_unread(kind):
     pyarrow = pytest.importorskip("pyarrow")

@@ -34,6 +34,7 @@ def changed(folder, **more):
     (folder / "config.json").write_text(json.dumps({**config, **more}))
 
 
+@pytest.mark.slow
 def test_regular_folder_loads_without_network(folder, canary, monkeypatch):
     asked = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))

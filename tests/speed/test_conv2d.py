@@ -828,6 +828,7 @@ def test_unbatched_input_and_output_size_match_torch(always, taken):
     assert taken == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_exported_graphs_contain_plain_convolutions(always, taken):
     net = nn.Sequential(conv2d.Conv2d(4, 6, 3), conv2d.ConvTranspose2d(6, 4, 3))

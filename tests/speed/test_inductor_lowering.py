@@ -100,6 +100,7 @@ def test_dynamic_sizes_call_operator_directly():
         torch.testing.assert_close(run(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.slow
 def test_missing_inductor_api_disables_lowering(monkeypatch):
     from torch._inductor import lowering
 

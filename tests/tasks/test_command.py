@@ -58,6 +58,7 @@ def test_split_output_folder_and_batch_size_are_respected(run, tmp_path, capsys)
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["errors.csv", "reconstructions.npy"]
 
 
+@pytest.mark.slow
 def test_overwritten_results_are_reported(run, tmp_path, capsys):
     flags = ["--ckpt_path", str(run), f"--out={tmp_path}", "--n_shown", "0"]
     main(["reconstruct", *flags])

@@ -516,6 +516,7 @@ def test_labels_without_protocol_are_not_evaluated():
 # ---- files and every kind of sample ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 def test_every_kind_of_sample_is_judged_and_written(tmp_path, shape):
     torch.manual_seed(0)

@@ -183,6 +183,7 @@ def test_a_constant_code_cannot_be_reached():
     assert not scorer(x).any()
 
 
+@pytest.mark.slow
 def test_biases_collapse_svdd_to_a_constant(monkeypatch):
     x = images(64)
     model = moved(latent_dim=2, hidden_dims=(4,))

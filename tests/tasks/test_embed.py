@@ -62,6 +62,7 @@ def test_npz_labels_match_data(tmp_path, labels, kept):
         assert file["y"].tolist() == kept
 
 
+@pytest.mark.slow
 def test_embedded_codes_match_model_encode(tmp_path, model, digits):
     x, y = digits.tensors("test")
     found = embed(model, digits, out=str(tmp_path), batch_size=7)

@@ -175,6 +175,7 @@ def test_the_real_compiler_takes_the_same_steps(name):
         torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_step_scales_bytes_equally(graphs):
     class Look(pl.Callback):
         capturable = True
@@ -432,6 +433,7 @@ def test_annealing_compiles_once_and_equals_the_plain_run(graphs, mode):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copy_made_in_a_fit_uses_its_own_weights(graphs, copy_of):
     seen = []
@@ -569,6 +571,7 @@ def test_optimiser_moments_follow_weight_layout():
     torch.testing.assert_close(layers[0].weight.contiguous(), layers[1].weight.contiguous())
 
 
+@pytest.mark.slow
 def test_fit_uses_channels_last_and_restores_layout(tmp_path):
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

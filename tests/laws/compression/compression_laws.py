@@ -232,6 +232,7 @@ def test_rate_and_distortion_train_expected_networks(name: str) -> None:
     assert trained("nll") == {"encoder", "decoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sampled_symbols_follow_model_distribution(name: str) -> None:
     """Whole numbers drawn under the first law, that of a channel without anything before, come as often as it says."""

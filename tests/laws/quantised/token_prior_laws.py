@@ -286,6 +286,7 @@ def test_temperature_0_or_top_1_draws_the_likeliest(name: str, temperature: floa
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_nll_reaches_source_entropy(name: str, adam: Any) -> None:
     """Independent indices, each of its own distribution: nll falls to the sum of their entropies, and not below."""
@@ -352,6 +353,7 @@ def test_trained_tokenizer_is_frozen_under_its_prior(name: str, trained: Any, qu
     assert len(moved_too) > 5 and not any(key.startswith("tokenizer.") for key in moved_too)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_untrained_tokenizer_trains_as_if_alone(name: str, quiet: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = aezoo.create_model(name, (1, 4, 4), tokenizer={"model": "vq_vae", "lr": 2e-3, **TOKENIZER}, **SMALL[name])

@@ -59,6 +59,7 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("ae1svm", {}), ("deep_svdd", {"nu": 0.1})],

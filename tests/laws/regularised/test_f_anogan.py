@@ -289,6 +289,7 @@ def test_every_input_shape_is_scored(shape: tuple[int, ...]) -> None:
         assert model.eval().score(x).shape == (5,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_one_class_training_detects_other_digits(alpha: float) -> None:
     data = aezoo.DataModule("digits", batch_size=64, train_classes=[3])

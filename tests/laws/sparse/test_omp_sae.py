@@ -159,6 +159,7 @@ def test_invalid_values_are_refused(settings: dict[str, Any]) -> None:
         build(**settings)
 
 
+@pytest.mark.slow
 def test_gradients_repeat_exactly_on_two_threads() -> None:
     model, x = create("omp_sae", input_shape=(784,), latent_dim=8, k=4, likelihood="laplace"), torch.rand(64, 784)
 

@@ -305,6 +305,7 @@ def test_two_level_importance_weights_are_constant_at_posterior(name: str) -> No
     torch.testing.assert_close(draws.mean(0), evidence.mean, rtol=0, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONDITIONALS)
 def test_elbo_importance_bounds_and_evidence_are_ordered(name: str) -> None:
     model, evidence = linear_hierarchy(name)

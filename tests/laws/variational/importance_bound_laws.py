@@ -364,6 +364,7 @@ def test_stl_is_unbiased_for_single_sample_bounds_only(
             unbiased_law(name, settings, shares, "stl", true_posterior)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [("iwae", "reparam"), ("iwae", "stl"), ("iwae", "dreg"), ("miwae", "dreg"), ("piwae", "reparam"), ("ciwae", "stl")],

@@ -239,6 +239,7 @@ def integral(model: Any, x: Tensor) -> Tensor:
     return torch.logsumexp(log_px + model.log_prior(z)[:, None], 0) + math.log(float(z[1] - z[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MIXTURES, *FLOWS])
 def test_importance_likelihood_matches_prior_integral(name: str) -> None:
     model, x = small(name, latent_dim=1), data(3)

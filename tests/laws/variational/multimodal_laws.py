@@ -150,6 +150,7 @@ def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) 
     torch.testing.assert_close(terms["loss"], torch.stack(nll).mean() + 3.0 * torch.stack(kl).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MIXTURES)
 @pytest.mark.parametrize("apart", [0.0, 1.0, 6.0])
 def test_mixture_kl_matches_integration_below_mean_kl(make: Any, apart: float, shifted: Any) -> None:

@@ -96,6 +96,7 @@ def test_distance_is_zero_only_for_perfect_reconstruction(make: Any) -> None:
     assert (model.nll(torch.logit(x) + torch.randn_like(x), x) > 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", DISTANCES)
 def test_training_by_the_distance_reconstructs_digits(make: Any, digits: Tensor, adam: Any) -> None:
     x = digits[:512].float()

@@ -99,6 +99,7 @@ def quadrangles(model: Any, steps: Tensor) -> float:
     return float((0.25 * (q[:-1, :-1] + q[1:, :-1] + q[1:, 1:] + q[:-1, 1:]) * areas.abs()).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("latent_dim", "integral"), [(1, lines), (2, quadrangles)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_flow_posterior_density_integrates_to_one(kind: str, latent_dim: int, integral: Any) -> None:

@@ -130,6 +130,7 @@ def test_the_bounds_of_the_fitted_linear_vae_are_tight(digits_vae: Any, digits: 
     assert elbo(digits_vae, x, 100) < top + 0.02
 
 
+@pytest.mark.slow
 def test_elbo_iwae_and_evidence_are_ordered(digits_vae: Any, digits: Tensor) -> None:
     model, x = copy.deepcopy(digits_vae), digits[:300].float()
     with torch.no_grad():  # a posterior that is off in its mean and in its variance

@@ -213,6 +213,7 @@ def shares_of_the_common_factor(model: Any, with_labels: bool) -> float:
     return float((within / z.var(0)).min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SHARING)
 def test_pair_training_finds_shared_dimension(make: Any) -> None:
     found = []

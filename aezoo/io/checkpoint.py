@@ -340,7 +340,7 @@ def note_version(stamp: Any, source: Path) -> None:
     """
     version = stamp.get("version") if isinstance(stamp, dict) else None
     if isinstance(version, str) and version != aezoo.__version__:
-        text = terminal.printable(version)[:40]
+        text = terminal.printable(" ".join(version.split()))[:40]
         print(f"aezoo: {source} was written by aezoo {text}, this is {aezoo.__version__}", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """What all tests share: few threads, since the suite itself runs in two processes."""
 
 import getpass
+import logging
 import os
 import tempfile
 import zlib
@@ -19,6 +20,7 @@ from law_fixtures import (  # noqa: F401
     shifted,
     spectrum,
 )
+from lightning.pytorch.utilities import rank_zero_only
 
 collect_ignore = ["plugin"]
 
@@ -48,9 +50,13 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tests run in several processes; numba, which UMAP uses, sets the number of threads for all."""
+def _process_state():
+    """What one test would leave to the next: numba, for UMAP, sets threads; strategies and quiet fits silence logs."""
     torch.set_num_threads(1)
+    rank_zero_only.rank = 0
+    logging.disable(logging.NOTSET)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _compile_by(backend, monkeypatch):

@@ -13,6 +13,7 @@ PACKAGE = Path(aezoo.__file__).parent
 ROOT_FILES = {"__init__", "__main__", "autoencoder", "corruptions", "errors", "registry", "sklearn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", ["floors", "circles", "speed"])
 def test_imports_keep_the_contract(contract, capsys):
     config = PACKAGE.parent / "pyproject.toml"

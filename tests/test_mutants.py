@@ -78,6 +78,7 @@ def test_a_fault_is_caught_in_a_copy(capsys):
     assert (ROOT / "aezoo/corruptions.py").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_interrupted_mutation_run_resumes(tmp_path, monkeypatch, capsys):
     judged, file = [], tmp_path / "kept"
     monkeypatch.setattr(mutants, "judge", lambda fault, *_: (judged.append(fault), Verdict(fault, *WORDS))[1])

@@ -245,6 +245,7 @@ def test_offline_sets_keep_range_and_disjoint_splits(name, fractions, batch_size
     assert len(x) == min(batch_size, len(data.dataset("train")))
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=40)
 @given(
     shape=shapes,

@@ -114,6 +114,7 @@ def test_readme_sentences_match_result_files():
     assert len(sets) == 4 and all(numbers <= found for found in sets) and "on four data sets with three" in readme
 
 
+@pytest.mark.slow
 def test_report_matches_result_files():
     home = ROOT / "benchmarks"
     text, rows = report.tables(home / "results", home)

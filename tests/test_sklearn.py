@@ -179,6 +179,7 @@ def test_transformer_works_in_pipeline_and_grid_search(digits):
     assert search.best_params_ == {"latent_dim": 16}
 
 
+@pytest.mark.slow
 def test_search_accepts_numpy_scalars():
     X = gaussian(60)
     drawn = {
@@ -214,6 +215,7 @@ def test_convolutional_model_reshapes_rows_to_images(digits):
         clone(model).set_params(sample_shape=(1, 9, 9)).fit(X)
 
 
+@pytest.mark.slow
 def test_detector_finds_outliers():
     X, random = gaussian(400), np.random.default_rng(1)
     strange = X[:40] + random.normal(size=(40, 6))
@@ -243,6 +245,7 @@ def test_denoiser_reduces_noise(digits):
         AutoencoderDenoiser("dense_ae").fit(X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", ALL)
 def test_copies_of_estimators_are_equal(cls, tmp_path):
     X, new = gaussian(50), cls(**FEW, model_params={"hidden_dims": (8,)})
@@ -398,6 +401,7 @@ def test_interrupted_fit_raises_and_keeps_previous_fit(monkeypatch):
     assert not model.autoencoder_.training and model.autoencoder_._trainer is None
 
 
+@pytest.mark.slow
 def test_partial_fit_continues_training():
     X = gaussian(200)
     model = AutoencoderTransformer(**{**FEW, "max_epochs": 1})

@@ -168,6 +168,7 @@ def test_used_bits_sum_over_places_and_codebooks():
     assert bits_row.of_books(Codebooks(), {"usage_top": 0.5}) == {}  # codebooks too large to count
 
 
+@pytest.mark.slow
 def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
     table = Table(tmp_path / "bits-digits-fp32-pt2.13-cpu2.csv", bits.KEY, "bits it")
     for bits_a_place, mse in ((10, 0.01), (6, 0.04)):

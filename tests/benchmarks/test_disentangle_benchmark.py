@@ -57,6 +57,7 @@ def test_default_models_exist_and_misspelt_are_refused():
         disentangle.arguments_of(["--rows", "399"])
 
 
+@pytest.mark.slow
 def test_samples_come_from_test_split_for_any_seed():
     data = aezoo.DataModule("shapes", size=8, memory="off")
     data.seed = 5

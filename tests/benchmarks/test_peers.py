@@ -228,6 +228,7 @@ def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
 # ---- the parties ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_reimplemented_networks_match_zoo_models(tmp_path, workload):
     load = WORKLOADS[workload]
@@ -277,6 +278,7 @@ def test_peer_losses_match_reference_loop(tmp_path, monkeypatch, party):
     assert len(found["rates"]) == 2 and all(rate > 0 for rate in found["rates"]) and found["first_step_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["dense", "conv28"])
 @pytest.mark.parametrize("warm_up", [0, 3])
 def test_graph_step_losses_match_reference_loop(tmp_path, workload, warm_up):

@@ -84,6 +84,7 @@ def test_failed_row_of_different_run_is_ignored(fake):
     assert fake("--models", "iwae", "--seeds", "1")[0] == 0
 
 
+@pytest.mark.slow
 def test_difference_is_written_after_either_peer_finishes(fake):
     fake.failing.add(1)
     rows = fake("--models", "vae", "--seeds", "1")[1]

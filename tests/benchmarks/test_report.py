@@ -179,6 +179,7 @@ def test_report_is_built_from_available_results(results, capsys):
         assert (results / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_other_processor_rates_are_excluded_from_front():
     rows = [
         {"model": name, "family": "f", "dataset": "d", "code_size": "4", "mse": mse, "samples_per_s": rate}

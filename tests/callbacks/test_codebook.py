@@ -339,6 +339,7 @@ def test_large_codebook_cells_sum_consecutive_codes():
     assert np.array_equal(count_cells(counts[:65536]).flatten(), counts[:65536])
 
 
+@pytest.mark.slow
 def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("aezoo.callbacks.codebook.rank_zero_info", said.append)

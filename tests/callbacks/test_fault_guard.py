@@ -189,6 +189,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_fast_loop_guard_matches_hook_guard(monkeypatch, capsys, optimizer, clip):

@@ -159,6 +159,7 @@ def test_picture_permissions_follow_umask(tmp_path):
     assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", [False, "csv"])
 def test_pictures_are_written_as_files_without_tensorboard(fit, tmp_path, logger):
     made = CSVLogger(tmp_path, name="csv", version="0") if logger else False
@@ -190,6 +191,7 @@ def test_samples_are_fixed_and_independent_of_sanity_check(fit):
         assert torch.equal(drawn_y, y[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "one", "float label"])
 def test_pictures_support_batches_without_labels(tmp_path, kind):
     x = digits((1, 6, 6)).tensors[0]
@@ -207,6 +209,7 @@ def test_pictures_support_batches_without_labels(tmp_path, kind):
     assert (tmp_path / "pictures" / "latents.png").is_file()
 
 
+@pytest.mark.slow
 def test_bfloat16_models_are_drawn(fit, tmp_path):
     fit(FakeVAE((1, 6, 6), latent_dim=2), *all_pictures(), precision="bf16-true", max_epochs=1)
     assert "latent_map" in pictures(tmp_path)

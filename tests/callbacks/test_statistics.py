@@ -49,6 +49,7 @@ def test_active_units_and_kl_over_the_whole_set(fit, monkeypatch, tmp_path):
     assert trainer.callback_metrics["val/active_units"] == active.sum()
 
 
+@pytest.mark.slow
 def test_kl_is_drawn_and_logged(fit, events, tmp_path):
     fit(FakeVAE((1, 6, 6)), CodeStatistics(every_n_epochs=2), max_epochs=5)
     found = events()
@@ -114,6 +115,7 @@ class Clocked(Fake):
         super().validation_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}], ids=["after", "within"])
 def test_throughput_counts_training_alone(fit, events, monkeypatch, options):
     model = Clocked((4,))
@@ -185,6 +187,7 @@ def logger(folder: Path, version: str = "0") -> TensorBoardLogger:
     return TensorBoardLogger(folder, name="run", version=version, default_hp_metric=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")  # TensorBoard's own import
 def test_train_and_val_share_a_chart(fit, events, tmp_path):
     from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
@@ -223,6 +226,7 @@ def test_text_tab_without_a_config_holds_the_hyperparameters(fit, events, tmp_pa
     assert values == {"model.latent_dim": 4, "model.denoising": False, "model.beta": 2.0, "model.lr": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
 def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
     from tensorboard.plugins.hparams import api_pb2
@@ -289,6 +293,7 @@ def test_best_metrics_are_those_of_best_epoch(fit, events, tmp_path):
     assert resumed.state_dict() == trainer.callbacks[0].state_dict()
 
 
+@pytest.mark.slow
 def test_resume_from_older_checkpoint_does_not_repeat_curves(fit, events, tmp_path):
     class Keep(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):

@@ -75,6 +75,7 @@ def test_capacity_annealing(fit, events):
     assert [event.value for event in events().Scalars("train/capacity")] == [0.0, 5.0, 10.0, 15.0, 20.0]
 
 
+@pytest.mark.slow
 def test_annealing_of_a_resumed_run_goes_on(fit, tmp_path):
     whole, part = Watch("beta"), Watch("beta")
     fit(FakeVAE((4,)), BetaAnnealing(n_steps=10), whole, max_epochs=3)
@@ -184,6 +185,7 @@ def test_ema_is_the_average_by_hand(fit, tmp_path, every, start, first):
     assert torch.allclose(flat(model), expected[-1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_a_resumed_ema_goes_on(fit, tmp_path):
     def run(epochs, ckpt_path=None):
@@ -247,6 +249,7 @@ def test_counters_are_copied_not_averaged(fit):
     assert model.level == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("topk_sae", {"k": 2}), ("rae", {"regulariser": "sn"})])
 def test_ema_weights_keep_model_constraints(fit, name, settings):
     """Averages of unit vectors are shorter than 1, and that of a singular vector belongs to no weight."""
@@ -429,6 +432,7 @@ def test_no_signal_handler_outside_main_thread(fit):
     assert done == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("at", [4, 5], ids=["within", "last batch"])
 def test_interrupted_checkpoint_resumes_exactly(tmp_path, at):
@@ -516,6 +520,7 @@ def test_narrow_summary_shows_all_values(monkeypatch, capsys, width, framed):
     assert capsys.readouterr().out == ("" if framed else "Tested\n  test/log_likelihood  -118.9\n")
 
 
+@pytest.mark.slow
 def test_progress_bar_reads_metrics_only_on_refresh(fit, monkeypatch):
     terminal(monkeypatch, 100)
     bar = ProgressBar(refresh_rate=1)

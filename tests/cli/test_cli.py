@@ -50,6 +50,7 @@ def refused(capsys, *argv):
     return line
 
 
+@pytest.mark.slow
 def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     code = (
@@ -65,6 +66,7 @@ def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, t
 # ---- light commands -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"]]
 )
@@ -113,6 +115,7 @@ def test_help_command_matches_help_flag(command, shows, capsys):
     assert said[0] == said[1] and shows in said[0]
 
 
+@pytest.mark.slow
 def test_help_describes_command_specific_flags(capsys):
     for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
         with pytest.raises(SystemExit):
@@ -182,6 +185,7 @@ def test_data_flag_accepts_a_name(capsys):
         assert line == f"aezoo: --data {file}: no such file, or none with settings in YAML"
 
 
+@pytest.mark.slow
 def test_class_instantiation_error_is_reported(capsys):
     wrong = "{class_path: EarlyStopping, init_args: {monitr: val/loss}}"
     line = refused(capsys, "fit", "--model=vae", f"--trainer.callbacks+={wrong}")
@@ -247,6 +251,7 @@ def test_unencodable_characters_are_replaced_in_output():
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
     with pytest.raises(SystemExit):
@@ -257,6 +262,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
     assert "saved model" not in refused(capsys, command, "--ckpt_path", "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -301,6 +307,7 @@ def test_invalid_command_is_refused_in_one_line(capsys, argv, words):
     assert words in refused(capsys, *argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
@@ -398,12 +405,14 @@ def test_suggested_commands_quote_folder_names(capsys):
     assert "aezoo fit -c 'my vae.yaml'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", ["0.1", "0"])
 def test_test_is_suggested_only_with_test_split(capsys, fraction):
     fit("--model=linear_ae", "--checkpoints.save_top_k=0", f"--data.test_fraction={fraction}")
     assert ("Next: aezoo test" in capsys.readouterr().out) == (fraction != "0")
 
 
+@pytest.mark.slow
 def test_run_without_test_batches_ends_with_summary(capsys):
     fit("--model=linear_ae", "--trainer.limit_test_batches=0")
     assert "Next: aezoo test --ckpt_path runs/linear_ae-digits/0\n" in capsys.readouterr().out
@@ -436,6 +445,7 @@ def test_yaml_takes_registry_names_and_flags_win(form):
     assert type(model).__name__ == "TopKSAE" and model.k == 5
 
 
+@pytest.mark.slow
 def test_yaml_on_and_off_are_read_as_strings():
     Path("mine.yaml").write_text("model: linear_ae\ncompile: off\ndata: {name: digits, memory: on}\n")
     fit("-c", "mine.yaml")
@@ -450,6 +460,7 @@ def test_run_folder_is_refused_as_recipe(capsys):
     assert "run folder: give -c runs/vae/0/config.yaml for its settings, or --ckpt_path runs/vae/0" in line
 
 
+@pytest.mark.slow
 def test_local_file_takes_precedence_over_recipe():
     Path("vae").write_text("model: linear_ae\n")
     fit("-c", "vae")

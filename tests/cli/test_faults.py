@@ -77,6 +77,7 @@ def test_images_from_0_to_255_are_refused(training):
         model.check_batch(torch.linspace(-0.5, 2, 128).reshape(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_table_labels_may_be_any_integers_but_not_nan(capsys):
     x = np.random.default_rng(0).random((60, 4), dtype=np.float32)
     np.savez("x.npz", x_train=x, y_train=np.full(60, np.nan))
@@ -118,6 +119,7 @@ def test_checkpoint_of_different_version_loads_with_notice(capsys):
     assert "saved was written by aezoo 0.0 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_extra_is_named(capsys, monkeypatch):
     Path("x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -127,6 +129,7 @@ def test_missing_extra_is_named(capsys, monkeypatch):
     assert "parquet" in importlib.metadata.metadata("aezoo").get_all("Provides-Extra")
 
 
+@pytest.mark.slow
 def test_missing_tensorboard_names_alternatives(capsys, monkeypatch):
     import lightning.fabric.loggers.tensorboard as module
 
@@ -175,6 +178,7 @@ def test_unwritable_logger_is_reported_in_one_line(capsys, monkeypatch, code):
     assert "cannot read or write runs/events: the reason" in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file there")
 @pytest.mark.parametrize("size", [3_000, 20_000])
 def test_full_disk_during_run_is_reported_in_one_line(capsys, size):

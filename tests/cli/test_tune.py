@@ -159,6 +159,7 @@ def test_fit_flags_keep_order_beside_similar_names():
     assert flags == words and options.seed == 4 and options.trials == 2 and searches[0].name == "model.lr"
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_need_neither_torch_nor_optuna():
     for argv, code in ((["tune", "--help"], 0), (["tune", "--search.model.lr=log:1"], 2)):
         text = f"import sys; from aezoo.cli.main import main\ntry: main({argv!r})\n"
@@ -174,6 +175,7 @@ def test_missing_optuna_names_extra_to_install(capsys, monkeypatch):
     assert "pip install 'aezoo[tune]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -156,6 +156,7 @@ def test_several_layers_are_stacked_as_streams():
     assert torch.allclose(x[:, 1], tokens.reshape(-1, 6), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_split_is_scaled_to_norm_sqrt_dim():
     raw, normal = activations("first,mix"), activations("first,mix", normalise=True)
     x, _ = normal.tensors("train")
@@ -176,6 +177,7 @@ def test_training_split_is_scaled_to_norm_sqrt_dim():
 # ---- where they are -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_mapped_activations_match_in_memory():
     held, mapped = (activations("flat", normalise=True, memory=memory) for memory in ("on", "off"))
     for stage in ("train", "val", "test"):
@@ -221,6 +223,7 @@ def test_oversized_activations_are_mapped_or_refused(monkeypatch):
         activations("flat", memory="on").setup()
 
 
+@pytest.mark.slow
 def test_activations_are_seeded_and_keep_rng_state(monkeypatch):
     monkeypatch.setattr("aezoo.nets.blocks.classifier.STEPS", 10)
     before = torch.get_rng_state()
@@ -253,6 +256,7 @@ def test_classifier_learns_labels_unless_random():
     assert vector(torch.rand(4, 7)).shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_saved_zoo_model_provides_layers(tmp_path):
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,)).eval()

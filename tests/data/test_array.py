@@ -563,6 +563,7 @@ def broken_files(folder):
     yield ".", "is a folder: give a file of arrays"
 
 
+@pytest.mark.slow
 def test_broken_and_hostile_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = list(broken_files(tmp_path))

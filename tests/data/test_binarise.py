@@ -51,6 +51,7 @@ def test_threshold_is_one_above_a_half():
         assert torch.equal(data.tensors(stage)[0], (grey.tensors(stage)[0] > 0.5).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_dynamic_binarisation_redraws_training_only(name):
     held, read = (DataModule(name, binarise="dynamic", memory=memory, num_workers=0) for memory in ("on", "off"))

@@ -124,6 +124,7 @@ def test_splits_are_disjoint_index_ranges():
     assert data.describe() == "synthetic_dictionary: 750 train, 200 val, 50 test, 10, no classes"
 
 
+@pytest.mark.slow
 def test_held_samples_and_workers_give_the_same_batches():
     seen = []
     for memory, num_workers in (("on", 0), ("off", 0), ("off", 2)):
@@ -284,6 +285,7 @@ def test_transcoder_is_scored_on_target_streams():
     assert found["fvu"] == pytest.approx(float(error.square().sum() / spread.square().sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_command_trains_on_this_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"--trainer.limit_{stage}_batches=1" for stage in ("train", "val", "test")]

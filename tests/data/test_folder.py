@@ -294,6 +294,7 @@ def test_png_header_is_read_without_decoding(tmp_path, monkeypatch, note, shape)
     assert read_header(cut, 100).shape == (4, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["on", "off"])
 def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
     cases = list(broken(tmp_path / "all"))

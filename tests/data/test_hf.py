@@ -97,6 +97,7 @@ def test_splits_are_taken_out_of_one_set(tmp_path):
     assert data.input_shape == (1, 8, 8)
 
 
+@pytest.mark.slow
 def test_both_read_paths_give_equal_batches(tmp_path):
     root = saved(tmp_path / "set", {"train": pictures(images(30), [i % 2 for i in range(30)])})
     ways = {"memory": "on"}, {"memory": "off", "num_workers": 0}, {"memory": "off", "num_workers": 2}

@@ -292,6 +292,7 @@ def test_files_decode_in_parallel_unless_gathered():
     assert not reads_whole_batches([(torch.zeros(2),)])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_data(tmp_path):
     class Saver(Recorder):
         def on_train_end(self):

@@ -183,6 +183,7 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.folder / "a.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["array", "mnist5k", "folder"], indirect=True)
 def test_training_gives_the_same_weights_and_figures(source):
     held, lazy = fit("on", source), fit("off", source)
@@ -190,6 +191,7 @@ def test_training_gives_the_same_weights_and_figures(source):
     assert all(torch.equal(value, lazy[0][key]) for key, value in held[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", ["on", "off"])
 @pytest.mark.parametrize("source", ["mnist5k"], indirect=True)
 def test_mid_epoch_resume_may_change_data_path(source, later, tmp_path):

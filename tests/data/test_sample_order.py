@@ -45,6 +45,7 @@ def whole(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("whole"))[0].state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(2,), (5,), (8,), (10,), (7, 3), (3, 2, 4)], ids=str)
 def test_resumed_runs_match_uninterrupted_run(tmp_path, whole, stops):
     last = None

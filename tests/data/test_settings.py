@@ -17,6 +17,7 @@ from aezoo.data.source_registry import settings_of
 DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
 
 
+@pytest.mark.slow
 def test_source_settings_cover_datamodule_settings():
     taken = [settings_of(name, {}) for name in list_data()]
     assert set().union(*taken) == set(SourceArgs.__annotations__)

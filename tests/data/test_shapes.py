@@ -64,6 +64,7 @@ def test_indices_and_factors_roundtrip(channels, colours):
     assert source.factors([41, 42]).tolist() == source.factors(torch.tensor([41, 42])).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SQUARE, ELLIPSE, HEART])
 @pytest.mark.parametrize(("size", "off"), [(64, 0.015), (28, 0.04)])
 def test_pixels_hold_the_covered_share(shape, size, off):
@@ -202,6 +203,7 @@ def test_split_provides_indices_and_labels():
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[5][0], x[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [None, ["heart"]])
 def test_held_samples_and_workers_give_the_same_batches(classes, monkeypatch):
     # fewer positions: rendering all of them would take seconds
@@ -227,6 +229,7 @@ def test_held_samples_and_workers_give_the_same_batches(classes, monkeypatch):
             assert classes is None or set(one[1].tolist()) == {HEART}
 
 
+@pytest.mark.slow
 def test_split_membership_is_determined_by_seed():
     first, again, other = (shapes(8, seed=seed).rows("val") for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)

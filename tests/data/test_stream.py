@@ -343,6 +343,7 @@ def test_columns_by_their_names(tmp_path):
     assert torch.equal(DataModule("stream", root=pairs, column="1", **ALL).tensors("train")[0], chw(second))
 
 
+@pytest.mark.slow
 def test_invalid_or_missing_chunks_are_refused(tmp_path):
     refused("does not exist: give one that litdata.optimize wrote", tmp_path / "nowhere")
     refused("is an address, and addresses are not opened", "s3://bucket/set")

@@ -198,6 +198,7 @@ def test_logit_laplace_is_normalised_with_its_mean(t: float, scale: float) -> No
         assert abs(mean - (1 / (1 + math.exp(-t)) - 0.1) / 0.8) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_logit_laplace_mean_matches_quantile_average(scale: float) -> None:
     """Also where the density at the ends is infinite."""

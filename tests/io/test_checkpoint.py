@@ -107,6 +107,7 @@ def edit(file, change):
 # ---- every kind of path ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kind_of_path_gives_the_same_model(model, run, saved):
     for path in (run / "checkpoints" / "last.ckpt", run, run / "checkpoints", run.parent, saved):
         assert same(model, aezoo.load_model(path)), path
@@ -216,6 +217,7 @@ class Fewer(VAE):
         self.save_hyperparameters()
 
 
+@pytest.mark.slow
 def test_checkpoint_stores_arguments_of_its_class(tmp_path):
     model = Fewer((4,), weight=0.5)
     assert dict(model.hparams) == {"input_shape": (4,), "weight": 0.5, "latent_dim": 3} == dict(model.hparams_initial)
@@ -350,6 +352,7 @@ def test_checkpoint_without_registered_name_is_refused(refused, file):
     refused(file, "names no registered model")
 
 
+@pytest.mark.slow
 def test_unregistered_class_is_refused_by_load_model(refused, tmp_path):
     class Mine(VAE):
         """Not in the registry."""

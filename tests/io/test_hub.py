@@ -144,6 +144,7 @@ def test_scaling_is_folded_in_as_save_model_does(hub):
     assert torch.equal(aezoo.load_model("hf://user/sae")(x), saved(x)) and not torch.allclose(saved(x), model(x))
 
 
+@pytest.mark.slow
 def test_verbs_accept_hub_address_and_write_to_runs(hub, model, capsys):
     aezoo.push_to_hub(model, "user/digits")
     np.save("new.npy", np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32))
@@ -160,6 +161,7 @@ def test_commands_requiring_checkpoint_refuse_hub_model(hub, command, capsys):
     assert not hub.asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["-c", ADDRESS], ["--model", "vae", "--data", ADDRESS], [f"--model={ADDRESS}"], ["--resume", ADDRESS]]
 )
@@ -215,6 +217,7 @@ def test_missing_or_private_repository_is_reported(hub, model, monkeypatch):
         aezoo.load_model(ADDRESS)
 
 
+@pytest.mark.slow
 def test_push_requires_login_and_write_access(hub, model, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     with pytest.raises(aezoo.AezooError, match=r"does not let you write to user/digits \(403\)"):

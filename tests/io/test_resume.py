@@ -327,6 +327,7 @@ def test_new_event_file_waits_for_later_timestamp(tmp_path, monkeypatch):
     assert waited == [0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["record", "damaged"])
 def test_resume_without_valid_checkpoint_is_refused(run, capsys, keep):
     for path in run.glob("*.ckpt"):

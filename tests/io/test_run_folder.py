@@ -43,6 +43,7 @@ def holder():
         process.kill()
 
 
+@pytest.mark.slow
 def test_concurrent_requests_get_distinct_run_numbers():
     together = Barrier(8)
 

@@ -31,6 +31,7 @@ COUPLED = (
 BY_LEVEL = ("hierarchical_vae", "ladder_vae")
 
 
+@pytest.mark.slow
 def test_every_model_with_a_capacity_is_in_a_list() -> None:
     """A KL of draws is not: it may be negative, at no distance from a capacity."""
     with_capacity = [name for name in MODELS if hasattr(aezoo.create_model(name, SHAPE, **MODELS[name]), "capacity")]

@@ -167,6 +167,7 @@ def test_bound_equals_likelihood_for_any_draw(case: Any, solution: Solution) -> 
         assert model.loss(x)["elbo"].item() == pytest.approx(solution.log_likelihood().mean(), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_THE_MEAN, ids=name_of)
 def test_bound_is_likelihood_in_mean_and_stationary(case: Any, solution: Solution) -> None:
     """Over 8 draws for each of 1,437 digits, the same for all weights that are compared."""

@@ -61,6 +61,7 @@ def levels(n: int) -> Tensor:
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_angle_quantile_matches_marginal_cdf(family: str) -> None:
     u = levels(400)
@@ -108,6 +109,7 @@ def rejection_gradient(d: int, kappa: float, n: int) -> float:
     return float(torch.autograd.grad(w[taken].sum(), k)[0].sum() / taken.sum())
 
 
+@pytest.mark.slow
 def test_the_gradient_in_kappa_is_unbiased() -> None:
     """d/dkappa E[mu . z] at D = 5, kappa = 2 is 0.1474; through a rejection sampler it is 0.1277."""
     d, kappa = 5, 2.0

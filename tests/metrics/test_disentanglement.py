@@ -104,6 +104,7 @@ def test_constant_dimensions_do_not_change_score(name):
     assert math.isfinite(score(name, BLURRED[:, :1])) and 0 <= score(name, BLURRED[:, :1]) <= 1
 
 
+@pytest.mark.slow
 def test_duplicated_factor_has_no_gap():
     twice = torch.cat([PERFECT, PERFECT], 1)
     assert score("mig", twice) < 1e-6 and score("sap", twice) < 1e-6
@@ -338,6 +339,7 @@ def test_dimensions_without_kl_and_without_change_are_left_out():
 # ---- as metrics of torchmetrics -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_metric_collection_shares_samples_and_resets():
     together = MetricCollection([MIG(), IRS(), DCI(trees=3)])
     together.update(BLURRED, FACTORS)
@@ -360,6 +362,7 @@ def _rank(rank, store, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_from_the_samples_of_both(tmp_path):
     multiprocessing.start_processes(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):

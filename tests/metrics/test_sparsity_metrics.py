@@ -162,6 +162,7 @@ def _rank(rank, store, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_match_single_process_metrics(tmp_path):
     multiprocessing.start_processes(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):

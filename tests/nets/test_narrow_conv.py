@@ -136,6 +136,7 @@ def test_layers_needing_float32_are_detected(taken, layer, shape, wanted):
     assert not narrow_conv.needs_float32(layer, x[0].bfloat16())
 
 
+@pytest.mark.slow
 def test_every_layer_with_out_of_range_tap_is_detected():
     for kernel, stride, padding, n in product(range(1, 8), range(1, 5), range(8), range(1, 11)):
         small = (n + 2 * padding - kernel) // stride + 1

@@ -25,6 +25,7 @@ from aezoo.security import values
 COMMANDS = ("fit", "validate", "test", "predict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("where", ["top", "state_dict", "hyper_parameters", "data", "callbacks"])
 def test_checkpoint_that_runs_code_is_refused_on_every_path(refused, honest, canary, monkeypatch, how, where):

@@ -22,6 +22,7 @@ def with_honest_parts(text):
     return head + text + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", configs.CLASSES)
 def test_a_configuration_cannot_name_foreign_code(refused, canary, name):
     Path("hostile.yaml").write_text(with_honest_parts(configs.CLASSES[name]))
@@ -38,6 +39,7 @@ def test_a_configuration_cannot_run_code_or_hang(refused, canary, name, honest):
     assert memory() - before < 2**27
 
 
+@pytest.mark.slow
 def test_regular_configuration_runs(canary, capsys):
     Path("honest.yaml").write_text(
         "common: &steps 1\n".replace("common", "seed_everything")
@@ -110,6 +112,7 @@ def test_command_line_class_paths_are_checked(refused, canary, capsys, argv, wor
         assert words in refused("fit", *argv)
 
 
+@pytest.mark.slow
 def test_installed_plugin_is_trusted(monkeypatch, canary, capsys):
     point = type("Point", (), {"module": "evil.sub", "group": "aezoo.models"})
     monkeypatch.setattr(policy, "entry_points", lambda group: [point] if group == "aezoo.models" else [])
@@ -149,6 +152,7 @@ def test_invalid_config_section_is_refused(refused, tmp_path, text):
     assert text.partition(":")[0] in message and "one to a line, or leave it out" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["config: -1", "config: a.yaml", "fit: {config: {a: 1}}"])
 def test_nested_config_file_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")

@@ -45,6 +45,7 @@ def test_regular_folder_loads_without_network(folder, canary, monkeypatch):
     assert not asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", WEIGHTS])
 def test_pickled_weights_run_no_code(folder, canary, refused, name):
     (folder / WEIGHTS).unlink()

@@ -121,6 +121,7 @@ def test_folder_loading_script_is_not_run(canary, tmp_path, monkeypatch):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "zip"])
 def test_packed_files_of_a_folder_are_held_to_the_limit(tmp_path, monkeypatch, suffix):
     datasets = pytest.importorskip("datasets")

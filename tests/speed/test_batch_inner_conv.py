@@ -101,6 +101,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, ke
     assert cases > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_onednn", "with_products"])
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (2, 3)])
@@ -140,6 +141,7 @@ def test_batch_inner_conv_matches_torch_in_16_bits(on, monkeypatch, kernel, half
     assert len(taken) == 24 and weighed == [conv_products if weight_by_product else batch_inner_conv] * 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "n_in", "n_out"), [(65, 17, 33), (64, 48, 16), (100, 8, 130)])
 def test_partial_register_sizes_match_torch(on, monkeypatch, batch, n_in, n_out, dtype):

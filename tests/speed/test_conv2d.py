@@ -134,6 +134,7 @@ def test_sub_pixel_transpose_matches_torch_for_any_geometry(between, taken, kern
     assert taken == ["with_sub_pixels"] * cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (3, 4)])
 def test_single_channel_transpose_with_onednn_matches_torch(halved, between, taken, kernel, bias):

@@ -249,6 +249,7 @@ def test_patience_ends_run_at_same_step_as_stepwise_checks(settings, went_back, 
     assert went_back == [8]
 
 
+@pytest.mark.slow
 def test_replay_restores_one_cycle_schedule(went_back, monkeypatch):
     def one_cycle(self):
         optimizer = torch.optim.Adam(self.parameters(), fused=True)
@@ -269,6 +270,7 @@ class Refuses(DenseAE):
         return super().loss(x, y)
 
 
+@pytest.mark.slow
 def test_step_that_fails_on_bad_weights_is_replayed(went_back):
     """As a factorisation refuses them; looked at one by one, there would be none."""
     ends = []
@@ -305,6 +307,7 @@ def test_replay_restores_buffers(kind, went_back):
     assert len(went_back) == 2
 
 
+@pytest.mark.slow
 def test_non_finite_loss_leaves_buffers_unchanged(went_back):
     ends = []
     for trust in (False, True):
@@ -352,6 +355,7 @@ def test_deferred_checks_match_stepwise_for_every_optimiser(optimizer, kind, wen
 # ---- nobody reads weights that are bad ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Checkpoints, ModelCheckpoint])
 @pytest.mark.parametrize("step", [11, 12])
 def test_mid_epoch_checkpoint_holds_valid_weights(kind, step, went_back, tmp_path):
@@ -469,6 +473,7 @@ class Saves(pl.Callback):
             self.finite = all(value.isfinite().all() for value in self.weights.values())
 
 
+@pytest.mark.slow
 def test_replay_works_without_gradients_enabled(went_back):
     ends = []
     for trust in (False, True):
@@ -621,6 +626,7 @@ class Accumulates(pl.Callback):
         trainer.accumulate_grad_batches = 1 + trainer.current_epoch
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_disables_deferred_checks(went_back):
     faults = {5: "nan", 35: "overflow"}
     expected, found = (outcome(*fit(trust, faults, Accumulates())) for trust in (False, True))
@@ -639,6 +645,7 @@ class Plugin(VAE):
     """A model that is not the zoo's own, and may remember what it likes."""
 
 
+@pytest.mark.slow
 def test_plugins_and_sgd_disable_deferred_checks(monkeypatch, went_back):
     asked = []
     trust = fast_loop.defer_checks
@@ -677,6 +684,7 @@ def test_fast_decaying_moments_disable_deferred_checks(went_back, monkeypatch):
     assert went_back == []
 
 
+@pytest.mark.slow
 def test_fault_is_detected_after_epoch_of_moment_decay(went_back, monkeypatch):
     def adam(self):
         return torch.optim.Adam(self.parameters(), betas=(0.9, 0.9), fused=True)

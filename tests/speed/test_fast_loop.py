@@ -372,11 +372,13 @@ def both(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fast_loop_matches_lightning_calls_values_and_weights(both, case):
     both(**CASES[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["plain", "accumulated logs", "clip norm", "bf16", "own optimizer_step", "own zeroing", "hooks in the step"]
 )
@@ -909,6 +911,7 @@ def test_lightning_loop_is_restored_after_fit(tmp_path):
     assert type(trainer.fit_loop.epoch_loop) is fast_loop._TrainingEpochLoop
 
 
+@pytest.mark.slow
 def test_epoch_means_exclude_previous_epoch_on_resume(tmp_path):
     """A file of an epoch's last batch, which Lightning does not end again, holds the means of that epoch."""
 

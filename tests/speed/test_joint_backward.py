@@ -74,6 +74,7 @@ def require_as_by_the_engine(module, x, y, terms, values):
         assert p.grad is None or (torch.equal(p.grad, q.grad) and p.grad.stride() == q.stride())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [True, False])
 def test_joint_step_matches_autograd_engine(graphs, labels):
     module = Two()
@@ -151,6 +152,7 @@ def test_exact_regions_under_autocast_have_exact_gradients(aot_graphs, n, joined
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_dynamo_setting_is_restored(graphs):
     import torch._dynamo.config as settings
 
@@ -165,6 +167,7 @@ def test_dynamo_setting_is_restored(graphs):
             assert settings.trace_autograd_ops is before
 
 
+@pytest.mark.slow
 def test_unsupported_torch_disables_joint_step(graphs, taken, monkeypatch):
     assert can_trace()
     monkeypatch.setattr("aezoo.speed.joint_backward._SETTING", "no_such_setting")

@@ -195,6 +195,7 @@ def other_arithmetic(model, error):
     return model.decoder.register_forward_hook(lambda module, given, out: out * (1 + error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [1e-7, 1e-3])
 def test_different_arithmetic_decodes_exactly_or_refuses(tmp_path, error):
     model, x = vae("discretised_logistic:0.1"), torch.arange(50 * 64).reshape(50, 64) % 256 / 255
@@ -246,6 +247,7 @@ def test_decoding_uses_thread_count_of_encoding(tmp_path):
     assert len(files[1][0]) == len(files[2][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lossless", "lossy"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_coding_leaves_no_files(tmp_path, mode, kind):

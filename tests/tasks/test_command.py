@@ -173,6 +173,7 @@ def test_tables_contain_file_names_and_labels(tmp_path, capsys):
     assert one in (tmp_path / "out" / "scores.csv").read_text()
 
 
+@pytest.mark.slow
 def test_table_labels_match_input_file(run, tmp_path):
     rows = np.random.default_rng(0).normal(100, 5, (6, 4)).tolist()
     for labels in ([7, 3, 7, -1, 3, 30], ["b", "a", "b", "b", "a", "c"]):
@@ -292,6 +293,7 @@ def test_tasks_binarise_as_training_did(tmp_path):
         assert np.allclose(found, model(seen).detach().numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_model_takes_file_and_names_missing_data(run, tmp_path, capsys):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
     assert "does not say what it was trained on" in refused(

@@ -80,6 +80,7 @@ def test_initial_bits_are_recovered_or_decoding_fails():
         assert np.array_equal(a.decode(words, 20), levels) and b.decode(words, 20) is None
 
 
+@pytest.mark.slow
 def test_lossy_quality_raises_psnr_and_the_file_decodes(tmp_path):
     x = torch.rand(100, 64, generator=torch.Generator().manual_seed(0))
     model = aezoo.create_model("linear_ae", (64,), latent_dim=64)

@@ -185,6 +185,7 @@ def right(model, x, block=256):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "n", "power"), [(2, 3000, 2), (7, 300, 0.5), (512, 2000, 1), (512, 300, 2), (60000, 900, 1)]
 )
@@ -322,6 +323,7 @@ def test_large_codebook_model_roundtrips(tmp_path):
 # ---- under a prior ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(7, 4), (3, 40), (5,)])
 def test_prior_coded_rate_is_cross_entropy(tmp_path, sizes):
     model = prior((len(sizes), 5), sizes)
@@ -351,6 +353,7 @@ def test_prior_coded_rate_is_cross_entropy(tmp_path, sizes):
         assert -float(sum(part.sum() for part in p)) / math.log(2) > 1.2 * least, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(64, 16), (3,), (1, 6)])
 def test_uniform_prior_costs_log2_k_and_certain_prior_zero(tmp_path, sizes):
     model = prior((len(sizes), 6), sizes, scale=0.0)
@@ -534,6 +537,7 @@ def test_mismatched_modes_are_refused(held, tmp_path):
         assert "has no such thing" in refusal(nothing, other, put_together(head | {"mode": mode}, frames))
 
 
+@pytest.mark.slow
 def test_differently_computing_prior_is_refused(tmp_path, monkeypatch):
     model = prior((2, 6), (9, 30), seed=1)
     x = model.samples(model.draw(256))

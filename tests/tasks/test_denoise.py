@@ -110,6 +110,7 @@ def test_table_matches_scikit_image_metrics():
     assert row["ssim"] == pytest.approx(np.mean([structural_similarity(a, b, **options) for a, b in pairs]), abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 255.0), (5.0, 5.5)])
 def test_psnr_and_ssim_take_the_range_of_the_data(low, high):
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2, likelihood="gaussian")
@@ -131,6 +132,7 @@ def test_psnr_and_ssim_take_the_range_of_the_data(low, high):
     assert by_method(found)["identity"]["ssim"] == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.03, 0.3, 1.0])
 def test_filter_strength_grid_is_near_optimal(sigma):
     clean = images(6)
@@ -150,6 +152,7 @@ def test_filter_strength_grid_is_near_optimal(sigma):
     assert least["median filter"] < 1.25 * min(error(denoise_filters.median(noisy, size)) for size in (3, 5, 7, 9))
 
 
+@pytest.mark.slow
 def test_filters_are_invariant_to_data_scale():
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2, likelihood="gaussian")
     small, large = (
@@ -173,6 +176,7 @@ def test_filter_settings_are_chosen_on_spread_out_samples(monkeypatch):
     assert "best for 64 of them" in found.summary()
 
 
+@pytest.mark.slow
 def test_filter_uses_setting_with_least_error():
     clean = images(20)
     noisy = clean + 0.3 * np.random.default_rng(0).normal(0, 1, clean.shape).astype(np.float32)
@@ -202,6 +206,7 @@ def test_table_uses_n_samples_with_model_noise():
     assert found.n_compared == 10 and "10 of 50 samples" in found.summary() and len(found.x_hat) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 def test_every_kind_of_sample_is_denoised_and_written(tmp_path, shape):
     model = aezoo.create_model("dense_ae", shape, latent_dim=3)

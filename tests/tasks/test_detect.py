@@ -75,6 +75,7 @@ def test_narrow_code_mahalanobis_matches_scikit_learn():
     assert np.allclose(found, EmpiricalCovariance().fit(codes).mahalanobis(z) * 499 / 500, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["mahalanobis", "nap"])
 def test_training_scores_leave_one_out(score):
     train, model = gaussian(40), linear(latent_dim=3, seed=3)
@@ -266,6 +267,7 @@ def test_threshold_labels_and_probabilities_follow_pyod():
     assert np.allclose(detector.fit(train).decision_scores_, detector.decision_function(train))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "contamination"), [(50, 0.2), (200, 0.005), (1000, 0.123), (10, 0.5), (40, 0.1)])
 def test_contamination_is_training_share_above_threshold(n, contamination):
     x = gaussian(n)
@@ -353,6 +355,7 @@ def test_threshold_is_quantile_of_held_out_scores():
 # ---- baselines and labels -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_baselines_match_scikit_learn():
     train, x = gaussian(120, d=8), gaussian(30, d=8, seed=1)
     found = {
@@ -382,6 +385,7 @@ def test_auroc_and_aupr_match_scikit_learn():
         assert ranking_metrics(scores, one_kind) == {"auroc": None, "aupr": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "strange"), [({"normal": "dog"}, [0, 2]), ({"anomaly": "dog"}, [1])])
 def test_protocol_removes_anomalies_from_training(protocol, strange):
     data, model = blobs(), linear(d=5, latent_dim=2)
@@ -413,6 +417,7 @@ def some_labels(data):
     return aezoo.DataModule.from_arrays(**arrays, scale="none", batch_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["normal", "anomaly"])
 def test_unlabelled_samples_are_not_evaluated(protocol):
     data, model = some_labels(blobs()), linear(d=5, latent_dim=2)
@@ -443,6 +448,7 @@ def test_missing_labels_are_not_a_class():
     assert "among the training samples" not in found.summary()
 
 
+@pytest.mark.slow
 def test_split_scored_on_itself_leaves_one_out():
     data, model = blobs(), linear(d=5, latent_dim=2)
     x, y = data.tensors("train")
@@ -490,6 +496,7 @@ def test_training_on_anomalies_is_reported():
     assert np.allclose(found.p_values, same.p_values) and found.table[0]["auroc"] == same.table[0]["auroc"]
 
 
+@pytest.mark.slow
 def test_summary_reports_best_baseline():
     x, y = gaussian(100), np.repeat(["odd", "normal"], [50, 50])
     x[:50] += 40  # far from the mean of the others
@@ -577,6 +584,7 @@ def test_degenerate_samples_give_finite_scores(score, x):
     assert np.isfinite(found.scores).all() and (found.p_values == 1).all() and not found.is_anomaly.any()
 
 
+@pytest.mark.slow
 def test_knn_fitted_on_itself_excludes_each_sample():
     x = gaussian(50)
     found = detect(linear(latent_dim=2), x, contamination=0.2)
@@ -594,6 +602,7 @@ def test_lossless_pca_baseline_is_noted_and_others_run():
     assert "lose nothing" in found.summary()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_draws():
     model, x = linear_vae(), np.random.default_rng(0).normal(0, 1, (12, 3)).astype(np.float32)
     first, again, other = (detect(model, x, score="elbo", seed=seed).scores for seed in (0, 0, 1))

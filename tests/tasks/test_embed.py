@@ -162,6 +162,7 @@ def test_unseen_class_counts_as_misclassified(model, digits):
     assert share == pytest.approx(alone * len(only) / len(half))
 
 
+@pytest.mark.slow
 def test_plane_matches_pca_up_to_sign(tmp_path, model, digits):
     found = embed(model, digits, out=str(tmp_path))
     reference = PCA(2).fit_transform(np.asarray(found.codes, np.float64))
@@ -245,6 +246,7 @@ def test_umap_plane_and_picture_are_written(tmp_path, model, digits):
     assert kept > 0.5  # by chance 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 def test_every_kind_of_sample_is_written(tmp_path, shape):
     model = aezoo.create_model("dense_ae", shape, latent_dim=3)

@@ -229,6 +229,7 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
     assert len(list(stored.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"no weights"], ids=["empty", "foreign"])
 def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     stored.write_bytes(content)

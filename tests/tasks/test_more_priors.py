@@ -88,6 +88,7 @@ def test_prior_keeps_best_held_out_weights(monkeypatch):
     assert fitted.gain(np.random.default_rng(1).normal(size=(500, 4))) > -1.5
 
 
+@pytest.mark.slow
 def test_fitting_and_sampling_keep_torch_rng_state():
     state = torch.get_rng_state()
     fitted = priors.fit("two_stage", ring(12, 0))

@@ -67,6 +67,7 @@ def test_gaussian_density_matches_scipy():
     assert np.allclose(fitted.log_prob(mixture(50, 1)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gmm", "maf"])
 def test_residual_components_keep_code_covariance(name, monkeypatch):
     monkeypatch.setattr(priors_principal, "_MAX_COMPONENTS", 2)

@@ -33,6 +33,7 @@ def test_fit_recovers_mixture_parameters() -> None:
     assert abs((prior.log_prob(z) - expected).mean()) < 0.02
 
 
+@pytest.mark.slow
 def test_draws_pass_a_two_sample_test_with_the_mixture() -> None:
     drawn, other = Sphere(mixture(5000, 0), 2, 0).sample(3000, 1), mixture(3000, 2)
     assert drawn.dtype == np.float32
@@ -52,6 +53,7 @@ def test_concentration_is_recovered_from_mean_length(size: int) -> None:
     np.testing.assert_allclose(concentration(length, size), kappa, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_log_normaliser_does_not_underflow() -> None:
     for size, kappa in ((2, 0.5), (2, 30.0), (2, 400.0), (500, 1.0)):
         prior, z = Sphere(np.eye(size), 0, 0), np.eye(size)[:2]

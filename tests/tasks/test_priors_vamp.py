@@ -37,6 +37,7 @@ def test_samples_have_mixture_moments():
     assert np.abs(np.cov(drawn.T) - covariance).max() < 0.05
 
 
+@pytest.mark.slow
 def test_kernel_width_maximises_leave_one_out_likelihood(monkeypatch):
     rng = np.random.default_rng(0)
     t = np.where(rng.random((120, 2)) < 0.5, -1, 1) + 0.15 * rng.standard_normal((120, 2))

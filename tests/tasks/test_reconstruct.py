@@ -34,6 +34,7 @@ def test_linear_model_errors_match_pca():
     assert np.allclose(found.score, ((x - expected) ** 2).sum(1) + 3 * np.log(np.pi), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 8, 8), (3, 9, 7), (1, 4, 8, 8)], ids=str)
 def test_every_kind_of_sample_is_written(tmp_path, shape):
     model = aezoo.create_model("dense_ae", shape)
@@ -73,6 +74,7 @@ def test_single_sample_and_labelled_data_are_reconstructed(tmp_path):
     assert lines[0] == "index,mse,mae,score,label" and [int(line.split(",")[4]) for line in lines[1:]] == y.tolist()
 
 
+@pytest.mark.slow
 def test_multi_label_targets_are_omitted(tmp_path):
     data = Samples(ArrayDataset(torch.rand(3, 4), torch.zeros(3, 2)))
     aezoo.reconstruct(aezoo.create_model("dense_ae", (4,)), data, out=str(tmp_path))

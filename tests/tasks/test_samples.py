@@ -20,6 +20,7 @@ def all_of(samples, size=7):
     return torch.cat([*samples.batches(size)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_verbs_support_every_model_dtype(dtype):
     x, narrow = torch.rand(20, 6), aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(8,)).eval()
@@ -157,6 +158,7 @@ def test_invalid_arrays_are_refused_in_one_line(tmp_path, arrays, words):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["threshold", "static", "dynamic"])
 def test_files_use_binarisation_of_training(tmp_path, rule):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)

@@ -123,6 +123,7 @@ def test_compilation_choice_is_logged_in_one_line(caplog, graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_varying_training_step_is_not_compiled(caplog, graphs):
     caplog.set_level("INFO")
     settings = {"hidden_dims": (4,), "features": "none"}
@@ -450,6 +451,7 @@ def test_copy_made_in_a_fit_uses_its_own_weights(graphs, copy_of):
     assert len(seen) == 2 and all(torch.equal(*both) for both in seen)
 
 
+@pytest.mark.slow
 def test_annealing_writes_no_tensor_into_checkpoints(graphs, tmp_path):
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, *args):

@@ -258,6 +258,7 @@ def test_a_fit_without_an_end_is_refused_in_one_line(quiet: Any, shifted: Any) -
     assert len(str(refusal.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase_epochs", [0, 1])
 @pytest.mark.parametrize("last_epoch", [0, 1, 3])
 def test_resumed_fit_matches_uninterrupted_fit(

@@ -145,6 +145,7 @@ def test_last_layer_is_found_behind_condition_maps(net: str, shifted: Any) -> No
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_mask", [0.0, 0.4])
 def test_terms_and_gradients_match_visible_decoding(full_mask: float, shifted: Any) -> None:
     model, x = model_of(shifted, full_mask=full_mask), images()

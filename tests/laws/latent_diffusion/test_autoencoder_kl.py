@@ -204,6 +204,7 @@ def test_each_player_has_its_group_with_published_betas() -> None:
     assert (first["lr"], first["betas"], second["lr"], second["betas"]) == (2e-3, (0.5, 0.9), 3e-3, (0.5, 0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 3, 50])
 def test_steps_equal_two_optimisers_with_late_start(
     start: int, shifted: Any, quiet: Any, monkeypatch: pytest.MonkeyPatch

@@ -91,6 +91,7 @@ def code_of(net: Any, x: Tensor) -> Tensor:
 # ---- as diffusers computes it ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 @torch.no_grad()
 def test_codes_and_reconstructions_match_diffusers(kind: str, tmp_path: Path) -> None:
@@ -421,6 +422,7 @@ def test_invalid_model_folders_are_refused(tmp_path: Path) -> None:
 # ---- without diffusers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_missing_diffusers_names_extra_to_install(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(AezooError, match=r"^diffusers_ae needs diffusers: pip install 'aezoo\[diffusers\]'$"):

@@ -139,6 +139,7 @@ def test_saved_model_excludes_teacher_and_decodes_without_it(
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_resumed_run_with_teacher_matches_uninterrupted_run(
     teacher: tuple[Any, dict[str, Any]], quiet: Any, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_resumed_run_with_teacher_matches_uninterrupted_run(
 # ---- the codes' moments ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "vae", "none"])
 def test_training_codes_are_standardised(name: str, tmp_path: Path, shifted: Any, quiet: Any) -> None:
     """After two epochs, although batches differ."""
@@ -194,6 +196,7 @@ def test_evaluation_does_not_update_moments(teacher: tuple[Any, dict[str, Any]])
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_noise_scale_is_half_normal_tau() -> None:
     """Moments of n = sigma e with sigma ~ |N(0, tau^2)|, e ~ N(0, I): those of sigma times those of e.
 

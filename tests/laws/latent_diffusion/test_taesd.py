@@ -191,6 +191,7 @@ def test_teacher_is_loaded_before_training_and_frozen(teacher: tuple[Any, str], 
         quiet(max_epochs=1).fit(model, loader)
 
 
+@pytest.mark.slow
 def test_resumed_run_with_teacher_matches_uninterrupted_run(
     teacher: tuple[Any, str], quiet: Any, tmp_path: Path
 ) -> None:

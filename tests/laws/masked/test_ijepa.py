@@ -78,6 +78,7 @@ def test_masks_match_paper_blocks_and_remaining_context(grid: tuple[int, int]) -
     assert not (seen_BN[:, None] & asked_BKN & counts_BK[..., None]).any()
 
 
+@pytest.mark.slow
 def test_masks_leave_context_and_targets_on_every_grid() -> None:
     """At the ends of what is drawn: the smallest context and the largest blocks, high or wide, in each corner."""
     ends_4L = torch.cartesian_prod(*[torch.tensor([0.0, 1 - 1e-6])] * 4)
@@ -214,6 +215,7 @@ class Seen:
         self.of_target.append({name: model.encoder.net.get_buffer(name).clone() for name in self.of_context[-1]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batches", "momentum_steps"), [(1, 0), (2, 0), (1, 2)])
 def test_target_encoder_ema_updates_once_per_step(batches: int, momentum_steps: int, quiet: Any) -> None:
     torch.manual_seed(0)

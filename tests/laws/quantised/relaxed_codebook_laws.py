@@ -143,6 +143,7 @@ def test_score_is_vae_score_at_most_likely_codes(name: str, training: bool, shif
 # ---- gumbel_vq_vae and dvae: temperature -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUMBEL)
 def test_the_quantiser_has_the_temperature_of_the_step(name: str, quiet: Any) -> None:
     model, _, _ = fitted(name, quiet, temperature_steps=20)
@@ -200,6 +201,7 @@ def test_hard_codes_have_relaxed_gradient(name: str, shifted: Any, monkeypatch: 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUMBEL)
 def test_indices_roundtrip_after_training(name: str, quiet: Any) -> None:
     model, x, found = fitted(name, quiet, beta=0.01)

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warn
 # ---- causality -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 3, 3), (1, 6), (2, 2, 2)])
 def test_first_layer_mask_b_leak_is_detected(shape: Any) -> None:
     model = prior("pixelcnn", shape, (4,) * shape[0], depth=6)

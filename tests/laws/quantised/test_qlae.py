@@ -218,6 +218,7 @@ def on_data(dim: int, **settings: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_identity_nets_reach_k_means_per_latent() -> None:
     """By their own term alone, from where k-means starts, too."""
     x = torch.rand(2000, 8, dtype=torch.float64) ** torch.linspace(0.3, 4, 8)

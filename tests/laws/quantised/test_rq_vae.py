@@ -50,6 +50,7 @@ def test_one_level_of_rq_vae_is_vq_vae(settings: dict[str, Any]) -> None:
 # ---- k-means ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_levels_reduce_error_with_shared_prefix(rows: Tensor) -> None:
     errors, codebooks = [], []
     for levels in (1, 2, 3, 4):

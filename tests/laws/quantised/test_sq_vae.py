@@ -309,6 +309,7 @@ def test_variance_gradient_grows_with_decoder_precision(shifted: Any) -> None:
     assert slopes[1] == pytest.approx(100 * slopes[0]) and slopes[2] == pytest.approx(1e4 * slopes[0])
 
 
+@pytest.mark.slow
 def test_training_reduces_variance() -> None:
     """The paper's observation: s^2 falls while codes learn, and q becomes sure."""
     model, x = on_a_square(1.0, 0.1)

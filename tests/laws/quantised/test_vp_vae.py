@@ -79,6 +79,7 @@ def test_distances_match_float64_sort_for_any_queue(size: int, k: int, shift: fl
     np.testing.assert_allclose(torch.stack(quantiser.distances(z), 1).numpy(), expected, rtol=3e-7)
 
 
+@pytest.mark.slow
 def test_moves_keep_the_estimated_density() -> None:
     """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn anew."""
     torch.manual_seed(0)

@@ -112,6 +112,7 @@ def test_groups_equal_separate_vq_vaes(settings: dict[str, Any]) -> None:
 # ---- k-means ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "decay", "epochs"), [(1437, 0.5, 100), (479, 0.95, 100)])
 def test_identity_nets_reach_k_means_inertia(rows: Tensor, batch: int, decay: float, epochs: int) -> None:
     first = rows[torch.randperm(len(rows))[:20]].clone()

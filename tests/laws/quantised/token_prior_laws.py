@@ -264,6 +264,7 @@ def chi_square_law(model: Any, sample: Callable[..., Tensor], temperature: float
     assert chi2.sf(statistic, sum(e > 1e-9 for e in expected) - 1) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.6, 0), (1.0, 2), (1.5, 2)])
 def test_draws_have_the_enumerated_probabilities(name: str, temperature: float, top_k: int) -> None:

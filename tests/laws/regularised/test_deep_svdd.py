@@ -209,6 +209,7 @@ def test_linear_encoder_reaches_least_squares_solution(lbfgs: Any) -> None:
     np.testing.assert_allclose(model.score(new).detach(), c @ c * (1 - new.numpy() @ a) ** 2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bias_would_collapse_codes_to_a_point(lbfgs: Any) -> None:
     """Proposition 2: with one the least loss is 0, and all samples score alike."""
     model, x = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0), images(60, shape=(5,)) + 0.2

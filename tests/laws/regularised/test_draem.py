@@ -67,6 +67,7 @@ def test_perlin_noise_matches_reference(grid: tuple[int, int]) -> None:
     assert float(found.abs().max()) <= 1
 
 
+@pytest.mark.slow
 def test_noise_has_cells_of_several_sizes() -> None:
     torch.manual_seed(0)
     noise = perlin(400, (64, 64), CPU)

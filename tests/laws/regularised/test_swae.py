@@ -88,6 +88,7 @@ def shift_law(cls: Any) -> None:
 SW_LAWS = (pot_law, line_law, shift_law)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", SW_LAWS, ids=lambda law: law.__name__)
 def test_sliced_wasserstein_distance_satisfies_laws(law: Any) -> None:
     law(SWAE)

@@ -142,6 +142,7 @@ def test_the_default_is_algorithm_2_term_for_term() -> None:
     assert signs == {-1.0, 1.0}
 
 
+@pytest.mark.slow
 def test_mmd_matches_closed_form_for_gaussian_codes() -> None:
     model = small("wae_mmd", kernel="rbf", unbiased=True)
     for shift, v in ((1.0, 1.0), (0.0, 0.05), (0.0, 4.0), (0.7, 0.3)):

@@ -83,6 +83,7 @@ def test_threshold_gradient_is_rectangle_kernel(bandwidth: float) -> None:
     assert in_pi is None or (in_pi == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [0.01, 0.5, 1.5])
 def test_mean_l0_gradient_is_minus_threshold_density(theta: float) -> None:
     """Read after a ReLU, or from f, the rectangle has another half: rivals' slopes are halved or far too steep."""

@@ -159,6 +159,7 @@ def test_resampled_latents_have_a_fifth_of_the_norm(form: str, shifted: Any) -> 
     assert all(torch.equal(a, b) for a, b in zip(held, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_by_the_square_of_their_error(shifted: Any) -> None:
     """A rival draws by the error itself: then one sample would be taken half as often as it is here."""
     model, optimizer = with_dead(shifted(sae()), data(30))

@@ -114,6 +114,7 @@ def test_lifetime_1_equals_relu_autoencoder(likelihood: str, shifted: Any) -> No
     torch.testing.assert_close(found[0](x), found[1](x))  # nothing has been trained: theta is 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spatial", [False, True])
 def test_evaluation_threshold_converges_to_training_winners(spatial: bool, shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=0.25, spatial=spatial, latent_dim=10)), data(16)

@@ -211,6 +211,7 @@ def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: An
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", [{}, {"lr_schedule": "linear", "warmup_steps": 2}], ids=["constant", "linear"])
 def test_resumed_networks_use_requested_learning_rates(

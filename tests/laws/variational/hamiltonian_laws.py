@@ -72,6 +72,7 @@ def test_score_is_bound_at_mean_without_momentum(name: str, shifted: Any) -> Non
     torch.testing.assert_close(model.encode(x), mu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hvae", "rhvae"])
 def test_evaluation_needs_no_gradients(name: str, shifted: Any) -> None:
     model, x = shifted(small(name, step_size=0.1)).double().eval(), images(5)

@@ -344,6 +344,7 @@ def unbiased_law(name: str, settings: dict[str, Any], shares: dict[int, float], 
     assert agrees(draws, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["reparam", "dreg"])
 @pytest.mark.parametrize(("name", "settings", "shares"), IN_BOUNDS)
 def test_reparam_and_dreg_are_unbiased(

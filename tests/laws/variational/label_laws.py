@@ -150,6 +150,7 @@ def test_true_posteriors_give_exact_bounds(cls: Any) -> None:
         torch.testing.assert_close(model.loss(many, y.repeat(4000))["elbo"], labelled, rtol=0, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [ConditionalVAE, SemiSupervisedVAE])
 def test_bounds_are_ordered_away_from_true_posterior(cls: Any) -> None:
     model, x, given = at_the_truth(cls)

@@ -121,6 +121,7 @@ def test_mixture_log_prob_is_independent_of_chunk_size(name: str, monkeypatch: p
     torch.testing.assert_close(model.log_prior(z), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MIXTURES, *FLOWS])
 def test_the_density_of_a_prior_integrates_to_one(name: str) -> None:
     model = small(name, latent_dim=2)

@@ -306,6 +306,7 @@ def solved(make: Any, **settings: Any) -> tuple[Exact, Any, Tensor]:
     return exact, model.eval(), torch.from_numpy(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ALL)
 def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
     """At the experts above and away from there, over 5,000 draws for each sample."""

@@ -156,6 +156,7 @@ def test_loss_and_gradients_match_formula(kind: str, beta: float) -> None:
     torch.testing.assert_close(gradients(model, terms["loss"]), gradients(model, beta * kl - log_px.mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_kl_matches_paper(kind: str) -> None:
     model, x = small(kind), data(1)
@@ -204,6 +205,7 @@ def test_identity_flow_steps_equal_vae(kind: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_importance_likelihood_matches_prior_integral(kind: str) -> None:
     """So the density of q(z|x) is right, and the ELBO a bound."""

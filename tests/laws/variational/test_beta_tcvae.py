@@ -256,6 +256,7 @@ def loaders() -> dict[str, tuple[Any, int]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", loaders())
 def test_dataset_size_is_taken_from_training_loader(kind: str, quiet: Any) -> None:
     loader, expected = loaders()[kind]
@@ -279,6 +280,7 @@ def test_dataset_size_survives_a_skipped_first_step(quiet: Any) -> None:
     assert model.n_data.item() == 22
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_dataset_size(quiet: Any, tmp_path: Any) -> None:
     """Counted by batches it would depend on the size of the one that is next."""
     loader, val = loaders()["batches"][0], loaders()["samples"][0].dataset

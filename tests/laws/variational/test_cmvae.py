@@ -209,6 +209,7 @@ def linear() -> tuple[Any, Tensor, np.ndarray]:
     return model.eval(), torch.from_numpy(x), np.log(sum(w * law.pdf(x) for w, law in zip(weights, laws, strict=True)))
 
 
+@pytest.mark.slow
 def test_importance_samples_find_evidence_above_the_bound() -> None:
     """From encoders that say little: their draws are about as wide as the prior's."""
     model, x, evidence = linear()

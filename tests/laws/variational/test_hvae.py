@@ -136,6 +136,7 @@ def test_bound_matches_joint_density(shifted: Any) -> None:
     torch.testing.assert_close(terms["nll"], -log_px.mean())
 
 
+@pytest.mark.slow
 def test_bound_rises_with_steps_below_evidence() -> None:
     """By the cooling alone: a flow that keeps p(x, z) N(rho) keeps the distance from it too."""
     x = normals(8, 6)

@@ -75,6 +75,7 @@ def test_kl_gradient_matches_reference(family: str) -> None:
         assert found == pytest.approx((high - low) / (2e-4 * kappa), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_density_integrates_to_one_over_the_sphere(family: str) -> None:
     q, mu = about_mean(3, family), directions(1, 3)

@@ -69,6 +69,7 @@ def off(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_the_bounds_rise_from_the_elbo_towards_the_evidence() -> None:
     x = torch.randn(20, 9, dtype=torch.float64) * 1.5
     ladder = []

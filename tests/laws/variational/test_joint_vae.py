@@ -127,6 +127,7 @@ def test_wrong_capacity_distances_are_detected(rival: Any) -> None:
         distance_law(rival)
 
 
+@pytest.mark.slow
 def test_linear_decoder_likelihood_is_gaussian_mixture() -> None:
     """There x given c is Gaussian, in closed form, so the evidence is a sum over classes."""
     model = small("joint_vae", latent_dim=2, n_variables=1, n_classes=3, hidden_dims=(), likelihood="gaussian:0.7")

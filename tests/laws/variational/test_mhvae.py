@@ -360,6 +360,7 @@ def test_equal_levels_make_top_product_exact() -> None:
     np.testing.assert_allclose(model.log_likelihood(x, 1).numpy(), exact.evidence(x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bounds_are_below_importance_sampled_evidence() -> None:
     exact = Linear(0.5)
     model, x = exact.model(), exact.samples(4)

@@ -97,6 +97,7 @@ def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
     assert (model.ball.log_density(v, log_var).exp() * volume).sum().item() == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_samples_match_reported_density() -> None:
     """E_q[p / q] = 1, with log q from the draw or from its place, and E_q[log q] against torch's normal at c -> 0."""
     for c in (0.2, 1.0):

@@ -133,7 +133,8 @@ def expand(argv: list[str]) -> Request:
             settings["data"] = for_data_set(settings["data"], flags)
         _drop_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
-        if command == "fit" and _trained_on(content) not in (None, data_identity(*_data_set(flags))):
+        # --resume auto has found a run of these data; their files are not read for it again
+        if command == "fit" and resume_from != "auto" and not _is_of(content, flags):
             raise AezooError(other_data_message(run or source))
         model = model or _model_name(settings)
         data = content.get("datamodule_hyper_parameters", {})
@@ -223,7 +224,7 @@ def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> t
             raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
         run_name = f"{_run_folder_model_name(model)}-{set_name(*_data_set(flags)[:2])}"
     home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.safe_name(run_name)
-    found, run = resume.latest_run(home, lambda source: _is_of(source, flags))
+    found, run = resume.latest_run(home, lambda source: _is_of(checkpoint.read_checkpoint(source), flags))
     os.environ[RESUMED] = str(found or "")
     if run is not None:
         os.environ[RUN_DIR] = str(run)
@@ -236,15 +237,10 @@ def _data_set(flags: list[str]) -> list[str]:
     return [setting(flags, "data", key) or str(defaults[key].default) for key in ("name", "root", "of")]
 
 
-def _is_of(source: Path, flags: list[str]) -> bool:
+def _is_of(content: dict[str, Any], flags: list[str]) -> bool:
     """Whether a checkpoint's run was trained on the data that the flags name; yes if it does not say."""
-    return _trained_on(checkpoint.read_checkpoint(source)) in (None, data_identity(*_data_set(flags)))
-
-
-def _trained_on(content: dict[str, Any]) -> str | None:
-    state = content.get(DataModule.__qualname__)
-    found = state.get("identity") if isinstance(state, dict) else None
-    return found if isinstance(found, str) else None
+    trained_on = content.get(DataModule.__qualname__, {}).get("identity")
+    return trained_on is None or trained_on == data_identity(*_data_set(flags))
 
 
 def _run_folder_model_name(model: str) -> str:

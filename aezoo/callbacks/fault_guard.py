@@ -29,8 +29,8 @@ class FaultGuard(Checked, pl.Callback):
     gradient scaler finds its scale do not count until that scale is below 1.
 
     Skips are logged, ever more rarely; a run that ends this way leaves `fault.txt` in its folder. A shorter run whose
-    steps were all skipped fails at its end. Several processes
-    decide by the gradients alone, which they share, and so skip the same steps.
+    steps were all skipped fails at its end. Several processes decide by the gradients alone, which they share, and so
+    skip the same steps.
 
     On a CPU many steps of the zoo's own models are checked together where possible; if one was bad, they are undone
     and repeated one by one (`aezoo.speed.deferred_checks`). The result is the same to the bit; the log line comes

@@ -94,34 +94,34 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
                 continue
             net = {key: value for key, value in NET.items() if key in registry.hyperparameters(model)}
             if model == "vq_vae_2":
-                codes = bits_of(registry.create_model(model, input_shape, codebook_size=2, **net))
+                codes = bits_per_sample(registry.create_model(model, input_shape, codebook_size=2, **net))
                 options = {"codebook_size": round(2 ** (bits * places / codes))}
-            found = bits_of(registry.create_model(model, input_shape, **net, **options))
-            row = {"model": model, "options": as_text(options), "bits_a_place": bits, "bits": found, **fixed}
+            found = bits_per_sample(registry.create_model(model, input_shape, **net, **options))
+            row = {"model": model, "options": options_text(options), "bits_a_place": bits, "bits": found, **fixed}
             spec = {"data": data, "hyperparameters": net | options, "epochs": arguments.epochs}
             spec |= {"most_seconds": arguments.most_seconds, "accelerator": arguments.accelerator}
             specs += [spec | {"row": row | {"seed": seed}} for seed in range(arguments.seeds)]
     return sorted(specs, key=lambda spec: int(spec["row"]["seed"]))
 
 
-def bits_of(model: Any) -> float:
+def bits_per_sample(model: Any) -> float:
     """The number of bits of a sample's indices."""
     import torch
 
-    books = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
-    return sum(math.prod(index.shape[2:]) * math.log2(size) for index, sizes in books.values() for size in sizes)
+    codebooks = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
+    return sum(math.prod(index.shape[2:]) * math.log2(size) for index, sizes in codebooks.values() for size in sizes)
 
 
-def as_text(options: dict[str, Any]) -> str:
+def options_text(options: dict[str, Any]) -> str:
     """Hyperparameters as the text of a cell."""
     return " ".join(
         f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in options.items()
     )
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("bits", __doc__)
+    parser = common.build_parser("bits", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help="models to train (default: all quantised ones)")
     add("--bits", nargs="+", type=int, choices=[*FSQ_LEVELS], default=[6, 8], help="bits a place (default 6 8)")
@@ -131,19 +131,19 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=count, default=128)
     add("--epochs", type=count, default=10, help="budget of each run (default 10)")
     add("--most-seconds", type=common.seconds, help="end a run after this many seconds of training")
-    common.add_runs(parser, "row", timeout=3600)
+    common.add_run_flags(parser, "row", timeout=3600)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
-    data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size)
+    arguments = parse_arguments(argv)
+    data, options = common.download_data(arguments.data, arguments.root, arguments.batch_size)
     specs = plan(arguments, options | {"rows": arguments.rows}, data.input_shape)
     path = f"bits-{specs[0]['row']['dataset']}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
-    parallel.fill(table, "bits_row", specs, arguments, COLUMNS, ("mse", "usage", "perplexity", "seconds"))
+    parallel.measure_missing(table, "bits_row", specs, arguments, COLUMNS, ("mse", "usage", "perplexity", "seconds"))
     print(table.path)
 
 

@@ -50,20 +50,20 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
     figures = trainer.test(model, data, verbose=False)[0]
     row |= {name: figures[f"test/{name}"] for name in FIGURES if f"test/{name}" in figures}
-    return row | of_books(model, {name.removeprefix("test/"): value for name, value in figures.items()})
+    return row | codebook_figures(model, {name.removeprefix("test/"): value for name, value in figures.items()})
 
 
-def of_books(model: Any, figures: dict[str, float]) -> dict[str, float]:
+def codebook_figures(model: Any, figures: dict[str, float]) -> dict[str, float]:
     """Usage and perplexity as means over the codebooks, and used_bits, from the figures of each codebook.
 
     Args:
-        model: its `books` lists the codebooks.
+        model: its `codebooks` are listed.
         figures: usage and perplexity of each codebook, as `aezoo.metrics.codebook_metrics` names them.
     """
-    books = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
+    codebooks = model.codebooks(torch.zeros(1, *model.index_shape, dtype=torch.long))
     ends = [
         (f"{'' if len(sizes) == 1 else f'_{i}'}{f'_{name}' if name else ''}", math.prod(index.shape[2:]))
-        for name, (index, sizes) in books.items()
+        for name, (index, sizes) in codebooks.items()
         for i in range(len(sizes))
     ]
     if not all(f"usage{end}" in figures for end, _ in ends):
@@ -73,4 +73,4 @@ def of_books(model: Any, figures: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

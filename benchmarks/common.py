@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parent
 # `benchmarks` in a checkout, `aezoo.benchmarks` in a wheel: the name for `python -m`, and the folder that contains it
 NAME = __name__.rpartition(".")[0]
 ROOT = PACKAGE.parents[NAME.count(".")]
-AGAIN = ("all", "failed")
+RERUN_CHOICES = ("all", "failed")
 
 
 def results_folder() -> Path:
@@ -36,12 +36,12 @@ def results_folder() -> Path:
 
 
 def environment(
-    asked: argparse.Namespace | None = None, precision: str = "fp32", accelerator: str | None = None
+    arguments: argparse.Namespace | None = None, precision: str = "fp32", accelerator: str | None = None
 ) -> str:
     """The settings that a number depends on, for a file name: precision, torch's version, cores or GPU, and machine.
 
     Args:
-        asked: arguments that `parser` has read: the machine's name, if given, and the accelerator if there is a flag.
+        arguments: what `build_parser` has read: the machine's name, if given, and the accelerator if there is a flag.
         precision: fp32 or bf16.
         accelerator: a fixed accelerator that the user cannot choose.
 
@@ -50,7 +50,7 @@ def environment(
     """
     import torch
 
-    accelerator = accelerator or getattr(asked, "accelerator", "auto")
+    accelerator = accelerator or getattr(arguments, "accelerator", "auto")
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     device = f"cpu{os.cpu_count()}"
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -59,10 +59,10 @@ def environment(
         device = "mps"
     elif accelerator not in ("auto", "cpu"):
         raise AezooError(f"--accelerator {accelerator}: torch finds none here; take cpu, or auto for what there is")
-    return "-".join(filter(None, [precision, f"pt{version}", device, getattr(asked, "machine", None)]))
+    return "-".join(filter(None, [precision, f"pt{version}", device, getattr(arguments, "machine", None)]))
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The name of this machine's processor with its family and model; a cloud may name only a class of processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
@@ -73,7 +73,7 @@ def processor() -> str:
     return " ".join([found.get("model name", platform.machine()), *numbers])
 
 
-def bare_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
+def base_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with commands written as the script was called."""
     caller = Path(sys.argv[0])
     called = "aezoo benchmark " if "aezoo" in (caller.stem, caller.parent.name) else f"python -m {NAME}."
@@ -88,41 +88,41 @@ def bare_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def parser(script: str, doc: str | None) -> argparse.ArgumentParser:
-    """A `bare_parser` with the flags that all measuring scripts share."""
-    made = bare_parser(script, doc)
-    add_results(made)
-    made.add_argument(
+def build_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
+    """A `base_parser` with the flags that all measuring scripts share."""
+    parser = base_parser(script, doc)
+    add_results_flag(parser)
+    parser.add_argument(
         "--machine",
         type=_machine,
         metavar="NAME",
         help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
     )
-    add_again(made)
-    return made
+    add_again_flag(parser)
+    return parser
 
 
-def add_again(made: argparse.ArgumentParser) -> None:
+def add_again_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag of scripts that keep existing rows."""
-    made.add_argument(
+    parser.add_argument(
         "--again",
         nargs="?",
         const="all",
-        choices=AGAIN,
+        choices=RERUN_CHOICES,
         help="measure existing rows again: all that are asked for (the default), or those that failed",
     )
 
 
-def add_results(made: argparse.ArgumentParser) -> None:
+def add_results_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag of scripts that write or read CSVs."""
     folder = results_folder()
     text = f"folder of the CSVs; by default {folder}"
-    made.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
+    parser.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
 
 
-def add_runs(made: argparse.ArgumentParser, unit: str, timeout: int) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, unit: str, timeout: int) -> None:
     """Add the flags of scripts that train models with several seeds, each `unit` in its own process."""
-    add, count = made.add_argument, at_least(1)
+    add, count = parser.add_argument, at_least(1)
     add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
     add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
     add(
@@ -138,15 +138,15 @@ def _machine(text: str) -> str:
     return text
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A flag's type: a whole number of at least `least`."""
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A flag's type: a whole number of at least `minimum`."""
 
-    def whole(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {minimum}")
         return int(text)
 
-    return whole
+    return parse
 
 
 def seconds(text: str) -> float:
@@ -160,7 +160,9 @@ def seconds(text: str) -> float:
     return value
 
 
-def fetched(name: str, root: str, batch_size: int, size: int | None = None) -> tuple["DataModule", dict[str, Any]]:
+def download_data(
+    name: str, root: str, batch_size: int, size: int | None = None
+) -> tuple["DataModule", dict[str, Any]]:
     """Download a data set once, before several processes would; return it and the arguments that open it.
 
     Paths are absolute because each row is measured in its own folder.
@@ -168,8 +170,8 @@ def fetched(name: str, root: str, batch_size: int, size: int | None = None) -> t
     from aezoo import DataModule
     from aezoo.data.source_registry import from_path
 
-    places = {"name": _absolute(name) if from_path(name) else name, "root": _absolute(root)}
-    options: dict[str, Any] = {**places, "batch_size": batch_size, "size": size}
+    paths = {"name": _absolute(name) if from_path(name) else name, "root": _absolute(root)}
+    options: dict[str, Any] = {**paths, "batch_size": batch_size, "size": size}
     data = DataModule(**options)
     data.prepare_data()
     return data, options
@@ -195,8 +197,8 @@ def command_line(script: str, argv: Sequence[str]) -> str:
     kept: list[str] = []
     before = ""
     for word in argv:
-        own = word.partition("=")[0] in ("--again", "--results")
-        if not own and before != "--results" and not (before == "--again" and word in AGAIN):
+        is_output_flag = word.partition("=")[0] in ("--again", "--results")
+        if not is_output_flag and before != "--results" and not (before == "--again" and word in RERUN_CHOICES):
             kept.append(word)
         before = word
     return shlex.join(["python", "-m", f"{NAME}.{script}", *kept])
@@ -215,12 +217,12 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
 
-def in_turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+def interleaved_medians(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
     """Median of the values that each way returns, such as seconds; the first turn, a warm-up, does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(1 + repeats):
-        for name, way in ways.items():
-            value = way()
+        for name, function in functions.items():
+            value = function()
             if turn:
                 found[name].append(value)
     return {name: statistics.median(values) for name, values in found.items()}
@@ -268,7 +270,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def write_errors_in_one_line(path: Path) -> Iterator[None]:
     """Turn a failure to write a results file into a one-line error.
 
     Raises:
@@ -281,31 +283,31 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Wait until no other process writes a table in this folder, where the system supports locks."""
     if sys.platform == "win32":
         yield
         return
     import fcntl
 
-    held = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         # network file systems may not lock folders
         with contextlib.suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Lock a file that grows while a run measures, so that no other run writes it.
 
     Raises:
         AezooError: another run holds the lock.
     """
-    with writing(path):
+    with write_errors_in_one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     with file:
@@ -350,11 +352,11 @@ class Table:
             self.commands.append(self.command)
 
     @contextlib.contextmanager
-    def changed(self) -> Iterator[None]:
+    def update(self) -> Iterator[None]:
         """Read the file, let the caller change its rows, and write them while no other process can write."""
-        with writing(self.path):
+        with write_errors_in_one_line(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with in_turn(self.path.parent):
+            with folder_lock(self.path.parent):
                 self.read()
                 yield
                 self.write()
@@ -370,8 +372,8 @@ class Table:
         Raises:
             AezooError: it has to be measured, but the result could not be written.
         """
-        there = self.find(row)
-        needed = there is None or self.again == "all" or (self.again == "failed" and bool(there.get("error")))
+        existing = self.find(row)
+        needed = existing is None or self.again == "all" or (self.again == "failed" and bool(existing.get("error")))
         if needed:
             self.check_writable()
         return needed
@@ -384,34 +386,34 @@ class Table:
         """
         if self._writable:
             return
-        with writing(self.path):
+        with write_errors_in_one_line(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path.parent):
                 self._writable = True
 
     def put(self, row: Mapping[str, object]) -> None:
         """Add a row with the processor's name, or replace the row with the same key, and write the file."""
-        fresh = {name: as_text(value) for name, value in row.items()} | {"processor": as_text(processor())}
-        with self.changed():
-            there = self.find(row)
-            if there is None:
-                self.rows.append(fresh)
+        cells = {name: as_text(value) for name, value in row.items()} | {"processor": as_text(processor_name())}
+        with self.update():
+            existing = self.find(row)
+            if existing is None:
+                self.rows.append(cells)
             else:
-                there.clear()
-                there.update(fresh)
+                existing.clear()
+                existing.update(cells)
 
-    def renew(self, rows: Iterable[Mapping[str, object]]) -> None:
+    def replace_all(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Replace all rows by these, which this table's command measured, and write the file."""
-        with self.changed():
+        with self.update():
             self.commands, self.rows = [self.command], []
-            machine = {"processor": as_text(processor())}
+            machine = {"processor": as_text(processor_name())}
             self.rows += [{name: as_text(value) for name, value in row.items()} | machine for row in rows]
 
     def write(self) -> None:
         """Write all rows atomically: the file is the old one or the new one, never a part."""
         columns = [*dict.fromkeys(name for row in self.rows for name in row if name != "error"), "error"]
         part = self.path.with_suffix(".part")
-        with writing(self.path):
+        with write_errors_in_one_line(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with part.open("w", newline="", encoding="utf-8") as file:

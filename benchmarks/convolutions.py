@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
+from .common import Table, at_least, build_parser, command_line, environment, interleaved_medians, run_script
 
 LAYERS = ("conv", "transposed", "transposed_odd")
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
@@ -30,8 +30,8 @@ KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested grid."""
-    made = parser("convolutions", __doc__)
-    add = made.add_argument
+    parser = build_parser("convolutions", __doc__)
+    add = parser.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[64], metavar="N", help="samples of a batch")
     add(
         "--channels",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threads", type=at_least(1), default=1, help="threads on the CPU")
     add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = made.parse_args(words)
+    arguments = parser.parse_args(words)
     path = arguments.results / f"convolutions-{environment(arguments, arguments.precision, 'cpu')}.csv"
     table = Table(path, KEY, command_line("convolutions", words), arguments.again)
     sizes = (vars(arguments)[name] for name in ("batch", "channels", "sides", "strides"))
@@ -125,7 +125,7 @@ def measure(row: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
     given = {name: batch_inner if name == "batch_inner" else last for name in ways}
     batch_inner[0].requires_grad_()
     with flushed_denormals():
-        took = in_turns(
+        took = interleaved_medians(
             {name: partial(timed, partial(step, way, *given[name]), x.device) for name, way in ways.items()},
             arguments.repeats,
         )

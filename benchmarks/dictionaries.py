@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # number of data streams of a model; 1 for all others
 STREAMS = {"crosscoder": 2, "transcoder": 2}
 # models of sequences; the data have none
-OF_SEQUENCES = ("temporal_sae",)
+SEQUENCE_MODELS = ("temporal_sae",)
 DATA = ("atoms", "dim", "active", "correlation", "noise", "samples")
 KEY = ("model", "seed", "steps", "batch_size", "lr", *DATA, "options")
 SCORES = ("mcc", "uniqueness", "l0", "fvu", "dead_share", "cosine", "shrinkage", "reconstruction_bias")
@@ -50,7 +50,7 @@ SHOWN = ("mcc", "l0", "fvu", "dead_share")
 
 def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs: a spec for each row, with the row's first columns."""
-    known = [name for name in registry.list_models(family="sparse") if name not in OF_SEQUENCES]
+    known = [name for name in registry.list_models(family="sparse") if name not in SEQUENCE_MODELS]
     names = [registry.find(name).name for name in arguments.models or known]
     other = next((name for name in names if name not in known), None)
     if other is not None:
@@ -61,7 +61,7 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     fixed = {"steps": arguments.steps, "batch_size": arguments.batch_size, "lr": arguments.lr, **data}
     specs = []
     for name in names:
-        given = options_of(name, arguments)
+        given = model_options(name, arguments)
         written = " ".join(f"{key}={value}" for key, value in given.items())
         spec = {
             "model": name,
@@ -79,17 +79,17 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return specs
 
 
-def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def model_options(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """A model's settings for data with the requested number of active atoms."""
-    own, given = registry.hyperparameters(name), OPTIONS.get(name, {})
-    common_ones = {"likelihood": "gaussian", "k": max(1, round(arguments.active))}
+    known, given = registry.hyperparameters(name), OPTIONS.get(name, {})
+    shared = {"likelihood": "gaussian", "k": max(1, round(arguments.active))}
     share = {"rho": arguments.active / arguments.atoms, "lifetime": arguments.active / arguments.atoms}
-    return {key: value for key, value in (common_ones | share).items() if key in own and key not in given} | given
+    return {key: value for key, value in (shared | share).items() if key in known and key not in given} | given
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("dictionaries", __doc__)
+    parser = common.build_parser("dictionaries", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help="models to train (default: all of the family sparse)")
     add("--steps", type=count, default=5000, help="training steps of each run (default 5000)")
@@ -101,7 +101,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=common.at_least(100), default=100_000, help="of all splits together (default 100000)")
     add("--batch-size", type=count, default=128)
     add("--lr", type=float, default=1e-3, help="learning rate of all models (default 0.001)")
-    common.add_runs(parser, "row", timeout=3600)
+    common.add_run_flags(parser, "row", timeout=3600)
     return parser.parse_args(argv)
 
 
@@ -122,11 +122,11 @@ def medians(rows: Iterable[Mapping[str, str]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet, and print the medians of all rows."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     path = f"dictionaries-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
     specs = plan(arguments)
-    parallel.fill(table, "dictionaries_row", specs, arguments, COLUMNS, (*SHOWN, "seconds"))
+    parallel.measure_missing(table, "dictionaries_row", specs, arguments, COLUMNS, (*SHOWN, "seconds"))
     print(*medians(there for spec in specs if (there := table.find(spec["row"])) is not None), sep="\n")
     print(table.path)
 

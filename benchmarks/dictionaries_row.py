@@ -63,4 +63,4 @@ def directions(model: aezoo.Autoencoder, codes: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

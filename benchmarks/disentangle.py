@@ -55,9 +55,9 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("disentangle", __doc__)
+    parser = common.build_parser("disentangle", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
     add("--steps", type=count, default=10_000, help="training steps of each run (default 10000)")
@@ -66,25 +66,27 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--code-size", type=count, default=10, help="numbers in a code (default 10)")
     add("--batch-size", type=count, default=128)
     add("--net", help="mlp, conv or resnet; without it the models' own")
-    common.add_runs(parser, "model", timeout=36_000)
+    common.add_run_flags(parser, "model", timeout=36_000)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     path = f"disentangle-shapes-{arguments.size}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("disentangle", argv), arguments.again)
     specs = [spec for spec in plan(arguments) if any(table.needs(row) for row in spec["seeds"])]
     found = run_rows("disentangle_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator)
-    for i, (spec, answer) in enumerate(found, start=1):
-        rows = answer.get("rows") or [{"error": answer.get("error")} for _ in spec["seeds"]]
+    for i, (spec, result) in enumerate(found, start=1):
+        rows = result.get("rows") or [{"error": result.get("error")} for _ in spec["seeds"]]
         for known, row in zip(spec["seeds"], rows, strict=True):
             table.put({name: {**row, **known}.get(name) for name in COLUMNS})
-            told = [f"{name} {common.as_text(row.get(name))}" for name in ("mig", "disentanglement", "elbo", "seconds")]
+            figures = [
+                f"{name} {common.as_text(row.get(name))}" for name in ("mig", "disentanglement", "elbo", "seconds")
+            ]
             head = f"[{i}/{len(specs)}] {known['model']}, seed {known['seed']}"
-            print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+            print(f"{head}: {row.get('error') or ', '.join(figures)}", flush=True)
     print(table.path)
 
 

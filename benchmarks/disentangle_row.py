@@ -104,4 +104,4 @@ def scores(z: Tensor, factors: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

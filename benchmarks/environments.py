@@ -28,7 +28,7 @@ class EnvironmentFailure(RuntimeError):
     """pip could not make an environment; the message is one line."""
 
 
-def cache() -> Path:
+def default_folder() -> Path:
     """Where environments are kept unless --envs says otherwise."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "aezoo-peers"
@@ -59,7 +59,7 @@ def python_for(party: str, folder: Path, accelerator: str = "cpu") -> str:
     try:
         venv.create(home, clear=True, with_pip=True)
         if party in SHARED:
-            _share(home)
+            _share_packages(home)
         command = [str(python), "-m", "pip", "install", "--quiet", *packages]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except (OSError, subprocess.SubprocessError) as error:
@@ -71,7 +71,7 @@ def python_for(party: str, folder: Path, accelerator: str = "cpu") -> str:
     return str(python)
 
 
-def _share(home: Path) -> None:
+def _share_packages(home: Path) -> None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise EnvironmentFailure("torch is not installed")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, at_least, command_line, environment, in_turns, parser, run_script
+from .common import Table, at_least, build_parser, command_line, environment, interleaved_medians, run_script
 
 KEY = ("batch", "x_dim", "latents", "k", "threads")
 _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -25,8 +25,8 @@ _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested grid."""
-    made = parser("gather", __doc__)
-    add = made.add_argument
+    parser = build_parser("gather", __doc__)
+    add = parser.add_argument
     add("--batch", nargs="+", type=at_least(1), default=[128, 1024], metavar="N", help="samples of a batch")
     add("--x_dim", nargs="+", type=at_least(1), default=[64, 784], metavar="N", help="data dimensions")
     add("--k", nargs="+", type=at_least(1), default=[8, 32], metavar="N", help="active latents of a sample")
@@ -35,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threads", type=at_least(1), default=1, help="threads on the CPU")
     add("--repeats", type=at_least(1), default=7, help="repeats after the warm-up")
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = made.parse_args(words)
+    arguments = parser.parse_args(words)
     path = arguments.results / f"gather-{environment(arguments)}.csv"
     table = Table(path, KEY, command_line("gather", words), arguments.again)
     for batch, x_dim, k, ratio in itertools.product(arguments.batch, arguments.x_dim, arguments.k, arguments.ratios):
         row = {"batch": batch, "x_dim": x_dim, "latents": ratio * k, "k": k, "threads": arguments.threads}
         if table.needs(row):
             table.put(row | {"ratio": ratio} | measure(row, arguments))
-    lost = [float(row["ratio"]) for row in table.rows if float(row["speedup"]) < 1]
-    always = [ratio for row in table.rows if (ratio := float(row["ratio"])) > max(lost, default=0)]
-    print(f"gathering is faster in every row from {min(always):g} on" if always else "gathering is not always faster")
+    slower = [float(row["ratio"]) for row in table.rows if float(row["speedup"]) < 1]
+    faster = [ratio for row in table.rows if (ratio := float(row["ratio"])) > max(slower, default=0)]
+    print(f"gathering is faster in every row from {min(faster):g} on" if faster else "gathering is not always faster")
     print(path)
 
 
@@ -58,7 +58,7 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    ways = {name: Dictionary(row["latents"], (row["x_dim"],), name).to(device) for name in ("dense", "gather")}
+    dictionaries = {name: Dictionary(row["latents"], (row["x_dim"],), name).to(device) for name in ("dense", "gather")}
     values_Bk = torch.rand(row["batch"], row["k"], device=device, requires_grad=True)
     index_Bk = torch.rand(row["batch"], row["latents"], device=device).topk(row["k"]).indices
     grad_BX = torch.randn(row["batch"], row["x_dim"], device=device)
@@ -69,9 +69,9 @@ def measure(row: dict[str, int], arguments: Namespace) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
 
-    clocks = {name: partial(_timed, partial(step, dictionary)) for name, dictionary in ways.items()}
-    took = in_turns(clocks, arguments.repeats)
-    return {"dense_ms": took["dense"], "gather_ms": took["gather"], "speedup": took["dense"] / took["gather"]}
+    clocks = {name: partial(_timed, partial(step, dictionary)) for name, dictionary in dictionaries.items()}
+    times = interleaved_medians(clocks, arguments.repeats)
+    return {"dense_ms": times["dense"], "gather_ms": times["gather"], "speedup": times["dense"] / times["gather"]}
 
 
 def _timed(step: Callable[[], None]) -> float:

@@ -82,7 +82,7 @@ def peak_memory_mb(device: torch.device) -> float | None:
 # ---- work -----------------------------------------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
+class FlopCounts(NamedTuple):
     """FLOPs per sample.
 
     Attributes:
@@ -96,7 +96,7 @@ class Work(NamedTuple):
     gemms: int
 
 
-def work(model: Any, x: Tensor) -> Work:
+def count_flops(model: Any, x: Tensor) -> FlopCounts:
     """Count the FLOPs of a model on a batch with torch's counter: matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.eval()(x)
@@ -104,7 +104,7 @@ def work(model: Any, x: Tensor) -> Work:
         model.train().loss(x)["loss"].backward()
     counts = step.get_flop_counts()["Global"]
     gemms = sum(count for op, count in counts.items() if op in _GEMMS)
-    return Work(*(total // len(x) for total in (forward.get_total_flops(), step.get_total_flops(), gemms)))
+    return FlopCounts(*(total // len(x) for total in (forward.get_total_flops(), step.get_total_flops(), gemms)))
 
 
 class _Recorder(TorchDispatchMode):
@@ -120,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def alone(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
+def seconds_of_products(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
     """Seconds that the matrix products and convolutions of a training step take when they run back to back.
 
     Each runs in its own shape, unlike in the peak measurement, and in the model's memory layout.
@@ -129,12 +129,12 @@ def alone(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
         model.train().loss(x)["loss"].backward()
 
     @torch.no_grad()
-    def again() -> None:
+    def replay() -> None:
         for call in recorder.calls:
             call()
 
-    again()
-    return statistics.median(timed(again, x.device) for _ in range(repeats))
+    replay()
+    return statistics.median(timed(replay, x.device) for _ in range(repeats))
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 # ---- callbacks ------------------------------------------------------------------------------------------------------
 
 
-class FirstSteps(pl.Callback):
+class StepTimer(pl.Callback):
     """Records when each of the first steps of a fit ended."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class FirstSteps(pl.Callback):
         return [end - start for start, end in zip([self.began, *self.done], self.done, strict=False)]
 
 
-class Epochs(pl.Callback):
+class EpochTimer(pl.Callback):
     """Seconds of each epoch from its first batch to its last, without validation and checkpoints.
 
     It hooks only into epochs, so a step costs the same as for a user.
@@ -213,8 +213,8 @@ class GuardCost(pl.Callback):
         self._looked = False
         hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
         for name in (*hooks, "remember"):
-            setattr(guard, name, self._switched(guard, getattr(guard, name), None))
-        guard.is_finite_step = self._switched(guard, guard.is_finite_step, True)
+            setattr(guard, name, self._only_in_odd_blocks(guard, getattr(guard, name), None))
+        guard.is_finite_step = self._only_in_odd_blocks(guard, guard.is_finite_step, True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = None
@@ -222,22 +222,22 @@ class GuardCost(pl.Callback):
         rollback = getattr(plan, "rollback", None)
         if rollback is None or "record" in vars(rollback):
             return
-        for name, otherwise in (("prepare_step", None), ("record", True)):
-            setattr(rollback, name, self._switched(rollback, getattr(rollback, name), otherwise))
+        for name, default in (("prepare_step", None), ("record", True)):
+            setattr(rollback, name, self._only_in_odd_blocks(rollback, getattr(rollback, name), default))
         begin = rollback._begin
 
-        def noticed() -> None:
+        def begin_and_note() -> None:
             self._looked = True
             begin()
 
-        rollback._begin = noticed
+        rollback._begin = begin_and_note
 
-    def _switched(self, owner: Any, method: Callable[..., Any], otherwise: Any) -> Callable[..., Any]:
-        def switched(*args: Any) -> Any:
-            return method(*args) if self._batch // self._block % 2 else otherwise
+    def _only_in_odd_blocks(self, owner: Any, method: Callable[..., Any], default: Any) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            return method(*args) if self._batch // self._block % 2 else default
 
-        switched.__self__ = owner  # type: ignore[attr-defined]  # whose it is, as of the method
-        return switched
+        wrapper.__self__ = owner  # type: ignore[attr-defined]  # whose it is, as of the method
+        return wrapper
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         now = time.perf_counter()
@@ -264,7 +264,7 @@ class GuardCost(pl.Callback):
         return found
 
 
-class Launches(pl.Callback):
+class LaunchCounter(pl.Callback):
     """Counts kernel launches and copies between host and device over some steps of a fit.
 
     Args:

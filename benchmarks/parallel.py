@@ -24,7 +24,7 @@ def run_rows(
     """
     slots: SimpleQueue[dict[str, str]] = SimpleQueue()
     for slot in range(jobs):
-        slots.put(variables(slot, jobs, accelerator))
+        slots.put(job_environment(slot, jobs, accelerator))
 
     def run(spec: dict[str, Any]) -> dict[str, Any]:
         slot = slots.get()
@@ -40,11 +40,11 @@ def run_rows(
                 yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            processes.end_all()
+            processes.kill_all()
             raise
 
 
-def fill(
+def measure_missing(
     table: common.Table,
     module: str,
     specs: Iterable[dict[str, Any]],
@@ -58,12 +58,12 @@ def fill(
     for i, (spec, measured) in enumerate(found, start=1):
         row = measured | spec["row"]
         table.put({name: row.get(name) for name in columns})
-        told = [f"{name} {common.as_text(row[name])}" for name in shown if row.get(name) not in (None, "")]
+        figures = [f"{name} {common.as_text(row[name])}" for name in shown if row.get(name) not in (None, "")]
         head = f"[{i}/{len(needed)}] {' '.join(filter(None, (row['model'], row.get('options'))))}, seed {row['seed']}"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+        print(f"{head}: {row.get('error') or ', '.join(figures)}", flush=True)
 
 
-def variables(slot: int, jobs: int, accelerator: str) -> dict[str, str]:
+def job_environment(slot: int, jobs: int, accelerator: str) -> dict[str, str]:
     """Environment variables for one of several jobs; a number of threads that the user has set is kept."""
     found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))}
     if accelerator not in ("cpu", "mps"):

@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
 
-from .common import ROOT, writing
+from .common import ROOT, write_errors_in_one_line
 from .peer_scripts.job import Job
 
 _SCRIPTS = Path(__file__).with_name("peer_scripts")
-_LONGEST_ERROR = 200
+_MAX_ERROR_LENGTH = 200
 # without a terminal the zoo's progress bar is one line per epoch
-AT_TERMINAL = ("aezoo", "aezoo_compiled")
+NEEDS_TERMINAL = ("aezoo", "aezoo_compiled")
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
@@ -30,7 +30,7 @@ class RunFailure(RuntimeError):
     """A run failed; one line says why."""
 
 
-def variables(threads: int, accelerator: str = "cpu") -> dict[str, str]:
+def thread_environment(threads: int, accelerator: str = "cpu") -> dict[str, str]:
     """Environment variables that set every library's thread count, and hide all accelerators or all but one GPU."""
     names = ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
     found = {f"{name}_NUM_THREADS": str(threads) for name in names} | {"TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -100,7 +100,10 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[-job.threads :]))
             command = ["taskset", "-c", cores, *command]
         path = str(ROOT) if python == sys.executable else ""
-        added, terminal = variables(job.threads, job.accelerator) | {"PYTHONPATH": path}, job.party in AT_TERMINAL
+        added, terminal = (
+            thread_environment(job.threads, job.accelerator) | {"PYTHONPATH": path},
+            job.party in NEEDS_TERMINAL,
+        )
         added |= {"TERM": "xterm-256color"} if terminal else {}
         with _output(log, terminal) as out:
             process = subprocess.Popen(
@@ -128,12 +131,12 @@ def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str,
             # a message of several lines is represented by its first
             last = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:] or lines[-1:]
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {''.join(last)}"
-            raise RunFailure(why[:_LONGEST_ERROR])
+            raise RunFailure(why[:_MAX_ERROR_LENGTH])
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
 
-class Part:
+class RunsFile:
     """A file of finished runs, one JSON line each, below a line with the settings that they share.
 
     Args:
@@ -155,7 +158,7 @@ class Part:
             return
         if lines:
             print(f"{path.name} holds runs with other settings: they are dropped", file=sys.stderr)
-        with writing(path):
+        with write_errors_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(head + "\n", encoding="utf-8")
 
@@ -167,7 +170,7 @@ class Part:
         """Store a run with its `result` or its `error`."""
         run = {"party": party, "round": turn, **outcome}
         self.runs[party, turn] = run
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with write_errors_in_one_line(self.path), self.path.open("a", encoding="utf-8") as file:
             # starts with a line break, because the line before may have been cut off
             file.write("\n" + json.dumps(run))
 

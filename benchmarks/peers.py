@@ -65,53 +65,54 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, alone, at_least, command_line, environment, parser, run_script, seconds
-from .environments import EnvironmentFailure, cache, python_for
-from .peer_runs import Part, RunFailure, train
+from .common import Spread, Table, at_least, build_parser, command_line, environment, file_lock, run_script, seconds
+from .environments import EnvironmentFailure, default_folder, python_for
+from .peer_runs import RunFailure, RunsFile, train
 from .peer_scripts.__main__ import PARTIES
 from .peer_scripts.job import Job
-from .workloads import WORKLOADS, Workload, write
+from .workloads import WORKLOADS, Workload, write_inputs
 
 # parties that use bf16 with --precision bf16; those named ..._bf16 always use it
-BF16 = ("loop", "loop_graph", "aezoo", "aezoo_compiled")
-YARDSTICK = "loop"
-ON_CUDA = ("loop_graph",)
+BF16_PARTIES = ("loop", "loop_graph", "aezoo", "aezoo_compiled")
+REFERENCE_PARTY = "loop"
+CUDA_PARTIES = ("loop_graph",)
 # for another shuffle, and for another rounding
 KERAS_TOLERANCE, ROUNDING_TOLERANCE = 0.03, 0.02
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    made = parser("peers", __doc__)
-    works = "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items())
-    made.add_argument("workload", choices=list(WORKLOADS), help=works)
-    made.add_argument(
+    parser = build_parser("peers", __doc__)
+    add = parser.add_argument
+    workloads = "; ".join(f"{name}: {workload.description}" for name, workload in WORKLOADS.items())
+    add("workload", choices=list(WORKLOADS), help=workloads)
+    add(
         "--parties",
         nargs="+",
         choices=list(PARTIES),
         metavar="NAME",
         help="all; those ..._bf16 at bf16 only, loop_graph on cuda only",
     )
-    made.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="where all parties train (cpu)")
-    made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    made.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="threads of every party (1)")
-    made.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="rounds (3)")
-    made.add_argument("--rows", type=at_least(1), metavar="N", help="training rows (those of the workload)")
-    made.add_argument("--batch", type=at_least(1), metavar="N", help="rows a step (that of the workload)")
-    made.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs, the first is warm-up (of the workload)")
-    made.add_argument("--seed", type=int, default=0, metavar="N")
-    made.add_argument(
+    add("--accelerator", choices=("cpu", "cuda"), default="cpu", help="where all parties train (cpu)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--threads", type=at_least(1), default=1, metavar="N", help="threads of every party (1)")
+    add("--repeats", type=at_least(1), default=3, metavar="N", help="rounds (3)")
+    add("--rows", type=at_least(1), metavar="N", help="training rows (those of the workload)")
+    add("--batch", type=at_least(1), metavar="N", help="rows a step (that of the workload)")
+    add("--epochs", type=at_least(1), metavar="N", help="epochs, the first is warm-up (of the workload)")
+    add("--seed", type=int, default=0, metavar="N")
+    add(
         "--pin",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="bind each process to --threads cores (Linux with taskset; on)",
     )
-    made.add_argument(
+    add(
         "--aezoo-flags", default="", metavar="FLAGS", help="more flags of aezoo fit, e.g. --aezoo-flags='--compile off'"
     )
-    made.add_argument("--timeout", type=seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
-    made.add_argument("--envs", type=Path, default=cache(), metavar="DIR", help="environments of parties (%(default)s)")
-    found = made.parse_args(argv)
+    add("--timeout", type=seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
+    add("--envs", type=Path, default=default_folder(), metavar="DIR", help="environments of parties (%(default)s)")
+    found = parser.parse_args(argv)
     workload = WORKLOADS[found.workload]
     found.parties = list(dict.fromkeys(found.parties or default_parties(found.precision, found.accelerator)))
     found.rows = found.rows or workload.rows
@@ -122,20 +123,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def default_parties(precision: str, accelerator: str = "cpu") -> list[str]:
     """The parties that take part unless --parties names others."""
-    absent = () if accelerator == "cuda" else ON_CUDA
+    absent = () if accelerator == "cuda" else CUDA_PARTIES
     return [party for party in PARTIES if party not in absent and (precision == "bf16" or not party.endswith("_bf16"))]
 
 
-def check(asked: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
     """Reject requests that cannot be measured.
 
     Raises:
         AezooError: names the cause and a remedy.
     """
-    if YARDSTICK not in asked.parties:
-        raise AezooError(f"nothing to compare with: add {YARDSTICK!r} to --parties")
-    if asked.accelerator == "cpu":
-        for party in set(ON_CUDA) & {*asked.parties}:
+    if REFERENCE_PARTY not in arguments.parties:
+        raise AezooError(f"nothing to compare with: add {REFERENCE_PARTY!r} to --parties")
+    if arguments.accelerator == "cpu":
+        for party in set(CUDA_PARTIES) & {*arguments.parties}:
             raise AezooError(f"{party} is a CUDA graph: add --accelerator cuda, or leave it out of --parties")
         return
     import torch
@@ -146,12 +147,12 @@ def check(asked: argparse.Namespace) -> None:
         )
 
 
-def precision_of(party: str, asked: str) -> str:
+def party_precision(party: str, requested: str) -> str:
     """The precision that a party runs at."""
-    return asked if party in BF16 else "bf16" if party.endswith("_bf16") else "fp32"
+    return requested if party in BF16_PARTIES else "bf16" if party.endswith("_bf16") else "fp32"
 
 
-def options_of(party: str, flags: str, accelerator: str = "cpu") -> tuple[str, ...]:
+def party_options(party: str, flags: str, accelerator: str = "cpu") -> tuple[str, ...]:
     """A party's own switches."""
     if not party.startswith("aezoo"):
         return ()
@@ -159,29 +160,31 @@ def options_of(party: str, flags: str, accelerator: str = "cpu") -> tuple[str, .
     return (*(("--compile", mode) if party == "aezoo_compiled" else ()), *flags.split())
 
 
-def measure(asked: argparse.Namespace, part: Part) -> None:
+def measure(arguments: argparse.Namespace, runs: RunsFile) -> None:
     """Do the missing runs, round by round; every second round runs in the opposite order."""
-    workload = WORKLOADS[asked.workload]
+    workload = WORKLOADS[arguments.workload]
     pythons: dict[str, str | EnvironmentFailure] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(workload, asked.rows, asked.seed, folder)
-        for turn in range(asked.repeats):
-            for party in asked.parties if turn % 2 == 0 else asked.parties[::-1]:
-                if part.has(party, turn):
+        write_inputs(workload, arguments.rows, arguments.seed, folder)
+        for turn in range(arguments.repeats):
+            for party in arguments.parties if turn % 2 == 0 else arguments.parties[::-1]:
+                if runs.has(party, turn):
                     continue
                 if party not in pythons:
-                    pythons[party] = _python(party, asked.envs, asked.accelerator)
+                    pythons[party] = _python(party, arguments.envs, arguments.accelerator)
                 try:
                     python = pythons[party]
                     if isinstance(python, EnvironmentFailure):
                         raise python
-                    result = train(python, job_of(party, asked, workload, folder), asked.timeout, asked.pin)
+                    result = train(
+                        python, build_job(party, arguments, workload, folder), arguments.timeout, arguments.pin
+                    )
                 except (EnvironmentFailure, RunFailure) as error:
-                    part.add(party, turn, error=str(error))
+                    runs.add(party, turn, error=str(error))
                     print(f"round {turn + 1} {party}: {error}", flush=True)
                 else:
-                    part.add(party, turn, result=result)
+                    runs.add(party, turn, result=result)
                     loss = result["losses"][-1]
                     print(f"round {turn + 1} {party}: {rate(result):,.0f} samples/s, loss {loss:.4f}", flush=True)
 
@@ -193,7 +196,7 @@ def _python(party: str, envs: Path, accelerator: str) -> str | EnvironmentFailur
         return error
 
 
-def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Path) -> Job:
+def build_job(party: str, arguments: argparse.Namespace, workload: Workload, folder: Path) -> Job:
     """The job of a party's run."""
     return Job(
         party=party,
@@ -203,15 +206,15 @@ def job_of(party: str, asked: argparse.Namespace, workload: Workload, folder: Pa
         hidden_dims=workload.hidden_dims,
         latent_dim=workload.latent_dim,
         variational=workload.variational,
-        rows=asked.rows,
-        batch=asked.batch,
-        epochs=asked.epochs,
-        threads=asked.threads,
-        precision=precision_of(party, asked.precision),
-        seed=asked.seed,
+        rows=arguments.rows,
+        batch=arguments.batch,
+        epochs=arguments.epochs,
+        threads=arguments.threads,
+        precision=party_precision(party, arguments.precision),
+        seed=arguments.seed,
         lr=workload.lr,
-        options=options_of(party, asked.aezoo_flags, asked.accelerator),
-        accelerator=asked.accelerator,
+        options=party_options(party, arguments.aezoo_flags, arguments.accelerator),
+        accelerator=arguments.accelerator,
     )
 
 
@@ -220,39 +223,44 @@ def rate(result: dict[str, Any], key: str = "rates") -> float:
     return statistics.median(result[key][1:] or result[key])
 
 
-def row(party: str, asked: argparse.Namespace, part: Part) -> dict[str, Any]:
+def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, Any]:
     """A party's row of the table."""
-    turns = range(asked.repeats)
-    results, yardstick = part.results(party, turns), part.results(YARDSTICK, turns)
-    workload = WORKLOADS[asked.workload]
-    settings = {"threads": asked.threads, "rows": asked.rows, "batch": asked.batch, "epochs": asked.epochs}
-    line: dict[str, Any] = {"party": party, "precision": precision_of(party, asked.precision)}
+    turns = range(arguments.repeats)
+    results, references = runs.results(party, turns), runs.results(REFERENCE_PARTY, turns)
+    workload = WORKLOADS[arguments.workload]
+    settings = {
+        "threads": arguments.threads,
+        "rows": arguments.rows,
+        "batch": arguments.batch,
+        "epochs": arguments.epochs,
+    }
+    line: dict[str, Any] = {"party": party, "precision": party_precision(party, arguments.precision)}
     figures: dict[str, Any] = dict.fromkeys(COLUMNS[2:])
-    figures |= settings | {"repeats": len(results), "error": part.error(party, turns)}
+    figures |= settings | {"repeats": len(results), "error": runs.error(party, turns)}
     if not results:
         return line | figures
-    runs = list(results.values())
-    rates = Spread.from_data([rate(run) for run in runs])
+    finished = list(results.values())
+    rates = Spread.from_data([rate(run) for run in finished])
     figures |= {"samples_per_s": rates.median, "samples_per_s_min": rates.low, "samples_per_s_max": rates.high}
     figures["round_rates"] = " ".join(f"{rate(results[turn]):.6g}" if turn in results else "-" for turn in turns)
-    ratios = [rate(run) / rate(yardstick[turn]) for turn, run in results.items() if turn in yardstick]
+    ratios = [rate(run) / rate(references[turn]) for turn, run in results.items() if turn in references]
     if ratios:
         ratio = Spread.from_data(ratios)
         figures |= {"ratio": ratio.median, "ratio_min": ratio.low, "ratio_max": ratio.high}
-    walls = [rate(run, "turns") for run in runs if run["turns"]]
+    walls = [rate(run, "turns") for run in finished if run["turns"]]
     figures["wall_samples_per_s"] = statistics.median(walls) if walls else None
     for name in ("first_step_s", "peak_rss_mb", "cores_used"):
-        values = [run[name] for run in runs if run[name] is not None]
+        values = [run[name] for run in finished if run[name] is not None]
         figures[name] = statistics.median(values) if values else None
-    figures |= {"parameters": runs[-1]["parameters"], "final_loss": runs[-1]["losses"][-1]}
-    figures["losses"] = " ".join(f"{loss:.6g}" for loss in runs[-1]["losses"])
-    figures["versions"] = " ".join(f"{name}={version}" for name, version in runs[-1]["versions"].items())
-    if yardstick:
-        reference = next(iter(yardstick.values()))
-        same = all(run["parameters"] == reference["parameters"] for run in runs)
-        gap = max(loss_gap(run["losses"], reference["losses"]) for run in runs)
+    figures |= {"parameters": finished[-1]["parameters"], "final_loss": finished[-1]["losses"][-1]}
+    figures["losses"] = " ".join(f"{loss:.6g}" for loss in finished[-1]["losses"])
+    figures["versions"] = " ".join(f"{name}={version}" for name, version in finished[-1]["versions"].items())
+    if references:
+        reference = next(iter(references.values()))
+        same = all(run["parameters"] == reference["parameters"] for run in finished)
+        gap = max(loss_gap(run["losses"], reference["losses"]) for run in finished)
         tolerance = KERAS_TOLERANCE if party.startswith("keras") else workload.tolerance
-        if line["precision"] != precision_of(YARDSTICK, asked.precision):
+        if line["precision"] != party_precision(REFERENCE_PARTY, arguments.precision):
             tolerance = max(tolerance, ROUNDING_TOLERANCE)
         agrees = "yes" if gap <= tolerance and same else "no"
         figures |= {"max_loss_gap": gap, "tolerance": tolerance, "agrees": agrees}
@@ -281,13 +289,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import peers_quality
 
         return peers_quality.main(words[1:])
-    asked = arguments(argv)
-    check(asked)
-    name = environment(asked, asked.precision)
-    path = asked.results / f"peers-{asked.workload}-{name}.csv"
+    arguments = parse_arguments(argv)
+    check(arguments)
+    name = environment(arguments, arguments.precision)
+    path = arguments.results / f"peers-{arguments.workload}-{name}.csv"
     command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
     table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")
-    if asked.again != "all" and table.rows and not part_path.exists():
+    if arguments.again != "all" and table.rows and not part_path.exists():
         if table.commands != [command]:
             raise AezooError(
                 f"{path} holds the rows of another command, {table.commands[0]}: give --again to replace them, or "
@@ -295,18 +303,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"{path} is there already; --again measures it again")
         return 0
-    with alone(part_path):
-        return _measured(asked, table, part_path)
+    with file_lock(part_path):
+        return _measured(arguments, table, part_path)
 
 
-def _measured(asked: argparse.Namespace, table: Table, part_path: Path) -> int:
-    if asked.again == "all":
+def _measured(arguments: argparse.Namespace, table: Table, part_path: Path) -> int:
+    if arguments.again == "all":
         os.truncate(part_path, 0)
     keys = ("workload", "precision", "threads", "rows", "batch", "epochs", "seed", "pin", "aezoo_flags")
-    part = Part(part_path, {key: getattr(asked, key) for key in keys})
-    measure(asked, part)
-    lines = [row(party, asked, part) for party in asked.parties]
-    table.renew(lines)
+    runs = RunsFile(part_path, {key: getattr(arguments, key) for key in keys})
+    measure(arguments, runs)
+    lines = [row(party, arguments, runs) for party in arguments.parties]
+    table.replace_all(lines)
     print(table.path)
     if not any(line["error"] for line in lines):
         part_path.unlink()

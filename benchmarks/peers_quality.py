@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from . import common
-from .environments import EnvironmentFailure, cache, python_for
+from .environments import EnvironmentFailure, default_folder, python_for
 from .peer_runs import RunFailure, train
 from .peer_scripts.job import Job
 
@@ -43,9 +43,9 @@ PARTIES = ("aezoo", "pythae")
 KEY = ("model", "party", "seed", "epochs", "batch", "latent_dim", "importance_samples", "elbo_samples")
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("peers quality", __doc__)
+    parser = common.build_parser("peers quality", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help="which; all")
     add("--seeds", type=count, default=3, metavar="N", help="of weights, order and noise: 0 to N - 1 (default 3)")
@@ -55,17 +55,23 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--importance-samples", type=count, default=1000, metavar="N", help="of log_likelihood (default 1000)")
     add("--elbo-samples", type=count, default=100, metavar="N", help="of elbo (default 100)")
     add("--timeout", type=common.seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
-    add("--envs", type=Path, default=cache(), metavar="DIR", help="where pythae's environment is made (%(default)s)")
+    add(
+        "--envs",
+        type=Path,
+        default=default_folder(),
+        metavar="DIR",
+        help="where pythae's environment is made (%(default)s)",
+    )
     return parser.parse_args(argv)
 
 
-def options_of(name: str) -> dict[str, Any]:
+def model_options(name: str) -> dict[str, Any]:
     """The arguments of a model in the form that the zoo takes."""
     pairs = (option.split("=") for option in MODELS[name])
     return {key: float(value) if "." in value else int(value) for key, value in pairs}
 
 
-def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Path, Path]:
+def prepare(folder: Path, arguments: argparse.Namespace, seed: int) -> tuple[Any, Path, Path]:
     """Test digits, and the files of training digits and of initial weights."""
     import numpy as np
     import torch
@@ -76,17 +82,17 @@ def prepare(folder: Path, asked: argparse.Namespace, seed: int) -> tuple[Any, Pa
     data = aezoo.DataModule("mnist5k", binarise="static")
     # bytes, because a party may need them
     digits = {stage: (data.tensors(stage)[0].flatten(1) * 255).byte() for stage in ("train", "test")}
-    steps = range(-(-len(digits["train"]) // asked.batch))
+    steps = range(-(-len(digits["train"]) // arguments.batch))
     # seeds of the zoo's loop, see `Autoencoder`
-    noise = [[mix(seed, 0, epoch, step) for step in steps] for epoch in range(asked.epochs)]
+    noise = [[mix(seed, 0, epoch, step) for step in steps] for epoch in range(arguments.epochs)]
     np.savez(folder / "data.npz", x_train=digits["train"].numpy(), noise_seeds=np.array(noise))
     torch.manual_seed(seed)
-    model: Any = aezoo.create_model("vae", (784,), hidden_dims=(200, 200), latent_dim=asked.latent_dim)
+    model: Any = aezoo.create_model("vae", (784,), hidden_dims=(200, 200), latent_dim=arguments.latent_dim)
     np.savez(folder / "weights.npz", *[parameter.detach().numpy() for parameter in model.parameters()])
     return digits["test"].float() / 255, folder / "data.npz", folder / "weights.npz"
 
 
-def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.Namespace) -> dict[str, float]:
+def evaluate(name: str, latent_dim: int, trained: Path, x: Any, arguments: argparse.Namespace) -> dict[str, float]:
     """Bounds on log p(x) of trained weights, estimated by the same model of the zoo for both parties."""
     import numpy as np
     import torch
@@ -94,7 +100,7 @@ def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.
     import aezoo
 
     # a model is a vae whatever bound it was trained on; a VampPrior is part of the model
-    kind, extra = ("vamp_vae", options_of(name)) if name == "vamp_vae" else ("vae", {})
+    kind, extra = ("vamp_vae", model_options(name)) if name == "vamp_vae" else ("vae", {})
     model: Any = aezoo.create_model(kind, (784,), hidden_dims=(200, 200), latent_dim=latent_dim, **extra).eval()
     with np.load(trained) as file, torch.no_grad():
         for i, parameter in enumerate([*model.encoder.parameters(), *model.decoder.parameters()]):
@@ -103,36 +109,36 @@ def evaluate(name: str, latent_dim: int, trained: Path, x: Any, asked: argparse.
             held = torch.from_numpy(file["pseudo_inputs"]).reshape(model.pseudo_K.shape)
             model.pseudo_K.copy_(torch.logit(held, 1e-6))
     torch.manual_seed(0)
-    log_w = [model.log_likelihood(x, 1) for _ in range(asked.elbo_samples)]
-    bound = torch.cat([model.log_likelihood(part, asked.importance_samples) for part in x.split(100)])
+    log_w = [model.log_likelihood(x, 1) for _ in range(arguments.elbo_samples)]
+    bound = torch.cat([model.log_likelihood(part, arguments.importance_samples) for part in x.split(100)])
     return {"elbo": float(torch.stack(log_w).mean()), "log_likelihood": float(bound.mean())}
 
 
-def measure(row: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+def measure(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one model with one party and evaluate it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        x, data, weights = prepare(folder, asked, row["seed"])
+        x, data, weights = prepare(folder, arguments, row["seed"])
         job = Job(
             party=f"{row['party']}_quality",
             data=str(data),
             weights=str(weights),
             shape=(784,),
             hidden_dims=(200, 200),
-            latent_dim=asked.latent_dim,
+            latent_dim=arguments.latent_dim,
             variational=True,
             rows=4000,
-            batch=asked.batch,
-            epochs=asked.epochs,
+            batch=arguments.batch,
+            epochs=arguments.epochs,
             seed=row["seed"],
             options=(f"model={row['model']}", *MODELS[row["model"]], f"out={folder / 'trained.npz'}"),
         )
         try:
-            python = python_for(row["party"], asked.envs.expanduser().absolute())
-            found = train(python, job, asked.timeout)
+            python = python_for(row["party"], arguments.envs.expanduser().absolute())
+            found = train(python, job, arguments.timeout)
         except (EnvironmentFailure, RunFailure) as error:
             return row | {"error": str(error)}
-        row |= evaluate(row["model"], asked.latent_dim, folder / "trained.npz", x, asked)
+        row |= evaluate(row["model"], arguments.latent_dim, folder / "trained.npz", x, arguments)
         return row | {"versions": " ".join(f"{key}={value}" for key, value in found["versions"].items())}
 
 
@@ -140,7 +146,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
     """One line per model: the means of both parties, and how much tighter the zoo's bound is."""
     lines = []
     for name in MODELS:
-        found = {party: _by_seed(rows, name, party) for party in PARTIES}
+        found = {party: _rows_by_seed(rows, name, party) for party in PARTIES}
         seeds = sorted(found["aezoo"].keys() & found["pythae"].keys())
         if seeds:
             gaps = [found["aezoo"][seed] - found["pythae"][seed] for seed in seeds]
@@ -152,7 +158,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str, float]:
+def _rows_by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str, float]:
     return {
         row["seed"]: float(row["log_likelihood"])
         for row in rows
@@ -162,7 +168,7 @@ def _by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dict[str
 
 def _compare(table: common.Table, row: dict[str, Any]) -> None:
     """Once both rows exist, write into pythae's row how much tighter the zoo's bound is."""
-    with table.changed():
+    with table.update():
         ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
         if ours and theirs and ours.get("log_likelihood") and theirs.get("log_likelihood"):
             theirs["tighter_by"] = common.as_text(float(ours["log_likelihood"]) - float(theirs["log_likelihood"]))
@@ -170,26 +176,26 @@ def _compare(table: common.Table, row: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Measure the requested rows that do not exist yet; 0 if every run succeeded."""
-    asked = arguments_of(argv)
-    path = asked.results / f"peers-quality-{common.environment(asked, accelerator='cpu')}.csv"
+    arguments = parse_arguments(argv)
+    path = arguments.results / f"peers-quality-{common.environment(arguments, accelerator='cpu')}.csv"
     kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]
-    table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), asked.again)
-    of_this_run: list[dict[str, Any]] = []
-    for seed in range(asked.seeds):
-        for name in asked.models:
+    table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), arguments.again)
+    requested: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        for name in arguments.models:
             for party in PARTIES:
-                row: dict[str, Any] = {"model": name, "party": party, "seed": seed, "epochs": asked.epochs}
-                row |= {"batch": asked.batch, "latent_dim": asked.latent_dim, "options": " ".join(MODELS[name])}
-                row |= {"importance_samples": asked.importance_samples, "elbo_samples": asked.elbo_samples}
-                of_this_run.append(row)
+                row: dict[str, Any] = {"model": name, "party": party, "seed": seed, "epochs": arguments.epochs}
+                row |= {"batch": arguments.batch, "latent_dim": arguments.latent_dim, "options": " ".join(MODELS[name])}
+                row |= {"importance_samples": arguments.importance_samples, "elbo_samples": arguments.elbo_samples}
+                requested.append(row)
                 if not table.needs(row):
                     continue
-                row = measure(row, asked)
+                row = measure(row, arguments)
                 columns = (*KEY, "options", "elbo", "log_likelihood", "tighter_by", "versions", "error")
                 table.put({key: row.get(key) for key in columns})
                 _compare(table, row)
                 print(f"{name} by {party}, seed {seed}: {row.get('error') or row['log_likelihood']}", flush=True)
-    rows = [there for row in of_this_run if (there := table.find(row))]
+    rows = [there for row in requested if (there := table.find(row))]
     print(summary(rows))
     print(path)
     return 1 if any(row.get("error") for row in rows) else 0

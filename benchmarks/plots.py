@@ -20,7 +20,7 @@ Row = dict[str, str]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # largest number of models in a panel that can all be named
-_MANY = 20
+_MAX_NAMED = 20
 _GREY, _LIGHT = "0.35", "0.85"
 _HATCH = "////"
 _PEERS = {
@@ -68,7 +68,7 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _by(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
+def _group_by(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.get(name, ""), []).append(row)
@@ -89,9 +89,9 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     """
     from matplotlib.lines import Line2D
 
-    elsewhere = False
+    has_other_processors = False
 
-    sets = _by(_positive(rows, "mse", "samples_per_s"), "dataset")
+    sets = _group_by(_positive(rows, "mse", "samples_per_s"), "dataset")
     if not sets:
         return None
     families = list(dict.fromkeys(row.get("family", "") for part in sets.values() for row in part))
@@ -99,14 +99,16 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     figure, axes = _panels(len(sets), 6.4, 5.2, xscale="log", yscale="log")
     for ax, (dataset, part) in zip(axes, sets.items(), strict=True):
         sizes = [row.get("code_size", "") for row in part]
-        usual = max(dict.fromkeys(sizes), key=sizes.count)
-        models = [min(group, key=lambda row: _distance(row, usual)) for group in _by(part, "model").values()]
+        common_size = max(dict.fromkeys(sizes), key=sizes.count)
+        models = [
+            min(group, key=lambda row: _distance(row, common_size)) for group in _group_by(part, "model").values()
+        ]
         models = [row for row in models if number(row, "pca_mse") > 0] or models
         xs, ys = [_speed(row) for row in models], [number(row, "mse") for row in models]
         processors = [row.get("processor", "") for row in models]
-        here = max(dict.fromkeys(processors), key=processors.count)
-        compared = [row for row, processor in zip(models, processors, strict=True) if processor == here]
-        elsewhere = elsewhere or len(compared) < len(models)
+        common_processor = max(dict.fromkeys(processors), key=processors.count)
+        compared = [row for row, processor in zip(models, processors, strict=True) if processor == common_processor]
+        has_other_processors = has_other_processors or len(compared) < len(models)
         front, best = [], float("inf")
         found = [(_speed(row), number(row, "mse")) for row in compared]
         for x, y in sorted(found, key=lambda point: (-point[0], point[1])):
@@ -115,15 +117,17 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
                 best = y
         ax.plot(*zip(*front, strict=True), color=_LIGHT, linewidth=5, zorder=0, solid_capstyle="round")
         points = []
-        named = _notable(compared, front) if len(models) > _MANY else [row["model"] for row in models]
+        named = _models_to_name(compared, front) if len(models) > _MAX_NAMED else [row["model"] for row in models]
         for row, x, y in zip(models, xs, ys, strict=True):
             colour, marker = style[row.get("family", "")]
-            face, edge = (colour, "white") if row.get("processor", "") == here else ("white", colour)
+            face, edge = (colour, "white") if row.get("processor", "") == common_processor else ("white", colour)
             ax.plot(x, y, marker, color=face, markersize=8, markeredgecolor=edge)
             size = row.get("code_size", "")
-            told = row["model"] + ("" if size == usual else f" ({size})") if row["model"] in named else ""
-            points.append((x, y, told, colour))
-        pca = [number(row, "pca_mse") for row in part if row.get("code_size") == usual and number(row, "pca_mse") > 0]
+            label = row["model"] + ("" if size == common_size else f" ({size})") if row["model"] in named else ""
+            points.append((x, y, label, colour))
+        pca = [
+            number(row, "pca_mse") for row in part if row.get("code_size") == common_size and number(row, "pca_mse") > 0
+        ]
         if pca:
             ax.axhline(pca[0], color=_GREY, linestyle="--", linewidth=1.2)
         ax.set_xlim(min(xs) / 1.6, max(xs) * 1.9)
@@ -131,10 +135,10 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
         ax.set_ylim(low / (high / low) ** 0.12 / 1.05, high * (high / low) ** 0.12 * 1.05)
         for axis, values in ((ax.xaxis, xs), (ax.yaxis, ax.get_ylim())):
             _plain_ticks(axis, values)
-        ax.set_title(f"{dataset}, code of {usual} numbers", fontsize=SIZE + 2, loc="left")
+        ax.set_title(f"{dataset}, code of {common_size} numbers", fontsize=SIZE + 2, loc="left")
         ax.set_xlabel("training throughput (samples/s, log)  faster →", fontsize=SIZE)
         ax.set_ylabel("← better  test error (mse, log)", fontsize=SIZE)
-        labels.beside(ax, points)
+        labels.label_points(ax, points)
         if pca:
             ax.text(
                 0.995, pca[0], "PCA", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=SIZE - 1.5,
@@ -144,7 +148,7 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
         Line2D([], [], linestyle="", marker=style[f][1], color=style[f][0], markersize=8, label=f) for f in families
     ]
     marks += [Line2D([], [], color=_LIGHT, linewidth=5, label="no model is both faster and better")]
-    if elsewhere:
+    if has_other_processors:
         marks += [
             Line2D(
                 [], [], linestyle="", marker="o", color="white", markeredgecolor=_GREY, markersize=8,
@@ -155,10 +159,10 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     return figure
 
 
-def _notable(rows: Sequence[Row], front: Sequence[tuple[float, float]]) -> list[str]:
+def _models_to_name(rows: Sequence[Row], front: Sequence[tuple[float, float]]) -> list[str]:
     """Models on the front, and the best and the fastest of each family."""
     found = [row["model"] for row in rows if (_speed(row), number(row, "mse")) in front]
-    for family in _by(rows, "family").values():
+    for family in _group_by(rows, "family").values():
         found.append(min(family, key=lambda row: number(row, "mse"))["model"])
         found.append(max(family, key=_speed)["model"])
     return found
@@ -178,8 +182,8 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     sets: dict[str, list[Row]] = {}
-    for dataset, part in _by(_positive(rows, "mse", "code_size"), "dataset").items():
-        for group in _by(part, "model").values():
+    for dataset, part in _group_by(_positive(rows, "mse", "code_size"), "dataset").items():
+        for group in _group_by(part, "model").values():
             if len({row["code_size"] for row in group}) > 2:
                 sets.setdefault(dataset, []).extend(group)
     if not sets:
@@ -189,7 +193,7 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
     for ax, (dataset, part) in zip(axes, sets.items(), strict=True):
         ends = []
         ax.set_xscale("log", base=2)
-        for name, group in _by(part, "model").items():
+        for name, group in _group_by(part, "model").items():
             group = sorted(group, key=lambda row: number(row, "code_size"))
             xs, ys = ([number(row, key) for row in group] for key in ("code_size", "mse"))
             i = names.index(name)
@@ -208,7 +212,7 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
         ax.set_title(dataset, fontsize=SIZE + 2, loc="left")
         ax.set_xlabel("code size (numbers, log)", fontsize=SIZE)
         ax.set_ylabel("← better  test error (mse, log)", fontsize=SIZE)
-        labels.at_ends(ax, ends)
+        labels.label_curve_ends(ax, ends)
     return figure
 
 
@@ -227,9 +231,9 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
     if not found:
         return None
     # the name, and the other columns in which the curves differ
-    told = [i for i, values in enumerate(zip(*found, strict=True)) if i == 0 or len({*values}) > 1]
-    told_of = {key: [key[0], *(f"{keys[i]} {key[i]}" for i in told[1:] if key[i])] for key in found}
-    curves = {", ".join(told_of[key]): curve for key, curve in found.items()}
+    shown = [i for i, values in enumerate(zip(*found, strict=True)) if i == 0 or len({*values}) > 1]
+    labels_of = {key: [key[0], *(f"{keys[i]} {key[i]}" for i in shown[1:] if key[i])] for key in found}
+    curves = {", ".join(labels_of[key]): curve for key, curve in found.items()}
     figure, (ax,) = _panels(1, 6.4, 4.6)
     counts = sorted({count for curve in curves.values() for count in curve})
     ax.set_xscale("log", base=2)
@@ -250,7 +254,7 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
     ax.set_xlabel("devices", fontsize=SIZE)
     ax.set_ylabel("training throughput (one device = 1)", fontsize=SIZE)
     ax.set_title("More devices, the same batch on each, and the share of the ideal", fontsize=SIZE + 2, loc="left")
-    labels.at_ends(ax, ends)
+    labels.label_curve_ends(ax, ends)
     return figure
 
 
@@ -308,8 +312,8 @@ def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
     if machines:
         figure.suptitle(f"on {', '.join(machines)}", fontsize=SIZE + 2, x=0.01, ha="left")
     if not all(map(_agrees, shown)):
-        told = "hatched: its losses are not those of the loop, so its speed does not compare"
-        _legend(figure, [Patch(facecolor="0.72", edgecolor="white", hatch=_HATCH, label=told)])
+        label = "hatched: its losses are not those of the loop, so its speed does not compare"
+        _legend(figure, [Patch(facecolor="0.72", edgecolor="white", hatch=_HATCH, label=label)])
     return figure
 
 

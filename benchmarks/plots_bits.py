@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from . import labels
 from .labels import SIZE
-from .plots import _COLOURS, _MARKERS, Row, _by, _panels, _plain_ticks, _positive, number
+from .plots import _COLOURS, _MARKERS, Row, _group_by, _panels, _plain_ticks, _positive, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,37 +15,40 @@ if TYPE_CHECKING:
 _SIZES = ("codebook_size", "levels", "latent_dim", "n_values", "n_tokens", "width", "decoder_width")
 
 
-def way(row: Row) -> str:
+def variant_text(row: Row) -> str:
     """The model and the options that distinguish its rows: vq_vae, vq_vae rotation."""
-    told = [row["model"]]
+    parts = [row["model"]]
     for word in row.get("options", "").split():
         key, _, value = word.partition("=")
         if key not in _SIZES:
-            told.append(key if value == "True" else word if value.isdigit() else value)
-    return " ".join(told)
+            parts.append(key if value == "True" else word if value.isdigit() else value)
+    return " ".join(parts)
 
 
 def bits(rows: Sequence[Row]) -> "Figure | None":
     """Error against bits per sample, one panel per data set and one line per quantisation method."""
-    sets = _by(_positive(rows, "mse", "bits"), "dataset")
+    sets = _group_by(_positive(rows, "mse", "bits"), "dataset")
     if not sets:
         return None
-    ways = list(dict.fromkeys(way(row) for row in rows))
+    ways = list(dict.fromkeys(variant_text(row) for row in rows))
     figure, axes = _panels(len(sets), 6.4, 5.6, yscale="log")
     for ax, (dataset, part) in zip(axes, sets.items(), strict=True):
         ends = []
         for i, name in enumerate(ways):
-            points = sorted((number(row, "bits"), number(row, "mse")) for row in part if way(row) == name)
+            points = sorted((number(row, "bits"), number(row, "mse")) for row in part if variant_text(row) == name)
             if points:
                 xs, ys = zip(*points, strict=True)
                 ax.plot(xs, ys, color=_COLOURS[i % 6], marker=_MARKERS[i // 6 % 7], markersize=6, linewidth=1.4)
                 ends.append((xs[-1], ys[-1], name, _COLOURS[i % 6]))
         ax.set_xticks(
-            [statistics.median(number(row, "bits") for row in same) for same in _by(part, "bits_a_place").values()]
+            [
+                statistics.median(number(row, "bits") for row in same)
+                for same in _group_by(part, "bits_a_place").values()
+            ]
         )
         _plain_ticks(ax.yaxis, ax.get_ylim())
         ax.set_title(dataset, fontsize=SIZE + 2, loc="left")
         ax.set_xlabel("bits a sample", fontsize=SIZE)
         ax.set_ylabel("← better  test error (mse, log)", fontsize=SIZE)
-        labels.at_ends(ax, ends)
+        labels.label_curve_ends(ax, ends)
     return figure

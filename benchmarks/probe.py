@@ -49,19 +49,20 @@ def plan(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for entry in entries
     ]
     return [
-        spec | {"row": run | fixed, "hyperparameters": sized(run["model"], arguments.code_size)} for run in plain + runs
+        spec | {"row": run | fixed, "hyperparameters": code_size_argument(run["model"], arguments.code_size)}
+        for run in plain + runs
     ]
 
 
-def sized(model: str, size: int) -> dict[str, int]:
+def code_size_argument(model: str, size: int) -> dict[str, int]:
     """The hyperparameter that sets the size of a model's code, or of each of its tokens; empty if there is none."""
     known = () if model in BASELINES else registry.hyperparameters(model)
     return next(({name: size} for name in ("latent_dim", "width") if name in known), {})
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("probe", __doc__)
+    parser = common.build_parser("probe", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
     add("--data", default="mnist5k", help="a labelled set by its name, as --data.name of `aezoo fit` takes it")
@@ -70,7 +71,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=count, default=2000, help="training steps of each run (default 2000)")
     add("--code-size", type=count, default=64, help="numbers in a code, a token or PCA's code (default 64)")
     add("--batch-size", type=count, default=128)
-    common.add_runs(parser, "run", timeout=7200)
+    common.add_run_flags(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 
@@ -90,7 +91,7 @@ def medians(rows: Sequence[dict[str, str]], like: dict[str, Any]) -> list[dict[s
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     specs = plan(arguments)
     from aezoo import DataModule
     from aezoo.tasks.result_store import table_text
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data.prepare_data()
     path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"
     table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
-    parallel.fill(table, "probe_row", specs, arguments, COLUMNS, (*SCORES, "seconds"))
+    parallel.measure_missing(table, "probe_row", specs, arguments, COLUMNS, (*SCORES, "seconds"))
     print(table_text(medians(table.rows, specs[0]["row"])))
     print(table.path)
 

@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import Array, pca, probe_accuracies
 
 from . import disentangle_row, processes
-from .quality_row import some
+from .quality_row import limited_split
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -52,11 +52,11 @@ def samples(spec: dict[str, Any]) -> tuple[Tensor, Array, Tensor, Array]:
     """`rows` training samples with their classes, and all test samples with theirs."""
     data = aezoo.DataModule(**spec["data"])
     rows = None if spec["rows"] == "all" else spec["rows"]
-    (x, y), (x_test, y_test) = some(data, "train", rows), data.tensors("test")
+    (x, y), (x_test, y_test) = limited_split(data, "train", rows), data.tensors("test")
     if y is None or y_test is None:
         raise AezooError(f"{spec['data']['name']} has samples without classes")
     return x, y.numpy(), x_test, y_test.numpy()
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
 # the last is how torch reports C++'s own error
-_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 # messages of ranks about another rank that ended without a message
-_LOST = ("closed by peer", "reset by peer")
-_LONGEST_ERROR = 200
+_CONNECTION_LOST = ("closed by peer", "reset by peer")
+_MAX_ERROR_LENGTH = 200
 _running: set[int] = set()
 _starting = threading.Lock()
 
@@ -34,17 +34,17 @@ _starting = threading.Lock()
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch could help: torch has one class for GPUs and a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _MEMORY)
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
     )
 
 
-def failure(error: BaseException) -> dict[str, Any]:
+def error_columns(error: BaseException) -> dict[str, Any]:
     """The part of a row that describes an error."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return {"error": text[:_LONGEST_ERROR], "out_of_memory": is_out_of_memory(error)}
+    return {"error": text[:_MAX_ERROR_LENGTH], "out_of_memory": is_out_of_memory(error)}
 
 
-def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
+def run_measurement(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
     """The main function of a row's process: `python -m MODULE SPEC FILE` measures a row and writes it as JSON to FILE.
 
     The first of several ranks writes the row, and each rank that fails writes its failure beside it. With a third
@@ -52,7 +52,7 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[s
     """
     spec, file, *follows = sys.argv[1:] if argv is None else argv
     if follows:
-        threading.Thread(target=_follow, args=(_input_closed,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(_wait_for_closed_input,), daemon=True).start()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     try:
         row, failed = measure(json.loads(spec)), False
@@ -60,7 +60,7 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[s
         import traceback
 
         traceback.print_exc()
-        row, failed = failure(error), True
+        row, failed = error_columns(error), True
     if failed or rank == 0:
         Path(f"{file}.{rank}").write_text(json.dumps(row))
     if failed:
@@ -79,7 +79,7 @@ def run_row(
     """Measure a row with `python -m <this package>.<module>`; the result is a row, whatever happens there.
 
     Args:
-        module: a module of this package that calls `answer` with its function `measure`.
+        module: a module of this package that calls `run_measurement` with its function `measure`.
         spec: what to measure, as plain values.
         timeout: seconds after which the process and its children are killed.
         variables: environment variables for the process.
@@ -97,11 +97,11 @@ def run_row(
             code = process.exitcode
         finally:
             # ends ranks that outlive the first one, and all ranks after a time-out or Ctrl-C
-            _end(group)
+            _kill_group(group)
             process.kill()  # it may not have its own group yet
             process.join()
             _running.discard(group)
-        return _judge([*_read(Path(folder))], code, timeout, log)
+        return _outcome([*_read_rows(Path(folder))], code, timeout, log)
 
 
 class _Spawned:
@@ -112,7 +112,7 @@ class _Spawned:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"{NAME}.{module}", *argv, "follow"],
                 cwd=log.parent,
-                env={**os.environ, **variables, "PYTHONPATH": _path()},
+                env={**os.environ, **variables, "PYTHONPATH": _python_path()},
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -135,7 +135,7 @@ class _Spawned:
 
 def _fork(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> BaseProcess:
     log.touch()  # the log must exist if the process ends before it opens it
-    process = _server(module).Process(target=_measure, args=(module, argv, log, {**os.environ, **variables}))
+    process = _fork_server(module).Process(target=_measure, args=(module, argv, log, {**os.environ, **variables}))
     with _starting:
         process.start()
         # each start polls all known processes for their exit codes, which can be read only once
@@ -144,10 +144,10 @@ def _fork(module: str, argv: list[str], log: Path, variables: dict[str, str]) ->
 
 
 @functools.cache
-def _server(module: str) -> "ForkServerContext":
+def _fork_server(module: str) -> "ForkServerContext":
     context = multiprocessing.get_context("forkserver")
     # Python 3.11's server searches only the environment's path for its imports
-    os.environ["PYTHONPATH"] = _path()
+    os.environ["PYTHONPATH"] = _python_path()
     context.set_forkserver_preload([f"{NAME}.{module}"])
     return context
 
@@ -155,7 +155,9 @@ def _server(module: str) -> "ForkServerContext":
 def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str]) -> None:
     """Turn a forked process into one like those that `_Spawned` starts."""
     os.setsid()
-    threading.Thread(target=_follow, args=(cast(Any, multiprocessing.parent_process()).join,), daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=(cast(Any, multiprocessing.parent_process()).join,), daemon=True
+    ).start()
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -168,10 +170,10 @@ def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str])
 
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
         threadpool_limits(int(variables["OMP_NUM_THREADS"]))
-    answer(importlib.import_module(f"{NAME}.{module}").measure, argv)
+    run_measurement(importlib.import_module(f"{NAME}.{module}").measure, argv)
 
 
-def _follow(wait: Callable[[], object]) -> None:
+def _end_with_parent(wait: Callable[[], object]) -> None:
     """Wait for the end of the requesting process, then end too; otherwise this one would run beside the next run."""
     wait()
     if hasattr(os, "killpg"):
@@ -179,42 +181,42 @@ def _follow(wait: Callable[[], object]) -> None:
     os._exit(1)
 
 
-def _input_closed() -> None:
+def _wait_for_closed_input() -> None:
     # reading sys.stdin would hold its lock, which Python needs to exit
     while os.read(0, 1):
         pass
 
 
-def _path() -> str:
+def _python_path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
-def end_all() -> None:
+def kill_all() -> None:
     """End the rows that other threads wait for: Ctrl-C reaches neither these threads nor their processes."""
     for group in list(_running):
-        _end(group)
+        _kill_group(group)
 
 
-def _end(group: int) -> None:
+def _kill_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def _read(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for part in sorted(folder.glob("row.*")):
         # a full disk or the end of the process may have cut the file off
         with contextlib.suppress(ValueError):
             yield json.loads(part.read_text())
 
 
-def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Path) -> dict[str, Any]:
+def _outcome(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Path) -> dict[str, Any]:
     failed = [row for row in rows if row.get("error")]
     if failed:
         # other ranks fail too when one runs out of memory
-        told = next((row for row in failed if row.get("out_of_memory")), failed[0])
+        reported = next((row for row in failed if row.get("out_of_memory")), failed[0])
         # if no rank gives a reason, the kernel has killed one for its memory, as below
-        lost = all(any(words in row["error"].lower() for words in _LOST) for row in failed)
-        return told | {"out_of_memory": True} if lost else told
+        only_lost_connections = all(any(words in row["error"].lower() for words in _CONNECTION_LOST) for row in failed)
+        return reported | {"out_of_memory": True} if only_lost_connections else reported
     if rows and code is not None:
         return rows[0]
     if code is None:
@@ -226,7 +228,7 @@ def _judge(rows: list[dict[str, Any]], code: int | None, timeout: float, log: Pa
         aborted = name == "SIGABRT" and "std::bad_alloc" in log.read_text(errors="replace")
         return {"error": f"killed by {name}", "out_of_memory": name == "SIGKILL" or aborted}
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    return {"error": f"exit code {code}: {''.join(last)}"[:_LONGEST_ERROR]}
+    return {"error": f"exit code {code}: {''.join(last)}"[:_MAX_ERROR_LENGTH]}
 
 
 def with_smaller_batches(

@@ -28,7 +28,7 @@ from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
 from . import common
-from .recipes import scalars, target
+from .recipes import published_figure, scalars
 
 FIGURES = ("train/loss", "test/loss", "test/nll", "test/kl", "test/log_likelihood", "test/mse")
 KEY = ("recipe", "data", "binarise", "steps", "importance_samples")
@@ -36,7 +36,7 @@ KEY = ("recipe", "data", "binarise", "steps", "importance_samples")
 
 def published() -> dict[str, Path]:
     """Recipes that have a target, by name."""
-    return {name: path for name, path in recipes().items() if target(path)}
+    return {name: path for name, path in recipes().items() if published_figure(path)}
 
 
 def binarisation(path: Path) -> str:
@@ -100,9 +100,9 @@ def write_heads(table: common.Table) -> None:
             path.write_text(re.sub(r"^# reached:.*$", head(rows, environment), text, count=1, flags=re.MULTILINE))
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("published", __doc__)
+    parser = common.build_parser("published", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("recipes", nargs="*", metavar="NAME", help="recipes to run; without it all that have a target")
     add("--data", nargs="+", default=["mnist5k", "fashion_mnist"], metavar="SET", help="sets of 28x28 grey pictures")
@@ -119,7 +119,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the requested recipes that have no row yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)

@@ -63,7 +63,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
         if cls.discrete_code and not arguments.models:
             continue  # each number of its code is only a few bits: see benchmarks/bits.py
         for size in [None] if cls.sparse_code else arguments.code_sizes or [None]:
-            hyperparameters = code_of(entry.name, size)
+            hyperparameters = code_size_arguments(entry.name, size)
             try:
                 code_size = math.prod(registry.create_model(entry.name, input_shape, **hyperparameters).code_shape)
             except AezooError as error:
@@ -80,7 +80,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     return sorted(specs.values(), key=lambda spec: int(spec["seed"]))
 
 
-def code_of(name: str, size: int | None) -> dict[str, Any]:
+def code_size_arguments(name: str, size: int | None) -> dict[str, Any]:
     """Hyperparameters that give a model's code `size` numbers; empty if its code has no such setting."""
     known = registry.hyperparameters(name)
     if size is None or "latent_dim" not in known:
@@ -89,9 +89,9 @@ def code_of(name: str, size: int | None) -> dict[str, Any]:
     return {"latent_dim": size} | ({"latent_map": False} if "latent_map" in known else {})
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("quality", __doc__)
+    parser = common.build_parser("quality", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add(
         "--models",
@@ -118,15 +118,15 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add("--probe-rows", type=count, default=10_000, help="most training codes that a classifier sees (default 10000)")
     add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
     add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
-    common.add_runs(parser, "run", timeout=7200)
+    common.add_run_flags(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
-    data, options = common.fetched(arguments.data, arguments.root, arguments.batch_size, arguments.size)
+    arguments = parse_arguments(argv)
+    data, options = common.download_data(arguments.data, arguments.root, arguments.batch_size, arguments.size)
     options |= {"rows": arguments.rows}
     specs = plan(arguments, options, data.input_shape)
     path = f"quality-{specs[0]['row']['dataset']}-{common.environment(arguments, arguments.precision)}.csv"
@@ -144,14 +144,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if found.get("error"):
             print(f"there are no figures of raw pixels and PCA: {found['error']}", file=sys.stderr)
         baselines |= {int(size): columns for size, columns in found.get("baselines", {}).items()}
-    table.fill(baselines, arguments.probe_rows)
+    table.fill_baselines(baselines, arguments.probe_rows)
     specs = [spec for spec in specs if table.needs(spec["row"])]
     for i, (spec, row) in enumerate(run(specs), start=1):
         row |= baselines.get(0, {}) | baselines.get(spec["row"]["code_size"], {}) | spec["row"]
         table.put_run({name: row.get(name) for name in COLUMNS})
-        told = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "pca_mse", "probe", "seconds")]
+        figures = [f"{name} {common.as_text(row.get(name))}" for name in ("mse", "pca_mse", "probe", "seconds")]
         head = f"[{i}/{len(specs)}] {row['model']}, code size {row['code_size']}, seed {row['seed']}"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+        print(f"{head}: {row.get('error') or ', '.join(figures)}", flush=True)
     print(table.path)
 
 

@@ -23,31 +23,31 @@ from aezoo.tasks.embed_codes import choose_rows, probe_accuracies
 from . import codes, processes
 
 # test figures of `Evaluation` that become columns
-FIGURES = ("loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood")
+TEST_METRICS = ("loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood")
 _CHUNK = 500
 # the size of a 64 x 64 image; a logistic regression on more numbers takes minutes
-_MOST_PROBED = 4096
+_MAX_PROBE_DIM = 4096
 
 
-class _Rates(pl.Callback):
+class _RateRecorder(pl.Callback):
     """The rates that `Throughput` logs, for every epoch."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def subsample(self, trainer: pl.Trainer) -> None:
+    def record(self, trainer: pl.Trainer) -> None:
         """Keep the rate of the epoch that has ended, if it had more than the warm-up batch."""
         if (rate := trainer.callback_metrics.get("train/samples_per_s")) is not None:
             self.values.append(float(rate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # an epoch's values are in callback_metrics only after all of its hooks have run
-        self.subsample(trainer)
+        self.record(trainer)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """A run, or the baselines if the spec names no model."""
-    return run(spec) if "model" in spec else baselines(spec)
+    return measure_run(spec) if "model" in spec else baselines(spec)
 
 
 def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
@@ -61,7 +61,7 @@ def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
     rows = options.get("rows")
     data = aezoo.DataModule(**{name: value for name, value in options.items() if name != "rows"})
     if rows:
-        (x, y), (x_test, y_test) = (some(data, stage, rows) for stage in ("train", "test"))
+        (x, y), (x_test, y_test) = (limited_split(data, stage, rows) for stage in ("train", "test"))
         kept = {"scale": "none", "val_fraction": 0.0, "batch_size": data.batch_size}
         data = aezoo.DataModule.from_arrays(x, y, x_test=x_test, y_test=y_test, **kept)
     data.seed = seed
@@ -79,13 +79,13 @@ def quiet_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
     return pl.Trainer(accelerator=spec["accelerator"], devices=1, limit_val_batches=0, **off, **settings)
 
 
-def some(data: aezoo.DataModule, stage: Stage, most: int | None) -> tuple[Tensor, Tensor | None]:
-    """At most `most` samples of a split with their labels, the same in every run."""
-    chosen = choose_rows(len(cast(Sized, data.dataset(stage))), most)
+def limited_split(data: aezoo.DataModule, stage: Stage, max_samples: int | None) -> tuple[Tensor, Tensor | None]:
+    """At most `max_samples` samples of a split with their labels, the same in every run."""
+    chosen = choose_rows(len(cast(Sized, data.dataset(stage))), max_samples)
     return data.tensors(stage, chosen.tolist())
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
+def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
     """Train for the spec's budget and measure on the test split.
 
     Args:
@@ -97,11 +97,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     model = aezoo.create_model(spec["model"], data.input_shape, **spec["hyperparameters"])
     model.importance_samples = spec["importance_samples"]
     seconds, epochs = spec["seconds"], spec["epochs"]
-    timer, rates = Timer(timedelta(seconds=seconds) if seconds else None, interval="step", verbose=False), _Rates()
+    timer, rates = (
+        Timer(timedelta(seconds=seconds) if seconds else None, interval="step", verbose=False),
+        _RateRecorder(),
+    )
     callbacks = [Throughput(), rates, timer]
     trainer = quiet_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
     trainer.fit(model, data)
-    rates.subsample(trainer)
+    rates.record(trainer)
     row = {
         "epochs": round(trainer.fit_loop.epoch_loop.batch_progress.total.completed / trainer.num_training_batches, 2),
         "steps": trainer.global_step,
@@ -114,8 +117,8 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "likelihood": model.hparams.get("likelihood", ""),
     }
     figures = trainer.test(model, data, verbose=False)[0]
-    row |= {name: figures[f"test/{name}"] for name in FIGURES if f"test/{name}" in figures}
-    return row | _of_code(model.to(trainer.strategy.root_device), data, spec["probe_rows"])
+    row |= {name: figures[f"test/{name}"] for name in TEST_METRICS if f"test/{name}" in figures}
+    return row | _code_figures(model.to(trainer.strategy.root_device), data, spec["probe_rows"])
 
 
 @torch.inference_mode()
@@ -124,7 +127,7 @@ def _encode(model: aezoo.Autoencoder, x: Tensor) -> codes.Array:
     return torch.cat(parts).numpy()
 
 
-def _of_code(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) -> dict[str, Any]:
+def _code_figures(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) -> dict[str, Any]:
     model.eval()
     x_test, y_test = data.tensors("test")
     code = _encode(model, x_test)
@@ -138,8 +141,8 @@ def _of_code(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) 
         size = max(1, round(row["l0"]))
         if size < min(train.shape):
             row["pca_mse_at_l0"] = codes.pca(train, test, size)[0]
-    x_train, y_train = some(data, "train", probe_rows)
-    if data.num_classes and y_train is not None and y_test is not None and code.shape[1] <= _MOST_PROBED:
+    x_train, y_train = limited_split(data, "train", probe_rows)
+    if data.num_classes and y_train is not None and y_test is not None and code.shape[1] <= _MAX_PROBE_DIM:
         row |= probe_accuracies(_encode(model, x_train), y_train.numpy(), code, y_test.numpy())
     return row
 
@@ -184,4 +187,4 @@ def peak_mb(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

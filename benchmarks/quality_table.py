@@ -22,19 +22,19 @@ class QualityTable(Table):
     def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
         """The row of the same run, if there is one; preferably with the same `most_seconds`."""
         wanted = {name: as_text(row.get(name)) for name in (*self.key, "importance_samples", "most_seconds")}
-        same = [there for there in self.rows if self._same(there, wanted)]
+        same = [candidate for candidate in self.rows if self._same(candidate, wanted)]
         exact = [there for there in same if there.get("most_seconds", "") == wanted["most_seconds"]]
         return next(iter(exact + same), None)
 
-    def _same(self, there: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-        if any(there.get(name, "") != wanted[name] for name in self.key):
+    def _same(self, other: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+        if any(other.get(name, "") != wanted[name] for name in self.key):
             return False
-        if len({there.get("importance_samples", ""), wanted["importance_samples"]} - {""}) > 1:
+        if len({other.get("importance_samples", ""), wanted["importance_samples"]} - {""}) > 1:
             return False
         most = wanted["most_seconds"]
-        took = number(there, "seconds")
+        took = number(other, "seconds")
         in_time = not most or (took is not None and took <= float(most))
-        return there.get("most_seconds", "") == most or (is_whole(there) and in_time)
+        return other.get("most_seconds", "") == most or (reached_budget(other) and in_time)
 
     def put_run(self, row: Mapping[str, Any]) -> None:
         """Put a run's row; the number of draws is a setting only if samples were drawn, or may have been."""
@@ -50,7 +50,7 @@ class QualityTable(Table):
                 known |= {size: found} if found else {}
         return known
 
-    def fill(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
+    def fill_baselines(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
         """Add baselines to rows that lack them, for example because they had failed."""
 
         def missing() -> list[tuple[dict[str, str], str, Any]]:
@@ -62,7 +62,7 @@ class QualityTable(Table):
             ]
 
         if missing():
-            with self.changed():
+            with self.update():
                 for row, name, value in missing():
                     row[name] = as_text(value)
 
@@ -72,11 +72,11 @@ class QualityTable(Table):
         return (row for row in rows if row.get("probe_rows") == str(probe_rows))
 
 
-def is_whole(row: Mapping[str, str]) -> bool:
+def reached_budget(row: Mapping[str, str]) -> bool:
     """Whether a run reached its budget of epochs."""
-    asked = row.get("budget", "").partition("epochs=")[2]
+    requested = row.get("budget", "").partition("epochs=")[2]
     epochs = number(row, "epochs")
-    return bool(asked) and epochs is not None and epochs >= float(asked)
+    return bool(requested) and epochs is not None and epochs >= float(requested)
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:

@@ -32,16 +32,16 @@ from .processes import run_row
 
 KINDS = ("vq_ema", "vq_cosine", "vq_gradient", "rvq", "sim_vq", "fsq", "lfq")
 # kinds whose codes are all combinations of a few values; the number of codes is a power of 2 here
-_OF_BITS = ("fsq", "lfq")
+_POWERS_OF_2 = ("fsq", "lfq")
 CODES = (512, 4096, 16384, 65536)
 SIDE = 32
 KEY = ("kind", "codes", "dim", "batch", "threads", "device")
 PARTIES = ("", "peer_")
-WORK = ("forward", "step")
+TIMED = ("forward", "step")
 COLUMNS = (
     *(*KEY, "places"),
-    *(f"{party}{work}_per_s" for work in WORK for party in PARTIES),
-    *(f"{work}_ratio{end}" for work in WORK for end in ("", "_min", "_max")),
+    *(f"{party}{work}_per_s" for work in TIMED for party in PARTIES),
+    *(f"{work}_ratio{end}" for work in TIMED for end in ("", "_min", "_max")),
     *("memory_mb", "peer_memory_mb", "same_codes", "repeats", "peer", "peer_error", "seconds", "error"),
 )
 
@@ -52,7 +52,7 @@ def plan(arguments: Namespace, device: str) -> list[dict[str, Any]]:
     for kind in arguments.kinds:
         for codes in arguments.codes:
             bits = round(math.log2(codes))
-            if kind in _OF_BITS and (2**bits != codes or bits < 2):
+            if kind in _POWERS_OF_2 and (2**bits != codes or bits < 2):
                 raise AezooError(f"{kind} has a power of 2 of codes, at least 4, not {codes}: leave it out of --kinds")
             # a channel of an FSQ has 8 values, or 4 where the number of codes requires it
             dim = {"fsq": math.ceil(bits / 3), "lfq": bits}.get(kind, arguments.dim)
@@ -64,9 +64,9 @@ def plan(arguments: Namespace, device: str) -> list[dict[str, Any]]:
     return specs
 
 
-def arguments_of(argv: Sequence[str]) -> Namespace:
+def parse_arguments(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
-    parser = common.parser("quantisers", __doc__)
+    parser = common.build_parser("quantisers", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="NAME", help=f"of {', '.join(KINDS)}")
     add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="codes of a book")
@@ -84,7 +84,7 @@ def arguments_of(argv: Sequence[str]) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     import torch
 
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
@@ -97,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for i, spec in enumerate(specs, start=1):
         row = {**run_row("quantisers_row", spec, arguments.timeout, threads, warm=True), **spec["row"]}
         table.put({name: row.get(name) for name in COLUMNS})
-        told = [f"{name} {common.as_text(row.get(name))}" for name in COLUMNS[7:] if row.get(name) is not None]
+        figures = [f"{name} {common.as_text(row.get(name))}" for name in COLUMNS[7:] if row.get(name) is not None]
         head = f"[{i}/{len(specs)}] {row['kind']}, {row['codes']} codes"
-        print(f"{head}: {row.get('error') or ', '.join(told)}", flush=True)
+        print(f"{head}: {row.get('error') or ', '.join(figures)}", flush=True)
     if any(not row.get("peer") and not row.get("error") for row in table.rows):
         print("rows without a peer: pip install vector-quantize-pytorch, then --again")
     print(table.path)

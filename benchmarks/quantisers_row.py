@@ -35,42 +35,44 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _MMAP_THRESHOLD = -3
 
 
-class Pair(NamedTuple):
+class QuantiserPair(NamedTuple):
     """Our quantiser of a kind and the peer's with the same codes, None if that package is not installed."""
 
     ours: Quantiser
     theirs: nn.Module | None
 
 
-def pair(kind: str, codes: int, dim: int) -> Pair:
+def build_pair(kind: str, codes: int, dim: int) -> QuantiserPair:
     """Both quantisers, with the same normally distributed codes."""
-    there = importlib.util.find_spec(PEER) is not None
+    installed = importlib.util.find_spec(PEER) is not None
     if kind == "fsq":
-        levels = levels_of(codes, dim)
-        return Pair(FSQ(levels), _peer("FSQ", levels) if there else None)
+        levels = fsq_levels(codes, dim)
+        return QuantiserPair(FSQ(levels), _peer("FSQ", levels) if installed else None)
     if kind == "lfq":
         # its default weight of 0 would leave out the commitment loss
-        return Pair(LFQ(dim), _peer("LFQ", dim=dim, commitment_loss_weight=0.25) if there else None)
+        return QuantiserPair(LFQ(dim), _peer("LFQ", dim=dim, commitment_loss_weight=0.25) if installed else None)
     if kind == "sim_vq":
-        return _sim_vq(SimVQ(dim, codes), there)
+        return _sim_vq(SimVQ(dim, codes), installed)
     ours: ResidualVQ | VQ
     if kind == "rvq":
         ours = ResidualVQ(dim, RESIDUAL_LEVELS, codes)
-        books = [level for level in ours.levels if isinstance(level, VQ)]
-        theirs = _OfSequences(_vq("ResidualVQ", dim, codes, num_quantizers=RESIDUAL_LEVELS)) if there else None
+        codebooks = [level for level in ours.levels if isinstance(level, VQ)]
+        theirs = (
+            _SequenceQuantiser(_vq("ResidualVQ", dim, codes, num_quantizers=RESIDUAL_LEVELS)) if installed else None
+        )
         layers = [None] * RESIDUAL_LEVELS if theirs is None else [*theirs.inner.layers]
     else:
         ours = VQ(dim, codes, **_OPTIONS[kind])
         own = {"vq_cosine": {"use_cosine_sim": True}, "vq_gradient": {"ema_update": False, "learnable_codebook": True}}
-        theirs = _vq("VectorQuantize", dim, codes, **own.get(kind, {})) if there else None
-        books, layers = [ours], [theirs]
-    for i, (book, layer) in enumerate(zip(books, layers, strict=True)):
+        theirs = _vq("VectorQuantize", dim, codes, **own.get(kind, {})) if installed else None
+        codebooks, layers = [ours], [theirs]
+    for i, (codebook, layer) in enumerate(zip(codebooks, layers, strict=True)):
         # residuals are smaller
-        _set_codes(book, layer, torch.randn(codes, dim) / (i + 1))
-    return Pair(ours, theirs)
+        _set_codes(codebook, layer, torch.randn(codes, dim) / (i + 1))
+    return QuantiserPair(ours, theirs)
 
 
-def levels_of(codes: int, dim: int) -> tuple[int, ...]:
+def fsq_levels(codes: int, dim: int) -> tuple[int, ...]:
     """Number of values of each channel of an FSQ: 8, or 4 in as many channels as the number of codes requires."""
     fours = 3 * dim - round(math.log2(codes))
     return (8,) * (dim - fours) + (4,) * fours
@@ -86,7 +88,7 @@ def _vq(name: str, dim: int, codes: int, **own: Any) -> Any:
     return _peer(name, dim=dim, codebook_size=codes, accept_image_fmap=maps, **plain, **own)
 
 
-class _OfSequences(nn.Module):
+class _SequenceQuantiser(nn.Module):
     """Wraps the package's ResidualVQ, which in 1.32 fails on maps whose width is not the number of channels."""
 
     def __init__(self, inner: Any) -> None:
@@ -99,24 +101,24 @@ class _OfSequences(nn.Module):
 
 
 @torch.no_grad()
-def _set_codes(book: VQ, layer: Any, code_KD: Tensor) -> None:
-    code_KD = book.project(code_KD)
-    book.code_KD.copy_(code_KD)
-    if book.uses_ema:
-        book.sum_KD.copy_(code_KD)
+def _set_codes(quantiser: VQ, layer: Any, code_KD: Tensor) -> None:
+    code_KD = quantiser.project(code_KD)
+    quantiser.code_KD.copy_(code_KD)
+    if quantiser.uses_ema:
+        quantiser.sum_KD.copy_(code_KD)
     if layer is not None:
         layer._codebook.embed.data.copy_(code_KD)
         layer._codebook.embed_avg.copy_(code_KD)
 
 
 @torch.no_grad()
-def _sim_vq(ours: SimVQ, there: bool) -> Pair:
-    if not there:
-        return Pair(ours, None)
+def _sim_vq(ours: SimVQ, installed: bool) -> QuantiserPair:
+    if not installed:
+        return QuantiserPair(ours, None)
     theirs = _peer("SimVQ", ours.dim, len(ours.frozen_KD), channel_first=True, rotation_trick=False)
     theirs.frozen_codebook.copy_(ours.frozen_KD)
     theirs.code_transform.weight.copy_(ours.W_DD.T)
-    return Pair(ours, theirs)
+    return QuantiserPair(ours, theirs)
 
 
 def codes_and_loss(quantiser: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(row["device"])
     torch.set_num_threads(row["threads"])
     torch.manual_seed(spec["seed"])
-    ours, theirs = pair(row["kind"], row["codes"], row["dim"])
+    ours, theirs = build_pair(row["kind"], row["codes"], row["dim"])
     z = torch.randn(row["batch"], row["dim"], spec["side"], spec["side"], device=device)
     grad = torch.randn_like(z)
     parties = {"": ours.to(device)} | ({} if theirs is None else {"peer_": theirs.to(device)})
@@ -151,7 +153,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
     with torch.no_grad():
         if theirs is not None:
-            found["same_codes"] = same(ours, theirs, z)
+            found["same_codes"] = share_of_equal_codes(ours, theirs, z)
     for quantiser in parties.values():
         quantiser.train()
     took: dict[tuple[str, str], list[float]] = {which: [] for which in work}
@@ -163,12 +165,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             if which[0] in failed:
                 continue
             try:
-                seconds = of_one(work[which], device)
+                seconds = seconds_per_call(work[which], device)
             except RuntimeError as error:
                 if not which[0]:
                     raise
                 # if memory does not suffice for the peer, ours can still be measured
-                failed[which[0]] = processes.failure(error)["error"]
+                failed[which[0]] = processes.error_columns(error)["error"]
                 continue
             if turn:  # the first turn fills caches
                 took[which].append(seconds)
@@ -196,22 +198,22 @@ def step(quantiser: nn.Module, z: Tensor, grad: Tensor) -> None:
     torch.autograd.backward([z_q, loss], [grad, None]) if loss.requires_grad else z_q.backward(grad)
 
 
-def same(ours: nn.Module, theirs: nn.Module, z: Tensor) -> float:
+def share_of_equal_codes(ours: nn.Module, theirs: nn.Module, z: Tensor) -> float:
     """The share of places at which both give the same code in evaluation mode."""
     q, other = (codes_and_loss(quantiser.eval(), z)[0] for quantiser in (ours, theirs))
     return float(torch.isclose(q, other, rtol=1e-4, atol=1e-5).all(1).float().mean())
 
 
-def of_one(work: Callable[[], None], device: torch.device) -> float:
+def seconds_per_call(work: Callable[[], None], device: torch.device) -> float:
     """Seconds per call, averaged over enough calls for the clock to resolve."""
     calls, took = 1, clocks.timed(work, device)
     while took < 0.02:
         calls *= 4
-        took = clocks.timed(partial(_many, work, calls), device)
+        took = clocks.timed(partial(_repeat, work, calls), device)
     return took / calls
 
 
-def _many(work: Callable[[], None], calls: int) -> None:
+def _repeat(work: Callable[[], None], calls: int) -> None:
     for _ in range(calls):
         work()
 
@@ -228,27 +230,27 @@ def peak_mb(work: Callable[[], None], device: torch.device) -> float | None:
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
-        _give_back()
+        _release_memory()
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
+        before = _status_value("VmRSS")
         work()
-        return (_resident("VmHWM") - before) / 1e3
+        return (_status_value("VmHWM") - before) / 1e3
     except (AttributeError, OSError, TypeError):
         return None
 
 
-def _give_back() -> None:
+def _release_memory() -> None:
     """Return free memory to the system, now and from now on."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 2**16)
     libc.malloc_trim(0)
 
 
-def _resident(name: str) -> int:
+def _status_value(name: str) -> int:
     """A value from this process's status file, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

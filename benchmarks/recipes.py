@@ -24,7 +24,7 @@ from aezoo import registry
 from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
-from .common import Table, add_again, bare_parser, command_line, environment, read_csv, run_script
+from .common import Table, add_again_flag, base_parser, command_line, environment, read_csv, run_script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,23 +70,23 @@ def scalars(run: Path) -> dict[str, list[float]]:
     return found
 
 
-def target(path: Path) -> str:
+def published_figure(path: Path) -> str:
     """The published figure that a recipe aims at, from its line `# target:`; empty if it has none."""
     found = re.search(r"^# target: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
 
-def own_recipes() -> dict[str, Path]:
+def trainable_recipes() -> dict[str, Path]:
     """Recipes whose data are available, by name; `benchmarks.published` runs those of published figures."""
-    return {name: path for name, path in recipes().items() if not target(path)}
+    return {name: path for name, path in recipes().items() if not published_figure(path)}
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
+def read_rows(path: Path) -> dict[str, dict[str, str]]:
     """Rows of the CSV by recipe."""
     return {row["recipe"]: row for row in read_csv(path)[1]} if path.is_file() else {}
 
 
-def head(row: dict[str, str], path: Path) -> str:
+def result_line(row: dict[str, str], path: Path) -> str:
     """The line of a recipe that states its result, from a row of the CSV at `path`."""
     figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
     where = path.stem.removeprefix("quality-recipes-")
@@ -136,13 +136,13 @@ def published_table() -> str:
     """Published figures and the results of their recipes here, as a Markdown table."""
     lines = ["| recipe | published | reached here |", "|---|---|---|"]
     for name, path in recipes().items():
-        if target(path):
+        if published_figure(path):
             reached = re.search(r"^# reached: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            lines.append(f"| `{name}` | {target(path)} | {reached[1] if reached else ''} |")
+            lines.append(f"| `{name}` | {published_figure(path)} | {reached[1] if reached else ''} |")
     return "\n".join(lines).replace("test/log_likelihood", "log p(x)")
 
 
-def readme(rows: dict[str, dict[str, str]]) -> str:
+def updated_readme(rows: dict[str, dict[str, str]]) -> str:
     """The README with its generated tables renewed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = (("models", models_table()), ("recipes", recipes_table(rows)), ("published", published_table()))
@@ -151,34 +151,34 @@ def readme(rows: dict[str, dict[str, str]]) -> str:
     return text
 
 
-def newest() -> Path:
+def newest_results() -> Path:
     """The CSV that the heads and tables are made from: the last one by name, which is that of the newest torch."""
     return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
 
 
 def main() -> None:
     """Train the requested recipes that have no row yet, and rewrite the heads and tables with their figures."""
-    parser = bare_parser("recipes", __doc__)
+    parser = base_parser("recipes", __doc__)
     parser.add_argument(
-        "recipes", nargs="*", choices=[*own_recipes(), []], help="recipes to train; all if none is given"
+        "recipes", nargs="*", choices=[*trainable_recipes(), []], help="recipes to train; all if none is given"
     )
     parser.add_argument("--root", help="folder that holds Fashion-MNIST")
     parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
-    add_again(parser)
+    add_again_flag(parser)
     arguments = parser.parse_args()
-    path = newest() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
+    path = newest_results() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
     table = Table(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
-    for name in [] if arguments.tables else arguments.recipes or own_recipes():
+    for name in [] if arguments.tables else arguments.recipes or trainable_recipes():
         if table.needs({"recipe": name}):
             table.put(train(name, arguments.root))
         else:
             print(f"{name} is there already: --again trains it anew", file=sys.stderr)
-    rows = read(path)
-    for name, file in own_recipes().items():
+    rows = read_rows(path)
+    for name, file in trainable_recipes().items():
         if name in rows:
-            text = re.sub(r"^# reached:.*$", head(rows[name], path), file.read_text(), count=1, flags=re.M)
+            text = re.sub(r"^# reached:.*$", result_line(rows[name], path), file.read_text(), count=1, flags=re.M)
             file.write_text(text)
-    (ROOT / "README.md").write_text(readme(rows), encoding="utf-8")
+    (ROOT / "README.md").write_text(updated_readme(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 from aezoo.errors import AezooError
 
 from . import report_pca, report_tasks, targets
-from .common import PACKAGE, Spread, add_results, bare_parser, number, read_csv, run_script
-from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, markdown, plain, spread, words
+from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
+from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, format_number, markdown, spread, words
 from .report_sections import SECTIONS, Section
-from .speed import KEY, there
+from .speed import KEY, count_existing_rows
 
 # columns that are settings, not figures, when rows are merged over seeds
 _GROUP = (
@@ -32,7 +32,7 @@ _NEEDED = {
     "tasks-": ("dataset", "model", "seed", "budget", "code_size", "method", "kind"),
 }
 # peaks that differ by a larger factor are from a machine in two states
-_SAME_STATE = 1.25
+_MAX_PEAK_RATIO = 1.25
 
 
 def _setting(row: Row) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def _setting(row: Row) -> tuple[str, ...]:
     return tuple("" if name == "steps" and row.get("budget") else row.get(name, "") for name in _GROUP)
 
 
-def over_seeds(rows: Sequence[Row]) -> list[Row]:
+def merge_seeds(rows: Sequence[Row]) -> list[Row]:
     """One row for each model, code size and setting: median, lowest and highest of each figure, number of seeds."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -52,8 +52,8 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         for name in [*found]:
             values = [value for row in good if (value := number(row, name)) is not None]
             if values and name not in (*_GROUP, "seed"):
-                of = Spread.from_data(values)
-                found |= {name: repr(of.median), f"{name}_low": repr(of.low), f"{name}_high": repr(of.high)}
+                spread = Spread.from_data(values)
+                found |= {name: repr(spread.median), f"{name}_low": repr(spread.low), f"{name}_high": repr(spread.high)}
         failed = [row["error"] for row in group if row.get("error")]
         merged.append(found | {"seeds": str(len(good)), "errors": "; ".join(dict.fromkeys(failed))})
     return sorted(
@@ -61,7 +61,7 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     )
 
 
-def scaled(rows: Sequence[Row]) -> list[Row]:
+def add_efficiency(rows: Sequence[Row]) -> list[Row]:
     """Rows of a CSV; those of several devices get their scaling efficiency, or the reason why they have none."""
 
     def setting(row: Row) -> tuple[str, ...]:
@@ -85,8 +85,8 @@ def _efficiency(row: Row, one: Row) -> Row:
     if not all(peaks):
         return {"unscaled": "a peak was not measured"}
     # rows are replaced one by one, and a cloud machine may differ from day to day
-    if max(peaks) > _SAME_STATE * min(peaks):
-        return {"unscaled": f"one device was measured at a peak of {plain(peaks[1])} GFLOP/s"}
+    if max(peaks) > _MAX_PEAK_RATIO * min(peaks):
+        return {"unscaled": f"one device was measured at a peak of {format_number(peaks[1])} GFLOP/s"}
     return {"scaling_efficiency": repr(rate / (devices * base))}
 
 
@@ -111,7 +111,8 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     """The text of all tables, for a file in `home`, and the rows of each CSV by its stem."""
     read = {path.stem: _read(path) for path in sorted(folder.glob("*.csv"))}
     read = {
-        stem: (head, scaled(rows) if stem.startswith("speed-train-") else rows) for stem, (head, rows) in read.items()
+        stem: (head, add_efficiency(rows) if stem.startswith("speed-train-") else rows)
+        for stem, (head, rows) in read.items()
     }
     left, parts = dict(read), []
     verbs = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
@@ -121,7 +122,7 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         if not found and section.prefix:
             print(f"no {section.prefix}*.csv in {folder.name}: {section.title.lower()} left out")
         shown = [
-            f"### {stem}\n\n{_table(section, counted(stem, *content), content[1])}"
+            f"### {stem}\n\n{_table(section, with_row_counts(stem, *content), content[1])}"
             for stem, content in found.items()
             if content[1]
         ]
@@ -144,35 +145,35 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
     return head, rows
 
 
-def counted(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str]:
+def with_row_counts(stem: str, commands: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Commands of a CSV; those of the speed benchmark with the number of existing rows, if some are missing."""
     found = re.match(r"speed-(train|infer)-([a-z0-9]+)-", stem)
     if not found:
         return [*commands]
-    return [command + _share(command, found[1], found[2], rows) for command in commands]
+    return [command + _row_count(command, found[1], found[2], rows) for command in commands]
 
 
-def _share(command: str, kind: str, precision: str, rows: Sequence[Row]) -> str:
+def _row_count(command: str, kind: str, precision: str, rows: Sequence[Row]) -> str:
     try:
-        here, asked = there(command, kind, precision, rows)
+        existing, requested = count_existing_rows(command, kind, precision, rows)
     except (AezooError, SystemExit, ValueError):  # an old flag or model, or an unclosed quote
         return "  # how many of its rows are here is not known"
-    return "" if here == asked else f"  # {here} of {asked} rows"
+    return "" if existing == requested else f"  # {existing} of {requested} rows"
 
 
 def target_table(files: Mapping[str, list[Row]]) -> str:
     """Targets and the measured figures, also with the opposite choice of compiling the zoo's step."""
     rows = []
-    for target, stem, found in targets.judge(files):
+    for target, stem, found in targets.evaluate_targets(files):
         row = {"what": target.what, "bound": f"{'<=' if target.at_most else '>='} {target.bound:g}", "file": stem}
         if found is not None:
             row |= {"median": repr(found.median), "median_low": repr(found.low), "median_high": repr(found.high)}
-            row |= {"note": found.note, "reached": "yes" if target.reached(found) else "no"}
+            row |= {"note": found.note, "reached": "yes" if target.is_reached(found) else "no"}
         else:
-            row |= {"reached": targets.why_not(target, files.get(stem, []))}
-        own, others = processors([stem], files), processors(files, files, machine(stem))
+            row |= {"reached": targets.missing_reason(target, files.get(stem, []))}
+        own, others = processors([stem], files), processors(files, files, machine_name(stem))
         row |= {"processor": ", ".join(own) or (f"({', '.join(others)})" if stem and others else "")}
-        otherwise = target.otherwise(files[stem]) if stem and target.otherwise else None
+        otherwise = target.other_compilation(files[stem]) if stem and target.other_compilation else None
         if otherwise is not None:
             row |= {"otherwise": repr(otherwise.median)}
             row |= {"otherwise_low": repr(otherwise.low), "otherwise_high": repr(otherwise.high)}
@@ -196,7 +197,7 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
 
 def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | None = None) -> list[str]:
     """Processors named in these CSVs, or only in those from a given machine."""
-    kept = [stem for stem in stems if stem in files and on in (None, machine(stem))]
+    kept = [stem for stem in stems if stem in files and on in (None, machine_name(stem))]
     return [*dict.fromkeys(row["processor"] for stem in kept for row in files[stem] if row.get("processor"))]
 
 
@@ -205,20 +206,20 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
     code = "\n".join(["```bash", *commands, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
         # errors are comparable only at equal bits
-        rows = sorted(over_seeds(rows), key=lambda row: number(row, "bits_a_place") or 0)
-    return code + markdown(columns, [row for row in rows if section.shows(row)])
+        rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_a_place") or 0)
+    return code + markdown(columns, [row for row in rows if section.is_shown(row)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report."""
-    made = bare_parser("report", __doc__)
-    add_results(made)
-    folder: Path = made.parse_args(argv).results
+    parser = base_parser("report", __doc__)
+    add_results_flag(parser)
+    folder: Path = parser.parse_args(argv).results
     if not any(folder.glob("*.csv")):
         raise AezooError(f"no CSV in {folder}: measure first, as by `aezoo benchmark speed`, or give --results DIR")
     home = PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
     text, rows = tables(folder, home)
-    pictures = draw(folder, rows)
+    pictures = draw_pictures(folder, rows)
     head = (
         "# Results\n\n`python -m benchmarks.report` writes this file from the CSVs in this repository; do not edit it. "
         "The commands that wrote a CSV stand above its table. A command of `benchmarks.speed` whose rows are not all "
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (home / "RESULTS.md").write_text(whole, encoding="utf-8")
     except OSError as error:
         raise AezooError(f"cannot write {home / 'RESULTS.md'}: {error.strerror}") from error
-    for what in targets.missed(rows):
+    for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")
     print(home / "RESULTS.md")
 
@@ -239,24 +240,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quality_rows(rows: Mapping[str, list[Row]]) -> list[Row]:
     """Medians over seeds of all data sets."""
     runs = (part for stem, part in rows.items() if stem.startswith("quality-") and "-recipes-" not in stem)
-    return [row for part in runs for row in over_seeds(part) if row["seeds"] != "0"]
+    return [row for part in runs for row in merge_seeds(part) if row["seeds"] != "0"]
 
 
-def machine(stem: str) -> str:
-    """The machine name after the number of processors in a CSV's name, if any; see `common.parser`."""
+def machine_name(stem: str) -> str:
+    """The machine name after the number of processors in a CSV's name, if any; see `common.build_parser`."""
     found = re.search(r"-cpu\d+-([a-z0-9]+)$", stem)
     return found[1] if found else ""
 
 
-def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
+def draw_pictures(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     """Draw the pictures for which there are rows; return files and their descriptions."""
     from . import plots, plots_bits
 
-    bits = [row for stem, part in rows.items() if stem.startswith("bits-") for row in over_seeds(part)]
+    bits = [row for stem, part in rows.items() if stem.startswith("bits-") for row in merge_seeds(part)]
     quality = comparable(quality_rows(rows))
     trained = {stem: part for stem, part in rows.items() if stem.startswith("speed-train-")}
     scaling = [
-        row | {"precision": stem.split("-")[2], "machine": machine(stem)}
+        row | {"precision": stem.split("-")[2], "machine": machine_name(stem)}
         for stem, part in trained.items()
         for row in part
         if row.get("devices") == "1" or row.get("scaling_efficiency")
@@ -264,12 +265,12 @@ def draw(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str]:
     speed = {stem: part for stem, part in rows.items() if stem.startswith("peers-") and "-quality-" not in stem}
     peers: dict[str, dict[str, list[Row]]] = {"": {}}
     for stem, part in speed.items():
-        peers.setdefault(machine(stem), {})[stem.removeprefix("peers-")] = part
-    beside = "training speed of the zoo and of others, as ratios to a compiled loop"
+        peers.setdefault(machine_name(stem), {})[stem.removeprefix("peers-")] = part
+    description = "training speed of the zoo and of others, as ratios to a compiled loop"
     home, drawn = folder / "pictures", {}
     for name, alt, figure in (
-        ("peers", beside, plots.peers(peers.pop(""))),
-        *((f"peers-{on}", f"{beside}, on {on}", plots.peers(part)) for on, part in peers.items()),
+        ("peers", description, plots.peers(peers.pop(""))),
+        *((f"peers-{on}", f"{description}, on {on}", plots.peers(part)) for on, part in peers.items()),
         ("pareto", "reconstruction error against training speed", plots.pareto(quality)),
         ("code_size", "reconstruction error against code size, with PCA", plots.code_size(quality)),
         ("bits", "reconstruction error against bits per sample", plots_bits.bits(bits)),

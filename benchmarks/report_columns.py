@@ -12,18 +12,18 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-        head: heading, with the unit.
+        heading: heading, with the unit.
         cell: the text of a row's cell; empty if the row has no value.
     """
 
-    head: str
+    heading: str
     cell: Callable[[Row], str]
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def plain(value: float, digits: int = 4) -> str:
+def format_number(value: float, digits: int = 4) -> str:
     """A number for a reader: `digits` significant digits, thousands separators, no unnecessary exponent."""
     if value == 0 or 1e-4 <= abs(value) < 10 ** (digits - 1):
         return f"{value:.{digits}g}" if value != int(value) else f"{value:.0f}"
@@ -40,7 +40,7 @@ def figures(head: str, name: str, factor: float = 1.0, digits: int = 4) -> Colum
 
     def cell(row: Row) -> str:
         value = number(row, name)
-        return "" if value is None else plain(value * factor, digits)
+        return "" if value is None else format_number(value * factor, digits)
 
     return Column(head, cell)
 
@@ -54,27 +54,27 @@ def spread(head: str, name: str, low: str = "", high: str = "") -> Column:
         if middle is None:
             return ""
         if bottom is None or top is None or bottom == top:
-            return plain(middle)
-        return f"{plain(middle)} ({plain(bottom)} to {plain(top)})"
+            return format_number(middle)
+        return f"{format_number(middle)} ({format_number(bottom)} to {format_number(top)})"
 
     return Column(head, cell)
 
 
-def trained(row: Row) -> str:
+def epochs_cell(row: Row) -> str:
     """The epochs of a row over seeds; marked if the time limit ended a run before its budget of epochs."""
-    told, least = spread("", "epochs").cell(row), number(row, "epochs_low")
-    asked = row.get("budget", "").partition("epochs=")[2]
-    return f"{told}, cut" if asked and least is not None and least < float(asked) else told
+    text, least = spread("", "epochs").cell(row), number(row, "epochs_low")
+    requested = row.get("budget", "").partition("epochs=")[2]
+    return f"{text}, cut" if requested and least is not None and least < float(requested) else text
 
 
-def _off(row: Row) -> str:
+def _interface_cell(row: Row) -> str:
     return "off" if row.get("interface") == "off" else ""
 
 
 TRAIN = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
     *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
-    *(Column("interface", _off), spread("samples/s", "samples_per_s"), figures("ms/step", "step_ms")),
+    *(Column("interface", _interface_cell), spread("samples/s", "samples_per_s"), figures("ms/step", "step_ms")),
     figures("of matmul peak, %", "share_of_peak", 100, 3),
     figures("GEMMs at peak / step, %", "gemm_floor_share", 100, 3),
     figures("products alone / step, %", "products_alone_share", 100, 3),
@@ -117,7 +117,7 @@ PEERS = (
 )
 QUALITY = (
     *(words("model", "model"), words("family", "family"), words("code size", "code_size"), words("seeds", "seeds")),
-    *(words("budget", "budget"), Column("epochs", trained), words("batch", "batch_size")),
+    *(words("budget", "budget"), Column("epochs", epochs_cell), words("batch", "batch_size")),
     *(
         words("probe rows", "probe_rows"),
         figures("L0", "l0", digits=3),
@@ -183,7 +183,7 @@ PROBE = (
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table without empty columns."""
-    table = [(column.head, [column.cell(row) for row in rows]) for column in columns]
+    table = [(column.heading, [column.cell(row) for row in rows]) for column in columns]
     kept = [(head, cells) for head, cells in table if any(cells)]
     lines = [[head for head, _ in kept], ["---"] * len(kept), *zip(*(cells for _, cells in kept), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -70,25 +70,25 @@ REASONS = {
 }
 
 
-def floor(row: Row) -> float | None:
+def pca_error(row: Row) -> float | None:
     """The error of PCA with as many numbers as a code has, or as a sparse code has active; or None."""
     return number(row, "pca_mse_at_l0" if row.get("l0") else "pca_mse")
 
 
 def ratio(row: Row) -> float | None:
     """The row's error divided by PCA's, or None."""
-    pca, mse = floor(row), number(row, "mse")
+    pca, mse = pca_error(row), number(row, "mse")
     return mse / pca if pca and mse is not None else None
 
 
-def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
+def section(compared: Sequence[Row], rows: Sequence[Row]) -> str:
     """Text and table.
 
     Args:
-        judged: medians over seeds; all rows of a data set have the same budget.
+        compared: medians over seeds; all rows of a data set have the same budget.
         rows: medians over seeds of any budget, which may explain why a model is behind.
     """
-    ratios = [(row, found) for row in judged if (found := ratio(row)) is not None]
+    ratios = [(row, found) for row in compared if (found := ratio(row)) is not None]
     if not ratios:
         return ""
     lines = []
@@ -104,7 +104,9 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
     table = ["| data | model | numbers | mse / PCA's | why |", "| --- | --- | --- | --- | --- |"]
     for row, found in behind:
         numbers = f"{l0:.0f} of {row['code_size']}" if (l0 := number(row, "l0")) is not None else row["code_size"]
-        table.append(f"| {row['dataset']} | {row['model']} | {numbers} | {found:.2f} | {why(row, [*judged, *rows])} |")
+        table.append(
+            f"| {row['dataset']} | {row['model']} | {numbers} | {found:.2f} | {reason(row, [*compared, *rows])} |"
+        )
     return "\n\n".join(
         [
             "## Beside PCA",
@@ -118,7 +120,7 @@ def section(judged: Sequence[Row], rows: Sequence[Row]) -> str:
     )
 
 
-def why(row: Row, rows: Sequence[Row]) -> str:
+def reason(row: Row, rows: Sequence[Row]) -> str:
     """Why a row is behind: a short or cut-off budget, a data set that suits the model less, or another reason."""
     alike = [other for other in rows if all(other.get(key) == row.get(key) for key in ("model", "code_size"))]
     for here in (True, False):

@@ -16,17 +16,17 @@ class Section(NamedTuple):
         title: heading.
         text: explanation of the figures.
         columns: columns of the tables; if empty, all columns of the CSV.
-        shows: whether a row is shown.
+        is_shown: whether a row is shown.
     """
 
     prefix: str
     title: str
     text: str
     columns: tuple[Column, ...]
-    shows: Callable[[Row], bool] = lambda row: True
+    is_shown: Callable[[Row], bool] = lambda row: True
 
 
-def _is_no_plain_layer(row: Row) -> bool:
+def _is_notable_layer(row: Row) -> bool:
     return row.get("chosen") != "torch" or (number(row, "lost") or 1) > 1.1
 
 
@@ -103,7 +103,7 @@ SECTIONS = (
         "`lost` is the time of the chosen way divided by the time of the fastest way. The CSVs hold all layers. The "
         "tables omit those that torch computes in its own way and where no other way is a tenth faster.",
         (),
-        _is_no_plain_layer,
+        _is_notable_layer,
     ),
     Section(
         "published-",

@@ -1,6 +1,6 @@
 """The part of RESULTS.md on the verbs: a table for each, and above it a sentence that says which method is ahead.
 
-Methods are compared within a contest: a verb, or a part of a verb whose figures have a different meaning. Rows are
+Methods are compared within a comparison: a verb, or a part of a verb whose figures have a different meaning. Rows are
 merged over seeds; `reference` rows, such as real samples or a bound, are never counted as ahead.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .common import Spread, number
-from .report_columns import Column, Row, markdown, plain, words
+from .report_columns import Column, Row, format_number, markdown, words
 
 # rows with equal values in these columns are compared
 SETTING = ("dataset", "task", "code_size", "budget", "fit_rows", "test_rows", "classes")
@@ -26,17 +26,17 @@ class Figure(NamedTuple):
     Attributes:
         head: heading.
         name: the column of the CSV.
-        better: high, low, or empty if neither is better.
+        direction: high, low, or empty if neither is better.
         unit: unit for the sentence.
     """
 
     head: str
     name: str
-    better: str = ""
+    direction: str = ""
     unit: str = ""
 
 
-class Contest(NamedTuple):
+class Comparison(NamedTuple):
     """A comparison of methods.
 
     Attributes:
@@ -44,7 +44,7 @@ class Contest(NamedTuple):
         task: prefix of the rows' column `task`, if a verb has several.
         text: explanation of the figures.
         figures: columns.
-        leads: number of first figures that get a sentence; methods are sorted by the first.
+        n_summarised: number of first figures that get a sentence; methods are sorted by the first.
         each_seed: computes the figures of a method and a seed from their rows.
     """
 
@@ -52,16 +52,16 @@ class Contest(NamedTuple):
     task: str
     text: str
     figures: tuple[Figure, ...]
-    leads: int
+    n_summarised: int
     each_seed: Callable[[Sequence[Row]], Row]
 
 
-def the_only(rows: Sequence[Row]) -> Row:
+def first_row(rows: Sequence[Row]) -> Row:
     """The first row; several models may have measured the same row of a method and a seed, as with baselines."""
     return rows[0]
 
 
-def over_classes(rows: Sequence[Row]) -> Row:
+def mean_over_classes(rows: Sequence[Row]) -> Row:
     """Means over the classes, each of which is the normal one in turn and counts once."""
     classes = {row["class"]: row for row in rows}
     return rows[0] | {
@@ -71,7 +71,7 @@ def over_classes(rows: Sequence[Row]) -> Row:
     }
 
 
-def at_targets(rows: Sequence[Row]) -> Row:
+def bits_at_targets(rows: Sequence[Row]) -> Row:
     """The fewest bits that reach each of `TARGETS`, interpolated linearly between the measured quality settings.
 
     If the coarsest setting already exceeds a target, fewer bits might be enough, so its bits are marked as an upper
@@ -92,12 +92,12 @@ def at_targets(rows: Sequence[Row]) -> Row:
 
 
 _ERRORS = (Figure("mse", "mse", "low"), Figure("ssim", "ssim", "high"))
-CONTESTS = (
-    Contest(
+COMPARISONS = (
+    Comparison(
         "reconstruct", "", "Error between test samples and their reconstructions. PCA has a code of the same size.",
-        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
+        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, first_row,
     ),
-    Contest(
+    Comparison(
         "generate", "",
         "FID, KID, precision and recall are measured against training samples, in the features of a small classifier "
         "of the same data (named in the CSV; there are no Inception weights here). Closer: the probability that a "
@@ -107,29 +107,29 @@ CONTESTS = (
         (
             Figure("fid", "fid", "low", ""), Figure("kid", "kid", "low"), Figure("precision", "precision", "high"),
             Figure("recall", "recall", "high"), Figure("closer", "closer"), Figure("distance", "distance"),
-        ), 1, the_only,
+        ), 1, first_row,
     ),
-    Contest(
+    Comparison(
         "denoise", "",
         "Test samples carry Gaussian noise with a standard deviation of 0.3. Filters use the setting that suits the "
         "clean originals best, which favours them. conv_denoising_ae was trained for this noise; the other models "
         "were not.",
-        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, the_only,
+        (Figure("psnr, dB", "psnr", "high", "dB"), *_ERRORS), 1, first_row,
     ),
-    Contest(
+    Comparison(
         "detect", "",
         "One-vs-rest: each class in turn is the only one seen in training, and the other classes are anomalies. "
         "Figures are means over classes.",
-        (Figure("auroc", "auroc", "high", ""), Figure("aupr", "aupr", "high")), 1, over_classes,
+        (Figure("auroc", "auroc", "high", ""), Figure("aupr", "aupr", "high")), 1, mean_over_classes,
     ),
-    Contest(
+    Comparison(
         "embed", "",
         "The share of test samples whose class is predicted correctly from the code, by logistic regression (probe) "
         "and by the 5 nearest neighbours (knn).",
         (Figure("probe", "probe", "high", ""), Figure("knn", "knn", "high", ""), Figure("numbers", "size")),
-        2, the_only,
+        2, first_row,
     ),
-    Contest(
+    Comparison(
         "compress", "lossy",
         "The fewest bits per dimension that reach a PSNR, interpolated linearly between measured quality settings. "
         "Bytes include tables and headers, but not the model. ≤: the coarsest measured setting already exceeds this "
@@ -137,48 +137,48 @@ CONTESTS = (
         (
             *(Figure(f"bits/dim at {target} dB", f"bits_{target}", "low", "bits/dim") for target in TARGETS),
             Figure("best psnr, dB", "best_psnr", "high"),
-        ), len(TARGETS), at_targets,
+        ), len(TARGETS), bits_at_targets,
     ),
-    Contest(
+    Comparison(
         "compress", "lossless",
         "Whole files, with all samples in one file; the bytes of the model are not counted. For a model with a "
         "Bernoulli likelihood, values are first set to 0 or 1, for all methods.",
-        (Figure("bits/dim", "bits_per_dim", "low", "bits/dim"), Figure("bytes", "bytes", "low")), 1, the_only,
+        (Figure("bits/dim", "bits_per_dim", "low", "bits/dim"), Figure("bytes", "bytes", "low")), 1, first_row,
     ),
 )  # fmt: skip
 
 
-def merged(contest: Contest, rows: Sequence[Row]) -> list[list[Row]]:
+def merge_rows(comparison: Comparison, rows: Sequence[Row]) -> list[list[Row]]:
     """Groups of comparable rows, one row per method: median, lowest and highest over seeds, best first."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, list[Row]]]] = {}
     for row in rows:
-        if row.get("task", "").startswith(contest.task):
+        if row.get("task", "").startswith(comparison.task):
             methods = groups.setdefault(tuple(row.get(name, "") for name in SETTING), {})
             seeds = methods.setdefault((row["method"], row["kind"]), {})
             seeds.setdefault(row["seed"], []).append(row)
-    lead = contest.figures[0]
+    lead = comparison.figures[0]
 
     def order(row: Row) -> float:
         value = number(row, lead.name)
-        return float("inf") if value is None else -value if lead.better == "high" else value
+        return float("inf") if value is None else -value if lead.direction == "high" else value
 
     return [
-        sorted((_over_seeds(contest, [*seeds.values()]) for seeds in methods.values()), key=order)
+        sorted((_merge_seeds(comparison, [*seeds.values()]) for seeds in methods.values()), key=order)
         for methods in groups.values()
     ]
 
 
-def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
+def _merge_seeds(comparison: Comparison, seeds: Sequence[Sequence[Row]]) -> Row:
     # a mean over classes without a failed one would not be comparable
-    good = [contest.each_seed(rows) for rows in seeds if not any(row.get("error") for row in rows)]
+    good = [comparison.each_seed(rows) for rows in seeds if not any(row.get("error") for row in rows)]
     found = {name: value for name, value in seeds[0][0].items() if name in (*SETTING, "method", "kind")}
-    for figure in contest.figures:
+    for figure in comparison.figures:
         values = [value for row in good if (value := number(row, figure.name)) is not None]
         # a figure that is missing for a seed has no median
         if values and len(values) == len(good):
-            of = Spread.from_data(values)
-            found |= {figure.name: repr(of.median)}
-            found |= {f"{figure.name}_low": repr(of.low), f"{figure.name}_high": repr(of.high)}
+            spread = Spread.from_data(values)
+            found |= {figure.name: repr(spread.median)}
+            found |= {f"{figure.name}_low": repr(spread.low), f"{figure.name}_high": repr(spread.high)}
             found |= {f"{figure.name}_most": max(row.get(f"{figure.name}_most", "") for row in good)}
     errors = [row["error"] for rows in seeds for row in rows if row.get("error")]
     return found | {"seeds": str(len(good)), "errors": "; ".join(dict.fromkeys(errors))}
@@ -187,56 +187,58 @@ def _over_seeds(contest: Contest, seeds: Sequence[Sequence[Row]]) -> Row:
 def best(rows: Sequence[Row], kind: str, figure: Figure) -> Row | None:
     """The best row of a kind by a figure; None if no row has the figure."""
     known = [row for row in rows if row["kind"] == kind and number(row, figure.name) is not None]
-    sign = -1 if figure.better == "high" else 1
+    sign = -1 if figure.direction == "high" else 1
     return min(known, key=lambda row: sign * float(row[figure.name]), default=None)
 
 
-def verdict(figure: Figure, rows: Sequence[Row]) -> str:
+def comparison_text(figure: Figure, rows: Sequence[Row]) -> str:
     """Which method is ahead by a figure, and by how much."""
     ours, baseline = (best(rows, kind, figure) for kind in ("ours", "baseline"))
     if ours is None or baseline is None:
-        there, lacking = (baseline, "model") if ours is None else (ours, "baseline")
+        present, missing = (baseline, "model") if ours is None else (ours, "baseline")
         return (
-            f"no {lacking} has a figure" if there is None else f"no {lacking} gets there, {_told(there, figure)} does"
+            f"no {missing} has a figure"
+            if present is None
+            else f"no {missing} gets there, {_shown(present, figure)} does"
         )
     gap = float(ours[figure.name]) - float(baseline[figure.name])
     if gap == 0:
-        return f"the best model, {_told(ours, figure)}, and the best baseline, {_told(baseline, figure)}, are equal"
-    ours_ahead = (gap > 0) == (figure.better == "high")
+        return f"the best model, {_shown(ours, figure)}, and the best baseline, {_shown(baseline, figure)}, are equal"
+    ours_ahead = (gap > 0) == (figure.direction == "high")
     first, second = (ours, baseline) if ours_ahead else (baseline, ours)
-    who, other = ("a model", "the best baseline") if ours_ahead else ("a baseline", "the best model")
+    first_text, second_text = ("a model", "the best baseline") if ours_ahead else ("a baseline", "the best model")
     most = "at most " if second.get(f"{figure.name}_most") else ""
-    by = most + " ".join(filter(None, [plain(abs(gap), 3), figure.unit]))
-    text = f"{who}, {_told(first, figure)}, is ahead of {other}, {_told(second, figure)}, by {by}"
+    by = most + " ".join(filter(None, [format_number(abs(gap), 3), figure.unit]))
+    text = f"{first_text}, {_shown(first, figure)}, is ahead of {second_text}, {_shown(second, figure)}, by {by}"
     return text + (", within the spread of the seeds" if _overlap(first, second, figure.name) else "")
 
 
-def _told(row: Row, figure: Figure) -> str:
-    return f"{row['method']} ({row.get(f'{figure.name}_most', '')}{plain(float(row[figure.name]))})"
+def _shown(row: Row, figure: Figure) -> str:
+    return f"{row['method']} ({row.get(f'{figure.name}_most', '')}{format_number(float(row[figure.name]))})"
 
 
 def _overlap(a: Row, b: Row, name: str) -> bool:
     return max(float(row[f"{name}_low"]) for row in (a, b)) <= min(float(row[f"{name}_high"]) for row in (a, b))
 
 
-def sentences(contest: Contest, rows: Sequence[Row]) -> Iterator[str]:
+def sentences(comparison: Comparison, rows: Sequence[Row]) -> Iterator[str]:
     """One line for each of the leading figures."""
     first = rows[0]
     about = ", ".join(filter(None, [first["dataset"], first.get("task", "").removeprefix("lossless, ")]))
-    for figure in contest.figures[: contest.leads]:
-        by = f", {figure.head}" if contest.leads > 1 else ""
+    for figure in comparison.figures[: comparison.n_summarised]:
+        by = f", {figure.head}" if comparison.n_summarised > 1 else ""
         first_of = f", the first {first['classes']} classes" if first.get("classes") else ""
         setting = f"codes of {first['code_size']} numbers, {first['budget']}{first_of}"
-        yield f"- {about} ({setting}){by}: {verdict(figure, rows)}."
+        yield f"- {about} ({setting}){by}: {comparison_text(figure, rows)}."
 
 
-def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
+def table(comparison: Comparison, groups: Sequence[Sequence[Row]]) -> str:
     """One table of all groups; the best value of each figure is bold."""
     leaders = {
         (i, figure.name): row
         for i, rows in enumerate(groups)
-        for figure in contest.figures
-        if figure.better and (row := _leader(rows, figure)) is not None
+        for figure in comparison.figures
+        if figure.direction and (row := _best_of_all(rows, figure)) is not None
     }
     shown = [row | {"group": str(i)} for i, rows in enumerate(groups) for row in rows]
 
@@ -248,8 +250,8 @@ def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
                 return ""
             found = (
                 row.get(f"{figure.name}_most", "")
-                + plain(middle)
-                + ("" if low == high else f" ({plain(low)} to {plain(high)})")
+                + format_number(middle)
+                + ("" if low == high else f" ({format_number(low)} to {format_number(high)})")
             )
             leader = leaders.get((int(row["group"]), figure.name), {})
             return (
@@ -261,13 +263,13 @@ def table(contest: Contest, groups: Sequence[Sequence[Row]]) -> str:
     task = [words("task", "task")] if len({row.get("task") for row in shown}) > 1 else []
     return markdown(
         [words("data", "dataset"), *task, words("method", "method"), words("kind", "kind"), words("seeds", "seeds"),
-         *map(cell, contest.figures), words("errors", "errors")], shown,
+         *map(cell, comparison.figures), words("errors", "errors")], shown,
     )  # fmt: skip
 
 
-def _leader(rows: Sequence[Row], figure: Figure) -> Row | None:
+def _best_of_all(rows: Sequence[Row], figure: Figure) -> Row | None:
     known = [row for kind in ("ours", "baseline") if (row := best(rows, kind, figure)) is not None]
-    return min(known, key=lambda row: float(row[figure.name]) * (-1 if figure.better == "high" else 1), default=None)
+    return min(known, key=lambda row: float(row[figure.name]) * (-1 if figure.direction == "high" else 1), default=None)
 
 
 def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home: Path) -> str:
@@ -286,14 +288,14 @@ def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home
     ]
     for stem, (commands, rows) in files.items():
         verb = stem.split("-")[1]
-        contests = [contest for contest in CONTESTS if contest.verb == verb]
+        comparisons = [comparison for comparison in COMPARISONS if comparison.verb == verb]
         parts += [f"### {verb}", f"`{stem}.csv`", "\n".join(["```bash", *commands, "```"])]
         picture = folder / "pictures" / f"task-{verb}.png"
         parts += [f"![{verb}]({os.path.relpath(picture, home)})"] if picture.is_file() else []
-        for contest in contests:
-            groups = merged(contest, rows)
+        for comparison in comparisons:
+            groups = merge_rows(comparison, rows)
             if groups:
-                parts += [f"#### {contest.task}"] if len(contests) > 1 else []
-                parts += [contest.text, "\n".join(line for rows in groups for line in sentences(contest, rows))]
-                parts += [table(contest, groups)]
+                parts += [f"#### {comparison.task}"] if len(comparisons) > 1 else []
+                parts += [comparison.text, "\n".join(line for rows in groups for line in sentences(comparison, rows))]
+                parts += [table(comparison, groups)]
     return "\n\n".join(parts)

@@ -36,7 +36,7 @@ import yaml
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from .common import Table, as_text, command_line, environment, parser, run_script
+from .common import Table, as_text, build_parser, command_line, environment, run_script
 from .processes import run_row, with_smaller_batches
 
 KEY = ("name", "settings", "shape", "compile", "batch", "devices", "threads", "memory", "interface")
@@ -68,10 +68,10 @@ WORKLOADS = {
 }
 
 
-def arguments_of(words: Sequence[str]) -> Namespace:
+def parse_arguments(words: Sequence[str]) -> Namespace:
     """Read the command line."""
-    made = parser("speed", __doc__)
-    add = made.add_argument
+    parser = build_parser("speed", __doc__)
+    add = parser.add_argument
     add("kinds", nargs="*", choices=[*KINDS, []], help="train, infer; both if none is given")
     add("--models", nargs="+", default=[*WORKLOADS], metavar="M", help="workloads, models, patterns, all, name:{yaml}")
     add("--shapes", nargs="+", default=["1x28x28"], metavar="S", help="shapes of a sample, for models without a fixed")
@@ -88,13 +88,13 @@ def arguments_of(words: Sequence[str]) -> Namespace:
     add("--repeats", type=int, default=5, help="repeats after the warm-up, or of --startup")
     add("--timeout", type=float, default=900.0, help="give up a row after this many seconds")
     add("--startup", action="store_true", help="measure the time to the first step instead")
-    return made.parse_args(words)
+    return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = arguments_of(words)
+    arguments = parse_arguments(words)
     _check(arguments)
     command = command_line("speed", words)
     if arguments.startup:
@@ -135,18 +135,20 @@ def plan(arguments: Namespace) -> list[dict[str, Any]]:
     on_cpu = arguments.accelerator == "cpu" or "-cpu" in environment(arguments)
     threads = arguments.threads or (max(1, _cores() // devices[-1]) if on_cpu else None)
     specs = []
-    for kind, (name, load), precision, mode in itertools.product(
+    for kind, (name, workload), precision, mode in itertools.product(
         arguments.kinds or KINDS, _workloads(arguments.models), arguments.precision, arguments.compile
     ):
         for shape, batch, count in itertools.product(
-            [load.shape] if load.shape else shapes, batches or [load.batch], devices if kind == "train" else [1]
+            [workload.shape] if workload.shape else shapes,
+            batches or [workload.batch],
+            devices if kind == "train" else [1],
         ):
             specs.append(
                 {
                     "kind": kind,
                     "name": name,
-                    "model": load.model,
-                    "settings": load.settings,
+                    "model": workload.model,
+                    "settings": workload.settings,
                     "shape": shape,
                     "precision": precision,
                     "compile": mode,
@@ -166,8 +168,8 @@ def plan(arguments: Namespace) -> list[dict[str, Any]]:
 
 def _cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else cores
+    from_environment = os.environ.get("OMP_NUM_THREADS", "")
+    return int(from_environment) if from_environment.isdigit() and int(from_environment) else cores
 
 
 def _numbers(flag: str, texts: Sequence[Any]) -> list[int]:
@@ -209,7 +211,7 @@ def _settings(text: str, settings: str) -> dict[str, Any]:
 
 def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     """Measure one row, unless it exists, and put it into its table."""
-    row = _first_columns(spec)
+    row = _row_head(spec)
     if not table.needs(row):
         print(f"{_title(spec)}: there already")
         return
@@ -218,22 +220,25 @@ def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
     def run(tried: dict[str, Any]) -> dict[str, Any]:
         # with an old cache, compile time would depend on earlier runs
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
-            there = variables | {"TORCHINDUCTOR_CACHE_DIR": empty}
-            return run_row("speed_row", {**tried, "started": time.time()}, timeout, there)
+            environment_variables = variables | {"TORCHINDUCTOR_CACHE_DIR": empty}
+            return run_row("speed_row", {**tried, "started": time.time()}, timeout, environment_variables)
 
     found, batch = with_smaller_batches(run, spec)
-    row |= {"batch_used": batch, "repeats": spec["repeats"], "compiler_cache": _cache(spec), **found}
+    row |= {"batch_used": batch, "repeats": spec["repeats"], "compiler_cache": _compiler_cache(spec), **found}
     table.put(row)
     rate = row.get("samples_per_s", row.get("reconstruct_samples_per_s"))
     print(f"{_title(spec)}: {row['error'] if row.get('error') else f'{rate:,.0f} samples/s'}", flush=True)
 
 
-def _first_columns(spec: dict[str, Any]) -> dict[str, Any]:
+def _row_head(spec: dict[str, Any]) -> dict[str, Any]:
     row = {name: spec[name] for name in ("name", "model", *KEY[1:])}
-    return row | {"settings": json.dumps(spec["settings"]) if spec["settings"] else "", "shape": _by(spec["shape"])}
+    return row | {
+        "settings": json.dumps(spec["settings"]) if spec["settings"] else "",
+        "shape": _shape_text(spec["shape"]),
+    }
 
 
-def there(command: str, kind: str, precision: str, rows: Sequence[Mapping[str, str]]) -> tuple[int, int]:
+def count_existing_rows(command: str, kind: str, precision: str, rows: Sequence[Mapping[str, str]]) -> tuple[int, int]:
     """How many of the rows that a CSV's command requests are in the CSV, and how many it requests today.
 
     Args:
@@ -242,15 +247,15 @@ def there(command: str, kind: str, precision: str, rows: Sequence[Mapping[str, s
         precision: precision of the CSV.
         rows: rows of the CSV.
     """
-    arguments = arguments_of(shlex.split(command)[3:])
+    arguments = parse_arguments(shlex.split(command)[3:])
     # on another machine a share of the cores is another number of threads
     key = [name for name in KEY if name != "threads" or arguments.threads]
-    asked = [_first_columns(spec) for spec in plan(arguments) if (spec["kind"], spec["precision"]) == (kind, precision)]
-    found = {tuple(row.get(name, "") for name in key) for row in rows}
-    return sum(tuple(as_text(row[name]) for name in key) in found for row in asked), len(asked)
+    requested = [_row_head(spec) for spec in plan(arguments) if (spec["kind"], spec["precision"]) == (kind, precision)]
+    existing = {tuple(row.get(name, "") for name in key) for row in rows}
+    return sum(tuple(as_text(row[name]) for name in key) in existing for row in requested), len(requested)
 
 
-def _cache(spec: dict[str, Any]) -> str:
+def _compiler_cache(spec: dict[str, Any]) -> str:
     """What the compiler's cache held before the row."""
     return "" if spec["compile"] == "off" else "nothing"
 
@@ -258,12 +263,12 @@ def _cache(spec: dict[str, Any]) -> str:
 def _title(spec: dict[str, Any]) -> str:
     devices = f", {spec['devices']} devices" if spec["devices"] > 1 else ""
     return (
-        f"{spec['kind']} {spec['name']} {_by(spec['shape'])} {spec['precision']} compile {spec['compile']} "
+        f"{spec['kind']} {spec['name']} {_shape_text(spec['shape'])} {spec['precision']} compile {spec['compile']} "
         f"batch {spec['batch']}{devices}"
     )
 
 
-def _by(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 

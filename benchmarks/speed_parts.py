@@ -22,27 +22,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, Table, at_least, command_line, environment, parser, read_csv, results_folder, run_script
-from .processes import answer, run_row
+from .common import ROOT, Table, at_least, build_parser, command_line, environment, read_csv, results_folder, run_script
+from .processes import run_measurement, run_row
 from .speed import KINDS, WORKLOADS
 
 KEY = ("part", "workload", "kind", "compile")
 PAGE = ROOT / "docs" / "design" / "speed.md"
-KEPT = 1.05
+MIN_GAIN = 1.05
 # parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
 _OF_FIT = ("fast_loop", "deferred_checks", "fused_optimizer", "cross_entropy", "denormals")
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
 # parts of processors of which MKL uses half
 _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
-_NEITHER_PART = "all"
+_ALL_PARTS = "all"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows, and write the page."""
     words = list(sys.argv[1:] if argv is None else argv)
-    made = parser("speed_parts", __doc__)
-    add = made.add_argument
+    parser = build_parser("speed_parts", __doc__)
+    add = parser.add_argument
     add("--workloads", nargs="+", default=[*WORKLOADS], choices=[*WORKLOADS], metavar="W", help=", ".join(WORKLOADS))
     add("--kinds", nargs="+", default=[*KINDS], choices=KINDS)
     add("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--repeats", type=at_least(1), default=7, metavar="N", help="times that each setting has its turn")
     add("--timeout", type=float, default=3600.0, help="give up a workload after this many seconds")
     add("--page", action="store_true", help=f"measure nothing, and write {PAGE.relative_to(ROOT)}")
-    arguments = made.parse_args(words)
+    arguments = parser.parse_args(words)
     if not arguments.page:
         for precision in arguments.precision:
             path = arguments.results / f"speed-parts-{environment(arguments, precision, 'cpu')}.csv"
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(workload: str, kind: str, precision: str, arguments: Namespace, table: Table) -> None:
     """Measure a workload with and without its parts."""
-    load = WORKLOADS[workload]
+    workload_settings = WORKLOADS[workload]
     modes = [mode for mode in arguments.compile if mode == "off" or (kind == "train" and "conv" not in workload)]
     for mode in modes:
         first = {"workload": workload, "kind": kind, "compile": mode}
@@ -81,10 +81,10 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
         spec = {
             **first,
             "name": workload,
-            "model": load.model,
-            "settings": load.settings,
-            "shape": load.shape,
-            "batch": load.batch,
+            "model": workload_settings.model,
+            "settings": workload_settings.settings,
+            "shape": workload_settings.shape,
+            "batch": workload_settings.batch,
             "precision": precision,
             "devices": 1,
             "accelerator": "cpu",
@@ -102,14 +102,16 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
             pairs: dict[str, list[float]] = {"auto": [], "malloc": []}
             for _ in range(max(2, arguments.repeats // 2)):
                 for setting in pairs:
-                    made = run_row("speed_parts", {**alone, "setting": setting}, arguments.timeout, threads)
-                    pairs[setting] += made.get("times", {}).get(setting, [])
+                    result = run_row("speed_parts", {**alone, "setting": setting}, arguments.timeout, threads)
+                    pairs[setting] += result.get("times", {}).get(setting, [])
         for part in parts:
-            with_it, without = (times.get("auto", []), times.get("off" if part == _NEITHER_PART else part, []))
+            enabled, disabled = (times.get("auto", []), times.get("off" if part == _ALL_PARTS else part, []))
             if part == "malloc":
-                with_it, without = pairs["auto"], pairs["malloc"]
+                enabled, disabled = pairs["auto"], pairs["malloc"]
             row = {"part": part, **first, "threads": 1, "steps": arguments.steps}
-            table.put(row | (_gain(with_it, without) if with_it and without else {"error": found.get("error", "none")}))
+            table.put(
+                row | (_gain(enabled, disabled) if enabled and disabled else {"error": found.get("error", "none")})
+            )
             print(f"{precision} {workload} {kind} {mode} {part}: {table.find(row)}", flush=True)
 
 
@@ -126,16 +128,16 @@ def parts_of(workload: str, kind: str, mode: str) -> list[str]:
     else:
         own = [*_OF_FIT, *((*_OF_CONVOLUTIONS, "channels_last") if convolutional else ())]
         own += _OF_COMPILED if mode != "off" else ()
-    return [_NEITHER_PART, *own, *of_half, "malloc"]
+    return [_ALL_PARTS, *own, *of_half, "malloc"]
 
 
-def _gain(with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
-    gains = sorted(off / on for on, off in zip(with_it, without, strict=True))
+def _gain(enabled: Sequence[float], disabled: Sequence[float]) -> dict[str, Any]:
+    gains = sorted(off / on for on, off in zip(enabled, disabled, strict=True))
     n = len(gains)
     return {
         "repeats": n,
-        "with_ms": 1e3 * statistics.median(with_it),
-        "without_ms": 1e3 * statistics.median(without),
+        "with_ms": 1e3 * statistics.median(enabled),
+        "without_ms": 1e3 * statistics.median(disabled),
         "gain": statistics.median(gains),
         "gain_low": gains[n // 4],
         "gain_high": gains[-1 - n // 4],
@@ -168,7 +170,7 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(parts: Sequence[str]) -> list[str]:
-    return ["off" if part == _NEITHER_PART else part for part in parts]
+    return ["off" if part == _ALL_PARTS else part for part in parts]
 
 
 def _seconds(spec: dict[str, Any], folder: str) -> float:
@@ -177,9 +179,9 @@ def _seconds(spec: dict[str, Any], folder: str) -> float:
 
     import aezoo
 
-    from .speed_row import build, data_module, random_samples, trainer
+    from .speed_row import build_model, build_trainer, data_module, random_samples
 
-    class Epochs(pl.Callback):
+    class EpochTimer(pl.Callback):
         """Processor time of each epoch."""
 
         seconds: list[float]
@@ -194,17 +196,17 @@ def _seconds(spec: dict[str, Any], folder: str) -> float:
         on_predict_epoch_end = on_train_epoch_end
 
     torch.manual_seed(0)
-    epochs, steps = Epochs(), spec["steps"]
+    epochs, steps = EpochTimer(), spec["steps"]
     epochs.seconds = []
     x = random_samples(spec["shape"], spec["batch"])[: steps * spec["batch"]]
-    steps, model = len(x) // spec["batch"], build(spec)
+    steps, model = len(x) // spec["batch"], build_model(spec)
     if spec["kind"] == "train":
         data: aezoo.DataModule = data_module(spec, x)
-        trainer(spec, folder, [epochs], max_epochs=3, limit_train_batches=steps).fit(model, data)
+        build_trainer(spec, folder, [epochs], max_epochs=3, limit_train_batches=steps).fit(model, data)
         return min(epochs.seconds[1:]) / steps
     data = data_module(spec, x[: spec["batch"]], x_test=x)
     with torch.no_grad():
-        fit = trainer({**spec, "interface": "off"}, folder, [epochs])
+        fit = build_trainer({**spec, "interface": "off"}, folder, [epochs])
         for _ in range(3):
             fit.predict(model, data, return_predictions=False)
     return min(epochs.seconds[1:]) / steps
@@ -238,7 +240,7 @@ def write_page(results: Path) -> None:
         for row in read_csv(path)[1]
     ]
     lines = ["| part | what it does | largest gain | where |", "|---|---|---|---|"]
-    for part, what in {_NEITHER_PART: "everything together", **PARTS}.items():
+    for part, what in {_ALL_PARTS: "everything together", **PARTS}.items():
         own = [row for row in rows if row["part"] == part and row.get("gain")]
         best = max(own, key=lambda row: float(row["gain"]), default=None)
         gain = "not run" if best is None else f"{float(best['gain']):.3f}"
@@ -267,6 +269,6 @@ def _where(row: Mapping[str, str]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
-        answer(measure_row)
+        run_measurement(measure_row)
     else:
         run_script(main)

@@ -14,7 +14,7 @@ Row = dict[str, str]
 Files = Mapping[str, Sequence[Row]]
 
 
-class Found(NamedTuple):
+class Measurement(NamedTuple):
     """A measured figure: median, lowest and highest, and the name of the best variant if there are several."""
 
     median: float
@@ -32,24 +32,24 @@ class Target(NamedTuple):
         bound: the figure to reach.
         measure: computes the figure from that CSV's rows; None if they do not have it.
         at_most: whether less is better.
-        otherwise: the same figure with the opposite choice of compiling the zoo's step, for comparison.
+        other_compilation: the same figure with the opposite choice of compiling the zoo's step, for comparison.
         gpu: True: read from files of a GPU and shown if there is one; False: from other files; None: from all.
     """
 
     what: str
     file: str
     bound: float
-    measure: Callable[[Sequence[Row]], Found | None]
+    measure: Callable[[Sequence[Row]], Measurement | None]
     at_most: bool = False
-    otherwise: Callable[[Sequence[Row]], Found | None] | None = None
+    other_compilation: Callable[[Sequence[Row]], Measurement | None] | None = None
     gpu: bool | None = None
 
-    def is_of(self, stem: str) -> bool:
+    def matches(self, stem: str) -> bool:
         """Whether a CSV of that name holds the figure."""
         on_gpu = not re.search(r"-pt[\d.]+-(cpu\d|mps)", stem)
         return stem.startswith(self.file) and self.gpu in (None, on_gpu)
 
-    def reached(self, found: Found) -> bool:
+    def is_reached(self, found: Measurement) -> bool:
         """Whether the median is on the right side of the bound."""
         return found.median <= self.bound if self.at_most else found.median >= self.bound
 
@@ -62,15 +62,15 @@ def round_rates(row: Row) -> list[float | None]:
     return [as_number(text) for text in row.get("round_rates", "").split()]
 
 
-def between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], Found | None]:
+def ratio_between(ours: str, other: str, note: str = "") -> Callable[[Sequence[Row]], Measurement | None]:
     """Rate of one party divided by that of another, round by round."""
 
-    def measure(rows: Sequence[Row]) -> Found | None:
+    def measure(rows: Sequence[Row]) -> Measurement | None:
         # parties whose losses do not agree are not compared
         by_party = {row["party"]: round_rates(row) for row in rows if row.get("agrees") == "yes"}
         pairs = zip(by_party.get(ours, []), by_party.get(other, []), strict=False)
         ratios = [a / b for a, b in pairs if a and b]
-        return Found(statistics.median(ratios), min(ratios), max(ratios), note) if ratios else None
+        return Measurement(statistics.median(ratios), min(ratios), max(ratios), note) if ratios else None
 
     return measure
 
@@ -86,8 +86,8 @@ def _peers(
             f"{workload}, {precision}{', on a GPU' if gpu else ''}: aezoo / {party}",
             f"peers-{workload}-{precision}-",
             bound,
-            between(ours, party, note),
-            otherwise=between(otherwise, party),
+            ratio_between(ours, party, note),
+            other_compilation=ratio_between(otherwise, party),
             gpu=gpu,
         )
         for party, bound in bounds.items()
@@ -97,10 +97,10 @@ def _peers(
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 
-def gemm_share(name: str) -> Callable[[Sequence[Row]], Found | None]:
+def gemm_share(name: str) -> Callable[[Sequence[Row]], Measurement | None]:
     """Share of a training step that its matrix products take at the measured peak; from the row with the largest."""
 
-    def measure(rows: Sequence[Row]) -> Found | None:
+    def measure(rows: Sequence[Row]) -> Measurement | None:
         found = []
         for row in rows:
             note = f"compile {row.get('compile')}, {row.get('threads')} thread(s)"
@@ -108,20 +108,20 @@ def gemm_share(name: str) -> Callable[[Sequence[Row]], Found | None]:
             low, high = number(row, "samples_per_s_low"), number(row, "samples_per_s_high")
             alone = row.get("devices") == "1" and row.get("interface") != "off"
             if row.get("name") == name and alone and share and rate and low and high:
-                found.append(Found(share, share * low / rate, share * high / rate, note))
+                found.append(Measurement(share, share * low / rate, share * high / rate, note))
         return max(found, default=None)
 
     return measure
 
 
-def cell(where: Mapping[str, str], name: str) -> Callable[[Sequence[Row]], Found | None]:
+def cell(where: Mapping[str, str], name: str) -> Callable[[Sequence[Row]], Measurement | None]:
     """A figure with its spread, from the row with these cells."""
 
-    def measure(rows: Sequence[Row]) -> Found | None:
+    def measure(rows: Sequence[Row]) -> Measurement | None:
         for row in rows:
             if all(row.get(key) == value for key, value in where.items()) and (middle := number(row, name)) is not None:
                 low, high = number(row, f"{name}_low"), number(row, f"{name}_high")
-                return Found(middle, middle if low is None else low, middle if high is None else high)
+                return Measurement(middle, middle if low is None else low, middle if high is None else high)
         return None
 
     return measure
@@ -195,28 +195,28 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
-def judge(files: Files) -> list[tuple[Target, str, Found | None]]:
+def evaluate_targets(files: Files) -> list[tuple[Target, str, Measurement | None]]:
     """Each target with the figure of each matching CSV; (target, "", None) without a CSV, except for GPU targets.
 
     Args:
         files: rows of each CSV by its stem.
     """
-    judged: list[tuple[Target, str, Found | None]] = []
+    evaluated: list[tuple[Target, str, Measurement | None]] = []
     for target in TARGETS:
-        stems = [stem for stem in files if target.is_of(stem)]
+        stems = [stem for stem in files if target.matches(stem)]
         found = [(target, stem, target.measure(files[stem])) for stem in stems]
-        judged += found or ([] if target.gpu else [(target, "", None)])
-    return judged
+        evaluated += found or ([] if target.gpu else [(target, "", None)])
+    return evaluated
 
 
-def why_not(target: Target, rows: Sequence[Row]) -> str:
+def missing_reason(target: Target, rows: Sequence[Row]) -> str:
     """Why a CSV has no figure for a target."""
     odd = [row["party"] for row in rows if row.get("agrees") == "no"]
     other = target.what.rpartition(" ")[2]
     return f"losses differ: {' '.join(odd)}" if {"aezoo", "aezoo_compiled", other} & {*odd} else "not measured"
 
 
-def missed(files: Files) -> list[str]:
+def missed_targets(files: Files) -> list[str]:
     """Targets that are not reached according to a CSV, with the CSV's name."""
-    judged = judge(files)
-    return [f"{target.what} ({stem})" for target, stem, found in judged if found and not target.reached(found)]
+    evaluated = evaluate_targets(files)
+    return [f"{target.what} ({stem})" for target, stem, found in evaluated if found and not target.is_reached(found)]

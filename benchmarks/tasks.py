@@ -33,13 +33,13 @@ from aezoo.errors import AezooError
 
 from . import common
 from .parallel import run_rows
-from .quality import code_of
+from .quality import code_size_arguments
 from .quality_table import dataset_name
 from .tasks_table import KEY, Row, VerbTable, is_baseline
 
 VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
 # models under other names, where a verb does not work with the registry's defaults
-NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv_vae": ("vae", {"net": "conv", "hidden_dims": [32, 64]}),
     "conv_denoising_ae": ("denoising_ae", {"net": "conv", "hidden_dims": [32, 64]}),
     # bits-back coding of grey values needs a distribution over bytes
@@ -57,7 +57,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "denoise": ("dense_ae", "vae", "conv_ae", "conv_denoising_ae"),
     "detect": ("dense_ae", "vae"),
     "embed": ("linear_ae", "dense_ae", "vae", "conv_ae", "conv_vae", "conv_denoising_ae"),
-    "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae", *(name for name in NAMED if ":" in name)),
+    "compress": ("vae", "conv_ae", "conv_vae", "bytes_vae", *(name for name in VARIANTS if ":" in name)),
 }
 # model and data set of each picture, with seed 0
 PICTURES = {
@@ -85,8 +85,8 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
     for seed in range(arguments.seeds):
         runs: list[tuple[Row, list[tuple[str, str]]]] = []  # specs, and the baselines that their models can measure
         for name, verbs in wanted.items():
-            registered, hyperparameters = NAMED.get(name, (name, {}))
-            hyperparameters = hyperparameters | code_of(registered, size)
+            registered, hyperparameters = VARIANTS.get(name, (name, {}))
+            hyperparameters = hyperparameters | code_size_arguments(registered, size)
             try:
                 model = registry.create_model(registered, input_shape, **hyperparameters)
             except AezooError as error:
@@ -95,7 +95,7 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
                 continue
             head = {"dataset": dataset, "model": name, "seed": seed, "code_size": math.prod(model.code_shape)}
             head |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows}
-            left = [verb for verb in verbs if tables[verb].needs(head_of(head, verb, arguments))]
+            left = [verb for verb in verbs if tables[verb].needs(verb_head(head, verb, arguments))]
             lossy = name != "bytes_vae"
             spec = {"model": name, "registered": registered, "hyperparameters": hyperparameters, "seed": seed}
             spec |= {"data": data, "head": head, "verbs": left, "accelerator": arguments.accelerator}
@@ -122,21 +122,21 @@ def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
 def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any, arguments: argparse.Namespace) -> None:
     """Let one model per seed measure missing baselines: one that runs anyway, or one that has already run."""
     given: set[tuple[str, str, int]] = set()  # all codes of a setting have one size
-    for anyway in (True, False):
-        for spec, can in runs:
-            for verb, task in can:
-                head, measured = head_of(spec["head"], verb, arguments), verb in spec["verbs"]
+    for runs_anyway in (True, False):
+        for spec, possible in runs:
+            for verb, task in possible:
+                head, measured = verb_head(spec["head"], verb, arguments), verb in spec["verbs"]
                 part = verb, task, head["code_size"]
                 if part in given or not tables[verb].needs_baselines(head, task):
                     continue
-                if measured if anyway else tables[verb].can_bring(head, task):
+                if measured if runs_anyway else tables[verb].can_measure_baselines(head, task):
                     given.add(part)
                     spec["baselines"].setdefault(verb, []).append(task)
                     spec["repairs"] += [] if measured else [verb]
                     spec["verbs"] += [] if measured else [verb]
 
 
-def head_of(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
+def verb_head(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
     """The columns that identify a measurement of a verb."""
     own = {"classes": arguments.classes} if verb == "detect" else {}
     return head | {"budget": budget(arguments, verb)} | own
@@ -147,28 +147,30 @@ def budget(arguments: argparse.Namespace, verb: str) -> str:
     return f"steps={arguments.detect_steps if verb == 'detect' else arguments.steps}"
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = common.parser("tasks", __doc__)
+    parser = common.build_parser("tasks", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--verbs", nargs="+", choices=VERBS, default=VERBS, metavar="VERB", help=f"of {', '.join(VERBS)}; else all")
     add("--data", nargs="+", default=["mnist5k", "digits", "fashion_mnist"], metavar="NAME", help="data sets")
     add("--root", default="data", help="folder of the data sets' files or of their downloads")
-    add("--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(NAMED)}; else a few")
+    add(
+        "--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(VARIANTS)}; else a few"
+    )
     add("--steps", type=count, default=1000, help="training of each model, in batches of 128 (default 1000)")
     add("--detect-steps", type=count, default=300, metavar="N", help="of each class's model (default 300)")
     add("--code-size", type=count, metavar="N", help="numbers in a code; else 32 or a quarter of a sample's values")
     add("--classes", type=count, metavar="N", help="detect takes the first classes only; else all")
     add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")
     add("--test-rows", type=count, default=2_000, metavar="N", help="most test samples (default 2000)")
-    common.add_runs(parser, "run", timeout=7200)
+    common.add_run_flags(parser, "run", timeout=7200)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = arguments_of(argv)
+    arguments = parse_arguments(argv)
     command, where = common.command_line("tasks", argv), common.environment(arguments)
     tables = {
         verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
@@ -176,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     specs: list[Row] = []
     for name in arguments.data:
-        module, data = common.fetched(name, arguments.root, batch_size=128)
+        module, data = common.download_data(name, arguments.root, batch_size=128)
         specs += plan(arguments, data, module.input_shape, tables)
     if not specs and arguments.models:
         print("nothing is left to measure", file=sys.stderr)
@@ -191,13 +193,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"[{i}/{len(specs)}] {head['dataset']}, {head['model']}, seed {head['seed']}", flush=True)
         for verb in spec["verbs"]:
             failed = {"method": head["model"], "kind": "ours", "error": found.get("error")}
-            rows, whole = found.get("verbs", {}).get(verb) or [failed], head_of(head, verb, arguments)
-            rows = [row | {"processor": common.processor()} for row in rows]
+            rows, head_of_verb = found.get("verbs", {}).get(verb) or [failed], verb_head(head, verb, arguments)
+            rows = [row | {"processor": common.processor_name()} for row in rows]
             if verb in spec["repairs"]:
-                brought = [row for row in rows if is_baseline(head | row)]
-                tables[verb].replace(whole, tables[verb].own(whole) + brought)
+                baseline_rows = [row for row in rows if is_baseline(head | row)]
+                tables[verb].replace(head_of_verb, tables[verb].model_rows(head_of_verb) + baseline_rows)
             else:
-                tables[verb].replace(whole, rows)
+                tables[verb].replace(head_of_verb, rows)
             for row in rows:
                 if row.get("error"):
                     print(f"    {verb}, {row['method']}: {row['error']}", flush=True)

@@ -19,10 +19,10 @@ from aezoo.tasks.samples import Samples
 
 from . import processes
 from .quality_row import open_data, quiet_trainer
-from .tasks_verbs import BASELINE, OURS, VERBS, Row, Work
+from .tasks_verbs import BASELINE, OURS, VERBS, Row, VerbInputs
 
 # largest number of features for nap; beyond it the covariance takes seconds for each class
-_MOST_NAP = 2_000
+_MAX_NAP_FEATURES = 2_000
 
 
 def measure(spec: Row) -> Row:
@@ -51,12 +51,14 @@ def measure(spec: Row) -> Row:
                     found[verb] = _detect(spec, data, test, out)
                 else:
                     assert model is not None
-                    found[verb] = VERBS[verb](Work(spec, model, train, test, spec["baselines"].get(verb, []), out))
+                    found[verb] = VERBS[verb](
+                        VerbInputs(spec, model, train, test, spec["baselines"].get(verb, []), out)
+                    )
             except Exception as error:
                 traceback.print_exc()
-                found[verb] = [{"method": spec["model"], "kind": OURS, **processes.failure(error)}]
+                found[verb] = [{"method": spec["model"], "kind": OURS, **processes.error_columns(error)}]
             if out is not None:
-                _keep_picture(verb, Path(folder), Path(spec["folder"]))
+                _copy_picture(verb, Path(folder), Path(spec["folder"]))
     return {"verbs": found}
 
 
@@ -114,7 +116,7 @@ def _scores(model: aezoo.Autoencoder) -> list[str]:
 
     with torch.no_grad():
         features = pathway(model, torch.zeros(2, *model.input_shape, device=model.device)).shape[1]
-    return ["nll", "mse", "mahalanobis", "sap", *(["nap"] if features <= _MOST_NAP else [])]
+    return ["nll", "mse", "mahalanobis", "sap", *(["nap"] if features <= _MAX_NAP_FEATURES else [])]
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ PICTURES = {
 }
 
 
-def _keep_picture(verb: str, folder: Path, home: Path) -> None:
+def _copy_picture(verb: str, folder: Path, home: Path) -> None:
     source = folder / f"{PICTURES[verb]}.png"
     if source.is_file():
         home.mkdir(parents=True, exist_ok=True)
@@ -138,4 +140,4 @@ def _keep_picture(verb: str, folder: Path, home: Path) -> None:
 
 
 if __name__ == "__main__":
-    processes.answer(measure)
+    processes.run_measurement(measure)

@@ -12,7 +12,7 @@ from .common import Table, as_text
 Row = dict[str, Any]
 KEY = ("dataset", "model", "seed", "budget", "code_size", "fit_rows", "test_rows", "classes")
 # columns of every CSV; the verb's own columns follow
-FIRST = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
+FIRST_COLUMNS = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
 
 
 class VerbTable(Table):
@@ -25,44 +25,44 @@ class VerbTable(Table):
 
     def needs(self, head: Any) -> bool:
         """Whether these rows still have to be measured."""
-        there = self.rows_of(head)
-        failed = any(row.get("error") for row in there)
-        needed = not there or self.again == "all" or (self.again == "failed" and failed)
+        existing = self.rows_of(head)
+        failed = any(row.get("error") for row in existing)
+        needed = not existing or self.again == "all" or (self.again == "failed" and failed)
         if needed:
             self.check_writable()
         return needed
 
-    def own(self, head: Row) -> list[dict[str, str]]:
+    def model_rows(self, head: Row) -> list[dict[str, str]]:
         """Rows of the model itself."""
         return [row for row in self.rows_of(head) if not is_baseline(row)]
 
     def baselines(self, head: Row, task: str) -> list[dict[str, str]]:
         """Baselines of a setting, whichever model measured them."""
-        there = self.rows_of(head, [name for name in KEY if name != "model"])
-        return [row for row in there if is_baseline(row) and row.get("task", "") == task]
+        existing = self.rows_of(head, [name for name in KEY if name != "model"])
+        return [row for row in existing if is_baseline(row) and row.get("task", "") == task]
 
     def needs_baselines(self, head: Row, task: str) -> bool:
         """Whether a model that is measured should also measure the baselines."""
-        there = self.baselines(head, task)
-        failed = any(row.get("error") for row in there)
-        return not there or self.again == "all" or (self.again == "failed" and failed)
+        existing = self.baselines(head, task)
+        failed = any(row.get("error") for row in existing)
+        return not existing or self.again == "all" or (self.again == "failed" and failed)
 
-    def can_bring(self, head: Row, task: str) -> bool:
+    def can_measure_baselines(self, head: Row, task: str) -> bool:
         """Whether a model has finished this part of the verb, so that it can run again for the baselines."""
-        return any(row.get("task", "") == task and not row.get("error") for row in self.own(head))
+        return any(row.get("task", "") == task and not row.get("error") for row in self.model_rows(head))
 
     def replace(self, head: Row, rows: Sequence[Row]) -> None:
         """Replace the model's rows, and the baselines of their setting, and write the file."""
-        fresh = []
+        new = []
         for row in rows:
-            cells = {name: (head | row).get(name) for name in FIRST} | row
+            cells = {name: (head | row).get(name) for name in FIRST_COLUMNS} | row
             cells |= {"classes": head["classes"]} if head.get("classes") else {}
-            fresh.append({name: as_text(value) for name, value in cells.items() if name != "out_of_memory"})
-        with self.changed():
-            old = self.own(head)
-            for task in {row.get("task", "") for row in fresh if is_baseline(row)}:
+            new.append({name: as_text(value) for name, value in cells.items() if name != "out_of_memory"})
+        with self.update():
+            old = self.model_rows(head)
+            for task in {row.get("task", "") for row in new if is_baseline(row)}:
                 old += self.baselines(head, task)
-            self.rows = [row for row in self.rows if row not in old] + fresh
+            self.rows = [row for row in self.rows if row not in old] + new
 
 
 def is_baseline(row: Row) -> bool:

@@ -26,7 +26,7 @@ OURS, BASELINE, REFERENCE = "ours", "baseline", "reference"
 
 
 @dataclass
-class Work:
+class VerbInputs:
     """The inputs for a verb's rows.
 
     Attributes:
@@ -61,17 +61,17 @@ class Work:
         return math.prod(self.model.code_shape)
 
 
-def _reconstruct(work: Work) -> list[Row]:
+def _reconstruct(work: VerbInputs) -> list[Row]:
     found = reconstruct(work.model, work.test, out=work.out, seed=work.seed)
     outputs = {(work.name, OURS): torch.from_numpy(np.array(found.x_hat))}
     if work.baselines:
         from sklearn.decomposition import PCA
 
-        fit, flat = (_all(part).flatten(1).numpy() for part in (work.train, work.test))
+        fit, flat = (_all_samples(part).flatten(1).numpy() for part in (work.train, work.test))
         pca = PCA(min(work.size, *fit.shape), random_state=0).fit(fit)
         outputs[f"PCA, {work.size} numbers", BASELINE] = torch.from_numpy(pca.inverse_transform(pca.transform(flat)))
         outputs["mean sample", BASELINE] = torch.from_numpy(fit.mean(0)).expand(len(flat), -1)
-    x = _all(work.test)
+    x = _all_samples(work.test)
     rows = []
     for (method, kind), x_hat in outputs.items():
         evaluation = Evaluation(work.test.shape, torch.device("cpu"))
@@ -80,34 +80,34 @@ def _reconstruct(work: Work) -> list[Row]:
     return rows
 
 
-def _generate(work: Work) -> list[Row]:
-    judge, n = _Judge(work), len(work.test)
+def _generate(work: VerbInputs) -> list[Row]:
+    quality, n = _SampleQuality(work), len(work.test)
     rows: list[Row] = []
     for name in ("own", "gmm") if work.model.has_prior else priors.NAMES:
         found = generate(work.model, prior=name, n=n, fit_on=work.train, seed=work.seed)
-        how = "own prior" if name == "own" else f"prior {name}"
-        rows.append({"method": f"{work.name}, {how}", "kind": OURS} | judge(torch.from_numpy(found.samples)))
+        prior_text = "own prior" if name == "own" else f"prior {name}"
+        rows.append({"method": f"{work.name}, {prior_text}", "kind": OURS} | quality(torch.from_numpy(found.samples)))
     if work.out is not None:
         generate(work.model, n=64, fit_on=work.train, out=work.out, seed=work.seed)
     if work.baselines:
-        flat = _all(work.train).flatten(1).numpy()
-        drawn = {("real samples, held out", REFERENCE): _all(work.test)}
-        drawn["training samples, copied", REFERENCE] = _all(work.train.subsample(n, work.seed + 1))
+        flat = _all_samples(work.train).flatten(1).numpy()
+        drawn = {("real samples, held out", REFERENCE): _all_samples(work.test)}
+        drawn["training samples, copied", REFERENCE] = _all_samples(work.train.subsample(n, work.seed + 1))
         for name, method in (("gmm", "Gaussian mixture of PCA's codes"), ("knn", "between neighbours, in pixels")):
             x = priors.fit(name, flat, seed=work.seed).sample(n, work.seed).clip(0, 1)
             drawn[method, BASELINE] = torch.from_numpy(x).reshape(-1, *work.test.shape)
-        rows += [{"method": method, "kind": kind} | judge(x) for (method, kind), x in drawn.items()]
+        rows += [{"method": method, "kind": kind} | quality(x) for (method, kind), x in drawn.items()]
     return rows
 
 
-class _Judge:
+class _SampleQuality:
     """The figures of `generate --quality`; the feature network is trained once, from seed 0, for all samples."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: VerbInputs) -> None:
         self.train = work.train
         self.features = fidelity_features.choose_features(work.train, torch.device("cpu"), 0, False)
         self.real = self.features.all(work.train, 256)
-        self.held = fidelity.nearest_samples(_all(work.test), work.train).distances
+        self.held = fidelity.nearest_samples(_all_samples(work.test), work.train).distances
 
     def __call__(self, fake: torch.Tensor) -> Row:
         with torch.no_grad():
@@ -120,7 +120,7 @@ class _Judge:
         }
 
 
-def _denoise(work: Work) -> list[Row]:
+def _denoise(work: VerbInputs) -> list[Row]:
     noise = work.spec["corrupt"]
     found = denoise(
         work.model, work.test, corrupt=noise, baselines=bool(work.baselines) or work.out is not None,
@@ -134,7 +134,7 @@ def _denoise(work: Work) -> list[Row]:
     return [row | {"method": names.get(row["method"], row["method"]), "corrupt": noise} for row in rows]
 
 
-def _embed(work: Work) -> list[Row]:
+def _embed(work: VerbInputs) -> list[Row]:
     method = "tsne" if work.out else "pca"
     found = embed(work.model, work.test, fit_on=work.train, method=method, out=work.out, seed=work.seed)
     names = {"codes": work.name, "raw values": "raw values", "pca": f"PCA, {work.size} numbers"}
@@ -154,33 +154,35 @@ def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:
     return tasks
 
 
-def _compress(work: Work) -> list[Row]:
+def _compress(work: VerbInputs) -> list[Row]:
     """Lossy compression, and lossless if the model supports it."""
     rows = []
     for task in compress_tasks(work.model, not work.spec["lossless_only"]):
-        asked = task in work.baselines
+        with_baselines = task in work.baselines
         if task == "lossy":
             lossy = compress(
                 work.model, work.test, mode="lossy", quality=tuple(work.spec["qualities"]),
-                compare=asked or work.out is not None, fit_on=work.train, out=work.out, seed=work.seed,
+                compare=with_baselines or work.out is not None, fit_on=work.train, out=work.out, seed=work.seed,
             )  # fmt: skip
             for row in lossy.rows:
                 ours = row["method"].startswith("aezoo")
                 # a lossless method has no place on a rate-distortion curve
-                if ours or (asked and "(lossless)" not in row["method"]):
+                if ours or (with_baselines and "(lossless)" not in row["method"]):
                     method = work.name.partition(":")[0] if ours else row["method"]
                     rows.append({"task": task} | row | {"method": method, "kind": OURS if ours else BASELINE})
             continue
         try:
             binary = task.endswith("binarised")
-            lossless = compress(work.model, work.test, mode="lossless", binarise=binary, compare=asked, seed=work.seed)
-            rows += [{"task": task} | row | _named(row["method"], work.name) for row in lossless.rows]
+            lossless = compress(
+                work.model, work.test, mode="lossless", binarise=binary, compare=with_baselines, seed=work.seed
+            )
+            rows += [{"task": task} | row | _method_and_kind(row["method"], work.name) for row in lossless.rows]
         except AezooError as error:  # such as values that are not whole numbers from 0 to 255, as in digits
             rows.append({"task": task, "method": work.name, "kind": OURS, "error": str(error)})
     return [{key: value for key, value in row.items() if value == value} for row in rows]  # without NaN
 
 
-def _named(method: str, model: str) -> Row:
+def _method_and_kind(method: str, model: str) -> Row:
     """Method and kind of a row of the verb's lossless table."""
     match method:
         case "-ELBO, the bound":
@@ -192,7 +194,7 @@ def _named(method: str, model: str) -> Row:
     return {"method": method.removesuffix(" (lossless)"), "kind": BASELINE}
 
 
-VERBS: dict[str, Callable[[Work], list[Row]]] = {
+VERBS: dict[str, Callable[[VerbInputs], list[Row]]] = {
     "reconstruct": _reconstruct,
     "generate": _generate,
     "denoise": _denoise,
@@ -201,5 +203,5 @@ VERBS: dict[str, Callable[[Work], list[Row]]] = {
 }
 
 
-def _all(samples: Samples) -> torch.Tensor:
+def _all_samples(samples: Samples) -> torch.Tensor:
     return torch.cat([*samples.batches(1024)])

@@ -16,7 +16,7 @@ class Workload:
     """A network and the shape of its data.
 
     Attributes:
-        about: one line for `--help`.
+        description: one line for `--help`.
         shape: shape of one sample in the data file.
         hidden_dims: widths of the dense encoder, or channels of the convolutional one.
         latent_dim: size of the code.
@@ -28,7 +28,7 @@ class Workload:
         lr: Adam's learning rate.
     """
 
-    about: str
+    description: str
     shape: tuple[int, ...]
     hidden_dims: tuple[int, ...]
     latent_dim: int
@@ -42,7 +42,7 @@ class Workload:
 
 WORKLOADS = {
     "dense": Workload(
-        about="784-128-64-32-64-128-784, batch 256",
+        description="784-128-64-32-64-128-784, batch 256",
         shape=(784,),
         hidden_dims=(128, 64),
         latent_dim=32,
@@ -55,7 +55,7 @@ WORKLOADS = {
         lr=2e-4,
     ),
     "conv28": Workload(
-        about="VAE on 1x28x28, channels 32-64-128-256, code 16, batch 128",
+        description="VAE on 1x28x28, channels 32-64-128-256, code 16, batch 128",
         shape=(1, 28, 28),
         hidden_dims=(32, 64, 128, 256),
         latent_dim=16,
@@ -67,7 +67,7 @@ WORKLOADS = {
         tolerance=0.03,
     ),
     "conv64": Workload(
-        about="VAE on 3x64x64, channels 32-64-128-256-512, code 128, batch 64",
+        description="VAE on 3x64x64, channels 32-64-128-256-512, code 128, batch 64",
         shape=(3, 64, 64),
         hidden_dims=(32, 64, 128, 256, 512),
         latent_dim=128,
@@ -105,7 +105,7 @@ def images(n: int, shape: tuple[int, ...], seed: int) -> Bytes:
     return (large * colours).astype(np.uint8)
 
 
-def model(workload: Workload, seed: int) -> Any:
+def build_model(workload: Workload, seed: int) -> Any:
     """The zoo's model with the weights that `aezoo fit --seed_everything SEED` starts from."""
     import torch
 
@@ -118,7 +118,7 @@ def model(workload: Workload, seed: int) -> Any:
     return aezoo.create_model("dense_ae", workload.shape, code_activation="relu", **common)
 
 
-def write(workload: Workload, rows: int, seed: int, folder: Path) -> int:
+def write_inputs(workload: Workload, rows: int, seed: int, folder: Path) -> int:
     """Write data.npz and weights.npz for all parties; return the number of parameters.
 
     Args:
@@ -129,6 +129,6 @@ def write(workload: Workload, rows: int, seed: int, folder: Path) -> int:
     """
     x = images(rows + min(VAL_ROWS, rows), workload.shape, seed)
     np.savez(folder / "data.npz", x_train=x[:rows], x_val=x[rows:])
-    weights = [parameter.detach().numpy() for parameter in model(workload, seed).parameters()]
+    weights = [parameter.detach().numpy() for parameter in build_model(workload, seed).parameters()]
     np.savez(folder / "weights.npz", *weights)
     return sum(weight.size for weight in weights)

@@ -20,11 +20,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_tables_and_headers_match_newest_results():
-    rows = benchmark.read(benchmark.newest())
-    assert rows.keys() == benchmark.own_recipes().keys()
-    assert benchmark.readme(rows) == README
-    for name, path in benchmark.own_recipes().items():
-        assert benchmark.head(rows[name], benchmark.newest()) in path.read_text(encoding="utf-8").splitlines()
+    rows = benchmark.read_rows(benchmark.newest_results())
+    assert rows.keys() == benchmark.trainable_recipes().keys()
+    assert benchmark.updated_readme(rows) == README
+    for name, path in benchmark.trainable_recipes().items():
+        line = benchmark.result_line(rows[name], benchmark.newest_results())
+        assert line in path.read_text(encoding="utf-8").splitlines()
 
 
 def test_readme_sentences_match_result_files():

@@ -10,7 +10,7 @@ import aezoo
 from aezoo import DataModule
 
 from .job import Job
-from .networks import rows
+from .networks import training_rows
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def fit(job: Job) -> dict[str, Any]:
             parameter.copy_(torch.from_numpy(file[key]))
     # the order of every epoch is that of job.order_seed
     data = DataModule.from_arrays(
-        rows(job), batch_size=job.batch, seed=job.seed, val_fraction=0.0, test_fraction=0.0, layout="vector"
+        training_rows(job), batch_size=job.batch, seed=job.seed, val_fraction=0.0, test_fraction=0.0, layout="vector"
     )
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     silent: dict[str, Any] = dict.fromkeys(off, False)

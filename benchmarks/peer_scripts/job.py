@@ -81,7 +81,7 @@ class Clock:
         self.losses: list[float] = []
         self.first_step: float | None = None
 
-    def stepped(self) -> None:
+    def record_step(self) -> None:
         """The first optimiser step is done; later calls change nothing."""
         if self.first_step is None:
             self.wait()
@@ -115,10 +115,10 @@ class Clock:
 
 def usage(started: float) -> dict[str, float | None]:
     """Peak memory in MB and CPU seconds a second of this process."""
-    return {"peak_rss_mb": _peak_mb(), "cores_used": time.process_time() / (time.time() - started)}
+    return {"peak_rss_mb": _peak_memory_mb(), "cores_used": time.process_time() / (time.time() - started)}
 
 
-def _peak_mb() -> float | None:
+def _peak_memory_mb() -> float | None:
     status = Path("/proc/self/status")
     if status.is_file():
         # getrusage's peak on Linux begins with that of the process which started this one

@@ -148,7 +148,7 @@ def fit(job: Job) -> dict[str, Any]:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if job.accelerator == "cuda" and clock.first_step is None:
                 float(logs["loss"])  # waits for the GPU, as the epoch's does below
-            clock.stepped()
+            clock.record_step()
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             clock.end(float(logs["loss"]))

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from .job import Clock, Job
-from .networks import Network, Order, clock_of, kl, loss_on_probabilities, noisy, rows
+from .networks import (
+    EpochOrderSampler,
+    Network,
+    build_clock,
+    kl,
+    loss_on_probabilities,
+    sample_posterior,
+    training_rows,
+)
 
 
 class Timer(pl.Callback):
@@ -33,7 +41,7 @@ class Timer(pl.Callback):
     ) -> None:
         self.total.add_(outputs["loss"], alpha=len(batch[0]))
         self.count += len(batch[0])
-        self.clock.stepped()
+        self.clock.record_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock.end(float(self.total) / self.count)
@@ -67,7 +75,7 @@ class Model(torch.nn.Module):
         if not self.variational:
             return [torch.sigmoid(self.network.decoder(self.network.encoder(x))), x]
         mu, log_var = self.network.posterior(x)
-        return [torch.sigmoid(self.network.decoder(noisy(mu, log_var))), x, mu, log_var]
+        return [torch.sigmoid(self.network.decoder(sample_posterior(mu, log_var))), x, mu, log_var]
 
     def loss_function(self, *args: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         x_hat, x, *posterior = args
@@ -100,8 +108,8 @@ class Experiment(pl.LightningModule):
 def _fit(job: Job, module: pl.LightningModule, data: TensorDataset) -> dict[str, Any]:
     """The Trainer with its defaults: bar, logger and checkpoints."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    clock, n = clock_of(job), len(data)
-    loader: DataLoader[Any] = DataLoader(data, batch_size=job.batch, sampler=Order(job, n))
+    clock, n = build_clock(job), len(data)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=job.batch, sampler=EpochOrderSampler(job, n))
     precision: Any = "bf16-mixed" if job.precision == "bf16" else "32-true"
     trainer = pl.Trainer(
         max_epochs=job.epochs, accelerator=job.accelerator, precision=precision, callbacks=[Timer(clock)]
@@ -114,11 +122,11 @@ def _fit(job: Job, module: pl.LightningModule, data: TensorDataset) -> dict[str,
 def textbook(job: Job) -> dict[str, Any]:
     """TensorDataset, default loader, default Trainer."""
     pl.seed_everything(job.seed)
-    return _fit(job, Textbook(job), TensorDataset(rows(job).float() / 255))
+    return _fit(job, Textbook(job), TensorDataset(training_rows(job).float() / 255))
 
 
 def experiment(job: Job) -> dict[str, Any]:
     """The same with labels, as that project's data sets give them."""
     pl.seed_everything(job.seed)
-    x = rows(job).float() / 255
+    x = training_rows(job).float() / 255
     return _fit(job, Experiment(job), TensorDataset(x, torch.zeros(len(x), dtype=torch.long)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .job import Job
-from .networks import Network, clock_of, loss_on_logits, loss_on_probabilities, order, rows
+from .networks import Network, build_clock, epoch_order, loss_on_logits, loss_on_probabilities, training_rows
 
 Step = Callable[[], object]
 # of malloc.h
@@ -27,7 +27,7 @@ def keep_pages() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**30))
 
 
-def prepared(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
+def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
     """The network and the rows as bytes, where they are trained, and the loss of some of these rows."""
     torch.manual_seed(job.seed)
     torch.set_flush_denormal(True)
@@ -35,7 +35,7 @@ def prepared(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
         # what the zoo's command line and torch's guide to tuning switch on
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    network, data = Network(job).to(job.accelerator), rows(job).to(job.accelerator)
+    network, data = Network(job).to(job.accelerator), training_rows(job).to(job.accelerator)
     channels_last = job.variational and "no-channels-last" not in job.options
     if channels_last:
         # torch's stub lacks this overload
@@ -59,15 +59,15 @@ def compiled(job: Job) -> dict[str, Any]:
     """
     if "no-malloc" not in job.options:
         keep_pages()
-    network, data, forward = prepared(job)
+    network, data, forward = prepare(job)
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True)
     # two graphs, one for whole batches and one for the last; shapes as variables would make both slower
     loss_of = forward if "no-compile" in job.options else torch.compile(forward, fullgraph=True, dynamic=False)
     update = torch.compile(optimizer.step) if "compiled-optimizer" in job.options else optimizer.step
-    buffer, clock, n = torch.empty_like(data[: job.batch]), clock_of(job), len(data)
+    buffer, clock, n = torch.empty_like(data[: job.batch]), build_clock(job), len(data)
     for epoch in range(job.epochs):
         clock.begin()
-        total, permutation = torch.zeros((), device=data.device), order(job, n, epoch).to(data.device)
+        total, permutation = torch.zeros((), device=data.device), epoch_order(job, n, epoch).to(data.device)
         for start in range(0, n, job.batch):
             index = permutation[start : start + job.batch]
             batch = torch.index_select(data, 0, index, out=buffer[: len(index)])
@@ -76,12 +76,12 @@ def compiled(job: Job) -> dict[str, Any]:
             update()
             optimizer.zero_grad(set_to_none=True)
             total.add_(loss.detach(), alpha=len(index))
-            clock.stepped()
+            clock.record_step()
         clock.end(float(total) / n)
     return clock.result(sum(p.numel() for p in network.parameters()), torch=torch.__version__)
 
 
-def captured(step: Step) -> Step:
+def capture_graph(step: Step) -> Step:
     """One CUDA graph of a step, as torch's documentation has it: warm up on a side stream, then capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -95,7 +95,7 @@ def captured(step: Step) -> Step:
     return recorded.replay
 
 
-def graph(job: Job, record: Callable[[Step], Step] = captured) -> dict[str, Any]:
+def graph(job: Job, record: Callable[[Step], Step] = capture_graph) -> dict[str, Any]:
     """The bare loop with forward, backward and fused Adam in one CUDA graph; a second graph for the epoch's last batch.
 
     Not run on a GPU yet: tests run on the CPU the step that is recorded.
@@ -104,9 +104,9 @@ def graph(job: Job, record: Callable[[Step], Step] = captured) -> dict[str, Any]
         job: the run.
         record: turns a step into what repeats it, and may run it for that; a test's on the CPU.
     """
-    network, data, forward = prepared(job)
+    network, data, forward = prepare(job)
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True, capturable=True)
-    total, clock, n = torch.zeros((), device=data.device), clock_of(job), len(data)
+    total, clock, n = torch.zeros((), device=data.device), build_clock(job), len(data)
 
     def recorded(size: int) -> tuple[Tensor, Step]:
         """The buffer that holds a step's batch, and the step."""
@@ -133,11 +133,11 @@ def graph(job: Job, record: Callable[[Step], Step] = captured) -> dict[str, Any]
     for epoch in range(job.epochs):
         clock.begin()
         total.zero_()
-        for index in order(job, n, epoch).to(data.device).split(job.batch):
+        for index in epoch_order(job, n, epoch).to(data.device).split(job.batch):
             batch, step = steps[len(index)]
             torch.index_select(data, 0, index, out=batch)
             step()
-            clock.stepped()
+            clock.record_step()
         clock.end(float(total) / n)
     return clock.result(sum(p.numel() for p in network.parameters()), torch=torch.__version__)
 
@@ -145,12 +145,12 @@ def graph(job: Job, record: Callable[[Step], Step] = captured) -> dict[str, Any]
 def textbook(job: Job) -> dict[str, Any]:
     """Float data, slices by index, sigmoid and cross-entropy, plain Adam."""
     torch.manual_seed(job.seed)
-    network, data = Network(job).to(job.accelerator), rows(job).float() / 255
+    network, data = Network(job).to(job.accelerator), training_rows(job).float() / 255
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr)
-    clock, n = clock_of(job), len(data)
+    clock, n = build_clock(job), len(data)
     for epoch in range(job.epochs):
         clock.begin()
-        total, permutation = 0.0, order(job, n, epoch)
+        total, permutation = 0.0, epoch_order(job, n, epoch)
         for start in range(0, n, job.batch):
             x = data[permutation[start : start + job.batch]].to(job.accelerator)
             loss = loss_on_probabilities(network, x, job.variational)
@@ -158,6 +158,6 @@ def textbook(job: Job) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             total += loss.item() * len(x)
-            clock.stepped()
+            clock.record_step()
         clock.end(total / n)
     return clock.result(sum(p.numel() for p in network.parameters()), torch=torch.__version__)

@@ -57,7 +57,7 @@ class Network(nn.Module):
         return mu, log_var
 
 
-def noisy(mu: Tensor, log_var: Tensor) -> Tensor:
+def sample_posterior(mu: Tensor, log_var: Tensor) -> Tensor:
     """A draw from the posterior."""
     return mu + torch.exp(0.5 * log_var) * torch.randn_like(mu)
 
@@ -72,7 +72,7 @@ def loss_on_logits(network: Network, x: Tensor, variational: bool) -> Tensor:
     extra: Tensor | float = 0.0
     if variational:
         mu, log_var = network.posterior(x)
-        code, extra = noisy(mu, log_var), kl(mu, log_var)
+        code, extra = sample_posterior(mu, log_var), kl(mu, log_var)
     else:
         code = network.encoder(x)
     return F.binary_cross_entropy_with_logits(network.decoder(code).float(), x, reduction="sum") / len(x) + extra
@@ -84,27 +84,27 @@ def loss_on_probabilities(network: Network, x: Tensor, variational: bool) -> Ten
         x_hat = torch.sigmoid(network.decoder(network.encoder(x)).float())
         return F.binary_cross_entropy(x_hat, x, reduction="sum") / len(x)
     mu, log_var = network.posterior(x)
-    x_hat = torch.sigmoid(network.decoder(noisy(mu, log_var)).float())
+    x_hat = torch.sigmoid(network.decoder(sample_posterior(mu, log_var)).float())
     return F.binary_cross_entropy(x_hat, x, reduction="sum") / len(x) + kl(mu, log_var)
 
 
-def clock_of(job: Job) -> Clock:
+def build_clock(job: Job) -> Clock:
     """A clock for a party of PyTorch's: it waits for the GPU, if there is one."""
     return Clock(job, torch.cuda.synchronize) if job.accelerator == "cuda" else Clock(job)
 
 
-def rows(job: Job) -> Tensor:
+def training_rows(job: Job) -> Tensor:
     """The training rows as they are stored: uint8, (N, *shape), flat for the dense network."""
     with np.load(job.data) as file:
         return torch.from_numpy(file["x_train"])
 
 
-def order(job: Job, n: int, epoch: int) -> Tensor:
+def epoch_order(job: Job, n: int, epoch: int) -> Tensor:
     """The rows of an epoch in the order in which all PyTorch parties read them."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(job.order_seed(epoch)))
 
 
-class Order(Sampler[int]):
+class EpochOrderSampler(Sampler[int]):
     """That order for torch's loader; as costly as its own random sampler.
 
     Args:
@@ -123,6 +123,6 @@ class Order(Sampler[int]):
         return self.n
 
     def __iter__(self) -> Iterator[int]:
-        yield from order(self.job, self.n, self.epoch).tolist()
+        yield from epoch_order(self.job, self.n, self.epoch).tolist()
         # not reached where a trainer only peeps at the first batch
         self.epoch += 1

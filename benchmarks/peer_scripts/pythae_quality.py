@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .job import Job
-from .networks import Order, dense, rows
+from .networks import EpochOrderSampler, dense, training_rows
 
 # name of the zoo: pythae's class, and its names for our arguments
 MODELS: dict[str, tuple[str, dict[str, str]]] = {
@@ -60,7 +60,7 @@ class Seeded(DataLoader[Any]):
     """
 
     def __init__(self, job: Job, dataset: BaseDataset) -> None:
-        self.order = Order(job, len(dataset))
+        self.order = EpochOrderSampler(job, len(dataset))
         super().__init__(dataset, batch_size=job.batch, sampler=self.order, collate_fn=collate_dataset_output)
         with np.load(job.data) as file:
             self.seeds = file["noise_seeds"].tolist()
@@ -97,7 +97,7 @@ def fit(job: Job) -> dict[str, Any]:
     else:
         base, settings = trainers.BaseTrainer, trainers.BaseTrainerConfig(**own, learning_rate=job.lr)
 
-    x = rows(job).float() / 255
+    x = training_rows(job).float() / 255
     data = BaseDataset(x, torch.zeros(len(x)))
     loader = {"get_train_dataloader": lambda self, dataset: Seeded(job, dataset)}
     trainer = type("Trainer", (base,), loader)(model, data, training_config=settings)

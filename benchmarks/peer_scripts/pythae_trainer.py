@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .job import Clock, Job
-from .networks import Network, Order, clock_of, rows
+from .networks import EpochOrderSampler, Network, build_clock, training_rows
 
 
 class Encoder(BaseEncoder):
@@ -57,7 +57,7 @@ class Trainer(BaseTrainer):
     job: Job
 
     def get_train_dataloader(self, train_dataset: BaseDataset) -> DataLoader[Any]:
-        sampler = Order(self.job, len(train_dataset))
+        sampler = EpochOrderSampler(self.job, len(train_dataset))
         return DataLoader(train_dataset, batch_size=self.job.batch, sampler=sampler, collate_fn=collate_dataset_output)
 
 
@@ -71,7 +71,7 @@ class Timer(TrainingCallback):
         self.clock.begin()
 
     def on_train_step_end(self, training_config: Any, **kwargs: Any) -> None:
-        self.clock.stepped()
+        self.clock.record_step()
 
     def on_epoch_end(self, training_config: Any, **kwargs: Any) -> None:
         self.clock.end()
@@ -89,7 +89,7 @@ def fit(job: Job) -> dict[str, Any]:
         model = VAE(VAEConfig(input_dim=shape, latent_dim=job.latent_dim, reconstruction_loss="bce"), **parts)
     else:
         model = BernoulliAE(AEConfig(input_dim=shape, latent_dim=job.latent_dim), **parts)
-    x = rows(job).float() / 255
+    x = training_rows(job).float() / 255
     config = BaseTrainerConfig(
         output_dir="pythae",
         num_epochs=job.epochs,
@@ -97,7 +97,7 @@ def fit(job: Job) -> dict[str, Any]:
         per_device_train_batch_size=job.batch,
         seed=job.seed,
     )
-    clock = clock_of(job)
+    clock = build_clock(job)
     Trainer.job = job  # the base class builds its loaders in its constructor
     data = BaseDataset(x, torch.zeros(len(x)))
     Trainer(model, data, training_config=config, callbacks=[Timer(clock)]).train()

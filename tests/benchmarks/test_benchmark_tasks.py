@@ -10,8 +10,16 @@ from aezoo import DataModule
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import Samples
 from benchmarks import report, report_tasks, tasks
-from benchmarks.common import Table, as_text, processor, read_csv
-from benchmarks.report_tasks import CONTESTS, Figure, at_targets, merged, over_classes, sentences, verdict
+from benchmarks.common import Table, as_text, processor_name, read_csv
+from benchmarks.report_tasks import (
+    COMPARISONS,
+    Figure,
+    bits_at_targets,
+    comparison_text,
+    mean_over_classes,
+    merge_rows,
+    sentences,
+)
 
 SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
 SMALL += ["--fit-rows", "120", "--test-rows", "40", "--accelerator", "cpu"]
@@ -41,7 +49,7 @@ def test_every_verb_has_model_and_baseline_rows(results):
         assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
         steps = {"steps=2"}
         assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
-        assert {row["processor"] for row in rows} == {as_text(processor())}, verb
+        assert {row["processor"] for row in rows} == {as_text(processor_name())}, verb
     methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
     assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
     assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]
@@ -80,7 +88,7 @@ def test_existing_rows_are_kept(results, tmp_path, capsys):
 
 
 def plan_of(folder, *words):
-    arguments = tasks.arguments_of([*words, "--results", str(folder)])
+    arguments = tasks.parse_arguments([*words, "--results", str(folder)])
     tables = {
         verb: tasks.VerbTable(folder / f"{verb}.csv", tasks.KEY, "it", arguments.again) for verb in arguments.verbs
     }
@@ -184,13 +192,13 @@ def test_rows_are_keyed_by_settings_with_own_baselines(fake):
 def test_class_limit_affects_only_detect_settings(tmp_path):
     (spec,), tables = plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")
     for verb in ("detect", "embed"):
-        head = tasks.head_of(spec["head"], verb, tasks.arguments_of([]))
+        head = tasks.verb_head(spec["head"], verb, tasks.parse_arguments([]))
         tables[verb].replace(head, [{"method": m, "kind": k} for m, k in (("vae, nll", "ours"), ("knn", "baseline"))])
     words = ("--verbs", "detect", "embed", "--models", "vae", "--seeds", "1", "--classes", "2")
     (spec,), tables = plan_of(tmp_path, *words)
     assert spec["verbs"] == ["detect"] and spec["baselines"] == {"detect": [""]}
     tables["detect"].replace(
-        tasks.head_of(spec["head"], "detect", tasks.arguments_of(words)), [{"method": "vae, nll", "kind": "ours"}]
+        tasks.verb_head(spec["head"], "detect", tasks.parse_arguments(words)), [{"method": "vae, nll", "kind": "ours"}]
     )
     assert [row.get("classes", "") for row in tables["detect"].rows] == ["", "", "2"]
     assert plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")[0] == []
@@ -244,7 +252,7 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
     assert [spec["baselines"] for spec in specs] == [
         {"compress": ["lossy", "lossless, binarised"]}, {}, {"compress": ["lossless, bytes"]},
     ]  # fmt: skip
-    heads = [tasks.head_of(spec["head"], "compress", tasks.arguments_of(words)) for spec in specs]
+    heads = [tasks.verb_head(spec["head"], "compress", tasks.parse_arguments(words)) for spec in specs]
     for head, kinds in zip(
         heads, ({"lossy": 1}, {"lossy": 0, "lossless, binarised": 0}, {"lossless, bytes": 0}), strict=True
     ):
@@ -271,8 +279,8 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
 # ---- what the report says -------------------------------------------------------------------------------------------
 
 
-def contest_of(verb, task=""):
-    return next(contest for contest in CONTESTS if (contest.verb, contest.task) == (verb, task))
+def comparison_of(verb, task=""):
+    return next(comparison for comparison in COMPARISONS if (comparison.verb, comparison.task) == (verb, task))
 
 
 def made(method, kind, seed, **cells):
@@ -286,12 +294,12 @@ def denoised(ours, baseline):
 
 
 def test_winning_baseline_is_reported():
-    (rows,) = merged(contest_of("denoise"), denoised((10, 12, 17), (20, 22, 27)))
+    (rows,) = merge_rows(comparison_of("denoise"), denoised((10, 12, 17), (20, 22, 27)))
     assert [row["method"] for row in rows] == ["median filter", "vae"]  # best first
     assert [(row["psnr"], row["psnr_low"], row["psnr_high"], row["seeds"]) for row in rows] == [
         ("22.0", "20.0", "27.0", "3"), ("12.0", "10.0", "17.0", "3"),
     ]  # fmt: skip
-    (line,) = sentences(contest_of("denoise"), rows)
+    (line,) = sentences(comparison_of("denoise"), rows)
     assert line == (
         "- digits (codes of 16 numbers, steps=2): a baseline, median filter (22), is ahead of the best model, "
         "vae (12), by 10 dB."
@@ -299,29 +307,29 @@ def test_winning_baseline_is_reported():
 
 
 def test_winner_and_gaps_within_seed_noise_are_named():
-    (rows,) = merged(contest_of("denoise"), denoised((10, 22, 23), (20, 21, 22)))
+    (rows,) = merge_rows(comparison_of("denoise"), denoised((10, 22, 23), (20, 21, 22)))
     assert rows[0]["method"] == "vae"
-    (line,) = sentences(contest_of("denoise"), rows)
+    (line,) = sentences(comparison_of("denoise"), rows)
     assert "a model, vae (22), is ahead of the best baseline, median filter (21), by 1 dB, within the spread" in line
-    (rows,) = merged(contest_of("denoise"), denoised((21,), (21,)))
-    assert "are equal" in next(sentences(contest_of("denoise"), rows))
+    (rows,) = merge_rows(comparison_of("denoise"), denoised((21,), (21,)))
+    assert "are equal" in next(sentences(comparison_of("denoise"), rows))
 
 
 def test_lower_error_is_better_and_reference_is_unranked():
     rows = [made("real samples", "reference", 0, fid=0.1), made("copies", "baseline", 0, fid=3)]
     rows += [made("vae", "ours", 0, fid=5), made("conv_ae", "ours", 0, fid=4)]
-    (found,) = merged(contest_of("generate"), rows)
+    (found,) = merge_rows(comparison_of("generate"), rows)
     assert [row["method"] for row in found] == ["real samples", "copies", "conv_ae", "vae"]
-    (line,) = sentences(contest_of("generate"), found)
+    (line,) = sentences(comparison_of("generate"), found)
     assert "a baseline, copies (3), is ahead of the best model, conv_ae (4), by 1." in line
-    text = report_tasks.table(contest_of("generate"), [found])
+    text = report_tasks.table(comparison_of("generate"), [found])
     assert "| digits | copies | baseline | 1 | **3** |" in text and "| real samples | reference | 1 | 0.1 |" in text
 
 
 def test_shared_baselines_count_once_and_report_failures():
     rows = denoised((10, 12), (20, 22)) + denoised((), (20, 22))
     rows.append(made("vae", "ours", 2, error="killed by SIGKILL"))
-    (found,) = merged(contest_of("denoise"), rows)
+    (found,) = merge_rows(comparison_of("denoise"), rows)
     assert [(row["method"], row["seeds"], row["errors"]) for row in found] == [
         ("median filter", "2", ""), ("vae", "2", "killed by SIGKILL"),
     ]  # fmt: skip
@@ -330,10 +338,10 @@ def test_shared_baselines_count_once_and_report_failures():
 
 def test_rows_of_different_settings_are_not_merged():
     rows = denoised((10,), (20,))
-    groups = merged(contest_of("denoise"), [*rows, rows[0] | {"budget": "steps=9", "psnr": "30"}])
+    groups = merge_rows(comparison_of("denoise"), [*rows, rows[0] | {"budget": "steps=9", "psnr": "30"}])
     assert [len(group) for group in groups] == [2, 1]
-    assert verdict(Figure("psnr", "psnr", "high"), groups[1]) == "no baseline gets there, vae (30) does"
-    assert verdict(Figure("ssim", "ssim", "high"), groups[1]) == "no model has a figure"
+    assert comparison_text(Figure("psnr", "psnr", "high"), groups[1]) == "no baseline gets there, vae (30) does"
+    assert comparison_text(Figure("ssim", "ssim", "high"), groups[1]) == "no model has a figure"
 
 
 def test_detection_is_median_over_seeds_of_class_mean():
@@ -343,36 +351,38 @@ def test_detection_is_median_over_seeds_of_class_mean():
         for seed, each in values.items()
         for name, value in enumerate(each)
     ]
-    (found,) = merged(contest_of("detect"), rows + rows[:1])
+    (found,) = merge_rows(comparison_of("detect"), rows + rows[:1])
     assert float(found[0]["auroc"]) == pytest.approx(0.7) and found[0]["seeds"] == "3"
-    assert float(over_classes(rows[:2])["aupr"]) == pytest.approx(0.6)
+    assert float(mean_over_classes(rows[:2])["aupr"]) == pytest.approx(0.6)
     # the mean over the classes that went well is not that over all
-    (found,) = merged(contest_of("detect"), [*rows, rows[5] | {"class": "2", "auroc": "", "error": "it broke"}])
+    (found,) = merge_rows(comparison_of("detect"), [*rows, rows[5] | {"class": "2", "auroc": "", "error": "it broke"}])
     assert found[0]["seeds"] == "2" and float(found[0]["auroc"]) == pytest.approx(0.75)
 
 
 def test_bits_at_target_psnr_are_interpolated():
     points = [{"bits_per_dim": str(bits), "psnr": str(psnr)} for bits, psnr in ((0.1, 15), (0.2, 19), (0.5, 21))]
-    found = at_targets(points)
+    found = bits_at_targets(points)
     assert float(found["bits_17"]) == pytest.approx(0.15)  # half way
     assert float(found["bits_20"]) == pytest.approx(0.35)
     assert float(found["bits_14"]) == 0.1 and found["bits_14_most"] and not found["bits_17_most"]
     assert "bits_25" not in found and float(found["best_psnr"]) == 21
     # a quality that takes more bits and gives less does not count
-    found = at_targets([*points, {"bits_per_dim": "0.3", "psnr": "14"}])
+    found = bits_at_targets([*points, {"bits_per_dim": "0.3", "psnr": "14"}])
     assert float(found["bits_17"]) == pytest.approx(0.15)
 
 
 def test_unreached_psnr_target_is_reported():
     rows = [made("vae", "ours", 0, task="lossy", bits_per_dim=0.1, psnr=18)]
     rows += [made("JPEG", "baseline", 0, task="lossy", bits_per_dim=bits, psnr=10 + 20 * bits) for bits in (0.5, 1)]
-    (found,) = merged(contest_of("compress", "lossy"), rows)
-    lines = [*sentences(contest_of("compress", "lossy"), found)]
+    (found,) = merge_rows(comparison_of("compress", "lossy"), rows)
+    lines = [*sentences(comparison_of("compress", "lossy"), found)]
     told = "a model, vae (≤ 0.1), is ahead of the best baseline, JPEG (≤ 0.5), by at most 0.4 bits/dim."
     assert f"at 17 dB: {told}" in lines[1]
     assert "at 20 dB: no model gets there, JPEG (≤ 0.5) does." in lines[2]
     assert "at 25 dB: no model gets there, JPEG (0.75) does." in lines[3]
-    (found,) = merged(contest_of("compress", "lossless"), [made("PNG", "baseline", 0, task="lossless, bytes", bytes=3)])
+    (found,) = merge_rows(
+        comparison_of("compress", "lossless"), [made("PNG", "baseline", 0, task="lossless, bytes", bytes=3)]
+    )
     assert found[0]["bytes"] == "3.0"  # and not what is lossy
 
 

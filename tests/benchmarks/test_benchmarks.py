@@ -95,7 +95,7 @@ def test_batch_is_halved_until_it_fits_in_memory(tmp_path, monkeypatch):
 
     def run_row(module, spec, timeout, variables):
         tried.append(spec["batch"])
-        full = processes.failure(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+        full = processes.error_columns(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
         return full if spec["batch"] > 1 else {"samples_per_s": 7.0}
 
     monkeypatch.setattr(speed, "run_row", run_row)
@@ -173,16 +173,16 @@ def test_workload_settings_fit_their_models():
 def test_dense_network_flops_match_matrix_products():
     model = aezoo.create_model("dense_ae", (784,), latent_dim=32, hidden_dims=(128, 64))
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    found = measure.work(model, torch.rand(8, 784))
+    found = measure.count_flops(model, torch.rand(8, 784))
     # backward needs the gradient of each weight, and of each layer's input but the first
     assert found == (2 * weights, 6 * weights - 2 * 784 * 128, 6 * weights - 2 * 784 * 128)
 
 
 def test_convolutions_count_as_flops_but_not_gemms():
     model = aezoo.create_model("conv_ae", (1, 8, 8), hidden_dims=(4,), latent_dim=2)
-    found = measure.work(model, torch.rand(4, 1, 8, 8))
+    found = measure.count_flops(model, torch.rand(4, 1, 8, 8))
     assert 0 <= found.gemms < found.forward < found.step
-    assert measure.alone(model, torch.rand(4, 1, 8, 8), "fp32") > 0
+    assert measure.seconds_of_products(model, torch.rand(4, 1, 8, 8), "fp32") > 0
 
 
 @pytest.mark.slow
@@ -273,23 +273,25 @@ def test_guard_cost_averages_check_over_its_steps(monkeypatch):
 def test_every_process_failure_returns_an_error_row(tmp_path, warm):
     assert "No module named" in processes.run_row("absent", {}, 60, warm=warm)["error"]
     assert processes.run_row("absent", {}, 1e-3, warm=warm)["error"] == "no result after 0.001 s"
-    killed = processes._judge([], -9, 1, tmp_path)
+    killed = processes._outcome([], -9, 1, tmp_path)
     assert killed == {"error": "killed by SIGKILL", "out_of_memory": True}
-    ranks = [processes.failure(ConnectionError("peer")), processes.failure(RuntimeError("out of memory"))]
-    assert processes._judge(ranks, 1, 1, tmp_path)["out_of_memory"]
+    ranks = [processes.error_columns(ConnectionError("peer")), processes.error_columns(RuntimeError("out of memory"))]
+    assert processes._outcome(ranks, 1, 1, tmp_path)["out_of_memory"]
     # the kernel has ended a rank, which so has said nothing
-    lost = processes.failure(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"))
-    assert processes._judge([lost, lost], 1, 1, tmp_path)["out_of_memory"]
-    assert not processes._judge([lost, processes.failure(ValueError("NaN"))], 1, 1, tmp_path)["out_of_memory"]
+    lost = processes.error_columns(
+        RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
+    )
+    assert processes._outcome([lost, lost], 1, 1, tmp_path)["out_of_memory"]
+    assert not processes._outcome([lost, processes.error_columns(ValueError("NaN"))], 1, 1, tmp_path)["out_of_memory"]
     log = tmp_path / "log"
     for said, memory in (("terminate called after throwing an instance of 'std::bad_alloc'", True), ("free()", False)):
         log.write_text(said)
-        assert processes._judge([], -6, 1, log) == {"error": "killed by SIGABRT", "out_of_memory": memory}
+        assert processes._outcome([], -6, 1, log) == {"error": "killed by SIGABRT", "out_of_memory": memory}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no groups of processes")
 def test_row_process_ends_with_its_parent(tmp_path, monkeypatch):
-    code = "import time; from benchmarks.processes import answer; answer(lambda _: time.sleep(60), %s)"
+    code = "import time; from benchmarks import processes; processes.run_measurement(lambda _: time.sleep(60), %s)"
     of_peers = "from benchmarks.peer_scripts.__main__ import end_with_parent; end_with_parent()"
     for words in (code % ["{}", "row", "follow"], of_peers):
         row = subprocess.Popen(
@@ -349,7 +351,7 @@ def test_forked_rows_come_back_from_all_threads_and_end_in_time():
 
 
 def test_exception_is_written_as_row_error(tmp_path):
-    code = "from benchmarks.processes import answer; answer(lambda spec: 1 / spec['x'], ['{\"x\": 0}', 'row'])"
+    code = "from benchmarks import processes; processes.run_measurement(lambda s: 1 / s['x'], ['{\"x\": 0}', 'row'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1
     assert (tmp_path / "row.0").read_text() == (
@@ -384,4 +386,4 @@ def test_recorded_matrix_products_can_be_run_alone(batch_inner, monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for call in recorder.calls:
             call()
-    assert counter.get_total_flops() == len(x) * measure.work(model, x).step > 0
+    assert counter.get_total_flops() == len(x) * measure.count_flops(model, x).step > 0

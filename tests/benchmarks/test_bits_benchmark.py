@@ -47,7 +47,7 @@ def run(folder, *more):
 
 def plan(*argv, shape=(1, 28, 28)):
     data = {"name": "mnist5k", "root": "", "size": None, "rows": None, "batch_size": 128}
-    return bits.plan(bits.arguments_of(argv), data, shape)
+    return bits.plan(bits.parse_arguments(argv), data, shape)
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -162,10 +162,10 @@ class Codebooks:
 def test_used_bits_sum_over_places_and_codebooks():
     figures = {"usage_top": 0.5, "usage_0_bottom": 0.25, "usage_1_bottom": 1.0}
     figures |= {"perplexity_top": 4.0, "perplexity_0_bottom": 2.0, "perplexity_1_bottom": 8.0}
-    found = bits_row.of_books(Codebooks(), figures)
+    found = bits_row.codebook_figures(Codebooks(), figures)
     assert found["used_bits"] == pytest.approx(4 * 2 + 5 * 1 + 5 * 3)
     assert found["usage"] == pytest.approx(1.75 / 3) and found["perplexity"] == pytest.approx(14 / 3)
-    assert bits_row.of_books(Codebooks(), {"usage_top": 0.5}) == {}  # codebooks too large to count
+    assert bits_row.codebook_figures(Codebooks(), {"usage_top": 0.5}) == {}  # codebooks too large to count
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
 
 def test_series_is_named_by_distinguishing_options():
     def way(options):
-        return plots_bits.way({"model": "vq_vae", "options": options})
+        return plots_bits.variant_text({"model": "vq_vae", "options": options})
 
     assert way("codebook_size=64") == "vq_vae"
     assert way("codebook_size=64 estimator=diveq update=gradient") == "vq_vae diveq gradient"

@@ -48,13 +48,13 @@ def test_rows_are_kept_and_failures_recorded_per_seed(results, capsys):
 
 
 def test_default_models_exist_and_misspelt_are_refused():
-    specs = disentangle.plan(disentangle.arguments_of(["--seeds", "2", "--net", "conv"]))
+    specs = disentangle.plan(disentangle.parse_arguments(["--seeds", "2", "--net", "conv"]))
     assert {"vae", "beta_vae"} <= {spec["model"] for spec in specs} <= set(disentangle.MODELS)
     assert specs[0]["hyperparameters"] == {"latent_dim": 10, "net": "conv"} and len(specs[0]["seeds"]) == 2
     with pytest.raises(AezooError, match="did you mean 'beta_vae'"):
-        disentangle.plan(disentangle.arguments_of(["--models", "betavae"]))
+        disentangle.plan(disentangle.parse_arguments(["--models", "betavae"]))
     with pytest.raises(SystemExit):
-        disentangle.arguments_of(["--rows", "399"])
+        disentangle.parse_arguments(["--rows", "399"])
 
 
 @pytest.mark.slow

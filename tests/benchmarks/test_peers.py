@@ -17,10 +17,10 @@ from aezoo.errors import AezooError
 from aezoo.speed.denormals import flushed_denormals
 from aezoo.training.compilation import worth_compiling
 from benchmarks import environments, peer_runs, peers, targets
-from benchmarks.common import alone, read_csv
+from benchmarks.common import file_lock, read_csv
 from benchmarks.peer_scripts import aezoo_cli, keras_fit, loops, networks
 from benchmarks.peer_scripts.job import Job
-from benchmarks.workloads import WORKLOADS, images, model, write
+from benchmarks.workloads import WORKLOADS, build_model, images, write_inputs
 
 RATES = {"loop": 1000.0, "aezoo": 950.0, "lightning": 400.0, "keras_jax": 900.0}
 
@@ -28,7 +28,7 @@ RATES = {"loop": 1000.0, "aezoo": 950.0, "lightning": 400.0, "keras_jax": 900.0}
 def job_for(workload, folder, **changes):
     """A job of a few rows whose files are in `folder`."""
     load = WORKLOADS[workload]
-    write(load, 64, 0, folder)
+    write_inputs(load, 64, 0, folder)
     values = {name: getattr(load, name) for name in ("shape", "hidden_dims", "latent_dim", "variational", "lr")}
     values |= {"data": str(folder / "data.npz"), "weights": str(folder / "weights.npz")}
     return Job(**(values | {"party": "loop", "rows": 64, "batch": 32, "epochs": 2} | changes))
@@ -64,7 +64,7 @@ def fake(monkeypatch, tmp_path):
 
     monkeypatch.setattr(peers, "train", train)
     monkeypatch.setattr(peers, "python_for", lambda party, folder, accelerator: sys.executable)
-    monkeypatch.setattr(peers, "write", lambda *_: 10)
+    monkeypatch.setattr(peers, "write_inputs", lambda *_: 10)
 
     def run(*words, parties=("loop", "aezoo", "lightning", "keras_jax"), repeats="3"):
         words = ["dense", *words, "--parties", *parties, "--repeats", repeats, "--results", str(tmp_path)]
@@ -99,7 +99,11 @@ def test_machine_name_separates_result_files(fake):
     assert {*fake.folder.glob("*.csv")} == {path, named}
     assert "--machine zen4" in read_csv(named)[0][0]
     # each is judged by itself
-    stems = [stem for target, stem, _ in targets.judge({path.stem: [], named.stem: []}) if "dense, fp32" in target.what]
+    stems = [
+        stem
+        for target, stem, _ in targets.evaluate_targets({path.stem: [], named.stem: []})
+        if "dense, fp32" in target.what
+    ]
     assert {*stems} == {path.stem, named.stem}
 
 
@@ -179,7 +183,7 @@ def test_gpu_results_have_their_own_file(fake, monkeypatch):
     assert path.stem.endswith("-nvidia-h100-80gb-hbm3") and rows.keys() == {*words}
     assert fake.accelerators == {"cuda"} and "--accelerator cuda" in read_csv(path)[0][0]
     assert ("aezoo_compiled", "fp32", ("--compile", "reduce-overhead")) in fake.calls
-    assert peers.precision_of("loop_graph", "bf16") == "bf16"
+    assert peers.party_precision("loop_graph", "bf16") == "bf16"
     # on the CPU the same machine's file is another, whatever GPU it has
     fake.accelerators.clear()
     peers.main(["dense", "--parties", "loop", "--results", str(fake.folder)])
@@ -203,7 +207,7 @@ def test_concurrent_run_into_same_file_is_refused(fake):
     fake.run()
     (path,) = fake.folder.glob("*.csv")
     part, before = path.with_suffix(".runs.part"), path.read_bytes()
-    with alone(part):
+    with file_lock(part):
         part.write_text("theirs")
         with pytest.raises(AezooError, match=r"another run is writing .*runs\.part: wait for it"):
             fake.run("--again")
@@ -222,7 +226,7 @@ def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
     assert {*peers.PARTIES} - {*peers.default_parties("bf16")} == {"loop_graph"}
     assert {*peers.default_parties("bf16", "cuda")} == {*peers.PARTIES}
     with pytest.raises(SystemExit):
-        peers.arguments(["dense", "--accelerator", "mps"])
+        peers.parse_arguments(["dense", "--accelerator", "mps"])
 
 
 # ---- the parties ----------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_reimplemented_networks_match_zoo_models(tmp_path, workload):
     load = WORKLOADS[workload]
-    network, zoo = networks.Network(job_for(workload, tmp_path)), model(load, 0)
+    network, zoo = networks.Network(job_for(workload, tmp_path)), build_model(load, 0)
     x = torch.from_numpy(images(2, load.shape, 0)).float() / 255
     with torch.no_grad():
         z = network.posterior(x)[0] if load.variational else network.encoder(x)
@@ -257,7 +261,7 @@ def test_keras_kernels_are_flipped_for_padding(tmp_path):
 
 
 def test_sample_order_depends_on_epoch_only(tmp_path):
-    order = networks.Order(job_for("dense", tmp_path), 64)
+    order = networks.EpochOrderSampler(job_for("dense", tmp_path), 64)
     first, second = [*order], [*order]
     assert sorted(first) == sorted(second) == [*range(64)] and first != second
     order.set_epoch(0)
@@ -304,15 +308,15 @@ def test_graph_step_losses_match_reference_loop(tmp_path, workload, warm_up):
 def test_clock_synchronises_device_before_reading(monkeypatch, tmp_path):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(clock.begins) + len(clock.seconds)))
-    clock = networks.clock_of(job_for("dense", tmp_path, accelerator="cuda"))
+    clock = networks.build_clock(job_for("dense", tmp_path, accelerator="cuda"))
     clock.begin()
-    clock.stepped()
-    clock.stepped()  # only the first is timed
+    clock.record_step()
+    clock.record_step()  # only the first is timed
     clock.end(1.0)
     assert waited == [0, 1, 1]
-    clock = networks.clock_of(job_for("dense", tmp_path))
+    clock = networks.build_clock(job_for("dense", tmp_path))
     clock.begin()
-    clock.stepped()
+    clock.record_step()
     assert len(waited) == 3
 
 
@@ -321,7 +325,7 @@ def test_run_environment_selects_device(monkeypatch, tmp_path):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        cpu, cuda = peer_runs.variables(2), peer_runs.variables(2, "cuda")
+        cpu, cuda = peer_runs.thread_environment(2), peer_runs.thread_environment(2, "cuda")
         assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["JAX_PLATFORMS"]) == ("", "cpu")
         # one GPU, and no silent way back to the CPU
         assert (cuda["CUDA_VISIBLE_DEVICES"], cuda["JAX_PLATFORMS"]) == (seen, "cuda,cpu")
@@ -376,22 +380,22 @@ def test_failed_run_reports_its_error(tmp_path):
 
 
 def test_truncated_run_record_is_ignored(tmp_path):
-    part = peer_runs.Part(tmp_path / "x.part", {"rows": 1})
+    part = peer_runs.RunsFile(tmp_path / "x.part", {"rows": 1})
     part.add("loop", 0, result={"rates": [1.0]})
     with part.path.open("a") as file:
         file.write('\n{"party": "aezoo", "rou')
-    again = peer_runs.Part(part.path, {"rows": 1})
+    again = peer_runs.RunsFile(part.path, {"rows": 1})
     again.add("aezoo", 0, result={})
-    assert peer_runs.Part(part.path, {"rows": 1}).runs.keys() == {("loop", 0), ("aezoo", 0)}
-    assert not peer_runs.Part(part.path, {"rows": 2}).runs
+    assert peer_runs.RunsFile(part.path, {"rows": 1}).runs.keys() == {("loop", 0), ("aezoo", 0)}
+    assert not peer_runs.RunsFile(part.path, {"rows": 2}).runs
     assert json.loads(part.path.read_text()) == {"settings": {"rows": 2}}
 
 
 def test_unwritable_record_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AezooError, match=r"cannot write .*x\.part: .*; give another folder by --results"):
-        peer_runs.Part(tmp_path / "file" / "x.part", {})
-    part = peer_runs.Part(tmp_path / "x.part", {})
+        peer_runs.RunsFile(tmp_path / "file" / "x.part", {})
+    part = peer_runs.RunsFile(tmp_path / "x.part", {})
     part.path.unlink()
     part.path.mkdir()
     with pytest.raises(AezooError, match=r"cannot write .*x\.part: Is a directory"):
@@ -401,7 +405,7 @@ def test_unwritable_record_is_reported_in_one_line(tmp_path):
 @pytest.mark.parametrize("wrong", [("--rows", "0"), ("--threads", "x"), ("--timeout", "nan"), ("--timeout", "0")])
 def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
-        peers.arguments(["dense", *wrong])
+        peers.parse_arguments(["dense", *wrong])
     assert f"argument {wrong[0]}: '{wrong[1]}' is no " in capsys.readouterr().err
 
 
@@ -466,19 +470,24 @@ def peer(party, rates, agrees="yes"):
 def test_target_ratio_is_taken_within_rounds():
     rows = [peer("aezoo", "200 90 210 -"), peer("keras_jax", "100 100 100 100"), peer("loop", "- 100 200 100")]
     rows.append(peer("pythae", "1 1 1 1", agrees="no"))
-    found = targets.between("aezoo", "keras_jax")(rows)
+    found = targets.ratio_between("aezoo", "keras_jax")(rows)
     assert found == (2.0, 0.9, 2.1, "")
-    assert targets.between("aezoo", "loop")(rows)[:3] == pytest.approx((0.975, 0.9, 1.05))
-    assert targets.between("aezoo", "pythae")(rows) is None and targets.between("aezoo", "lightning")(rows) is None
+    assert targets.ratio_between("aezoo", "loop")(rows)[:3] == pytest.approx((0.975, 0.9, 1.05))
+    assert (
+        targets.ratio_between("aezoo", "pythae")(rows) is None
+        and targets.ratio_between("aezoo", "lightning")(rows) is None
+    )
     stem = "peers-conv28-fp32-pt2.13-cpu2"
     rows[1]["party"] = "keras_tensorflow"
-    judged = {target.what: found for target, file, found in targets.judge({stem: rows}) if file == stem}
+    judged = {target.what: found for target, file, found in targets.evaluate_targets({stem: rows}) if file == stem}
     assert judged["conv28, fp32: aezoo / keras_tensorflow"] == found and judged["conv28, fp32: aezoo / pythae"] is None
-    assert targets.missed({stem: rows}) == []
-    why = {target.what: targets.why_not(target, rows) for target in targets.TARGETS if stem.startswith(target.file)}
+    assert targets.missed_targets({stem: rows}) == []
+    why = {
+        target.what: targets.missing_reason(target, rows) for target in targets.TARGETS if stem.startswith(target.file)
+    }
     assert why["conv28, fp32: aezoo / pythae"] == "losses differ: pythae"
     assert why["conv28, fp32: aezoo / lightning"] == "not measured"
-    missed = targets.missed({stem: [peer("aezoo", "90"), peer("loop", "100")]})
+    missed = targets.missed_targets({stem: [peer("aezoo", "90"), peer("loop", "100")]})
     assert missed == [f"conv28, fp32: aezoo / loop ({stem})"]
 
 
@@ -489,7 +498,7 @@ def test_dense_targets_use_the_compiled_step():
         (target,) = (t for t in targets.TARGETS if t.what == f"{workload}, fp32: aezoo / loop")
         found = target.measure(rows)
         assert (found.median, found.note) == (pytest.approx(ours[0]), ours[1])
-        assert target.otherwise(rows).median == pytest.approx(otherwise)
+        assert target.other_compilation(rows).median == pytest.approx(otherwise)
     length = {"parameters": 222_384, "batch_size": 256, "positions": 1, "device": torch.device("cpu")}
     assert worth_compiling(steps=60_000 * torch.get_num_threads(), **length)
     assert not worth_compiling(steps=30_000 * torch.get_num_threads(), **length)
@@ -503,13 +512,17 @@ def test_gpu_targets_use_gpu_files_only():
         peer("loop", "1"),
     ]
     card, cpu = "peers-dense-fp32-pt2.13-nvidia-h100-80gb-hbm3", "peers-dense-fp32-pt2.13-cpu2-zen5"
-    judged = {target.what: found for target, file, found in targets.judge({card: rows, cpu: rows}) if file == card}
+    judged = {
+        target.what: found for target, file, found in targets.evaluate_targets({card: rows, cpu: rows}) if file == card
+    }
     assert judged.keys() == {f"dense, fp32, on a GPU: aezoo / {party}" for party in ("loop_graph", "lightning")}
     assert judged["dense, fp32, on a GPU: aezoo / loop_graph"][:3] == pytest.approx((0.925, 0.9, 0.95))
-    assert targets.missed({card: rows}) == [f"dense, fp32, on a GPU: aezoo / lightning ({card})"]
-    assert not any("on a GPU" in target.what for target, _, _ in targets.judge({cpu: rows}))
+    assert targets.missed_targets({card: rows}) == [f"dense, fp32, on a GPU: aezoo / lightning ({card})"]
+    assert not any("on a GPU" in target.what for target, _, _ in targets.evaluate_targets({cpu: rows}))
     mac = "peers-dense-fp32-pt2.13-mps"
-    assert not any("on a GPU" in target.what for target, file, _ in targets.judge({mac: rows}) if file == mac)
+    assert not any(
+        "on a GPU" in target.what for target, file, _ in targets.evaluate_targets({mac: rows}) if file == mac
+    )
 
 
 def test_targets_name_existing_peers_and_workloads():
@@ -528,9 +541,9 @@ def test_remaining_targets_are_computed_from_rows():
     assert share[:3] == pytest.approx((0.7, 0.63, 0.84)) and share.note == "compile default, 1 thread(s)"
     startup = {"what": "aezoo fit -c dense_article --compile off", "ratio": "1.4"}
     files = {"speed-startup-fp32-x": [startup | {"ratio_low": "1.2", "ratio_high": "1.5"}]}
-    (missed,) = targets.missed(files)
+    (missed,) = targets.missed_targets(files)
     assert "first step" in missed
-    assert targets.missed({"speed-startup-fp32-x": [startup | {"ratio": "1.3"}]}) == []
+    assert targets.missed_targets({"speed-startup-fp32-x": [startup | {"ratio": "1.3"}]}) == []
 
 
 def test_row_columns_match_declaration(fake):

@@ -106,7 +106,7 @@ def test_rows_of_other_settings_are_ignored(fake, capsys):
 
 
 def test_likelihood_estimate_uses_importance_weights(tmp_path):
-    asked = peers_quality.arguments_of(["--importance-samples", "5", "--elbo-samples", "3"])
+    asked = peers_quality.parse_arguments(["--importance-samples", "5", "--elbo-samples", "3"])
     torch.manual_seed(5)
     model = aezoo.create_model("vae", (784,), hidden_dims=(200, 200), latent_dim=20).eval()
     np.savez(tmp_path / "t.npz", **{f"w{i}": p.detach().numpy() for i, p in enumerate(model.parameters())})
@@ -124,7 +124,7 @@ def test_likelihood_estimate_uses_importance_weights(tmp_path):
 
 @pytest.mark.slow
 def test_noise_seeds_match_zoo_training_steps(tmp_path, monkeypatch):
-    asked = peers_quality.arguments_of(["--latent-dim", "3", "--batch", "2000", "--epochs", "2"])
+    asked = peers_quality.parse_arguments(["--latent-dim", "3", "--batch", "2000", "--epochs", "2"])
     _, data, weights = peers_quality.prepare(tmp_path, asked, 3)
     seen, loss = [], VAE.loss
 
@@ -143,7 +143,7 @@ def test_noise_seeds_match_zoo_training_steps(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_zoo_peer_starts_from_given_weights(tmp_path):
-    asked = peers_quality.arguments_of(["--latent-dim", "5"])
+    asked = peers_quality.parse_arguments(["--latent-dim", "5"])
     _, data, weights = peers_quality.prepare(tmp_path, asked, 3)
     out = tmp_path / "trained.npz"
     options = ("model=ciwae", "n_samples=2", "beta=0.5", f"out={out}")

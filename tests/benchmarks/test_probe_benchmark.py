@@ -97,7 +97,7 @@ def test_pooled_code_is_mean_over_positions(monkeypatch):
     models = []
     create = aezoo.create_model
     monkeypatch.setattr(aezoo, "create_model", lambda *a, **k: models.append(create(*a, **k)) or models[-1])
-    arguments = probe.arguments_of(["--data", "digits", "--models", "simmim", *TINY])
+    arguments = probe.parse_arguments(["--data", "digits", "--models", "simmim", *TINY])
     spec = probe.plan(arguments)[2]
     probe_row.measure(spec)
     x_test = probe_row.samples(spec)[2]
@@ -110,11 +110,11 @@ def test_pooled_code_is_mean_over_positions(monkeypatch):
 
 
 def test_default_probe_models_exist_misspelt_refused():
-    specs = probe.plan(probe.arguments_of(["--seeds", "1"]))
+    specs = probe.plan(probe.parse_arguments(["--seeds", "1"]))
     assert [spec["row"]["model"] for spec in specs] == [*probe.BASELINES, *probe.MODELS]
     sizes = {spec["row"]["model"]: spec["hyperparameters"] for spec in specs}
     assert sizes["mae"] == {"width": 64} and sizes["vae"] == {"latent_dim": 64} and sizes["pca"] == {}
     with pytest.raises(AezooError, match="did you mean 'mae'"):
-        probe.plan(probe.arguments_of(["--models", "maee"]))
+        probe.plan(probe.parse_arguments(["--models", "maee"]))
     with pytest.raises(AezooError, match="no classes"):
         probe.main(["--data", "celeba", "--steps", "1"])

@@ -17,11 +17,11 @@ ROW = {"data": "mnist5k", "binarise": "static", "steps": "40", "importance_sampl
 def test_every_target_has_metric_and_conditions():
     assert len(published.published()) >= 13
     for name, path in published.published().items():
-        assert re.search(r"(test|train)/\w+ -?\d+\.\d", recipes.target(path)), name
+        assert re.search(r"(test|train)/\w+ -?\d+\.\d", recipes.published_figure(path)), name
         settings = yaml.safe_load(path.read_text())
         assert settings["data"]["name"] in ("mnist", "binarized_mnist")
         assert settings["trainer"]["max_epochs"] >= 7
-        assert name not in recipes.own_recipes()
+        assert name not in recipes.trainable_recipes()
 
 
 def test_binarisation_follows_recipe():
@@ -70,7 +70,7 @@ def test_recipe_headers_match_csv_rows(tmp_path, monkeypatch):
 
 def test_unknown_recipe_is_refused():
     with pytest.raises(AezooError, match="take mnist_ciwae"):
-        published.arguments_of(["mnist_vea"])
+        published.parse_arguments(["mnist_vea"])
 
 
 @pytest.mark.slow
@@ -78,14 +78,14 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     found = {"epochs": "2", "seconds": "3"} | dict.fromkeys(recipes.FIGURES, "1.5")
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
-    monkeypatch.setattr(recipes, "own_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
+    monkeypatch.setattr(recipes, "trainable_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
     monkeypatch.setattr(recipes, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
     for path in (tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "README.md"):
         path.write_text("# reached: nothing\n<!-- recipes -->\n<!-- /recipes -->\n")
     for words in (["b", "--root", "1"], ["--root", "22"], ["a", "--root", "333", "--again"], ["--tables"]):
         monkeypatch.setattr(sys, "argv", ["recipes", *words])
         recipes.main()
-    commands, rows = common.read_csv(recipes.newest())
+    commands, rows = common.read_csv(recipes.newest_results())
     assert commands == [
         f"python -m benchmarks.recipes {words}" for words in ("b --root 1", "--root 22", "a --root 333")
     ]

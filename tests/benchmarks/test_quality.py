@@ -81,7 +81,7 @@ def test_limited_rows_are_same_for_every_seed():
 
 def test_sparse_code_is_compared_with_pca_of_equal_l0():
     model, data = create_model("topk_sae", (1, 8, 8), latent_dim=40, k=5, likelihood="gaussian"), DataModule("digits")
-    row = quality_row._of_code(model, data, 100)
+    row = quality_row._code_figures(model, data, 100)
     assert row["l0"] == 5 and row["code_size"] == 40
     train, test = (data.tensors(stage)[0].flatten(1).numpy() for stage in ("train", "test"))
     assert row["pca_mse_at_l0"] == codes.pca(train, test, 5)[0] > codes.pca(train, test, 6)[0]
@@ -89,9 +89,9 @@ def test_sparse_code_is_compared_with_pca_of_equal_l0():
 
 def test_code_too_large_for_logistic_regression_is_not_probed(monkeypatch):
     model, data = create_model("linear_ae", (1, 8, 8), latent_dim=4), DataModule("digits")
-    assert "probe" in quality_row._of_code(model, data, 100)
-    monkeypatch.setattr(quality_row, "_MOST_PROBED", 3)
-    assert "probe" not in quality_row._of_code(model, data, 100)
+    assert "probe" in quality_row._code_figures(model, data, 100)
+    monkeypatch.setattr(quality_row, "_MAX_PROBE_DIM", 3)
+    assert "probe" not in quality_row._code_figures(model, data, 100)
 
 
 def test_existing_rows_are_kept_and_new_seed_is_added(results, capsys):
@@ -240,7 +240,7 @@ def test_same_named_data_files_have_separate_tables(tmp_path):
 
 
 def test_unsuitable_models_are_skipped_with_reason(capsys):
-    arguments = quality.arguments_of(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
+    arguments = quality.parse_arguments(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
     data = {"name": "array", "root": "tables/some table.npy", "batch_size": 4, "size": None}
     specs = quality.plan(arguments, data, (30,))
     found = [(spec["seed"], spec["model"], spec["row"]["code_size"]) for spec in specs]
@@ -249,14 +249,16 @@ def test_unsuitable_models_are_skipped_with_reason(capsys):
     said = capsys.readouterr().err
     assert "conv_ae is left out at code size 8: convolutions take" in said and "vae is left out" not in said
     with pytest.raises(AezooError, match="no model is left"):
-        quality.plan(quality.arguments_of(["--models", "conv_ae"]), data, (30,))
+        quality.plan(quality.parse_arguments(["--models", "conv_ae"]), data, (30,))
     with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
-        quality.plan(quality.arguments_of(["--models", "dens_ae"]), data, (30,))
+        quality.plan(quality.parse_arguments(["--models", "dens_ae"]), data, (30,))
 
 
 def test_code_size_replaces_latent_map_by_vector():
-    assert quality.code_of("conv_ae", 12) == {"latent_dim": 12, "latent_map": False}
-    assert quality.code_of("vae", 12) == {"latent_dim": 12} and quality.code_of("vae", None) == {}
+    assert quality.code_size_arguments("conv_ae", 12) == {"latent_dim": 12, "latent_map": False}
+    assert (
+        quality.code_size_arguments("vae", 12) == {"latent_dim": 12} and quality.code_size_arguments("vae", None) == {}
+    )
 
 
 def test_seed_changes_order_but_not_splits():
@@ -277,7 +279,7 @@ def test_a_budget_in_seconds_ends_training_within_an_epoch(tmp_path):
         "probe_rows": 50,
         "importance_samples": 5,
     }
-    row = quality_row.run(spec)
+    row = quality_row.measure_run(spec)
     assert row["seconds"] >= 0.2 and row["steps"] % 1437 > 0
     assert row["epochs"] == pytest.approx(row["steps"] / 1437, abs=0.01)
 
@@ -312,5 +314,5 @@ def test_probe_reads_separable_classes_not_random_labels():
 @pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seconds", "-1"], ["--code-sizes", "x"], ["--jobs", "0"]])
 def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
-        quality.arguments_of(wrong)
+        quality.parse_arguments(wrong)
     assert wrong[1] in capsys.readouterr().err

@@ -33,7 +33,7 @@ def _in_this_process(monkeypatch):
     monkeypatch.setattr(quantisers, "run_row", run_row)
     monkeypatch.setattr(quantisers, "SIDE", 4)
     # it changes the allocator of the whole process, which goes on with other tests
-    monkeypatch.setattr(quantisers_row, "_give_back", lambda: None)
+    monkeypatch.setattr(quantisers_row, "_release_memory", lambda: None)
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_missing_peer_leaves_empty_columns(tmp_path, capsys):
 
 def test_fsq_levels_multiply_to_code_count():
     for bits in range(2, 22):
-        (spec,) = quantisers.plan(quantisers.arguments_of(["--kinds", "fsq", "--codes", str(2**bits)]), "cpu")
-        levels = quantisers_row.levels_of(2**bits, spec["row"]["dim"])
+        (spec,) = quantisers.plan(quantisers.parse_arguments(["--kinds", "fsq", "--codes", str(2**bits)]), "cpu")
+        levels = quantisers_row.fsq_levels(2**bits, spec["row"]["dim"])
         assert math.prod(levels) == 2**bits and {*levels} <= {4, 8} and len(levels) == spec["row"]["dim"]
         assert levels.count(4) <= 2
 
@@ -82,8 +82,8 @@ def test_fsq_levels_multiply_to_code_count():
 def test_code_counts_that_are_not_powers_of_two_are_refused(codes):
     for kind in ("fsq", "lfq"):
         with pytest.raises(AezooError, match=f"not {codes}: leave it out"):
-            quantisers.plan(quantisers.arguments_of(["--kinds", kind, "--codes", codes]), "cpu")
-    assert len(quantisers.plan(quantisers.arguments_of(["--kinds", "rvq", "--codes", codes]), "cpu")) == 1
+            quantisers.plan(quantisers.parse_arguments(["--kinds", kind, "--codes", codes]), "cpu")
+    assert len(quantisers.plan(quantisers.parse_arguments(["--kinds", "rvq", "--codes", codes]), "cpu")) == 1
 
 
 class Fixed(nn.Module):
@@ -106,7 +106,7 @@ ROW = {"kind": "vq_ema", "codes": 8, "dim": 3, "batch": 1, "places": 16, "thread
 def _beside_another(monkeypatch):
     threads = torch.get_num_threads()
     ours = quantisers_row.VQ(3, 8)
-    monkeypatch.setattr(quantisers_row, "pair", lambda *args: quantisers_row.Pair(ours, Fixed()))
+    monkeypatch.setattr(quantisers_row, "build_pair", lambda *args: quantisers_row.QuantiserPair(ours, Fixed()))
     monkeypatch.setattr(quantisers_row.importlib.metadata, "version", lambda name: "9")
     yield
     torch.set_num_threads(threads)
@@ -124,7 +124,7 @@ def test_speed_ratio_is_per_round_and_above_1_if_faster(monkeypatch):
         turns[which] = turns.get(which, -1) + 1
         return seconds[which][turns[which]]
 
-    monkeypatch.setattr(quantisers_row, "of_one", of_one)
+    monkeypatch.setattr(quantisers_row, "seconds_per_call", of_one)
     row = quantisers_row.measure(SPEC | {"row": ROW})
     assert [row[f"forward_ratio{end}"] for end in ("", "_min", "_max")] == [2, 1, 4]
     assert [row[f"step_ratio{end}"] for end in ("", "_min", "_max")] == [0.5, 0.25, 1]
@@ -159,8 +159,8 @@ def test_equal_codes_are_counted_per_position():
     z = torch.randn(2, 3, 4, 4)
     moved = torch.zeros(2, 3, 4, 4)
     moved[0, 1, :, :2] = 0.1  # a channel of 8 of 32 places
-    assert quantisers_row.same(Fixed(), Fixed(moved), z) == 0.75
-    assert quantisers_row.same(Fixed(), Fixed(), z) == 1
+    assert quantisers_row.share_of_equal_codes(Fixed(), Fixed(moved), z) == 0.75
+    assert quantisers_row.share_of_equal_codes(Fixed(), Fixed(), z) == 1
 
 
 @pytest.mark.slow
@@ -190,11 +190,11 @@ def test_both_implementations_give_equal_results(kind):
     """Codes, gradients and what moving averages become, against vector-quantize-pytorch."""
     pytest.importorskip(quantisers_row.PEER)
     torch.manual_seed(0)
-    (spec,) = quantisers.plan(quantisers.arguments_of(["--kinds", kind, "--codes", "64", "--dim", "6"]), "cpu")
-    ours, theirs = quantisers_row.pair(kind, 64, spec["row"]["dim"])
+    (spec,) = quantisers.plan(quantisers.parse_arguments(["--kinds", kind, "--codes", "64", "--dim", "6"]), "cpu")
+    ours, theirs = quantisers_row.build_pair(kind, 64, spec["row"]["dim"])
     z, grad = torch.randn(2, 2, spec["row"]["dim"], 16, 16)
     # the package's FSQ shifts even levels by atanh, the paper's code by tan
-    assert quantisers_row.same(ours, theirs, z) >= (0.9 if kind == "fsq" else 0.999)
+    assert quantisers_row.share_of_equal_codes(ours, theirs, z) >= (0.9 if kind == "fsq" else 0.999)
     gradients = []
     for party in (ours.train(), theirs.train()):
         leaf = z.clone().requires_grad_()

@@ -18,7 +18,7 @@ import aezoo
 from aezoo.cli.main import BENCHMARKS, main
 from aezoo.errors import AezooError
 from benchmarks import plots, report, report_columns, report_pca, speed, targets
-from benchmarks.common import Table, command_line, environment, in_turn, processor, read_csv
+from benchmarks.common import Table, command_line, environment, folder_lock, processor_name, read_csv
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_csv_is_complete_after_each_row(tmp_path):
     second.put({"model": "dense_ae", "mse": 123456.0, "error": 'a "quoted", text\nof two lines'})
     commands, rows = read_csv(path)
     assert commands == ["python -m benchmarks.x", "python -m benchmarks.x --more"]
-    machine = {"processor": " ".join(processor().split())}
+    machine = {"processor": " ".join(processor_name().split())}
     assert machine["processor"] and "/" not in machine["processor"]
     assert rows[0] == machine | {"model": "vae", "mse": "0.33333", "error": ""}
     assert rows[1] == machine | {"model": "dense_ae", "mse": "123456", "error": 'a "quoted", text of two lines'}
@@ -66,14 +66,14 @@ def test_concurrent_csv_edits_are_kept(tmp_path):
     commands, rows = read_csv(path)
     assert {*commands} == {"ours", "theirs"}
     assert [(row["model"], row["mse"]) for row in rows] == [("vae", "2"), ("dense_ae", ""), ("linear_ae", "")]
-    ours.renew([{"model": "aae"}])
+    ours.replace_all([{"model": "aae"}])
     assert (commands := read_csv(path)[0]) == ["ours"] and [row["model"] for row in read_csv(path)[1]] == ["aae"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of folders")
 def test_table_writes_are_serialised(tmp_path):
     writer = threading.Thread(target=Table(tmp_path / "a.csv", ("model",), "it").put, args=({"model": "vae"},))
-    with in_turn(tmp_path):
+    with folder_lock(tmp_path):
         writer.start()
         writer.join(0.1)
         assert writer.is_alive() and not [*tmp_path.iterdir()]
@@ -231,7 +231,7 @@ def test_scaling_uses_matching_single_device_row(results):
     two = one | {"devices": "2", "samples_per_s": "1500", "scaling_efficiency": "0.9"}
 
     def found(*changed):
-        return report.scaled([one, *({**two, **change} for change in changed)])[1:]
+        return report.add_efficiency([one, *({**two, **change} for change in changed)])[1:]
 
     assert [row["scaling_efficiency"] for row in found({"peak_gflops": "125"}, {"peak_gflops": "80"})] == ["0.75"] * 2
     slow, fast, other, unknown = found(
@@ -240,9 +240,9 @@ def test_scaling_uses_matching_single_device_row(results):
     assert slow["unscaled"] == fast["unscaled"] == "one device was measured at a peak of 100 GFLOP/s"
     assert (other["unscaled"], unknown["unscaled"]) == ("no row of one device", "a peak was not measured")
     assert not any(row["scaling_efficiency"] for row in (slow, fast, other, unknown))
-    halved = report.scaled([one | {"batch_used": "128"}, two | {"batch_used": "64"}])[1]
+    halved = report.add_efficiency([one | {"batch_used": "128"}, two | {"batch_used": "64"}])[1]
     assert halved["unscaled"] == "one device was measured with a batch of 128" and not halved["scaling_efficiency"]
-    assert report.scaled([one]) == [one | {"scaling_efficiency": "", "unscaled": ""}]
+    assert report.add_efficiency([one]) == [one | {"scaling_efficiency": "", "unscaled": ""}]
 
     train = Table(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
     train.put({"name": "vae", "devices": 2, "samples_per_s": 1500.0, "peak_gflops": 50.0})
@@ -289,21 +289,21 @@ def test_command_states_number_of_its_rows(tmp_path, monkeypatch):
         speed.main([*words, *flags, "--results", str(tmp_path)])
     (path,) = tmp_path.glob("speed-train-fp32-*.csv")
     commands, rows = read_csv(path)
-    assert report.counted(path.stem, commands, rows) == commands
+    assert report.with_row_counts(path.stem, commands, rows) == commands
     elsewhere = [row | {"threads": "8"} for row in rows[:2]]
-    assert report.counted(path.stem, commands[:1], elsewhere) == commands[:1]
+    assert report.with_row_counts(path.stem, commands[:1], elsewhere) == commands[:1]
     more = [
         commands[0].replace("vae", "'v*ae'"),
         commands[1].replace("--threads 3", "--threads 5"),
         "python -m x --odd",
     ]
     vaes = len(aezoo.list_models("v*ae"))
-    assert report.counted(path.stem, more, rows[:1]) == [
+    assert report.with_row_counts(path.stem, more, rows[:1]) == [
         f"{more[0]}  # 1 of {vaes + 1} rows",
         f"{more[1]}  # 0 of 2 rows",
         f"{more[2]}  # how many of its rows are here is not known",
     ]
-    assert report.counted("quality-digits-fp32-x", more, rows) == more
+    assert report.with_row_counts("quality-digits-fp32-x", more, rows) == more
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_hand_edited_csv_is_shown_or_reported(results):
     row = {"model": "vae", "dataset": "digits", "code_size": "8", "budget": "epochs=2", "epochs": "all", "steps": "x"}
     row |= {"mse": "0.3", "pca_mse": "0.2"}
     assert "| digits | vae | 8 | 1.50 |" in report_pca.section([row], [row, row | {"mse": "good"}, row | {"l0": "few"}])
-    assert "not known" in report.counted("speed-train-fp32-pt2.13-cpu2", ["python -m 'benchmarks.speed"], [])[0]
+    assert "not known" in report.with_row_counts("speed-train-fp32-pt2.13-cpu2", ["python -m 'benchmarks.speed"], [])[0]
     quality = results / "quality-digits-fp32-pt9.9-cpu2.csv"
     quality.write_text("model,mse\nvae,1\n")
     with pytest.raises(AezooError, match=r"cannot read .*quality-digits.*\.csv: no column dataset, code_size; measure"):
@@ -358,23 +358,23 @@ def test_models_worse_than_pca_are_listed_with_reasons(monkeypatch):
 
 def test_seeds_of_equal_budget_are_merged():
     row = {"model": "vae", "budget": "seconds=1"}
-    (found,) = report.over_seeds([row | {"seed": str(i), "steps": str(90 + i), "mse": str(i)} for i in range(3)])
+    (found,) = report.merge_seeds([row | {"seed": str(i), "steps": str(90 + i), "mse": str(i)} for i in range(3)])
     assert found["seeds"] == "3" and float(found["mse"]) == 1
-    assert len(report.over_seeds([{"model": "vae", "steps": str(i), "seed": "0"} for i in range(2)])) == 2
+    assert len(report.merge_seeds([{"model": "vae", "steps": str(i), "seed": "0"} for i in range(2)])) == 2
 
 
 def test_rows_differ_by_draws_and_time_limit():
     base = {"model": "vae", "code_size": "8", "budget": "epochs=2", "mse": "1", "importance_samples": "10"}
     rows = [base | {"seed": str(seed)} for seed in range(2)]
     for other in ({"importance_samples": "100"}, {"most_seconds": "5"}):
-        found = report.over_seeds([*rows, base | {"seed": "0"} | other])
+        found = report.merge_seeds([*rows, base | {"seed": "0"} | other])
         assert [row["seeds"] for row in found] == ["2", "1"]
 
 
 def test_time_limited_runs_are_marked():
     def cells(budget, *epochs):
         row = {"model": "vae", "budget": budget}
-        (found,) = report.over_seeds([row | {"seed": str(i), "epochs": n} for i, n in enumerate(epochs)])
+        (found,) = report.merge_seeds([row | {"seed": str(i), "epochs": n} for i, n in enumerate(epochs)])
         return report_columns.markdown(report_columns.QUALITY, [found]).splitlines()[-1].split(" | ")[2:]
 
     assert cells("epochs=20", "20", "20") == ["epochs=20", "20 |"]
@@ -387,9 +387,9 @@ def test_only_notable_models_are_named_among_many():
         {"model": f"m{i}", "family": "odd" if i % 2 else "even", "samples_per_s": str(100 + i), "mse": str(1 / (1 + i))}
         for i in range(30)
     ]
-    assert set(plots._notable(rows, [(129.0, 1 / 30)])) == {"m28", "m29"}
+    assert set(plots._models_to_name(rows, [(129.0, 1 / 30)])) == {"m28", "m29"}
     rows[3]["mse"] = "0.001"
-    assert set(plots._notable(rows, [])) == {"m3", "m28", "m29"}
+    assert set(plots._models_to_name(rows, [])) == {"m3", "m28", "m29"}
 
 
 def test_pictures_compare_runs_of_one_budget():

@@ -200,7 +200,7 @@ def rows_of(folder):
 
 
 def test_every_sparse_model_has_rows_and_valid_options():
-    specs = dictionaries.plan(dictionaries.arguments_of(["--seeds", "3", "--active", "5.2", "--atoms", "32"]))
+    specs = dictionaries.plan(dictionaries.parse_arguments(["--seeds", "3", "--active", "5.2", "--atoms", "32"]))
     names = [name for name in registry.list_models(family="sparse") if name != "temporal_sae"]
     assert [spec["row"]["model"] for spec in specs] == [name for name in names for _ in range(3)]
     assert {spec["hyperparameters"]["latent_dim"] for spec in specs} == {32}
@@ -212,7 +212,7 @@ def test_every_sparse_model_has_rows_and_valid_options():
     assert set(dictionaries.OPTIONS) <= set(names)
     for argv, message in ((["--models", "vae"], "vae has no sparse code"), (["--active", "65"], "at most --atoms 64")):
         with pytest.raises(AezooError, match=message):
-            dictionaries.plan(dictionaries.arguments_of(argv))
+            dictionaries.plan(dictionaries.parse_arguments(argv))
 
 
 def in_this_process(module, specs, *_):
@@ -222,7 +222,7 @@ def in_this_process(module, specs, *_):
         try:
             yield spec, dictionaries_row.measure(json.loads(json.dumps(spec)))
         except AezooError as error:
-            yield spec, processes.failure(error)
+            yield spec, processes.error_columns(error)
 
 
 def test_rows_are_kept_failures_are_rows_and_medians_are_shown(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Models with one mistake each, for the proof that the checks of `aezoo.testing` can fail."""
+"""Models with one mistake each: every check of `aezoo.testing` must fail on one of them."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from aezoo.errors import AezooError
 from aezoo.quantisers.fsq import FSQ
 
 
-class Sound(Autoencoder):
+class CorrectModel(Autoencoder):
     """A small model without a mistake.
 
     Args:
@@ -52,8 +52,8 @@ class Sound(Autoencoder):
         return {"loss": nll, "nll": nll}
 
 
-class ArgumentUndescribed(Autoencoder):
-    """The docstring leaves out an argument.
+class UndocumentedArgument(Autoencoder):
+    """Does not document an argument.
 
     Args:
         input_shape: shape of one sample.
@@ -65,8 +65,8 @@ class ArgumentUndescribed(Autoencoder):
         self.code_shape = (latent_dim,)
 
 
-class DescribesWhatIsNotThere(Sound):
-    """Describes an argument that was renamed.
+class DocumentsUnknownArgument(CorrectModel):
+    """Documents an argument that does not exist.
 
     Args:
         input_shape: shape of one sample.
@@ -79,8 +79,8 @@ class DescribesWhatIsNotThere(Sound):
         self.save_hyperparameters()
 
 
-class ArgumentsInBulk(Sound):
-    """Takes anything.
+class UntypedKwargs(CorrectModel):
+    """Takes its arguments as `**kwargs` without a type.
 
     Args:
         input_shape: shape of one sample.
@@ -91,7 +91,7 @@ class ArgumentsInBulk(Sound):
         super().__init__(input_shape, **kwargs)
 
 
-class PositionalArgument(Sound):
+class PositionalArgument(CorrectModel):
     """An argument is not keyword-only.
 
     Args:
@@ -104,7 +104,7 @@ class PositionalArgument(Sound):
         self.save_hyperparameters()
 
 
-class NoDefault(Sound):
+class MissingDefault(CorrectModel):
     """An argument has no default.
 
     Args:
@@ -117,8 +117,8 @@ class NoDefault(Sound):
         self.save_hyperparameters()
 
 
-class ModuleAsArgument(Sound):
-    """A module as a hyperparameter: no checkpoint of it loads.
+class ModuleArgument(CorrectModel):
+    """Has a module as a hyperparameter, which no checkpoint can hold.
 
     Args:
         input_shape: shape of one sample.
@@ -130,12 +130,12 @@ class ModuleAsArgument(Sound):
         self.save_hyperparameters()
 
 
-class HyperparametersLost(Sound):
-    """Keeps the parent's hyperparameters and loses its own.
+class MissingHyperparameter(CorrectModel):
+    """Saves the parent's hyperparameters, but not its own.
 
     Args:
         input_shape: shape of one sample.
-        scale: not kept.
+        scale: not saved.
     """
 
     def __init__(self, input_shape: tuple[int, ...], *, scale: float = 1.0) -> None:
@@ -143,8 +143,8 @@ class HyperparametersLost(Sound):
         self.save_hyperparameters(ignore=["scale"])
 
 
-class ChangesItsArguments(Sound):
-    """Mirrors the widths in the caller's own list.
+class MutatesArguments(CorrectModel):
+    """Reverses the list that the caller has passed.
 
     Args:
         input_shape: shape of one sample.
@@ -158,15 +158,15 @@ class ChangesItsArguments(Sound):
             widths.reverse()
 
 
-class HardCodedShape(Sound):
-    """Works on 28x28 alone and does not say so."""
+class HardCodedShape(CorrectModel):
+    """Takes only 28x28 and does not refuse other shapes."""
 
     def encode(self, x: Tensor) -> Tensor:
         return super().encode(x.reshape(-1, 1, 28, 28))
 
 
-class RefusesInTorchsWords(Sound):
-    """A shape that it cannot take ends in torch's own error.
+class TorchErrorForShape(CorrectModel):
+    """Refuses a shape with an error of torch.
 
     Args:
         input_shape: shape of one sample.
@@ -178,7 +178,7 @@ class RefusesInTorchsWords(Sound):
         nn.Conv2d(input_shape[0], 4, 3)(torch.zeros(1, *input_shape))
 
 
-class TakesNothing(Sound):
+class RefusesEveryShape(CorrectModel):
     """Refuses every shape.
 
     Args:
@@ -190,8 +190,8 @@ class TakesNothing(Sound):
         raise AezooError("this model takes (7, 7) only")
 
 
-class WrongCodeShape(Sound):
-    """Its codes have another shape than code_shape says."""
+class WrongCodeShape(CorrectModel):
+    """The codes do not have the shape `code_shape`."""
 
     def encode(self, x: Tensor) -> Tensor:
         return super().encode(x)[:, None]
@@ -200,63 +200,63 @@ class WrongCodeShape(Sound):
         return super().decode(z[:, 0])
 
 
-class OneScoreForTheBatch(Sound):
+class BatchMeanScore(CorrectModel):
     """The score is a mean over the batch."""
 
     def score(self, x: Tensor) -> Tensor:
         return super().score(x).mean()
 
 
-class SamplesWithoutPrior(Sound):
-    """`sample` works and has_prior denies it."""
+class SamplesWithoutPrior(CorrectModel):
+    """Can sample although `has_prior` is False."""
 
     def sample(self, n: int) -> Tensor:
         return torch.rand(n, *self.input_shape)
 
 
-class PriorWithoutSamples(Sound):
-    """has_prior promises samples that are not there."""
+class PriorWithoutSamples(CorrectModel):
+    """Cannot sample although `has_prior` is True."""
 
     has_prior = True
 
 
-class NoLoss(Sound):
-    """The terms lack `loss`."""
+class MissingLoss(CorrectModel):
+    """The terms do not include `loss`."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return {"nll": super().loss(x)["nll"]}
 
 
-class LossWithoutGradient(Sound):
-    """The loss is cut off from the parameters."""
+class DetachedLoss(CorrectModel):
+    """The loss is detached from the parameters."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in super().loss(x).items()}
 
 
-class LossNotFinite(Sound):
-    """log(0) in a term."""
+class InfiniteTerm(CorrectModel):
+    """A term is log(0)."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x) | {"entropy": torch.log(self.encode(x).relu().min() * 0)}
 
 
-class TermPerSample(Sound):
-    """A term is not averaged."""
+class UnreducedTerm(CorrectModel):
+    """A term is not reduced over the batch."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x) | {"size": self.encode(x).abs().sum(1)}
 
 
-class TermHidesMetric(Sound):
-    """A term has the name of a metric of every evaluation."""
+class TermNamedLikeMetric(CorrectModel):
+    """A term has the name of an evaluation metric."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x) | {"mse": (self(x) - x).square().mean()}
 
 
-class InfiniteGradient(Sound):
-    """sqrt at 0: a finite loss with an infinite gradient."""
+class InfiniteGradient(CorrectModel):
+    """Takes the square root of 0: a finite loss with an infinite gradient."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -264,15 +264,15 @@ class InfiniteGradient(Sound):
         return terms | {"loss": terms["loss"] + length}
 
 
-class SpreadOfTheBatch(Sound):
-    """The unbiased variance of one sample does not exist."""
+class UnbiasedBatchVariance(CorrectModel):
+    """Uses the unbiased variance of the batch, which one sample does not have."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
         return terms | {"loss": terms["loss"] + self.encode(x).var(0).mean()}
 
 
-class DetachedCode(Sound):
+class DetachedCode(CorrectModel):
     """No gradient reaches the encoder."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -280,8 +280,8 @@ class DetachedCode(Sound):
         return {"loss": nll, "nll": nll}
 
 
-class DeadLayer(Sound):
-    """A layer that nothing uses.
+class UnusedLayer(CorrectModel):
+    """Has a layer that is not used.
 
     Args:
         input_shape: shape of one sample.
@@ -293,27 +293,27 @@ class DeadLayer(Sound):
         self.unused = nn.Linear(2, 2)
 
 
-class InPlaceNoise(Sound):
-    """Corrupts the caller's batch, which is the target too."""
+class InPlaceNoise(CorrectModel):
+    """Corrupts the caller's batch in place."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x.mul_(0.9) if self.training else x)
 
 
-class InPlaceDecode(Sound):
-    """Clips the caller's code."""
+class InPlaceDecode(CorrectModel):
+    """Clamps the caller's code in place."""
 
     def decode(self, z: Tensor) -> Tensor:
         return super().decode(z.clamp_(-0.01, 0.01))
 
 
-class DiscreteByName(Sound):
-    """Says that its code is discrete, and has no indices."""
+class DiscreteWithoutIndices(CorrectModel):
+    """Sets `discrete_code` without having indices."""
 
     discrete_code = True
 
 
-class Indexed(DiscreteAutoencoder):
+class CorrectDiscreteModel(DiscreteAutoencoder):
     """A small model with indices, without a mistake.
 
     Args:
@@ -332,8 +332,8 @@ class Indexed(DiscreteAutoencoder):
         return {"loss": nll, "nll": nll}
 
 
-class OneTooMany(Indexed):
-    """Counts from one."""
+class OneBasedIndices(CorrectDiscreteModel):
+    """Its indices start at 1."""
 
     def encode_indices(self, x: Tensor) -> Tensor:
         return super().encode_indices(x) + 1
@@ -342,23 +342,23 @@ class OneTooMany(Indexed):
         return super().codes(indices - 1)
 
 
-class KeepsMoreThanIndices(Indexed):
-    """The decoder sees a little of what was not quantised."""
+class UnquantisedForward(CorrectDiscreteModel):
+    """The decoder gets a part of the code that is not quantised."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x) + 0.1 * self.encoder(x))
 
 
-class OtherIndicesWhenExported(Indexed):
-    """A branch for the compiler alone."""
+class DifferentIndicesWhenExported(CorrectDiscreteModel):
+    """Gives other indices while it is compiled."""
 
     def encode_indices(self, x: Tensor) -> Tensor:
         indices = super().encode_indices(x)
         return 7 - indices if torch.compiler.is_compiling() else indices
 
 
-class LawOfWhatIsNotYetCoded(EntropyCoded):
-    """Takes the mean from the code itself, which a reader of a file does not know.
+class NonCausalDistribution(EntropyCoded):
+    """The distribution depends on the symbol to be decoded, which a decoder does not know.
 
     Args:
         input_shape: shape of one sample; any.
@@ -372,46 +372,46 @@ class LawOfWhatIsNotYetCoded(EntropyCoded):
         self.density = Factorised(3)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        law = self.density.distribution((n, *self.code_shape))
-        return coder(y, law if y is None else dataclasses.replace(law, mean=y))
+        distribution = self.density.distribution((n, *self.code_shape))
+        return coder(y, distribution if y is None else dataclasses.replace(distribution, mean=y))
 
     def tables(self) -> list[Table]:
         return self.density.tables()
 
 
-class SumOverBatch(Sound):
-    """Adds up the batch, so that its size changes the learning rate."""
+class SumOverBatch(CorrectModel):
+    """Sums over the batch instead of averaging."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll = self.nll(self.decoder(self.encode(x)), x).sum()
         return {"loss": nll, "nll": nll}
 
 
-class BatchStatisticsInEvaluation(Sound):
-    """Centres codes by their batch."""
+class BatchStatisticsInEvaluation(CorrectModel):
+    """Subtracts the mean of the batch from codes, in evaluation too."""
 
     def encode(self, x: Tensor) -> Tensor:
         z = super().encode(x)
         return z - z.mean(0)
 
 
-class NoiseInEvaluation(Sound):
-    """encode draws from the posterior instead of giving its mean."""
+class NoiseInEvaluation(CorrectModel):
+    """`encode` samples from the posterior instead of returning its mean."""
 
     def encode(self, x: Tensor) -> Tensor:
         z = super().encode(x)
         return z + 0.1 * torch.randn_like(z)
 
 
-class DropoutInEvaluation(Sound):
-    """The functional dropout is on by default."""
+class DropoutInEvaluation(CorrectModel):
+    """Applies functional dropout in evaluation too."""
 
     def encode(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(super().encode(x), 0.2)
 
 
-class CountsInEvaluation(Sound):
-    """Evaluation moves a statistic of training.
+class BufferUpdateInEvaluation(CorrectModel):
+    """Updates a buffer in evaluation.
 
     Args:
         input_shape: shape of one sample.
@@ -429,29 +429,29 @@ class CountsInEvaluation(Sound):
         return super().loss(x)
 
 
-class LogsNothing(Sound):
-    """Its own training step forgets to report the terms."""
+class UnloggedTerms(CorrectModel):
+    """Overrides the training step and does not log the terms."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(self._unpack(batch)[0])["loss"]
 
 
-class PredictsLess(Sound):
-    """Predictions lack the score."""
+class PredictionWithoutScore(CorrectModel):
+    """Predictions do not include the score."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return {key: value for key, value in super().predict_step(batch, batch_idx).items() if key != "score"}
 
 
-class PredictsAnother(Sound):
-    """A prediction that is not what the methods give."""
+class WrongPredictedScore(CorrectModel):
+    """The predicted score differs from `score`."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        found = super().predict_step(batch, batch_idx)
-        return found | {"score": found["score"] / 2}
+        outputs = super().predict_step(batch, batch_idx)
+        return outputs | {"score": outputs["score"] / 2}
 
 
-class ShiftedTarget(Sound):
+class ShiftedTarget(CorrectModel):
     """Compares each reconstruction with the next sample."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -459,30 +459,30 @@ class ShiftedTarget(Sound):
         return {"loss": nll, "nll": nll}
 
 
-class WrongSign(Sound):
-    """Maximises what it should minimise."""
+class WrongSign(CorrectModel):
+    """Maximises the loss."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll = self.nll(self.decoder(self.encode(x)), x).mean()
         return {"loss": -nll, "nll": nll}
 
 
-class WrongStep(Sound):
-    """The optimiser has other tensors than the model."""
+class OptimizesCopies(CorrectModel):
+    """The optimiser gets copies of the parameters."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam([p.detach().clone().requires_grad_() for p in self.parameters()], lr=self.lr)
 
 
-class UnseededNoise(Sound):
-    """Noise from outside of torch's seed."""
+class UnseededNoise(CorrectModel):
+    """Draws noise that torch's seed does not determine."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         return super().loss(x * (1 - os.urandom(1)[0] / 2560))
 
 
-class Reseeds(Sound):
-    """Fixes the seed of everything else.
+class SeedsInConstructor(CorrectModel):
+    """Sets torch's global seed in the constructor.
 
     Args:
         input_shape: shape of one sample.
@@ -494,16 +494,16 @@ class Reseeds(Sound):
         self.save_hyperparameters()
 
 
-class ReseedsEveryLoss(Sound):
-    """The same noise at every step."""
+class SeedsInLoss(CorrectModel):
+    """Sets torch's global seed in every loss."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         return super().loss(x + 0.01 * torch.randn_like(x))
 
 
-class BufferMadeLate(Sound):
-    """A buffer comes into being at the first call."""
+class LazyBuffer(CorrectModel):
+    """Registers a buffer at the first call."""
 
     def encode(self, x: Tensor) -> Tensor:
         if not hasattr(self, "centre"):
@@ -511,8 +511,8 @@ class BufferMadeLate(Sound):
         return super().encode(x)
 
 
-class UnregisteredBuffer(Sound):
-    """State in a plain attribute is in no checkpoint.
+class UnregisteredBuffer(CorrectModel):
+    """Keeps state in a plain attribute, which no checkpoint holds.
 
     Args:
         input_shape: shape of one sample.
@@ -527,8 +527,8 @@ class UnregisteredBuffer(Sound):
         return super().encode(x) + self.offset
 
 
-class BufferNotSaved(Sound):
-    """A statistic of training that the checkpoint leaves out.
+class NonPersistentBuffer(CorrectModel):
+    """A running statistic is a non-persistent buffer.
 
     Args:
         input_shape: shape of one sample.
@@ -550,8 +550,8 @@ class BufferNotSaved(Sound):
         return super().encode(x) - self.centre
 
 
-class CountsByItself(Sound):
-    """The weight of a term rises with a count that no checkpoint holds."""
+class CounterOutsideCheckpoint(CorrectModel):
+    """The weight of a term depends on a counter that no checkpoint holds."""
 
     seen = 0
 
@@ -561,8 +561,8 @@ class CountsByItself(Sound):
         return {**terms, "loss": terms["loss"] * (1 + self.seen)}
 
 
-class ActsAfterTheBatch(Sound):
-    """Changes weights when callbacks have written their checkpoints of the step."""
+class LateWeightChange(CorrectModel):
+    """Changes weights after callbacks have saved the checkpoint of the step."""
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step == 4:
@@ -570,16 +570,16 @@ class ActsAfterTheBatch(Sound):
                 next(self.encoder.parameters()).zero_()
 
 
-class PenaltyInHalfPrecision(Sound):
-    """A term stays in autocast's precision."""
+class PenaltyInHalfPrecision(CorrectModel):
+    """Computes a term in autocast's precision."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms, size = super().loss(x), self.encode(x).square().sum(1).mean()
         return {**terms, "loss": terms["loss"] + size, "size": size}
 
 
-class CancelsInHalfPrecision(Sound):
-    """A small difference of large numbers."""
+class CancellationInHalfPrecision(CorrectModel):
+    """Subtracts large numbers whose difference is small."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms, z = super().loss(x), self.encode(x)
@@ -587,16 +587,16 @@ class CancelsInHalfPrecision(Sound):
         return {**terms, "loss": terms["loss"] + 1000 * spread}
 
 
-class OtherWhenCompiled(Sound):
-    """Takes a short cut under the compiler."""
+class DifferentWhenCompiled(CorrectModel):
+    """Computes another loss while it is compiled."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
         return {**terms, "loss": terms["loss"] * (1.01 if torch.compiler.is_compiling() else 1)}
 
 
-class RemembersTheCompiler(Sound):
-    """A buffer that only a compiled loss makes."""
+class BufferWhenCompiled(CorrectModel):
+    """Registers a buffer while it is compiled."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if torch.compiler.is_compiling():
@@ -604,29 +604,29 @@ class RemembersTheCompiler(Sound):
         return super().loss(x)
 
 
-class FixedBatch(Sound):
-    """Its reshape names the batch size that the export saw."""
+class FixedBatchSize(CorrectModel):
+    """The exported batch size is a constant."""
 
     def decode(self, z: Tensor) -> Tensor:
         return super().decode(z).reshape(7 if len(z) == 7 else len(z), *self.input_shape)
 
 
-class DecidesByTheData(Sound):
-    """A branch on values."""
+class DataDependentBranch(CorrectModel):
+    """Branches on the values of its input."""
 
     def encode(self, x: Tensor) -> Tensor:
         return super().encode(x if x.mean() > 0 else -x)
 
 
-class NoSuchOperator(Sound):
-    """An operator that ONNX lacks."""
+class OperatorMissingInONNX(CorrectModel):
+    """Uses an operator that ONNX does not have."""
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(super().encode(x))
 
 
-class StatisticOfOneRank(Sound):
-    """A penalty that is not linear in a mean over this rank's samples."""
+class UnreducedStatistic(CorrectModel):
+    """A penalty is not linear in the mean, which is not reduced over ranks."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -634,8 +634,8 @@ class StatisticOfOneRank(Sound):
         return {**terms, "loss": terms["loss"] + size, "size": size}
 
 
-class GradientOfOneRank(Sound):
-    """The statistic is reduced over ranks, its gradient is not."""
+class UnreducedGradient(CorrectModel):
+    """Reduces a statistic over ranks, but not its gradient."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms, z = super().loss(x), self.encode(x)
@@ -644,19 +644,19 @@ class GradientOfOneRank(Sound):
         return {**terms, "loss": terms["loss"] + size, "size": size}
 
 
-class BufferOfOneRank(CountsInEvaluation):
-    """Counts the samples of one rank.
+class UnreducedBuffer(BufferUpdateInEvaluation):
+    """Does not reduce a buffer over ranks.
 
     Args:
         input_shape: shape of one sample.
     """
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        return super().loss(x) if self.training else Sound.loss(self, x)
+        return super().loss(x) if self.training else CorrectModel.loss(self, x)
 
 
-class FailsOnTwoRanks(Sound):
-    """Cannot be trained by two processes."""
+class FailsOnTwoRanks(CorrectModel):
+    """Fails in two processes."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if self.trainer.world_size > 1:

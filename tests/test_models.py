@@ -96,7 +96,7 @@ def test_two_processes_train_like_one():
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
-    run(check_ddp, *own_models(), *VARIANTS, broken.Sound)
+    run(check_ddp, *own_models(), *VARIANTS, broken.CorrectModel)
 
 
 def of_slow_checks():
@@ -121,64 +121,64 @@ def test_the_registry_takes_vectors_images_sequences_and_volumes():
 # ---- the checks can fail --------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    ("constructor", broken.ArgumentUndescribed, "do not describe latent_dim"),
-    ("constructor", broken.DescribesWhatIsNotThere, "describe latent_size"),
-    ("constructor", broken.ArgumentsInBulk, "instead of \\*kwargs"),
+    ("constructor", broken.UndocumentedArgument, "do not describe latent_dim"),
+    ("constructor", broken.DocumentsUnknownArgument, "describe latent_size"),
+    ("constructor", broken.UntypedKwargs, "instead of \\*kwargs"),
     ("constructor", broken.PositionalArgument, "latent_dim must be keyword-only"),
-    ("constructor", broken.NoDefault, "latent_dim needs a default"),
-    ("constructor", broken.ModuleAsArgument, "default of act is a ReLU"),
-    ("constructor", broken.HyperparametersLost, "hparams lack scale"),
-    ("constructor", broken.ChangesItsArguments, "changes the lists"),
+    ("constructor", broken.MissingDefault, "latent_dim needs a default"),
+    ("constructor", broken.ModuleArgument, "default of act is a ReLU"),
+    ("constructor", broken.MissingHyperparameter, "hparams lack scale"),
+    ("constructor", broken.MutatesArguments, "changes the lists"),
     ("shapes", broken.HardCodedShape, "RuntimeError"),
-    ("shapes", broken.RefusesInTorchsWords, "refuse it with an AezooError"),
-    ("shapes", broken.TakesNothing, "takes none of the shapes"),
+    ("shapes", broken.TorchErrorForShape, "refuse it with an AezooError"),
+    ("shapes", broken.RefusesEveryShape, "takes none of the shapes"),
     ("shapes", broken.WrongCodeShape, "encode gives shape \\(3, 1, 8\\)"),
-    ("shapes", broken.OneScoreForTheBatch, "score gives shape \\(\\)"),
+    ("shapes", broken.BatchMeanScore, "score gives shape \\(\\)"),
     ("shapes", broken.SamplesWithoutPrior, "has_prior is False"),
     ("shapes", broken.PriorWithoutSamples, "AezooError"),
-    ("loss", broken.NoLoss, "must return named scalars"),
-    ("loss", broken.LossWithoutGradient, "no gradient"),
-    ("loss", broken.LossNotFinite, "entropy = -inf"),
-    ("loss", broken.TermPerSample, "'size' that is no scalar"),
-    ("loss", broken.TermHidesMetric, "'mse', which every evaluation"),
+    ("loss", broken.MissingLoss, "must return named scalars"),
+    ("loss", broken.DetachedLoss, "no gradient"),
+    ("loss", broken.InfiniteTerm, "entropy = -inf"),
+    ("loss", broken.UnreducedTerm, "'size' that is no scalar"),
+    ("loss", broken.TermNamedLikeMetric, "'mse', which every evaluation"),
     ("loss", broken.InfiniteGradient, "gradient of encoder.* is not finite"),
-    ("batch_of_one", broken.SpreadOfTheBatch, "loss = nan|degrees of freedom"),
+    ("batch_of_one", broken.UnbiasedBatchVariance, "loss = nan|degrees of freedom"),
     ("gradients", broken.DetachedCode, "encoder.1.bias, encoder.1.weight"),
-    ("gradients", broken.DeadLayer, "unused.bias, unused.weight"),
+    ("gradients", broken.UnusedLayer, "unused.bias, unused.weight"),
     ("inputs_unchanged", broken.InPlaceNoise, "loss changes its input"),
     ("inputs_unchanged", broken.InPlaceDecode, "decode changes its input"),
-    ("indices", broken.OneTooMany, "of a codebook of 8"),
-    ("indices", broken.KeepsMoreThanIndices, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
-    ("indices", broken.LawOfWhatIsNotYetCoded, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
-    ("indices", broken.DiscreteByName, "aezoo.bases.quantised.DiscreteAutoencoder"),
+    ("indices", broken.OneBasedIndices, "of a codebook of 8"),
+    ("indices", broken.UnquantisedForward, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
+    ("indices", broken.NonCausalDistribution, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
+    ("indices", broken.DiscreteWithoutIndices, "aezoo.bases.quantised.DiscreteAutoencoder"),
     ("batch_mean", broken.SumOverBatch, "loss of a batch given twice is off"),
     ("batch_independence", broken.BatchStatisticsInEvaluation, "encode of single samples"),
     ("deterministic_evaluation", broken.NoiseInEvaluation, "encode differs"),
     ("deterministic_evaluation", broken.DropoutInEvaluation, "encode differs"),
-    ("deterministic_evaluation", broken.CountsInEvaluation, "evaluation changes seen"),
-    ("loop", broken.LogsNothing, "train/loss, train/nll"),
-    ("loop", broken.PredictsLess, "KeyError: 'score'"),
-    ("loop", broken.PredictsAnother, "the predicted score is off"),
+    ("deterministic_evaluation", broken.BufferUpdateInEvaluation, "evaluation changes seen"),
+    ("loop", broken.UnloggedTerms, "train/loss, train/nll"),
+    ("loop", broken.PredictionWithoutScore, "KeyError: 'score'"),
+    ("loop", broken.WrongPredictedScore, "the predicted score is off"),
     ("overfits", broken.ShiftedTarget, "reconstructs with mse"),
     ("overfits", broken.WrongSign, "reconstructs with mse"),
-    ("overfits", broken.WrongStep, "the loss only goes from"),
+    ("overfits", broken.OptimizesCopies, "the loss only goes from"),
     ("seed", broken.UnseededNoise, "losses differ"),
-    ("seed", broken.Reseeds, "resets torch's random state"),
-    ("seed", broken.ReseedsEveryLoss, "resets torch's random state"),
-    ("state_dict", broken.BufferMadeLate, "an evaluation changes the state_dict"),
+    ("seed", broken.SeedsInConstructor, "resets torch's random state"),
+    ("seed", broken.SeedsInLoss, "resets torch's random state"),
+    ("state_dict", broken.LazyBuffer, "an evaluation changes the state_dict"),
     ("state_dict", broken.UnregisteredBuffer, "offset is a plain tensor"),
     ("checkpoint", broken.UnregisteredBuffer, "encode is not the same after load_from_checkpoint"),
-    ("checkpoint", broken.BufferNotSaved, "load_from_checkpoint changes weights or buffers"),
-    ("resume", broken.CountsByItself, "goes on from step 3 of 6 ends with other decoder"),
-    ("resume", broken.ActsAfterTheBatch, "goes on from step 4 of 6 ends with other"),
+    ("checkpoint", broken.NonPersistentBuffer, "load_from_checkpoint changes weights or buffers"),
+    ("resume", broken.CounterOutsideCheckpoint, "goes on from step 3 of 6 ends with other decoder"),
+    ("resume", broken.LateWeightChange, "goes on from step 4 of 6 ends with other"),
     ("bf16", broken.PenaltyInHalfPrecision, "size is computed in torch.bfloat16"),
-    ("bf16", broken.CancelsInHalfPrecision, "loss under bf16 is off"),
-    ("compile", broken.OtherWhenCompiled, "the compiled loss is off"),
-    ("compile", broken.RemembersTheCompiler, "a compiled loss changes the state_dict's keys or shapes"),
-    ("export", broken.FixedBatch, "fails check_export"),
-    ("export", broken.DecidesByTheData, "fails check_export"),
-    ("export", broken.OtherIndicesWhenExported, "encode_indices of a batch of 7 gives other indices"),
-    ("onnx", broken.NoSuchOperator, "fails check_onnx"),
+    ("bf16", broken.CancellationInHalfPrecision, "loss under bf16 is off"),
+    ("compile", broken.DifferentWhenCompiled, "the compiled loss is off"),
+    ("compile", broken.BufferWhenCompiled, "a compiled loss changes the state_dict's keys or shapes"),
+    ("export", broken.FixedBatchSize, "fails check_export"),
+    ("export", broken.DataDependentBranch, "fails check_export"),
+    ("export", broken.DifferentIndicesWhenExported, "encode_indices of a batch of 7 gives other indices"),
+    ("onnx", broken.OperatorMissingInONNX, "fails check_onnx"),
 ]
 
 
@@ -194,9 +194,9 @@ def test_mistake_is_caught(check, cls, message):
 
 @pytest.mark.slow
 def test_mistakes_of_two_processes_are_caught():
-    wrong = [broken.StatisticOfOneRank, broken.GradientOfOneRank, broken.BufferOfOneRank, broken.FailsOnTwoRanks]
+    wrong = [broken.UnreducedStatistic, broken.UnreducedGradient, broken.UnreducedBuffer, broken.FailsOnTwoRanks]
     with pytest.raises(AssertionError) as caught:
-        check_ddp(*wrong, broken.Sound)
+        check_ddp(*wrong, broken.CorrectModel)
     lines = str(caught.value).splitlines()
     assert [line.split(" fails check_ddp: ")[0] for line in lines] == [cls.__name__ for cls in wrong]
     assert "loss at step 0, two processes against one, is off" in lines[0]
@@ -215,11 +215,11 @@ def test_every_check_has_a_failing_example():
 
 @pytest.mark.slow
 def test_check_model_accepts_unregistered_class():
-    assert check_model(broken.Sound, exclude=["check_ddp"], widths=(16,)) == {}
+    assert check_model(broken.CorrectModel, exclude=["check_ddp"], widths=(16,)) == {}
 
 
-class TwoOptimisers(broken.Sound):
-    """Steps them by itself."""
+class TwoOptimisers(broken.CorrectModel):
+    """Uses manual optimisation with two optimisers."""
 
     automatic_optimization = False
 
@@ -259,8 +259,8 @@ def test_check_model_accepts_hyperparameters_and_aliases():
 
 
 def test_checks_that_cannot_run_are_reported(monkeypatch):
-    class Local(broken.Sound):
-        """Only this function knows it."""
+    class Local(broken.CorrectModel):
+        """A class that another process cannot import."""
 
     with pytest.raises(SkipTest, match="cannot be imported"):
         check_ddp(Local)

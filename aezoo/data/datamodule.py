@@ -29,15 +29,15 @@ from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs,
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
 from aezoo.data.source_registry import from_path, open_source
 from aezoo.errors import AezooError
-from aezoo.training.arguments import Checked
-from aezoo.training.keyword_groups import complete, expand, frame_without_callers
+from aezoo.training.hyperparameters import RecordsArguments
+from aezoo.training.keyword_groups import complete
 from aezoo.training.seeding import mix
 
 # settings that no source reads
 _NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
 
 
-class DataModule(Checked, LightningDataModule):
+class DataModule(RecordsArguments, LightningDataModule):
     """Data for every model of the zoo. Batches are `(x,)` or `(x, y)` with x float32.
 
     Args:
@@ -101,7 +101,7 @@ class DataModule(Checked, LightningDataModule):
         given = shared | complete(SourceArgs, settings)
         # a Path would end up in checkpoints, which weights_only loading then refuses
         given |= {key: str(given[key]) for key in ("name", "root", "network", "of")}
-        self.save_hyperparameters(given, frame=frame_without_callers(), logger=False)
+        self.save_hyperparameters(given, logger=False)
         check_settings(given)
         self.name, self.batch_size, self.seed, self.drop_last = given["name"], batch_size, seed, drop_last
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
@@ -451,9 +451,6 @@ class DataModule(Checked, LightningDataModule):
         """Restore the trainer's limit: it may fit other data next, with a validation split."""
         if self._saved_val_limit is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._saved_val_limit = self._saved_val_limit, None
-
-
-expand(DataModule)
 
 
 def _columns(x: Any) -> tuple[str, ...]:

@@ -2,23 +2,28 @@
 
 A constructor names only its own arguments and hands the others on, as `**kwargs: Unpack[SomeArgs]` (PEP 692), where
 SomeArgs lists the ones that it hands on, with their types. Their defaults and texts stand at the constructor that uses
-them. `complete_signature` puts all of it together for whoever asks `inspect.signature`.
+them, or in the group itself, see `keyword_groups`. `complete_signature` puts all of it together for whoever asks
+`inspect.signature`.
 """
 
 import difflib
 import inspect
 import os
+import textwrap
 import types
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, Self, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
 
 from aezoo.errors import AezooError
+from aezoo.training.keyword_groups import arguments_of
 
 # what fits in the integers of torch and of a checkpoint
 _MOST = 2**63 - 1
 # no hyperparameter means more, and float32 loses every digit of a loss beside it
 _LARGEST = 1e9
+# of descriptions in a docstring
+_WIDTH = 112
 
 
 class OptimizerArgs(TypedDict, total=False):
@@ -43,7 +48,8 @@ class TrainingArgs(OptimizerArgs, total=False):
 def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
     """Give the constructor of a class the signature that it has together with those of its parents.
 
-    It names the arguments that come as `**kwargs: Unpack[...]` too, each with its type and default.
+    It names the arguments that come as `**kwargs: Unpack[...]` too, each with its type and default. Those that their
+    group describes are added to the class's docstring.
 
     Args:
         cls: a new class.
@@ -55,6 +61,7 @@ def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
     own = vars(cls).get("__init__")
     if own is not None:
         cls._own_parameters = _annotated(own)  # type: ignore[attr-defined]
+        _describe(cls)
     cls._own_defaults = dict(defaults)  # type: ignore[attr-defined]
     signature = _resolved(cls)
     for name in defaults:
@@ -69,6 +76,21 @@ def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
     if own is not None and signature != inspect.signature(own):
         own.__signature__ = signature
     check(cls, (), dict(defaults))
+
+
+def _describe(cls: Any) -> None:
+    group = _group(cls._own_parameters)
+    lines = [inspect.cleandoc(cls.__doc__ or "")]
+    for name, argument in arguments_of(group).items() if group else ():
+        lines += textwrap.wrap(f"{name}: {argument.text}", _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    if len(lines) > 1:
+        cls.__doc__ = "\n".join(lines)
+
+
+def _group(parameters: list[inspect.Parameter]) -> type | None:
+    """The TypedDict of `**name: Unpack[...]`; None without one."""
+    hints = [p.annotation for p in parameters if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Unpack]
+    return get_args(hints[0])[0] if hints else None
 
 
 def _wrap(cls: Any, own: Any, defaults: dict[str, Any]) -> None:
@@ -100,15 +122,17 @@ def _written(cls: type) -> list[inspect.Parameter] | None:
 
 def _resolved(cls: type) -> inspect.Signature:
     written = [found for c in cls.__mro__ if (found := _written(c)) is not None]
-    group = next((p for p in written[0] if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Unpack), None)
-    parameters = {p.name: p for p in written[0] if p is not group}
+    group = _group(written[0])
+    parameters = {p.name: p for p in written[0] if group is None or p.kind is not p.VAR_KEYWORD}
     if group is not None:
-        taken = get_type_hints(get_args(group.annotation)[0])
+        taken, described = get_type_hints(group), arguments_of(group)
         for p in [p for of_parent in written[1:] for p in of_parent]:
             if p.name in taken and p.name not in parameters:
                 parameters[p.name] = p.replace(kind=p.KEYWORD_ONLY)
         for name in [key for key in taken if key not in parameters]:
-            parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=taken[name])
+            default = described[name].default if name in described else inspect.Parameter.empty
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters[name] = inspect.Parameter(name, kind, default=default, annotation=taken[name])
     return inspect.Signature([p.replace(default=_default(cls, p)) for p in parameters.values()])
 
 

@@ -21,16 +21,17 @@ SETTINGS = ("auto", "off")
 HELP = "auto, or off: do without everything that is only there to be faster, for the same numbers."
 
 
-def _run() -> Any:
-    """The module that does it, or None."""
+def _call(name: str, *arguments: Any) -> Any:
+    """What a function of `aezoo.speed.run` returns, or None without the package."""
     if os.environ.get(VARIABLE) == "off":
         return None
     try:
-        return import_module("aezoo.speed.run")
+        run = import_module("aezoo.speed.run")
     except ModuleNotFoundError as error:
         if error.name not in ("aezoo.speed", "aezoo.speed.run"):
             raise
         return None
+    return getattr(run, name)(*arguments)
 
 
 def choose(setting: str) -> None:
@@ -41,16 +42,12 @@ def choose(setting: str) -> None:
 
 def keep_memory() -> None:
     """Keep the memory of large tensors from step to step, for the rest of the process: for command lines only."""
-    run = _run()
-    if run is not None:
-        run.keep_memory()
+    _call("keep_memory")
 
 
 def set_up(model: "TrainingModule", stage: str) -> None:
     """Make a model ready for a fit or an evaluation; call it before DistributedDataParallel wraps the model."""
-    run = _run()
-    if run is not None:
-        run.set_up(model, stage)
+    _call("set_up", model, stage)
 
 
 def begin_fit(model: "TrainingModule", how: dict[str, Any] | None) -> None:
@@ -60,16 +57,12 @@ def begin_fit(model: "TrainingModule", how: dict[str, Any] | None) -> None:
         model: the model, with its Trainer.
         how: arguments with which its loss is compiled; None if it is not.
     """
-    run = _run()
-    if run is not None:
-        run.begin_fit(model, how)
+    _call("begin_fit", model, how)
 
 
 def begin_prediction(model: "TrainingModule") -> None:
     """Begin the batches of a prediction."""
-    run = _run()
-    if run is not None:
-        run.begin_prediction(model)
+    _call("begin_prediction", model)
 
 
 def tear_down(model: "TrainingModule", stage: str) -> None:
@@ -91,5 +84,5 @@ def evaluating(model: "TrainingModule") -> Iterator[None]:
 
 def joint_step(model: "TrainingModule", terms: Callable[..., Any]) -> "Callable[[torch.Tensor], Any] | None":
     """A step that computes a loss and its gradients in one compiled graph, if fits have one; for checks of models."""
-    run = _run()
-    return None if run is None else run.joint_step(model, terms)
+    step: Callable[[torch.Tensor], Any] | None = _call("joint_step", model, terms)
+    return step

@@ -159,11 +159,15 @@ def test_speed_features_can_be_disabled_individually(monkeypatch: pytest.MonkeyP
 
 
 def test_command_line_can_disable_speed_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
     monkeypatch.setenv("AEZOO_SPEED", "auto")
+    monkeypatch.setattr("aezoo.speed.run.keep_memory", lambda: calls.append("keep_memory"))
     speed.choose("auto")
-    assert speed._run() is not None
+    speed.keep_memory()
+    assert calls == ["keep_memory"]
     speed.choose("off")
-    assert speed._run() is None and os.environ["AEZOO_SPEED"] == "off"
+    speed.keep_memory()
+    assert calls == ["keep_memory"] and os.environ["AEZOO_SPEED"] == "off"
 
 
 @pytest.mark.slow

@@ -317,12 +317,12 @@ def _defined(entry: Entry) -> tuple[Entry, ast.ClassDef | None]:
         return entry, next((cls for cls in classes if cls.name == entry.attribute), None)
     for cls in reversed(classes):
         own = replace(entry, attribute=cls.name)
-        if any(base.name == "Autoencoder" for _, base in _lineage(own)):
+        if any(base.name == "Autoencoder" for _, base in _ancestry(own)):
             return own, cls
     return entry, None
 
 
-def _lineage(entry: Entry, before: tuple[str, ...] = ()) -> list[tuple[Entry, ast.ClassDef]]:
+def _ancestry(entry: Entry, before: tuple[str, ...] = ()) -> list[tuple[Entry, ast.ClassDef]]:
     """A class and its ancestors, in the order of inheritance, as far as their sources can be found."""
     entry, cls = _defined(entry)
     where = f"{entry.module}.{entry.attribute}"
@@ -331,7 +331,7 @@ def _lineage(entry: Entry, before: tuple[str, ...] = ()) -> list[tuple[Entry, as
     found = [(entry, cls)]
     for base in cls.bases:
         if isinstance(base, ast.Name):
-            found += _lineage(replace(entry, attribute=base.id), (*before, where))
+            found += _ancestry(replace(entry, attribute=base.id), (*before, where))
     names = [(of.module, of.attribute) for of, _ in found]
     # an ancestor that several classes share comes after all of them
     return [pair for i, pair in enumerate(found) if names[i] not in names[i + 1 :]]
@@ -351,12 +351,12 @@ def _arguments(init: ast.FunctionDef) -> dict[str, tuple[str, str]]:
     }
 
 
-def _handed_on(entry: Entry, init: ast.FunctionDef) -> set[str]:
+def _forwarded(entry: Entry, init: ast.FunctionDef) -> set[str]:
     """The names of the arguments that a constructor takes as **kwargs: Unpack[...]."""
     kind = init.args.kwarg.annotation if init.args.kwarg else None
     if not isinstance(kind, ast.Subscript) or not isinstance(kind.slice, ast.Name):
         return set()
-    group = _lineage(replace(entry, attribute=kind.slice.id))
+    group = _ancestry(replace(entry, attribute=kind.slice.id))
     fields = [field for _, cls in group for field in cls.body if isinstance(field, ast.AnnAssign)]
     return {field.target.id for field in fields if isinstance(field.target, ast.Name)}
 
@@ -374,7 +374,7 @@ def _parameters(lineage: list[tuple[Entry, ast.ClassDef]]) -> tuple[tuple[str, s
     if not written:
         return ()
     found = _arguments(written[0][1])
-    taken = _handed_on(*written[0])
+    taken = _forwarded(*written[0])
     for _, init in written[1:]:
         found |= {key: value for key, value in _arguments(init).items() if key in taken and key not in found}
     defaults: dict[str, str] = {}
@@ -383,11 +383,11 @@ def _parameters(lineage: list[tuple[Entry, ast.ClassDef]]) -> tuple[tuple[str, s
         init = _constructor(cls)
         defaults |= {key: default for key, (_, default) in _arguments(init).items()} if init else {}
         defaults |= _defaults(cls)
-        meanings |= _meanings(cls)
+        meanings |= _descriptions(cls)
     return tuple((key, kind, defaults[key], meanings.get(key, "")) for key, (kind, _) in found.items())
 
 
-def _meanings(cls: ast.ClassDef) -> dict[str, str]:
+def _descriptions(cls: ast.ClassDef) -> dict[str, str]:
     """What the docstring of a class says about each argument."""
     text = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", ast.get_docstring(cls) or "", re.MULTILINE | re.DOTALL)
     entries = re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}[\w*]+: |\Z)", text[1] if text else "", re.MULTILINE | re.DOTALL)
@@ -430,4 +430,4 @@ def card(name: str) -> Card:
     entry, cls = _defined(find(name))
     first, _, text = (ast.get_docstring(tree) or "").partition("\n")
     about = ((ast.get_docstring(cls) if cls else None) or "").partition("\n\n")[0]
-    return Card(first, text.strip(), about, _parameters(_lineage(entry)) if cls else ())
+    return Card(first, text.strip(), about, _parameters(_ancestry(entry)) if cls else ())

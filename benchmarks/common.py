@@ -168,9 +168,9 @@ def download_data(
     Paths are absolute because each row is measured in its own folder.
     """
     from aezoo import DataModule
-    from aezoo.data.source_registry import from_path
+    from aezoo.data.source_registry import source_of_path
 
-    paths = {"name": _absolute(name) if from_path(name) else name, "root": _absolute(root)}
+    paths = {"name": _absolute(name) if source_of_path(name) else name, "root": _absolute(root)}
     options: dict[str, Any] = {**paths, "batch_size": batch_size, "size": size}
     data = DataModule(**options)
     data.prepare_data()

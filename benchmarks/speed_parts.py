@@ -225,7 +225,7 @@ also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormal
 A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in
 one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, without the part divided by with
 it. The row `all` compares with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see
-`aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.compiled_alike`.
+`aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 """
 

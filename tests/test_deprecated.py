@@ -19,9 +19,12 @@ from aezoo.bases.token_prior import IndexPrior
 from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.deprecated.methods import METHODS
 from aezoo.deprecated.paths import ATTRIBUTES, IN_PLACE, MODULES
+from aezoo.models.compression.scale_hyperprior import ScaleHyperprior
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL
 from aezoo.models.latent_diffusion.va_vae import VAVAE
 from aezoo.models.quantised.vq_vae import VQVAE
+from aezoo.models.sparse.sae_l1 import SAEL1
+from aezoo.models.variational.mmvae import MMVAE
 
 CLASSES = (
     aezoo.Autoencoder,
@@ -30,10 +33,13 @@ CLASSES = (
     DistilledAutoencoder,
     EntropyCoded,
     IndexPrior,
+    MMVAE,
     MissingModalities,
     MixturePrior,
     Multimodal,
     PerceptualAdversarial,
+    SAEL1,
+    ScaleHyperprior,
     TripletAutoencoder,
 )
 MATCH = "is now [a-z_]+, and the old name goes with the next release"

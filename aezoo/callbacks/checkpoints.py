@@ -26,14 +26,14 @@ from aezoo.training.arguments import Checked
 _Metric = TypeVar("_Metric")
 
 
-def _resolve_monitor(asked: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
+def _resolve_monitor(requested: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
     """The metric that is asked for, or that of training where there is no validation; known once the data are set up.
 
     Testing a model trained without validation still ranks its checkpoints by the metric that training monitored.
     """
     if trainer.limit_val_batches == 0:
-        return asked.replace("val/", "train/", 1)
-    return asked if stage == "fit" else watched
+        return requested.replace("val/", "train/", 1)
+    return requested if stage == "fit" else watched
 
 
 def _check_metric(owner: object, metric: str) -> None:

@@ -343,11 +343,11 @@ class _DeviceCounters:
         is_bad, self.is_bad = self.is_bad, None
         if is_bad is None:
             return
-        row, peak, total, ago = self._numbers.unbind()
+        row, peak, total, age = self._numbers.unbind()
         row.add_(1).mul_(is_bad)
         torch.maximum(peak, row, out=peak)
         total.add_(is_bad)
-        ago.add_(1).mul_(1 - is_bad)
+        age.add_(1).mul_(1 - is_bad)
         terms = {k: v for k, v in outputs.items() if isinstance(v, Tensor) and v.numel() == 1} if outputs else {}
         if terms:
             bad = (

@@ -34,8 +34,8 @@ class Fault:
         step: optimiser steps of the run, this one included.
         terms: loss terms that were not finite.
         parameters: names of parameters with a gradient that was not finite.
-        in_a_row: bad steps without a good one between them.
-        in_all: bad steps of the run.
+        consecutive: bad steps without a good one between them.
+        total: bad steps of the run.
     """
 
     epoch: int
@@ -43,8 +43,8 @@ class Fault:
     step: int
     terms: list[str]
     parameters: list[str]
-    in_a_row: int
-    in_all: int
+    consecutive: int
+    total: int
 
 
 def broken_terms(outputs: Any) -> list[str]:
@@ -56,14 +56,14 @@ def broken_terms(outputs: Any) -> list[str]:
 
 def print_warning(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
     """Log a skipped step: the first five, then those whose number is a power of two."""
-    if not trainer.is_global_zero or (fault.in_all > 5 and fault.in_all & (fault.in_all - 1)):
+    if not trainer.is_global_zero or (fault.total > 5 and fault.total & (fault.total - 1)):
         return
     parts = sorted({name.partition(".")[0] for name in fault.parameters})
     rows = _bad_samples(trainer, fault, batch)
     samples = f"; training sample(s) {_list(rows)} hold NaN or infinite values" if rows else ""
     print(
         f"aezoo: step {fault.step} skipped (epoch {fault.epoch}, batch {fault.batch}): {', '.join(fault.terms)} not "
-        f"finite{f' in {_list(parts)}' if parts else ''}{samples} ({fault.in_a_row} in a row, {fault.in_all} in all)",
+        f"finite{f' in {_list(parts)}' if parts else ''}{samples} ({fault.consecutive} in a row, {fault.total} in all)",
         file=sys.stderr,
     )
 
@@ -86,7 +86,7 @@ def write_report(
     bad, rows = _bad_samples(trainer, fault, batch), _rows(trainer, fault)
     command = _command(trainer, folder)
     lines = [
-        f"{fault.in_a_row} optimiser steps in a row were not finite; the last at epoch {fault.epoch}, batch "
+        f"{fault.consecutive} optimiser steps in a row were not finite; the last at epoch {fault.epoch}, batch "
         f"{fault.batch}, step {fault.step}.",
         f"loss terms not finite there: {', '.join(fault.terms)}",
         f"gradients not finite there: {', '.join(fault.parameters) or 'none'}",
@@ -107,7 +107,7 @@ def write_report(
         # the smallest number above 0 is 6e-8
         cause = "float16 alone takes Adam's epsilon of 1e-8 for 0: give --trainer.precision 16-mixed or bf16-true"
     return (
-        f"{fault.in_a_row} steps in a row were not finite (epoch {fault.epoch}, batch {fault.batch}: "
+        f"{fault.consecutive} steps in a row were not finite (epoch {fault.epoch}, batch {fault.batch}: "
         f"{', '.join(fault.terms)}{where}): {cause}; the last good checkpoint is kept; see {folder / FILE}"
         f"{f'; the same again: {command}' if command else ''}"
     )

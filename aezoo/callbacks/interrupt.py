@@ -35,7 +35,7 @@ class Interrupt(pl.Callback):
 
     Attributes:
         signum: the signal received in the last fit, or None; a program that it ends exits with 128 + signum.
-        asked: whether the ranks have agreed to stop.
+        requested: whether the ranks have agreed to stop.
     """
 
     reads_no_weights = True  # at a batch of training
@@ -107,10 +107,10 @@ class Interrupt(pl.Callback):
             os.write(2, _HANDLED)  # print is not safe in a signal handler
 
     def _sync_request(self, trainer: pl.Trainer) -> None:
-        asked = self.signum is not None
+        requested = self.signum is not None
         if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        self.requested = self.requested or asked
+            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
+        self.requested = self.requested or requested
 
     def _stop_if_requested(self, trainer: pl.Trainer) -> None:
         self._sync_request(trainer)

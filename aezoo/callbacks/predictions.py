@@ -57,9 +57,9 @@ class PredictionWriter(Checked, pl.Callback):
             return
         arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         self._parts = {}
-        there = self.path.exists()
+        existing = self.path.exists()
         atomic_files.write(self.path, lambda file: np.savez(file, **arrays), cure=_CURE)  # type: ignore[arg-type]
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         print(f"Predictions: {self.path} ({shapes})", flush=True)
-        if there:
+        if existing:
             print(f"aezoo: the earlier {self.path} is replaced; --predictions.folder DIR keeps both", file=sys.stderr)

@@ -20,8 +20,9 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli import HEAVY
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
-from aezoo.data.identity import data_identity, other_data_message, set_name
+from aezoo.data.identity import data_identity, data_set_name, other_data_message
 from aezoo.data.settings import own_settings
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, checkpoint, resume, run_folder
 from aezoo.security import archives, policy, values, yaml_text
@@ -128,7 +129,7 @@ def expand(argv: list[str]) -> Request:
         if command == "fit" and run is not None and "--config" not in flags:
             _check_config_exists(content, run)
         settings = _settings(command, content, source, run, optional=model_flag is not None)
-        settings["data"] = without_foreign(settings["data"], flags)
+        settings["data"] = drop_foreign_settings(settings["data"], flags)
         if command != "fit":
             settings["data"] = for_data_set(settings["data"], flags)
         _drop_repeated(settings, flags)
@@ -146,12 +147,12 @@ def expand(argv: list[str]) -> Request:
 
 def name_data(argv: list[str]) -> list[str]:
     """Change `--data digits` to `--data.name digits`; a YAML file of settings, or settings in YAML, stay unchanged."""
-    spelt = []
+    is_given = []
     for word, (flag, value) in zip(argv, _flag_values(argv), strict=True):
         text = value.strip().lower()
         settings = text.startswith(("{", "--")) or text.endswith((".yaml", ".yml", ".json"))
-        spelt.append(word.replace(flag, "--data.name", 1) if flag == "--data" and text and not settings else word)
-    return spelt
+        is_given.append(word.replace(flag, "--data.name", 1) if flag == "--data" and text and not settings else word)
+    return is_given
 
 
 def setting(flags: list[str], section: str, key: str) -> str | None:
@@ -186,7 +187,7 @@ def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     return {key: value for key, value in stored.items() if not (other and key in _DATA_SET_KEYS)}
 
 
-def without_foreign(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+def drop_foreign_settings(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Stored data settings without those that the source named by the flags, or else the stored one, does not take."""
     chosen = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
     taken = own_settings(stored | chosen)
@@ -222,7 +223,7 @@ def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> t
         model = setting(flags, "model", "class_path")
         if model is None:
             raise AezooError("--resume auto needs the command of the run: give --model NAME or -c RECIPE")
-        run_name = f"{_run_folder_model_name(model)}-{set_name(*_data_set(flags)[:2])}"
+        run_name = f"{_run_folder_model_name(model)}-{data_set_name(*_data_set(flags)[:2])}"
     home = Path(setting(flags, "trainer", "default_root_dir") or "runs") / archives.safe_name(run_name)
     found, run = resume.latest_run(home, lambda source: _is_of(checkpoint.read_checkpoint(source), flags))
     os.environ[RESUMED] = str(found or "")
@@ -428,3 +429,6 @@ def print_differences(section: str, stored: dict[str, Any], now: dict[str, Any])
         )
         if stored_value != now[key]:
             print(f"aezoo: {section}.{key} is {now[key]}, the checkpoint has {stored_value}", file=sys.stderr)
+
+
+__getattr__ = renamed(__name__)

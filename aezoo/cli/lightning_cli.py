@@ -35,7 +35,7 @@ from aezoo.cli import flag_help, trainer_settings
 from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
-from aezoo.data.identity import set_name
+from aezoo.data.identity import data_set_name
 from aezoo.data.loaders import local_processes, worker_failure
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder, terminal
@@ -70,7 +70,7 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
 }
 
 
-_Draws = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="and")
+_SampleCount = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], join="and")
 
 
 # how often a command that evaluates a run looks for its best checkpoint
@@ -180,7 +180,7 @@ class AezooCLI(LightningCLI):
         parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
         parser.add_argument(
             "--importance_samples",
-            type=_Draws,
+            type=_SampleCount,
             default=100,
             help="Importance samples for each data sample in the log-likelihood that validate and test report.",
         )
@@ -347,7 +347,7 @@ class AezooCLI(LightningCLI):
     def run_name(self) -> str:
         """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
         model = registry.name_of(type(self.model)) or type(self.model).__name__
-        own = f"{model}-{set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
+        own = f"{model}-{data_set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
         return archives.safe_name(self.request.run_name or own)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -389,13 +389,13 @@ class AezooCLI(LightningCLI):
                 "that differ from the checkpoint's"
             ) from error
 
-    def _resume_hint(self, by: str = "") -> str:
+    def _resume_hint(self, advice: str = "") -> str:
         last = getattr(callbacks.checkpoint_callback(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
-            return f"aezoo: interrupted{by}; nothing was saved"
+            return f"aezoo: interrupted{advice}; nothing was saved"
         run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
         return (
-            f"aezoo: interrupted{by} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
+            f"aezoo: interrupted{advice} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
             f"last saved: {last}\ncontinue with: aezoo fit --ckpt_path {run}"
         )
 

@@ -73,13 +73,18 @@ def plain_message(message: str, parser: LightningArgumentParser) -> str:
         return f"unknown setting {name}{_near(f'--{name}', _flags(parser)).replace('--', '')}"
     bare = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if bare and bare[1].startswith("-"):
-        spelt = f"-{bare[1]}"
-        named = spelt.startswith("--model.")
-        return f"unknown flag {bare[1]}{f', did you mean {spelt}?' if named else _near(spelt, _flags(parser))}"
+        spelling = f"-{bare[1]}"
+        named = spelling.startswith("--model.")
+        return f"unknown flag {bare[1]}{f', did you mean {spelling}?' if named else _near(spelling, _flags(parser))}"
     if bare:
-        meant = {"--model": "a model", "-c": "a recipe or a file", "--ckpt_path": "a run", "--input": "what to work on"}
+        suggestion = {
+            "--model": "a model",
+            "-c": "a recipe or a file",
+            "--ckpt_path": "a run",
+            "--input": "what to work on",
+        }
         known = {"-c", *_flags(parser)} if "--config" in _flags(parser) else _flags(parser)
-        cures = [f"{kind} is {flag} {bare[1]}" for flag, kind in meant.items() if flag in known]
+        cures = [f"{kind} is {flag} {bare[1]}" for flag, kind in suggestion.items() if flag in known]
         return f"{bare[1]!r} belongs to no flag: {', '.join(cures)}"
     unread = re.search(r'Parser key "(\w+)": Unable to load config "(.*)"', message)
     if unread:

@@ -18,7 +18,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from aezoo.cli.config_resolution import for_data_set, name_data, setting, warn_other_splits, without_foreign
+from aezoo.cli.config_resolution import (
+    drop_foreign_settings,
+    for_data_set,
+    name_data,
+    setting,
+    warn_other_splits,
+)
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
@@ -87,7 +93,7 @@ def main(argv: list[str]) -> None:
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
         stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
-        stored = for_data_set(without_foreign(stored, argv), argv)
+        stored = for_data_set(drop_foreign_settings(stored, argv), argv)
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
     config = parser.parse_args(argv[1:])

@@ -136,13 +136,13 @@ def _to_flags(values: dict[str, str]) -> list[str]:
 
 
 def _lock_folder(folder: Path, exit_stack: contextlib.ExitStack) -> None:
-    stays = run_folder.existing_parent(folder)
+    parent = run_folder.existing_parent(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AezooError(f"cannot write {folder}: {error.strerror}; choose another with --study") from error
     try:
-        exit_stack.enter_context(run_folder.locked(folder, stays))
+        exit_stack.enter_context(run_folder.locked(folder, parent))
     except AezooError as error:
         raise AezooError(f"{folder} is being tuned by another process: wait for it, or give another --study") from error
 
@@ -421,8 +421,8 @@ def _truncate_partial_line(record: Path) -> None:
     lock.acquire()
     try:
         with record.open("rb+") as file:
-            whole, end, torn = file.read().rpartition(b"\n")
-            if torn and (torn.startswith(_ENTRY) or _ENTRY.startswith(torn)):
+            whole, end, partial = file.read().rpartition(b"\n")
+            if partial and (partial.startswith(_ENTRY) or _ENTRY.startswith(partial)):
                 file.truncate(len(whole + end))
     finally:
         lock.release()

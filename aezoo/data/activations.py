@@ -51,8 +51,8 @@ from torch.utils.data import Dataset
 from aezoo.data.classes import subset
 from aezoo.data.loaders import default_num_workers, make_loader, reads_whole_batches
 from aezoo.data.resident import fits_in_memory, free_memory
-from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, byte_divisor, takes, to_float32
-from aezoo.data.source_registry import from_path, open_source
+from aezoo.data.source import STAGES, ArrayDataset, Batch, Options, Source, Stage, accepts, byte_divisor, to_float32
+from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
 from aezoo.io.hub_files import local_path
 from aezoo.nets.blocks.classifier import Classifier
@@ -203,14 +203,14 @@ def _imported_network(path: str) -> nn.Module:
     if not (isinstance(found, type) and issubclass(found, nn.Module)) and (own or not inspect.isfunction(found)):
         raise AezooError(f"--data.network {path} is no torch.nn.Module and no function of yours that makes one")
     try:
-        made = found()
+        module = found()
     except Exception as error:  # whatever the user's code raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise AezooError(f"--data.network {path} cannot be built without arguments ({reason}): give a function that "
                          "makes it") from error  # fmt: skip
-    if not isinstance(made, nn.Module):
-        raise AezooError(f"--data.network {path} gives a {type(made).__name__} and no torch.nn.Module")
-    return made
+    if not isinstance(module, nn.Module):
+        raise AezooError(f"--data.network {path} gives a {type(module).__name__} and no torch.nn.Module")
+    return module
 
 
 def _suggest_names(path: str) -> str:
@@ -312,7 +312,7 @@ class Normalisation:
         return {"offset": torch.zeros_like(self.factor), "factor": self.factor}
 
 
-@takes(ActivationsArgs, inner="of")
+@accepts(ActivationsArgs, inner="of")
 class Activations(Source):
     """Activations of a network over another set.
 
@@ -328,7 +328,7 @@ class Activations(Source):
         if options.of == options.name:
             raise AezooError("--data.of activations has no samples of its own: give a set such as mnist5k")
         self.options = options
-        reader = from_path(options.of)
+        reader = source_of_path(options.of)
         self.of = open_source(options.for_source(reader or options.of, options.of if reader else options.root))
         self.num_classes, self.class_names = self.of.num_classes, self.of.class_names
         self.network = open_network(options, tuple(self.of.input_shape), self.num_classes)

@@ -33,7 +33,7 @@ from aezoo.data.classes import UNLABELLED
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, to_real_tensor
 from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
-from aezoo.data.source import STAGES, Options, Stage, takes
+from aezoo.data.source import STAGES, Options, Stage, accepts
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 
@@ -52,7 +52,7 @@ class LayoutArgs(TypedDict, total=False):
     )]  # fmt: skip
 
 
-@takes(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs)
+@accepts(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs)
 class Array(InMemory):
     """Arrays from a file under root, or handed in.
 
@@ -68,10 +68,10 @@ class Array(InMemory):
         raw = read_arrays(path, options.max_bytes, wanted) if arrays is None else arrays
         self.columns = raw.columns if isinstance(raw, Table) else ()
         if wanted not in ("auto", "none") and (not isinstance(raw, Table) or raw.label is None):
-            there = (
+            present = (
                 f"there are {first_names(self.columns)}" if self.columns else "columns have names in .csv and .parquet"
             )
-            raise AezooError(f"{self.title or 'arrays: '}no column {wanted!r} (--data.label_column): {there}")
+            raise AezooError(f"{self.title or 'arrays: '}no column {wanted!r} (--data.label_column): {present}")
         given = {"x": "x_train", "y": "y_train"}
         raw = {given.get(key, key): value for key, value in raw.items() if value is not None}
         unknown = [key for key in raw if key not in {f"{a}_{stage}" for a in "xy" for stage in STAGES}]
@@ -188,7 +188,7 @@ def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         return {}, None
     whole = all(a.dtype.kind != "f" or (a == np.floor(a)).all() for a in arrays.values())
     if not whole or any(a.ndim > 1 for a in arrays.values()):
-        if not all(there.all() for there in given.values()):
+        if not all(present.all() for present in given.values()):
             raise AezooError(f"{title}some labels are empty, others have fractions: fill or remove those rows")
         return {stage: torch.from_numpy(a.astype(np.float32)) for stage, a in arrays.items()}, None
     everything = np.concatenate([a.astype(np.int64) if a.dtype.kind in "bf" else a for a in arrays.values()])

@@ -11,7 +11,7 @@ import torch
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.readers import MemoryLimitArgs, check_bytes
-from aezoo.data.source import Options, Stage, takes
+from aezoo.data.source import Options, Stage, accepts
 from aezoo.errors import AezooError
 
 _FILES: dict[Stage, str] = {
@@ -22,7 +22,7 @@ _FILES: dict[Stage, str] = {
 _FROM = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
 
 
-@takes(ImageArgs, MemoryLimitArgs)
+@accepts(ImageArgs, MemoryLimitArgs)
 class BinarizedMnist(InMemory):
     """Digits of zeros and ones without labels, in the splits of the files."""
 

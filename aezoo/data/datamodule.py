@@ -27,7 +27,7 @@ from aezoo.data.readers import Table, check_columns
 from aezoo.data.resident import ResidentLoader, dataset_bytes, load_into_memory, memory_excess, to_device
 from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, refuse_foreign
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
-from aezoo.data.source_registry import from_path, open_source
+from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
 from aezoo.training.hyperparameters import RecordsArguments
 from aezoo.training.keyword_groups import complete
@@ -107,7 +107,7 @@ class DataModule(RecordsArguments, LightningDataModule):
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
         self.train_classes, self.num_labels, self.binarise = train_classes, num_labels, binarise
         self.missing = given["missing"]
-        reader = from_path(self.name)
+        reader = source_of_path(self.name)
         place = {"name": reader, "root": self.name} if reader else {}
         self.source = self._open(Options(**{key: given[key] for key in given if key not in _NOT_OF_SOURCES} | place))
         self.input_shape = tuple(self.source.input_shape)

@@ -4,10 +4,10 @@ import torch
 
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, Samples
-from aezoo.data.source import Options, Stage, takes
+from aezoo.data.source import Options, Stage, accepts
 
 
-@takes(ImageArgs)
+@accepts(ImageArgs)
 class Digits(InMemory):
     """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998, UCI)."""
 

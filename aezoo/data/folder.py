@@ -38,7 +38,7 @@ from aezoo.data.images import (
 )
 from aezoo.data.loaders import DecodingDataset
 from aezoo.data.resident import allocate, fits_in_memory
-from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, split_missing, takes
+from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, accepts, split_missing
 from aezoo.errors import AezooError
 
 
@@ -179,7 +179,7 @@ class ImageSource(Source):
             warnings.warn(f"{self.where}: {words}", stacklevel=2)
 
 
-@takes(ImageArgs, ImageFileArgs)
+@accepts(ImageArgs, ImageFileArgs)
 class Folder(ImageSource):
     """A folder of image files."""
 

@@ -37,7 +37,7 @@ from aezoo.data.image_folders import SPLITS
 from aezoo.data.images import EncodedImage, Header, ImageArgs, ImageFileArgs
 from aezoo.data.in_memory import InMemory, MissingArgs, Samples, to_real_tensor
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
-from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, takes
+from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, accepts
 from aezoo.errors import AezooError
 from aezoo.security import yaml_text
 
@@ -62,7 +62,7 @@ class Row(NamedTuple):
         return f"{self.where}, {self.stage}, row {self.number}"
 
 
-@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs, MissingArgs)
+@accepts(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs, MissingArgs)
 def open_hf(options: Options) -> Source:
     """The source for the set that root names, by the kind of its column of samples."""
     sets = _sets_by_split(_load(options), options.root)

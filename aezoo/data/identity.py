@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aezoo.data.source import DEFAULT_ROOT
-from aezoo.data.source_registry import from_path
+from aezoo.data.source_registry import source_of_path
+from aezoo.deprecated import renamed
 
 # sources of the user's own files, which the name of the source does not tell
 _OF_FILES = ("folder", "array", "hf", "stream")
@@ -27,7 +28,7 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "") -> str:
     Returns:
         The source's name; with a digest for folders and files of samples, whose other content is another set.
     """
-    reader = from_path(name)
+    reader = source_of_path(name)
     source, place = (reader, name) if reader else (name, root)
     if source == "activations":
         return f"activations of {data_identity(of, root)}"
@@ -46,7 +47,7 @@ def other_data_message(source: object) -> str:
     )
 
 
-def set_name(name: str, root: str = DEFAULT_ROOT) -> str:
+def data_set_name(name: str, root: str = DEFAULT_ROOT) -> str:
     """The name of a set in the name of its runs: that of its file or folder, or of the source."""
     own_files = name in _OF_FILES and root not in ("", DEFAULT_ROOT)
     return (Path(root).expanduser().resolve() if own_files else Path(name)).stem
@@ -86,3 +87,6 @@ def _add_content(found: "hashlib.blake2b", path: Path, whole: int) -> None:
         for i in range(blocks):
             file.seek((size - _BLOCK) * i // max(1, blocks - 1))
             found.update(file.read(_BLOCK))
+
+
+__getattr__ = renamed(__name__)

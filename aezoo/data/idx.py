@@ -20,7 +20,7 @@ from torch import Tensor
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.readers import MemoryLimitArgs, check_bytes
-from aezoo.data.source import Options, Stage, takes
+from aezoo.data.source import Options, Stage, accepts
 from aezoo.data.vision import download
 from aezoo.errors import AezooError
 
@@ -77,7 +77,7 @@ FAMILIES = {
 }
 
 
-@takes(ImageArgs, MemoryLimitArgs)
+@accepts(ImageArgs, MemoryLimitArgs)
 class Idx(InMemory):
     """A set of the MNIST family: train and test files, val carved out of train."""
 
@@ -91,8 +91,8 @@ class Idx(InMemory):
         others = {family.title.lower() for family in FAMILIES.values()} - {title.lower()}
         # root itself may be <somewhere>/KMNIST/raw, whose files have the names of MNIST's
         here = {part.lower().replace("-", "").replace("_", "") for part in root.absolute().parts[-2:]}
-        itself = () if here & others else (root,)
-        self.folders = (self.home, *(root / name for name in dict.fromkeys(names)), *itself)
+        fallback = () if here & others else (root,)
+        self.folders = (self.home, *(root / name for name in dict.fromkeys(names)), *fallback)
 
     def prepare(self) -> None:
         names = (*self.family.images, *self.family.labels)

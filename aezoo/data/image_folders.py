@@ -25,13 +25,13 @@ _QUIET_SECONDS = 2.0
 
 def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     """(image, class) by split and the class names; class -1 and no names if the folders define no classes."""
-    late = threading.Timer(_QUIET_SECONDS, rank_zero_info, [f"looking for images at any depth of {root}"])
-    late.daemon = True
-    late.start()
+    timer = threading.Timer(_QUIET_SECONDS, rank_zero_info, [f"looking for images at any depth of {root}"])
+    timer.daemon = True
+    timer.start()
     try:
         return _find_images(root)
     finally:
-        late.cancel()
+        timer.cancel()
 
 
 def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
@@ -50,11 +50,11 @@ def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
                 f"{root}: {len(outside)} images outside the folders of the splits are not used: {first_few(outside)}",
                 stacklevel=2,
             )
-    tops = {top for images in found.values() for _, top in images}
-    names = sorted(tops) if "" not in tops and len(tops) > 1 else []
+    top_folders = {top for images in found.values() for _, top in images}
+    names = sorted(top_folders) if "" not in top_folders and len(top_folders) > 1 else []
     in_train = {top for _, top in found["train"]}
-    childless = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
-    empty = [name for name in childless if next(_walk_images(homes["train"] / name, ()), None) is None]
+    without_images = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
+    empty = [name for name in without_images if next(_walk_images(homes["train"] / name, ()), None) is None]
     if empty:
         warnings.warn(f"{root}: {len(empty)} class folders hold no images: {first_few(empty)}", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}

@@ -74,10 +74,10 @@ def first_few(paths: list[Any]) -> str:
 
 def ignored_content(headers: Mapping[Any, Header]) -> list[str]:
     """What is ignored in some files, as text for a warning."""
-    see_through = [path for path, header in headers.items() if header.mode in _ALPHA_MODES]
+    transparent = [path for path, header in headers.items() if header.mode in _ALPHA_MODES]
     paged = [path for path, header in headers.items() if header.pages > 1]
     return [
-        *([f"transparency is dropped from {len(see_through)} images: {first_few(see_through)}"] if see_through else []),
+        *([f"transparency is dropped from {len(transparent)} images: {first_few(transparent)}"] if transparent else []),
         *(
             [f"{len(paged)} files hold several images, and the first alone is read: {first_few(paged)}"]
             if paged

@@ -139,9 +139,9 @@ def default_num_workers(processes: int) -> int:
 
 def worker_failure(error: BaseException) -> str | None:
     """The line to say of a process that cannot read ahead or has died, if that is what torch's error is about."""
-    told = f"{error.__cause__}\n{error}"  # which of them knows the signal is chance
+    message = f"{error.__cause__}\n{error}"  # which of them knows the signal is chance
     died = r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]*\w|exited unexpectedly)"
-    found = re.search(rf"{died}|unable to allocate shared memory", told)
+    found = re.search(rf"{died}|unable to allocate shared memory", message)
     return found and (
         f"a data worker {found[1] or 'has failed'}, as it does for want of memory or of room in /dev/shm: read without "
         "workers by --data.num_workers 0, or give more room, such as docker run --shm-size 4g"

@@ -11,13 +11,13 @@ import torch
 
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, Samples
-from aezoo.data.source import Options, Stage, takes
+from aezoo.data.source import Options, Stage, accepts
 
 FILE = Path(__file__).with_name("files") / "mnist5k.npz"
 SPLITS: dict[Stage, slice] = {"train": slice(0, 4000), "val": slice(4000, 4500), "test": slice(4500, 5000)}
 
 
-@takes(ImageArgs)
+@accepts(ImageArgs)
 class Mnist5k(InMemory):
     """The default data set: needs no network and no download."""
 

@@ -90,7 +90,7 @@ class ResidentLoader:
                 x, y = x.pin_memory(), None if y is None else y.pin_memory()
             yield (x,) if y is None else (x, y)
 
-    def again(self, first: int) -> Iterator[Batch]:
+    def batches_from(self, first: int) -> Iterator[Batch]:
         """The batches of the current epoch from batch `first` on, independent of any other iterator."""
         other = copy.copy(self)
         other.sampler = copy.copy(self.sampler)

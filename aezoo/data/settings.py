@@ -46,9 +46,9 @@ _WHOLE: dict[str, tuple[float, float]] = {
     "num_workers": (0, 2**10),
     "num_labels": (0, 10**9),
     **{
-        name: (argument.least, math.inf if argument.most is None else argument.most)
+        name: (argument.minimum, math.inf if argument.maximum is None else argument.maximum)
         for name, argument in _ARGUMENTS.items()
-        if argument.least is not None
+        if argument.minimum is not None
     },
 }
 
@@ -94,10 +94,10 @@ def refuse_foreign(options: Options) -> None:
     Raises:
         AezooError: names the setting, the sources that take it, and the nearest setting of this source.
     """
-    taken = settings_of(options.name, options.settings)
+    accepted = settings_of(options.name, options.settings)
     for key, value in options.settings.items():
-        if taken is not None and key not in taken and value != _ARGUMENTS[key].default:
-            near = difflib.get_close_matches(key, taken, n=1)
+        if accepted is not None and key not in accepted and value != _ARGUMENTS[key].default:
+            near = difflib.get_close_matches(key, accepted, n=1)
             cure = f"use --data.{near[0]}" if near else "drop it"
             raise AezooError(f"--data.{key} {value} is not for {options.name}, but for {sources_with(key)}: {cure}")
 
@@ -105,10 +105,12 @@ def refuse_foreign(options: Options) -> None:
 def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the DataModule without those that only other sources take than the one that they name."""
     try:
-        taken = settings_of(str(settings["name"]), settings)
+        accepted = settings_of(str(settings["name"]), settings)
     except (KeyError, AezooError):  # the DataModule says what is wrong with the name
         return dict(settings)
-    return {key: value for key, value in settings.items() if taken is None or key in taken or key not in _ARGUMENTS}
+    return {
+        key: value for key, value in settings.items() if accepted is None or key in accepted or key not in _ARGUMENTS
+    }
 
 
 def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:

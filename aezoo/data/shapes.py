@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.source import STAGES, Options, Source, Stage, split_rows, takes
+from aezoo.data.source import STAGES, Options, Source, Stage, accepts, split_rows
 from aezoo.errors import AezooError
 
 NAMES, SIZES = ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)
@@ -40,7 +40,7 @@ REACH = 0.25
 RGB = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]])
 # with a square of half-side 1 and two half discs the heart's centre of mass is so far from the square's along each side
 _SHIFT = (math.pi / 2 + 2 / 3) / (4 + math.pi)
-_LEAST = 8
+_MIN_SIDE = 8
 _CHUNK = 128
 
 
@@ -69,7 +69,7 @@ def _heart(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     return covered.clamp(0, 1)
 
 
-@takes(ImageArgs)
+@accepts(ImageArgs)
 class Shapes(Source):
     """Sprites with known factors, at any size.
 
@@ -85,8 +85,8 @@ class Shapes(Source):
             raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
         self.options = options
         self.size, channels = options.size or 64, options.channels or 1
-        if self.size < _LEAST:
-            raise AezooError(f"--data.size {self.size} is too small to draw shapes: give at least {_LEAST}")
+        if self.size < _MIN_SIDE:
+            raise AezooError(f"--data.size {self.size} is too small to draw shapes: give at least {_MIN_SIDE}")
         self.input_shape = (channels, self.size, self.size)
         self.class_names = ("square", "ellipse", "heart")
         self.num_classes = len(self.class_names)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
 
@@ -27,7 +28,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 DEFAULTS: dict[str, Any] = {}
 
 
-def takes(*groups: type, inner: str = "") -> Callable[[Factory], Factory]:
+def accepts(*groups: type, inner: str = "") -> Callable[[Factory], Factory]:
     """Name the settings of a source: `@takes(ImageArgs)` above its class or factory.
 
     Args:
@@ -169,10 +170,10 @@ def split_rows(n: int, labels: Tensor | None, fractions: tuple[float, float], se
 
 
 def _take_evenly(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    taken = torch.zeros(len(rows), dtype=torch.bool)
+    selected = torch.zeros(len(rows), dtype=torch.bool)
     if k:
-        taken[((torch.arange(k, dtype=torch.float64) + 0.5) * len(rows) / k).long()] = True
-    return rows[~taken], rows[taken]
+        selected[((torch.arange(k, dtype=torch.float64) + 0.5) * len(rows) / k).long()] = True
+    return rows[~selected], rows[selected]
 
 
 def split_missing(
@@ -185,3 +186,6 @@ def split_missing(
     missing = tuple(0.0 if stage in sizes else f for stage, f in zip(("val", "test"), fractions, strict=True))
     rows = split_rows(sizes["train"], labels, (missing[0], missing[1]), seed)
     return {stage: None if stage != "train" and stage in sizes else rows[stage] for stage in STAGES}
+
+
+__getattr__ = renamed(__name__)

@@ -12,6 +12,7 @@ from aezoo.data.idx import FAMILIES
 from aezoo.data.image_folders import SPLITS
 from aezoo.data.source import DEFAULTS, Options, Source
 from aezoo.data.vision import VISION_SETS
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.registry import owner_of, unique_points
 
@@ -34,7 +35,7 @@ _BUILT_IN = {
 }
 GROUP = "aezoo.data"
 # in a message
-_MOST_NAMES = 8
+_MAX_NAMES = 8
 
 
 def list_data(pattern: str = "*") -> list[str]:
@@ -54,7 +55,7 @@ def settings_of(name: str, settings: Mapping[str, Any]) -> Collection[str] | Non
         name: the source.
         settings: one may name another source, whose settings this one takes as well.
     """
-    factory = _factory(from_path(name) or name)
+    factory = _factory(source_of_path(name) or name)
     own: Collection[str] | None = getattr(factory, "settings", None)
     inner = getattr(factory, "inner", "")
     other = str(settings.get(inner, DEFAULTS[inner])) if inner else name
@@ -68,7 +69,7 @@ def sources_with(key: str) -> str:
     """The sources that take a setting, one of each kind, for a message."""
     kinds = {target: name for name, target in reversed(_BUILT_IN.items())}
     names = [name for name in reversed(kinds.values()) if key in getattr(_factory(name), "settings", ())]
-    return ", ".join([*names[:_MOST_NAMES], *["..."] * (len(names) > _MOST_NAMES)])
+    return ", ".join([*names[:_MAX_NAMES], *["..."] * (len(names) > _MAX_NAMES)])
 
 
 def _factory(name: str) -> Factory:
@@ -84,7 +85,7 @@ def _factory(name: str) -> Factory:
     raise AezooError(f"unknown data {name!r}{hint} Known: {', '.join(list_data())}; or the path of your own")
 
 
-def from_path(name: str) -> str | None:
+def source_of_path(name: str) -> str | None:
     """The source that reads a path given as the name; None for a plain name."""
     if name in _BUILT_IN or name in _plugins():
         return None
@@ -129,3 +130,6 @@ def _load(point: EntryPoint) -> Factory:
             f"({type(error).__name__}: {error}): update or uninstall it"
         ) from error
     return factory
+
+
+__getattr__ = renamed(__name__)

@@ -53,7 +53,7 @@ from aezoo.data.images import (
 from aezoo.data.in_memory import to_real_tensor
 from aezoo.data.loaders import SHUFFLE_GROUP, collate
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
-from aezoo.data.source import Batch, Options, Source, Stage, split_missing, takes
+from aezoo.data.source import Batch, Options, Source, Stage, accepts, split_missing
 from aezoo.errors import AezooError
 
 _LABELS = ("label", "labels", "class", "target", "y")
@@ -251,7 +251,7 @@ def _container_types(spec: Any) -> Iterator[str]:
         yield from _container_types(part)
 
 
-@takes(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs)
+@accepts(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs)
 class Stream(Source):
     """Chunks of litdata.
 

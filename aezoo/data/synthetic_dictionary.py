@@ -27,7 +27,7 @@ from scipy.special import ndtri
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from aezoo.data.source import STAGES, Batch, Options, Source, Stage, takes
+from aezoo.data.source import STAGES, Batch, Options, Source, Stage, accepts
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import mix
@@ -71,7 +71,7 @@ def uniform(seed: int, stream: int, index: npt.NDArray[np.int64]) -> Floats:
     return found
 
 
-@takes(DictionaryArgs)
+@accepts(DictionaryArgs)
 class SyntheticDictionary(Source):
     """Sparse sums of atoms that are known.
 
@@ -100,8 +100,8 @@ class SyntheticDictionary(Source):
         dim = options.dictionary_dim
         self.input_shape = (dim,) if self.streams == 1 else (self.streams, dim)
         at = np.arange(self.number * self.streams * dim).reshape(self.number, self.streams, dim)
-        drawn = ndtri(uniform(self.seed, _ATOMS, at))
-        unit = drawn / np.sqrt(np.square(drawn).sum(-1, keepdims=True))
+        samples = ndtri(uniform(self.seed, _ATOMS, at))
+        unit = samples / np.sqrt(np.square(samples).sum(-1, keepdims=True))
         self._atoms: Floats = unit.reshape(self.number, -1)
         self.atoms = torch.from_numpy(self._atoms).float().view(self.number, *self.input_shape)
         n = options.dictionary_samples

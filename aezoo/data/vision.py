@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from aezoo.data.images import ImageArgs, resized_shape, to_tensor
 from aezoo.data.in_memory import InMemory, Samples
 from aezoo.data.loaders import DecodingDataset
-from aezoo.data.source import STAGES, Options, Source, Stage, split_missing, takes
+from aezoo.data.source import STAGES, Options, Source, Stage, accepts, split_missing
 from aezoo.errors import AezooError
 from aezoo.security.archives import safe_extraction
 
@@ -109,7 +109,7 @@ _ARCHIVES = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 _NO_DOWNLOAD = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
 
 
-@takes(ImageArgs)
+@accepts(ImageArgs)
 def open_vision(options: Options) -> Source:
     """The source for a name of the table."""
     return (VisionArray if VISION_SETS[options.name].array else VisionFiles)(options)
@@ -163,10 +163,10 @@ class VisionFiles(Source):
             own = {stage: _open(self.row.title, self.options.root, a) for stage, a in self.row.splits.items()}
         sizes = {stage: len(dataset) for stage, dataset in own.items()}
         fractions = (self.options.val_fraction, self.options.test_fraction)
-        carved = split_missing(sizes, _labels(own["train"]), fractions, self.options.seed)
+        split_off = split_missing(sizes, _labels(own["train"]), fractions, self.options.seed)
         splits: dict[Stage, Dataset[Any]] = {}
         for stage in STAGES:
-            rows = carved[stage]
+            rows = split_off[stage]
             rows = torch.arange(sizes[stage]) if rows is None else rows
             offset = self.row.test_offset if stage == "test" and stage in own else 0
             if len(rows):

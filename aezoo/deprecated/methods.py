@@ -44,10 +44,13 @@ METHODS: dict[str, dict[str, str]] = {
         "within_books": "mask_unused_codes",
     },
     "aezoo.bases.triplet.TripletAutoencoder": {"keep_triplets": "set_triplet_loss"},
+    "aezoo.models.compression.scale_hyperprior.ScaleHyperprior": {"said": "code_side"},
     "aezoo.models.latent_diffusion.autoencoder_kl.AutoencoderKL": {
         "besides": "extra_terms",
         "compared": "decoder_inputs",
     },
+    "aezoo.models.sparse.sae_l1.SAEL1": {"warmed": "warm_up_weight"},
+    "aezoo.models.variational.mmvae.MMVAE": {"there": "present_components"},
 }
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 

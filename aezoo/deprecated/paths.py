@@ -196,11 +196,21 @@ ATTRIBUTES: dict[str, str] = {
 # names that have changed in modules that have not moved
 IN_PLACE = {
     "callbacks.saver_of": "checkpoint_callback",
+    "cli.config_resolution.without_foreign": "drop_foreign_settings",
+    "data.identity.set_name": "data_set_name",
+    "data.source.takes": "accepts",
+    "data.source_registry.from_path": "source_of_path",
     "manifolds.hamiltonian.kinetic_slope": "kinetic_gradient",
     "manifolds.hamiltonian.monte_carlo": "hmc_step",
     "manifolds.sphere.AboutMean": "RotationallySymmetric",
+    "models.latent_diffusion.asymmetric_kl.SightedDecoder": "ConditionalDecoder",
+    "models.masked.ijepa.Follower": "EMAEncoder",
+    "models.regularised.alad.Judge": "PairDiscriminator",
+    "models.variational.ladder_vae.OfBottom": "BottomDecoder",
+    "nets.conv.OnOneGrid": "UpsampleConcat",
     "quantisers.base.in_evaluation": "quantisers_in_eval_mode",
     "quantisers.common.entropy_of_bit": "binary_entropy",
     "quantisers.common.kept_levels": "level_dropout_mask",
     "quantisers.sim_vq.SharedBook": "SharedCodebook",
+    "training.compilation.compiled_alike": "consistent_compilation",
 }

@@ -115,8 +115,8 @@ def prepare_folder(folder: Path) -> None:
     """
     # a unique name, because another process may test the folder at the same time
     write(folder / f"{_PREFIX}{os.getpid()}{_SUFFIX}", lambda file: None)
-    for stray in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-        stray.unlink(missing_ok=True)
+    for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
     last = folder / LAST
     if (last.exists() or last.is_symlink()) and find_damage(last) is not None:
         last.replace(folder / f"{LAST}.damaged")
@@ -163,10 +163,10 @@ def check_intact(path: Path) -> None:
     """
     wrong = find_damage(path)
     if wrong is not None:
-        gone = None if path.exists() else FileNotFoundError(errno.ENOENT, wrong, str(path))
+        missing = None if path.exists() else FileNotFoundError(errno.ENOENT, wrong, str(path))
         raise AezooError(
             f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN"
-        ) from gone
+        ) from missing
 
 
 def record_path(path: Path) -> Path:

@@ -99,14 +99,14 @@ def finished_message(
         early = end.get("early_stopping")
         same = not early and (end["max_epochs"], end["max_steps"]) == (max_epochs, max_steps)
         at_limit = _reached(max_epochs, epoch) or (bool(early) and _reached(max_steps, step))
-        impatient = bool(early) and _is_same_patience(early_stopping, early)
+        stopped_early = bool(early) and _is_same_patience(early_stopping, early)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not (same or at_limit or impatient):
+    if not (same or at_limit or stopped_early):
         return None
     name = str(run or source)
     cures = ["--trainer.max_epochs"] if same or at_limit else []
-    if impatient:
+    if stopped_early:
         cures.append("--early_stopping.patience (0 never stops)")
     return (
         f"aezoo: {name} is finished (epoch {epoch}, step {step}), nothing is left to do; "

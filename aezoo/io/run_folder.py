@@ -51,10 +51,10 @@ def existing_parent(path: Path) -> Path:
 def checkpoints_of(run: Path) -> Path:
     """The folder of a run's checkpoints: inside the run's folder, unless `note_checkpoints` has recorded another."""
     try:
-        noted = os.fsdecode((run / _NOTE).read_bytes()).strip()
+        recorded = os.fsdecode((run / _NOTE).read_bytes()).strip()
     except OSError:
-        noted = ""
-    return Path(noted) if noted else run / CHECKPOINTS
+        recorded = ""
+    return Path(recorded) if recorded else run / CHECKPOINTS
 
 
 def note_checkpoints(run: Path, folder: Path) -> None:
@@ -82,10 +82,10 @@ def run_of(source: Path, requested: Path) -> Path | None:
         source: the checkpoint file.
         requested: the path that the user gave for it: a run, a folder of runs, or any other.
     """
-    noted = [run for run in (requested, *requested.glob("*")) if (run / _NOTE).is_file()]
-    noted = [run for run in noted if checkpoints_of(run) == source.parent]
-    if noted:
-        return max(noted, key=lambda run: (run / _NOTE).stat().st_mtime)
+    recorded = [run for run in (requested, *requested.glob("*")) if (run / _NOTE).is_file()]
+    recorded = [run for run in recorded if checkpoints_of(run) == source.parent]
+    if recorded:
+        return max(recorded, key=lambda run: (run / _NOTE).stat().st_mtime)
     home = parent_folder(source)
     return home.parent if home.name == CHECKPOINTS else None
 

@@ -125,8 +125,8 @@ def _per_channel(weight: Tensor, c: Tensor) -> list[Tensor]:
     for part in streams:
         for start in range(weight.ndim - part.ndim + 1):
             if weight.shape[start : start + part.ndim] == part.shape:
-                shaped = part.reshape(*part.shape, *[1] * (weight.ndim - start - part.ndim))
-                found += [shaped, 1 / shaped]
+                factors = part.reshape(*part.shape, *[1] * (weight.ndim - start - part.ndim))
+                found += [factors, 1 / factors]
     # several axes may have the same length, and several streams the same scale
     unique = [by for i, by in enumerate(found) if not any(_is_similar(by, other, weight) for other in found[:i])]
     return [*unique, _ONE] if weight.ndim < 2 or not unique else unique

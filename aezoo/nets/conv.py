@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.narrow_conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
@@ -94,7 +95,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
-class OnOneGrid(nn.Module):
+class UpsampleConcat(nn.Module):
     """Puts the codes of both levels side by side: each place of the bottom grid gets the nearest code of the top.
 
     (B, C, T) -> (B, 2 C, *bottom grid).
@@ -108,3 +109,6 @@ class OnOneGrid(nn.Module):
         top, bottom = z.split([math.prod(grid) for grid in self.grids], 2)
         up = F.interpolate(top.unflatten(2, self.grids[0]), self.grids[1])
         return torch.cat([up, bottom.unflatten(2, self.grids[1])], 1)
+
+
+__getattr__ = renamed(__name__)

@@ -35,7 +35,7 @@ class _TwoConvolutions(nn.Sequential):
         super().__init__(*layers)
 
 
-class _Doubled(nn.Module):
+class _DoubleChannels(nn.Module):
     """Repeats each value 2^R times and cuts the result to the grid: the reverse of a pooling that rounds up."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         self.act = activation(act)
         # the first stage has only the code's map
         before = [channels, *(width + channels for width in hidden_dims)]
-        self.ups = nn.ModuleList(_Doubled(size) for size in sizes[1:])
+        self.ups = nn.ModuleList(_DoubleChannels(size) for size in sizes[1:])
         self.stages = nn.ModuleList(
             _TwoConvolutions(rank, a, b, act) for a, b in zip(before, hidden_dims, strict=False)
         )
@@ -125,7 +125,7 @@ class UNet(nn.Module):
             _TwoConvolutions(rank, a, b, act) for a, b in pairwise((input_shape[0], *hidden_dims))
         )
         self.pool = _POOLS[rank](2, ceil_mode=True)
-        self.enlarge = nn.ModuleList(_Doubled(grid) for grid in grids(input_shape, len(hidden_dims) - 1)[-2::-1])
+        self.enlarge = nn.ModuleList(_DoubleChannels(grid) for grid in grids(input_shape, len(hidden_dims) - 1)[-2::-1])
         self.up = nn.ModuleList(_TwoConvolutions(rank, a + b, b, act) for a, b in pairwise(hidden_dims[::-1]))
         self.last = CONVS[rank](hidden_dims[0], outputs, 1)
 

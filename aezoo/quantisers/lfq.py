@@ -55,7 +55,7 @@ class LFQ(Quantiser):
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
         u_ND = self.project(z_ND)
         bit_ND = (u_ND > 0).long()
-        q_ND = self._of_bits(bit_ND)
+        q_ND = self._bits_to_codes(bit_ND)
         terms = {
             "entropy": binary_entropy(4 * self.scale * u_ND / self.temperature).sum(1),
             "diversity": self.diversity(u_ND),
@@ -64,9 +64,9 @@ class LFQ(Quantiser):
         return ste(u_ND, q_ND), to_index(bit_ND, (2,) * self.dim)[:, None], terms
 
     def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
-        return self._of_bits(to_digits(index_NQ[:, 0], (2,) * self.dim))
+        return self._bits_to_codes(to_digits(index_NQ[:, 0], (2,) * self.dim))
 
-    def _of_bits(self, bit_ND: Tensor) -> Tensor:
+    def _bits_to_codes(self, bit_ND: Tensor) -> Tensor:
         return (2 * bit_ND - 1).to(self.exact_dtype) * self.scale
 
     def diversity(self, u_ND: Tensor) -> Tensor:
@@ -77,12 +77,14 @@ class LFQ(Quantiser):
         for p_NG in torch.sigmoid(4 * self.scale * u_ND / self.temperature).to(exact).split(self.sizes, 1):
             # p(c|z) is a product over channels, so its mean over rows is a product of two halves
             half = p_NG.shape[1] // 2
-            mean_KK = _of_every_code(p_NG[:, :half]).T @ _of_every_code(p_NG[:, half:]) / p_NG.shape[0]
+            mean_KK = (
+                _probability_of_each_code(p_NG[:, :half]).T @ _probability_of_each_code(p_NG[:, half:]) / p_NG.shape[0]
+            )
             total = total + entropy(self.all_reduce_mean(mean_KK.flatten())).to(total)
         return total
 
 
-def _of_every_code(p_NG: Tensor) -> Tensor:
+def _probability_of_each_code(p_NG: Tensor) -> Tensor:
     """Probabilities of all codes of some channels, from each channel's probability of 1, (N, G) -> (N, 2^G)."""
     p_NK = torch.ones_like(p_NG[:, :0].sum(1, keepdim=True))
     for p_N in p_NG.unbind(1):

@@ -114,8 +114,8 @@ def use_products(layer: nn.Conv2d | nn.ConvTranspose2d, small: Pair) -> bool:
     if not linear.HAS_AMX if _is_low_precision(layer) else linear.MKL_HALF_WIDTH:
         unstrided = points > 1 and math.prod(layer.stride) == 1
         most, least = _FEW_POINTS, _CHANNELS_UNSTRIDED if unstrided else least
-    suits = min(small) > 0 and points <= most and channels >= least and math.prod(layer.kernel_size) > 1
-    return suits and is_enabled("conv_products")
+    is_suitable = min(small) > 0 and points <= most and channels >= least and math.prod(layer.kernel_size) > 1
+    return is_suitable and is_enabled("conv_products")
 
 
 def use_weight_grad_product(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry) -> bool:
@@ -143,8 +143,8 @@ def use_overlap_add(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     """Whether overlapping products are faster, for a layer with one channel."""
     by_onednn = linear.MKL_HALF_WIDTH and layer.weight.dtype == torch.float32 and not _is_low_precision(layer)
     overlap = any(k > s for k, s in zip(geometry.kernel, geometry.stride, strict=True))
-    suits = by_onednn and layer.out_channels == 1 and overlap and _has_few_channels(layer, geometry)
-    return suits and is_enabled("overlap_add")
+    is_suitable = by_onednn and layer.out_channels == 1 and overlap and _has_few_channels(layer, geometry)
+    return is_suitable and is_enabled("overlap_add")
 
 
 def use_separate_bias(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:

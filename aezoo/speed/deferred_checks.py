@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # steps between two checks; and seconds, because slow steps would be slow to repeat
 PERIOD, SECONDS = 256, 10.0
 # smallest decay factor of a squared gradient per step; with a smaller one the moments forget too soon
-_LEAST_MEMORY = 0.9
+_MIN_DECAY = 0.9
 # a sum of squared gradients that is a tenth of the float32 range
 _LARGE = 3e37
 
@@ -114,7 +114,7 @@ class Rollback:
             return
         self.finish_checks()
         groups = [] if self._step is None else self._step.groups
-        if groups and all(group.left >= _LEAST_MEMORY for group in groups) and self._has_room(groups):
+        if groups and all(group.decay >= _MIN_DECAY for group in groups) and self._has_room(groups):
             self._begin()
 
     @property
@@ -170,27 +170,27 @@ class Rollback:
         self._remove_hook = watch.remove
 
     def _finish_checks(self, in_step: bool = False) -> bool:
-        taken, self._unchecked = self._unchecked, None
-        if taken is None or self._copy is None:
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is None or self._copy is None:
             return False
-        if self._copy.is_finite(len(taken)) and not (in_step and self._copy.has_buffers):
+        if self._copy.is_finite(len(unchecked)) and not (in_step and self._copy.has_buffers):
             return False
         self._step = None  # for the rest of the epoch
         # the caller of state_dict may have disabled gradients or enabled autocast
         with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-            self._replay_steps(self._copy, taken)
+            self._replay_steps(self._copy, unchecked)
         return True
 
-    def _replay_steps(self, was: _Copy, taken: list[tuple[int, bool]]) -> None:
+    def _replay_steps(self, saved: _Copy, unchecked: list[tuple[int, bool]]) -> None:
         """Repeat the steps; after an error the state is that of the step that raised it."""
         loop = self._loop
         counters = loop.counters()
-        was.restore()
-        if taken:
+        saved.restore()
+        if unchecked:
             loader: Any = loop.trainer.train_dataloader
             # the epoch's own iterator keeps its position
-            batches = itertools.islice(loader.again(taken[0][0]), len(taken))
-            for (batch_idx, is_last), batch in zip(taken, batches, strict=True):
+            batches = itertools.islice(loader.batches_from(unchecked[0][0]), len(unchecked))
+            for (batch_idx, is_last), batch in zip(unchecked, batches, strict=True):
                 loop.replay_step(batch, batch_idx, is_last)
         # the current step has also been counted
         loop.set_counters(counters)

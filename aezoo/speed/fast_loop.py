@@ -109,10 +109,10 @@ def install_fast_loop(trainer: pl.Trainer) -> bool:
     Returns:
         Whether it is used.
     """
-    lacks = missing(trainer)
-    if lacks is not None:
+    absent = missing(trainer)
+    if absent is not None:
         rank_zero_warn(
-            f"Lightning {lightning.__version__} has no {lacks}: training takes Lightning's own loop, which is slower "
+            f"Lightning {lightning.__version__} has no {absent}: training takes Lightning's own loop, which is slower "
             "for small models"
         )
         return False
@@ -127,7 +127,7 @@ def install_fast_loop(trainer: pl.Trainer) -> bool:
 def plan_of(trainer: pl.Trainer) -> Plan | None:
     """The plan of a fit; None if the fast loop cannot do the same as Lightning's."""
     module, loader, optimizers = trainer.lightning_module, trainer.train_dataloader, trainer.optimizers
-    suits = (
+    is_supported = (
         module.automatic_optimization
         and is_plain(trainer)
         and getattr(trainer.precision_plugin, "scaler", None) is None
@@ -139,7 +139,7 @@ def plan_of(trainer: pl.Trainer) -> Plan | None:
         and not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
         and loader is not None
     )
-    return Plan(trainer) if suits else None
+    return Plan(trainer) if is_supported else None
 
 
 def batch_is_private(trainer: pl.Trainer) -> bool:
@@ -333,8 +333,10 @@ class FastLoop(_TrainingEpochLoop):
     def _call_hooks(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.planned
         # the guard must remember at its own place among callbacks that may change the state
-        remembers = hook == "on_train_batch_start" and not (plan.rollback is not None and plan.rollback.is_deferring)
-        hooks = plan.hooks if self._calls_guard_hooks or remembers else plan.hooks_without_guard
+        calls_remember = hook == "on_train_batch_start" and not (
+            plan.rollback is not None and plan.rollback.is_deferring
+        )
+        hooks = plan.hooks if self._calls_guard_hooks or calls_remember else plan.hooks_without_guard
         for method, is_module in hooks[hook]:
             self._call_as(hook, method, *(args if is_module else (trainer, plan.module, *args)))
 

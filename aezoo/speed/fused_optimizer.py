@@ -93,7 +93,7 @@ class Group(NamedTuple):
         return [*_in_order(self.parameters), *_in_order([*held]), *counts]
 
     @property
-    def left(self) -> float:
+    def decay(self) -> float:
         """The factor of a squared gradient one step later."""
         return self.memory.left(self.settings) ** (2 / self.memory.power)
 
@@ -102,7 +102,7 @@ class Group(NamedTuple):
         held = [state[self.memory.state] for state in self.states]
         squares = held if self.memory.power == 2 else [v.square() for v in held]
         total = sum(float(v.sum()) for v in squares)
-        seen = self.memory.share(self.settings) ** (2 / self.memory.power) * self.left**steps
+        seen = self.memory.share(self.settings) ** (2 / self.memory.power) * self.decay**steps
         return total / seen if seen else float("inf")
 
 

@@ -74,7 +74,7 @@ class CapturedStep:
         if self._x is None and len(x) >= self._least:
             self._x, self._y = x.clone(), None if y is None else y.clone()
         if self._x is None or x.shape != self._x.shape:
-            return self._aside(x, y)
+            return self._eager_step(x, y)
         self._x.copy_(x)
         if self._y is not None and y is not None:
             self._y.copy_(y)
@@ -91,7 +91,7 @@ class CapturedStep:
         self._replay()
         return self._result
 
-    def _aside(self, x: Tensor, y: Tensor | None) -> Any:
+    def _eager_step(self, x: Tensor, y: Tensor | None) -> Any:
         self._drop_gradients()
         result = self._step(x, y)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=False):

@@ -57,7 +57,7 @@ class JointStep(Compiled):
         return self._compiled is not None
 
     @property
-    def suits(self) -> bool:
+    def matches(self) -> bool:
         """Whether there are trained parameters, and none has hooks, which only the engine calls."""
         hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
         return not hooked and any(p.requires_grad for p in self._parameters)

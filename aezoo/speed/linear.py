@@ -18,7 +18,7 @@ from aezoo.speed.swapping import Swapped
 from aezoo.training.tracing import is_exporting
 
 # number of multiplications above which the overhead of Python is small, and above which oneDNN is faster
-_LARGE, _ENOUGH = 2**21, 2**18
+_LARGE, _MIN_MULTIPLICATIONS = 2**21, 2**18
 
 
 def onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -161,7 +161,7 @@ def _is_large(multiplications: Any) -> bool:
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(multiplications >= (_ENOUGH if lowered_by_inductor else _LARGE))
+        return statically_known_true(multiplications >= (_MIN_MULTIPLICATIONS if lowered_by_inductor else _LARGE))
     return bool(multiplications >= _LARGE) and torch._C._get_mkldnn_enabled()
 
 

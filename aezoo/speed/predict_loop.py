@@ -47,16 +47,16 @@ class FastPredictionLoop(_PredictionLoop):
     def _find_hooks(self) -> None:
         trainer = self.trainer
         step = trainer.lightning_module.predict_step
-        suits = (
+        is_supported = (
             is_plain(trainer)
             and self.num_dataloaders == 1
             and not any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             and is_param_in_hook_signature(step, "batch_idx", min_args=2)
             and not is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
         )
-        self.hooks = {name: hooks_of(name, trainer) for name in _AROUND} if suits else {}
+        self.hooks = {name: hooks_of(name, trainer) for name in _AROUND} if is_supported else {}
         assert self._combined_loader is not None
-        self.prepare = resident_transform(trainer, self._combined_loader.flattened[0]) if suits else None
+        self.prepare = resident_transform(trainer, self._combined_loader.flattened[0]) if is_supported else None
 
     def teardown(self) -> None:
         self.hooks, self.prepare = {}, None  # only valid for this prediction

@@ -58,25 +58,29 @@ def _fits_whole(model: TrainingModule) -> bool:
     return not any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)
 
 
-def begin_fit(model: TrainingModule, how: dict[str, Any] | None) -> None:
+def begin_fit(model: TrainingModule, compile_arguments: dict[str, Any] | None) -> None:
     """Use the fast loop, and what it allows, if they suit this run; call it when training starts.
 
     Args:
         model: the model, with its Trainer.
-        how: arguments with which its loss is compiled; None if it is not.
+        compile_arguments: arguments with which its loss is compiled; None if it is not.
     """
     trainer = model.trainer
-    if how is not None and is_enabled("inductor_lowering"):
+    if compile_arguments is not None and is_enabled("inductor_lowering"):
         inductor_lowering.enable()
     if not is_enabled("fast_loop"):
         return
     fast = fast_loop.install_fast_loop(trainer)
-    if how is not None and fast and not model.has_own_step:
-        if how["mode"] == "reduce-overhead" and is_enabled("graph_capture") and fast_loop.capture_steps(trainer):
+    if compile_arguments is not None and fast and not model.has_own_step:
+        if (
+            compile_arguments["mode"] == "reduce-overhead"
+            and is_enabled("graph_capture")
+            and fast_loop.capture_steps(trainer)
+        ):
             # a graph of the whole step includes those of its parts
-            model._compiled = compilation.Compiled(model._terms, **{**how, "mode": "default"})
+            model._compiled = compilation.Compiled(model._terms, **{**compile_arguments, "mode": "default"})
         if model.device.type == "cpu" and is_enabled("joint_backward") and joint_backward.can_trace():
-            fast_loop.set_joint_step(trainer, joint_backward.JointStep(model, model._terms, **how))
+            fast_loop.set_joint_step(trainer, joint_backward.JointStep(model, model._terms, **compile_arguments))
     if fast and is_built_in(type(model)) and is_enabled("deferred_checks"):
         fast_loop.defer_checks(trainer)
     _refresh_participants(model)

@@ -197,7 +197,7 @@ class Plan:
         Args:
             calls_guard_hooks: whether the guard's hooks are called.
         """
-        if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.suits):
+        if self.joint is None or not (self._gradients_are_private and self.joint.works and self.joint.matches):
             return False
         hooks = self.hooks if calls_guard_hooks else self.hooks_without_guard
         return not any(hooks[name] for name in _BEFORE_GRADIENTS)
@@ -241,14 +241,14 @@ def resident_transform(trainer: pl.Trainer, loader: Any) -> Hook | None:
     None if a batch has to be moved, or if a transfer hook is implemented.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    lies_there = (
+    is_resident = (
         isinstance(loader, ResidentLoader)
         and loader.x.device == trainer.strategy.root_device
         and loader.x.dtype in (torch.uint8, torch.float32)
         and not any(is_overridden(name, module) for name in (*_TRANSFER, "on_after_batch_transfer"))
         and not any(data is not None and is_overridden(name, data) for name in _TRANSFER)
     )
-    if not lies_there:
+    if not is_resident:
         return None
     return _identity if data is None else data.on_after_batch_transfer
 
@@ -265,8 +265,8 @@ def _owner(hook: Hook) -> Any:
     return getattr(hook, "__self__", None)
 
 
-def _is_ours(who: Any) -> bool:
-    return type(who).__module__.partition(".")[0] in _OURS
+def _is_ours(owner: Any) -> bool:
+    return type(owner).__module__.partition(".")[0] in _OURS
 
 
 def _has_our_method(module: pl.LightningModule, name: str) -> bool:
@@ -279,11 +279,11 @@ def _steps_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return str(type(optimizer).step.__module__).startswith("torch.optim.") and has_step_of_class(optimizer)
 
 
-def _is_unmodified(thing: Any, *packages: str) -> bool:
+def _is_unmodified(instance: Any, *packages: str) -> bool:
     """Whether an object's class is of these packages and no method is replaced, as in a LambdaCallback."""
-    cls = type(thing)
+    cls = type(instance)
     return cls.__module__.partition(".")[0] in packages and not any(
-        inspect.isfunction(getattr(cls, name, None)) for name in vars(thing)
+        inspect.isfunction(getattr(cls, name, None)) for name in vars(instance)
     )
 
 

@@ -51,7 +51,7 @@ def check_constructor(subject: Subject) -> None:
     require(torch.load(buffer, weights_only=True) == plain, "hparams do not load with weights_only=True")
     json.dumps(plain)  # fails on what a saved folder cannot hold
 
-    lists = {name: _lists(value) for name, value in plain.items()}
+    lists = {name: _with_lists(value) for name, value in plain.items()}
     given = copy.deepcopy(lists)
     other = subject.cls(**given)
     require(given == lists, "the constructor changes the lists or dicts that it is given")
@@ -60,41 +60,41 @@ def check_constructor(subject: Subject) -> None:
 
 def _require_signature(cls: type, parameters: list[inspect.Parameter]) -> None:
     require(bool(parameters) and parameters[0].name == "input_shape", "the first argument must be input_shape")
-    described = set().union(*map(_described, cls.__mro__))
+    documented = set().union(*map(_documented_arguments, cls.__mro__))
     for p in parameters:
         require(
             p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL),
             f"spell out the arguments, or take a group by Unpack, instead of *{p.name}",
         )
-        require(p.name in described, f"the class docstring's Args do not describe {p.name}")
+        require(p.name in documented, f"the class docstring's Args do not describe {p.name}")
         if p.name != "input_shape":
             require(p.kind is p.KEYWORD_ONLY, f"argument {p.name} must be keyword-only")
             require(p.default is not p.empty, f"argument {p.name} needs a default")
-            require(_plain(p.default), f"the default of {p.name} is a {type(p.default).__name__}, not a plain value")
-    gone = ", ".join(sorted(_described(cls) - {p.name for p in parameters}))
-    require(not gone, f"the class docstring's Args describe {gone}, which the constructor does not have")
+            require(_is_plain(p.default), f"the default of {p.name} is a {type(p.default).__name__}, not a plain value")
+    unknown = ", ".join(sorted(_documented_arguments(cls) - {p.name for p in parameters}))
+    require(not unknown, f"the class docstring's Args describe {unknown}, which the constructor does not have")
 
 
-def _described(cls: type) -> set[str]:
+def _documented_arguments(cls: type) -> set[str]:
     """The names under Args in the docstring of one class."""
     doc = inspect.cleandoc(vars(cls).get("__doc__") or "")
     args = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
     return set(re.findall(r"^ {4}(\w+): \S", args[1], re.MULTILINE)) if args else set()
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
+        return all(_is_plain(item) for item in value)
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
-def _lists(value: Any) -> Any:
+def _with_lists(value: Any) -> Any:
     """The value with lists for tuples, as it comes from a configuration file."""
     if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @as_check
@@ -109,7 +109,7 @@ def check_shapes(subject: Subject) -> None:
 def _require_shapes(subject: Subject, shape: tuple[int, ...]) -> None:
     model, x = subject.build(shape).eval(), subject.data(3, shape)
     require(model.input_shape == shape, f"input_shape is {model.input_shape} for data of {shape}")
-    require(_whole(model.code_shape), f"code_shape must be a tuple of ints, got {model.code_shape!r}")
+    require(_is_shape(model.code_shape), f"code_shape must be a tuple of ints, got {model.code_shape!r}")
     with torch.no_grad():
         z = model.encode(x)
         require_shape("encode", z, (3, *model.code_shape))
@@ -163,7 +163,7 @@ def _require_symbols(model: EntropyCoded, x: torch.Tensor) -> None:
         require_close("decode(codes(encode_symbols(x)))", model.decode(model.codes(symbols)), model(x), 1e-5)
 
 
-def _whole(shape: Any) -> bool:
+def _is_shape(shape: Any) -> bool:
     return isinstance(shape, tuple) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
 
 
@@ -252,7 +252,7 @@ def check_batch_independence(subject: Subject) -> None:
         model.loss(x)  # statistics that evaluation must not use would be gathered here
         for name, call in (("encode", model.encode), ("forward", model), ("score", model.score)):
             whole = call(x)
-            alone = torch.cat([call(x[i : i + 1]) for i in range(len(x))])
-            require_close(f"{name} of single samples, against the batch of them,", alone, whole, 1e-4)
-            mates = torch.cat([call(torch.cat([x[i : i + 1], 1 - x[:3]]))[:1] for i in range(len(x))])
-            require_close(f"{name} of a sample with other batch mates", mates, whole, 1e-4)
+            single = torch.cat([call(x[i : i + 1]) for i in range(len(x))])
+            require_close(f"{name} of single samples, against the batch of them,", single, whole, 1e-4)
+            other_batches = torch.cat([call(torch.cat([x[i : i + 1], 1 - x[:3]]))[:1] for i in range(len(x))])
+            require_close(f"{name} of a sample with other batch mates", other_batches, whole, 1e-4)

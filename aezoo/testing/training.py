@@ -243,7 +243,7 @@ def check_resume(subject: Subject) -> None:
         ends = {}
         for start in (whole, *resumed):
             torch.manual_seed(start)  # what the checkpoint does not hold comes out differently
-            model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_Saves(folder)])
+            model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_SaveEachBatch(folder)])
             data = DataModule.from_arrays(
                 subject.data(3 * BATCH),
                 torch.arange(3 * BATCH) % 2,
@@ -255,11 +255,11 @@ def check_resume(subject: Subject) -> None:
             trainer.fit(model, data, ckpt_path=_file(folder, start) if start else None)
             ends[start] = snapshot(model)
     for step in resumed:
-        off = sorted(name for name, value in ends[whole].items() if not torch.equal(value, ends[step][name]))
-        require(not off, f"a fit that goes on from step {step} of 6 ends with other {', '.join(off[:3])}")
+        different = sorted(name for name, value in ends[whole].items() if not torch.equal(value, ends[step][name]))
+        require(not different, f"a fit that goes on from step {step} of 6 ends with other {', '.join(different[:3])}")
 
 
-class _Saves(pl.Callback):
+class _SaveEachBatch(pl.Callback):
     """Writes a checkpoint after each batch of a fit that begins at its first."""
 
     def __init__(self, folder: str) -> None:

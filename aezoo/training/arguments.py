@@ -19,9 +19,9 @@ from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
 
 # what fits in the integers of torch and of a checkpoint
-_MOST = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 # no hyperparameter means more, and float32 loses every digit of a loss beside it
-_LARGEST = 1e9
+_MAX_FLOAT = 1e9
 # of descriptions in a docstring
 _WIDTH = 112
 
@@ -113,7 +113,7 @@ def _annotated(init: Any) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
 
 
-def _written(cls: type) -> list[inspect.Parameter] | None:
+def _own_parameters(cls: type) -> list[inspect.Parameter] | None:
     """The parameters of the constructor that a class itself defines, or None."""
     if "_own_defaults" in vars(cls):
         return vars(cls).get("_own_parameters")
@@ -121,18 +121,18 @@ def _written(cls: type) -> list[inspect.Parameter] | None:
 
 
 def _resolved(cls: type) -> inspect.Signature:
-    written = [found for c in cls.__mro__ if (found := _written(c)) is not None]
-    group = _group(written[0])
-    parameters = {p.name: p for p in written[0] if group is None or p.kind is not p.VAR_KEYWORD}
+    constructors = [found for c in cls.__mro__ if (found := _own_parameters(c)) is not None]
+    group = _group(constructors[0])
+    parameters = {p.name: p for p in constructors[0] if group is None or p.kind is not p.VAR_KEYWORD}
     if group is not None:
-        taken, described = get_type_hints(group), arguments_of(group)
-        for p in [p for of_parent in written[1:] for p in of_parent]:
-            if p.name in taken and p.name not in parameters:
+        hints, described = get_type_hints(group), arguments_of(group)
+        for p in [p for of_parent in constructors[1:] for p in of_parent]:
+            if p.name in hints and p.name not in parameters:
                 parameters[p.name] = p.replace(kind=p.KEYWORD_ONLY)
-        for name in [key for key in taken if key not in parameters]:
+        for name in [key for key in hints if key not in parameters]:
             default = described[name].default if name in described else inspect.Parameter.empty
             kind = inspect.Parameter.KEYWORD_ONLY
-            parameters[name] = inspect.Parameter(name, kind, default=default, annotation=taken[name])
+            parameters[name] = inspect.Parameter(name, kind, default=default, annotation=hints[name])
     return inspect.Signature([p.replace(default=_default(cls, p)) for p in parameters.values()])
 
 
@@ -141,7 +141,7 @@ def _default(cls: type, parameter: inspect.Parameter) -> Any:
     for c in cls.__mro__:
         if parameter.name in vars(c).get("_own_defaults", {}):
             return vars(c)["_own_defaults"][parameter.name]
-        for written in _written(c) or ():
+        for written in _own_parameters(c) or ():
             if written.name == parameter.name:
                 return written.default
     return parameter.default
@@ -202,7 +202,7 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
             cure = f": give ({value},)" if hints[name] == tuple[int, ...] and _fits(value, int) else ""
-            raise AezooError(f"{cls.__name__}: {name} takes {_words(hints[name])}, got {_brief(value)}{cure}")
+            raise AezooError(f"{cls.__name__}: {name} takes {_type_text(hints[name])}, got {_short_repr(value)}{cure}")
 
 
 @lru_cache(maxsize=256)
@@ -231,9 +231,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if hint is int:
         # not NumPy's, which torch does not take as sizes and a checkpoint not at all
-        return type(value) is int and abs(value) <= _MOST
+        return type(value) is int and abs(value) <= _MAX_INTEGER
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= _LARGEST
+        return type(value) in (int, float) and abs(value) <= _MAX_FLOAT
     if hint is str:
         return isinstance(value, str | os.PathLike)
     if hint in (bool, type(None)):
@@ -241,10 +241,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _words(hint: Any) -> str:
+def _type_text(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(part) for part in get_args(hint))
+        return " or ".join(_type_text(part) for part in get_args(hint))
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin in (tuple, list):
@@ -261,6 +261,6 @@ def _words(hint: Any) -> str:
     return names.get(hint, "nothing" if hint is type(None) else str(hint))
 
 
-def _brief(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
@@ -102,7 +103,7 @@ class Compiled:
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
         try:
-            with compiled_alike() if compiles else nullcontext():
+            with consistent_compilation() if compiles else nullcontext():
                 return self._compiled(x, *rest)
         except Exception as error:  # every back end fails in its own way, later too where a step is compiled anew
             self._compiled = None
@@ -121,7 +122,7 @@ class Compiled:
 
 
 @contextmanager
-def compiled_alike() -> Iterator[None]:
+def consistent_compilation() -> Iterator[None]:
     """Compile inside with the semantics of eager mode: no autocast in backward passes, and hooks added later run.
 
     Operations are not reordered for less memory either: torch 2.13 then reads an in-place sum before all is added, so
@@ -149,8 +150,11 @@ def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
     if steps_differ and mode != "off":
         rank_zero_info("training step: not compiled, because it computes different things from step to step")
     elif mode == "auto":
-        why = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
-        what = f"is {'' if chosen else 'not '}compiled ({why})"
+        reason = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
+        what = f"is {'' if chosen else 'not '}compiled ({reason})"
         rank_zero_info(f"training step: {what}; --compile {'off' if chosen else 'default'} changes that")
     elif chosen:
         rank_zero_info(f"training step: compiled ({mode}); the first step waits for it")
+
+
+__getattr__ = renamed(__name__)

@@ -25,9 +25,9 @@ class RecordsArguments(Checked, HyperparametersMixin):
         complete_signature(cls, defaults or {})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        made = super().__new__(cls, *args, **kwargs)
-        made._arguments = bound(cls, args, kwargs)
-        return made
+        instance = super().__new__(cls, *args, **kwargs)
+        instance._arguments = bound(cls, args, kwargs)
+        return instance
 
     def __init__(self) -> None:
         super().__init__()

@@ -65,8 +65,8 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
     """See `Autoencoder.check_batch`."""
     if tuple(x.shape[1:]) != model.input_shape:
         raise AezooError(
-            f"the model expects samples of shape {_by(model.input_shape)}, the data give {_by(x.shape[1:])}: "
-            "build the model with that input_shape or change the data's size and channels"
+            f"the model expects samples of shape {_shape_text(model.input_shape)}, the data give "
+            f"{_shape_text(x.shape[1:])}: build the model with that input_shape or change the data's size and channels"
         )
     if not x.is_floating_point():
         raise AezooError(f"the model expects float data, got {x.dtype}: scale it first, for images x.float() / 255")
@@ -107,8 +107,8 @@ def guard(cls: type["ModelInterface"]) -> None:
         raise AezooError(f"{cls.__name__}.loss must take self, x and y: def loss(self, x, y=None)") from error
     for name, shape in _SHAPES.items():
         if hasattr(cls, name):
-            _replace(cls, name, functools.partial(_of_data, shape=shape))
-    _replace(cls, "sample", _of_a_count)
+            _replace(cls, name, functools.partial(_check_data, shape=shape))
+    _replace(cls, "sample", _check_count)
 
 
 def _replace(cls: type, name: str, wrapper: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
@@ -119,7 +119,7 @@ def _replace(cls: type, name: str, wrapper: Callable[[Callable[..., Tensor]], Ca
         setattr(cls, name, guarded)
 
 
-def _of_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
+def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
     is_loss = method.__name__ == "loss"  # the training loop looks at its batches itself
 
     @functools.wraps(method)
@@ -152,8 +152,8 @@ def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Excep
     if tuple(x.shape[1:]) != expected:
         what = "samples" if shape == "input_shape" else "codes"
         raise AezooError(
-            f"{name} expects {what} of shape Bx{_by(expected)}, got {_by(x.shape)}: one sample needs a batch "
-            "dimension too, x[None]; another size needs another model, or resized data"
+            f"{name} expects {what} of shape Bx{_shape_text(expected)}, got {_shape_text(x.shape)}: one sample needs a "
+            "batch dimension too, x[None]; another size needs another model, or resized data"
         ) from failed
     if not x.is_floating_point():
         raise AezooError(f"{name} expects float data, got {x.dtype}: for images x.float() / 255") from failed
@@ -171,7 +171,7 @@ def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Excep
         ) from failed
 
 
-def _of_a_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _check_count(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(method)
     def guarded(self: "ModelInterface", n: int, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -194,10 +194,10 @@ def _too_wide(model: "ModelInterface", x: Tensor) -> bool:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {_by(value.shape)}" if value.ndim else "one tensor"
+        return f"a tensor of shape {_shape_text(value.shape)}" if value.ndim else "one tensor"
     shape = getattr(value, "shape", None)
-    return f"{type(value).__name__} of shape {_by(shape)}" if isinstance(shape, tuple) else type(value).__name__
+    return f"{type(value).__name__} of shape {_shape_text(shape)}" if isinstance(shape, tuple) else type(value).__name__
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape)

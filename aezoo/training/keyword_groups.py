@@ -21,14 +21,14 @@ class Argument:
     Attributes:
         default: its default.
         text: its description.
-        least: the smallest value.
-        most: the largest value.
+        minimum: the smallest value.
+        maximum: the largest value.
     """
 
     default: Any
     text: str
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
 
 
 def arguments_of(group: type) -> dict[str, Argument]:

@@ -45,8 +45,8 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
             speed.tear_down(self, stage)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        there = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [_AfterError()]
+        exists = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if exists else [_AfterError()]
 
     def on_fit_start(self) -> None:
         self._train_means.reset()
@@ -61,13 +61,13 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         epoch_loop = self.trainer.fit_loop.epoch_loop
         if epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch:
             self._train_means.reset()  # Lightning counts this epoch as finished
-        for held in self.trainer.optimizers:
-            optimizers.align(held)
-        how = self._compile_arguments()
-        if how is not None:
-            self._compiled = compilation.Compiled(self._terms, **how)
-            self._compiler_settings.enter_context(compilation.compiled_alike())
-        speed.begin_fit(self, how)
+        for optimizer in self.trainer.optimizers:
+            optimizers.align(optimizer)
+        compile_arguments = self._compile_arguments()
+        if compile_arguments is not None:
+            self._compiled = compilation.Compiled(self._terms, **compile_arguments)
+            self._compiler_settings.enter_context(compilation.consistent_compilation())
+        speed.begin_fit(self, compile_arguments)
         self._renew_optimizer()
 
     def on_fit_end(self) -> None:

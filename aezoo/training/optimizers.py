@@ -64,7 +64,7 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
     name, colon, rest = text.partition(":")
     if name not in OPTIMIZERS:
         raise AezooError(f"unknown optimizer {text!r}: take one of {', '.join(OPTIMIZERS)}")
-    usual = _usual(name)
+    usual = _default_betas(name)
     possible = [key for key, of in (("eps", "eps"), ("beta1", "betas"), ("beta2", "betas")) if of in usual]
     settings: dict[str, float] = {}
     for part in rest.split(",") if colon else ():
@@ -83,7 +83,7 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
     return name, settings
 
 
-def _usual(name: str) -> dict[str, Any]:
+def _default_betas(name: str) -> dict[str, Any]:
     """The defaults of torch's optimiser of that name, by argument."""
     return {key: argument.default for key, argument in inspect.signature(OPTIMIZERS[name]).parameters.items()}
 
@@ -130,7 +130,7 @@ def build(
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if "eps" in given:
         settings["eps"] = given["eps"]
-    if "betas" in (usual := _usual(name)):
+    if "betas" in (usual := _default_betas(name)):
         settings["betas"] = betas(text, usual["betas"])
     if name == "sgd":
         settings["momentum"] = 0.9

@@ -50,14 +50,14 @@ def set_up(model: "TrainingModule", stage: str) -> None:
     _call("set_up", model, stage)
 
 
-def begin_fit(model: "TrainingModule", how: dict[str, Any] | None) -> None:
+def begin_fit(model: "TrainingModule", compile_arguments: dict[str, Any] | None) -> None:
     """Begin the steps of a fit.
 
     Args:
         model: the model, with its Trainer.
-        how: arguments with which its loss is compiled; None if it is not.
+        compile_arguments: arguments with which its loss is compiled; None if it is not.
     """
-    _call("begin_fit", model, how)
+    _call("begin_fit", model, compile_arguments)
 
 
 def begin_prediction(model: "TrainingModule") -> None:

@@ -45,7 +45,7 @@ class TrainingSteps(BatchReader):
         if "started" in self._buffers:
             first = trainer is None or trainer.global_step == 0
             if first or self._before_start:
-                self._start(x, first)  # in later steps the flag need not be fetched from an accelerator
+                self._init_from_first_batch(x, first)  # in later steps the flag need not be fetched from an accelerator
         return x, y
 
     def step_terms(self, x: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,7 +106,7 @@ class TrainingSteps(BatchReader):
         raise NotImplementedError(f"{type(self).__name__} must write what its first data start")
 
     @torch.no_grad()
-    def _start(self, x: Tensor, first: bool) -> None:
+    def _init_from_first_batch(self, x: Tensor, first: bool) -> None:
         if not self.started:
             # after a step that was not finite the fault guard restores buffers, `started` among them, but no weights
             for parameter, before in zip(self.parameters(), self._before_start, strict=False):

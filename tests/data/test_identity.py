@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aezoo.data import DataModule, identity
-from aezoo.data.identity import data_identity, set_name
+from aezoo.data.identity import data_identity, data_set_name
 
 
 @pytest.fixture
@@ -82,10 +82,10 @@ def test_sets_without_files_are_known_by_name():
 
 
 def test_run_names_tell_files_and_folders_apart(array, photos):
-    assert set_name("array", str(array)) == set_name(str(array)) == "x"
-    assert set_name("folder", str(photos)) == "photos"
-    assert set_name("mnist5k", "elsewhere") == "mnist5k"
-    assert set_name("folder") == "folder"
+    assert data_set_name("array", str(array)) == data_set_name(str(array)) == "x"
+    assert data_set_name("folder", str(photos)) == "photos"
+    assert data_set_name("mnist5k", "elsewhere") == "mnist5k"
+    assert data_set_name("folder") == "folder"
 
 
 def test_arrays_in_memory_have_no_identity():

@@ -99,8 +99,8 @@ def test_epoch_is_readable_from_any_batch_concurrently():
     loader.sampler.skip = (1, 3)
     reader = iter(loader)
     found = [next(reader)]
-    same_batches(loader.again(2), whole[1:])  # number 1 is the reader's first
-    loader.again(4)  # and nobody reads it
+    same_batches(loader.batches_from(2), whole[1:])  # number 1 is the reader's first
+    loader.batches_from(4)  # and nobody reads it
     found += reader
     same_batches(found, whole)
     loader.sampler.set_epoch(1)

@@ -11,7 +11,7 @@ from aezoo.__main__ import main
 from aezoo.data import DataModule, Options, list_data
 from aezoo.data.images import ImageArgs
 from aezoo.data.settings import SourceArgs, own_settings
-from aezoo.data.source import ArrayDataset, Source, takes
+from aezoo.data.source import ArrayDataset, Source, accepts
 from aezoo.data.source_registry import settings_of
 
 DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
@@ -81,7 +81,7 @@ class Plain(Source):
         return ArrayDataset(torch.rand(4, 2))
 
 
-@takes(ImageArgs)
+@accepts(ImageArgs)
 class Resized(Plain):
     """One that does."""
 

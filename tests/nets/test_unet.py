@@ -33,6 +33,6 @@ def test_every_unet_stage_passes_through_the_code() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_upsampling_inverts_ceil_mode_pooling(n: int) -> None:
     small_map = torch.rand(1, 1, math.ceil(n / 2))
-    large = unet._Doubled((n,))(small_map)
+    large = unet._DoubleChannels((n,))(small_map)
     assert torch.equal(large[0, 0], small_map[0, 0].repeat_interleave(2)[:n])
     assert torch.equal(nn.MaxPool1d(2, ceil_mode=True)(large), small_map)

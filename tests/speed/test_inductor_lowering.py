@@ -30,7 +30,7 @@ def _told(monkeypatch):
 
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "_LARGE", 0)
-    monkeypatch.setattr(linear, "_ENOUGH", 0)
+    monkeypatch.setattr(linear, "_MIN_MULTIPLICATIONS", 0)
     assert inductor_lowering.register()
     with config.patch(fx_graph_cache=False), of_autograd.patch(enable_autograd_cache=False):
         yield

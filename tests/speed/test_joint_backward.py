@@ -13,7 +13,7 @@ from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
 from aezoo.speed.joint_backward import JointStep, can_trace
 from aezoo.training import compilation
-from aezoo.training.compilation import Compiled, compiled_alike
+from aezoo.training.compilation import Compiled, consistent_compilation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -144,7 +144,7 @@ def test_exact_regions_under_autocast_have_exact_gradients(aot_graphs, n, joined
         loss = plain.terms(x, None)[0]["loss"]
     loss.backward()
     compiled = joint_of(module, least=5) if joined else Compiled(module.terms, "default", lambda: None, least=5)
-    with compiled_alike(), in_bf16:
+    with consistent_compilation(), in_bf16:
         terms, _ = (compiled.step if joined else compiled)(x, None)
     if not joined:
         terms["loss"].backward()

@@ -24,8 +24,8 @@ def test_mixture_density_is_independent_of_chunk_size(monkeypatch):
     mixture = D.MixtureSameFamily(D.Categorical(torch.ones(40)), parts)
     z = np.random.default_rng(1).standard_normal((57, 3))
     expected = mixture.log_prob(torch.from_numpy(z)).numpy()
-    for can_join_backward in (10**9, 500, 1):
-        monkeypatch.setattr("aezoo.tasks.priors_vamp._MAX_VALUES", can_join_backward)
+    for limit in (10**9, 500, 1):
+        monkeypatch.setattr("aezoo.tasks.priors_vamp._MAX_VALUES", limit)
         assert np.allclose(Posteriors(means, log_vars).log_prob(z), expected, atol=1e-10)
 
 

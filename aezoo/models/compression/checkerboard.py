@@ -59,19 +59,19 @@ class Checkerboard(MeanScaleHyperprior):
         """The taps of a kernel that lie on the other colour, (2 reach + 1, ...), bool."""
         return tap_offsets(reach, len(self.grid)).sum(0) % 2 == 1
 
-    def two_passes(self, coder: Coder, y: Tensor | None, besides: Tensor, group: int) -> Tensor:
+    def two_passes(self, coder: Coder, y: Tensor | None, side: Tensor, group: int) -> Tensor:
         """Code maps of a group of channels, anchors first: (B, C, *grid) or None, (B, S, *grid) -> (B, C, *grid)."""
         context = self.contexts[group]
         assert isinstance(context, Context)
-        y_BCT, besides_BST = None if y is None else y.flatten(2), besides.flatten(2)
-        n, _, t = besides_BST.shape
-        y_hat, seen = besides.new_zeros(n, context.channels, t), besides.new_zeros(n, 2 * context.channels, t)
+        y_BCT, side_BST = None if y is None else y.flatten(2), side.flatten(2)
+        n, _, t = side_BST.shape
+        y_hat, seen = side.new_zeros(n, context.channels, t), side.new_zeros(n, 2 * context.channels, t)
         for places in (self.anchors, self.others):
-            distribution = self.distribution(*context(besides_BST[..., places], seen[..., places]))
+            distribution = self.distribution(*context(side_BST[..., places], seen[..., places]))
             y_hat = y_hat.index_copy(2, places, coder(None if y_BCT is None else y_BCT[..., places], distribution))
             if places is self.anchors:
                 seen = context.masked_conv(y_hat.unflatten(2, self.grid)).flatten(2)
         return y_hat.unflatten(2, self.grid)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        return self.two_passes(coder, y, self.said(coder, y, n), 0)
+        return self.two_passes(coder, y, self.code_side(coder, y, n), 0)

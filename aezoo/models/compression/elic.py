@@ -61,10 +61,10 @@ class Elic(Checkerboard, defaults={"net": "resnet"}):
                 self.across.append(nn.Sequential(wide, nn.ReLU(), narrow))
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        said = self.said(coder, y, n)
+        hyper = self.code_side(coder, y, n)
         parts = [None] * len(self.groups) if y is None else y.split(self.groups, 1)
         done: list[Tensor] = []
         for k, part in enumerate(parts):
-            besides = [said, self.across[k - 1](torch.cat(done, 1).to(self.density.median_C))] if k else [said]
-            done.append(self.two_passes(coder, part, torch.cat(besides, 1), k))
+            side = [hyper, self.across[k - 1](torch.cat(done, 1).to(self.density.median_C))] if k else [hyper]
+            done.append(self.two_passes(coder, part, torch.cat(side, 1), k))
         return torch.cat(done, 1)

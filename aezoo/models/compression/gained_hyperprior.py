@@ -72,7 +72,7 @@ class GainedHyperprior(MeanScaleHyperprior):
         self._shares = [max(0.0, 1 - abs(quality - s)) for s in range(len(self._weights))]
         self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
 
-    def gained(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
+    def code_with_gains(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
         """`code_latents` at a mixture of qualities: the share of each, for all samples or for each, (n, 1)."""
 
         def mixed(log_SM: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class GainedHyperprior(MeanScaleHyperprior):
         return y_hat * mixed(self.log_inverse_SM)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        return self.gained(coder, y, n, self._shares)
+        return self.code_with_gains(coder, y, n, self._shares)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if not self.training:
@@ -91,7 +91,7 @@ class GainedHyperprior(MeanScaleHyperprior):
         top, noise = len(self._weights) - 1, AdditiveNoise()
         quality_B = (torch.rand(x.shape[0], device=x.device) * (top + 1)).floor().clamp_max(top)
         is_of = [quality_B == s for s in range(top + 1)]
-        y_hat = self.gained(noise, self.encoder(x), x.shape[0], [is_s[:, None] for is_s in is_of])
+        y_hat = self.code_with_gains(noise, self.encoder(x), x.shape[0], [is_s[:, None] for is_s in is_of])
         nll_B, rate = self.nll(self.decoder(y_hat.to(x.dtype)), x), noise.rate_B.mean()
         weighed = [torch.where(is_s, weight * nll_B, 0) for is_s, weight in zip(is_of, self._weights, strict=True)]
         loss = rate + torch.stack(weighed).sum(0).mean()

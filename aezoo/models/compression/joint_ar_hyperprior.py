@@ -55,17 +55,17 @@ class JointARHyperprior(MeanScaleHyperprior):
         self.context = Context(self.latent_dim, 2 * self.latent_dim, before)
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        said = self.said(coder, y, n)
+        side = self.code_side(coder, y, n)
         if isinstance(coder, AdditiveNoise) and y is not None:
             y_noisy = coder.transform(at_least_float32(y))
-            coder.add_rate(y_noisy, self.distribution(*self.context(said, self.context.masked_conv(y_noisy))))
+            coder.add_rate(y_noisy, self.distribution(*self.context(side, self.context.masked_conv(y_noisy))))
             return y_noisy
         reach = self.context.reach
-        known = F.pad(said.new_zeros(n, *self.code_shape), [reach] * 2 * len(self.grid))
+        known = F.pad(side.new_zeros(n, *self.code_shape), [reach] * 2 * len(self.grid))
         for place in itertools.product(*map(range, self.grid)):
             at: Index = (..., *place)
             about: Index = (..., *(slice(i, i + 2 * reach + 1) for i in place))
-            distribution = self.distribution(*self.context(said[at], self.context.masked_conv_at(known[about].clone())))
+            distribution = self.distribution(*self.context(side[at], self.context.masked_conv_at(known[about].clone())))
             y_hat = coder(None if y is None else y[at], distribution)
             middle: Index = (..., *(i + reach for i in place))
             known[middle] = y_hat.detach()  # no optimiser step follows an evaluation

@@ -29,4 +29,4 @@ class MeanScaleHyperprior(ScaleHyperprior):
         return z
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        return coder(y, self.distribution(*self.said(coder, y, n).chunk(2, 1)))
+        return coder(y, self.distribution(*self.code_side(coder, y, n).chunk(2, 1)))

@@ -65,9 +65,11 @@ class ScaleHyperprior(FactorizedPrior):
         if len(self.code_shape) > 1:
             hyper_net = "conv"
             self.z_shape = nets.map_shape("conv", self.code_shape, hyper_hidden_dims, hyper_dim)
-        said = (self.per_channel * self.latent_dim, *self.code_shape[1:])
+        params_shape = (self.per_channel * self.latent_dim, *self.code_shape[1:])
         self.hyper_encoder = nets.encoder(hyper_net, self.code_shape, self.z_shape, hyper_hidden_dims, self.activation)
-        self.hyper_decoder = nets.decoder(hyper_net, self.z_shape, said, hyper_hidden_dims[::-1], self.activation)
+        self.hyper_decoder = nets.decoder(
+            hyper_net, self.z_shape, params_shape, hyper_hidden_dims[::-1], self.activation
+        )
         self.density = Factorised(hyper_dim)  # of z; y has none of its own
 
     def side(self, y: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class ScaleHyperprior(FactorizedPrior):
         z: Tensor = self.hyper_encoder(y.abs())
         return z
 
-    def said(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
+    def code_side(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         """Pass the side information through a coder and decode it to parameters of y, (n, per_channel M, *places)."""
         z_hat = coder(None if y is None else self.side(y), self.density.distribution((n, *self.z_shape)))
         found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
@@ -86,7 +88,7 @@ class ScaleHyperprior(FactorizedPrior):
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        raw_scale = self.said(coder, y, n)
+        raw_scale = self.code_side(coder, y, n)
         return coder(y, self.distribution(torch.zeros_like(raw_scale), raw_scale))
 
     def tables(self) -> list[Table]:

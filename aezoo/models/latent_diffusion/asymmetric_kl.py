@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLArgs
 from aezoo.nets import vit
 from aezoo.nets.conv import CONVS, grids
 
 
-class SightedDecoder(nn.Module):
+class ConditionalDecoder(nn.Module):
     """(B, *code_shape) -> (B, C, *grid); also takes samples, and (B, 1, *grid), which of their places are visible."""
 
     def __init__(
@@ -85,7 +86,7 @@ class AsymmetricKL(AutoencoderKL):
         self.full_mask = full_mask
         self.patchify = vit.Patchify((1, *self.input_shape[1:]))
         dims = tuple(decoder_dims) or tuple(3 * width // 2 for width in self.hidden_dims[::-1])
-        self.decoder = SightedDecoder(self.net, self.code_shape, self.input_shape, dims, self.activation)
+        self.decoder = ConditionalDecoder(self.net, self.code_shape, self.input_shape, dims, self.activation)
 
     def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         return (x, z, x, self.visible(x)) if self.training else (x, z)
@@ -115,3 +116,6 @@ class AsymmetricKL(AutoencoderKL):
         if z.shape != (len(x), *self.code_shape):
             raise AezooError(f"inpaint takes codes z of shape {(len(x), *self.code_shape)}, got {tuple(z.shape)}")
         return x.where(visible, self.likelihood.mean(self.decoder(z, x, visible)))
+
+
+__getattr__ = renamed(__name__)

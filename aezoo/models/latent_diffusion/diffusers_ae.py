@@ -95,7 +95,7 @@ class DiffusersAE(Autoencoder):
         if not self.gaussian:
             z = self.encoder(x).to(x.dtype)
             nll = self.nll(self.decoder(z), x).mean()
-            terms = self.of_codes(z) if self.kind == "VQModel" else {}
+            terms = self.quantisation_terms(z) if self.kind == "VQModel" else {}
             return {
                 "loss": nll + self.commitment * terms["commitment"] + terms["codebook"] if terms else nll,
                 "nll": nll,
@@ -107,7 +107,7 @@ class DiffusersAE(Autoencoder):
         kl = 0.5 * (mu**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean()
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
-    def of_codes(self, z: Tensor) -> dict[str, Tensor]:
+    def quantisation_terms(self, z: Tensor) -> dict[str, Tensor]:
         """Codebook loss and commitment loss of codes and their nearest codebook entries: (B, D, H, W) -> {name: ()}.
 
         In diffusers they are means over all values, and the commitment weight is on the other term.

@@ -97,13 +97,13 @@ class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
         if self.teacher == "none":
             nll = self.nll(self.decoder(z), x).mean()
             return {"loss": nll, "nll": nll}
-        z_T = self.teach(x)
+        z_T = self.teacher_codes(x)
         nll = self.nll(self.decoder(z_T.to(z.dtype)), x).mean()
         code = 0.5 * (at_least_float32(z) - z_T).square().flatten(1).sum(1).mean()
         return {"loss": nll + code, "nll": nll, "code": code}
 
     @torch.no_grad()
-    def teach(self, x: Tensor) -> Tensor:
+    def teacher_codes(self, x: Tensor) -> Tensor:
         """The teacher's codes z_T, in at least float32: (B, *input_shape) -> (B, *code_shape)."""
         teacher = self.load_teacher()
         with torch.autocast(x.device.type, enabled=False):

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.training.arguments import TrainingArgs
@@ -76,7 +77,7 @@ def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]
     return context_B1N[:, 0] & ~(asked_BKN & counts_BK[..., None]).any(1), asked_BKN, counts_BK
 
 
-class Follower(nn.Module):
+class EMAEncoder(nn.Module):
     """A network whose weights are moving averages of another's.
 
     They are buffers: saved, moved and restored with the model, and never trained.
@@ -150,7 +151,7 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         **kwargs: see `Autoencoder`.
     """
 
-    encoder: Follower
+    encoder: EMAEncoder
     steps: Tensor
 
     def __init__(
@@ -192,7 +193,7 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         self.code_shape = (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
         self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
-        self.encoder = Follower(self.context)
+        self.encoder = EMAEncoder(self.context)
         self.predictor = Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
         narrow, out = nn.Linear(width, decoder_width), nn.Linear(decoder_width, patchify.size)
         layers = vit.ToTokens(), narrow, vit.blocks((decoder_width,) * decoder_depth, activation), out
@@ -226,3 +227,6 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         prediction = seen_BN.shape[1] * ((error_BK * counts_BK).sum(1) / counts_BK.sum(1)).mean()
         nll = self.nll(self.decoder(code), x).mean()
         return {"loss": nll + prediction, "nll": nll, "prediction": prediction}
+
+
+__getattr__ = renamed(__name__)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
-from aezoo.nets.conv import CONVS, OnOneGrid
+from aezoo.nets.conv import CONVS, UpsampleConcat
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
@@ -81,7 +81,7 @@ class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         self.top_decoder = nets.decoder(self.net, top, h, top_dims[::-1], self.activation)
         self.to_bottom = CONVS[len(grid)](2 * width, latent_dim, 1)
         decoder = self.build_decoder((2 * latent_dim, *grid))
-        self.decoder = nn.Sequential(OnOneGrid(grids), decoder)
+        self.decoder = nn.Sequential(UpsampleConcat(grids), decoder)
         self.top, self.bottom = (
             VQ(
                 latent_dim,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
+from aezoo.deprecated import renamed
 from aezoo.nets.blocks.adversarial import (
     call_frozen,
     check_discriminator,
@@ -34,7 +35,7 @@ from aezoo.nets.blocks.adversarial import (
 from aezoo.training.limits import at_least
 
 
-class Judge(nn.Module):
+class PairDiscriminator(nn.Module):
     """Features of each pair, with mean 0 and variance 1, and the log-odds that the pair is real: (B, F), (B, 1)."""
 
     def __init__(self, body: nn.Module, n_features: int, lift: nn.Module) -> None:
@@ -44,8 +45,8 @@ class Judge(nn.Module):
         self.head = nn.Sequential(nn.LeakyReLU(0.2), nn.Linear(n_features, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.body(torch.cat([a, self.lift(b)], 1))
-        f_BF = F.layer_norm(found, found.shape[1:])
+        features = self.body(torch.cat([a, self.lift(b)], 1))
+        f_BF = F.layer_norm(features, features.shape[1:])
         return f_BF, at_least_float32(self.head(f_BF))
 
 
@@ -93,7 +94,7 @@ class ALAD(
         for name, second in (("xz", lift), ("xx", nn.Identity()), ("zz", nn.Identity())):
             of_codes = ("mlp", (2 * latent_dim,), dims[-1:], dims[:-1])
             body = nets.encoder(*(of_codes if name == "zz" else (self.net, twice, dims[-1:], stages)), self.activation)
-            self.discriminator[name] = Judge(body, dims[-1], second)
+            self.discriminator[name] = PairDiscriminator(body, dims[-1], second)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code
@@ -102,34 +103,43 @@ class ALAD(
         e_BD = self.encode(x)
         params = self.decoder(e_BD)
         z_BD = torch.randn_like(at_least_float32(e_BD)).to(e_BD.dtype)
-        made = self.decode(z_BD).to(x.dtype)
-        x_hat, z_hat_BD = self.likelihood.mean(params).to(x.dtype), self.encode(made)
-        pairs = {"xz": ((x, e_BD), (made, z_BD)), "xx": ((x, x), (x, x_hat)), "zz": ((z_BD, z_BD), (z_BD, z_hat_BD))}
-        fooled, caught = {}, []
+        generated = self.decode(z_BD).to(x.dtype)
+        x_hat, z_hat_BD = self.likelihood.mean(params).to(x.dtype), self.encode(generated)
+        pairs = {
+            "xz": ((x, e_BD), (generated, z_BD)),
+            "xx": ((x, x), (x, x_hat)),
+            "zz": ((z_BD, z_BD), (z_BD, z_hat_BD)),
+        }
+        generator_losses, discriminator_losses = {}, []
         for name, (real, fake) in pairs.items():
-            judge = self.discriminator[name]
-            fooled[name] = F.softplus(-call_frozen(judge, *fake)[1]).mean()
-            t_real, t_fake = judge(*(torch.cat(side).detach() for side in zip(real, fake, strict=True)))[1].chunk(2)
-            caught.append(F.softplus(-t_real).mean() + F.softplus(t_fake).mean())
-        adversarial = fooled["xz"] + F.softplus(call_frozen(self.discriminator["xz"], x, e_BD)[1]).mean()
-        nll, discriminator = self.nll(params, x).mean(), torch.stack(caught).sum()
-        total = self.nll_weight * nll + adversarial + fooled["xx"] + fooled["zz"]
+            discriminator_of_pair = self.discriminator[name]
+            generator_losses[name] = F.softplus(-call_frozen(discriminator_of_pair, *fake)[1]).mean()
+            t_real, t_fake = discriminator_of_pair(
+                *(torch.cat(side).detach() for side in zip(real, fake, strict=True))
+            )[1].chunk(2)
+            discriminator_losses.append(F.softplus(-t_real).mean() + F.softplus(t_fake).mean())
+        adversarial = generator_losses["xz"] + F.softplus(call_frozen(self.discriminator["xz"], x, e_BD)[1]).mean()
+        nll, discriminator = self.nll(params, x).mean(), torch.stack(discriminator_losses).sum()
+        total = self.nll_weight * nll + adversarial + generator_losses["xx"] + generator_losses["zz"]
         return {
             "loss": total + gradient_only(discriminator),
             "nll": nll,
             "adversarial": adversarial,
-            "cycle_x": fooled["xx"],
-            "cycle_z": fooled["zz"],
+            "cycle_x": generator_losses["xx"],
+            "cycle_z": generator_losses["zz"],
             "discriminator": discriminator,
         }
 
     def score(self, x: Tensor) -> Tensor:
         """||f(x, x) - f(x, G(E(x)))||_1, (B, *input_shape) -> (B,)."""
-        judge = self.discriminator["xx"]
-        off_BF = judge(x, x)[0] - judge(x, self(x).to(x.dtype))[0]
-        return at_least_float32(off_BF).abs().sum(1)
+        discriminator = self.discriminator["xx"]
+        difference_BF = discriminator(x, x)[0] - discriminator(x, self(x).to(x.dtype))[0]
+        return at_least_float32(difference_BF).abs().sum(1)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         weight = next(self.decoder.parameters())
         return self.decode(torch.randn(n, *self.code_shape, device=weight.device, dtype=weight.dtype))
+
+
+__getattr__ = renamed(__name__)

@@ -104,7 +104,7 @@ class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "
         """Pool a batch, with weight 1/20, with those before it."""
         gaussians.update_mixture_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
 
-    def remembered(self) -> tuple[Tensor, Tensor, Tensor]:
+    def stored_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
         """The shares, means and covariances that evaluation uses."""
         return self.phi_K / self.phi_K.sum(), self.mu_KZ, self.sigma_KZZ
 
@@ -112,7 +112,7 @@ class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "
         z_c_BD = self.encode(x)
         params = self.decoder(z_c_BD)
         z_BZ = self.features(z_c_BD, x, self.likelihood.mean(params))
-        mixture = self.mixture(z_BZ) if self.training else self.remembered()
+        mixture = self.mixture(z_BZ) if self.training else self.stored_mixture()
         if self.training:
             self.remember(*mixture)
         nll, energy = self.nll(params, x).mean(), self.energy(z_BZ, *mixture).mean()
@@ -123,4 +123,4 @@ class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "
     def score(self, x: Tensor) -> Tensor:
         """The energy, E(z), in nats: (B, *input_shape) -> (B,)."""
         z_c_BD = self.encode(x)
-        return self.energy(self.features(z_c_BD, x, self.decode(z_c_BD)), *self.remembered())
+        return self.energy(self.features(z_c_BD, x, self.decode(z_c_BD)), *self.stored_mixture())

@@ -106,14 +106,14 @@ class FAnoGAN(
         alpha, named = self.generator_weight, self.decoder.named_parameters()
         return functional_call(self.decoder, {name: p.detach() + alpha * (p - p.detach()) for name, p in named}, e_BD)
 
-    def missed(self, f_BF: Tensor, f_hat_BF: Tensor) -> Tensor:
+    def feature_error(self, f_BF: Tensor, f_hat_BF: Tensor) -> Tensor:
         """X ||f(x) - f(xhat)||^2 / F, (B, F), (B, F) -> (B,)."""
         return math.prod(self.input_shape) * at_least_float32(f_BF - f_hat_BF).square().mean(1)
 
-    def penalty(self, x: Tensor, made: Tensor) -> Tensor:
+    def penalty(self, x: Tensor, generated: Tensor) -> Tensor:
         """(||dD(m)/dm|| - 1)^2 at a random point between two samples, (B, *input_shape), (B, *input_shape) -> (B,)."""
         share_B = torch.rand(len(x), device=x.device, dtype=x.dtype)
-        mixed = torch.lerp(made, x, share_B.view(-1, *[1] * (x.ndim - 1)))
+        mixed = torch.lerp(generated, x, share_B.view(-1, *[1] * (x.ndim - 1)))
         t_B, pullback, *_ = vjp(lambda m: self.discriminator(m)[1], mixed)
         slope = at_least_float32(pullback(torch.ones_like(t_B))[0]).flatten(1)
         # the norm has no gradient where D is flat
@@ -122,15 +122,20 @@ class FAnoGAN(
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         e_BD = self.encode(x)
         params = self.generate(e_BD)
-        made = self.decode(torch.randn_like(at_least_float32(e_BD)).to(e_BD.dtype)).to(x.dtype)
+        generated = self.decode(torch.randn_like(at_least_float32(e_BD)).to(e_BD.dtype)).to(x.dtype)
 
-        f_BF, t_B = self.discriminator(torch.cat([x, made.detach()]))
+        f_BF, t_B = self.discriminator(torch.cat([x, generated.detach()]))
         critic = t_B[len(x) :].mean() - t_B[: len(x)].mean()
-        penalty = self.penalty(x, made.detach()).mean()
+        penalty = self.penalty(x, generated.detach()).mean()
         # the critic is a constant for the other networks
-        f_hat_BF, t_hat_B = call_frozen(self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), made]))
+        f_hat_BF, t_hat_B = call_frozen(
+            self.discriminator, torch.cat([self.likelihood.mean(params).to(x.dtype), generated])
+        )
         adversarial = -t_hat_B[len(x) :].mean()
-        nll, features = self.nll(params, x).mean(), self.missed(f_BF[: len(x)].detach(), f_hat_BF[: len(x)]).mean()
+        nll, features = (
+            self.nll(params, x).mean(),
+            self.feature_error(f_BF[: len(x)].detach(), f_hat_BF[: len(x)]).mean(),
+        )
         players = adversarial + critic + self.penalty_weight * penalty
         loss = nll + self.feature_weight * features + gradient_only(players)
         more = {"adversarial": adversarial, "discriminator": critic, "gradient_penalty": penalty}
@@ -140,7 +145,7 @@ class FAnoGAN(
         """-log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F, (B, *input_shape) -> (B,)."""
         params = self.decoder(self.encode(x))
         f_BF, f_hat_BF = (self.discriminator(each)[0] for each in (x, self.likelihood.mean(params).to(x.dtype)))
-        return self.nll(params, x) + self.feature_weight * self.missed(f_BF, f_hat_BF)
+        return self.nll(params, x) + self.feature_weight * self.feature_error(f_BF, f_hat_BF)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -59,7 +59,7 @@ class GatedSAE(SAEL1):
         via_gate = self.likelihood.mean(functional_call(self.decoder, frozen, gate_BN.relu().to(x.dtype)))
         aux_B = at_least_float32(x - via_gate).flatten(1).square().sum(1)
         return {
-            "loss": (nll_B + self.warmed(self.l1) * l1_B + aux_B).mean(),
+            "loss": (nll_B + self.warm_up_weight(self.l1) * l1_B + aux_B).mean(),
             "nll": nll_B.mean(),
             "l1": l1_B.mean(),
             "aux": aux_B.mean(),

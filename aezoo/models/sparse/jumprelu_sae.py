@@ -98,7 +98,12 @@ class JumpReLUSAE(SAEL1):
         nll = self.nll(self.decoder(f_BN), x).mean()
         l0 = self.batch_mean(self.step(pi_BN).sum(1))
         penalty = (l0 / self.target_l0 - 1) ** 2 if self.target_l0 else l0
-        return {"loss": nll + self.warmed(self.l0_weight) * penalty, "nll": nll, **self.usage_terms(f_BN), "l0": l0}
+        return {
+            "loss": nll + self.warm_up_weight(self.l0_weight) * penalty,
+            "nll": nll,
+            **self.usage_terms(f_BN),
+            "l0": l0,
+        }
 
     def after_optimizer_step(self) -> None:
         super().after_optimizer_step()

@@ -66,10 +66,10 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussia
         with torch.autocast(r_BX.device.type, enabled=False):  # rounding could change a close choice
             for _ in range(self.k):
                 chosen.append(F.linear(r_BX, W_NX).argmax(1))
-                _, r_BX = self.take(r_BX, W_NX[chosen[-1]])
+                _, r_BX = self.subtract_projection(r_BX, W_NX[chosen[-1]])
         return torch.stack(chosen, 1)
 
-    def take(self, r_BX: Tensor, d_BX: Tensor) -> tuple[Tensor, Tensor]:
+    def subtract_projection(self, r_BX: Tensor, d_BX: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficient of a direction and the residual after it, (B, X), (B, X) -> (B, 1), (B, X)."""
         r_BX, d_BX = at_least_float32(r_BX), at_least_float32(d_BX)
         c_B1 = (d_BX * r_BX).sum(1, keepdim=True).relu()
@@ -82,7 +82,7 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussia
         # each step would each have a gradient of the size of all
         d_BkX, values = F.embedding(index_Bk, self.decoder.W_NX), []
         for d_BX in d_BkX.unbind(1):
-            c_B1, r_BX = self.take(r_BX, d_BX)
+            c_B1, r_BX = self.subtract_projection(r_BX, d_BX)
             values.append(c_B1)
         values_Bk = torch.cat(values, 1)
         zeros_BN = values_Bk.new_zeros(x.shape[0], *self.code_shape)

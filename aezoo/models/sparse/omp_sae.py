@@ -44,14 +44,14 @@ class OMPSAE(MatchingPursuitSAE):
         y: list[Tensor] = []
         for _ in range(self.k):
             chosen.append(F.linear(r_BX, W_NX).abs().argmax(1))
-            basis.append(self.beyond(W_NX[chosen[-1]], basis))
+            basis.append(self.orthogonal_part(W_NX[chosen[-1]], basis))
             y.append((basis[-1] * r_BX).sum(1))
             r_BX = r_BX - y[-1][:, None] * basis[-1]
         index_Bk = torch.stack(chosen, 1)
         return index_Bk, torch.stack(basis, 1) @ W_NX[index_Bk].mT, torch.stack(y, 1)
 
     @staticmethod
-    def beyond(d_BX: Tensor, basis: list[Tensor]) -> Tensor:
+    def orthogonal_part(d_BX: Tensor, basis: list[Tensor]) -> Tensor:
         """What a direction adds to an orthonormal basis, with norm 1, (B, X) -> (B, X); noise if it adds nothing."""
         q_BX = d_BX
         if basis:

@@ -97,7 +97,7 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
     def init_from_data(self, x: Tensor) -> None:
         super().init_from_data(self.predicted(x))
 
-    def warmed(self, weight: float) -> Tensor | float:
+    def warm_up_weight(self, weight: float) -> Tensor | float:
         """The weight of a penalty at the current step."""
         return weight * self.step_fraction(self.l1_steps) if self.training and self.l1_steps else weight
 
@@ -120,7 +120,7 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         f_BN = self.encode(x)
         nll_B = self.nll(self.decoder(f_BN), self.predicted(x))
         l1_B = (at_least_float32(f_BN) * self.costs()).sum(1)
-        loss = (nll_B + self.warmed(self.l1) * l1_B).mean()
+        loss = (nll_B + self.warm_up_weight(self.l1) * l1_B).mean()
         return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage_terms(f_BN)}
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:

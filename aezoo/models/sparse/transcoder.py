@@ -86,11 +86,11 @@ class Transcoder(SAEL1):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if self.training and self.targets:
-            self.see(rows(x, self.sources))
+            self.update_mean(rows(x, self.sources))
         return super().loss(x, y)
 
     @torch.no_grad()
-    def see(self, x_BRX: Tensor) -> None:
+    def update_mean(self, x_BRX: Tensor) -> None:
         """Add a batch of all ranks to the mean of the rows that are read."""
         n = x_BRX.shape[0] * (dist.get_world_size() if self._across_ranks() else 1)
         self.seen.add_(n)

@@ -95,7 +95,7 @@ class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, 
         first = self.gather_rank() * len(h_BD)
         return kept_ND[first : first + len(h_BD)]
 
-    def keep(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
+    def mask_units(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
         """Keep each map's largest value where `which`, of (B, D), holds, and set all else in the code to 0."""
         if not self.spatial:
             return h * which(h)
@@ -108,13 +108,13 @@ class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, 
         return at_least_float32(h_BD) >= self.theta_D
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.likelihood.mean(self.decoder(self.keep(z, self.above_theta)))
+        return self.likelihood.mean(self.decoder(self.mask_units(z, self.above_theta)))
 
     def score(self, x: Tensor) -> Tensor:
-        return self.nll(self.decoder(self.keep(self.encode(x), self.above_theta)), x)
+        return self.nll(self.decoder(self.mask_units(self.encode(x), self.above_theta)), x)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        h = self.keep(self.encode(x), self.winners)
+        h = self.mask_units(self.encode(x), self.winners)
         nll_B = self.nll(self.decoder(h), x)
         nll = nll_B.mean()
         return {"loss": nll, "nll": nll, "l0": (h > 0).flatten(1).sum(1).float().mean()}

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo import nets
+from aezoo.deprecated import renamed
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, HierarchicalVAEArgs
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
 
@@ -38,7 +39,7 @@ def product(estimate: GaussianParams, prior: GaussianParams) -> GaussianParams:
     return torch.lerp(m, mu, share), log_var - F.softplus(log_var - log_s2)
 
 
-class OfBottom(nn.Module):
+class BottomDecoder(nn.Module):
     """A decoder of the first `size` values of a code."""
 
     def __init__(self, size: int, net: nn.Module) -> None:
@@ -76,7 +77,7 @@ class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}):
         if len(self.latent_dims) > 1:
             bottom = self.latent_dims[:1]
             self.encoder = self.build_encoder((sizes[0],))
-            self.decoder = OfBottom(bottom[0], self.build_decoder(bottom))
+            self.decoder = BottomDecoder(bottom[0], self.build_decoder(bottom))
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
         """mu^_l and log sigma^_l^2 of all levels: (B, *input_shape) -> (B, 2 D_l)."""
@@ -90,3 +91,6 @@ class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}):
     def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[GaussianParams, GaussianParams]:
         estimate, prior = gaussian(h_L[-1 - len(above)]), self.priors.prior_params(above)
         return product(estimate, prior) if above else estimate, prior
+
+
+__getattr__ = renamed(__name__)

@@ -38,7 +38,7 @@ from aezoo.bases.multimodal import Decoders, Multimodal
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, LevelsArgs
-from aezoo.models.variational.ladder_vae import OfBottom
+from aezoo.models.variational.ladder_vae import BottomDecoder
 from aezoo.models.variational.mopoe_vae import MOST_PARTS
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
 
@@ -62,7 +62,9 @@ class MHVAE(Multimodal, HierarchicalVAE):
         if len(self.sizes) > MOST_PARTS:
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
         if len(self.latent_dims) > 1:
-            self.decoder = Decoders([OfBottom(self.latent_dims[0], part) for part in self.decoder], self.decoder.dim)
+            self.decoder = Decoders(
+                [BottomDecoder(self.latent_dims[0], part) for part in self.decoder], self.decoder.dim
+            )
 
     def subsets(self) -> list[tuple[int, ...]]:
         """All non-empty subsets of the parts, the set of all parts first."""

@@ -49,13 +49,13 @@ class MMVAE(MissingModalities, VAE, normal_prior=False):
         """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""
         return self.experts(x, parts)
 
-    def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+    def present_components(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """Which components belong to parts that the sample has: (B, *input_shape) -> (B, S) bool."""
         return self.present_mask(x, parts)
 
     def weights(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         """S times each component's weight in the mixture, 1 for complete samples: (B, *input_shape) -> (B, S)."""
-        there_BS = self.there(x, parts).to(torch.promote_types(x.dtype, torch.float32))
+        there_BS = self.present_components(x, parts).to(torch.promote_types(x.dtype, torch.float32))
         return there_BS * there_BS.shape[1] / there_BS.sum(1, keepdim=True)
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,6 @@ class MoPoEVAE(MMVAE):
         member_SM = self.subsets(mu_BMD.shape[1], mu_BMD.device)
         return gaussians.product(mu_BMD[:, None], log_var_BMD[:, None], member_SM)
 
-    def there(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+    def present_components(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         seen_BM = self.present_mask(x, parts)
         return (seen_BM[:, None] | ~self.subsets(seen_BM.shape[1], x.device)).all(2)

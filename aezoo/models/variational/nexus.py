@@ -121,7 +121,7 @@ class MessageLevel(nn.Module):
             both.append(torch.cat([u_BD, *z.values()], 1))
         return both[0], both[1]
 
-    def drawn(self, z: Tensor, log_q: Tensor, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_present(self, z: Tensor, log_q: Tensor, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Draws of u and all z_i in one row, and their log-density, from those of z_i: (K, B, M, P), (K, B, M).
 
         For codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
@@ -212,7 +212,7 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
         return torch.cat([u_BD, z_BMP.flatten(1).to(u_BD.dtype)], 1)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        return self.top.drawn(*gaussians.rsample(*self.experts(x), n), self.present_mask(x))
+        return self.top.sample_present(*gaussians.rsample(*self.experts(x), n), self.present_mask(x))
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class TELBO(Multimodal, VAE):
             return gaussian(self.joint_encoder(x))
         return MVAE.product(*self.experts(x, parts))
 
-    def held_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
+    def frozen_decoder_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
         """-log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
         params = call_frozen(self.decoder[i], z_BD.to(x.dtype))
         log_p_B: Tensor = call_frozen(self.likelihood, at_least_float32(params), at_least_float32(x))
@@ -85,7 +85,7 @@ class TELBO(Multimodal, VAE):
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
         kl_BS = self.kl(mu_BSD.flatten(0, 1), log_var_BSD.flatten(0, 1)).unflatten(0, z_BSD.shape[:2])
         nll, kl = self.nll(self.decoder(z_BSD[:, 0].to(x.dtype)), x).mean(), kl_BS[:, 0].mean()
-        own_nll_MB = [self.held_nll(i, z_BSD[:, 1 + i], x_i) for i, x_i in enumerate(self.split(x))]
+        own_nll_MB = [self.frozen_decoder_nll(i, z_BSD[:, 1 + i], x_i) for i, x_i in enumerate(self.split(x))]
         parts_nelbo = (self.gamma * torch.stack(own_nll_MB).sum(0) + self.beta * kl_BS[:, 1:].sum(1)).mean()
         loss = nll + self.beta * kl + parts_nelbo
         return {"loss": loss, "nll": nll, "kl": kl, "parts_nelbo": parts_nelbo, "elbo": -(nll + kl)}

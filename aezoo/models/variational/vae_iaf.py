@@ -49,10 +49,10 @@ class VAEIAF(VAEFlow):
     def flow(self, z: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Codes z_T and the sum of all log s, given h as `steps`: (..., B, D), (B, H) -> (..., B, D), (..., B)."""
         log_det = torch.zeros_like(z[..., 0])
-        for t, made in enumerate(self.steps):
+        for t, layer in enumerate(self.steps):
             if t:
                 z = z.flip(-1)
-            m, a = made(z, steps)
+            m, a = layer(z, steps)
             s = torch.sigmoid(a + 1.5)
             z = s * z + (1 - s) * m
             log_det = log_det + F.logsigmoid(a + 1.5).sum(-1)

@@ -101,7 +101,7 @@ class Decoding(Half):
         return (x + 1) / 2
 
 
-class _OfDoubled(nn.Conv2d):
+class _OnDoubledGrid(nn.Conv2d):
     """A convolution of a map with doubled sides."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _for_any_batch(net: nn.Module) -> None:
     for layer in net.modules():
         known: Any = layer if type(layer).__name__ == "Upsample2D" else None
         if known and known.use_conv and known.interpolate and known.name == "conv" and type(known.conv) is nn.Conv2d:
-            known.conv.__class__ = _OfDoubled
+            known.conv.__class__ = _OnDoubledGrid
             known.use_conv_transpose = True  # then the layer is only the convolution, after the norm
 
 

@@ -31,9 +31,9 @@ def grids(input_shape: Sequence[int], n: int) -> list[Grid]:
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
     """A convolution that keeps the grid; its bias starts at 0."""
-    made = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
-    nn.init.zeros_(cast(Tensor, made.bias))
-    return made
+    layer = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
+    nn.init.zeros_(cast(Tensor, layer.bias))
+    return layer
 
 
 class Bottleneck(nn.Sequential):

@@ -183,18 +183,18 @@ def test_sequential_coding_matches_parallel_training_rate(name: str) -> None:
     model, x = small(name).eval(), data()
     coder, y = Rounding(), model.encoder(x)
     y_hat = model.code_latents(coder, y, len(x))
-    can_join_backward = Rounding()
-    said = model.said(can_join_backward, y, len(x))
-    can_join_backward.add_rate(y_hat, model.distribution(*model.context(said, model.context.masked_conv(y_hat))))
-    torch.testing.assert_close(coder.rate_B, can_join_backward.rate_B)
+    parallel_coder = Rounding()
+    side = model.code_side(parallel_coder, y, len(x))
+    parallel_coder.add_rate(y_hat, model.distribution(*model.context(side, model.context.masked_conv(y_hat))))
+    torch.testing.assert_close(coder.rate_B, parallel_coder.rate_B)
 
 
 @pytest.mark.parametrize("name", IN_TURN)
 def test_context_model_is_causal_in_training(name: str) -> None:
     model = small(name)
     y = torch.randn(1, *model.code_shape, dtype=torch.float64, requires_grad=True)
-    said = torch.zeros(1, 2 * model.code_shape[0], *model.grid, dtype=torch.float64)
-    numbers = sum(model.context(said, model.context.masked_conv(y)))
+    side = torch.zeros(1, 2 * model.code_shape[0], *model.grid, dtype=torch.float64)
+    numbers = sum(model.context(side, model.context.masked_conv(y)))
     height, width = model.grid
     for t in range(height * width):
         (slope,) = torch.autograd.grad(numbers.flatten(2)[..., t].sum(), y, retain_graph=True)

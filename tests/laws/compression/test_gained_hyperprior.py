@@ -91,7 +91,7 @@ def test_training_draws_quality_per_sample_with_its_lambda() -> None:
     for s, lam in enumerate(LAMS):
         torch.manual_seed(3)
         drawn, noise = (3 * torch.rand(12)).long(), AdditiveNoise()
-        y_hat = model.gained(noise, model.encoder(x), 12, [float(s == other) for other in range(3)])
+        y_hat = model.code_with_gains(noise, model.encoder(x), 12, [float(s == other) for other in range(3)])
         loss_B = noise.rate_B + lam * 255**2 * math.log(2) / SHAPE[0] * model.nll(model.decoder(y_hat), x)
         assert bool((drawn == s).any())
         expected = torch.where(drawn == s, loss_B, expected)
@@ -101,8 +101,8 @@ def test_training_draws_quality_per_sample_with_its_lambda() -> None:
 def test_qualities_are_drawn_equally_often() -> None:
     model = aezoo.create_model("gained_hyperprior", (3,), net="mlp", hidden_dims=(4,), lams=LAMS).train()
     seen: list[Any] = []
-    original = model.gained
-    model.gained = lambda *given: seen.append(given[-1]) or original(*given)  # type: ignore[func-returns-value]
+    original = model.code_with_gains
+    model.code_with_gains = lambda *given: seen.append(given[-1]) or original(*given)  # type: ignore[func-returns-value]
     model.loss(torch.rand(3000, 3))
     counts = [int(share.sum()) for share in seen[0]]
     assert sum(counts) == 3000 and stats.chisquare(counts).pvalue > 1e-4

@@ -105,7 +105,7 @@ def test_codes_of_teacher_without_moments_are_unscaled(tmp_path: Path, shifted: 
     other = shifted(aezoo.create_model("conv_ae", SHAPE, latent_map=True, latent_dim=3, hidden_dims=(4, 4)))
     path = save_model(other, tmp_path / "teacher")
     model, x = small(teacher=path), images()
-    torch.testing.assert_close(model.teach(x), other.double().encoder(x).detach())
+    torch.testing.assert_close(model.teacher_codes(x), other.double().encoder(x).detach())
 
 
 @pytest.mark.slow
@@ -170,8 +170,8 @@ def test_teacher_follows_student_dtype(teacher: tuple[Any, str]) -> None:
     assert {p.dtype for p in model.float().load_teacher().parameters()} == {torch.float32}
     assert model.loss(x.float())["code"].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, exact = model.encode(x.float()), model.teach(x.float())
-    assert rounded.dtype == torch.bfloat16 and torch.equal(exact, model.teach(x.float()))
+        rounded, exact = model.encode(x.float()), model.teacher_codes(x.float())
+    assert rounded.dtype == torch.bfloat16 and torch.equal(exact, model.teacher_codes(x.float()))
 
 
 def test_teacher_is_loaded_before_training_and_frozen(teacher: tuple[Any, str], quiet: Any, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_score_is_the_energy_of_code_distance_and_cosine(shifted: Any) -> No
     model, x = shifted(dagmm()).eval(), images(20)
     for _ in range(3):
         model.train().loss(images(40, seed=3))
-    phi, mu, sigma = model.eval().remembered()
+    phi, mu, sigma = model.eval().stored_mixture()
     z = z_by_hand(model, x)
     torch.testing.assert_close(phi.sum().item(), 1.0)
     learn = of_scikit_learn(phi, mu, sigma + 1e-6 * torch.eye(5, dtype=torch.float64))
@@ -222,7 +222,7 @@ def test_evaluation_reads_the_pooled_statistics_of_training(shifted: Any) -> Non
     weights = [np.full(len(x), 0.95 ** (4 - i) / len(x)) for i, x in enumerate(parts)]
     gamma = np.concatenate([gamma_by_hand(model, part) * w[:, None] for part, w in zip(z, weights, strict=True)])
     phi, mu, sigma = weighted(gamma, np.concatenate(z))
-    found = model.remembered()
+    found = model.stored_mixture()
     for mine, theirs in zip(found, (phi / phi.sum(), mu, sigma), strict=True):
         # what stood there before the first batch has a weight of about 1e-5
         torch.testing.assert_close(mine, torch.from_numpy(theirs), rtol=1e-3, atol=1e-4)

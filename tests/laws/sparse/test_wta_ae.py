@@ -45,7 +45,9 @@ def test_each_unit_wins_for_lifetime_share_of_batch(lifetime: float, n: int, spa
     with torch.no_grad():
         last_layer(model.encoder).bias += 5  # no zeros: what is kept can be seen
         h = model.encode(x)
-        found = model.keep(h, model.winners).flatten(2) if spatial else model.keep(h, model.winners)[..., None]
+        found = (
+            model.mask_units(h, model.winners).flatten(2) if spatial else model.mask_units(h, model.winners)[..., None]
+        )
     best = h.flatten(2).amax(2) if spatial else h
     kept = winners_by_hand(best.numpy(), lifetime)
     used = (found != 0).any(2)

@@ -1,17 +1,13 @@
 """fit, validate, test and predict: LightningCLI with short model names, recipes and self-contained checkpoints."""
 
 import contextlib
-import errno
 import inspect
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import sys
-import threading
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +16,6 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_number_type
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,22 +26,17 @@ import aezoo
 from aezoo import callbacks, registry
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
-from aezoo.cli import flag_help, trainer_settings
+from aezoo.cli import flag_help, run_errors, trainer_settings
 from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
 from aezoo.data.identity import data_set_name
-from aezoo.data.loaders import local_processes, worker_failure
+from aezoo.data.loaders import local_processes
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, resume, run_folder, terminal
+from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
 from aezoo.training import compilation, distributed, launcher, speed
 
-# errors of a disk or folder, anywhere in a run; loggers and pictures also write
-_DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
-}
 # each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "progress": callbacks.ProgressBar,
@@ -366,28 +356,10 @@ class AezooCLI(LightningCLI):
                 with contextlib.suppress(OSError):
                     print(self._resume_hint(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
                 raise
-            if re.search("Early stopping conditioned on metric|could not find the monitored", str(error)):
-                raise AezooError(" ".join(str(error).split()).partition(" HINT")[0]) from error
-            if (line := _lightning_error_line(error)) is not None:
-                raise AezooError(line) from error
-            if _lacks_memory(error):
-                batch = self.datamodule.batch_size
-                raise AezooError(
-                    f"out of memory in a step of {batch} samples ({' '.join(str(error).split())[:120]}): lower "
-                    "--data.batch_size, --model.hidden_dims or --data.size; what was saved before is kept"
-                ) from error
-            if "Error(s) in loading state_dict" not in str(error):
-                if isinstance(error, Exception) and not isinstance(error, AezooError) and _restores(error):
-                    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    raise AezooError(
-                        f"{self.request.source} cannot be restored ({reason}): it is damaged; take another checkpoint "
-                        "of its run, or train from scratch with --resume off"
-                    ) from error
+            line = run_errors.one_line(error, self.request.source, self.datamodule.batch_size)
+            if line is None:
                 raise
-            raise AezooError(
-                "the checkpoint's weights do not fit the model as it is set now: drop the --model flags and -c files "
-                "that differ from the checkpoint's"
-            ) from error
+            raise line from error
 
     def _resume_hint(self, advice: str = "") -> str:
         last = getattr(callbacks.checkpoint_callback(self.trainer), "last_model_path", None)
@@ -458,15 +430,7 @@ def main(argv: list[str]) -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_DIR, None)
         os.environ.pop(RESUMED, None)
-    report_thread = threading.excepthook
-
-    def report(args: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer thread: the run gets the error at the next entry, and reports it below
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in _DISK_ERRORS):
-            report_thread(args)
-
-    threading.excepthook = report
-    try:
+    with run_errors.system_errors_in_one_line(argv[0]):
         for attempt in range(_ATTEMPTS):
             try:
                 with contextlib.ExitStack() as exit_stack:
@@ -478,62 +442,6 @@ def main(argv: list[str]) -> None:
                 missing = isinstance(cause, FileNotFoundError) and str(cause.filename).endswith(".ckpt")
                 if argv[0] == "fit" or not missing or attempt == _ATTEMPTS - 1:
                     raise
-    except AezooError:  # a ValueError itself
-        raise
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        raise AezooError(
-            f"port {port} of {host} is in use, where the processes are to meet: end what holds it, or set MASTER_PORT "
-            "to another"
-        ) from error
-    except (OSError, ValueError) as error:
-        # Lightning's logger reports any error in TensorBoard's as a value that cannot be logged
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError) or cause.errno not in _DISK_ERRORS:
-            raise
-        flag = "--predictions.folder" if argv[0] == "predict" else "--trainer.default_root_dir"
-        if cause.filename is None and (reason := terminal.unwritable_output(after=cause)) is not None:
-            raise AezooError(
-                f"cannot write the output: {reason}; make room, or write it elsewhere; what was saved before is kept"
-            ) from error
-        where = os.fsdecode(cause.filename or "the run folder")
-        raise AezooError(
-            f"cannot read or write {where}: {cause.strerror}; what was saved before is kept: make room, or choose a "
-            f"folder that can be written with {flag}"
-        ) from error
-    finally:
-        threading.excepthook = report_thread
-
-
-def _lightning_error_line(error: BaseException) -> str | None:
-    """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
-    text = " ".join(str(error).split())
-    if (line := worker_failure(error)) is not None:
-        return f"{line}; go on with --resume auto"
-    if isinstance(error, ModuleNotFoundError):
-        return f"a package is missing, install it or leave out what asks for it: {text}"
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # a ValueError with a cause comes from Lightning's logger, see `main`
-    own = type(error) is ValueError and error.__cause__ is None
-    own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
-    return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether the memory of the host or of a GPU was not enough."""
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
-def _restores(error: BaseException) -> bool:
-    """Whether an error was raised while a checkpoint's state was restored."""
-    return any(
-        frame.f_globals.get("__name__", "").endswith("connectors.checkpoint_connector")
-        and frame.f_code.co_name.lstrip("_").startswith(("restore", "resume"))
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:

@@ -11,7 +11,7 @@ from quiet_trainer import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from aezoo.cli.lightning_cli import _lightning_error_line
+from aezoo.cli.run_errors import _lightning_error_line
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.data.classes import keep_labels, subset
 from aezoo.data.loaders import (

@@ -18,7 +18,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli.main import main
 from aezoo.cli.task_commands import read
 from aezoo.data import DataModule
-from aezoo.data.activations import layer_outputs
+from aezoo.data.networks import layer_outputs
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model, load_run, save_model
 from aezoo.io.scale_folding import fold

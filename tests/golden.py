@@ -39,7 +39,7 @@ WITHOUT_TIES = {"vp_vae": {"data_init": False}}
 # a value agrees if it is off by less; two processors differ by a thousandth of it
 TOLERANCE = 1e-7
 # inputs and weights are off by so much, relatively, when values are tested for ties
-NUDGE = 1e-9
+PERTURBATION = 1e-9
 # code paths that no default reaches
 VARIANTS = [
     subject_of("conv_ae", latent_map=True, latent_dim=4),
@@ -241,16 +241,16 @@ def _in_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _nudged(values: Tensor, nudge: float, rng: np.random.Generator) -> Tensor:
+def _perturb(values: Tensor, nudge: float, rng: np.random.Generator) -> Tensor:
     return values * (1 + nudge * torch.from_numpy(rng.uniform(-1, 1, values.shape)))
 
 
-def _built(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoencoder:
+def _build(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoencoder:
     torch.manual_seed(0)
     model = subject.build(SHAPE).double().train()
     with torch.no_grad():
         for parameter in model.parameters() if nudge else ():
-            parameter.copy_(_nudged(parameter, nudge, rng))
+            parameter.copy_(_perturb(parameter, nudge, rng))
     return model
 
 
@@ -269,7 +269,7 @@ def _gradient(model: Autoencoder) -> dict[str, float]:
     return values
 
 
-def _fitted(model: Autoencoder, batches: list[Any]) -> dict[str, float]:
+def _fit(model: Autoencoder, batches: list[Any]) -> dict[str, float]:
     """The loss before and after one optimiser step of a Trainer's fit."""
     losses: list[float] = []
 
@@ -309,14 +309,14 @@ def golden_values(subject: Subject, nudge: float = 0.0) -> Record:
     x, *others = (torch.from_numpy(rng.random((BATCH, *SHAPE))) for _ in range(3))
     labels = torch.arange(BATCH) % CLASSES
     with _in_float64():
-        model = _built(subject, nudge, off)
+        model = _build(subject, nudge, off)
         torch.manual_seed(1)
-        terms = model.training_step(_nudged(x, nudge, off), 0)
+        terms = model.training_step(_perturb(x, nudge, off), 0)
         terms["loss"].backward()
         values = {"terms": {name: float(term) for name, term in terms.items()}, "gradient": _gradient(model)}
-        model = _built(subject, nudge, off)
+        model = _build(subject, nudge, off)
         torch.manual_seed(1)
-        return {**values, "step": _fitted(model, [(_nudged(x, nudge, off), labels) for x in others])}
+        return {**values, "step": _fit(model, [(_perturb(x, nudge, off), labels) for x in others])}
 
 
 def differences(values: Record, recorded: Record, tolerance: float) -> list[str]:
@@ -348,7 +348,7 @@ def main() -> int:
         if subject.label in table:
             continue
         values = golden_values(subject)
-        ties = differences(golden_values(subject, NUDGE), values, 1000 * NUDGE)
+        ties = differences(golden_values(subject, PERTURBATION), values, 1000 * PERTURBATION)
         if ties:
             tied = True
             print(f"{subject.label}: rounding decides here, take other settings: {'; '.join(ties)}")

@@ -41,13 +41,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # run as a module of its folder
 from mutation_operators import mutants_of
 
 ROOT = Path(__file__).parent.parent
-LIST = Path(__file__).with_suffix(".txt")
+LISTED_FAULTS = Path(__file__).with_suffix(".txt")
 COPIED = ("aezoo", "benchmarks", "tests", "recipes", "pyproject.toml")
-NEEDED = 0.9
+MIN_CAUGHT = 0.9
 WRONG_COPY = 90
 # what every run of tests imports first, most of the time that a fault takes
 PRELOADED = ("torch", "lightning.pytorch", "numpy", "pytest")
-FORMULAS = (
+FORMULA_PATHS = (
     "models",
     "bases",
     "distributions",
@@ -60,11 +60,11 @@ FORMULAS = (
 )
 GOLDEN = "tests/test_golden.py"
 # golden values are chosen by model, and the copy has no README
-NO_JUDGES = ("test_golden.py", "test_readme.py")
+EXCLUDED_TESTS = ("test_golden.py", "test_readme.py")
 # the golden values and the laws of so many models judge a block that many use
-MOST_GOLDEN, MOST_LAWS = 12, 2
+MAX_GOLDEN_TESTS, MAX_LAW_FILES = 12, 2
 # tests of what has no test file of its name, by the beginning of the path; names that are gone do no harm
-ELSEWHERE = {
+TESTS_BY_PREFIX = {
     "aezoo/metrics/disentanglement": "test_disentanglement.py",
     "aezoo/metrics/similarity": "test_disentanglement.py",
     "aezoo/metrics/sparsity": "test_sparsity_metrics.py",
@@ -85,7 +85,7 @@ class Fault:
     Attributes:
         name: unlike those of the other faults of the file.
         start: where in the file the old text stands; None: where it is found, once.
-        test: the test file that must fail, by its name; empty: those that `tests_of` finds.
+        test: the test file that must fail, by its name; empty: those that `test_files` finds.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Fault:
 
     def tests(self, golden: bool = True) -> list[str]:
         """What pytest is to run, golden values first, which take a second."""
-        files = [_named(self.test)] if self.test else test_files(self.file)
+        files = [_test_path(self.test)] if self.test else test_files(self.file)
         return [*(golden_tests(self.file) if golden and self.start is not None else ()), *files]
 
 
@@ -127,12 +127,12 @@ class Verdict:
     """What became of a fault: one of the words above, the test that failed or the reason, and seconds."""
 
     fault: Fault
-    word: str
+    outcome: str
     detail: str
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.word:9} {self.seconds:5.1f} s  {self.fault.identity}  <- {self.detail}"
+        return f"{self.outcome:9} {self.seconds:5.1f} s  {self.fault.identity}  <- {self.detail}"
 
 
 # ---- the faults ------------------------------------------------------------------------------------------------------
@@ -159,15 +159,15 @@ def parse(text: str) -> Iterator[Fault]:
 
 def listed() -> list[Fault]:
     """The faults of `tests/mutants.txt`."""
-    return list(parse(LIST.read_text(encoding="utf-8")))
+    return list(parse(LISTED_FAULTS.read_text(encoding="utf-8")))
 
 
 @cache
-def _of_operators(root: Path) -> tuple[Fault, ...]:
+def _generated_faults(root: Path) -> tuple[Fault, ...]:
     faults = []
-    for room in FORMULAS:
-        place = root / "aezoo" / room
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+    for part in FORMULA_PATHS:
+        location = root / "aezoo" / part
+        for path in sorted(location.rglob("*.py")) if location.is_dir() else [location]:
             file = path.relative_to(root).as_posix()
             for mutant in mutants_of(path.read_text(encoding="utf-8")):
                 name = f"{mutant.function}: {mutant.operator} {mutant.ordinal}"
@@ -177,7 +177,7 @@ def _of_operators(root: Path) -> tuple[Fault, ...]:
 
 def generated(root: Path = ROOT) -> list[Fault]:
     """The faults of formulas that operators make from the code; those that change nothing are left out."""
-    return [fault for fault in _of_operators(root) if fault.identity not in EQUIVALENT]
+    return [fault for fault in _generated_faults(root) if fault.identity not in EQUIVALENT]
 
 
 def faults() -> list[Fault]:
@@ -188,7 +188,7 @@ def faults() -> list[Fault]:
 # ---- the tests that must notice them ---------------------------------------------------------------------------------
 
 
-def _named(test: str) -> str:
+def _test_path(test: str) -> str:
     """The path of a test file from its name, which is unique."""
     found = sorted((ROOT / "tests").rglob(test))
     return found[0].relative_to(ROOT).as_posix() if found else f"tests/{test}"
@@ -208,7 +208,7 @@ def test_files(file: str) -> list[str]:
     laws that name or import it.
     """
     stem, (*packages, _) = Path(file).stem, Path(file).with_suffix("").parts
-    texts = {test: text for test, text in _test_texts().items() if Path(test).name not in NO_JUDGES}
+    texts = {test: text for test, text in _test_texts().items() if Path(test).name not in EXCLUDED_TESTS}
     if packages[1:2] == ["models"]:
         laws = {test: text for test, text in texts.items() if test.startswith("tests/laws/")}
         own = [test for test in laws if Path(test).stem == f"test_{stem}"]
@@ -219,10 +219,10 @@ def test_files(file: str) -> list[str]:
         return own
     module = rf"\b{'.'.join(packages)}(\.{stem}\b| import [^\n]*\b{stem}\b)"
     importers = [test for test, text in texts.items() if re.search(module, text)]
-    known = [name for start, name in ELSEWHERE.items() if file.startswith(start)]
+    known = [name for start, name in TESTS_BY_PREFIX.items() if file.startswith(start)]
     importers += [test for test in texts if Path(test).name in known]
     models = dict.fromkeys(model for model, _ in _users(file))
-    laws = [test for model in [*models][:MOST_LAWS] for test in test_files(model)]
+    laws = [test for model in [*models][:MAX_LAW_FILES] for test in test_files(model)]
     return [*dict.fromkeys(importers + laws)]
 
 
@@ -269,14 +269,14 @@ def _users(file: str) -> list[tuple[str, str]]:
 
 def golden_tests(file: str) -> list[str]:
     """The golden values of models that use a module."""
-    return [f"{GOLDEN}::test_golden_values[{label}]" for _, label in _users(file)[:MOST_GOLDEN]]
+    return [f"{GOLDEN}::test_golden_values[{label}]" for _, label in _users(file)[:MAX_GOLDEN_TESTS]]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def copy() -> Iterator[Path]:
+def temporary_copy() -> Iterator[Path]:
     """A folder of its own with the package and its tests."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve()
@@ -342,7 +342,7 @@ def failed(output: str) -> list[str]:
     return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
-def judge(fault: Fault, limit: float, golden: bool = True) -> Verdict:
+def run_fault(fault: Fault, limit: float, golden: bool = True) -> Verdict:
     """Run the fault's tests on a copy with the fault in it."""
     start = time.monotonic()
     found = fault.occurrences()
@@ -351,7 +351,7 @@ def judge(fault: Fault, limit: float, golden: bool = True) -> Verdict:
     tests = fault.tests(golden)
     if not tests:
         return Verdict(fault, SURVIVED, "no test has its name or imports it")
-    with copy() as root:
+    with temporary_copy() as root:
         fault.inject(root)
         status, output = pytest_in(root, tests, limit)
     seconds = time.monotonic() - start
@@ -366,11 +366,11 @@ def judge(fault: Fault, limit: float, golden: bool = True) -> Verdict:
     return Verdict(fault, BROKEN, f"pytest ended with {status}: {output.strip().rpartition(chr(10))[2]}", seconds)
 
 
-def red_anyway(tests: Sequence[str], limit: float) -> list[str]:
+def failing_without_fault(tests: Sequence[str], limit: float) -> list[str]:
     """Those of the tests that fail on the package as it is."""
     if not tests:
         return []
-    with copy() as root:
+    with temporary_copy() as root:
         status, output = pytest_in(root, ["--maxfail=0", *tests], limit * len(tests))
     return [] if status == 0 else failed(output) or list(tests)
 
@@ -385,21 +385,21 @@ def by_operator(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
     return parts
 
 
-def summary(verdicts: Sequence[Verdict], red: Iterable[str] = ()) -> tuple[str, bool]:
+def summary(verdicts: Sequence[Verdict], failing_anyway: Iterable[str] = ()) -> tuple[str, bool]:
     """The last lines of a run, and whether the suite has passed."""
-    sound = [verdict for verdict in verdicts if verdict.word == CAUGHT and verdict.detail not in red]
-    unjudged = [verdict for verdict in verdicts if verdict.word in (STALE, BROKEN)]
-    share = len(sound) / len(verdicts)
-    lines = [f"{test} fails without a fault too: what it caught does not count" for test in red]
-    lines += [f"{verdict.word}: {verdict.fault.identity}: {verdict.detail}" for verdict in unjudged]
+    caught = [verdict for verdict in verdicts if verdict.outcome == CAUGHT and verdict.detail not in failing_anyway]
+    without_verdict = [verdict for verdict in verdicts if verdict.outcome in (STALE, BROKEN)]
+    share = len(caught) / len(verdicts)
+    lines = [f"{test} fails without a fault too: what it caught does not count" for test in failing_anyway]
+    lines += [f"{verdict.outcome}: {verdict.fault.identity}: {verdict.detail}" for verdict in without_verdict]
     for operator, all_of in sorted(by_operator(verdicts).items()):
-        missed = sum(verdict not in sound for verdict in all_of)
+        missed = sum(verdict not in caught for verdict in all_of)
         lines += [f"{operator}: {missed} of {len(all_of)} missed"] if missed else []
-    lines.append(f"{len(sound)} of {len(verdicts)} faults caught, {share:.1%}; needed: {NEEDED:.0%}")
-    return "\n".join(lines), share >= NEEDED and not unjudged
+    lines.append(f"{len(caught)} of {len(verdicts)} faults caught, {share:.1%}; needed: {MIN_CAUGHT:.0%}")
+    return "\n".join(lines), share >= MIN_CAUGHT and not without_verdict
 
 
-def state(root: Path = ROOT) -> str:
+def source_digest(root: Path = ROOT) -> str:
     """A digest of all that verdicts depend on."""
     digest = hashlib.sha256()
     for name in COPIED:
@@ -410,27 +410,27 @@ def state(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-class Kept:
+class VerdictFile:
     """Verdicts in a file, a line each, for as long as the package and its tests stay as they are.
 
     Args:
         path: the file; one of another state is begun anew. None keeps nothing.
-        of: the state, see `state`.
+        digest: see `source_digest`.
     """
 
-    def __init__(self, path: Path | None, of: str) -> None:
+    def __init__(self, path: Path | None, digest: str) -> None:
         self._path = path
         self.rows: dict[str, tuple[str, str, float]] = {}
         if path is None:
             return
         head, *lines = (path.read_text(encoding="utf-8") if path.is_file() else "").splitlines() or [""]
-        for line in lines if head == of else []:
+        for line in lines if head == digest else []:
             with suppress(ValueError):  # cut short when the run was ended
                 name, *verdict = json.loads(line)
                 self.rows[name] = tuple(verdict)
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.dumps([name, *verdict]) for name, verdict in self.rows.items()]
-        path.write_text("\n".join([of, *rows, ""]), encoding="utf-8")
+        path.write_text("\n".join([digest, *rows, ""]), encoding="utf-8")
 
     def from_data(self, fault: Fault) -> Verdict | None:
         """The verdict on a fault, if there is one."""
@@ -440,7 +440,8 @@ class Kept:
         """Write a verdict down."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([verdict.fault.identity, verdict.word, verdict.detail, verdict.seconds]) + "\n")
+                row = [verdict.fault.identity, verdict.outcome, verdict.detail, verdict.seconds]
+                file.write(json.dumps(row) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -470,28 +471,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in chosen:
             print(f"{fault.identity}\n    - {fault.old}\n    + {fault.new}")
         return 0
-    kept = Kept(options.keep, f"{state()} {options.without_golden}" if options.keep else "")
-    verdicts = [verdict for fault in chosen if (verdict := kept.from_data(fault))]
+    saved = VerdictFile(options.keep, f"{source_digest()} {options.without_golden}" if options.keep else "")
+    verdicts = [verdict for fault in chosen if (verdict := saved.from_data(fault))]
     known = {verdict.fault for verdict in verdicts}
     pool = ThreadPoolExecutor(max(1, options.jobs))
     try:
-        waiting = [
-            pool.submit(judge, fault, options.limit, not options.without_golden)
+        futures = [
+            pool.submit(run_fault, fault, options.limit, not options.without_golden)
             for fault in chosen
             if fault not in known
         ]
-        for future in as_completed(waiting):
+        for future in as_completed(futures):
             verdicts.append(future.result())
-            kept.add(verdicts[-1])
+            saved.add(verdicts[-1])
             print(verdicts[-1], flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # interrupted, finish only the faults under way
-    tests = sorted({verdict.detail for verdict in verdicts if verdict.word == CAUGHT})
-    red = red_anyway(tests, options.limit)
-    text, passed = summary(verdicts, red)
+    tests = sorted({verdict.detail for verdict in verdicts if verdict.outcome == CAUGHT})
+    failing_anyway = failing_without_fault(tests, options.limit)
+    text, passed = summary(verdicts, failing_anyway)
     print(text)
     if options.out is not None:
-        caught = sum(verdict.word == CAUGHT and verdict.detail not in red for verdict in verdicts)
+        caught = sum(verdict.outcome == CAUGHT and verdict.detail not in failing_anyway for verdict in verdicts)
         counts = {"listed": total, "faults": len(verdicts), "caught": caught}
         options.out.write_text(json.dumps(counts) + "\n", encoding="utf-8")
     return 0 if passed else 1

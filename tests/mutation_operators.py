@@ -15,37 +15,37 @@ from typing import Any
 
 Mutants = Iterator[tuple[str, ast.AST]]
 
-FUNCTIONS_OF_ONE_VALUE = {
+UNARY_FUNCTIONS = {
     *("exp", "log", "sqrt", "rsqrt", "square", "abs", "log1p", "expm1", "sigmoid", "tanh", "relu", "softplus"),
     *("softmax", "log_softmax", "logsigmoid", "normalize", "cumsum", "floor", "round", "sign", "detach"),
     *("clamp", "clamp_min", "clamp_max", "clip"),
 }
 # those that take an axis as their first argument, or as the one after the tensor
-OVER_AN_AXIS = {
+AXIS_FUNCTIONS = {
     *("sum", "mean", "std", "var", "amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "norm"),
     *("softmax", "log_softmax", "logsumexp", "cumsum", "cumprod", "flip", "unbind", "cat", "stack", "argsort"),
 }
-INSTEAD = {
+REPLACEMENTS = {
     **{"sum": "mean", "mean": "sum", "amax": "amin", "amin": "amax", "argmax": "argmin", "argmin": "argmax"},
     **{"maximum": "minimum", "minimum": "maximum", "add_": "sub_", "sub_": "add_", "cos": "sin", "sin": "cos"},
     **{"randn": "rand", "randn_like": "rand_like", "rand": "randn", "rand_like": "randn_like"},
 }
 SYMMETRIC = {"maximum", "minimum", "mse_loss", "l1_loss", "cosine_similarity", "max", "min", "add", "mul", "isclose"}
-NO_FORMULA = {
+IGNORED_CALLS = {
     *("isinstance", "hasattr", "getattr", "setattr", "zip", "register_buffer", "warn", "cast", "expand", "view"),
     *("reshape", "unflatten", "new_empty", "empty", "new_zeros", "zeros", "new_ones", "ones", "at_least", "one_of"),
 }
 # values of these arguments are no part of a formula
-PLUMBING = {"device", "dtype", "generator", "strict", "memory_format", "non_blocking", "persistent"}
-ELSEWHERE = {
+IGNORED_ARGUMENTS = {"device", "dtype", "generator", "strict", "memory_format", "non_blocking", "persistent"}
+IGNORED_CONDITIONS = {
     *("_across_ranks", "is_compiling", "is_exporting", "is_available", "is_initialized", "is_tracing", "device"),
     *("is_cuda", "is_cpu", "dtype", "isinstance", "is_grad_enabled", "requires_grad"),
 }
-NO_FORMULAS = {"__init__", "__repr__", "extra_repr", "parameter_groups", "configure_optimizers", "setup"}
+IGNORED_FUNCTIONS = {"__init__", "__repr__", "extra_repr", "parameter_groups", "configure_optimizers", "setup"}
 MODULES = {"torch", "F", "nn", "math", "np", "linalg", "special", "functional"}
-NEEDS_NO_BRACKETS = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.stmt)
-GUARDS = ("eps", "tiny", "jitter", "floor", "finfo")
-SMALLEST, LARGEST = 1e-3, 1000
+ATOMS = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.stmt)
+GUARD_WORDS = ("eps", "tiny", "jitter", "floor", "finfo")
+MIN_CONSTANT, MAX_CONSTANT = 1e-3, 1000
 
 NEGATED = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 OTHER_AXIS = {0: 1, 1: 0, 2: 1, 3: 2, -1: 0, -2: -1, -3: -1}
@@ -91,7 +91,7 @@ def mutants_of(source: str) -> list[Mutant]:
         for node, operator, changed in _changes(function):
             start, end = position(node.lineno, node.col_offset), position(node.end_lineno, node.end_col_offset)
             new = ast.unparse(changed)
-            if not isinstance(changed, NEEDS_NO_BRACKETS):
+            if not isinstance(changed, ATOMS):
                 new = f"({new})"
             if (start, end, new) not in seen and new.strip("()") != ast.unparse(node).strip("()"):
                 seen.add((start, end, new))
@@ -110,7 +110,7 @@ def _formulas(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Functi
             arguments = chain(node.args.posonlyargs, node.args.args, node.args.kwonlyargs)
             signature = [node.returns, *(argument.annotation for argument in arguments)]
             text = " ".join(ast.unparse(part) for part in signature if part is not None)
-            if node.name not in NO_FORMULAS and ("Tensor" in text or "ndarray" in text):
+            if node.name not in IGNORED_FUNCTIONS and ("Tensor" in text or "ndarray" in text):
                 yield f"{prefix}{node.name}", node
             else:
                 yield from _formulas(node, f"{prefix}{node.name}.")
@@ -121,14 +121,14 @@ def _names(node: ast.AST) -> set[str]:
     return parts | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
 
 
-def _called(node: ast.AST) -> str:
+def _called_name(node: ast.AST) -> str:
     """The last name of what a call calls."""
     if isinstance(node, ast.Call):
         return getattr(node.func, "attr", getattr(node.func, "id", ""))
     return ""
 
 
-def _of_module(call: ast.Call) -> bool:
+def _is_module_function(call: ast.Call) -> bool:
     """Whether a call is one of a function of a module and not of a method."""
     function = call.func
     if isinstance(function, ast.Name):
@@ -152,8 +152,8 @@ def _is_guard(node: ast.AST) -> bool:
     """Whether an expression only keeps rounding away: a tiny number, or one with a name that says so."""
     value = _number(node)
     if value is not None:
-        return 0 < abs(value) < SMALLEST
-    return any(word in name.lower() for name in _names(node) for word in GUARDS)
+        return 0 < abs(value) < MIN_CONSTANT
+    return any(word in name.lower() for name in _names(node) for word in GUARD_WORDS)
 
 
 def _is_limit(node: ast.AST) -> bool:
@@ -161,7 +161,7 @@ def _is_limit(node: ast.AST) -> bool:
     for part in ast.walk(node):
         value = _number(part)
         power = isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) and _number(part.left) is not None
-        if power or (isinstance(value, int) and value >= LARGEST):
+        if power or (isinstance(value, int) and value >= MAX_CONSTANT):
             return True
     return False
 
@@ -181,7 +181,7 @@ def _is_check(node: ast.If) -> bool:
     return isinstance(node.body[-1], ast.Raise)
 
 
-def _parts(node: ast.AST) -> Iterator[ast.AST]:
+def _formula_children(node: ast.AST) -> Iterator[ast.AST]:
     """The children of a node that may belong to a formula."""
     if isinstance(node, ast.FunctionDef):
         yield from node.body
@@ -190,19 +190,19 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.Assign):
         yield node.value
     elif isinstance(node, ast.If):
-        if not _is_check(node) and not _names(node.test) & ELSEWHERE:
+        if not _is_check(node) and not _names(node.test) & IGNORED_CONDITIONS:
             yield node.test
             yield from node.body
         yield from node.orelse
-    elif isinstance(node, ast.IfExp) and _names(node.test) & ELSEWHERE:
+    elif isinstance(node, ast.IfExp) and _names(node.test) & IGNORED_CONDITIONS:
         yield node.orelse
     elif isinstance(node, ast.Call):
         yield from [] if isinstance(node.func, ast.Name) else [node.func]
         # whole numbers that max and min bound are sizes of chunks and the like
         bounds = isinstance(node.func, ast.Name) and node.func.id in ("max", "min")
-        if not bounds and _called(node) not in NO_FORMULA:
+        if not bounds and _called_name(node) not in IGNORED_CALLS:
             yield from node.args
-            yield from (keyword.value for keyword in node.keywords if keyword.arg not in PLUMBING)
+            yield from (keyword.value for keyword in node.keywords if keyword.arg not in IGNORED_ARGUMENTS)
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return
     elif not isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.ClassDef | ast.Import | ast.ImportFrom):
@@ -219,10 +219,10 @@ def _changes(function: ast.FunctionDef) -> Iterator[tuple[Any, str, ast.AST]]:
             for name, changed in operator(node):
                 if not (without_gradient and name == "drop detach"):
                     yield node, name, changed
-        waiting.extend(reversed([*_parts(node)]))
+        waiting.extend(reversed([*_formula_children(node)]))
 
 
-def _with(node: Any, **fields: Any) -> Any:
+def _replace_fields(node: Any, **fields: Any) -> Any:
     changed = copy.copy(node)
     for name, value in fields.items():
         setattr(changed, name, value)
@@ -239,7 +239,7 @@ def _arithmetic(node: ast.AST) -> Mutants:
         if _is_guard(node.left) or _is_guard(node.right):
             return
         plus = isinstance(node.op, ast.Add)
-        yield ("- for +" if plus else "+ for -"), _with(node, op=ast.Sub() if plus else ast.Add())
+        yield ("- for +" if plus else "+ for -"), _replace_fields(node, op=ast.Sub() if plus else ast.Add())
         yield "drop term", node.left
         yield "drop term", node.right if plus else ast.UnaryOp(ast.USub(), node.right)
     elif isinstance(node.op, ast.Mult):
@@ -247,7 +247,7 @@ def _arithmetic(node: ast.AST) -> Mutants:
         yield "drop factor", node.right
     elif isinstance(node.op, ast.Div):
         yield "drop factor", node.left
-        yield "* for /", _with(node, op=ast.Mult())
+        yield "* for /", _replace_fields(node, op=ast.Mult())
     elif isinstance(node.op, ast.Pow):
         yield "drop power", node.left
 
@@ -262,7 +262,7 @@ def _constant(node: ast.AST) -> Mutants:
         whole = isinstance(value, int)
         yield (
             ("off by one" if whole else "wrong constant"),
-            _with(node, **{side: ast.Constant(value + 1 if whole else 2 * value if value else 1.0)}),
+            _replace_fields(node, **{side: ast.Constant(value + 1 if whole else 2 * value if value else 1.0)}),
         )
 
 
@@ -276,65 +276,74 @@ def _assignment(node: ast.AST) -> Mutants:
         others = {ast.Add: ("- for +", ast.Sub), ast.Sub: ("+ for -", ast.Add), ast.Mult: ("/ for *", ast.Div)}
         if type(node.op) in others:
             name, other = others[type(node.op)]
-            yield name, _with(node, op=other())
+            yield name, _replace_fields(node, op=other())
 
 
 def _comparison(node: ast.AST) -> Mutants:
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and not _names(node) & ELSEWHERE:
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and not _names(node) & IGNORED_CONDITIONS:
         other = NEGATED.get(type(node.ops[0]))
         if other is not None:
-            yield "negate comparison", _with(node, ops=[other()])
+            yield "negate comparison", _replace_fields(node, ops=[other()])
 
 
 def _condition(node: ast.AST) -> Mutants:
-    if isinstance(node, ast.IfExp) and not isinstance(node.test, ast.Compare) and not _names(node.test) & ELSEWHERE:
-        yield "other branch", _with(node, body=node.orelse, orelse=node.body)
+    if (
+        isinstance(node, ast.IfExp)
+        and not isinstance(node.test, ast.Compare)
+        and not _names(node.test) & IGNORED_CONDITIONS
+    ):
+        yield "other branch", _replace_fields(node, body=node.orelse, orelse=node.body)
 
 
 def _function(node: ast.AST) -> Mutants:
     if not isinstance(node, ast.Call):
         return
-    name, of_module = _called(node), _of_module(node)
-    of_axes = of_module or all(_number(part) is not None or isinstance(part, ast.Tuple) for part in node.args)
-    of_axes |= name.endswith("_")  # in place: add_(x)
+    name, is_module_function = _called_name(node), _is_module_function(node)
+    has_axes = is_module_function or all(_number(part) is not None or isinstance(part, ast.Tuple) for part in node.args)
+    has_axes |= name.endswith("_")  # in place: add_(x)
     if (
-        name in INSTEAD and isinstance(node.func, ast.Attribute) and of_axes
+        name in REPLACEMENTS and isinstance(node.func, ast.Attribute) and has_axes
     ):  # and not, say, a likelihood's mean(params)
-        changed = _with(node, func=_with(node.func, attr=INSTEAD[name]))
-        yield f"{INSTEAD[name].strip('_')} for {name.strip('_')}", changed
-    guards = any(_is_guard(part) for part in (*node.args[of_module:], *(keyword.value for keyword in node.keywords)))
-    if name in FUNCTIONS_OF_ONE_VALUE and not (name.startswith(("clamp", "clip")) and guards):
-        value = node.args[0] if of_module and node.args else getattr(node.func, "value", None)
-        if value is not None and not (of_module and not node.args):
+        changed = _replace_fields(node, func=_replace_fields(node.func, attr=REPLACEMENTS[name]))
+        yield f"{REPLACEMENTS[name].strip('_')} for {name.strip('_')}", changed
+    guards = any(
+        _is_guard(part) for part in (*node.args[is_module_function:], *(keyword.value for keyword in node.keywords))
+    )
+    if name in UNARY_FUNCTIONS and not (name.startswith(("clamp", "clip")) and guards):
+        value = node.args[0] if is_module_function and node.args else getattr(node.func, "value", None)
+        if value is not None and not (is_module_function and not node.args):
             yield f"drop {name.partition('_m')[0]}", value
 
 
 def _axis(node: ast.AST) -> Mutants:
     if not isinstance(node, ast.Call):
         return
-    place = int(_of_module(node))
-    if _called(node) in OVER_AN_AXIS and len(node.args) > place:
+    place = int(_is_module_function(node))
+    if _called_name(node) in AXIS_FUNCTIONS and len(node.args) > place:
         axis = node.args[place]
         if _number(axis) in OTHER_AXIS:
             new = ast.Constant(OTHER_AXIS[_number(axis)])
-            yield "wrong axis", _with(node, args=[*node.args[:place], new, *node.args[place + 1 :]])
+            yield "wrong axis", _replace_fields(node, args=[*node.args[:place], new, *node.args[place + 1 :]])
         if isinstance(axis, ast.Tuple) and len(axis.elts) > 1:
-            shorter = _with(axis, elts=axis.elts[:-1])
-            yield "missing axis", _with(node, args=[*node.args[:place], shorter, *node.args[place + 1 :]])
+            shorter = _replace_fields(axis, elts=axis.elts[:-1])
+            yield "missing axis", _replace_fields(node, args=[*node.args[:place], shorter, *node.args[place + 1 :]])
     for i, keyword in enumerate(node.keywords):
         if keyword.arg in ("dim", "axis") and _number(keyword.value) in OTHER_AXIS:
-            other = _with(keyword, value=ast.Constant(OTHER_AXIS[_number(keyword.value)]))
-            yield "wrong axis", _with(node, keywords=[*node.keywords[:i], other, *node.keywords[i + 1 :]])
+            other = _replace_fields(keyword, value=ast.Constant(OTHER_AXIS[_number(keyword.value)]))
+            yield "wrong axis", _replace_fields(node, keywords=[*node.keywords[:i], other, *node.keywords[i + 1 :]])
 
 
 def _order(node: ast.AST) -> Mutants:
     """Swapped arguments; of `where`, the two values."""
-    if not isinstance(node, ast.Call) or _called(node) in SYMMETRIC | NO_FORMULA:
+    if not isinstance(node, ast.Call) or _called_name(node) in SYMMETRIC | IGNORED_CALLS:
         return
-    first = 1 if _called(node) == "where" and _of_module(node) else 0
+    first = 1 if _called_name(node) == "where" and _is_module_function(node) else 0
     pair = node.args[first : first + 2]
     if len(pair) == 2 and not any(isinstance(part, ast.Starred | ast.Constant | ast.Lambda) for part in pair):
-        yield "swap arguments", _with(node, args=[*node.args[:first], *reversed(pair), *node.args[first + 2 :]])
+        yield (
+            "swap arguments",
+            _replace_fields(node, args=[*node.args[:first], *reversed(pair), *node.args[first + 2 :]]),
+        )
 
 
 def _index(node: ast.AST) -> Mutants:
@@ -345,16 +354,16 @@ def _index(node: ast.AST) -> Mutants:
             if bound is not None and not _is_limit(bound):
                 more = _number(bound)
                 new = ast.BinOp(bound, ast.Add(), ast.Constant(1)) if more is None else ast.Constant(int(more) + 1)
-                yield "off by one", _with(node, **{side: None if more == -1 else new})
-    elif isinstance(node, ast.Call) and _called(node) == "range" and node.args:
+                yield "off by one", _replace_fields(node, **{side: None if more == -1 else new})
+    elif isinstance(node, ast.Call) and _called_name(node) == "range" and node.args:
         place = int(len(node.args) > 1)
         new = ast.BinOp(node.args[place], ast.Sub(), ast.Constant(1))
-        yield "off by one", _with(node, args=[*node.args[:place], new, *node.args[place + 1 :]])
+        yield "off by one", _replace_fields(node, args=[*node.args[:place], new, *node.args[place + 1 :]])
 
 
 def _no_grad(node: ast.AST) -> Mutants:
-    if _called(node) == "no_grad":
-        yield "drop no_grad", _with(node, func=_with(node.func, attr="enable_grad"))
+    if _called_name(node) == "no_grad":
+        yield "drop no_grad", _replace_fields(node, func=_replace_fields(node.func, attr="enable_grad"))
 
 
 OPERATORS: tuple[Callable[[ast.AST], Mutants], ...] = (

@@ -34,13 +34,13 @@ class Proofs:
     def _record(self) -> None:
         from aezoo.autoencoder import Autoencoder
 
-        made = Autoencoder.__init__
+        original_init = Autoencoder.__init__
 
-        def noted(model: Autoencoder, *args: Any, **kwargs: Any) -> None:
+        def recording_init(model: Autoencoder, *args: Any, **kwargs: Any) -> None:
             self.built.add(type(model))
-            made(model, *args, **kwargs)
+            original_init(model, *args, **kwargs)
 
-        Autoencoder.__init__ = noted
+        Autoencoder.__init__ = recording_init
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from golden import NUDGE, TOLERANCE, differences, golden_values, recorded, subjects
+from golden import PERTURBATION, TOLERANCE, differences, golden_values, recorded, subjects
 from representative_models import OF_EACH_KIND
 
 SUBJECTS = subjects()
@@ -27,7 +27,7 @@ def test_golden_values(subject):
 @pytest.mark.slow
 @of_each
 def test_golden_values_are_stable_under_small_perturbation(subject):
-    assert not differences(golden_values(subject, NUDGE), recorded()[subject.label], 1000 * NUDGE)
+    assert not differences(golden_values(subject, PERTURBATION), recorded()[subject.label], 1000 * PERTURBATION)
 
 
 def test_golden_values_exist_for_current_models_only():

@@ -9,7 +9,7 @@ import pytest
 from mutants import ROOT, Fault, Verdict
 
 LISTED = mutants.listed()
-WORDS = (mutants.CAUGHT, "t.py::test", 1.0)
+CAUGHT_BY_TEST = (mutants.CAUGHT, "t.py::test", 1.0)
 QUICK = "aezoo/corruptions.py: GaussianNoise.forward: drop factor 1"
 
 
@@ -81,8 +81,10 @@ def test_a_fault_is_caught_in_a_copy(capsys):
 @pytest.mark.slow
 def test_interrupted_mutation_run_resumes(tmp_path, monkeypatch, capsys):
     judged, file = [], tmp_path / "kept"
-    monkeypatch.setattr(mutants, "judge", lambda fault, *_: (judged.append(fault), Verdict(fault, *WORDS))[1])
-    monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
+    monkeypatch.setattr(
+        mutants, "run_fault", lambda fault, *_: (judged.append(fault), Verdict(fault, *CAUGHT_BY_TEST))[1]
+    )
+    monkeypatch.setattr(mutants, "failing_without_fault", lambda *_: [])
     call = ["corruptions", "--jobs", "1", "--keep", str(file)]
     assert mutants.main(call) == 0
     every, text = len(judged), file.read_text()
@@ -94,14 +96,14 @@ def test_interrupted_mutation_run_resumes(tmp_path, monkeypatch, capsys):
     assert len(judged) == every + 1
     assert capsys.readouterr().out.count(f"{every} of {every} faults caught") == 3
     # of another state nothing counts
-    monkeypatch.setattr(mutants, "state", lambda: "another")
+    monkeypatch.setattr(mutants, "source_digest", lambda: "another")
     assert mutants.main(call) == 0
     assert len(judged) == 2 * every + 1
 
 
 def test_draw_selects_subset_of_faults(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mutants, "judge", lambda fault, *_: Verdict(fault, *WORDS))
-    monkeypatch.setattr(mutants, "red_anyway", lambda *_: [])
+    monkeypatch.setattr(mutants, "run_fault", lambda fault, *_: Verdict(fault, *CAUGHT_BY_TEST))
+    monkeypatch.setattr(mutants, "failing_without_fault", lambda *_: [])
     every = len(mutants.faults())
     assert mutants.main(["--draw", "20", "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == {"listed": every, "faults": 20, "caught": 20}
@@ -118,19 +120,19 @@ def test_draw_selects_subset_of_faults(tmp_path, monkeypatch, capsys):
 def test_state_hash_covers_all_copied_files(tmp_path):
     for name in mutants.COPIED:
         (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("")
-    states = [mutants.state(tmp_path)]
+    states = [mutants.source_digest(tmp_path)]
     for name in ("aezoo/a.py", "tests/b.txt", "pyproject.toml"):
         (tmp_path / name).write_text("changed")
-        states.append(mutants.state(tmp_path))
+        states.append(mutants.source_digest(tmp_path))
     assert len({*states}) == len(states)
     (tmp_path / "aezoo/__pycache__").mkdir()
     (tmp_path / "aezoo/__pycache__/a.pyc").write_text("compiled")
-    assert mutants.state(tmp_path) == states[-1]
+    assert mutants.source_digest(tmp_path) == states[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "limit", "word"),
+    ("change", "limit", "outcome"),
     [
         ({"new": "noise * self.amount"}, 300, mutants.SURVIVED),
         ({"new": "self.amount *"}, 300, mutants.BROKEN),
@@ -138,8 +140,8 @@ def test_state_hash_covers_all_copied_files(tmp_path):
         ({"old": "2 * noise"}, 300, mutants.STALE),
     ],
 )
-def test_surviving_mutants_are_reported(change, limit, word):
-    assert mutants.judge(replace(quick(), **change), limit, golden=False).word == word
+def test_surviving_mutants_are_reported(change, limit, outcome):
+    assert mutants.run_fault(replace(quick(), **change), limit, golden=False).outcome == outcome
 
 
 def test_run_fails_below_90_percent_or_on_stale_fault():
@@ -158,7 +160,9 @@ def test_tests_failing_without_fault_are_excluded(tmp_path, monkeypatch):
     (tmp_path / "aezoo").mkdir()
     (tmp_path / "aezoo" / "__init__.py").touch()
     (tmp_path / "test_all.py").write_text("def test_red():\n    assert False\n\n\ndef test_green():\n    pass\n")
-    assert mutants.red_anyway(["test_all.py::test_green", "test_all.py::test_red"], 300) == ["test_all.py::test_red"]
+    assert mutants.failing_without_fault(["test_all.py::test_green", "test_all.py::test_red"], 300) == [
+        "test_all.py::test_red"
+    ]
 
 
 def test_importing_package_outside_copy_is_refused(tmp_path):

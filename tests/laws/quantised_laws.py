@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 every = pytest.mark.parametrize("key", MODELS)
 
 
-class Given(nn.Module):
+class FixedCode(nn.Module):
     """An encoder that gives the same z to whatever it reads, so that z can be looked at."""
 
     def __init__(self, z: Tensor) -> None:
@@ -123,7 +123,7 @@ def nearest(row: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return found
 
 
-def by_books(rows: np.ndarray, codebooks: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+def by_codebooks(rows: np.ndarray, codebooks: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
     """Codes, each the nearest to what the codebooks before have left over, and their squared distance."""
     codes: list[np.ndarray] = []
     distance = 0.0
@@ -169,7 +169,7 @@ def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]
     if key == "vq-groups":
         codebooks = [group.code_KD.detach().numpy() for group in quantiser.groups]
         parts = [
-            by_books(part, [codebook])
+            by_codebooks(part, [codebook])
             for part, codebook in zip(np.split(rows, len(codebooks), 1), codebooks, strict=True)
         ]
         codes = np.concatenate([found for found, _ in parts], 1)
@@ -180,14 +180,14 @@ def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]
             rows, codebooks = (
                 values / np.linalg.norm(values, axis=-1, keepdims=True) for values in (rows, np.stack(codebooks))
             )
-        codes, terms = by_books(rows, [*codebooks])
+        codes, terms = by_codebooks(rows, [*codebooks])
         if key.endswith("gradient"):
             terms["codebook"] = terms["commitment"]
     elif key == "sim_vq":
-        codes, terms = by_books(rows, [quantiser.frozen_KD.numpy() @ quantiser.W_DD.detach().numpy()])
+        codes, terms = by_codebooks(rows, [quantiser.frozen_KD.numpy() @ quantiser.W_DD.detach().numpy()])
         terms["codebook"] = terms["commitment"]
     elif key == "fvq":
-        codes, terms = by_books(rows, [quantiser.codebook().detach().numpy()])
+        codes, terms = by_codebooks(rows, [quantiser.codebook().detach().numpy()])
         terms["codebook"] = terms["commitment"]
     elif key.startswith("fsq"):
         codes, terms = by_rounding(rows, (4, 3, 5, 6), 3 if key == "fsq-deep" else 1)
@@ -251,13 +251,13 @@ class BetaOnCodebook:
         return terms | {"loss": terms["nll"] + terms["commitment"] + self.beta * terms["codebook"]}
 
 
-class BetaOnBoth:
+class BetaOnAllTerms:
     def loss(self: Any, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = super().loss(x)  # type: ignore[misc]
         return terms | {"loss": terms["nll"] + self.beta * (terms["commitment"] + terms["codebook"])}
 
 
-class CommitmentAfterTheEstimator:
+class CommitmentAfterEstimator:
     """jax-vqvae-gpt #2: z_q has the gradient of z by then, so that nothing pulls z."""
 
     def loss(self: Any, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -290,16 +290,16 @@ def beta_law(cls: Any, **settings: Any) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-BOOKS = [(VQVAE, {"update": "gradient"}), (RQVAE, {"update": "gradient", "levels": 3}), (SimVQVAE, {})]
+CODEBOOKS = [(VQVAE, {"update": "gradient"}), (RQVAE, {"update": "gradient", "levels": 3}), (SimVQVAE, {})]
 
 
-@pytest.mark.parametrize(("cls", "settings"), BOOKS)
+@pytest.mark.parametrize(("cls", "settings"), CODEBOOKS)
 def test_beta_weights_commitment_only(cls: Any, settings: dict[str, Any]) -> None:
     beta_law(cls, **settings)
 
 
-@pytest.mark.parametrize("rival", [BetaOnCodebook, BetaOnBoth, CommitmentAfterTheEstimator])
-@pytest.mark.parametrize(("cls", "settings"), BOOKS)
+@pytest.mark.parametrize("rival", [BetaOnCodebook, BetaOnAllTerms, CommitmentAfterEstimator])
+@pytest.mark.parametrize(("cls", "settings"), CODEBOOKS)
 def test_misplaced_beta_is_detected(rival: Any, cls: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         beta_law(type("Rival", (rival, cls), {}), **settings)
@@ -310,7 +310,7 @@ def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tens
     model = small(key, **settings).eval()
     z = torch.randn(5, DIM, PLACES, dtype=torch.float64, requires_grad=True)
     seen: list[Tensor] = []
-    model.encoder = Given(z)
+    model.encoder = FixedCode(z)
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     nll = model.loss(data())["nll"]
     found = z, seen[0], *torch.autograd.grad(nll, [z, seen[0]])
@@ -457,9 +457,9 @@ def test_autocast_indices_and_terms_match_float32(key: str) -> None:
     model = small(key).float().eval()
     z = (0.3 * torch.randn(700, DIM, PLACES)).bfloat16()
     x = torch.rand(700, 6)
-    model.encoder = Given(z.float())
+    model.encoder = FixedCode(z.float())
     exact, terms = model.encode_indices(x), model.loss(x)
-    model.encoder = Given(z)
+    model.encoder = FixedCode(z)
     with torch.autocast("cpu", torch.bfloat16):
         half, half_terms = model.encode_indices(x), model.loss(x)
     assert torch.equal(half, exact)

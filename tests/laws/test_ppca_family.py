@@ -121,7 +121,7 @@ class Solution:
         distance = (centred * np.linalg.solve(covariance, centred.T).T).sum(1)
         return -0.5 * (len(self.w) * math.log(2 * math.pi) + np.linalg.slogdet(covariance)[1] + distance)
 
-    def put_into(self, model: Any) -> Any:
+    def copy_into(self, model: Any) -> Any:
         """The decoder, and the encoder of the posterior N(M^-1 W' (x - m), s^2 M^-1), M = W'W + s^2 I."""
         down, up = (
             next(m for m in net.modules() if isinstance(m, nn.Linear)) for net in (model.encoder, model.decoder)
@@ -148,7 +148,7 @@ def solved(solution: Solution, name: str, settings: dict[str, Any]) -> Any:
     scale = {} if name == "sigma_vae" else {"likelihood": f"gaussian:{math.sqrt(solution.s2)!r}"}
     size = {} if "latent_dims" in settings else {"latent_dim": K}
     model = aezoo.create_model(name, (64,), hidden_dims=(), **size, **scale, **settings).double()
-    return solution.put_into(model).eval()
+    return solution.copy_into(model).eval()
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

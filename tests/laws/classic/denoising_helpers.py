@@ -12,7 +12,7 @@ import aezoo
 # ---- denoising_ae: Vincent et al. 2008, Alain & Bengio 2014 ----------------------------------------------------------
 
 
-class Watched(nn.Module):
+class RecordingNoise(nn.Module):
     """A corruption that keeps the noise it adds, by the model's mode."""
 
     def __init__(self, model: aezoo.Autoencoder) -> None:
@@ -28,7 +28,7 @@ class Watched(nn.Module):
 def noise_law(model: aezoo.Autoencoder, quiet: Any) -> None:
     """Evaluation is corrupted too, by the same noise at every epoch; each training batch by noise of its own."""
     loader = DataLoader(torch.rand(12, 1, 4, 4), batch_size=6)
-    model.corruption = Watched(model)
+    model.corruption = RecordingNoise(model)
     seen = model.corruption.seen
     trainer = quiet(max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(model, loader, loader)

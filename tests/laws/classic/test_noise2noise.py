@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from denoising_helpers import (
-    Watched,
+    RecordingNoise,
 )
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
@@ -106,7 +106,7 @@ def test_noisy_copies_are_independent_fixed_in_eval(kind: str, quiet: Any) -> No
     x = 0.2 + 0.6 * torch.rand(12, 1, 8, 8)
     loader = DataLoader(x, batch_size=6)
     model = small(Noise2Noise, (1, 8, 8), corruption=kind)
-    model.corruption = Watched(model)
+    model.corruption = RecordingNoise(model)
     seen = model.corruption.seen
     trainer = quiet(max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(model, loader, loader)

@@ -5,7 +5,7 @@ import torch
 from quantised_laws import (  # noqa: F401
     DIM,
     PLACES,
-    Given,
+    FixedCode,
     data,
     small,
     test_autocast_indices_and_terms_match_float32,
@@ -40,7 +40,7 @@ def test_one_used_code_moves_all_codes_in_sim_vq_only() -> None:
     for key in ("sim_vq", "vq-gradient"):
         model = small(key, **({} if key == "sim_vq" else {"data_init": False, "dead_below": 0.0}))
         with torch.no_grad():
-            model.encoder = Given(model.quantiser.codebook()[2].expand(5, PLACES, -1).movedim(1, 2) + 0.01)
+            model.encoder = FixedCode(model.quantiser.codebook()[2].expand(5, PLACES, -1).movedim(1, 2) + 0.01)
         before = {name: value.clone() for name, value in model.quantiser.state_dict().items()}
         codebook = model.quantiser.codebook().detach().clone()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -9,7 +9,7 @@ import torch
 from quantised_laws import (  # noqa: F401
     DIM,
     PLACES,
-    Given,
+    FixedCode,
     built,
     data,
     error,
@@ -93,7 +93,7 @@ def test_groups_equal_separate_vq_vaes(settings: dict[str, Any]) -> None:
         part.load_state_dict(group.state_dict())
     for training in (True, True, False):
         z = torch.randn(9, DIM, PLACES, dtype=torch.float64, requires_grad=True)
-        whole.encoder, grad = Given(z), torch.randn(9, DIM, PLACES, dtype=torch.float64)
+        whole.encoder, grad = FixedCode(z), torch.randn(9, DIM, PLACES, dtype=torch.float64)
         found = whole.train(training).quantise(data(9))
         cuts = [(part.train(training)(cut), cut) for part, cut in zip(parts, z.split(DIM // 2, 1), strict=True)]
         assert torch.equal(found.indices, torch.cat([of.indices for of, _ in cuts], 1))

@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 FROZEN = {"model": "vq_vae", "trained": True}
 
 
-class Written(DiscreteAutoencoder):
+class StubTokenizer(DiscreteAutoencoder):
     """A tokenizer of samples that are indices already, of any layout and any codebooks."""
 
     def __init__(self, index_shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
@@ -55,7 +55,7 @@ class Written(DiscreteAutoencoder):
 
 def prior(name: str, index_shape: tuple[int, ...], sizes: tuple[int, ...], **settings: Any) -> Any:
     """A prior in double precision over indices of this layout, away from its initial weights."""
-    with mock.patch.object(token_prior, "_build_tokenizer", return_value=Written(index_shape, sizes)):
+    with mock.patch.object(token_prior, "_build_tokenizer", return_value=StubTokenizer(index_shape, sizes)):
         model = aezoo.create_model(
             name, (math.prod(index_shape),), tokenizer=FROZEN, **{**SMALL[name], **settings}
         ).double()

@@ -230,7 +230,7 @@ def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     return {"autoencoder": [p for p in model.parameters() if id(p) not in held], "discriminator": discriminator}
 
 
-def players(model: Any, x: Tensor) -> dict[str, Tensor]:
+def parameter_groups_of(model: Any, x: Tensor) -> dict[str, Tensor]:
     """What each player minimises, all parameters live."""
     z = model.encoder(x)
     if model.gaussian_posterior:
@@ -252,7 +252,7 @@ def players(model: Any, x: Tensor) -> dict[str, Tensor]:
 def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str, gaussian: bool, shifted: Any) -> None:
     model = shifted(small(name, likelihood=likelihood, gaussian_posterior=gaussian, adversarial_weight=3.0))
     x, found = images(), []
-    for loss in (model.loss, lambda x: players(model, x)):
+    for loss in (model.loss, lambda x: parameter_groups_of(model, x)):
         torch.manual_seed(3)
         found.append(loss(x))
     terms, losses = found

@@ -43,7 +43,7 @@ def gap(a: Any, b: Any) -> float:
     return float((a - b).detach().abs().max())
 
 
-class Watch(pl.Callback):
+class BatchCallback(pl.Callback):
     """What each step of the optimiser is given and leaves."""
 
     def __init__(self, look: Any) -> None:
@@ -56,7 +56,7 @@ class Watch(pl.Callback):
 
 def trained(model: Any, x: Any, quiet: Any, look: Any, batch: int = 25, **settings: Any) -> list[Any]:
     """What `look` sees of the model and its terms after each step of an epoch."""
-    watch = Watch(look)
+    watch = BatchCallback(look)
     quiet(max_epochs=1, callbacks=[watch], **settings).fit(model, torch.utils.data.DataLoader(x, batch_size=batch))
     return watch.seen
 
@@ -98,7 +98,7 @@ def test_directions_keep_unit_norm_without_radial_gradient(name: str, digits: An
             off.append(float((W.detach().norm(dim=1) - 1).abs().max()))
 
     loader = torch.utils.data.DataLoader(digits[:200, 0].float(), batch_size=25)
-    watch = Watch(lambda module, terms: float((module.decoder.W_NX.detach().norm(dim=1) - 1).abs().max()))
+    watch = BatchCallback(lambda module, terms: float((module.decoder.W_NX.detach().norm(dim=1) - 1).abs().max()))
     quiet(max_epochs=1, callbacks=[Steps(), watch]).fit(model, loader)
     assert len(along) == len(watch.seen) == 8
     assert max(along) < 1e-5

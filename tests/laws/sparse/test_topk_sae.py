@@ -16,7 +16,7 @@ from topk_sae_laws import (  # noqa: F401
     SHAPE,
     SMALL,
     create,
-    encoder_s_rows,
+    rows_with_encoder_gradient,
     same_gradients,
     test_a_fit_keeps_unit_norm_and_starts_from_data,
     test_auxk_does_not_add_the_bias_a_second_time,
@@ -303,8 +303,8 @@ def test_auxk_and_multi_topk_train_the_encoder(decode: str, aux_scale: str, shif
     model, x = with_dead_latents_topk_sae("topk_sae", shifted, k=2, **settings), data_topk_sae(6)
     terms = model.loss(x)
     dead = torch.zeros(12, dtype=torch.bool).index_fill(0, TOPK_SAE_DEAD, True)
-    assert torch.equal(encoder_s_rows(model, terms["aux"]), dead)
-    beyond = encoder_s_rows(model, terms["multi"]) & ~encoder_s_rows(model, terms["nll"])
+    assert torch.equal(rows_with_encoder_gradient(model, terms["aux"]), dead)
+    beyond = rows_with_encoder_gradient(model, terms["multi"]) & ~rows_with_encoder_gradient(model, terms["nll"])
     assert beyond.any()
     fused = model.encoder.forward
     model.encoder.forward = lambda x: fused(x).detach()

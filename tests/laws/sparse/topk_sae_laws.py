@@ -147,7 +147,7 @@ def test_resumed_fit_equals_uninterrupted_fit(name: str, digits: Tensor, quiet: 
 # ---- topk_sae: Gao et al. 2024 ---------------------------------------------------------------------------------------
 
 
-def encoder_s_rows(model: Any, term: Tensor) -> Tensor:
+def rows_with_encoder_gradient(model: Any, term: Tensor) -> Tensor:
     """Which latents' encoder a term moves."""
     weight, bias = torch.autograd.grad(term, (model.encoder.weight, model.encoder.bias), retain_graph=True)
     assert torch.equal(weight.abs().sum(1) > 0, bias != 0)
@@ -176,7 +176,7 @@ def test_auxk_trains_dead_latents_only(name: str, shifted: Any) -> None:
     model, x = with_dead_latents(name, shifted, aux_scale="variance"), data(6)
     dead = torch.zeros(12, dtype=torch.bool).index_fill(0, DEAD, True)
     terms = model.loss(x)
-    assert torch.equal(encoder_s_rows(model, terms["aux"]), dead)
+    assert torch.equal(rows_with_encoder_gradient(model, terms["aux"]), dead)
     (W,) = torch.autograd.grad(terms["aux"], model.decoder.W_NX)
     assert torch.equal(W.abs().sum(1) > 0, dead)
     model.since_fired_N.zero_()

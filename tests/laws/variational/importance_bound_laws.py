@@ -436,7 +436,7 @@ class IWAEUnderMIWAE(MIWAE):
         return {"loss": -value, "nll": nll.mean(), "kl": kl.mean(), "elbo": value}
 
 
-class OneObjective(PIWAE):
+class SharedObjective(PIWAE):
     """PIWAE without the routing: both sides follow the MIWAE's bound, or the IWAE's."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -466,7 +466,7 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
         ("iwae", MeanOfLogs, decoder_law),
         ("miwae", IWAEUnderMIWAE, value_law),
         ("miwae", IWAEUnderMIWAE, encoder_law),
-        ("piwae", OneObjective, encoder_law),
+        ("piwae", SharedObjective, encoder_law),
     ],
 )
 def test_wrong_importance_bounds_are_detected(name: str, rival: Any, law: Any) -> None:

@@ -25,5 +25,5 @@ def noise(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, M, CODE + P, dtype=torch.float64), torch.randn(n, M, M, P, dtype=torch.float64)
 
 
-def parted(values: Tensor) -> tuple[Tensor, Tensor]:
+def split_parts(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., :CODE], values[..., CODE:]

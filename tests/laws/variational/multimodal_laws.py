@@ -281,7 +281,7 @@ class Exact:
         covariance = np.linalg.inv(np.eye(K) + w.T @ w / SCALE**2)
         return (x_S - m) @ w @ covariance / SCALE**2, covariance
 
-    def put_into(self, model: Any) -> Any:
+    def copy_into(self, model: Any) -> Any:
         """Decoders, and as experts the likelihoods p(x_i|z) as functions of z, which are Gaussian."""
         with torch.no_grad():
             for w, m, down, up in zip(self.w, self.m, model.encoder, model.decoder, strict=True):
@@ -296,10 +296,10 @@ class Exact:
         return model
 
 
-def solved(make: Any, **settings: Any) -> tuple[Exact, Any, Tensor]:
+def exact_model(make: Any, **settings: Any) -> tuple[Exact, Any, Tensor]:
     exact = Exact()
     plain = {"parts": SIZES, "latent_dim": K, "hidden_dims": (), "likelihood": f"gaussian:{SCALE}"}
-    model = exact.put_into(make((sum(SIZES),), **plain, **settings).double())
+    model = exact.copy_into(make((sum(SIZES),), **plain, **settings).double())
     rng = np.random.default_rng(1)
     w, m = exact.stacked(range(3))
     x = rng.normal(size=(4, K)) @ w.T + m + SCALE * rng.normal(size=(4, len(m)))
@@ -311,7 +311,7 @@ def solved(make: Any, **settings: Any) -> tuple[Exact, Any, Tensor]:
 def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
     """At the experts above and away from there, over 5,000 draws for each sample."""
     for start in (True, False):
-        exact, model, x = solved(make, **({"n_subsets": 1} if make is MVAE else {}))
+        exact, model, x = exact_model(make, **({"n_subsets": 1} if make is MVAE else {}))
         if not start:
             shifted(model.encoder)
         with torch.no_grad():
@@ -324,7 +324,7 @@ def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
 @pytest.mark.parametrize("make", ALL)
 def test_importance_sampling_estimates_evidence(make: Any, shifted: Any) -> None:
     """From experts that are wrong, and less sure than the true ones, so that few draws weigh no more than the rest."""
-    exact, model, x = solved(make)
+    exact, model, x = exact_model(make)
     shifted(model.encoder)
     with torch.no_grad():
         for name, p in model.encoder.named_parameters():

@@ -81,7 +81,7 @@ ACTIVE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def twins(name: str, settings: dict[str, Any], shifted: Any, **parent: Any) -> tuple[Any, Any]:
+def build_pair(name: str, settings: dict[str, Any], shifted: Any, **parent: Any) -> tuple[Any, Any]:
     """The model and the VAE with the same weights, off their start."""
     model, vae = small(name, **settings), small("vae", **parent)
     shifted(vae)
@@ -103,7 +103,7 @@ def losses(*models: Any, x: Tensor, training: bool = True) -> list[dict[str, Ten
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_setting_equals_vae(name: str, training: bool, shifted: Any) -> None:
-    model, vae = twins(name, NEUTRAL[name], shifted)
+    model, vae = build_pair(name, NEUTRAL[name], shifted)
     x = images()
     mine, theirs = losses(model, vae, x=x, training=training)
     for term in ("loss", "nll", "kl", "elbo"):
@@ -116,7 +116,7 @@ def test_neutral_setting_equals_vae(name: str, training: bool, shifted: Any) -> 
 
 @pytest.mark.parametrize(("name", "settings"), ACTIVE, ids=lambda value: str(value))
 def test_active_setting_differs_from_vae(name: str, settings: dict[str, Any], shifted: Any) -> None:
-    model, vae = twins(name, settings, shifted)
+    model, vae = build_pair(name, settings, shifted)
     mine, theirs = losses(model, vae, x=images())
     assert (mine["loss"] - theirs["loss"]).abs() > 1e-3
     assert any((p.grad - q.grad).abs().max() > 1e-4 for p, q in zip(model.parameters(), vae.parameters(), strict=True))
@@ -124,7 +124,7 @@ def test_active_setting_differs_from_vae(name: str, settings: dict[str, Any], sh
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_inference_equals_vae_for_every_objective(name: str, shifted: Any) -> None:
-    model, vae = twins(name, {}, shifted)
+    model, vae = build_pair(name, {}, shifted)
     x, found = images(), []
     for each in (model.eval(), vae.eval()):
         torch.manual_seed(5)

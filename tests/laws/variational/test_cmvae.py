@@ -24,7 +24,7 @@ from mmvae_plus_helpers import (
     M,
     P,
     noise,
-    parted,
+    split_parts,
     with_draws,
 )
 from multimodal_laws import (  # noqa: F401
@@ -72,19 +72,19 @@ def test_loss_matches_paper_with_cluster_mean(shifted: Any) -> None:
     model, x, draws = small(shifted, beta=3.0), images(), noise()
     terms = with_draws(model, x, *draws)
     own = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(PARTS, 1), strict=True)]
-    q_u = mixture(*(torch.stack([parted(expert[k])[0] for expert in own], 1) for k in (0, 1)))
+    q_u = mixture(*(torch.stack([split_parts(expert[k])[0] for expert in own], 1) for k in (0, 1)))
     p_c, p_u_c = clusters(model)
     standard = [D.Independent(D.Normal(torch.zeros(n).double(), torch.ones(n).double()), 1) for n in (CODE, P)]
     nll, kl = [], []
     for i, (mu, log_var) in enumerate(own):
-        u, w = parted(mu + (0.5 * log_var).exp() * draws[0][:, i])
+        u, w = split_parts(mu + (0.5 * log_var).exp() * draws[0][:, i])
         z = [w if j == i else draws[1][:, i, j] * (0.5 * model.r_log_var_MP[j]).exp() for j in range(M)]
         log_p = D.Bernoulli(probs=model.decode(torch.cat([u, *z], 1)), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
         log_joint = p_c.logits + p_u_c.log_prob(u[:, None])
         q_c = D.Categorical(logits=log_joint)
         given_c = (q_c.probs * (log_joint - q_c.probs.log())).sum(1)
-        q_u_i, q_w_i = (normal(*pair) for pair in zip(parted(mu), parted(log_var), strict=True))
+        q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         off = D.kl_divergence(q_u_i, standard[0]) - (q_u_i.log_prob(u) - standard[0].log_prob(u))
         kl.append(q_u.log_prob(u) - given_c + D.kl_divergence(q_w_i, standard[1]) + off)
     torch.testing.assert_close(terms["nll"], torch.stack(nll).mean())

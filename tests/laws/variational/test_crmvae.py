@@ -25,11 +25,11 @@ from multimodal_laws import (  # noqa: F401
     SHAPE,
     SIZES,
     Exact,
+    exact_model,
     given_noise,
     images,
     normal,
     small,
-    solved,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
     test_inconsistent_part_sizes_are_refused,
@@ -149,7 +149,7 @@ def test_modality_is_decoded_from_joint_and_own_code(shifted: Any) -> None:
 
 def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
     """A linear model whose posterior its encoder says, samples, their evidence, and KL(q || p)."""
-    exact, _, x = solved(CRMVAE)
+    exact, _, x = exact_model(CRMVAE)
     w, m = exact.stacked(range(3))
     model: Any = CRMVAE((9,), parts=(9,), latent_dim=2, hidden_dims=(), likelihood=f"gaussian:{SCALE}").double()
     mean, covariance = exact.posterior(x.numpy(), range(3))
@@ -184,7 +184,7 @@ def of_parts(exact: Exact, mu: np.ndarray, variance: np.ndarray, chosen: Any, x:
 
 def test_bound_is_below_evidence_with_encoder_prior(shifted: Any) -> None:
     for start in (True, False):
-        exact, model, x = solved(CRMVAE)
+        exact, model, x = exact_model(CRMVAE)
         if not start:
             shifted(model.encoder)
         mu, log_var = (values.detach().numpy() for values in model.experts(x))
@@ -201,7 +201,7 @@ def test_bound_is_below_evidence_with_encoder_prior(shifted: Any) -> None:
 
 def test_linear_model_own_reconstructions_match_closed_form() -> None:
     """E |x_i - W_i z - m_i|^2 over what encoder i says, in numpy."""
-    exact, model, x = solved(CRMVAE)
+    exact, model, x = exact_model(CRMVAE)
     expected = 9 / 2 * math.log(2 * math.pi * SCALE**2)
     for x_i, w, m in zip(np.split(x.numpy(), np.cumsum(SIZES)[:-1], 1), exact.w, exact.m, strict=True):
         precision = (w**2).sum(0)

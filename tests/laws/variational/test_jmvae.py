@@ -143,7 +143,7 @@ def exact_model() -> tuple[Exact, Any]:
     """Each encoder says p(z|x) of what it sees, from a linear model with Gaussian noise, in numpy."""
     exact = Exact()
     model: Any = JMVAE((9,), parts=SIZES, latent_dim=K, hidden_dims=(), likelihood="gaussian:0.6").double()
-    exact.put_into(model)
+    exact.copy_into(model)
     with torch.no_grad():
         for i, net in enumerate([*model.encoder, model.joint_encoder]):
             chosen = range(3) if i == 3 else (i,)

@@ -19,7 +19,7 @@ from mmvae_plus_helpers import (
     M,
     P,
     noise,
-    parted,
+    split_parts,
     with_draws,
 )
 from multimodal_laws import (  # noqa: F401
@@ -55,15 +55,15 @@ def test_loss_matches_torch_distributions_with_r_draws(shifted: Any) -> None:
     model, x, draws = small(shifted, beta=3.0), images(), noise()
     terms = with_draws(model, x, *draws)
     own = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(PARTS, 1), strict=True)]
-    q_u = mixture(*(torch.stack([parted(expert[k])[0] for expert in own], 1) for k in (0, 1)))
+    q_u = mixture(*(torch.stack([split_parts(expert[k])[0] for expert in own], 1) for k in (0, 1)))
     private = D.Independent(D.Normal(torch.zeros(P).double(), torch.ones(P).double()), 1)
     nll, kl = [], []
     for i, (mu, log_var) in enumerate(own):
-        u, w = parted(mu + (0.5 * log_var).exp() * draws[0][:, i])
+        u, w = split_parts(mu + (0.5 * log_var).exp() * draws[0][:, i])
         z = [w if j == i else draws[1][:, i, j] * (0.5 * model.r_log_var_MP[j]).exp() for j in range(M)]
         log_p = D.Bernoulli(probs=model.decode(torch.cat([u, *z], 1)), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
-        q_u_i, q_w_i = (normal(*pair) for pair in zip(parted(mu), parted(log_var), strict=True))
+        q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         of_u = D.kl_divergence(q_u_i, PRIOR) - q_u_i.log_prob(u) + q_u.log_prob(u)
         kl.append(of_u + D.kl_divergence(q_w_i, private))
     torch.testing.assert_close(terms["nll"], torch.stack(nll).mean())
@@ -115,8 +115,8 @@ def test_private_codes_do_not_affect_other_parts(shifted: Any) -> None:
         draws = [d.requires_grad_() for d in noise()]
         nll = with_draws(model, x, *draws)["nll"]
         own, of_r, of_draws = torch.autograd.grad(nll, [values[0], model.r_log_var_MP, draws[1]])
-        assert [(g.abs().max() > 0).item() for g in parted(own)[1].unbind(1)] == [i == only for i in range(M)]
-        assert all(g.abs().max() > 0 for g in parted(own)[0].unbind(1))
+        assert [(g.abs().max() > 0).item() for g in split_parts(own)[1].unbind(1)] == [i == only for i in range(M)]
+        assert all(g.abs().max() > 0 for g in split_parts(own)[0].unbind(1))
         assert [(g.abs().max() > 0).item() for g in of_r] == [i == only for i in range(M)]
         for i, j in itertools.product(range(M), range(M)):
             assert (of_draws[:, i, j].abs().max() > 0) == (j == only != i)
@@ -140,13 +140,13 @@ def test_codes_are_shared_mean_and_private_or_prior(shifted: Any) -> None:
     model, x = small(shifted).eval(), images()
     mu, log_var = model.experts(x)
     for chosen in ((0,), (2, 0), (1, 2), (0, 1, 2), (2, 1, 0)):
-        q_u = mixture(*(parted(values[:, [*chosen]])[0] for values in (mu, log_var)))
+        q_u = mixture(*(split_parts(values[:, [*chosen]])[0] for values in (mu, log_var)))
         mean, log_variance = model.infer(x, chosen)
         torch.testing.assert_close(mean[:, :CODE], q_u.mean)
         torch.testing.assert_close(log_variance[:, :CODE].exp(), q_u.variance)
         for values, own in ((mean, mu), (log_variance, log_var)):
             for i, w in enumerate(values[:, CODE:].split(P, 1)):
-                assert torch.equal(w, parted(own)[1][:, i] if i in chosen else torch.zeros_like(w))
+                assert torch.equal(w, split_parts(own)[1][:, i] if i in chosen else torch.zeros_like(w))
     assert model.encode(x).shape == (5, CODE + M * P) == (5, *model.code_shape)
 
 
@@ -166,8 +166,8 @@ def test_posterior_draw_densities_match(shifted: Any) -> None:
     model, x = small(shifted), images(2)
     z, log_q = model.sample_posterior(x, 20_000)
     mu, log_var = model.experts(x)
-    q_u = mixture(*(parted(values)[0] for values in (mu, log_var)))
-    q_w = normal(*(parted(values)[1].flatten(1) for values in (mu, log_var)))
+    q_u = mixture(*(split_parts(values)[0] for values in (mu, log_var)))
+    q_w = normal(*(split_parts(values)[1].flatten(1) for values in (mu, log_var)))
     torch.testing.assert_close(log_q, q_u.log_prob(z[..., :CODE]) + q_w.log_prob(z[..., CODE:]))
     for b in range(2):
         for d in range(M * P):

@@ -23,13 +23,13 @@ from multimodal_laws import (  # noqa: F401
     PRIOR,
     SUBSETS,
     both,
+    exact_model,
     experts,
     given_noise,
     images,
     is_the_vae,
     normal,
     small,
-    solved,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
     test_inconsistent_part_sizes_are_refused,
@@ -237,7 +237,7 @@ def test_partial_code_matches_model_posterior(shifted: Any) -> None:
 
 @pytest.mark.parametrize("chosen", SUBSETS, ids=str)
 def test_product_of_exact_experts_is_the_posterior(chosen: tuple[int, ...]) -> None:
-    exact, model, x = solved(MVAE)
+    exact, model, x = exact_model(MVAE)
     mean, covariance = exact.posterior(x.numpy(), chosen)
     found_mean, found_log_var = (values.detach().numpy() for values in model.infer(x, chosen))
     np.testing.assert_allclose(found_mean, mean, rtol=1e-9)
@@ -246,7 +246,7 @@ def test_product_of_exact_experts_is_the_posterior(chosen: tuple[int, ...]) -> N
 
 
 def test_exact_posterior_weights_equal_evidence() -> None:
-    exact, model, x = solved(MVAE, n_subsets=2)
+    exact, model, x = exact_model(MVAE, n_subsets=2)
     everything = exact.evidence(x.numpy(), range(3))
     np.testing.assert_allclose(model.log_likelihood(x, 1).numpy(), everything, rtol=1e-7)
     singles = sum(exact.evidence(x.numpy(), (i,)) for i in range(3))

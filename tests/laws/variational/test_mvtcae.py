@@ -22,11 +22,11 @@ from multimodal_laws import (  # noqa: F401
     PRIOR,
     SHAPE,
     both,
+    exact_model,
     given_noise,
     images,
     normal,
     small,
-    solved,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
     test_inconsistent_part_sizes_are_refused,
@@ -151,7 +151,7 @@ def test_alpha_1_loss_is_independent_of_prior(alpha: float, shifted: Any) -> Non
 def test_a_linear_model_s_loss_is_known_in_closed_form() -> None:
     """E_q |x - W z - m|^2 of a Gaussian q, in numpy; the loss's mean over draws is to be that."""
     scale, alpha, beta = 0.6, 0.7, 2.0
-    exact, model, x = solved(MVTCAE, alpha=alpha, beta=beta)
+    exact, model, x = exact_model(MVTCAE, alpha=alpha, beta=beta)
     w, m = exact.stacked(range(3))
     own = [
         ((x_i - m_i) @ w_i / (w_i**2).sum(0), scale**2 / (w_i**2).sum(0))

@@ -8,6 +8,7 @@ import torch
 import torch.distributions as D
 from objective_laws import (  # noqa: F401
     SHAPE,
+    build_pair,
     gradients,
     images,
     losses,
@@ -17,7 +18,6 @@ from objective_laws import (  # noqa: F401
     test_beta_and_capacity_apply_to_kl_term,
     test_invalid_values_are_refused,
     test_two_ranks_equal_one_process,
-    twins,
 )
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -72,7 +72,7 @@ def test_sigma_needs_no_gradient(shifted: Any) -> None:
 
 
 def test_fixed_sigma_equals_gaussian_vae(shifted: Any) -> None:
-    sigma_vae, _ = twins("sigma_vae", {}, shifted)
+    sigma_vae, _ = build_pair("sigma_vae", {}, shifted)
     x = images(9)
     torch.manual_seed(3)
     sigma = sigma_vae.train().loss(x)["sigma"].item()

@@ -154,7 +154,7 @@ def exact_model(**settings: Any) -> tuple[Exact, Any]:
     """Experts that say p(x_i|z) as functions of z, and a joint encoder that says p(z|x); a linear model, in numpy."""
     exact = Exact()
     model: Any = TELBO((9,), parts=SIZES, latent_dim=K, hidden_dims=(), likelihood=f"gaussian:{SCALE}", **settings)
-    exact.put_into(model.double())
+    exact.copy_into(model.double())
     mean, covariance = exact.posterior(np.zeros((1, 9)), range(3))
     w, _ = exact.stacked(range(3))
     (linear,) = (m for m in model.joint_encoder.modules() if isinstance(m, nn.Linear))

@@ -202,15 +202,10 @@ class GuardCost(pl.Callback):
         block: batches per block; the first batch of each block and of each epoch does not count.
     """
 
-    reads_no_weights = True
-
     def __init__(self, guard: Any, block: int = 8) -> None:
         self._block, self._batch = block, 0
         self._ended: float | None = None
         self._blocks: list[list[float]] = []
-        # unchecked steps that began with a check of the steps before and a copy
-        self._looks: list[list[float]] = []
-        self._looked = False
         hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
         for name in (*hooks, "remember"):
             setattr(guard, name, self._only_in_odd_blocks(guard, getattr(guard, name), None))
@@ -218,19 +213,6 @@ class GuardCost(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = None
-        plan = getattr(trainer.fit_loop.epoch_loop, "plan", None)
-        rollback = getattr(plan, "rollback", None)
-        if rollback is None or "record" in vars(rollback):
-            return
-        for name, default in (("prepare_step", None), ("record", True)):
-            setattr(rollback, name, self._only_in_odd_blocks(rollback, getattr(rollback, name), default))
-        begin = rollback._begin
-
-        def begin_and_note() -> None:
-            self._looked = True
-            begin()
-
-        rollback._begin = begin_and_note
 
     def _only_in_odd_blocks(self, owner: Any, method: Callable[..., Any], default: Any) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
@@ -243,24 +225,19 @@ class GuardCost(pl.Callback):
         now = time.perf_counter()
         if self._batch % self._block == 0:
             self._blocks.append([])
-            self._looks.append([])
         elif self._ended is not None:
-            (self._looks if self._looked else self._blocks)[-1].append(now - self._ended)
-        self._ended, self._batch, self._looked = now, self._batch + 1, False
+            self._blocks[-1].append(now - self._ended)
+        self._ended, self._batch = now, self._batch + 1
 
     def shares(self, parts: int = 5) -> list[float]:
         """The guard's share of a step in each of `parts` parts of the fit, from medians; a short fit has fewer."""
-        blocks = zip(self._blocks[::2], self._blocks[1::2], self._looks[1::2], strict=False)
         # the last block may have ended at its first batch
-        pairs = [(off, on, looks) for off, on, looks in blocks if off and on]
+        pairs = [(off, on) for off, on in zip(self._blocks[::2], self._blocks[1::2], strict=False) if off and on]
         size = max(1, len(pairs) // parts)
         found = []
         for i in range(0, len(pairs) - size + 1, size):
-            off, on, looks = ([*itertools.chain(*steps)] for steps in zip(*pairs[i : i + size], strict=True))
-            step = statistics.median(on)
-            if looks:
-                step += (statistics.median(looks) - step) * len(looks) / (len(on) + len(looks))
-            found.append(1 - statistics.median(off) / step)
+            off, on = ([*itertools.chain(*steps)] for steps in zip(*pairs[i : i + size], strict=True))
+            found.append(1 - statistics.median(off) / statistics.median(on))
         return found
 
 

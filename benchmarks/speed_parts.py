@@ -30,7 +30,7 @@ KEY = ("part", "workload", "kind", "compile")
 PAGE = ROOT / "docs" / "design" / "speed.md"
 MIN_GAIN = 1.05
 # parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
-_OF_FIT = ("fast_loop", "deferred_checks", "fused_optimizer", "cross_entropy", "denormals")
+_OF_FIT = ("fast_loop", "fused_optimizer", "cross_entropy", "denormals")
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
 # parts of processors of which MKL uses half

@@ -86,11 +86,9 @@ def test_readme_sentences_match_result_files():
     usual, longest = min(steps), max(steps)
     assert len(steps) == 2 and f"for {usual:,} steps (`{steps[longest]}` for {longest:,}) on" in readme
 
-    *guard, sgd = figures("speed-train-", "guard_share", "zen5")
-    states(f"at most {100 * guard[-1]:.1f} % of a step on a Zen 5, where")
-    states(f"SGD's check after each step takes {100 * sgd:.0f} %")
-    before = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
-    states(f"The measurements on an Intel processor, up to {100 * before[-1]:.1f} %,")
+    *_, each = figures("speed-train-", "guard_share", "zen5")
+    intel = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
+    states(f"takes up to {100 * each:.0f} % of a step on a Zen 5 and up to {100 * intel[-1]:.1f} % on an Intel")
 
     def by_two(name):
         two, one = (

@@ -37,8 +37,6 @@ class CodeStatistics(Checked, pl.Callback):
         l0_threshold: least absolute value of an entry in use.
     """
 
-    reads_no_weights = True  # at a batch of training
-
     def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
         super().__init__()
         self.every_n_epochs = check_period(self, every_n_epochs)

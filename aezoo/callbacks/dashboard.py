@@ -37,8 +37,6 @@ class Dashboard(Checked, pl.Callback):
         hparams: write the HParams tab.
     """
 
-    reads_no_weights = True  # at a batch of training
-
     def __init__(self, layout: bool = True, text: bool = True, hparams: bool = True) -> None:
         super().__init__()
         self.layout, self.text, self.hparams = layout, text, hparams

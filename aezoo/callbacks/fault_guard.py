@@ -32,10 +32,6 @@ class FaultGuard(Checked, pl.Callback):
     steps were all skipped fails at its end. Several processes decide by the gradients alone, which they share, and so
     skip the same steps.
 
-    On a CPU many steps of the zoo's own models are checked together where possible; if one was bad, they are undone
-    and repeated one by one (`aezoo.speed.deferred_checks`). The result is the same to the bit; the log line comes
-    later, after at most 256 steps or ten seconds.
-
     On a GPU with a fused optimiser the kernel itself skips, without synchronisation: the counters are read every
     `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers on a GPU synchronise once a step.
 

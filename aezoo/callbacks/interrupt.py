@@ -38,8 +38,6 @@ class Interrupt(pl.Callback):
         requested: whether the ranks have agreed to stop.
     """
 
-    reads_no_weights = True  # at a batch of training
-
     def __init__(self) -> None:
         super().__init__()
         self.signum: int | None = None

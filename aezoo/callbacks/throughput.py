@@ -16,8 +16,6 @@ class Throughput(pl.Callback):
     The accelerator is synchronised when the clock stops, not at each step.
     """
 
-    reads_no_weights = True  # at a batch of training
-
     def __init__(self) -> None:
         super().__init__()
         self._started: float | None = None

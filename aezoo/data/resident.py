@@ -5,7 +5,6 @@ in memory anyway, such as arrays, stay there, and move to the GPU by the same ru
 stay bytes until the step needs floats.
 """
 
-import copy
 import math
 import os
 from collections.abc import Iterator
@@ -89,13 +88,6 @@ class ResidentLoader:
             if self.pin_memory:
                 x, y = x.pin_memory(), None if y is None else y.pin_memory()
             yield (x,) if y is None else (x, y)
-
-    def batches_from(self, first: int) -> Iterator[Batch]:
-        """The batches of the current epoch from batch `first` on, independent of any other iterator."""
-        other = copy.copy(self)
-        other.sampler = copy.copy(self.sampler)
-        other.sampler.skip = (self.sampler.epoch, first * self.batch_size)
-        return iter(other)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""

@@ -75,7 +75,6 @@ MODULES = {
     "ranks": "aezoo.training.distributed",
     "request": "aezoo.cli.config_resolution",
     "resume": "aezoo.io.resume",
-    "rollback": "aezoo.speed.deferred_checks",
     "run_folder": "aezoo.io.run_folder",
     "study": "aezoo.cli.tune_study",
     "tasks.codec.job": "aezoo.tasks.codec.compression",

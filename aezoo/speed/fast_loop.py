@@ -25,7 +25,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from aezoo.speed.deferred_checks import Rollback
 from aezoo.speed.denormals import flushed_denormals
 from aezoo.speed.graph_capture import CapturedStep
 from aezoo.speed.joint_backward import JointStep
@@ -77,9 +76,6 @@ _NEEDED = (
     "fit_loop.epoch_loop.batch_progress.increment_completed",
     "fit_loop.epoch_loop.automatic_optimization._optimizer_step",
     "fit_loop.epoch_loop.automatic_optimization._skip_backward",
-    "fit_loop.epoch_loop.scheduler_progress.load_state_dict",
-    "fit_loop.epoch_loop.batch_progress.load_state_dict",
-    "fit_loop.epoch_loop.automatic_optimization.optim_progress.load_state_dict",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_ready",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed",
     "fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.increment_started",
@@ -178,19 +174,6 @@ def set_joint_step(trainer: pl.Trainer, joint: JointStep) -> None:
         loop.plan.joint = joint
 
 
-def defer_checks(trainer: pl.Trainer) -> bool:
-    """Let the fault guard check many steps together if the plan allows it; returns whether it does.
-
-    Call it for a module whose only state is in its weights, buffers and epoch means, and whose noise is a function of
-    seed, epoch and batch.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    if not isinstance(loop, FastLoop) or loop.plan is None or not loop.plan.can_go_back(trainer):
-        return False
-    loop.plan.rollback = Rollback(loop)
-    return True
-
-
 class FastLoop(_TrainingEpochLoop):
     """The training epoch loop with a plan; without one, Lightning's loop with denormals flushed."""
 
@@ -212,36 +195,24 @@ class FastLoop(_TrainingEpochLoop):
             self._renew_plan()
         if self.plan is not None:
             self.plan.begin_epoch(trainer)
-            if self.plan.rollback is not None:
-                self.plan.rollback.begin_epoch(self.plan.step if self.plan.can_go_back(trainer) else None)
         with flushed_denormals() if is_enabled("denormals") else nullcontext():
-            try:
-                super().run(data_fetcher)
-            finally:
-                self._finish_checks()
+            super().run(data_fetcher)
 
     def teardown(self) -> None:
-        if self.plan is not None and self.plan.rollback is not None:
-            self.plan.rollback.close()
         self.plan = None  # it belongs to this fit only
         super().teardown()
         self.__class__ = _TrainingEpochLoop
 
     def _renew_plan(self) -> None:
         """Make a new plan, since the participants in a step have changed."""
-        self._finish_checks()
         old, self.plan = self.plan, None
         assert old is not None
         # another module has not requested this loop
         new = plan_of(self.trainer) if old.module is self.trainer.lightning_module else None
-        if old.rollback is not None:
-            old.rollback.begin_epoch(None)
         if new is not None:
             same = new.can_capture and new.optimizer is old.optimizer
-            new.captured, new.rollback, new.joint = old.captured if same else None, old.rollback, old.joint
+            new.captured, new.joint = old.captured if same else None, old.joint
             new.on_change = old.on_change
-        elif old.rollback is not None:
-            old.rollback.close()
         self.plan = new
         if old.on_change is not None:
             old.on_change()
@@ -258,11 +229,6 @@ class FastLoop(_TrainingEpochLoop):
         connector, results = trainer._logger_connector, self._results
         # callbacks may have changed both since the epoch began
         simple = trainer.accumulate_grad_batches == 1 and not plan.step.is_watched()
-        if plan.rollback is not None:
-            if not simple:
-                plan.rollback.finish_checks()
-                plan.rollback.begin_epoch(None)
-            plan.rollback.prepare_step()
         self.val_loop.restarting, self._calls_guard_hooks = False, plan.guard is None or not simple
         batch = next(data_fetcher)[0] if plan.prepare is None else self._next(data_fetcher)
         batch_idx = progress.current.ready
@@ -309,18 +275,12 @@ class FastLoop(_TrainingEpochLoop):
             or trainer.should_stop
             or plan.plateau
         ):
-            self._finish_checks()
             super().on_advance_end(data_fetcher)
             return
         if not self._should_accumulate():
             self._batches_that_stepped += 1
         if trainer.received_sigterm and not self._is_training_done:
             raise SIGTERMException
-
-    def _finish_checks(self) -> None:
-        """Finish pending checks, since weights are about to be read."""
-        if self.plan is not None and self.plan.rollback is not None:
-            self.plan.rollback.finish_checks()
 
     @staticmethod
     def _next(data_fetcher: Any) -> Any:
@@ -333,10 +293,7 @@ class FastLoop(_TrainingEpochLoop):
     def _call_hooks(self, hook: str, *args: Any) -> None:
         trainer, plan = self.trainer, self.planned
         # the guard must remember at its own place among callbacks that may change the state
-        calls_remember = hook == "on_train_batch_start" and not (
-            plan.rollback is not None and plan.rollback.is_deferring
-        )
-        hooks = plan.hooks if self._calls_guard_hooks or calls_remember else plan.hooks_without_guard
+        hooks = plan.hooks if self._calls_guard_hooks or hook == "on_train_batch_start" else plan.hooks_without_guard
         for method, is_module in hooks[hook]:
             self._call_as(hook, method, *(args if is_module else (trainer, plan.module, *args)))
 
@@ -373,13 +330,7 @@ class FastLoop(_TrainingEpochLoop):
             return outputs[-1]
         step = self.automatic_optimization.optim_progress.optimizer.step
         step.increment_ready()
-        output: dict[str, Any] | None = None
-        if plan.rollback is not None and plan.rollback.is_deferring:
-            output = self._deferred_step(plan.rollback, batch, batch_idx)
-            if output is None:
-                plan.guard.remember()
-        if output is None:
-            output = self._checked_step(batch, batch_idx)
+        output = self._checked_step(batch, batch_idx)
         self._call_hooks("on_before_optimizer_step", plan.optimizer)
         if trainer.gradient_clip_val:
             self._clip()
@@ -411,64 +362,6 @@ class FastLoop(_TrainingEpochLoop):
             plan.module.clip_gradients(plan.optimizer, most, trainer.gradient_clip_algorithm)
         elif norm + _EPSILON > most:
             torch.nn.utils.clip_grads_with_norm_(with_gradients(plan.optimizer), float(most), norm)
-
-    def _deferred_step(self, rollback: Rollback, batch: Any, batch_idx: int) -> dict[str, Any] | None:
-        """Gradients of a trusted step; None if steps before it were bad and have been undone."""
-        plan = self.planned
-        zero_grad: Any = self.automatic_optimization.optim_progress.optimizer.zero_grad
-        before = zero_grad.total.ready, zero_grad.current.ready
-        try:
-            output = self._forward_and_backward(batch, batch_idx)
-        except Exception:
-            # the reason may be weights that are not finite
-            if not rollback.finish_checks(in_step=True):
-                raise
-        else:
-            if rollback.record(output.get("loss"), batch_idx):
-                return output
-            if not rollback.finish_checks(in_step=True):
-                self._check_by_guard(plan.guard, output)
-                return output
-        for counts, n in zip((zero_grad.total, zero_grad.current), before, strict=True):
-            counts.ready = counts.started = counts.completed = n
-        return None
-
-    def counters(self) -> list[Any]:
-        """The progress of this epoch's loop."""
-        return [self._batches_that_stepped, *(progress.state_dict() for progress in self._progress())]
-
-    def set_counters(self, counters: list[Any]) -> None:
-        """Restore the progress of this epoch's loop."""
-        self._batches_that_stepped, *states = counters
-        for progress, state in zip(self._progress(), states, strict=True):
-            progress.load_state_dict(state)
-
-    def _progress(self) -> tuple[Any, ...]:
-        return self.batch_progress, self.scheduler_progress, self.automatic_optimization.optim_progress
-
-    def replay_step(self, batch: Any, batch_idx: int, is_last: bool) -> None:
-        """Repeat a step of this epoch, with no hooks but the guard's.
-
-        Args:
-            batch: the batch from the loader.
-            batch_idx: its index.
-            is_last: whether it is the epoch's last.
-        """
-        plan = self.planned
-        assert plan.prepare is not None
-        self.batch_progress.is_last_batch = is_last
-        batch = plan.prepare(batch, 0)
-        self.batch_progress.increment_ready()
-        self._calls_guard_hooks = False
-        plan.guard.remember()
-        self.batch_progress.increment_started()
-        output = self._take_step(batch, batch_idx)
-        self._end_step()
-        if self._calls_guard_hooks:
-            plan.guard.on_train_batch_end(self.trainer, plan.module, output, batch, batch_idx)
-        self._calls_guard_hooks = False
-        self.batch_progress.increment_completed()
-        self._batches_that_stepped += 1
 
     def _check_by_guard(self, guard: Any, output: dict[str, Any]) -> None:
         """Call the guard's hooks from here on, unless the step passes."""

@@ -1,4 +1,4 @@
-"""An optimiser's steps by its fused kernel alone, and the tensors that they change.
+"""An optimiser's steps by its fused kernel alone.
 
 `Optimizer.step` collects parameters, gradients and moments in every step, sorts them by device and type, increments
 each parameter's step count separately and opens a record for torch's profiler. On a CPU that takes as long as the
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from torch.optim import Adam, AdamW
 from torch.optim import optimizer as of_torch
 
 from aezoo.speed.parts import is_enabled
@@ -23,41 +23,6 @@ _KNOWN = (
 )
 
 
-class Memory(NamedTuple):
-    """How an optimiser accumulates gradients.
-
-    Attributes:
-        state: name of the accumulator.
-        power: power of a gradient in it.
-        share: weight of a new gradient, by the group's settings.
-        left: factor of the old value in a step.
-    """
-
-    state: str
-    power: int
-    share: Callable[[dict[str, Any]], float]
-    left: Callable[[dict[str, Any]], float]
-
-
-def _average(state: str, beta: Callable[[dict[str, Any]], float]) -> Memory:
-    return Memory(state, 2, lambda settings: 1 - beta(settings), beta)
-
-
-def _beta2(settings: dict[str, Any]) -> float:
-    return float(settings["betas"][1])
-
-
-_OF_ADAM = _average("exp_avg_sq", _beta2)
-# torch.optim's documentation has the formulas; the momentum of SGD forgets too soon, and may cancel
-_MEMORIES: dict[type, Memory] = {
-    **dict.fromkeys((Adam, AdamW, NAdam, RAdam), _OF_ADAM),
-    Adamax: Memory("exp_inf", 1, lambda settings: 1.0, _beta2),
-    RMSprop: _average("square_avg", lambda settings: settings["alpha"]),
-    Adadelta: _average("square_avg", lambda settings: settings["rho"]),
-    Adagrad: Memory("sum", 2, lambda settings: 1.0, lambda settings: 1.0),
-}
-
-
 class Group(NamedTuple):
     """A parameter group with what a step needs.
 
@@ -65,11 +30,9 @@ class Group(NamedTuple):
         settings: torch's group, read again in each step since schedules change it.
         parameters: parameters with gradients.
         idle: parameters without gradients.
-        states: torch's state of each parameter.
-        memory: how past gradients are accumulated.
-        tensors: moments and, last, step counts, in the kernel's order; empty without a kernel.
-        counted: all step counts in one tensor, of which those of `tensors` are views; None without a kernel.
-        kernel: the fused update, if it is called directly.
+        tensors: moments and, last, step counts, in the kernel's order.
+        counted: all step counts in one tensor, of which those of `tensors` are views.
+        kernel: the fused update.
         members: all parameters, if foreign code may replace them.
         found: dictionaries, keys and values that show whether foreign code has changed the state.
     """
@@ -77,33 +40,11 @@ class Group(NamedTuple):
     settings: dict[str, Any]
     parameters: list[nn.Parameter]
     idle: list[nn.Parameter]
-    states: list[dict[str, Tensor]]
-    memory: Memory
     tensors: list[list[Tensor]]
-    counted: Tensor | None
-    kernel: Callable[..., Any] | None
+    counted: Tensor
+    kernel: Callable[..., Any]
     members: list[nn.Parameter]
     found: list[tuple[dict[Any, Any], Any, Any]]
-
-    @property
-    def changed(self) -> list[Tensor]:
-        """All tensors that a step changes in place."""
-        counts = [] if self.counted is None else [self.counted]
-        held = (v for state in self.states for name, v in state.items() if not (counts and name == "step"))
-        return [*_in_order(self.parameters), *_in_order([*held]), *counts]
-
-    @property
-    def decay(self) -> float:
-        """The factor of a squared gradient one step later."""
-        return self.memory.left(self.settings) ** (2 / self.memory.power)
-
-    def most_squared(self, steps: int) -> float:
-        """An upper bound of the sum of squared gradients of any of the last steps; NaN if one was NaN."""
-        held = [state[self.memory.state] for state in self.states]
-        squares = held if self.memory.power == 2 else [v.square() for v in held]
-        total = sum(float(v.sum()) for v in squares)
-        seen = self.memory.share(self.settings) ** (2 / self.memory.power) * self.decay**steps
-        return total / seen if seen else float("inf")
 
 
 def _in_order(tensors: list[Any]) -> list[Any]:
@@ -130,21 +71,14 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer, alone: bool = False) -> None:
         self._optimizer, self._alone = optimizer, alone
-        # whether its state says all, and whether its kernel is called by itself
-        self._suits = type(optimizer) in _MEMORIES and has_step_of_class(optimizer) and _KNOWN
-        self._has_kernel = self._suits and type(optimizer) in (Adam, AdamW) and is_enabled("fused_optimizer")
+        known = _KNOWN and type(optimizer) in (Adam, AdamW) and has_step_of_class(optimizer)
+        self._has_kernel = known and is_enabled("fused_optimizer")
         self._state: Any = None
         self._groups: list[Group] = []
 
-    @property
-    def groups(self) -> list[Group]:
-        """The groups of the next step, the same list while they stay valid; empty if a step may change more."""
-        known = self._suits and self._state is self._optimizer.state and not self._has_changed()
-        return self._groups if known else []
-
     def __call__(self) -> None:
         optimizer = self._optimizer
-        if not self._suits or self.is_watched():
+        if not self._has_kernel or self.is_watched():
             optimizer.step()
             return
         if self._state is not optimizer.state or self._has_changed():
@@ -152,12 +86,12 @@ class FusedStep:
             self._find_hooks()
             return
         given = [[parameter.grad for parameter in group.parameters] for group in self._groups]
-        if not self._has_kernel or any(gradient is None for gradients in given for gradient in gradients):
+        if any(gradient is None for gradients in given for gradient in gradients):
             optimizer.step()
             return
         with torch.no_grad():
             for group, gradients in zip(self._groups, given, strict=True):
-                if not gradients or group.counted is None or group.kernel is None:
+                if not gradients:
                     continue
                 settings = group.settings
                 beta1, beta2 = settings["betas"]
@@ -200,23 +134,22 @@ class FusedStep:
         for settings in optimizer.param_groups:
             plain = bool(settings.get("fused")) and not settings.get("capturable")
             self._has_kernel &= plain and all(parameter.is_cpu for parameter in settings["params"])
-        self._state = optimizer.state
-        self._groups = [self._group(settings) for settings in optimizer.param_groups]
+        if self._has_kernel:
+            self._state = optimizer.state
+            self._groups = [self._group(settings) for settings in optimizer.param_groups]
 
     def _group(self, settings: dict[str, Any]) -> Group:
         # one that has had gradients and has none now would leave each step to torch
         states = {p: self._state[p] for p in settings["params"] if p.grad is not None and self._state.get(p)}
         idle = [p for p in settings["params"] if p not in states]
-        held, memory = [*states.values()], _MEMORIES[type(self._optimizer)]
-        if not self._has_kernel:
-            return Group(settings, [*states], idle, held, memory, [], None, None, *self._seen(settings, states))
+        held = [*states.values()]
         counted = torch.stack([state["step"] for state in held]) if states else torch.zeros(0)
         for state, count in zip(held, counted.unbind(), strict=True):
             state["step"] = count
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
         tensors = [_in_order([state[name] for state in held if name in state]) for name in names]
         kernel = torch._fused_adamw_ if settings["decoupled_weight_decay"] else torch._fused_adam_
-        return Group(settings, [*states], idle, held, memory, tensors, counted, kernel, *self._seen(settings, states))
+        return Group(settings, [*states], idle, tensors, counted, kernel, *self._seen(settings, states))
 
     def _seen(self, settings: dict[str, Any], states: dict[Any, dict[str, Any]]) -> tuple[list[Any], list[Any]]:
         """Members and what was found of a group."""

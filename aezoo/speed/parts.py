@@ -9,7 +9,6 @@ from aezoo.errors import AezooError
 PARTS = {
     "fast_loop": "Lightning's training loop without unused features",
     "predict_loop": "Lightning's prediction loop without unused features",
-    "deferred_checks": "many steps are checked for finiteness together",
     "fused_optimizer": "the fused kernel of Adam, called without torch's bookkeeping",
     "joint_backward": "loss and gradients as one compiled graph",
     "graph_capture": "a whole step as a CUDA graph",

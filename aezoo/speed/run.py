@@ -81,8 +81,6 @@ def begin_fit(model: TrainingModule, compile_arguments: dict[str, Any] | None) -
             model._compiled = compilation.Compiled(model._terms, **{**compile_arguments, "mode": "default"})
         if model.device.type == "cpu" and is_enabled("joint_backward") and joint_backward.can_trace():
             fast_loop.set_joint_step(trainer, joint_backward.JointStep(model, model._terms, **compile_arguments))
-    if fast and is_built_in(type(model)) and is_enabled("deferred_checks"):
-        fast_loop.defer_checks(trainer)
     _refresh_participants(model)
     fast_loop.on_participants_changed(trainer, lambda: _refresh_participants(model))
 

@@ -8,10 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    Timer,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -23,7 +19,6 @@ from torch.nn.modules import module as of_modules
 
 from aezoo.data.binarise import resample_batches
 from aezoo.data.resident import ResidentLoader
-from aezoo.speed.deferred_checks import Rollback
 from aezoo.speed.fused_optimizer import FusedStep, has_step_of_class
 from aezoo.speed.graph_capture import CapturedStep
 from aezoo.speed.joint_backward import JointStep
@@ -37,8 +32,6 @@ _BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_back
 _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
 # hooks that a CUDA graph can hold
 _RECORDED = ("on_before_backward", "on_before_optimizer_step")
-# Lightning's callbacks whose hooks around a step read weights only through state_dict; this package's have a flag
-_READ_NO_WEIGHTS = (LearningRateMonitor, ModelCheckpoint, ProgressBar, Timer)
 # if a module implements one of these, Lightning takes the step
 _OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
 # attributes of a module that may be replaced while it trains
@@ -133,7 +126,6 @@ class Plan:
             and not self.hooks_without_guard["on_before_optimizer_step"]
         )
         self.plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        self.rollback: Rollback | None = None
         self.begin_epoch(trainer)
 
     def begin_epoch(self, trainer: pl.Trainer) -> None:
@@ -160,26 +152,6 @@ class Plan:
         """A cheaper, incomplete version of `matches` for every step."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks
-
-    def can_go_back(self, trainer: pl.Trainer) -> bool:
-        """Whether a bad step may be detected later, because no other code takes part in it or sees its results.
-
-        Call it in each epoch after `begin_epoch`, because foreign code may change the answer between epochs.
-        """
-        return (
-            self.guard is not None
-            and self.prepare is not None
-            and trainer.accumulate_grad_batches == 1
-            and not trainer.gradient_clip_val
-            and self.validates_at_end
-            and not self.plateau
-            and _data_are_ours(trainer)
-            and self._is_alone
-            and not any(not own for name in _WITHIN_STEP for _, own in self.hooks_without_guard[name])
-            and all(
-                _reads_no_weights(hook, own) for name in _AROUND_STEP for hook, own in self.hooks_without_guard[name]
-            )
-        )
 
     def _has_no_watchers(self, trainer: pl.Trainer) -> bool:
         """Whether this is a model of this package on the CPU whose computation no code observes."""
@@ -295,7 +267,7 @@ def _data_are_ours(trainer: pl.Trainer) -> bool:
 
 
 def _has_no_hooks(part: nn.Module) -> bool:
-    """Whether a layer is of this package or torch and has no hooks, which would see bad weights and repeated steps."""
+    """Whether a layer is of this package or torch and has no hooks, which would see inputs and gradients."""
     hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
     for parameter in part.parameters(recurse=False):
         hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
@@ -308,17 +280,6 @@ def _implements(name: str, callback: pl.Callback) -> bool:
         return is_overridden(name, callback, parent=pl.Callback)
     except AttributeError:  # without __code__, so not the base class's method
         return callable(getattr(callback, name))
-
-
-def _reads_no_weights(hook: Hook, own: bool) -> bool:
-    """Whether a hook at a batch's start or end is known not to use weights or noise.
-
-    It may get the terms of a step that is undone later.
-    """
-    who = _owner(hook)
-    known = isinstance(who, _READ_NO_WEIGHTS) and type(who).__module__.startswith(("lightning.", "aezoo."))
-    # only for the class itself: a subclass may have other hooks
-    return not own and (known or bool(vars(type(who)).get("reads_no_weights")))
 
 
 def _identity(batch: Any, dataloader_idx: int) -> Any:

@@ -62,7 +62,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch._foreach_copy_",
-        files=("speed/deferred_checks.py", "training/buffers.py"),
+        files=("training/buffers.py",),
         why="one kernel for all buffers that a skipped step restores",
         without="a loop over the tensors gives the same numbers",
     ),

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,45 +224,6 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
         assert active == [batch // 4 % 2 == 1 for batch in range(45)]
         assert cost.shares() == [0.25] * 5 and cost.shares(2) == [0.25] * 2
     assert measure.GuardCost(FaultGuard()).shares() == []
-
-
-def test_guard_cost_averages_check_over_its_steps(monkeypatch):
-    now = 0.0
-
-    class Trust:
-        """A step on trust costs 0.125 s, and a look at those before it, in each third of a block, 0.25 s more."""
-
-        calls = 0
-
-        def prepare_step(self):
-            self.calls += 1
-            if self.calls % 4 == 3:
-                self._begin()
-
-        def _begin(self):
-            nonlocal now
-            now += 0.25
-
-        def record(self, loss, batch_idx):
-            nonlocal now
-            now += 0.125
-            return False
-
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    cost, trust = measure.GuardCost(FaultGuard(), block=4), Trust()
-    plan = SimpleNamespace(plan=SimpleNamespace(rollback=trust))
-    trainer = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=plan))
-    for batch in range(81):
-        if batch % 40 == 0:
-            now += 100  # between two epochs
-            cost.on_train_epoch_start(trainer, None)
-        trust.prepare_step()
-        active = batch // 4 % 2 == 1
-        assert trust.record(None, batch) is not active
-        now += 0.75
-        cost.on_train_batch_end(*[None] * 4, 0)
-    # of three steps that count in a block one has a look: 0.125 + 0.25 / 3 beside 0.75
-    assert cost.shares() == [pytest.approx(1 - 0.75 / (0.875 + 0.25 / 3))] * 5
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -91,22 +91,6 @@ def test_epoch_set_after_iter_counts():
 # ---- every kind of source -------------------------------------------------------------------------------------------
 
 
-def test_epoch_is_readable_from_any_batch_concurrently():
-    loader = ResidentLoader(*arrays(), batch_size=3, shuffle=True, seed=5)
-    loader.sampler.set_epoch(1)
-    loader.sampler.skip = (1, 3)  # a run that goes on after its first batch
-    whole = [*loader]
-    loader.sampler.skip = (1, 3)
-    reader = iter(loader)
-    found = [next(reader)]
-    same_batches(loader.batches_from(2), whole[1:])  # number 1 is the reader's first
-    loader.batches_from(4)  # and nobody reads it
-    found += reader
-    same_batches(found, whole)
-    loader.sampler.set_epoch(1)
-    assert len([*loader]) == len(whole) + 1
-
-
 def folder_of_images(folder):
     rng = np.random.default_rng(1)
     for label in ("a", "b"):

@@ -81,15 +81,6 @@ def test_fused_step_matches_weights_and_state(name, groups):
     assert float(optimizer.state[other.late.weight]["step" if name != "sgd" else "momentum_buffer"].sum())
 
 
-def test_constant_average_gives_infinite_gradient_bound():
-    net = Net()
-    optimizer = torch.optim.RMSprop(net.a.parameters(), alpha=1.0)
-    update = FusedStep(optimizer)
-    steps(lambda x, i: net.a(x), optimizer, update, n=2)
-    (group,) = update.groups
-    assert group.most_squared(1) == float("inf")
-
-
 def test_fused_step_matches_in_float64_and_under_schedule():
     (net, own), (other, optimizer) = pair(MAKERS["adam"])
     for each in (net, other):

@@ -24,6 +24,7 @@ RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
     "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
     "bad_values": (*SLOW, "tests/cli/test_bad_values.py"),
+    "inductor": (*SLOW, "tests/test_models.py", "-k", "test_model_slowly"),
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/training/test_distributed.py"),
     "resume": (*SLOW, "tests/io/test_resume.py"),
@@ -105,6 +106,12 @@ PROMISES = (
         "{caught} of {faults} faults caught, drawn at random from a list of {listed}",
         "mutants",
     ),
+    Promise(
+        "Compiled by inductor, a model has the loss and the gradients that it has without",
+        ("tests/test_models.py",),
+        "{models} models compiled",
+        "inductor",
+    ),
     Promise("Results do not change unnoticed", ("tests/test_models.py",)),
 )
 
@@ -114,9 +121,14 @@ def results():
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
+def is_recording():
+    """Whether this program runs the tests: those that draw cases, or stop early, take them all then and go on."""
+    return _SWITCH in os.environ
+
+
 def record(run, counts):
     """Keep the counts of a run, if it was started by this program; a plain run of the tests writes nothing."""
-    if _SWITCH in os.environ:
+    if is_recording():
         RESULTS.write_text(json.dumps(results() | {run: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

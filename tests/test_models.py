@@ -5,6 +5,7 @@ import warnings
 from unittest import SkipTest
 
 import broken
+import promises
 import pytest
 import torch
 from golden import VARIANTS, own_models
@@ -40,13 +41,16 @@ FITS = (
     *(testing.check_overfits, testing.check_resume, testing.check_loop, testing.check_checkpoint, testing.check_seed),
     testing.check_deterministic_evaluation,
 )
+# their losses and gradients have together most operators of the zoo's
+COMPILED = (
+    *(*REPRESENTATIVE, "hyperspherical_vae", "dagmm", "topological_ae", "mean_scale_hyperprior", "vp_vae"),
+    *("gamma_vae", "msssim_vae", "maetok", "jumprelu_sae", "unet_ae", "rhvae", "mopoe_vae"),
+)
 # those that a network of the same kind passes alike
 LESS_OFTEN = (
     *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
     *(testing.check_constructor, testing.check_state_dict),
 )
-# a minute or more
-OVERFIT_LAST = ("pixelcnn", "rhvae", "index_transformer", "elic", "cheng2020", "vdvae")
 
 
 def of_models():
@@ -56,12 +60,9 @@ def of_models():
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in OF_EACH_KIND
-                # what cannot be exported has no ONNX file, and what can seldom lacks one
-                last = check is testing.check_onnx and name not in OF_EACH_KIND
-                last |= check is testing.check_overfits and name in OVERFIT_LAST
                 # of those it takes long to overfit, too
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")
-                marks = [pytest.mark.longest] if last else [pytest.mark.slow] if late else []
+                marks = [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
 
 
@@ -71,17 +72,9 @@ def test_model(name, check):
     run(check, name)
 
 
-def of_variants():
-    """The checks that fit or save are the longest; what they look at is rarely an argument's doing."""
-    last = (testing.check_loop, testing.check_seed, testing.check_deterministic_evaluation)
-    for check in CHECKS:
-        if check.__name__ not in NOT_OF_VARIANTS:
-            mark = pytest.mark.longest if check in last else pytest.mark.slow
-            yield pytest.param(check, id=name_of_check(check), marks=mark)
-
-
 @strict
-@pytest.mark.parametrize("check", [*of_variants()])
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ not in NOT_OF_VARIANTS], ids=name_of_check)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
 def test_variant(variant, check):
     run(check, variant)
@@ -99,16 +92,13 @@ def test_two_processes_train_every_model_like_one():
     run(check_ddp, *own_models(), *VARIANTS, broken.CorrectModel)
 
 
-def of_slow_checks():
-    for name in own_models():
-        mark = pytest.mark.slow if name in REPRESENTATIVE else pytest.mark.longest
-        for check in SLOW_CHECKS:
-            yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=mark)
-
-
-@pytest.mark.parametrize(("name", "check"), [*of_slow_checks()])
+@pytest.mark.slow
+@pytest.mark.parametrize("check", SLOW_CHECKS, ids=name_of_check)
+@pytest.mark.parametrize("name", own_models() if promises.is_recording() else COMPILED)
 def test_model_slowly(name, check):
+    """Every model in a run of the promises, else a few that have together most operators of the zoo."""
     run(check, name)
+    promises.add("inductor", name, {"models": 1})
 
 
 @pytest.mark.slow

@@ -124,12 +124,6 @@ def same(first, second, name):
 
 
 @pytest.mark.slow
-def test_three_kills_leave_no_trace(tmp_path):
-    argv = [*CASES["ema"], "--trainer.max_epochs=8", "--checkpoints.every_n_steps=3"]
-    killed(tmp_path, argv, kills=3)
-
-
-@pytest.mark.slow
 def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
     # 9 steps an epoch: saves at 3, 6, 9 and so on, within epochs and at their ends
     argv = [*CASES["vae"], "--trainer.max_epochs=4", "--checkpoints.every_n_steps=3", "--trainer.log_every_n_steps=1"]
@@ -138,9 +132,9 @@ def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_kills_leave_no_trace(tmp_path, case):
+def test_many_kills_leave_no_trace(tmp_path, case):
     argv = [*CASES[case], "--trainer.max_epochs=40", "--checkpoints.every_n_steps=4"]
-    killed(tmp_path, argv, kills=20, seed=1)
+    killed(tmp_path, argv, kills=20 if promises.is_recording() else 5, seed=1)
 
 
 # ---- runs of other data ---------------------------------------------------------------------------------------------

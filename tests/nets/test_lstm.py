@@ -1,5 +1,6 @@
 """Tests of aezoo/nets/lstm.py."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -32,3 +33,16 @@ def test_lstm_matches_torch_with_residual_for_equal_widths(width: int, shifted: 
     theirs.bias_hh_l0.data.zero_()
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     torch.testing.assert_close(own(x), theirs(x)[0] + (x if width == 5 else 0))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_runs_in_float32_where_onednn_has_no_lstm(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    layer, x = lstm.LSTM(3, 4), torch.randn(2, 5, 3).bfloat16()
+    layer, x = (layer, x.float()) if autocast else (layer.bfloat16(), x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    out.float().sum().backward()
+    exact = copy.deepcopy(layer).float()(x.float()).to(x.dtype)
+    assert out.dtype == x.dtype and torch.equal(out, exact)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
+from aezoo.training.precision import at_least_float32
 
 
 class Steps(nn.Module):
@@ -95,10 +96,19 @@ class LSTM(nn.Module):
             self.bias[width : 2 * width].fill_(1)
 
     def forward(self, x_BLF: Tensor) -> Tensor:
-        zero = x_BLF.new_zeros(1, x_BLF.shape[0], self.width)
         weights = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
-        out_BLH: Tensor = torch.lstm(x_BLF, (zero, zero), weights, True, 1, 0.0, self.training, False, True)[0]
+        if x_BLF.device.type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+            # oneDNN has no LSTM in bfloat16 for such processors, and torch raises instead of taking another
+            with torch.autocast("cpu", enabled=False):
+                out_BLH = self._outputs(at_least_float32(x_BLF), [at_least_float32(w) for w in weights]).to(x_BLF.dtype)
+        else:
+            out_BLH = self._outputs(x_BLF, weights)
         return x_BLF + out_BLH if x_BLF.shape[2] == self.width else out_BLH
+
+    def _outputs(self, x_BLF: Tensor, weights: list[Tensor]) -> Tensor:
+        zero = x_BLF.new_zeros(1, x_BLF.shape[0], self.width)
+        out_BLH: Tensor = torch.lstm(x_BLF, (zero, zero), weights, True, 1, 0.0, self.training, False, True)[0]
+        return out_BLH
 
 
 def _layers(hidden_dims: tuple[int, ...]) -> nn.Sequential:

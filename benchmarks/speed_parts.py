@@ -5,15 +5,16 @@
     python -m benchmarks.speed_parts --page                        write docs/design/speed.md from the CSVs alone
 
 The workloads are those of `benchmarks.speed`, trained and predicted on one thread. A process repeats all settings in
-turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time,
-which other programs change little, of the faster of two epochs after a warm-up epoch. `gain` is the median over the
-repeats of the time without the part divided by the time with it; `gain_low` and `gain_high` are the quartiles. `malloc`
-cannot be taken back within a process: it is measured in pairs of processes. A part without a row was not run: its
-processor or device was not there, or the workload does not use it.
+turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time
+of short epochs after a warm-up epoch. On a shared machine these only ever become longer, by half and more, so that the
+fastest epoch of a setting stands for it: `gain` is that time without the part divided by that with it. `gain_low` and
+`gain_high` are the lowest and the highest of the same figure over the first, the second and the last third of the
+repeats. `malloc` cannot be taken back within a process: it is measured in pairs of processes. A part without a row was
+not run: its processor or device was not there, or the workload does not use it.
 """
 
+import itertools
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     add("--compile", nargs="+", default=["off", "default"], choices=("off", "default"), help="of dense training")
     add("--parts", nargs="+", metavar="P", help="these alone")
-    add("--steps", type=at_least(2), default=30, metavar="N", help="batches of an epoch")
-    add("--repeats", type=at_least(1), default=7, metavar="N", help="times that each setting has its turn")
+    add("--steps", type=at_least(2), default=50, metavar="N", help="batches of an epoch")
+    add("--repeats", type=at_least(3), default=15, metavar="N", help="times that each setting has its turn")
+    add("--epochs", type=at_least(1), default=6, metavar="N", help="epochs of a turn that are measured")
     add("--timeout", type=float, default=3600.0, help="give up a workload after this many seconds")
     add("--page", action="store_true", help=f"measure nothing, and write {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args(words)
@@ -92,15 +94,16 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
             "memory": "",
             "steps": arguments.steps,
             "repeats": arguments.repeats,
+            "epochs": arguments.epochs,
             "parts": [part for part in parts if part != "malloc"],
         }
         threads = {"OMP_NUM_THREADS": "1"}
         found = run_row("speed_parts", spec, arguments.timeout, threads) if spec["parts"] else {"times": {}}
-        times: dict[str, list[float]] = dict(found.get("times", {}))
+        times: dict[str, list[list[float]]] = dict(found.get("times", {}))
         if "malloc" in parts:
             alone = {**spec, "parts": [], "repeats": 1}
-            pairs: dict[str, list[float]] = {"auto": [], "malloc": []}
-            for _ in range(max(2, arguments.repeats // 2)):
+            pairs: dict[str, list[list[float]]] = {"auto": [], "malloc": []}
+            for _ in range(max(3, arguments.repeats // 4)):
                 for setting in pairs:
                     result = run_row("speed_parts", {**alone, "setting": setting}, arguments.timeout, threads)
                     pairs[setting] += result.get("times", {}).get(setting, [])
@@ -109,9 +112,8 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
             if part == "malloc":
                 enabled, disabled = pairs["auto"], pairs["malloc"]
             row = {"part": part, **first, "threads": 1, "steps": arguments.steps}
-            table.put(
-                row | (_gain(enabled, disabled) if enabled and disabled else {"error": found.get("error", "none")})
-            )
+            measured = len(enabled) > 2 and len(disabled) > 2
+            table.put(row | (_gain(enabled, disabled) if measured else {"error": found.get("error", "none")}))
             print(f"{precision} {workload} {kind} {mode} {part}: {table.find(row)}", flush=True)
 
 
@@ -131,24 +133,29 @@ def parts_of(workload: str, kind: str, mode: str) -> list[str]:
     return [_ALL_PARTS, *own, *of_half, "malloc"]
 
 
-def _gain(enabled: Sequence[float], disabled: Sequence[float]) -> dict[str, Any]:
-    gains = sorted(off / on for on, off in zip(enabled, disabled, strict=True))
-    n = len(gains)
+def _gain(enabled: Sequence[Sequence[float]], disabled: Sequence[Sequence[float]]) -> dict[str, Any]:
+    n = len(enabled)
+    bounds = (0, n // 3, n - n // 3, n)
+    thirds = [_fastest(disabled[a:b]) / _fastest(enabled[a:b]) for a, b in itertools.pairwise(bounds)]
     return {
         "repeats": n,
-        "with_ms": 1e3 * statistics.median(enabled),
-        "without_ms": 1e3 * statistics.median(disabled),
-        "gain": statistics.median(gains),
-        "gain_low": gains[n // 4],
-        "gain_high": gains[-1 - n // 4],
+        "with_ms": 1e3 * _fastest(enabled),
+        "without_ms": 1e3 * _fastest(disabled),
+        "gain": _fastest(disabled) / _fastest(enabled),
+        "gain_low": min(thirds),
+        "gain_high": max(thirds),
     }
+
+
+def _fastest(turns: Sequence[Sequence[float]]) -> float:
+    return min(min(epochs) for epochs in turns)
 
 
 # ---- in the process of a row ----------------------------------------------------------------------------------------
 
 
 def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of processor time of a batch, for each setting of AEZOO_SPEED and repeat."""
+    """Seconds of processor time of a batch, for each setting of AEZOO_SPEED, repeat and epoch."""
     import warnings
 
     import torch
@@ -160,7 +167,7 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
     settings = [spec["setting"]] if "setting" in spec else ["auto", *_settings(spec["parts"])]
     os.environ["AEZOO_SPEED"] = settings[0]
     speed.keep_memory()
-    times: dict[str, list[float]] = {setting: [] for setting in settings}
+    times: dict[str, list[list[float]]] = {setting: [] for setting in settings}
     for turn in range(spec["repeats"]):
         for setting in settings if turn % 2 else settings[::-1]:
             os.environ["AEZOO_SPEED"] = setting
@@ -173,7 +180,7 @@ def _settings(parts: Sequence[str]) -> list[str]:
     return ["off" if part == _ALL_PARTS else part for part in parts]
 
 
-def _seconds(spec: dict[str, Any], folder: str) -> float:
+def _seconds(spec: dict[str, Any], folder: str) -> list[float]:
     import lightning.pytorch as pl
     import torch
 
@@ -202,14 +209,14 @@ def _seconds(spec: dict[str, Any], folder: str) -> float:
     steps, model = len(x) // spec["batch"], build_model(spec)
     if spec["kind"] == "train":
         data: aezoo.DataModule = data_module(spec, x)
-        build_trainer(spec, folder, [epochs], max_epochs=3, limit_train_batches=steps).fit(model, data)
-        return min(epochs.seconds[1:]) / steps
+        build_trainer(spec, folder, [epochs], max_epochs=1 + spec["epochs"], limit_train_batches=steps).fit(model, data)
+        return [seconds / steps for seconds in epochs.seconds[1:]]
     data = data_module(spec, x[: spec["batch"]], x_test=x)
     with torch.no_grad():
         fit = build_trainer({**spec, "interface": "off"}, folder, [epochs])
-        for _ in range(3):
+        for _ in range(1 + spec["epochs"]):
             fit.predict(model, data, return_predictions=False)
-    return min(epochs.seconds[1:]) / steps
+    return [seconds / steps for seconds in epochs.seconds[1:]]
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -223,9 +230,10 @@ variable AEZOO_SPEED=off, does without, and so does a copy of aezoo from which t
 also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
 
 A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in
-one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, without the part divided by with
-it. The row `all` compares with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see
-`aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
+one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, in the fastest epoch without the
+part divided by that with it. The range is that of the same figure over three parts of the run. The row `all` compares
+with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see `aezoo/nets/narrow_conv.py` and
+`aezoo.training.compilation.consistent_compilation`.
 
 """
 
@@ -249,7 +257,7 @@ def write_page(results: Path) -> None:
         "",
         "All rows:",
         "",
-        "| part | where | with, ms | without, ms | gain | quartiles |",
+        "| part | where | with, ms | without, ms | gain | range |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

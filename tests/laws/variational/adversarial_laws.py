@@ -1,6 +1,7 @@
 """Laws of the adversarial models: who trains what, one optimiser as several, the density ratio, rivals' slips."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,11 @@ def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: An
     other = small(name, gamma=0.7)
     other.load_state_dict(model.state_dict())
     plans: list[Any] = []
-    look = pl.callbacks.LambdaCallback(on_train_epoch_end=lambda t, _: plans.append(t.fit_loop.epoch_loop.plan))
+    look = pl.callbacks.LambdaCallback(
+        on_train_epoch_end=lambda t, _: plans.append(getattr(t.fit_loop.epoch_loop, "plan", None))
+    )
     trained(model, batches, quiet, look)
-    assert plans and plans[0] is not None
+    assert plans and (plans[0] is None) == (os.environ.get("AEZOO_SPEED") == "off")
     parts = sets(other)
     adams = {
         player: torch.optim.Adam(part, 5e-3, (0.5, 0.9)) if player == "discriminator" else torch.optim.Adam(part, 2e-3)

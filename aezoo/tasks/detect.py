@@ -1,6 +1,7 @@
 """detect: find anomalies, with p-values, and compare with simpler detectors."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, p_values
-from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
@@ -233,14 +234,11 @@ def _run_detector(
     )
 
 
-def _score_rows(samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult]) -> list[Row]:
-    rows: list[Row] = [
-        {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
-        for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True))
-    ]
-    for name, other in others.items():
-        rows = [row | {name: float(score)} for row, score in zip(rows, other.scores, strict=True)]
-    return [row | note for row, note in zip(rows, samples.notes, strict=True)]
+def _score_rows(samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult]) -> Iterator[Row]:
+    notes = samples.notes
+    for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True)):
+        row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
+        yield row | {name: float(other.scores[i]) for name, other in others.items()} | row_of(notes, i)
 
 
 def _threshold_report(

@@ -1,6 +1,7 @@
 """embed: codes of samples, a picture of them in the plane, classification by code, and nearest neighbours."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from aezoo.tasks.embed_codes import (
     same_classes,
     umap,
 )
-from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
+Notes = Mapping[str, Sequence[Any]]
 
 _METHODS = ("pca", "tsne", "umap")
 # points of the picture: t-SNE takes minutes beyond, and more hide each other
@@ -125,10 +127,9 @@ def embed(
         codes = store.array("codes", shape) if table == "npy" else np.empty(shape, np.float32)
         start = 0
         for batch in samples.batches(batch_size, "embed" if progress else ""):
-            write_batch(codes, start, model.encode(batch.to(like)))
+            write_batch(codes, start, check_finite(model.encode(batch.to(like))))
             start += len(batch)
-        flat = check_finite(codes.reshape(n, -1))
-        notes = samples.notes
+        flat, notes = codes.reshape(n, -1), samples.notes
         if table == "npz":
             store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _samples_text(samples)}))
         elif table != "npy":
@@ -211,22 +212,22 @@ def _samples_text(samples: Samples) -> Array:
     return samples.labels.numpy() if given.dtype.kind == "U" and (samples.labels == UNLABELLED).any() else given
 
 
-def _code_rows(flat: Array, notes: list[Row]) -> list[Row]:
-    rows = [{"index": i} | {f"z{d}": float(value) for d, value in enumerate(code)} for i, code in enumerate(flat)]
-    return [row | note for row, note in zip(rows, notes, strict=True)]
+def _code_rows(flat: Array, notes: Notes) -> Iterator[Row]:
+    for i, code in enumerate(flat):
+        yield {"index": i} | {f"z{d}": float(value) for d, value in enumerate(code)} | row_of(notes, i)
 
 
-def _plane_rows(rows: Array, plane: Array, notes: list[Row]) -> list[Row]:
-    return [{"index": int(i), "u": float(u), "v": float(v)} | notes[i] for i, (u, v) in zip(rows, plane, strict=True)]
+def _plane_rows(rows: Array, plane: Array, notes: Notes) -> Iterator[Row]:
+    for i, (u, v) in zip(rows, plane, strict=True):
+        yield {"index": int(i), "u": float(u), "v": float(v)} | row_of(notes, i)
 
 
-def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> list[Row]:
+def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> Iterator[Row]:
     notes = library.notes
-    return [
-        {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])} | notes[int(found)]
-        for i, line in enumerate(neighbours)
-        for j, found in enumerate(line)
-    ]
+    for i, line in enumerate(neighbours):
+        for j, found in enumerate(line):
+            row = {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])}
+            yield row | row_of(notes, int(found))
 
 
 def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Samples) -> "Figure":

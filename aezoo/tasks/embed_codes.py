@@ -55,15 +55,15 @@ def encode_samples(
         whole = len(rows) == len(samples)
         parts = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
         for batch in samples.batches(batch_size) if whole else map(samples.rows, parts):
-            write_batch(codes, start, encode(batch.to(reference_tensor(model))).flatten(1))
+            write_batch(codes, start, check_finite(encode(batch.to(reference_tensor(model))).flatten(1)))
             start += len(batch)
             advance(len(batch))
-    return check_finite(codes), rows
+    return codes, rows
 
 
-def check_finite(codes: Array) -> Array:
+def check_finite(codes: Tensor) -> Tensor:
     """The codes themselves, if they are numbers."""
-    if not np.isfinite(codes).all():
+    if not codes.float().isfinite().all():
         raise AezooError("some codes are NaN or infinite: the model is broken, train it again with a lower rate")
     return codes
 

@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 from aezoo.registry import name_of
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
-from aezoo.tasks.result_store import Row, Store, check_table, table_text, write_batch
+from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
@@ -130,10 +130,12 @@ def reconstruct(
                     write_batch(part_mse[i], start, _mean(part.square(), parts_known[i]))
             start += len(batch)
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
-        rows = [
-            {"index": i} | {name: float(values[i]) for name, values in found.errors.items()} | note
-            for i, note in enumerate(samples.notes)
-        ]
+        columns = found.errors
+        notes = samples.notes
+        rows = (
+            {"index": i} | {name: float(values[i]) for name, values in columns.items()} | row_of(notes, i)
+            for i in range(n)
+        )
         store.table("errors", rows, table)
         if reconstructor and has_class_labels(samples):
             found.coherence = coherence(reconstructor.model, samples, x_hat, seed, batch_size)

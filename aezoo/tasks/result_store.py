@@ -4,10 +4,12 @@ import csv
 import errno
 import io
 import math
+import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+# rows of a table that are in memory at a time
+_TABLE_ROWS = 2**16
 CURE = "make room, or choose a folder that can be written with --out"
 
 
@@ -107,10 +111,10 @@ class Store:
         """Write arrays by name as `folder/name.npz`."""
         self.write(f"{name}.npz", lambda file: np.savez(file, **arrays_by_name))  # type: ignore[arg-type]
 
-    def table(self, name: str, rows: Sequence[Row], kind: str = "csv") -> None:
-        """Write `folder/name.csv` or, with kind "parquet", `folder/name.parquet`."""
-        if self.folder is not None:
-            self.file(f"{name}.{kind}", csv_bytes(rows) if kind == "csv" else _parquet_bytes(rows))
+    def table(self, name: str, rows: Iterable[Row], kind: str = "csv") -> None:
+        """Write `folder/name.csv` or, with kind "parquet", `folder/name.parquet`, a part of the rows at a time."""
+        write_rows = write_csv if kind == "csv" else _write_parquet
+        self.write(f"{name}.{kind}", lambda file: write_rows(file, rows))
 
     def file(self, name: str, content: bytes) -> None:
         """Write bytes as `folder/name`."""
@@ -154,15 +158,27 @@ def _reserve(file: Path) -> None:
                 raise
 
 
-def csv_bytes(rows: Sequence[Row]) -> bytes:
-    """A CSV with the keys of the first row as header; numbers with all digits."""
-    names = list(rows[0]) if rows else []
+def row_of(columns: Mapping[str, Sequence[Any]], i: int) -> Row:
+    """Row i of columns."""
+    return {name: column[i] for name, column in columns.items()}
+
+
+def write_csv(file: IO[bytes], rows: Iterable[Row]) -> None:
+    """Write a CSV with the keys of the first row as header; numbers with all digits."""
+    remaining = iter(rows)
+    part = list(islice(remaining, _TABLE_ROWS))
+    names = list(part[0]) if part else []
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writerow({name: spreadsheet_cell(name) for name in names})
-    writer.writerows({name: spreadsheet_cell(cell) for name, cell in row.items()} for row in rows)
-    # names of files may hold bytes that are no text
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    while True:
+        writer.writerows({name: spreadsheet_cell(cell) for name, cell in row.items()} for row in part)
+        # names of files may hold bytes that are no text
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+        text.seek(0)
+        text.truncate()
+        if not (part := list(islice(remaining, _TABLE_ROWS))):
+            return
 
 
 def spreadsheet_cell(cell: Any) -> Any:
@@ -184,13 +200,16 @@ def check_table(kind: str, kinds: Sequence[str]) -> None:
         raise AezooError("writing .parquet needs pyarrow: pip install 'aezoo[parquet]'")
 
 
-def _parquet_bytes(rows: Sequence[Row]) -> bytes:
+def _write_parquet(file: IO[bytes], rows: Iterable[Row]) -> None:
     import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
     import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{name: _text(cell) for name, cell in row.items()} for row in rows]), sink)
-    return sink.getvalue()
+    remaining = ({name: _text(cell) for name, cell in row.items()} for row in rows)
+    table = pa.Table.from_pylist(list(islice(remaining, _TABLE_ROWS)))
+    with pq.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        while part := list(islice(remaining, _TABLE_ROWS)):
+            writer.write_table(pa.Table.from_pylist(part, table.schema))
 
 
 def _text(cell: Any) -> Any:
@@ -225,9 +244,11 @@ def _cell(value: Any) -> str:
 
 
 def write_batch(array: npt.NDArray[Any], start: int, values: Tensor) -> None:
-    """Write a batch of results to its place."""
+    """Write a batch of results to its place; of a mapped file nothing stays in this process's memory."""
     values = values.detach()
     array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)  # what is written stays in the system's cache until it is on the disk
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Samples as a model sees them, read a batch at a time."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -21,6 +22,9 @@ from aezoo.data.resident import load_into_memory
 from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
 from aezoo.errors import AezooError
 from aezoo.training.seeding import forked_rng
+
+# samples whose values are checked before a task begins, and values that are then in memory at a time
+_MAX_CHECKED, _MAX_VALUES = 1024, 2**24
 
 
 class Samples:
@@ -107,13 +111,12 @@ class Samples:
         return None if y is None or y.ndim != 1 else y
 
     @property
-    def notes(self) -> list[dict[str, Any]]:
+    def notes(self) -> dict[str, Sequence[Any]]:
         """Further columns for tables of samples: the file, and the label as in the data; {} if unknown."""
         paths, y = paths_of(self.dataset), self.labels
-        rows: list[dict[str, Any]] = [{} for _ in range(len(self))] if paths is None else [{"file": p} for p in paths]
-        return rows if y is None else [
-            row | {"label": label} for row, label in zip(rows, original_labels(y, self.class_names), strict=True)
-        ]  # fmt: skip
+        return ({} if paths is None else {"file": paths}) | (
+            {} if y is None else {"label": original_labels(y, self.class_names)}
+        )
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
         """The samples with these indices, (n, *shape), on the CPU."""
@@ -185,7 +188,9 @@ class Samples:
             model.eval()
         if self.shape != model.input_shape:
             model.check_batch(torch.zeros(1, *self.shape))  # before scaling, which is of the training data's shape
-        model.check_batch(self.rows(range(min(len(self), 1024))))
+        n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
+        for start in range(0, n, step):
+            model.check_batch(self.rows(range(start, min(start + step, n))))
         return self
 
 

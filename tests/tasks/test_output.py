@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import resource
 import signal
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from aezoo.errors import AezooError
-from aezoo.tasks.result_store import Store, csv_bytes, resolve_device, table_text, write_batch
+from aezoo.tasks.result_store import Store, resolve_device, table_text, write_batch, write_csv
 
 
 def test_stored_array_has_written_values(tmp_path):
@@ -164,10 +165,14 @@ def test_unavailable_device_is_refused():
     ],
 )
 def test_csv_cells_do_not_run_in_spreadsheets(cell, written):
-    rows = [*csv.reader(csv_bytes([{"name": cell}]).decode().splitlines())]
-    assert rows == [["name"], [written]]
-    header, _ = csv.reader(csv_bytes([{"=name()": 1}]).decode().splitlines())
-    assert header == ["'=name()"]
+    assert _csv_rows([{"name": cell}]) == [["name"], [written]]
+    assert _csv_rows([{"=name()": 1}])[0] == ["'=name()"]
+
+
+def _csv_rows(rows):
+    file = io.BytesIO()
+    write_csv(file, rows)
+    return [*csv.reader(file.getvalue().decode().splitlines())]
 
 
 def test_undecodable_names_are_written_escaped(tmp_path):

@@ -109,7 +109,8 @@ def detect(
         svdd_epochs: passes over the training samples that deep_svdd makes.
         svdd_lr: learning rate of deep_svdd.
         svdd_nu: share of the training samples that may lie outside deep_svdd's soft boundary; 0 has no soft boundary.
-        n_fit: training samples that the baselines are fitted on, drawn from the seed.
+        n_fit: training samples that the baselines are fitted on, drawn from the seed; fewer if these take more than
+            256 MiB.
         maps: also write maps.npy, the absolute error of each value of each sample, of draem its anomaly map.
         n_shown: samples in the picture; 0 draws none.
         table: csv or parquet, the format of the scores.

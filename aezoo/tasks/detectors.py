@@ -17,8 +17,10 @@ from aezoo.tasks.samples import Samples, evaluation_mode, random_rows
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
 _MAX_DRAWS = 10**6
-# floats that a baseline holds of the training samples, 1 GiB
-_MAX_VALUES = 2**28
+# floats that a baseline holds of the training samples, 256 MiB, of which most methods make copies
+_MAX_VALUES = 2**26
+# floats of the training samples that are scored at a time
+_MAX_SCORED = 2**24
 # directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
 _FRE_COMPONENTS = 220
 
@@ -208,12 +210,13 @@ class Baseline:
         """Learn from samples that are mostly normal."""
         if self.name == "fre":
             self._net = FrozenFeatures(self.features, samples.shape).to(self.device)
-        most = max(2, _MAX_VALUES // self._values(samples.rows([0])).shape[1])
-        chosen = random_rows(len(samples), min(self.n_fit, most), self.seed)
-        self.fitted_on = chosen.numpy()
-        parts = samples.subset(chosen).batches(self.batch_size, f"{self.name}: fit" if self.progress else "")
-        x = np.concatenate([self._values(part) for part in parts])
-        n, d = x.shape
+        d = self._values(samples.rows([0])).shape[1]
+        chosen = random_rows(len(samples), min(self.n_fit, max(2, _MAX_VALUES // d)), self.seed)
+        self.fitted_on, n = chosen.numpy(), len(chosen)
+        x, start = np.empty((n, d), np.float32), 0
+        for part in samples.subset(chosen).batches(self.batch_size, f"{self.name}: fit" if self.progress else ""):
+            x[start : start + len(part)] = self._values(part)
+            start += len(part)
         n_components = min(_FRE_COMPONENTS, n // 2, d // 2) if self.name == "fre" else self.n_components
         if np.isnan(x).any():
             self.note = "takes no samples that lack values"
@@ -246,6 +249,12 @@ Rows = npt.NDArray[np.float32]
 Fitted = tuple[Callable[[Rows], Any], Any]
 
 
+def _in_parts(score: Callable[[Rows], Any], x: Rows) -> Any:
+    """Scores of all rows, of which a part is in memory a second time."""
+    n = max(1, _MAX_SCORED // x.shape[1])
+    return np.concatenate([score(x[start : start + n]) for start in range(0, len(x), n)])
+
+
 def _pca(x: Rows, n_components: int, seed: int) -> Fitted:
     from sklearn.decomposition import PCA
 
@@ -255,7 +264,7 @@ def _pca(x: Rows, n_components: int, seed: int) -> Fitted:
     def score(x: Rows) -> Any:
         return np.square(x - pca.inverse_transform(pca.transform(x))).sum(1)
 
-    return score, score(x)
+    return score, _in_parts(score, x)
 
 
 def _mean(x: Rows, n_components: int, seed: int) -> Fitted:
@@ -264,7 +273,7 @@ def _mean(x: Rows, n_components: int, seed: int) -> Fitted:
     def score(x: Rows) -> Any:
         return np.square(x - mean).sum(1)
 
-    return score, score(x)
+    return score, _in_parts(score, x)
 
 
 def _knn(x: Rows, n_components: int, seed: int) -> Fitted:
@@ -287,7 +296,7 @@ def _isolation_forest(x: Rows, n_components: int, seed: int) -> Fitted:
     def score(x: Rows) -> Any:
         return -forest.score_samples(x)
 
-    return score, score(x)
+    return score, _in_parts(score, x)
 
 
 _FITS = {"pca": _pca, "mean": _mean, "knn": _knn, "isolation_forest": _isolation_forest, "fre": _pca}

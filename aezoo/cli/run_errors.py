@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from aezoo.data.loaders import worker_failure
+from aezoo.data.resident import lacks_memory
 from aezoo.errors import AezooError
 from aezoo.io import terminal
 
@@ -36,7 +36,7 @@ def one_line(error: BaseException, source: Path | None, batch_size: int) -> Aezo
         return AezooError(text.partition(" HINT")[0])
     if (line := _lightning_error_line(error)) is not None:
         return AezooError(line)
-    if _lacks_memory(error):
+    if lacks_memory(error):
         return AezooError(
             f"out of memory in a step of {batch_size} samples ({text[:120]}): lower --data.batch_size, "
             "--model.hidden_dims or --data.size; what was saved before is kept"
@@ -112,12 +112,6 @@ def _lightning_error_line(error: BaseException) -> str | None:
     own = type(error) is ValueError and error.__cause__ is None
     own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
     return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    """Whether the memory of the host or of a GPU was not enough."""
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _restores(error: BaseException) -> bool:

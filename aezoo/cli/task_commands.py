@@ -31,6 +31,7 @@ from aezoo.data.array import check_length, encode_labels, to_channels_first
 from aezoo.data.in_memory import as_real_array, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.readers import Table, check_columns, read_arrays
+from aezoo.data.resident import lacks_memory
 from aezoo.data.settings import own_settings
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
@@ -120,7 +121,10 @@ def main(argv: list[str]) -> None:
     try:
         with _signals_as_exit(), nullcontext() if verb in _EXACT else speed.evaluating(model):
             result: Result = function(model=model, out=str(out), **settings)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            raise AezooError(f"out of memory ({' '.join(str(error).split())[:120]}): lower --batch_size, or give fewer "
+                             "samples at once") from error  # fmt: skip
         if (line := worker_failure(error)) is None:
             raise
         raise AezooError(line) from error

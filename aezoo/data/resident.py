@@ -164,6 +164,12 @@ def to_device(dataset: ArrayDataset, device: torch.device, name: str) -> ArrayDa
         raise _too_large(name, len(dataset), dataset.x.nbytes, f"memory on {device}") from error
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the memory of the host or of a GPU was not enough."""
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def allocate(name: str, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for n decoded samples, (n, *shape), not filled yet; logs a line if filling it takes a while.
 

@@ -485,6 +485,16 @@ def test_dead_data_worker_is_reported_in_one_line(run, tmp_path, capsys, monkeyp
     assert "a data worker is killed by signal: Bus error" in line and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("error", [MemoryError("4 GiB"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_lack_of_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypatch, error):
+    def batches(*_):
+        raise error
+
+    monkeypatch.setattr(Samples, "batches", batches)
+    line = refused(capsys, "reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}")
+    assert f"out of memory ({error}): lower --batch_size" in line and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("verb", ["compress", "decompress"])
 def test_missing_codec_is_reported_before_loading_model(monkeypatch, capsys, verb):
     monkeypatch.setitem(sys.modules, "constriction", None)

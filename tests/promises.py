@@ -24,6 +24,7 @@ RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
     "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
     "bad_values": (*SLOW, "tests/cli/test_bad_values.py"),
+    "input": (*SLOW, "tests/data/test_npy.py", "-k", "memory_of_verbs"),
     "inductor": (*SLOW, "tests/test_models.py", "-k", "test_model_slowly"),
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/training/test_distributed.py"),
@@ -105,6 +106,12 @@ PROMISES = (
         ("tests/test_mutants.py",),
         "{caught} of {faults} faults caught, drawn at random from a list of {listed}",
         "mutants",
+    ),
+    Promise(
+        "An --input larger than memory is read, and its results written, batch by batch",
+        ("tests/data/test_npy.py",),
+        "{samples} samples of 48 KiB: a peak of {peak} MiB",
+        "input",
     ),
     Promise(
         "Compiled by inductor, a model has the loss and the gradients that it has without",

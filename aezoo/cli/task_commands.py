@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +29,10 @@ from aezoo.cli.config_resolution import (
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
-from aezoo.data.in_memory import as_real_array, to_real_tensor
+from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
-from aezoo.data.readers import Table, check_columns, read_arrays
+from aezoo.data.npy import NpyDataset
+from aezoo.data.readers import Table, check_columns, is_streamed, read_arrays
 from aezoo.data.resident import lacks_memory
 from aezoo.data.settings import own_settings
 from aezoo.data.source import STAGES, ArrayDataset, Stage
@@ -39,7 +41,7 @@ from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import Samples, progress_bar
 from aezoo.training import speed
 from aezoo.training.seeding import mix
 
@@ -280,30 +282,58 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         image = images.read_image(source, size, channels or (1 if header.mode in images.GREY_MODES else 3), most)
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
         return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
-    arrays = read_arrays(source, given.get("max_bytes", 2**33), given.get("label_column", "auto"))
+    limit, label_column = given.get("max_bytes", 2**33), given.get("label_column", "auto")
+    arrays = read_arrays(source, limit, label_column, streamed=True)
     columns = arrays.columns if isinstance(arrays, Table) else ()
     check_columns(what, columns, trained.get("columns", ()))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
-    shape = tuple(as_real_array(arrays[name], f"{path}: {name}").shape)
+    title, layout, missing = f"{path}: {name}", given.get("layout", "auto"), given.get("missing", "raise")
+    values = as_real_array(arrays[name], title)
+    shape, is_bytes = tuple(values.shape), values.dtype in (np.uint8, torch.uint8)
     if len(shape) < 2:
-        raise AezooError(f"{path}: {name} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
+        raise AezooError(f"{title} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
     if 0 in shape:
-        raise AezooError(f"{path}: {name} is empty (shape {shape}): give at least one sample")
-    checked = to_real_tensor(arrays[name], f"{path}: {name}", columns, missing=given.get("missing", "raise"))
-    x = to_channels_first(checked, given.get("layout", "auto"))
+        raise AezooError(f"{title} is empty (shape {shape}): give at least one sample")
+    scaling = _scaling(trained, 255 if is_bytes else None)
+    if is_streamed(arrays[name]):
+        streamed = NpyDataset(arrays[name], layout, size, channels)
+        if not is_bytes:
+            _check_unscaled(path, shape, check_values(_all_values(streamed), title, missing=missing), trained, scaling)
+        # a batch is one read, for which no process is needed
+        return Samples(streamed, *scaling, None, path, num_workers=0)
+    x = to_channels_first(to_real_tensor(values, title, columns, missing=missing), layout)
     x = images.resize(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
     numbered, names = encode_labels({} if labels is None else {"test": labels}, f"{path}: ")
     y = numbered.get("test")
-    check_length(x, y, f"{path}: {name}")
-    scaling = _scaling(trained, 255 if x.dtype == torch.uint8 else None)
-    # not for tables, in which an outlying value may be the anomaly to find
-    if trained["settings"] and scaling == (255, {}) and x.is_floating_point() and x.ndim > 2 and x.abs().max() > _MOST:
-        raise AezooError(f"{path}: values from {x.min():.4g} to {x.max():.4g}, the training data had 0 to 1: divide "
-                         "them by what white is, or give bytes (uint8)")  # fmt: skip
+    check_length(x, y, title)
+    if not is_bytes:
+        _check_unscaled(path, shape, (float(x.min()), float(x.max())), trained, scaling)
     return Samples(ArrayDataset(x, y), *scaling, names, path)
+
+
+def _all_values(dataset: NpyDataset) -> Iterator[Tensor]:
+    with progress_bar("check", len(dataset)) as advance:
+        for part in dataset.values():
+            yield part
+            advance(len(part))
+
+
+def _check_unscaled(
+    path: str,
+    shape: tuple[int, ...],
+    limits: tuple[float, float],
+    trained: dict[str, Any],
+    scaling: tuple[int, dict[str, Tensor]],
+) -> None:
+    """Refuse bytes that are stored as floats, if the training data had floats from 0 to 1."""
+    low, high = limits
+    # not for tables, in which an outlying value may be the anomaly to find
+    if trained["settings"] and scaling == (255, {}) and len(shape) > 2 and max(-low, high) > _MOST:
+        raise AezooError(f"{path}: values from {low:.4g} to {high:.4g}, the training data had 0 to 1: divide them by "
+                         "what white is, or give bytes (uint8)")  # fmt: skip
 
 
 def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -188,42 +188,81 @@ def to_real_tensor(
     Raises:
         AezooError: they are not real, finite numbers.
     """
-    checked = as_real_array(values, what)
-    if isinstance(checked, Tensor):
-        tensor = checked.detach().cpu()
-    else:
-        if checked.dtype != np.uint8:
-            # in the machine's byte order; torch lacks many of NumPy's dtypes
-            wide = _float_dtype(checked.dtype.itemsize, checked.dtype.kind == "f", np.float64, np.float32)
-            checked = checked.astype(wide, copy=copy)
-        checked = np.ascontiguousarray(checked)
-        tensor = torch.from_numpy(checked if checked.flags.writeable else checked.copy())
+    tensor = as_tensor(as_real_array(values, what), copy)
     if tensor.dtype != torch.uint8:
-        tensor = tensor.to(
-            _float_dtype(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32)
-        )
-        size, kept = math.prod(tensor.shape[1:]), missing == "keep"
-        # in parts, since the checks below allocate memory
-        parts = [part.reshape(len(part), size) for part in tensor.split(max(1, _CHUNK // max(1, size)))]
-        if kept and (empty := torch.cat([part.isnan().all(1) for part in parts])).any():
-            raise AezooError(f"{what} has no value at all in row {int(empty.nonzero()[0])}: remove such rows")
-        bad = torch.cat([(part.isinf() if kept else ~part.isfinite()).any(1) for part in parts])
-        if bad.any():
-            wrong = (tensor.isinf() if kept else ~tensor.isfinite()).reshape(len(tensor), size)
-            # the user of a table corrects columns
-            place = (
-                f", in {first_names([columns[i] for i in wrong.any(0).nonzero().flatten().tolist()])}"
-                if columns
-                else ""
-            )
-            cure = "fill or remove them"
-            if not kept and tensor.isnan().any():
-                cure += ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae"
-            raise AezooError(
-                f"{what} has {'infinity' if kept else 'NaN or infinity'} in {int(bad.sum())} of {len(tensor)} rows, "
-                f"the first is row {int(bad.nonzero()[0])}{place}: {cure}"
-            )
+        # in parts, since the checks allocate memory
+        check_values(tensor.split(chunk_rows(tensor.shape[1:])), what, columns, missing)
     return tensor
+
+
+def as_tensor(values: Tensor | npt.NDArray[Any], copy: bool = True) -> Tensor:
+    """Real numbers as a CPU tensor of dtype uint8, float32 or float64; `copy` as for `to_real_tensor`."""
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+    else:
+        if values.dtype != np.uint8:
+            # in the machine's byte order; torch lacks many of NumPy's dtypes
+            wide = _float_dtype(values.dtype.itemsize, values.dtype.kind == "f", np.float64, np.float32)
+            values = values.astype(wide, copy=copy)
+        values = np.ascontiguousarray(values)
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if tensor.dtype == torch.uint8:
+        return tensor
+    return tensor.to(_float_dtype(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))
+
+
+def chunk_rows(shape: Sequence[int]) -> int:
+    """How many samples of this shape are looked at together."""
+    return max(1, _CHUNK // max(1, math.prod(shape)))
+
+
+def check_values(
+    parts: Iterable[Tensor], what: str, columns: Sequence[str] = (), missing: str = "raise"
+) -> tuple[float, float]:
+    """The least and the largest value; infinity is refused, and NaN as `missing` says.
+
+    Args:
+        parts: samples in their order, (n, *shape) each.
+        what: their name in messages.
+        columns: the column names of a table.
+        missing: as for `to_real_tensor`.
+
+    Raises:
+        AezooError: some values are not allowed.
+    """
+    kept, n, low, high = missing == "keep", 0, math.inf, -math.inf
+    n_bad, first_bad, first_empty, has_nan = 0, -1, -1, False
+    wrong_columns: set[int] = set()
+    for part in parts:
+        if part.numel():
+            least, largest = map(float, part.aminmax())
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                rows = part.reshape(len(part), -1)
+                wrong, nan = rows.isinf() if kept else ~rows.isfinite(), rows.isnan()
+                if first_empty < 0 and (empty := nan.all(1)).any():
+                    first_empty = n + int(empty.nonzero()[0])
+                if wrong.any():
+                    first_bad = n + int(wrong.any(1).nonzero()[0]) if not n_bad else first_bad
+                    n_bad += int(wrong.any(1).sum())
+                    wrong_columns |= set(wrong.any(0).nonzero().flatten().tolist() if columns else ())
+                has_nan = has_nan or bool(nan.any())
+                known = rows[rows.isfinite()]
+                least, largest = map(float, known.aminmax()) if len(known) else (low, high)
+            low, high = min(low, least), max(high, largest)
+        n += len(part)
+    if kept and first_empty >= 0:
+        raise AezooError(f"{what} has no value at all in row {first_empty}: remove such rows")
+    if n_bad:
+        # the user of a table corrects columns
+        place = f", in {first_names([columns[i] for i in sorted(wrong_columns)])}" if columns else ""
+        cure = "fill or remove them"
+        if not kept and has_nan:
+            cure += ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae"
+        raise AezooError(
+            f"{what} has {'infinity' if kept else 'NaN or infinity'} in {n_bad} of {n} rows, the first is row "
+            f"{first_bad}{place}: {cure}"
+        )
+    return low, high
 
 
 def _float_dtype(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:

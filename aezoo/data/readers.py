@@ -70,13 +70,15 @@ class Table(dict[str, Any]):
         self.columns, self.label = tuple(columns), label
 
 
-def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") -> Arrays:
+def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto", streamed: bool = False) -> Arrays:
     """The arrays in a file, by name; the size that it declares is checked before memory is allocated.
 
     Args:
         path: the file.
         max_bytes: the most memory that its arrays may take.
         label_column: of a table, see `DataModule`.
+        streamed: the array of a .npy file is for `NpyDataset`: a read-only map of any size, unless its order is
+            Fortran's, in which a sample lies all over the file.
 
     Raises:
         AezooError: the file cannot be read, or takes more memory.
@@ -84,7 +86,7 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
     if path == Path():
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
     readers: dict[str, Callable[[Path, int], Arrays]] = {
-        ".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, 
+        ".npy": functools.partial(_read_npy, streamed=streamed), ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, 
         ".csv": functools.partial(_read_csv, label_column=label_column),
         ".parquet": functools.partial(_read_parquet, label_column=label_column),
     }  # fmt: skip
@@ -96,7 +98,8 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto") 
     try:
         arrays = readers[path.suffix.lower()](path, max_bytes)
         # a view can have many times the size of its memory
-        check_bytes(path, sum(_array_bytes(array) for array in arrays.values()), max_bytes)
+        held = [array for array in arrays.values() if not is_streamed(array)]
+        check_bytes(path, sum(map(_array_bytes, held)), max_bytes)
         return arrays
     except AezooError:
         raise
@@ -170,12 +173,22 @@ def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
     return AezooError(f"{path} is damaged or no NumPy file ({error}): write it again with np.save")
 
 
-def _read_npy(path: Path, max_bytes: int) -> Arrays:
+def is_streamed(array: Any) -> bool:
+    """Whether `read_arrays` left the array in its file for `NpyDataset`."""
+    return isinstance(array, np.memmap) and not array.flags.writeable
+
+
+def _read_npy(path: Path, max_bytes: int, streamed: bool = False) -> Arrays:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
         raise AezooError(f"{path} is a zip archive and no .npy: rename it to .npz if it is one")
     try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if streamed and array.flags.c_contiguous:
+            return {"x": array}
+        # first, since the system refuses a writable map of more memory than there is
+        check_bytes(path, array.nbytes, max_bytes)
         # "c": read from disk when used, and never written back
         return {"x": np.load(path, mmap_mode="c", allow_pickle=False)}
     except ValueError as error:

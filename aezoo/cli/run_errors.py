@@ -46,7 +46,8 @@ def one_line(error: BaseException, source: Path | None, batch_size: int) -> Aezo
             "the checkpoint's weights do not fit the model as it is set now: drop the --model flags and -c files "
             "that differ from the checkpoint's"
         )
-    if isinstance(error, Exception) and not isinstance(error, AezooError) and _restores(error):
+    is_foreign = isinstance(error, Exception) and not isinstance(error, AezooError)
+    if is_foreign and source is not None and _restores(error):
         return AezooError(
             f"{source} cannot be restored ({type(error).__name__}: {text[:200]}): it is damaged; take another "
             "checkpoint of its run, or train from scratch with --resume off"
@@ -115,9 +116,11 @@ def _lightning_error_line(error: BaseException) -> str | None:
 
 
 def _restores(error: BaseException) -> bool:
-    """Whether an error was raised while a checkpoint's state was restored."""
-    return any(
-        frame.f_globals.get("__name__", "").endswith("connectors.checkpoint_connector")
-        and frame.f_code.co_name.lstrip("_").startswith(("restore", "resume"))
-        for frame, _ in traceback.walk_tb(error.__traceback__)
+    """Whether an error comes from a checkpoint's state: raised while it was restored, or by its optimiser."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name.lstrip("_")) for frame in frames]
+    # in a step's closure, below the optimiser, are errors of the model
+    return names[-1][0].startswith("torch.optim.") or any(
+        module.endswith("connectors.checkpoint_connector") and name.startswith(("restore", "resume"))
+        for module, name in names
     )

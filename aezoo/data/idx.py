@@ -141,6 +141,8 @@ class Idx(InMemory):
 def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
     """The array in an idx file; an error names a truncated, broken, oversized or wrong file and the cure."""
     again = "delete it and download it again"
+    if path.exists() and not path.is_file():
+        raise AezooError(f"{path} is a pipe, a device or a folder: {again}")
     try:
         check_bytes(path, path.stat().st_size, max_bytes)
         if path.suffix == ".gz":

@@ -140,6 +140,8 @@ class EncodedImage:
 
 
 def _open(path: Path | EncodedImage) -> Image.Image:
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise AezooError(f"{path} is a pipe, a device or a folder: remove it, or give a picture file")
     return Image.open(io.BytesIO(path.content) if isinstance(path, EncodedImage) else path, formats=FORMATS)
 
 

@@ -230,6 +230,8 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
             "{'x': x, 'y': y}"
         ) from None
     check_extent(content, str(path))
+    for value in content.values() if isinstance(content, Mapping) else ():
+        _check_list(path, value)
     if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
         return {"x": content[0], "y": content[1]}
     if isinstance(content, Mapping):
@@ -237,6 +239,14 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
     if not isinstance(content, Tensor):
         raise AezooError(f"{path} holds a {type(content).__name__}: save a tensor, (x, y) or {{'x': x, 'y': y}}")
     return {"x": content}
+
+
+def _check_list(path: Path, value: Any) -> None:
+    """Refuse a list that NumPy would need far more time or memory for than its file has bytes."""
+    if isinstance(value, list | tuple):
+        if any(isinstance(part, list | tuple | dict | set) for part in value):
+            raise AezooError(f"{path} holds lists of lists: save them as a tensor")
+        _check_texts([part for part in value if isinstance(part, str)])
 
 
 def _name_single_array(arrays: dict[str, Any]) -> Arrays:
@@ -376,16 +386,21 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
 
 def parse_labels(texts: list[str]) -> Any:
     """Numbers if all texts are numbers and exact, else the texts, (N,); masked where empty."""
-    longest = max(map(len, texts), default=0)
-    if 4 * longest * len(texts) > _MOST_LABEL_BYTES:
-        raise AezooError(f"{len(texts):,} labels of up to {longest:,} characters are no names of classes: choose their "
-                         "column with --data.label_column")  # fmt: skip
+    _check_texts(texts)
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
     # beyond, neighbouring integers are the same float
     names = not numbers or any(_MAX_EXACT_INTEGER <= abs(number) < math.inf for number in numbers)
     labels = np.array(texts if names else numbers)
     return np.ma.array(labels, mask=missing) if missing.any() else labels
+
+
+def _check_texts(texts: list[str]) -> None:
+    """Refuse labels that are too long for names of classes."""
+    longest = max(map(len, texts), default=0)
+    if 4 * longest * len(texts) > _MOST_LABEL_BYTES:
+        raise AezooError(f"{len(texts):,} labels of up to {longest:,} characters are no names of classes: choose their "
+                         "column with --data.label_column")  # fmt: skip
 
 
 def _is_row_index(cells: list[str]) -> bool:

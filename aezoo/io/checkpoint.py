@@ -119,6 +119,8 @@ def load_run(
         source = folder = Path(path)
         config = read_config(source)
         try:
+            if not (source / WEIGHTS).is_file():  # it would wait for a pipe
+                raise FileNotFoundError("there is no such file")
             content = load_file(source / WEIGHTS)
         except Exception as error:  # a header can be wrong in any way
             raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error

@@ -62,6 +62,10 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         if epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch:
             self._train_means.reset()  # Lightning counts this epoch as finished
         for optimizer in self.trainer.optimizers:
+            if self.trainer.ckpt_path is not None:
+                schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+                own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+                optimizers.check_restored(optimizer, own, self.trainer.ckpt_path)
             optimizers.align(optimizer)
         compile_arguments = self._compile_arguments()
         if compile_arguments is not None:

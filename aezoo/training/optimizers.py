@@ -6,7 +6,7 @@ multistep:0.5@0.2,0.6      a schedule: multiply by 0.5 after a fifth of the step
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from aezoo.errors import AezooError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lightning.pytorch import Trainer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -177,6 +179,53 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
         return falloff(min(1.0, max(0.0, progress)))
 
     return LambdaLR(optimizer, factor)
+
+
+def check_restored(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any], source: "str | Path") -> None:
+    """Refuse a restored state of other types or shapes than a new one has: fused kernels would write beyond it.
+
+    Args:
+        optimizer: with its state from a checkpoint.
+        schedulers: those of the learning rate.
+        source: the checkpoint.
+
+    Raises:
+        AezooError: the state is damaged.
+    """
+    wrong = next(_unlike(optimizer, schedulers), None)
+    if wrong is not None:
+        raise AezooError(
+            f"{source} cannot be restored: {wrong} in the state of its optimizer has another type or shape than it "
+            "should; take another checkpoint of its run, or train from scratch with --resume off"
+        )
+
+
+def _unlike(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> Iterator[str]:
+    for group in optimizer.param_groups:
+        yield from (key for key, usual in optimizer.defaults.items() if not _alike(group.get(key, group), usual))
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            is_number = value is None or isinstance(value, bool | int | float)
+            if not (is_number or (isinstance(value, torch.Tensor) and _fits(value, parameter))):
+                yield str(key)[:50]
+    for scheduler in schedulers:
+        held = vars(scheduler)
+        yield from (key for key in ("last_epoch", "_step_count") if not isinstance(held.get(key, 0), int))
+        rates = [0.0] * len(optimizer.param_groups)
+        yield from (key for key in ("base_lrs", "_last_lr") if not _alike(held.get(key, rates), rates))
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    if isinstance(usual, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(usual) and all(map(_alike, value, usual))
+    if usual is None or isinstance(usual, bool):
+        return value is None or isinstance(value, bool)
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    held = value.layout == torch.strided and not value.is_meta and value.is_floating_point()
+    return held and (value.numel() == 1 or value.shape == parameter.shape)
 
 
 def align(optimizer: torch.optim.Optimizer) -> None:

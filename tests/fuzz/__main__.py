@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -23,6 +25,7 @@ from aezoo.cli import lightning_cli
 from aezoo.errors import AezooError
 
 from .configs import texts
+from .contents import all_contents
 from .edits import damaged
 from .kinds import all_kinds
 
@@ -37,10 +40,23 @@ def _alarm(*_):
     raise TooLong
 
 
+def _most_memory():
+    """The most memory that this process has held, in KiB; on Linux since the last call that forgets it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
 def attempt(read):
     """`read` or `refused`; anything else is a defect."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak (proc(5))
+    before = _most_memory()
     signal.alarm(SECONDS)
+    # of a reader that never comes back to Python, where the alarm would be raised
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -52,9 +68,10 @@ def attempt(read):
         raise AssertionError(f"it takes more than {SECONDS} seconds") from None
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
     assert len(text.splitlines()) == 1, f"a message of several lines: {text!r}"
     assert len(text) < 1500, f"a message of {len(text)} characters: {text[:500]}"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = (_most_memory() - before) * 1024
     assert grown < GROWTH, f"it takes {grown / 2**20:.0f} MiB of memory"
     return result
 
@@ -130,16 +147,19 @@ def main():
         os.chdir(elsewhere)
         sys.stderr.reconfigure(errors="backslashreplace")
         kinds = all_kinds(folder / "honest")
-        chosen = {key: kind for key, kind in kinds.items() if arguments.only in ("", key)}
         searches = {}
-        for key, kind in chosen.items():
+        for key, kind in kinds.items():
             kind_folder = folder / "kinds" / key.replace(", ", "_")
             kind_folder.mkdir(parents=True)
             assert file_check(kind, kind_folder)(kind.payload) == "read", f"the honest {key} is refused"
-            searches[key] = (damaged(kind.payload), file_check(kind, kind_folder), -(-arguments.files // len(chosen)))
+            searches[key] = damaged(kind.payload), file_check(kind, kind_folder), 1.0
+        searches |= all_contents(folder / "contents", attempt, kinds)
+        chosen = {key: each for key, each in searches.items() if arguments.only in ("", key)}
+        share = arguments.files / max(1, len(chosen))
+        chosen = {key: (strategy, check, math.ceil(part * share)) for key, (strategy, check, part) in chosen.items()}
         if arguments.configs:
-            searches["yaml"] = (texts, config_check(folder), arguments.configs)
-        for number, (key, (strategy, check, examples)) in enumerate(searches.items()):
+            chosen["yaml"] = texts, config_check(folder), arguments.configs
+        for number, (key, (strategy, check, examples)) in enumerate(chosen.items()):
             if not examples:
                 continue
             try:

@@ -60,6 +60,7 @@ def run(tmp_path_factory):
     try:
         off = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents")]
         flags = ["--model=vae", "--model.latent_dim=3", "--data.name=digits", "--trainer.limit_train_batches=2"]
+        flags += ["--model.lr_schedule=cosine"]
         main(["fit", *flags, "--trainer.max_epochs=1", "--projector.n=0", *off])
     finally:
         os.chdir(before)

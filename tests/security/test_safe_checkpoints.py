@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,8 @@ from hostile.memory import memory
 import aezoo
 from aezoo.cli.main import main
 from aezoo.data import DataModule
+from aezoo.data.idx import read_idx
+from aezoo.data.images import read_header
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import read_checkpoint
 from aezoo.security import values
@@ -286,11 +289,23 @@ def test_deep_and_recursive_content_is_refused(honest):
             aezoo.load_model("x.ckpt")
 
 
-def test_labels_of_tensor_files_are_held_to_the_extent():
-    torch.save({"x": torch.rand(8, 3), "y": shared_lists()}, "x.pt")
-    assert Path("x.pt").stat().st_size < 10**4
-    with pytest.raises(AezooError, match=r"x\.pt holds more than"):
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (shared_lists(), r"x\.pt holds more than"),
+        # 4 GB as an array of texts of one width
+        (shared_lists(6), r"x\.pt holds lists of lists"),
+        (["x" * 10**6] * 10**4, "are no names of classes"),
+    ],
+    ids=["endless", "lists", "texts"],
+)
+def test_labels_of_tensor_files_are_held_to_the_extent(labels, words):
+    torch.save({"x": torch.rand(8, 3), "y": labels}, "x.pt")
+    assert Path("x.pt").stat().st_size < 2 * 10**6
+    before = memory()
+    with pytest.raises(AezooError, match=words):
         DataModule("x.pt")
+    assert memory() - before < 2**25
 
 
 WRONG = [
@@ -307,7 +322,13 @@ WRONG = [
     (("optimizer_states",), [5]),
     (("optimizer_states",), [{"state": 5, "param_groups": []}]),
     (("optimizer_states",), [{"state": {}, "param_groups": [{"params": [0, 1, 99]}]}]),
+    # what a fused kernel would read as long as its parameter
+    (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(0)),
+    (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(3, dtype=torch.int64)),
+    (("optimizer_states", 0, "param_groups", 0, "eps"), [1e-8]),
+    (("optimizer_states", 0, "param_groups", 0, "betas"), (0.9,)),
     (("lr_schedulers",), 5),
+    (("lr_schedulers", 0, "last_epoch"), [0]),
     (("DataModule",), 5),
     (("DataModule", "scaling"), 5),
     (("DataModule", "scaling"), {"offset": "text", "factor": torch.ones(3)}),
@@ -324,7 +345,7 @@ def test_content_of_an_honest_checkpoint_is_accepted(honest):
 
 
 def name_of_field(value):
-    return ".".join(value) if isinstance(value, tuple) else repr(value)[:20]
+    return ".".join(map(str, value)) if isinstance(value, tuple) else repr(value)[:20]
 
 
 @pytest.mark.slow
@@ -335,7 +356,18 @@ def test_wrong_types_in_training_state_are_refused_in_one_line(run, refused, pat
     torch.save(with_field(content, path, value), "x.ckpt")
     settings = ["--trainer.max_epochs", "3", "--trainer.default_root_dir", "other"]
     line = refused("fit", "--ckpt_path", "x.ckpt", *settings)
-    assert "x.ckpt" in line and (path[-1] in line or "cannot be restored" in line)
+    assert "x.ckpt" in line and (str(path[-1]) in line or "cannot be restored" in line)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["model.safetensors", "x.png", "images-idx3-ubyte"])
+def test_pipes_in_place_of_files_are_refused_at_once(run, name):
+    folder = aezoo.save_model(aezoo.load_model(run), "saved")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    readers = {".safetensors": lambda path: aezoo.load_model(path.parent), ".png": lambda path: read_header(path, 9)}
+    with pytest.raises(AezooError, match=re.escape(name)):
+        readers.get(Path(name).suffix, read_idx)(folder / name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -36,7 +36,7 @@ from aezoo.data.folder import ImageSource
 from aezoo.data.image_folders import SPLITS
 from aezoo.data.images import EncodedImage, Header, ImageArgs, ImageFileArgs
 from aezoo.data.in_memory import InMemory, MissingArgs, Samples, to_real_tensor
-from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
+from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes, check_parquet
 from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, accepts
 from aezoo.errors import AezooError
 from aezoo.security import yaml_text
@@ -348,11 +348,13 @@ def _check_card(folder: Path) -> None:
 
 
 def _check_packed(folder: Path, max_bytes: int) -> None:
-    """Refuse packed files of more content than the limit: datasets unpacks them, and reads a line as a whole."""
+    """Refuse files of more content than the limit: datasets unpacks them, and reads a line or row group as a whole."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".zip" and path.is_file():
             with zipfile.ZipFile(path) as archive:
                 check_bytes(path, sum(member.file_size for member in archive.infolist()), max_bytes)
+        elif path.suffix == ".parquet" and path.is_file():
+            check_parquet(path, max_bytes)
         elif path.suffix in _UNPACKERS and path.is_file():
             size = 0
             with _UNPACKERS[path.suffix](path) as file:

@@ -26,6 +26,7 @@ _CSV_MEMORY_FACTOR = 8
 # as fixed-width texts, which NumPy holds them as
 _MOST_LABEL_BYTES = 2**30
 _PARQUET_ROWS = 2**16
+_PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 _MAX_EXACT_INTEGER = 2**53
 Arrays = Mapping[str, Any]
 
@@ -355,6 +356,48 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
     column = None if label is None else frame.pop(label)
     y = None if column is None or label_column == "none" else _labels(column)
     return Table({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], label and str(label))
+
+
+def check_parquet(path: Path, max_bytes: int) -> None:
+    """Refuse a .parquet file of which a row group, which `datasets` holds as a whole, takes more than the limit.
+
+    Numbers and texts that repeat take hardly any space in the file, however many there are.
+    """
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        about = file.metadata
+    for i in range(about.num_row_groups):
+        columns = [about.row_group(i).column(j) for j in range(about.num_columns)]
+        size, repeated = 0, []
+        for j, column in enumerate(columns):
+            width = _PARQUET_WIDTHS.get(column.physical_type, about.schema.column(j).length)
+            if column.physical_type != "BYTE_ARRAY":
+                size += column.num_values * width
+            elif column.num_values * column.total_uncompressed_size <= max_bytes or not column.has_dictionary_page:
+                size += column.total_uncompressed_size
+            else:
+                repeated.append(column.path_in_schema)
+        check_bytes(path, size, max_bytes)
+        if repeated:
+            # each text once, not once a row
+            with parquet.ParquetFile(path, read_dictionary=repeated) as file:
+                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[i], columns=repeated):
+                    size += sum(map(_text_bytes, batch.columns))
+                    check_bytes(path, size, max_bytes)
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of all texts of a column, each counted as often as it occurs."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_struct(kind):
+        return sum(_text_bytes(part) for part in column.flatten())
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(column.dictionary)
+        return int(compute.sum(compute.cast(lengths.take(column.indices), "int64")).as_py() or 0)
+    return _text_bytes(column.flatten()) if types.is_nested(kind) else int(column.nbytes)
 
 
 def _labels(column: Any) -> Any:

@@ -130,6 +130,24 @@ def test_hub_parquet_folder_is_read_without_script(tmp_path):
     assert torch.equal(data.tensors("test")[0], chw(arrays[10:]))
 
 
+@pytest.mark.parametrize("kind", ["lists", "texts", "nested texts"])
+def test_parquet_of_a_folder_that_expands_is_refused_unread(tmp_path, monkeypatch, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    if kind == "lists":
+        column = pyarrow.array([[0.0] * 10**5] * 20)
+    else:
+        column = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * 10**4])
+        column = pyarrow.StructArray.from_arrays([column], ["bytes"]) if kind == "nested texts" else column
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.parquet"
+    parquet.write_table(pyarrow.table({"a": column}), file, compression="zstd")
+    assert file.stat().st_size < 10**5
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("it is read"))
+    refused("train.parquet takes .* more than the limit", tmp_path / "set", max_bytes=10**7)
+
+
 def test_hub_image_folder_is_read(tmp_path):
     arrays, root = images(6), tmp_path / "set"
     for i, array in enumerate(arrays):

@@ -351,7 +351,8 @@ class AezooCLI(LightningCLI):
                 print(self._resume_hint(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
         except BaseException as error:
-            distributed.terminate_other_ranks(self.trainer, error)
+            if (said := distributed.terminate_other_ranks(self.trainer, error)) is not None:
+                raise AezooError(said) from error
             if isinstance(error, BrokenPipeError):
                 with contextlib.suppress(OSError):
                     print(self._resume_hint(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)

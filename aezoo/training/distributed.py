@@ -6,15 +6,20 @@ of a collective in the other ranks, which then end it.
 """
 
 import atexit
+import contextlib
 import os
+import re
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+
+from aezoo.errors import AezooError
 
 # seconds that a rank has for its own error message after another rank has failed
 GRACE = 5.0
@@ -22,6 +27,8 @@ GRACE = 5.0
 _LET_GO = 0.2
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_S_OWN = timedelta(minutes=30)
+# of gloo and NCCL, when another process ends
+_LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|waiting for clients", re.IGNORECASE)
 _LATE = ("timed out", "timeout", "time out")
 
 
@@ -89,18 +96,46 @@ def _let_go() -> None:
         time.sleep(_LET_GO)
 
 
-def terminate_other_ranks(trainer: Trainer, error: BaseException) -> None:
-    """After an error, end the ranks that this one launched, or the launcher if it does not respond."""
-    launched = getattr(trainer.strategy.launcher, "procs", [])
+def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
+    """After an error, end the ranks that this one launched, or the launcher if it does not respond.
+
+    Returns:
+        What to say in place of the error, if it only follows from the end of another rank: that rank's own error.
+    """
+    rank, launched = trainer.global_rank, getattr(trainer.strategy.launcher, "procs", [])
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    is_lost = trainer.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, AezooError)
+    is_lost = is_lost and bool(_LOST.search(str(error)))
     if launched:
         _end(launched)
-    elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        launched.clear()  # Lightning's observer would kill this process before it has said why
+    elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and not by_torchrun:
         # torchrun ends its workers by itself; a working launcher has the same timeout and ends within the grace
         # period, together with this process
         launcher = os.getppid()
         time.sleep(GRACE)
         if os.getppid() == launcher != 1:
             os.kill(launcher, signal.SIGKILL)
+    elif not (is_lost or by_torchrun) and rank and isinstance(error, Exception):
+        own = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # rank 0 would say that it has lost this one
+            _note(trainer, rank, os.getppid()).write_text(
+                f"rank {rank}: {' '.join(own.split())[:1000]}", encoding="utf-8"
+            )
+    if not is_lost:
+        return None
+    for note in (_note(trainer, other, os.getpid()) for other in range(trainer.world_size) if rank == 0):
+        with contextlib.suppress(OSError):
+            said = note.read_text(encoding="utf-8")
+            note.unlink()
+            return said
+    reason = " ".join(str(error).split())[:200]
+    return f"rank {rank} has lost another process, which has ended or does not respond ({reason})"
+
+
+def _note(trainer: Trainer, rank: int, launcher: int) -> Path:
+    """Where a rank leaves its error to the one that launched it."""
+    return Path(trainer.default_root_dir) / f".rank-{rank}-of-{launcher}.error"
 
 
 def _end(launched: list[Any]) -> None:

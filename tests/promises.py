@@ -29,6 +29,7 @@ RUNS = {
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/training/test_distributed.py"),
     "resume": (*SLOW, "tests/io/test_resume.py"),
+    "kills": ("tests/kills.py", "--kills=1000", "--keep=build/kills.jsonl", "--out={out}"),
 }
 
 
@@ -51,6 +52,12 @@ PROMISES = (
         ("tests/io/test_resume.py",),
         "{kills} kills survived, {in_saves} of them while a file was being written",
         "resume",
+    ),
+    Promise(
+        "Killed at random, runs (of two processes, compiled, streaming, with large saves) and studies lose nothing",
+        ("tests/kills.py",),
+        "{kills} kills in {campaigns} campaigns, {in_saves} of them while a file was being written",
+        "kills",
     ),
     Promise(
         "Every model resumes from a checkpoint, at the end of an epoch or within one, bit for bit",

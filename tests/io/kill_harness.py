@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 
 # the time of some steps, of a whole save, or of what follows an epoch
 LONGEST_WAIT = 0.02
-STARTED_WITHIN = 120.0
+STARTED_WITHIN = 300.0
 
 
 class Trace(pl.Callback):
@@ -142,6 +143,59 @@ def kill_somewhere(child, folder, lines, rng, longest):
             return in_the_middle(folder)
         if not (in_a_save and moment is not None):
             time.sleep(0.001)
+
+
+def trace(folder):
+    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+
+
+def compare(whole, killed):
+    """Every step of the killed run, those taken twice too, equals the reference's; so does what is left in the end."""
+    reference = {line["step"]: line for line in trace(whole)}
+    seen = trace(killed)
+    for line in seen:
+        assert line == reference[line["step"]]
+    assert {line["step"] for line in seen} == set(reference)
+    last = [next(folder.glob("runs/*/0/checkpoints/last.ckpt")) for folder in (whole, killed)]
+    first, second = (torch.load(path, weights_only=True) for path in last)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "DataModule", "epoch"):
+        same(first[key], second[key], key)
+    same(first.get("current_model_state"), second.get("current_model_state"), "current_model_state")
+    assert [path.name for path in killed.glob("runs/*/*")] == ["0"]
+    assert not temporary_files(killed)
+    points, others = (curves(path.parents[1]) for path in last)
+    for tag in points:
+        assert others[tag] == points[tag], tag
+
+
+def temporary_files(folder):
+    """What saves leave behind that were killed, anywhere below."""
+    return sorted(folder.rglob(".tmp-*"))
+
+
+def curves(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    # how fast the machine was is not a function of the seed
+    tags = [tag for tag in events.Tags()["scalars"] if "samples_per_s" not in tag]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def same(first, second, name):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), name
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        for key in first:
+            same(first[key], second[key], f"{name}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), name
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            same(*pair, f"{name}.{i}")
+    else:
+        assert first == second, name
 
 
 def main(home, argv, kills, seed, after_saves=False):

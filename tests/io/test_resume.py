@@ -17,6 +17,7 @@ import numpy as np
 import promises
 import pytest
 import torch
+from kill_harness import compare, curves, same
 
 from aezoo import registry
 from aezoo.callbacks import ProgressBar, dashboard
@@ -74,53 +75,6 @@ def killed(home, argv, kills, seed=0, **how):
     assert counts["kills"] == kills
     compare(home / "whole", home / "killed")
     promises.add("resume", f"{home.name} {kills}", counts)
-
-
-def trace(folder):
-    return [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
-
-
-def compare(whole, killed):
-    """Every step of the killed run, those taken twice too, equals the reference's; so does what is left in the end."""
-    reference = {line["step"]: line for line in trace(whole)}
-    seen = trace(killed)
-    for line in seen:
-        assert line == reference[line["step"]]
-    assert {line["step"] for line in seen} == set(reference)
-    last = [next(folder.glob("runs/*/0/checkpoints/last.ckpt")) for folder in (whole, killed)]
-    first, second = (torch.load(path, weights_only=True) for path in last)
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "DataModule", "epoch"):
-        same(first[key], second[key], key)
-    same(first.get("current_model_state"), second.get("current_model_state"), "current_model_state")
-    assert [path.name for path in killed.glob("runs/*/*")] == ["0"]
-    assert not list(last[1].parent.glob(".tmp-*"))
-    for tag, points in curves(last[0].parents[1]).items():
-        assert curves(last[1].parents[1])[tag] == points, tag
-
-
-def curves(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    # how fast the machine was is not a function of the seed
-    tags = [tag for tag in events.Tags()["scalars"] if "samples_per_s" not in tag]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-
-
-def same(first, second, name):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), name
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), name
-        for key in first:
-            same(first[key], second[key], f"{name}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), name
-        for i, pair in enumerate(zip(first, second, strict=True)):
-            same(*pair, f"{name}.{i}")
-    else:
-        assert first == second, name
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._validated = self._is_fit = False
         self._max_steps: int | None = None
         self._not_finite: set[str] = set()
+        self._opened: list[run_folder.OpenFolder] = []
 
     @property
     def state_key(self) -> str:
@@ -138,6 +139,11 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
             atomic_files.prepare_folder(Path(str(self.dirpath)))
+            self._opened = [run_folder.OpenFolder(Path(path)) for path in (self.run, self.dirpath) if path is not None]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._release_folders()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         watched = state_dict.get("monitor", self.monitor)
@@ -177,10 +183,14 @@ class Checkpoints(Checked, ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._gone_folder()
         may = self._within_epochs or trainer.max_steps != -1 or trainer.should_stop
         if may and self._due_within_epoch(trainer, batch_idx):
             _log_batch(trainer)
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._gone_folder()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_dry_run(trainer):
@@ -194,6 +204,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         # Lightning saves after validation in some settings and here in others; here the counters resume exactly in all
         if self._skips(trainer):
             return
+        self._gone_folder()
         epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         ends = trainer.should_stop or epoch == trainer.max_epochs or _reached(trainer.max_steps, trainer)
         requested = any(callback.requested for callback in _interrupts(trainer))
@@ -265,6 +276,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         return bool(late if trainer.world_size == 1 else trainer.strategy.broadcast(late))
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        gone = self._gone_folder()
         # a run continued from this file does not log earlier values again
         for logger in trainer.loggers:
             logger.save()
@@ -272,6 +284,21 @@ class Checkpoints(Checked, ModelCheckpoint):
         if self.run is not None and trainer.is_global_zero and "://" not in filepath:
             run_folder.note_checkpoints(self.run, Path(filepath).parent)
         self._saved_at = time.monotonic()
+        if gone is not None:
+            self._release_folders()
+            raise AezooError(
+                f"{gone} was removed, or moved to another disk, while the run trained: step {trainer.global_step} is "
+                f"saved in {filepath}, to go on from with --ckpt_path and the settings of that run"
+            )
+
+    def _gone_folder(self) -> Path | None:
+        """A folder of the run that is lost; one that was moved is found again."""
+        return next((folder.path for folder in self._opened if folder.is_gone()), None)
+
+    def _release_folders(self) -> None:
+        for folder in self._opened:
+            folder.close()
+        self._opened = []
 
     def _skips(self, trainer: pl.Trainer) -> bool:
         return is_dry_run(trainer) or trainer.state.fn != "fit" or trainer.sanity_checking

@@ -1,5 +1,6 @@
 """The folder of a run: it has its own number, and only one process writes into it."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -93,6 +94,55 @@ def run_of(source: Path, requested: Path) -> Path | None:
 def parent_folder(file: Path) -> Path:
     """The folder of a file; it has a name even if it is the working directory or a folder above it."""
     return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
+
+
+class OpenFolder:
+    """A folder that is kept open, and so is found again after it was moved.
+
+    Args:
+        path: the folder, which exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        # Windows opens no folders, and moves none whose files are open
+        self._handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+
+    def is_gone(self) -> bool:
+        """Whether it is lost; if it was only moved, a link takes its place until this process ends.
+
+        Loggers and callbacks open their files by path, each time that they write.
+        """
+        if self._handle is None or self._is_at(self.path):
+            return False
+        try:
+            now = Path(f"/proc/self/fd/{self._handle}").readlink()
+            if not self._is_at(now):
+                return True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.symlink_to(now, target_is_directory=True)
+        except OSError:
+            return True
+        atexit.register(_remove_link, self.path)
+        print(f"aezoo: {self.path} was moved to {now}, where the run goes on", file=sys.stderr)
+        return False
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return self._handle is not None and os.path.samestat(os.fstat(self._handle), path.stat())
+        except OSError:
+            return False
+
+
+def _remove_link(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
 
 
 @contextlib.contextmanager

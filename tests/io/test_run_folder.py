@@ -1,15 +1,19 @@
 """Each run has a folder of its own, and each folder one run that writes into it."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from kill_harness import curves
 
+from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
@@ -160,3 +164,61 @@ def test_damaged_checkpoint_is_skipped_inside_its_folder(monkeypatch, capsys):
     Path("last.ckpt").write_bytes(b"PK")
     assert resume.find_checkpoint("last.ckpt").name == "best-000-1.ckpt"
     assert "last.ckpt cannot be used" in capsys.readouterr().err
+
+
+# ---- a folder that is moved while its run trains --------------------------------------------------------------------
+
+RUN, ELSEWHERE = HOME / "0", Path("elsewhere")
+MORE = [*FIT, "--trainer.limit_train_batches=3", "--trainer.max_epochs=3"]
+
+
+class Meanwhile(pl.Callback):
+    """Does something to the folders at the start of some hook, in the second epoch."""
+
+    def __init__(self, hook, act):
+        setattr(self, hook, lambda trainer, *_: self.act(trainer))
+        self.happens, self.done = act, False
+
+    def act(self, trainer):
+        if trainer.global_step > 2 and not (trainer.sanity_checking or self.done):
+            self.done = True
+            self.happens()
+
+
+def fit_while(monkeypatch, hook, act):
+    made = lightning_cli.AezooCLI._instantiate_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_cli.AezooCLI, "_instantiate_trainer", lambda self, config, callbacks: made(
+            self, config, [*callbacks, Meanwhile(hook, act)]))  # fmt: skip
+        main(MORE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_end"])
+def test_a_run_moved_while_it_trains_goes_on_there(monkeypatch, capsys, hook):
+    links = []
+    monkeypatch.setattr(run_folder.atexit, "register", lambda *call: links.append(call))
+    fit_while(monkeypatch, hook, lambda: RUN.rename(ELSEWHERE))
+    assert f"{RUN.absolute()} was moved to {ELSEWHERE.absolute()}, where the run goes on" in capsys.readouterr().err
+    ((remove, link),) = [call for call in links if call[0] is run_folder._remove_link]
+    assert link.is_symlink() and link == RUN.absolute()
+    remove(link)
+    assert not [*HOME.iterdir()]
+    main([*MORE, "--trainer.default_root_dir=whole"])
+    whole = Path("whole/vae-digits/0")
+    ends = [torch.load(home / "checkpoints" / "last.ckpt", weights_only=True) for home in (ELSEWHERE, whole)]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    assert curves(ELSEWHERE) == curves(whole)
+    assert {path.name for path in ELSEWHERE.iterdir()} >= {path.name for path in whole.glob("[a-d]*")}
+
+
+@pytest.mark.slow
+def test_a_run_removed_while_it_trains_ends_with_its_state_saved(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fit_while(monkeypatch, "on_train_batch_start", lambda: shutil.rmtree(RUN))
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{RUN.absolute()} was removed, or moved to another disk" in line and "step 6 is saved in" in line
+    (saved,) = RUN.glob("checkpoints/*.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 6

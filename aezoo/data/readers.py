@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.security.archives import unpacked_size
+from aezoo.security.archives import check_tuples, unpacked_size
 from aezoo.security.values import check_extent
 from aezoo.training.keyword_groups import Argument
 
@@ -222,6 +222,7 @@ def _check_header(path: Path, stream: Any, max_bytes: int) -> None:
 
 def _read_pt(path: Path, max_bytes: int) -> Arrays:
     check_bytes(path, unpacked_size(path) or 0, max_bytes)
+    check_tuples(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -278,6 +278,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
     """
     try:
         _check_size(path, max_bytes)
+        archives.check_tuples(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except AezooError:
         raise

@@ -1,16 +1,22 @@
 """Untrusted zip and tar files: sizes are checked before unpacking, and nothing is written outside their folder."""
 
 import contextlib
+import pickletools
 import re
 import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from aezoo.errors import AezooError
+from aezoo.security.values import MAX_EXTENT
 
 _lock = threading.RLock()
+_MARK = -1
+# of torch's old format: a magic number, its version, the machine, and then the content
+_LEGACY_PICKLES = 4
 
 
 def unpacked_size(path: Path) -> int | None:
@@ -27,6 +33,54 @@ def unpacked_size(path: Path) -> int | None:
             return sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, UnicodeError) as error:
         raise AezooError(f"{path} is a damaged zip file ({error}): save or download it again") from error
+
+
+def check_tuples(path: Path) -> None:
+    """Refuse a file of torch's whose tuples share parts without end: as a key, one is hashed while it is unpickled.
+
+    Raises:
+        AezooError: a tuple has too many parts, with each reference to a shared one followed.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                with zipfile.ZipFile(path) as archive:
+                    for name in archive.namelist():
+                        if name.endswith("data.pkl"):
+                            _walk_tuples(archive.open(name), path)
+            else:
+                file.seek(0)
+                for _ in range(_LEGACY_PICKLES):
+                    _walk_tuples(file, path)
+    except AezooError:
+        raise
+    except Exception:  # what is no whole pickle in any way is refused by torch
+        return
+
+
+def _walk_tuples(file: IO[bytes], path: Path) -> None:
+    """Follow the stack of a pickle by the sizes of its tuples; anything else counts as one."""
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[int(argument or 0)] = stack[-1]
+            continue
+        if code.name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo.get(int(argument or 0), 1))
+            continue
+        size, takes = 1, len(code.stack_before)
+        if pickletools.stackslice in code.stack_before:
+            takes = code.stack_before.index(pickletools.markobject)
+            while (part := stack.pop()) != _MARK:
+                size += part
+        for _ in range(takes):
+            size += stack.pop()
+        if "TUPLE" not in code.name:
+            size = 1
+        if size > MAX_EXTENT:
+            raise AezooError(f"{path} holds more than {MAX_EXTENT:,} values: nothing that was trained needs that")
+        stack += [_MARK if code.name == "MARK" else size] * len(code.stack_after)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import threading
+import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -276,6 +277,28 @@ def test_lists_that_expand_without_end_are_refused(refused, honest, path):
         assert "x.ckpt" in refused(command, "--ckpt_path", "x.ckpt")
     with pytest.raises(AezooError, match="holds more than"):
         aezoo.load_model("x.ckpt")
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy"])
+def test_keys_of_shared_tuples_are_refused_before_they_are_hashed(honest, how):
+    # () and 60 times (x, x), then a dict with that as its key; torch hashes it in 2^60 steps
+    bomb = b"\x80\x02)q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"}h%cK\x01s." % 60
+    torch.save({"x": 1}, "x.pt", _use_new_zipfile_serialization=how == "zip")
+    if how == "zip":
+        with zipfile.ZipFile("x.pt") as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile("x.ckpt", "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, bomb if name.endswith("data.pkl") else content)
+    else:
+        whole = pickle.dumps({"x": 1}, protocol=2)
+        content = Path("x.pt").read_bytes()
+        assert whole in content
+        Path("x.ckpt").write_bytes(content.replace(whole, bomb))
+    Path("x.pt").write_bytes(Path("x.ckpt").read_bytes())
+    for read in (aezoo.load_model, DataModule):
+        with pytest.raises(AezooError, match="holds more than"):
+            read("x.ckpt" if read is aezoo.load_model else "x.pt")
 
 
 def test_deep_and_recursive_content_is_refused(honest):

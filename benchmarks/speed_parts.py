@@ -31,7 +31,7 @@ KEY = ("part", "workload", "kind", "compile")
 PAGE = ROOT / "docs" / "design" / "speed.md"
 MIN_GAIN = 1.05
 # parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
-_OF_FIT = ("fast_loop", "fused_optimizer", "cross_entropy", "denormals")
+_OF_FIT = ("fast_loop", "fused_optimizer", "denormals")
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
 # parts of processors of which MKL uses half
@@ -126,7 +126,7 @@ def parts_of(workload: str, kind: str, mode: str) -> list[str]:
     of_half = [part for part in half if (part in ("batch_inner", "overlap_add")) is convolutional]
     of_half = [part for part in of_half if part != "inductor_lowering" or mode != "off"]
     if kind == "infer":
-        own = ["predict_loop", "cross_entropy", *(("conv_products", "sub_pixel") if convolutional else ())]
+        own = ["predict_loop", *(("conv_products", "sub_pixel") if convolutional else ())]
     else:
         own = [*_OF_FIT, *((*_OF_CONVOLUTIONS, "channels_last") if convolutional else ())]
         own += _OF_COMPILED if mode != "off" else ()

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from aezoo.nets.build import ACTIVATIONS
-from aezoo.speed import cross_entropy, linear
+from aezoo.speed import linear
 from aezoo.speed.conv2d import Conv2d, ConvTranspose2d, NarrowConv2d, NarrowConvTranspose2d
 from aezoo.speed.linear import Linear
-from aezoo.speed.memory_format import Flatten, Unflatten
+from aezoo.speed.memory_format import LIKELIHOODS, Flatten, Unflatten
 from aezoo.speed.parts import is_enabled
 from aezoo.speed.swapping import Swapped
 
@@ -32,9 +32,7 @@ def swap_in(module: nn.Module, input_shape: tuple[int, ...] = (), channels_last:
     if linear.MKL_HALF_WIDTH and is_enabled("linear"):
         faster[nn.Linear] = Linear
     if channels_last:
-        faster |= {nn.Flatten: Flatten, nn.Unflatten: Unflatten, **cross_entropy.IN_MEMORY_ORDER}
-    if is_enabled("cross_entropy"):
-        faster |= cross_entropy.FEWER_LOGARITHMS
+        faster |= {nn.Flatten: Flatten, nn.Unflatten: Unflatten, **LIKELIHOODS}
     swapped = []
     for part in module.modules():
         kind = faster.get(type(part))

@@ -1,4 +1,4 @@
-"""Images with channels last in memory, also in combination with vectors.
+"""Images with channels last in memory, also in combination with vectors and in likelihoods.
 
 A fit keeps images with channels last. Values and gradients of vectors have layout (C, H, W), and torch's operations
 take ten times as long if the layouts of their inputs differ: a third of a step of the convolutional VAE with one stage.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aezoo.distributions import likelihoods
+from aezoo.distributions.likelihoods import Likelihood
 from aezoo.speed.linear import needs_torch_autograd
 from aezoo.speed.swapping import Swapped
 from aezoo.training.tracing import is_tracing
@@ -106,3 +108,37 @@ def to_channels_last(module: nn.Module) -> bool:
 def to_channels_first(module: nn.Module) -> None:
     """Give weights torch's default memory layout again, with the same values."""
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _in_memory_order(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (B, H, W, C) if channels are last in the parameters, since torch copies or is slow where layouts differ.
+
+    A graph plans its own memory.
+    """
+    if is_tracing() or not is_channels_last(params):
+        return params, x
+    return params.permute(0, 2, 3, 1), with_layout_of(x, params).permute(0, 2, 3, 1)
+
+
+class _InMemoryOrder:
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        found: Tensor = super().log_prob(*_in_memory_order(params, x))  # type: ignore[misc]
+        return found
+
+
+def _swapped(plain: type[Likelihood]) -> type[Swapped]:
+    return type(plain.__name__, (Swapped, _InMemoryOrder, plain), {"plain": plain})
+
+
+_PLAIN: tuple[type[Likelihood], ...] = (
+    likelihoods.Bernoulli,
+    likelihoods.ContinuousBernoulli,
+    likelihoods.Gaussian,
+    likelihoods.Laplace,
+    likelihoods.LogCosh,
+    likelihoods.DiscretisedLogistic,
+    likelihoods.BetaBinomial,
+    likelihoods.LogitLaplace,
+)
+# by the class that each stands in for
+LIKELIHOODS: dict[type[nn.Module], type[Swapped]] = {plain: _swapped(plain) for plain in _PLAIN}

@@ -19,7 +19,6 @@ PARTS = {
     "overlap_add": "transposed convolutions to one channel as overlapping products",
     "separate_gradients": "gradients of a convolution one by one, in the order of their use",
     "batch_inner": "convolutions with the batch as the innermost spatial dimension",
-    "cross_entropy": "a binary cross-entropy with fewer logarithms",
     "channels_last": "images with channels last in memory",
     "denormals": "denormal numbers are flushed to zero",
     "malloc": "memory of large tensors is kept from step to step, in huge pages",

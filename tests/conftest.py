@@ -57,6 +57,8 @@ def _process_state():
     logging.disable(logging.NOTSET)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.INFO)
+        # Lightning cuts its loggers off if the root has no handler when it is imported
+        logging.getLogger(name).propagate = True
 
 
 def _compile_by(backend, monkeypatch):

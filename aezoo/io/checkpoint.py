@@ -276,6 +276,9 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
     Raises:
         AezooError: it is not a checkpoint, is damaged, or contains more than tensors and plain values.
     """
+    if path.suffix == ".safetensors":  # which not every torch reads
+        cure = f"; give the folder of the saved model, {path.parent}" if (path.parent / CONFIG).is_file() else ""
+        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
     try:
         _check_size(path, max_bytes)
         archives.check_tuples(path)
@@ -288,12 +291,8 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         raise AezooError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
-        if (path.parent / CONFIG).is_file() and path.suffix == ".safetensors":
-            cure = f"; give the folder of the saved model, {path.parent}"
-        elif weights_alone:
-            cure = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
-        else:
-            cure = ""
+        cure = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
+        cure = cure if weights_alone else ""
         raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
     values.check_extent(checkpoint, str(path))
     _check_types(checkpoint, _FIELDS, str(path))

@@ -151,6 +151,7 @@ def test_frozen_weights_do_not_block_capture(monkeypatch):
         assert_same(mine, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_weights_in_channels_last_are_not_copied():
     ends = []
     for ours in (False, True):

@@ -232,8 +232,8 @@ also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormal
 A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in
 one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, in the fastest epoch without the
 part divided by that with it. The range is that of the same figure over three parts of the run. The row `all` compares
-with AEZOO_SPEED=off. What corrects a wrong result of torch is not here: see `aezoo/nets/narrow_conv.py` and
-`aezoo.training.compilation.consistent_compilation`.
+with AEZOO_SPEED=off. A part that only the second table names gained less and was deleted. What corrects a wrong result
+of torch is not here: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 """
 

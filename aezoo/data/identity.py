@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aezoo.data.source import DEFAULT_ROOT
-from aezoo.data.source_registry import source_of_path
+from aezoo.data.source_registry import is_built_in, source_of_path
 from aezoo.deprecated import renamed
 
-# sources of the user's own files, which the name of the source does not tell
+# built-in sources of the user's own files, which the name of the source does not tell
 _OF_FILES = ("folder", "array", "hf", "stream")
 # a larger file is represented by its size and by blocks of its content
 _WHOLE, _BLOCK, _BLOCKS = 2**26, 2**18, 64
@@ -32,7 +32,8 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "") -> str:
     source, place = (reader, name) if reader else (name, root)
     if source == "activations":
         return f"activations of {data_identity(of, root)}"
-    if source not in _OF_FILES:
+    # a plug-in reads files of the user's if it is given a root
+    if source not in _OF_FILES and (is_built_in(source) or place == DEFAULT_ROOT):
         return source
     path = Path(place).expanduser()
     # a set of the hub has only its name

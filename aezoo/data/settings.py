@@ -33,7 +33,7 @@ class SourceArgs(
     MissingArgs,
     total=False,
 ):
-    """Settings that only some sources take; those name them by `takes`."""
+    """Settings that only some sources take; those name them by `accepts`."""
 
 
 _ARGUMENTS = arguments_of(SourceArgs)

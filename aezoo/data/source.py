@@ -1,8 +1,8 @@
 """What a data source is, and how a set without splits of its own is split.
 
 A factory takes `Options` and returns a `Source`, whose constructor is cheap and needs no network; `split` reads the
-data. It names its own settings by `takes`. A plug-in registers its factory as an entry point of the group `aezoo.data`;
-without `takes` it takes all settings of the built-in sources.
+data. It names its own settings by `accepts`. A plug-in registers its factory as an entry point of the group
+`aezoo.data`; without `accepts` it takes all settings of the built-in sources.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ DEFAULT_ROOT = "data"
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
-# of every setting that `takes` has named
+# of every setting that `accepts` has named
 DEFAULTS: dict[str, Any] = {}
 
 
 def accepts(*groups: type, inner: str = "") -> Callable[[Factory], Factory]:
-    """Name the settings of a source: `@takes(ImageArgs)` above its class or factory.
+    """Name the settings of a source: `@accepts(ImageArgs)` above its class or factory.
 
     Args:
         *groups: TypedDicts, see `aezoo.training.keyword_groups`.

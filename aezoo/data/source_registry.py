@@ -38,6 +38,11 @@ GROUP = "aezoo.data"
 _MAX_NAMES = 8
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a source is one of this package, and no plug-in."""
+    return name in _BUILT_IN
+
+
 def list_data(pattern: str = "*") -> list[str]:
     """Names of all sources that match a shell pattern, including plug-ins."""
     return sorted(name for name in {*_BUILT_IN, *_plugins()} if fnmatch(name, pattern))

@@ -81,6 +81,7 @@ class TrainingSteps(BatchReader):
     def on_train_epoch_end(self) -> None:
         means = self._train_means.compute()
         self._train_means.reset()
+        # sync_dist avoids Lightning's warning: the means of all ranks are equal already
         self.log_dict({f"train/{name}": value for name, value in means.items()}, sync_dist=True)
 
     # ---- for models that change over training -----------------------------------------------------------------------
@@ -103,7 +104,7 @@ class TrainingSteps(BatchReader):
 
     def init_from_data(self, x: Tensor) -> None:
         """Initialise parameters from the first training batch of all ranks, (N, *input_shape)."""
-        raise NotImplementedError(f"{type(self).__name__} must write what its first data start")
+        raise NotImplementedError(f"{type(self).__name__} must implement init_from_data")
 
     @torch.no_grad()
     def _init_from_first_batch(self, x: Tensor, first: bool) -> None:

@@ -1,8 +1,10 @@
 """The DataModule's arguments, splits, shipped sets and plug-ins."""
 
 import inspect
+import re
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -264,6 +266,18 @@ def test_plugin_by_name(plugins, monkeypatch):
     with pytest.raises(AezooError, match=r"plug-in 'torn' of torn-dist cannot be imported \(ModuleNotFoundError"):
         DataModule("torn")
     DataModule("digits")
+
+
+def test_documented_source_works_as_plugin(plugins, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2].joinpath("docs", "data.md").read_text(encoding="utf-8")
+    module, source = re.search(r"```python\n# (my_waves)\.py\n(.*?)```", page, re.DOTALL).groups()
+    name, value = re.search(r'entry-points."aezoo.data"\]\n(\w+) = "(.*)"', page).groups()
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.append(entry(name, value, "waves-dist"))
+    data = DataModule(name)
+    assert data.describe() == "my_waves: 800 train, 100 val, 100 test, 1x64, no classes"
+    assert data.tensors("test")[0].min() >= 0
 
 
 def test_duplicate_names_name_both_owners(plugins):

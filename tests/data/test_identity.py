@@ -90,3 +90,10 @@ def test_run_names_tell_files_and_folders_apart(array, photos):
 
 def test_arrays_in_memory_have_no_identity():
     assert DataModule.from_arrays(np.random.default_rng(0).random((20, 3))).identity == ""
+
+
+def test_root_of_a_plugin_source_belongs_to_its_identity(photos):
+    before = data_identity("my_source", str(photos))
+    Image.new("L", (8, 8), 200).save(photos / "0" / "0.png")
+    assert data_identity("my_source", str(photos)) != before
+    assert data_identity("my_source") == "my_source" and data_identity("digits", str(photos)) == "digits"

@@ -73,8 +73,9 @@ class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
 
     def mean_kl(self, kl_B: Tensor) -> Tensor:
         """Mean of a KL of at least 0, (B,) -> (); over all ranks if C > 0, as |KL - C| is linear only for C = 0."""
-        near = self._across_ranks() and self.capacity  # in this order a step of one process is compiled once
-        return self.batch_mean(kl_B) if near else at_least_float32(kl_B).mean()
+        # in this order a step of one process is compiled once
+        needs_all_ranks = self._across_ranks() and self.capacity
+        return self.batch_mean(kl_B) if needs_all_ranks else at_least_float32(kl_B).mean()
 
     def encode(self, x: Tensor) -> Tensor:
         return self.posterior(x)[0].to(x.dtype)

@@ -285,6 +285,7 @@ def test_guard_falls_back_when_step_is_not_one_batch(options):
     assert differing(states.seen[bad], states.seen[bad + 1]) == []
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.12
 @pytest.mark.parametrize("kind", ["sparse", "half", "channels_last"])
 def test_gradients_of_every_layout_are_checked(kind):
     for value in (1.0, torch.nan, torch.inf, 1e30):

@@ -139,6 +139,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
             atomic_files.prepare_folder(Path(str(self.dirpath)))
+            self._release_folders()  # which a fit that ended by an error has left open
             self._opened = [run_folder.OpenFolder(Path(path)) for path in (self.run, self.dirpath) if path is not None]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -86,7 +86,7 @@ class FaultGuard(Checked, pl.Callback):
         return self.is_finite_loss(loss) and bool(gradients) and not _overflows(gradients)
 
     def is_finite_loss(self, loss: Tensor) -> bool:
-        """The same by the loss alone, for a step that can be undone."""
+        """The same by the loss alone, for a step whose gradients are known to be finite."""
         return not self._in_a_row and math.isfinite(loss)
 
     def replayed(self) -> None:

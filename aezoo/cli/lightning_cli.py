@@ -351,13 +351,14 @@ class AezooCLI(LightningCLI):
                 print(self._resume_hint(), file=sys.stderr)
             sys.exit(128 + (held.signum or signal.SIGINT))
         except BaseException as error:
-            if (said := distributed.terminate_other_ranks(self.trainer, error)) is not None:
-                raise AezooError(said) from error
+            of_other_rank = distributed.terminate_other_ranks(self.trainer, error)
             if isinstance(error, BrokenPipeError):
                 with contextlib.suppress(OSError):
                     print(self._resume_hint(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
                 raise
             line = run_errors.one_line(error, self.request.source, self.datamodule.batch_size)
+            if line is None and of_other_rank is not None:
+                line = AezooError(of_other_rank)
             if line is None:
                 raise
             raise line from error
@@ -366,10 +367,12 @@ class AezooCLI(LightningCLI):
         last = getattr(callbacks.checkpoint_callback(self.trainer), "last_model_path", None)
         if self.subcommand != "fit" or not last:
             return f"aezoo: interrupted{advice}; nothing was saved"
-        run = shlex.quote(str(run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or last))
+        run = run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or Path(last)
+        # a run that was moved is reached by a link that ends with this process
+        run = run.resolve() if run.is_symlink() else run
         return (
             f"aezoo: interrupted{advice} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
-            f"last saved: {last}\ncontinue with: aezoo fit --ckpt_path {run}"
+            f"last saved: {last}\ncontinue with: aezoo fit --ckpt_path {shlex.quote(str(run))}"
         )
 
     def before_fit(self) -> None:

@@ -232,8 +232,8 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
             "{'x': x, 'y': y}"
         ) from None
     check_extent(content, str(path))
-    for value in content.values() if isinstance(content, Mapping) else ():
-        _check_list(path, value)
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        _check_list(path, key, value)
     if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
         return {"x": content[0], "y": content[1]}
     if isinstance(content, Mapping):
@@ -243,11 +243,13 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
     return {"x": content}
 
 
-def _check_list(path: Path, value: Any) -> None:
+def _check_list(path: Path, key: Any, value: Any) -> None:
     """Refuse a list that NumPy would need far more time or memory for than its file has bytes."""
     if isinstance(value, list | tuple):
         if any(isinstance(part, list | tuple | dict | set) for part in value):
-            raise AezooError(f"{path} holds lists of lists: save them as a tensor")
+            raise AezooError(
+                f"{path} holds lists of lists in {str(key)[:50]!r}: save them as a tensor, or leave it out"
+            )
         _check_texts([part for part in value if isinstance(part, str)])
 
 
@@ -375,15 +377,19 @@ def check_parquet(path: Path, max_bytes: int) -> None:
             width = _PARQUET_WIDTHS.get(column.physical_type, about.schema.column(j).length)
             if column.physical_type != "BYTE_ARRAY":
                 size += column.num_values * width
-            elif column.num_values * column.total_uncompressed_size <= max_bytes or not column.has_dictionary_page:
-                size += column.total_uncompressed_size
+            elif column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:
+                repeated.append(column)  # of whole texts, or of their beginnings
             else:
-                repeated.append(column.path_in_schema)
+                size += column.total_uncompressed_size
         check_bytes(path, size, max_bytes)
-        if repeated:
+        if size + sum(column.num_values * column.total_uncompressed_size for column in repeated) > max_bytes:
+            names = [column.path_in_schema for column in repeated]
+            longest = max(column.total_uncompressed_size for column in repeated)
+            rows = max(1, min(_PARQUET_ROWS, max_bytes // max(1, longest * len(names))))
             # each text once, not once a row
-            with parquet.ParquetFile(path, read_dictionary=repeated) as file:
-                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[i], columns=repeated):
+            dictionaries = [column.path_in_schema for column in repeated if column.has_dictionary_page]
+            with parquet.ParquetFile(path, read_dictionary=dictionaries) as file:
+                for batch in file.iter_batches(rows, row_groups=[i], columns=names):
                     size += sum(map(_text_bytes, batch.columns))
                     check_bytes(path, size, max_bytes)
 

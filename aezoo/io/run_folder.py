@@ -107,6 +107,7 @@ class OpenFolder:
         self.path = path.absolute()
         # Windows opens no folders, and moves none whose files are open
         self._handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
+        self._has_link = False
 
     def is_gone(self) -> bool:
         """Whether it is lost; if it was only moved, a link takes its place until this process ends.
@@ -117,10 +118,13 @@ class OpenFolder:
             return False
         try:
             now = Path(f"/proc/self/fd/{self._handle}").readlink()
+            if self._has_link:  # to where it was before
+                _remove_link(self.path)
             if not self._is_at(now):
                 return True
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.symlink_to(now, target_is_directory=True)
+            self._has_link = True
         except OSError:
             return True
         atexit.register(_remove_link, self.path)

@@ -19,6 +19,9 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.training.precision import at_least_float32
 
+# oneDNN has no LSTM in bfloat16 for other processors, and torch raises instead of taking another
+_HAS_BF16_LSTM = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
 
 class Steps(nn.Module):
     """(B, *shape) -> (B, L, F)."""
@@ -97,8 +100,7 @@ class LSTM(nn.Module):
 
     def forward(self, x_BLF: Tensor) -> Tensor:
         weights = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
-        if x_BLF.device.type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-            # oneDNN has no LSTM in bfloat16 for such processors, and torch raises instead of taking another
+        if x_BLF.device.type == "cpu" and not _HAS_BF16_LSTM:
             with torch.autocast("cpu", enabled=False):
                 out_BLH = self._outputs(at_least_float32(x_BLF), [at_least_float32(w) for w in weights]).to(x_BLF.dtype)
         else:

@@ -15,8 +15,8 @@ from aezoo.security.values import MAX_EXTENT
 
 _lock = threading.RLock()
 _MARK = -1
-# of torch's old format: a magic number, its version, the machine, and then the content
-_LEGACY_PICKLES = 4
+# of torch's old format: a magic number, its version, the machine, the content, and the keys of its storages
+_LEGACY_PICKLES = 5
 
 
 def unpacked_size(path: Path) -> int | None:
@@ -45,16 +45,19 @@ def check_tuples(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
                 with zipfile.ZipFile(path) as archive:
-                    for name in archive.namelist():
-                        if name.endswith("data.pkl"):
-                            _walk_tuples(archive.open(name), path)
+                    for member in archive.infolist():
+                        # torch finds it in any case
+                        if member.filename.lower().endswith("data.pkl"):
+                            _walk_tuples(archive.open(member), path)
             else:
                 file.seek(0)
                 for _ in range(_LEGACY_PICKLES):
                     _walk_tuples(file, path)
     except AezooError:
         raise
-    except Exception:  # what is no whole pickle in any way is refused by torch
+    except zipfile.BadZipFile as error:  # which torch may read all the same
+        raise AezooError(f"{path} is a damaged zip file ({error}): save or download it again") from error
+    except Exception:  # what is no whole pickle is refused by torch
         return
 
 

@@ -28,7 +28,10 @@ _LET_GO = 0.2
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_S_OWN = timedelta(minutes=30)
 # of gloo and NCCL, when another process ends
-_LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|waiting for clients", re.IGNORECASE)
+_LOST = re.compile(
+    "connection (closed|reset|refused)|broken pipe|waiting for clients|remote process exited|pair closure|timed ?out",
+    re.IGNORECASE,
+)
 _LATE = ("timed out", "timeout", "time out")
 
 
@@ -102,13 +105,14 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
     Returns:
         What to say in place of the error, if it only follows from the end of another rank: that rank's own error.
     """
-    rank, launched = trainer.global_rank, getattr(trainer.strategy.launcher, "procs", [])
+    procs = getattr(trainer.strategy.launcher, "procs", [])
+    rank, launched = trainer.global_rank, [*procs]
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     is_lost = trainer.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, AezooError)
     is_lost = is_lost and bool(_LOST.search(str(error)))
     if launched:
+        procs.clear()  # Lightning's observer would kill this process before it has said why
         _end(launched)
-        launched.clear()  # Lightning's observer would kill this process before it has said why
     elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and not by_torchrun:
         # torchrun ends its workers by itself; a working launcher has the same timeout and ends within the grace
         # period, together with this process
@@ -116,19 +120,19 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
         time.sleep(GRACE)
         if os.getppid() == launcher != 1:
             os.kill(launcher, signal.SIGKILL)
-    elif not (is_lost or by_torchrun) and rank and isinstance(error, Exception):
+    elif not (is_lost or by_torchrun) and rank and "LOCAL_RANK" in os.environ and isinstance(error, Exception):
         own = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # rank 0 would say that it has lost this one
             _note(trainer, rank, os.getppid()).write_text(
-                f"rank {rank}: {' '.join(own.split())[:1000]}", encoding="utf-8"
+                f"rank {rank}: {' '.join(own.split())[:1000]}", encoding="utf-8", errors="backslashreplace"
             )
-    if not is_lost:
-        return None
-    for note in (_note(trainer, other, os.getpid()) for other in range(trainer.world_size) if rank == 0):
+    notes = []
+    for note in (_note(trainer, other, os.getpid()) for other in range(1, trainer.world_size) if launched):
         with contextlib.suppress(OSError):
-            said = note.read_text(encoding="utf-8")
+            notes.append(note.read_text(encoding="utf-8"))
             note.unlink()
-            return said
+    if not is_lost or notes:
+        return notes[0] if is_lost else None
     reason = " ".join(str(error).split())[:200]
     return f"rank {rank} has lost another process, which has ended or does not respond ({reason})"
 

@@ -33,6 +33,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 _FUSED = ("adam", "adamw", "sgd")
+# of an optimiser's state, what is one number for each parameter
+_SCALARS = ("step", "mu_product")
 # remaining share of the learning rate at progress p between 0 (warm-up done) and 1 (last step)
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
@@ -66,7 +68,7 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
     name, colon, rest = text.partition(":")
     if name not in OPTIMIZERS:
         raise AezooError(f"unknown optimizer {text!r}: take one of {', '.join(OPTIMIZERS)}")
-    usual = _default_betas(name)
+    usual = _default_arguments(name)
     possible = [key for key, of in (("eps", "eps"), ("beta1", "betas"), ("beta2", "betas")) if of in usual]
     settings: dict[str, float] = {}
     for part in rest.split(",") if colon else ():
@@ -85,7 +87,7 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
     return name, settings
 
 
-def _default_betas(name: str) -> dict[str, Any]:
+def _default_arguments(name: str) -> dict[str, Any]:
     """The defaults of torch's optimiser of that name, by argument."""
     return {key: argument.default for key, argument in inspect.signature(OPTIMIZERS[name]).parameters.items()}
 
@@ -132,7 +134,7 @@ def build(
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if "eps" in given:
         settings["eps"] = given["eps"]
-    if "betas" in (usual := _default_betas(name)):
+    if "betas" in (usual := _default_arguments(name)):
         settings["betas"] = betas(text, usual["betas"])
     if name == "sgd":
         settings["momentum"] = 0.9
@@ -204,9 +206,12 @@ def _unlike(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> Iter
     for group in optimizer.param_groups:
         yield from (key for key, usual in optimizer.defaults.items() if not _alike(group.get(key, group), usual))
     for parameter, state in optimizer.state.items():
+        if not (isinstance(parameter, torch.Tensor) and isinstance(state, dict)):
+            yield "a parameter that the model does not have"
+            continue
         for key, value in state.items():
             is_number = value is None or isinstance(value, bool | int | float)
-            if not (is_number or (isinstance(value, torch.Tensor) and _fits(value, parameter))):
+            if not (is_number or (isinstance(value, torch.Tensor) and _fits(key, value, parameter))):
                 yield str(key)[:50]
     for scheduler in schedulers:
         held = vars(scheduler)
@@ -223,9 +228,9 @@ def _alike(value: Any, usual: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
-def _fits(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+def _fits(key: Any, value: torch.Tensor, parameter: torch.Tensor) -> bool:
     held = value.layout == torch.strided and not value.is_meta and value.is_floating_point()
-    return held and (value.numel() == 1 or value.shape == parameter.shape)
+    return held and (value.numel() == 1 if key in _SCALARS else value.shape == parameter.shape)
 
 
 def align(optimizer: torch.optim.Optimizer) -> None:

@@ -130,19 +130,26 @@ def test_hub_parquet_folder_is_read_without_script(tmp_path):
     assert torch.equal(data.tensors("test")[0], chw(arrays[10:]))
 
 
-@pytest.mark.parametrize("kind", ["lists", "texts", "nested texts"])
+@pytest.mark.parametrize("kind", ["lists", "texts", "nested texts", "many texts", "prefixes"])
 def test_parquet_of_a_folder_that_expands_is_refused_unread(tmp_path, monkeypatch, kind):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
+    table, options = {}, {}
     if kind == "lists":
         column = pyarrow.array([[0.0] * 10**5] * 20)
+    elif kind == "many texts":  # 8 MB each
+        column = pyarrow.DictionaryArray.from_arrays(np.zeros(800, np.int32), ["x" * 10**4])
+        table = dict.fromkeys("bcd", column)
+    elif kind == "prefixes":
+        column = pyarrow.array(["x" * 10**4] * 4000)
+        options = {"use_dictionary": False, "column_encoding": {"a": "DELTA_BYTE_ARRAY"}}
     else:
         column = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * 10**4])
         column = pyarrow.StructArray.from_arrays([column], ["bytes"]) if kind == "nested texts" else column
     (tmp_path / "set").mkdir()
     file = tmp_path / "set" / "train.parquet"
-    parquet.write_table(pyarrow.table({"a": column}), file, compression="zstd")
+    parquet.write_table(pyarrow.table({"a": column, **table}), file, compression="zstd", **options)
     assert file.stat().st_size < 10**5
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("it is read"))
     refused("train.parquet takes .* more than the limit", tmp_path / "set", max_bytes=10**7)

@@ -222,3 +222,21 @@ def test_a_run_removed_while_it_trains_ends_with_its_state_saved(monkeypatch, ca
     assert f"{RUN.absolute()} was removed, or moved to another disk" in line and "step 6 is saved in" in line
     (saved,) = RUN.glob("checkpoints/*.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no system that says where an open folder is")
+@pytest.mark.parametrize("then", ["moved", "removed"])
+def test_a_folder_is_found_after_a_second_move(tmp_path, then):
+    a, b, c = (tmp_path / name for name in "abc")
+    a.mkdir()
+    folder = run_folder.OpenFolder(a)
+    a.rename(b)
+    assert not folder.is_gone() and a.resolve() == b
+    if then == "moved":
+        b.rename(c)
+        assert not folder.is_gone() and a.resolve() == c
+    else:
+        b.rmdir()
+        assert folder.is_gone()
+        a.mkdir()  # where the state is saved
+    folder.close()

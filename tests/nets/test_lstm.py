@@ -37,7 +37,7 @@ def test_lstm_matches_torch_with_residual_for_equal_widths(width: int, shifted: 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_runs_in_float32_where_onednn_has_no_lstm(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(lstm, "_HAS_BF16_LSTM", False)
     layer, x = lstm.LSTM(3, 4), torch.randn(2, 5, 3).bfloat16()
     layer, x = (layer, x.float()) if autocast else (layer.bfloat16(), x)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -46,3 +46,10 @@ def test_bf16_runs_in_float32_where_onednn_has_no_lstm(autocast: bool, monkeypat
     exact = copy.deepcopy(layer).float()(x.float()).to(x.dtype)
     assert out.dtype == x.dtype and torch.equal(out, exact)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_compiled_layer_is_one_graph(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lstm, "_HAS_BF16_LSTM", has_bf16)
+    explained = torch._dynamo.explain(lstm.LSTM(3, 4))(torch.randn(2, 5, 3))
+    assert explained.graph_count == 1

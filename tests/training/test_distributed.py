@@ -393,3 +393,28 @@ def test_port_in_use_is_reported(tmp_path):
         and "set MASTER_PORT" in line
     )
     assert "Traceback" not in done.stderr
+
+
+class Ended:
+    """A process that has ended."""
+
+    def poll(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("Connection closed by peer [127.0.0.1]:1", "rank 1: ValueError: w"),
+        ("Distributed package doesn't have NCCL built in", None),
+    ],
+)
+def test_notes_of_ranks_are_removed_whether_used_or_not(tmp_path, message, said):
+    launcher = SimpleNamespace(procs=[Ended()])
+    trainer = SimpleNamespace(
+        global_rank=0, world_size=2, default_root_dir=str(tmp_path), strategy=SimpleNamespace(launcher=launcher)
+    )
+    note = distributed._note(trainer, 1, os.getpid())
+    note.write_text("rank 1: ValueError: w")
+    assert distributed.terminate_other_ranks(trainer, RuntimeError(message)) == said
+    assert not note.exists() and launcher.procs == []

@@ -235,6 +235,10 @@ part divided by that with it. The range is that of the same figure over three pa
 with AEZOO_SPEED=off. A part that only the second table names gained less and was deleted. What corrects a wrong result
 of torch is not here: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
+Not measured yet, and kept until they are: graph_capture, which needs a GPU; linear, inductor_lowering, overlap_add and
+batch_inner, which need a processor of which MKL uses half (AMD's since Zen 5); sub_pixel and separate_gradients on the
+other workloads than those of the table.
+
 """
 
 

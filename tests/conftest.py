@@ -57,7 +57,9 @@ def _process_state():
     logging.disable(logging.NOTSET)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.INFO)
-        # Lightning cuts its loggers off if the root has no handler when it is imported
+    # Lightning cuts its loggers off if the root has no handler when it is imported; others' settings disable them
+    for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).disabled = False
         logging.getLogger(name).propagate = True
 
 

@@ -291,9 +291,10 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         raise AezooError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
-        cure = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
-        cure = cure if weights_alone else ""
-        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
+        words = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
+        raise AezooError(
+            f"{path} is not a checkpoint of Lightning: it has no state_dict{words if weights_alone else ''}"
+        )
     values.check_extent(checkpoint, str(path))
     _check_types(checkpoint, _FIELDS, str(path))
     data = checkpoint.get("DataModule", {})

@@ -110,19 +110,16 @@ def to_channels_first(module: nn.Module) -> None:
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _in_memory_order(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (B, H, W, C) if channels are last in the parameters, since torch copies or is slow where layouts differ.
+class _InMemoryOrder:
+    """Takes both as (B, H, W, C) if channels are last in the parameters: torch copies or is slow where layouts differ.
 
     A graph plans its own memory.
     """
-    if is_tracing() or not is_channels_last(params):
-        return params, x
-    return params.permute(0, 2, 3, 1), with_layout_of(x, params).permute(0, 2, 3, 1)
 
-
-class _InMemoryOrder:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        found: Tensor = super().log_prob(*_in_memory_order(params, x))  # type: ignore[misc]
+        if not is_tracing() and is_channels_last(params):
+            params, x = params.permute(0, 2, 3, 1), with_layout_of(x, params).permute(0, 2, 3, 1)
+        found: Tensor = super().log_prob(params, x)  # type: ignore[misc]
         return found
 
 

@@ -1,4 +1,4 @@
-"""The house as the imports draw it: floors without circles, few rooms, and a root that imports nothing heavy."""
+"""Imports stay within the layers, without circles, and the root imports nothing heavy."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ ROOT_FILES = {"__init__", "__main__", "autoencoder", "corruptions", "errors", "r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contract", ["floors", "circles", "speed"])
+@pytest.mark.parametrize("contract", ["layers", "circles", "speed"])
 def test_imports_keep_the_contract(contract, capsys):
     config = PACKAGE.parent / "pyproject.toml"
     code = cli.lint_imports(str(config), limit_to_contracts=(contract,), no_cache=True, no_logo=True)

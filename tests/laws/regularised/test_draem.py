@@ -242,7 +242,7 @@ def test_training_detects_patches_missed_by_autoencoder() -> None:
         torch.manual_seed(0)
         model = aezoo.create_model(name, x.shape[1:], likelihood="gaussian")
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(30):
+        for _ in range(20):
             for batch in x[torch.randperm(len(x))].split(32):
                 optimizer.zero_grad()
                 model.loss(batch)["loss"].backward()

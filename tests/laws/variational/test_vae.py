@@ -101,17 +101,17 @@ def test_a_linear_vae_is_probabilistic_pca_on_mnist(mnist5k: Tensor, spectrum: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", FASHION_PPCA)
 def test_a_linear_vae_is_probabilistic_pca_on_fashion_mnist(
-    k: int, fashion_mnist: Any, spectrum: Any, centred: Any, adam: Any
+    fashion_mnist: Any, spectrum: Any, centred: Any, adam: Any
 ) -> None:
     train, test = fashion_mnist
     assert (len(train), len(test)) == (60_000, 10_000)
-    assert ppca(train, k, spectrum, train) == pytest.approx(FASHION_PPCA[k][0], abs=6e-3)
-    assert ppca(train, k, spectrum, test) == pytest.approx(FASHION_PPCA[k][1], abs=6e-3)
-    model = centred(linear_vae((1, 28, 28), k), train)
+    for k, (of_train, of_test) in FASHION_PPCA.items():
+        assert ppca(train, k, spectrum, train) == pytest.approx(of_train, abs=6e-3)
+        assert ppca(train, k, spectrum, test) == pytest.approx(of_test, abs=6e-3)
+    model = centred(linear_vae((1, 28, 28), 8), train)
     adam(model, train, steps=5000, lr=1e-2, batch=512)
-    reaches_ppca(model, train, test, k, spectrum)
+    reaches_ppca(model, train, test, 8, spectrum)
 
 
 # ---- bounds: Burda et al. 2015 ---------------------------------------------------------------------------------------

@@ -23,44 +23,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kill_harness import COMMON, DIGITS, FIT_VAE, FIT_VQ_VAE, MARK, compare, processes, same, temporary_files
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "io")]
-from kill_harness import compare, same, temporary_files  # noqa: E402
-
-HARNESS, FAILING = HERE / "io" / "kill_harness.py", HERE / "training" / "failing.py"
-OFF = [
-    f"--{name}.every_n_epochs=0"
-    for name in ("reconstructions", "samples", "traversal", "latents", "filters", "codebook")
-]
-COMMON = [*OFF, "--projector.n=0", "--trainer.limit_test_batches=0", "--code_statistics.every_n_epochs=7"]
-DIGITS = ["--data.name=digits", "--data.batch_size=160"]
+HARNESS, FAILING = HERE / "kill_harness.py", HERE / "training" / "failing.py"
 SAVES = ["--trainer.max_epochs=40", "--checkpoints.every_n_steps=4"]
-VAE = ["fit", "--model=vae", "--model.hidden_dims=[32]", "--model.latent_dim=4", "--model.lr_schedule=cosine"]
+COSINE = ["--model.lr_schedule=cosine"]
 FITS = {
-    "vae": [*VAE, *DIGITS, *SAVES],
-    "vq_vae": [
-        *("fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[32]", "--model.places=4"),
-        *("--model.latent_dim=4", "--model.codebook_size=16", *DIGITS, *SAVES),
-    ],
-    "compiled": [*VAE, *DIGITS, *SAVES, "--compile=default"],
+    "vae": [*FIT_VAE, *COSINE, *DIGITS, *SAVES],
+    "vq_vae": [*FIT_VQ_VAE, *DIGITS, *SAVES],
+    "compiled": [*FIT_VAE, *COSINE, *DIGITS, *SAVES, "--compile=default"],
     "stream": [
-        *VAE,
+        *FIT_VAE,
+        *COSINE,
         "--data.name=stream",
         "--data.root={home}/set",
         "--data.batch_size=40",
         "--data.memory=off",
         *SAVES,
     ],
-    "large saves": [*VAE[:2], "--model.hidden_dims=[1024,1024]", *VAE[3:], *DIGITS, *SAVES],
+    "large saves": [*FIT_VAE, *COSINE, "--model.hidden_dims=[1024,1024]", *DIGITS, *SAVES],
 }
 # of 100 kills, and kills of one campaign
 SHARES = {"vae": 22, "vq_vae": 20, "compiled": 12, "stream": 14, "large saves": 14, "ddp": 10, "tune": 8}
 EACH = dict.fromkeys(FITS, 20) | {"ddp": 10, "tune": 8}
 # seconds for the start of processes, each of which imports torch
 STARTED_WITHIN, ENDS_WITHIN = 600, 1800
-# what every process of a run has in its environment, with the run's own value
-MARK = "AEZOO_KILLS_RUN"
 
 
 def environment(**more):
@@ -110,23 +98,9 @@ class Run:
                 env=environment(**{MARK: str(folder)}),
             )  # fmt: skip
 
-    def processes(self):
-        """Numbers and command lines of those that live."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = f"{MARK}={self.folder}".encode() in (path / "environ").read_bytes().split(b"\0")
-                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-                words = (path / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if marked and state not in "ZX":
-                found[int(path.name)] = words
-        return found
-
     def kill(self, rng):
         """SIGKILL to the process that was started or to one of its own; all must end with it."""
-        victim = self.process.pid if rng.random() < 0.5 else rng.choice([*self.processes(), self.process.pid])
+        victim = self.process.pid if rng.random() < 0.5 else rng.choice([*processes(self.folder), self.process.pid])
         try:
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
@@ -137,9 +111,9 @@ class Run:
     def wait(self, seconds):
         """Its exit code, once no process of it is left."""
         limit = time.monotonic() + seconds
-        while self.processes() or self.process.poll() is None:
+        while processes(self.folder) or self.process.poll() is None:
             if time.monotonic() > limit:
-                left = self.processes()
+                left = processes(self.folder)
                 for pid in left:
                     os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"no end within {seconds} s, left are {left}: {self.said()}")
@@ -161,8 +135,8 @@ def _lines(path):
 def of_two_processes(name, home, seed):
     """A fit of two ranks, either of which is killed at any step or before the first one."""
     argv = [
-        *VAE, *COMMON, "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--rank_timeout=120",
-        "--checkpoints.every_n_steps=4", "--trainer.max_epochs=12",
+        *FIT_VAE, *COSINE, *COMMON, "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--rank_timeout=120", "--checkpoints.every_n_steps=4", "--trainer.max_epochs=12",
     ]  # fmt: skip
     command, whole, killed = [sys.executable, str(FAILING), *argv], home / "whole", home / "killed"
     Run(command, whole).finish()
@@ -200,7 +174,7 @@ def _reached(folder):
 def of_a_study(name, home, seed):
     """`aezoo tune`, or the trial that it trains, killed at any time; a trial that was killed alone has failed."""
     argv = [
-        "tune", *VAE[1:], *COMMON, *DIGITS, "--trainer.max_epochs=60", "--checkpoints.every_n_steps=4",
+        "tune", *FIT_VAE[1:], *COSINE, *COMMON, *DIGITS, "--trainer.max_epochs=60", "--checkpoints.every_n_steps=4",
         "--search.model.beta=float:0.1:4", "--trials=3", "--study=study",
     ]  # fmt: skip
     command, whole, killed = [sys.executable, "-m", "aezoo", *argv], home / "whole", home / "killed"

@@ -17,7 +17,7 @@ import numpy as np
 import promises
 import pytest
 import torch
-from kill_harness import compare, curves, same
+from kill_harness import COMMON, DIGITS, FIT_VAE, FIT_VQ_VAE, OFF, compare, curves, same
 
 from aezoo import registry
 from aezoo.callbacks import ProgressBar, dashboard
@@ -29,40 +29,27 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume
 from aezoo.models.variational.vae import VAE
 
-HELPER = Path(__file__).with_name("kill_harness.py")
-OFF = [
-    f"--{name}.every_n_epochs=0"
-    for name in ("reconstructions", "samples", "traversal", "latents", "filters", "codebook")
-]
-RARE = ["--code_statistics.every_n_epochs=7"]
-DATA = ["--data.name=digits", "--data.batch_size=160"]
-COMMON = [*OFF, *RARE, *DATA, "--projector.n=0", "--trainer.limit_test_batches=0"]
-PLAIN = ["fit", "--model=vae", "--model.hidden_dims=[32]", "--model.latent_dim=4", *COMMON]
+HELPER = Path(__file__).parents[1] / "kill_harness.py"
+PLAIN = [*FIT_VAE, *COMMON, *DIGITS]
 CASES = {
     "vae": [*PLAIN, "--model.lr_schedule=cosine", "--model.warmup_steps=5"],
     "ema": [*PLAIN, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9"],
     "annealing": [*PLAIN, "--trainer.callbacks+=BetaAnnealing", "--trainer.callbacks.n_steps=40"],
     "factor_vae": [
-        *(
-            "fit",
-            "--model=factor_vae",
-            "--model.hidden_dims=[32]",
-            "--model.latent_dim=4",
-            "--model.discriminator_lr=3e-4",
-        ),
-        *("--model.lr_schedule=cosine", "--model.warmup_steps=5"),
-        *COMMON,
+        *("fit", "--model=factor_vae", "--model.hidden_dims=[32]", "--model.latent_dim=4"),
+        *("--model.discriminator_lr=3e-4", "--model.lr_schedule=cosine", "--model.warmup_steps=5"),
+        *(*COMMON, *DIGITS),
     ],
-    "vq_vae": [
-        *("fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[32]", "--model.places=4"),
-        *("--model.latent_dim=4", "--model.codebook_size=16", *COMMON),
+    "vq_vae": [*FIT_VQ_VAE, *COMMON, *DIGITS],
+    "topk_sae": [
+        *("fit", "--model=topk_sae", "--model.latent_dim=64", "--model.k=4", "--model.dead_after=300"),
+        *(*COMMON, *DIGITS),
     ],
-    "topk_sae": ["fit", "--model=topk_sae", "--model.latent_dim=64", "--model.k=4", "--model.dead_after=300", *COMMON],
 }
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[2])}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPER.parents[1])}
 
 
 def killed(home, argv, kills, seed=0, **how):

@@ -17,6 +17,7 @@ import promises
 import pytest
 import torch
 import torch.distributed as dist
+from kill_harness import MARK, processes
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from quiet_trainer import quiet_trainer
@@ -38,8 +39,6 @@ VAE = ["--model=vae", "--trainer.max_epochs=3"]
 # seconds: what a rank that does not answer is waited for, and within which a run must end, its start included
 TIMEOUT, ENDS = 25, 120
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# a process of a run carries this with the run's own value: torchrun gives its workers sessions of their own
-MARK = "AEZOO_TEST_RUN"
 
 
 def command(*argv, torchrun=()):
@@ -53,20 +52,6 @@ def environment(fault):
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *filter(None, sys.path)]),
     }
     return kept | ({"FAULT": fault} if fault else {})
-
-
-def processes(mark):
-    """The processes of a run that live, with their states."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            marked = f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0")
-            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if marked and state not in "ZX":
-            found[int(path.name)] = state
-    return found
 
 
 def run(folder, *argv, fault="", torchrun=(), ends=ENDS):

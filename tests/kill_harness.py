@@ -19,6 +19,19 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+# what every process of a run has in its environment, with the run's own value
+MARK = "AEZOO_TEST_RUN"
+OFF = [
+    f"--{name}.every_n_epochs=0"
+    for name in ("reconstructions", "samples", "traversal", "latents", "filters", "codebook")
+]
+COMMON = [*OFF, "--projector.n=0", "--trainer.limit_test_batches=0", "--code_statistics.every_n_epochs=7"]
+DIGITS = ["--data.name=digits", "--data.batch_size=160"]
+FIT_VAE = ["fit", "--model=vae", "--model.hidden_dims=[32]", "--model.latent_dim=4"]
+FIT_VQ_VAE = [
+    *("fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[32]", "--model.places=4"),
+    *("--model.latent_dim=4", "--model.codebook_size=16"),
+]
 # the time of some steps, of a whole save, or of what follows an epoch
 LONGEST_WAIT = 0.02
 STARTED_WITHIN = 300.0
@@ -166,6 +179,21 @@ def compare(whole, killed):
     points, others = (curves(path.parents[1]) for path in last)
     for tag in points:
         assert others[tag] == points[tag], tag
+
+
+def processes(mark):
+    """Numbers and command lines of the processes of a run that live."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = f"{MARK}={mark}".encode() in (path / "environ").read_bytes().split(b"\0")
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            words = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if marked and state not in "ZX":
+            found[int(path.name)] = words
+    return found
 
 
 def temporary_files(folder):

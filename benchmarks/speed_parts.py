@@ -236,8 +236,7 @@ with AEZOO_SPEED=off. A part that only the second table names gained less and wa
 of torch is not here: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 Not measured yet, and kept until they are: graph_capture, which needs a GPU; linear, inductor_lowering, overlap_add and
-batch_inner, which need a processor of which MKL uses half (AMD's since Zen 5); sub_pixel and separate_gradients on the
-other workloads than those of the table.
+batch_inner, which need a processor of which MKL uses half (AMD's since Zen 5).
 
 """
 

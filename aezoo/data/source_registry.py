@@ -23,6 +23,7 @@ _BUILT_IN = {
     "mnist5k": "mnist5k:Mnist5k",
     "digits": "digits:Digits",
     "shapes": "shapes:Shapes",
+    "sample_photos": "sample_photos:SamplePhotos",
     "binarized_mnist": "binarized_mnist:BinarizedMnist",
     "folder": "folder:Folder",
     "array": "array:Array",

@@ -46,6 +46,7 @@ class PerceptualAdversarial(Autoencoder):
         self.discriminator_lr = discriminator_lr
         self.distance = FeatureDistance(features, self.input_shape)
         self.discriminator = adversarial.PatchDiscriminator(self.input_shape, discriminator_dims)
+        self.discriminator.requires_grad_(discriminator_weight > 0)
         self.enable_step_counter()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -62,6 +63,8 @@ class PerceptualAdversarial(Autoencoder):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """R + w_D lambda L_G + L_D for one draw of the code; the last two contribute only their gradients.
 
+        With w_D = 0 it is R alone, and the discriminator is not trained.
+
         Args:
             x: samples, (B, *input_shape).
             z: codes, (B, *code_shape), which the decoder takes.
@@ -76,8 +79,11 @@ class PerceptualAdversarial(Autoencoder):
         image, distance = self.likelihood.mean, self.distance.move_to(x)
         nll, g_nll = value_and_grad(lambda p: self.nll(p, x).mean(), params)
         perceptual, g_P = value_and_grad(lambda p: x[0].numel() * distance(image(p), x).mean(), params)
-        gan, g_gan = value_and_grad(lambda p: -call_frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         g_R = g_nll + self.perceptual_weight * g_P
+        terms = {"nll": nll, "perceptual": perceptual}
+        if self.discriminator_weight == 0:
+            return nll + self.perceptual_weight * perceptual, terms, g_R
+        gan, g_gan = value_and_grad(lambda p: -call_frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         # from the gradients of all ranks: the mean of their separate weights would differ
         weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
 
@@ -86,6 +92,5 @@ class PerceptualAdversarial(Autoencoder):
         hinge = adversarial.hinge_loss(*scores.chunk(2))
         is_started = self.step_fraction(self.discriminator_start) >= 1
         game = is_started * (self.discriminator_weight * weight * gan + hinge)
-        terms = {"nll": nll, "perceptual": perceptual, "adversarial": gan}
-        terms |= {"adaptive_weight": weight, "discriminator": hinge}
+        terms |= {"adversarial": gan, "adaptive_weight": weight, "discriminator": hinge}
         return nll + self.perceptual_weight * perceptual + gradient_only(game), terms, g_R

@@ -122,6 +122,20 @@ def test_loss_without_critic_and_features_is_negative_elbo(shifted: Any) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_without_weight_the_discriminator_is_left_out(shifted: Any) -> None:
+    x, found = images(), []
+    for settings in ({"discriminator_weight": 0.0}, {"discriminator_start": 10**6}):
+        torch.manual_seed(0)
+        model = shifted(small(beta=0.3, **settings))
+        torch.manual_seed(3)
+        terms = model.loss(x)
+        found.append((terms["loss"], *torch.autograd.grad(terms["loss"], sets(model)["autoencoder"])))
+        assert ("discriminator" in terms) == ("discriminator_start" in settings)
+        assert all(p.requires_grad == ("discriminator_start" in settings) for p in model.discriminator.parameters())
+    for left_out, not_started in zip(*found, strict=True):
+        torch.testing.assert_close(left_out, not_started, rtol=1e-10, atol=1e-12)
+
+
 def test_draw_densities_match_torch_distributions(shifted: Any) -> None:
     model, x = shifted(small()).eval(), images()
     mu, log_var = model.posterior(x)

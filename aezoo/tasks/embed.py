@@ -73,7 +73,19 @@ class Embedding:
         lines = [f"{n:,} codes of {' x '.join(map(str, shape))}"]
         if self.distances.size:
             lines.append(f"distance to the nearest: median {np.median(self.distances[:, 0]):.4g}")
-        return "\n".join([*([table_text(self.accuracies)] if self.accuracies else []), *lines])
+        if self.accuracies:
+            lines = [table_text(self.accuracies), *self._verdict(), *lines]
+        return "\n".join(lines)
+
+    def _verdict(self) -> list[str]:
+        """Which other features a classifier does better on than on the codes."""
+        codes, *others = self.accuracies
+        found = [
+            f"{max(others, key=lambda row: row[name])['features']}, by {name}"
+            for name in ("probe", "knn")
+            if max((row[name] for row in others), default=0.0) > codes[name]
+        ]
+        return [f"a baseline tells the classes best: {'; '.join(found)}"] if found else []
 
 
 def embed(

@@ -10,7 +10,8 @@ from scipy.stats import betabinom, logistic
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import lossless, lossy
+from aezoo.tasks.codec import baselines, lossless, lossy
+from aezoo.tasks.codec.compression import Compression
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
 from aezoo.tasks.samples import reference_tensor
@@ -180,3 +181,32 @@ def test_bad_values_are_refused(bad, words):
 def test_a_model_without_a_posterior_has_no_lossless_code():
     with pytest.raises(AezooError):
         compress(aezoo.create_model("dense_ae", (64,)), torch.ones(3, 64), mode="lossless")
+
+
+def _row(method, bits, psnr=math.nan):
+    return baselines.table_row(method, bits / 8, (1, 1), psnr=psnr)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        # a photograph: the same size as AVIF at less PSNR, larger than PCA at less PSNR
+        ([_row("aezoo vae", 4436, 16.3), _row("PCA", 2722, 18.3), _row("AVIF", 4390, 22.9), _row("JPEG", 9000, 30.0)],
+         ["ahead of aezoo vae (16.3 dB) at 4436 bits per dimension: AVIF 22.9 dB, PCA 18.3 dB"]),
+        # between two qualities, in 1 % more bits: 20 + 10 log(202 / 100) / log(400 / 100) = 25.07 dB
+        ([_row("aezoo vae", 200, 24.0), _row("JPEG", 100, 20.0), _row("JPEG", 400, 30.0)],
+         ["ahead of aezoo vae (24 dB) at 200 bits per dimension: JPEG 25.07 dB"]),
+        ([_row("aezoo vae", 200, 26.0), _row("JPEG", 100, 20.0), _row("JPEG", 400, 30.0), _row("xz (lossless)", 500)],
+         ["no other method is ahead of aezoo vae (26 dB) at 200 bits per dimension, by PSNR"]),
+        ([_row("aezoo vae", 600, 26.0), _row("xz (lossless)", 500)],
+         ["ahead of aezoo vae (26 dB) at 600 bits per dimension: xz (lossless)"]),
+        ([_row("-ELBO, the bound", 8), _row("aezoo, net", 9), _row("aezoo, the file", 20), _row("xz (lossless)", 16)],
+         ["smaller than the file of 20 bits per dimension: xz (lossless) 16"]),
+        ([_row("aezoo, the file", 20), _row("xz (lossless)", 24)],
+         ["smaller than the file of 20 bits per dimension: no other format"]),
+        ([_row("aezoo vae", 600, 26.0)], []),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):
+    assert baselines.verdict(rows) == said
+    assert Compression("lossy", rows).summary().splitlines()[1 + len(rows) :] == said

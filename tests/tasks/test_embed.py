@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.embed import embed
+from aezoo.tasks.embed import Embedding, embed
 from aezoo.tasks.embed_codes import choose_rows, nearest_codes, probe_accuracies, project_to_plane
 from aezoo.tasks.samples import Samples
 
@@ -343,3 +343,18 @@ def test_missing_umap_names_extra_to_install(model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(AezooError, match=r"aezoo\[umap\]"):
         embed(model, torch.rand(8, 1, 8, 8), method="umap")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [((0.9, 0.8), "raw values, by probe; pca, by knn"), ((0.7, 0.8), "pca, by knn"), ((0.7, 0.6), None)],
+)
+def test_the_summary_names_features_ahead_of_codes(raw, said):
+    rows = [
+        {"features": name, "size": 2, "probe": probe, "knn": knn}
+        for name, probe, knn in [("codes", 0.8, 0.84), ("raw values", *raw), ("pca", 0.75, 0.85 if said else 0.84)]
+    ]
+    empty = np.empty((3, 2))
+    found = Embedding(empty, empty, empty, rows, empty[:, :0], empty[:, :0])
+    assert found.summary().count("a baseline tells the classes best: ") == (said is not None)
+    assert said is None or f"a baseline tells the classes best: {said}\n" in found.summary()

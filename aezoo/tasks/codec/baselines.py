@@ -37,6 +37,8 @@ _LOSSLESS: dict[str, dict[str, Any]] = {
 }
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
 _QUALITIES = (5, 25, 50, 75, 95)
+# methods that the verdict names, and the difference of two rates that count as equal
+_MAX_AHEAD, _SAME_RATE = 6, 1.01
 
 
 class Distortion:
@@ -164,6 +166,50 @@ def pca(
         total = overhead + len(codec.to_bytes()) + len(codec.encode(symbols))
         rows.append(table_row(f"PCA {size} + {coder}", total, x.numpy(), quality, **distortion.figures()))
     return rows
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """Which other methods are ahead of the model's files, a line for each file; [] without other methods.
+
+    Lossy files are compared by PSNR at equal rate, along the line between a method's neighbouring qualities in the
+    logarithm of the rate; a lossless method at that rate is ahead of them. Lossless files are compared by their rate.
+    """
+    own = [line for line in rows if line["method"].startswith("aezoo")]
+    others = [line for line in rows if line not in own and not line["method"].startswith("-ELBO")]
+    if not others:
+        return []
+    if all(math.isnan(line["psnr"]) for line in own):
+        rate = own[-1]["bits_per_dim"]  # of the whole file
+        ahead = sorted((line["bits_per_dim"], line["method"]) for line in others if line["bits_per_dim"] < rate)
+        found = ", ".join(f"{name} {bits:.4g}" for bits, name in ahead[:_MAX_AHEAD])
+        return [f"smaller than the file of {rate:.4g} bits per dimension: {found or 'no other format'}"]
+    lines = []
+    for line in own:
+        rate = line["bits_per_dim"]
+        reached = {other["method"]: _psnr_at(others, other["method"], _SAME_RATE * rate) for other in others}
+        ranked = sorted(((psnr, name) for name, psnr in reached.items() if psnr > line["psnr"]), reverse=True)
+        found = ", ".join(name if math.isinf(psnr) else f"{name} {psnr:.4g} dB" for psnr, name in ranked[:_MAX_AHEAD])
+        what = f"{line['method']} ({line['psnr']:.4g} dB) at {rate:.4g} bits per dimension"
+        lines.append(f"ahead of {what}: {found}" if found else f"no other method is ahead of {what}, by PSNR")
+    return lines
+
+
+def _psnr_at(rows: list[Row], method: str, rate: float) -> float:
+    """PSNR that a method reaches in at most `rate` bits per dimension, -inf if its files are all larger."""
+    points = [
+        (line["bits_per_dim"], math.inf if math.isnan(line["psnr"]) else line["psnr"])
+        for line in rows
+        if line["method"] == method
+    ]
+    below, above = ([point for point in points if (point[0] <= rate) == under] for under in (True, False))
+    if not below:
+        return -math.inf
+    reached = max(psnr for _, psnr in below)
+    if not above or math.isinf(reached):
+        return reached
+    (r0, p0), (r1, p1) = max(below), min(above)
+    share = math.log(rate / r0) / math.log(r1 / r0) if r0 > 0 else 0.0
+    return max(reached, p0 + share * (p1 - p0))
 
 
 def rate_distortion_figure(rows: list[Row]) -> "Figure":

@@ -64,6 +64,7 @@ class Compression:
         """The table, and the bound on the rate if there is one."""
         columns = [name for name in self.rows[0] if not all(_is_nan(line[name]) for line in self.rows)]
         text = table_text([{name: line[name] for name in columns} for line in self.rows])
+        text = "\n".join([text, *baselines.verdict(self.rows)])
         if self.mode == "lossy":
             return text
         excess = 100 * (self.net_bits / self.bound_bits - 1) if 0 < self.bound_bits < math.inf else 0.0

@@ -50,6 +50,8 @@ _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
 _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
 _FILES = {"around"}
+# sources of which the setting root names the samples
+_PATHS = {"array", "folder"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
@@ -237,7 +239,17 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     for key in missing:
         if wanted[key] in splits:
             found[key] = Samples.from_data(module, wanted[key])
+    root = str(module.hparams["root" if module.name in _PATHS else "name"])
+    if needed and config.split in module.source.split_off and Path(root).exists() and _chooses_data(argv):
+        print(f"aezoo: {root} has no splits of its own: {len(found['x']):,} of its samples are used, the share "
+              f"--data.{config.split}_fraction; --input {root} takes all", file=sys.stderr)  # fmt: skip
     return found
+
+
+def _chooses_data(argv: list[str]) -> bool:
+    """Whether the flags name data and leave open which split of them."""
+    named = any(setting(argv, "data", key) is not None for key in ("name", "root"))
+    return named and _value(argv, "--split") is None
 
 
 def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.images import resize, resized_shape
-from aezoo.data.readers import first_names, frame_values
+from aezoo.data.readers import first_names, frame_values, text_columns
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, split_missing
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
@@ -68,6 +68,7 @@ class InMemory(Source):
         own, options = self.load(), self.options
         sizes: dict[Stage, int] = {stage: len(pair.x) for stage, pair in own.items()}
         rows = split_missing(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
+        self.split_off = frozenset({stage for stage, index in rows.items() if index is not None})
         splits: dict[Stage, Samples] = {}
         for stage in STAGES:
             x, y = own[stage] if stage in own else own["train"]
@@ -169,6 +170,8 @@ def as_real_array(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     if array.dtype.kind not in "biuf":
         kinds = {"O": "Python objects", "c": "complex numbers", "U": "text", "S": "text"}
         kind = kinds.get(array.dtype.kind, f"dtype {array.dtype}")
+        if texts := text_columns(values):
+            raise AezooError(f"{what}: the columns {first_names(texts)} hold no numbers: encode or drop them")
         raise AezooError(f"{what} holds {kind}: give an array of real numbers, uint8 or float")
     return array
 

@@ -28,6 +28,8 @@ _MOST_LABEL_BYTES = 2**30
 _PARQUET_ROWS = 2**16
 _PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 _MAX_EXACT_INTEGER = 2**53
+# texts that stand for a missing number
+_MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "none", "null", "missing", "unknown", "?", "-", "--", "."})
 Arrays = Mapping[str, Any]
 
 
@@ -311,7 +313,8 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
         number, row = broken
         column = next(i for i, cell in enumerate(row) if cell.strip() and not _is_number(cell))
         is_comma = separator != "," and _is_number(row[column].replace(",", "."))
-        cure = "write a point for its comma" if is_comma else "fill it"
+        is_missing = row[column].strip().lower() in _MISSING
+        cure = "write a point for its comma" if is_comma else "fill it" if is_missing else "encode or drop the column"
         cure += ", or say by --data.label_column which column holds the classes" * (label is None and not is_comma)
         place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
         raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
@@ -432,6 +435,14 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
         with contextlib.suppress(TypeError, ValueError):  # some values are texts
             values = frame.to_numpy(np.float64, na_value=math.nan)
     return values
+
+
+def text_columns(values: Any) -> list[str]:
+    """The columns of a DataFrame that hold no numbers; [] of anything else."""
+    kinds = getattr(values, "dtypes", ())
+    named = hasattr(values, "columns") and hasattr(kinds, "items")
+    # booleans with missing values, and integers with them, are numbers of pandas
+    return [str(name) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"] if named else []
 
 
 def parse_labels(texts: list[str]) -> Any:

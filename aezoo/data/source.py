@@ -94,6 +94,8 @@ class Source(ABC):
         value_range: the range of the training values, None if it has no bounds.
         white: value of white in its pictures before scaling: 255 for bytes, 1 for floats from 0 to 1; None if unknown.
             Set by the first `split`.
+        split_off: the splits that were taken from the training samples, as the set has none of its own, and the rest of
+            these. Set by the first `split` of arrays and folders.
         processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
@@ -103,6 +105,7 @@ class Source(ABC):
     columns: tuple[str, ...] = ()
     value_range: tuple[float, float] | None = (0.0, 1.0)
     white: int | None = None
+    split_off: frozenset[Stage] = frozenset()
     processes: int = 1
 
     def prepare(self) -> None:

@@ -161,7 +161,7 @@ def embed(
         if nearest:
             known = flat if train is None else encode_samples(model, train, None, batch_size, seed, progress)[0]
             neighbours, distances = nearest_codes(known, flat, nearest)
-            store.table("neighbours", _neighbour_rows(neighbours, distances, library), kind)
+            store.table("neighbours", _neighbour_rows(neighbours, distances, notes, library.notes), kind)
         if n_shown and store.folder is not None:
             store.picture("plane", _plane_picture(plane, shown, method, samples))
             if nearest:
@@ -235,12 +235,12 @@ def _plane_rows(rows: Array, plane: Array, notes: Notes) -> Iterator[Row]:
         yield {"index": int(i), "u": float(u), "v": float(v)} | row_of(notes, i)
 
 
-def _neighbour_rows(neighbours: Array, distances: Array, library: Samples) -> Iterator[Row]:
-    notes = library.notes
+def _neighbour_rows(neighbours: Array, distances: Array, queries: Notes, library: Notes) -> Iterator[Row]:
     for i, line in enumerate(neighbours):
+        query = {f"query_{name}": value for name, value in row_of(queries, i).items()}
         for j, found in enumerate(line):
             row = {"index": i, "rank": j + 1, "neighbour": int(found), "distance": float(distances[i, j])}
-            yield row | row_of(notes, int(found))
+            yield row | query | row_of(library, int(found))
 
 
 def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Samples) -> "Figure":

@@ -544,7 +544,12 @@ def broken_files(folder):
     (folder / "header.csv").write_text("a,b\n")
     yield "header.csv", "a header only"
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
-    yield "text.csv", "row 1, column 2 of the features, b: 'x' is no number: fill it, or say by --data.label_column"
+    yield (
+        "text.csv",
+        "row 1, column 2 of the features, b: 'x' is no number: encode or drop the column, or say by",
+    )
+    (folder / "gap.csv").write_text("a,b\n1,2\n3,N/A\n")
+    yield "gap.csv", "row 1, column 2 of the features, b: 'N/A' is no number: fill it, or say by --data.label_column"
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
     yield "hole.csv", "x has NaN or infinity in 1 of 2 rows, the first is row 0: fill or remove them"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")
@@ -567,7 +572,7 @@ def broken_files(folder):
 def test_broken_and_hostile_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = list(broken_files(tmp_path))
-    assert len(cases) == 23
+    assert len(cases) == 24
     for name, message in cases:
         with pytest.raises(AezooError) as caught:
             DataModule("array", root=str(tmp_path / name)).setup()
@@ -611,7 +616,7 @@ def test_parquet_of_several_kinds_of_numbers(tmp_path):
     for read in (lambda: DataModule(str(tmp_path / "d.parquet")), lambda: DataModule.from_arrays(frame)):
         with pytest.raises(AezooError, match="in 1 of 20 rows, the first is row 4, in 'c': fill or remove them"):
             read().setup()
-    with pytest.raises(AezooError, match="x holds Python objects"):
+    with pytest.raises(AezooError, match="x: the columns 'b' hold no numbers: encode or drop them"):
         DataModule.from_arrays(frame.assign(b="text"))
 
 

@@ -168,6 +168,12 @@ def test_tables_contain_file_names_and_labels(tmp_path, capsys):
                 rows = list(csv.DictReader(file))
             assert len(rows) == most
             assert all(row["file"].startswith(str(photos / row["label"])) for row in rows), rows
+        assert all(row["query_file"].startswith(str(photos / row["query_label"])) for row in rows)  # neighbours
+    capsys.readouterr()
+    for named, n in (["--data", str(photos)], 4), (["--data", "folder", "--data.root", str(photos)], 4), ([], 0):
+        main(["reconstruct", *given, *named])
+        said = f"{n} of its samples are used, the share --data.test_fraction; --input {photos} takes all"
+        assert (said in capsys.readouterr().err) == bool(n)
     one = str(photos / "sound" / "1.png")
     main(["detect", *given, "--baselines", "false", "--input", one])
     assert one in (tmp_path / "out" / "scores.csv").read_text()

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.training.arguments import Checked
 from aezoo.training.seeding import forked_rng
@@ -166,6 +167,12 @@ class Picture(Checked, pl.Callback):
     def is_due(self, epoch: int, last: bool) -> bool:
         """Whether to draw after the validation of this epoch, counted from 1; `last` if max_epochs ends with it."""
         return last or epoch % self.every_n_epochs == 0
+
+    @property
+    def columns(self) -> Columns | None:
+        """The columns of the table that the trainer's data are; None of other data."""
+        found = getattr(getattr(self._trainer, "datamodule", None), "columns", None)
+        return found if isinstance(found, Columns) else None
 
     @property
     def caption(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aezoo.data.columns import Columns
 from aezoo.io import atomic_files
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _WIDE = 1200
 _MIN_SIZE = 24
 _MOSAIC, _MAX_CELLS = 256, 256**2
 _LINEAR = 4096
+# columns of a table in a panel, and bars of each that have their value written beside them, else the first and last
+_MAX_BARS, _MAX_WRITTEN = 24, 3
 
 
 # ---- samples as images ----------------------------------------------------------------------------------------------
@@ -163,59 +166,60 @@ def panel_figure(
     labels: Sequence[str] = (),
     title: str = "",
     ordered: bool = False,
+    columns: Columns | None = None,
 ) -> "Figure":
-    """Panels of curves: vectors (D,) or sequences (C, L) of at most three channels.
+    """Panels of curves, vectors (D,) or sequences (C, L) of at most three channels, or of the columns of a table.
 
     Args:
         panels: the curves of each panel by name; names mean the same in all panels.
         labels: a heading for each panel, or none.
         title: a line above.
         ordered: colours run along the names (a traversal) instead of setting them apart.
+        columns: the columns of the table that the vectors come from: each is a bar with its value in its unit.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    wide, high = 2.9 * columns, 1.7 * lines + 0.6
+    names = list(panels[0])
+    hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
+    plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
+    colours = hues or [plain.get(name, f"C{i}") for i, name in enumerate(names)]
+    shown = [] if columns is None else _shown_columns(panels)
+    width = 2.9 if columns is None else 3.4
+    height = 1.7 if columns is None else 0.35 + len(shown) * max(0.2, 0.13 * len(names))
+    left = 0.5 if columns is None else 0.3 + 0.07 * min(24, max(len(columns.names[i]) for i in shown))
+    across = min(4, len(panels))
+    lines = -(-len(panels) // across)
+    wide, high = width * across + left, height * lines + 0.6
     figure = Figure(figsize=(wide, high), dpi=_DPI, facecolor="white")
     # fixed margins: a constrained layout measures all labels twice, four times the rest of the drawing
     room = {
-        "left": 0.5 / wide,
+        "left": left / wide,
         "right": 1 - 0.1 / wide,
         "bottom": 0.3 / high,
         "top": 1 - (0.35 + 0.2 * bool(labels)) / high,
     }
-    grid = figure.subplots(
-        lines, columns, squeeze=False, sharex=True, gridspec_kw=room | {"wspace": 0.25, "hspace": 0.3}
-    )
-    names = list(panels[0])
-    hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
-    plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
+    room |= {"wspace": 0.25, "hspace": 0.3} if columns is None else {"wspace": 0.05, "hspace": 0.3 / height}
+    grid = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=columns is not None, gridspec_kw=room)
     for k, axes in enumerate(grid.flat):
         if k >= len(panels):
             axes.set_axis_off()
             continue
-        for i, (name, values) in enumerate(panels[k].items()):
-            curves = values.detach().float().cpu().reshape(-1, values.shape[-1]).numpy()
-            for channel, curve in enumerate(curves):
-                axes.plot(
-                    curve,
-                    color=hues[i] if hues else plain.get(name, f"C{i}"),
-                    linestyle=("-", "--", ":")[channel % 3],
-                    linewidth=1,
-                    label=name if channel == 0 else None,
-                )
-        # ticks take longer to draw than curves
-        axes.locator_params(nbins=4)
-        axes.tick_params(labelsize=7, labelbottom=k + columns >= len(panels))
-        axes.margins(x=0)
+        if columns is None:
+            _curves(axes, panels[k], colours)
+            axes.locator_params(nbins=4)  # ticks take longer to draw than curves
+            axes.tick_params(labelsize=7, labelbottom=k + across >= len(panels))
+            axes.margins(x=0)
+        else:
+            _bars(axes, panels[k], colours, columns, shown)
         if labels:
             axes.set_title(labels[k], fontsize=8)
+    if columns is not None and len(shown) < len(columns.names):
+        title = f"{title}  " * bool(title) + f"{len(shown)} of {len(columns.names)} columns, those that differ most"
     if len(names) > 1:
-        shown = {names[0], names[-1]} if ordered else set(names)
+        ends = {names[0], names[-1]} if ordered else set(names)
         handles, texts = grid.flat[0].get_legend_handles_labels()
-        picked = [(h, t) for h, t in zip(handles, texts, strict=True) if t in shown]
+        picked = [(h, t) for h, t in zip(handles, texts, strict=True) if t in ends]
         figure.legend(
             [h for h, _ in picked],
             [t for _, t in picked],
@@ -227,6 +231,51 @@ def panel_figure(
     if title:
         figure.suptitle(title, x=0.01, y=1 - 0.05 / high, ha="left", va="top", fontsize=9, color=_GREY)
     return figure
+
+
+def _curves(axes: "Axes", panel: Mapping[str, Tensor], colours: Sequence[Any]) -> None:
+    for (name, values), colour in zip(panel.items(), colours, strict=True):
+        curves = values.detach().float().cpu().reshape(-1, values.shape[-1]).numpy()
+        for channel, curve in enumerate(curves):
+            style = ("-", "--", ":")[channel % 3]
+            axes.plot(curve, color=colour, linestyle=style, linewidth=1, label=name if channel == 0 else None)
+
+
+def _shown_columns(panels: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """All columns or, if they are many, those in which the first two of each panel differ most, in their order."""
+    parts = [[values.detach().float().cpu() for values in list(panel.values())[:2]] for panel in panels]
+    size = torch.stack([(part[0] - part[-1]).abs() if len(part) > 1 else part[0].abs() for part in parts])
+    return sorted(torch.nan_to_num(size).sum(0).argsort(descending=True, stable=True)[:_MAX_BARS].tolist())
+
+
+def _digits(value: float) -> str:
+    """Five digits, and all before the point."""
+    if math.isnan(value):
+        return "missing"
+    if not 1e-4 <= abs(value) < 1e12:
+        return f"{value:.4g}"
+    digits = max(0, 4 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{value:.0f}"
+
+
+def _bars(
+    axes: "Axes", panel: Mapping[str, Tensor], colours: Sequence[Any], columns: Columns, shown: list[int]
+) -> None:
+    """A bar for each column, as long as the model sees its value, which is written beside it in its own unit."""
+    place, thick = np.arange(len(shown)), 0.8 / len(panel)
+    for i, ((name, values), colour) in enumerate(zip(panel.items(), colours, strict=True)):
+        scaled = values.detach().float().cpu().numpy()
+        own = columns.errors(scaled) if name == "error" else columns.values(scaled)
+        y, length = place - 0.4 + thick * (i + 0.5), np.nan_to_num(scaled[shown])
+        axes.barh(y, length, thick, color=colour, label=name)
+        if len(panel) <= _MAX_WRITTEN or i in (0, len(panel) - 1):
+            for at, end, value in zip(y, length.clip(0), own[shown], strict=True):
+                axes.text(end, at, f" {_digits(value)}", va="center", fontsize=6)
+    axes.set_yticks(place, [columns.names[i][:24] for i in shown], fontsize=7)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.tick_params(labelbottom=False, bottom=False)
+    axes.margins(x=0.3)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 # ---- codes ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ _ROWS = ("original", "corrupted", "output", "error")
 class Reconstructions(Picture):
     """pictures/reconstructions.png: the same validation samples at every epoch, in rows.
 
-    Images and the middle slices of volumes form rows; vectors and sequences are overlaid curves. A denoising model
+    Images and the middle slices of volumes form rows; vectors and sequences are overlaid curves, the columns of a table
+    bars with their values. A denoising model
     gets the corrupted input, and only it has a `corrupted` row.
 
     Args:
@@ -46,7 +47,7 @@ class Reconstructions(Picture):
         if not plotting.is_image(model.input_shape):
             curves = [name for name in names if name != "error"] or ["error"]
             panels = [{name: shown[name][i] for name in curves} for i in range(min(len(x), 12))]
-            return {"reconstructions": plotting.panel_figure(panels, title=self.caption)}
+            return {"reconstructions": plotting.panel_figure(panels, title=self.caption, columns=self.columns)}
         limits, most = plotting.value_range(x), float(torch.nan_to_num(shown["error"]).max())
         rows = [
             plotting.error_tiles(shown[name], most) if name == "error" else plotting.tiles(shown[name], limits)

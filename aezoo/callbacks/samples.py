@@ -34,4 +34,8 @@ class Samples(Picture):
         if plotting.is_image(model.input_shape):
             rows = plotting.square(plotting.tiles(drawn, plotting.value_range(drawn)))
             return {"samples": plotting.mosaic_figure(rows, title=self.caption)}
-        return {"samples": plotting.panel_figure([{"sample": s} for s in drawn[:16]], title=self.caption)}
+        return {
+            "samples": plotting.panel_figure(
+                [{"sample": s} for s in drawn[:16]], title=self.caption, columns=self.columns
+            )
+        }

@@ -119,7 +119,7 @@ class Traversal(Picture):
             )
         names = [name or f"step {i}" for i, name in enumerate(columns)]
         panels = [dict(zip(names, row, strict=True)) for row in rows]
-        return plotting.panel_figure(panels, labels, self.caption, ordered=True)
+        return plotting.panel_figure(panels, labels, self.caption, ordered=True, columns=self.columns)
 
 
 def _mean_kl(picture: Picture, model: Any, x: Tensor) -> Tensor:

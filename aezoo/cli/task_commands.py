@@ -29,6 +29,7 @@ from aezoo.cli.config_resolution import (
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
+from aezoo.data.columns import TABLES, Columns
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.npy import NpyDataset
@@ -47,7 +48,7 @@ from aezoo.training.seeding import mix
 
 _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
 # arguments that the command line fills in
-_GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "out", "batch_size", "seed", "progress"}
+_GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "columns", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
 _FILES = {"around"}
 # sources of which the setting root names the samples
@@ -118,6 +119,9 @@ def main(argv: list[str]) -> None:
         settings["file"] = config.input
     else:
         settings |= _samples(config, trained, argv, accepted)
+    columns = Columns.of_run(trained, model.input_shape)
+    if "columns" in accepted:
+        settings["columns"] = columns
     out = Path(config.out) if config.out else trained["folder"] / verb
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
@@ -135,7 +139,9 @@ def main(argv: list[str]) -> None:
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     if trained["scaling"] and verb in _OF_SAMPLES:
-        print("values are as the model sees them: the training data were scaled (--data.scale)")
+        table = any(file.suffix in TABLES for file in result.files) and columns is not None
+        print("values in .csv are in the units of the data, those in .npy" * table + "values" * (not table)
+              + " are as the model sees them: the training data were scaled (--data.scale)")  # fmt: skip
     if replaced := before.intersection(result.files):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MAX_LINES:
@@ -323,7 +329,11 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     check_length(x, y, title)
     if not is_bytes:
         _check_unscaled(path, shape, (float(x.min()), float(x.max())), trained, scaling)
-    return Samples(ArrayDataset(x, y), *scaling, names, path)
+    found = None
+    if x.ndim == 2 and source.suffix.lower() in TABLES:
+        state = scaling[1] or ({"offset": torch.zeros(()), "factor": torch.tensor(255.0)} if is_bytes else {})
+        found = Columns(columns or trained.get("columns", ()), state, x.shape[1])
+    return Samples(ArrayDataset(x, y), *scaling, names, path, columns=found)
 
 
 def _all_values(dataset: NpyDataset) -> Iterator[Tensor]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
+from aezoo.data.columns import TABLES
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, to_real_tensor
 from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
@@ -92,6 +93,9 @@ class Array(InMemory):
                 )
         super().__init__(options, shapes["train"], len(names) if names else None)
         self.class_names = names
+        # a table without a header has no names of columns
+        from_table = hasattr(raw["x_train"], "columns") if arrays is not None else path.suffix.lower() in TABLES
+        self.is_table = from_table and len(self.input_shape) == 1
 
     def load(self) -> dict[Stage, Samples]:
         splits = {}

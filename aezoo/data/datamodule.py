@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Subset
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.array import Array
 from aezoo.data.classes import keep_labels, restrict_training_classes
+from aezoo.data.columns import Columns, column_names
 from aezoo.data.identity import data_identity, other_data_message
 from aezoo.data.loaders import (
     EpochSampler,
@@ -154,9 +155,9 @@ class DataModule(RecordsArguments, LightningDataModule):
             raise AezooError(f"from_arrays has its data already: drop {' and '.join(sorted(given))}")
         plain |= {"name": "array", "root": ""}
         module = cls.__new__(cls, **plain)  # which checks them
-        columns = _columns(x)
+        columns = column_names(x)
         for name, other in (("x_val", x_val), ("x_test", x_test)):
-            check_columns(name, _columns(other), columns)
+            check_columns(name, column_names(other), columns)
         arrays = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
         module._arrays = Table(arrays, columns)
         cls.__init__(module, **plain)
@@ -355,6 +356,18 @@ class DataModule(RecordsArguments, LightningDataModule):
         """The existing splits, in the order train, val, test."""
         return tuple(self._prepared_splits())
 
+    @property
+    def columns(self) -> Columns | None:
+        """The columns of a table, with the scaling of its samples; None of other data."""
+        if not self.source.is_table:
+            return None
+        train = self._prepared_splits()["train"]
+        scaling = getattr(self.source, "scaling", None)
+        state = {} if scaling is None else scaling.state()
+        if not state and isinstance(train, ArrayDataset) and train.x.dtype == torch.uint8 and self.scale != "none":
+            state = {"offset": torch.zeros(()), "factor": torch.tensor(float(byte_divisor(self.scale)))}
+        return Columns(self.source.columns, state, self.input_shape[0])
+
     def describe(self) -> str:
         """Sizes of the splits, shape and classes in one line."""
         sizes = ", ".join(f"{_length(dataset)} {stage}" for stage, dataset in self._prepared_splits().items())
@@ -451,12 +464,6 @@ class DataModule(RecordsArguments, LightningDataModule):
         """Restore the trainer's limit: it may fit other data next, with a validation split."""
         if self._saved_val_limit is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._saved_val_limit = self._saved_val_limit, None
-
-
-def _columns(x: Any) -> tuple[str, ...]:
-    """A DataFrame's column names, () unless all are strings, as in scikit-learn."""
-    names = tuple(getattr(x, "columns", ()))
-    return names if all(isinstance(name, str) for name in names) else ()
 
 
 def _storage(loader: LazyLoader | ResidentLoader) -> str:

@@ -91,6 +91,7 @@ class Source(ABC):
         num_classes: number of classes, None without labels; known from the constructor on.
         class_names: names of the labels 0, 1, ..., if known.
         columns: column names of a table; () without names.
+        is_table: whether samples are the rows of a table, vectors of its columns.
         value_range: the range of the training values, None if it has no bounds.
         white: value of white in its pictures before scaling: 255 for bytes, 1 for floats from 0 to 1; None if unknown.
             Set by the first `split`.
@@ -103,6 +104,7 @@ class Source(ABC):
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] = ()
+    is_table: bool = False
     value_range: tuple[float, float] | None = (0.0, 1.0)
     white: int | None = None
     split_off: frozenset[Stage] = frozenset()

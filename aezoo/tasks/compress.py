@@ -131,7 +131,7 @@ class _BinarySamples(Samples):
 def _binarised(samples: Samples, model: Autoencoder) -> Samples:
     if not isinstance(model.likelihood, Bernoulli):
         raise AezooError("binarise is for models with likelihood bernoulli: leave it out")
-    kept = samples.class_names, samples.name, samples.num_workers
+    kept = samples.class_names, samples.name, samples.num_workers, samples.columns
     return _BinarySamples(samples.dataset, samples.levels, samples.scaling, *kept)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from aezoo import corruptions
 from aezoo.autoencoder import Autoencoder
 from aezoo.corruptions import Corruption
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
@@ -72,9 +73,10 @@ def denoise(
 ) -> Denoising:
     """Denoise noisy samples, or add noise to clean samples first and measure how much of it the model removes.
 
-    Writes denoised.npy and a picture; with corrupt also denoise.csv: PSNR and SSIM against the clean originals,
-    compared with a median filter, total variation and non-local means (pip install 'aezoo[images]'). For PSNR and SSIM,
-    the range of data between 0 and 1 is 1; that of other data goes from the least to the largest clean value.
+    Writes denoised.npy (of a table also denoised.csv, in the units of its columns) and a picture; with corrupt also
+    denoise.csv: PSNR and SSIM against the clean originals, compared with a median filter, total variation and non-local
+    means (pip install 'aezoo[images]'). For PSNR and SSIM, the range of data between 0 and 1 is 1; that of other data
+    goes from the least to the largest clean value.
 
     Args:
         model: a trained model.
@@ -114,6 +116,8 @@ def denoise(
         compared, tuned_on, shown = (
             order[:k].sort().values for k in (n_compared, min(n_compared, _MAX_TUNING_SAMPLES), n_shown)
         )
+        if samples.columns is not None:
+            store.table("denoised", samples.columns.rows(x_hat))
         rows: list[Row] = []
         chosen: dict[str, tuple[str, Filter]] = {}
         text = ""
@@ -136,7 +140,7 @@ def denoise(
             if chosen:
                 best = min((row for row in rows if row["method"] in chosen), key=lambda row: row["mse"])["method"]
                 panels[best] = torch.from_numpy(chosen[best][1](given.numpy()))
-            store.picture("denoised", _picture(panels))
+            store.picture("denoised", _picture(panels, samples.columns))
     return Denoising(x_hat, rows, len(compared) if rows else 0, text, store.files)
 
 
@@ -207,13 +211,12 @@ def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float
     return "\n".join(lines)
 
 
-def _picture(panels: dict[str, Tensor]) -> "Figure":
+def _picture(panels: dict[str, Tensor], columns: Columns | None) -> "Figure":
     """Rows of samples: original, noisy, output and the best filter's output, if there are any."""
     from aezoo.callbacks import plotting
 
     if not plotting.is_image(panels["noisy"].shape[1:]):
-        return plotting.panel_figure(
-            [dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)]
-        )
+        samples = [dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)]
+        return plotting.panel_figure(samples, columns=columns)
     limits = plotting.value_range(panels.get("original", panels["output"]))
     return plotting.mosaic_figure([plotting.tiles(part, limits) for part in panels.values()], list(panels))

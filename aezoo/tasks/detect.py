@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores
@@ -83,8 +84,9 @@ def detect(
 
     Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, if there are any, the
     file and the label), detect.csv with a row for each score and baseline, and a picture of the most anomalous samples
-    with the error of each pixel. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without a
-    label count in neither.
+    with the error of each pixel. Of a table scores.csv also holds each sample's values and errors by column, in its
+    units, and the column of the largest error. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels;
+    samples without a label count in neither.
 
     Args:
         model: a trained model.
@@ -170,9 +172,10 @@ def detect(
             for detector, found in zip(detectors[1:], results[1:], strict=True)
             if isinstance(detector, Detector) and found is not None
         }
-        store.table("scores", _score_rows(samples, first, other_models), table)
-        store.table("detect", rows)
         with evaluation_mode(model, seed) as like:
+            errors_by_column = _errors_by_column(model, samples, like, batch_size)
+            store.table("scores", _score_rows(samples, first, other_models, errors_by_column), table)
+            store.table("detect", rows)
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
@@ -183,7 +186,10 @@ def detect(
                 shown = samples.rows(top_index)
                 titles = [f"p {value:.2g}" for value in first.p_values[top_index.numpy()]]
                 kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
-                store.picture("anomalies", _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind))
+                store.picture(
+                    "anomalies",
+                    _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns),
+                )
     fits_on_itself = train.samples is samples
     lines = _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
@@ -235,11 +241,23 @@ def _run_detector(
     )
 
 
-def _score_rows(samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult]) -> Iterator[Row]:
-    notes = samples.notes
+def _errors_by_column(model: Autoencoder, samples: Samples, like: Tensor, batch_size: int) -> Iterator[Row]:
+    """The error of each column of a table, a row for each sample; empty rows for other samples."""
+    if samples.columns is None:
+        yield from ({} for _ in range(len(samples)))
+        return
+    for x in samples.batches(batch_size):
+        yield from map(samples.columns.error_row, (model(x.to(like)).float().cpu() - x).numpy())
+
+
+def _score_rows(
+    samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult], errors: Iterator[Row]
+) -> Iterator[Row]:
+    fields = samples.fields
     for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True)):
         row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
-        yield row | {name: float(other.scores[i]) for name, other in others.items()} | row_of(notes, i)
+        row |= {name: float(other.scores[i]) for name, other in others.items()}
+        yield row | row_of(fields, i) | next(errors)
 
 
 def _threshold_report(
@@ -275,13 +293,15 @@ def _reconstruction_errors(model: Autoencoder, x: Tensor, like: Tensor) -> tuple
     return output, (output - x).abs().masked_fill(x.isnan(), 0)  # a missing value has no error
 
 
-def _picture(given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str) -> "Figure":
+def _picture(
+    given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str, columns: Columns | None
+) -> "Figure":
     """The strangest samples, their reconstructions, and how strange each value is."""
     from aezoo.callbacks import plotting
 
     if not plotting.is_image(given.shape[1:]):
         panels = [{"original": x, "output": x_hat, kind: e} for x, x_hat, e in zip(given, output, error, strict=True)]
-        return plotting.panel_figure(panels, titles)
+        return plotting.panel_figure(panels, titles, columns=columns)
     limits = plotting.value_range(given)
     rows = [
         plotting.tiles(given, limits),

@@ -161,7 +161,7 @@ def embed(
         if nearest:
             known = flat if train is None else encode_samples(model, train, None, batch_size, seed, progress)[0]
             neighbours, distances = nearest_codes(known, flat, nearest)
-            store.table("neighbours", _neighbour_rows(neighbours, distances, notes, library.notes), kind)
+            store.table("neighbours", _neighbour_rows(neighbours, distances, samples.fields, library.fields), kind)
         if n_shown and store.folder is not None:
             store.picture("plane", _plane_picture(plane, shown, method, samples))
             if nearest:
@@ -262,7 +262,8 @@ def _neighbour_picture(samples: Samples, library: Samples, neighbours: Array, n_
     found = library.rows(torch.from_numpy(neighbours[:n, :k].flatten())).unflatten(0, (n, k))
     columns = ["sample", *(str(j + 1) for j in range(k))]
     if not plotting.is_image(samples.shape):
-        return plotting.panel_figure([dict(zip(columns, [queries[i], *found[i]], strict=True)) for i in range(n)])
+        panels = [dict(zip(columns, [queries[i], *found[i]], strict=True)) for i in range(n)]
+        return plotting.panel_figure(panels, columns=samples.columns)
     rows: list[Tensor] = [torch.cat([queries[i, None], found[i]]) for i in range(n)]
     limits = plotting.value_range(queries)
     return plotting.mosaic_figure([plotting.tiles(row, limits) for row in rows], column_labels=columns)

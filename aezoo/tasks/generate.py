@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data.columns import Columns
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import generate_walks, priors, priors_principal
@@ -89,6 +90,7 @@ def generate(
     walks: int = 8,
     steps: int = 9,
     quality: int = 0,
+    columns: Columns | None = None,
     out: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -96,8 +98,9 @@ def generate(
 ) -> Generation:
     """Generate samples from a model's own prior, or from a prior that is fitted to the codes of the training samples.
 
-    Writes samples.npy and samples.png. With --interpolate, --traverse or --around it writes a walk through code space
-    instead: interpolation, traversal or around. With --quality it also writes quality.csv and copies.png.
+    Writes samples.npy and samples.png, for a table also samples.csv, in the names and units of its columns. With
+    --interpolate, --traverse or --around it writes a walk through code space instead: interpolation, traversal or
+    around. With --quality it also writes quality.csv and copies.png.
 
     Args:
         model: a trained model.
@@ -128,6 +131,7 @@ def generate(
         steps: samples of each walk.
         quality: number of samples to evaluate by FID, KID, precision, recall and closeness to training samples, at most
             as many as there are in x; use a thousand or more for reliable figures. 0 evaluates none.
+        columns: the columns of a table, which the samples are written in; by default those of x or fit_on.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: fixes random draws.
@@ -147,6 +151,7 @@ def generate(
     given = None if x is None else Samples.from_data(x).check(model)
     varied = None if around is None else Samples.from_data(around).check(model)
     train = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
+    columns = columns or next((part.columns for part in (given, train, varied) if part and part.columns), None)
     # samples that the model has learned from are no reference
     held_out = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):
@@ -167,8 +172,10 @@ def generate(
             else:
                 walk = generate_walks.around_sample(model, starts, known, spread, walks, steps, batch_size, seed)
             samples = generate_walks.decode(model, walk, store, batch_size)
+            if columns is not None:
+                store.table(walk.name, columns.rows(samples))
             if store.folder is not None:
-                store.picture(walk.name, generate_walks.picture(walk, samples))
+                store.picture(walk.name, generate_walks.picture(walk, samples, columns))
             return Generation(samples, f"walks of {steps} steps: {walk.name}", files=store.files)
         fitted, source = _prior(model, prior, train, held_out, n_components, n_neighbours, batch_size, seed, progress)
         sampling_options: dict[str, Any] = {} if label is None else {"y": label}
@@ -188,8 +195,10 @@ def generate(
                     write_batch(array, start, batch[: max(0, len(array) - start)])
                 start += len(batch)
                 advance(len(batch))
+        if columns is not None:
+            store.table("samples", columns.rows(samples))
         if store.folder is not None:
-            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MAX_SHOWN]))))
+            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MAX_SHOWN])), columns))
         found = Generation(samples, f"samples from {source}", files=store.files)
         if quality_samples and train is not None:
             from aezoo.tasks.fidelity import evaluate_fidelity
@@ -340,9 +349,9 @@ def _draws(
         yield from (model.decode(part.to(reference_tensor(model))) for part in codes.split(batch_size))
 
 
-def _picture(samples: Tensor) -> "Figure":
+def _picture(samples: Tensor, columns: Columns | None = None) -> "Figure":
     from aezoo.callbacks import plotting
 
     if not plotting.is_image(samples.shape[1:]):
-        return plotting.panel_figure([{"sample": sample} for sample in samples[:_MAX_PANELS]])
+        return plotting.panel_figure([{"sample": sample} for sample in samples[:_MAX_PANELS]], columns=columns)
     return plotting.mosaic_figure(plotting.square(plotting.tiles(samples, plotting.value_range(samples))))

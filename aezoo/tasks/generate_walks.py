@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.result_store import Store, write_batch
@@ -139,7 +140,7 @@ def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Ar
     return samples
 
 
-def picture(walk: Walks, samples: Array) -> "Figure":
+def picture(walk: Walks, samples: Array, table: Columns | None = None) -> "Figure":
     """One walk per row, between its originals."""
     from aezoo.callbacks import plotting
 
@@ -152,6 +153,6 @@ def picture(walk: Walks, samples: Array) -> "Figure":
     columns = [*("original" for _ in before), *steps, *("original " for _ in after)]
     if not plotting.is_image(decoded.shape[2:]):
         panels = [dict(zip(columns, row, strict=True)) for row in rows[:_MAX_PANELS]]
-        return plotting.panel_figure(panels, walk.labels[:_MAX_PANELS], ordered=True)
+        return plotting.panel_figure(panels, walk.labels[:_MAX_PANELS], ordered=True, columns=table)
     limits = plotting.value_range(torch.cat(rows))
     return plotting.mosaic_figure([plotting.tiles(row, limits) for row in rows], walk.labels, columns)

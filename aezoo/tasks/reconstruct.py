@@ -23,6 +23,9 @@ from aezoo.tasks.samples import Samples, evaluation_mode
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# columns of a table that the summary shows
+_MAX_COLUMNS = 12
+
 
 @dataclass
 class Reconstruction:
@@ -35,6 +38,8 @@ class Reconstruction:
         score: (N,) the model's `score` in nats per sample: -log p(x | code), for a VAE -ELBO, with the KL of its code.
             None with `parts`, since it depends on the whole sample.
         part_mse: the squared error of each part, by its number, (N,); NaN of a missing part; empty without `parts`.
+        columns: of a table, one row for each of its columns: mean absolute and root mean square error and the deviation
+            in the column's unit, and r2, the share of the variance explained.
         coherence: with `parts` and labels, one row for each part, see `aezoo.tasks.coherence`.
         files: the files written.
     """
@@ -44,6 +49,7 @@ class Reconstruction:
     mae: npt.NDArray[np.float32]
     score: npt.NDArray[np.float32] | None = None
     part_mse: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    columns: list[Row] = field(default_factory=list)
     coherence: list[Row] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
@@ -67,6 +73,10 @@ class Reconstruction:
         text = f"{table_text(rows)}\n{len(self.mse):,} samples, PSNR {psnr:.2f} dB"
         if len(mse) < len(self.mse):
             text += f"\n{len(self.mse) - len(mse):,} of them lack the parts that are looked at, and are left out here"
+        if self.columns:
+            worst = sorted(self.columns, key=lambda row: np.nan_to_num(row["r2"], nan=2.0))[:_MAX_COLUMNS]
+            text += "\n" + table_text([row for row in self.columns if row in worst])
+            text += f"\nthe {len(worst)} worst of {len(self.columns)} columns" * (len(worst) < len(self.columns))
         return f"{text}\n{table_text(self.coherence)}" if self.coherence else text
 
 
@@ -86,7 +96,9 @@ def reconstruct(
 
     Writes reconstructions.npy, errors.csv (index, mse, mae, score and, if known, file and label; with `parts` the mse
     of each instead of the score) and a picture of the best, the median and the worst samples. With `parts` and labels
-    also coherence.csv: whether the parts that are made have the class of their sample.
+    also coherence.csv: whether the parts that are made have the class of their sample. Of a table also, in the names
+    and units of its columns, reconstructions.csv, and columns.csv with the error by column; errors.csv then holds the
+    values and errors of each sample by column, too.
 
     Args:
         model: a trained model.
@@ -130,12 +142,17 @@ def reconstruct(
                     write_batch(part_mse[i], start, _mean(part.square(), parts_known[i]))
             start += len(batch)
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
-        columns = found.errors
-        notes = samples.notes
+        errors, fields, columns, by_column = found.errors, samples.fields, samples.columns, None
+        if columns is not None:
+            by_column = x_hat - samples.rows(range(n)).numpy()
+            found.columns = columns.summary(samples.rows(range(n)), x_hat)
+            store.table("reconstructions", columns.rows(x_hat), table)
+            store.table("columns", found.columns, table)
         rows = (
-            {"index": i} | {name: float(values[i]) for name, values in columns.items()} | row_of(notes, i)
+            {"index": i} | {name: float(values[i]) for name, values in errors.items()} | row_of(fields, i)
+            | ({} if columns is None or by_column is None else columns.error_row(by_column[i]))
             for i in range(n)
-        )
+        )  # fmt: skip
         store.table("errors", rows, table)
         if reconstructor and has_class_labels(samples):
             found.coherence = coherence(reconstructor.model, samples, x_hat, seed, batch_size)
@@ -204,7 +221,7 @@ def _picture(
     if not plotting.is_image(samples.shape):
         panels = [{what: part[i] for what, part in parts.items()} for parts in shown.values() for i in range(min(n, 4))]
         labels = [f"{name}: mse {mse[index[i]]:.3g}" for name, index in groups.items() for i in range(min(n, 4))]
-        return plotting.panel_figure(panels, labels)
+        return plotting.panel_figure(panels, labels, columns=samples.columns)
     limits = plotting.value_range(torch.cat([parts["original"] for parts in shown.values()]))
     rows = [plotting.tiles(part, limits) for parts in shown.values() for part in parts.values()]
     labels = [name if what == "original" else what for name, parts in shown.items() for what in parts]

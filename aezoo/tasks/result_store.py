@@ -240,7 +240,7 @@ def _cell(value: Any) -> str:
         return printable(str(value))
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def write_batch(array: npt.NDArray[Any], start: int, values: Tensor) -> None:

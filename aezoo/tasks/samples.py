@@ -16,6 +16,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule, binarise
 from aezoo.data.array import to_channels_first
 from aezoo.data.classes import labels_of, original_labels, paths_of, subset
+from aezoo.data.columns import Columns, column_names
 from aezoo.data.in_memory import as_real_array, to_real_tensor
 from aezoo.data.loaders import collate, default_num_workers, local_processes, make_loader
 from aezoo.data.resident import load_into_memory
@@ -25,6 +26,9 @@ from aezoo.training.seeding import forked_rng
 
 # samples whose values are checked before a task begins, and values that are then in memory at a time
 _MAX_CHECKED, _MAX_VALUES = 1024, 2**24
+# columns of tables of results
+_OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_anomaly", "largest_error"}
+_OWN_NAMES |= {"rank", "neighbour", "distance"}
 
 
 class Samples:
@@ -37,6 +41,7 @@ class Samples:
         class_names: names of the labels 0, 1, ....
         name: their name in messages.
         num_workers: processes that decode files ahead; None for one per free core, up to 8.
+        columns: those of a table; None for other samples.
     """
 
     def __init__(
@@ -47,8 +52,10 @@ class Samples:
         class_names: tuple[str, ...] | None = None,
         name: str = "the data",
         num_workers: int | None = None,
+        columns: Columns | None = None,
     ) -> None:
         self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
+        self.columns = columns
         self.levels, self.scaling = levels, scaling
         self._y: Tensor | None = None
 
@@ -74,7 +81,8 @@ class Samples:
             return x
         if isinstance(x, DataModule):
             name = f"{x.name} ({split})"
-            return cls(x.dataset(split), byte_divisor(x.scale), None, x.source.class_names, name, x.num_workers)
+            named = x.source.class_names, name, x.num_workers, x.columns
+            return cls(x.dataset(split), byte_divisor(x.scale), None, *named)
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
         shape = tuple(as_real_array(x, "x").shape)
@@ -85,6 +93,7 @@ class Samples:
                 to_channels_first(to_real_tensor(x, "x", missing="keep" if allow_missing else "raise"), "auto")
             ),
             name="x",
+            columns=Columns(column_names(x), {}, shape[1]) if hasattr(x, "columns") and len(shape) == 2 else None,
         )
 
     def __len__(self) -> int:
@@ -117,6 +126,16 @@ class Samples:
         return ({} if paths is None else {"file": paths}) | (
             {} if y is None else {"label": original_labels(y, self.class_names)}
         )
+
+    @property
+    def fields(self) -> dict[str, Sequence[Any]]:
+        """`notes`, and before them the values of a table by column, in its units."""
+        if self.columns is None:
+            return self.notes
+        values = self.columns.values(torch.cat([*self.batches(_MAX_CHECKED)])).T.tolist()
+        # a column may have the name of one of ours
+        names = [f"{name}_value" if name in _OWN_NAMES else name for name in self.columns.names]
+        return dict(zip(names, values, strict=True)) | self.notes
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
         """The samples with these indices, (n, *shape), on the CPU."""
@@ -157,12 +176,13 @@ class Samples:
         index = random_rows(len(self), n, seed)
         y = self.y
         dataset = ArrayDataset(self.rows(index), None if y is None else y[index])
-        return Samples(dataset, class_names=self.class_names, name=self.name)
+        return Samples(dataset, class_names=self.class_names, name=self.name, columns=self.columns)
 
     def subset(self, index: Tensor) -> "Samples":
         """The samples with these indices, read on demand."""
         dataset = subset(self.dataset, index)
-        return Samples(dataset, self.levels, self.scaling, self.class_names, self.name, self.num_workers)
+        named = self.class_names, self.name, self.num_workers, self.columns
+        return Samples(dataset, self.levels, self.scaling, *named)
 
     def binarised(self, rule: str, seed: int) -> "Samples":
         """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.
@@ -174,7 +194,7 @@ class Samples:
         x = self._as_float(dataset.x) if self.scaling else dataset.x
         binarise.check_probabilities(x, self.name, "give such values")
         binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
-        return Samples(binary, self.levels, None, self.class_names, self.name)
+        return Samples(binary, self.levels, None, self.class_names, self.name, columns=self.columns)
 
     def check(self, model: Autoencoder) -> "Samples":
         """The same samples, if the model can use them.

@@ -99,7 +99,7 @@ def test_picture_shows_best_median_and_worst_samples(monkeypatch):
     shown = {}
     monkeypatch.setattr(
         "aezoo.callbacks.plotting.panel_figure",
-        lambda panels, labels: shown.update(dict(zip(labels, panels, strict=True))),
+        lambda panels, labels, columns: shown.update(dict(zip(labels, panels, strict=True))),
     )
     x = torch.zeros(9, 2)
     mse = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6]) / 10

@@ -1,0 +1,96 @@
+"""Tables in their own columns: the names and units that scaled samples had in the file or DataFrame."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Row = dict[str, Any]
+Values = npt.NDArray[np.float64]
+# suffixes of files of tables
+TABLES = (".csv", ".parquet")
+
+
+def column_names(x: Any) -> tuple[str, ...]:
+    """A DataFrame's column names, () unless all are strings, as in scikit-learn."""
+    names = tuple(getattr(x, "columns", ()))
+    return names if all(isinstance(name, str) for name in names) else ()
+
+
+class Columns:
+    """The columns of a table, and the scaling by which samples (N, D) were made of them.
+
+    Args:
+        names: one a column; () numbers them, as pandas does.
+        scaling: `offset` and `factor` of the samples, as in `aezoo.data.in_memory.Scale`; {} if they are not scaled.
+        width: number of columns.
+    """
+
+    def __init__(self, names: Sequence[str], scaling: Mapping[str, Tensor], width: int) -> None:
+        self.names = tuple(names) or tuple(map(str, range(width)))
+        self.scaling = dict(scaling)
+        self._offset, self._factor = (
+            np.broadcast_to(np.asarray(scaling[key].cpu(), np.float64) if scaling else default, width)
+            for key, default in (("offset", np.float64(0)), ("factor", np.float64(1)))
+        )
+
+    @classmethod
+    def of_run(cls, trained: Mapping[str, Any], input_shape: Sequence[int]) -> "Columns | None":
+        """The columns that a model was trained on, from what `load_run` returns; None if it was no table."""
+        settings = trained["settings"]
+        paths = [str(settings.get(key, "")) for key in ("name", "root")]
+        is_table = bool(trained.get("columns")) or any(Path(path).suffix.lower() in TABLES for path in paths)
+        if not is_table or len(input_shape) != 1:
+            return None
+        return cls(trained.get("columns", ()), trained["scaling"], input_shape[0])
+
+    def values(self, x: Any) -> Values:
+        """Samples (..., D) in the units of the table, without digits that float32 does not hold."""
+        found = np.asarray(x, np.float64) * self._factor + self._offset
+        return self._rounded(found) if self.scaling else found
+
+    def errors(self, difference: Any) -> Values:
+        """Differences of samples (..., D) in the units of the table."""
+        return np.asarray(difference, np.float64) * self._factor
+
+    def rows(self, x: Any) -> Iterator[Row]:
+        """A row for each sample (N, D), or for each step of walks (N, steps, D)."""
+        for i, one in enumerate(x):
+            for j, values in enumerate(self.values(np.atleast_2d(one)).tolist()):
+                place = {} if np.ndim(one) == 1 else {"walk": i + 1, "step": j + 1}
+                yield place | dict(zip(self.names, values, strict=True))
+
+    def error_row(self, difference: Any) -> Row:
+        """The errors (D,) of one sample, by column, and the column of the largest error in the model's own scale."""
+        size = np.abs(np.asarray(difference, np.float64))
+        largest = "" if np.isnan(size).all() else self.names[int(np.nanargmax(size))]
+        errors = self.errors(difference).tolist()
+        return {"largest_error": largest} | {f"error_{name}": e for name, e in zip(self.names, errors, strict=True)}
+
+    def summary(self, x: Any, x_hat: Any) -> list[Row]:
+        """For each column its mean absolute and root mean square error, its deviation, and r2, the share explained."""
+        given, errors = self.values(x), self.errors(np.asarray(x_hat, np.float64) - np.asarray(x, np.float64))
+        rows = []
+        for name, values, error in zip(self.names, given.T, errors.T, strict=True):
+            known = ~np.isnan(error)
+            values, error = values[known], error[known]
+            square, variance = (
+                float(np.mean(part)) if known.any() else np.nan for part in (error**2, _centred(values))
+            )
+            r2 = 1 - square / variance if variance > 0 else np.nan
+            mae = float(np.abs(error).mean()) if known.any() else np.nan
+            rows.append({"column": name, "mae": mae, "rmse": square**0.5, "deviation": variance**0.5, "r2": r2})
+        return rows
+
+    def _rounded(self, values: Values) -> Values:
+        # float32 has 24 bits: of a range of 1 about seven decimals, the last one uncertain; a constant keeps all
+        decimals = np.maximum(0, 6 - np.floor(np.log10(np.abs(self._factor))))
+        step = 10.0**decimals
+        return np.where(self._factor == 1, values, np.round(values * step) / step)
+
+
+def _centred(values: Values) -> Values:
+    return (values - values.mean()) ** 2 if len(values) else values

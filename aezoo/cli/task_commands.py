@@ -139,9 +139,9 @@ def main(argv: list[str]) -> None:
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     if trained["scaling"] and verb in _OF_SAMPLES:
-        table = any(file.suffix in TABLES for file in result.files) and columns is not None
-        print("values in .csv are in the units of the data, those in .npy" * table + "values" * (not table)
-              + " are as the model sees them: the training data were scaled (--data.scale)")  # fmt: skip
+        where = "values" if columns is None else "values in .npy"
+        if columns is None or any(file.suffix == ".npy" for file in result.files):
+            print(f"{where} are as the model sees them: the training data were scaled (--data.scale)")
     if replaced := before.intersection(result.files):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MAX_LINES:

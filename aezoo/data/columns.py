@@ -1,15 +1,21 @@
 """Tables in their own columns: the names and units that scaled samples had in the file or DataFrame."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from aezoo.errors import AezooError
 
 Row = dict[str, Any]
 Values = npt.NDArray[np.float64]
+# the file beside compressed samples that keeps their columns
+COLUMNS = "columns.json"
 # suffixes of files of tables
 TABLES = (".csv", ".parquet")
 
@@ -47,10 +53,35 @@ class Columns:
             return None
         return cls(trained.get("columns", ()), trained["scaling"], input_shape[0])
 
+    @classmethod
+    def from_bytes(cls, content: bytes, width: int, what: str) -> "Columns":
+        """What `to_bytes` wrote, for `width` columns.
+
+        Raises:
+            AezooError: it is something else.
+        """
+        try:
+            stored = json.loads(content)
+            names = stored["names"]
+            scaling = {key: torch.tensor(stored[key], dtype=torch.float64) for key in ("offset", "factor")}
+            if not (isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)):
+                raise ValueError("its names are others")
+            if not all(part.shape == (width,) and part.isfinite().all() for part in scaling.values()):
+                raise ValueError("its numbers are others")
+        except (ValueError, TypeError, KeyError, RuntimeError, RecursionError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise AezooError(f"{what} is not one of compress ({reason}): remove it, or take kind npy") from None
+        return cls(names, scaling, width)
+
+    def to_bytes(self) -> bytes:
+        """Names and scaling as JSON."""
+        content = {"names": self.names, "offset": self._offset.tolist(), "factor": self._factor.tolist()}
+        return json.dumps(content, indent=1).encode()
+
     def values(self, x: Any) -> Values:
         """Samples (..., D) in the units of the table, without digits that float32 does not hold."""
         found = np.asarray(x, np.float64) * self._factor + self._offset
-        return self._rounded(found) if self.scaling else found
+        return self._rounded(found)
 
     def errors(self, difference: Any) -> Values:
         """Differences of samples (..., D) in the units of the table."""
@@ -86,7 +117,7 @@ class Columns:
         return rows
 
     def _rounded(self, values: Values) -> Values:
-        # float32 has 24 bits: of a range of 1 about seven decimals, the last one uncertain; a constant keeps all
+        # float32, of which samples are, has 24 bits: of a range of 1 about seven decimals, the last one uncertain
         decimals = np.maximum(0, 6 - np.floor(np.log10(np.abs(self._factor))))
         step = 10.0**decimals
         return np.where(self._factor == 1, values, np.round(values * step) / step)

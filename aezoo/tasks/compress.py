@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
+from aezoo.data.columns import COLUMNS
 from aezoo.distributions.likelihoods import Bernoulli
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import save_model
@@ -46,7 +47,7 @@ def compress(
     consists of indices, these are coded under its prior, if it has one, or else under tables of how often each occurs.
     If a model is trained for the size of its file, whole numbers are coded under its learned distributions. Both write
     one file at the model's own rate, or one for each quality of a model of several rates. The model that opens the
-    files again is written beside them.
+    files again is written beside them, and for a table columns.json, the names and units of its columns.
 
     Args:
         model: a trained model.
@@ -86,7 +87,8 @@ def compress(
         fingerprint = reproducibility.fingerprint(model)
         header = {"model": reproducibility.model_name(model), "fingerprint": fingerprint, "n": len(samples),
                   "shape": model.input_shape, "code_shape": tuple(model.code_shape), "block": block,
-                  "threads": running, "seed": seed} | reproducibility.describe_device(model)  # fmt: skip
+                  "kind": samples.kind, "threads": running, "seed": seed}  # fmt: skip
+        header |= reproducibility.describe_device(model)
         job = CompressionRun(model, samples, header, store, block, seed, "compress" if progress else "")
         if mode == "lossless":
             result = job.code_lossless(precision, compare)
@@ -97,6 +99,8 @@ def compress(
         else:
             result = job.code_lossy(qualities, steps, compare, fit)
         store_model(model, fingerprint, store)
+        if samples.columns is not None:
+            store.file(COLUMNS, samples.columns.to_bytes())
     return result
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,15 +19,17 @@ import torch
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.data.columns import COLUMNS, Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
-from aezoo.tasks.codec.container import Frame, Header, Reader
+from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
 from aezoo.tasks.result_store import Store
 from aezoo.tasks.samples import evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 
-KINDS = ("npy", "png")
+# bytes of columns.json
+_MAX_COLUMNS = 2**26
 
 
 @dataclass
@@ -55,45 +58,52 @@ def decompress(
     model: Autoencoder,
     file: str,
     *,
-    kind: str = "npy",
+    kind: str = "auto",
     strict: bool = True,
     threads: int = 0,
     max_bytes: int = 2**33,
+    columns: Columns | None = None,
     out: str | None = None,
     progress: bool = False,
 ) -> Decompression:
     """Decompress an .aez file with the model that it was written with.
 
-    Writes samples.npy, or a PNG for each image. A file is refused if it is truncated, altered or of another model, or
-    if it decodes to other bytes on this machine.
+    Writes what went in: a PNG for each image of a folder, samples.csv for a table, else samples.npy. A file is refused
+    if it is truncated, altered or of another model, or if it decodes to other bytes on this machine.
 
     Args:
         model: the model that compressed it.
         file: the .aez file.
-        kind: what to write, npy or png.
+        kind: what to write, npy, png or csv; auto takes what went in.
         strict: refuse a file that is not lossless if its outputs are not the same to the last bit. Without it, outputs
             may differ by the rounding of another machine or device, if what they are decoded from is the same.
         threads: threads of torch on the CPU; 0 takes the number with which the file was written.
         max_bytes: refuse a file that would decode to more than this, counted as float32.
+        columns: the columns of a table, if there is no columns.json beside the file.
         out: folder for the results; None keeps them in memory.
         progress: show a bar on a terminal.
 
     Raises:
         AezooError: as above, one line.
     """
-    if kind not in KINDS:
-        raise AezooError(f"kind is {kind!r}: take one of {', '.join(KINDS)}")
+    if kind not in ("auto", *KINDS):
+        raise AezooError(f"kind is {kind!r}: take one of auto, {', '.join(KINDS)}")
     tables.constriction_stream()
     reader = Reader(file, max_bytes)
     header = reader.header
     _check_model(model, header, file, strict or header.mode == "lossless")
+    kind = header.kind if kind == "auto" else kind
     if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
         raise AezooError(f"samples of shape {header.shape} are no pictures: take kind npy")
+    if kind == "csv":
+        columns = _columns(file, header) or columns or Columns((), {}, header.dims)
+        if len(header.shape) != 1:
+            raise AezooError(f"samples of shape {header.shape} are no table: take kind npy")
     with Store(out) as store, reproducibility.deterministic_kernels(threads or header.threads), evaluation_mode(model):
         dtype = np.uint8 if header.mode == "lossless" else np.float32
         shape = (header.n, *header.shape)
         with _one_line_errors(reader):
-            x = store.array("samples", shape, dtype) if kind == "npy" else np.empty(shape, dtype)
+            x = store.array("samples", shape, dtype) if kind == "npy" else _scratch(store, shape, dtype)
         start, same = 0, True
         with bar("decompress" if progress else "", header.n) as advance:
             for part, exact in _decode_parts(model, reader, strict, advance):
@@ -103,7 +113,30 @@ def decompress(
                     advance(len(part))
         if kind == "png":
             _write_images(store, x)
+        if kind == "csv" and columns is not None:
+            # bytes are those of a lossless file, 255 for 1
+            store.table("samples", columns.rows(x / np.float32(255) if x.dtype == np.uint8 else x))
     return Decompression(x, header.mode, same, store.files)
+
+
+def _columns(file: str, header: Header) -> Columns | None:
+    """The columns that compress wrote beside the file; None without them."""
+    path = Path(file).with_name(COLUMNS)
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as opened:
+            return Columns.from_bytes(opened.read(_MAX_COLUMNS), header.dims, str(path))
+    except OSError as error:
+        raise AezooError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+
+
+def _scratch(store: Store, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """An array in an unnamed file of the store's folder, or in memory without one."""
+    if store.folder is None:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile(dir=store.folder) as file:  # the memory map outlives it
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> None:

@@ -128,6 +128,12 @@ class Samples:
         )
 
     @property
+    def kind(self) -> str:
+        """What `decompress` gives back of them: csv for a table, png for pictures in files of their own, else npy."""
+        pictures = len(self.shape) == 3 and self.shape[0] in (1, 3) and paths_of(self.dataset) is not None
+        return "png" if pictures else "npy" if self.columns is None else "csv"
+
+    @property
     def fields(self) -> dict[str, Sequence[Any]]:
         """`notes`, and before them the values of a table by column, in its units."""
         if self.columns is None:

@@ -9,12 +9,13 @@ from scipy.special import expit
 from scipy.stats import betabinom, logistic
 
 import aezoo
+from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import baselines, lossless, lossy
 from aezoo.tasks.codec.compression import Compression
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
-from aezoo.tasks.samples import reference_tensor
+from aezoo.tasks.samples import Samples, reference_tensor
 
 
 def _vae(likelihood, seed=0, latent_dim=4):
@@ -210,3 +211,29 @@ def _row(method, bits, psnr=math.nan):
 def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):
     assert baselines.verdict(rows) == said
     assert Compression("lossy", rows).summary().splitlines()[1 + len(rows) :] == said
+
+
+def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(1e4, 1e3, (30, 3)).round(), columns=["eur", "m2", "built"])
+    data = aezoo.DataModule.from_arrays(frame, scale="standard")
+    model = aezoo.create_model("linear_ae", (3,), latent_dim=3).eval()
+    compress(model, data, out=str(tmp_path), compare=False)
+    back = decompress(model, str(tmp_path / "samples.aez"), out=str(tmp_path / "back"))
+    read = pandas.read_csv(tmp_path / "back" / "samples.csv")
+    assert list(read) == list(frame) and np.allclose(read, data.columns.values(back.x)) and len(back.files) == 1
+    (tmp_path / "columns.json").write_text('{"names": ["a"], "offset": [0], "factor": [1]}')
+    with pytest.raises(AezooError, match=r"columns\.json is not one of compress"):
+        decompress(model, str(tmp_path / "samples.aez"))
+    (tmp_path / "columns.json").unlink()
+    decompress(model, str(tmp_path / "samples.aez"), columns=data.columns, out=str(tmp_path / "back"))
+    assert pandas.read_csv(tmp_path / "back" / "samples.csv").equals(read)
+    decompress(model, str(tmp_path / "samples.aez"), kind="npy", out=str(tmp_path / "npy"))
+    assert np.array_equal(np.load(tmp_path / "npy" / "samples.npy"), back.x)
+
+    images = ArrayDataset(torch.rand(3, 1, 8, 8), None, ["a.png", "b.png", "c.png"])
+    model = aezoo.create_model("linear_ae", (1, 8, 8), latent_dim=2).eval()
+    for samples, kind in ((Samples(images), "png"), (Samples(ArrayDataset(images.x)), "npy")):
+        compress(model, samples, out=str(tmp_path), compare=False)
+        found = decompress(model, str(tmp_path / "samples.aez"), out=str(tmp_path / kind))
+        assert {file.suffix for file in found.files} == {f".{kind}"}

@@ -38,6 +38,7 @@ MAX_THREADS = 1024
 # values of samples in a frame, which can be decoded without other frames; a single sample may have more
 MAX_FRAME_VALUES = 2**24
 QUALITIES = (-8.0, 20.0)
+KINDS = ("npy", "png", "csv")
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -63,6 +64,8 @@ class Header:
         seed: lossless: determines the initial bits.
         quality: lossy: the quality that the steps were fitted for; learned: the quality of the file, for a model with
             several rates.
+        kind: what the samples were: png, pictures in files of their own; csv, the rows of a table; npy, anything else,
+            which files do not name.
     """
 
     mode: str
@@ -80,6 +83,7 @@ class Header:
     precision: int = 0
     seed: int = 0
     quality: float = 0.0
+    kind: str = "npy"
 
     @property
     def dims(self) -> int:
@@ -121,6 +125,8 @@ class Header:
         known = {"lossless": (2, 256), "lossy": (0,), "indices": (0,), "prior": (0,), "learned": (0,)}
         if self.levels not in known.get(self.mode, ()):
             raise ValueError(f"mode is {self.mode[:40]!r} with {self.levels} levels")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind[:40]!r}")
         if len(self.fingerprint) != 64 or not set(self.fingerprint) <= _HEX:
             raise ValueError("the fingerprint is none")
         if any(len(text) > 200 or not text.isprintable() for text in (self.model, self.device, self.dtype, self.torch)):
@@ -154,7 +160,8 @@ class Writer:
     def __init__(self, file: IO[bytes], header: Header) -> None:
         header.check()
         self._file, self._digest, self.size = file, hashlib.sha256(), 0
-        text = json.dumps(asdict(header), separators=(",", ":")).encode()
+        content = {key: value for key, value in asdict(header).items() if (key, value) != ("kind", "npy")}
+        text = json.dumps(content, separators=(",", ":")).encode()
         self._put(MAGIC + _HEAD.pack(VERSION, len(text)) + text)
 
     def frame(self, n: int, digest: bytes, payload: bytes) -> None:
@@ -267,7 +274,7 @@ def _header(file: IO[bytes], end: int, path: Path) -> tuple[Header, int]:
         raise ValueError(f"it would have {size} bytes")
     content = json.loads(file.read(size).decode())
     names = {field.name for field in fields(Header)}
-    if not isinstance(content, dict) or content.keys() != names:
+    if not isinstance(content, dict) or content.keys() | {"kind"} != names:
         raise ValueError("fields are missing or too many")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     header = Header(**plain)

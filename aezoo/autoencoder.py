@@ -171,16 +171,30 @@ class Autoencoder(RecordsArguments, TrainingModule):
         raise AezooError(f"{type(self).__name__} has no prior to sample from: take a variational model such as vae")
 
     def score(self, x: Tensor) -> Tensor:
-        """Anomaly score, larger is stranger: -log p(x | decoder(encode(x))) in nats, (B, *input_shape) -> (B,)."""
+        """-log p(x | decoder(encode(x))) in nats, or a criterion of the model's own: (B, *input_shape) -> (B,).
+
+        Larger is stranger. `anomaly_score` compares samples with each other.
+        """
         return self.nll(self.decoder(self.encode(x)), x)
 
+    def anomaly_score(self, x: Tensor) -> Tensor:
+        """`score` with the deviance in place of -log p(x | z), larger is stranger: (B, *input_shape) -> (B,).
+
+        The deviance is -log p(x | z) less that of a perfect reconstruction, so that a grey sample is not strange only
+        for being grey. Other terms, such as the KL, stay, and so does a criterion without -log p. For a likelihood of
+        fixed variance the two differ by a constant, for a bernoulli of black and white values not at all.
+        """
+        with self.likelihood.use_deviance():
+            return self.score(x)
+
     def code_reconstruction_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `encode`, `forward` and `score` give, each computed once."""
+        """What `encode`, `forward` and `anomaly_score` give, each computed once."""
         z = self.encode(x)
         if type(self).score is Autoencoder.score and type(self).decode is Autoencoder.decode:
             params = self.decoder(z)
-            return z, self.likelihood.mean(params), self.nll(params, x)
-        return z, self.decode(z), self.score(x)
+            with self.likelihood.use_deviance():
+                return z, self.likelihood.mean(params), self.nll(params, x)
+        return z, self.decode(z), self.anomaly_score(x)
 
     def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
         super().__init_subclass__(defaults=defaults)
@@ -200,7 +214,10 @@ class Autoencoder(RecordsArguments, TrainingModule):
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
         """-log p(x | params) in nats per sample, in at least float32: (B, *shape), (B, *shape) -> (B,)."""
-        return -self.likelihood.log_prob(at_least_float32(params), at_least_float32(x))
+        params, x = at_least_float32(params), at_least_float32(x)
+        if self.likelihood.as_deviance:
+            return self.likelihood.deviance(params, x)
+        return -self.likelihood.log_prob(params, x)
 
     def batch_mean(self, values: Tensor) -> Tensor:
         """Mean over the batch dimension, in training over the batches of all ranks, with gradient.

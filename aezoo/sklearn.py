@@ -216,9 +216,9 @@ class _Estimator(base.BaseEstimator):
         another score, such as deep_svdd with a distance and dagmm with an energy, it is minus that score, up to a
         constant: it compares samples under one model, but not models with each other.
         """
-        return self._log_likelihood(self._validated(X))
+        return self._score_samples(self._validated(X))
 
-    def _log_likelihood(self, X: Array) -> Array:
+    def _score_samples(self, X: Array) -> Array:
         model = self.autoencoder_
         nll = self._apply(lambda block: model.score(block)[:, None], self._samples(X))[:, 0]
         # the density of x = s x' + o is that of x' divided by the product of s
@@ -305,7 +305,9 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 class AutoencoderDetector(base.OutlierMixin, _Estimator):
     """Outliers are samples that a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
 
-    The threshold comes from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are those of
+    `score_samples` is minus the model's `anomaly_score`: for most models the log-likelihood less that of a perfect
+    reconstruction, so that it compares samples, and not how likely their values are by themselves. The threshold comes
+    from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are those of
     `AutoencoderTransformer`.
 
     Args:
@@ -339,7 +341,19 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
 
     def _train(self, X: Array, y: Any, from_scratch: bool, epochs: int | None = None) -> None:
         super()._train(X, y, from_scratch, epochs)
-        self.offset_ = float(np.percentile(self._log_likelihood(X), 100 * self.contamination))
+        self.offset_ = float(np.percentile(self._score_samples(X), 100 * self.contamination))
+
+    def score_samples(self, X: Any) -> Array:
+        """Minus the model's `anomaly_score`, (n_samples,); larger is more normal.
+
+        It is log p(x | code) less its value for a perfect reconstruction, at most 0, minus the KL for a variational
+        model; units of X do not change it. For a model with a criterion of its own, such as deep_svdd with a distance
+        and dagmm with an energy, it is minus that. `AutoencoderTransformer` gives log-likelihoods.
+        """
+        return super().score_samples(X)
+
+    def _score_samples(self, X: Array) -> Array:
+        return -self._apply(lambda block: self.autoencoder_.anomaly_score(block)[:, None], self._samples(X))[:, 0]
 
     def decision_function(self, X: Any) -> Array:
         """`score_samples` minus the threshold, (n_samples,); negative for outliers."""

@@ -280,9 +280,9 @@ def _paths(model: Any, mode: str, batch: int) -> dict[str, Callable[[Tensor], ob
     def bare_predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = model.encode(x)
         if not plain:
-            return z, model.decode(z), model.score(x)
+            return z, model.decode(z), model.anomaly_score(x)
         params = model.decoder(z)
-        return z, model.likelihood.mean(params), model.nll(params, x)
+        return z, model.likelihood.mean(params), model.likelihood.deviance(params, x)
 
     def network_encode(x: Tensor) -> Tensor:
         return cast(Tensor, model.encoder(x if as_it_is else x.flatten(1)))

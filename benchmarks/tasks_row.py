@@ -116,7 +116,7 @@ def _scores(model: aezoo.Autoencoder) -> list[str]:
 
     with torch.no_grad():
         features = pathway(model, torch.zeros(2, *model.input_shape, device=model.device)).shape[1]
-    return ["nll", "mse", "mahalanobis", "sap", *(["nap"] if features <= _MAX_NAP_FEATURES else [])]
+    return ["deviance", "nll", "mse", "mahalanobis", "sap", *(["nap"] if features <= _MAX_NAP_FEATURES else [])]
 
 
 # ---- help -----------------------------------------------------------------------------------------------------------

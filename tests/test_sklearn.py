@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from representative_models import others_slow
+from scipy.special import kl_div
 from scipy.stats import loguniform, randint, spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -164,9 +165,15 @@ def test_score_samples_is_in_data_units(scale):
 
 def test_bernoulli_score_samples_is_unscaled():
     X = gaussian(80)
-    model = AutoencoderTransformer("dense_ae", scale="unit", likelihood="bernoulli", **FEW).fit(X)
+    settings = {"scale": "unit", "likelihood": "bernoulli", **FEW}
+    model, detector = (cls("dense_ae", **settings).fit(X) for cls in (AutoencoderTransformer, AutoencoderDetector))
+    offset, scale = detector.offset_of_scale_, detector.scale_
     x, p = ((rows - X.min(0)) / np.ptp(X, 0) for rows in (X, model.reconstruct(X)))
     assert np.allclose(model.score_samples(X), (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(1), atol=1e-4)
+    # a detector compares with a perfect reconstruction
+    x, p = (((rows - offset) / scale).clip(0, 1) for rows in (X, detector.reconstruct(X)))
+    deviance = (kl_div(x, p) + kl_div(1 - x, 1 - p)).sum(1)
+    assert np.allclose(detector.score_samples(X), -deviance, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -15,13 +15,16 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
-from aezoo.tasks.detect_scores import Scores
+from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# samples that tell whether a model has a criterion of its own
+_MAX_DESCRIBED = 8
 
 __all__ = ["Detection", "Detector", "detect", "p_values"]
 
@@ -58,7 +61,7 @@ def detect(
     model: Autoencoder,
     x: Any,
     *,
-    score: str = "nll",
+    score: str = "deviance",
     contamination: float = 0.1,
     quantile: float | None = None,
     normal: str | None = None,
@@ -91,10 +94,11 @@ def detect(
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
-        score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in nll,nap, are compared in the
-            table, and the first one decides. nll is the model's own score: for most models -log p(x | z), for detectors
-            their own criterion, such as the distance of a deep_svdd or the energy of a dagmm. For grey images under a
-            Bernoulli likelihood, mse tells more than nll.
+        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in deviance,nap, are
+            compared in the table, and the first one decides. deviance is -log p(x | z) less that of a perfect
+            reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as the
+            distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a Bernoulli
+            likelihood it takes grey samples for strange.
         contamination: share of the training scores that lies above the threshold, at most 0.5.
         quantile: put the threshold at this quantile of the scores of held-out samples instead, those of the validation
             split or, in Python, of calibrate_on.
@@ -156,6 +160,7 @@ def detect(
         raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
                          "calibrate_on, or take contamination")  # fmt: skip
 
+    lines: list[str] = []
     with Store(out) as store:
         results = [_run_detector(detector, samples, train, held_out, quantile) for detector in detectors]
         rows = [
@@ -176,6 +181,8 @@ def detect(
             errors_by_column = _errors_by_column(model, samples, like, batch_size)
             store.table("scores", _score_rows(samples, first, other_models, errors_by_column), table)
             store.table("detect", rows)
+            if detectors[0].name == "deviance":
+                lines = [describe_deviance(model, samples.rows(range(min(len(samples), _MAX_DESCRIBED))).to(like))]
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
@@ -191,7 +198,7 @@ def detect(
                     _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns),
                 )
     fits_on_itself = train.samples is samples
-    lines = _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
+    lines += _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), store.files

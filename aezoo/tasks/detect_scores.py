@@ -2,9 +2,11 @@
 
 x_hat is the reconstruction of x, z its code:
 
-    nll          the model's own `score`, for most -log p(x | z)
-    mse          ||x - x_hat||^2 / D; better for grey values with a Bernoulli likelihood, whose -log p is least for
-                 black and white values, whatever the reconstruction
+    deviance     the model's own `anomaly_score`: for most -log p(x | z) less that of a perfect reconstruction, for
+                 variational models with the KL, for detectors their own criterion
+    nll          the model's own `score`, for most -log p(x | z), which under a Bernoulli likelihood is least for black
+                 and white values, whatever the reconstruction
+    mse          ||x - x_hat||^2 / D
     elbo         -ELBO(x), the mean over draws of the code, for models whose loss has an ELBO
     iwae         -log p(x), importance-sampled (Burda et al. 2015, https://arxiv.org/abs/1509.00519)
     mahalanobis  (z - mu)' C^-1 (z - mu), with mean and covariance of the training codes
@@ -37,7 +39,7 @@ from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
 
 Scores = npt.NDArray[np.float64]
 
-SCORES = ("nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "deep_svdd")
+SCORES = ("deviance", "nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "deep_svdd")
 # a matrix of so many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
 _MAX_FEATURES = 2**12
 # features of training samples, and values of copies of a sample, that are held at a time: at most 512 MiB
@@ -79,6 +81,8 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
     """
     kind = type(model).__name__
     match name:
+        case "deviance":
+            return FunctionScorer(model.anomaly_score)
         case "nll":
             return FunctionScorer(model.score)
         case "mse":
@@ -88,7 +92,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
         case "iwae":
             log_likelihood = getattr(model, "log_likelihood", None)
             if log_likelihood is None:
-                raise AezooError(f"iwae needs a model with a log_likelihood, such as vae, not {kind}: take nll or nap")
+                raise AezooError(f"iwae needs a model with a log_likelihood, as vae, not {kind}: take deviance or nap")
             return FunctionScorer(lambda x: -log_likelihood(x, n_draws))
         case "mahalanobis":
             return Mahalanobis(lambda x: model.encode(x).flatten(1), "mahalanobis")
@@ -99,6 +103,17 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
         case "deep_svdd":
             return DeepSVDD(model, tuning or SVDDSettings(), title)
     raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")
+
+
+def describe_deviance(model: Autoencoder, x: Tensor) -> str:
+    """What `deviance` is for a model, in words, found on some samples (B, *shape)."""
+    found = []
+    for score in (model.score, model.anomaly_score):
+        torch.manual_seed(0)  # some models draw a code
+        found.append(score(x))
+    if torch.equal(*found):
+        return "deviance: here the model's own score, as it is"
+    return f"deviance: the model's score less -log p of a perfect reconstruction ({type(model.likelihood).__name__})"
 
 
 class FunctionScorer:
@@ -222,7 +237,7 @@ def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
             terms = model.loss(sample.expand(n, *sample.shape))
             if "elbo" not in terms:
                 raise AezooError(f"elbo needs a model whose loss has an ELBO, such as vae, not {type(model).__name__}: "
-                                 "take nll, mahalanobis, sap or nap")  # fmt: skip
+                                 "take deviance, mahalanobis, sap or nap")  # fmt: skip
             scores[i] -= terms["elbo"] * n / n_draws
     return scores
 

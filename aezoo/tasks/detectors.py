@@ -33,7 +33,7 @@ class Detector:
 
     Args:
         model: a trained model.
-        score: nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
+        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
         contamination: share of the training samples above the threshold, at most one half.
         n_draws: draws of the code per sample, for elbo and iwae.
         svdd_epochs: epochs of deep_svdd.
@@ -60,7 +60,7 @@ class Detector:
     def __init__(
         self,
         model: Autoencoder,
-        score: str = "nll",
+        score: str = "deviance",
         contamination: float = 0.1,
         *,
         n_draws: int = 64,

@@ -35,8 +35,9 @@ class Reconstruction:
         x_hat: (N, *shape), reconstructions in data space, float32.
         mse: (N,) squared error of each sample, the mean over its values that are not missing.
         mae: (N,) absolute error of each sample, the mean over the same values.
-        score: (N,) the model's `score` in nats per sample: -log p(x | code), for a VAE -ELBO, with the KL of its code.
-            None with `parts`, since it depends on the whole sample.
+        score: (N,) the model's `anomaly_score` in nats per sample, by which `detect` ranks, too: the deviance, -log
+            p(x | code) less that of a perfect reconstruction, for a VAE with the KL of its code. None with `parts`,
+            since it depends on the whole sample.
         part_mse: the squared error of each part, by its number, (N,); NaN of a missing part; empty without `parts`.
         columns: of a table, one row for each of its columns: mean absolute and root mean square error and the deviation
             in the column's unit, and r2, the share of the variance explained.
@@ -135,7 +136,7 @@ def reconstruct(
             write_batch(mse, start, _mean(difference.square(), known))
             write_batch(mae, start, _mean(difference.abs(), known))
             if reconstructor is None:
-                write_batch(score, start, model.score(given))
+                write_batch(score, start, model.anomaly_score(given))
             else:
                 parts_known = reconstructor.model.split(known)
                 for i, part in enumerate(reconstructor.model.split(difference)):

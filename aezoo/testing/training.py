@@ -103,8 +103,8 @@ def check_loop(subject: Subject) -> None:
         require(bool(value.isfinite().all()), f"{name} is {value}")
     with torch.no_grad():
         z = model.encode(x)
-        expected = {"code": z, "reconstruction": model.decode(z), "score": model.score(x)}
-        drawn = not torch.equal(expected["score"], model.score(x))
+        expected = {"code": z, "reconstruction": model.decode(z), "score": model.anomaly_score(x)}
+        drawn = not torch.equal(expected["score"], model.anomaly_score(x))
     for i, step in enumerate(found):
         for name, value in expected.items():
             require_shape(f"predicted {name}", step[name], tuple(value.shape))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
-from scipy import stats
+from scipy import special, stats
 from scipy.integrate import quad
 
 from aezoo.distributions.likelihoods import LIKELIHOODS, Likelihood, LogitLaplace, likelihood
@@ -284,6 +284,39 @@ def test_beta_binomial_is_accurate_for_extreme_parameters(t: float, log_c: float
     assert params.grad.isfinite().all() and made.log_scale.grad.isfinite()
     exact = made.double().log_prob(params.detach().double(), LEVELS[:, None])
     torch.testing.assert_close(log_p.detach().double(), exact, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_parameters_are_better_than_the_best(name: str) -> None:
+    made, x = build(name), LEVELS[::5, None]
+    best = made.best_params(x).detach()
+    # near the best ones and far from them; a continuous Bernoulli has no best logit for 0 and 1, see there
+    reach = 100 if name == "continuous_bernoulli" else 15
+    for u in torch.linspace(-1, 1, 13, dtype=torch.float64):
+        t = (best + reach * u**3).clamp(-510, 510)
+        deviance = made.deviance(t, x).detach()
+        assert deviance.min() > -2e-7
+        if name != "bernoulli":  # torch's takes no grey
+            apart = reference(name, made, best, x) - reference(name, made, t, x)
+            known = (torch.maximum(best.abs(), t.abs()) < 30)[:, 0]  # beyond, the references round a mean to 0 or 1
+            torch.testing.assert_close(deviance[known], apart[known, 0].detach(), rtol=1e-5, atol=1e-5)
+    assert made.deviance(best, x).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace:0.3"])
+def test_deviance_has_its_closed_form(name: str) -> None:
+    made, x, t = build(name), torch.rand(6, 3, 4, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
+    x[0], x[1] = 0, 1
+    e, p = (x - t).abs(), t.sigmoid()
+    if name == "bernoulli":
+        expected = torch.from_numpy(special.kl_div(x.numpy(), p.numpy()) + special.kl_div(1 - x.numpy(), 1 - p.numpy()))
+    else:
+        s = scale_of(made)
+        expected = e / s if name.startswith("laplace") else e**2 / (2 * s**2)
+    torch.testing.assert_close(made.deviance(t, x).detach(), expected.flatten(1).sum(1), rtol=1e-6, atol=1e-5)
+    if name != "bernoulli":  # the nll up to a constant
+        apart = made.deviance(t, x) + made.log_prob(t, x)
+        torch.testing.assert_close(apart.detach(), apart[:1].expand(6).detach())
 
 
 @pytest.mark.parametrize("t", [-2.0, 0.2, 0.8])

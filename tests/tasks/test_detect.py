@@ -5,14 +5,16 @@ import csv
 import numpy as np
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from representative_models import others_slow
-from scipy import stats
+from scipy import special, stats
 from scipy.spatial.distance import cdist
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo.data.source import ArrayDataset
@@ -293,18 +295,48 @@ def test_p_values_of_new_normal_samples_are_uniform(score):
     assert np.median(strange) < 0.01
 
 
-def test_mse_is_squared_error_unlike_nll():
+def test_perfect_grey_costs_nll_but_no_deviance_nor_mse():
     """A perfect reconstruction of grey costs log 2 a value under a Bernoulli, one of white nothing."""
     model = aezoo.create_model("dense_ae", (9,))
     grey, white = torch.full((1, 9), 0.5), torch.ones(1, 9)
     with torch.no_grad():
         for p in model.decoder.parameters():
             p.zero_()  # every output is 1/2
-    scores = {name: Detector(model, name).fit(torch.rand(20, 9)) for name in ("mse", "nll")}
+    scores = {name: Detector(model, name).fit(torch.rand(20, 9)) for name in ("mse", "nll", "deviance")}
     found = {
         name: np.concatenate([score.decision_function(x) for x in (grey, white)]) for name, score in scores.items()
     }
     assert found["mse"] == pytest.approx([0, 0.25]) and found["nll"] == pytest.approx([9 * np.log(2)] * 2)
+    assert found["deviance"] == pytest.approx([0, 9 * np.log(2)], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense_ae", "vae", "conditional_vae", "mmvae", "mae", "deep_svdd"])
+def test_anomaly_score_is_score_without_entropy_of_pixels(name):
+    torch.manual_seed(0)
+    model = aezoo.create_model(name, (1, 8, 8), likelihood="bernoulli")
+    x = torch.rand(5, 1, 8, 8)
+    if name == "mmvae":
+        x[0, :, :4] = torch.nan
+    known = x.nan_to_num(0).double().numpy()
+    entropy = (special.entr(known) + special.entr(1 - known)).sum((1, 2, 3))  # of deep_svdd, a distance stays
+    with torch.no_grad():
+        apart = model.eval().score(x) - model.anomaly_score(x)
+    assert np.allclose(apart, 0 if name == "deep_svdd" else entropy, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_default_score_finds_bursts_in_a_series():
+    random = np.random.default_rng(0)
+    x = np.sin(0.2 * np.arange(32 * 600)).reshape(-1, 32) + random.normal(0, 0.1, (600, 32))
+    x[500:, 8:16] += random.normal(size=(100, 8))
+    x = ((x + 2) / 4).clip(0, 1).astype(np.float32)
+    model = aezoo.create_model("dense_ae", (32,), latent_dim=4, hidden_dims=(32,), lr=0.01)  # bernoulli
+    loader = DataLoader(torch.from_numpy(x[:400]), 40)
+    quiet_trainer(max_epochs=30).fit(model, loader, loader)
+    found = {score: detect(model, x[400:], score=score, baselines=False).scores for score in ("deviance", "nll")}
+    auroc = {score: roc_auc_score(np.arange(200) >= 100, scores) for score, scores in found.items()}
+    assert auroc["deviance"] > 0.98 and auroc["nll"] < 0.8
+    assert np.array_equal(found["deviance"], detect(model, x[400:], baselines=False).scores)
 
 
 @pytest.mark.parametrize("score", ["nll", "mahalanobis", "sap", "nap"])
@@ -400,7 +432,7 @@ def test_protocol_removes_anomalies_from_training(protocol, strange):
     reference = by_hand.decision_function(normal_val)
     assert np.allclose(found.p_values, p_values(by_hand.decision_function(x), reference))
     rows = {row["method"]: row for row in found.table}
-    assert rows["nll"]["auroc"] == pytest.approx(roc_auc_score(is_strange, found.scores))
+    assert rows["deviance"]["auroc"] == pytest.approx(roc_auc_score(is_strange, found.scores))
     distance = ((x - normal.mean(0)) ** 2).sum(1)
     assert rows["mean"]["aupr"] == pytest.approx(average_precision_score(is_strange, distance))
     assert f"{is_strange.sum()} of 120 samples are anomalies" in found.summary()

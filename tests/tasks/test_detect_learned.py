@@ -337,7 +337,7 @@ def test_fre_baseline_is_added_with_features():
     auroc = roc_auc_score(y == 5, alone.decision_function(Samples.from_data(data, "test")))
     assert rows["fre"]["auroc"] == pytest.approx(auroc) and auroc > 0.75
     only = detect(model, data, features="random", baselines=False, anomaly="5", n_shown=0)
-    assert [row["method"] for row in only.table] == ["nll", "fre"]
+    assert [row["method"] for row in only.table] == ["deviance", "fre"]
     assert only.table[1]["auroc"] == pytest.approx(auroc)
 
 

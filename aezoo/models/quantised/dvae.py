@@ -39,6 +39,10 @@ class LogitLaplaceOfTwo(LogitLaplace):
         mu, log_b = params.chunk(2, 1)
         return mu, F.softplus(log_b + 5).clamp(max=10) - 5
 
+    def best_params(self, x: Tensor) -> Tensor:
+        mu = super().best_params(x)
+        return torch.cat([mu, torch.full_like(mu, -100)], 1)  # the floor of log b
+
 
 class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperature_steps": 2000}):
     """A map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.

@@ -32,6 +32,7 @@ from relaxed_codebook_laws import (  # noqa: F401
 
 import aezoo
 import aezoo.distributions.categorical
+from aezoo.models.quantised.dvae import LogitLaplaceOfTwo
 
 # ---- gumbel_vq_vae and dvae: the formula -----------------------------------------------------------------------------
 
@@ -96,3 +97,14 @@ def test_dvae_schedules_are_half_cosines() -> None:
         model.kl_steps = kl_steps
         model.steps.zero_()
         assert float(model.kl_weight()) == pytest.approx(beta)
+
+
+def test_no_location_and_scale_beat_the_best() -> None:
+    made, x = LogitLaplaceOfTwo().double(), torch.rand(200, 3, 2, dtype=torch.float64)
+    best = made.best_params(x)
+    assert made.deviance(best, x).abs().max() == 0
+    for spread in (1e-4, 1e-2, 1, 10):
+        assert made.deviance(best + spread * torch.randn_like(best), x).min() >= 0
+    # six values, whose log scale is 5 in place of -5
+    widest = best + torch.tensor([[0.0]] * 3 + [[200.0]] * 3)
+    torch.testing.assert_close(made.deviance(widest, x), torch.full((200,), 60.0, dtype=torch.float64))

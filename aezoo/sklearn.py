@@ -40,6 +40,7 @@ from aezoo.data.resident import ResidentLoader
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
+from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
 from aezoo.training import arguments
 from aezoo.training.seeding import forked_rng, seed_all
@@ -306,29 +307,36 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     """Outliers are samples that a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
 
     `score_samples` is minus the model's `anomaly_score`: for most models the log-likelihood less that of a perfect
-    reconstruction, so that it compares samples, and not how likely their values are by themselves. The threshold comes
-    from the samples of the last `fit` or `partial_fit`. Other arguments and attributes are those of
+    reconstruction, so that it compares samples, and not how likely their values are by themselves.
+
+    The threshold comes from samples that training leaves out, some of those of the last `fit` or `partial_fit`, since a
+    model scores those that it was trained on as more normal than new ones. Other arguments and attributes are those of
     `AutoencoderTransformer`.
 
     Args:
-        contamination: share of the training samples that are treated as outliers, which sets the threshold.
+        contamination: share of normal samples that are treated as outliers, which sets the threshold.
+        calibration_fraction: share of the samples that is left out for the threshold, at least 1 / contamination - 1 of
+            them, at most half of all. With 0 training uses all, and contamination is the share of the training samples
+            that are treated as outliers; of new normal samples, there are more.
 
     Attributes:
         offset_: the threshold; samples with `score_samples` below it are outliers.
+        n_calibration_: samples that were left out for it; 0 if it comes from the training samples.
     """
 
     def __init__(
         self, model: str = "dense_ae", latent_dim: int = 8, *, contamination: float = 0.1,
-        model_params: dict[str, Any] | None = None, likelihood: str = "gaussian", scale: str = "standard",
-        sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100, batch_size: int = 128, lr: float = 1e-3,
-        device: str = "auto", random_state: Any = None, verbose: bool | int = False,
+        calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None, likelihood: str = "gaussian",
+        scale: str = "standard", sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100,
+        batch_size: int = 128, lr: float = 1e-3, device: str = "auto", random_state: Any = None,
+        verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
             model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
             max_epochs=max_epochs, batch_size=batch_size, lr=lr, device=device, random_state=random_state,
             verbose=verbose,
         )  # fmt: skip
-        self.contamination = contamination
+        self.contamination, self.calibration_fraction = contamination, calibration_fraction
 
     def _settings(self) -> dict[str, Any]:
         if isinstance(self.contamination, str):
@@ -337,11 +345,24 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         settings = super()._settings()
         if not 0 < settings["contamination"] <= 0.5:
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
+        if not 0 <= settings["calibration_fraction"] <= 0.5:
+            raise AezooError(f"calibration_fraction must be in [0, 0.5], got {settings['calibration_fraction']}")
         return settings
 
     def _train(self, X: Array, y: Any, from_scratch: bool, epochs: int | None = None) -> None:
-        super()._train(X, y, from_scratch, epochs)
-        self.offset_ = float(np.percentile(self._score_samples(X), 100 * self.contamination))
+        contamination, fraction = (self._settings()[name] for name in ("contamination", "calibration_fraction"))
+        n = min(max(round(fraction * len(X)), math.ceil(1 / contamination) - 1), len(X) // 2) if fraction else 0
+        if n and y is not None:
+            check_consistent_length(X, y)
+        # one seed for all, so that a second pass over the same samples leaves out the same ones
+        left_out, trained = np.split(np.random.default_rng(0).permutation(len(X)), [n])
+        trained.sort()
+        super()._train(X[trained], None if y is None else np.asarray(y)[trained], from_scratch, epochs)
+        if n:
+            self.offset_ = -held_out_threshold(-self._score_samples(X[left_out]), contamination)
+        else:
+            self.offset_ = float(np.percentile(self._score_samples(X), 100 * contamination))
+        self.n_calibration_ = n
 
     def score_samples(self, X: Any) -> Array:
         """Minus the model's `anomaly_score`, (n_samples,); larger is more normal.

@@ -16,7 +16,7 @@ from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
-from aezoo.tasks.detectors import BASELINES, Baseline, Detector, p_values
+from aezoo.tasks.detectors import BASELINES, Baseline, Detector, held_out_threshold, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 
@@ -99,9 +99,9 @@ def detect(
             reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as the
             distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a Bernoulli
             likelihood it takes grey samples for strange.
-        contamination: share of the training scores that lies above the threshold, at most 0.5.
-        quantile: put the threshold at this quantile of the scores of held-out samples instead, those of the validation
-            split or, in Python, of calibrate_on.
+        contamination: share of normal samples that lies above the threshold, at most 0.5: of held-out samples, those of
+            the validation split or, in Python, of calibrate_on; without any, of the samples of fit_on.
+        quantile: put the threshold at this quantile of the scores of held-out samples instead.
         normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model on that class
             alone, with --data.train_classes: a model that was trained on all classes knows the anomalies, too.
         anomaly: leave-one-out: samples of this class are anomalies, all others are normal. Train the model without that
@@ -120,10 +120,10 @@ def detect(
         maps: also write maps.npy, the absolute error of each value of each sample, of draem its anomaly map.
         n_shown: samples in the picture; 0 draws none.
         table: csv or parquet, the format of the scores.
-        fit_on: normal samples for the threshold and for what scores and baselines must learn. By default, if x is a
-            DataModule, its training split without the samples whose labels make them anomalies; else x itself.
-        calibrate_on: normal samples that the model was not trained on, for the p-values; by default the validation
-            split if x is a DataModule, else the samples of fit_on.
+        fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
+            split without the samples whose labels make them anomalies; else x itself.
+        calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
+            validation split if x is a DataModule, else the samples of fit_on.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -162,7 +162,7 @@ def detect(
 
     lines: list[str] = []
     with Store(out) as store:
-        results = [_run_detector(detector, samples, train, held_out, quantile) for detector in detectors]
+        results = [_run_detector(detector, samples, train, held_out, contamination, quantile) for detector in detectors]
         rows = [
             {"method": detector.name}
             | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
@@ -226,6 +226,7 @@ def _run_detector(
     samples: Samples,
     train: Reference,
     held_out: Reference | None,
+    contamination: float,
     quantile: float | None,
 ) -> _DetectorResult | None:
     detector.fit(train.samples)
@@ -236,16 +237,16 @@ def _run_detector(
         # samples that were fitted on, each left out of what it is compared with
         scores[train.own[detector.fitted_on]] = detector.decision_scores_
     own = (held_out or train).own
+    threshold = detector.threshold_
     if held_out is None:
         reference = detector.decision_scores_
     else:
         reference = scores[own] if len(own) else detector.decision_function(held_out.samples)
+        threshold = held_out_threshold(reference, contamination)
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(
-        scores, p, detector.threshold_ if quantile is None else float(np.quantile(reference, quantile))
-    )
+    return _DetectorResult(scores, p, threshold if quantile is None else float(np.quantile(reference, quantile)))
 
 
 def _errors_by_column(model: Autoencoder, samples: Samples, like: Tensor, batch_size: int) -> Iterator[Row]:
@@ -277,17 +278,13 @@ def _threshold_report(
     """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = fitted if held_out is None else f"{len(held_out.samples):,} held-out samples"
-    rule = (
-        f"the upper {100 * contamination:g} % of the scores of {fitted}"
-        if quantile is None
-        else f"the {quantile:g} quantile of the scores of {calibrated}"
-    )
+    rule = f"the upper {100 * contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     lines = [
-        f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule}",
-        f"p-values compare with {calibrated}",
+        f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule} of "
+        f"the scores of {calibrated}; p-values compare with the same",
     ]
     if train is not None and held_out is None:
-        lines[-1] += "; if the model was trained on them, it calls too many strange: give calibrate_on"
+        lines.append("if the model was trained on these, too many new samples are called strange: give calibrate_on")
     return lines
 
 

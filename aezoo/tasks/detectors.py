@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
@@ -28,13 +29,14 @@ _FRE_COMPONENTS = 220
 class Detector:
     """Anomaly detection by a trained model, with the conventions of PyOD.
 
-    `fit` sets the threshold, and fits mahalanobis, nap and deep_svdd; the model stays unchanged.
+    `fit` sets the threshold, and fits mahalanobis, nap and deep_svdd; the model stays unchanged. Scores of samples that
+    the model was trained on are lower than those of new samples: give others to calibrate on.
     PyOD: Zhao et al. 2019, https://jmlr.org/papers/v20/19-011.html
 
     Args:
         model: a trained model.
         score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
-        contamination: share of the training samples above the threshold, at most one half.
+        contamination: share of the calibration samples above the threshold, at most one half.
         n_draws: draws of the code per sample, for elbo and iwae.
         svdd_epochs: epochs of deep_svdd.
         svdd_lr: learning rate of deep_svdd.
@@ -46,6 +48,7 @@ class Detector:
     Attributes:
         decision_scores_: (N,) scores of the training samples; for mahalanobis and nap as if each had been left out of
             the fit.
+        calibration_scores_: (M,) scores of the calibration samples; without them those of the training samples.
         threshold_: samples with larger scores are anomalies.
         labels_: (N,) 1 for the anomalies among the training samples, 0 for the others.
 
@@ -54,6 +57,7 @@ class Detector:
     """
 
     decision_scores_: Scores
+    calibration_scores_: Scores
     threshold_: float
     labels_: npt.NDArray[np.int64]
 
@@ -81,11 +85,17 @@ class Detector:
         tuning = SVDDSettings(svdd_epochs, svdd_lr, svdd_nu)
         self._scorer = scorer(model, score, n_draws, tuning, self._title("epochs"))
 
-    def fit(self, X: Any, y: Any = None) -> "Detector":
-        """Learn from samples that are mostly normal: (N, *input_shape), a DataModule (its training split) or `Samples`.
+    def fit(self, X: Any, y: Any = None, calibrate_on: Any = None) -> "Detector":
+        """Learn from samples that are mostly normal, and set the threshold.
 
-        Labels y are not used.
+        Args:
+            X: samples (N, *input_shape), a DataModule (its training split) or `Samples`.
+            y: not used.
+            calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
+                validation split if X is a DataModule, else X.
         """
+        if calibrate_on is None and isinstance(X, DataModule) and "val" in X.splits():
+            calibrate_on = X
         samples = Samples.from_data(X, "train", self.model.takes_missing).check(self.model)
         n = len(samples)
         with evaluation_mode(self.model, self.seed) as like:
@@ -96,7 +106,13 @@ class Detector:
             self._scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
         self.decision_scores_[chosen.numpy()] = self._scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
-        self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
+        if calibrate_on is None:
+            self.calibration_scores_ = self.decision_scores_
+            self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
+        else:
+            held_out = Samples.from_data(calibrate_on, "val", self.model.takes_missing).check(self.model)
+            self.calibration_scores_ = self._scores(held_out)
+            self.threshold_ = held_out_threshold(self.calibration_scores_, self.contamination)
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
 
@@ -121,7 +137,7 @@ class Detector:
 
     def p_values(self, X: Any) -> Scores:
         """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
-        return p_values(self.decision_function(X), self.decision_scores_)
+        return p_values(self.decision_function(X), self.calibration_scores_)
 
     def _scores(self, samples: Samples) -> Scores:
         scores = np.empty(len(samples))
@@ -137,6 +153,15 @@ class Detector:
 
     def _title(self, what: str) -> str:
         return f"{self.score}: {what}" if self.progress else ""
+
+
+def held_out_threshold(scores: Scores, contamination: float) -> float:
+    """The threshold that a new normal sample exceeds with a probability of `contamination`, from n held-out scores.
+
+    By Weibull's rule, the k-th largest of n scores is exceeded with a probability of k / (n + 1). Of a share below
+    1 / (n + 1) it is the largest score.
+    """
+    return float(np.quantile(scores, 1 - contamination, method="weibull"))
 
 
 def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
@@ -167,7 +192,7 @@ class Baseline:
             linear autoencoder's squared error, and needs no training. On photographs of industrial products this is
             better than autoencoders of pixels: image AUROC on MVTec AD .933 with ResNet-50 and .947 with a wide one,
             against .421 for GANomaly (anomalib's results).
-        contamination: as in `Detector`.
+        contamination: share of the training samples above the threshold.
         n_components: for pca.
         features: for fre, see `aezoo.tasks.detect_features`.
         device: of the network for fre.

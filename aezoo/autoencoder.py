@@ -15,6 +15,7 @@ from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.training import collectives, input_checks, optimizers
 from aezoo.training.hyperparameters import RecordsArguments
+from aezoo.training.model_names import display_name
 from aezoo.training.module import TrainingModule
 
 # models find these here, beside the contract
@@ -168,7 +169,9 @@ class Autoencoder(RecordsArguments, TrainingModule):
         Raises:
             AezooError: the model has no prior.
         """
-        raise AezooError(f"{type(self).__name__} has no prior to sample from: take a variational model such as vae")
+        raise AezooError(
+            f"{display_name(type(self))} has no prior to sample from: take a variational model such as vae"
+        )
 
     def score(self, x: Tensor) -> Tensor:
         """-log p(x | decoder(encode(x))) in nats, or a criterion of the model's own: (B, *input_shape) -> (B,).

@@ -141,14 +141,44 @@ def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -
     return sorted(chosen, key=_natural_sort_key)
 
 
+def resolve(name: str) -> str | None:
+    """The registered name of a model that is spelled `DenseAE`, `dense-ae` or `dense`; None if there is none."""
+    resolved = ALIASES.get(name, name)
+    if resolved in entries():
+        return resolved
+    same = [known for known in (*entries(), *ALIASES) if _letters(known) == _letters(name)]
+    return ALIASES.get(same[0], same[0]) if len(same) == 1 else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def search(words: Iterable[str], family: str | None = None) -> list[str]:
+    """Names of models in natural order that match one of some words.
+
+    Args:
+        words: shell patterns such as `*vae*` for whole names, or parts of names or families.
+        family: see `list_models`.
+    """
+    return [name for name in list_models(family=family) if any(_matches(word, entries()[name]) for word in words)]
+
+
+def _matches(word: str, entry: Entry) -> bool:
+    if set("*?[") & set(word):
+        return fnmatch(entry.name, word)
+    texts = (entry.name, entry.family, *(alias for alias, name in ALIASES.items() if name == entry.name))
+    return any(_letters(word) in _letters(text) for text in texts)
+
+
 def find(name: str) -> Entry:
     """The entry of a model by name or by one of the five words dense, convolutional, denoising, sparse, variational.
 
     Raises:
         AezooError: the model does not exist; the message suggests the nearest names.
     """
-    resolved = ALIASES.get(name, name)
-    if resolved in entries():
+    resolved = resolve(name)
+    if resolved is not None:
         return entries()[resolved]
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*entries(), *ALIASES], n=2, cutoff=0.5)
     hint = f", did you mean {' or '.join(repr(n) for n in near)}?" if near else "."

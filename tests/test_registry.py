@@ -122,9 +122,26 @@ def test_short_names_refer_to_models(word, name):
     assert word not in aezoo.list_models()
 
 
+def test_names_are_found_in_each_spelling():
+    for word, name in [("VAE", "vae"), ("Dense-AE", "dense_ae"), ("TopKSAE", "topk_sae"), ("Convolutional", "conv_ae")]:
+        assert registry.find(word).name == name
+    letters = [name.replace("_", "") for name in aezoo.list_models()]
+    assert len(set(letters)) == len(letters)
+
+
+def test_search_matches_parts_of_names_and_families():
+    sparse = aezoo.list_models(family="sparse")
+    assert registry.search(["sparse"]) == registry.search(["Spars"]) == sorted({*sparse, "k_sparse"}, key=sparse.index)
+    assert registry.search(["latent-diff"]) == aezoo.list_models(family="latent_diffusion")
+    assert registry.search(["conv"]) == ["conv_ae", "masked_conv_ae"]
+    assert registry.search(["conv", "linear_*"], "classic") == ["conv_ae", "linear_ae"]
+    assert registry.search(["v*ae"]) == aezoo.list_models("v*ae")
+    assert registry.search(["my"]) == []
+
+
 @pytest.mark.parametrize(
     ("asked", "meant"),
-    [("vea", "vae"), ("VAE", "vae"), ("dense-ae", "dense_ae"), ("convolutionl", "convolutional"), ("topk", "topk_sae")],
+    [("vea", "vae"), ("VEA", "vae"), ("dens-ae", "dense_ae"), ("convolutionl", "convolutional"), ("topk", "topk_sae")],
 )
 def test_an_unknown_name_suggests(asked, meant):
     for call in (aezoo.create_model, aezoo.model_class, registry.card):

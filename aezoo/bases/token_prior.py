@@ -33,6 +33,7 @@ from aezoo.io.hub_files import local_path
 from aezoo.quantisers.base import Quantised
 from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import at_least
+from aezoo.training.model_names import display_name
 
 _MAX_CODES, _MAX_LAYERS = 2**16, 1000
 _CURE = "give the run of a trained quantised model (runs/vq_vae-mnist5k/0), or the name of one, such as vq_vae"
@@ -177,7 +178,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        name = registry.name_of(type(self.tokenizer)) or type(self.tokenizer).__name__
+        name = display_name(type(self.tokenizer))
         if self.frozen:
             if not self._has_weights:
                 raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_CURE}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from aezoo.callbacks.base import check_count
 from aezoo.errors import AezooError
 from aezoo.training.arguments import Checked
+from aezoo.training.model_names import display_name
 
 
 class BetaAnnealing(Checked, pl.Callback):
@@ -82,7 +83,7 @@ class BetaAnnealing(Checked, pl.Callback):
             if not isinstance(getattr(pl_module, name, None), int | float):
                 raise AezooError(
                     f"BetaAnnealing in {self.mode} mode needs a model with a number `{name}`, "
-                    f"{type(pl_module).__name__} has none: take a variational model such as vae, or leave it out"
+                    f"{display_name(type(pl_module))} has none: take a variational model such as vae, or leave it out"
                 )
         if self.mode == "capacity":
             self._final = self.max_capacity

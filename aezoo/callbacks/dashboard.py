@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
-from aezoo.registry import name_of
 from aezoo.training.arguments import Checked
+from aezoo.training.model_names import display_name
 
 _PLAIN = (bool, int, float, str)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
@@ -162,7 +162,7 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
 
 def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """The hyperparameters of model and data as plain values, named like the flags."""
-    values: dict[str, Any] = {"model": name_of(type(pl_module)) or type(pl_module).__name__}
+    values: dict[str, Any] = {"model": display_name(type(pl_module))}
     values |= {f"model.{name}": value for name, value in dict(pl_module.hparams_initial).items()}
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:

@@ -17,7 +17,7 @@ import yaml
 
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.cli import HEAVY
+from aezoo.cli import HEAVY, loggers
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
 from aezoo.data.identity import data_identity, data_set_name, other_data_message
@@ -80,7 +80,7 @@ def expand(argv: list[str]) -> Request:
     resume_from = "off"
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help"):
+        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help", "--trainer.logger"):
             flags.append(flag + equals + value)
             continue
         if not equals:
@@ -90,7 +90,9 @@ def expand(argv: list[str]) -> Request:
                     continue
                 raise AezooError(f"{flag} needs a value")
             value = rest.pop(0)
-        if flag in ("-c", "--config"):
+        if flag == "--trainer.logger":
+            flags += [flag, _logger_setting(value)]
+        elif flag in ("-c", "--config"):
             path, config = _config_file(value)
             run_name = run_name or path.stem
             flags += ["--config", str(path)]
@@ -282,6 +284,13 @@ def _class_name(item: Any) -> str | None:
     return path.rpartition(".")[2] if isinstance(path, str) else None
 
 
+def _logger_setting(value: str) -> str:
+    try:
+        return json.dumps(loggers.with_folder(yaml_text.load(value)), default=str)
+    except yaml.YAMLError:
+        return value  # the parser reports the error
+
+
 def _model_name(config: dict[str, Any]) -> str | None:
     model = config.get("model")
     name = model.get("class_path") if isinstance(model, dict) else model
@@ -338,6 +347,8 @@ def expand_model_names(text: str) -> str:
         # not a path or an address: only the command line may use the short form for these
         if isinstance(section.get("data"), str) and re.fullmatch(r"[\w-]+", section["data"]):
             section["data"] = {"name": section["data"]}
+        if isinstance(trainer := section.get("trainer"), dict) and "logger" in trainer:
+            trainer["logger"] = loggers.with_folder(trainer["logger"])
         model = section.get("model")
         if isinstance(model, str):
             section["model"] = {"class_path": _class_path(model)}

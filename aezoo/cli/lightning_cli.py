@@ -19,14 +19,13 @@ from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import aezoo
 from aezoo import callbacks, registry
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
-from aezoo.cli import flag_help, run_errors, trainer_settings
+from aezoo.cli import flag_help, loggers, run_errors, trainer_settings
 from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
@@ -36,6 +35,7 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
 from aezoo.training import compilation, distributed, launcher, speed
+from aezoo.training.model_names import display_name
 
 # each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
@@ -239,7 +239,7 @@ class AezooCLI(LightningCLI):
                 raise AezooError(registry.out_of_memory_message(self.request.model or "the model")) from error
             # jsonargparse wraps a constructor's error in a report about all types that it tried
             raise AezooError(plain_message(f"{error}" or repr(error), self.command_parser)) from error
-        kind = type(self.model).__name__
+        kind = display_name(type(self.model))
         values.check_plain(
             dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters"
         )
@@ -275,16 +275,9 @@ class AezooCLI(LightningCLI):
         if self.subcommand != "fit" and config.get("logger") is None:
             # their events at step 0 would cut off the run's own curves
             config["logger"] = False
-        if config.get("logger") in (None, True):
-            name, version = run_dir.parent.name, run_dir.name
-            try:
-                config["logger"] = TensorBoardLogger(
-                    run_dir.parent.parent, name=name, version=version, default_hp_metric=False, **self._curves(run_dir)
-                )
-            except ModuleNotFoundError as error:
-                raise AezooError(
-                    "TensorBoard is not installed: pip install tensorboard, or --trainer.logger false"
-                ) from error
+        if config.get("logger") is not False:
+            specs = self.config[self.subcommand]["trainer"]["logger"]
+            config["logger"] = loggers.in_run_folder(config.get("logger"), specs, run_dir, self._curves(run_dir))
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
@@ -336,7 +329,7 @@ class AezooCLI(LightningCLI):
 
     def run_name(self) -> str:
         """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
-        model = registry.name_of(type(self.model)) or type(self.model).__name__
+        model = display_name(type(self.model))
         own = f"{model}-{data_set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
         return archives.safe_name(self.request.run_name or own)
 
@@ -384,7 +377,7 @@ class AezooCLI(LightningCLI):
             return  # the other ranks wait for the data that rank zero may be downloading
         parameters = sum(p.numel() for p in self.model.parameters())
         kind = type(self.model)
-        name = registry.name_of(kind) or kind.__name__
+        name = display_name(kind)
         print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
         # the data is read here, before Lightning attaches the trainer to it
         self.datamodule.source.processes = local_processes(self.trainer)

@@ -28,7 +28,7 @@ HELP = """\
 usage: aezoo COMMAND ...
 
 Look around
-  list [PATTERN] [--family F]      models: name, family, paper
+  list [WORD] [--family F]         models: name, family, paper; a word is part of a name or of a family
   info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
   recipes                          ready-made configurations
   cp RECIPE DEST                   copy a recipe to change it
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         launcher.end_with_launcher()
     terminal.open_missing_streams()
     terminal.replace_unencodable()
+    if whole:
+        _shorten_warnings()
     try:
         _run(argv, whole)
     except AezooError as error:
@@ -112,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             _refuse_output(failure)
 
 
+def _shorten_warnings() -> None:
+    """Show a warning as one line without its place in the source; Lightning's import installs a format of its own."""
+    warnings.formatwarning = lambda message, *_, **__: f"aezoo: warning: {' '.join(str(message).split())}\n"
+
+
 def _refuse_output(reason: str) -> NoReturn:
     print(f"aezoo: cannot write the output: {reason}; make room, or write it elsewhere", file=sys.stderr)
     sys.exit(2)
@@ -126,6 +133,7 @@ def import_errors_in_one_line(whole: bool) -> Iterator[None]:
         yield
     finally:
         if whole:
+            _shorten_warnings()
             gc.freeze()
             atexit.register(gc.unfreeze)  # libraries look then for what was not freed: triton 3.9 lists all of it
         if enabled:
@@ -190,10 +198,12 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def _list(argv: list[str]) -> None:
     parser = _parser("list", "Models: name, family and paper.")
-    parser.add_argument("pattern", nargs="*", default=["*"], help="shell patterns, for example '*vae*'")
+    parser.add_argument(
+        "pattern", nargs="*", default=["*"], help="parts of names or families, or shell patterns such as 'v*ae'"
+    )
     parser.add_argument("--family", help="only one family: classic, sparse, variational, ... or plugin")
     arguments = parser.parse_args(argv)
-    names = registry.list_models(arguments.pattern, arguments.family)
+    names = registry.search(arguments.pattern, arguments.family)
     if not names:
         raise AezooError(f"no model matches {' '.join(arguments.pattern)!r}: `aezoo list` shows all")
     rows = []

@@ -38,7 +38,7 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
             raise AezooError(f"{flag} follows from the data: leave it out, or change the data with --data...")
         candidates = known
         if flag.startswith("--model."):
-            if model is None or registry.ALIASES.get(model, model) not in registry.entries():
+            if model is None or registry.resolve(model) is None:
                 continue
             candidates = [f"--model.{key}" for key in registry.hyperparameters(model)]
             if flag.replace(".init_args", "") in candidates:

@@ -32,6 +32,7 @@ from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
 from aezoo.training.hyperparameters import RecordsArguments
 from aezoo.training.keyword_groups import complete
+from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
 
 # settings that no source reads
@@ -171,7 +172,7 @@ class DataModule(RecordsArguments, LightningDataModule):
         model = None if self.trainer is None else self.trainer.lightning_module
         if self.missing == "keep" and not getattr(model, "takes_missing", True):
             raise AezooError(f"--data.missing keep is for models of samples that lack whole parts, such as mvae, and "
-                             f"{type(model).__name__} is none: drop it")  # fmt: skip
+                             f"{display_name(type(model))} is none: drop it")  # fmt: skip
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()

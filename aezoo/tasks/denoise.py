@@ -21,6 +21,7 @@ from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, 
 from aezoo.tasks.result_store import Row, Store, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
+from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def denoise(
             if baselines:
                 chosen = _tuned(samples, tuned_on, noise, seed)
             evaluations = _evaluate(samples, compared, x_hat, noise, chosen, (low, high), batch_size, seed, progress)
-            rows = _rows(type(model).__name__, evaluations, chosen, high - low)
+            rows = _rows(display_name(type(model)), evaluations, chosen, high - low)
             text = _text(rows, len(compared), n, len(tuned_on) if chosen else 0, high - low)
             if baselines:
                 rows += [

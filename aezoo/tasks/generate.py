@@ -24,6 +24,7 @@ from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_
 from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.limits import at_least
+from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,13 +229,15 @@ def _check(
     if prior not in names:
         raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(names)}")
     if prior == "own" and not model.has_prior:
-        raise AezooError(f"{type(model).__name__} has no prior of its own: take gmm, maf, gaussian, two_stage or knn")
+        raise AezooError(
+            f"{display_name(type(model))} has no prior of its own: take gmm, maf, gaussian, two_stage or knn"
+        )
     if prior == "maf":
         priors_principal.flows()
     if circle and not interpolate:
         raise AezooError("circle is a way to interpolate: ask for interpolate as well")
     if circle and not model.has_prior:
-        raise AezooError(f"circle suits codes from N(0, I), and {type(model).__name__} has no prior: leave it out")
+        raise AezooError(f"circle suits codes from N(0, I), and {display_name(type(model))} has no prior: leave it out")
     if interpolate + traverse + around > 1:
         raise AezooError("interpolate, traverse and around exclude each other: ask for one at a time")
     if not 0 < spread < math.inf:
@@ -252,7 +255,7 @@ def _check(
 def _check_label(model: Autoencoder, prior: str, label: int, walk: bool) -> None:
     if "y" not in inspect.signature(model.sample).parameters:
         raise AezooError(
-            f"{type(model).__name__} draws no samples of a class: leave label out, or take conditional_vae"
+            f"{display_name(type(model))} draws no samples of a class: leave label out, or take conditional_vae"
         )
     if prior not in ("auto", "own") or walk:
         raise AezooError(
@@ -266,8 +269,8 @@ def _check_label(model: Autoencoder, prior: str, label: int, walk: bool) -> None
 def _check_draws(model: Autoencoder, prior: str, temperature: float, top_k: int, walk: bool) -> None:
     if "temperature" not in inspect.signature(model.sample).parameters:
         raise AezooError(
-            f"temperature and top_k are for a prior over indices, and {type(model).__name__} has none: leave them out, "
-            "or take pixelcnn or index_transformer"
+            f"temperature and top_k are for a prior over indices, and {display_name(type(model))} has none: leave them "
+            "out, or take pixelcnn or index_transformer"
         )
     if prior not in ("auto", "own") or walk:
         raise AezooError(

@@ -14,11 +14,11 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.multimodal import Multimodal
 from aezoo.errors import AezooError
-from aezoo.registry import name_of
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +184,7 @@ class _PartReconstructor:
 
     def __init__(self, model: Autoencoder, parts: Sequence[int]) -> None:
         if not isinstance(model, Multimodal):
-            raise AezooError(f"{name_of(type(model)) or type(model).__name__} knows no parts of samples: drop --parts, "
+            raise AezooError(f"{display_name(type(model))} knows no parts of samples: drop --parts, "
                              "or train a model that does, such as mvae")  # fmt: skip
         self.model, self.parts = model, parts
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, TypedDict, Union, Unpack, get_args, get_o
 
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
+from aezoo.training.model_names import display_name
 
 # what fits in the integers of torch and of a checkpoint
 _MAX_INTEGER = 2**63 - 1
@@ -202,7 +203,9 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
             cure = f": give ({value},)" if hints[name] == tuple[int, ...] and _fits(value, int) else ""
-            raise AezooError(f"{cls.__name__}: {name} takes {_type_text(hints[name])}, got {_short_repr(value)}{cure}")
+            raise AezooError(
+                f"{display_name(cls)}: {name} takes {_type_text(hints[name])}, got {_short_repr(value)}{cure}"
+            )
 
 
 @lru_cache(maxsize=256)

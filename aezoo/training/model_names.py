@@ -13,6 +13,11 @@ def is_built_in(cls: type) -> bool:
     return cls.__module__.startswith("aezoo.models.")
 
 
+def display_name(cls: type) -> str:
+    """The registry name of a class as messages show it; its own name if it is not registered."""
+    return name_of(cls) or cls.__name__
+
+
 def name_of(cls: type) -> str | None:
     """The registry name of a class, or None if it is not registered."""
     if is_built_in(cls):

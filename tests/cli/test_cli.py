@@ -20,6 +20,7 @@ from representative_models import others_slow
 
 import aezoo
 import aezoo.cli
+from aezoo.cli import main as cli_main
 from aezoo.cli import recipes
 from aezoo.cli.config_resolution import name_data
 from aezoo.cli.main import main
@@ -434,6 +435,26 @@ def test_second_run_works_without_logger():
     for number in "01":
         fit("--model", "linear_ae", "--trainer.logger", "false")
         assert Path(f"runs/linear_ae-digits/{number}/config.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_named_loggers_write_into_the_run_folder(capsys):
+    run = Path("runs/linear_ae-digits/0")
+    fit("--model=linear_ae", "--trainer.logger", "[TensorBoardLogger, CSVLogger]")
+    assert list(run.glob("events*")) and "val/loss" in (run / "metrics.csv").read_text()
+    before = (run / "metrics.csv").read_text()
+    main(["fit", f"--ckpt_path={run}", "--trainer.max_epochs=2"])
+    assert (run / "metrics-0.csv").read_text() == before != (run / "metrics.csv").read_text()
+    Path("mine.yaml").write_text("model: linear_ae\ntrainer: {logger: CSVLogger}\n")
+    fit("-c", "mine.yaml")
+    assert {"metrics.csv", "config.yaml", "checkpoints"} <= {path.name for path in Path("runs/mine/0").iterdir()}
+    assert [path.name for path in Path().iterdir() if path.is_dir()] == ["runs"]
+
+
+def test_warnings_are_one_line_without_source(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    cli_main._shorten_warnings()
+    assert warnings.formatwarning("two\nlines", UserWarning, "a.py", 3) == "aezoo: warning: two lines\n"
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ def test_every_kind_of_sample_is_denoised_and_written(tmp_path, shape):
     rows = list(csv.DictReader((tmp_path / "denoise.csv").read_text().splitlines()))
     filters = {1: [], 2: ["median filter", "total variation"], 4: ["median filter", "total variation"]}
     more = filters.get(len(shape), ["median filter", "total variation", "non-local means"])
-    assert [row["method"] for row in rows] == ["DenseAE", "identity", *more]
+    assert [row["method"] for row in rows] == ["dense_ae", "identity", *more]
     assert [float(row["mse"]) for row in rows] == pytest.approx([row["mse"] for row in found.table])
 
 

@@ -22,6 +22,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import reproducibility, tables
 from aezoo.tasks.codec.indices import Indices, Prior, index_sizes, on_device
+from aezoo.training.model_names import display_name
 
 Advance = Callable[[float], object]
 _MAX_CODES = 1 << 16
@@ -50,7 +51,7 @@ class AutoregressiveCoder:
         self._sizes = [int(symbol) + 1 for symbol in largest[0]]
         if max(self._sizes) > _MAX_CODES:
             raise AezooError(
-                f"{type(model).__name__} has a codebook of {max(self._sizes):,} codes, and under a prior at most "
+                f"{display_name(type(model))} has a codebook of {max(self._sizes):,} codes, and under a prior at most "
                 f"{_MAX_CODES:,} can be coded: take smaller codebooks"
             )
 
@@ -133,7 +134,8 @@ class AutoregressiveCoder:
                 cdf = np.exp(selected - selected.max(1, keepdims=True)).cumsum(1)
             if selected.shape[1] != k or not np.isfinite(cdf).all():
                 raise AezooError(
-                    f"the prior of {type(self._model).__name__} gives no {k} probabilities for a token: train it again"
+                    f"the prior of {display_name(type(self._model))} gives no {k} probabilities for a token: "
+                    "train it again"
                 )
             return tables.from_cdf(cdf[:, :-1] / cdf[:, -1:])
 

@@ -27,6 +27,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
 from aezoo.tasks.samples import reference_tensor
+from aezoo.training.model_names import display_name
 
 Symbols = npt.NDArray[np.int64]
 _HALF_BITS = 16  # bits of each half of an escaped integer
@@ -91,7 +92,9 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
     """
     result: Symbols = model.encode_symbols(x.to(reference_tensor(model))).cpu().numpy()
     if not ((result > -_MAX_SYMBOL) & (result < _MAX_SYMBOL)).all():  # -2^40 stands for NaN
-        raise AezooError(f"{type(model).__name__} gives codes that are NaN, infinite or above 2^31: train it again")
+        raise AezooError(
+            f"{display_name(type(model))} gives codes that are NaN, infinite or above 2^31: train it again"
+        )
     return result
 
 

@@ -31,6 +31,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.samples import reference_tensor
+from aezoo.training.model_names import display_name
 
 Indices = npt.NDArray[np.int64]
 _DIGIT_BITS = 16  # bits of a digit, and of the largest table
@@ -90,7 +91,7 @@ def model_codebooks(model: DiscreteAutoencoder) -> list[Codebook]:
     ]
     if not np.array_equal(np.sort(np.concatenate([codebook.columns for codebook in codebooks])), np.arange(d)):
         raise AezooError(
-            f"the codebooks of {type(model).__name__} must hold each index of a sample once: mend its `codebooks`"
+            f"the codebooks of {display_name(type(model))} must hold each index of a sample once: mend its `codebooks`"
         )
     return codebooks
 
@@ -111,7 +112,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
     """
     found: Indices = model.encode_indices(x.to(reference_tensor(model))).flatten(1).cpu().numpy()
     if not ((found >= 0) & (found < sizes)).all():
-        raise AezooError(f"{type(model).__name__} gives indices that are not in its codebooks: train it again")
+        raise AezooError(f"{display_name(type(model))} gives indices that are not in its codebooks: train it again")
     return found
 
 

@@ -35,6 +35,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.levels import Levels, level_cdf
 from aezoo.tasks.codec.tables import Floats, Stack, Words
+from aezoo.training.model_names import display_name
 
 
 class _SingleLayer:
@@ -66,7 +67,9 @@ def latent_chain(model: Autoencoder) -> LatentChain:
     if callable(own):
         return cast(LatentChain, own())
     if not model.normal_prior:
-        raise AezooError(f"lossless needs a Gaussian posterior and prior, and {type(model).__name__} has none: {cure}")
+        raise AezooError(
+            f"lossless needs a Gaussian posterior and prior, and {display_name(type(model))} has none: {cure}"
+        )
     return LatentChain([_SingleLayer(model)], lambda z: model.decoder(z[-1]), model.likelihood, model.input_shape)
 
 

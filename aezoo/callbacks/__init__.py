@@ -13,6 +13,7 @@ from aezoo.callbacks.filters import Filters
 from aezoo.callbacks.histograms import Histograms
 from aezoo.callbacks.interrupt import Interrupt
 from aezoo.callbacks.latents import LatentScatter, Projector
+from aezoo.callbacks.learning_curves import LearningCurves
 from aezoo.callbacks.predictions import PredictionWriter
 from aezoo.callbacks.progress import ProgressBar
 from aezoo.callbacks.reconstructions import Reconstructions
@@ -36,6 +37,7 @@ __all__ = [
     "Histograms",
     "Interrupt",
     "LatentScatter",
+    "LearningCurves",
     "PredictionWriter",
     "ProgressBar",
     "Projector",

@@ -278,6 +278,47 @@ def _bars(
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], title: str = "") -> "Figure":
+    """Losses by epoch, of the whole run and of its second half, with the lowest value of the last one marked.
+
+    Args:
+        epochs: counted from 1.
+        losses: by name, one value an epoch; NaN where there is none.
+        title: a line above.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    half = len(epochs) // 2 if len(epochs) >= 6 else 0
+    parts = {"all epochs": 0, "second half": half} if half else {"all epochs": 0}
+    figure = Figure(figsize=(4.6 * len(parts), 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    known = {name: np.asarray(values, float) for name, values in losses.items() if np.isfinite(values).any()}
+    for axes, (heading, start) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+        place = np.asarray(epochs[start:])
+        for name, values in known.items():
+            shown = np.isfinite(values[start:])
+            colour = "tab:blue" if name.startswith("train") else "tab:orange"
+            marker = "o" if len(place) <= 30 else None
+            axes.plot(place[shown], values[start:][shown], marker=marker, ms=3, color=colour, label=name)
+        if known:
+            last = [*known.values()][-1]
+            best = int(np.nanargmin(last))
+            if best >= start:
+                text = f"lowest: {last[best]:.5g}, epoch {epochs[best]}"
+                axes.plot([epochs[best]], [last[best]], "o", ms=8, mfc="none", color="0.15", label=text)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("nats per sample")
+        axes.set_title(heading, fontsize=9, color=_GREY, loc="left")
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9, color=_GREY)
+    return figure
+
+
 # ---- codes ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import box, get_console
 from rich.table import Table
 
+from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
 from aezoo.callbacks.checkpoints import checkpoint_callback
+from aezoo.callbacks.diagnosis import diagnose
+from aezoo.callbacks.learning_curves import LearningCurves
 from aezoo.data import DataModule
 
 # columns beside the longest name that a frame and a path take at least
@@ -20,7 +24,7 @@ _MIN_WIDTH = 30
 
 
 class Summary(pl.Callback):
-    """At the end of fit, validate and test, a table: metrics, where the files are, and the next command to type.
+    """At the end of fit, validate and test, a table of metrics and files, what the curves say, and what to do next.
 
     Attributes:
         test_follows: set it if a test follows the fit at once: then one table at the end of the test holds everything.
@@ -30,6 +34,7 @@ class Summary(pl.Callback):
         super().__init__()
         self.test_follows = False
         self._trained: dict[str, str] = {}
+        self._notes: list[str] = []
         self._best = BestLoss()
         self._began = time.monotonic()
 
@@ -53,27 +58,43 @@ class Summary(pl.Callback):
         rows |= _metrics(trainer, "train/")
         rows["time"] = _duration(time.monotonic() - self._began)
         self._trained = rows
+        saver = checkpoint_callback(trainer)
+        histories = [one.curves for one in trainer.callbacks if isinstance(one, LearningCurves)]  # type: ignore[attr-defined]
+        run = shlex.quote(_short(self._folder)) if saver else None
+        self._notes = [str(verdict) for history in histories for verdict in diagnose(history, run)]
         if not self.test_follows:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             # only aezoo's data say which splits they have
-            testable = checkpoint_callback(trainer) and (not isinstance(data, DataModule) or "test" in data.splits())
+            testable = saver and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
-            print_summary("Trained", {**rows, **self._places(trainer)}, test + _tensorboard(trainer))
+            then = test + self._verbs(pl_module) * bool(saver) + _tensorboard(trainer)
+            print_summary("Trained", {**rows, **self._places(trainer)}, then, self._notes)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
             return
         trained = self._trained if self.test_follows else {}
         title = "Trained and tested" if trained else "Tested"
-        then = [_command("aezoo predict --ckpt_path", self._folder)] if trained else []
+        then = self._verbs(pl_module) if trained else []
         rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
-        print_summary(title, rows, then + _tensorboard(trainer))
+        print_summary(title, rows, then + _tensorboard(trainer), self._notes if trained else [])
 
     def state_dict(self) -> dict[str, Any]:
         return self._best.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best.load_state_dict(state_dict)
+
+    def _verbs(self, pl_module: pl.LightningModule) -> list[str]:
+        """Commands that use the model, those for which it was made first."""
+        model: Any = pl_module
+        suits = {
+            "denoise": getattr(model, "corruption", None) is not None,
+            "generate": getattr(model, "has_prior", False),
+            "compress": getattr(model, "discrete_code", False) or isinstance(model, EntropyCoded),
+        }
+        verbs = [*(verb for verb, is_suited in suits.items() if is_suited), "reconstruct", "detect", "embed"]
+        return [_command(f"aezoo {verb} --ckpt_path", self._folder) for verb in verbs]
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
         # testing a checkpoint outside a run folder creates none
@@ -88,8 +109,8 @@ class Summary(pl.Callback):
 
 
 @rank_zero_only
-def print_summary(title: str, rows: dict[str, str], commands: list[str]) -> None:
-    """Print rows as a table and, below it, commands to copy; without frames unless there is a wide terminal."""
+def print_summary(title: str, rows: dict[str, str], commands: list[str], notes: Sequence[str] = ()) -> None:
+    """Print rows as a table and, below it, notes and commands to copy; without frames unless in a wide terminal."""
     console = get_console()
     wide = max(map(len, rows), default=0)
     # in a narrow window, a frame would leave no room for values
@@ -100,11 +121,14 @@ def print_summary(title: str, rows: dict[str, str], commands: list[str]) -> None
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
+        for note in notes:
+            console.print("Note:", note, soft_wrap=True, highlight=False, markup=False)
         for i, command in enumerate(commands):
             # a line broken by us could not be copied
             console.print("Next:" if i == 0 else "     ", command, soft_wrap=True, highlight=False, markup=False)
         return
     lines = [f"{title}", *(f"  {name:{wide}}  {value}" for name, value in rows.items())]
+    lines += [f"Note: {note}" for note in notes]
     print("\n".join([*lines, *(f"Next: {command}" for command in commands)]), flush=True)
 
 

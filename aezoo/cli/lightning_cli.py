@@ -41,6 +41,7 @@ from aezoo.training.model_names import display_name
 DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "progress": callbacks.ProgressBar,
     "throughput": callbacks.Throughput,
+    "learning_curves": callbacks.LearningCurves,
     "code_statistics": callbacks.CodeStatistics,
     "reconstructions": callbacks.Reconstructions,
     "samples": callbacks.Samples,

@@ -1,0 +1,235 @@
+"""What the loss curves of a run say, in one line each; docs/training.md explains every line."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# One-sided normal quantile of 0.001: of a thousand level curves with independent noise, one seems to have a trend.
+_Z = 3.09
+# The least change that is worth a word: of what the whole run has gained, 1 %.
+_GAIN = 0.01
+# Epochs from which on the test for a trend has a normal approximation (Kendall 1970); fewer must all be in order.
+_MANY = 8
+_BLOCKS = 512
+# Adam at its usual learning rate of 0.001 moves a weight by at most 0.5 in so many steps.
+_FEW_STEPS = 500
+# Units that a code can lose without a word, as a share.
+_DEAD = 0.1
+# PCA is fitted to a few hundred validation samples; a model that is 10 % worse than that is worse than PCA.
+_PCA_MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The history of a run.
+
+    Attributes:
+        epochs: the epochs that have ended, counted from 1.
+        train: the mean training loss of each; NaN where it is not known.
+        val: the validation loss after each; NaN after an epoch without validation.
+        steps: optimiser steps in all.
+        limit: the setting that ended the run, max_epochs or max_steps.
+        patience: epochs without improvement after which early stopping ended the run; 0 if it did not.
+        dead_units: units of the code that hold no information.
+        units: the size of the code; 0 if its units cannot be counted.
+        mse: the best mean squared error on validation samples; NaN if there is none that PCA's can be compared with.
+        pca_mse: that of PCA with as many components as the code has units.
+    """
+
+    epochs: Sequence[int]
+    train: Sequence[float]
+    val: Sequence[float]
+    steps: int = 0
+    limit: str = "max_epochs"
+    patience: int = 0
+    dead_units: int = 0
+    units: int = 0
+    mse: float = math.nan
+    pca_mse: float = math.nan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line about a run.
+
+    Attributes:
+        section: the heading of docs/training.md that explains it, as an anchor.
+        text: what is the case, and what to do.
+    """
+
+    section: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text}; see {page()}#{self.section}"
+
+
+def page() -> Path:
+    """The page about these verdicts: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    found = [docs for docs in (package / "docs", package.parent / "docs") if docs.is_dir()]
+    path = (found or [Path("docs")])[0] / "training.md"
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
+    """What the curves of a run say, the most important first; nothing where they are too short to say anything.
+
+    Args:
+        curves: the history.
+        run: the run's folder, for commands; None if it cannot be continued.
+    """
+    name, epochs, losses = _monitored(curves)
+    found = [_overfitting(curves), _stopped_early(curves, name, epochs, losses)]
+    if not any(found):
+        found += [_too_few_steps(curves, losses, run) or _trend(curves, name, epochs, losses, run)]
+    found += [_worse_than_pca(curves), _dead_units(curves)]
+    return [verdict for verdict in found if verdict is not None]
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def _overfitting(curves: Curves) -> Verdict | None:
+    pairs = [
+        (epoch, train, val)
+        for epoch, train, val in zip(curves.epochs, curves.train, curves.val, strict=True)
+        if math.isfinite(train) and math.isfinite(val)
+    ]
+    if not pairs:
+        return None
+    val = [pair[2] for pair in pairs]
+    best = val.index(min(val))
+    later = pairs[best + 1 :]  # without the best epoch, which is below its neighbours in any noise
+    rise = _mean([pair[2] for pair in later[-3:]]) - val[best] if later else 0.0
+    # a rise at the very end may be noise, so that a few epochs are not enough
+    if len(later) < 5 or rise <= _GAIN * _range(val) or not _rises([pair[2] for pair in later]):
+        return None
+    if not _falls([pair[1] for pair in later]):
+        return None
+    return Verdict(
+        "overfitting",
+        f"training loss falls, validation loss has risen since epoch {pairs[best][0]}: overfitting; the best "
+        "checkpoint is from before; try more data, --model.weight_decay 1e-4, or a smaller network or code",
+    )
+
+
+def _stopped_early(curves: Curves, name: str, epochs: list[int], losses: list[float]) -> Verdict | None:
+    if not curves.patience or not losses:
+        return None
+    best = epochs[losses.index(min(losses))]
+    return Verdict(
+        "stopped-early",
+        f"stopped early: {curves.patience} epochs without improvement of {name} after epoch {best}; a larger "
+        "--early_stopping.patience waits longer",
+    )
+
+
+def _too_few_steps(curves: Curves, losses: list[float], run: str | None) -> Verdict | None:
+    undecided = len(losses) < 3 or _gain(losses) is not None
+    if not 0 < curves.steps < _FEW_STEPS or not undecided:
+        return None
+    many = math.ceil(len(curves.epochs) * _FEW_STEPS / curves.steps)
+    limit = f"--trainer.max_epochs {many}" if curves.limit == "max_epochs" else f"--trainer.max_steps {_FEW_STEPS}"
+    return Verdict(
+        "too-few-steps",
+        f"{curves.steps} steps only: {_continuation(run, limit)}; a smaller --data.batch_size makes more steps of an "
+        "epoch",
+    )
+
+
+def _trend(curves: Curves, name: str, epochs: list[int], losses: list[float], run: str | None) -> Verdict | None:
+    gain = _gain(losses)
+    if gain is not None:
+        last = _window(losses)
+        now = curves.epochs[-1] if curves.limit == "max_epochs" else curves.steps
+        return Verdict(
+            "still-improving",
+            f"still improving ({name} fell by {gain:.3g} in the last {epochs[-1] - epochs[-last] + 1} epochs): "
+            f"{_continuation(run, f'--trainer.{curves.limit} {2 * now}')}",
+        )
+    if len(losses) < _MANY:
+        return None
+    level = losses[-_window(losses) :]
+    if _rises(level):
+        return Verdict("rising", f"{name} rises, training loss does not fall: try a smaller --model.lr")
+    return Verdict("level", f"{name} has been level for {len(level)} epochs: more of the same will hardly help")
+
+
+def _worse_than_pca(curves: Curves) -> Verdict | None:
+    if not curves.mse > _PCA_MARGIN * curves.pca_mse:  # also if one is NaN
+        return None
+    return Verdict(
+        "worse-than-pca",
+        f"worse than PCA of the same size: mean squared error {curves.mse:.3g}, PCA with {curves.units} components "
+        f"{curves.pca_mse:.3g}; try more epochs, another --model.lr or a wider network",
+    )
+
+
+def _dead_units(curves: Curves) -> Verdict | None:
+    if curves.dead_units < max(1, _DEAD * curves.units):
+        return None
+    dead = f"{curves.dead_units} dead unit{'s' * (curves.dead_units > 1)}"
+    return Verdict(
+        "dead-units", f"the code has {dead} of {curves.units}: they are the same for every sample, a smaller code does"
+    )
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def _monitored(curves: Curves) -> tuple[str, list[int], list[float]]:
+    """The validation loss, or the training loss of a run without validation: its name, epochs and values."""
+    for name, values in (("val/loss", curves.val), ("train/loss", curves.train)):
+        known = [(epoch, loss) for epoch, loss in zip(curves.epochs, values, strict=True) if math.isfinite(loss)]
+        if known:
+            return name, [epoch for epoch, _ in known], [loss for _, loss in known]
+    return "loss", [], []
+
+
+def _window(losses: Sequence[float]) -> int:
+    """How many of the last epochs show where a curve goes: a third of them, or a few."""
+    return min(len(losses), max(_MANY, len(losses) // 3))
+
+
+def _gain(losses: Sequence[float]) -> float | None:
+    """By how much a loss fell in its last epochs, if that is no noise and worth a word."""
+    last = losses[-_window(losses) :]
+    if len(last) < 2 or not _falls(last):
+        return None
+    half = len(last) // 2
+    # the means of two halves lie half a window apart
+    gain = 2 * (_mean(last[:half]) - _mean(last[-half:])) if half > 1 else last[0] - last[-1]
+    return gain if gain > _GAIN * _range(losses) else None
+
+
+def _falls(values: Sequence[float]) -> bool:
+    return _rises([-value for value in values])
+
+
+def _rises(values: Sequence[float]) -> bool:
+    """Whether values rise by the test of Mann (1945), which takes no shape of the curve or the noise for granted."""
+    size = -(-len(values) // _BLOCKS)
+    # the latest values in blocks of one size; all pairs of more would take long
+    means_N = np.asarray(values[len(values) % size :], float).reshape(-1, size).mean(1)
+    n = len(means_N)
+    score = np.sign(np.triu(means_N[None] - means_N[:, None])).sum()
+    if n < _MANY:
+        return bool(score == n * (n - 1) // 2)
+    return bool((score - 1) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18) > _Z)
+
+
+def _range(losses: Sequence[float]) -> float:
+    """What a run has gained."""
+    return max(losses[0] - min(losses), 0.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _continuation(run: str | None, limit: str) -> str:
+    return f"aezoo fit --ckpt_path {run} {limit} goes on" if run else f"{limit} goes on"

@@ -1,0 +1,81 @@
+"""What hand-made loss curves are said to show."""
+
+import math
+import re
+import time
+
+import pytest
+from example_curves import DOCS, EXAMPLES, curves, falling
+
+from aezoo.callbacks.diagnosis import Curves, diagnose, page
+
+
+def sections(history, run="runs/vae/0"):
+    return [verdict.section for verdict in diagnose(history, run)]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_curves_get_their_verdict(name):
+    (verdict,) = diagnose(EXAMPLES[name], "runs/vae/0")
+    assert verdict.section == name
+    assert re.search(f"^## {name.replace('-', ' ').capitalize()}\n\n.*pictures/{name}.png", page().read_text(), re.M)
+    assert (DOCS / "pictures" / f"{name}.png").is_file()
+    assert str(verdict).endswith(f"training.md#{name}") and "\n" not in str(verdict)
+
+
+def test_verdicts_hold_the_figures_and_the_command():
+    texts = {name: diagnose(history, "runs/vae/0")[0].text for name, history in EXAMPLES.items()}
+    assert texts["still-improving"].endswith("aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 120 goes on")
+    assert texts["too-few-steps"].startswith(
+        "80 steps only: aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 125 "
+    )
+    assert re.search(r"risen since epoch 2\d: overfitting", texts["overfitting"])
+    assert "20 epochs without improvement of val/loss after epoch 25" in texts["stopped-early"]
+    steps = curves(falling(30), falling(30), limit="max_steps")
+    assert "goes on" in diagnose(steps)[0].text and "--ckpt_path" not in diagnose(steps)[0].text
+    assert "--trainer.max_steps 6000 goes on" in diagnose(steps)[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [15, 60])
+def test_noisy_plateaus_raise_no_alarm(n):
+    alarms = 0
+    for seed in range(1000):
+        noise = (0.1, 3.0, 10.0)[seed % 3]
+        level = curves(falling(0.8), falling(0.8, 104), noise, steps_per_epoch=10 ** (seed % 4), n=n, seed=seed)
+        alarms += sections(level) != ["level"]
+    assert alarms <= 5
+
+
+def test_code_and_pca_are_compared():
+    level = curves(falling(5), falling(5), 0.5)
+    values = {"epochs": level.epochs, "train": level.train, "val": level.val, "steps": 3000, "units": 16}
+    assert sections(Curves(**values, dead_units=1)) == ["level"]
+    found = diagnose(Curves(**values, dead_units=5, mse=0.035, pca_mse=0.027))
+    assert [verdict.section for verdict in found] == ["level", "worse-than-pca", "dead-units"]
+    assert "mean squared error 0.035, PCA with 16 components 0.027" in found[1].text
+    assert "the code has 5 dead units of 16" in found[2].text
+    for mse, pca_mse in ((0.028, 0.027), (math.nan, 0.027), (0.035, math.nan)):
+        assert sections(Curves(**values, mse=mse, pca_mse=pca_mse)) == ["level"]
+    assert {"## Worse than PCA", "## Dead units"} <= set(page().read_text().splitlines())
+
+
+def test_curves_with_gaps_and_short_ones_are_read():
+    assert sections(Curves((), (), ())) == []
+    one = Curves((1,), (3.0,), (math.nan,), steps=10)
+    assert sections(one) == ["too-few-steps"]
+    untouched = curves(falling(30), falling(30), n=60)
+    gaps = [loss if epoch % 5 == 0 else math.nan for epoch, loss in zip(untouched.epochs, untouched.val, strict=True)]
+    assert sections(Curves(untouched.epochs, untouched.train, gaps, 3000)) == ["still-improving"]
+    nowhere = [math.nan] * 60
+    (verdict,) = diagnose(Curves(untouched.epochs, untouched.train, nowhere, 3000))
+    assert "train/loss fell" in verdict.text
+    # a rise of both is no overfitting, nor is a fall of both
+    assert sections(EXAMPLES["rising"]) == ["rising"]
+
+
+def test_long_curves_are_read_in_a_moment():
+    history = curves(falling(1000), falling(1000), 0.5, n=5000)
+    began = time.process_time()
+    assert sections(history)
+    assert time.process_time() - began < 0.2

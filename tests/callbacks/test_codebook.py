@@ -617,7 +617,7 @@ def test_codebook_callback_is_enabled_by_default(tmp_path, monkeypatch):
         "--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.accelerator=cpu",
     ])  # fmt: skip
     (folder,) = tmp_path.glob("runs/*/0")
-    assert {path.stem for path in (folder / "pictures").iterdir()} == PICTURES
+    assert {path.stem for path in (folder / "pictures").iterdir()} == {*PICTURES, "curves"}
     assert [info.tensor_name for info in embeddings(folder)] == ["codebook at step 3", "codes at step 3"]
     head, values = table(folder / "projector" / "codebook_labels.tsv")
     assert head == ["index", "chosen in epoch 1"] and len(values) == 32

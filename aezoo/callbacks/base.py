@@ -28,6 +28,11 @@ _SEED = 0
 _CHUNK = 128
 # 128 MiB of float32: the most that a callback keeps of large samples
 _MAX_STORED_VALUES = 2**25
+# the order in which TensorBoard shows pictures
+_PICTURES = (
+    "reconstructions", "samples", "latents", "latent_map", "traversal", "interpolation", "kl_per_dimension",
+    "codebook_indices", "codebook_usage", "codebook_frequencies", "filters", "atoms",
+)  # fmt: skip
 # samples or panels in one picture
 MAX_DRAWN = 10_000
 
@@ -88,7 +93,18 @@ def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") 
     pixels = render(figure)
     write_png(folder / f"{name}.png", pixels)
     for writer in tensorboard_writers(trainer):
-        writer.add_image(f"{folder.name}/{name}", pixels, trainer.global_step, dataformats="HWC")
+        writer.add_image(f"{folder.name}/{picture_title(name)}", pixels, trainer.global_step, dataformats="HWC")
+
+
+def picture_title(name: str) -> str:
+    """What TensorBoard calls a picture; it sorts by name, so that a number puts those first that are looked at first.
+
+    Args:
+        name: of the file, perhaps with a suffix.
+    """
+    words = name.replace("_", " ").replace("kl ", "KL ")
+    place = next((i for i, known in enumerate(_PICTURES, 1) if name.startswith(known)), None)
+    return words if place is None else f"{place:02} {words}"
 
 
 @contextmanager

@@ -43,8 +43,8 @@ class Codebook(Picture):
 
     - pictures/codebook_usage.png: one cell per code, row by row, from black (never chosen) to bright (often chosen). In
       codebooks of more than 65,536 codes a cell is a range of codes; codebooks of more than 2^24 codes are not counted.
-    - pictures/codebook_frequencies.png and the histogram codebook/use: codes from the most to the least chosen; a flat
-      curve if all are used equally.
+    - pictures/codebook_frequencies.png and the histogram `codebook use`: codes from the most to the least chosen, flat
+      if all are used equally.
 
     For the same validation samples each time:
 
@@ -175,7 +175,7 @@ class Codebook(Picture):
         postfix, counts = _suffix(name), counts[:_LEVELS]
         for level, counts_K in enumerate(counts):
             for writer in tensorboard_writers(self._trainer):
-                tag = f"codebook/use{postfix}{_level_suffix(level, counts)}"
+                tag = f"pictures/codebook use{postfix}{_level_suffix(level, counts)}"
                 write_rank_histogram(writer, tag, counts_K, self._trainer.global_step)
         labels = [f"{_usage_text(counts_K)} of {len(counts_K):,} codes used" for counts_K in counts]
         if len(counts) > 1:

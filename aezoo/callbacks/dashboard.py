@@ -1,7 +1,9 @@
 """What TensorBoard shows beside scalars and pictures."""
 
+import inspect
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +12,44 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
+from aezoo.data import DataModule
+from aezoo.data.settings import own_settings
 from aezoo.training.arguments import Checked
 from aezoo.training.model_names import display_name
 
 _PLAIN = (bool, int, float, str)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 _MAX_WAIT = 2.0
-# losses of two likelihoods do not compare; these do, and `best/` puts them into the columns that the tab opens with
+# losses of two likelihoods do not compare; these do
 _COMPARABLE = ("mse", "psnr", "ssim")
+# what every run is asked for, even if it has the default
+_ALWAYS = {"model", "model.latent_dim", "model.lr", "data.name", "data.batch_size", "trainer.max_epochs"}
+# how a machine reads data changes no result
+_OF_MACHINE = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
+
+
+class Logger(TensorBoardLogger):
+    """A TensorBoardLogger whose page begins with the loss: the number of the epoch is with the figures of training."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({"train/epoch" if key == "epoch" else key: value for key, value in metrics.items()}, step)
 
 
 class Dashboard(Checked, pl.Callback):
-    """TensorBoard's Custom Scalars, Text and HParams tabs.
+    """TensorBoard's first chart, and its Custom Scalars, Text and HParams tabs.
 
-    Custom Scalars has one chart per loss term, training and validation together. Text holds the run's config.yaml, or
-    the hyperparameters of model and data if there is none. HParams shows the run from its first step on, beside the
-    other runs under the same folder, with hyperparameters, all scalars and, at the end, `best/val_loss` and the other
-    metrics of that validation that can be compared between models: `best/val_mse`, .... There a resumed run keeps the
-    hyperparameters of its first start; Text has the settings of each start.
+    The first chart, `loss`, has the losses of training and validation. TensorBoard draws two curves in one chart if
+    they have the same name in two runs, so they are in the folders `train` and `val` of the run. Custom Scalars has
+    such a chart for each loss term. Text holds the run's config.yaml, or the hyperparameters of model and data if there
+    is none. HParams shows the run from its first step on, beside the other runs under the same folder, with the
+    hyperparameters that differ from their defaults, all scalars and, at the end, those of the best validation that can
+    be compared between models, in the folder `best`, so that they have no charts of their own. There a resumed run
+    keeps the hyperparameters of its first start; Text has the settings of each start.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 
     Args:
-        layout: write the Custom Scalars tab.
+        layout: write the first chart and the Custom Scalars tab.
         text: write the Text tab.
         hparams: write the HParams tab.
     """
@@ -44,9 +61,12 @@ class Dashboard(Checked, pl.Callback):
         self._figures: dict[str, float] = {}
         self._laid_out = False
         self._opened: set[str] = set()
+        self._parts: dict[Path, Any] = {}
+        self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         silent = is_dry_run(trainer) or not trainer.is_global_zero
+        self._began, self._ended, self._parts = trainer.global_step, False, {}
         self._laid_out = not self.layout or silent
         # not in on_fit_start, which still counts a resumed run's steps from 0
         self._start(trainer, pl_module)
@@ -66,8 +86,24 @@ class Dashboard(Checked, pl.Callback):
             for writer in tensorboard_writers(trainer):
                 writer.add_custom_scalars(scalars_layout(terms))
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # the model logs the loss of training after this hook, so it is read in the next one
+        self._ended = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_train(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write_train(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._write_train(trainer)
+        self._close()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if self.layout:
+                self._write(trainer, "val", {"loss": trainer.callback_metrics.get("val/loss")})
             before = self._best.epoch
             self._best.update(trainer)
             if self._best.epoch != before:
@@ -75,11 +111,14 @@ class Dashboard(Checked, pl.Callback):
                 self._figures = {name: float(value) for name, value in figures.items() if value is not None}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        best = {"loss": self._best.value, **self._figures} if self._best.epoch >= 0 else {}
-        self._end(trainer, {f"best/val_{name}": value for name, value in best.items()})
+        if self.hparams and self._best.epoch >= 0:
+            figures = {f"val/{name}": value for name, value in self._figures.items()}
+            self._write(trainer, "best", {"loss": self._best.value, **figures})
+        self._end(trainer)
+        self._close()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, {})
+        self._end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._best.state_dict(), "figures": self._figures}
@@ -100,16 +139,40 @@ class Dashboard(Checked, pl.Callback):
             if self.text:
                 writer.add_text("config", f"```yaml\n{written}\n```", trainer.global_step)
             if self.hparams:
-                self._summary(writer, values, end=False)
+                self._summary(writer, differing(values, trainer, pl_module), end=False)
 
-    def _end(self, trainer: pl.Trainer, best: dict[str, float]) -> None:
-        if not self.hparams or not trainer.is_global_zero or is_dry_run(trainer):
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self.hparams and trainer.is_global_zero and not is_dry_run(trainer):
+            for writer in tensorboard_writers(trainer):
+                self._summary(writer, {}, end=True)
+
+    def _write_train(self, trainer: pl.Trainer) -> None:
+        if self._ended and self.layout:
+            self._write(trainer, "train", {"loss": trainer.callback_metrics.get("train/loss")})
+        self._ended = False
+
+    def _write(self, trainer: pl.Trainer, part: str, values: Mapping[str, Any]) -> None:
+        """Write scalars at the last step into a folder below that of the event files."""
+        if not trainer.is_global_zero or is_dry_run(trainer):
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                if best:
-                    logger.log_metrics(best, step=trainer.global_step)
-                self._summary(logger.experiment, {}, end=True)
+        from torch.utils.tensorboard import SummaryWriter
+
+        for above in tensorboard_writers(trainer):
+            folder = Path(above.log_dir) / part
+            if folder not in self._parts:
+                self._parts[folder] = SummaryWriter(folder)
+                if self._began:
+                    purge_later_steps(self._parts[folder], self._began)
+            for name, value in values.items():
+                if value is not None:
+                    # the step that Lightning gives to the last batch
+                    self._parts[folder].add_scalar(name, float(value), trainer.global_step - 1)
+            self._parts[folder].flush()
+
+    def _close(self) -> None:
+        for writer in self._parts.values():
+            writer.close()
+        self._parts = {}
 
     @staticmethod
     def _summary(writer: Any, values: dict[str, Any], end: bool) -> None:
@@ -158,6 +221,22 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
         term: ["Multiline", [f"^{re.escape(f'{stage}/{term}')}$" for stage in ("train", "val")]] for term in terms
     }
     return {"loss terms": charts}
+
+
+def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Of all hyperparameters those that tell runs apart: not those with defaults, nor those of other data sources."""
+    data: Any = getattr(trainer, "datamodule", None)
+    taken = own_settings(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
+    kept = {"trainer.max_epochs": trainer.max_epochs}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        owner = type(data if section == "data" else pl_module)
+        parameter = inspect.signature(owner).parameters.get(key)
+        is_default = parameter is not None and str(parameter.default) == str(value)
+        is_foreign = section == "data" and taken and (key not in taken or key in _OF_MACHINE)
+        if name in _ALWAYS or not (is_default or is_foreign):
+            kept[name] = value
+    return kept
 
 
 def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

@@ -129,26 +129,31 @@ def mosaic_figure(
     zoom = min(zoom, 2 * _WIDE / longest)
     # flat samples, such as sequences of many channels, are stretched until a label fits beside them
     zooms = max(zoom, -(-_MIN_SIZE // height)), max(zoom, -(-_MIN_SIZE // width))
-    margin = 12
-    label_width = 8 * max((len(label) for label in row_labels), default=-1) + 8
-    header = 20 * bool(title) + 18 * bool(column_labels)
     wide, high = canvas.shape[1] * zooms[1], canvas.shape[0] * zooms[0]
-    full_width = max(wide + label_width + 2 * margin, 8 * len(title) + 2 * margin)
+    step = (height + gap) * zooms[0], (width + gap) * zooms[1]
+    margin = 12
+    # points; readable where a wide mosaic is shown small, as on TensorBoard's page
+    size = min(max(9.0, 0.018 * wide), 18.0)
+    # pixels; no wider than its column
+    letter = 0.9 * size
+    column_size = min(size, step[1] / (0.9 * max((len(label.strip()) for label in column_labels), default=1)))
+    label_width = round(letter * max((len(label) for label in row_labels), default=-1)) + 8
+    header = round(2.2 * size) * bool(title) + round(2 * column_size) * bool(column_labels)
+    full_width = max(wide + label_width + 2 * margin, round(letter * len(title)) + 2 * margin)
     full_height = high + header + 2 * margin
     figure = Figure(figsize=(full_width / _DPI, full_height / _DPI), dpi=_DPI, facecolor="white")
     left, bottom = label_width + margin, margin
     axes = figure.add_axes((left / full_width, bottom / full_height, wide / full_width, high / full_height))
     axes.imshow(canvas, interpolation="nearest" if zoom >= 1 else "antialiased", aspect="auto")
     axes.set_axis_off()
-    step = (height + gap) * zooms[0], (width + gap) * zooms[1]
     for i, label in enumerate(row_labels):
         y = bottom + high - i * step[0] - height * zooms[0] / 2
-        figure.text((left - 8) / full_width, y / full_height, label, ha="right", va="center", fontsize=9)
+        figure.text((left - 8) / full_width, y / full_height, label, ha="right", va="center", fontsize=size)
     for j, label in enumerate(column_labels):
-        x = left + j * step[1] + width * zooms[1] / 2
-        figure.text(x / full_width, (bottom + high + 4) / full_height, label, ha="center", va="bottom", fontsize=8)
+        x, y = left + j * step[1] + width * zooms[1] / 2, bottom + high + 4
+        figure.text(x / full_width, y / full_height, label, ha="center", va="bottom", fontsize=column_size)
     if title:
-        figure.text(margin / full_width, 1 - margin / full_height, title, va="top", fontsize=9, color=_GREY)
+        figure.text(margin / full_width, 1 - margin / full_height, title, va="top", fontsize=size, color=_GREY)
     return figure
 
 

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from aezoo.callbacks import dashboard
 from aezoo.errors import AezooError
 
 _PACKAGE = "lightning.pytorch.loggers"
@@ -45,12 +46,13 @@ def in_run_folder(loggers: Any, specs: Any, run_dir: Path, purge: dict[str, Any]
         AezooError: TensorBoard is not installed.
     """
     if loggers in (None, True):
-        return _moved(TensorBoardLogger, _DEFAULTS["TensorBoardLogger"], run_dir, purge)
+        return _moved(dashboard.Logger, _DEFAULTS["TensorBoardLogger"], run_dir, purge)
     if isinstance(loggers, list):
         pairs = zip(loggers, specs, strict=True)
         return [in_run_folder(logger, spec, run_dir, purge) for logger, spec in pairs]
     if isinstance(specs, Namespace) and specs.get("init_args", {}).get("save_dir") == "":
-        return _moved(type(loggers), dict(specs["init_args"]), run_dir, purge)
+        kind = dashboard.Logger if isinstance(loggers, TensorBoardLogger) else type(loggers)
+        return _moved(kind, dict(specs["init_args"]), run_dir, purge)
     return loggers
 
 

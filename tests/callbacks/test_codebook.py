@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import aezoo
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.callbacks import Codebook, Projector, is_enabled
+from aezoo.callbacks.base import picture_title
 from aezoo.callbacks.codebook import find_quantiser, level_codes
 from aezoo.callbacks.plotting import count_cells, count_figure, index_colours, index_grid, mosaic_figure, render
 from aezoo.cli import lightning_cli
@@ -113,10 +114,10 @@ def test_counts_cover_whole_validation_set(fit, counted, tmp_path):
 def test_histogram_shows_codes_sorted_by_use(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=1), n=45, max_epochs=2)
     found = events()
-    assert set(found.Tags()["histograms"]) == {"codebook/use_0", "codebook/use_1"}
+    assert set(found.Tags()["histograms"]) == {"pictures/codebook use_0", "pictures/codebook use_1"}
     expected = np.sort(by_hand(digits((1, 8, 8), 45).tensors[0])[0])[::-1]
-    assert [event.step for event in found.Histograms("codebook/use_0")] == [3, 6]
-    histogram = found.Histograms("codebook/use_0")[-1].histogram_value
+    assert [event.step for event in found.Histograms("pictures/codebook use_0")] == [3, 6]
+    histogram = found.Histograms("pictures/codebook use_0")[-1].histogram_value
     np.testing.assert_array_equal(histogram.bucket, expected)
     assert list(histogram.bucket_limit) == list(range(1, 17))
     assert (histogram.min, histogram.max, histogram.num) == (0, (expected > 0).sum(), expected.sum())
@@ -229,24 +230,24 @@ def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
     fit(model, Codebook(every_n_epochs=2), max_epochs=5)
     # three batches, one blank sample that tells the codebooks, and the samples that are drawn; epochs 2, 4 and the last
     assert model.encoded == 3 * (3 + 1 + 1)
-    assert set(events().Tags()["images"]) == {f"pictures/{name}" for name in PICTURES}
+    assert set(events().Tags()["images"]) == {f"pictures/{picture_title(name)}" for name in PICTURES}
     for name in PICTURES:
-        assert [image.step for image in events().Images(f"pictures/{name}")] == [6, 12, 15]
+        assert [image.step for image in events().Images(f"pictures/{picture_title(name)}")] == [6, 12, 15]
 
 
 @pytest.mark.slow
 def test_max_steps_end_in_all_pictures(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=5), max_epochs=-1, max_steps=6)
     for name in PICTURES:
-        assert [image.step for image in events().Images(f"pictures/{name}")] == [6]
+        assert [image.step for image in events().Images(f"pictures/{picture_title(name)}")] == [6]
 
 
 @pytest.mark.slow
 def test_early_stop_draws_last_weights_and_usage(fit, events):
     stop = EarlyStopping("val/loss", patience=2, min_delta=1e9)
     fit(Indexed(), Codebook(every_n_epochs=2), stop, max_epochs=20)
-    assert [image.step for image in events().Images("pictures/codebook_indices")] == [6, 9]
-    assert [image.step for image in events().Images("pictures/codebook_usage")] == [6]
+    assert [image.step for image in events().Images("pictures/08 codebook indices")] == [6, 9]
+    assert [image.step for image in events().Images("pictures/09 codebook usage")] == [6]
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": 2}, {"off": True}, {"model": Fake}, {"model": FakeVAE}], ids=str)

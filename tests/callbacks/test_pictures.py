@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aezoo.callbacks import Filters, LatentScatter, Projector, Reconstructions, Samples, Traversal
-from aezoo.callbacks.base import Picture, preserved_state
+from aezoo.callbacks.base import Picture, picture_title, preserved_state
 from aezoo.callbacks.filters import first_weights
 from aezoo.callbacks.latents import principal_plane
 from aezoo.callbacks.plotting import (
@@ -72,7 +72,7 @@ def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
     fit(FakeVAE((1, 8, 8), latent_dim=2), *all_pictures(every_n_epochs=2), max_epochs=5)
     found = events()
     tags = {"reconstructions", "samples", "traversal", "interpolation", "latent_map", "latents", "filters"}
-    assert set(found.Tags()["images"]) == {f"pictures/{tag}" for tag in tags}
+    assert set(found.Tags()["images"]) == {f"pictures/{picture_title(tag)}" for tag in tags}
     for tag in found.Tags()["images"]:
         # three steps an epoch; after epochs 2 and 4, and 5, the last
         assert [image.step for image in found.Images(tag)] == [6, 12, 15]
@@ -89,7 +89,7 @@ def test_early_stop_still_ends_in_pictures_of_the_last_weights(fit, events):
             trainer.should_stop = trainer.current_epoch == 1
 
     fit(Fake((1, 8, 8)), Stop(), Reconstructions(every_n_epochs=5), max_epochs=20)
-    assert [image.step for image in events().Images("pictures/reconstructions")] == [6]
+    assert [image.step for image in events().Images("pictures/01 reconstructions")] == [6]
 
 
 @pytest.mark.slow

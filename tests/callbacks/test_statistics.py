@@ -10,14 +10,17 @@ import pytest
 import torch
 import yaml
 from callback_fakes import Fake, FakeSparse, FakeVAE, digits
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from torch.distributions import Normal, kl_divergence
 
-from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Summary, Throughput
+import aezoo
+from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Reconstructions, Samples, Summary, Throughput
+from aezoo.callbacks.dashboard import Logger, differing, hyperparameters
+from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
 
@@ -54,7 +57,7 @@ def test_kl_is_drawn_and_logged(fit, events, tmp_path):
     fit(FakeVAE((1, 6, 6)), CodeStatistics(every_n_epochs=2), max_epochs=5)
     found = events()
     assert [e.step for e in found.Scalars("val/active_units")] == [5, 11]
-    assert [e.step for e in found.Images("pictures/kl_per_dimension")] == [6, 12]
+    assert [e.step for e in found.Images("pictures/07 KL per dimension")] == [6, 12]
     assert (tmp_path / "run" / "0" / "pictures" / "kl_per_dimension.png").is_file()
 
 
@@ -183,8 +186,8 @@ def context(folder: Path) -> TBContext:
     )
 
 
-def logger(folder: Path, version: str = "0") -> TensorBoardLogger:
-    return TensorBoardLogger(folder, name="run", version=version, default_hp_metric=False)
+def logger(folder: Path, version: str = "0") -> Logger:
+    return Logger(folder, name="run", version=version, default_hp_metric=False)
 
 
 @pytest.mark.slow
@@ -226,6 +229,43 @@ def test_text_tab_without_a_config_holds_the_hyperparameters(fit, events, tmp_pa
     assert values == {"model.latent_dim": 4, "model.denoising": False, "model.beta": 2.0, "model.lr": 0.01}
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found.Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_the_first_page_is_the_loss_and_then_pictures(fit, events, tmp_path):
+    callbacks = [Dashboard(), Reconstructions(every_n_epochs=1), Samples(every_n_epochs=1), Throughput()]
+    model = aezoo.create_model("vae", input_shape=(1, 8, 8), latent_dim=2)
+    fit(model, *callbacks, logger=logger(tmp_path), max_epochs=3)
+    run = tmp_path / "run" / "0"
+    tags = events().Tags()
+    groups = {tag.partition("/")[0] for part in [run, *run.iterdir()] if part.is_dir() for tag in scalars(part)}
+    assert groups == {"loss", "train", "val"} and tags["images"] == [
+        "pictures/01 reconstructions",
+        "pictures/02 samples",
+    ]
+    # TensorBoard sorts groups by name, and draws what has one name in one chart
+    assert sorted({*groups, "pictures"})[:2] == ["loss", "pictures"]
+    assert list(scalars(run / "train")) == list(scalars(run / "val")) == ["loss"]
+    written = scalars(run)
+    for part in ("train", "val"):
+        assert scalars(run / part)["loss"] == written[f"{part}/loss"]
+    assert [step for step, _ in written["train/epoch"]][-1] == 8
+
+
+def test_hparams_are_what_tells_runs_apart():
+    data = DataModule(name="digits", batch_size=32, num_workers=2, num_labels=50)
+    model = aezoo.create_model("vae", input_shape=(1, 8, 8), beta=4.0, hidden_dims=(3, 4))
+    trainer = SimpleNamespace(datamodule=data, max_epochs=7)
+    found = differing(hyperparameters(trainer, model), trainer, model)
+    always = {"model": "vae", "model.latent_dim": 16, "model.lr": 0.001, "data.name": "digits", "data.batch_size": 32}
+    changed = {"model.beta": 4.0, "model.hidden_dims": "(3, 4)", "trainer.max_epochs": 7}
+    assert found == {**always, **changed, "data.num_labels": 50}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
 def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
@@ -234,7 +274,7 @@ def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
     from tensorboard.plugins.hparams.list_session_groups import Handler
 
     best = []
-    for version, model in enumerate((FakeVAE((4,)), Fake((4,)))):
+    for version, model in enumerate((FakeVAE((4,), beta=3.0), Fake((4,)))):
         trainer = fit(model, Dashboard(), logger=logger(tmp_path, str(version)), max_epochs=3)
         from torch.utils.data import DataLoader
 
@@ -247,7 +287,9 @@ def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
     )
     # the second model has no beta, and the first run's columns do not decide for the second
     assert {"model", "model.latent_dim", "model.beta", "model.lr"} <= {info.name for info in experiment.hparam_infos}
-    assert {"val/loss", "test/loss", "best/val_loss"} <= {info.name.tag for info in experiment.metric_infos}
+    metrics = [(info.name.tag, info.name.group) for info in experiment.metric_infos]
+    # the table opens with the first
+    assert metrics[0] == ("loss", "best") and {("val/loss", ""), ("test/loss", "")} <= {*metrics}
     groups = Handler(
         request,
         backend,
@@ -261,9 +303,9 @@ def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
     ).run()
     found = {}
     for group in groups.session_groups:
-        metrics = {m.name.tag: m.value for m in group.metric_values}
-        found[group.hparams["model"].string_value] = metrics["best/val_loss"]
-        assert metrics["test/loss"] > 0
+        values = {(m.name.tag, m.name.group): m.value for m in group.metric_values}
+        found[group.hparams["model"].string_value] = values["loss", "best"]
+        assert values["test/loss", ""] > 0
     assert found == pytest.approx({"FakeVAE": best[0], "Fake": best[1]})
 
 
@@ -286,8 +328,9 @@ def test_best_metrics_are_those_of_best_epoch(fit, events, tmp_path):
             self.log_dict({"val/loss": loss, "val/mse": loss / 10, "val/nll": loss})
 
     trainer = fit(Falling((4,)), Dashboard(), max_epochs=3)
-    best = {tag: [e.value for e in events().Scalars(tag)] for tag in events().Tags()["scalars"] if "best" in tag}
-    assert best == {"best/val_loss": [3.0], "best/val_mse": [pytest.approx(0.3)]}
+    assert not [tag for tag in events().Tags()["scalars"] if "best" in tag]
+    best = scalars(tmp_path / "run" / "0" / "best")
+    assert best == {"loss": [(8, 3.0)], "val/mse": [(8, pytest.approx(0.3))]}
     resumed = Dashboard()
     resumed.load_state_dict(trainer.callbacks[0].state_dict())
     assert resumed.state_dict() == trainer.callbacks[0].state_dict()
@@ -310,6 +353,8 @@ def test_resume_from_older_checkpoint_does_not_repeat_curves(fit, events, tmp_pa
     run(4, ckpt_path=str(tmp_path / "two.ckpt"))
     # three steps an epoch; what the first run wrote at its last step stays; files of one second have no order
     assert sorted(event.step for event in events().Scalars("val/loss")) == [2, 5, 8, 11]
+    for part in ("train", "val"):
+        assert sorted(step for step, _ in scalars(tmp_path / "run" / "0" / part)["loss"]) == [2, 5, 8, 11]
     assert sorted(event.step for event in events().Scalars("end")) == [6, 12]
     assert sorted(event.step for event in events().Tensors("config/text_summary")) == [0, 6, 6]
 

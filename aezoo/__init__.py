@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aezoo.tasks.embed import embed
     from aezoo.tasks.generate import generate
     from aezoo.tasks.reconstruct import reconstruct
+    from aezoo.tasks.show import show
 
 _HOMES = {
     "AezooError": "aezoo.errors",
@@ -38,6 +39,7 @@ _HOMES = {
     "push_to_hub": "aezoo.io.hub",
     "reconstruct": "aezoo.tasks.reconstruct",
     "save_model": "aezoo.io.checkpoint",
+    "show": "aezoo.tasks.show",
 }
 __all__ = [
     "AezooError",
@@ -56,6 +58,7 @@ __all__ = [
     "push_to_hub",
     "reconstruct",
     "save_model",
+    "show",
 ]
 
 

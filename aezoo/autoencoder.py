@@ -199,6 +199,11 @@ class Autoencoder(RecordsArguments, TrainingModule):
                 return z, self.likelihood.mean(params), self.nll(params, x)
         return z, self.decode(z), self.anomaly_score(x)
 
+    def extra_repr(self) -> str:
+        """The first line of what torch prints of a module."""
+        n = sum(parameter.numel() for parameter in self.parameters())
+        return f"input_shape={self.input_shape}, code_shape={getattr(self, 'code_shape', None)}, {n:,} parameters"
+
     def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
         super().__init_subclass__(defaults=defaults)
         for name, value in traits.items():

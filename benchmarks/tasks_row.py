@@ -92,7 +92,7 @@ def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -
             out=out if name == names[-1] else None,
             seed=spec["seed"],
         )
-        for row in found.table:
+        for row in found.rows:
             ours = row["method"] in scores
             method = f"{spec['model']}, {row['method']}" if ours else _DETECTORS[row["method"]]
             cells = {"method": method, "kind": OURS if ours else BASELINE, "class": name}

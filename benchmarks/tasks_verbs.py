@@ -126,7 +126,7 @@ def _denoise(work: VerbInputs) -> list[Row]:
         work.model, work.test, corrupt=noise, baselines=bool(work.baselines) or work.out is not None,
         n_compared=work.spec["test_rows"], out=work.out, seed=work.seed,
     )  # fmt: skip
-    ours, *others = found.table
+    ours, *others = found.rows
     rows = [ours | {"method": work.name, "kind": OURS}]
     if work.baselines:
         rows += [row | {"kind": BASELINE, "error": row["setting"] if row["mse"] is None else ""} for row in others]

@@ -4,6 +4,8 @@ Everything goes through matplotlib's object interface, without pyplot's global s
 it is used: it takes a third of a second.
 """
 
+import functools
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,7 +190,7 @@ def panel_figure(
     names = list(panels[0])
     hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
     plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
-    colours = hues or [plain.get(name, f"C{i}") for i, name in enumerate(names)]
+    colours: list[Any] = hues or [plain.get(name, f"C{i}") for i, name in enumerate(names)]
     shown = [] if columns is None else _shown_columns(panels)
     width = 2.9 if columns is None else 3.4
     height = 1.7 if columns is None else 0.35 + len(shown) * max(0.2, 0.13 * len(names))
@@ -530,6 +532,20 @@ def render(figure: "Figure") -> Pixels:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png_bytes(figure: "Figure") -> bytes:
+    """The figure as a PNG file."""
+    content = io.BytesIO()
+    save_png(content, render(figure))
+    return content.getvalue()
+
+
+def displayable(figure: "Figure") -> "Figure":
+    """The same figure, which a notebook then shows without pyplot."""
+    # IPython asks every object for this method
+    vars(figure)["_repr_png_"] = functools.partial(png_bytes, figure)
+    return figure
 
 
 def write_png(path: Path, pixels: Pixels) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
+from aezoo.tasks.results import Result
 from aezoo.tasks.samples import Samples, progress_bar
 from aezoo.training import speed
 from aezoo.training.seeding import mix
@@ -61,20 +62,6 @@ _MAX_LINES = 20
 # largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
 _MOST = 11.0
 _UNSCALED = {"offset": torch.zeros(()), "factor": torch.ones(())}
-
-
-class Result(Protocol):
-    """The result of a verb.
-
-    Attributes:
-        files: the files written.
-    """
-
-    files: list[Path]
-
-    def summary(self) -> str:
-        """Lines for the terminal."""
-        ...
 
 
 def main(argv: list[str]) -> None:

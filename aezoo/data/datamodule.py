@@ -375,6 +375,16 @@ class DataModule(RecordsArguments, LightningDataModule):
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
         return f"{self.name}: {sizes}, {'x'.join(map(str, self.input_shape))}, {classes}"
 
+    def __repr__(self) -> str:
+        if not self._splits:
+            sizes = f"samples of {'x'.join(map(str, self.input_shape))}, not read yet"
+        else:
+            sizes = self.describe().removeprefix(f"{self.name}: ")
+        return f"DataModule({self.name}: {sizes}, batches of {self.batch_size})"
+
+    # Lightning's makes a loader of every split
+    __str__ = __repr__
+
     def _prepared_splits(self) -> dict[Stage, Dataset[Any]]:
         self.setup()
         return self._splits

@@ -439,10 +439,11 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
 
 def text_columns(values: Any) -> list[str]:
     """The columns of a DataFrame that hold no numbers; [] of anything else."""
-    kinds = getattr(values, "dtypes", ())
-    named = hasattr(values, "columns") and hasattr(kinds, "items")
-    # booleans with missing values, and integers with them, are numbers of pandas
-    return [str(name) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"] if named else []
+    kinds: Any = getattr(values, "dtypes", {})
+    if not (hasattr(values, "columns") and hasattr(kinds, "items")):
+        return []
+    # pandas' own dtypes of numbers with missing values have a kind, too
+    return [str(name) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"]
 
 
 def parse_labels(texts: list[str]) -> Any:

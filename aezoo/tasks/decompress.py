@@ -8,7 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,33 +20,38 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.data.columns import COLUMNS, Columns
+from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
-from aezoo.tasks.result_store import Store
-from aezoo.tasks.samples import evaluation_mode, reference_tensor
+from aezoo.tasks.result_store import Row, Store
+from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
+from aezoo.tasks.show import show
 
 # bytes of columns.json
 _MAX_COLUMNS = 2**26
 
 
-@dataclass
-class Decompression:
+@dataclass(repr=False)
+class Decompression(Result):
     """The content of a file.
 
     Attributes:
         x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other.
         mode: lossless, lossy, indices, prior or learned.
         same: whether every sample equals to the bit what `compress` decoded when it checked the file.
-        files: the files written.
     """
 
     x: npt.NDArray[Any]
     mode: str
     same: bool
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        n, *shape = self.x.shape
+        return f"{n:,} samples of {sizes(shape)}, {self.mode}"
 
     def summary(self) -> str:
         """The number of samples, and whether they are the same bytes."""
@@ -114,9 +119,16 @@ def decompress(
         if kind == "png":
             _write_images(store, x)
         if kind == "csv" and columns is not None:
-            # bytes are those of a lossless file, 255 for 1
-            store.table("samples", columns.rows(x / np.float32(255) if x.dtype == np.uint8 else x))
-    return Decompression(x, header.mode, same, store.files)
+            store.table("samples", _rows(x, columns))
+    tabulate = functools.partial(_rows, x, columns if kind == "csv" else None)
+    draw = functools.partial(show, Samples(ArrayDataset(torch.from_numpy(x)), name=Path(file).name, columns=columns))
+    return Decompression(x, header.mode, same, files=store.files, tabulate=tabulate, draw=draw)
+
+
+def _rows(x: npt.NDArray[Any], columns: Columns | None) -> Iterator[Row]:
+    flat = x.reshape(len(x), -1)
+    # bytes are those of a lossless file, 255 for 1
+    return (columns or Columns((), {}, flat.shape[1])).rows(flat / np.float32(255) if x.dtype == np.uint8 else flat)
 
 
 def _columns(file: str, header: Header) -> Columns | None:

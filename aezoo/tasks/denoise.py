@@ -1,9 +1,9 @@
 """denoise: clean noisy samples with a model, compared with filters."""
 
+import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
 from aezoo.tasks.result_store import Row, Store, table_text, write_batch
+from aezoo.tasks.results import Result, sizes
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.model_names import display_name
@@ -33,30 +34,32 @@ _MAX_TUNING_SAMPLES = 64
 _MAX_NOISE = 1e6
 
 
-@dataclass
-class Denoising:
+@dataclass(repr=False)
+class Denoising(Result):
     """The result of `denoise`; the array is a memory-mapped file if a folder was given.
 
     Attributes:
         x_hat: (N, *shape), the model's output, float32.
-        table: a row for the model, the noisy samples and each filter: mse, psnr, ssim of images, the filter's setting;
+        rows: a row for the model, the noisy samples and each filter: mse, psnr, ssim of images, the filter's setting;
             empty without `corrupt`, as there are no clean samples to compare with.
-        n_compared: number of samples in the table.
-        text: how the table was made, and its best row.
-        files: the files written.
+        n_compared: number of samples in the comparison.
+        text: how it was made, and its best row.
     """
 
     x_hat: npt.NDArray[np.float32]
-    table: list[Row]
+    rows: list[Row]
     n_compared: int = 0
     text: str = ""
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        n, *shape = self.x_hat.shape
+        return f"{n:,} samples of {sizes(shape)}" + (f", mse {self.rows[0]['mse']:.4g}" if self.rows else "")
 
     def summary(self) -> str:
-        """The table, or how to get one."""
-        if not self.table:
+        """The comparison, or how to get one."""
+        if not self.rows:
             return f"{len(self.x_hat):,} samples; errors need clean ones and noise to add, as in --corrupt gaussian:0.3"
-        return f"{table_text(self.table)}\n{self.text}"
+        return f"{table_text(self.rows)}\n{self.text}"
 
 
 def denoise(
@@ -133,16 +136,32 @@ def denoise(
                     dict.fromkeys(rows[0]) | {"method": name, "setting": MISSING} for name in missing(samples.shape)
                 ]
             store.table("denoise", rows)
-        if n_shown and store.folder is not None:
-            clean = samples.rows(shown)
-            given = _corrupted(clean, shown.tolist(), noise, seed)
-            panels = {} if noise is None else {"original": clean}
-            panels |= {"noisy": given, "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()]))}
-            if chosen:
-                best = min((row for row in rows if row["method"] in chosen), key=lambda row: row["mse"])["method"]
-                panels[best] = torch.from_numpy(chosen[best][1](given.numpy()))
-            store.picture("denoised", _picture(panels, samples.columns))
-    return Denoising(x_hat, rows, len(compared) if rows else 0, text, store.files)
+        filters = [row for row in rows if row["method"] in chosen]
+        best = min(filters, key=lambda row: float(row["mse"]))["method"] if filters else None
+        shown_filter = None if best is None else (best, chosen[best][1])
+        draw = functools.partial(_draw, samples, shown, x_hat, noise, shown_filter, seed) if n_shown else None
+        if draw is not None:
+            store.picture("denoised", draw)
+    n_compared = len(compared) if rows else 0
+    return Denoising(x_hat, rows, n_compared, text, files=store.files, tabulate=lambda: rows, draw=draw)
+
+
+def _draw(
+    samples: Samples,
+    shown: Tensor,
+    x_hat: npt.NDArray[np.float32],
+    noise: Corruption | None,
+    best: tuple[str, Filter] | None,
+    seed: int,
+) -> "Figure":
+    """Some samples, the model's output and that of the best filter."""
+    clean = samples.rows(shown)
+    given = _corrupted(clean, shown.tolist(), noise, seed)
+    panels = {} if noise is None else {"original": clean}
+    panels |= {"noisy": given, "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()]))}
+    if best is not None:
+        panels[best[0]] = torch.from_numpy(best[1](given.numpy()))
+    return _picture(panels, samples.columns)
 
 
 def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, seed: int) -> Tensor:

@@ -1,9 +1,9 @@
 """detect: find anomalies, with p-values, and compare with simpler detectors."""
 
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, held_out_threshold, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
+from aezoo.tasks.results import Result
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ _MAX_DESCRIBED = 8
 __all__ = ["Detection", "Detector", "detect", "p_values"]
 
 
-@dataclass
-class Detection:
+@dataclass(repr=False)
+class Detection(Result):
     """The result of `detect`.
 
     Attributes:
@@ -38,23 +39,24 @@ class Detection:
         p_values: (N,) probability that a normal sample is as strange.
         is_anomaly: (N,) whether the score is above the threshold.
         threshold: of the scores.
-        table: a row for each score and each baseline: auroc and aupr if anomalies are known, the threshold, and the
+        rows: a row for each score and each baseline: auroc and aupr if anomalies are known, the threshold, and the
             share of samples above it.
         text: the samples behind threshold and p-values.
-        files: the files written.
     """
 
     scores: Scores
     p_values: Scores
     is_anomaly: npt.NDArray[np.bool_]
     threshold: float
-    table: list[Row]
+    rows: list[Row]
     text: str
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        return f"{len(self.scores):,} samples, {int(self.is_anomaly.sum()):,} above the threshold {self.threshold:.4g}"
 
     def summary(self) -> str:
-        """The table and `text`."""
-        return f"{table_text(self.table)}\n{self.text}"
+        """The comparison with baselines and `text`."""
+        return f"{table_text(self.rows)}\n{self.text}"
 
 
 def detect(
@@ -177,10 +179,11 @@ def detect(
             for detector, found in zip(detectors[1:], results[1:], strict=True)
             if isinstance(detector, Detector) and found is not None
         }
+        tabulate = functools.partial(_score_rows, model, samples, first, other_models, batch_size, seed)
+        draw = functools.partial(_draw, model, samples, first, n_shown, seed) if n_shown else None
+        store.table("scores", tabulate(), table)
+        store.table("detect", rows)
         with evaluation_mode(model, seed) as like:
-            errors_by_column = _errors_by_column(model, samples, like, batch_size)
-            store.table("scores", _score_rows(samples, first, other_models, errors_by_column), table)
-            store.table("detect", rows)
             if detectors[0].name == "deviance":
                 lines = [describe_deviance(model, samples.rows(range(min(len(samples), _MAX_DESCRIBED))).to(like))]
             if maps:
@@ -188,21 +191,15 @@ def detect(
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
                     write_batch(errors, start, _reconstruction_errors(model, batch, like)[1])
                     start += len(batch)
-            if n_shown and store.folder is not None:
-                top_index = torch.from_numpy(np.argsort(-first.scores, kind="stable")[:n_shown].copy())
-                shown = samples.rows(top_index)
-                titles = [f"p {value:.2g}" for value in first.p_values[top_index.numpy()]]
-                kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
-                store.picture(
-                    "anomalies",
-                    _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns),
-                )
+        if draw is not None:
+            store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
     lines += _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
-        first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), store.files
-    )
+        first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines),
+        files=store.files, tabulate=tabulate, draw=draw,
+    )  # fmt: skip
 
 
 @dataclass
@@ -249,23 +246,38 @@ def _run_detector(
     return _DetectorResult(scores, p, threshold if quantile is None else float(np.quantile(reference, quantile)))
 
 
+def _draw(model: Autoencoder, samples: Samples, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
+    """The samples of the highest scores."""
+    index = torch.from_numpy(np.argsort(-found.scores, kind="stable")[:n_shown].copy())
+    shown, titles = samples.rows(index), [f"p {value:.2g}" for value in found.p_values[index.numpy()]]
+    kind = "anomaly" if hasattr(model, "anomaly_map") else "error"
+    with evaluation_mode(model, seed) as like:
+        return _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns)
+
+
 def _errors_by_column(model: Autoencoder, samples: Samples, like: Tensor, batch_size: int) -> Iterator[Row]:
-    """The error of each column of a table, a row for each sample; empty rows for other samples."""
+    """The error of each column of a table, a row for each sample; nothing for other samples."""
     if samples.columns is None:
-        yield from ({} for _ in range(len(samples)))
         return
     for x in samples.batches(batch_size):
         yield from map(samples.columns.error_row, (model(x.to(like)).float().cpu() - x).numpy())
 
 
 def _score_rows(
-    samples: Samples, found: _DetectorResult, others: dict[str, _DetectorResult], errors: Iterator[Row]
+    model: Autoencoder,
+    samples: Samples,
+    found: _DetectorResult,
+    others: dict[str, _DetectorResult],
+    batch_size: int,
+    seed: int,
 ) -> Iterator[Row]:
+    with evaluation_mode(model, seed) as like:
+        errors = iter([*_errors_by_column(model, samples, like, batch_size)])
     fields = samples.fields
     for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True)):
         row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
         row |= {name: float(other.scores[i]) for name, other in others.items()}
-        yield row | row_of(fields, i) | next(errors)
+        yield row | row_of(fields, i) | next(errors, {})
 
 
 def _threshold_report(

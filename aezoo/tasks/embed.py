@@ -1,9 +1,9 @@
 """embed: codes of samples, a picture of them in the plane, classification by code, and nearest neighbours."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from aezoo.tasks.embed_codes import (
     umap,
 )
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
+from aezoo.tasks.results import Result, sizes
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 
@@ -44,8 +45,8 @@ _MAX_PROBE_SAMPLES = 10_000
 _MAX_VALUES = 2**26
 
 
-@dataclass
-class Embedding:
+@dataclass(repr=False)
+class Embedding(Result):
     """The result of `embed`; codes are a memory-mapped file if a folder was given.
 
     Attributes:
@@ -56,7 +57,6 @@ class Embedding:
             logistic regression (probe) and the 5 nearest neighbours (knn) predict; empty without labels or new samples.
         neighbours: (N, nearest), indices of the nearest samples of `fit_on`, nearest first.
         distances: (N, nearest), their Euclidean distances in code space.
-        files: the files written.
     """
 
     codes: Array
@@ -65,7 +65,10 @@ class Embedding:
     accuracies: list[Row]
     neighbours: Array
     distances: Array
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        n, *shape = self.codes.shape
+        return f"{n:,} codes of {sizes(shape)}"
 
     def summary(self) -> str:
         """The accuracies, and the number and size of the codes."""
@@ -162,11 +165,15 @@ def embed(
             known = flat if train is None else encode_samples(model, train, None, batch_size, seed, progress)[0]
             neighbours, distances = nearest_codes(known, flat, nearest)
             store.table("neighbours", _neighbour_rows(neighbours, distances, samples.fields, library.fields), kind)
-        if n_shown and store.folder is not None:
-            store.picture("plane", _plane_picture(plane, shown, method, samples))
-            if nearest:
-                store.picture("neighbours", _neighbour_picture(samples, library, neighbours, n_shown))
-    return Embedding(codes, plane, rows, accuracies, neighbours, distances, store.files)
+        draw = functools.partial(_plane_picture, plane, shown, method, samples)
+        if n_shown:
+            store.picture("plane", draw)
+        if n_shown and nearest:
+            store.picture("neighbours", lambda: _neighbour_picture(samples, library, neighbours, n_shown))
+    return Embedding(
+        codes, plane, rows, accuracies, neighbours, distances,
+        files=store.files, tabulate=functools.partial(_code_rows, flat, notes), draw=draw,
+    )  # fmt: skip
 
 
 def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int) -> None:

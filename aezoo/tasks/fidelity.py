@@ -86,7 +86,7 @@ def evaluate_fidelity(
         )
     store.table("quality", rows)
     if store.folder is not None:
-        store.picture("copies", _picture(fake, nearest, train))
+        store.picture("copies", lambda: _picture(fake, nearest, train))
     return rows, features.name
 
 

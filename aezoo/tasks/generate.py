@@ -1,10 +1,10 @@
 """generate: new samples from a model's prior or one fitted to its codes, walks between samples, and quality metrics."""
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.priors_base import Prior
 from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_batch
+from aezoo.tasks.results import Result, sizes
 from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.limits import at_least
@@ -41,8 +42,8 @@ _OWN = 1000
 _MAX_SHOWN, _MAX_PANELS = 256, 16
 
 
-@dataclass
-class Generation:
+@dataclass(repr=False)
+class Generation(Result):
     """The result of `generate`; samples are a memory-mapped file if a folder was given.
 
     Attributes:
@@ -50,14 +51,15 @@ class Generation:
         source: where they come from, in words.
         figures: quality metrics, a row for the samples and one for real ones; empty without `quality`.
         features: the feature space of fid, kid, precision and recall.
-        files: the files written.
     """
 
     samples: Array
     source: str
     figures: list[Row] = field(default_factory=list)
     features: str = ""
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        return f"{sizes(self.samples.shape)}: {self.samples.shape[0]:,} {self.source}"
 
     def summary(self) -> str:
         """The metrics and the source of the samples."""
@@ -175,9 +177,11 @@ def generate(
             samples = generate_walks.decode(model, walk, store, batch_size)
             if columns is not None:
                 store.table(walk.name, columns.rows(samples))
-            if store.folder is not None:
-                store.picture(walk.name, generate_walks.picture(walk, samples, columns))
-            return Generation(samples, f"walks of {steps} steps: {walk.name}", files=store.files)
+            draw = functools.partial(generate_walks.picture, walk, samples, columns)
+            store.picture(walk.name, draw)
+            tabulate = functools.partial(_rows, samples, columns, 2)
+            source = f"walks of {steps} steps: {walk.name}"
+            return Generation(samples, source, files=store.files, tabulate=tabulate, draw=draw)
         fitted, source = _prior(model, prior, train, held_out, n_components, n_neighbours, batch_size, seed, progress)
         sampling_options: dict[str, Any] = {} if label is None else {"y": label}
         if label is not None:
@@ -198,9 +202,9 @@ def generate(
                 advance(len(batch))
         if columns is not None:
             store.table("samples", columns.rows(samples))
-        if store.folder is not None:
-            store.picture("samples", _picture(torch.from_numpy(np.array(samples[:_MAX_SHOWN])), columns))
-        found = Generation(samples, f"samples from {source}", files=store.files)
+        draw, tabulate = functools.partial(_picture, samples, columns), functools.partial(_rows, samples, columns, 1)
+        store.picture("samples", draw)
+        found = Generation(samples, f"samples from {source}", files=store.files, tabulate=tabulate, draw=draw)
         if quality_samples and train is not None:
             from aezoo.tasks.fidelity import evaluate_fidelity
 
@@ -352,9 +356,15 @@ def _draws(
         yield from (model.decode(part.to(reference_tensor(model))) for part in codes.split(batch_size))
 
 
-def _picture(samples: Tensor, columns: Columns | None = None) -> "Figure":
+def _rows(x: Array, columns: Columns | None, leading: int) -> Iterator[Row]:
+    flat = x.reshape(*x.shape[:leading], -1)
+    return (columns or Columns((), {}, flat.shape[-1])).rows(flat)
+
+
+def _picture(x: Array, columns: Columns | None) -> "Figure":
     from aezoo.callbacks import plotting
 
+    samples = torch.from_numpy(np.array(x[:_MAX_SHOWN]))
     if not plotting.is_image(samples.shape[1:]):
         return plotting.panel_figure([{"sample": sample} for sample in samples[:_MAX_PANELS]], columns=columns)
     return plotting.mosaic_figure(plotting.square(plotting.tiles(samples, plotting.value_range(samples))))

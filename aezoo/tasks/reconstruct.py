@@ -1,9 +1,9 @@
 """reconstruct: reconstructions of samples, their errors, and the best and worst of them."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.multimodal import Multimodal
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
+from aezoo.tasks.results import Result, sizes
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.training.model_names import display_name
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 _MAX_COLUMNS = 12
 
 
-@dataclass
-class Reconstruction:
+@dataclass(repr=False)
+class Reconstruction(Result):
     """The result of `reconstruct`; arrays are memory-mapped files if a folder was given.
 
     Attributes:
@@ -42,7 +44,6 @@ class Reconstruction:
         columns: of a table, one row for each of its columns: mean absolute and root mean square error and the deviation
             in the column's unit, and r2, the share of the variance explained.
         coherence: with `parts` and labels, one row for each part, see `aezoo.tasks.coherence`.
-        files: the files written.
     """
 
     x_hat: npt.NDArray[np.float32]
@@ -52,7 +53,10 @@ class Reconstruction:
     part_mse: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     columns: list[Row] = field(default_factory=list)
     coherence: list[Row] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+
+    def about(self) -> str:
+        n, *shape = self.x_hat.shape
+        return f"{n:,} samples of {sizes(shape)}, mse {float(np.nanmean(self.mse)):.4g}"
 
     @property
     def errors(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -149,19 +153,27 @@ def reconstruct(
             found.columns = columns.summary(samples.rows(range(n)), x_hat)
             store.table("reconstructions", columns.rows(x_hat), table)
             store.table("columns", found.columns, table)
-        rows = (
-            {"index": i} | {name: float(values[i]) for name, values in errors.items()} | row_of(fields, i)
-            | ({} if columns is None or by_column is None else columns.error_row(by_column[i]))
-            for i in range(n)
-        )  # fmt: skip
-        store.table("errors", rows, table)
+        found.tabulate = functools.partial(_error_rows, errors, fields, columns, by_column)
+        store.table("errors", found.tabulate(), table)
         if reconstructor and has_class_labels(samples):
             found.coherence = coherence(reconstructor.model, samples, x_hat, seed, batch_size)
         if found.coherence:
             store.table("coherence", found.coherence, table)
-        if n_shown and store.folder is not None:
-            store.picture("reconstructions", _picture(samples, x_hat, mse, n_shown, reconstructor))
+        if n_shown:
+            found.draw = functools.partial(_picture, samples, x_hat, mse, n_shown, reconstructor)
+            store.picture("reconstructions", found.draw)
     return replace(found, files=store.files)
+
+
+def _error_rows(
+    errors: dict[str, npt.NDArray[np.float32]],
+    fields: dict[str, Sequence[Any]],
+    columns: Columns | None,
+    by_column: npt.NDArray[np.float32] | None,
+) -> Iterator[Row]:
+    for i in range(len(errors["mse"])):
+        row = {"index": i} | {name: float(values[i]) for name, values in errors.items()} | row_of(fields, i)
+        yield row if columns is None or by_column is None else row | columns.error_row(by_column[i])
 
 
 def _drop_nan(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

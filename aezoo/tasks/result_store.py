@@ -130,12 +130,12 @@ class Store:
         self._register(path, temporary)
         return temporary.stat().st_size
 
-    def picture(self, name: str, figure: "Figure") -> None:
-        """Write a figure as `folder/name.png`."""
+    def picture(self, name: str, draw: "Callable[[], Figure]") -> None:
+        """Write the figure that is drawn as `folder/name.png`."""
         from aezoo.callbacks.plotting import render, save_png
 
         if self.folder is not None:
-            pixels = render(figure)
+            pixels = render(draw())
             self.write(f"{name}.png", lambda file: save_png(file, pixels))
 
     def _temporary(self, path: Path) -> Path:

@@ -99,6 +99,9 @@ class Samples:
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))
 
+    def __repr__(self) -> str:
+        return f"Samples({self.name}: {len(self):,} of {'x'.join(map(str, self.shape))})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""

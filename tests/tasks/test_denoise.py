@@ -16,7 +16,7 @@ from aezoo.tasks.denoise import denoise
 
 
 def by_method(found):
-    return {row["method"]: row for row in found.table}
+    return {row["method"]: row for row in found.rows}
 
 
 def images(n=12, channels=1, side=16):
@@ -60,7 +60,7 @@ def test_wiener_filter_model_has_wiener_error():
     # any other linear map does worse
     for factor in (0.9, 1.1):
         other = linear(factor * wiener, mean - factor * wiener @ mean)
-        assert denoise(other, x, corrupt=f"gaussian:{sigma}").table[0]["mse"] > expected
+        assert denoise(other, x, corrupt=f"gaussian:{sigma}").rows[0]["mse"] > expected
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
@@ -102,7 +102,7 @@ def test_filters_match_scikit_image(channels):
 def test_table_matches_scikit_image_metrics():
     model, x = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2), images(40)
     found = denoise(model, x, corrupt="gaussian:0.2", n_compared=40)
-    row = found.table[0]
+    row = found.rows[0]
     assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(x, found.x_hat, data_range=1), abs=1e-3)
     # the window that torchmetrics takes, on what is inside of its borders
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
@@ -117,7 +117,7 @@ def test_psnr_and_ssim_take_the_range_of_the_data(low, high):
     x = images(20)
     x = ((x - x.min()) / np.ptp(x) * (high - low) + low).astype(np.float32)
     found = denoise(model, x, corrupt=f"gaussian:{0.1 * (high - low)}")
-    row = found.table[0]
+    row = found.rows[0]
     assert row["mse"] == pytest.approx(((x - found.x_hat) ** 2).mean(), rel=1e-4)
     assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(x, found.x_hat, data_range=high - low), abs=1e-3)
     assert by_method(found)["identity"]["psnr"] == pytest.approx(20, abs=0.5)
@@ -156,7 +156,7 @@ def test_filter_strength_grid_is_near_optimal(sigma):
 def test_filters_are_invariant_to_data_scale():
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2, likelihood="gaussian")
     small, large = (
-        denoise(model, unit * (images(8) - 0.5), corrupt=f"gaussian:{0.2 * unit}").table[1:] for unit in (1, 100)
+        denoise(model, unit * (images(8) - 0.5), corrupt=f"gaussian:{0.2 * unit}").rows[1:] for unit in (1, 100)
     )
     assert [row["setting"] for row in small] == [row["setting"] for row in large]
     assert [row["psnr"] for row in small] == pytest.approx([row["psnr"] for row in large], abs=0.05)
@@ -201,7 +201,7 @@ def test_table_uses_n_samples_with_model_noise():
     model, x = linear(np.eye(5), np.zeros(5)), np.random.default_rng(0).normal(0, 1, (50, 5)).astype(np.float32)
     found = denoise(model, x, corrupt="gaussian:0.3", n_compared=10, batch_size=7)
     # the model gives back what it is given
-    assert found.table[0]["mse"] == pytest.approx(found.table[1]["mse"], rel=1e-5)
+    assert found.rows[0]["mse"] == pytest.approx(found.rows[1]["mse"], rel=1e-5)
     assert "least error" in found.summary() and "filter" not in found.summary()
     assert found.n_compared == 10 and "10 of 50 samples" in found.summary() and len(found.x_hat) == 50
 
@@ -218,7 +218,7 @@ def test_every_kind_of_sample_is_denoised_and_written(tmp_path, shape):
     filters = {1: [], 2: ["median filter", "total variation"], 4: ["median filter", "total variation"]}
     more = filters.get(len(shape), ["median filter", "total variation", "non-local means"])
     assert [row["method"] for row in rows] == ["dense_ae", "identity", *more]
-    assert [float(row["mse"]) for row in rows] == pytest.approx([row["mse"] for row in found.table])
+    assert [float(row["mse"]) for row in rows] == pytest.approx([row["mse"] for row in found.rows])
 
 
 def test_noisy_input_is_denoised_without_metrics(tmp_path):
@@ -226,7 +226,7 @@ def test_noisy_input_is_denoised_without_metrics(tmp_path):
     x = x + 0.5 * torch.randn(x.shape)  # beyond the range of clean samples
     found = denoise(model, x, out=str(tmp_path))
     assert [path.name for path in found.files] == ["denoised.npy", "denoised.png"]
-    assert found.table == [] and "--corrupt gaussian:0.3" in found.summary()
+    assert found.rows == [] and "--corrupt gaussian:0.3" in found.summary()
     with torch.no_grad():
         assert np.allclose(found.x_hat, model.eval()(x), atol=1e-6)
 
@@ -245,7 +245,7 @@ def test_missing_scikit_image_is_named_in_table(monkeypatch):
 def test_degenerate_samples_and_zero_noise_give_finite_errors(x, corrupt):
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=3)
     found = denoise(model, x, corrupt=corrupt)
-    assert all(np.isfinite(row["mse"]) for row in found.table)
+    assert all(np.isfinite(row["mse"]) for row in found.rows)
 
 
 @pytest.mark.parametrize(

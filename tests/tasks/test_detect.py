@@ -275,7 +275,7 @@ def test_contamination_is_training_share_above_threshold(n, contamination):
     x = gaussian(n)
     detector = Detector(linear(latent_dim=2), contamination=contamination).fit(x)
     assert detector.labels_.sum() == round(n * contamination)
-    rows = detect(linear(latent_dim=2), x, contamination=contamination, n_fit=n).table
+    rows = detect(linear(latent_dim=2), x, contamination=contamination, n_fit=n).rows
     assert [row["flagged"] for row in rows] == pytest.approx([contamination] * 5)
 
 
@@ -372,7 +372,7 @@ def test_share_of_new_samples_above_is_contamination(name, steps):
     found = detect(model, data)
     # of each detector, 400 held-out samples and new ones are exchangeable
     low, high = stats.betabinom(2000, 40.1, 401 - 40.1).ppf([0.001, 0.999]) / 2000
-    assert all(low <= row["flagged"] <= high for row in found.table), found.table
+    assert all(low <= row["flagged"] <= high for row in found.rows), found.rows
     assert "the upper 10 % of the scores of 400 held-out samples" in found.summary()
     by_class = Detector(model).fit(data)
     assert by_class.threshold_ == pytest.approx(found.threshold) and np.allclose(by_class.p_values(x), found.p_values)
@@ -396,7 +396,7 @@ def test_threshold_is_quantile_of_held_out_scores():
     reference = Detector(model).fit(train).decision_function(held_out)
     assert np.isclose(found.threshold, np.quantile(reference, 0.8))
     assert np.allclose(found.p_values, [(1 + (reference >= s).sum()) / 81 for s in found.scores])
-    knn = next(row for row in found.table if row["method"] == "knn")
+    knn = next(row for row in found.rows if row["method"] == "knn")
     near = NearestNeighbors(n_neighbors=5).fit(train)
     assert np.isclose(knn["threshold"], np.quantile(near.kneighbors(held_out)[0][:, 4], 0.8))
     assert "0.8 quantile of the scores of 80 held-out samples" in found.summary()
@@ -451,7 +451,7 @@ def test_protocol_removes_anomalies_from_training(protocol, strange):
     assert np.isclose(found.threshold, by_hand.threshold_)
     reference = by_hand.decision_function(normal_val)
     assert np.allclose(found.p_values, p_values(by_hand.decision_function(x), reference))
-    rows = {row["method"]: row for row in found.table}
+    rows = {row["method"]: row for row in found.rows}
     assert rows["deviance"]["auroc"] == pytest.approx(roc_auc_score(is_strange, found.scores))
     distance = ((x - normal.mean(0)) ** 2).sum(1)
     assert rows["mean"]["aupr"] == pytest.approx(average_precision_score(is_strange, distance))
@@ -483,7 +483,7 @@ def test_unlabelled_samples_are_not_evaluated(protocol):
     assert np.isclose(found.threshold, Detector(model).fit(normal, calibrate_on=normal_val).threshold_)
     labelled = (y != -1).numpy()
     expected = roc_auc_score(is_strange[labelled], found.scores[labelled])
-    assert len(found.scores) == 120 and found.table[0]["auroc"] == pytest.approx(expected)
+    assert len(found.scores) == 120 and found.rows[0]["auroc"] == pytest.approx(expected)
     n, n_strange = int(labelled.sum()), int(is_strange[labelled].sum())
     assert f"{n_strange} of {n} samples are anomalies; {120 - n} without a label" in found.summary()
     assert f"\n{int((y_train != -1).sum()) - len(normal)} anomalies among the training samples" in found.summary()
@@ -511,7 +511,7 @@ def test_split_scored_on_itself_leaves_one_out():
     train, val = Samples.from_data(data, "train"), Samples.from_data(data, "val")
     own = detect(model, Samples.from_data(data, "train"), fit_on=train, calibrate_on=train)
     assert np.allclose(own.p_values, stats.rankdata(-own.scores, "max") / 120)
-    knn = next(row for row in own.table if row["method"] == "knn")
+    knn = next(row for row in own.rows if row["method"] == "knn")
     nearest = np.sort(cdist(x, x), axis=1)[:, 5]  # without the sample itself
     expected = np.quantile(nearest, 0.9, method="weibull")
     assert knn["threshold"] == pytest.approx(expected, rel=1e-4) and knn["flagged"] == 0.1
@@ -520,7 +520,7 @@ def test_split_scored_on_itself_leaves_one_out():
     distances = cdist(x, x[y == 1])
     distances[np.flatnonzero(y == 1), np.arange(40)] = np.inf
     expected = roc_auc_score(y != 1, np.sort(distances, axis=1)[:, 4])
-    assert next(row for row in one.table if row["method"] == "knn")["auroc"] == pytest.approx(expected)
+    assert next(row for row in one.rows if row["method"] == "knn")["auroc"] == pytest.approx(expected)
     part = detect(model, Samples.from_data(data, "train"), fit_on=val, calibrate_on=train, normal="dog")
     own_places = y.numpy() == 1
     assert np.allclose(part.p_values[own_places], stats.rankdata(-part.scores[own_places], "max") / 40)
@@ -535,7 +535,7 @@ def test_baseline_fitted_on_a_part_scores_leave_one_out():
     distances[baseline.fitted_on, np.arange(30)] = np.inf
     nearest = np.sort(distances, axis=1)[:, 4]
     flagged = (nearest > np.percentile(nearest[baseline.fitted_on], 90)).mean()
-    assert next(row for row in found.table if row["method"] == "knn")["flagged"] == pytest.approx(flagged)
+    assert next(row for row in found.rows if row["method"] == "knn")["flagged"] == pytest.approx(flagged)
 
 
 @pytest.mark.slow
@@ -550,7 +550,7 @@ def test_training_on_anomalies_is_reported():
     only = aezoo.DataModule.from_arrays(**arrays, scale="none", train_classes=["dog"])
     found, same = (detect(model, d, normal="dog", batch_size=40) for d in (only, data))
     assert "anomalies among the training" not in found.summary()
-    assert np.allclose(found.p_values, same.p_values) and found.table[0]["auroc"] == same.table[0]["auroc"]
+    assert np.allclose(found.p_values, same.p_values) and found.rows[0]["auroc"] == same.rows[0]["auroc"]
 
 
 @pytest.mark.slow
@@ -566,7 +566,7 @@ def test_summary_reports_best_baseline():
             p.zero_()
         noise.decoder[0].bias.copy_(torch.from_numpy(x[:50].mean(0)))
     found = detect(noise, data, normal="normal")
-    assert found.table[0]["auroc"] < 0.5 and "a baseline tells them best: pca, by AUROC" in found.summary()
+    assert found.rows[0]["auroc"] < 0.5 and "a baseline tells them best: pca, by AUROC" in found.summary()
     with torch.no_grad():
         noise.decoder[0].bias.copy_(torch.from_numpy(x[50:].mean(0)))
     assert "a baseline" not in detect(noise, data, normal="normal").summary()
@@ -574,7 +574,7 @@ def test_summary_reports_best_baseline():
 
 def test_labels_without_protocol_are_not_evaluated():
     found = detect(linear(d=5, latent_dim=2), blobs())
-    assert "auroc" not in found.table[0] and "--normal CLASS" in found.summary()
+    assert "auroc" not in found.rows[0] and "--normal CLASS" in found.summary()
 
 
 # ---- files and every kind of sample ---------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def test_every_kind_of_sample_is_judged_and_written(tmp_path, shape):
     told = reconstruct(model, x)
     assert np.allclose(maps.reshape(6, -1).mean(1), told.mae, rtol=1e-5)
     assert np.allclose((maps.reshape(6, -1) ** 2).mean(1), told.mse, rtol=1e-5)
-    assert [row["method"] for row in found.table] == ["sap", "nap", "pca", "mean", "knn", "isolation_forest"]
+    assert [row["method"] for row in found.rows] == ["sap", "nap", "pca", "mean", "knn", "isolation_forest"]
     assert (tmp_path / "anomalies.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -612,12 +612,12 @@ def test_every_model_has_sap_and_nap(name):
     model = aezoo.create_model(name, (1, 8, 8))
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     found = detect(model, x[:4], score="nll,mahalanobis,sap,nap", fit_on=x, baselines=False)
-    assert len(found.table) == 4
+    assert len(found.rows) == 4
     if getattr(model, "log_likelihood", None) is not None:
-        assert len(detect(model, x, score="elbo,iwae", n_draws=2, baselines=False).table) == 2
+        assert len(detect(model, x, score="elbo,iwae", n_draws=2, baselines=False).rows) == 2
         return
     if "elbo" in model.loss(x):
-        assert len(detect(model, x, score="elbo", baselines=False).table) == 1
+        assert len(detect(model, x, score="elbo", baselines=False).rows) == 1
     else:
         with pytest.raises(AezooError, match="elbo needs a model whose loss has an ELBO"):
             detect(model, x, score="elbo")
@@ -654,7 +654,7 @@ def test_knn_fitted_on_itself_excludes_each_sample():
 
 def test_lossless_pca_baseline_is_noted_and_others_run():
     found = detect(linear(), gaussian(20), fit_on=gaussian(50, seed=1))
-    notes = {row["method"]: row["note"] for row in found.table}
+    notes = {row["method"]: row["note"] for row in found.rows}
     assert "lose nothing" in notes["pca"] and notes["knn"] is None
     assert "lose nothing" in found.summary()
 

@@ -240,7 +240,7 @@ def test_trained_beats_untrained_network_on_digits():
 
         def auroc(net, epochs, data=data, digit=digit):
             options = {"svdd_epochs": epochs, "svdd_lr": 1e-3, "anomaly": str(digit), "baselines": False}
-            return detect(net, data, score="deep_svdd", **options).table[0]["auroc"]
+            return detect(net, data, score="deep_svdd", **options).rows[0]["auroc"]
 
         model = learnt(data.tensors("train")[0], steps=300)
         for seed in range(5):
@@ -258,7 +258,7 @@ def test_trained_beats_untrained_network_on_digits():
 def test_any_model_whose_codes_have_a_gradient_can_be_tuned(name):
     model, x = moved(name), images(20)
     found = detect(model, x, score="deep_svdd,nll", svdd_epochs=2, baselines=False)
-    assert np.isfinite(found.scores).all() and len(found.table) == 2
+    assert np.isfinite(found.scores).all() and len(found.rows) == 2
     after = fitted(model, x, epochs=20, lr=1e-3)
     assert after(x).mean() < fitted(model, x, epochs=0)(x).mean()
 
@@ -328,17 +328,17 @@ def test_fre_baseline_is_added_with_features():
     data = without(5)
     model = learnt(data.tensors("train")[0], steps=60)
     found = detect(model, data, score="deep_svdd,nll", svdd_epochs=2, features="random", anomaly="5", n_shown=0)
-    assert [row["method"] for row in found.table] == [
+    assert [row["method"] for row in found.rows] == [
         *("deep_svdd", "nll", "pca", "mean", "knn", "isolation_forest", "fre"),
     ]
-    rows = {row["method"]: row for row in found.table}
+    rows = {row["method"]: row for row in found.rows}
     alone = Baseline("fre", features="random").fit(Samples.from_data(data, "train"))
     y = data.tensors("test")[1].numpy()
     auroc = roc_auc_score(y == 5, alone.decision_function(Samples.from_data(data, "test")))
     assert rows["fre"]["auroc"] == pytest.approx(auroc) and auroc > 0.75
     only = detect(model, data, features="random", baselines=False, anomaly="5", n_shown=0)
-    assert [row["method"] for row in only.table] == ["deviance", "fre"]
-    assert only.table[1]["auroc"] == pytest.approx(auroc)
+    assert [row["method"] for row in only.rows] == ["deviance", "fre"]
+    assert only.rows[1]["auroc"] == pytest.approx(auroc)
 
 
 def test_model_features_are_last_hidden_layer(tmp_path):

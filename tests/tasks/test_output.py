@@ -44,7 +44,7 @@ def test_files_are_renamed_only_after_all_are_written(tmp_path):
         store.table("t", [{"a": 1}])
         store.file("f.bin", b"old")
         store.file("f.bin", b"new")
-        store.picture("p", Figure(figsize=(1, 1)))
+        store.picture("p", lambda: Figure(figsize=(1, 1)))
 
     def there():
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -212,6 +212,20 @@ def _psnr_at(rows: list[Row], method: str, rate: float) -> float:
     return max(reached, p0 + share * (p1 - p0))
 
 
+def rate_figure(rows: list[Row]) -> "Figure":
+    """The rates of lossless methods as bars; with distortions, `rate_distortion_figure`."""
+    from matplotlib.figure import Figure
+
+    if any(math.isfinite(line["psnr"]) for line in rows):
+        return rate_distortion_figure(rows)
+    figure = Figure(figsize=(6, 0.5 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([line["method"] for line in rows], [line["bits_per_dim"] for line in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="bits per dimension")
+    return figure
+
+
 def rate_distortion_figure(rows: list[Row]) -> "Figure":
     """Distortion against rate, one line per method."""
     from matplotlib.figure import Figure

@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -23,6 +22,7 @@ from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
 from aezoo.tasks.codec.container import FRAME, Header, Writer, max_samples_per_frame
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
 from aezoo.tasks.result_store import Row, Store, table_text
+from aezoo.tasks.results import Result
 from aezoo.tasks.samples import Samples, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 
@@ -32,8 +32,8 @@ _MAX_SAMPLES, _MAX_VALUES = 20_000, 2**26
 _QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
 
 
-@dataclass
-class Compression:
+@dataclass(repr=False)
+class Compression(Result):
     """The result of `compress`.
 
     Attributes:
@@ -48,7 +48,6 @@ class Compression:
             entropy. Learned: -log2 of the integers' probability.
         table_bits: indices: size of the tables.
         contents: the files themselves, if no folder was given.
-        files: the files that were written.
     """
 
     mode: str
@@ -58,7 +57,16 @@ class Compression:
     bound_bits: float = 0.0
     table_bits: int = 0
     contents: list[bytes] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tabulate, self.draw = (lambda: self.rows), (lambda: baselines.rate_figure(self.rows))
+
+    def about(self) -> str:
+        own = [line for line in self.rows if line["method"].startswith("aezoo")]
+        sizes = ", ".join(f"{line['bytes']:,} bytes" for line in own[-1:] if self.mode == "lossless") or ", ".join(
+            f"{line['bytes']:,} bytes at {line['psnr']:.4g} dB" for line in own
+        )
+        return f"{own[0]['samples']:,} samples, {self.mode}: {sizes}"
 
     def summary(self) -> str:
         """The table, and the bound on the rate if there is one."""
@@ -285,7 +293,7 @@ class CompressionRun:
     def _save_table(self, rows: list[Row]) -> None:
         self.store.table("rate_distortion", rows)
         if len(rows) > 1:
-            self.store.picture("rate_distortion", baselines.rate_distortion_figure(rows))
+            self.store.picture("rate_distortion", lambda: baselines.rate_distortion_figure(rows))
 
     def _write_frames(
         self, header: Header, coding: _Coding, codes: Any, distortion: baselines.Distortion, file: IO[bytes]

@@ -239,6 +239,6 @@ def test_deep_svdd_detects_other_digits(settings: dict[str, Any]) -> None:
         model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
         optimizer.step()
     judged = detect(model, data, score="nll,mse", normal="3", n_shown=0)
-    auroc = judged.table[0]["auroc"]
+    auroc = judged.rows[0]["auroc"]
     assert auroc == pytest.approx(roc_auc_score(y != 3, judged.scores))
     assert auroc > 0.9 and auroc > untrained

@@ -301,5 +301,5 @@ def test_one_class_training_detects_other_digits(alpha: float) -> None:
         model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
         optimizer.step()
     judgement = detect(model, data, score="nll", normal="3", n_shown=0, baselines=False)
-    assert judgement.table[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judgement.scores))
-    assert judgement.table[0]["auroc"] > (0.9 if alpha else 0.8)
+    assert judgement.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judgement.scores))
+    assert judgement.rows[0]["auroc"] > (0.9 if alpha else 0.8)

@@ -236,7 +236,7 @@ def test_ganomaly_detects_other_digits() -> None:
             model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
             optimizer.step()
         judged = detect(model, data, score="nll,mse", normal="3", n_shown=0)
-        assert judged.table[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judged.scores))
-        assert {"mse", "pca", "mean", "knn", "isolation_forest"} < {row["method"] for row in judged.table}
-        found.append(judged.table[0]["auroc"])
+        assert judged.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judged.scores))
+        assert {"mse", "pca", "mean", "knn", "isolation_forest"} < {row["method"] for row in judged.rows}
+        found.append(judged.rows[0]["auroc"])
     assert np.mean(found) > 0.9, found

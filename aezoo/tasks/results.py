@@ -1,0 +1,70 @@
+"""What the results of all verbs share: a table, a picture and a line that says what they are."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aezoo.errors import AezooError
+from aezoo.tasks.result_store import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(kw_only=True, repr=False)
+class Result:
+    """Base of the results.
+
+    Attributes:
+        files: the files written.
+        tabulate: gives the rows of `table`.
+        draw: draws `figure`; None if no sample is to be shown.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    tabulate: Callable[[], Iterable[Row]] | None = field(default=None, compare=False)
+    draw: "Callable[[], Figure] | None" = field(default=None, compare=False)
+
+    @cached_property
+    def table(self) -> Any:
+        """A pandas DataFrame: a row for each sample or, of `denoise` and `compress`, for each method.
+
+        Raises:
+            AezooError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise AezooError("a table is a DataFrame, which needs pandas: pip install pandas") from None
+        return pandas.DataFrame(list(self.tabulate() if self.tabulate is not None else ()))
+
+    @cached_property
+    def figure(self) -> "Figure":
+        """The picture, a matplotlib Figure, which a notebook shows; drawn when it is first asked for.
+
+        Raises:
+            AezooError: no samples are to be shown.
+        """
+        from aezoo.callbacks.plotting import displayable
+
+        if self.draw is None:
+            raise AezooError("there is no picture of no samples: ask for some with n_shown")
+        return displayable(self.draw())
+
+    def about(self) -> str:
+        """What it is, in one line."""
+        return ""
+
+    def summary(self) -> str:
+        """Lines for the terminal."""
+        return self.about()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.about()}; see .table, .figure and .summary())"
+
+
+def sizes(shape: Iterable[int]) -> str:
+    """A shape in words: 1x28x28."""
+    return "x".join(map(str, shape))

@@ -1,0 +1,47 @@
+"""show: a picture of data, samples or a result in one call."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aezoo.data.classes import original_labels
+from aezoo.data.source import Stage
+from aezoo.errors import AezooError
+from aezoo.tasks.results import Result
+from aezoo.tasks.samples import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
+    """A picture: of the result of a verb, of a DataModule, or of samples.
+
+    Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, with their
+    values. A notebook shows the figure that is returned; `figure.savefig(path)` writes it.
+
+    Args:
+        x: a result of a verb, a DataModule, or samples (N, *shape): an array, a tensor, a DataFrame.
+        n: number of samples, from the first on.
+        split: which split of a DataModule.
+
+    Raises:
+        AezooError: these are no samples, or n is below 1.
+    """
+    from aezoo.callbacks import plotting
+
+    if isinstance(x, Result):
+        return x.figure
+    if n < 1:
+        raise AezooError(f"n must be at least 1, got {n}")
+    samples = Samples.from_data(x, split, allow_missing=True)
+    n = min(n, len(samples))
+    shown = samples.rows(range(n))
+    title = f"{samples.name}: {n} of {len(samples):,}"
+    if plotting.is_image(samples.shape):
+        tiles = plotting.square(plotting.tiles(shown, plotting.value_range(shown)))
+        return plotting.displayable(plotting.mosaic_figure(tiles, title=title))
+    labels = () if samples.labels is None else original_labels(samples.labels[:n], samples.class_names)
+    panels = [{"sample": sample} for sample in torch.unbind(shown)]
+    figure = plotting.panel_figure(panels, [str(label) for label in labels], title, columns=samples.columns)
+    return plotting.displayable(figure)

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
@@ -59,8 +60,9 @@ class Autoencoder(RecordsArguments, TrainingModule):
     Losses are in nats per sample: summed over data dimensions, averaged over the batch. Batches are `x`, `(x,)` or
     `(x, y)`; x is float, (B, *input_shape); labels y are optional.
 
-    A subclass sets `encoder`, `decoder` and `code_shape`; its constructor takes `input_shape` and plain keyword
-    arguments with defaults, nothing else. It names its own arguments and hands the others on:
+    A subclass sets `encoder`, `decoder` and `code_shape`, or writes `encode` and `decode`. Its constructor takes
+    `input_shape` and plain keyword arguments with defaults, nothing else. It names its own arguments and hands the
+    others on:
 
         class MyAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
             def __init__(self, input_shape: tuple[int, ...], *, width: int = 8, **kwargs: Unpack[TrainingArgs]) -> None:
@@ -71,7 +73,7 @@ class Autoencoder(RecordsArguments, TrainingModule):
 
     Attributes:
         input_shape: shape of one sample.
-        code_shape: shape of one code.
+        code_shape: shape of one code; that of a sample of zeros if the constructor does not set it.
         likelihood: p(x | decoder output).
         corruption: corruption of the input in training; None for most models.
         code_radius: radius of the ball around 0 in which codes lie; infinite for most models.
@@ -115,7 +117,6 @@ class Autoencoder(RecordsArguments, TrainingModule):
 
     encoder: nn.Module
     decoder: nn.Module
-    code_shape: tuple[int, ...]
     corruption: Corruption | None
 
     def __init__(
@@ -138,6 +139,11 @@ class Autoencoder(RecordsArguments, TrainingModule):
         self.corruption = None  # not on the class, where it would hide the module that a subclass sets
         self.lr, self.optimizer, self.weight_decay = lr, optimizer, weight_decay
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+
+    @cached_property
+    def code_shape(self) -> tuple[int, ...]:
+        """See the attributes above."""
+        return input_checks.code_shape(self)
 
     # ---- the contract -----------------------------------------------------------------------------------------------
 
@@ -178,7 +184,9 @@ class Autoencoder(RecordsArguments, TrainingModule):
 
         Larger is stranger. `anomaly_score` compares samples with each other.
         """
-        return self.nll(self.decoder(self.encode(x)), x)
+        z = self.encode(x)
+        params = self.decoder(z) if hasattr(self, "decoder") else self.likelihood.params_from_mean(self.decode(z))
+        return self.nll(params, x)
 
     def anomaly_score(self, x: Tensor) -> Tensor:
         """`score` with the deviance in place of -log p(x | z), larger is stranger: (B, *input_shape) -> (B,).

@@ -80,6 +80,9 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
         AezooError: an unknown score, or one that this model does not have.
     """
     kind = type(model).__name__
+    if name in ("sap", "nap", "deep_svdd") and not hasattr(model, "encoder"):
+        raise AezooError(f"{name} reads the layers of the encoder, and {kind} sets none: set self.encoder in its "
+                         "constructor, or take nll, mse or mahalanobis")  # fmt: skip
     match name:
         case "deviance":
             return FunctionScorer(model.anomaly_score)

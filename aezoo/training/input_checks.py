@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from aezoo.errors import AezooError
+from aezoo.training.seeding import forked_rng
 
 if TYPE_CHECKING:
     from aezoo.training.interface import ModelInterface
@@ -93,6 +94,30 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
         )
 
 
+def code_shape(model: "ModelInterface") -> tuple[int, ...]:
+    """Shape of the code of a sample of zeros.
+
+    Raises:
+        AezooError: the model cannot encode it.
+    """
+    weight = next(model.parameters(), torch.zeros(()))
+    x = torch.zeros(1, *model.input_shape, device=weight.device, dtype=weight.dtype)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), forked_rng(weight.device):
+            return tuple(model.eval().encode(x).shape[1:])
+    except AezooError:
+        raise
+    except Exception as error:
+        raise AezooError(
+            f"{type(model).__name__} sets no code_shape, and a sample of zeros does not tell it "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}): set self.code_shape in its constructor"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def guard(cls: type["ModelInterface"]) -> None:
     """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
 
@@ -132,6 +157,7 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
             result = method(self, x, *args, **kwargs)
         except _COMPLAINTS as error:
             if not isinstance(error, AezooError):
+                check_parts(self, error)
                 _check(self, method.__name__, x, shape, error)
             raise
         if is_loss and not (isinstance(result, dict) and "loss" in result):
@@ -141,6 +167,20 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
         return result
 
     return guarded
+
+
+def check_parts(model: "ModelInterface", failed: Exception) -> None:
+    """Explain an error that says that the model has no encoder or decoder.
+
+    Raises:
+        AezooError: it does say so.
+    """
+    kind = type(model).__name__
+    for part, method in (("encoder", "encode"), ("decoder", "decode")):
+        if isinstance(failed, AttributeError) and f"{kind!r} object has no attribute {part!r}" in str(failed):
+            raise AezooError(
+                f"{kind} sets no {part}: set self.{part} in its constructor, or write {method} without it"
+            ) from failed
 
 
 def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Exception | None = None) -> None:

@@ -1,5 +1,6 @@
 """What training and evaluation use of a model; `aezoo.Autoencoder` declares, documents and implements it."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import lightning.pytorch as pl
@@ -22,7 +23,6 @@ class ModelInterface(pl.LightningModule):
         takes_bytes: bool
         steps_before: int
         input_shape: tuple[int, ...]
-        code_shape: tuple[int, ...]
         likelihood: Likelihood
         corruption: Corruption | None
         encoder: nn.Module
@@ -32,6 +32,9 @@ class ModelInterface(pl.LightningModule):
         weight_decay: float
         lr_schedule: str
         warmup_steps: int
+
+        @cached_property
+        def code_shape(self) -> tuple[int, ...]: ...
 
         def encode(self, x: Tensor) -> Tensor: ...
 

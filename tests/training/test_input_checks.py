@@ -196,3 +196,86 @@ def test_guard_wraps_method_once_and_keeps_metadata():
 def test_integer_input_shape_suggests_tuple():
     with pytest.raises(AezooError, match=r"input_shape takes a list of whole numbers, got 784: give \(784,\)"):
         aezoo.create_model("vae", 784)
+
+
+# ---- models that set less than others --------------------------------------------------------------------------------
+
+
+class Methods(aezoo.Autoencoder):
+    """Writes encode and decode, and sets neither encoder, decoder nor code_shape."""
+
+    def __init__(self, input_shape: tuple[int, ...], *, width: int = 3) -> None:
+        super().__init__(input_shape)
+        self.down = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 2 * width), torch.nn.BatchNorm1d(2 * width)
+        )
+        self.up = torch.nn.Linear(2 * width, 64)
+
+    def encode(self, x):
+        return self.down(x).unflatten(1, (2, -1))
+
+    def decode(self, z):
+        return self.up(z.flatten(1)).sigmoid().unflatten(1, self.input_shape)
+
+    def loss(self, x, y=None):
+        mse = (self.decode(self.encode(x)) - x).square().sum() / len(x)
+        return {"loss": mse, "error": mse}
+
+
+class Parts(aezoo.Autoencoder):
+    """Sets an encoder, and sets or writes nothing that decodes."""
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        super().__init__(input_shape)
+        self.encoder = torch.nn.Flatten()
+
+    def loss(self, x, y=None):
+        return {"loss": (self(x) - x).square().mean()}
+
+
+def test_code_shape_is_measured_without_a_trace():
+    loose, states = Methods((1, 8, 8)), torch.random.get_rng_state()
+    before = {name: value.clone() for name, value in loose.state_dict().items()}
+    assert loose.code_shape == (2, 3)
+    assert all(module.training for module in loose.modules())
+    assert torch.equal(torch.random.get_rng_state(), states)
+    assert all(torch.equal(value, before[name]) for name, value in loose.state_dict().items())
+    loose.code_shape = (6,)
+    assert loose.code_shape == (6,)
+
+
+def test_code_shape_that_no_sample_tells_is_named():
+    class Broken(Methods):
+        def encode(self, x):
+            return self.down(x).unflatten(1, self.code_shape)
+
+    with pytest.raises(AezooError, match=r"^Broken sets no code_shape, and a sample .*: set self.code_shape in its"):
+        _ = Broken((1, 8, 8)).code_shape
+
+
+@pytest.mark.parametrize("method", ["forward", "score", "loss"])
+def test_missing_decoder_is_named(method):
+    with pytest.raises(
+        AezooError, match=r"^Parts sets no decoder: set self.decoder in its constructor, or write decode"
+    ):
+        getattr(Parts((1, 8, 8)), method)(torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.slow
+def test_model_of_methods_alone_serves_all_tasks():
+    torch.manual_seed(0)
+    x = torch.rand(40, 1, 8, 8)
+    loose, data = Methods((1, 8, 8)), DataLoader(TensorDataset(x), 20)
+    quiet_trainer(max_epochs=1).fit(loose, data, data)
+    loose.eval()
+    assert aezoo.embed(loose, x).codes.shape == (40, 2, 3)
+    assert aezoo.reconstruct(loose, x).x_hat.shape == (40, 1, 8, 8)
+    assert aezoo.detect(loose, x[:5], fit_on=x).scores.shape == (5,)
+    torch.testing.assert_close(
+        loose.score(x), torch.nn.functional.binary_cross_entropy(loose(x), x, reduction="none").sum((1, 2, 3))
+    )
+    for score in ("sap", "nap", "deep_svdd"):
+        with pytest.raises(
+            AezooError, match=f"^{score} reads the layers of the encoder, and Methods sets none: set self"
+        ):
+            aezoo.detect(loose, x[:5], score=score, fit_on=x)

@@ -21,7 +21,7 @@ Models name a likelihood by a plain string, with an optional argument after a co
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -46,6 +46,17 @@ _MAX_LOGIT = 16.0
 def _logit(mean: Tensor) -> Tensor:
     """The logit, with means kept away from 0 and 1, where it is infinite."""
     return mean.clamp(0.01, 0.99).logit()
+
+
+def _bisected(x: Tensor, rises: Callable[[Tensor, Tensor], Tensor], most: float) -> Tensor:
+    """For each value of x the parameter from -most to most up to which its log-probability rises, (B, *shape)."""
+    levels, which = torch.unique(x, return_inverse=True)  # of bytes at most 256
+    low, high = torch.full_like(levels, -most), torch.full_like(levels, most)
+    for _ in range(40):
+        middle = (low + high) / 2
+        up = rises(middle, levels)
+        low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+    return high[which]
 
 
 def _sum_per_sample(values: Tensor) -> Tensor:
@@ -187,17 +198,8 @@ class ContinuousBernoulli(Likelihood):
         return torch.where(use_taylor, u + s * u * (u - 1) / -2, x).clamp(0, 1)
 
     def best_params(self, x: Tensor) -> Tensor:
-        # mean(t) = x, that is L(t / 2) = 2 x - 1 with Langevin's function: Cohen's approximation of its inverse
-        # (1991, https://doi.org/10.1007/BF00366640), which is within 5 %, then Newton's steps; an error of t counts
-        # squared in log_prob
-        y = (2 * x - 1).clamp(-1 + 2 / self._MAX_LOGIT, 1 - 2 / self._MAX_LOGIT)
-        t = 2 * y * (3 - y**2) / (1 - y**2)
-        for _ in range(3):
-            h = (t / 2).clamp(-40, 40)
-            near = t.abs() < self._TAYLOR_BELOW
-            slope = torch.where(near, 1 / 12, 1 / t**2 - 1 / (4 * torch.sinh(torch.where(near, 1.0, h)) ** 2))
-            t = t - (self.mean(t) - (1 + y) / 2) / slope
-        return t.clamp(-self._MAX_LOGIT, self._MAX_LOGIT)
+        # log_prob is concave in the logit, with slope x - mean(t)
+        return _bisected(x, lambda t, x: x > self.mean(t), self._MAX_LOGIT)
 
 
 class _Scaled(Likelihood):
@@ -370,16 +372,12 @@ class BetaBinomial(_Scaled):
         return torch.binomial(torch.full_like(p, 255), p) / 255
 
     def best_params(self, x: Tensor) -> Tensor:
-        # log_prob is concave in m, a sum of log(j + c m) and log(j + c (1 - m)): bisection, once for each level
-        levels, which = torch.unique(x.double(), return_inverse=True)
-        k, low = 255 * levels, torch.full_like(levels, -50)
-        high = -low
-        for _ in range(40):
-            t = (low + high) / 2
+        def rises(t: Tensor, x: Tensor) -> Tensor:
+            # log_prob is concave in m, a sum of log(j + c m) and of log(j + c (1 - m))
             a, b = self.shapes(t)
-            rises = (k + a).digamma() - a.digamma() > (255 - k + b).digamma() - b.digamma()
-            low, high = torch.where(rises, t, low), torch.where(rises, high, t)
-        return ((low + high) / 2)[which].to(x.dtype)
+            return (255 * x + a).digamma() - a.digamma() > (255 - 255 * x + b).digamma() - b.digamma()
+
+        return _bisected(x, rises, 50.0)
 
 
 class LogitLaplace(_Scaled):

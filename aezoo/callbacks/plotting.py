@@ -191,9 +191,13 @@ def panel_figure(
     hues = [colormaps["viridis"](i / max(1, len(names) - 1)) for i in range(len(names))] if ordered else None
     plain = {"original": "0.15", "corrupted": "0.75", "output": "tab:red"}
     colours: list[Any] = hues or [plain.get(name, f"C{i}") for i, name in enumerate(names)]
-    shown = [] if columns is None else _shown_columns(panels)
+    shown = [] if columns is None else _shown_columns(panels, -1 if ordered else 1)
     width = 2.9 if columns is None else 3.4
-    height = 1.7 if columns is None else 0.35 + len(shown) * max(0.2, 0.13 * len(names))
+    height = (
+        1.7
+        if columns is None
+        else 0.35 + len(shown) * max(0.2, (0.13 if len(names) <= _MAX_WRITTEN else 0.08) * len(names))
+    )
     left = 0.5 if columns is None else 0.3 + 0.07 * min(24, max(len(columns.names[i]) for i in shown))
     across = min(4, len(panels))
     lines = -(-len(panels) // across)
@@ -248,11 +252,12 @@ def _curves(axes: "Axes", panel: Mapping[str, Tensor], colours: Sequence[Any]) -
             axes.plot(curve, color=colour, linestyle=style, linewidth=1, label=name if channel == 0 else None)
 
 
-def _shown_columns(panels: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """All columns or, if they are many, those in which the first two of each panel differ most, in their order."""
-    parts = [[values.detach().float().cpu() for values in list(panel.values())[:2]] for panel in panels]
-    size = torch.stack([(part[0] - part[-1]).abs() if len(part) > 1 else part[0].abs() for part in parts])
-    return sorted(torch.nan_to_num(size).sum(0).argsort(descending=True, stable=True)[:_MAX_BARS].tolist())
+def _shown_columns(panels: Sequence[Mapping[str, Tensor]], other: int) -> list[int]:
+    """All columns or, if they are many, those in which the first and that other of a panel differ most, in order."""
+    parts = [[values.detach().float().cpu() for values in panel.values()] for panel in panels]
+    size = torch.stack([(part[0] - part[other]).abs() if len(part) > 1 else part[0].abs() for part in parts])
+    most = min(_MAX_BARS, max(4, _MAX_WRITTEN * _MAX_BARS // len(parts[0])))
+    return sorted(torch.nan_to_num(size).sum(0).argsort(descending=True, stable=True)[:most].tolist())
 
 
 def _digits(value: float) -> str:
@@ -278,7 +283,9 @@ def _bars(
         if len(panel) <= _MAX_WRITTEN or i in (0, len(panel) - 1):
             for at, end, value in zip(y, length.clip(0), own[shown], strict=True):
                 axes.text(end, at, f" {_digits(value)}", va="center", fontsize=6)
-    axes.set_yticks(place, [columns.names[i][:24] for i in shown], fontsize=7)
+    axes.set_yticks(
+        place, [name if len(name) <= 24 else f"{name[:23]}…" for name in (columns.names[i] for i in shown)], fontsize=7
+    )
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.tick_params(labelbottom=False, bottom=False)
     axes.margins(x=0.3)

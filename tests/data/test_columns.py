@@ -1,16 +1,17 @@
 """Tables come back in their own columns and units, in files, results and pictures."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import aezoo
-from aezoo.callbacks import plotting
+from aezoo.callbacks import Samples, plotting
 from aezoo.cli.main import main
 from aezoo.data.columns import Columns
-from aezoo.tasks.samples import Samples
+from aezoo.tasks import samples as task_samples
 
 NAMES = ("price", "score", "built")
 
@@ -92,7 +93,7 @@ def test_bars_carry_names_and_values_of_the_table():
 def test_results_of_a_table_have_its_columns(tmp_path):
     data = aezoo.DataModule.from_arrays(_frame())
     model = aezoo.create_model("vae", (3,), latent_dim=2, hidden_dims=(4,)).eval()
-    samples = Samples.from_data(data)
+    samples = task_samples.Samples.from_data(data)
     given = data.columns.values(data.tensors("test")[0])
     found = aezoo.reconstruct(model, data, out=str(tmp_path), n_shown=1)
     table = rows_of(tmp_path / "reconstructions.csv")
@@ -139,3 +140,12 @@ def test_the_command_line_writes_tables_in_their_units(tmp_path, capsys):
     (tmp_path / "new.csv").unlink()
     main(["generate", *given, "--n", "3"])  # the run alone knows the columns
     assert list(rows_of(tmp_path / "out" / "samples.csv")[2]) == list(NAMES)
+
+
+def test_pictures_of_training_know_the_columns():
+    picture = Samples()
+    picture._trainer = SimpleNamespace(datamodule=aezoo.DataModule.from_arrays(_frame()))
+    assert picture.columns.names == NAMES
+    for other in (aezoo.DataModule.from_arrays(houses()), SimpleNamespace(columns=["a"]), None):
+        picture._trainer = SimpleNamespace(datamodule=other)
+        assert picture.columns is None

@@ -7,6 +7,7 @@ X is (n_samples, n_features); `sample_shape=(1, 28, 28)` lets a convolutional mo
 estimator holds its fitted model as safetensors and plain values, from which only a model of the registry can be built.
 """
 
+import inspect
 import logging
 import math
 import random
@@ -37,12 +38,13 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.resident import ResidentLoader
+from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
 from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
-from aezoo.training import arguments
+from aezoo.training import arguments, budgets
 from aezoo.training.seeding import forked_rng, seed_all
 
 Array = npt.NDArray[Any]
@@ -63,19 +65,20 @@ class _Estimator(base.BaseEstimator):
     offset_of_scale_: Array
     scale_: Array
     n_epochs_: int
+    chosen_: dict[str, Any]
     classes_: Array
 
     def __init__(
         self,
         model: str = "dense_ae",
-        latent_dim: int = 8,
+        latent_dim: int | None = None,
         *,
         model_params: dict[str, Any] | None = None,
-        likelihood: str = "gaussian",
-        scale: str = "standard",
+        likelihood: str | None = None,
+        scale: str | None = None,
         sample_shape: tuple[int, ...] | None = None,
-        max_epochs: int = 100,
-        batch_size: int = 128,
+        max_epochs: int | None = None,
+        batch_size: int | None = None,
         lr: float = 1e-3,
         device: str = "auto",
         random_state: Any = None,
@@ -122,10 +125,16 @@ class _Estimator(base.BaseEstimator):
             classes, labels = _labels(y, None if from_scratch else getattr(self, "classes_", None))
             if counts_classes:
                 settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
+        chosen = _choose(settings, X)
+        if not from_scratch:
+            chosen |= {name: value for name, value in self.chosen_.items() if name in chosen}
+        settings |= chosen
         epochs = epochs or settings["max_epochs"]
         device = resolve_device(settings["device"])
         seed = check_random_state(self.random_state).randint(2**31) + (0 if from_scratch else self.n_epochs_)
         offset, scale = _statistics(X, settings["scale"]) if from_scratch else (self.offset_of_scale_, self.scale_)
+        if settings["verbose"] and chosen and from_scratch:
+            print(f"chosen by the data: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
         with _no_side_effects(device):
             seed_all(seed, device, others=False)
             model = _build(settings, X.shape[1]) if from_scratch else self.autoencoder_
@@ -158,7 +167,7 @@ class _Estimator(base.BaseEstimator):
                 model.trainer = None
                 model.cpu().eval()
         # at the end, so that a failed fit keeps the previous results
-        self.autoencoder_, self.offset_of_scale_, self.scale_ = model, offset, scale
+        self.autoencoder_, self.offset_of_scale_, self.scale_, self.chosen_ = model, offset, scale, chosen
         if from_scratch:
             self.__dict__.pop("classes_", None)
         if labels is not None:
@@ -171,9 +180,9 @@ class _Estimator(base.BaseEstimator):
         settings = _plain(self.get_params(deep=False))
         arguments.check(type(self), (), settings)
         for name in ("max_epochs", "batch_size"):
-            if settings[name] < 1:
+            if settings[name] is not None and settings[name] < 1:
                 raise AezooError(f"{name} must be at least 1, got {settings[name]}")
-        if settings["scale"] not in _SCALES:
+        if settings["scale"] not in (None, *_SCALES):
             raise AezooError(f"scale is {settings['scale']!r}: take one of {', '.join(_SCALES)}")
         params = settings["model_params"] = settings["model_params"] or {}
         if "input_shape" in params:
@@ -264,13 +273,16 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
     Args:
         model: a name of the registry.
-        latent_dim: size of the code, if the model has such a hyperparameter.
+        latent_dim: size of the code, if the model has such a hyperparameter; None chooses it by the number of features,
+            as `aezoo fit` does.
         model_params: other hyperparameters of the model, e.g. {"hidden_dims": (256, 64)}.
-        likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1].
+        likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1]. None is the
+            model's own, and gaussian in place of bernoulli for values that leave [0, 1].
         scale: standard (mean 0, deviation 1), unit (0 to 1) or none; per feature, from the statistics of the first fit.
+            None keeps data in [0, 1], takes unit for a likelihood of [0, 1] and pictures, and standard for others.
         sample_shape: shape of a sample as the model sees it; None for vectors.
-        max_epochs: passes over the training data.
-        batch_size: samples per step.
+        max_epochs: passes over the training data; None makes at least 20, and about 2,000 steps of few samples.
+        batch_size: samples per step; None takes 16 to 128, by the number of samples.
         lr: learning rate.
         device: device for training: auto, cpu, cuda, cuda:1 ...; a trained model is on the CPU.
         random_state: fixes initial weights, order and noise.
@@ -281,6 +293,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         offset_of_scale_: (n_features,) the offset that is subtracted from X.
         scale_: (n_features,) the scale that X is divided by.
         n_epochs_: epochs trained so far.
+        chosen_: what the first fit chose for those of the arguments that are None.
         classes_: (n_classes,) the labels of the training data, for a model that uses labels.
     """
 
@@ -325,10 +338,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     """
 
     def __init__(
-        self, model: str = "dense_ae", latent_dim: int = 8, *, contamination: float = 0.1,
-        calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None, likelihood: str = "gaussian",
-        scale: str = "standard", sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100,
-        batch_size: int = 128, lr: float = 1e-3, device: str = "auto", random_state: Any = None,
+        self, model: str = "dense_ae", latent_dim: int | None = None, *, contamination: float = 0.1,
+        calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None, likelihood: str | None = None,
+        scale: str | None = None, sample_shape: tuple[int, ...] | None = None, max_epochs: int | None = None,
+        batch_size: int | None = None, lr: float = 1e-3, device: str = "auto", random_state: Any = None,
         verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -396,10 +409,10 @@ class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):
     """
 
     def __init__(
-        self, model: str = "denoising_ae", latent_dim: int = 8, *, corruption: str | None = "gaussian:0.3",
-        model_params: dict[str, Any] | None = None, likelihood: str = "gaussian", scale: str = "standard",
-        sample_shape: tuple[int, ...] | None = None, max_epochs: int = 100, batch_size: int = 128, lr: float = 1e-3,
-        device: str = "auto", random_state: Any = None, verbose: bool | int = False,
+        self, model: str = "denoising_ae", latent_dim: int | None = None, *, corruption: str | None = "gaussian:0.3",
+        model_params: dict[str, Any] | None = None, likelihood: str | None = None, scale: str | None = None,
+        sample_shape: tuple[int, ...] | None = None, max_epochs: int | None = None, batch_size: int | None = None,
+        lr: float = 1e-3, device: str = "auto", random_state: Any = None, verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
             model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
@@ -432,6 +445,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _choose(settings: dict[str, Any], X: Array) -> dict[str, Any]:
+    """Values for the arguments that are None, by the rules of `aezoo.training.budgets`."""
+    cls, shape = model_class(settings["model"]), settings["sample_shape"] or (X.shape[1],)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    # scaling to 1 gives 1 + 2^-52, too
+    unbounded = bool(X.min() < 0 or X.max() - 1 > np.finfo(np.float32).eps)
+    chosen: dict[str, Any] = {}
+    if settings["latent_dim"] is None and "latent_dim" in defaults:
+        chosen["latent_dim"] = budgets.choose_latent_dim(cls, defaults["latent_dim"], shape)
+    if settings["likelihood"] is None:
+        own = defaults.get("likelihood", "bernoulli")
+        chosen["likelihood"] = budgets.choose_likelihood(own, shape, unbounded, settings["scale"])
+    if settings["scale"] is None:
+        name = {**settings, **chosen, **settings["model_params"]}["likelihood"]
+        rule = budgets.choose_scale(shape, unbounded, likelihood(name).unit_interval)
+        # auto keeps values from 0 to 1 and scales others to them
+        chosen["scale"] = rule if rule != "auto" else "unit" if unbounded else "none"
+    if settings["batch_size"] is None:
+        chosen["batch_size"] = budgets.choose_batch_size(len(X))
+    if settings["max_epochs"] is None:
+        chosen["max_epochs"] = budgets.choose_max_epochs(len(X), {**settings, **chosen}["batch_size"])
+    return chosen
 
 
 def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:

@@ -163,22 +163,28 @@ def setting(flags: list[str], section: str, key: str) -> str | None:
     Args:
         flags: all flags, with recipes expanded.
         section: `model`, `data` or `trainer`; its settings may also be a YAML file or inline YAML.
-        key: the name of the setting in the section.
+        key: the name of the setting in the section; a model's hyperparameters also stand below `init_args`.
     """
     found: Any = None
     for flag, value in _flag_values(flags):
-        if flag == f"--{section}.{key}":
+        if flag in (f"--{section}.{key}", f"--{section}.init_args.{key}"):
             found = value
         elif flag == f"--{section}":
-            found = _section_settings(section, value).get(key, found)
+            found = _in_section(_section_settings(section, value), key, found)
         elif flag == "--config":
-            part = _load_mapping(value).get(section)
+            content = _load_mapping(value)
+            part = content.get(section) or (content.get("fit") or {}).get(section)
             if isinstance(part, str):
                 # the path of a file is relative to the file that names it
                 beside = Path(value).parent / part
                 part = _section_settings(section, str(beside) if beside.is_file() else part)
-            found = (part if isinstance(part, dict) else {}).get(key, found)
+            found = _in_section(part if isinstance(part, dict) else {}, key, found)
     return None if found is None else str(found)
+
+
+def _in_section(settings: dict[str, Any], key: str, default: Any) -> Any:
+    own = settings.get("init_args")
+    return settings.get(key, (own if isinstance(own, dict) else {}).get(key, default))
 
 
 def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:

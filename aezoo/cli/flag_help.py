@@ -14,7 +14,9 @@ _WORDS = {
     "model": "A model of `aezoo list`, such as vae, or a class of your own, such as my_package.MyModel. "
     "--model.help NAME shows its flags.",
     "data": "A data set, as with --data.name, or a YAML file of settings for the data.",
-    "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time.",
+    "data.batch_size": "Samples in a batch of each process, by default 16 to 128, by the number of training samples.",
+    "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time. By default 20, and "
+    "more for few samples.",
     "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
     "trainer.default_root_dir": "The folder of all runs, by default runs: a run is <folder>/<recipe>/<number>.",
     "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "

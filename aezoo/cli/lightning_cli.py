@@ -26,15 +26,25 @@ from aezoo import callbacks, registry
 from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks import dashboard
 from aezoo.cli import flag_help, loggers, run_errors, trainer_settings
-from aezoo.cli.config_resolution import RESUMED, RUN_DIR, check_against, expand, print_differences, warn_other_splits
+from aezoo.cli.config_resolution import (
+    RESUMED,
+    RUN_DIR,
+    check_against,
+    expand,
+    print_differences,
+    setting,
+    warn_other_splits,
+)
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
 from aezoo.data.identity import data_set_name
+from aezoo.data.in_memory import InMemory
 from aezoo.data.loaders import local_processes
+from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
-from aezoo.training import compilation, distributed, launcher, speed
+from aezoo.training import budgets, compilation, distributed, launcher, speed
 from aezoo.training.model_names import display_name
 
 # each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
@@ -68,10 +78,48 @@ _SampleCount = restricted_number_type("Draws", int, [(">=", 1), ("<=", 10**6)], 
 _ATTEMPTS = 3
 
 
+class Budget:
+    """Sets batch size and epochs by the number of samples, where the user has given none; see `training.budgets`.
+
+    Args:
+        config: the command's settings; they then hold what was chosen.
+        batch_size: whether to choose it.
+        max_epochs: whether to choose them.
+
+    Attributes:
+        chosen: what was chosen, by the names of the flags.
+    """
+
+    def __init__(self, config: Namespace, batch_size: bool, max_epochs: bool) -> None:
+        self.config, self.batch_size, self.max_epochs = config, batch_size, max_epochs
+        self.chosen: dict[str, Any] = {}
+
+    def choose(self, trainer: Trainer, data: DataModule) -> None:
+        """Read the data and choose, unless that has been done."""
+        if self.chosen or not (self.batch_size or self.max_epochs):
+            return
+        train: Any = data.dataset("train")
+        if self.batch_size:
+            size = budgets.choose_batch_size(len(train) // trainer.world_size)
+            data.choose(batch_size=size)
+            self.config["data"]["batch_size"] = self.chosen["data.batch_size"] = size
+        if self.max_epochs:
+            epochs = budgets.choose_max_epochs(math.ceil(len(train) / trainer.world_size), data.batch_size)
+            trainer.fit_loop.max_epochs = epochs
+            self.config["trainer"]["max_epochs"] = self.chosen["trainer.max_epochs"] = epochs
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it."""
 
+    def __init__(self, *args: Any, budget: Budget | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.budget = budget
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # every rank has the data by now
+        if stage == "fit" and self.budget is not None:
+            self.budget.choose(trainer, trainer.datamodule)  # type: ignore[attr-defined]
         log_dir = trainer.log_dir  # this broadcasts, so every rank must read it
         # a resumed run keeps its own file until the checkpoint is known to fit the current settings
         if stage == "fit" and log_dir is not None and not (Path(log_dir) / self.config_filename).exists():
@@ -108,6 +156,9 @@ class AezooCLI(LightningCLI):
 
     def __init__(self, argv: list[str], exit_stack: contextlib.ExitStack) -> None:
         self.exit_stack = exit_stack
+        self.budget: Budget | None = None
+        # settings that the user has not given, by their flags' names
+        self.chosen: dict[str, Any] = {}
         try:
             self.request = expand(argv)
         except OSError as error:
@@ -217,10 +268,43 @@ class AezooCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would put a checkpoint's values above the flags here; `expand` has put them below."""
 
+    def _is_given(self, section: str, key: str) -> bool:
+        return setting(self.request.argv, section, key) is not None
+
+    def _choose_model(self) -> None:
+        """Set code size, likelihood and scale by the data, where neither a flag nor a file gives them."""
+        if self.subcommand != "fit" or self.request.source is not None:
+            return
+        config, data, cls = self.config[self.subcommand], self.datamodule, type(self.model)
+        given, shape = dict(self.model.hparams), data.input_shape
+        free = [key for key in ("latent_dim", "likelihood") if key in given and not self._is_given("model", key)]
+        scale = None if data.scale == "auto" and not self._is_given("data", "scale") else data.scale
+        unbounded = ("likelihood" in free or scale is None) and data.source.is_unbounded()
+        chosen: dict[str, Any] = {}
+        if "latent_dim" in free:
+            chosen["latent_dim"] = budgets.choose_latent_dim(cls, given["latent_dim"], shape)
+        if "likelihood" in free:
+            chosen["likelihood"] = budgets.choose_likelihood(given["likelihood"], shape, unbounded, scale)
+        if scale is None and "likelihood" in given:
+            bounded = likelihood({**given, **chosen}["likelihood"]).unit_interval
+            scale = budgets.choose_scale(shape, unbounded, bounded)
+            if scale != data.scale and isinstance(data.source, InMemory):
+                data.choose(scale=scale)
+                config["data"]["scale"] = self.chosen["data.scale"] = scale
+        changed = {key: value for key, value in chosen.items() if value != given[key]}
+        if changed:
+            # the initial weights of a run to which these values are given
+            torch.set_rng_state(self._rng_state)
+            self.model = cls(**{**given, **changed})
+            for key, value in changed.items():
+                config["model"]["init_args"][key] = value
+        self.chosen |= {f"model.{key}": value for key, value in chosen.items()}
+
     def before_instantiate_classes(self) -> None:
         """Keep memory pages for speed, and stop here if `--resume` finds a run that has ended by itself."""
         speed.choose(self.config[self.subcommand]["speed"])
         speed.keep_memory()
+        self._rng_state = torch.get_rng_state()
         source = self.request.source
         if self.request.resumes and source is not None:
             trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
@@ -257,8 +341,11 @@ class AezooCLI(LightningCLI):
         return self.config_init[self.subcommand][key]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self._choose_model()
         config = dict(self._setting("trainer"))
         extra: list[Callback] = [self._setting(key) for key in self.command_parser.callback_keys]
+        if self.subcommand == "fit" and self.request.source is None and not config.get("fast_dev_run"):
+            self._set_budget(config)
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             extra = [callback for callback in extra if not isinstance(callback, callbacks.Checkpoints)]
         if config.get("enable_progress_bar") is False:
@@ -286,6 +373,14 @@ class AezooCLI(LightningCLI):
         trainer_settings.check_processes(trainer)
         distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer
+
+    def _set_budget(self, config: dict[str, Any]) -> None:
+        """Leave batch size and epochs to the data, unless flags and files set them, or what an epoch or the run is."""
+        own_limit = config.get("max_steps", -1) != -1 or config.get("max_time") is not None
+        own_epoch = config.get("limit_train_batches") is not None or bool(config.get("overfit_batches"))
+        batch_size = not self._is_given("data", "batch_size")
+        max_epochs = not (own_limit or own_epoch or self._is_given("trainer", "max_epochs"))
+        self.budget = self.save_config_kwargs["budget"] = Budget(self.config["fit"], batch_size, max_epochs)
 
     def _lock_checkpoints(self, dirpath: Any) -> None:
         """Let no other run write into a folder of checkpoints that the user has named."""
@@ -383,10 +478,23 @@ class AezooCLI(LightningCLI):
         # the data is read here, before Lightning attaches the trainer to it
         self.datamodule.source.processes = local_processes(self.trainer)
         print(self.datamodule.describe())
+        if self.budget is not None:
+            self.budget.choose(self.trainer, self.datamodule)
+            self.chosen |= self.budget.chosen
+        if self.chosen:
+            print(self._chosen_line())
         if self._test_follows():
             self._check_test_share()
         # one table at the end shows the figures of training and test
         self._setting("summary").test_follows = self._test_follows()
+
+    def _chosen_line(self) -> str:
+        parts = [f"{key} {value}" for key, value in self.chosen.items()]
+        if "trainer.max_epochs" in self.chosen:
+            train: Any = self.datamodule.dataset("train")
+            steps = budgets.steps_per_epoch(math.ceil(len(train) / self.trainer.world_size), self.datamodule.batch_size)
+            parts[-1] += f" ({self.chosen['trainer.max_epochs'] * steps:,} steps)"
+        return f"chosen by the data, unless you give them: {', '.join(parts)}"
 
     def after_fit(self) -> None:
         """Test the best weights, so that a run ends with figures on data it has not seen."""

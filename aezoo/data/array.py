@@ -32,7 +32,7 @@ from torch import Tensor
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.columns import TABLES
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, to_real_tensor
+from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, chunk_rows, to_real_tensor
 from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
 from aezoo.data.source import STAGES, Options, Stage, accepts
 from aezoo.errors import AezooError
@@ -110,6 +110,14 @@ class Array(InMemory):
         if self._y and set(self._y) != set(splits):
             raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
         return splits
+
+    def is_unbounded(self) -> bool:
+        values = as_real_array(self._x["train"], self._what("train"))
+        if values.dtype in (torch.uint8, np.uint8):
+            return False
+        n = chunk_rows(values.shape[1:])
+        parts = (torch.as_tensor(np.asarray(values[i : i + n], dtype=np.float32)) for i in range(0, len(values), n))
+        return any(bool(((part < 0) | (part > 1)).any()) for part in parts)
 
     def _build(self) -> dict[Stage, Samples]:
         splits = super()._build()

@@ -15,6 +15,7 @@ from aezoo.data.array import Array
 from aezoo.data.classes import keep_labels, restrict_training_classes
 from aezoo.data.columns import Columns, column_names
 from aezoo.data.identity import data_identity, other_data_message
+from aezoo.data.in_memory import InMemory
 from aezoo.data.loaders import (
     EpochSampler,
     LazyLoader,
@@ -163,6 +164,14 @@ class DataModule(RecordsArguments, LightningDataModule):
         module._arrays = Table(arrays, columns)
         cls.__init__(module, **plain)
         return module
+
+    def choose(self, **settings: Any) -> None:
+        """Set `batch_size` or, before the data are read, `scale`, where the user has given none."""
+        for key, value in settings.items():
+            setattr(self, key, value)
+        if "scale" in settings and isinstance(self.source, InMemory):
+            self.source.set_scale(settings["scale"])
+        self.save_hyperparameters(settings, logger=False)
 
     def prepare_data(self) -> None:
         self.source.prepare()

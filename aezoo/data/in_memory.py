@@ -49,11 +49,16 @@ class InMemory(Source):
         self.options = options
         self.input_shape = resized_shape(shape, options.size, options.channels)
         self.num_classes = num_classes
-        self.value_range = (0.0, 1.0) if options.scale in ("auto", "unit") else None
+        self.set_scale(options.scale)
         self.scaling: Scale | None = None
         # whether `load` returns values that are still in their file
         self.mapped = False
         self._splits: dict[Stage, Samples] | None = None
+
+    def set_scale(self, rule: str) -> None:
+        """Choose the rule `--data.scale` before the first `split`."""
+        self.options.scale = rule
+        self.value_range = (0.0, 1.0) if rule in ("auto", "unit") else None
 
     @abstractmethod
     def load(self) -> dict[Stage, Samples]:

@@ -114,6 +114,10 @@ class Source(ABC):
         """Download missing files; called by one process per machine."""
         return
 
+    def is_unbounded(self) -> bool:
+        """Whether values leave the range from 0 to 1 before any scaling; bytes count as shares of white."""
+        return self.value_range is None
+
     @abstractmethod
     def split(self, stage: Stage) -> Dataset[Any] | None:
         """The samples of a split, (x,) or (x, y) each, x uint8 (of 255) or float32; None without this split."""

@@ -177,7 +177,7 @@ def test_data_flag_accepts_a_name(capsys):
     main(["fit", "-c", "mine.yaml", "--resume=auto", *short])
     for run in ("linear_ae-digits", "mine"):
         config = yaml.safe_load(Path("runs", run, "0", "config.yaml").read_text())
-        assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
+        assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 32
     assert "embed needs a trained model" in refused(capsys, "embed", "--data", "digits")
     assert "unknown data 'digts', did you mean 'digits'?" in refused(capsys, "fit", "--model=vae", "--data", "digts")
     Path("list.yaml").write_text("- 1\n")
@@ -315,7 +315,7 @@ def test_invalid_command_is_refused_in_one_line(capsys, argv, words):
         ("val_check_interval=1000", "less than or equal to the number of the training batches (3)"),
         ("limit_val_batches=0.0001", "Please increase the `limit_val_batches` argument"),
         ("limit_train_batches=0.0001", "Please increase the `limit_train_batches` argument"),
-        ("limit_test_batches=0.0001", "trainer.limit_test_batches is 0.0001, less than one of 2 batches"),
+        ("limit_test_batches=0.0001", "trainer.limit_test_batches is 0.0001, less than one of 6 batches"),
         ("callbacks+=DeviceStatsMonitor", "a package is missing"),
     ],
 )

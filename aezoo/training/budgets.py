@@ -10,8 +10,8 @@ from collections.abc import Sequence
 _USUAL_VALUES = 28 * 28
 # models whose latent_dim is the number of values in a code, fewer than those of a sample
 _FAMILIES = ("classic", "regularised", "variational")
-# a smaller default, such as the 2 of a model that is drawn, is meant for all samples
-_LEAST_DEFAULT = 8
+# codes grow by multiples of it; a smaller default, such as the 2 of a model that is drawn, is meant for all samples
+_UNIT = 8
 # batches that an epoch of few samples has at least
 _BATCHES = 32
 _LEAST_BATCH, _LARGEST_BATCH = 16, 128
@@ -36,7 +36,8 @@ def choose_latent_dim(model: type, default: int, input_shape: Sequence[int]) -> 
     n_values = math.prod(input_shape)
     if n_values < _USUAL_VALUES:
         return min(default, max(2, n_values // 4))
-    return default if default < _LEAST_DEFAULT else round(default * math.sqrt(n_values / _USUAL_VALUES))
+    size = default * math.sqrt(n_values / _USUAL_VALUES)
+    return default if default < _UNIT else max(default, round(size / _UNIT) * _UNIT)
 
 
 def choose_likelihood(default: str, input_shape: Sequence[int], unbounded: bool, scale: str | None) -> str:

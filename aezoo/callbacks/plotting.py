@@ -308,9 +308,13 @@ def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], t
 
     half = len(epochs) // 2 if len(epochs) >= 6 else 0
     parts = {"all epochs": 0, "second half": half} if half else {"all epochs": 0}
-    figure = Figure(figsize=(4.6 * len(parts), 3.4), dpi=_DPI, facecolor="white", layout="constrained")
+    wide = 4.6 * len(parts)
+    figure = Figure(figsize=(wide, 3.4), dpi=_DPI, facecolor="white")
+    # fixed margins: a constrained layout takes four times as long
+    room = {"left": 0.7 / wide, "right": 1 - 0.1 / wide, "bottom": 0.15, "top": 0.86, "wspace": 0.22}
     known = {name: np.asarray(values, float) for name, values in losses.items() if np.isfinite(values).any()}
-    for axes, (heading, start) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+    grid = figure.subplots(1, len(parts), squeeze=False, gridspec_kw=room)
+    for axes, (heading, start) in zip(grid[0], parts.items(), strict=True):
         place = np.asarray(epochs[start:])
         for name, values in known.items():
             shown = np.isfinite(values[start:])
@@ -323,12 +327,12 @@ def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], t
             if best >= start:
                 text = f"lowest: {last[best]:.5g}, epoch {epochs[best]}"
                 axes.plot([epochs[best]], [last[best]], "o", ms=8, mfc="none", color="0.15", label=text)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("epoch")
-        axes.set_ylabel("nats per sample")
         axes.set_title(heading, fontsize=9, color=_GREY, loc="left")
         axes.grid(color="0.9")
         axes.legend(fontsize=8, frameon=False)
+    grid[0][0].set_ylabel("nats per sample")
     figure.suptitle(title, fontsize=9, color=_GREY)
     return figure
 

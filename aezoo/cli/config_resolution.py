@@ -227,6 +227,7 @@ def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> t
         found, run = (Path(os.environ[name]) if os.environ.get(name) else None for name in (RESUMED, RUN_DIR))
         return found, run
 
+    run_name = _given_name(flags) or run_name
     if run_name is None:
         model = setting(flags, "model", "class_path")
         if model is None:
@@ -238,6 +239,17 @@ def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> t
     if run is not None:
         os.environ[RUN_DIR] = str(run)
     return found, run
+
+
+def _given_name(flags: list[str]) -> str | None:
+    """The last `--name` among the flags and files."""
+    found = None
+    for flag, value in _flag_values(flags):
+        if flag == "--config":
+            found = _load_mapping(value).get("name", found)
+        elif flag == "--name":
+            found = value
+    return found if isinstance(found, str) else None
 
 
 def _data_set(flags: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ _WORDS = {
     "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time. By default 20, and "
     "more for few samples.",
     "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
-    "trainer.default_root_dir": "The folder of all runs, by default runs: a run is <folder>/<recipe>/<number>.",
+    "trainer.default_root_dir": "The folder of all runs, by default runs; a run is <folder>/<name>/<number>.",
     "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "
     "flags of their own, below.",
     "trainer.logger": "By default TensorBoard; false logs nothing.",

@@ -110,11 +110,20 @@ class Budget:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it."""
+    """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it.
 
-    def __init__(self, *args: Any, budget: Budget | None = None, **kwargs: Any) -> None:
+    Its second line is the command that began the run, which tells runs apart.
+
+    Args:
+        args: as of Lightning's.
+        command: the command line.
+        budget: chooses batch size and epochs once every rank has the data.
+        kwargs: as of Lightning's.
+    """
+
+    def __init__(self, *args: Any, command: str, budget: Budget | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.budget = budget
+        self.command, self.budget = f"# {command}", budget
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # every rank has the data by now
@@ -140,9 +149,12 @@ class SaveConfig(SaveConfigCallback):
             name = registry.name_of(type(pl_module))
             if name is not None:
                 config["model"]["class_path"] = name
-            head = f"# aezoo {aezoo.__version__}: all settings of this run\n"
+            path = Path(log_dir) / self.config_filename
+            lines = path.read_text("utf-8").splitlines()[:2] if path.is_file() else []
+            begun = next((line for line in lines if line.startswith("# aezoo fit ")), self.command)
+            head = f"# aezoo {aezoo.__version__}: all settings of this run\n{begun}\n"
             text = head + yaml.safe_dump(config, sort_keys=False)
-            atomic_files.write(Path(log_dir) / self.config_filename, lambda file: file.write(text.encode()))
+            atomic_files.write(path, lambda file: file.write(text.encode()))
             self.already_saved = True
 
 
@@ -170,6 +182,7 @@ class AezooCLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={"prog": "aezoo"},
             save_config_callback=SaveConfig,
+            save_config_kwargs={"command": " ".join(shlex.join(["aezoo", *argv]).split())},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # checkpoints hold the constructor's values: without class paths, including defaults
@@ -212,6 +225,13 @@ class AezooCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         for name, cls in DEFAULT_CALLBACKS.items():
             parser.add_lightning_class_args(cls, name)
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="The name of a new run: its folder is <default_root_dir>/<name>/<number>. By default that of the "
+            "recipe, or of the model and the data.",
+        )
         parser.add_argument(
             "--compile",
             type=Literal[compilation.MODES],
@@ -305,6 +325,10 @@ class AezooCLI(LightningCLI):
         speed.choose(self.config[self.subcommand]["speed"])
         speed.keep_memory()
         self._rng_state = torch.get_rng_state()
+        name, run = self.config[self.subcommand]["name"], self.request.run
+        named = any(word.partition("=")[0] == "--name" for word in self.request.argv)
+        if named and run is not None and archives.safe_name(name or "") != run.resolve().parent.name:
+            raise AezooError(f"{run} keeps its name: drop --name {name}, or start a new run without --ckpt_path")
         source = self.request.source
         if self.request.resumes and source is not None:
             trainer, early = (self.config[self.subcommand][key] for key in ("trainer", "early_stopping"))
@@ -424,10 +448,10 @@ class AezooCLI(LightningCLI):
         return folder
 
     def run_name(self) -> str:
-        """The name of the folder of all runs like this one: the recipe's, or that of the model and the data."""
+        """The name of the folder of all runs like this one: given, the recipe's, or that of the model and the data."""
         model = display_name(type(self.model))
         own = f"{model}-{data_set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
-        return archives.safe_name(self.request.run_name or own)
+        return archives.safe_name(self._setting("name") or self.request.run_name or own)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -777,3 +777,21 @@ def test_checkpoint_replaced_while_it_is_read_is_found_again(tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", replace_after_first)
     main(["test", "--ckpt_path", "runs/vae-digits/0"])
     assert replaced
+
+
+@pytest.mark.slow
+def test_a_run_has_the_name_that_was_given(capsys):
+    run, own = Path("runs/my_run/0"), ["--model=dense_ae", "--model.latent_dim=3", "--name=my run"]
+    fit(*own)
+    assert [path.name for path in Path("runs").iterdir()] == ["my_run"]
+    head = (run / "config.yaml").read_text().splitlines()[1]
+    assert head.startswith("# aezoo fit --data.name=digits ") and head.endswith("--model.latent_dim=3 '--name=my run'")
+    # what continues the run does not change the command that began it
+    fit(*own, "--resume=auto", "--trainer.max_epochs=2")
+    main(["fit", f"--ckpt_path={run}", "--trainer.max_epochs=3"])
+    assert [path.name for path in run.parent.iterdir()] == ["0"]
+    assert (run / "config.yaml").read_text().splitlines()[1] == head
+    line = refused(capsys, "fit", f"--ckpt_path={run}", "--name=other")
+    assert line == f"aezoo: {run} keeps its name: drop --name other, or start a new run without --ckpt_path"
+    main(["fit", "-c", str(run / "config.yaml"), "--trainer.max_epochs=1"])
+    assert sorted(path.name for path in run.parent.iterdir()) == ["0", "1"]

@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 
 import pytest
 from example_curves import DOCS, EXAMPLES, curves, falling
@@ -72,10 +71,3 @@ def test_curves_with_gaps_and_short_ones_are_read():
     assert "train/loss fell" in verdict.text
     # a rise of both is no overfitting, nor is a fall of both
     assert sections(EXAMPLES["rising"]) == ["rising"]
-
-
-def test_long_curves_are_read_in_a_moment():
-    history = curves(falling(1000), falling(1000), 0.5, n=5000)
-    began = time.process_time()
-    assert sections(history)
-    assert time.process_time() - began < 0.2

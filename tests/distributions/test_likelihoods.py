@@ -304,6 +304,14 @@ def test_no_parameters_are_better_than_the_best(name: str) -> None:
     assert made.deviance(best, x).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("name", ["bernoulli", "continuous_bernoulli", "discretised_logistic", "logit_laplace"])
+def test_deviance_is_finite_just_outside_the_interval(name: str) -> None:
+    # as new samples are under the scale of the training data
+    x, t = torch.tensor([[-0.2], [-0.01], [1.01], [1.2]]), torch.randn(4, 1)
+    deviance = likelihood(name).deviance(t, x)
+    assert deviance.isfinite().all() and deviance.min() > 0
+
+
 @pytest.mark.parametrize("name", ["bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace:0.3"])
 def test_deviance_has_its_closed_form(name: str) -> None:
     made, x, t = build(name), torch.rand(6, 3, 4, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)

@@ -158,7 +158,11 @@ def _draw(
     clean = samples.rows(shown)
     given = _corrupted(clean, shown.tolist(), noise, seed)
     panels = {} if noise is None else {"original": clean}
-    panels |= {"noisy": given, "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()]))}
+    # of samples as they are, nobody says that they are noisy
+    panels |= {
+        "input" if noise is None else "noisy": given,
+        "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()])),
+    }
     if best is not None:
         panels[best[0]] = torch.from_numpy(best[1](given.numpy()))
     return _picture(panels, samples.columns)
@@ -232,10 +236,10 @@ def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float
 
 
 def _picture(panels: dict[str, Tensor], columns: Columns | None) -> "Figure":
-    """Rows of samples: original, noisy, output and the best filter's output, if there are any."""
+    """Rows of samples: original and noisy, or input; output, and the best filter's output, if there are any."""
     from aezoo.callbacks import plotting
 
-    if not plotting.is_image(panels["noisy"].shape[1:]):
+    if not plotting.is_image(panels["output"].shape[1:]):
         samples = [dict(zip(panels, row, strict=True)) for row in zip(*panels.values(), strict=True)]
         return plotting.panel_figure(samples, columns=columns)
     limits = plotting.value_range(panels.get("original", panels["output"]))

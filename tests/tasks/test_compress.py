@@ -237,3 +237,19 @@ def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
         compress(model, samples, out=str(tmp_path), compare=False)
         found = decompress(model, str(tmp_path / "samples.aez"), out=str(tmp_path / kind))
         assert {file.suffix for file in found.files} == {f".{kind}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [(1.05571, 1.05572), (0.0557, 0.0557), (0.0557, 3.849)], ids=str)
+def test_axes_of_one_quality_have_short_labels(rates):
+    rows = [
+        {"method": name, "bits_per_dim": rate, "psnr": psnr, "ssim": math.nan}
+        for name, rate, psnr in zip(("model", "PCA"), rates, (14.9, 14.9003), strict=True)
+    ]
+    figure = baselines.rate_distortion_figure(rows)
+    figure.canvas.draw()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        low, high = axis.get_view_interval()
+        labels = [label.get_text() for label in axis.get_ticklabels() if low <= float(label.get_text()) <= high]
+        assert 3 <= len(set(labels)) == len(labels) <= 10 and max(map(len, labels)) <= 5
+        assert axis.get_offset_text().get_text() == ""

@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
 import aezoo
+from aezoo.callbacks import plotting
 from aezoo.errors import AezooError
 from aezoo.tasks import denoise_filters
 from aezoo.tasks.denoise import denoise
@@ -54,7 +55,7 @@ def test_wiener_filter_model_has_wiener_error():
     model = linear(wiener, mean - wiener @ mean)
     found = denoise(model, x, corrupt=f"gaussian:{sigma}", n_compared=20_000)
     rows = by_method(found)
-    assert rows["LinearAE"]["mse"] == pytest.approx(expected, rel=0.01)
+    assert rows["linear_ae"]["mse"] == pytest.approx(expected, rel=0.01)
     assert rows["LinearAE"]["psnr"] == pytest.approx(10 * np.log10(np.ptp(x) ** 2 / expected), abs=0.05)
     assert list(rows) == ["LinearAE", "identity"]  # a vector's values have no neighbours
     # any other linear map does worse
@@ -221,12 +222,15 @@ def test_every_kind_of_sample_is_denoised_and_written(tmp_path, shape):
     assert [float(row["mse"]) for row in rows] == pytest.approx([row["mse"] for row in found.rows])
 
 
-def test_noisy_input_is_denoised_without_metrics(tmp_path):
+def test_noisy_input_is_denoised_without_metrics(tmp_path, monkeypatch):
+    shown, drawn = [], plotting.mosaic_figure
+    monkeypatch.setattr(plotting, "mosaic_figure", lambda rows, names: shown.append(names) or drawn(rows, names))
     model, x = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3), torch.rand(3, 1, 8, 8)
     x = x + 0.5 * torch.randn(x.shape)  # beyond the range of clean samples
     found = denoise(model, x, out=str(tmp_path))
     assert [path.name for path in found.files] == ["denoised.npy", "denoised.png"]
     assert found.rows == [] and "--corrupt gaussian:0.3" in found.summary()
+    assert shown == [["input", "output"]]  # nobody says that it is noisy
     with torch.no_grad():
         assert np.allclose(found.x_hat, model.eval()(x), atol=1e-6)
 

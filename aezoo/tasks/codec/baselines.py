@@ -226,9 +226,14 @@ def rate_figure(rows: list[Row]) -> "Figure":
     return figure
 
 
+# smaller differences are not worth an axis of their own
+_LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05}
+
+
 def rate_distortion_figure(rows: list[Row]) -> "Figure":
     """Distortion against rate, one line per method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     shown = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
     names = [name for name in shown if any(math.isfinite(line[name]) for line in rows)]
@@ -238,10 +243,24 @@ def rate_distortion_figure(rows: list[Row]) -> "Figure":
             points = [line for line in rows if line["method"] == method and math.isfinite(line[name])]
             if points:
                 axes.plot([p["bits_per_dim"] for p in points], [p[name] for p in points], marker="o", label=method)
-        low, high = axes.get_xlim()
-        # within a decade the labels of a logarithmic axis overlap
-        scale = "log" if low <= 0 or high > 10 * low else "linear"
-        axes.set(xscale=scale, xlabel="bits per dimension", ylabel=shown[name])
+        known = [line for line in rows if math.isfinite(line[name])]
+        rates, figures = ([float(line[key]) for line in known] or [1.0] for key in ("bits_per_dim", name))
+        low, high = min(rates), max(rates)
+        if low > 0 and high > 10 * low:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        elif high < 1.5 * low:
+            # around a single quality, matplotlib would zoom in until labels need ten digits
+            axes.set_xlim(low / 1.5, 1.5 * high)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter("{x:.4g}")
+        least = _LEAST_RANGE[name]
+        if max(figures) - min(figures) < least:
+            middle = (max(figures) + min(figures)) / 2
+            axes.set_ylim(middle - least, middle + least)
+        axes.yaxis.set_major_formatter("{x:.4g}")
+        axes.set(xlabel="bits per dimension", ylabel=shown[name])
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure

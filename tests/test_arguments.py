@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any, Unpack, get_args, get_origin, get_type_hints
@@ -200,7 +201,7 @@ def test_wrong_arguments_are_refused_in_the_name_of_the_class():
 
 def test_hyperparameters_are_complete_without_being_saved():
     model = BetaVAE((4,), latent_dim=3)
-    assert dict(model.hparams) == defaults(BetaVAE) | {"latent_dim": 3, "input_shape": (4,)}
+    assert dict(model.hparams) == defaults(BetaVAE) | {"latent_dim": 3, "hidden_dims": (400,), "input_shape": (4,)}
     assert dict(model.hparams_initial) == dict(model.hparams)
     assert dict(Linear(input_shape=(4,)).hparams) == defaults(Linear) | {"input_shape": (4,)}
 
@@ -295,7 +296,9 @@ def test_variant_help_shows_type_default_and_text(capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split())
     for name, (_, kind, default, meaning) in {p[0]: p for p in registry.card("beta_vae").parameters}.items():
         if name != "input_shape":
-            assert f"{meaning} (type: {kind}, default: {default.strip(chr(39))})" in text, name
+            kind = re.sub(r"(.+) \| None", r"Optional[\1]", kind)
+            shown = "null" if default == "None" else default.strip("'")
+            assert f"{meaning} (type: {kind}, default: {shown})" in text, name
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Models whose encoder and decoder are networks of a kind that an argument names."""
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 from torch import nn
 
@@ -13,7 +14,7 @@ class FixedLikelihoodArgs(OptimizerArgs, total=False):
     """Arguments of `NetworkAutoencoder` for models that choose the likelihood themselves."""
 
     net: str
-    hidden_dims: tuple[int, ...]
+    hidden_dims: tuple[int, ...] | None
     activation: str
 
 
@@ -30,26 +31,47 @@ class LatentArgs(NetworkArgs, total=False):
 class NetworkAutoencoder(Autoencoder):
     """A model with networks of one kind; its constructor builds them with `build_encoder` and `build_decoder`.
 
+    A subclass may give widths of its own for some kinds: `class MyAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)})`.
+
+    Attributes:
+        own_hidden_dims: these, inherited ones too.
+
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them.
+        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them. None
+            chooses them by net and input_shape; `aezoo info NAME --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
     """
+
+    own_hidden_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
+    def __init_subclass__(cls, *, hidden_dims: Mapping[str, tuple[int, ...]] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.own_hidden_dims = {**cls.own_hidden_dims, **(hidden_dims or {})}
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
         net: str = "mlp",
-        hidden_dims: tuple[int, ...] = (400,),
+        hidden_dims: tuple[int, ...] | None = None,
         activation: str = "relu",
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.net = net
+        if hidden_dims is None:
+            hidden_dims = self.default_hidden_dims
+            if "hidden_dims" in self.hparams:
+                self.update_hyperparameters(hidden_dims=hidden_dims)
         self.hidden_dims = hidden_dims
         self.activation = activation
+
+    @property
+    def default_hidden_dims(self) -> tuple[int, ...]:
+        """The `hidden_dims` of this net and input_shape if none are given."""
+        return nets.default_hidden_dims(self.net, self.input_shape, self.own_hidden_dims.get(self.net))
 
     def build_encoder(self, code_shape: tuple[int, ...]) -> nn.Module:
         """A network of samples, (B, *input_shape) -> (B, *code_shape)."""

@@ -107,14 +107,18 @@ class CodeMapArgs(NetworkArgs, total=False):
     places: int
 
 
-class CodeMapAutoencoder(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class CodeMapAutoencoder(
+    DiscreteAutoencoder,
+    NetworkAutoencoder,
+    hidden_dims={"resnet": (32, 64), "mlp": (32, 64)},
+    defaults={"net": "resnet"},
+):
     """A discrete autoencoder with networks of one kind; its constructor sets the quantiser and calls `build_code_nets`.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         **kwargs: see `NetworkAutoencoder`.
     """
 

@@ -44,7 +44,7 @@ from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
 from aezoo.security import archives, values
-from aezoo.training import budgets, compilation, distributed, launcher, speed
+from aezoo.training import budgets, compilation, cost, distributed, launcher, speed
 from aezoo.training.model_names import display_name
 
 # each callback is a group of flags and a section of the YAML, e.g. --reconstructions.every_n_epochs 1
@@ -499,6 +499,9 @@ class AezooCLI(LightningCLI):
         kind = type(self.model)
         name = display_name(kind)
         print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
+        slow = cost.advice(self.model, self.datamodule.batch_size, self.trainer.strategy.root_device)
+        if slow:
+            print(slow)
         # the data is read here, before Lightning attaches the trainer to it
         self.datamodule.source.processes = local_processes(self.trainer)
         print(self.datamodule.describe())

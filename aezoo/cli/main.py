@@ -246,6 +246,15 @@ def _count(name: str, shape: tuple[int, ...]) -> None:
     total = sum(p.numel() for p in model.parameters())
     parts = ", ".join(f"{key} {count:,}" for key, count in by_part.items() if count)
     print(f"\nWith input shape {shape}: {total:,} parameters ({parts}); code shape {model.code_shape}")
+    own = getattr(model, "own_hidden_dims", None)
+    if own is not None and {"net", "hidden_dims"} <= {*model.hparams}:
+        from aezoo import nets
+
+        by_dims: dict[tuple[int, ...], list[str]] = {}
+        for net in nets.NETS:
+            with contextlib.suppress(AezooError):  # a network that does not take the shape
+                by_dims.setdefault(nets.default_hidden_dims(net, shape, own.get(net)), []).append(net)
+        print("Default hidden_dims: " + "; ".join(f"{', '.join(of)} {dims}" for dims, of in by_dims.items()))
 
 
 def _recipes(argv: list[str]) -> None:

@@ -2,13 +2,31 @@
 
 The file `aezoo/nets/<name>.py` of a network defines a class `Encoder(input_shape, code_shape, hidden_dims, activation)`
 and a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, modules that map batches of the first shape to
-batches of the second. It also defines a function `map_shape(input_shape, hidden_dims, channels)`, which returns the
-shape of a code that is a feature map.
+batches of the second. It also defines the functions `map_shape(input_shape, hidden_dims, channels)`, which returns the
+shape of a code that is a feature map, and `default_hidden_dims(input_shape)`.
 
 The other files are parts that models build on: `dictionary`, `flows`, `levels`, `messages`, `top_down`, `labels`,
 `adversarial`, `features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.
 """
 
-from aezoo.nets.build import ACTIVATIONS, NETS, WITHOUT_GRID, activation, decoder, encoder, map_shape
+from aezoo.nets.build import (
+    ACTIVATIONS,
+    NETS,
+    WITHOUT_GRID,
+    activation,
+    decoder,
+    default_hidden_dims,
+    encoder,
+    map_shape,
+)
 
-__all__ = ["ACTIVATIONS", "NETS", "WITHOUT_GRID", "activation", "decoder", "encoder", "map_shape"]
+__all__ = [
+    "ACTIVATIONS",
+    "NETS",
+    "WITHOUT_GRID",
+    "activation",
+    "decoder",
+    "default_hidden_dims",
+    "encoder",
+    "map_shape",
+]

@@ -44,6 +44,25 @@ def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType:
     return import_module(f"aezoo.nets.{name}")
 
 
+def default_hidden_dims(
+    name: str, input_shape: tuple[int, ...], of_paper: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Widths or channels with which a network of samples of this shape trains at the cost that docs/networks.md states.
+
+    Args:
+        name: a network's name.
+        input_shape: shape of one sample.
+        of_paper: those of a model's paper for this network, if it has any. They are kept, but for mlp and samples of
+            so many values that its first layer would have more than 8 million weights.
+
+    Raises:
+        AezooError: an unknown name, or a shape that the network cannot take.
+    """
+    module = _net(name, of_paper or ())
+    dims: tuple[int, ...] = module.default_hidden_dims(input_shape) if of_paper is None else of_paper
+    return module.narrowed(dims, input_shape) if name == "mlp" else dims
+
+
 def encoder(
     name: str,
     input_shape: tuple[int, ...],

@@ -16,6 +16,9 @@ from aezoo.nets.build import activation
 from aezoo.nets.narrow_conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 CONVS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+# of `stage_channels`
+_LARGEST_LAST_SIDE, _MOST_CHANNELS = 8, 128
+_LEAST_FIRST, _MOST_FIRST = 4, 32
 TRANSPOSED: dict[int, type[nn.Module]] = {1: ConvTranspose1d, 2: ConvTranspose2d, 3: ConvTranspose3d}
 
 
@@ -40,6 +43,24 @@ def grids(input_shape: tuple[int, ...], stages: int) -> list[tuple[int, ...]]:
     for _ in range(stages):
         sizes.append(tuple(math.ceil(n / 2) for n in sizes[-1]))
     return sizes
+
+
+def stage_channels(input_shape: tuple[int, ...], budget: int) -> tuple[int, ...]:
+    """Channels of stages for samples of a size: at least 2 stages, which leave a grid of sides of at most 8.
+
+    Channels double from stage to stage, up to 128. The first stage has 32, fewer (but at least 4) if their square
+    times the points of the input's grid exceeds the budget, so that samples of more points cost as much.
+    """
+    rank_of(input_shape)
+    width, stages = _MOST_FIRST, max(2, math.ceil(math.log2(max(input_shape[1:]) / _LARGEST_LAST_SIDE)))
+    while width > _LEAST_FIRST and width**2 * math.prod(input_shape[1:]) > budget:
+        width //= 2
+    return tuple(min(width << stage, _MOST_CHANNELS) for stage in range(stages))
+
+
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`: 32 channels first for up to 64x64 points."""
+    return stage_channels(input_shape, 2**22)
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from torch import nn
 
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
-from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
+from aezoo.nets.conv import CONVS, TRANSPOSED, default_hidden_dims, grids, head, map_shape, rank_of
 
-__all__ = ["Decoder", "Encoder", "map_shape"]
+__all__ = ["Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 _DENSE = 16
 

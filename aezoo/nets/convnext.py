@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from aezoo.nets import resnet
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, map_shape
+from aezoo.nets.resnet import default_hidden_dims
 
-__all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "map_shape"]
+__all__ = ["ConvNeXtBlock", "Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 
 class ConvNeXtBlock(nn.Module):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
-from aezoo.nets.resnet import ResidualBlock
+from aezoo.nets.resnet import ResidualBlock, default_hidden_dims
 
-__all__ = ["Decoder", "Encoder", "map_shape"]
+__all__ = ["Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 
 def unshuffle(x: Tensor) -> Tensor:

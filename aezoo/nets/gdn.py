@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.nets.build import activation
-from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
+from aezoo.nets.conv import CONVS, TRANSPOSED, default_hidden_dims, grids, head, map_shape, rank_of
 
-__all__ = ["GDN", "Decoder", "Encoder", "map_shape"]
+__all__ = ["GDN", "Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _LEAST_BETA = 1e-6

@@ -49,6 +49,11 @@ def steps_of(input_shape: tuple[int, ...]) -> tuple[int, int]:
     return steps, math.prod(input_shape) // steps
 
 
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`."""
+    return (64,)
+
+
 def check_shapes(net: str, code_shape: tuple[int, ...], hidden_dims: tuple[int, ...]) -> None:
     """Refuse shapes that a network of steps cannot have.
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.build import activation
-from aezoo.nets.vit import map_shape
+from aezoo.nets.vit import default_hidden_dims, map_shape
 
-__all__ = ["Block", "Decoder", "Encoder", "blocks", "map_shape"]
+__all__ = ["Block", "Decoder", "Encoder", "blocks", "default_hidden_dims", "map_shape"]
 
 
 def _branch(n: int, between: int, act: str) -> nn.Sequential:

@@ -12,6 +12,20 @@ from torch import nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 
+# of the layer beside a sample
+_MOST_WEIGHTS = 2**23
+
+
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`: as in the experiments of the VAE's paper on images of the size of MNIST's."""
+    return (400,)
+
+
+def narrowed(hidden_dims: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same widths, the first of them lowered until its layer has at most 2^23 weights, about 8 million."""
+    most = max(1, _MOST_WEIGHTS // math.prod(input_shape))
+    return (*(min(width, most) for width in hidden_dims[:1]), *hidden_dims[1:])
+
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
     if act != "gated":

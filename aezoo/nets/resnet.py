@@ -9,9 +9,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from aezoo.nets.build import activation
-from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of
+from aezoo.nets.conv import CONVS, TRANSPOSED, grids, head, map_shape, rank_of, stage_channels
 
-__all__ = ["Decoder", "Encoder", "ResidualBlock", "map_shape"]
+__all__ = ["Decoder", "Encoder", "ResidualBlock", "default_hidden_dims", "map_shape"]
+
+
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`: 32 channels first for up to 32x32 points."""
+    return stage_channels(input_shape, 2**20)
 
 
 class ResidualBlock(nn.Module):

@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from aezoo.nets.build import activation
 from aezoo.nets.lstm import FromSteps, Steps, check_shapes, map_shape, sinusoids, steps_of
 
-__all__ = ["Block", "Decoder", "Encoder", "map_shape"]
+__all__ = ["Block", "Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 _HEAD_DIM = 16
+_MANY_STEPS = 256
+
+
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`: attention costs the square of the number of steps."""
+    return (64, 64) if steps_of(input_shape)[0] <= _MANY_STEPS else (32,)
 
 
 class Block(nn.Module):

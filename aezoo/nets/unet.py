@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.nets.build import activation
-from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of
+from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of, stage_channels
 
-__all__ = ["Decoder", "Encoder", "UNet", "map_shape"]
+__all__ = ["Decoder", "Encoder", "UNet", "default_hidden_dims", "map_shape"]
 
 _POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`: 16 channels first for up to 32x32 points, where its first stage works."""
+    return stage_channels(input_shape, 2**18)
 
 
 class _TwoConvolutions(nn.Sequential):

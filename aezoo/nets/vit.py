@@ -312,6 +312,12 @@ def average_masked(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tenso
     return (values_BKNP.unflatten(0, (-1, len(orders_KN))) * share_KN[..., None]).sum(1)
 
 
+def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `nets.default_hidden_dims`."""
+    sides = zip(input_shape[1:], patch_sides(input_shape), strict=True)
+    return (128, 128) if math.prod(-(-n // side) for n, side in sides) <= _MAX_PATCHES else (64, 64)
+
+
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """(channels, *grid of patches), for any blocks."""
     return (channels, *Patchify(input_shape).grid)

@@ -44,7 +44,10 @@ def check_constructor(subject: Subject) -> None:
     require(not lost, f"hparams lack {', '.join(lost)}, arguments of this class: do not ignore them")
     require(not extra, f"hparams hold {', '.join(extra)} of a parent, which no argument of this class sets")
     for name, value in plain.items():
-        require(model.hparams[name] == value, f"hparams hold {name}={model.hparams[name]!r} where {value!r} was given")
+        held = model.hparams[name]
+        if value is None and name not in subject.hyperparameters:
+            plain[name] = held  # a constructor records what it chooses
+        require(held == plain[name], f"hparams hold {name}={held!r} where {value!r} was given")
     buffer = io.BytesIO()
     torch.save(dict(model.hparams), buffer)
     buffer.seek(0)

@@ -202,7 +202,8 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return  # Python's own message names the argument
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
-            cure = f": give ({value},)" if hints[name] == tuple[int, ...] and _fits(value, int) else ""
+            takes_integers = tuple[int, ...] in (hints[name], *get_args(hints[name]))
+            cure = f": give ({value},)" if takes_integers and _fits(value, int) else ""
             raise AezooError(
                 f"{display_name(cls)}: {name} takes {_type_text(hints[name])}, got {_short_repr(value)}{cure}"
             )
@@ -247,7 +248,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _type_text(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_text(part) for part in get_args(hint))
+        return " or ".join(_type_text(part) for part in get_args(hint) if part is not type(None))
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin in (tuple, list):
@@ -261,7 +262,7 @@ def _type_text(hint: Any) -> str:
         bool: "true or false",
         str: "a text",
     }
-    return names.get(hint, "nothing" if hint is type(None) else str(hint))
+    return names.get(hint, str(hint))
 
 
 def _short_repr(value: Any) -> str:

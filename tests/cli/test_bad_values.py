@@ -36,7 +36,7 @@ MEANING = {
     # models: a term may have any finite weight; a dictionary or a wait longer than there is
     "contraction": WEIGHT, "l1": WEIGHT, "beta": WEIGHT, "aux_weight": WEIGHT, "weight_decay": WEIGHT, "lr": {1.5},
     "warmup_steps": OFF | NEVER, "k_aux": OFF | NEVER, "dead_after": NEVER, "latent_map": ON,
-    "hidden_dims": {"[]"},  # one layer
+    "hidden_dims": {"[]", None},  # one layer, or those of the net
     "start_k": OFF, "k_steps": OFF | NEVER, "spatial": ON, "l1_steps": OFF | NEVER, "resample_steps": OFF | NEVER,
     "l0_weight": WEIGHT, "l0_steps": OFF | NEVER, "target_l0": WEIGHT, "targets": {"[]"},
     "l2": WEIGHT, "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
@@ -99,7 +99,10 @@ FEWER = {
     ("crmvae", "alpha"): OFF | NONE,
     ("joint_vae", "n_variables"): OFF,
     ("semi_supervised_vae", "alpha"): WEIGHT,
-    ("sequence_ae", "hidden_dims"): set(),
+    ("sequence_ae", "hidden_dims"): NONE,
+    # of one net
+    **{(name, "hidden_dims"): {"[]"} for name in ("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "stacked_dae")},
+    **{(name, "hidden_dims"): {"[]"} for name in ("wta_ae", "taesd")},
     # one patch of all
     ("titok", "patch_size"): OFF | NEVER,
     ("soft_vq", "patch_size"): OFF | NEVER,

@@ -56,8 +56,8 @@ def test_wiener_filter_model_has_wiener_error():
     found = denoise(model, x, corrupt=f"gaussian:{sigma}", n_compared=20_000)
     rows = by_method(found)
     assert rows["linear_ae"]["mse"] == pytest.approx(expected, rel=0.01)
-    assert rows["LinearAE"]["psnr"] == pytest.approx(10 * np.log10(np.ptp(x) ** 2 / expected), abs=0.05)
-    assert list(rows) == ["LinearAE", "identity"]  # a vector's values have no neighbours
+    assert rows["linear_ae"]["psnr"] == pytest.approx(10 * np.log10(np.ptp(x) ** 2 / expected), abs=0.05)
+    assert list(rows) == ["linear_ae", "identity"]  # a vector's values have no neighbours
     # any other linear map does worse
     for factor in (0.9, 1.1):
         other = linear(factor * wiener, mean - factor * wiener @ mean)

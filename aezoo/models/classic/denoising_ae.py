@@ -18,7 +18,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import at_least
 
 
-class DenoisingAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
+class DenoisingAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
     """Learns to undo a corruption; in evaluation, reconstructions and metrics also start from corrupted input.
 
     Args:

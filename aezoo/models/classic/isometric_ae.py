@@ -36,7 +36,7 @@ from aezoo.training.limits import at_least
 DISTORTIONS = ("isometric", "relaxed")
 
 
-class IsometricAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
+class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
     """Distances between codes equal distances along the data.
 
     Args:

@@ -25,7 +25,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import at_least
 
 
-class MemoryAE(NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
+class MemoryAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
     """Reconstructs from the items of a memory learned on normal data, so that unusual samples are reconstructed badly.
 
     Args:

@@ -30,7 +30,7 @@ from aezoo.training.limits import at_least
 _NETS = ("lstm", "transformer")
 
 
-class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm", "hidden_dims": (64,)}):
+class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}):
     """Encodes a sequence step by step into a vector and decodes it again, for any length up to the shape's.
 
     Args:
@@ -38,7 +38,6 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm", "hidden_dims": (64
         net: lstm or transformer.
         pad_value: steps at the end that hold only this value are padding; None for sequences of full length.
         latent_dim: D, size of the code; with pad_value, the length follows as one more entry.
-        hidden_dims: widths of the encoder's layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.

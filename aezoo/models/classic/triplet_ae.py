@@ -27,7 +27,7 @@ from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.training.limits import at_least
 
 
-class TripletAE(TripletAutoencoder, NetworkAutoencoder, defaults={"hidden_dims": (256,)}):
+class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
     """Codes of samples with the same label lie together; encoding and scores never use labels.
 
     Args:

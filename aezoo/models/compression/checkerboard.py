@@ -33,7 +33,6 @@ class Checkerboard(MeanScaleHyperprior):
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
         reach: number of places that W sees to each side.
         net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
             of net gdn, between those of the side information alone.
         **kwargs: see `MeanScaleHyperprior`.

@@ -172,7 +172,7 @@ class Cheng2020Args(TrainingArgs, total=False):
     hyper_hidden_dims: tuple[int, ...]
     reach: int
     latent_dim: int
-    hidden_dims: tuple[int, ...]
+    hidden_dims: tuple[int, ...] | None
     activation: str
 
 

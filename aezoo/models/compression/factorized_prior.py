@@ -30,7 +30,7 @@ class FactorizedPriorArgs(LatentArgs, total=False):
 
 
 class FactorizedPrior(
-    EntropyCoded, NetworkAutoencoder, defaults={"net": "gdn", "hidden_dims": (64, 64), "likelihood": "gaussian"}
+    EntropyCoded, NetworkAutoencoder, hidden_dims={"gdn": (64, 64)}, defaults={"net": "gdn", "likelihood": "gaussian"}
 ):
     """Rounded codes with a learned distribution for each channel.
 
@@ -38,7 +38,6 @@ class FactorizedPrior(
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
         net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
-        hidden_dims: channels of the encoder's stages (mlp: widths of its layers); the decoder mirrors them.
         **kwargs: see `NetworkAutoencoder`.
     """
 

@@ -62,7 +62,6 @@ class AsymmetricKL(AutoencoderKL):
         full_mask: share of training images of which the decoder sees nothing.
         discriminator_start: optimiser steps before the discriminator counts.
         net: resnet, conv, convnext, conv_keras, unet or dc; also for each stage of the decoder.
-        hidden_dims: channels of the encoder's stages.
         **kwargs: see `AutoencoderKL`.
     """
 

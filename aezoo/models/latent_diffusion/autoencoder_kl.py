@@ -46,7 +46,8 @@ class AutoencoderKLArgs(VAEArgs, total=False):
 class AutoencoderKL(
     PerceptualAdversarial,
     VAE,
-    defaults={"net": "resnet", "hidden_dims": (32, 64), "activation": "silu", "likelihood": "laplace:learned"},
+    hidden_dims={"resnet": (32, 64)},
+    defaults={"net": "resnet", "activation": "silu", "likelihood": "laplace:learned"},
 ):
     """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 
@@ -61,7 +62,6 @@ class AutoencoderKL(
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
         lr: learning rate of encoder and decoder.

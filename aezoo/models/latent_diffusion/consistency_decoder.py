@@ -132,7 +132,9 @@ class ConsistencyDecoder(nn.Module):
 
 
 class ConsistencyDecoderAE(
-    NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (16, 32), "activation": "silu"}
+    NetworkAutoencoder,
+    hidden_dims={"resnet": (16, 32), "vit": (32, 32), "mixer": (32, 32)},
+    defaults={"net": "resnet", "activation": "silu"},
 ):
     """A feature map as code, decoded in one step by a model that learns to remove any noise.
 
@@ -147,7 +149,8 @@ class ConsistencyDecoderAE(
         noise_levels: N at the end; 1280 in the paper. A larger N makes gradients noisier and needs longer runs.
         level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
         net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many.
+        hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many. None chooses them by net and
+            input_shape; `aezoo info consistency_decoder --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `NetworkAutoencoder`.
     """

@@ -35,7 +35,8 @@ class VQGAN(
     PerceptualAdversarial,
     DiscreteAutoencoder,
     NetworkAutoencoder,
-    defaults={"net": "resnet", "hidden_dims": (32, 64), "activation": "silu", "likelihood": "laplace"},
+    hidden_dims={"resnet": (32, 64)},
+    defaults={"net": "resnet", "activation": "silu", "likelihood": "laplace"},
 ):
     """A map of codes from one codebook, with a perceptual and an adversarial loss for sharp outputs.
 
@@ -57,7 +58,6 @@ class VQGAN(
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vq_vae; laplace is the paper's absolute error.
         lr: learning rate of encoder, decoder and codes.

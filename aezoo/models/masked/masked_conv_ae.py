@@ -26,7 +26,7 @@ from aezoo.nets import vit
 from aezoo.training.limits import at_least
 
 
-class MaskedConvAE(NetworkAutoencoder, defaults={"net": "conv", "hidden_dims": (32, 64)}):
+class MaskedConvAE(NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults={"net": "conv"}):
     """A convolutional autoencoder that learns to fill in missing patches.
 
     Args:

@@ -29,7 +29,7 @@ from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet", "hidden_dims": (32, 64)}):
+class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}):
     """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:
@@ -44,7 +44,8 @@ class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, defaults={"net": "resnet",
         cosine: compare directions, on the unit sphere.
         data_init: initialise the codes by k-means on the first training batch, the bottom ones given the top.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
-        hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them.
+        hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them. None chooses
+            them by net and input_shape; `aezoo info vq_vae_2 --shape C H W` shows the choice.
         top_dims: channels of the stages from there to the top grid.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `NetworkAutoencoder`.

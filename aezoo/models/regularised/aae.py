@@ -18,12 +18,8 @@ from aezoo.nets.blocks.adversarial import discriminator_parameter_groups
 
 class AAE(
     WAEGAN,
-    defaults={
-        "latent_dim": 8,
-        "adversarial_weight": 1.0,
-        "discriminator_dims": (1000, 1000),
-        "hidden_dims": (1000, 1000),
-    },
+    hidden_dims={"mlp": (1000, 1000)},
+    defaults={"latent_dim": 8, "adversarial_weight": 1.0, "discriminator_dims": (1000, 1000)},
 ):
     """An autoencoder whose encoder is also the generator of a GAN: its codes look like draws from the prior.
 

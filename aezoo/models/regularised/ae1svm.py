@@ -30,7 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.training.limits import above, at_least
 
 
-class AE1SVM(NetworkAutoencoder, defaults={"hidden_dims": (128,), "likelihood": "gaussian"}):
+class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelihood": "gaussian"}):
     """An autoencoder trained with a one-class SVM, which separates its codes from everything else.
 
     Args:

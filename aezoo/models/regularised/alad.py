@@ -52,7 +52,8 @@ class PairDiscriminator(nn.Module):
 
 class ALAD(
     NetworkAutoencoder,
-    defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "gaussian"},
+    hidden_dims={"mlp": (256,)},
+    defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
     has_prior=True,
 ):
     """A BiGAN with cycles; the score compares features of a sample and its reconstruction in the cycle discriminator.

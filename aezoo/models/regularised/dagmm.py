@@ -31,7 +31,7 @@ from aezoo.training.limits import at_least
 _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 
 
-class DAGMM(NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "tanh", "likelihood": "gaussian"}):
+class DAGMM(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activation": "tanh", "likelihood": "gaussian"}):
     """An autoencoder whose codes and errors follow a mixture of Gaussians; samples unlikely under it are anomalous.
 
     Args:

@@ -37,7 +37,7 @@ _NEAR_0 = 0.1
 
 
 class DeepSVDD(
-    NetworkAutoencoder, defaults={"hidden_dims": (128,), "activation": "leaky_relu", "likelihood": "gaussian"}
+    NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"activation": "leaky_relu", "likelihood": "gaussian"}
 ):
     """An autoencoder whose codes are pulled towards one point; samples whose codes are far from it are anomalous.
 

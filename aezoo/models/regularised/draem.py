@@ -71,7 +71,7 @@ def _fade(t: Tensor) -> Tensor:
     return t**3 * (t * (6 * t - 15) + 10)
 
 
-class DRAEM(NetworkAutoencoder, defaults={"net": "unet", "hidden_dims": (16, 32), "likelihood": "gaussian"}):
+class DRAEM(NetworkAutoencoder, hidden_dims={"unet": (16, 32)}, defaults={"net": "unet", "likelihood": "gaussian"}):
     """An autoencoder that repairs images, with a segmentation of the repaired parts.
 
     Args:

@@ -50,7 +50,8 @@ class Critic(nn.Module):
 
 class FAnoGAN(
     NetworkAutoencoder,
-    defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "gaussian"},
+    hidden_dims={"mlp": (256,)},
+    defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
     has_prior=True,
 ):
     """A Wasserstein GAN with an encoder; samples with large errors in data and critic features are anomalous.
@@ -63,7 +64,6 @@ class FAnoGAN(
         discriminator_dims: widths or channels of the critic, the last is F. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the critic. All betas are 0 and 0.9 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
-        hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the generator mirrors them.
         likelihood: how outputs are compared with data, see wae_gan; gaussian is the paper's squared error.
         lr: learning rate of encoder and generator.
         **kwargs: see `NetworkAutoencoder`.

@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
 
 
 class GANomaly(
-    NetworkAutoencoder, defaults={"hidden_dims": (256,), "activation": "leaky_relu", "likelihood": "laplace"}
+    NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activation": "leaky_relu", "likelihood": "laplace"}
 ):
     """An autoencoder with a second encoder; samples whose code that encoder does not recover are anomalous.
 
@@ -65,7 +65,6 @@ class GANomaly(
             the number of its features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, of all networks.
-        hidden_dims: widths of the encoders' layers (mlp) or channels of their stages; the decoder mirrors them.
         lr: learning rate of the generator.
         **kwargs: see `NetworkAutoencoder`.
     """

@@ -19,7 +19,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import at_least
 
 
-class SparseAEL1(NetworkAutoencoder, defaults={"hidden_dims": ()}, sparse_code=True):
+class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
     """Few units of a wide ReLU code are active for each sample.
 
     Args:

@@ -1,0 +1,78 @@
+"""What a step of training costs, estimated before the first one."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from aezoo.training.interface import ModelInterface
+from aezoo.training.seeding import forked_rng
+
+# a fit of more than one of them is told how to be faster
+MANY_PARAMETERS = 20_000_000
+LONG_STEP = 1.0  # seconds
+# FLOP/s of whole training steps in float32. Of a thread: the median of the networks of this package at their default
+# sizes on 1x28x28 and 3x64x64, which reach from 15e9 (convnext) to 86e9 (dc) on one thread of a Xeon with AVX-512. Of
+# an accelerator: half of what an A100 has at most without its tensor cores
+_OF_THREAD, _OF_ACCELERATOR = 5e10, 1e13
+# batches for which FLOPs are counted: the loss of some models compares samples
+_FEW = 2
+
+
+def seconds_per_step(model: ModelInterface, batch_size: int, device: torch.device) -> float:
+    """Estimated duration of a training step, from the FLOPs of products and convolutions.
+
+    Args:
+        model: before its first step.
+        batch_size: samples in a step.
+        device: where it trains.
+    """
+    # a copy, as training changes what a model counts; ranks would wait for each other
+    model = copy.deepcopy(model).train(not (dist.is_available() and dist.is_initialized()))
+    few, more = _flops(model, _FEW), _flops(model, 2 * _FEW)
+    per_sample = (more - few) / _FEW
+    flops = few + per_sample * (batch_size - _FEW)
+    rate = _OF_THREAD * torch.get_num_threads() if device.type == "cpu" else _OF_ACCELERATOR
+    return 3 * flops / rate  # backwards takes twice as much as forwards
+
+
+def _flops(model: ModelInterface, n: int) -> int:
+    """FLOPs of the loss of n samples, forwards."""
+    weight = next(model.parameters())
+    x = torch.full((n, *model.input_shape), 0.5, device=weight.device, dtype=weight.dtype)
+    labels = torch.zeros(n, dtype=torch.long, device=weight.device)
+    with torch.no_grad(), forked_rng(weight.device):
+        try:
+            with FlopCounterMode(display=False) as counter:
+                model.loss(x, labels)
+        except (RuntimeError, AssertionError):  # of the counter, which does not follow a loss with its own gradients
+            with FlopCounterMode(display=False) as counter:
+                model.forward(x)
+    return counter.get_total_flops()
+
+
+def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str | None:
+    """One line if training is costly: what it costs, and the flag that changes it; None if it is affordable.
+
+    Args:
+        model: before its first step.
+        batch_size: samples in a step.
+        device: where it trains.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        seconds = seconds_per_step(model, batch_size, device)
+    except Exception:  # a model that the first step will refuse with an error of its own
+        seconds = 0.0
+    costs = [f"{parameters:,} parameters"] if parameters > MANY_PARAMETERS else []
+    if seconds > LONG_STEP:
+        costs.append(f"an estimated {seconds:.2g} s for a step of {batch_size} samples")
+    if not costs:
+        return None
+    size = next((name for name in ("hidden_dims", "width", "latent_dim") if name in model.hparams), None)
+    cure = f"lower --model.{size}" if size else "lower --data.batch_size or --data.size"
+    default = getattr(model, "default_hidden_dims", None)
+    if size == "hidden_dims" and default not in (None, tuple(model.hparams[size])):
+        cure += f"; the default here is --model.hidden_dims '{[*default]}'"
+    return f"this is slow to train, {' and '.join(costs)}: {cure}"

@@ -210,7 +210,11 @@ class Autoencoder(RecordsArguments, TrainingModule):
     def extra_repr(self) -> str:
         """The first line of what torch prints of a module."""
         n = sum(parameter.numel() for parameter in self.parameters())
-        return f"input_shape={self.input_shape}, code_shape={getattr(self, 'code_shape', None)}, {n:,} parameters"
+        try:
+            code_shape = f"{self.code_shape}"
+        except AezooError:  # one that is not set and cannot be measured, as in a constructor
+            code_shape = "unknown"
+        return f"input_shape={self.input_shape}, code_shape={code_shape}, {n:,} parameters"
 
     def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
         super().__init_subclass__(defaults=defaults)

@@ -499,9 +499,6 @@ class AezooCLI(LightningCLI):
         kind = type(self.model)
         name = display_name(kind)
         print(f"{name}: {parameters:,} parameters, code shape {self.model.code_shape}")
-        slow = cost.advice(self.model, self.datamodule.batch_size, self.trainer.strategy.root_device)
-        if slow:
-            print(slow)
         # the data is read here, before Lightning attaches the trainer to it
         self.datamodule.source.processes = local_processes(self.trainer)
         print(self.datamodule.describe())
@@ -510,6 +507,9 @@ class AezooCLI(LightningCLI):
             self.chosen |= self.budget.chosen
         if self.chosen:
             print(self._chosen_line())
+        slow = cost.advice(self.model, self.datamodule.batch_size, self.trainer.strategy.root_device)
+        if slow:
+            print(slow)
         if self._test_follows():
             self._check_test_share()
         # one table at the end shows the figures of training and test

@@ -251,6 +251,7 @@ def test_code_shape_that_no_sample_tells_is_named():
 
     with pytest.raises(AezooError, match=r"^Broken sets no code_shape, and a sample .*: set self.code_shape in its"):
         _ = Broken((1, 8, 8)).code_shape
+    assert "code_shape=unknown" in repr(Broken((1, 8, 8)))
 
 
 @pytest.mark.parametrize("method", ["forward", "score", "loss"])

@@ -368,7 +368,7 @@ def test_fit_writes_files_and_names_next_commands(capsys):
     names = {path.name for path in (run / "checkpoints").iterdir()}
     # no folder made by the slash in val/loss
     assert names == {"best-000-3.ckpt", "last.ckpt", "last.ckpt.json", "finished.json"}
-    assert "test/loss" in out.out and "aezoo predict --ckpt_path runs/vae-digits/0" in out.out
+    assert "test/loss" in out.out and "aezoo reconstruct --ckpt_path runs/vae-digits/0" in out.out
     assert "litlogger" not in out.out + out.err and "litmodels" not in out.out + out.err
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["class_path"] == "vae" and config["model"]["init_args"]["latent_dim"] == 3
@@ -397,7 +397,7 @@ def test_unregistered_class_is_named_by_import_path(capsys, monkeypatch, tmp_pat
 def test_suggested_commands_quote_folder_names(capsys):
     fit("--model=linear_ae", "--trainer.default_root_dir=my runs")
     out = capsys.readouterr().out
-    assert "Next: aezoo predict --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
+    assert "Next: aezoo reconstruct --ckpt_path 'my runs/linear_ae-digits/0'\n" in out
     assert "Next: tensorboard --logdir 'my runs'\n" in out
     with pytest.raises(SystemExit):
         main(["fit", "--resume", "my runs/linear_ae-digits/0"])
@@ -410,7 +410,9 @@ def test_suggested_commands_quote_folder_names(capsys):
 @pytest.mark.parametrize("fraction", ["0.1", "0"])
 def test_test_is_suggested_only_with_test_split(capsys, fraction):
     fit("--model=linear_ae", "--checkpoints.save_top_k=0", f"--data.test_fraction={fraction}")
-    assert ("Next: aezoo test" in capsys.readouterr().out) == (fraction != "0")
+    out = capsys.readouterr().out
+    assert ("Next: aezoo test" in out) == (fraction != "0")
+    assert ("Next: aezoo embed --ckpt_path runs/linear_ae-digits/0 --split val\n" in out) == (fraction == "0")
 
 
 @pytest.mark.slow

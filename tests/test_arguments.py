@@ -188,9 +188,9 @@ def test_wrong_arguments_are_refused_in_the_name_of_the_class():
         BetaVAE((4,), latent=3)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'input_shape'"):
         BetaVAE()
-    with pytest.raises(AezooError, match=r"^BetaVAE: lr takes a finite number of at most 1e9, got 'a'$"):
+    with pytest.raises(AezooError, match=r"^beta_vae: lr takes a finite number of at most 1e9, got 'a'$"):
         BetaVAE((4,), lr="a")
-    with pytest.raises(AezooError, match=r"^BetaVAE: hidden_dims takes a list of whole numbers, got 8: give \(8,\)$"):
+    with pytest.raises(AezooError, match=r"^beta_vae: hidden_dims takes a list of whole numbers, got 8: give \(8,\)$"):
         BetaVAE((4,), hidden_dims=8)
     with pytest.raises(AezooError, match="no hyperparameter 'latent_dmi': did you mean 'latent_dim'"):
         aezoo.create_model("beta_vae", (4,), latent_dmi=3)

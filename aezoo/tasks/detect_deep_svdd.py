@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import progress_bar
+from aezoo.training.model_names import display_name
 
 # floats of training samples that are held, 256 MiB
 _MAX_VALUES = 2**26
@@ -102,7 +103,7 @@ class DeepSVDD:
         self.centre_D = torch.where(mean_D.abs() < _MIN_ABS_CENTRE, away_D, mean_D)
         with torch.enable_grad():
             if not self.distances(x[:1]).requires_grad:
-                raise AezooError(f"deep_svdd needs codes with a gradient, {type(self._model).__name__} has none: "
+                raise AezooError(f"deep_svdd needs codes with a gradient, {display_name(type(self._model))} has none: "
                                  "take mahalanobis, sap or nap")  # fmt: skip
         optimizer = torch.optim.Adam(weights, self._tuning.lr, weight_decay=_WEIGHT_DECAY)
         nu, radius2 = self._tuning.nu, x.new_zeros(())

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
+from aezoo.training.model_names import display_name
 
 Scores = npt.NDArray[np.float64]
 
@@ -79,7 +80,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
     Raises:
         AezooError: an unknown score, or one that this model does not have.
     """
-    kind = type(model).__name__
+    kind = display_name(type(model))
     if name in ("sap", "nap", "deep_svdd") and not hasattr(model, "encoder"):
         raise AezooError(f"{name} reads the layers of the encoder, and {kind} sets none: set self.encoder in its "
                          "constructor, or take nll, mse or mahalanobis")  # fmt: skip
@@ -239,8 +240,10 @@ def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
             n = min(most, n_draws - start)
             terms = model.loss(sample.expand(n, *sample.shape))
             if "elbo" not in terms:
-                raise AezooError(f"elbo needs a model whose loss has an ELBO, such as vae, not {type(model).__name__}: "
-                                 "take deviance, mahalanobis, sap or nap")  # fmt: skip
+                raise AezooError(
+                    "elbo needs a model whose loss has an ELBO, such as vae, not "
+                    f"{display_name(type(model))}: take deviance, mahalanobis, sap or nap"
+                )
             scores[i] -= terms["elbo"] * n / n_draws
     return scores
 

@@ -51,8 +51,9 @@ def test_default_models_exist_and_misspelt_are_refused():
     specs = disentangle.plan(disentangle.parse_arguments(["--seeds", "2", "--net", "conv"]))
     assert {"vae", "beta_vae"} <= {spec["model"] for spec in specs} <= set(disentangle.MODELS)
     assert specs[0]["hyperparameters"] == {"latent_dim": 10, "net": "conv"} and len(specs[0]["seeds"]) == 2
+    assert disentangle.plan(disentangle.parse_arguments(["--models", "BetaVAE"]))[0]["model"] == "beta_vae"
     with pytest.raises(AezooError, match="did you mean 'beta_vae'"):
-        disentangle.plan(disentangle.parse_arguments(["--models", "betavae"]))
+        disentangle.plan(disentangle.parse_arguments(["--models", "betta_vae"]))
     with pytest.raises(SystemExit):
         disentangle.parse_arguments(["--rows", "399"])
 

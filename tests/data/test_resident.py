@@ -426,7 +426,7 @@ def test_memory_check_before_fit_counts_processes(images, free, monkeypatch):
         data = DataModule(**images)
         command = SimpleNamespace(
             trainer=two_ranks(), datamodule=data, model=aezoo.create_model("linear_ae", (3, 8, 8), latent_dim=2),
-            _setting=lambda key: SimpleNamespace(), _test_follows=lambda: False,
+            _setting=lambda key: SimpleNamespace(), _test_follows=lambda: False, budget=None, chosen={},
         )  # fmt: skip
         AezooCLI.before_fit(command)
         assert isinstance(data.dataset("train"), ArrayDataset) is (room == 8 * size)

@@ -112,7 +112,7 @@ def test_model_card_shows_loading_and_given_metadata_only(hub, model):
     assert head_of(card) == {"library_name": "aezoo", "tags": ["aezoo", "autoencoder", "variational", "vae"]}
     assert "aezoo.load_model('hf://user/digits')" in card and "| metric |" not in card
     call = next(line for line in card.splitlines() if line.startswith("aezoo.create_model("))
-    assert call == "aezoo.create_model('vae', input_shape=(1, 8, 8), latent_dim=3)"
+    assert call == "aezoo.create_model('vae', input_shape=(1, 8, 8), latent_dim=3, hidden_dims=(400,))"
     again = eval(call, {"aezoo": aezoo})
     assert dict(again.hparams) == dict(model.hparams)
 

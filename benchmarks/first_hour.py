@@ -1,0 +1,302 @@
+"""Play the first hour of five users with all defaults, and print what they meet: a CSV with one figure a row.
+
+    python -m benchmarks.first_hour                         all five
+    python -m benchmarks.first_hour --users table series    these alone
+    python -m benchmarks.first_hour --package ../before     another checkout of aezoo, into the column `before`
+    python -m benchmarks.first_hour --page                  write docs/design/first_hour.md from the CSV alone
+
+    student       trains the article's network on digits, and a model on threes alone, and looks for other digits
+    photographs   trains a convolutional VAE on 480 small photographs, and looks for photographs with a damaged square
+    table         trains a VAE on a table in its own units, and looks for ill patients; the same in scikit-learn
+    series        trains a VAE on windows of a time series, and looks for bursts
+    researcher    takes another network, writes a model of their own that leaves out what the contract asks for, and
+                  opens TensorBoard
+
+Users give commands of `aezoo` and calls of `aezoo.sklearn`, without a setting that is not part of their question. AUROC
+is of anomalies against normal samples that the model has not seen; `flagged` is the share of these normal samples above
+the default threshold, for which 10 % were asked. `AUROC, nll` and `AUROC, mse` are those of --score nll and mse.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aezoo.errors import AezooError
+
+from .common import ROOT, Table, build_parser, command_line, environment, results_folder, run_script
+
+PAGE = ROOT / "docs" / "design" / "first_hour.md"
+Floats = npt.NDArray[np.float32]
+_PLUGIN = """
+import torch
+import aezoo
+from torch import nn
+
+class Loose(aezoo.Autoencoder):
+    \"\"\"Encodes and decodes, and sets nothing that the contract names.\"\"\"
+
+    def __init__(self, input_shape, **kwargs):
+        super().__init__(input_shape, likelihood="gaussian", **kwargs)
+        self.down, self.up = nn.Linear(30, 4), nn.Linear(4, 30)
+
+    def encode(self, x):
+        return self.down(x)
+
+    def decode(self, z):
+        return self.up(z)
+
+    def loss(self, x, y=None):
+        return {"loss": (self(x) - x).square().sum(1).mean()}
+"""
+_SKLEARN = """
+import json, sys
+import numpy as np
+from aezoo.sklearn import AutoencoderDetector
+
+train, normal = np.load("train.npy"), np.load("normal.npy")
+found = AutoencoderDetector(sys.argv[1], random_state=0).fit(train)
+print(json.dumps(float((found.predict(normal) < 0).mean())))
+"""
+
+
+class User:
+    """A folder to work in, and commands that are timed.
+
+    Args:
+        folder: an empty one.
+        package: the checkout of aezoo that is used.
+    """
+
+    def __init__(self, folder: Path, package: Path) -> None:
+        self.folder = folder
+        self._variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), str(folder)])}
+
+    def run(self, *words: str) -> tuple[str, float]:
+        """The output of a command of Python, and its seconds.
+
+        Raises:
+            AezooError: it failed; what it says is the last line of its output.
+        """
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *words], cwd=self.folder, env=self._variables, capture_output=True, text=True, check=False
+        )
+        took = time.perf_counter() - began
+        output = done.stdout + done.stderr
+        if done.returncode:
+            raise AezooError(output.strip().splitlines()[-1][:200])
+        return output, took
+
+    def aezoo(self, *words: str) -> tuple[str, float]:
+        """The output of a command of aezoo, and its seconds."""
+        return self.run("-m", "aezoo", *words)
+
+    def fit(self, *words: str) -> tuple[Path, dict[str, Any]]:
+        """Train; the run folder, and what a user sees of it."""
+        before = {*self.folder.glob("runs/*/*")}
+        output, seconds = self.aezoo("fit", *words)
+        (run,) = {*self.folder.glob("runs/*/*")} - before
+        found = _scalars(run)
+        parameters = re.search(r": ([\d,]+) parameters", output)
+        return run, {
+            "parameters": parameters and int(parameters[1].replace(",", "")),
+            "epochs": len(found["train/loss"]),
+            "steps": max(step for points in found.values() for step, _ in points),
+            "seconds": seconds,
+            "test/psnr": found["test/psnr"][-1][1] if "test/psnr" in found else None,
+            "test/loss": found["test/loss"][-1][1],
+            "checkpoints, MB": sum(path.stat().st_size for path in run.rglob("*.ckpt")) / 1e6,
+        }
+
+    def detect(self, run: Path, normal: Floats, anomalies: Floats) -> dict[str, Any]:
+        """AUROC and the share of normal samples that are flagged, by default and by scores that are named."""
+        from sklearn.metrics import roc_auc_score
+
+        np.save(self.folder / "mixed.npy", np.concatenate([normal, anomalies]))
+        truth = np.repeat([0, 1], [len(normal), len(anomalies)])
+        figures: dict[str, Any] = {}
+        for score in ("", "nll", "mse"):
+            out = self.folder / f"detected-{score}"
+            words = ("--score", score) if score else ()
+            title = f"AUROC, {score}" if score else "AUROC"
+            try:
+                self.aezoo(
+                    *("detect", "--ckpt_path", str(run), "--input", "mixed.npy", "--out", str(out)),
+                    *("--baselines", "false", *words),
+                )
+            except AezooError as error:
+                figures[title] = str(error)
+                continue
+            with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            figures[title] = float(roc_auc_score(truth, [float(row["score"]) for row in rows]))
+            if not score:
+                flagged = [row["is_anomaly"].lower() in ("true", "1") for row in rows[: len(normal)]]
+                figures["flagged"] = float(np.mean(flagged))
+        return figures
+
+
+def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(run.glob("events*")):
+        events = _events(path)
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
+
+
+def _events(path: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+
+
+def student(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Digits."""
+    import aezoo
+
+    run, figures = user.fit("-c", "dense_article")
+    yield "fit -c dense_article", figures
+    run, figures = user.fit("--model", "vae", "--data.train_classes", "[3]")
+    x, y = aezoo.DataModule("mnist5k").tensors("test")
+    digits, is_three = x.float().numpy(), np.asarray(y) == 3
+    yield "threes", figures | user.detect(run, digits[is_three], digits[~is_three])
+
+
+def photographs(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
+    """480 crops of photographs as files, and 100 new ones."""
+    from PIL import Image
+
+    import aezoo
+
+    x = aezoo.DataModule("sample_photos").tensors("train")[0].float().numpy()
+    rng = np.random.default_rng(0)
+    x = x[rng.permutation(len(x))[:580]]
+    (user.folder / "pictures").mkdir()
+    for i, picture in enumerate(x[:480]):
+        Image.fromarray((picture.transpose(1, 2, 0) * 255).astype(np.uint8)).save(user.folder / f"pictures/{i}.png")
+    damaged = x[480:].copy()
+    for picture in damaged:
+        i, j = rng.integers(0, 48, 2)
+        picture[:, i : i + 16, j : j + 16] = rng.random((3, 1, 1))
+    run, figures = user.fit("--model", "vae", "--model.net", "conv", "--data", "folder", "--data.root", "pictures")
+    yield "480 photographs", figures | user.detect(run, x[480:], damaged)
+
+
+def table(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measurements of tumours, 357 benign and 212 malignant; 100 benign ones are new."""
+    from sklearn.datasets import load_breast_cancer
+
+    loaded = load_breast_cancer()
+    order = np.random.default_rng(0).permutation(np.flatnonzero(loaded.target == 1))
+    train, normal = (loaded.data[rows].astype(np.float32) for rows in (order[100:], order[:100]))
+    ill = loaded.data[loaded.target == 0].astype(np.float32)
+    with (user.folder / "benign.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([loaded.feature_names, *train.tolist()])
+    run, figures = user.fit("--model", "vae", "--data", "benign.csv")
+    yield "table", figures | user.detect(run, normal, ill)
+    np.save(user.folder / "train.npy", train)
+    np.save(user.folder / "normal.npy", normal)
+    (user.folder / "estimator.py").write_text(_SKLEARN, encoding="utf-8")
+    for name in ("dense_ae", "memory_ae"):
+        output, _ = user.run("estimator.py", name)
+        yield f"AutoencoderDetector({name!r})", {"flagged": json.loads(output.splitlines()[-1])}
+
+
+def series(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Windows of a noisy wave; in anomalies a quarter of the window is noise of four times the deviation."""
+    rng = np.random.default_rng(0)
+
+    def windows(n: int) -> Floats:
+        phase, at = rng.uniform(0, 2 * np.pi, (n, 1)), np.arange(64) * 2 * np.pi / 32
+        return (0.5 + 0.3 * np.sin(at + phase) + 0.03 * rng.standard_normal((n, 64))).astype(np.float32)
+
+    np.save(user.folder / "windows.npy", windows(1000))
+    normal, bursts = windows(200), windows(200)
+    bursts[:, 24:40] += 0.12 * rng.standard_normal((200, 16)).astype(np.float32)
+    run, figures = user.fit("--model", "vae", "--data", "windows.npy")
+    yield "windows with bursts", figures | user.detect(run, normal, bursts)
+
+
+def researcher(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One epoch of a residual network, a loose plug-in, and what TensorBoard shows."""
+    run, figures = user.fit("--model", "vae", "--model.net", "resnet", "--trainer.max_epochs", "1")
+    yield "vae with net=resnet, 1 epoch", figures
+    np.save(user.folder / "x.npy", np.random.default_rng(0).random((200, 30), dtype=np.float32))
+    (user.folder / "loose.py").write_text(_PLUGIN, encoding="utf-8")
+    words = ("fit", "--model", "loose.Loose", "--data", "x.npy", "--trainer.max_epochs", "2")
+    try:
+        user.aezoo(*words)
+        says = "trains"
+    except AezooError as error:
+        says = str(error)
+    yield "a plug-in without code_shape", {"result": says}
+    tags = [tag for path in sorted(run.glob("events*")) for tag in _events(path).Tags()["scalars"]]
+    first = sorted({tag.partition("/")[0] for tag in tags})
+    yield "TensorBoard", {"first groups": " ".join(first[:4]), "groups": len(first)}
+
+
+USERS: dict[str, Callable[[User], Iterator[tuple[str, dict[str, Any]]]]] = {
+    function.__name__: function for function in (student, photographs, table, series, researcher)
+}
+
+
+def main() -> None:
+    """Play the users, and write what they met."""
+    parser = build_parser("first_hour", __doc__)
+    parser.add_argument("--users", nargs="+", choices=[*USERS], default=[*USERS], metavar="USER", help=", ".join(USERS))
+    parser.add_argument(
+        "--package", type=Path, default=ROOT, metavar="DIR", help="the checkout of aezoo that users have (this one)"
+    )
+    parser.add_argument("--page", action="store_true", help=f"play nobody, and write {PAGE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    package = arguments.package.resolve()
+    column = "here" if package == ROOT else "before"
+    path = arguments.results / f"first-hour-{environment(arguments)}.csv"
+    written = Table(path, ("user", "task", "figure"), command_line("first_hour", sys.argv[1:]), arguments.again)
+    for name in [] if arguments.page else arguments.users:
+        with tempfile.TemporaryDirectory() as folder:
+            for task, figures in USERS[name](User(Path(folder), package)):
+                for figure, value in figures.items():
+                    if value is not None:
+                        row = {"user": name, "task": task, "figure": figure}
+                        written.put({**(written.find(row) or {}), **row, column: value})
+                        print(f"{name}, {task}, {figure}: {value}", flush=True)
+    print(path)
+    if PAGE.parent.is_dir() and arguments.results == results_folder():
+        PAGE.write_text(page(written.rows), encoding="utf-8")
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """The figures as a page."""
+    lines = [
+        "# The first hour of five users",
+        "",
+        "What users meet who take all defaults, before (revision 437258a) and after the changes of defaults that the",
+        "changelog lists: `python -m benchmarks.first_hour` plays them and writes this page. AUROC is of anomalies",
+        "against normal samples that the model has not seen, `flagged` the share of these normal samples above the",
+        "default threshold, for which 10 % were asked.",
+    ]
+    for user, play in USERS.items():
+        own = [row for row in rows if row["user"] == user]
+        if own:
+            lines += ["", f"## {user.capitalize()}: {(play.__doc__ or '').rstrip('.')}", ""]
+            lines += ["| task | figure | before | after |", "|---|---|---|---|"]
+            cells = ("task", "figure", "before", "here")
+            lines += [f"| {' | '.join(row.get(cell, '') for cell in cells)} |" for row in own]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -52,7 +52,7 @@ def fit(job: Job) -> dict[str, Any]:
     runpy.run_module("aezoo", run_name="__main__", alter_sys=True)
     import aezoo
 
-    (run,) = (path.parent for path in Path("runs").rglob("events*"))
+    (run,) = (path.parent for path in Path("runs").glob("*/*/events*"))
     (checkpoint,) = (run / "checkpoints").glob("last*.ckpt")
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     versions = {"torch": torch.__version__, "aezoo": aezoo.__version__}

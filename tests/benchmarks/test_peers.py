@@ -345,7 +345,7 @@ def test_peer_wall_time_includes_validation_and_checkpoint(tmp_path, monkeypatch
     log = (home / "log").read_text()
     # hides the cursor, draws a bar in colours, and wipes the line for the next
     assert all(part in log for part in ("\x1b[?25l", "Epoch 2/2", "\u2501", "\x1b[2K"))
-    (events,) = home.rglob("events*")
+    (events,) = home.glob("runs/*/*/events*")
     read = event_accumulator.EventAccumulator(str(events)).Reload()
     began, ended = (event.wall_time for event in read.Scalars("train/loss"))
     saved = [(events.parent / "checkpoints" / f"{name}.ckpt").stat().st_mtime for name in ("previous", "last")]

@@ -289,4 +289,6 @@ def test_terms_stay_float32_and_close_under_bf16_autocast(name: str, likelihood:
             least = 0.02 * math.log(2)
             if name in ROUNDED:  # some numbers are rounded to the one beside, and a loss weighs its nll up
                 least = 0.1 * (model.weight if term == "loss" else 1)
-            assert value.item() == pytest.approx(full[term].item(), rel=0.02, abs=least), term
+            # a ratio of the norms of two gradients, whose sums cancel, and with them more of their eight bits
+            relative = 0.1 if term == "adaptive_weight" else 0.02
+            assert value.item() == pytest.approx(full[term].item(), rel=relative, abs=least), term

@@ -331,7 +331,8 @@ def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], t
         axes.set_xlabel("epoch")
         axes.set_title(heading, fontsize=9, color=_GREY, loc="left")
         axes.grid(color="0.9")
-        axes.legend(fontsize=8, frameon=False)
+        if known:
+            axes.legend(fontsize=8, frameon=False)
     grid[0][0].set_ylabel("nats per sample")
     figure.suptitle(title, fontsize=9, color=_GREY)
     return figure

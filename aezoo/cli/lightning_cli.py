@@ -327,6 +327,8 @@ class AezooCLI(LightningCLI):
         self._rng_state = torch.get_rng_state()
         name, run = self.config[self.subcommand]["name"], self.request.run
         named = any(word.partition("=")[0] == "--name" for word in self.request.argv)
+        if name == "":
+            raise AezooError("--name is empty: give the run a name, or drop the flag")
         if named and run is not None and archives.safe_name(name or "") != run.resolve().parent.name:
             raise AezooError(f"{run} keeps its name: drop --name {name}, or start a new run without --ckpt_path")
         source = self.request.source

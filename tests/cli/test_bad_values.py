@@ -190,8 +190,9 @@ def test_path_object_is_accepted_as_root():
 FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
 TEXTS = ("-1", "0", "1.5", "nan", "1e400", str(HUGE), str(10**30), "", "abc", "[]", "[0]", "{a: 1}", "null", "true")
 WORDS = {"-1": -1, "0": 0, "1.5": 1.5, str(HUGE): HUGE, "null": None, "true": True, "[]": "[]", "[0]": "[0]"}
-# a folder, a column or a label may have any name
+# a run, a folder, a column or a label may have any name
 FREE = (
+    "name",
     *("data.root", "data.network", "data.layer", "data.of", "data.column", "data.label_column"),
     *("trainer.default_root_dir", "trainer.model_registry", "predictions.folder", "checkpoints.dirpath"),
 )

@@ -259,7 +259,7 @@ def test_run_whose_steps_are_all_skipped_fails(capsys, scale):
         main(command)
     else:
         line = refused(capsys, *command)
-        assert "all 1 steps were skipped" in line and "--data.scale standard" in line
+        assert "all 2 steps were skipped" in line and "--data.scale standard" in line
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         alpha: weight of the classifier's cross-entropy for each labelled sample; 0.1 N / N_l in the paper, 50 for 100
             labels among 50,000 samples.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them, and the
-            classifier has the same. None chooses them by net and input_shape; `aezoo info semi_supervised_vae --shape
+            classifier has the same. None chooses them by net and sample size; `aezoo info semi_supervised_vae --shape
             C H W` shows the choice.
         **kwargs: see `ConditionalVAE`.
     """

@@ -159,6 +159,8 @@ class Dashboard(Checked, pl.Callback):
 
         for above in tensorboard_writers(trainer):
             folder = Path(above.log_dir) / part
+            if folder in self._parts and not folder.is_dir():
+                continue  # `Checkpoints` says that the run was removed, or finds where it was moved
             if folder not in self._parts:
                 self._parts[folder] = SummaryWriter(folder)
                 if self._began:

@@ -190,13 +190,16 @@ def test_sap_of_two_classes_is_accuracy_gap():
 def test_dci_matches_random_forest_importances():
     # uneven: two dimensions share a factor, and two mix all
     codes = torch.cat([BLURRED, PERFECT[:, :1] + 0.5 * NOISE.flip(0)[:, :1], MIXED[:, :2]], 1)
+    # standardised as by the metric: rounded otherwise, a value may fall on the other side of a split
+    z = codes.double().numpy()
+    z = (z - z.mean(0)) / z.std(0)
     rows, held = train_test_rows(N, 0)
     r, shares = np.zeros((7, 4)), []
     for k in range(4):
         forest = RandomForestRegressor(20, max_features=None, min_samples_leaf=5, random_state=0)
-        forest.fit(codes.double().numpy()[rows], FACTORS[rows, k])
+        forest.fit(z[rows], FACTORS[rows, k])
         r[:, k] = forest.feature_importances_
-        shares.append(forest.score(codes.double().numpy()[held], FACTORS[held, k]))
+        shares.append(forest.score(z[held], FACTORS[held, k]))
     of_codes = [1 - scipy.stats.entropy(row, base=4) for row in r]
     of_factors = [1 - scipy.stats.entropy(column, base=7) for column in r.T]
     expected = {

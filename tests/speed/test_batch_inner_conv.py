@@ -25,6 +25,10 @@ from aezoo.speed.memory_format import (
 )
 
 KERNELS, STRIDES, PADDINGS = [(3, 3), (2, 3), (4, 4), (1, 3)], [(1, 1), (2, 2), (2, 1)], [(0, 0), (1, 1), (0, 1)]
+# what torch itself refuses on processors without AVX512
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 convolutions here"
+)
 ORDERS = {
     "first": torch.Tensor.contiguous,
     "last": lambda x: to_layout(x, batch_inner=False),
@@ -101,6 +105,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, ke
     assert cases > 150
 
 
+@needs_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("weight_by_product", [False, True], ids=["by_onednn", "with_products"])
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "bfloat16"])
@@ -142,7 +147,7 @@ def test_batch_inner_conv_matches_torch_in_16_bits(on, monkeypatch, kernel, half
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str)
 @pytest.mark.parametrize(("batch", "n_in", "n_out"), [(65, 17, 33), (64, 48, 16), (100, 8, 130)])
 def test_partial_register_sizes_match_torch(on, monkeypatch, batch, n_in, n_out, dtype):
     taken = spied(monkeypatch)

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from aezoo.errors import AezooError
 
 from .common import ROOT, Table, build_parser, command_line, environment, results_folder, run_script
+from .recipes import points
 
 PAGE = ROOT / "docs" / "design" / "first_hour.md"
 Floats = npt.NDArray[np.float32]
@@ -107,12 +108,12 @@ class User:
         before = {*self.folder.glob("runs/*/*")}
         output, seconds = self.aezoo("fit", *words)
         (run,) = {*self.folder.glob("runs/*/*")} - before
-        found = _scalars(run)
+        found = points(run)
         parameters = re.search(r": ([\d,]+) parameters", output)
         return run, {
             "parameters": parameters and int(parameters[1].replace(",", "")),
             "epochs": len(found["train/loss"]),
-            "steps": max(step for points in found.values() for step, _ in points),
+            "steps": max(step for curve in found.values() for step, _ in curve),
             "seconds": seconds,
             "test/psnr": found["test/psnr"][-1][1] if "test/psnr" in found else None,
             "test/loss": found["test/loss"][-1][1],
@@ -145,21 +146,6 @@ class User:
                 flagged = [row["is_anomaly"].lower() in ("true", "1") for row in rows[: len(normal)]]
                 figures["flagged"] = float(np.mean(flagged))
         return figures
-
-
-def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(run.glob("events*")):
-        events = _events(path)
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
-    return found
-
-
-def _events(path: Path) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
 
 
 def student(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -242,8 +228,7 @@ def researcher(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
     except AezooError as error:
         says = str(error)
     yield "a plug-in without code_shape", {"result": says}
-    tags = [tag for path in sorted(run.glob("events*")) for tag in _events(path).Tags()["scalars"]]
-    first = sorted({tag.partition("/")[0] for tag in tags})
+    first = sorted({tag.partition("/")[0] for tag in points(run)})
     yield "TensorBoard", {"first groups": " ".join(first[:4]), "groups": len(first)}
 
 

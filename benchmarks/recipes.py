@@ -58,16 +58,21 @@ def train(name: str, root: str | None) -> dict[str, str]:
     return row | {figure: f"{found[figure][-1]:.5g}" for figure in FIGURES if figure in found}
 
 
-def scalars(run: Path) -> dict[str, list[float]]:
-    """All values under each tag of a run's TensorBoard events."""
+def points(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """All steps and values under each tag of a run's TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(run.glob("events*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
     return found
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """All values under each tag of a run's TensorBoard events."""
+    return {tag: [value for _, value in values] for tag, values in points(run).items()}
 
 
 def published_figure(path: Path) -> str:

@@ -39,6 +39,8 @@ _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"metho
 _QUALITIES = (5, 25, 50, 75, 95)
 # methods that the verdict names, and the difference of two rates that count as equal
 _MAX_AHEAD, _SAME_RATE = 6, 1.01
+# smaller differences are not worth an axis of their own
+_LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05}
 
 
 class Distortion:
@@ -224,10 +226,6 @@ def rate_figure(rows: list[Row]) -> "Figure":
     axes.invert_yaxis()
     axes.set(xlabel="bits per dimension")
     return figure
-
-
-# smaller differences are not worth an axis of their own
-_LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05}
 
 
 def rate_distortion_figure(rows: list[Row]) -> "Figure":

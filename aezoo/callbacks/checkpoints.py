@@ -413,11 +413,3 @@ class EarlyStop(Checked, EarlyStopping):
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if whole or self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.has_stopped and trainer.should_stop and trainer.is_global_zero:
-            print(
-                f"stopped early after epoch {trainer.current_epoch}: {self.monitor} has not fallen below "
-                f"{float(self.best_score):.4g} for {self.patience} epoch(s); --early_stopping.patience 0 never stops",
-                flush=True,
-            )

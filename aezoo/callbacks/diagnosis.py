@@ -33,6 +33,7 @@ class Curves:
         steps: optimiser steps in all.
         limit: the setting that ended the run, max_epochs or max_steps.
         patience: epochs without improvement after which early stopping ended the run; 0 if it did not.
+        stopped_by: the metric that early stopping watched.
         dead_units: units of the code that hold no information.
         units: the size of the code; 0 if its units cannot be counted.
         mse: the best mean squared error on validation samples; NaN if there is none that PCA's can be compared with.
@@ -45,6 +46,7 @@ class Curves:
     steps: int = 0
     limit: str = "max_epochs"
     patience: int = 0
+    stopped_by: str = ""
     dead_units: int = 0
     units: int = 0
     mse: float = math.nan
@@ -120,10 +122,11 @@ def _overfitting(curves: Curves) -> Verdict | None:
 def _stopped_early(curves: Curves, name: str, epochs: list[int], losses: list[float]) -> Verdict | None:
     if not curves.patience or not losses:
         return None
-    best = epochs[losses.index(min(losses))]
+    after = f" after epoch {epochs[losses.index(min(losses))]}" if curves.stopped_by == name else ""
+    waited = f"{curves.patience} epoch{'s' * (curves.patience > 1)}"
     return Verdict(
         "stopped-early",
-        f"stopped early: {curves.patience} epochs without improvement of {name} after epoch {best}; a larger "
+        f"stopped early: {waited} without improvement of {curves.stopped_by}{after}; a larger "
         "--early_stopping.patience waits longer",
     )
 

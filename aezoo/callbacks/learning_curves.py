@@ -127,12 +127,16 @@ class LearningCurves(Picture):
     # ---- what the run was like --------------------------------------------------------------------------------------
 
     def _history(self, trainer: pl.Trainer) -> Curves:
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStop)]  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        stop = next(
+            (callback for callback in callbacks if isinstance(callback, EarlyStop) and callback.has_stopped), None
+        )
         epochs, train, val = zip(*self._rows, strict=True) if self._rows else ((), (), ())
         return Curves(
             [int(epoch) + 1 for epoch in epochs], train, val, trainer.global_step,
             limit="max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs",
-            patience=next((stop.settings["patience"] for stop in stops if stop.has_stopped), 0),
+            patience=stop.settings["patience"] if stop else 0,
+            stopped_by=stop.monitor if stop else "",
         )  # fmt: skip
 
     def _of_code(self, model: "Autoencoder", x: Tensor) -> dict[str, Any]:

@@ -72,6 +72,9 @@ def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str 
         return None
     size = next((name for name in ("hidden_dims", "width", "latent_dim") if name in model.hparams), None)
     cure = f"lower --model.{size}" if size else "lower --data.batch_size or --data.size"
+    draws = next((name for name in ("n_groups", "n_samples") if name in model.hparams), None)
+    if draws and seconds > LONG_STEP:
+        cure += f" or --model.{draws}"
     default = getattr(model, "default_hidden_dims", None)
     if size == "hidden_dims" and default not in (None, tuple(model.hparams[size])):
         cure += f"; the default here is --model.hidden_dims '{[*default]}'"

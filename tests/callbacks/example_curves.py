@@ -31,7 +31,12 @@ EXAMPLES = {
     "too-few-steps": curves(falling(15), falling(15, 104), noise=0.5, steps_per_epoch=4, n=20),
     "overfitting": curves(falling(20), lambda e: 130 + 170 * math.exp(-e / 8) + 0.5 * max(0, e - 24), noise=0.5),
     "stopped-early": curves(
-        falling(8), lambda e: 104 + 200 * math.exp(-e / 5) - 3 * (e == 25), noise=0.3, n=45, patience=20
+        falling(8),
+        lambda e: 104 + 200 * math.exp(-e / 5) - 3 * (e == 25),
+        noise=0.3,
+        n=45,
+        patience=20,
+        stopped_by="val/loss",
     ),
     "rising": curves(*[lambda epoch: falling(4)(epoch) + 1.5 * max(0, epoch - 30)] * 2, noise=0.5),
 }

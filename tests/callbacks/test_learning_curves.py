@@ -119,7 +119,7 @@ def test_the_summary_has_notes_and_verbs(fit, capsys, monkeypatch, tmp_path):
     stop = EarlyStop(patience=1, min_delta=1e9)
     fit(FakeVAE((4,)), LearningCurves(), stop, Summary(), enable_checkpointing=True, max_epochs=5)
     out = capsys.readouterr().out
-    assert "Note: stopped early: 1 epochs without improvement of val/loss after epoch " in out
+    assert "Note: stopped early: 1 epoch without improvement of val/loss after epoch " in out
     verbs = [line.split()[2] for line in out.splitlines() if line.startswith("Next: aezoo")]
     assert verbs == ["test", "generate", "reconstruct", "detect", "embed"]
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,9 @@ from aezoo.training import cost
 CPU = torch.device("cpu")
 # docs/networks.md: parameters of both networks, and FLOPs of one sample through them
 MOST_PARAMETERS, MOST_FLOPS, MOST_FLOPS_OF_PAPERS = 20_000_000, 2e8, 5.5e8
+# of 128 samples on two threads of the processor that docs/networks.md names, and of models that it names, in seconds
+LONGEST_STEP = 3.0
+LONGEST_STEPS = {"piwae": 55, "miwae": 28, "consistency_decoder": 8, "diffusers_ae": 8, "cheng2020": 5}
 SHAPES = [(4,), (784,), (8, 256), (1, 28, 28), (3, 64, 64), (3, 128, 128), (1, 16, 16, 16)]
 TRANSFORMER = [(64, 64), (32,), *[(64, 64)] * 5]
 STAGES = (32, 64, 128, 128, 128)
@@ -71,6 +74,23 @@ def test_default_networks_of_all_models_are_affordable():
         parameters, flops = sum(p.numel() for part in parts for p in part.parameters()), counter.get_total_flops()
         most_flops = MOST_FLOPS_OF_PAPERS if stays else MOST_FLOPS
         assert parameters <= MOST_PARAMETERS and flops <= most_flops, (name, shape, dims, parameters, flops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in entries().items() if entry.owner == "aezoo"])
+def test_model_is_affordable_with_each_network(name, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    takes_net = "net" in inspect.signature(aezoo.model_class(name)).parameters
+    built = 0
+    for net, shape in itertools.product(nets.NETS if takes_net else [None], [(784,), (1, 28, 28), (3, 64, 64)]):
+        try:
+            model = aezoo.create_model(name, shape, **({"net": net} if net else {}))
+        except AezooError:
+            continue
+        built += 1
+        assert sum(p.numel() for p in model.parameters()) <= 22.5e6, (net, shape)
+        assert cost.seconds_per_step(model, 128, CPU) <= LONGEST_STEPS.get(name, LONGEST_STEP), (net, shape)
+    assert built
 
 
 def test_classes_with_networks_of_any_kind_choose_sizes():

@@ -1,9 +1,11 @@
 """What a step of training costs, estimated before the first one."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from aezoo.training.interface import ModelInterface
@@ -30,25 +32,24 @@ def seconds_per_step(model: ModelInterface, batch_size: int, device: torch.devic
     """
     # a copy, as training changes what a model counts; ranks would wait for each other
     model = copy.deepcopy(model).train(not (dist.is_available() and dist.is_initialized()))
-    few, more = _flops(model, _FEW), _flops(model, 2 * _FEW)
+    try:
+        few, more = (_flops(model, n, model.loss) for n in (_FEW, 2 * _FEW))
+    except (RuntimeError, AssertionError):  # of the counter, which does not follow a loss with its own gradients
+        model.requires_grad_(False)  # it does not follow parameters that are inputs of a layer either
+        few, more = (_flops(model, n, lambda x, _: model.forward(x)) for n in (_FEW, 2 * _FEW))
     per_sample = (more - few) / _FEW
     flops = few + per_sample * (batch_size - _FEW)
     rate = _OF_THREAD * torch.get_num_threads() if device.type == "cpu" else _OF_ACCELERATOR
     return 3 * flops / rate  # backwards takes twice as much as forwards
 
 
-def _flops(model: ModelInterface, n: int) -> int:
-    """FLOPs of the loss of n samples, forwards."""
+def _flops(model: ModelInterface, n: int, function: Callable[[Tensor, Tensor], object]) -> int:
+    """FLOPs of a function of n samples and their labels, forwards."""
     weight = next(model.parameters())
     x = torch.full((n, *model.input_shape), 0.5, device=weight.device, dtype=weight.dtype)
     labels = torch.zeros(n, dtype=torch.long, device=weight.device)
-    with torch.no_grad(), forked_rng(weight.device):
-        try:
-            with FlopCounterMode(display=False) as counter:
-                model.loss(x, labels)
-        except (RuntimeError, AssertionError):  # of the counter, which does not follow a loss with its own gradients
-            with FlopCounterMode(display=False) as counter:
-                model.forward(x)
+    with torch.no_grad(), forked_rng(weight.device), FlopCounterMode(display=False) as counter:
+        function(x, labels)
     return counter.get_total_flops()
 
 

@@ -66,7 +66,7 @@ import numpy as np
 from aezoo.sklearn import AutoencoderDetector
 
 train, normal = np.load("train.npy"), np.load("normal.npy")
-found = AutoencoderDetector(sys.argv[1], random_state=0).fit(train)
+found = AutoencoderDetector(sys.argv[1], random_state=0, **json.loads(sys.argv[2])).fit(train)
 print(json.dumps(float((found.predict(normal) < 0).mean())))
 """
 
@@ -110,8 +110,10 @@ class User:
         (run,) = {*self.folder.glob("runs/*/*")} - before
         found = points(run)
         parameters = re.search(r": ([\d,]+) parameters", output)
+        code = re.search(r"^latent_dim: (\d+)$", (run / "hparams.yaml").read_text(encoding="utf-8"), re.MULTILINE)
         return run, {
             "parameters": parameters and int(parameters[1].replace(",", "")),
+            "latent_dim": code and int(code[1]),
             "epochs": len(found["train/loss"]),
             "steps": max(step for curve in found.values() for step, _ in curve),
             "seconds": seconds,
@@ -119,6 +121,12 @@ class User:
             "test/loss": found["test/loss"][-1][1],
             "checkpoints, MB": sum(path.stat().st_size for path in run.rglob("*.ckpt")) / 1e6,
         }
+
+    def verdict(self, run: Path, verb: str, *words: str) -> dict[str, str]:
+        """What a verb says of the methods that it compares a model with."""
+        output, _ = self.aezoo(verb, "--ckpt_path", str(run), *words)
+        said = re.findall(r"^(?:ahead of|no other method|smaller than|a baseline) .*$", output, re.MULTILINE)
+        return {"comparison": "; ".join(said) or "nothing"}
 
     def detect(self, run: Path, normal: Floats, anomalies: Floats) -> dict[str, Any]:
         """AUROC and the share of normal samples that are flagged, by default and by scores that are named."""
@@ -154,6 +162,7 @@ def student(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
 
     run, figures = user.fit("-c", "dense_article")
     yield "fit -c dense_article", figures
+    yield "embed", user.verdict(run, "embed")
     run, figures = user.fit("--model", "vae", "--data.train_classes", "[3]")
     x, y = aezoo.DataModule("mnist5k").tensors("test")
     digits, is_three = x.float().numpy(), np.asarray(y) == 3
@@ -178,12 +187,15 @@ def photographs(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
         picture[:, i : i + 16, j : j + 16] = rng.random((3, 1, 1))
     run, figures = user.fit("--model", "vae", "--model.net", "conv", "--data", "folder", "--data.root", "pictures")
     yield "480 photographs", figures | user.detect(run, x[480:], damaged)
+    yield "compress one of them", user.verdict(run, "compress", "--input", "pictures/0.png")
 
 
 def table(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measurements of tumours, 357 benign and 212 malignant; 100 benign ones are new."""
-    from sklearn.datasets import load_breast_cancer
+    from sklearn.datasets import load_breast_cancer, load_iris
 
+    np.save(user.folder / "iris.npy", load_iris().data.astype(np.float32))
+    yield "a table of 4 columns", user.fit("--model", "vae", "--data", "iris.npy")[1]
     loaded = load_breast_cancer()
     order = np.random.default_rng(0).permutation(np.flatnonzero(loaded.target == 1))
     train, normal = (loaded.data[rows].astype(np.float32) for rows in (order[100:], order[:100]))
@@ -195,9 +207,10 @@ def table(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
     np.save(user.folder / "train.npy", train)
     np.save(user.folder / "normal.npy", normal)
     (user.folder / "estimator.py").write_text(_SKLEARN, encoding="utf-8")
-    for name in ("dense_ae", "memory_ae"):
-        output, _ = user.run("estimator.py", name)
-        yield f"AutoencoderDetector({name!r})", {"flagged": json.loads(output.splitlines()[-1])}
+    for name, settings in (("dense_ae", {}), ("memory_ae", {}), ("dense_ae", {"max_epochs": 300})):
+        output, _ = user.run("estimator.py", name, json.dumps(settings))
+        call = ", ".join([repr(name), *(f"{key}={value}" for key, value in settings.items())])
+        yield f"AutoencoderDetector({call})", {"flagged": json.loads(output.splitlines()[-1])}
 
 
 def series(user: User) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -50,12 +50,15 @@ def test_every_hyperparameter_of_every_model_is_drawn():
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", own_models())
 def test_long_training_stays_finite_without_memory_growth(name, seed, data):
-    torch.manual_seed(seed)
     drawn = draw(name, seed)
-    model, watch = aezoo.create_model(name, data.input_shape, **drawn), Watch()
-    soak(model, data, watch)
-    assert watch.steps == EPOCHS * STEPS and watch.finite, drawn
-    assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()), drawn
+    for _ in range(2):  # what a process takes once, for caches or threads, is no leak: that shows in a second run too
+        torch.manual_seed(seed)
+        model, watch = aezoo.create_model(name, data.input_shape, **drawn), Watch()
+        soak(model, data, watch)
+        assert watch.steps == EPOCHS * STEPS and watch.finite, drawn
+        assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point()), drawn
+        if watch.growth() < BOUND:
+            break
     assert watch.growth() < BOUND, f"{watch.growth():.0f} bytes a step with {drawn}"
     promises.add("soak", f"{name}-{seed}", {"steps": watch.steps})
 

@@ -15,6 +15,7 @@ from aezoo.distributions import likelihoods
 from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.training import collectives, input_checks, optimizers
+from aezoo.training.data_units import DataUnits
 from aezoo.training.hyperparameters import RecordsArguments
 from aezoo.training.model_names import display_name
 from aezoo.training.module import TrainingModule
@@ -83,6 +84,8 @@ class Autoencoder(RecordsArguments, TrainingModule):
             more draws tighten the bound.
         steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see
             `enable_step_counter`.
+        data_units: the units of the data that the model was trained on, if it was trained with `aezoo.DataModule`;
+            `load_model` reads them from a checkpoint. Verbs take DataFrames and write tables in these units.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
@@ -112,6 +115,7 @@ class Autoencoder(RecordsArguments, TrainingModule):
     compile_mode: str = "auto"
     importance_samples: int = 100
     code_radius: float = math.inf
+    data_units: DataUnits | None = None
     takes_bytes: bool = False
     steps_before: int = 0
 

@@ -29,7 +29,7 @@ from aezoo.cli.config_resolution import (
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
-from aezoo.data.columns import TABLES, Columns
+from aezoo.data.columns import Columns
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.npy import NpyDataset
@@ -45,6 +45,7 @@ from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import Samples, progress_bar
 from aezoo.training import speed
+from aezoo.training.data_units import TABLES
 from aezoo.training.seeding import mix
 
 _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
         settings["file"] = config.input
     else:
         settings |= _samples(config, trained, argv, accepted)
-    columns = Columns.of_run(trained, model.input_shape)
+    columns = Columns.of_model(model)
     if "columns" in accepted:
         settings["columns"] = columns
     out = Path(config.out) if config.out else trained["folder"] / verb
@@ -216,7 +217,8 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         module = DataModule(**(data if needed else own_settings(data)))
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
-        module.report_other_scaling(trained["scaling"], trained.get("white"))
+        if not module.units.is_table:  # a table is scaled as the training data were
+            module.report_other_scaling(trained["scaling"], trained.get("white"))
         warn_other_splits(trained["settings"], dict(module.hparams))
     except AezooError as error:
         if needed:

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
-from aezoo.data.columns import TABLES
 from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, chunk_rows, to_real_tensor
 from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
 from aezoo.data.source import STAGES, Options, Stage, accepts
 from aezoo.errors import AezooError
+from aezoo.training.data_units import TABLES
 from aezoo.training.keyword_groups import Argument
 
 # of samples with channels first, by the number of their dimensions

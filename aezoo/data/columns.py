@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 
 Row = dict[str, Any]
 Values = npt.NDArray[np.float64]
 # the file beside compressed samples that keeps their columns
 COLUMNS = "columns.json"
-# suffixes of files of tables
-TABLES = (".csv", ".parquet")
 
 
 def column_names(x: Any) -> tuple[str, ...]:
@@ -44,14 +42,12 @@ class Columns:
         )
 
     @classmethod
-    def of_run(cls, trained: Mapping[str, Any], input_shape: Sequence[int]) -> "Columns | None":
-        """The columns that a model was trained on, from what `load_run` returns; None if it was no table."""
-        settings = trained["settings"]
-        paths = [str(settings.get(key, "")) for key in ("name", "root")]
-        is_table = bool(trained.get("columns")) or any(Path(path).suffix.lower() in TABLES for path in paths)
-        if not is_table or len(input_shape) != 1:
+    def of_model(cls, model: Autoencoder) -> "Columns | None":
+        """The columns of the table that a model was trained on; None if it was none."""
+        units = model.data_units
+        if units is None or not units.is_table or len(model.input_shape) != 1:
             return None
-        return cls(trained.get("columns", ()), trained["scaling"], input_shape[0])
+        return cls(units.columns, units.scaling, model.input_shape[0])
 
     @classmethod
     def from_bytes(cls, content: bytes, width: int, what: str) -> "Columns":

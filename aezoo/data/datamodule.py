@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.array import Array
 from aezoo.data.classes import keep_labels, restrict_training_classes
@@ -31,6 +32,7 @@ from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs,
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
 from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
+from aezoo.training.data_units import DataUnits
 from aezoo.training.hyperparameters import RecordsArguments
 from aezoo.training.keyword_groups import complete
 from aezoo.training.model_names import display_name
@@ -201,6 +203,8 @@ class DataModule(RecordsArguments, LightningDataModule):
             if self.binarise != "none":
                 self._binarise()
         self._check(self._splits.get("train"))
+        if stage == "fit" and isinstance(model, Autoencoder):
+            model.data_units = self.units
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
             # with an empty loader Lightning would warn of what the user wanted
             if self._saved_val_limit is None:
@@ -268,12 +272,18 @@ class DataModule(RecordsArguments, LightningDataModule):
         _, world = self._rank_and_world()
         position = {"epoch": epoch["processed"], "batches": batches["ready"] if begun else 0}
         position |= {"world": world, "batch_size": self.batch_size, "seed": self.seed}
-        scaling = getattr(self.source, "scaling", None)
-        scale = {} if scaling is None else scaling.state()
-        white = {} if self.source.white is None else {"white": self.source.white}
-        columns = {"columns": list(self.source.columns)} if self.source.columns else {}
+        units = self.units
+        white = {} if units.white is None else {"white": units.white}
+        columns = {"columns": list(units.columns)} if units.columns else {}
         identity = {"identity": self.identity} if self.identity else {}
-        return position | identity | white | columns | ({"scaling": scale} if scale else {})
+        return position | identity | white | columns | ({"scaling": units.scaling} if units.scaling else {})
+
+    @property
+    def units(self) -> DataUnits:
+        """The units of the data, of which samples were made."""
+        scaling = getattr(self.source, "scaling", None)
+        state = {} if scaling is None else scaling.state()
+        return DataUnits(state, self.source.white, tuple(self.source.columns), self.source.is_table)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue there; Lightning calls this before it asks for the loader.
@@ -309,8 +319,7 @@ class DataModule(RecordsArguments, LightningDataModule):
             trained: the scaling of the training data, as in `state_dict`.
             white: their value of white; known if they needed no scaling.
         """
-        scaling = getattr(self.source, "scaling", None)
-        own = {} if scaling is None else scaling.state()
+        own = self.units.scaling
         same = trained.keys() == own.keys() and all(torch.equal(trained[key].cpu(), own[key].cpu()) for key in own)
         if self._splits and not same and (trained or white is not None):
             rank_zero_info(
@@ -372,8 +381,7 @@ class DataModule(RecordsArguments, LightningDataModule):
         if not self.source.is_table:
             return None
         train = self._prepared_splits()["train"]
-        scaling = getattr(self.source, "scaling", None)
-        state = {} if scaling is None else scaling.state()
+        state = self.units.scaling
         if not state and isinstance(train, ArrayDataset) and train.x.dtype == torch.uint8 and self.scale != "none":
             state = {"offset": torch.zeros(()), "factor": torch.tensor(float(byte_divisor(self.scale)))}
         return Columns(self.source.columns, state, self.input_shape[0])

@@ -26,6 +26,7 @@ from aezoo.io import atomic_files, hub_files, run_folder, terminal
 from aezoo.io.scale_folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
+from aezoo.training.data_units import TABLES, DataUnits
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
@@ -149,13 +150,18 @@ def load_run(
         raise AezooError(f"the weights in {source} do not fit {name}: {_one_line(error)}") from error
     if address is not None:
         folder = Path("runs") / archives.safe_name(hub_files.split(address)[0])
-    unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
     try:
-        return model.to(map_location).eval(), unknown | {"folder": folder} | data
+        model = model.to(map_location).eval()
     except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
         raise AezooError(
             f"map_location {map_location}: {_one_line(error)}; give cpu and move the model later"
         ) from error
+    trained: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()} | {"folder": folder} | data
+    if settings := trained["settings"]:
+        paths = [Path(str(settings.get(key, ""))) for key in ("name", "root")]
+        is_table = bool(trained["columns"]) or any(path.suffix.lower() in TABLES for path in paths)
+        model.data_units = DataUnits(trained["scaling"], trained["white"], trained["columns"], is_table)
+    return model, trained
 
 
 def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from aezoo.tasks.codec.compression import Compression, CompressionRun
 from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, max_samples_per_frame
 from aezoo.tasks.codec.levels import reason, to_levels
 from aezoo.tasks.result_store import Store
+from aezoo.tasks.results import takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 MODES = ("auto", "lossless", "lossy")
 _QUALITY = 3.0
 
 
+@takes_model
 def compress(
     model: Autoencoder,
     x: Any,
@@ -78,7 +80,7 @@ def compress(
     _check(mode, qualities, steps, precision, batch_size)
     tables.constriction_stream()
     samples = Samples.from_data(x).check(model)
-    fit = None if fit_on is None else Samples.from_data(fit_on, "train")
+    fit = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
     if binarise:
         samples, fit = _binarised(samples, model), None if fit is None else _binarised(fit, model)
     mode = _mode(mode, model, samples)

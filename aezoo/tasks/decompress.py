@@ -26,7 +26,7 @@ from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproduci
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
 from aezoo.tasks.result_store import Row, Store
-from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 from aezoo.tasks.show import show
@@ -59,6 +59,7 @@ class Decompression(Result):
         return f"{len(self.x):,} samples of shape {'x'.join(map(str, self.x.shape[1:]))}, {self.mode}: {same}"
 
 
+@takes_model
 def decompress(
     model: Autoencoder,
     file: str,
@@ -84,7 +85,8 @@ def decompress(
             may differ by the rounding of another machine or device, if what they are decoded from is the same.
         threads: threads of torch on the CPU; 0 takes the number with which the file was written.
         max_bytes: refuse a file that would decode to more than this, counted as float32.
-        columns: the columns of a table, if there is no columns.json beside the file.
+        columns: the columns of a table, if there is no columns.json beside the file; by default those
+            of the table that the model was trained on.
         out: folder for the results; None keeps them in memory.
         progress: show a bar on a terminal.
 
@@ -101,7 +103,7 @@ def decompress(
     if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
         raise AezooError(f"samples of shape {header.shape} are no pictures: take kind npy")
     if kind == "csv":
-        columns = _columns(file, header) or columns or Columns((), {}, header.dims)
+        columns = _columns(file, header) or columns or Columns.of_model(model) or Columns((), {}, header.dims)
         if len(header.shape) != 1:
             raise AezooError(f"samples of shape {header.shape} are no table: take kind npy")
     with Store(out) as store, reproducibility.deterministic_kernels(threads or header.threads), evaluation_mode(model):

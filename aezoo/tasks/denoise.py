@@ -19,7 +19,7 @@ from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
 from aezoo.tasks.result_store import Row, Store, table_text, write_batch
-from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.model_names import display_name
@@ -62,6 +62,7 @@ class Denoising(Result):
         return f"{table_text(self.rows)}\n{self.text}"
 
 
+@takes_model
 def denoise(
     model: Autoencoder,
     x: Any,

@@ -16,9 +16,9 @@ from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
-from aezoo.tasks.detectors import BASELINES, Baseline, Detector, held_out_threshold, p_values
+from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, held_out_threshold, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
-from aezoo.tasks.results import Result
+from aezoo.tasks.results import Result, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Detection(Result):
         return f"{table_text(self.rows)}\n{self.text}"
 
 
+@takes_model
 def detect(
     model: Autoencoder,
     x: Any,
@@ -155,9 +156,9 @@ def detect(
     protocol = Protocol(normal, anomaly)
     samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
     anomalous = protocol.anomalies(samples)
-    train = Reference.from_split(fit_on, x, "train", protocol, samples)
+    train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
-    held_out = Reference.from_split(calibrate_on, x, "val", protocol, samples)
+    held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
     if quantile is not None and held_out is None:
         raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
                          "calibrate_on, or take contamination")  # fmt: skip
@@ -290,6 +291,9 @@ def _threshold_report(
     """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = fitted if held_out is None else f"{len(held_out.samples):,} held-out samples"
+    if held_out is not None and quantile is None:
+        low, high = flagged_interval(len(held_out.samples), contamination)
+        calibrated += f" ({100 * low:.2g} to {100 * high:.2g} % of new normal samples exceed it, 95 % interval)"
     rule = f"the upper {100 * contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     lines = [
         f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule} of "

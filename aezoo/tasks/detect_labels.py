@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule
 from aezoo.data.classes import UNLABELLED, describe_classes, label_names
 from aezoo.data.source import Stage
@@ -84,13 +85,15 @@ class Reference:
     n_left_out: int
 
     @classmethod
-    def from_split(cls, given: Any, x: Any, split: Stage, protocol: Protocol, scored: Samples) -> "Reference | None":
+    def from_split(
+        cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: Samples
+    ) -> "Reference | None":
         """`given`, or else a split of x if that is a DataModule, or else None."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:
             return None
-        split_samples = Samples.from_data(given, split)
+        split_samples = Samples.from_data(given, split, model.takes_missing).check(model)
         normal = protocol.normal_indices(split_samples)
         samples = split_samples if len(normal) == len(split_samples) else split_samples.subset(torch.from_numpy(normal))
         own = normal if split_samples.dataset is scored.dataset else normal[:0]

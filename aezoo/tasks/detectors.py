@@ -164,6 +164,18 @@ def held_out_threshold(scores: Scores, contamination: float) -> float:
     return float(np.quantile(scores, 1 - contamination, method="weibull"))
 
 
+def flagged_interval(n: int, contamination: float) -> tuple[float, float]:
+    """The 95 % interval of the share of normal samples above `held_out_threshold` of n scores.
+
+    The share above the k-th largest of n exchangeable scores has the distribution Beta(k, n + 1 - k).
+    """
+    from scipy.stats import beta
+
+    k = max(1.0, (n + 1) * contamination)
+    low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
+    return float(low), float(high)
+
+
 def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
     """Conformal p-values, (1 + #{reference >= score}) / (n + 1).
 

@@ -27,7 +27,7 @@ from aezoo.tasks.embed_codes import (
     umap,
 )
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
-from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 
@@ -91,6 +91,7 @@ class Embedding(Result):
         return [f"a baseline tells the classes best: {'; '.join(found)}"] if found else []
 
 
+@takes_model
 def embed(
     model: Autoencoder,
     x: Any,

@@ -21,7 +21,7 @@ from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.priors_base import Prior
 from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_batch
-from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.limits import at_least
@@ -73,6 +73,7 @@ class Generation(Result):
         return "\n".join(lines)
 
 
+@takes_model
 def generate(
     model: Autoencoder,
     x: Any = None,
@@ -134,7 +135,8 @@ def generate(
         steps: samples of each walk.
         quality: number of samples to evaluate by FID, KID, precision, recall and closeness to training samples, at most
             as many as there are in x; use a thousand or more for reliable figures. 0 evaluates none.
-        columns: the columns of a table, which the samples are written in; by default those of x or fit_on.
+        columns: the columns of a table, which the samples are written in; by default those of x, of fit_on
+            or of the table that the model was trained on.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: fixes random draws.
@@ -154,7 +156,9 @@ def generate(
     given = None if x is None else Samples.from_data(x).check(model)
     varied = None if around is None else Samples.from_data(around).check(model)
     train = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
-    columns = columns or next((part.columns for part in (given, train, varied) if part and part.columns), None)
+    known_columns = [part.columns for part in (given, train, varied) if part and part.columns]
+    columns = next(iter(known_columns), None) if columns is None else columns
+    columns = Columns.of_model(model) if columns is None else columns
     # samples that the model has learned from are no reference
     held_out = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):

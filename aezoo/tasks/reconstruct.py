@@ -18,7 +18,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
-from aezoo.tasks.results import Result, sizes
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import Samples, evaluation_mode
 from aezoo.training.model_names import display_name
 
@@ -85,6 +85,7 @@ class Reconstruction(Result):
         return f"{text}\n{table_text(self.coherence)}" if self.coherence else text
 
 
+@takes_model
 def reconstruct(
     model: Autoencoder,
     x: Any,

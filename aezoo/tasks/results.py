@@ -2,15 +2,34 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.result_store import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def takes_model(verb: Callable[P, T]) -> Callable[P, T]:
+    """A verb that refuses in one line what is no model, such as the path of one."""
+
+    @wraps(verb)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, Autoencoder):
+            given = f"aezoo.load_model({str(model)!r})" if isinstance(model, str | Path) else "an aezoo.Autoencoder"
+            raise AezooError(f"{verb.__name__} takes a model, not a {type(model).__name__}: give {given}")
+        return verb(*args, **kwargs)
+
+    return checked
 
 
 @dataclass(kw_only=True, repr=False)

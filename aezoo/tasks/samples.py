@@ -1,7 +1,7 @@
 """Samples as a model sees them, read a batch at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -19,13 +19,17 @@ from aezoo.data.classes import labels_of, original_labels, paths_of, subset
 from aezoo.data.columns import Columns, column_names
 from aezoo.data.in_memory import as_real_array, to_real_tensor
 from aezoo.data.loaders import collate, default_num_workers, local_processes, make_loader
+from aezoo.data.readers import check_columns
 from aezoo.data.resident import load_into_memory
 from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
 from aezoo.errors import AezooError
+from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng
 
 # samples whose values are checked before a task begins, and values that are then in memory at a time
 _MAX_CHECKED, _MAX_VALUES = 1024, 2**24
+# an array whose values are larger than this, and are not after scaling, is not scaled yet
+_OUTSIDE = 10.0
 # columns of tables of results
 _OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_anomaly", "largest_error"}
 _OWN_NAMES |= {"rank", "neighbour", "distance"}
@@ -42,6 +46,7 @@ class Samples:
         name: their name in messages.
         num_workers: processes that decode files ahead; None for one per free core, up to 8.
         columns: those of a table; None for other samples.
+        units: the units of the data that `dataset` was made of, if a model's may differ from them.
     """
 
     def __init__(
@@ -53,9 +58,10 @@ class Samples:
         name: str = "the data",
         num_workers: int | None = None,
         columns: Columns | None = None,
+        units: DataUnits | None = None,
     ) -> None:
         self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
-        self.columns = columns
+        self.columns, self.units = columns, units
         self.levels, self.scaling = levels, scaling
         self._y: Tensor | None = None
 
@@ -69,8 +75,9 @@ class Samples:
         """Samples from `Samples`, a DataModule, a tensor or an array.
 
         Args:
-            x: samples; a DataModule, of which `split` is taken; or a tensor or an array (N, *shape): bytes are scaled
-                to [0, 1], floats stay unchanged. (N, H, W) bytes become images of one channel.
+            x: samples; a DataModule, of which `split` is taken; a DataFrame, in the units of its columns; or a tensor
+                or an array (N, *shape) as a model sees it: bytes are scaled to [0, 1], floats stay unchanged. (N, H, W)
+                bytes become images of one channel.
             split: train, val or test.
             allow_missing: whether a tensor or an array may hold NaN for missing values.
 
@@ -82,19 +89,21 @@ class Samples:
         if isinstance(x, DataModule):
             name = f"{x.name} ({split})"
             named = x.source.class_names, name, x.num_workers, x.columns
-            return cls(x.dataset(split), byte_divisor(x.scale), None, *named)
+            dataset = x.dataset(split)
+            return cls(dataset, byte_divisor(x.scale), None, *named, x.units)
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
         shape = tuple(as_real_array(x, "x").shape)
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
-        return cls(
-            ArrayDataset(
-                to_channels_first(to_real_tensor(x, "x", missing="keep" if allow_missing else "raise"), "auto")
-            ),
-            name="x",
-            columns=Columns(column_names(x), {}, shape[1]) if hasattr(x, "columns") and len(shape) == 2 else None,
+        dataset = ArrayDataset(
+            to_channels_first(to_real_tensor(x, "x", missing="keep" if allow_missing else "raise"), "auto")
         )
+        if not hasattr(x, "columns") or len(shape) != 2:
+            return cls(dataset, name="x")
+        names = column_names(x)
+        units = DataUnits(columns=names, is_table=True)
+        return cls(dataset, name="x", columns=Columns(names, {}, shape[1]), units=units)
 
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))
@@ -185,12 +194,12 @@ class Samples:
         index = random_rows(len(self), n, seed)
         y = self.y
         dataset = ArrayDataset(self.rows(index), None if y is None else y[index])
-        return Samples(dataset, class_names=self.class_names, name=self.name, columns=self.columns)
+        return Samples(dataset, class_names=self.class_names, name=self.name, columns=self.columns, units=self.units)
 
     def subset(self, index: Tensor) -> "Samples":
         """The samples with these indices, read on demand."""
         dataset = subset(self.dataset, index)
-        named = self.class_names, self.name, self.num_workers, self.columns
+        named = self.class_names, self.name, self.num_workers, self.columns, self.units
         return Samples(dataset, self.levels, self.scaling, *named)
 
     def binarised(self, rule: str, seed: int) -> "Samples":
@@ -203,13 +212,16 @@ class Samples:
         x = self._as_float(dataset.x) if self.scaling else dataset.x
         binarise.check_probabilities(x, self.name, "give such values")
         binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
-        return Samples(binary, self.levels, None, self.class_names, self.name, columns=self.columns)
+        return Samples(binary, self.levels, None, self.class_names, self.name, columns=self.columns, units=self.units)
 
     def check(self, model: Autoencoder) -> "Samples":
-        """The same samples, if the model can use them.
+        """The same samples in the scale of the model's training data, if the model can use them.
+
+        A table is scaled as the table that the model was trained on; an array is taken as it is.
 
         Raises:
-            AezooError: no samples, another shape, or values outside the range of the model's likelihood.
+            AezooError: no samples, another shape or other columns, values outside the range of the model's likelihood,
+                or an array in the units of the data instead of the model's scale.
         """
         if not len(self):
             raise AezooError(f"{self.name} holds no samples")
@@ -217,10 +229,59 @@ class Samples:
             model.eval()
         if self.shape != model.input_shape:
             model.check_batch(torch.zeros(1, *self.shape))  # before scaling, which is of the training data's shape
+        if model.data_units is not None and self._table_units is not None:
+            return self._in_units(model.data_units, self._table_units).check_values(model)
+        return self.check_values(model)
+
+    @property
+    def _table_units(self) -> DataUnits | None:
+        return self.units if self.units is not None and self.units.is_table else None
+
+    def _in_units(self, trained: DataUnits, own: DataUnits) -> "Samples":
+        """Samples of a table with units of its own, scaled as those that a model was trained on."""
+        check_columns(self.name, own.columns, trained.columns)
+        if not trained.is_table or _are_equal(trained.scaling, own.scaling):
+            return self
+        # first back to the units of the data
+        (offset, factor), (own_offset, own_factor) = (_offset_and_factor(units) for units in (trained, own))
+        scaling = {"offset": (offset - own_offset) / own_factor, "factor": factor / own_factor}
+        columns = Columns(trained.columns or own.columns, trained.scaling, self.shape[0])
+        named = self.class_names, self.name, self.num_workers, columns
+        return Samples(self.dataset, self.levels, scaling, *named, trained)
+
+    def check_values(self, model: Autoencoder) -> "Samples":
+        """The same samples, if their values are such as the model can use; see `check`."""
         n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
         for start in range(0, n, step):
-            model.check_batch(self.rows(range(start, min(start + step, n))))
+            x = self.rows(range(start, min(start + step, n)))
+            if self.units is None and not start and not self.scaling:
+                self._check_scale(x, model)
+            model.check_batch(x)
         return self
+
+    def _check_scale(self, x: Tensor, model: Autoencoder) -> None:
+        units = model.data_units
+        if units is None or not units.scaling or x.shape[1:] != model.input_shape:
+            return
+        offset, factor = _offset_and_factor(units)
+        given, scaled = (
+            float(part.flatten(1).abs().nanmean(1).nanmedian()) for part in (x.double(), (x.double() - offset) / factor)
+        )
+        if given > _OUTSIDE * max(1.0, scaled):
+            raise AezooError(
+                f"{self.name} seems to be in the units of the data (absolute values of {given:.3g}): give a DataFrame, "
+                "an aezoo.DataModule, or (x - offset) / factor of model.data_units.scaling"
+            )
+
+
+def _offset_and_factor(units: DataUnits) -> tuple[Tensor, Tensor]:
+    scaling = units.scaling or {"offset": torch.zeros(()), "factor": torch.ones(())}
+    offset, factor = (scaling[key].cpu().double() for key in ("offset", "factor"))
+    return offset, factor
+
+
+def _are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key].cpu()) for key in a)
 
 
 def random_rows(n: int, max_rows: int | None, seed: int) -> Tensor:

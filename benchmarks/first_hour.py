@@ -126,7 +126,10 @@ class User:
 
     def verdict(self, run: Path, verb: str, *words: str) -> dict[str, str]:
         """What a verb says of the methods that it compares a model with."""
-        output, _ = self.aezoo(verb, "--ckpt_path", str(run), *words)
+        try:
+            output, _ = self.aezoo(verb, "--ckpt_path", str(run), *words)
+        except AezooError as error:
+            return {"comparison": str(error)}
         said = re.findall(r"^(?:ahead of|no other method|smaller than|a baseline) .*$", output, re.MULTILINE)
         return {"comparison": "; ".join(said) or "nothing"}
 

@@ -215,12 +215,13 @@ def build(
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
-        with weights.limit_parameters(state):
-            # a plug-in may compute with values, which tensors on the meta device do not have
-            with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        # a plug-in may compute with values, which tensors on the meta device do not have
+        with contextlib.suppress(RuntimeError, NotImplementedError), weights.limit_parameters(state):
+            with torch.device("meta"):
                 model = cls(**plain)
-                if dry:
-                    return model
+            if dry:
+                return model
+        with weights.limit_parameters(state):
             return cls(**plain)
     except Exception as error:  # a constructor may fail in any way on values that no user would give it
         raise AezooError(f"{source} does not describe a {name} of this version: {_one_line(error)}") from error

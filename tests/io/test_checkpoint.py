@@ -153,6 +153,13 @@ def test_a_loaded_model_is_in_eval_mode_and_goes_on_training(saved, tmp_path):
     assert not torch.equal(before, model.eval()(X))
 
 
+def test_large_model_whose_constructor_drops_layers_loads(tmp_path):
+    # both networks build the linear layers of both, 15 million parameters for 7.4
+    model = aezoo.create_model("vae", (3, 64, 64), net="conv", hidden_dims=(150,))
+    aezoo.save_model(model, tmp_path)
+    assert aezoo.load_model(tmp_path).hidden_dims == (150,)
+
+
 def test_tied_weights_are_saved(tmp_path):
     model = aezoo.create_model("linear_ae", input_shape=SHAPE)
     model.encoder[1].bias = nn.Parameter(model.decoder[0].bias[:16].detach())

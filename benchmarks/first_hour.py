@@ -299,6 +299,8 @@ def page(rows: list[dict[str, str]]) -> str:
     ]
     for user, play in USERS.items():
         own = [row for row in rows if row["user"] == user]
+        tasks = [row["task"] for row in own]
+        own.sort(key=lambda row: tasks.index(row["task"]))
         if own:
             lines += ["", f"## {user.capitalize()}: {(play.__doc__ or '').rstrip('.')}", ""]
             lines += ["| task | figure | before | after |", "|---|---|---|---|"]

@@ -8,12 +8,14 @@ Shapes: B batch, D code, M parts, S subsets of them.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
+from aezoo.bases.network import LatentArgs, NetworkArgs
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.levels import gaussian
 
@@ -82,6 +84,24 @@ class PrivateDecoders(PartDecoders):
         return torch.cat([*pairs], self.dim + 1)
 
 
+class PartsArgs(TypedDict, total=False):
+    """Arguments of `Multimodal`."""
+
+    parts: tuple[int, ...]
+
+
+class MultimodalVAEArgs(LatentArgs, PartsArgs, total=False):
+    """Arguments of `Multimodal` and `VAE`."""
+
+    beta: float
+
+
+class MultimodalBetaArgs(NetworkArgs, PartsArgs, total=False):
+    """The same without the size of the code."""
+
+    beta: float
+
+
 class Multimodal(Autoencoder):
     """A model with a Gaussian code for samples that have parts; its constructor calls `build_parts`.
 
@@ -99,6 +119,10 @@ class Multimodal(Autoencoder):
     sizes: tuple[int, ...]
     encoder: nn.ModuleList
     decoder: Decoders
+
+    def __init__(self, input_shape: tuple[int, ...], *, parts: tuple[int, ...] = (), **kwargs: Any) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.parts = tuple(parts)
 
     def build_parts(
         self,

@@ -35,8 +35,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from aezoo.bases.multimodal import MultimodalVAEArgs
 from aezoo.models.variational.mvtcae import MVTCAE
-from aezoo.models.variational.vae import VAEArgs
 
 
 class CRMVAE(MVTCAE):
@@ -51,11 +51,10 @@ class CRMVAE(MVTCAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         alpha: float | None = None,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
-        super().__init__(input_shape, parts=parts, alpha=0.0 if alpha is None else alpha, **kwargs)
+        super().__init__(input_shape, alpha=0.0 if alpha is None else alpha, **kwargs)
         self.all_alike = alpha is None
         if self.all_alike:
             self.alpha = len(self.sizes) / (len(self.sizes) + 1)

@@ -33,9 +33,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from aezoo.bases.multimodal import Multimodal, PrivateDecoders
+from aezoo.bases.multimodal import Multimodal, MultimodalBetaArgs, PrivateDecoders
 from aezoo.models.variational.mvae import MVAE
-from aezoo.models.variational.vae import VAE, BetaArgs
+from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import at_least
 
 
@@ -53,10 +53,9 @@ class DMVAE(Multimodal, VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         latent_dim: int = 16,
         private_dim: int = 4,
-        **kwargs: Unpack[BetaArgs],
+        **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
         at_least(1, latent_dim=latent_dim)
         at_least(0, private_dim=private_dim)
@@ -64,7 +63,7 @@ class DMVAE(Multimodal, VAE):
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
         self.latent_dim = latent_dim
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)
 

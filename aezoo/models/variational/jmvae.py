@@ -31,9 +31,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from aezoo.bases.multimodal import Multimodal
+from aezoo.bases.multimodal import Multimodal, MultimodalVAEArgs
 from aezoo.distributions import gaussians
-from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import gaussian
 from aezoo.training.limits import at_least
 
@@ -51,16 +51,15 @@ class JMVAE(Multimodal, VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         alpha: float = 0.1,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, alpha=alpha)
         self.alpha = alpha
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
         self.joint_encoder = self.build_encoder((2 * self.latent_dim,))
 
     @staticmethod

@@ -33,10 +33,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from aezoo.bases.multimodal import MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.jmvae import JMVAE
-from aezoo.models.variational.vae import VAEArgs
 from aezoo.nets.blocks.flows import AutoregressiveFlow, check_n_flows
 from aezoo.training.limits import at_least
 
@@ -55,12 +55,11 @@ class JNF(JMVAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         n_flows: int = 2,
         flow_width: int = 64,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
-        super().__init__(input_shape, parts=parts, **kwargs)
+        super().__init__(input_shape, **kwargs)
         del self.alpha
         check_n_flows(n_flows)
         at_least(1, flow_width=flow_width)

@@ -34,13 +34,17 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from aezoo.bases.multimodal import Decoders, Multimodal
+from aezoo.bases.multimodal import Decoders, Multimodal, PartsArgs
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.hierarchical_vae import HierarchicalVAE, LevelsArgs
 from aezoo.models.variational.ladder_vae import BottomDecoder
 from aezoo.models.variational.mopoe_vae import MOST_PARTS
 from aezoo.nets.blocks.levels import GaussianParams, gaussian
+
+
+class MHVAEArgs(LevelsArgs, PartsArgs, total=False):
+    """Arguments of `MHVAE`."""
 
 
 class MHVAE(Multimodal, HierarchicalVAE):
@@ -52,13 +56,11 @@ class MHVAE(Multimodal, HierarchicalVAE):
         **kwargs: see `HierarchicalVAE`.
     """
 
-    def __init__(
-        self, input_shape: tuple[int, ...], *, parts: tuple[int, ...] = (), **kwargs: Unpack[LevelsArgs]
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[MHVAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation, n_decoded=self.latent_dims[0])
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation, n_decoded=self.latent_dims[0])
         if len(self.sizes) > MOST_PARTS:
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
         if len(self.latent_dims) > 1:

@@ -26,10 +26,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from aezoo.bases.multimodal import MissingModalities
+from aezoo.bases.multimodal import MissingModalities, MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
-from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.models.variational.vae import VAE
 
 
 class MMVAE(MissingModalities, VAE, normal_prior=False):
@@ -39,11 +39,11 @@ class MMVAE(MissingModalities, VAE, normal_prior=False):
         **kwargs: see `VAE`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], *, parts: tuple[int, ...] = (), **kwargs: Unpack[VAEArgs]) -> None:
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[MultimodalVAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         # the sampled KL may be negative, so its distance from a capacity has no meaning
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
 
     def components(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Means and log-variances of the mixture q(z | some parts): (B, *input_shape) -> (B, S, D), (B, S, D)."""

@@ -27,17 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.multimodal import PrivateDecoders
+from aezoo.bases.multimodal import MultimodalBetaArgs, PrivateDecoders
 from aezoo.distributions import gaussians
 from aezoo.models.variational.mmvae import MMVAE
-from aezoo.models.variational.vae import BetaArgs
 from aezoo.training.limits import at_least
 
 
-class MMVAEPlusArgs(BetaArgs, total=False):
+class MMVAEPlusArgs(MultimodalBetaArgs, total=False):
     """Arguments of `MMVAEPlus`, without the size of the shared code."""
 
-    parts: tuple[int, ...]
     private_dim: int
 
 
@@ -55,14 +53,13 @@ class MMVAEPlus(MMVAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         latent_dim: int = 16,
         private_dim: int = 4,
-        **kwargs: Unpack[BetaArgs],
+        **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
         at_least(1, latent_dim=latent_dim)
         at_least(0, private_dim=private_dim)
-        super().__init__(input_shape, parts=parts, latent_dim=latent_dim + private_dim, **kwargs)
+        super().__init__(input_shape, latent_dim=latent_dim + private_dim, **kwargs)
         self.latent_dim = latent_dim
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.code_shape = (latent_dim + len(self.sizes) * private_dim,)

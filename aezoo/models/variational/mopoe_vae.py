@@ -22,10 +22,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from aezoo.bases.multimodal import MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae import MMVAE
-from aezoo.models.variational.vae import VAEArgs
 
 # 6 parts have 63 subsets, and the code of each is decoded
 MOST_PARTS = 6
@@ -40,8 +40,8 @@ class MoPoEVAE(MMVAE):
         **kwargs: see `MMVAE`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], *, parts: tuple[int, ...] = (), **kwargs: Unpack[VAEArgs]) -> None:
-        super().__init__(input_shape, parts=parts, **kwargs)
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[MultimodalVAEArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
         if len(self.sizes) > MOST_PARTS:
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aezoo.bases.multimodal import MissingModalities
+from aezoo.bases.multimodal import MissingModalities, MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.models.variational.vae import VAE
 
 # the code of each is decoded
 MOST_SUBSETS = 1000
@@ -47,9 +47,8 @@ class MVAE(MissingModalities, VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         n_subsets: int = 1,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
@@ -57,7 +56,7 @@ class MVAE(MissingModalities, VAE):
         if not 0 <= n_subsets <= MOST_SUBSETS:
             raise AezooError(f"n_subsets must be from 0 to {MOST_SUBSETS}, got {n_subsets}")
         self.n_subsets = n_subsets
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
 
     @staticmethod
     def product(mu: Tensor, log_var: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from aezoo.bases.multimodal import MissingModalities
+from aezoo.bases.multimodal import MissingModalities, MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.models.variational.vae import VAE
 
 
 class MVTCAE(MissingModalities, VAE):
@@ -48,14 +48,13 @@ class MVTCAE(MissingModalities, VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         alpha: float = 5 / 6,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
         if not 0 <= alpha <= 1:
             raise AezooError(f"alpha must be from 0 to 1, got {alpha}")
         if alpha == len(self.sizes) == 1:

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.multimodal import MissingModalities, PartDecoders
+from aezoo.bases.multimodal import MissingModalities, MultimodalBetaArgs, PartDecoders
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI, kl, rsample
 from aezoo.errors import AezooError
-from aezoo.models.variational.vae import VAE, BetaArgs
+from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import ConditionalGaussian, GaussianParams
 from aezoo.nets.build import activation
 from aezoo.training.limits import at_least
@@ -160,20 +160,19 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         latent_dim: int = 16,
         part_dim: int = 16,
         level_dim: int = 64,
         dropout: float = 0.2,
         top_beta: float = 1.0,
-        **kwargs: Unpack[BetaArgs],
+        **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
         at_least(0, top_beta=top_beta)
         at_least(1, latent_dim=latent_dim, part_dim=part_dim, level_dim=level_dim)
         super().__init__(input_shape, latent_dim=part_dim, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
         self.decoder = PartDecoders([*self.decoder], self.decoder.dim, latent_dim)
         self.latent_dim = latent_dim
         self.top_beta = top_beta

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.multimodal import Multimodal
+from aezoo.bases.multimodal import Multimodal, MultimodalVAEArgs
 from aezoo.models.variational.mvae import MVAE
-from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.adversarial import call_frozen
 from aezoo.nets.blocks.levels import gaussian
 from aezoo.training.limits import at_least
@@ -54,16 +54,15 @@ class TELBO(Multimodal, VAE):
         self,
         input_shape: tuple[int, ...],
         *,
-        parts: tuple[int, ...] = (),
         gamma: float = 1.0,
-        **kwargs: Unpack[VAEArgs],
+        **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, gamma=gamma)
         self.gamma = gamma
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity
-        self.build_parts(parts, self.net, self.hidden_dims, self.activation)
+        self.build_parts(self.parts, self.net, self.hidden_dims, self.activation)
         self.joint_encoder = self.build_encoder((2 * self.latent_dim,))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Shapes: B batch.
 """
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,20 +15,73 @@ from aezoo.nets.blocks.features import FeatureDistance
 from aezoo.training.limits import at_least
 
 
+class AdversarialArgs(TypedDict, total=False):
+    """Arguments of `PerceptualAdversarial`."""
+
+    features: str
+    perceptual_weight: float
+    discriminator_weight: float
+    discriminator_start: int
+    discriminator_dims: tuple[int, ...]
+    discriminator_lr: float
+
+
 class PerceptualAdversarial(Autoencoder):
-    """A model with the losses R, L_G and L_D of vqgan; its constructor calls `build_losses`.
+    """A model with the losses R, L_G and L_D of vqgan; its constructor calls `build_adversarial_losses`.
+
+    Args:
+        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        perceptual_weight: w_P.
+        discriminator_weight: w_D.
+        discriminator_start: optimiser steps before the discriminator counts.
+        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
+        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
 
     Attributes:
         distance: P, the feature distance.
         discriminator: D, the patch discriminator.
     """
 
-    perceptual_weight: float
-    discriminator_weight: float
-    discriminator_start: int
-    discriminator_lr: float
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        features: str = "random",
+        perceptual_weight: float = 1.0,
+        discriminator_weight: float = 0.8,
+        discriminator_start: int = 0,
+        discriminator_dims: tuple[int, ...] = (),
+        discriminator_lr: float = 1e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.features = features
+        self.perceptual_weight = perceptual_weight
+        self.discriminator_weight = discriminator_weight
+        self.discriminator_start = discriminator_start
+        self.discriminator_dims = tuple(discriminator_dims)
+        self.discriminator_lr = discriminator_lr
 
-    def build_losses(
+    def build_adversarial_losses(self, default_dims: tuple[int, ...]) -> None:
+        """Build P and D; after encoder and decoder.
+
+        Args:
+            default_dims: channels of D's stages if `discriminator_dims` is empty; if this is empty too, 64.
+
+        Raises:
+            AezooError: an invalid argument of the discriminator.
+        """
+        dims = self.discriminator_dims or tuple(default_dims) or (64,)
+        self.set_adversarial_losses(
+            self.features,
+            self.perceptual_weight,
+            self.discriminator_weight,
+            self.discriminator_start,
+            dims,
+            self.discriminator_lr,
+        )
+
+    def set_adversarial_losses(
         self,
         features: str,
         perceptual_weight: float,
@@ -37,7 +90,7 @@ class PerceptualAdversarial(Autoencoder):
         discriminator_dims: tuple[int, ...],
         discriminator_lr: float,
     ) -> None:
-        """Check the arguments and build D, whose stages have `discriminator_dims` channels."""
+        """Set the attributes and build P and D, for a constructor that names the arguments itself."""
         at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
         adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
         self.perceptual_weight = perceptual_weight

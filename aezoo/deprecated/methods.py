@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, str]] = {
     "aezoo.bases.multimodal.Multimodal": {"encoded": "encode_parts", "keep_parts": "build_parts"},
     "aezoo.bases.perceptual_adversarial.PerceptualAdversarial": {
         "judged": "adversarial_objective",
-        "keep_judges": "build_losses",
+        "keep_judges": "set_adversarial_losses",
     },
     "aezoo.bases.quantised.DiscreteAutoencoder": {"books": "codebooks", "set_nets": "build_nets"},
     "aezoo.bases.token_prior.IndexPrior": {

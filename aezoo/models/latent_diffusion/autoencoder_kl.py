@@ -24,81 +24,53 @@ import torch
 from torch import Tensor
 
 from aezoo import nets
-from aezoo.bases.network import NetworkArgs
-from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
+from aezoo.bases.perceptual_adversarial import AdversarialArgs, PerceptualAdversarial
 from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.channel_stats import Standardiser
-from aezoo.training.limits import at_least
 
 
-class AutoencoderKLArgs(VAEArgs, total=False):
+class AutoencoderKLArgs(VAEArgs, AdversarialArgs, total=False):
     """Arguments of `AutoencoderKL`."""
-
-    features: str
-    perceptual_weight: float
-    discriminator_weight: float
-    discriminator_start: int
-    discriminator_dims: tuple[int, ...]
-    discriminator_lr: float
 
 
 class AutoencoderKL(
     PerceptualAdversarial,
     VAE,
     hidden_dims={"resnet": (32, 64)},
-    defaults={"net": "resnet", "activation": "silu", "likelihood": "laplace:learned"},
+    defaults={
+        "latent_dim": 4,
+        "beta": 1e-6,
+        "discriminator_weight": 0.5,
+        "net": "resnet",
+        "activation": "silu",
+        "likelihood": "laplace:learned",
+    },
 ):
     """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: C, channels of the code.
-        beta: weight of the KL term.
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
-        perceptual_weight: w_P.
-        discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
-        discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
-        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
         lr: learning rate of encoder and decoder.
-        **kwargs: see `VAE`.
+        **kwargs: see `VAE` and `PerceptualAdversarial`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 4,
-        beta: float = 1e-6,
-        features: str = "random",
-        perceptual_weight: float = 1.0,
-        discriminator_weight: float = 0.5,
-        discriminator_start: int = 0,
-        discriminator_dims: tuple[int, ...] = (),
-        discriminator_lr: float = 1e-4,
-        **kwargs: Unpack[NetworkArgs],
-    ) -> None:
-        # skip the VAE's constructor, which would build nets for a vector
-        super(VAE, self).__init__(input_shape, **kwargs)
-        self.latent_dim = latent_dim
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, beta=beta)
-        self.beta = beta
-        self.capacity = 0.0
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[AutoencoderKLArgs]) -> None:
+        super().__init__(input_shape, **kwargs)
+        self.build_adversarial_losses(self.hidden_dims)
+        self.standardiser = Standardiser(self.latent_dim)
+
+    def build_networks(self) -> None:
         self.code_shape, both = (
-            nets.map_shape(self.net, self.input_shape, self.hidden_dims, n * latent_dim) for n in (1, 2)
+            nets.map_shape(self.net, self.input_shape, self.hidden_dims, n * self.latent_dim) for n in (1, 2)
         )
         self.encoder = self.build_encoder(both)
         self.decoder = self.build_decoder(self.code_shape)
-        dims = tuple(discriminator_dims) or tuple(self.hidden_dims) or (64,)
-        self.build_losses(
-            features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
-        )
-        self.standardiser = Standardiser(latent_dim)
 
     @staticmethod
     def kl(mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:

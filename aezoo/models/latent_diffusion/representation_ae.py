@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.distillation import DistilledAutoencoder, teacher_path
-from aezoo.bases.perceptual_adversarial import PerceptualAdversarial
+from aezoo.bases.perceptual_adversarial import AdversarialArgs, PerceptualAdversarial
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks.channel_stats import Standardiser
@@ -33,7 +33,15 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"likelihood": "laplace"}):
+class RepresentationAEArgs(TrainingArgs, AdversarialArgs, total=False):
+    """Arguments that `RepresentationAE` hands on."""
+
+
+class RepresentationAE(
+    PerceptualAdversarial,
+    DistilledAutoencoder,
+    defaults={"discriminator_weight": 0.75, "likelihood": "laplace"},
+):
     """A decoder for the codes of a frozen encoder.
 
     Args:
@@ -41,18 +49,14 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
         teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes are decoded.
         code_shape: shape of the teacher's codes, a vector or a map; empty: that of mae, 64 channels for each patch.
         tau: scale of the noise in training, 0.8 in the paper.
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
-        perceptual_weight: w_P.
-        discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts; half of all in the paper.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: 32 and 64.
-        discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
         width: size of the decoder's tokens, one for each place of a code that is a map.
         depth: blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
         likelihood: how outputs are compared with data, see vae; laplace is the paper's absolute error.
         lr: learning rate of the decoder.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PerceptualAdversarial` and `Autoencoder`.
     """
 
     shape_arguments = "code_shape"
@@ -64,16 +68,10 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
         teacher: str = "none",
         code_shape: tuple[int, ...] = (),
         tau: float = 0.8,
-        features: str = "random",
-        perceptual_weight: float = 1.0,
-        discriminator_weight: float = 0.75,
-        discriminator_start: int = 0,
-        discriminator_dims: tuple[int, ...] = (),
-        discriminator_lr: float = 1e-4,
         width: int = 64,
         depth: int = 4,
         activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[RepresentationAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
@@ -95,10 +93,7 @@ class RepresentationAE(PerceptualAdversarial, DistilledAutoencoder, defaults={"l
         if teacher == "none":
             layers = patchify, vit.embedding(patchify.size, width), place, *vit.blocks((width,) * depth, activation)
             self.encoder = nn.Sequential(*layers, vit.ToMap(patchify.grid), down).requires_grad_(False)
-        dims = tuple(discriminator_dims) or (32, 64)
-        self.build_losses(
-            features, perceptual_weight, discriminator_weight, discriminator_start, dims, discriminator_lr
-        )
+        self.build_adversarial_losses((32, 64))
         self.normaliser = Standardiser(self.code_shape[0], decay=1.0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

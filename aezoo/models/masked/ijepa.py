@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 from aezoo.training.optimizers import known_steps
 
@@ -132,7 +132,7 @@ class Predictor(nn.Module):
         return found_AND.unflatten(0, asked_BKN.shape[:2])
 
 
-class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
+class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
     """A vision transformer that predicts the codes of patches it does not see, with a decoder as a probe.
 
     Args:
@@ -140,15 +140,10 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         n_targets: K, number of blocks to predict.
         momentum: m of the target encoder at the start.
         momentum_steps: optimiser steps over which m rises to 1; 0 takes those of the run, if they are known.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
         width: D, size of a token; the code has one token of the target encoder for each patch.
-        depth: blocks of the encoder.
         predictor_width: size of the predictor's tokens.
         predictor_depth: blocks of the predictor.
-        decoder_width: size of the decoder's tokens.
-        decoder_depth: blocks of the decoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PatchTransformer`.
     """
 
     encoder: EMAEncoder
@@ -161,26 +156,19 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         n_targets: int = 4,
         momentum: float = 0.996,
         momentum_steps: int = 0,
-        patch_size: int = 0,
-        width: int = 64,
-        depth: int = 4,
         predictor_width: int = 32,
         predictor_depth: int = 2,
-        decoder_width: int = 32,
-        decoder_depth: int = 1,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: take mae, which has no blocks")
-        at_least(1, n_targets=n_targets, width=width, depth=depth, predictor_width=predictor_width)
-        at_least(1, predictor_depth=predictor_depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        at_least(1, n_targets=n_targets, predictor_width=predictor_width, predictor_depth=predictor_depth)
         at_least(0, momentum_steps=momentum_steps)
         if not (0 <= momentum <= 1 and n_targets <= _MOST_TARGETS):
             most = f"n_targets be at most {_MOST_TARGETS}"
             raise AezooError(f"momentum must lie between 0 and 1 and {most}, got {momentum} and {n_targets}")
-        patchify = vit.Patchify(self.input_shape, patch_size)
+        patchify = vit.Patchify(self.input_shape, self.patch_size)
         if patchify.n == 1:
             raise AezooError(
                 f"ijepa predicts patches from others and {self.input_shape} is one: take a smaller patch_size"
@@ -190,13 +178,14 @@ class IJEPA(Autoencoder, defaults={"likelihood": "gaussian"}):
         self.momentum_steps = momentum_steps
         self.enable_step_counter()
         self.grid = patchify.grid
+        width, activation = self.width, self.activation
         self.code_shape = (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(self.grid, width))
-        self.context = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(self.grid))
+        self.context = nn.Sequential(embed, vit.blocks(self.widths, activation), vit.ToMap(self.grid))
         self.encoder = EMAEncoder(self.context)
         self.predictor = Predictor(self.grid, (width, predictor_width), predictor_depth, activation)
-        narrow, out = nn.Linear(width, decoder_width), nn.Linear(decoder_width, patchify.size)
-        layers = vit.ToTokens(), narrow, vit.blocks((decoder_width,) * decoder_depth, activation), out
+        narrow, out = nn.Linear(width, self.decoder_width), nn.Linear(self.decoder_width, patchify.size)
+        layers = vit.ToTokens(), narrow, vit.blocks(self.decoder_widths, activation), out
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
 
     def momentum_now(self) -> Tensor:

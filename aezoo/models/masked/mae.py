@@ -18,11 +18,10 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
 
 
 class LightDecoder(nn.Module):
@@ -63,20 +62,15 @@ class LightDecoder(nn.Module):
         return self.patchify.inverse(vit.average_masked(patches_BKNP, self.orders_KN, self.masked))
 
 
-class MAE(Autoencoder, defaults={"likelihood": "gaussian"}):
+class MAE(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
     """A vision transformer that predicts the larger, masked part of a sample.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
         norm_pix: targets are each patch's values minus their mean, divided by their standard deviation.
         width: D, size of a token; the code has one for each patch.
-        depth: blocks of the encoder.
-        decoder_width: size of the decoder's tokens.
-        decoder_depth: blocks of the decoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PatchTransformer`.
     """
 
     decoder: LightDecoder
@@ -86,26 +80,21 @@ class MAE(Autoencoder, defaults={"likelihood": "gaussian"}):
         input_shape: tuple[int, ...],
         *,
         mask_ratio: float = 0.75,
-        patch_size: int = 0,
         norm_pix: bool = False,
-        width: int = 64,
-        depth: int = 4,
-        decoder_width: int = 32,
-        decoder_depth: int = 1,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
         if norm_pix and self.likelihood.unit_interval:
             raise AezooError("norm_pix leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
-        patchify = vit.Patchify(self.input_shape, patch_size)
+        patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.norm_pix = norm_pix
         self.masked = vit.count_masked(patchify.n, mask_ratio)
+        width, dims = self.width, (self.width, self.decoder_width)
         self.code_shape = (width, *patchify.grid)
         embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(patchify.grid, width))
-        self.encoder = nn.Sequential(embed, vit.blocks((width,) * depth, activation), vit.ToMap(patchify.grid))
-        self.decoder = LightDecoder(patchify, self.masked, (width, decoder_width), decoder_depth, activation, norm_pix)
+        self.encoder = nn.Sequential(embed, vit.blocks(self.widths, self.activation), vit.ToMap(patchify.grid))
+        depth = len(self.decoder_widths)
+        self.decoder = LightDecoder(patchify, self.masked, dims, depth, self.activation, norm_pix)
 
     def terms(self, x: Tensor, hidden_BND: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of each value of the patches, and the squared errors of each patch's scale: (B, N, P), (B, N, 2)."""

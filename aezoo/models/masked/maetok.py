@@ -23,11 +23,11 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
-from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 _DIRECTIONS = 9
@@ -48,7 +48,7 @@ def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
     return found_BPK.transpose(1, 2).unflatten(2, patchify.grid)
 
 
-class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
+class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}):
     """A sequence of tokens from partly masked patches.
 
     Args:
@@ -58,14 +58,10 @@ class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
         least_masked: smallest share of the patches that is masked in training.
         most_masked: largest share of the patches that is masked in training, below 1.
         aux_weight: w, weight of the HOG decoder's loss; 0 leaves the decoder out.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: W, size of a token within the encoder.
-        depth: blocks of the encoder.
-        decoder_width: size of a token within the decoders.
+        decoder_width: size of a token in the decoders.
         decoder_depth: blocks of the pixel decoder.
         aux_depth: blocks of the HOG decoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PatchTransformer`.
     """
 
     encoder: tokens.TokenEncoder
@@ -79,14 +75,8 @@ class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
         least_masked: float = 0.4,
         most_masked: float = 0.6,
         aux_weight: float = 1.0,
-        patch_size: int = 0,
-        width: int = 64,
-        depth: int = 2,
-        decoder_width: int = 64,
-        decoder_depth: int = 2,
         aux_depth: int = 1,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
@@ -94,8 +84,7 @@ class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
                 f"maetok takes images (C, H, W), whose gradients it tells, got {self.input_shape}: take mae"
             )
         at_least(0, aux_weight=aux_weight)
-        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, width=width, depth=depth)
-        at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth, aux_depth=aux_depth)
+        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, aux_depth=aux_depth)
         if not 0 <= least_masked <= most_masked < 1:
             raise AezooError(
                 f"maetok needs 0 <= least_masked <= most_masked < 1, got least_masked={least_masked} and "
@@ -104,14 +93,13 @@ class MAETok(Autoencoder, defaults={"likelihood": "gaussian"}):
         self.least_masked = least_masked
         self.most_masked = most_masked
         self.aux_weight = aux_weight
-        self.patchify = vit.Patchify(self.input_shape, patch_size)
+        self.patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.code_shape = (latent_dim, n_tokens)
-        self.encoder = tokens.TokenEncoder(self.patchify, self.code_shape, (width,) * depth, activation)
-        self.mask_W = nn.Parameter(0.02 * torch.randn(width), requires_grad=most_masked > 0)
-        widths = (decoder_width,) * decoder_depth
-        self.decoder = tokens.TokenDecoder(self.patchify, self.code_shape, widths, activation)
-        cells, widths = vit.Patchify((_DIRECTIONS, *self.patchify.grid), 1), (decoder_width,) * aux_depth
-        self.aux = tokens.TokenDecoder(cells, self.code_shape, widths, activation) if aux_weight else None
+        self.encoder = tokens.TokenEncoder(self.patchify, self.code_shape, self.widths, self.activation)
+        self.mask_W = nn.Parameter(0.02 * torch.randn(self.width), requires_grad=most_masked > 0)
+        self.decoder = tokens.TokenDecoder(self.patchify, self.code_shape, self.decoder_widths, self.activation)
+        cells, widths = vit.Patchify((_DIRECTIONS, *self.patchify.grid), 1), (self.decoder_width,) * aux_depth
+        self.aux = tokens.TokenDecoder(cells, self.code_shape, widths, self.activation) if aux_weight else None
 
     def draw_mask(self, x: Tensor) -> Tensor:
         """Which patches are masked, drawn at random in training, none otherwise: (B, *input_shape) -> (B, P)."""

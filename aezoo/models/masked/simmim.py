@@ -24,24 +24,21 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.patch_transformer import PatchEncoder, PatchEncoderArgs
 from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
-from aezoo.training.arguments import TrainingArgs
 
 
-class SimMIM(Autoencoder, defaults={"likelihood": "laplace"}):
+class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}):
     """A vision transformer or MLP-Mixer that predicts masked patches by itself, without a decoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
         net: kind of the encoder's blocks: vit or mixer.
         width: D, size of a token; the code has one for each patch.
-        depth: blocks of the encoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PatchEncoder`.
     """
 
     orders_KN: Tensor
@@ -51,25 +48,20 @@ class SimMIM(Autoencoder, defaults={"likelihood": "laplace"}):
         input_shape: tuple[int, ...],
         *,
         mask_ratio: float = 0.6,
-        patch_size: int = 0,
         net: str = "vit",
-        width: int = 64,
-        depth: int = 4,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[PatchEncoderArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if min(width, depth) < 1:
-            raise AezooError(f"width and depth must be at least 1, got {width} and {depth}")
         if net not in ("vit", "mixer"):
             raise AezooError(f"net must be vit or mixer, got {net!r}: masked_conv_ae takes conv, resnet, ...")
-        self.patchify = vit.Patchify(self.input_shape, patch_size)
+        self.patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.masked = vit.count_masked(self.patchify.n, mask_ratio)
+        width = self.width
         self.code_shape = (width, *self.patchify.grid)
         embed = nn.Sequential(self.patchify, vit.embedding(self.patchify.size, width))
-        blocks = nn.Sequential(vit.Positions(self.patchify.grid, width), vit.blocks((width,) * depth, activation))
+        blocks = nn.Sequential(vit.Positions(self.patchify.grid, width), vit.blocks(self.widths, self.activation))
         if net == "mixer":
-            blocks = mixer.blocks(self.patchify.n, (width,) * depth, activation)
+            blocks = mixer.blocks(self.patchify.n, self.widths, self.activation)
         self.encoder = nn.Sequential(embed, blocks, vit.ToMap(self.patchify.grid))
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
         self.head = nn.Linear(width, self.patchify.size)

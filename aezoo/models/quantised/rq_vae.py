@@ -16,61 +16,43 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
+from aezoo.bases.quantised import CodeMapAutoencoder
+from aezoo.bases.vector_quantised import UnprojectedVQMapArgs, VQAutoencoder
 from aezoo.quantisers.residual_vq import ResidualVQ
 from aezoo.training.limits import at_least
 
 
-class RQVAE(CodeMapAutoencoder):
+class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}):
     """A map of sums of codes, one code from each of several codebooks.
 
     Args:
-        latent_dim: D, channels of a code.
         levels: codes per place, each from its own codebook.
-        codebook_size: K, codes of each codebook.
         dropout: share of training samples that keep only their first levels.
-        beta: weight of the commitment loss.
-        update: how codes learn: ema, moving averages, or gradient.
-        decay: decay rate of the moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
-        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
         data_init: initialise the codes by k-means on the first training batch, each level on the residuals.
-        **kwargs: see `CodeMapAutoencoder`.
+        **kwargs: see `VQAutoencoder` and `CodeMapAutoencoder`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
         levels: int = 2,
-        codebook_size: int = 32,
         dropout: float = 0.0,
-        beta: float = 0.25,
-        update: str = "ema",
-        decay: float = 0.99,
-        dead_below: float = 1.0,
-        estimator: str = "ste",
-        data_init: bool = True,
-        **kwargs: Unpack[CodeMapArgs],
+        **kwargs: Unpack[UnprojectedVQMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta)
-        at_least(1, levels=levels, codebook_size=codebook_size)
-        self.beta = beta
-        self.build_code_nets(latent_dim, latent_dim)
+        at_least(1, levels=levels)
+        self.build_code_nets(self.latent_dim, self.latent_dim)
         self.quantiser = ResidualVQ(
-            latent_dim,
+            self.latent_dim,
             levels,
-            codebook_size,
+            self.codebook_size,
             dropout=dropout,
-            update=update,
-            decay=decay,
-            dead_below=dead_below,
-            estimator=estimator,
+            update=self.update,
+            decay=self.decay,
+            dead_below=self.dead_below,
+            estimator=self.estimator,
         )
-        if data_init:
-            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -26,20 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aezoo.autoencoder import Autoencoder, at_least_float32
+from aezoo.autoencoder import at_least_float32
+from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
 from aezoo.quantisers.common import entropy, k_means, relative_distance
-from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class SoftVQ(Autoencoder, defaults={"lr": 2e-3}):
+class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}):
     """A row of mixtures of codes, without a grid.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         n_tokens: N, tokens per sample.
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
@@ -48,13 +47,7 @@ class SoftVQ(Autoencoder, defaults={"lr": 2e-3}):
         gamma: weight of `diversity` relative to that of `entropy`.
         cosine: compare directions, on the unit sphere.
         data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: width of a token in the encoder.
-        depth: number of blocks of the encoder.
-        decoder_width: width of a token in the decoder.
-        decoder_depth: number of blocks of the decoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `PatchTransformer`.
     """
 
     encoder: tokens.TokenEncoder
@@ -71,28 +64,21 @@ class SoftVQ(Autoencoder, defaults={"lr": 2e-3}):
         gamma: float = 1.0,
         cosine: bool = True,
         data_init: bool = True,
-        patch_size: int = 0,
-        width: int = 64,
-        depth: int = 1,
-        decoder_width: int = 64,
-        decoder_depth: int = 2,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
+        **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, entropy_weight=entropy_weight, gamma=gamma, temperature=temperature)
         at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
-        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
         if not temperature > 0:
             raise AezooError("temperature must be above 0: for the nearest code itself take titok")
         self.temperature = temperature
         self.entropy_weight = entropy_weight
         self.gamma = gamma
         self.cosine = cosine
-        patchify = vit.Patchify(self.input_shape, patch_size)
+        patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.code_shape = latent_dim, n_tokens
-        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, (width,) * depth, activation)
-        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, (decoder_width,) * decoder_depth, activation)
+        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, self.widths, self.activation)
+        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, self.decoder_widths, self.activation)
         self.code_KD = nn.Parameter(torch.randn(codebook_size, latent_dim) * latent_dim**-0.5)
         if data_init:
             self.enable_data_init()

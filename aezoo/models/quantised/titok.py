@@ -23,82 +23,36 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
+from aezoo.bases.vector_quantised import VQArgs, VQAutoencoder
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
-from aezoo.quantisers.vq import VQ
-from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import at_least
 
 
-class TiTok(DiscreteAutoencoder, defaults={"lr": 2e-3}):
+class TiTokArgs(VQArgs, PatchTransformerArgs, total=False):
+    """Arguments that `TiTok` hands on."""
+
+
+class TiTok(VQAutoencoder, PatchTransformer, defaults={"cosine": True, "depth": 1, "lr": 2e-3}):
     """A row of codes from one codebook, without a grid.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         n_tokens: N, codes per sample.
-        latent_dim: D, channels of a code.
-        codebook_size: K, number of codes.
-        beta: weight of the commitment loss.
-        update: how codes learn: ema, moving averages, or gradient.
-        decay: decay rate of the moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
-        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
-        cosine: compare directions, on the unit sphere.
         data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
-        width: width of a token in the encoder.
-        depth: number of blocks of the encoder.
-        decoder_width: width of a token in the decoder.
-        decoder_depth: number of blocks of the decoder.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        **kwargs: see `Autoencoder`.
+        **kwargs: see `VQAutoencoder` and `PatchTransformer`.
     """
 
     encoder: tokens.TokenEncoder
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        n_tokens: int = 32,
-        latent_dim: int = 16,
-        codebook_size: int = 512,
-        beta: float = 0.25,
-        update: str = "ema",
-        decay: float = 0.99,
-        dead_below: float = 1.0,
-        estimator: str = "ste",
-        cosine: bool = True,
-        data_init: bool = True,
-        patch_size: int = 0,
-        width: int = 64,
-        depth: int = 1,
-        decoder_width: int = 64,
-        decoder_depth: int = 2,
-        activation: str = "gelu",
-        **kwargs: Unpack[TrainingArgs],
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, ...], *, n_tokens: int = 32, **kwargs: Unpack[TiTokArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta)
-        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
-        at_least(1, width=width, depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth)
-        self.beta = beta
-        patchify = vit.Patchify(self.input_shape, patch_size)
-        self.code_shape = latent_dim, n_tokens
-        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, (width,) * depth, activation)
-        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, (decoder_width,) * decoder_depth, activation)
-        self.quantiser = VQ(
-            latent_dim,
-            codebook_size,
-            update=update,
-            decay=decay,
-            dead_below=dead_below,
-            estimator=estimator,
-            cosine=cosine,
-        )
-        if data_init:
-            self.enable_data_init()
+        at_least(1, n_tokens=n_tokens)
+        patchify = vit.Patchify(self.input_shape, self.patch_size)
+        self.code_shape = self.latent_dim, n_tokens
+        self.encoder = tokens.TokenEncoder(patchify, self.code_shape, self.widths, self.activation)
+        self.decoder = tokens.TokenDecoder(patchify, self.code_shape, self.decoder_widths, self.activation)
+        self.quantiser = self.build_vq()
 
     def init_from_data(self, x: Tensor) -> None:
         self.encoder.init_from_data(x)

@@ -16,64 +16,53 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
+from aezoo.bases.quantised import CodeMapAutoencoder
+from aezoo.bases.vector_quantised import CodebookAutoencoder, CodebookMapArgs
 from aezoo.quantisers.vector_perturbation import VectorPerturbation
 from aezoo.training.limits import at_least
 
 
-class VPVAE(CodeMapAutoencoder):
+class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4}):
     """A map of codes from one codebook, for which perturbations in training prepare the decoder.
 
     Args:
-        latent_dim: D, channels of a code.
-        codebook_size: K, number of codes.
         eta: largest perturbation, relative to the distance to the S / K-th nearest row.
         neighbours: k, the neighbour whose distance estimates the density of codes.
         queue_size: S, rows of earlier batches from which both are estimated.
         share: share of the rows of a batch that enter the queue.
         mean_weight: lam_1.
         variance_weight: lam_2.
-        decay: decay rate of the codes' moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
         data_init: initialise the codes by k-means on the first training batch, and fill the queue with its rows.
-        **kwargs: see `CodeMapAutoencoder`.
+        **kwargs: see `CodebookAutoencoder` and `CodeMapAutoencoder`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 4,
-        codebook_size: int = 512,
         eta: float = 1.0,
         neighbours: int = 8,
         queue_size: int = 4096,
         share: float = 0.1,
         mean_weight: float = 0.5,
         variance_weight: float = 0.35,
-        decay: float = 0.99,
-        dead_below: float = 1.0,
-        data_init: bool = True,
-        **kwargs: Unpack[CodeMapArgs],
+        **kwargs: Unpack[CodebookMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
-        at_least(1, codebook_size=codebook_size)
         self.mean_weight = mean_weight
         self.variance_weight = variance_weight
-        self.build_code_nets(latent_dim, latent_dim)
+        self.build_code_nets(self.latent_dim, self.latent_dim)
         self.quantiser = VectorPerturbation(
-            latent_dim,
-            codebook_size,
+            self.latent_dim,
+            self.codebook_size,
             eta=eta,
             neighbours=neighbours,
             queue_size=queue_size,
             share=share,
-            decay=decay,
-            dead_below=dead_below,
+            decay=self.decay,
+            dead_below=self.dead_below,
         )
-        if data_init:
-            self.enable_data_init()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

@@ -15,70 +15,33 @@ channels of a place are split into G groups, each with its own codebook and inde
 Shapes: B batch, D channels of a code, K codes, G groups.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
-from aezoo.quantisers.base import Quantiser
+from aezoo.bases.quantised import CodeMapAutoencoder
+from aezoo.bases.vector_quantised import VQAutoencoder, VQMapArgs
 from aezoo.quantisers.grouped_vq import GroupedVQ
-from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import at_least
 
 
-class VQVAE(CodeMapAutoencoder):
+class VQVAE(VQAutoencoder, CodeMapAutoencoder):
     """A map of codes from one codebook, or from one codebook for each group of channels.
 
     Args:
-        latent_dim: D, channels of a code.
-        codebook_size: K, codes of each codebook.
         n_groups: G, a divisor of D: number of codebooks, each for an equal share of the channels.
-        beta: weight of the commitment loss.
-        update: how codes learn: ema, moving averages, or gradient.
-        decay: decay rate of the moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
-        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
-        cosine: compare directions, on the unit sphere.
-        data_init: initialise the codes by k-means on the first training batch.
-        **kwargs: see `CodeMapAutoencoder`.
+        **kwargs: see `VQAutoencoder` and `CodeMapAutoencoder`.
     """
 
-    def __init__(
-        self,
-        input_shape: tuple[int, ...],
-        *,
-        latent_dim: int = 16,
-        codebook_size: int = 512,
-        n_groups: int = 1,
-        beta: float = 0.25,
-        update: str = "ema",
-        decay: float = 0.99,
-        dead_below: float = 1.0,
-        estimator: str = "ste",
-        cosine: bool = False,
-        data_init: bool = True,
-        **kwargs: Unpack[CodeMapArgs],
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, ...], *, n_groups: int = 1, **kwargs: Unpack[VQMapArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta)
-        at_least(1, codebook_size=codebook_size, n_groups=n_groups)
-        self.beta = beta
-        self.build_code_nets(latent_dim, latent_dim)
+        at_least(1, n_groups=n_groups)
+        self.build_code_nets(self.latent_dim, self.latent_dim)
         # a single codebook keeps the parameter names of earlier checkpoints
-        one = n_groups == 1
-        make: Callable[..., Quantiser] = partial(VQ, latent_dim) if one else partial(GroupedVQ, latent_dim, n_groups)
-        self.quantiser = make(
-            codebook_size,
-            update=update,
-            decay=decay,
-            dead_below=dead_below,
-            estimator=estimator,
-            cosine=cosine,
-        )
-        if data_init:
-            self.enable_data_init()
+        if n_groups == 1:
+            self.quantiser = self.build_vq()
+        else:
+            self.quantiser = GroupedVQ(self.latent_dim, n_groups, self.codebook_size, **self.vq_settings)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

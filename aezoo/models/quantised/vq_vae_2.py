@@ -21,56 +21,35 @@ import torch
 from torch import Tensor, nn
 
 from aezoo import nets
-from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.bases.network import NetworkAutoencoder
+from aezoo.bases.vector_quantised import VQAutoencoder, VQNetworkArgs
 from aezoo.nets.conv import CONVS, UpsampleConcat
 from aezoo.quantisers.base import Quantised
-from aezoo.quantisers.vq import VQ
-from aezoo.training.limits import at_least
 
 
-class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}):
+class VQVAE2(VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}):
     """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:
         input_shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
-        latent_dim: C, channels of a code.
-        codebook_size: K, number of codes.
-        beta: weight of the commitment loss.
-        update: how codes learn: ema, moving averages, or gradient.
-        decay: decay rate of the moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
-        estimator: how the gradient passes through the quantisers: ste, rotation, gumbel or diveq.
-        cosine: compare directions, on the unit sphere.
         data_init: initialise the codes by k-means on the first training batch, the bottom ones given the top.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them. None chooses
             them by net and sample size; `aezoo info vq_vae_2 --shape C H W` shows the choice.
         top_dims: channels of the stages from there to the top grid.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        **kwargs: see `NetworkAutoencoder`.
+        **kwargs: see `VQAutoencoder` and `NetworkAutoencoder`.
     """
 
     def __init__(
         self,
         input_shape: tuple[int, ...],
         *,
-        latent_dim: int = 16,
-        codebook_size: int = 512,
-        beta: float = 0.25,
-        update: str = "ema",
-        decay: float = 0.99,
-        dead_below: float = 1.0,
-        estimator: str = "ste",
-        cosine: bool = False,
-        data_init: bool = True,
         top_dims: tuple[int, ...] = (64,),
-        **kwargs: Unpack[NetworkArgs],
+        **kwargs: Unpack[VQNetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta)
-        at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
-        self.beta = beta
+        latent_dim = self.latent_dim
         width = (self.hidden_dims or (latent_dim,))[-1]
         h = (width, *grid) = nets.map_shape(self.net, self.input_shape, self.hidden_dims, width)
         top = nets.map_shape(self.net, h, top_dims, latent_dim)
@@ -83,20 +62,7 @@ class VQVAE2(DiscreteAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32
         self.to_bottom = CONVS[len(grid)](2 * width, latent_dim, 1)
         decoder = self.build_decoder((2 * latent_dim, *grid))
         self.decoder = nn.Sequential(UpsampleConcat(grids), decoder)
-        self.top, self.bottom = (
-            VQ(
-                latent_dim,
-                codebook_size,
-                update=update,
-                decay=decay,
-                dead_below=dead_below,
-                estimator=estimator,
-                cosine=cosine,
-            )
-            for _ in grids
-        )
-        if data_init:
-            self.enable_data_init()
+        self.top, self.bottom = self.build_vq(), self.build_vq()
 
     def before_bottom(self, h: Tensor, top: Quantised) -> Tensor:
         """The input of the bottom quantiser: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""

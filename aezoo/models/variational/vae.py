@@ -56,8 +56,12 @@ class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
         at_least(0, beta=beta)
         self.beta = beta
         self.capacity = 0.0
-        self.code_shape = (latent_dim,)
-        self.encoder = self.build_encoder((2 * latent_dim,))
+        self.build_networks()
+
+    def build_networks(self) -> None:
+        """Set code_shape, encoder and decoder."""
+        self.code_shape = (self.latent_dim,)
+        self.encoder = self.build_encoder((2 * self.latent_dim,))
         self.decoder = self.build_decoder(self.code_shape)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

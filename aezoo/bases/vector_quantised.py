@@ -1,0 +1,120 @@
+"""Discrete autoencoders whose codes are vectors of a codebook, and the arguments that they share.
+
+Each is a mixin: its constructor hands the arguments that it does not name on to the class behind it.
+"""
+
+from typing import Any, TypedDict
+
+from aezoo.bases.network import NetworkArgs
+from aezoo.bases.quantised import CodeMapArgs, DiscreteAutoencoder
+from aezoo.quantisers.vq import VQ
+from aezoo.training.limits import at_least
+
+
+class CodebookArgs(TypedDict, total=False):
+    """Arguments of `CodebookAutoencoder`."""
+
+    latent_dim: int
+    codebook_size: int
+    decay: float
+    dead_below: float
+    data_init: bool
+
+
+class CodebookMapArgs(CodebookArgs, CodeMapArgs, total=False):
+    """Arguments of `CodebookAutoencoder` and `CodeMapAutoencoder`."""
+
+
+class UnprojectedVQArgs(CodebookArgs, total=False):
+    """Arguments of `VQAutoencoder` for quantisers that cannot compare directions."""
+
+    beta: float
+    update: str
+    estimator: str
+
+
+class UnprojectedVQMapArgs(UnprojectedVQArgs, CodeMapArgs, total=False):
+    """The same together with those of `CodeMapAutoencoder`."""
+
+
+class VQArgs(UnprojectedVQArgs, total=False):
+    """Arguments of `VQAutoencoder`."""
+
+    cosine: bool
+
+
+class VQMapArgs(VQArgs, CodeMapArgs, total=False):
+    """Arguments of `VQAutoencoder` and `CodeMapAutoencoder`."""
+
+
+class VQNetworkArgs(VQArgs, NetworkArgs, total=False):
+    """Arguments of `VQAutoencoder` and `NetworkAutoencoder`."""
+
+
+class CodebookAutoencoder(DiscreteAutoencoder):
+    """A discrete autoencoder with a codebook that follows the encoder's output; its constructor sets `quantiser`.
+
+    Args:
+        latent_dim: channels of a code.
+        codebook_size: K, codes of each codebook.
+        decay: decay rate of the codes' moving averages.
+        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        data_init: initialise the codes by k-means on the first training batch.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        latent_dim: int = 16,
+        codebook_size: int = 512,
+        decay: float = 0.99,
+        dead_below: float = 1.0,
+        data_init: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
+        self.latent_dim = latent_dim
+        self.codebook_size = codebook_size
+        self.decay = decay
+        self.dead_below = dead_below
+        if data_init:
+            self.enable_data_init()
+
+
+class VQAutoencoder(CodebookAutoencoder):
+    """A discrete autoencoder with vector quantisation; its constructor sets `quantiser`, mostly to `build_vq()`.
+
+    Args:
+        beta: weight of the commitment loss.
+        update: how codes learn: ema, moving averages, or gradient.
+        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
+        cosine: compare directions, on the unit sphere.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        beta: float = 0.25,
+        update: str = "ema",
+        estimator: str = "ste",
+        cosine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape, **kwargs)
+        at_least(0, beta=beta)
+        self.beta = beta
+        self.update = update
+        self.estimator = estimator
+        self.cosine = cosine
+
+    @property
+    def vq_settings(self) -> dict[str, Any]:
+        """The keyword arguments of `VQ`."""
+        return {name: getattr(self, name) for name in ("update", "decay", "dead_below", "estimator", "cosine")}
+
+    def build_vq(self) -> VQ:
+        """The quantiser of one codebook."""
+        return VQ(self.latent_dim, self.codebook_size, **self.vq_settings)

@@ -1,10 +1,9 @@
 """The contract of every model."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,36 +22,8 @@ from aezoo.training.module import TrainingModule
 # models find these here, beside the contract
 from aezoo.training.precision import at_least_float32 as at_least_float32
 from aezoo.training.precision import from_bytes as from_bytes
-
-
-class Traits(TypedDict, total=False):
-    """What a class says of itself in its first line: `class MyVAE(Autoencoder, has_prior=True)`.
-
-    Subclasses inherit the values; all are False, or empty, unless they are given. They are attributes of the model.
-
-    Attributes:
-        has_prior: whether `sample` works.
-        normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
-            N(0, I).
-        sparse_code: whether most entries of a code should be zero.
-        discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
-        compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
-        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
-        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
-        steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
-            fit all steps and a fit never compiles it.
-        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
-    """
-
-    has_prior: bool
-    normal_prior: bool
-    sparse_code: bool
-    discrete_code: bool
-    compares_samples: bool
-    reads_labels: bool
-    not_averaged: tuple[str, ...]
-    steps_differ: bool
-    takes_missing: bool
+from aezoo.training.traits import Traits as Traits
+from aezoo.training.traits import set_traits
 
 
 class Autoencoder(RecordsArguments, TrainingModule):
@@ -101,16 +72,6 @@ class Autoencoder(RecordsArguments, TrainingModule):
     Raises:
         AezooError: an invalid value; the message names it and the valid ones.
     """
-
-    has_prior: ClassVar[bool] = False
-    normal_prior: ClassVar[bool] = False
-    sparse_code: ClassVar[bool] = False
-    discrete_code: ClassVar[bool] = False
-    compares_samples: ClassVar[bool] = False
-    reads_labels: ClassVar[bool] = False
-    not_averaged: ClassVar[tuple[str, ...]] = ()
-    steps_differ: ClassVar[bool] = False
-    takes_missing: ClassVar[bool] = False
 
     compile_mode: str = "auto"
     importance_samples: int = 100
@@ -220,14 +181,9 @@ class Autoencoder(RecordsArguments, TrainingModule):
             code_shape = "unknown"
         return f"input_shape={self.input_shape}, code_shape={code_shape}, {n:,} parameters"
 
-    def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Unpack[Traits]) -> None:
+    def __init_subclass__(cls, *, defaults: Mapping[str, Any] | None = None, **traits: Any) -> None:
         super().__init_subclass__(defaults=defaults)
-        for name, value in traits.items():
-            if name not in Traits.__annotations__:
-                near = difflib.get_close_matches(name, Traits.__annotations__, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else f": there are {', '.join(Traits.__annotations__)}"
-                raise AezooError(f"{cls.__name__}: unknown trait {name!r}{hint}")
-            setattr(cls, name, value)
+        set_traits(cls, traits)
         input_checks.guard(cls)
 
     def unusable(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo import registry
-from aezoo.autoencoder import Autoencoder, Traits
+from aezoo.autoencoder import Autoencoder
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
@@ -25,6 +25,7 @@ from aezoo.models.variational.beta_vae import BetaVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.testing import check_constructor, check_gradients, check_seed
 from aezoo.training.arguments import OptimizerArgs, TrainingArgs
+from aezoo.training.traits import Traits
 
 SHARED = ["likelihood", "lr", "optimizer", "weight_decay", "lr_schedule", "warmup_steps"]
 
@@ -278,6 +279,8 @@ def test_an_unknown_trait_is_refused():
         type("Odd", (Autoencoder,), {}, has_piror=True)
     with pytest.raises(AezooError, match=r"^Odd: unknown trait 'qqqq': there are has_prior, normal_prior, "):
         type("Odd", (Autoencoder,), {}, qqqq=True)
+    with pytest.raises(AezooError, match=r"^Odd: has_prior takes a bool, got 'yes'$"):
+        type("Odd", (Autoencoder,), {}, has_prior="yes")
 
 
 def test_every_trait_is_described_and_has_a_value():

@@ -3,8 +3,6 @@
 Shapes: B batch on this rank, N samples on all ranks, D code; P (positives) and M (negatives, sorted) also have size N.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +16,7 @@ from aezoo.training.limits import above, at_least
 MINING = ("all", "active", "semi_hard")
 
 
-class TripletAutoencoder(Autoencoder):
+class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
     """A model with a triplet loss on its codes; its constructor calls `set_triplet_loss`.
 
     Attributes:
@@ -26,9 +24,6 @@ class TripletAutoencoder(Autoencoder):
         margin: how much farther than the positives the negatives must be.
         mining: which triplets of a batch count: all, active or semi_hard, see `triplet_ae`.
     """
-
-    compares_samples: ClassVar[bool] = True
-    reads_labels: ClassVar[bool] = True
 
     triplet_weight: float
     margin: float

@@ -1,23 +1,22 @@
 """What training and evaluation use of a model; `aezoo.Autoencoder` declares, documents and implements it."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
+
+from aezoo.training.traits import Traits
 
 if TYPE_CHECKING:
     from aezoo.corruptions import Corruption
     from aezoo.distributions.likelihoods import Likelihood
 
 
-class ModelInterface(pl.LightningModule):
-    """Declares names for type checkers only."""
+class ModelInterface(pl.LightningModule, Traits):
+    """The traits; all other names are declared for type checkers only."""
 
     if TYPE_CHECKING:
-        steps_differ: ClassVar[bool]
-        sparse_code: ClassVar[bool]
-        takes_missing: ClassVar[bool]
         compile_mode: str
         importance_samples: int
         takes_bytes: bool

@@ -1,0 +1,55 @@
+"""What a class of models says of itself."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from aezoo.errors import AezooError
+
+
+class Traits:
+    """What a class says of itself in its first line: `class MyVAE(Autoencoder, has_prior=True)`.
+
+    Subclasses inherit the values.
+
+    Attributes:
+        has_prior: whether `sample` works.
+        normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
+            N(0, I).
+        sparse_code: whether most entries of a code should be zero.
+        discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
+        compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
+        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
+        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
+        steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
+            fit all steps and a fit never compiles it.
+        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
+    """
+
+    has_prior: ClassVar[bool] = False
+    normal_prior: ClassVar[bool] = False
+    sparse_code: ClassVar[bool] = False
+    discrete_code: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
+    not_averaged: ClassVar[tuple[str, ...]] = ()
+    steps_differ: ClassVar[bool] = False
+    takes_missing: ClassVar[bool] = False
+
+
+def set_traits(cls: type[Traits], values: Mapping[str, Any]) -> None:
+    """Set the traits that the first line of a class gives.
+
+    Raises:
+        AezooError: there is no such trait, or its value has another type.
+    """
+    known = Traits.__annotations__
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": there are {', '.join(known)}"
+            raise AezooError(f"{cls.__name__}: unknown trait {name!r}{hint}")
+        kind = type(getattr(Traits, name))
+        if type(value) is not kind:
+            raise AezooError(f"{cls.__name__}: {name} takes a {kind.__name__}, got {value!r}")
+        setattr(cls, name, value)

@@ -36,10 +36,22 @@ NET = {"net": "conv", "hidden_dims": (32, 64)}
 TITOK = {"width": 32, "decoder_width": 32}
 # as in table 5 of https://arxiv.org/abs/2309.15505
 FSQ_LEVELS = {4: (5, 3), 6: (8, 8), 8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
-KEY = ("model", "options", "seed", "bits_a_place", "budget", "batch_size", "rows", "most_seconds")
+KEY = ("model", "options", "seed", "bits_per_place", "budget", "batch_size", "rows", "most_seconds")
 FIGURES = ("mse", "psnr", "ssim", "usage", "perplexity", "used_bits", "loss", "seconds")
 COLUMNS = (
-    *("model", "options", "dataset", "seed", "bits_a_place", "bits", "budget", "batch_size", "rows", "epochs", "steps"),
+    *(
+        "model",
+        "options",
+        "dataset",
+        "seed",
+        "bits_per_place",
+        "bits",
+        "budget",
+        "batch_size",
+        "rows",
+        "epochs",
+        "steps",
+    ),
     *("most_seconds", *FIGURES, "parameters", "threads", "device", "error"),
 )
 
@@ -97,7 +109,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
                 codes = bits_per_sample(registry.create_model(model, input_shape, codebook_size=2, **net))
                 options = {"codebook_size": round(2 ** (bits * places / codes))}
             found = bits_per_sample(registry.create_model(model, input_shape, **net, **options))
-            row = {"model": model, "options": options_text(options), "bits_a_place": bits, "bits": found, **fixed}
+            row = {"model": model, "options": options_text(options), "bits_per_place": bits, "bits": found, **fixed}
             spec = {"data": data, "hyperparameters": net | options, "epochs": arguments.epochs}
             spec |= {"most_seconds": arguments.most_seconds, "accelerator": arguments.accelerator}
             specs += [spec | {"row": row | {"seed": seed}} for seed in range(arguments.seeds)]
@@ -124,7 +136,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = common.build_parser("bits", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help="models to train (default: all quantised ones)")
-    add("--bits", nargs="+", type=int, choices=[*FSQ_LEVELS], default=[6, 8], help="bits a place (default 6 8)")
+    add("--bits", nargs="+", type=int, choices=[*FSQ_LEVELS], default=[6, 8], help="bits per place (default 6 8)")
     add("--data", default="mnist5k", help="a name or a path that --data.name of `aezoo fit` takes")
     add("--root", default="data", help="folder of the data set's files or of its download")
     add("--rows", type=count, metavar="N", help="use at most this many samples for training and for the test")

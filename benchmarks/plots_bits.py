@@ -43,7 +43,7 @@ def bits(rows: Sequence[Row]) -> "Figure | None":
         ax.set_xticks(
             [
                 statistics.median(number(row, "bits") for row in same)
-                for same in _group_by(part, "bits_a_place").values()
+                for same in _group_by(part, "bits_per_place").values()
             ]
         )
         _plain_ticks(ax.yaxis, ax.get_ylim())

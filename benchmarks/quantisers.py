@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     parser = common.build_parser("quantisers", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="NAME", help=f"of {', '.join(KINDS)}")
-    add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="codes of a book")
+    add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="codes of a codebook")
     add("--dim", type=count, default=32, help="channels of z, where the kind leaves it open (default 32)")
     add("--batch", type=count, help=f"maps of {SIDE}x{SIDE} places (default 1 on the CPU, 16 on a GPU)")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))

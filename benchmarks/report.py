@@ -23,7 +23,7 @@ from .speed import KEY, count_existing_rows
 _GROUP = (
     *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows", "importance_samples", "most_seconds"),
     *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
-    "bits_a_place",
+    "bits_per_place",
 )
 # columns that are needed to identify a row, by the prefix of a CSV's name
 _NEEDED = {
@@ -206,7 +206,7 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
     code = "\n".join(["```bash", *commands, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
         # errors are comparable only at equal bits
-        rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_a_place") or 0)
+        rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_per_place") or 0)
     return code + markdown(columns, [row for row in rows if section.is_shown(row)])
 
 

@@ -155,7 +155,7 @@ def scale_of(raw: Tensor) -> Tensor:
 
 
 def gaussian_tables() -> list[Table]:
-    """Tables of N(0, s^2) for LEVELS scales s from LEAST to MOST."""
+    """Tables of N(0, s^2) for NUM_SCALES scales s from MIN_SCALE to MAX_SCALE."""
     from scipy.special import ndtr
 
     tables = []
@@ -328,7 +328,7 @@ def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
 
 
 class EntropyCoded(Autoencoder, has_prior=True):
-    """An autoencoder whose code is rounded under a learned law.
+    """An autoencoder whose code is rounded under a learned distribution.
 
     A subclass sets its nets and defines `code_latents` and `loss`.
 

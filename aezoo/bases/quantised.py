@@ -15,7 +15,7 @@ from aezoo.quantisers.base import Quantised, Quantiser, quantisers_in_eval_mode
 
 
 class DiscreteAutoencoder(Autoencoder, discrete_code=True):
-    """An autoencoder with a `quantiser`; a subclass sets it, calls `set_nets` and defines its loss.
+    """An autoencoder with a `quantiser`; a subclass sets it, calls `build_nets` and defines its loss.
 
     The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
 

@@ -38,7 +38,7 @@ class ResidentLoader:
         world: number of processes.
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
-        blocks: (N,) see `blocks_of`.
+        blocks: (N,) see `sample_blocks`.
 
     Attributes:
         transform: transforms the batches of an epoch.

@@ -5,8 +5,7 @@ and a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, modules
 batches of the second. It also defines the functions `map_shape(input_shape, hidden_dims, channels)`, which returns the
 shape of a code that is a feature map, and `default_hidden_dims(input_shape)`.
 
-The other files are parts that models build on: `dictionary`, `flows`, `levels`, `messages`, `top_down`, `labels`,
-`adversarial`, `features`, `tied`, `classifier`, `context`, `denoiser` and `standardise`.
+What several networks or models share is in `aezoo.nets.blocks`.
 """
 
 from aezoo.nets.build import (

@@ -160,9 +160,9 @@ def _require_symbols(model: EntropyCoded, x: torch.Tensor) -> None:
     with torch.no_grad():
         symbols = model.encode_symbols(x)
         require(symbols.dtype == torch.long, f"whole numbers are {symbols.dtype}, not long")
-        # a coder of files needs the very same laws both ways
+        # a coder of files needs the very same distributions both ways
         same = torch.equal(model.codes(symbols), model.encode(x))
-        require(same, "codes(encode_symbols(x)) is not encode(x): walk must pass the same values, known or not")
+        require(same, "codes(encode_symbols(x)) is not encode(x): code_latents must pass the same values, known or not")
         require_close("decode(codes(encode_symbols(x)))", model.decode(model.codes(symbols)), model(x), 1e-5)
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 class Constrained(pl.LightningModule):
     """Mixin, before `Autoencoder`, for models that change their weights after each optimiser step.
 
-    The light loop leaves steps with foreign code to Lightning, but it calls `after_optimizer_step` itself.
+    The fast loop leaves steps with foreign code to Lightning, but it calls `after_optimizer_step` itself.
     """
 
     def after_optimizer_step(self) -> None:

@@ -127,7 +127,7 @@ def test_rows_are_measured_once_with_model_metrics(tmp_path, monkeypatch, capsys
     assert len(x_test) == 80 <= len(data.tensors("test")[0])
     for row, model in zip(rows, models, strict=True):
         assert tuple(row) == (*bits.COLUMNS[:-1], "processor", "error") and not row["error"]
-        assert (row["steps"], row["epochs"], row["bits_a_place"], row["bits"]) == ("8", "2", "4", "16")
+        assert (row["steps"], row["epochs"], row["bits_per_place"], row["bits"]) == ("8", "2", "4", "16")
         with torch.no_grad():
             indices = model.eval().encode_indices(x_test)
             error = (model.likelihood.mean(model.decoder(model.codes(indices))) - x_test).square().mean()
@@ -171,11 +171,11 @@ def test_used_bits_sum_over_places_and_codebooks():
 @pytest.mark.slow
 def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
     table = Table(tmp_path / "bits-digits-fp32-pt2.13-cpu2.csv", bits.KEY, "bits it")
-    for bits_a_place, mse in ((10, 0.01), (6, 0.04)):
-        for options, factor in ((f"codebook_size={2**bits_a_place}", 1), ("latent_dim=6 estimator=rotation", 2)):
+    for bits_per_place, mse in ((10, 0.01), (6, 0.04)):
+        for options, factor in ((f"codebook_size={2**bits_per_place}", 1), ("latent_dim=6 estimator=rotation", 2)):
             for seed in range(3):
                 row = {"model": "vq_vae", "options": options, "dataset": "digits", "seed": seed}
-                row |= {"bits_a_place": bits_a_place, "bits": 49.0 * bits_a_place, "budget": "epochs=1"}
+                row |= {"bits_per_place": bits_per_place, "bits": 49.0 * bits_per_place, "budget": "epochs=1"}
                 table.put(row | {"mse": factor * mse * (1 + seed), "usage": 0.5, "rows": "all", "batch_size": 128})
     report.main(["--results", str(tmp_path)])
     lines = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith("| vq_vae")]

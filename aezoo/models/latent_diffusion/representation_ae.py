@@ -97,8 +97,8 @@ class RepresentationAE(
         self.normaliser = Standardiser(self.code_shape[0], decay=1.0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rest, judge = super().parameter_groups()
-        return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, judge]
+        rest, discriminator_group = super().parameter_groups()
+        return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, discriminator_group]
 
     def represent(self, x: Tensor) -> Tensor:
         """The output of f, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""

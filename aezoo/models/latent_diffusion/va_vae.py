@@ -65,7 +65,7 @@ class VAVAE(AutoencoderKL):
         super().on_fit_start()
         self.foundation.read()
 
-    def misalignment(self, z: Tensor, f: Tensor) -> Tensor:
+    def alignment_loss(self, z: Tensor, f: Tensor) -> Tensor:
         """A, (B, C, *grid), (B, F, *grid) -> ()."""
         cosine_margin, matrix_margin = self.margins
         v_BFP, f_BFP = (F.normalize(at_least_float32(part).flatten(2), dim=1) for part in (self.projection(z), f))
@@ -74,7 +74,7 @@ class VAVAE(AutoencoderKL):
         return (1 - cosine_margin - cosine_BP).relu().mean() + (apart_BPP - matrix_margin).relu().mean()
 
     @torch.no_grad()
-    def seen(self, x: Tensor, grid: torch.Size) -> Tensor:
+    def features_on_grid(self, x: Tensor, grid: torch.Size) -> Tensor:
         """f, (B, *input_shape) -> (B, F, *grid)."""
         net = self.foundation.move_to(x).read()
         assert net is not None
@@ -84,8 +84,8 @@ class VAVAE(AutoencoderKL):
     def extra_terms(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.alignment_weight:
             return super().extra_terms(x, z, mu, g_R)
-        f, z = self.seen(x, z.shape[2:]), z.to(x.dtype)
-        alignment, g_A = value_and_grad(lambda at: self.misalignment(at, f), z)
+        f, z = self.features_on_grid(x, z.shape[2:]), z.to(x.dtype)
+        alignment, g_A = value_and_grad(lambda at: self.alignment_loss(at, f), z)
         moments, to_last_layer = adversarial.last_layer_vjp(self.encoder, x)
         g_z = adversarial.input_gradient(self.decoder, z, g_R), g_A
         # z = mu + exp(log_var / 2) noise

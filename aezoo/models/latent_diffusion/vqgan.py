@@ -61,6 +61,6 @@ class VQGAN(
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)
-        loss, judged, _ = self.adversarial_objective(x, z_q)
+        loss, adversarial_terms, _ = self.adversarial_objective(x, z_q)
         loss = loss + self.beta * terms["commitment"] + terms.get("codebook", 0)
-        return {"loss": loss, **judged, **terms}
+        return {"loss": loss, **adversarial_terms, **terms}

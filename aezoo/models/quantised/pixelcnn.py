@@ -14,7 +14,7 @@ Q indices of its own place, index q sees those before q: the first layer has mas
 Shapes: B batch, Q indices of a place, K codes of the largest codebook, (H, W) grid of places, T = Q H W, F channels.
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,12 @@ class GatedLayer(nn.Module):
         return v, added if self.first else h + added
 
 
+def _rename_embedding(_: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Read weights that were saved under the embedding's former name."""
+    if f"{prefix}book.weight" in state_dict:
+        state_dict[f"{prefix}embedding.weight"] = state_dict.pop(f"{prefix}book.weight")
+
+
 class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
     """A gated PixelCNN over the maps or sequences of indices of a quantised model.
 
@@ -117,7 +123,8 @@ class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
         each = -(-width // q)
         k = self.n_codes
         reach = kernel_size // 2
-        self.book = nn.Embedding(q * k, each)
+        self.embedding = nn.Embedding(q * k, each)
+        self.register_load_state_dict_pre_hook(_rename_embedding)
         self.layers = nn.ModuleList(
             GatedLayer(q * each, q, reach, self.grid[0] > 1, dropout, first=i == 0) for i in range(depth)
         )
@@ -127,7 +134,7 @@ class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
     def token_logits(self, tokens: Tensor) -> Tensor:
         q = self.index_shape[0]
         offset_Q = self.n_codes * torch.arange(q, device=tokens.device)
-        embedded_BPQF = self.book(tokens.unflatten(1, (-1, q)) + offset_Q)
+        embedded_BPQF = self.embedding(tokens.unflatten(1, (-1, q)) + offset_Q)
         h = v = embedded_BPQF.flatten(2).transpose(1, 2).unflatten(2, self.grid)
         for layer in self.layers:
             v, h = layer(v, h)

@@ -56,5 +56,5 @@ class MoPoEVAE(MMVAE):
         return gaussians.product(mu_BMD[:, None], log_var_BMD[:, None], member_SM)
 
     def present_components(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        seen_BM = self.present_mask(x, parts)
-        return (seen_BM[:, None] | ~self.subsets(seen_BM.shape[1], x.device)).all(2)
+        present_BM = self.present_mask(x, parts)
+        return (present_BM[:, None] | ~self.subsets(present_BM.shape[1], x.device)).all(2)

@@ -68,21 +68,23 @@ class MVAE(MissingModalities, VAE):
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         return self.product(*self.experts(x, parts), self.present_mask(x, parts))
 
-    def subsets(self, seen_BM: Tensor) -> Tensor:
+    def subsets(self, present_BM: Tensor) -> Tensor:
         """The parts in each subset, (B, S, M): all parts that the sample has, each of them alone, and random ones.
 
         If a sample has fewer than 2 parts, its single-part subsets are empty; with fewer than 3, so are its random
         ones. Empty subsets add nothing to the loss.
         """
-        n, m, device = *seen_BM.shape, seen_BM.device
-        seen_B1M, n_seen_B11 = seen_BM[:, None], seen_BM.sum(1)[:, None, None]
-        alone_BMM = torch.eye(m, dtype=torch.bool, device=device)[: m if m > 1 else 0] & seen_B1M & (n_seen_B11 > 1)
-        fixed_BSM = torch.cat([seen_B1M, alone_BMM], 1)
+        n, m, device = *present_BM.shape, present_BM.device
+        present_B1M, n_present_B11 = present_BM[:, None], present_BM.sum(1)[:, None, None]
+        alone_BMM = (
+            torch.eye(m, dtype=torch.bool, device=device)[: m if m > 1 else 0] & present_B1M & (n_present_B11 > 1)
+        )
+        fixed_BSM = torch.cat([present_B1M, alone_BMM], 1)
         if m < 3 or not self.n_subsets:
             return fixed_BSM
-        size_Bk1 = 2 + (torch.rand(n, self.n_subsets, 1, device=device) * (n_seen_B11 - 2)).long()
-        rank_BkM = torch.rand(n, self.n_subsets, m, device=device).masked_fill(~seen_B1M, 1).argsort(2).argsort(2)
-        return torch.cat([fixed_BSM, (rank_BkM < size_Bk1) & (n_seen_B11 > 2)], 1)
+        size_Bk1 = 2 + (torch.rand(n, self.n_subsets, 1, device=device) * (n_present_B11 - 2)).long()
+        rank_BkM = torch.rand(n, self.n_subsets, m, device=device).masked_fill(~present_B1M, 1).argsort(2).argsort(2)
+        return torch.cat([fixed_BSM, (rank_BkM < size_Bk1) & (n_present_B11 > 2)], 1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BMD, log_var_BMD = self.experts(x)

@@ -70,13 +70,13 @@ class MVTCAE(MissingModalities, VAE):
 
     def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:
         """The loss and its terms, from the experts' moments: (B, *input_shape), (B, M, D), (B, M, D) -> scalars."""
-        seen_BM = self.present_mask(x)
-        mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD, seen_BM)
+        present_BM = self.present_mask(x)
+        mu_BD, log_var_BD = gaussians.product(mu_BMD, log_var_BMD, present_BM)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll_B, kl_B = self.nll(self.decoder(z_BD.to(x.dtype)), x), self.kl(mu_BD, log_var_BD)
         parts_kl_BM = gaussians.kl(mu_BD[:, None], log_var_BD[:, None], mu_BMD, log_var_BMD)
-        parts_kl_B = parts_kl_BM.masked_fill(~seen_BM, 0).sum(1)
-        alpha_B, share_B = self.shares(seen_BM.sum(1).to(mu_BD.dtype))
+        parts_kl_B = parts_kl_BM.masked_fill(~present_BM, 0).sum(1)
+        alpha_B, share_B = self.shares(present_BM.sum(1).to(mu_BD.dtype))
         loss_B = (1 - share_B) * nll_B + self.beta * ((1 - alpha_B) * kl_B + share_B * parts_kl_B)
         nll, kl, parts_kl = nll_B.mean(), kl_B.mean(), parts_kl_B.mean()
         return {"loss": loss_B.mean(), "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}

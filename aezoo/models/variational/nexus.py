@@ -68,18 +68,18 @@ class MessageLevel(nn.Module):
         )
         self.s_log_var_MP = nn.Parameter(torch.zeros(n, size))
 
-    def senders(self, seen_BM: Tensor) -> Tensor:
+    def senders(self, present_BM: Tensor) -> Tensor:
         """Which codes of training samples send messages, (B, M) bool: all known ones or, for some samples, a subset.
 
         For a share `dropout` of the samples, the number of senders is drawn first, uniformly from 1 to all but one,
         then which.
         """
-        (n, m), device = seen_BM.shape, seen_BM.device
+        (n, m), device = present_BM.shape, present_BM.device
         # drawn at once, since a graph may reorder separate draws
         of_some_B1, size_B1, order_BM = torch.rand(n, 2 + m, device=device).split([1, 1, m], 1)
-        rank_BM = order_BM.masked_fill(~seen_BM, 1).argsort(1).argsort(1)
-        some_BM = rank_BM < 1 + (size_B1 * (seen_BM.sum(1, keepdim=True) - 1)).long()
-        return (some_BM | (of_some_B1 >= self.dropout)) & seen_BM
+        rank_BM = order_BM.masked_fill(~present_BM, 1).argsort(1).argsort(1)
+        some_BM = rank_BM < 1 + (size_B1 * (present_BM.sum(1, keepdim=True) - 1)).long()
+        return (some_BM | (of_some_B1 >= self.dropout)) & present_BM
 
     def up(self, z: Tensor, which: Sequence[int], sent: Tensor | None = None) -> GaussianParams:
         """Mean and log-variance of q(u|z_S): (..., S, P) -> (..., D), (..., D).
@@ -100,46 +100,48 @@ class MessageLevel(nn.Module):
         m = at_least_float32(torch.stack([net(u.to(self.s_log_var_MP.dtype)) for net in self.downward], -2))
         return m, at_least_float32(self.s_log_var_MP).expand_as(m)
 
-    def log_down(self, z: Tensor, u: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Log-density sum_i log p(z_i|u) in nats, of all or those seen, (..., M): (..., M, P), (..., D) -> (...)."""
+    def log_down(self, z: Tensor, u: Tensor, present: Tensor | None = None) -> Tensor:
+        """Log-density sum_i log p(z_i|u) in nats, of all or those present, (..., M): (..., M, P), (..., D) -> (...)."""
         m, log_s2 = self.down(u)
         density = -0.5 * ((z - m) ** 2 * torch.exp(-log_s2) + log_s2 + LOG_2PI)
-        if seen is not None:
-            density = density.masked_fill(~seen[..., None], 0)
+        if present is not None:
+            density = density.masked_fill(~present[..., None], 0)
         return density.sum((-2, -1))
 
-    def completed(self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], seen_BS: Tensor) -> GaussianParams:
+    def impute_missing(
+        self, mu_BSP: Tensor, log_var_BSP: Tensor, which: Sequence[int], present_BS: Tensor
+    ) -> GaussianParams:
         """Mean and log-variance of u and all z_i, given those of some z_i: (B, S, P), (B, S, P) -> (B, D + M P), twice.
 
         An unknown z_i gets those of p(z_i|u) at the mean of u.
         """
-        u = self.up(mu_BSP, which, seen_BS)
+        u = self.up(mu_BSP, which, present_BS)
         both = []
-        for u_BD, told_BMP, known_BSP in zip(u, self.down(u[0]), (mu_BSP, log_var_BSP), strict=True):
-            known_BSP = torch.where(seen_BS[..., None], known_BSP, told_BMP[:, [*which]])
-            z = dict(enumerate(told_BMP.unbind(1))) | dict(zip(which, known_BSP.unbind(1), strict=True))
+        for u_BD, predicted_BMP, known_BSP in zip(u, self.down(u[0]), (mu_BSP, log_var_BSP), strict=True):
+            known_BSP = torch.where(present_BS[..., None], known_BSP, predicted_BMP[:, [*which]])
+            z = dict(enumerate(predicted_BMP.unbind(1))) | dict(zip(which, known_BSP.unbind(1), strict=True))
             both.append(torch.cat([u_BD, *z.values()], 1))
         return both[0], both[1]
 
-    def sample_present(self, z: Tensor, log_q: Tensor, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_present(self, z: Tensor, log_q: Tensor, present_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Draws of u and all z_i in one row, and their log-density, from those of z_i: (K, B, M, P), (K, B, M).
 
-        For codes that are not seen, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
+        For missing codes, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
         """
-        u, log_q_u = rsample(*self.up(z, range(len(self.messages)), seen_BM))
-        lacks = ~seen_BM[..., None]
+        u, log_q_u = rsample(*self.up(z, range(len(self.messages)), present_BM))
+        missing_BM1 = ~present_BM[..., None]
         m, log_s2 = self.down(u)
-        z = torch.where(lacks, m + torch.exp(0.5 * log_s2) * z, z)
-        log_q = log_q - 0.5 * log_s2.masked_fill(~lacks, 0).sum(-1)
+        z = torch.where(missing_BM1, m + torch.exp(0.5 * log_s2) * z, z)
+        log_q = log_q - 0.5 * log_s2.masked_fill(~missing_BM1, 0).sum(-1)
         return torch.cat([u, z.flatten(2)], 2), log_q_u + log_q.sum(2)
 
-    def bound(self, z_BMP: Tensor, eps_BD: Tensor, drop: bool, seen_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def bound(self, z_BMP: Tensor, eps_BD: Tensor, drop: bool, present_BM: Tensor) -> tuple[Tensor, Tensor]:
         """-log p(z|u) for u ~ q(u|z_S), drawn with N(0, I) noise, and KL(q(u|z_S) || p(u)) in nats: (B,), (B,)."""
-        sent_BM = self.senders(seen_BM) if drop and self.dropout else seen_BM
+        sent_BM = self.senders(present_BM) if drop and self.dropout else present_BM
         mu_BD, log_var_BD = self.up(z_BMP, range(len(self.messages)), sent_BM)
         u_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
         zero = torch.zeros_like(mu_BD)
-        return -self.log_down(z_BMP, u_BD, seen_BM), kl(mu_BD, log_var_BD, zero, zero)
+        return -self.log_down(z_BMP, u_BD, present_BM), kl(mu_BD, log_var_BD, zero, zero)
 
 
 class Nexus(MissingModalities, VAE, normal_prior=False):
@@ -181,19 +183,19 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         which = range(len(self.sizes)) if parts is None else parts
-        return self.top.completed(*self.experts(x, parts), which, self.present_mask(x, parts))
+        return self.top.impute_missing(*self.experts(x, parts), which, self.present_mask(x, parts))
 
     def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
         """The terms of the loss, each (B,); without noise, codes are means and all parts send messages."""
-        (mu_BMP, log_var_BMP), seen_BM = self.experts(x), self.present_mask(x)
+        (mu_BMP, log_var_BMP), present_BM = self.experts(x), self.present_mask(x)
         d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
         # drawn at once, since a graph may reorder separate draws
         eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
         z_BMP = mu_BMP + torch.exp(0.5 * log_var_BMP) * eps_BF[:, :-d].unflatten(1, mu_BMP.shape[1:])
-        top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training, seen_BM)
+        top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training, present_BM)
         nll_B = self.nll(self.decoder(F.pad(z_BMP.flatten(1), (d, 0)).to(x.dtype)), x)
         kl_B = self.kl(mu_BMP.flatten(1), log_var_BMP.flatten(1))
-        entropy_B = 0.5 * (log_var_BMP + 1 + gaussians.LOG_2PI).sum(2).masked_fill(~seen_BM, 0).sum(1)
+        entropy_B = 0.5 * (log_var_BMP + 1 + gaussians.LOG_2PI).sum(2).masked_fill(~present_BM, 0).sum(1)
         elbo_B = entropy_B - nll_B - top_nll_B - top_kl_B
         return {"nll": nll_B, "kl": kl_B, "top_nll": top_nll_B, "top_kl": top_kl_B, "elbo": elbo_B}
 

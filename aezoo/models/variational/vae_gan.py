@@ -77,9 +77,10 @@ class VAEGAN(VAE):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         betas = optimizers.betas(self.optimizer, (0.5, 0.9))
-        judge = {"params": [*self.discriminator.parameters()], "lr": self.discriminator_lr, "betas": betas}
+        discriminator = [*self.discriminator.parameters()]
+        discriminator_group = {"params": discriminator, "lr": self.discriminator_lr, "betas": betas}
         decoder = [*self.decoder.parameters(), *self.likelihood.parameters()]
-        return [{"params": [*self.encoder.parameters()]}, {"params": decoder}, judge]
+        return [{"params": [*self.encoder.parameters()]}, {"params": decoder}, discriminator_group]
 
     def variance(self, f_BF: Tensor) -> Tensor:
         """s^2, the variance of the features over real, reconstructed and drawn images of all ranks: (3 B, F) -> ()."""

@@ -32,7 +32,7 @@ def features(x: Tensor, grid: Any) -> Tensor:
     return F.adaptive_avg_pool2d(random_features(SHAPE).double()(x)[-1], tuple(grid))
 
 
-def misalignment(model: Any, z: Tensor, f: Tensor) -> Tensor:
+def alignment_loss(model: Any, z: Tensor, f: Tensor) -> Tensor:
     """A by the authors' words, a pair of places at a time, live in z and W."""
     v = torch.einsum("fc,bchw->bfhw", model.projection.weight[:, :, 0, 0], z).flatten(2).transpose(1, 2)
     f = f.flatten(2).transpose(1, 2)
@@ -59,7 +59,7 @@ def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tens
     torch.manual_seed(seed)
     mu, log_var = model.encoder(x).chunk(2, 1)
     z = mu + (0.5 * log_var).exp() * torch.randn(mu.shape, dtype=mu.dtype)
-    A = misalignment(model, z, features(x, z.shape[2:]))
+    A = alignment_loss(model, z, features(x, z.shape[2:]))
     W = [p for p in model.encoder.parameters() if p.ndim > 1][-1]
     norms = [torch.autograd.grad(term, W, retain_graph=True)[0].norm() for term in (rec, A)]
     terms |= {"alignment": A, "alignment_weight": (norms[0] / (norms[1] + 1e-4)).detach()}
@@ -120,26 +120,26 @@ def test_codes_parallel_to_features_have_zero_misalignment() -> None:
     f = F.pad(z, (0, 0, 0, 0, 0, 59))
     length = 0.1 + 5 * torch.rand(6, 1, 3, 2, dtype=torch.float64)
     torch.testing.assert_close(
-        model.misalignment(length * z, f), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0
+        model.alignment_loss(length * z, f), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0
     )
-    assert model.misalignment(z.roll(1, 0), f) > 0.5
+    assert model.alignment_loss(z.roll(1, 0), f) > 0.5
     # an angle of all places alike is seen by the cosines alone
     turned = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
-    rest = model.misalignment(torch.einsum("dc,bchw->bdhw", turned, z), f)
+    rest = model.alignment_loss(torch.einsum("dc,bchw->bdhw", turned, z), f)
     cosines = F.cosine_similarity(torch.einsum("dc,bchw->bdhw", turned, z), z)
     torch.testing.assert_close(rest, (1 - cosines).mean())
-    assert model.seen(x, torch.Size((3, 2))).equal(features(x, (3, 2)))
+    assert model.features_on_grid(x, torch.Size((3, 2))).equal(features(x, (3, 2)))
 
 
 def test_margins_ignore_small_misalignment() -> None:
     model = aligned(cosine_margin=2.0, matrix_margin=2.0)
     z = torch.randn(6, *model.code_shape, dtype=torch.float64)
     f = torch.randn(6, 64, *model.code_shape[1:], dtype=torch.float64)
-    assert model.misalignment(z, f) == 0
+    assert model.alignment_loss(z, f) == 0
     values = []
     for margin in (0.0, 0.3):
         model.margins = (margin, 2.0)
-        values.append(model.misalignment(z, f).item())
+        values.append(model.alignment_loss(z, f).item())
     assert values[1] < values[0] < values[1] + 0.3 + 1e-9
 
 

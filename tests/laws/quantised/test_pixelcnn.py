@@ -164,3 +164,12 @@ def test_invalid_network_settings_are_refused(given: dict[str, Any]) -> None:
     for size in (1, 4):
         with pytest.raises(AezooError, match="kernel_size must be odd"):
             prior("pixelcnn", (1, 2), (3,), kernel_size=size)
+
+
+def test_embedding_loads_from_its_former_name() -> None:
+    model, other = (prior("pixelcnn", (1, 6), (4,)) for _ in range(2))
+    nn.init.normal_(model.embedding.weight)
+    state = {key.replace("embedding.", "book.", 1): value for key, value in model.state_dict().items()}
+    assert "book.weight" in state
+    other.load_state_dict(state)
+    assert torch.equal(other.embedding.weight, model.embedding.weight)

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, options = common.download_data(arguments.data, arguments.root, arguments.batch_size)
     specs = plan(arguments, options | {"rows": arguments.rows}, data.input_shape)
     path = f"bits-{specs[0]['row']['dataset']}-{common.environment(arguments)}.csv"
-    table = common.Table(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
+    table = common.ResultsCSV(arguments.results / path, KEY, common.command_line("bits", argv), arguments.again)
     parallel.measure_missing(table, "bits_row", specs, arguments, COLUMNS, ("mse", "usage", "perplexity", "seconds"))
     print(table.path)
 

@@ -325,7 +325,7 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
 
 
-class Table:
+class ResultsCSV:
     """A CSV that is complete after every row: an interrupted run keeps its rows and does not measure them again.
 
     Rows that other processes or the user have added to the file in the meantime stay.

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, at_least, build_parser, command_line, environment, interleaved_medians, run_script
+from .common import ResultsCSV, at_least, build_parser, command_line, environment, interleaved_medians, run_script
 
 LAYERS = ("conv", "transposed", "transposed_odd")
 KEY = ("layer", "precision", "batch", "channels", "side", "stride", "threads")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
     path = arguments.results / f"convolutions-{environment(arguments, arguments.precision, 'cpu')}.csv"
-    table = Table(path, KEY, command_line("convolutions", words), arguments.again)
+    table = ResultsCSV(path, KEY, command_line("convolutions", words), arguments.again)
     sizes = (vars(arguments)[name] for name in ("batch", "channels", "sides", "strides"))
     for values in itertools.product(arguments.layers, [arguments.precision], *sizes, [arguments.threads]):
         row = dict(zip(KEY, values, strict=True))

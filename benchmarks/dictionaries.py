@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     path = f"dictionaries-{common.environment(arguments)}.csv"
-    table = common.Table(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
+    table = common.ResultsCSV(arguments.results / path, KEY, common.command_line("dictionaries", argv), arguments.again)
     specs = plan(arguments)
     parallel.measure_missing(table, "dictionaries_row", specs, arguments, COLUMNS, (*SHOWN, "seconds"))
     print(*medians(there for spec in specs if (there := table.find(spec["row"])) is not None), sep="\n")

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from aezoo.errors import AezooError
 
-from .common import ROOT, Table, build_parser, command_line, environment, results_folder, run_script
+from .common import ROOT, ResultsCSV, build_parser, command_line, environment, results_folder, run_script
 from .recipes import points
 
 PAGE = ROOT / "docs" / "design" / "first_hour.md"
@@ -272,7 +272,7 @@ def main() -> None:
     package = arguments.package.resolve()
     column = "here" if package == ROOT else "before"
     path = arguments.results / f"first-hour-{environment(arguments)}.csv"
-    written = Table(path, ("user", "task", "figure"), command_line("first_hour", sys.argv[1:]), arguments.again)
+    written = ResultsCSV(path, ("user", "task", "figure"), command_line("first_hour", sys.argv[1:]), arguments.again)
     for name in [] if arguments.page else arguments.users:
         with tempfile.TemporaryDirectory() as folder:
             for task, figures in USERS[name](User(Path(folder), package)):

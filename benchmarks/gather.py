@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .common import Table, at_least, build_parser, command_line, environment, interleaved_medians, run_script
+from .common import ResultsCSV, at_least, build_parser, command_line, environment, interleaved_medians, run_script
 
 KEY = ("batch", "x_dim", "latents", "k", "threads")
 _RATIOS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
     path = arguments.results / f"gather-{environment(arguments)}.csv"
-    table = Table(path, KEY, command_line("gather", words), arguments.again)
+    table = ResultsCSV(path, KEY, command_line("gather", words), arguments.again)
     for batch, x_dim, k, ratio in itertools.product(arguments.batch, arguments.x_dim, arguments.k, arguments.ratios):
         row = {"batch": batch, "x_dim": x_dim, "latents": ratio * k, "k": k, "threads": arguments.threads}
         if table.needs(row):

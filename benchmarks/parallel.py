@@ -45,7 +45,7 @@ def run_rows(
 
 
 def measure_missing(
-    table: common.Table,
+    table: common.ResultsCSV,
     module: str,
     specs: Iterable[dict[str, Any]],
     arguments: argparse.Namespace,

@@ -65,7 +65,17 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import Spread, Table, at_least, build_parser, command_line, environment, file_lock, run_script, seconds
+from .common import (
+    ResultsCSV,
+    Spread,
+    at_least,
+    build_parser,
+    command_line,
+    environment,
+    file_lock,
+    run_script,
+    seconds,
+)
 from .environments import EnvironmentFailure, default_folder, python_for
 from .peer_runs import RunFailure, RunsFile, train
 from .peer_scripts.__main__ import PARTIES
@@ -294,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = environment(arguments, arguments.precision)
     path = arguments.results / f"peers-{arguments.workload}-{name}.csv"
     command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
-    table, part_path = Table(path, ("party",), command), path.with_suffix(".runs.part")
+    table, part_path = ResultsCSV(path, ("party",), command), path.with_suffix(".runs.part")
     if arguments.again != "all" and table.rows and not part_path.exists():
         if table.commands != [command]:
             raise AezooError(
@@ -307,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _measured(arguments, table, part_path)
 
 
-def _measured(arguments: argparse.Namespace, table: Table, part_path: Path) -> int:
+def _measured(arguments: argparse.Namespace, table: ResultsCSV, part_path: Path) -> int:
     if arguments.again == "all":
         os.truncate(part_path, 0)
     keys = ("workload", "precision", "threads", "rows", "batch", "epochs", "seed", "pin", "aezoo_flags")

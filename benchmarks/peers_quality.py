@@ -166,7 +166,7 @@ def _rows_by_seed(rows: Sequence[dict[str, str]], model: str, party: str) -> dic
     }
 
 
-def _compare(table: common.Table, row: dict[str, Any]) -> None:
+def _compare(table: common.ResultsCSV, row: dict[str, Any]) -> None:
     """Once both rows exist, write into pythae's row how much tighter the zoo's bound is."""
     with table.update():
         ours, theirs = (table.find({**row, "party": party}) for party in PARTIES)
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     path = arguments.results / f"peers-quality-{common.environment(arguments, accelerator='cpu')}.csv"
     kept = [word for i, word in enumerate(argv) if not word.startswith("--envs") and argv[i - 1 : i] != ["--envs"]]
-    table = common.Table(path, KEY, common.command_line("peers", ["quality", *kept]), arguments.again)
+    table = common.ResultsCSV(path, KEY, common.command_line("peers", ["quality", *kept]), arguments.again)
     requested: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for name in arguments.models:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # once, so that several processes do not download the same files
     data.prepare_data()
     path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"
-    table = common.Table(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
+    table = common.ResultsCSV(arguments.results / path, KEY, common.command_line("probe", argv), arguments.again)
     parallel.measure_missing(table, "probe_row", specs, arguments, COLUMNS, (*SCORES, "seconds"))
     print(table_text(medians(table.rows, specs[0]["row"])))
     print(table.path)

@@ -88,7 +88,7 @@ def budget(row: dict[str, str]) -> tuple[int, int]:
     return int(row["steps"]), int(row["importance_samples"])
 
 
-def write_heads(table: common.Table) -> None:
+def write_heads(table: common.ResultsCSV) -> None:
     """Write the figures of the CSV into their recipes."""
     environment = table.path.stem.removeprefix("published-")
     for name, path in published().items():
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)
-    table = common.Table(path, KEY, common.command_line("published", argv), arguments.again)
+    table = common.ResultsCSV(path, KEY, common.command_line("published", argv), arguments.again)
     for name in [] if arguments.heads else arguments.recipes or published():
         for data in arguments.data:
             row = {"recipe": name, "data": data, "binarise": binarisation(published()[name])}

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .common import Table, as_text, number
+from .common import ResultsCSV, as_text, number
 
 KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
 BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr")
 
 
-class QualityTable(Table):
+class QualityTable(ResultsCSV):
     """A table in which a setting that did not affect a run's figures does not make a separate row.
 
     `importance_samples` is empty without a log_likelihood, and in rows from before it was recorded. `most_seconds` is

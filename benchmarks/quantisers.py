@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise AezooError("there is no CUDA device here: take --accelerator cpu")
     device = "cuda" if arguments.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     path = f"quantisers-{common.environment(arguments)}.csv"
-    table = common.Table(arguments.results / path, KEY, common.command_line("quantisers", argv), arguments.again)
+    table = common.ResultsCSV(arguments.results / path, KEY, common.command_line("quantisers", argv), arguments.again)
     specs = [spec for spec in plan(arguments, device) if table.needs(spec["row"])]
     threads = {"OMP_NUM_THREADS": str(arguments.threads)}
     for i, spec in enumerate(specs, start=1):

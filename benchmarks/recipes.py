@@ -24,7 +24,7 @@ from aezoo import registry
 from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
-from .common import Table, add_again_flag, base_parser, command_line, environment, read_csv, run_script
+from .common import ResultsCSV, add_again_flag, base_parser, command_line, environment, read_csv, run_script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -172,7 +172,7 @@ def main() -> None:
     add_again_flag(parser)
     arguments = parser.parse_args()
     path = newest_results() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
-    table = Table(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
+    table = ResultsCSV(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
     for name in [] if arguments.tables else arguments.recipes or trainable_recipes():
         if table.needs({"recipe": name}):
             table.put(train(name, arguments.root))

@@ -36,7 +36,7 @@ import yaml
 from aezoo import registry
 from aezoo.errors import AezooError
 
-from .common import Table, as_text, build_parser, command_line, environment, run_script
+from .common import ResultsCSV, as_text, build_parser, command_line, environment, run_script
 from .processes import run_row, with_smaller_batches
 
 KEY = ("name", "settings", "shape", "compile", "batch", "devices", "threads", "memory", "interface")
@@ -103,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure_startup(arguments, command)
         return
     specs = plan(arguments)
-    tables: dict[tuple[str, str], Table] = {}
+    tables: dict[tuple[str, str], ResultsCSV] = {}
     for spec in specs:
         file = (spec["kind"], spec["precision"])
         if file not in tables:
             name = f"speed-{file[0]}-{environment(arguments, file[1])}.csv"
-            tables[file] = Table(arguments.results / name, KEY, command, arguments.again)
+            tables[file] = ResultsCSV(arguments.results / name, KEY, command, arguments.again)
         measure(spec, tables[file], arguments.timeout)
     for table in tables.values():
         print(table.path)
@@ -209,7 +209,7 @@ def _settings(text: str, settings: str) -> dict[str, Any]:
     return values
 
 
-def measure(spec: dict[str, Any], table: Table, timeout: float) -> None:
+def measure(spec: dict[str, Any], table: ResultsCSV, timeout: float) -> None:
     """Measure one row, unless it exists, and put it into its table."""
     row = _row_head(spec)
     if not table.needs(row):

@@ -23,7 +23,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, Table, at_least, build_parser, command_line, environment, read_csv, results_folder, run_script
+from .common import (
+    ROOT,
+    ResultsCSV,
+    at_least,
+    build_parser,
+    command_line,
+    environment,
+    read_csv,
+    results_folder,
+    run_script,
+)
 from .processes import run_measurement, run_row
 from .speed import KINDS, WORKLOADS
 
@@ -58,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.page:
         for precision in arguments.precision:
             path = arguments.results / f"speed-parts-{environment(arguments, precision, 'cpu')}.csv"
-            table = Table(path, KEY, command_line("speed_parts", words), arguments.again)
+            table = ResultsCSV(path, KEY, command_line("speed_parts", words), arguments.again)
             for workload in arguments.workloads:
                 for kind in arguments.kinds:
                     measure(workload, kind, precision, arguments, table)
@@ -67,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(arguments.results)
 
 
-def measure(workload: str, kind: str, precision: str, arguments: Namespace, table: Table) -> None:
+def measure(workload: str, kind: str, precision: str, arguments: Namespace, table: ResultsCSV) -> None:
     """Measure a workload with and without its parts."""
     workload_settings = WORKLOADS[workload]
     modes = [mode for mode in arguments.compile if mode == "off" or (kind == "train" and "conv" not in workload)]

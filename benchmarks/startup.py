@@ -14,7 +14,7 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-from .common import ROOT, Spread, Table, environment
+from .common import ROOT, ResultsCSV, Spread, environment
 
 _IMPORTS = "import torch, lightning, torchmetrics, os; os._exit(0)"
 # a callback added to the command line's own, so everything else is what a user runs
@@ -47,7 +47,7 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     """
     name = environment(arguments)
     path = arguments.results / f"speed-startup-{name}.csv"
-    table = Table(path, ("what",), command, arguments.again)
+    table = ResultsCSV(path, ("what",), command, arguments.again)
     # compile off, because the first step of a compiled run waits for the compiler
     fit = ["fit", "-c", "dense_article", "--compile", "off"]
     names = {"imports": "import torch, lightning, torchmetrics", "first step": f"aezoo {' '.join(fit)}"}

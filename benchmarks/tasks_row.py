@@ -15,7 +15,7 @@ import torch
 import aezoo
 from aezoo.errors import AezooError
 from aezoo.tasks.detect import detect
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 from . import processes
 from .quality_row import open_data, quiet_trainer
@@ -36,8 +36,8 @@ def measure(spec: Row) -> Row:
     """
     data = open_data(spec["data"], spec["seed"])
     test, train = (
-        Samples.from_data(data, "test").subsample(spec["test_rows"]),
-        Samples.from_data(data, "train").subsample(spec["fit_rows"]),
+        SampleSet.from_data(data, "test").subsample(spec["test_rows"]),
+        SampleSet.from_data(data, "train").subsample(spec["fit_rows"]),
     )
     verbs = list(spec["verbs"])
     # detect trains on one class at a time
@@ -71,7 +71,7 @@ def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoenco
     return model.to(trainer.strategy.root_device).eval()
 
 
-def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -> list[Row]:
+def _detect(spec: Row, data: aezoo.DataModule, test: SampleSet, out: str | None) -> list[Row]:
     """One-vs-rest: one model for each class, trained on this class alone."""
     if not data.num_classes:
         raise AezooError(f"{data.name} has no classes for one-vs-rest")
@@ -87,8 +87,8 @@ def _detect(spec: Row, data: aezoo.DataModule, test: Samples, out: str | None) -
             score=",".join(scores),
             normal=name,
             baselines="detect" in spec["baselines"],
-            fit_on=Samples.from_data(part, "train").subsample(spec["fit_rows"]),
-            calibrate_on=Samples.from_data(part, "val"),
+            fit_on=SampleSet.from_data(part, "train").subsample(spec["fit_rows"]),
+            calibrate_on=SampleSet.from_data(part, "val"),
             out=out if name == names[-1] else None,
             seed=spec["seed"],
         )

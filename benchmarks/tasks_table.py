@@ -7,7 +7,7 @@ of the model with which they were measured, but they outlive its rows until anot
 from collections.abc import Sequence
 from typing import Any
 
-from .common import Table, as_text
+from .common import ResultsCSV, as_text
 
 Row = dict[str, Any]
 KEY = ("dataset", "model", "seed", "budget", "code_size", "fit_rows", "test_rows", "classes")
@@ -15,7 +15,7 @@ KEY = ("dataset", "model", "seed", "budget", "code_size", "fit_rows", "test_rows
 FIRST_COLUMNS = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
 
 
-class VerbTable(Table):
+class VerbTable(ResultsCSV):
     """The CSV of a verb: several rows for a key."""
 
     def rows_of(self, head: Row, key: Sequence[str] = KEY) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from aezoo.tasks.denoise import denoise
 from aezoo.tasks.embed import embed
 from aezoo.tasks.generate import generate
 from aezoo.tasks.reconstruct import reconstruct
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 Row = dict[str, Any]
 
@@ -40,8 +40,8 @@ class VerbInputs:
 
     spec: Row
     model: aezoo.Autoencoder
-    train: Samples
-    test: Samples
+    train: SampleSet
+    test: SampleSet
     baselines: list[str]
     out: str | None
 
@@ -203,5 +203,5 @@ VERBS: dict[str, Callable[[VerbInputs], list[Row]]] = {
 }
 
 
-def _all_samples(samples: Samples) -> torch.Tensor:
+def _all_samples(samples: SampleSet) -> torch.Tensor:
     return torch.cat([*samples.batches(1024)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
-from aezoo.bases.entropy_coded import Coder, EntropyCoded, Factorised, Table
+from aezoo.bases.entropy_coded import Coder, EntropyCoded, Factorised, ProbabilityTable
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.fsq import FSQ
@@ -375,7 +375,7 @@ class NonCausalDistribution(EntropyCoded):
         distribution = self.density.distribution((n, *self.code_shape))
         return coder(y, distribution if y is None else dataclasses.replace(distribution, mean=y))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ProbabilityTable]:
         return self.density.tables()
 
 

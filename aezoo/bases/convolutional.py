@@ -7,7 +7,7 @@ from torch import Tensor
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class ConvolutionalAutoencoder(Autoencoder):
@@ -35,7 +35,7 @@ class ConvolutionalAutoencoder(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         if latent_map:
             self.code_shape = nets.map_shape(self.net, self.input_shape, hidden_dims, latent_dim)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.precision import at_least_float32
 
 # Gaussians are coded under the nearest of scales that are 13 % apart; Ballé et al. 2018 use 0.11 to 256 in their code
@@ -58,7 +58,7 @@ class Distribution(Protocol):
         ...
 
 
-class Table(NamedTuple):
+class ProbabilityTable(NamedTuple):
     """Probabilities of the integers from `low` on, (K,); all other integers share the rest up to 1.
 
     With a table for each of N values, it is (N, K).
@@ -127,7 +127,7 @@ class Mixtures:
         reach = torch.where(self.log_weight > math.log(_TAIL_MASS), reach, 1)
         return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_MAX_INTEGER)))
 
-    def tables_at(self, power: int, positions: npt.NDArray[np.int64]) -> Table:
+    def tables_at(self, power: int, positions: npt.NDArray[np.int64]) -> ProbabilityTable:
         """The tables of some values, given their flat indices, (N,)."""
         from scipy.special import ndtr
 
@@ -140,7 +140,7 @@ class Mixtures:
             weight[:, None] * ndtr((borders - offset[:, None]) / scale[:, None])
             for offset, scale, weight in zip(offset_KN, scale_KN, weight_KN, strict=True)
         )
-        return Table(-(2**power), np.diff(F_NB))
+        return ProbabilityTable(-(2**power), np.diff(F_NB))
 
     def draw(self) -> Tensor:
         """Integers, (B, C, ...), long: rounded draws from the mixture."""
@@ -154,7 +154,7 @@ def scale_of(raw: Tensor) -> Tensor:
     return (MIN_SCALE + F.softplus(at_least_float32(raw))).clamp_max(MAX_SCALE)
 
 
-def gaussian_tables() -> list[Table]:
+def gaussian_tables() -> list[ProbabilityTable]:
     """Tables of N(0, s^2) for NUM_SCALES scales s from MIN_SCALE to MAX_SCALE."""
     from scipy.special import ndtr
 
@@ -162,7 +162,7 @@ def gaussian_tables() -> list[Table]:
     for scale in np.geomspace(MIN_SCALE, MAX_SCALE, NUM_SCALES):
         limit = math.ceil(6 * scale)
         borders = np.arange(-limit - 0.5, limit + 1) / scale
-        tables.append(Table(-limit, np.diff(ndtr(borders))))
+        tables.append(ProbabilityTable(-limit, np.diff(ndtr(borders))))
     return tables
 
 
@@ -209,7 +209,7 @@ class Factorised(nn.Module):
         return FactorisedDistribution(self, median.expand(tuple(shape)))
 
     @torch.no_grad()
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ProbabilityTable]:
         """A table for each channel."""
         exact = {name: value.cpu().double() for name, value in self.state_dict().items()}
         borders = torch.arange(-_MAX_INTEGER - 0.5, _MAX_INTEGER + 1, dtype=torch.float64)
@@ -221,7 +221,7 @@ class Factorised(nn.Module):
             first = int(np.searchsorted(F_N, _TAIL_MASS, "right")) - 1
             last = int(np.searchsorted(F_N, 1 - _TAIL_MASS, "left"))
             first, last = min(max(first, 0), _MAX_INTEGER), max(min(last, 2 * _MAX_INTEGER), _MAX_INTEGER) + 1
-            tables.append(Table(first - _MAX_INTEGER, np.diff(F_N[first : last + 1])))
+            tables.append(ProbabilityTable(first - _MAX_INTEGER, np.diff(F_N[first : last + 1])))
         return tables
 
 
@@ -353,8 +353,8 @@ class EntropyCoded(Autoencoder, has_prior=True):
         Raises:
             AezooError: an invalid value, or shapes that the network cannot take.
         """
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, lam=lam)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, lam=lam)
         with_map = net not in nets.WITHOUT_GRID
         self.code_shape = nets.map_shape(net, self.input_shape, hidden_dims, latent_dim) if with_map else (latent_dim,)
         self.encoder = nets.encoder(net, self.input_shape, self.code_shape, hidden_dims, activation)
@@ -374,7 +374,7 @@ class EntropyCoded(Autoencoder, has_prior=True):
         """
         raise NotImplementedError(f"{type(self).__name__} must write its code_latents")
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ProbabilityTable]:
         """The tables of its distributions, by the index in `Distribution.table`."""
         raise NotImplementedError(f"{type(self).__name__} must write its tables")
 

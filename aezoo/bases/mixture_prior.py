@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions.gaussians import LOG_2PI
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # most differences between codes and components in memory at a time: 64 MiB
 _MAX_VALUES = 2**24
@@ -33,7 +33,7 @@ class MixturePrior(Autoencoder):
 
     def build_mixture(self, n_components: int, size: int) -> None:
         """Initialise the mixture; its mean and covariance are those of N(0, I), up to chance."""
-        at_least(1, n_components=n_components)
+        check_at_least(1, n_components=n_components)
         self.n_components = n_components
         self.weight_K = nn.Parameter(torch.zeros(n_components))
         self.mean_KD = nn.Parameter(math.sqrt(0.5) * torch.randn(n_components, size))

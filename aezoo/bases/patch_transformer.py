@@ -4,7 +4,7 @@ from typing import Any
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class PatchEncoderArgs(TrainingArgs, total=False):
@@ -48,7 +48,7 @@ class PatchEncoder(Autoencoder):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, width=width, depth=depth)
+        check_at_least(1, width=width, depth=depth)
         self.patch_size = patch_size
         self.width = width
         self.widths = (width,) * depth
@@ -70,6 +70,6 @@ class PatchTransformer(PatchEncoder):
         self, input_shape: tuple[int, ...], *, decoder_width: int = 64, decoder_depth: int = 2, **kwargs: Any
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth)
+        check_at_least(1, decoder_width=decoder_width, decoder_depth=decoder_depth)
         self.decoder_width = decoder_width
         self.decoder_widths = (decoder_width,) * decoder_depth

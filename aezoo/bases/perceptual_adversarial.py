@@ -12,7 +12,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.nets.blocks import adversarial
 from aezoo.nets.blocks.adversarial import call_frozen, gradient_only, value_and_grad
 from aezoo.nets.blocks.features import FeatureDistance
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class AdversarialArgs(TypedDict, total=False):
@@ -91,7 +91,7 @@ class PerceptualAdversarial(Autoencoder):
         discriminator_lr: float,
     ) -> None:
         """Set the attributes and build P and D, for a constructor that names the arguments itself."""
-        at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
+        check_at_least(0, perceptual_weight=perceptual_weight, discriminator_weight=discriminator_weight)
         adversarial.check_discriminator(discriminator_dims, discriminator_lr, discriminator_start)
         self.perceptual_weight = perceptual_weight
         self.discriminator_weight = discriminator_weight

@@ -32,7 +32,7 @@ from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import local_path
 from aezoo.quantisers.base import Quantised
 from aezoo.training.arguments import OptimizerArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.model_names import display_name
 
 _MAX_CODES, _MAX_LAYERS = 2**16, 1000
@@ -286,7 +286,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True):
         Raises:
             AezooError: a negative temperature or number of codes.
         """
-        at_least(0, temperature=temperature, top_k=top_k)
+        check_at_least(0, temperature=temperature, top_k=top_k)
         tokens = torch.zeros(n, self.n_tokens, dtype=torch.long, device=self.device)
         next_logits = self.incremental_logits()
         for t in range(self.n_tokens):

@@ -11,7 +11,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.distributions.divergences import distances
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.labels import check_labels
-from aezoo.training.limits import above, at_least
+from aezoo.training.limits import check_above, check_at_least
 
 MINING = ("all", "active", "semi_hard")
 
@@ -35,8 +35,8 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
         Raises:
             AezooError: a value is invalid.
         """
-        at_least(0, triplet_weight=triplet_weight)
-        above(0, margin=margin)
+        check_at_least(0, triplet_weight=triplet_weight)
+        check_above(0, margin=margin)
         if mining not in MINING:
             raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
         self.triplet_weight = triplet_weight

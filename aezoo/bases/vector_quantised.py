@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from aezoo.bases.network import NetworkArgs
 from aezoo.bases.quantised import CodeMapArgs, DiscreteAutoencoder
 from aezoo.quantisers.vq import VQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class CodebookArgs(TypedDict, total=False):
@@ -74,7 +74,7 @@ class CodebookAutoencoder(DiscreteAutoencoder):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
+        check_at_least(1, latent_dim=latent_dim, codebook_size=codebook_size)
         self.latent_dim = latent_dim
         self.codebook_size = codebook_size
         self.decay = decay
@@ -104,7 +104,7 @@ class VQAutoencoder(CodebookAutoencoder):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta)
+        check_at_least(0, beta=beta)
         self.beta = beta
         self.update = update
         self.estimator = estimator

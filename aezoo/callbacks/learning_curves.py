@@ -52,7 +52,7 @@ class LearningCurves(Picture):
         self._best = [math.inf, math.nan]
         self._ended: int | None = None
         self._writes, self._validated = False, False
-        self._table: Table | None = None
+        self._table: MetricsCSV | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -61,7 +61,7 @@ class LearningCurves(Picture):
             self._begin()
             self._trainer, self._writes = trainer, trainer.is_global_zero
             others = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-            self._table = None if folder in others else Table(folder / "metrics.csv")
+            self._table = None if folder in others else MetricsCSV(folder / "metrics.csv")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._writes and self._table is not None:
@@ -191,7 +191,7 @@ def pca_error(x: Tensor, n_components: int) -> float:
     return float((test_ND.square().sum() - codes.square().sum()) / test_ND.numel())
 
 
-class Table:
+class MetricsCSV:
     """A CSV file to which rows are added; a row with new columns, or of the same epoch again, has it written anew.
 
     Args:

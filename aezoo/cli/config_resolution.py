@@ -98,7 +98,7 @@ def expand(argv: list[str]) -> Request:
             flags += ["--config", str(path)]
             model = _model_name(config) or model
         elif flag == "--ckpt_path":
-            source = resume.find_checkpoint(value) if command == "fit" else checkpoint.find_checkpoint(value)
+            source = resume.newest_resumable(value) if command == "fit" else checkpoint.resolve_checkpoint(value)
             atomic_files.check_intact(source)
             run = run_folder.run_of(source, Path(value))
             flags += ["--ckpt_path", str(source)]
@@ -221,7 +221,7 @@ def _load_mapping(text: str) -> dict[str, Any]:
 def _find_resumed(resume_from: str, run_name: str | None, flags: list[str]) -> tuple[Path | None, Path | None]:
     """The checkpoint for `--resume`, None to start a run; and the folder of its run, if there is one."""
     if resume_from != "auto":
-        source = resume.find_checkpoint(resume_from)
+        source = resume.newest_resumable(resume_from)
         return source, run_folder.run_of(source, Path(resume_from))
     if RESUMED in os.environ and "LOCAL_RANK" in os.environ:
         found, run = (Path(os.environ[name]) if os.environ.get(name) else None for name in (RESUMED, RUN_DIR))

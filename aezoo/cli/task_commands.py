@@ -33,7 +33,7 @@ from aezoo.data.columns import Columns
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.npy import NpyDataset
-from aezoo.data.readers import Table, check_columns, is_streamed, read_arrays
+from aezoo.data.readers import TableArrays, check_columns, is_streamed, read_arrays
 from aezoo.data.resident import lacks_memory
 from aezoo.data.settings import own_settings
 from aezoo.data.source import STAGES, ArrayDataset, Stage
@@ -43,7 +43,7 @@ from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
-from aezoo.tasks.samples import Samples, progress_bar
+from aezoo.tasks.samples import SampleSet, progress_bar
 from aezoo.training import speed
 from aezoo.training.data_units import TABLES
 from aezoo.training.seeding import mix
@@ -233,7 +233,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         raise AezooError(f"{module.name} has no {config.split} split: take --split {others}, or give --input FILE")
     for key in missing:
         if wanted[key] in splits:
-            found[key] = Samples.from_data(module, wanted[key])
+            found[key] = SampleSet.from_data(module, wanted[key])
     root = str(module.hparams["root" if module.name in _PATHS else "name"])
     if needed and config.split in module.source.split_off and Path(root).exists() and _chooses_data(argv):
         print(f"aezoo: {root} has no splits of its own: {len(found['x']):,} of its samples are used, the share "
@@ -247,7 +247,7 @@ def _chooses_data(argv: list[str]) -> bool:
     return named and _value(argv, "--split") is None
 
 
-def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> Samples:
+def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> SampleSet:
     """The samples in a file or a folder, scaled and binarised like a model's training data.
 
     Args:
@@ -266,7 +266,7 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
     return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
 
 
-def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str) -> Samples:
+def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str) -> SampleSet:
     source = Path(path)
     if not source.exists():
         raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
@@ -281,17 +281,17 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
             print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
                   f"--data {path} --split test", file=sys.stderr)  # fmt: skip
         scaling = _scaling(trained, module.source.white, what)
-        return Samples(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
+        return SampleSet(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
     if source.suffix.lower() in images.EXTENSIONS:
         header = images.read_header(source, most)
         for words in images.ignored_content({path: header}):
             print(f"aezoo: {words}", file=sys.stderr)
         image = images.read_image(source, size, channels or (1 if header.mode in images.GREY_MODES else 3), most)
         scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
-        return Samples(ArrayDataset(image[None], None, [path]), *scaling, None, path)
+        return SampleSet(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     limit, label_column = given.get("max_bytes", 2**33), given.get("label_column", "auto")
     arrays = read_arrays(source, limit, label_column, streamed=True)
-    columns = arrays.columns if isinstance(arrays, Table) else ()
+    columns = arrays.columns if isinstance(arrays, TableArrays) else ()
     check_columns(what, columns, trained.get("columns", ()))
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
@@ -309,7 +309,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         if not is_bytes:
             _check_unscaled(path, shape, check_values(_all_values(streamed), title, missing=missing), trained, scaling)
         # a batch is one read, for which no process is needed
-        return Samples(streamed, *scaling, None, path, num_workers=0)
+        return SampleSet(streamed, *scaling, None, path, num_workers=0)
     x = to_channels_first(to_real_tensor(values, title, columns, missing=missing), layout)
     x = images.resize(x, size, channels) if x.ndim == 4 else x
     labels = arrays.get(name.replace("x", "y", 1))
@@ -322,7 +322,7 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     if x.ndim == 2 and source.suffix.lower() in TABLES:
         state = scaling[1] or ({"offset": torch.zeros(()), "factor": torch.tensor(255.0)} if is_bytes else {})
         found = Columns(columns or trained.get("columns", ()), state, x.shape[1])
-    return Samples(ArrayDataset(x, y), *scaling, names, path, columns=found)
+    return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found)
 
 
 def _all_values(dataset: NpyDataset) -> Iterator[Tensor]:
@@ -348,7 +348,7 @@ def _check_unscaled(
 
 
 def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
-    """The divisor of bytes for `Samples`, and the scaling, which give samples the scale of the training data.
+    """The divisor of bytes for `SampleSet`, and the scaling, which give samples the scale of the training data.
 
     Args:
         trained: the data's state from `load_run`.

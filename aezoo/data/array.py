@@ -31,8 +31,8 @@ from torch import Tensor
 
 from aezoo.data.classes import UNLABELLED
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, MissingArgs, Samples, as_real_array, chunk_rows, to_real_tensor
-from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, Table, first_names, parse_labels, read_arrays
+from aezoo.data.in_memory import InMemory, LabelledArrays, MissingArgs, as_real_array, chunk_rows, to_real_tensor
+from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, TableArrays, first_names, parse_labels, read_arrays
 from aezoo.data.source import STAGES, Options, Stage, accepts
 from aezoo.errors import AezooError
 from aezoo.training.data_units import TABLES
@@ -67,8 +67,8 @@ class Array(InMemory):
         self.title = "" if arrays is not None else f"{path}: "
         wanted = options.label_column
         raw = read_arrays(path, options.max_bytes, wanted) if arrays is None else arrays
-        self.columns = raw.columns if isinstance(raw, Table) else ()
-        if wanted not in ("auto", "none") and (not isinstance(raw, Table) or raw.label is None):
+        self.columns = raw.columns if isinstance(raw, TableArrays) else ()
+        if wanted not in ("auto", "none") and (not isinstance(raw, TableArrays) or raw.label is None):
             present = (
                 f"there are {first_names(self.columns)}" if self.columns else "columns have names in .csv and .parquet"
             )
@@ -97,7 +97,7 @@ class Array(InMemory):
         from_table = hasattr(raw["x_train"], "columns") if arrays is not None else path.suffix.lower() in TABLES
         self.is_table = from_table and len(self.input_shape) == 1
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         splits = {}
         for stage, values in self._x.items():
             self.mapped = self.mapped or isinstance(values, np.memmap)
@@ -106,7 +106,7 @@ class Array(InMemory):
             )
             y = self._y.get(stage)
             check_length(x, y, self._what(stage))
-            splits[stage] = Samples(to_channels_first(x, self.options.layout), y)
+            splits[stage] = LabelledArrays(to_channels_first(x, self.options.layout), y)
         if self._y and set(self._y) != set(splits):
             raise AezooError(f"{self.title}labels are given for {', '.join(self._y)} only: give them for all or none")
         return splits
@@ -119,7 +119,7 @@ class Array(InMemory):
         parts = (torch.as_tensor(np.asarray(values[i : i + n], dtype=np.float32)) for i in range(0, len(values), n))
         return any(bool(((part < 0) | (part > 1)).any()) for part in parts)
 
-    def _build(self) -> dict[Stage, Samples]:
+    def _build(self) -> dict[Stage, LabelledArrays]:
         splits = super()._build()
         self._x.clear()  # else the arrays of the file would stay in memory beside the splits
         return splits

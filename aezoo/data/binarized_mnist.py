@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.readers import MemoryLimitArgs, check_bytes
 from aezoo.data.source import Options, Stage, accepts
 from aezoo.errors import AezooError
@@ -29,8 +29,8 @@ class BinarizedMnist(InMemory):
     def __init__(self, options: Options) -> None:
         super().__init__(options, (1, 28, 28), None)
 
-    def load(self) -> dict[Stage, Samples]:
-        return {stage: Samples(self._read(self._find(name))) for stage, name in _FILES.items()}
+    def load(self) -> dict[Stage, LabelledArrays]:
+        return {stage: LabelledArrays(self._read(self._find(name))) for stage, name in _FILES.items()}
 
     def _find(self, name: str) -> Path:
         root = Path(self.options.root).expanduser()

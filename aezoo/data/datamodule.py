@@ -26,14 +26,14 @@ from aezoo.data.loaders import (
     make_loader,
     sample_blocks,
 )
-from aezoo.data.readers import Table, check_columns
+from aezoo.data.readers import TableArrays, check_columns
 from aezoo.data.resident import ResidentLoader, dataset_bytes, load_into_memory, memory_excess, to_device
 from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, refuse_foreign
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
 from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
 from aezoo.training.data_units import DataUnits
-from aezoo.training.hyperparameters import RecordsArguments
+from aezoo.training.hyperparameters import ConstructorHyperparameters
 from aezoo.training.keyword_groups import complete
 from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
@@ -42,7 +42,7 @@ from aezoo.training.seeding import mix
 _NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
 
 
-class DataModule(RecordsArguments, LightningDataModule):
+class DataModule(ConstructorHyperparameters, LightningDataModule):
     """Data for every model of the zoo. Batches are `(x,)` or `(x, y)` with x float32.
 
     Args:
@@ -163,7 +163,7 @@ class DataModule(RecordsArguments, LightningDataModule):
         for name, other in (("x_val", x_val), ("x_test", x_test)):
             check_columns(name, column_names(other), columns)
         arrays = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
-        module._arrays = Table(arrays, columns)
+        module._arrays = TableArrays(arrays, columns)
         cls.__init__(module, **plain)
         return module
 

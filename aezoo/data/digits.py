@@ -3,7 +3,7 @@
 import torch
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.source import Options, Stage, accepts
 
 
@@ -15,9 +15,9 @@ class Digits(InMemory):
         super().__init__(options, (1, 8, 8), 10)
         self.class_names = tuple("0123456789")
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         images = torch.from_numpy(digits.images).float()[:, None] / 16
-        return {"train": Samples(images, torch.from_numpy(digits.target).long())}
+        return {"train": LabelledArrays(images, torch.from_numpy(digits.target).long())}

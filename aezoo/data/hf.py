@@ -35,7 +35,7 @@ from aezoo.data.array import LayoutArgs, encode_labels, sample_shape, to_channel
 from aezoo.data.folder import ImageSource
 from aezoo.data.image_folders import SPLITS
 from aezoo.data.images import EncodedImage, Header, ImageArgs, ImageFileArgs
-from aezoo.data.in_memory import InMemory, MissingArgs, Samples, to_real_tensor
+from aezoo.data.in_memory import InMemory, LabelledArrays, MissingArgs, to_real_tensor
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes, check_parquet
 from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, accepts
 from aezoo.errors import AezooError
@@ -140,7 +140,7 @@ class HfArrays(InMemory):
         super().__init__(options, shape, len(names) if names else None)
         self.class_names = names
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         root, pairs = self.options.root, {}
         for stage, rows in self._sets.items():
             x = np.empty((len(rows), *self._shape), self._dtype)
@@ -150,7 +150,7 @@ class HfArrays(InMemory):
                     raise _shape_error(Row(root, stage, start), part.shape[1:], self._shape)
                 x[start : start + _PART] = part
             checked = to_real_tensor(x, f"{root}: column {self._column} for {stage}", missing=self.options.missing)
-            pairs[stage] = Samples(to_channels_first(checked, self.options.layout), self._y.get(stage))
+            pairs[stage] = LabelledArrays(to_channels_first(checked, self.options.layout), self._y.get(stage))
         return pairs
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.readers import MemoryLimitArgs, check_bytes
 from aezoo.data.source import Options, Stage, accepts
 from aezoo.data.vision import download
@@ -108,7 +108,7 @@ class Idx(InMemory):
                 f"{self.home}, or name their folder with --data.root; with a network, --data.download true fetches them"
             )
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         self.prepare()
         train, test = (self._read(i) for i in (0, 1))
         return {"train": train, "test": test}
@@ -117,7 +117,7 @@ class Idx(InMemory):
         paths = (folder / (name + suffix) for folder in self.folders for suffix in ("", ".gz"))
         return next((path for path in paths if path.is_file()), None)
 
-    def _read(self, part: int) -> Samples:
+    def _read(self, part: int) -> LabelledArrays:
         image_path, label_path = self._find(self.family.images[part]), self._find(self.family.labels[part])
         assert image_path is not None
         assert label_path is not None
@@ -135,7 +135,7 @@ class Idx(InMemory):
             y = y - 1 if self.family.split == "letters" else y
         if y.min() < 0 or y.max() >= len(self.family.class_names):
             raise AezooError(f"{label_path} has labels outside 0..{len(self.family.class_names) - 1}: wrong file?")
-        return Samples(x[:, None], y)
+        return LabelledArrays(x[:, None], y)
 
 
 def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from aezoo.data.images import resize, resized_shape
 from aezoo.data.readers import first_names, frame_values, text_columns
 from aezoo.data.source import STAGES, ArrayDataset, Options, Source, Stage, split_missing
+from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 
@@ -29,7 +30,7 @@ class MissingArgs(TypedDict, total=False):
     )]  # fmt: skip
 
 
-class Samples(NamedTuple):
+class LabelledArrays(NamedTuple):
     """Samples (N, *shape) and their labels."""
 
     x: Tensor
@@ -53,7 +54,7 @@ class InMemory(Source):
         self.scaling: Scale | None = None
         # whether `load` returns values that are still in their file
         self.mapped = False
-        self._splits: dict[Stage, Samples] | None = None
+        self._splits: dict[Stage, LabelledArrays] | None = None
 
     def set_scale(self, rule: str) -> None:
         """Choose the rule `--data.scale` before the first `split`."""
@@ -61,7 +62,7 @@ class InMemory(Source):
         self.value_range = (0.0, 1.0) if rule in ("auto", "unit") else None
 
     @abstractmethod
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         """The set's own splits, at least "train", from which missing ones are taken."""
 
     def split(self, stage: Stage) -> ArrayDataset | None:
@@ -69,12 +70,12 @@ class InMemory(Source):
             self._splits = self._build()
         return ArrayDataset(*self._splits[stage]) if stage in self._splits else None
 
-    def _build(self) -> dict[Stage, Samples]:
+    def _build(self) -> dict[Stage, LabelledArrays]:
         own, options = self.load(), self.options
         sizes: dict[Stage, int] = {stage: len(pair.x) for stage, pair in own.items()}
         rows = split_missing(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
         self.split_off = frozenset({stage for stage, index in rows.items() if index is not None})
-        splits: dict[Stage, Samples] = {}
+        splits: dict[Stage, LabelledArrays] = {}
         for stage in STAGES:
             x, y = own[stage] if stage in own else own["train"]
             index = rows[stage]
@@ -83,7 +84,7 @@ class InMemory(Source):
             elif self.mapped:
                 x = x.clone()
             if len(x):
-                splits[stage] = Samples(resize(x, options.size, options.channels) if x.ndim == 4 else x, y)
+                splits[stage] = LabelledArrays(resize(x, options.size, options.channels) if x.ndim == 4 else x, y)
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
         own.clear()
@@ -91,7 +92,7 @@ class InMemory(Source):
         self.white = scale.white
         for stage in list(splits):
             # one at a time, so that its unscaled samples are freed
-            splits[stage] = Samples(scale(splits[stage].x), splits[stage].y)
+            splits[stage] = LabelledArrays(scale(splits[stage].x), splits[stage].y)
         return splits
 
 
@@ -276,3 +277,6 @@ def check_values(
 def _float_dtype(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
     """float32 if it is exact: for floats of up to 4 bytes, integers of up to 2; else float64."""
     return narrow if size <= (4 if is_float else 2) else wide
+
+
+__getattr__ = renamed(__name__)

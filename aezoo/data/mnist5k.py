@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from aezoo.data.images import ImageArgs
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.source import Options, Stage, accepts
 
 FILE = Path(__file__).with_name("files") / "mnist5k.npz"
@@ -25,10 +25,10 @@ class Mnist5k(InMemory):
         super().__init__(options, (1, 28, 28), 10)
         self.class_names = tuple("0123456789")
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         with np.load(FILE, allow_pickle=False) as file:
             x, y = torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
-        return {stage: Samples(x[rows], y[rows]) for stage, rows in SPLITS.items()}
+        return {stage: LabelledArrays(x[rows], y[rows]) for stage, rows in SPLITS.items()}
 
 
 def split_by_digit(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:

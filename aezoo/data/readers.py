@@ -59,7 +59,7 @@ class ColumnArgs(LabelColumnArgs, total=False):
     )]  # fmt: skip
 
 
-class Table(dict[str, Any]):
+class TableArrays(dict[str, Any]):
     """Arrays of a table, and its column names of x; () without names.
 
     Args:
@@ -323,7 +323,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
     y = parse_labels(labels) if labels and label_column != "none" else None
-    return Table({"x": x, "y": y}, columns, None if label is None else first[label])
+    return TableArrays({"x": x, "y": y}, columns, None if label is None else first[label])
 
 
 def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
@@ -361,7 +361,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
         frame = (pyarrow.Table.from_batches(batches) if batches else file.read(columns=names)).to_pandas()
     column = None if label is None else frame.pop(label)
     y = None if column is None or label_column == "none" else _labels(column)
-    return Table({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], label and str(label))
+    return TableArrays({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], label and str(label))
 
 
 def check_parquet(path: Path, max_bytes: int) -> None:

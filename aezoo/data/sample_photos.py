@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aezoo.data.images import ImageArgs, read_image
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.source import Options, Stage, accepts
 from aezoo.errors import AezooError
 
@@ -49,9 +49,9 @@ class SamplePhotos(InMemory):
             )
         super().__init__(options, (3, self.size, self.size), None)
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         return {
-            stage: Samples(torch.cat([crops(read_photograph(name), self.size, _PARTS[stage]) for name in names]))
+            stage: LabelledArrays(torch.cat([crops(read_photograph(name), self.size, _PARTS[stage]) for name in names]))
             for stage, names in PHOTOGRAPHS.items()
         }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.images import ImageArgs, resized_shape, to_tensor
-from aezoo.data.in_memory import InMemory, Samples
+from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.loaders import DecodingDataset
 from aezoo.data.source import STAGES, Options, Source, Stage, accepts, split_missing
 from aezoo.errors import AezooError
@@ -125,16 +125,16 @@ class VisionArray(InMemory):
     def prepare(self) -> None:
         _prepare(self.row, self.options)
 
-    def load(self) -> dict[Stage, Samples]:
+    def load(self) -> dict[Stage, LabelledArrays]:
         return {stage: self._pair(arguments) for stage, arguments in self.row.splits.items()}
 
-    def _pair(self, arguments: Arguments) -> Samples:
+    def _pair(self, arguments: Arguments) -> LabelledArrays:
         with _one_line_errors(self.row.files, self.options):
             dataset = _open(self.row.title, self.options.root, arguments)
         x = torch.from_numpy(np.asarray(dataset.data))
         x = x[:, None] if x.ndim == 3 else x if x.shape[1] == self.row.shape[0] else x.permute(0, 3, 1, 2)
         labels = _labels(dataset)
-        return Samples(x.contiguous(), labels if self.row.classes else None)
+        return LabelledArrays(x.contiguous(), labels if self.row.classes else None)
 
 
 class VisionFiles(Source):

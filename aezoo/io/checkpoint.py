@@ -130,7 +130,7 @@ def load_run(
     else:
         if "://" not in str(path) and not Path(path).exists():
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
-        source = find_checkpoint(path)
+        source = resolve_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         atomic_files.check_intact(source)
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
@@ -374,7 +374,7 @@ def describe_content(checkpoint: dict[str, Any], source: Path) -> tuple[str, dic
     return name, hyperparameters
 
 
-def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
+def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     """The checkpoint that a path refers to.
 
     Args:

@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, run_folder
 
 
-def find_checkpoint(text: str) -> Path:
+def newest_resumable(text: str) -> Path:
     """The newest intact checkpoint of a run, or a file; skipped checkpoints are printed.
 
     Args:

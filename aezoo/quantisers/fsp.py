@@ -27,7 +27,7 @@ from aezoo.quantisers.base import Quantiser, Rows
 from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import MAX_BITS
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # g and sigma_g^2 by name
 SQUASHES = {
@@ -59,7 +59,7 @@ class FSP(Quantiser):
             raise AezooError(f"FSP takes levels of 2 or more, of at most {MAX_BITS} bits together, got {levels}")
         if squash not in SQUASHES:
             raise AezooError(f"squash must be one of {', '.join(SQUASHES)}, got {squash!r}")
-        at_least(0, eta=eta)
+        check_at_least(0, eta=eta)
         if not 0 <= quantised <= 1:
             raise AezooError(f"quantised must lie between 0 and 1, got {quantised}")
         super().__init__(len(levels), (math.prod(levels),))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aezoo.nets import vit
 from aezoo.quantisers.sim_vq import SharedCodebook
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Bridge(nn.Module):
@@ -33,7 +33,7 @@ class Bridge(nn.Module):
 
     def __init__(self, dim: int, group_size: int, width: int, depth: int) -> None:
         super().__init__()
-        at_least(1, group_size=group_size, width=width, depth=depth)
+        check_at_least(1, group_size=group_size, width=width, depth=depth)
         self.group_size = group_size
         self.compress = nn.Linear(group_size * dim, width)
         self.blocks = vit.blocks((width,) * depth, "gelu")

@@ -28,7 +28,7 @@ from torch import Tensor
 from aezoo.quantisers.base import Rows
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.vq import VQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # rows whose distances to the queue are held at once, and rows of the queue that are searched as one group
 _ROWS, _GROUP = 512, 8
@@ -67,8 +67,8 @@ class VectorPerturbation(VQ):
         dead_below: float = 1.0,
     ) -> None:
         super().__init__(dim, size, decay=decay, dead_below=dead_below)
-        at_least(0, eta=eta, share=share)
-        at_least(1, neighbours=neighbours, queue_size=queue_size)
+        check_at_least(0, eta=eta, share=share)
+        check_at_least(1, neighbours=neighbours, queue_size=queue_size)
         self.eta, self.share = eta, min(share, 1.0)
         self.k, self.m = min(neighbours, queue_size), math.ceil(queue_size / size)
         self.register_float32_buffer("queue_SD", torch.randn(queue_size, dim))

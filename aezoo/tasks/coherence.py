@@ -12,7 +12,7 @@ from aezoo.data.classes import UNLABELLED
 from aezoo.metrics.coherence import CrossCoherence, JointCoherence
 from aezoo.tasks.embed_codes import choose_rows, fit_probe
 from aezoo.tasks.result_store import Row
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 Array = npt.NDArray[Any]
 
@@ -21,7 +21,7 @@ _FOLDS = 5
 _MAX_SAMPLES, _MAX_DRAWN = 2000, 1000
 
 
-def coherence(model: Multimodal, samples: Samples, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
+def coherence(model: Multimodal, samples: SampleSet, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
     """One row for each part, and one for samples from the prior; no rows if there are too few labels.
 
     A classifier is a logistic regression on the raw values of a part. It learns from the real parts of four fifths of

@@ -17,7 +17,7 @@ from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, max_samples_per_fr
 from aezoo.tasks.codec.levels import reason, to_levels
 from aezoo.tasks.result_store import Store
 from aezoo.tasks.results import takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 
 MODES = ("auto", "lossless", "lossy")
 _QUALITY = 3.0
@@ -53,7 +53,7 @@ def compress(
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         mode: lossless, lossy, or auto: lossless if the model and the data allow it.
         quality: lossy: approximate bits of the code's most important dimension, by default 3; one more halves all
             steps. Several, such as [1,2,3,4], give one file each and a curve. Indices are not quantised again; quality
@@ -79,8 +79,8 @@ def compress(
     qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
     _check(mode, qualities, steps, precision, batch_size)
     tables.constriction_stream()
-    samples = Samples.from_data(x).check(model)
-    fit = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
+    samples = SampleSet.from_data(x).check(model)
+    fit = None if fit_on is None else SampleSet.from_data(fit_on, "train").check(model)
     if binarise:
         samples, fit = _binarised(samples, model), None if fit is None else _binarised(fit, model)
     mode = _mode(mode, model, samples)
@@ -113,7 +113,7 @@ def store_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
         store.files.append(save_model(model, store.folder / reproducibility.model_folder(fingerprint)))
 
 
-def _mode(mode: str, model: Autoencoder, samples: Samples) -> str:
+def _mode(mode: str, model: Autoencoder, samples: SampleSet) -> str:
     if mode == "lossy":
         return mode
     try:
@@ -127,14 +127,14 @@ def _mode(mode: str, model: Autoencoder, samples: Samples) -> str:
     return "lossless"
 
 
-class _BinarySamples(Samples):
+class _BinarySamples(SampleSet):
     """Samples of which values above 0.5 count as one."""
 
     def _as_float(self, x: Tensor) -> Tensor:
         return (super()._as_float(x) > 0.5).float()
 
 
-def _binarised(samples: Samples, model: Autoencoder) -> Samples:
+def _binarised(samples: SampleSet, model: Autoencoder) -> SampleSet:
     if not isinstance(model.likelihood, Bernoulli):
         raise AezooError("binarise is for models with likelihood bernoulli: leave it out")
     kept = samples.class_names, samples.name, samples.num_workers, samples.columns

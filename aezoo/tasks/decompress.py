@@ -27,7 +27,7 @@ from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
 from aezoo.tasks.result_store import Row, Store
 from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
+from aezoo.tasks.samples import SampleSet, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 from aezoo.tasks.show import show
 
@@ -123,7 +123,7 @@ def decompress(
         if kind == "csv" and columns is not None:
             store.table("samples", _rows(x, columns))
     tabulate = functools.partial(_rows, x, columns if kind == "csv" else None)
-    draw = functools.partial(show, Samples(ArrayDataset(torch.from_numpy(x)), name=Path(file).name, columns=columns))
+    draw = functools.partial(show, SampleSet(ArrayDataset(torch.from_numpy(x)), name=Path(file).name, columns=columns))
     return Decompression(x, header.mode, same, files=store.files, tabulate=tabulate, draw=draw)
 
 

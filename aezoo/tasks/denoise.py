@@ -20,7 +20,7 @@ from aezoo.metrics import Evaluation
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
 from aezoo.tasks.result_store import Row, Store, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
@@ -85,7 +85,7 @@ def denoise(
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`; noisy ones unless corrupt is given.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`; noisy ones unless corrupt is given.
         corrupt: noise to add first: gaussian:0.3, masking:0.3, salt_and_pepper:0.1; none if the samples are noisy.
         baselines: compare with filters.
         n_compared: number of samples in the comparison, drawn from the seed, since filters are slow.
@@ -104,7 +104,7 @@ def denoise(
     noise = corruptions.corruption(corrupt)
     if noise is not None and noise.amount > _MAX_NOISE:
         raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MAX_NOISE:g}")
-    samples = Samples.from_data(x).check(model)
+    samples = SampleSet.from_data(x).check(model)
     n = len(samples)
     with Store(out) as store, evaluation_mode(model, seed) as like:
         x_hat, start = store.array("denoised", (n, *model.input_shape)), 0
@@ -148,7 +148,7 @@ def denoise(
 
 
 def _draw(
-    samples: Samples,
+    samples: SampleSet,
     shown: Tensor,
     x_hat: npt.NDArray[np.float32],
     noise: Corruption | None,
@@ -177,7 +177,7 @@ def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, 
     return torch.stack([noise(x, generator) for x, generator in zip(clean, generators, strict=True)])
 
 
-def _tuned(samples: Samples, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
+def _tuned(samples: SampleSet, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
     """Each filter with its best setting for these samples."""
     clean = samples.rows(index)
     noisy = _corrupted(clean, index.tolist(), noise, seed)
@@ -190,7 +190,7 @@ def _tuned(samples: Samples, index: Tensor, noise: Corruption, seed: int) -> dic
 
 
 def _evaluate(
-    samples: Samples,
+    samples: SampleSet,
     compared: Tensor,
     x_hat: npt.NDArray[np.float32],
     noise: Corruption,

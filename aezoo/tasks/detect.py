@@ -19,7 +19,7 @@ from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, held_out_threshold, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def detect(
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in deviance,nap, are
             compared in the table, and the first one decides. deviance is -log p(x | z) less that of a perfect
             reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as the
@@ -154,7 +154,7 @@ def detect(
     detectors += [Baseline(name, features=features or "", **options) for name in others]
 
     protocol = Protocol(normal, anomaly)
-    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
+    samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
     anomalous = protocol.anomalies(samples)
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
@@ -221,7 +221,7 @@ class _DetectorResult:
 
 def _run_detector(
     detector: Detector | Baseline,
-    samples: Samples,
+    samples: SampleSet,
     train: Reference,
     held_out: Reference | None,
     contamination: float,
@@ -247,7 +247,7 @@ def _run_detector(
     return _DetectorResult(scores, p, threshold if quantile is None else float(np.quantile(reference, quantile)))
 
 
-def _draw(model: Autoencoder, samples: Samples, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
+def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
     """The samples of the highest scores."""
     index = torch.from_numpy(np.argsort(-found.scores, kind="stable")[:n_shown].copy())
     shown, titles = samples.rows(index), [f"p {value:.2g}" for value in found.p_values[index.numpy()]]
@@ -256,7 +256,7 @@ def _draw(model: Autoencoder, samples: Samples, found: _DetectorResult, n_shown:
         return _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns)
 
 
-def _errors_by_column(model: Autoencoder, samples: Samples, like: Tensor, batch_size: int) -> Iterator[Row]:
+def _errors_by_column(model: Autoencoder, samples: SampleSet, like: Tensor, batch_size: int) -> Iterator[Row]:
     """The error of each column of a table, a row for each sample; nothing for other samples."""
     if samples.columns is None:
         return
@@ -266,7 +266,7 @@ def _errors_by_column(model: Autoencoder, samples: Samples, like: Tensor, batch_
 
 def _score_rows(
     model: Autoencoder,
-    samples: Samples,
+    samples: SampleSet,
     found: _DetectorResult,
     others: dict[str, _DetectorResult],
     batch_size: int,

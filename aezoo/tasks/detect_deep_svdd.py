@@ -60,7 +60,7 @@ class SVDDSettings:
                              f"of at least 0 and below 1, got {self.epochs}, {self.lr} and {self.nu}")  # fmt: skip
 
 
-class DeepSVDD:
+class DeepSVDDScorer:
     """Squared distance of a fine-tuned code from the centre of the normal ones.
 
     Args:

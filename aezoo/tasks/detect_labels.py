@@ -14,7 +14,7 @@ from aezoo.data.classes import UNLABELLED, describe_classes, label_names
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 from aezoo.tasks.result_store import Row
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 Flags = npt.NDArray[np.bool_]
 # 1 for an anomaly, 0 for a normal sample, UNLABELLED if unknown
@@ -40,7 +40,7 @@ class Protocol:
             return f"one-vs-rest: {self.class_name} is normal, all other classes are anomalies"
         return f"leave-one-out: {self.class_name} is the anomaly, all other classes are normal"
 
-    def anomalies(self, samples: Samples) -> AnomalyLabels | None:
+    def anomalies(self, samples: SampleSet) -> AnomalyLabels | None:
         """Which samples are anomalies, (N,); None if no class is named.
 
         Raises:
@@ -58,7 +58,7 @@ class Protocol:
             raise AezooError(f"no sample of {samples.name} has the label {self.class_name!r}: it has {classes_text}")
         return np.where(labelled, (classes == str(self.class_name)) != self.normal_is_named, UNLABELLED)
 
-    def normal_indices(self, samples: Samples) -> npt.NDArray[np.int64]:
+    def normal_indices(self, samples: SampleSet) -> npt.NDArray[np.int64]:
         """The indices of samples that are normal by their labels; all of them without labels."""
         known = None if self.class_name is None else _classes(samples)
         if known is None:
@@ -80,20 +80,20 @@ class Reference:
         n_left_out: how many were left out, as anomalies or without a label.
     """
 
-    samples: Samples
+    samples: SampleSet
     own: npt.NDArray[np.int64]
     n_left_out: int
 
     @classmethod
     def from_split(
-        cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: Samples
+        cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: SampleSet
     ) -> "Reference | None":
         """`given`, or else a split of x if that is a DataModule, or else None."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:
             return None
-        split_samples = Samples.from_data(given, split, model.takes_missing).check(model)
+        split_samples = SampleSet.from_data(given, split, model.takes_missing).check(model)
         normal = protocol.normal_indices(split_samples)
         samples = split_samples if len(normal) == len(split_samples) else split_samples.subset(torch.from_numpy(normal))
         own = normal if split_samples.dataset is scored.dataset else normal[:0]
@@ -142,7 +142,7 @@ def label_report(
     return lines
 
 
-def _classes(samples: Samples) -> tuple[npt.NDArray[Any], Flags] | None:
+def _classes(samples: SampleSet) -> tuple[npt.NDArray[Any], Flags] | None:
     """The class name of each sample, and whether it has one; None if no sample has."""
     y = samples.labels
     if y is None:

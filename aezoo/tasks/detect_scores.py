@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
+from aezoo.tasks.detect_deep_svdd import DeepSVDDScorer, SVDDSettings
 from aezoo.training.model_names import display_name
 
 Scores = npt.NDArray[np.float64]
@@ -105,7 +105,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
         case "nap":
             return Mahalanobis(partial(pathway, model), "nap")
         case "deep_svdd":
-            return DeepSVDD(model, tuning or SVDDSettings(), title)
+            return DeepSVDDScorer(model, tuning or SVDDSettings(), title)
     raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")
 
 

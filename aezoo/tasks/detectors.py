@@ -14,7 +14,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detect_scores import Scores, scorer
-from aezoo.tasks.samples import Samples, evaluation_mode, random_rows
+from aezoo.tasks.samples import SampleSet, evaluation_mode, random_rows
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
 _MAX_DRAWS = 10**6
@@ -89,14 +89,14 @@ class Detector:
         """Learn from samples that are mostly normal, and set the threshold.
 
         Args:
-            X: samples (N, *input_shape), a DataModule (its training split) or `Samples`.
+            X: samples (N, *input_shape), a DataModule (its training split) or `SampleSet`.
             y: not used.
             calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
                 validation split if X is a DataModule, else X.
         """
         if calibrate_on is None and isinstance(X, DataModule) and "val" in X.splits():
             calibrate_on = X
-        samples = Samples.from_data(X, "train", self.model.takes_missing).check(self.model)
+        samples = SampleSet.from_data(X, "train", self.model.takes_missing).check(self.model)
         n = len(samples)
         with evaluation_mode(self.model, self.seed) as like:
             most = self._scorer.max_samples(samples.rows([0]).to(like))
@@ -110,7 +110,7 @@ class Detector:
             self.calibration_scores_ = self.decision_scores_
             self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
         else:
-            held_out = Samples.from_data(calibrate_on, "val", self.model.takes_missing).check(self.model)
+            held_out = SampleSet.from_data(calibrate_on, "val", self.model.takes_missing).check(self.model)
             self.calibration_scores_ = self._scores(held_out)
             self.threshold_ = held_out_threshold(self.calibration_scores_, self.contamination)
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
@@ -120,7 +120,7 @@ class Detector:
         """Scores of samples, larger is stranger, (N,)."""
         if not hasattr(self, "threshold_"):
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
-        return self._scores(Samples.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
+        return self._scores(SampleSet.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for samples above the threshold, 0 for the others, (N,)."""
@@ -139,7 +139,7 @@ class Detector:
         """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
         return p_values(self.decision_function(X), self.calibration_scores_)
 
-    def _scores(self, samples: Samples) -> Scores:
+    def _scores(self, samples: SampleSet) -> Scores:
         scores = np.empty(len(samples))
         start = 0
         with evaluation_mode(self.model, self.seed) as like:
@@ -243,7 +243,7 @@ class Baseline:
         self.note = ""
         self._net: FrozenFeatures | None = None
 
-    def fit(self, samples: Samples) -> "Baseline":
+    def fit(self, samples: SampleSet) -> "Baseline":
         """Learn from samples that are mostly normal."""
         if self.name == "fre":
             self._net = FrozenFeatures(self.features, samples.shape).to(self.device)
@@ -267,7 +267,7 @@ class Baseline:
             self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
         return self
 
-    def decision_function(self, samples: Samples) -> Scores:
+    def decision_function(self, samples: SampleSet) -> Scores:
         """Scores of samples, larger is stranger, (N,)."""
         scores = []
         for x in samples.batches(self.batch_size, f"{self.name}: scores" if self.progress else ""):

@@ -28,7 +28,7 @@ from aezoo.tasks.embed_codes import (
 )
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 from aezoo.tasks.samples import progress_bar as progress_bar
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ def embed(
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         fit_on: training samples, for the classifiers and the nearest neighbours: an array, a DataModule (its training
-            split) or `Samples`. Without it, or if it is x, there are no accuracies, and each sample is its own nearest
-            neighbour.
+            split) or `SampleSet`. Without it, or if it is x, there are no accuracies, and each sample is its own
+            nearest neighbour.
         method: how codes are projected to the plane: pca, tsne or umap.
         nearest: how many nearest training samples in code space to find for each sample, among all of their codes in
             memory; 0 finds none.
@@ -132,8 +132,8 @@ def embed(
         AezooError: samples that the model cannot use, values out of range, or a folder that cannot be written.
     """
     _check(method, table, nearest, n_shown, batch_size)
-    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
-    train = None if fit_on is None else Samples.from_data(fit_on, "train", model.takes_missing).check(model)
+    samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
+    train = None if fit_on is None else SampleSet.from_data(fit_on, "train", model.takes_missing).check(model)
     library = samples if train is None else train
     n, kind = len(samples), "parquet" if table == "parquet" else "csv"
     if nearest > len(library):
@@ -190,7 +190,7 @@ def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int)
 
 
 def _accuracies(
-    model: Autoencoder, train: Samples, test: Samples, test_codes: Array, batch_size: int, seed: int, progress: bool
+    model: Autoencoder, train: SampleSet, test: SampleSet, test_codes: Array, batch_size: int, seed: int, progress: bool
 ) -> list[Row]:
     """Accuracies of the same two classifiers on codes, raw values and PCA of the code's size.
 
@@ -226,7 +226,7 @@ def _accuracies(
 # ---- tables and pictures --------------------------------------------------------------------------------------------
 
 
-def _samples_text(samples: Samples) -> Array:
+def _samples_text(samples: SampleSet) -> Array:
     """Labels as in the data; class numbers if some samples have none."""
     assert samples.labels is not None
     given = np.asarray(original_labels(samples.labels, samples.class_names))
@@ -251,7 +251,7 @@ def _neighbour_rows(neighbours: Array, distances: Array, queries: Notes, library
             yield row | query | row_of(library, int(found))
 
 
-def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Samples) -> "Figure":
+def _plane_picture(plane: Array, labels: Array | None, method: str, samples: SampleSet) -> "Figure":
     from aezoo.callbacks import plotting
 
     name = {"pca": "principal component", "tsne": "t-SNE", "umap": "UMAP"}[method]
@@ -261,7 +261,7 @@ def _plane_picture(plane: Array, labels: Array | None, method: str, samples: Sam
     )
 
 
-def _neighbour_picture(samples: Samples, library: Samples, neighbours: Array, n_shown: int) -> "Figure":
+def _neighbour_picture(samples: SampleSet, library: SampleSet, neighbours: Array, n_shown: int) -> "Figure":
     """Each sample and, to its right, its neighbours."""
     from aezoo.callbacks import plotting
 

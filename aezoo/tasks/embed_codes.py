@@ -16,7 +16,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError
 from aezoo.tasks.result_store import write_batch
-from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,7 @@ def choose_rows(n: int, max_rows: int | None, seed: int = 0) -> Array:
 
 def encode_samples(
     model: Autoencoder,
-    samples: Samples,
+    samples: SampleSet,
     max_samples: int | None,
     batch_size: int,
     seed: int,
@@ -68,13 +68,13 @@ def check_finite(codes: Tensor) -> Tensor:
     return codes
 
 
-def has_class_labels(samples: Samples) -> bool:
+def has_class_labels(samples: SampleSet) -> bool:
     """Whether each sample has one label, and labels are integers."""
     y = samples.labels
     return y is not None and not y.is_floating_point()
 
 
-def same_classes(samples: Samples, known: Samples) -> Array:
+def same_classes(samples: SampleSet, known: SampleSet) -> Array:
     """Labels of `samples` numbered as in `known` if both name their classes; unknown classes get the next number."""
     y, names, known_names = np.asarray(samples.y), samples.class_names, known.class_names
     if names is None or known_names is None or names == known_names:

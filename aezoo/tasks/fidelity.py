@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aezoo.data.source import ArrayDataset
 from aezoo.tasks.fidelity_features import choose_features
 from aezoo.tasks.result_store import Row, Store
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 from aezoo.training.seeding import forked_rng
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Nearest:
 
 def evaluate_fidelity(
     fake: Tensor,
-    train: Samples,
-    held_out: Samples | None,
+    train: SampleSet,
+    held_out: SampleSet | None,
     device: torch.device,
     store: Store,
     *,
@@ -72,7 +72,7 @@ def evaluate_fidelity(
     """
     features = choose_features(train, device, seed, progress)
     real = features.all(train.subsample(_MAX_REAL, seed), batch_size, progress)
-    fake_features = features.all(Samples(ArrayDataset(fake)), batch_size, progress)
+    fake_features = features.all(SampleSet(ArrayDataset(fake)), batch_size, progress)
     nearest = nearest_samples(fake, train, batch_size, progress)
     rows: list[Row] = [{"samples": "generated"} | fidelity_metrics(real, fake_features, nearest, seed)]
     if held_out is not None and len(held_out) > 1:
@@ -170,7 +170,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def nearest_samples(x: Tensor, train: Samples, batch_size: int = 256, progress: bool = False) -> Nearest:
+def nearest_samples(x: Tensor, train: SampleSet, batch_size: int = 256, progress: bool = False) -> Nearest:
     """The training sample nearest to each of x (N, *shape) in raw values; reads the training samples once."""
     flat = x.flatten(1).double()
     smallest = torch.full((len(x),), math.inf, dtype=torch.float64)
@@ -197,7 +197,7 @@ def closer_probability(fake: Array, held_out: Array) -> float:
     return float(1 - farther / (len(fake) * len(held_out)))
 
 
-def _picture(fake: Tensor, nearest: Nearest, train: Samples, n: int = 8) -> "Figure":
+def _picture(fake: Tensor, nearest: Nearest, train: SampleSet, n: int = 8) -> "Figure":
     """The samples that are nearest to a training sample, and that training sample."""
     from aezoo.callbacks import plotting
 

@@ -13,7 +13,7 @@ from aezoo.nets.blocks.classifier import STEPS, Classifier
 from aezoo.nets.blocks.pretrained import cached_file, cached_weights
 from aezoo.tasks.embed_codes import choose_rows, has_class_labels
 from aezoo.tasks.result_store import concatenate
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.seeding import forked_rng
 
@@ -37,7 +37,7 @@ class Features:
     extract: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
-    def all(self, samples: Samples, batch_size: int, progress: bool = False) -> Tensor:
+    def all(self, samples: SampleSet, batch_size: int, progress: bool = False) -> Tensor:
         """Features of all samples, (N, F) on the CPU."""
         found = concatenate(
             self.extract(batch) for batch in samples.batches(batch_size, "features" if progress else "")
@@ -47,7 +47,7 @@ class Features:
         return found
 
 
-def choose_features(train: Samples, device: torch.device, seed: int, progress: bool) -> Features:
+def choose_features(train: SampleSet, device: torch.device, seed: int, progress: bool) -> Features:
     """The best available space: Inception for images, else a classifier of the set's labels, else principal components.
 
     Nothing is downloaded: Inception is used if torchvision's weights are already on this machine.
@@ -67,7 +67,7 @@ def choose_features(train: Samples, device: torch.device, seed: int, progress: b
 # ---- Inception ------------------------------------------------------------------------------------------------------
 
 
-def _in_unit_interval(train: Samples) -> bool:
+def _in_unit_interval(train: SampleSet) -> bool:
     x = train.rows(range(min(len(train), 1000)))
     return bool(x.min() >= 0 and x.max() <= 1)
 
@@ -100,7 +100,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _classifier(
-    train: Samples, labels: Tensor, rows: Tensor, device: torch.device, seed: int, progress: bool
+    train: SampleSet, labels: Tensor, rows: Tensor, device: torch.device, seed: int, progress: bool
 ) -> Features:
     """The 64 activations before the last layer of a network that learns the labels, a tenth of them held out."""
     with forked_rng(device), torch.enable_grad():

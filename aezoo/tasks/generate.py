@@ -22,9 +22,9 @@ from aezoo.tasks.generate_walks import GIVE_TRAINING
 from aezoo.tasks.priors_base import Prior
 from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode, reference_tensor
+from aezoo.tasks.samples import SampleSet, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def generate(
 
     Args:
         model: a trained model.
-        x: real samples (N, *input_shape), a DataModule (its test split) or `Samples`. Walks start from them; with
+        x: real samples (N, *input_shape), a DataModule (its test split) or `SampleSet`. Walks start from them; with
             fit_on, they are the held-out samples that quality is measured against.
         n: number of samples.
         prior: own (the model's), gaussian, gmm (Gaussian mixture), maf (masked autoregressive flow), knn (between a
@@ -120,7 +120,7 @@ def generate(
             0 the most likely index each time, above 1 less likely samples.
         top_k: for such a prior: draw each index only from this many of the most likely ones; 0 for all.
         fit_on: training samples that a prior is fitted to and quality is measured against: an array, a DataModule (its
-            training split) or `Samples`.
+            training split) or `SampleSet`.
         n_components: Gaussians in the mixture of gmm; the summary says how much more likely it makes held-out codes.
         n_neighbours: neighbours that knn chooses from.
         interpolate: walk from sample to sample, on a straight line between their codes.
@@ -153,9 +153,9 @@ def generate(
     _check(
         model, n, prior, interpolate, circle, traverse, around is not None, spread, walks, steps, quality, batch_size
     )
-    given = None if x is None else Samples.from_data(x).check(model)
-    varied = None if around is None else Samples.from_data(around).check(model)
-    train = None if fit_on is None else Samples.from_data(fit_on, "train").check(model)
+    given = None if x is None else SampleSet.from_data(x).check(model)
+    varied = None if around is None else SampleSet.from_data(around).check(model)
+    train = None if fit_on is None else SampleSet.from_data(fit_on, "train").check(model)
     known_columns = [part.columns for part in (given, train, varied) if part and part.columns]
     columns = next(iter(known_columns), None) if columns is None else columns
     columns = Columns.of_model(model) if columns is None else columns
@@ -284,14 +284,14 @@ def _check_draws(model: Autoencoder, prior: str, temperature: float, top_k: int,
         raise AezooError(
             "temperature and top_k are for the model's own prior: leave out prior, interpolate, traverse and around"
         )
-    at_least(0, temperature=temperature, top_k=top_k)
+    check_at_least(0, temperature=temperature, top_k=top_k)
 
 
 def _prior(
     model: Autoencoder,
     name: str,
-    train: Samples | None,
-    held_out: Samples | None,
+    train: SampleSet | None,
+    held_out: SampleSet | None,
     n_components: int,
     n_neighbours: int,
     batch_size: int,
@@ -335,9 +335,9 @@ def _prior(
     return fitted, source + hint
 
 
-def _own_samples(model: Autoencoder, batch_size: int) -> Samples:
+def _own_samples(model: Autoencoder, batch_size: int) -> SampleSet:
     drawn = concatenate(_draws(model, None, _OWN, batch_size, 0))
-    return Samples(ArrayDataset(drawn.float()), name="the model's prior")
+    return SampleSet(ArrayDataset(drawn.float()), name="the model's prior")
 
 
 def _draws(

@@ -16,7 +16,7 @@ from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.result_store import Store, write_batch
-from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import SampleSet, reference_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ class Walks:
     ends: tuple[Tensor, ...] = ()
 
 
-def interpolation(model: Autoencoder, starts: Samples, circle: bool, walks: int, steps: int, seed: int) -> Walks:
+def interpolation(model: Autoencoder, starts: SampleSet, circle: bool, walks: int, steps: int, seed: int) -> Walks:
     """Walks between the first two samples, the next two, ...; between random ones if there are many."""
     if len(starts) < 2:
         raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
@@ -73,7 +73,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def traversal(
-    model: Autoencoder, starts: Samples, known: Samples, walks: int, steps: int, batch_size: int, seed: int
+    model: Autoencoder, starts: SampleSet, known: SampleSet, walks: int, steps: int, batch_size: int, seed: int
 ) -> Walks:
     """One dimension of the first sample's code at a time, from the least to the largest value among codes of `known`.
 
@@ -91,8 +91,8 @@ def traversal(
 
 def around_sample(
     model: Autoencoder,
-    starts: Samples,
-    known: Samples,
+    starts: SampleSet,
+    known: SampleSet,
     spread: float,
     walks: int,
     steps: int,
@@ -107,7 +107,7 @@ def around_sample(
     return Walks("around", z[:, None] + spread * s * e, [], (x,))
 
 
-def _codes(model: Autoencoder, known: Samples, batch_size: int, seed: int) -> Tensor:
+def _codes(model: Autoencoder, known: SampleSet, batch_size: int, seed: int) -> Tensor:
     if len(known) < 2:
         raise AezooError(f"the range of codes is that of the training samples, two at least: {GIVE_TRAINING}")
     return torch.from_numpy(encode_samples(model, known, _MAX_CODES, batch_size, seed, False)[0])
@@ -118,7 +118,7 @@ def _encoded(model: Autoencoder, x: Tensor) -> Tensor:
     return model.encode(x.to(reference_tensor(model))).flatten(1).float().cpu()
 
 
-def _random_codes(samples: Samples, most: int, seed: int) -> Tensor:
+def _random_codes(samples: SampleSet, most: int, seed: int) -> Tensor:
     """All samples in their order, or `most` random ones in random order if there are more."""
     if len(samples) <= most:
         return samples.rows(range(len(samples)))

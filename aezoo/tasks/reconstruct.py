@@ -19,7 +19,7 @@ from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def reconstruct(
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `Samples`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         parts: reconstruct whole samples from this part alone, or from these, numbered from 0; the other parts are
             ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
@@ -125,7 +125,7 @@ def reconstruct(
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
     reconstructor = None if parts is None else _PartReconstructor(model, (parts,) if isinstance(parts, int) else parts)
-    samples = Samples.from_data(x, allow_missing=model.takes_missing).check(model)
+    samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
     n = len(samples)
     with Store(out) as store, evaluation_mode(model, seed) as like:
         x_hat = store.array("reconstructions", (n, *model.input_shape))
@@ -213,7 +213,7 @@ class _PartReconstructor:
 
 
 def _picture(
-    samples: Samples,
+    samples: SampleSet,
     x_hat: npt.NDArray[Any],
     mse: npt.NDArray[Any],
     n_shown: int,

@@ -35,7 +35,7 @@ _OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_an
 _OWN_NAMES |= {"rank", "neighbour", "distance"}
 
 
-class Samples:
+class SampleSet:
     """Samples of one shape, float32 as a model sees them; read on demand.
 
     Args:
@@ -68,11 +68,11 @@ class Samples:
     @classmethod
     def from_data(
         cls,
-        x: "Samples | DataModule | Tensor | np.ndarray[Any, Any]",
+        x: "SampleSet | DataModule | Tensor | np.ndarray[Any, Any]",
         split: Stage = "test",
         allow_missing: bool = False,
-    ) -> "Samples":
-        """Samples from `Samples`, a DataModule, a tensor or an array.
+    ) -> "SampleSet":
+        """Samples from `SampleSet`, a DataModule, a tensor or an array.
 
         Args:
             x: samples; a DataModule, of which `split` is taken; a DataFrame, in the units of its columns; or a tensor
@@ -84,7 +84,7 @@ class Samples:
         Raises:
             AezooError: not numbers, or no samples.
         """
-        if isinstance(x, Samples):
+        if isinstance(x, SampleSet):
             return x
         if isinstance(x, DataModule):
             name = f"{x.name} ({split})"
@@ -109,7 +109,7 @@ class Samples:
         return len(cast(Any, self.dataset))
 
     def __repr__(self) -> str:
-        return f"Samples({self.name}: {len(self):,} of {'x'.join(map(str, self.shape))})"
+        return f"SampleSet({self.name}: {len(self):,} of {'x'.join(map(str, self.shape))})"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,22 +187,22 @@ class Samples:
             loader = make_loader(self.dataset, batch_size=size, num_workers=n_workers, labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
-    def subsample(self, n: int, seed: int = 0) -> "Samples":
+    def subsample(self, n: int, seed: int = 0) -> "SampleSet":
         """At most n samples, drawn without replacement, in their order."""
         if n >= len(self):
             return self
         index = random_rows(len(self), n, seed)
         y = self.y
         dataset = ArrayDataset(self.rows(index), None if y is None else y[index])
-        return Samples(dataset, class_names=self.class_names, name=self.name, columns=self.columns, units=self.units)
+        return SampleSet(dataset, class_names=self.class_names, name=self.name, columns=self.columns, units=self.units)
 
-    def subset(self, index: Tensor) -> "Samples":
+    def subset(self, index: Tensor) -> "SampleSet":
         """The samples with these indices, read on demand."""
         dataset = subset(self.dataset, index)
         named = self.class_names, self.name, self.num_workers, self.columns, self.units
-        return Samples(dataset, self.levels, self.scaling, *named)
+        return SampleSet(dataset, self.levels, self.scaling, *named)
 
-    def binarised(self, rule: str, seed: int) -> "Samples":
+    def binarised(self, rule: str, seed: int) -> "SampleSet":
         """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.
 
         Raises:
@@ -212,9 +212,9 @@ class Samples:
         x = self._as_float(dataset.x) if self.scaling else dataset.x
         binarise.check_probabilities(x, self.name, "give such values")
         binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
-        return Samples(binary, self.levels, None, self.class_names, self.name, columns=self.columns, units=self.units)
+        return SampleSet(binary, self.levels, None, self.class_names, self.name, columns=self.columns, units=self.units)
 
-    def check(self, model: Autoencoder) -> "Samples":
+    def check(self, model: Autoencoder) -> "SampleSet":
         """The same samples in the scale of the model's training data, if the model can use them.
 
         A table is scaled as the table that the model was trained on; an array is taken as it is.
@@ -237,7 +237,7 @@ class Samples:
     def _table_units(self) -> DataUnits | None:
         return self.units if self.units is not None and self.units.is_table else None
 
-    def _in_units(self, trained: DataUnits, own: DataUnits) -> "Samples":
+    def _in_units(self, trained: DataUnits, own: DataUnits) -> "SampleSet":
         """Samples of a table with units of its own, scaled as those that a model was trained on."""
         check_columns(self.name, own.columns, trained.columns)
         if not trained.is_table or _are_equal(trained.scaling, own.scaling):
@@ -247,9 +247,9 @@ class Samples:
         scaling = {"offset": (offset - own_offset) / own_factor, "factor": factor / own_factor}
         columns = Columns(trained.columns or own.columns, trained.scaling, self.shape[0])
         named = self.class_names, self.name, self.num_workers, columns
-        return Samples(self.dataset, self.levels, scaling, *named, trained)
+        return SampleSet(self.dataset, self.levels, scaling, *named, trained)
 
-    def check_values(self, model: Autoencoder) -> "Samples":
+    def check_values(self, model: Autoencoder) -> "SampleSet":
         """The same samples, if their values are such as the model can use; see `check`."""
         n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
         for start in range(0, n, step):

@@ -8,7 +8,7 @@ from aezoo.data.classes import original_labels
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 from aezoo.tasks.results import Result
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
         return x.figure
     if n < 1:
         raise AezooError(f"n must be at least 1, got {n}")
-    samples = Samples.from_data(x, split, allow_missing=True)
+    samples = SampleSet.from_data(x, split, allow_missing=True)
     n = min(n, len(samples))
     shown = samples.rows(range(n))
     title = f"{samples.name}: {n} of {len(samples):,}"

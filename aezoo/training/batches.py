@@ -9,7 +9,7 @@ from aezoo.training.interface import ModelInterface
 from aezoo.training.precision import from_bytes
 
 
-class BatchReader(ModelInterface):
+class BatchUnpacker(ModelInterface):
     """Unpacks batches, and checks the first of training and the first of evaluation."""
 
     def __init__(self) -> None:

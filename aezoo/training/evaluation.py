@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from aezoo.metrics import Evaluation
-from aezoo.training.batches import BatchReader
+from aezoo.training.batches import BatchUnpacker
 from aezoo.training.seeding import forked_rng
 
 _EVALUATION_SEED = 20
 
 
-class EvaluationSteps(BatchReader):
+class EvaluationSteps(BatchUnpacker):
     """Figures of every model: the terms of its loss, reconstruction quality, and what its kind of code adds."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from aezoo.training.arguments import Checked, bound, complete_signature
 
 
-class RecordsArguments(Checked, HyperparametersMixin):
+class ConstructorHyperparameters(Checked, HyperparametersMixin):
     """Base of modules whose hyperparameters are all arguments of their constructors, inherited ones and defaults too.
 
     A subclass may give inherited arguments other defaults: `class Variant(Parent, defaults={"lr": 1e-2})`.

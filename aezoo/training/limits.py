@@ -5,7 +5,7 @@ import math
 from aezoo.errors import AezooError
 
 
-def at_least(least: float, **values: float) -> None:
+def check_at_least(least: float, **values: float) -> None:
     """Reject numbers that are below a limit, or infinite.
 
     Args:
@@ -21,7 +21,7 @@ def at_least(least: float, **values: float) -> None:
             raise AezooError(f"{name} must be at least {least}{finite}, got {value}")
 
 
-def above(limit: float, **values: float) -> None:
+def check_above(limit: float, **values: float) -> None:
     """Reject numbers that are not above a limit, or infinite.
 
     Args:

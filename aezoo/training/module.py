@@ -45,8 +45,8 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
             speed.tear_down(self, stage)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        exists = any(isinstance(callback, _AfterError) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if exists else [_AfterError()]
+        exists = any(isinstance(callback, CleanupOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if exists else [CleanupOnException()]
 
     def on_fit_start(self) -> None:
         self._train_means.reset()
@@ -136,7 +136,7 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         self._means_before = stamp.get("means")
 
 
-class _AfterError(pl.Callback):
+class CleanupOnException(pl.Callback):
     """Cleans up after Ctrl-C or an error, of which Lightning informs callbacks only."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from aezoo.metrics import Means
 from aezoo.training import compilation
-from aezoo.training.batches import BatchReader
+from aezoo.training.batches import BatchUnpacker
 from aezoo.training.precision import from_bytes
 from aezoo.training.seeding import mix, seed_all
 
 
-class TrainingSteps(BatchReader):
+class TrainingSteps(BatchUnpacker):
     """The training step of every model, in three parts that a faster loop calls one by one."""
 
     started: Tensor

@@ -8,9 +8,9 @@ import pytest
 
 from aezoo import DataModule
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 from benchmarks import report, report_tasks, tasks
-from benchmarks.common import Table, as_text, processor_name, read_csv
+from benchmarks.common import ResultsCSV, as_text, processor_name, read_csv
 from benchmarks.report_tasks import (
     COMPARISONS,
     Figure,
@@ -59,7 +59,7 @@ def test_every_verb_has_model_and_baseline_rows(results):
 
 def test_pca_and_mean_baselines_use_training_samples(results):
     data = DataModule("digits")
-    train, test = (Samples.from_data(data, "train").subsample(120), Samples.from_data(data, "test").subsample(40))
+    train, test = (SampleSet.from_data(data, "train").subsample(120), SampleSet.from_data(data, "test").subsample(40))
     a, b = (part.rows(range(len(part))).flatten(1).double().numpy() for part in (train, test))
     kept = np.linalg.svd(a - a.mean(0), full_matrices=False)[2][:16]
     centred = b - a.mean(0)
@@ -388,7 +388,7 @@ def test_unreached_psnr_target_is_reported():
 
 def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
-    Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
+    ResultsCSV(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "task-denoise.png").write_bytes(b"\x89PNG")
     report.main(["--results", str(tmp_path)])

@@ -14,7 +14,7 @@ from aezoo.bases.token_prior import IndexPrior
 from aezoo.cli import recipes
 from aezoo.errors import AezooError
 from benchmarks import bits, bits_row, parallel, plots_bits, report
-from benchmarks.common import Table
+from benchmarks.common import ResultsCSV
 
 TINY = ["--data", "digits", "--rows", "80", "--epochs", "2", "--batch-size", "20", "--accelerator", "cpu"]
 
@@ -56,7 +56,7 @@ def plan(*argv, shape=(1, 28, 28)):
 def test_time_limit_makes_a_separate_row(tmp_path):
     words = ("--models", "fsq_vae", "--bits", "6", "--seeds", "1")
     (whole,), (cut,) = plan(*words), plan(*words, "--most-seconds", "5")
-    table = Table(tmp_path / "bits.csv", bits.KEY, "it")
+    table = ResultsCSV(tmp_path / "bits.csv", bits.KEY, "it")
     # rows of before have no such column
     table.put({name: value for name, value in whole["row"].items() if name != "most_seconds"})
     assert not table.needs(whole["row"]) and table.needs(cut["row"])
@@ -170,7 +170,7 @@ def test_used_bits_sum_over_places_and_codebooks():
 
 @pytest.mark.slow
 def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
-    table = Table(tmp_path / "bits-digits-fp32-pt2.13-cpu2.csv", bits.KEY, "bits it")
+    table = ResultsCSV(tmp_path / "bits-digits-fp32-pt2.13-cpu2.csv", bits.KEY, "bits it")
     for bits_per_place, mse in ((10, 0.01), (6, 0.04)):
         for options, factor in ((f"codebook_size={2**bits_per_place}", 1), ("latent_dim=6 estimator=rotation", 2)):
             for seed in range(3):

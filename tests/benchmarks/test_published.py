@@ -49,7 +49,7 @@ def test_recipe_headers_match_csv_rows(tmp_path, monkeypatch):
     for name in ("mnist_vae", "mnist_keras_vae", "vae"):
         shutil.copy(find_recipe(name), tmp_path / "recipes")
     monkeypatch.setattr(published, "recipes", lambda: {p.stem: p for p in (tmp_path / "recipes").glob("*.yaml")})
-    table = common.Table(tmp_path / "published-fp32-here.csv", published.KEY, "command")
+    table = common.ResultsCSV(tmp_path / "published-fp32-here.csv", published.KEY, "command")
     for data, value in (("mnist5k", -101.5), ("fashion_mnist", -150.0)):
         table.put({"recipe": "mnist_vae", **ROW, "data": data, "test/log_likelihood": value})
     table.put({"recipe": "mnist_keras_vae", **ROW, "binarise": "none", "test/loss": 200.25})

@@ -12,7 +12,7 @@ from aezoo import DataModule, create_model
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import probe_accuracies
 from benchmarks import codes, quality, quality_row
-from benchmarks.common import Table, read_csv
+from benchmarks.common import ResultsCSV, read_csv
 from benchmarks.quality_table import dataset_name
 
 DIGITS = ["--data", "digits", "--models", "dense_ae", "vae", "--epochs", "1", "--accelerator", "cpu"]
@@ -183,7 +183,7 @@ def test_time_limited_run_differs_only_if_cut(fake):
 def test_rows_without_newer_columns_are_recognised(fake):
     fake()
     commands, rows = read_csv(fake.path())
-    table = Table(fake.path(), (), commands[0])
+    table = ResultsCSV(fake.path(), (), commands[0])
     table.rows = [{k: v for k, v in row.items() if k not in ("importance_samples", "most_seconds")} for row in rows]
     table.write()
     assert fake()[0] == []

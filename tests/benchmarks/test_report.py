@@ -18,7 +18,7 @@ import aezoo
 from aezoo.cli.main import BENCHMARKS, main
 from aezoo.errors import AezooError
 from benchmarks import plots, report, report_columns, report_pca, speed, targets
-from benchmarks.common import Table, command_line, environment, folder_lock, processor_name, read_csv
+from benchmarks.common import ResultsCSV, command_line, environment, folder_lock, processor_name, read_csv
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_csv_is_complete_after_each_row(tmp_path):
     path = tmp_path / "new" / "a.csv"
-    first = Table(path, ("model",), "python -m benchmarks.x")
+    first = ResultsCSV(path, ("model",), "python -m benchmarks.x")
     first.put({"model": "vae", "mse": 1 / 3})
-    second = Table(path, ("model",), "python -m benchmarks.x --more")
+    second = ResultsCSV(path, ("model",), "python -m benchmarks.x --more")
     assert not second.needs({"model": "vae"}) and second.needs({"model": "dense_ae"})
     second.put({"model": "dense_ae", "mse": 123456.0, "error": 'a "quoted", text\nof two lines'})
     commands, rows = read_csv(path)
@@ -43,7 +43,7 @@ def test_csv_is_complete_after_each_row(tmp_path):
 
 
 def test_failed_table_write_keeps_old_table(tmp_path, monkeypatch):
-    table = Table(tmp_path / "some.csv", ("a",), "it")
+    table = ResultsCSV(tmp_path / "some.csv", ("a",), "it")
     table.put({"a": 1})
 
     def full(descriptor):
@@ -57,7 +57,7 @@ def test_failed_table_write_keeps_old_table(tmp_path, monkeypatch):
 
 def test_concurrent_csv_edits_are_kept(tmp_path):
     path = tmp_path / "a.csv"
-    ours, theirs = Table(path, ("model",), "ours"), Table(path, ("model",), "theirs")
+    ours, theirs = ResultsCSV(path, ("model",), "ours"), ResultsCSV(path, ("model",), "theirs")
     theirs.put({"model": "vae", "mse": 1.0})
     path.write_text("\ufeff" + path.read_text().replace("1,", "2,"), encoding="utf-8")  # as by a spreadsheet
     ours.put({"model": "dense_ae"})
@@ -72,7 +72,7 @@ def test_concurrent_csv_edits_are_kept(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no locks of folders")
 def test_table_writes_are_serialised(tmp_path):
-    writer = threading.Thread(target=Table(tmp_path / "a.csv", ("model",), "it").put, args=({"model": "vae"},))
+    writer = threading.Thread(target=ResultsCSV(tmp_path / "a.csv", ("model",), "it").put, args=({"model": "vae"},))
     with folder_lock(tmp_path):
         writer.start()
         writer.join(0.1)
@@ -83,7 +83,7 @@ def test_table_writes_are_serialised(tmp_path):
 
 def test_unwritable_table_is_refused_before_measuring(tmp_path):
     (tmp_path / "file").touch()
-    table = Table(tmp_path / "file" / "a.csv", ("model",), "it")
+    table = ResultsCSV(tmp_path / "file" / "a.csv", ("model",), "it")
     with pytest.raises(AezooError, match=r"cannot write .*a\.csv: .*; give another folder by --results"):
         table.needs({"model": "vae"})
 
@@ -117,7 +117,7 @@ def test_recorded_command_omits_folders_and_is_runnable(monkeypatch):
 def results(tmp_path):
     """A folder of small CSVs of every kind but start-up."""
     key = ("model", "code_size", "seed", "batch_size")
-    quality = Table(tmp_path / "quality-digits-fp32-pt2.13-cpu2.csv", key, "quality it")
+    quality = ResultsCSV(tmp_path / "quality-digits-fp32-pt2.13-cpu2.csv", key, "quality it")
     for model, family, rate in (
         ("vae", "variational", 2e3),
         ("dense_ae", "classic", 9e3),
@@ -131,13 +131,15 @@ def results(tmp_path):
     other = {"model": "vae", "family": "variational", "dataset": "digits", "code_size": 16, "seed": 0}
     quality.put(other | {"batch_size": 64, "mse": 0.5, "pca_mse": 0.2 / 16, "samples_per_s": 1e3})
     quality.put({"model": "conv_ae", "dataset": "digits", "code_size": 8, "seed": 0, "error": "killed by SIGKILL"})
-    peers = Table(tmp_path / "peers-dense-fp32-pt2.13-cpu2.csv", ("party",), "peers it")
+    peers = ResultsCSV(tmp_path / "peers-dense-fp32-pt2.13-cpu2.csv", ("party",), "peers it")
     for party, ratio in (("loop", 1.0), ("aezoo", 0.9), ("aezoo_compiled", 0.97), ("lightning", 0.5)):
         spread = {"ratio_min": ratio - 0.1, "ratio_max": ratio + 0.1}
         rates = f"{5e4 * ratio:.6g} {4e4 * ratio:.6g}"
         row = {"party": party, "samples_per_s": 5e4 * ratio, "ratio": ratio, **spread, "round_rates": rates}
         peers.put(row | {"agrees": "yes"})
-    train = Table(tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "python -m benchmarks.speed --no")
+    train = ResultsCSV(
+        tmp_path / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "python -m benchmarks.speed --no"
+    )
     for devices, rate in ((1, 1000.0), (2, 1800.0)):
         peak = {"peak_gflops": 90 + 10 * devices}
         train.put({"name": "vae", "devices": devices, "samples_per_s": rate, "share_of_peak": 0.123} | peak)
@@ -200,7 +202,7 @@ def test_other_processor_rates_are_excluded_from_front():
 @pytest.mark.slow
 def test_each_machine_has_a_peers_picture(results):
     for name in ("dense-fp32-pt2.13-cpu2-zen4", "conv28-bf16-pt2.13-cpu2-zen4"):
-        peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
+        peers = ResultsCSV(results / f"peers-{name}.csv", ("party",), "peers it")
         peers.put({"party": "loop", "samples_per_s": 1e4, "ratio": 1.0, "agrees": "yes"})
     report.main(["--results", str(results)])
     assert sorted(path.stem for path in (results / "pictures").glob("peers*")) == ["peers", "peers-zen4"]
@@ -244,7 +246,7 @@ def test_scaling_uses_matching_single_device_row(results):
     assert halved["unscaled"] == "one device was measured with a batch of 128" and not halved["scaling_efficiency"]
     assert report.add_efficiency([one]) == [one | {"scaling_efficiency": "", "unscaled": ""}]
 
-    train = Table(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
+    train = ResultsCSV(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
     train.put({"name": "vae", "devices": 2, "samples_per_s": 1500.0, "peak_gflops": 50.0})
     report.main(["--results", str(results)])
     text = (results / "RESULTS.md").read_text()
@@ -254,7 +256,7 @@ def test_scaling_uses_matching_single_device_row(results):
 
 def test_unnamed_processor_is_that_of_the_machine(results):
     for name, cpu in (("dense-bf16-pt9.9-cpu2", "Old CPU"), ("dense-bf16-pt9.9-cpu2-zen4", "New CPU")):
-        peers = Table(results / f"peers-{name}.csv", ("party",), "peers it")
+        peers = ResultsCSV(results / f"peers-{name}.csv", ("party",), "peers it")
         peers.put({"party": "aezoo_compiled", "samples_per_s": 5.0})
         peers.rows[0]["processor"] = cpu
         peers.write()
@@ -308,7 +310,7 @@ def test_command_states_number_of_its_rows(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_layers_where_torch_is_near_best_are_omitted(results):
-    layers = Table(results / "convolutions-fp32-pt2.13-cpu2.csv", ("side",), "convolutions it")
+    layers = ResultsCSV(results / "convolutions-fp32-pt2.13-cpu2.csv", ("side",), "convolutions it")
     for side, chosen, lost in ((1, "torch", 1.0), (2, "torch", 1.09), (3, "torch", 1.2), (4, "products", 1.0)):
         layers.put({"side": side, "chosen": chosen, "lost": lost})
     report.main(["--results", str(results)])
@@ -317,7 +319,7 @@ def test_layers_where_torch_is_near_best_are_omitted(results):
 
 
 def test_hand_edited_csv_is_shown_or_reported(results):
-    wrong = Table(results / "peers-dense-bf16-pt9.9-cpu2.csv", ("party",), "python -m 'benchmarks.speed")
+    wrong = ResultsCSV(results / "peers-dense-bf16-pt9.9-cpu2.csv", ("party",), "python -m 'benchmarks.speed")
     wrong.put({"party": "loop", "agrees": "yes", "round_rates": "90 fast"})
     assert targets.round_rates(wrong.rows[0]) == [90, None]
     row = {"model": "vae", "dataset": "digits", "code_size": "8", "budget": "epochs=2", "epochs": "all", "steps": "x"}
@@ -402,7 +404,7 @@ def test_pictures_compare_runs_of_one_budget():
 def test_a_report_without_rows_has_no_pictures(tmp_path, capsys):
     with pytest.raises(aezoo.AezooError, match="measure first"):
         report.main(["--results", str(tmp_path)])
-    Table(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
+    ResultsCSV(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
     report.main(["--results", str(tmp_path)])
     assert not (tmp_path / "pictures").exists() and "no rows for pareto.png" in capsys.readouterr().out
 

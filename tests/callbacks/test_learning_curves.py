@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo.callbacks import Checkpoints, CodeStatistics, EarlyStop, LearningCurves, Summary
-from aezoo.callbacks.learning_curves import Table, pca_error
+from aezoo.callbacks.learning_curves import MetricsCSV, pca_error
 
 
 def rows(folder):
@@ -64,7 +64,7 @@ def test_a_resumed_run_goes_on_with_its_curves(fit, tmp_path):
 
 def test_a_table_is_written_anew_only_if_it_must(tmp_path):
     path = tmp_path / "metrics.csv"
-    table = Table(path)
+    table = MetricsCSV(path)
     table.add({"epoch": 0, "step": 3, "b": 1.5})
     table.add({"epoch": 1, "step": 6, "b": 2.5})
     assert path.read_text() == "epoch,step,b\n0,3,1.5\n1,6,2.5\n"
@@ -72,7 +72,7 @@ def test_a_table_is_written_anew_only_if_it_must(tmp_path):
     assert path.read_text() == "epoch,step,a,b\n0,3,,1.5\n1,6,0.5,3.5\n"
     with path.open("a") as file:
         file.write("2,9")  # as a killed run leaves it
-    table = Table(path)
+    table = MetricsCSV(path)
     table.resume(6)
     table.add({"epoch": 2, "step": 9, "b": 4.5})
     table.add({"epoch": 3, "step": 12, "b": 5.5})

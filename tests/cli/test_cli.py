@@ -26,7 +26,7 @@ from aezoo.cli.config_resolution import name_data
 from aezoo.cli.main import main
 from aezoo.cli.parsing import plain_message
 from aezoo.data import DataModule
-from aezoo.io.checkpoint import find_checkpoint
+from aezoo.io.checkpoint import resolve_checkpoint
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 QUICK = ["--data.name=digits", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--projector.n=0", *OFF]
@@ -579,7 +579,7 @@ def test_best_checkpoint_is_taken_regardless_of_time():
     files = sorted(Path("runs/dense_ae-digits/0/checkpoints").glob("best-*.ckpt"))
     assert len(files) == 3
     os.utime(files[0])  # as a copy or an archive may leave them
-    assert find_checkpoint("runs/dense_ae-digits/0") == files[-1]
+    assert resolve_checkpoint("runs/dense_ae-digits/0") == files[-1]
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_bars_carry_names_and_values_of_the_table():
 def test_results_of_a_table_have_its_columns(tmp_path):
     data = aezoo.DataModule.from_arrays(_frame())
     model = aezoo.create_model("vae", (3,), latent_dim=2, hidden_dims=(4,)).eval()
-    samples = task_samples.Samples.from_data(data)
+    samples = task_samples.SampleSet.from_data(data)
     given = data.columns.values(data.tensors("test")[0])
     found = aezoo.reconstruct(model, data, out=str(tmp_path), n_shown=1)
     table = rows_of(tmp_path / "reconstructions.csv")

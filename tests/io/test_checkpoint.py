@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import aezoo
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files
-from aezoo.io.checkpoint import find_checkpoint
+from aezoo.io.checkpoint import resolve_checkpoint
 from aezoo.models.variational.vae import VAE
 
 SHAPE = (1, 8, 8)
@@ -117,10 +117,10 @@ def test_every_kind_of_path_gives_the_same_model(model, run, saved):
 def test_run_folder_loads_best_checkpoint(model, run):
     edit(run / "checkpoints" / "last.ckpt", lambda c: c["state_dict"]["decoder.1.bias"].zero_())
     assert same(model, aezoo.load_model(run))
-    assert find_checkpoint(run).name == "best.ckpt"
-    assert find_checkpoint(run, prefer="last").name == "last.ckpt"
+    assert resolve_checkpoint(run).name == "best.ckpt"
+    assert resolve_checkpoint(run, prefer="last").name == "last.ckpt"
     (run / "checkpoints" / "best.ckpt").unlink()
-    assert find_checkpoint(run).name == "last.ckpt"
+    assert resolve_checkpoint(run).name == "last.ckpt"
 
 
 def test_folder_of_runs_loads_newest_run(run):
@@ -128,9 +128,9 @@ def test_folder_of_runs_loads_newest_run(run):
     now = time.time()
     os.utime(run / "checkpoints", (now - 60, now - 60))
     os.utime(newer / "checkpoints", (now, now))
-    assert find_checkpoint(run.parent).parent.parent == newer
+    assert resolve_checkpoint(run.parent).parent.parent == newer
     os.utime(run / "checkpoints", (now + 60, now + 60))
-    assert find_checkpoint(run.parent).parent.parent == run
+    assert resolve_checkpoint(run.parent).parent.parent == run
 
 
 def test_saved_model_can_be_resaved_and_moved(model, saved, tmp_path):

@@ -17,7 +17,7 @@ from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
-from aezoo.io.checkpoint import find_checkpoint
+from aezoo.io.checkpoint import resolve_checkpoint
 
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
 FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.limit_train_batches=2", "--projector.n=0", *OFF]
@@ -150,7 +150,7 @@ def test_run_is_found_from_inside_its_folders(given, monkeypatch):
     torch.save({}, folder / "last.ckpt")
     run = (HOME / "0").absolute()
     monkeypatch.chdir(folder)
-    source = find_checkpoint(given)
+    source = resolve_checkpoint(given)
     assert run_folder.run_of(source, Path(given)).resolve() == run
     monkeypatch.chdir("sub")
     assert run_folder.run_of(Path("../last.ckpt"), Path("../last.ckpt")) == run
@@ -162,7 +162,7 @@ def test_damaged_checkpoint_is_skipped_inside_its_folder(monkeypatch, capsys):
     monkeypatch.chdir(folder)
     atomic_files.save({"state_dict": {}}, Path("best-000-1.ckpt"))
     Path("last.ckpt").write_bytes(b"PK")
-    assert resume.find_checkpoint("last.ckpt").name == "best-000-1.ckpt"
+    assert resume.newest_resumable("last.ckpt").name == "best-000-1.ckpt"
     assert "last.ckpt cannot be used" in capsys.readouterr().err
 
 

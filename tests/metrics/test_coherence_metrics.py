@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import aezoo
 from aezoo import AezooError, metrics
 from aezoo.tasks.coherence import coherence
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 # of 6 samples what the parts look like, and what they are
 FIRST, SECOND = [0, 1, 2, 2, 1, 0], [0, 1, 1, 2, 0, 0]
@@ -79,7 +79,7 @@ def test_coherence_table_compares_with_real_parts():
     y = torch.arange(200) % 2
     wrong = torch.arange(200) % 10 == 0
     x_hat = made(y, torch.where(wrong, 1 - y, y))
-    samples = Samples(aezoo.data.source.ArrayDataset(made(y, y), y))
+    samples = SampleSet(aezoo.data.source.ArrayDataset(made(y, y), y))
     first, second, joint = coherence(Told(0.75), samples, x_hat.numpy(), 0, 64)
     assert first == {"part": "0", "coherence": 1, "of real parts": 1, "most common class": 0.5}
     assert second["coherence"] == pytest.approx(0.9) and second["of real parts"] == 1
@@ -91,9 +91,9 @@ def test_incomplete_samples_are_left_out_of_coherence():
     x = made(y, y)
     x[:10, 2:] = float("nan")
     some = torch.where(torch.arange(60) % 6 == 0, -1, y)
-    rows = coherence(Told(1.0), Samples(aezoo.data.source.ArrayDataset(x, some)), x.numpy(), 0, 64)
+    rows = coherence(Told(1.0), SampleSet(aezoo.data.source.ArrayDataset(x, some)), x.numpy(), 0, 64)
     assert [row["coherence"] for row in rows] == [1, 1, 1]
-    few = Samples(aezoo.data.source.ArrayDataset(x[10:13], y[10:13]))
+    few = SampleSet(aezoo.data.source.ArrayDataset(x[10:13], y[10:13]))
     assert coherence(Told(1.0), few, x[10:13].numpy(), 0, 64) == []
 
 

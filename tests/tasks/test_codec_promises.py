@@ -285,7 +285,7 @@ def test_missing_constriction_names_extra_to_install(monkeypatch, tmp_path):
 
 def test_quantisation_error_is_step_squared_over_12():
     codes = (np.random.default_rng(0).normal(size=(4000, 3)) * [1, 10, 0.1]).astype(np.float32)
-    quantiser = lossy.Quantiser.fit(codes, lambda z: z * np.float32([5, 1, 1]), 2.0, "deviation")
+    quantiser = lossy.ScalarQuantiser.fit(codes, lambda z: z * np.float32([5, 1, 1]), 2.0, "deviation")
     assert quantiser.step == pytest.approx(codes.std(0) / 4, rel=1e-5)  # whatever the decoder makes of them
     error = quantiser.codes(quantiser.symbols(codes)) - codes
     assert (error**2).mean(0) == pytest.approx(quantiser.step**2 / 12, rel=0.1)

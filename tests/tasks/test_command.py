@@ -18,7 +18,7 @@ from aezoo.cli.main import main
 from aezoo.cli.task_commands import read
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ def test_dead_data_worker_is_reported_in_one_line(run, tmp_path, capsys, monkeyp
     def batches(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
 
-    monkeypatch.setattr(Samples, "batches", batches)
+    monkeypatch.setattr(SampleSet, "batches", batches)
     line = refused(capsys, "reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}")
     assert "a data worker is killed by signal: Bus error" in line and not [*tmp_path.iterdir()]
 
@@ -495,7 +495,7 @@ def test_lack_of_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypat
     def batches(*_):
         raise error
 
-    monkeypatch.setattr(Samples, "batches", batches)
+    monkeypatch.setattr(SampleSet, "batches", batches)
     line = refused(capsys, "reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}")
     assert f"out of memory ({error}): lower --batch_size" in line and not [*tmp_path.iterdir()]
 

@@ -15,7 +15,7 @@ from aezoo.tasks.codec import baselines, lossless, lossy
 from aezoo.tasks.codec.compression import Compression
 from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
-from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import SampleSet, reference_tensor
 
 
 def _vae(likelihood, seed=0, latent_dim=4):
@@ -118,7 +118,7 @@ def test_lossy_codes_take_table_bits_and_roundtrip():
     random = np.random.default_rng(0)
     codes = (random.normal(size=(5000, 3)) * [1, 10, 0.1] + [0, 5, -3]).astype(np.float32)
     slope = np.array([1, 4, 2], np.float32)
-    quantiser = lossy.Quantiser.fit(codes, lambda z: z * slope, 4.0)
+    quantiser = lossy.ScalarQuantiser.fit(codes, lambda z: z * slope, 4.0)
     # equal steps of the output, 2^-4 deviations of the dimension that moves it most
     assert quantiser.step == pytest.approx(2**-4 * (slope * codes.std(0)).max() / slope, rel=0.01)
     codec = lossy.Codec.fit(codes, quantiser, codes.min(0), codes.max(0), len(codes))
@@ -233,7 +233,7 @@ def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
 
     images = ArrayDataset(torch.rand(3, 1, 8, 8), None, ["a.png", "b.png", "c.png"])
     model = aezoo.create_model("linear_ae", (1, 8, 8), latent_dim=2).eval()
-    for samples, kind in ((Samples(images), "png"), (Samples(ArrayDataset(images.x)), "npy")):
+    for samples, kind in ((SampleSet(images), "png"), (SampleSet(ArrayDataset(images.x)), "npy")):
         compress(model, samples, out=str(tmp_path), compare=False)
         found = decompress(model, str(tmp_path / "samples.aez"), out=str(tmp_path / kind))
         assert {file.suffix for file in found.files} == {f".{kind}"}

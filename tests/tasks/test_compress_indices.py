@@ -230,12 +230,12 @@ def test_fitted_table_minimises_total_size():
     for k in (1, 2, 3, 50, 1000):
         for n in (1, 5, 100, 10000):
             counts = np.bincount(random.zipf(1.5, n).clip(1, k) - 1, minlength=k)
-            taken = indices.Table.fit(counts)
+            taken = indices.IndexTable.fit(counts)
             total = taken.bits(counts) / 8 + len(indices._pack_tables([taken]))
             assert total <= n * math.log2(k) / 8 + 1
             if k > 1:
                 fair = 1 + (24 + np.log2(np.maximum(counts, 1) / n)).round()
-                one = indices.Table(k, 0, np.where(counts > 0, fair, 0).astype(np.uint8))
+                one = indices.IndexTable(k, 0, np.where(counts > 0, fair, 0).astype(np.uint8))
                 assert total <= one.bits(counts) / 8 + len(indices._pack_tables([one]))
             if taken.levels is not None:
                 f = taken.frequencies()
@@ -254,7 +254,7 @@ def test_table_levels_are_powers_with_vanishing_loss_when_fine():
     losses = []
     for fine in range(4):
         levels = 1 + ((1 << fine) * (24 + np.log2(counts / counts.sum()))).round()
-        table = indices.Table(500, fine, levels.astype(np.uint8))
+        table = indices.IndexTable(500, fine, levels.astype(np.uint8))
         losses.append(table.bits(counts) / counts.sum() - entropy(counts, base=2))
     # a relative error that is uniform over a level: its variance / 2, in bits
     expected = [(math.log(2) / r) ** 2 / 24 / math.log(2) for r in (1, 2, 4, 8)]
@@ -296,7 +296,7 @@ def test_large_codebook_indices_are_coded_as_digits(tmp_path, k):
     random = np.random.default_rng(0)
     given = random.integers(0, k, (60, 2, 3))
     given[0] = k - 1
-    codebooks = [indices.Codebook(np.array([0, 4, 2]), k), indices.Codebook(np.array([1, 3, 5]), k)]
+    codebooks = [indices.IndexCodebook(np.array([0, 4, 2]), k), indices.IndexCodebook(np.array([1, 3, 5]), k)]
     flat = given.reshape(60, 6)
     coder = indices.TableCoder.fit(codebooks, iter([flat[:20], flat[20:]]))
     content = coder.encode(flat)
@@ -500,7 +500,7 @@ def test_false_sample_count_is_refused_quickly_under_prior(tmp_path):
 
 
 def test_malformed_tables_are_refused():
-    codebooks = [indices.Codebook(np.array([0, 1]), 6), indices.Codebook(np.array([2]), 3)]
+    codebooks = [indices.IndexCodebook(np.array([0, 1]), 6), indices.IndexCodebook(np.array([2]), 3)]
     counts = iter([np.array([[0, 1, 2], [5, 1, 2], [1, 1, 0]] * 200)])
     right = indices.TableCoder.fit(codebooks, counts).to_bytes()
     assert indices.TableCoder.from_bytes(right, codebooks).to_bytes() == right

@@ -25,7 +25,7 @@ from aezoo.tasks.detect_labels import ranking_metrics
 from aezoo.tasks.detect_scores import Mahalanobis
 from aezoo.tasks.detectors import Baseline
 from aezoo.tasks.reconstruct import reconstruct
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 def gaussian(n, d=6, seed=0):
@@ -413,8 +413,8 @@ def test_baselines_match_scikit_learn():
     train, x = gaussian(120, d=8), gaussian(30, d=8, seed=1)
     found = {
         name: Baseline(name, n_components=3, batch_size=7)
-        .fit(Samples.from_data(train))
-        .decision_function(Samples.from_data(x))
+        .fit(SampleSet.from_data(train))
+        .decision_function(SampleSet.from_data(x))
         for name in ("pca", "mean", "knn", "isolation_forest")
     }
     pca = PCA(3).fit(train)
@@ -426,7 +426,7 @@ def test_baselines_match_scikit_learn():
     }
     for name, scores in expected.items():
         assert np.allclose(found[name], scores, rtol=1e-3), name
-    own = Baseline("knn").fit(Samples.from_data(train)).decision_scores_
+    own = Baseline("knn").fit(SampleSet.from_data(train)).decision_scores_
     assert np.allclose(own, np.sort(cdist(train, train), axis=1)[:, 5], rtol=1e-3)
 
 
@@ -495,7 +495,7 @@ def test_missing_labels_are_not_a_class():
     with pytest.raises(AezooError, match=r"no sample of .* has the label '-1': it has 0, 1, 2$"):
         detect(model, data, anomaly="-1")
     x, y = data.tensors("test")
-    without = Samples(ArrayDataset(x, torch.full_like(y, -1)), class_names=("0", "1", "2"))
+    without = SampleSet(ArrayDataset(x, torch.full_like(y, -1)), class_names=("0", "1", "2"))
     with pytest.raises(AezooError, match="has no labels to say"):
         detect(model, without, anomaly="1")
     found = detect(model, data, fit_on=without, anomaly="1")
@@ -509,20 +509,20 @@ def test_missing_labels_are_not_a_class():
 def test_split_scored_on_itself_leaves_one_out():
     data, model = blobs(), linear(d=5, latent_dim=2)
     x, y = data.tensors("train")
-    train, val = Samples.from_data(data, "train"), Samples.from_data(data, "val")
-    own = detect(model, Samples.from_data(data, "train"), fit_on=train, calibrate_on=train)
+    train, val = SampleSet.from_data(data, "train"), SampleSet.from_data(data, "val")
+    own = detect(model, SampleSet.from_data(data, "train"), fit_on=train, calibrate_on=train)
     assert np.allclose(own.p_values, stats.rankdata(-own.scores, "max") / 120)
     knn = next(row for row in own.rows if row["method"] == "knn")
     nearest = np.sort(cdist(x, x), axis=1)[:, 5]  # without the sample itself
     expected = np.quantile(nearest, 0.9, method="weibull")
     assert knn["threshold"] == pytest.approx(expected, rel=1e-4) and knn["flagged"] == 0.1
     # of normal samples alone
-    one = detect(model, Samples.from_data(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
+    one = detect(model, SampleSet.from_data(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
     distances = cdist(x, x[y == 1])
     distances[np.flatnonzero(y == 1), np.arange(40)] = np.inf
     expected = roc_auc_score(y != 1, np.sort(distances, axis=1)[:, 4])
     assert next(row for row in one.rows if row["method"] == "knn")["auroc"] == pytest.approx(expected)
-    part = detect(model, Samples.from_data(data, "train"), fit_on=val, calibrate_on=train, normal="dog")
+    part = detect(model, SampleSet.from_data(data, "train"), fit_on=val, calibrate_on=train, normal="dog")
     own_places = y.numpy() == 1
     assert np.allclose(part.p_values[own_places], stats.rankdata(-part.scores[own_places], "max") / 40)
     assert (part.p_values[~own_places] >= 1 / 41).all()
@@ -531,7 +531,7 @@ def test_split_scored_on_itself_leaves_one_out():
 def test_baseline_fitted_on_a_part_scores_leave_one_out():
     x = gaussian(60)
     found = detect(linear(latent_dim=2), x, n_fit=30)
-    baseline = Baseline("knn", n_fit=30).fit(Samples.from_data(x))
+    baseline = Baseline("knn", n_fit=30).fit(SampleSet.from_data(x))
     distances = cdist(x, x[baseline.fitted_on])
     distances[baseline.fitted_on, np.arange(30)] = np.inf
     nearest = np.sort(distances, axis=1)[:, 4]

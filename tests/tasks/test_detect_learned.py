@@ -18,10 +18,10 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.features import random_features
 from aezoo.tasks import detect_deep_svdd, detect_features
 from aezoo.tasks.detect import Detector, detect
-from aezoo.tasks.detect_deep_svdd import DeepSVDD, SVDDSettings
+from aezoo.tasks.detect_deep_svdd import DeepSVDDScorer, SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detectors import Baseline
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 def images(n, shape=(1, 8, 8), seed=0):
@@ -100,7 +100,7 @@ def test_sap_without_hidden_layers_is_squared_error():
 
 
 def fitted(model, x, **tuning):
-    scorer = DeepSVDD(model, SVDDSettings(**tuning))
+    scorer = DeepSVDDScorer(model, SVDDSettings(**tuning))
     with torch.no_grad():
         torch.manual_seed(0)
         scorer.fit(x.split(7), len(x))
@@ -292,7 +292,7 @@ def test_attached_trainer_is_not_copied():
 def test_fre_matches_pca_error_of_features():
     """A linear autoencoder's optimum in closed form, half of the 64 features kept."""
     train, x = images(300), images(20, seed=1)
-    found = Baseline("fre", features="random").fit(Samples.from_data(train)).decision_function(Samples.from_data(x))
+    found = Baseline("fre", features="random").fit(SampleSet.from_data(train)).decision_function(SampleSet.from_data(x))
     net = random_features((1, 8, 8))
     with torch.no_grad():
         f, g = (net(part)[-1].flatten(1).double().numpy() for part in (train, x))
@@ -332,9 +332,9 @@ def test_fre_baseline_is_added_with_features():
         *("deep_svdd", "nll", "pca", "mean", "knn", "isolation_forest", "fre"),
     ]
     rows = {row["method"]: row for row in found.rows}
-    alone = Baseline("fre", features="random").fit(Samples.from_data(data, "train"))
+    alone = Baseline("fre", features="random").fit(SampleSet.from_data(data, "train"))
     y = data.tensors("test")[1].numpy()
-    auroc = roc_auc_score(y == 5, alone.decision_function(Samples.from_data(data, "test")))
+    auroc = roc_auc_score(y == 5, alone.decision_function(SampleSet.from_data(data, "test")))
     assert rows["fre"]["auroc"] == pytest.approx(auroc) and auroc > 0.75
     only = detect(model, data, features="random", baselines=False, anomaly="5", n_shown=0)
     assert [row["method"] for row in only.rows] == ["deviance", "fre"]
@@ -347,7 +347,7 @@ def test_model_features_are_last_hidden_layer(tmp_path):
     with torch.no_grad():
         expected = nn.Sequential(*list(model.encoder)[:4])(x).flatten(1)
     assert torch.allclose(FrozenFeatures(str(path), (1, 8, 8))(x), expected, atol=1e-6)
-    found = Baseline("fre", features=str(path)).fit(Samples.from_data(x))
+    found = Baseline("fre", features=str(path)).fit(SampleSet.from_data(x))
     assert np.isfinite(found.decision_scores_).all()
 
 
@@ -403,7 +403,7 @@ def test_unavailable_features_are_refused_in_one_line(name, shape, message):
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_fre_keeps_half_as_many_directions_as_samples(n):
     x = images(n)
-    found = Baseline("fre", features="random").fit(Samples.from_data(x))
+    found = Baseline("fre", features="random").fit(SampleSet.from_data(x))
     net = random_features((1, 8, 8))
     with torch.no_grad():
         f = net(x)[-1].flatten(1).double().numpy()

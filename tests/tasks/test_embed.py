@@ -15,7 +15,7 @@ from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.embed import Embedding, embed
 from aezoo.tasks.embed_codes import choose_rows, nearest_codes, probe_accuracies, project_to_plane
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_npz_labels_match_data(tmp_path, labels, kept):
     data = aezoo.DataModule.from_arrays(
         np.random.default_rng(0).random((4, 5)), labels, val_fraction=0, test_fraction=0
     )
-    embed(model, Samples.from_data(data, "train"), table="npz", n_shown=0, out=str(tmp_path))
+    embed(model, SampleSet.from_data(data, "train"), table="npz", n_shown=0, out=str(tmp_path))
     with np.load(tmp_path / "codes.npz") as file:
         assert file["y"].tolist() == kept
 
@@ -108,7 +108,7 @@ def test_interrupted_embed_keeps_earlier_results(tmp_path, model, digits, monkey
     monkeypatch.setattr("aezoo.tasks.embed.probe_accuracies", stopped)
     x, y = digits.tensors("test")
     with pytest.raises(KeyboardInterrupt):
-        embed(model, Samples(ArrayDataset(x[:50], y[:50])), fit_on=digits, out=str(tmp_path))
+        embed(model, SampleSet(ArrayDataset(x[:50], y[:50])), fit_on=digits, out=str(tmp_path))
     assert there() == before
 
 
@@ -125,9 +125,9 @@ def test_linear_probe_needs_linear_separability_and_knn_does_not():
 def test_labels_are_compared_by_class_name(model, digits):
     x, y = digits.tensors("test")
     few = (y == 3) | (y == 5)
-    names = Samples(ArrayDataset(x[few], (y[few] == 5).long()), class_names=("3", "5"))
+    names = SampleSet(ArrayDataset(x[few], (y[few] == 5).long()), class_names=("3", "5"))
     by_name = embed(model, names, fit_on=digits).accuracies
-    assert by_name == embed(model, Samples(ArrayDataset(x[few], y[few])), fit_on=digits).accuracies
+    assert by_name == embed(model, SampleSet(ArrayDataset(x[few], y[few])), fit_on=digits).accuracies
     assert by_name[1]["knn"] > 0.9
 
 
@@ -137,8 +137,8 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     x, y = digits.tensors("test")
     y = y if names[0] == "0" else 9 - y
     labelled = torch.arange(len(y)) % 4 == 1
-    some = Samples(ArrayDataset(x, torch.where(labelled, y, -1)), class_names=names)
-    few = Samples(ArrayDataset(x[labelled], y[labelled]), class_names=names)
+    some = SampleSet(ArrayDataset(x, torch.where(labelled, y, -1)), class_names=names)
+    few = SampleSet(ArrayDataset(x[labelled], y[labelled]), class_names=names)
     found = embed(model, some, fit_on=digits)
     assert len(found.codes) == len(y) and found.accuracies == embed(model, few, fit_on=digits).accuracies
     # in training too, and however few they are
@@ -147,17 +147,17 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     rows = torch.arange(0, len(y_train), 50)
     sparse = torch.full_like(y_train, -1).index_copy(0, rows, y_train[rows])
     partly, wholly = (ArrayDataset(x_train, sparse), ArrayDataset(x_train[rows], y_train[rows]))
-    expected = embed(model, digits, fit_on=Samples(wholly)).accuracies
-    assert embed(model, digits, fit_on=Samples(partly)).accuracies == expected
-    none = Samples(ArrayDataset(x, torch.full_like(y, -1)), class_names=names)
+    expected = embed(model, digits, fit_on=SampleSet(wholly)).accuracies
+    assert embed(model, digits, fit_on=SampleSet(partly)).accuracies == expected
+    none = SampleSet(ArrayDataset(x, torch.full_like(y, -1)), class_names=names)
     assert embed(model, none, fit_on=digits).accuracies == []
 
 
 @pytest.mark.slow
 def test_unseen_class_counts_as_misclassified(model, digits):
     x, y = digits.tensors("test")
-    half = Samples(ArrayDataset(x, y % 2), class_names=("3", "hare"))
-    only = Samples(ArrayDataset(x[y % 2 == 0], y[y % 2 == 0] % 2), class_names=("3", "hare"))
+    half = SampleSet(ArrayDataset(x, y % 2), class_names=("3", "hare"))
+    only = SampleSet(ArrayDataset(x[y % 2 == 0], y[y % 2 == 0] % 2), class_names=("3", "hare"))
     share, alone = (embed(model, samples, fit_on=digits).accuracies[1]["knn"] for samples in (half, only))
     assert share == pytest.approx(alone * len(only) / len(half))
 
@@ -278,12 +278,12 @@ def test_one_dimensional_code_has_a_plane():
 
 
 def test_classifier_training_samples_give_no_accuracies(model, digits):
-    train = Samples.from_data(digits, "train")
+    train = SampleSet.from_data(digits, "train")
     assert embed(model, train, fit_on=digits).accuracies == []
 
 
 def test_multi_label_targets_are_omitted(tmp_path, model):
-    data = Samples(ArrayDataset(torch.rand(6, 1, 8, 8), torch.zeros(6, 2)))
+    data = SampleSet(ArrayDataset(torch.rand(6, 1, 8, 8), torch.zeros(6, 2)))
     embed(model, data, fit_on=data, nearest=1, out=str(tmp_path))
     assert "label" not in lines(tmp_path / "plane.csv")[0] and "label" not in lines(tmp_path / "neighbours.csv")[0]
 
@@ -298,7 +298,7 @@ def test_row_limit_draws_without_repeats():
 def test_degenerate_labels_give_no_accuracies(model):
     x = torch.rand(8, 1, 8, 8)
     for y in (torch.zeros(8, dtype=torch.long), torch.rand(8)):
-        data = Samples(ArrayDataset(x, y))
+        data = SampleSet(ArrayDataset(x, y))
         assert embed(model, data, fit_on=data).accuracies == []
 
 

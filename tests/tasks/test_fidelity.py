@@ -14,7 +14,7 @@ from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks import fidelity, fidelity_features
 from aezoo.tasks.generate import generate
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_nearest_training_sample_is_found_across_batches():
     rng = np.random.default_rng(0)
     train = rng.random((70, 1, 5, 5)).astype(np.float32)
     x = np.concatenate([train[[69, 3]], rng.random((6, 1, 5, 5)).astype(np.float32)])
-    found = fidelity.nearest_samples(torch.from_numpy(x), Samples.from_data(train), batch_size=16)
+    found = fidelity.nearest_samples(torch.from_numpy(x), SampleSet.from_data(train), batch_size=16)
     every = np.linalg.norm((x[:, None] - train[None]).reshape(8, 70, -1).astype(np.float64), axis=2)
     assert found.rows.tolist() == every.argmin(1).tolist()
     assert np.allclose(found.distances, every.min(1), atol=1e-6) and found.distances[:2].max() < 1e-6
@@ -140,14 +140,14 @@ def test_labels_train_a_reported_small_classifier(tmp_path, dense, digits, monke
 
 def test_features_without_labels_are_principal_components():
     x = torch.rand(90, 1, 6, 6)
-    features = fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False)
+    features = fidelity_features.choose_features(SampleSet.from_data(x), torch.device("cpu"), 0, False)
     assert "36 principal components of raw values (no labels" in features.name
     reference = PCA(36).fit_transform(x.flatten(1).numpy())
     assert np.allclose(features.extract(x).abs().numpy(), np.abs(reference), atol=1e-4)
 
 
 def test_fractional_labels_are_not_classes():
-    data = Samples(ArrayDataset(torch.rand(20, 5), torch.rand(20)))
+    data = SampleSet(ArrayDataset(torch.rand(20, 5), torch.rand(20)))
     assert "principal" in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
 
 
@@ -159,7 +159,7 @@ def test_classifier_learns_from_few_labels(monkeypatch):
     y = torch.full((3000,), -1)
     y[[3, 700, 1500]] = torch.tensor([0, 1, 2])
     x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
-    found = generate(identity(4), fit_on=Samples(ArrayDataset(torch.from_numpy(x), y)), n=2, quality=5)
+    found = generate(identity(4), fit_on=SampleSet(ArrayDataset(torch.from_numpy(x), y)), n=2, quality=5)
     assert found.features == "a small classifier of the data" and np.isfinite(found.figures[0]["fid"])
 
 
@@ -173,7 +173,7 @@ def test_non_finite_samples_are_refused():
 
 def test_training_samples_are_not_used_as_held_out_reference():
     x = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
-    train = Samples.from_data(x[:80])
+    train = SampleSet.from_data(x[:80])
     same = generate(identity(4), train, fit_on=train, n=2, quality=50)
     assert [(row["samples"], row["n"]) for row in same.figures] == [("generated", 50)]
     assert "held-out" not in same.source
@@ -202,7 +202,7 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
     from torchvision.transforms.functional import normalize
 
     x = torch.rand(3, 1, 40, 340, generator=torch.Generator().manual_seed(0))
-    data = Samples(ArrayDataset(x))
+    data = SampleSet(ArrayDataset(x))
     assert "Inception-v3" not in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
     torch.manual_seed(0)
     network = inception_v3(weights=None, init_weights=False, transform_input=True)  # as with weights
@@ -236,7 +236,7 @@ def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     with pytest.raises(
         AezooError, match=rf"{stored.name} holds no weights of inception_v3 \(\w+\): remove it"
     ) as caught:
-        fidelity_features.choose_features(Samples.from_data(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
+        fidelity_features.choose_features(SampleSet.from_data(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
     assert "\n" not in str(caught.value)
 
 
@@ -247,4 +247,4 @@ def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
 )
 def test_non_image_data_do_not_use_inception(stored, x):
     stored.write_bytes(b"never read")
-    assert "principal" in fidelity_features.choose_features(Samples.from_data(x), torch.device("cpu"), 0, False).name
+    assert "principal" in fidelity_features.choose_features(SampleSet.from_data(x), torch.device("cpu"), 0, False).name

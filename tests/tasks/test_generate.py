@@ -14,7 +14,7 @@ import aezoo
 from aezoo.errors import AezooError
 from aezoo.tasks import generate_walks
 from aezoo.tasks.generate import generate
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_interpolation_is_linear_or_spherical(vae, digits):
     with torch.no_grad():
         a, b = vae.encode(x[:2]).double().numpy()
         circle, line = (
-            generate_walks.interpolation(vae, Samples.from_data(x[:2]), asked, 1, 7, 0).codes[0].numpy()
+            generate_walks.interpolation(vae, SampleSet.from_data(x[:2]), asked, 1, 7, 0).codes[0].numpy()
             for asked in (True, False)
         )
     assert np.allclose(line, np.linspace(a, b, 7), atol=1e-6)

@@ -9,7 +9,7 @@ import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.reconstruct import _PartReconstructor, _picture
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 
 def test_linear_model_errors_match_pca():
@@ -76,7 +76,7 @@ def test_single_sample_and_labelled_data_are_reconstructed(tmp_path):
 
 @pytest.mark.slow
 def test_multi_label_targets_are_omitted(tmp_path):
-    data = Samples(ArrayDataset(torch.rand(3, 4), torch.zeros(3, 2)))
+    data = SampleSet(ArrayDataset(torch.rand(3, 4), torch.zeros(3, 2)))
     aezoo.reconstruct(aezoo.create_model("dense_ae", (4,)), data, out=str(tmp_path))
     assert (tmp_path / "errors.csv").read_text().startswith("index,mse,mae,score\n0,")
 
@@ -104,7 +104,7 @@ def test_picture_shows_best_median_and_worst_samples(monkeypatch):
     )
     x = torch.zeros(9, 2)
     mse = np.array([5, 1, 9, 2, 7, 3, 8, 4, 6]) / 10
-    _picture(Samples.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    _picture(SampleSet.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
     assert {label: float(panel["original"][0]) for label, panel in shown.items()} == {
         "best: mse 0.1": 1,
         "median: mse 0.5": 0,
@@ -112,7 +112,7 @@ def test_picture_shows_best_median_and_worst_samples(monkeypatch):
     }
     shown.clear()
     mse[2] = np.nan
-    _picture(Samples.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
+    _picture(SampleSet.from_data(x + torch.arange(9)[:, None]), np.zeros((9, 2), np.float32), mse, 1)
     assert [*shown][-1] == "worst: mse 0.8"
 
 

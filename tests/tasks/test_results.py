@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import Samples
+from aezoo.tasks.samples import SampleSet
 
 VERBS = {
     "reconstruct": ({}, "30 samples of 3, mse ", ["index", "mse", "mae", "score", "a", "b", "c"], 30),
@@ -70,7 +70,7 @@ def test_reprs_name_shapes_sizes_and_splits(model):
     sizes = {stage: len(data.tensors(stage)[0]) for stage in data.splits()}
     said = ", ".join(f"{n} {stage}" for stage, n in sizes.items())
     assert repr(data) == str(data) == f"DataModule(digits: {said}, 1x8x8, 10 classes, batches of 32)"
-    assert repr(Samples.from_data(data)) == f"Samples(digits (test): {sizes['test']} of 1x8x8)"
+    assert repr(SampleSet.from_data(data)) == f"SampleSet(digits (test): {sizes['test']} of 1x8x8)"
     n = sum(p.numel() for p in model.parameters())
     first, second, *rest = repr(model).splitlines()
     assert (first, second) == ("VAE(", f"  input_shape=(3,), code_shape=(2,), {n:,} parameters") and len(rest) > 5

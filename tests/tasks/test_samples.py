@@ -11,7 +11,7 @@ import aezoo
 from aezoo.cli.task_commands import read
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import Samples, evaluation_mode
+from aezoo.tasks.samples import SampleSet, evaluation_mode
 
 UNKNOWN = {"settings": {}, "scaling": {}}
 
@@ -42,18 +42,18 @@ def test_verbs_support_every_model_dtype(dtype):
 
 def test_bytes_are_divided_by_255_and_floats_kept():
     x = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
-    samples = Samples.from_data(x)
+    samples = SampleSet.from_data(x)
     assert samples.shape == (1, 8, 8) and len(samples) == 4 and samples.y is None
     assert torch.equal(all_of(samples), torch.from_numpy(x).float()[:, None] / 255)
     floats = torch.randn(5, 3)
-    assert torch.equal(all_of(Samples.from_data(floats), 2), floats)
-    assert Samples.from_data(samples) is samples
+    assert torch.equal(all_of(SampleSet.from_data(floats), 2), floats)
+    assert SampleSet.from_data(samples) is samples
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_samples_match_datamodule_split(split):
     data = aezoo.DataModule("digits")
-    samples = Samples.from_data(data, split)
+    samples = SampleSet.from_data(data, split)
     x, y = data.tensors(split)
     assert torch.equal(all_of(samples), x) and torch.equal(samples.y, y)
     assert torch.equal(samples.rows([3, 1]), x[[3, 1]])
@@ -83,7 +83,7 @@ def test_input_file_uses_training_statistics(tmp_path):
     scaling = data.source.scaling.state()
     np.save(tmp_path / "x.npy", x[:20])
     given = all_of(read(str(tmp_path / "x.npy"), {"settings": {"scale": "standard"}, "scaling": scaling}))
-    train = all_of(Samples.from_data(data, "train"))
+    train = all_of(SampleSet.from_data(data, "train"))
     mean, deviation = scaling["offset"], scaling["factor"]
     assert torch.allclose(given, ((torch.from_numpy(x[:20]) - mean) / deviation).float())
     assert abs(float(train.mean())) < 1e-5 and abs(float(given.mean())) < 0.5
@@ -200,7 +200,7 @@ def test_scaling_precedes_binarisation(tmp_path):
 
 def test_subset_is_drawn_in_order_without_repeats():
     data = aezoo.DataModule("digits")
-    samples = Samples.from_data(data, "train")
+    samples = SampleSet.from_data(data, "train")
     few = samples.subsample(50, seed=1)
     x, y = data.tensors("train")
     places = [int((x == row).flatten(1).all(1).nonzero()[0]) for row in all_of(few)]
@@ -219,18 +219,18 @@ def test_subset_is_drawn_in_order_without_repeats():
 )
 def test_invalid_samples_are_refused(x, words):
     with pytest.raises(AezooError, match=words.replace("[", r"\[").replace("]", r"\]")):
-        Samples.from_data(x)
+        SampleSet.from_data(x)
 
 
 def test_samples_of_wrong_shape_or_range_are_refused():
     model = aezoo.create_model("dense_ae", (4,))
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
-        Samples.from_data(torch.rand(3, 5)).check(model)
+        SampleSet.from_data(torch.rand(3, 5)).check(model)
     scaling = {"offset": torch.zeros(4), "factor": torch.ones(4)}  # of data of the model's own shape
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
-        Samples(ArrayDataset(torch.rand(3, 5)), 255, scaling).check(model)
+        SampleSet(ArrayDataset(torch.rand(3, 5)), 255, scaling).check(model)
     with pytest.raises(AezooError, match=r"needs data in \[0, 1\]"):
-        Samples.from_data(torch.rand(3, 4) * 255).check(model)
+        SampleSet.from_data(torch.rand(3, 4) * 255).check(model)
     assert not model.training
 
 
@@ -249,7 +249,7 @@ def test_task_keeps_random_state_and_modes():
 
 
 def test_subset_keeps_scaling_and_labels():
-    whole = Samples(
+    whole = SampleSet(
         ArrayDataset(torch.arange(12, dtype=torch.uint8).view(6, 2), torch.arange(6)), 255, None, tuple("abcdef")
     )
     rows = torch.tensor([4, 1])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class ContractiveAE(Autoencoder):
@@ -51,8 +51,8 @@ class ContractiveAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, contraction=contraction)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, contraction=contraction)
         self.contraction = contraction
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aezoo import corruptions
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DenoisingAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
@@ -36,7 +36,7 @@ class DenoisingAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         self.corruption = corruptions.corruption(corruption)
         self.encoder = self.build_encoder(self.code_shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DenseAE(Autoencoder):
@@ -41,7 +41,7 @@ class DenseAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         layers = nets.encoder("mlp", self.input_shape, self.code_shape, hidden_dims, activation)
         self.encoder = nn.Sequential(layers, nets.activation(code_activation))

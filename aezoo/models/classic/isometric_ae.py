@@ -31,7 +31,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 DISTORTIONS = ("isometric", "relaxed")
 
@@ -56,8 +56,8 @@ class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, isometry=isometry)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, isometry=isometry)
         if distortion not in DISTORTIONS:
             raise AezooError(f"unknown distortion {distortion!r}: take one of {', '.join(DISTORTIONS)}")
         self.isometry = isometry

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}):
@@ -32,7 +32,7 @@ class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}):
 
     def __init__(self, input_shape: tuple[int, ...], *, latent_dim: int = 16, **kwargs: Unpack[TrainingArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.code_shape = (latent_dim,)
         x_dim = math.prod(self.input_shape)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MemoryAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
@@ -47,8 +47,8 @@ class MemoryAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim, n_items=n_items)
-        at_least(0, shrinkage=shrinkage, entropy_weight=entropy_weight)
+        check_at_least(1, latent_dim=latent_dim, n_items=n_items)
+        check_at_least(0, shrinkage=shrinkage, entropy_weight=entropy_weight)
         self.shrinkage = shrinkage
         self.entropy_weight = entropy_weight
         self.code_shape = (latent_dim,)

@@ -28,7 +28,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.quantisers.estimators import ste
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 BINARISATIONS = ("noise", "improved")
 
@@ -72,10 +72,10 @@ class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if binarisation not in BINARISATIONS:
             raise AezooError(f"unknown binarisation {binarisation!r}: take one of {', '.join(BINARISATIONS)}")
-        at_least(0, noise_std=noise_std)
+        check_at_least(0, noise_std=noise_std)
         self.binarisation = binarisation
         self.noise_std = noise_std
         self.code_shape = (latent_dim,)

@@ -25,7 +25,7 @@ from torch import Tensor
 from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.lstm import FromSteps, Steps
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 _NETS = ("lstm", "transformer")
 
@@ -56,7 +56,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}):
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
         if self.net not in _NETS:
             raise AezooError(f"net must be {' or '.join(_NETS)}, got {self.net!r}")
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
             raise AezooError(
                 f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "

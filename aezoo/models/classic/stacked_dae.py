@@ -26,7 +26,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions import likelihoods
 from aezoo.errors import AezooError
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.optimizers import known_steps
 
 
@@ -62,10 +62,10 @@ class StackedDAE(Autoencoder):
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if any(width < 1 for width in hidden_dims):
             raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
-        at_least(0, phase_epochs=phase_epochs)
+        check_at_least(0, phase_epochs=phase_epochs)
         self.phase_epochs = phase_epochs
         self.code_shape = (latent_dim,)
         self.corruption = corruptions.corruption(corruption)

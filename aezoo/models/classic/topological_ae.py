@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import divergences
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
@@ -75,8 +75,8 @@ class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_sa
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, topology=topology)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, topology=topology)
         self.topology = topology
         self.code_shape = (latent_dim,)
         self.log_unit = nn.Parameter(torch.zeros(()))

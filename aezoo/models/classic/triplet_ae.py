@@ -24,7 +24,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.triplet import TripletAutoencoder
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
@@ -49,7 +49,7 @@ class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.set_triplet_loss(triplet_weight, margin, mining)
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

@@ -35,7 +35,7 @@ from aezoo.nets.conv import CONVS, grids, head, rank_of
 from aezoo.nets.dc import shuffle
 from aezoo.nets.gdn import GDN
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Subpixel(nn.Module):
@@ -195,7 +195,7 @@ class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}):
         **kwargs: Unpack[Cheng2020Args],
     ) -> None:
         super().__init__(input_shape, net="gdn", **kwargs)
-        at_least(1, mixtures=mixtures)
+        check_at_least(1, mixtures=mixtures)
         self.mixtures = mixtures
         code = self.code_shape
         # these replace the encoder and decoder of net gdn, with the same grids

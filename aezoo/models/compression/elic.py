@@ -24,7 +24,7 @@ from aezoo.models.compression.checkerboard import Checkerboard
 from aezoo.models.compression.scale_hyperprior import HyperArgs
 from aezoo.nets.blocks.context import Context
 from aezoo.nets.conv import CONVS
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "resnet"}):
@@ -48,7 +48,7 @@ class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "res
         **kwargs: Unpack[HyperArgs],
     ) -> None:
         super().__init__(input_shape, latent_dim=sum(groups), lam=lam, reach=reach, **kwargs)
-        at_least(1, **{f"groups[{i}]": size for i, size in enumerate(groups)})
+        check_at_least(1, **{f"groups[{i}]": size for i, size in enumerate(groups)})
         self.groups = tuple(groups)
         before = [sum(groups[:k]) for k in range(len(groups))]
         rank, known = len(self.grid), 2 * sum(groups)

@@ -19,7 +19,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from aezoo.bases.entropy_coded import AdditiveNoise, Coder, EntropyCoded, Factorised, Rounding, Table
+from aezoo.bases.entropy_coded import AdditiveNoise, Coder, EntropyCoded, Factorised, ProbabilityTable, Rounding
 from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
 
 
@@ -52,7 +52,7 @@ class FactorizedPrior(
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
         return coder(y, self.density.distribution((n, *self.code_shape)))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ProbabilityTable]:
         return self.density.tables()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

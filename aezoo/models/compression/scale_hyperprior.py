@@ -20,10 +20,18 @@ from torch import Tensor
 
 from aezoo import nets
 from aezoo.autoencoder import at_least_float32
-from aezoo.bases.entropy_coded import Coder, Distribution, Factorised, Gaussians, Table, gaussian_tables, scale_of
+from aezoo.bases.entropy_coded import (
+    Coder,
+    Distribution,
+    Factorised,
+    Gaussians,
+    ProbabilityTable,
+    gaussian_tables,
+    scale_of,
+)
 from aezoo.bases.network import NetworkArgs
 from aezoo.models.compression.factorized_prior import FactorizedPrior, FactorizedPriorArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class HyperArgs(NetworkArgs, total=False):
@@ -59,7 +67,7 @@ class ScaleHyperprior(FactorizedPrior):
         **kwargs: Unpack[FactorizedPriorArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, hyper_dim=hyper_dim)
+        check_at_least(1, hyper_dim=hyper_dim)
         self.z_shape: tuple[int, ...] = (hyper_dim,)
         hyper_net = "mlp"
         if len(self.code_shape) > 1:
@@ -91,5 +99,5 @@ class ScaleHyperprior(FactorizedPrior):
         raw_scale = self.code_side(coder, y, n)
         return coder(y, self.distribution(torch.zeros_like(raw_scale), raw_scale))
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ProbabilityTable]:
         return self.density.tables() + gaussian_tables()

@@ -34,7 +34,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, rank_of
 from aezoo.nets.resnet import ResidualBlock
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 LOG_MEAN, LOG_STD, RHO = -1.1, 2.0, 7
 
@@ -172,8 +172,8 @@ class ConsistencyDecoderAE(
         **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
         super().__init__(input_shape, likelihood="gaussian", **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, nll_weight=nll_weight, level_steps=level_steps)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, nll_weight=nll_weight, level_steps=level_steps)
         if not 1e-4 <= sigma_min < sigma_max <= 1e4 or not 1e-4 <= sigma_data <= 1e4:
             raise AezooError(f"sigmas must be from 1e-4 to 1e4, min < max: got {sigma_min}, {sigma_max}, {sigma_data}")
         if not 1 <= start_noise_levels <= noise_levels <= 10_000:

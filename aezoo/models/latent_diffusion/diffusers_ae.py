@@ -25,7 +25,7 @@ from aezoo.distributions.likelihoods import Gaussian, Laplace, LogCosh
 from aezoo.errors import AezooError
 from aezoo.nets.blocks import diffusers
 from aezoo.training.arguments import OptimizerArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DiffusersAE(Autoencoder):
@@ -59,7 +59,7 @@ class DiffusersAE(Autoencoder):
         **kwargs: Unpack[OptimizerArgs],
     ) -> None:
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
-        at_least(0, beta=beta, commitment=commitment)
+        check_at_least(0, beta=beta, commitment=commitment)
         if len(self.input_shape) != 3:
             raise AezooError(f"diffusers_ae takes images, (C, H, W), got {self.input_shape}")
         if pretrained == "none":

@@ -30,7 +30,7 @@ from aezoo.nets import vit
 from aezoo.nets.blocks.channel_stats import Standardiser
 from aezoo.nets.conv import head
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class RepresentationAEArgs(TrainingArgs, AdversarialArgs, total=False):
@@ -76,8 +76,8 @@ class RepresentationAE(
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
         self.update_hyperparameters(teacher=teacher)
-        at_least(1, width=width, depth=depth)
-        at_least(0, tau=tau)
+        check_at_least(1, width=width, depth=depth)
+        check_at_least(0, tau=tau)
         if len(code_shape) not in (0, 1, len(self.input_shape)) or any(int(n) != n or n < 1 for n in code_shape):
             raise AezooError(f"code_shape takes (C,), or C and {len(self.input_shape) - 1} sides, got {code_shape}")
         self.teacher = teacher

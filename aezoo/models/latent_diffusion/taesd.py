@@ -25,7 +25,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.distillation import DistilledAutoencoder, teacher_path
 from aezoo.nets.conv import CONVS, grids
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Clamp(nn.Module):
@@ -77,7 +77,7 @@ class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
         super().__init__(input_shape, **kwargs)
         teacher = teacher_path(teacher)
         self.update_hyperparameters(teacher=teacher)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.teacher = teacher
         self.code_shape = nets.map_shape("conv", self.input_shape, hidden_dims, latent_dim)
         channels, conv = self.input_shape[0], CONVS[len(self.input_shape) - 1]

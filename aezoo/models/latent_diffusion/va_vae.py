@@ -28,7 +28,7 @@ from aezoo.nets.blocks import adversarial
 from aezoo.nets.blocks.adversarial import gradient_only, value_and_grad
 from aezoo.nets.blocks.features import FeatureDistance
 from aezoo.nets.conv import CONVS
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VAVAE(AutoencoderKL):
@@ -52,7 +52,7 @@ class VAVAE(AutoencoderKL):
         matrix_margin: float = 0.25,
         **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
-        at_least(0, alignment_weight=alignment_weight, cosine_margin=cosine_margin, matrix_margin=matrix_margin)
+        check_at_least(0, alignment_weight=alignment_weight, cosine_margin=cosine_margin, matrix_margin=matrix_margin)
         if foundation == "none":
             raise AezooError("foundation must be a network: for none take autoencoder_kl")
         super().__init__(input_shape, **kwargs)

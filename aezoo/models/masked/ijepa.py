@@ -34,7 +34,7 @@ from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.nets import vit
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.optimizers import known_steps
 
 # each takes a pass of the predictor
@@ -163,8 +163,8 @@ class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1,
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: take mae, which has no blocks")
-        at_least(1, n_targets=n_targets, predictor_width=predictor_width, predictor_depth=predictor_depth)
-        at_least(0, momentum_steps=momentum_steps)
+        check_at_least(1, n_targets=n_targets, predictor_width=predictor_width, predictor_depth=predictor_depth)
+        check_at_least(0, momentum_steps=momentum_steps)
         if not (0 <= momentum <= 1 and n_targets <= _MOST_TARGETS):
             most = f"n_targets be at most {_MOST_TARGETS}"
             raise AezooError(f"momentum must lie between 0 and 1 and {most}, got {momentum} and {n_targets}")

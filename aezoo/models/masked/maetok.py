@@ -28,7 +28,7 @@ from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 _DIRECTIONS = 9
 
@@ -83,8 +83,8 @@ class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}):
             raise AezooError(
                 f"maetok takes images (C, H, W), whose gradients it tells, got {self.input_shape}: take mae"
             )
-        at_least(0, aux_weight=aux_weight)
-        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, aux_depth=aux_depth)
+        check_at_least(0, aux_weight=aux_weight)
+        check_at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, aux_depth=aux_depth)
         if not 0 <= least_masked <= most_masked < 1:
             raise AezooError(
                 f"maetok needs 0 <= least_masked <= most_masked < 1, got least_masked={least_masked} and "

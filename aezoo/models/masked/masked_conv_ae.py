@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.nets import vit
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MaskedConvAE(NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults={"net": "conv"}):
@@ -52,7 +52,7 @@ class MaskedConvAE(NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults=
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         self.patchify = vit.Patchify(self.input_shape, patch_size)
         self.masked = vit.count_masked(self.patchify.n, mask_ratio)
         channels, *grid = self.input_shape

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from aezoo import nets
 from aezoo.distributions.likelihoods import LogitLaplace
 from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE, GumbelVQVAEArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class LogitLaplaceOfTwo(LogitLaplace):
@@ -65,7 +65,7 @@ class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperatu
         likelihood: str = "logit_laplace",
         **kwargs: Unpack[GumbelVQVAEArgs],
     ) -> None:
-        at_least(0, kl_steps=kl_steps)
+        check_at_least(0, kl_steps=kl_steps)
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
         self.kl_steps = kl_steps
         if likelihood == "logit_laplace":

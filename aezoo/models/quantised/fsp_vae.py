@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.fsp import FSP
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class FSPVAE(CodeMapAutoencoder):
@@ -47,7 +47,7 @@ class FSPVAE(CodeMapAutoencoder):
         **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
+        check_at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         self.mean_weight = mean_weight
         self.variance_weight = variance_weight
         self.quantiser = FSP(tuple(levels), squash=squash, eta=eta, quantised=quantised)

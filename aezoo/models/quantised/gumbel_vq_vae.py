@@ -26,7 +26,7 @@ from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.distributions.categorical import kl_from_uniform, sample_gumbel
 from aezoo.quantisers.base import Quantised
 from aezoo.quantisers.gumbel_vq import GumbelVQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class GumbelVQVAEArgs(FixedLikelihoodArgs, total=False):
@@ -73,9 +73,9 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True):
         **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, beta=beta, temperature_steps=temperature_steps)
-        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
-        at_least(2, codebook_size=codebook_size)
+        check_at_least(0, beta=beta, temperature_steps=temperature_steps)
+        check_at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        check_at_least(2, codebook_size=codebook_size)
         self.beta = beta
         self.temperature_steps = temperature_steps
         self.temperature = temperature

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.lfq import LFQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class LFQVAE(CodeMapAutoencoder):
@@ -48,7 +48,7 @@ class LFQVAE(CodeMapAutoencoder):
         **kwargs: Unpack[CodeMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
+        check_at_least(0, entropy_weight=entropy_weight, gamma=gamma, beta=beta)
         self.entropy_weight = entropy_weight
         self.gamma = gamma
         self.beta = beta

@@ -23,7 +23,7 @@ from torch import Tensor
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.quantisers.latent_quantisation import LatentQuantisation
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class QLAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"optimizer": "adamw", "weight_decay": 0.1}):
@@ -49,9 +49,9 @@ class QLAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"optimizer": "adam
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(2, n_values=n_values)
-        at_least(0, beta=beta)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(2, n_values=n_values)
+        check_at_least(0, beta=beta)
         self.beta = beta
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

@@ -19,7 +19,7 @@ from torch import Tensor
 from aezoo.bases.quantised import CodeMapAutoencoder
 from aezoo.bases.vector_quantised import UnprojectedVQMapArgs, VQAutoencoder
 from aezoo.quantisers.residual_vq import ResidualVQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}):
@@ -41,7 +41,7 @@ class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}):
         **kwargs: Unpack[UnprojectedVQMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, levels=levels)
+        check_at_least(1, levels=levels)
         self.build_code_nets(self.latent_dim, self.latent_dim)
         self.quantiser = ResidualVQ(
             self.latent_dim,

@@ -16,7 +16,7 @@ from torch import Tensor
 from aezoo.bases.network import LatentArgs
 from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.sim_vq import SimVQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SimVQVAEArgs(LatentArgs, total=False):
@@ -53,8 +53,8 @@ class SimVQVAE(CodeMapAutoencoder):
         self.codebook_size = codebook_size
         self.estimator = estimator
         self.latent_dim = latent_dim
-        at_least(0, beta=beta)
-        at_least(1, codebook_size=codebook_size)
+        check_at_least(0, beta=beta)
+        check_at_least(1, codebook_size=codebook_size)
         self.beta = beta
         self.build_code_nets(latent_dim, latent_dim)
         self.quantiser = SimVQ(latent_dim, codebook_size, estimator=estimator)

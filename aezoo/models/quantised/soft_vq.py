@@ -32,7 +32,7 @@ from aezoo.errors import AezooError
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
 from aezoo.quantisers.common import entropy, k_means, relative_distance
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}):
@@ -67,8 +67,8 @@ class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}):
         **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, entropy_weight=entropy_weight, gamma=gamma, temperature=temperature)
-        at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
+        check_at_least(0, entropy_weight=entropy_weight, gamma=gamma, temperature=temperature)
+        check_at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
         if not temperature > 0:
             raise AezooError("temperature must be above 0: for the nearest code itself take titok")
         self.temperature = temperature

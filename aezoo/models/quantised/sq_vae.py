@@ -32,7 +32,7 @@ from aezoo.distributions.categorical import sample_gumbel
 from aezoo.distributions.likelihoods import Gaussian
 from aezoo.quantisers.base import Quantised, quantisers_in_eval_mode
 from aezoo.quantisers.stochastic_vq import StochasticVQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SQVAE(CodeMapAutoencoder, has_prior=True):
@@ -72,10 +72,10 @@ class SQVAE(CodeMapAutoencoder, has_prior=True):
         **kwargs: Unpack[FixedLikelihoodArgs],
     ) -> None:
         super().__init__(input_shape, likelihood="gaussian", places=places, **kwargs)
-        at_least(0, temperature_steps=temperature_steps)
-        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
-        at_least(1, latent_dim=latent_dim)
-        at_least(2, codebook_size=codebook_size)
+        check_at_least(0, temperature_steps=temperature_steps)
+        check_at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(2, codebook_size=codebook_size)
         self.temperature = temperature
         self.start_temperature = start_temperature
         self.temperature_steps = temperature_steps

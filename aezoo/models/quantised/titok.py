@@ -27,7 +27,7 @@ from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.bases.vector_quantised import VQArgs, VQAutoencoder
 from aezoo.nets import vit
 from aezoo.nets.blocks import tokens
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class TiTokArgs(VQArgs, PatchTransformerArgs, total=False):
@@ -47,7 +47,7 @@ class TiTok(VQAutoencoder, PatchTransformer, defaults={"cosine": True, "depth": 
 
     def __init__(self, input_shape: tuple[int, ...], *, n_tokens: int = 32, **kwargs: Unpack[TiTokArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, n_tokens=n_tokens)
+        check_at_least(1, n_tokens=n_tokens)
         patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.code_shape = self.latent_dim, n_tokens
         self.encoder = tokens.TokenEncoder(patchify, self.code_shape, self.widths, self.activation)

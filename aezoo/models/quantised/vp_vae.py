@@ -19,7 +19,7 @@ from torch import Tensor
 from aezoo.bases.quantised import CodeMapAutoencoder
 from aezoo.bases.vector_quantised import CodebookAutoencoder, CodebookMapArgs
 from aezoo.quantisers.vector_perturbation import VectorPerturbation
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4}):
@@ -49,7 +49,7 @@ class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4})
         **kwargs: Unpack[CodebookMapArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
+        check_at_least(0, mean_weight=mean_weight, variance_weight=variance_weight)
         self.mean_weight = mean_weight
         self.variance_weight = variance_weight
         self.build_code_nets(self.latent_dim, self.latent_dim)

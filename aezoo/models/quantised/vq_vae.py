@@ -22,7 +22,7 @@ from torch import Tensor
 from aezoo.bases.quantised import CodeMapAutoencoder
 from aezoo.bases.vector_quantised import VQAutoencoder, VQMapArgs
 from aezoo.quantisers.grouped_vq import GroupedVQ
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VQVAE(VQAutoencoder, CodeMapAutoencoder):
@@ -35,7 +35,7 @@ class VQVAE(VQAutoencoder, CodeMapAutoencoder):
 
     def __init__(self, input_shape: tuple[int, ...], *, n_groups: int = 1, **kwargs: Unpack[VQMapArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, n_groups=n_groups)
+        check_at_least(1, n_groups=n_groups)
         self.build_code_nets(self.latent_dim, self.latent_dim)
         # a single codebook keeps the parameter names of earlier checkpoints
         if n_groups == 1:

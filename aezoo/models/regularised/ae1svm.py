@@ -27,7 +27,7 @@ from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import above, at_least
+from aezoo.training.limits import check_above, check_at_least
 
 
 class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelihood": "gaussian"}):
@@ -58,13 +58,13 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, svm_weight=svm_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, svm_weight=svm_weight)
         if not 0 < nu <= 1:
             raise AezooError(f"nu must be above 0 and at most 1, got {nu}")
         if not 1 <= n_frequencies <= 100_000:
             raise AezooError(f"n_frequencies must lie between 1 and 100000, got {n_frequencies}")
-        above(0, bandwidth=bandwidth)
+        check_above(0, bandwidth=bandwidth)
         self.svm_weight = svm_weight
         self.nu = nu
         self.code_shape = (latent_dim,)

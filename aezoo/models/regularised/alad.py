@@ -32,7 +32,7 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class PairDiscriminator(nn.Module):
@@ -80,8 +80,8 @@ class ALAD(
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, nll_weight=nll_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, nll_weight=nll_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.nll_weight = nll_weight
         self.discriminator_lr = discriminator_lr

@@ -26,7 +26,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import LatentArgs
 from aezoo.distributions.divergences import squared_distances
 from aezoo.models.regularised.wae_mmd import WAEMMD
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # where phi switches from the integral to its asymptotic series: 16 nodes and 16 terms agree there to thirteen digits
 _FAR, _TERMS = 30.0, 16
@@ -60,7 +60,7 @@ class CWAE(WAEMMD, compares_samples=True):
 
     def __init__(self, input_shape: tuple[int, ...], *, cw_weight: float = 1.0, **kwargs: Unpack[LatentArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, cw_weight=cw_weight)
+        check_at_least(0, cw_weight=cw_weight)
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased
         self.cw_weight = cw_weight
         self._quadrature, self._series = kummer(self.latent_dim)

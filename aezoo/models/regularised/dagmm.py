@@ -26,7 +26,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 
@@ -61,8 +61,8 @@ class DAGMM(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activati
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim, n_components=n_components, estimation_dim=estimation_dim)
-        at_least(0, energy_weight=energy_weight, covariance_weight=covariance_weight)
+        check_at_least(1, latent_dim=latent_dim, n_components=n_components, estimation_dim=estimation_dim)
+        check_at_least(0, energy_weight=energy_weight, covariance_weight=covariance_weight)
         if not 0 <= dropout < 1:
             raise AezooError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.energy_weight = energy_weight

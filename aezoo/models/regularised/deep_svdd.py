@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # without positions, gates or a last normalisation
 _NETS = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
@@ -63,8 +63,8 @@ class DeepSVDD(
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, nll_weight=nll_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, nll_weight=nll_weight)
         if not 0 <= nu < 1:
             raise AezooError(f"nu must be at least 0 and below 1, got {nu}")
         for kind, name, fit in (("net", self.net, _NETS), ("activation", self.activation, _ACTIVATIONS)):

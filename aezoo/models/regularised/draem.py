@@ -29,7 +29,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.ssim import similarity
 from aezoo.nets.unet import UNet
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 _FINEST = 4  # pixels across a cell
 _MOST_HALVINGS = 5
@@ -101,8 +101,8 @@ class DRAEM(NetworkAutoencoder, hidden_dims={"unet": (16, 32)}, defaults={"net":
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
             raise AezooError(f"draem takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take dense_ae")
-        at_least(1, latent_dim=latent_dim, window=window, segmentation_dims=min(segmentation_dims, default=0))
-        at_least(0, ssim_weight=ssim_weight, segmentation_weight=segmentation_weight)
+        check_at_least(1, latent_dim=latent_dim, window=window, segmentation_dims=min(segmentation_dims, default=0))
+        check_at_least(0, ssim_weight=ssim_weight, segmentation_weight=segmentation_weight)
         if source not in ("color", "samples"):
             raise AezooError(f"source is {source!r}: take color or samples")
         if window % 2 == 0:

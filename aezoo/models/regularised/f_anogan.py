@@ -32,7 +32,7 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Critic(nn.Module):
@@ -82,8 +82,10 @@ class FAnoGAN(
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, generator_weight=generator_weight, feature_weight=feature_weight, penalty_weight=penalty_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(
+            0, generator_weight=generator_weight, feature_weight=feature_weight, penalty_weight=penalty_weight
+        )
         check_discriminator(discriminator_dims, discriminator_lr)
         self.generator_weight = generator_weight
         self.feature_weight = feature_weight

@@ -35,7 +35,7 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Discriminator(nn.Module):
@@ -81,8 +81,8 @@ class GANomaly(
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, adv_weight=adv_weight, enc_weight=enc_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, adv_weight=adv_weight, enc_weight=enc_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.adv_weight = adv_weight
         self.enc_weight = enc_weight

@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import ParametrizationList, register_parametriza
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.projected_weights import Constrained
 
 REGULARISERS = ("l2", "gp", "sn", "none")
@@ -87,7 +87,7 @@ class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if not (0 <= beta < math.inf and 0 <= regulariser_weight < math.inf):
             raise AezooError(f"beta and regulariser_weight must be at least 0 and finite: {beta}, {regulariser_weight}")
         if regulariser not in REGULARISERS:

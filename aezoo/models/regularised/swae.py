@@ -21,7 +21,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import LatentArgs
 from aezoo.errors import AezooError
 from aezoo.models.regularised.wae_mmd import WAEMMD
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SWAE(WAEMMD, compares_samples=False):
@@ -42,7 +42,7 @@ class SWAE(WAEMMD, compares_samples=False):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, sw_weight=sw_weight)
+        check_at_least(0, sw_weight=sw_weight)
         if not 1 <= n_projections <= 100_000:
             raise AezooError(f"n_projections must lie between 1 and 100000, got {n_projections}")
         del self.mmd_weight, self.kernel, self.kernel_scales, self.unbiased

@@ -29,7 +29,7 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True):
@@ -57,8 +57,8 @@ class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, adversarial_weight=adversarial_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, adversarial_weight=adversarial_weight)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.adversarial_weight = adversarial_weight
         self.gaussian_posterior = gaussian_posterior

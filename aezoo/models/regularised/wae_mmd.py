@@ -25,7 +25,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import divergences
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 KERNELS = ("inverse_multiquadratic", "rbf")
 
@@ -55,8 +55,8 @@ class WAEMMD(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.latent_dim = latent_dim
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, mmd_weight=mmd_weight)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, mmd_weight=mmd_weight)
         if kernel not in KERNELS:
             raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
         if not kernel_scales or not all(0 < s < math.inf for s in kernel_scales):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.sparse.sae_l1 import SAEL1, DictionaryArgs
-from aezoo.training.limits import above, at_least
+from aezoo.training.limits import check_above, check_at_least
 
 
 class JumpReLUSAE(SAEL1):
@@ -55,11 +55,11 @@ class JumpReLUSAE(SAEL1):
         bandwidth: float = 0.05,
         **kwargs: Unpack[DictionaryArgs],
     ) -> None:
-        at_least(0, l0_weight=l0_weight, l0_steps=l0_steps)
+        check_at_least(0, l0_weight=l0_weight, l0_steps=l0_steps)
         if not (target_l0 == 0 or 0 < target_l0 <= latent_dim):
             raise AezooError(f"target_l0 must be 0 or lie between 0 and latent_dim={latent_dim}, got {target_l0}")
-        at_least(0, threshold=threshold)
-        above(0, bandwidth=bandwidth)
+        check_at_least(0, threshold=threshold)
+        check_above(0, bandwidth=bandwidth)
         super().__init__(input_shape, latent_dim=latent_dim, l1=l0_weight, l1_steps=l0_steps, **kwargs)
         self.l0_weight = l0_weight
         self.target_l0 = target_l0

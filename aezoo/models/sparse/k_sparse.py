@@ -23,7 +23,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import scatter_code
 from aezoo.nets.blocks.tied import Transposed
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
@@ -58,7 +58,7 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
         if start_k != 0 and not k <= start_k <= latent_dim:
             raise AezooError(f"start_k must be 0 or lie between k={k} and latent_dim={latent_dim}, got {start_k}")
-        at_least(0, k_steps=k_steps)
+        check_at_least(0, k_steps=k_steps)
         if not 0 < alpha * k <= latent_dim:
             raise AezooError(f"alpha must be above 0 and alpha k at most latent_dim={latent_dim}, got alpha={alpha}")
         self.k = k

@@ -22,7 +22,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
@@ -52,7 +52,7 @@ class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussia
         super().__init__(input_shape, **kwargs)
         if not 1 <= k <= latent_dim:
             raise AezooError(f"k must lie between 1 and latent_dim={latent_dim}, got {k}")
-        at_least(1, dead_after=dead_after)
+        check_at_least(1, dead_after=dead_after)
         self.k = k
         self.code_shape = (latent_dim,)
         self.encoder = nn.Flatten()

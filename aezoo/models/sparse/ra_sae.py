@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.topk_sae import SparsityArgs, TopKSAE
 from aezoo.nets.blocks.dictionary import Dictionary, project_to_simplex
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class Archetypes(Dictionary):
@@ -94,8 +94,8 @@ class RASAE(TopKSAE):
         self, input_shape: tuple[int, ...], *, n_points: int = 128, delta: float = 1.0, **kwargs: Unpack[SparsityArgs]
     ) -> None:
         super().__init__(input_shape, data_init=True, **kwargs)
-        at_least(1, n_points=n_points)
-        at_least(0, delta=delta)
+        check_at_least(1, n_points=n_points)
+        check_at_least(0, delta=delta)
         self.decoder = Archetypes(self.latent_dim, self.input_shape, n_points, delta)
 
     def pre_activations(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, resample_dead
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DictionaryArgs(TrainingArgs, total=False):
@@ -80,8 +80,8 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         self.latent_dim = latent_dim
         if form not in ("unit_norm", "april"):
             raise AezooError(f"form must be unit_norm or april, got {form!r}")
-        at_least(1, latent_dim=latent_dim, dead_after=dead_after)
-        at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
+        check_at_least(1, latent_dim=latent_dim, dead_after=dead_after)
+        check_at_least(0, l1=l1, l1_steps=l1_steps, resample_steps=resample_steps)
         self.unit_norm = form == "unit_norm"
         self.l1 = l1
         self.l1_steps = l1_steps

@@ -24,7 +24,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
@@ -50,10 +50,10 @@ class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if not 0 < rho < 1:
             raise AezooError(f"rho must lie between 0 and 1, got {rho}")
-        at_least(0, beta=beta, l2=l2)
+        check_at_least(0, beta=beta, l2=l2)
         self.rho = rho
         self.beta = beta
         self.l2 = l2

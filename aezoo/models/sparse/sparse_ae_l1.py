@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
@@ -32,8 +32,8 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
         self, input_shape: tuple[int, ...], *, l1: float = 0.1, latent_dim: int = 256, **kwargs: Unpack[NetworkArgs]
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, l1=l1)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, l1=l1)
         self.l1 = l1
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)

@@ -30,7 +30,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
 from aezoo.nets.conv import CONVS, rank_of
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, compares_samples=True):
@@ -58,7 +58,7 @@ class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, 
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(1, latent_dim=latent_dim)
+        check_at_least(1, latent_dim=latent_dim)
         if not 0 < lifetime <= 1:
             raise AezooError(f"lifetime must be above 0 and at most 1, got {lifetime}")
         self.lifetime = lifetime

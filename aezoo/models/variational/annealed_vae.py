@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aezoo.bases.network import LatentArgs
 from aezoo.models.variational.vae import VAE
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class AnnealedVAE(VAE):
@@ -46,8 +46,8 @@ class AnnealedVAE(VAE):
         per_sample: bool = False,
         **kwargs: Unpack[LatentArgs],
     ) -> None:
-        at_least(0, gamma=gamma, max_capacity=max_capacity)
-        at_least(1, capacity_steps=capacity_steps)
+        check_at_least(0, gamma=gamma, max_capacity=max_capacity)
+        check_at_least(1, capacity_steps=capacity_steps)
         super().__init__(input_shape, **kwargs)
         self.gamma = gamma
         self.per_sample = per_sample

@@ -27,7 +27,7 @@ from aezoo.distributions.divergences import ESTIMATORS, aggregate_log_weights
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, VAEArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True):
@@ -54,7 +54,7 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True):
         dataset_size: int = 0,
         **kwargs: Unpack[VAEArgs],
     ) -> None:
-        at_least(0, alpha=alpha, gamma=gamma, dataset_size=dataset_size)
+        check_at_least(0, alpha=alpha, gamma=gamma, dataset_size=dataset_size)
         if estimator not in ESTIMATORS:
             raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
         super().__init__(input_shape, **kwargs)

@@ -23,7 +23,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs
 from aezoo.distributions.categorical import all_codes, gumbel_softmax, kl_from_uniform, one_hot, sample_categorical
 from aezoo.models.variational.vae import VAE, BetaArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class CategoricalVAEArgs(NetworkArgs, total=False):
@@ -62,10 +62,10 @@ class CategoricalVAE(VAE, normal_prior=False):
         straight_through: bool = False,
         **kwargs: Unpack[BetaArgs],
     ) -> None:
-        at_least(1, n_variables=n_variables)
-        at_least(2, n_classes=n_classes)
-        at_least(0, temperature_steps=temperature_steps)
-        at_least(0.01, temperature=temperature, start_temperature=start_temperature)
+        check_at_least(1, n_variables=n_variables)
+        check_at_least(2, n_classes=n_classes)
+        check_at_least(0, temperature_steps=temperature_steps)
+        check_at_least(0.01, temperature=temperature, start_temperature=start_temperature)
         super().__init__(input_shape, latent_dim=n_variables * n_classes, **kwargs)
         self.variables = (n_variables, n_classes)
         self.temperature = temperature

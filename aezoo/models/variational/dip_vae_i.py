@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aezoo.bases.network import LatentArgs
 from aezoo.models.variational.vae import VAE
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DIPVAEI(VAE):
@@ -37,7 +37,7 @@ class DIPVAEI(VAE):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, off_diagonal=off_diagonal, diagonal=diagonal)
+        check_at_least(0, off_diagonal=off_diagonal, diagonal=diagonal)
         self.off_diagonal = off_diagonal
         self.diagonal = diagonal
 

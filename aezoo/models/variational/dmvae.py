@@ -36,7 +36,7 @@ from torch import Tensor
 from aezoo.bases.multimodal import Multimodal, MultimodalBetaArgs, PrivateDecoders
 from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class DMVAE(Multimodal, VAE):
@@ -57,8 +57,8 @@ class DMVAE(Multimodal, VAE):
         private_dim: int = 4,
         **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, private_dim=private_dim)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, private_dim=private_dim)
         super().__init__(input_shape, latent_dim=latent_dim + private_dim, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity

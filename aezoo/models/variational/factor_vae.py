@@ -31,7 +31,7 @@ from aezoo.nets.blocks.adversarial import (
     discriminator_parameter_groups,
     gradient_only,
 )
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class FactorVAE(VAE):
@@ -55,7 +55,7 @@ class FactorVAE(VAE):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, gamma=gamma)
+        check_at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.gamma = gamma
         self.discriminator_lr = discriminator_lr

@@ -26,7 +26,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.flows import AffineLayer, check_n_flows
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 PRIORS = ("realnvp", "maf")
 
@@ -56,7 +56,7 @@ class FlowPriorVAE(VAE, normal_prior=False):
         if prior not in PRIORS:
             raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
         check_n_flows(n_flows)
-        at_least(1, flow_width=flow_width)
+        check_at_least(1, flow_width=flow_width)
         order_D = torch.arange(self.latent_dim)
         turns = (order_D % 2, (order_D + 1) % 2) if prior == "realnvp" else (order_D, order_D.flip(0))
         self.flow = nn.ModuleList(AffineLayer(turns[t % 2], prior == "realnvp", flow_width) for t in range(n_flows))

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE, VAEArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 # for a smaller shape, float32 rounds one draw in 10,000 or more to 0
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6
@@ -50,8 +50,8 @@ class GammaVAE(VAE, normal_prior=False):
         **kwargs: Unpack[VAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(LEAST_SHAPE, prior_shape=prior_shape)
-        at_least(LEAST_RATE, prior_rate=prior_rate)
+        check_at_least(LEAST_SHAPE, prior_shape=prior_shape)
+        check_at_least(LEAST_RATE, prior_rate=prior_rate)
         self.prior_shape = prior_shape
         self.prior_rate = prior_rate
 

@@ -25,7 +25,7 @@ from aezoo.distributions.latent_chain import LatentChain
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, BetaArgs
 from aezoo.nets.blocks.levels import Conditional, ConditionalGaussian, GaussianChain, GaussianParams, Level, gaussian
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class LevelsArgs(BetaArgs, total=False):
@@ -62,8 +62,8 @@ class HierarchicalVAE(VAE, normal_prior=False):
     ) -> None:
         if min(latent_dims, default=0) < 1:
             raise AezooError(f"latent_dims must be one size or more, each at least 1, got {tuple(latent_dims)}")
-        at_least(1, level_dim=level_dim)
-        at_least(0, free_bits=free_bits)
+        check_at_least(1, level_dim=level_dim)
+        check_at_least(0, free_bits=free_bits)
         super().__init__(input_shape, latent_dim=sum(latent_dims), **kwargs)
         self.level_dim = level_dim
         self.latent_dims = tuple(latent_dims)

@@ -26,7 +26,7 @@ from aezoo.bases.network import LatentArgs
 from aezoo.distributions import divergences
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
-from aezoo.training.limits import above
+from aezoo.training.limits import check_above
 
 KERNELS = ("inverse_multiquadratic", "rbf")
 
@@ -59,7 +59,7 @@ class InfoVAE(VAE):
             raise AezooError(f"mmd_weight must be at least 1 - alpha = {1 - alpha:g} and finite, got {mmd_weight}")
         if kernel not in KERNELS:
             raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
-        above(0, bandwidth=bandwidth)
+        check_above(0, bandwidth=bandwidth)
         super().__init__(input_shape, beta=1 - alpha, **kwargs)
         self.alpha = alpha
         self.mmd_weight = mmd_weight

@@ -35,7 +35,7 @@ from aezoo.bases.multimodal import Multimodal, MultimodalVAEArgs
 from aezoo.distributions import gaussians
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import gaussian
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class JMVAE(Multimodal, VAE):
@@ -55,7 +55,7 @@ class JMVAE(Multimodal, VAE):
         **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, alpha=alpha)
+        check_at_least(0, alpha=alpha)
         self.alpha = alpha
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity

@@ -38,7 +38,7 @@ from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.jmvae import JMVAE
 from aezoo.nets.blocks.flows import AutoregressiveFlow, check_n_flows
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class JNF(JMVAE):
@@ -62,7 +62,7 @@ class JNF(JMVAE):
         super().__init__(input_shape, **kwargs)
         del self.alpha
         check_n_flows(n_flows)
-        at_least(1, flow_width=flow_width)
+        check_at_least(1, flow_width=flow_width)
         self.flows = nn.ModuleList(AutoregressiveFlow(self.latent_dim, n_flows, flow_width) for _ in self.sizes)
 
     def log_experts(self, z_BD: Tensor, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.distributions import categorical, gaussians
 from aezoo.models.variational.categorical_vae import CategoricalVAE, CategoricalVAEArgs
 from aezoo.models.variational.vae import VAE
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}):
@@ -54,9 +54,9 @@ class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}):
         capacity_steps: int = 1000,
         **kwargs: Unpack[CategoricalVAEArgs],
     ) -> None:
-        at_least(1, latent_dim=latent_dim, capacity_steps=capacity_steps)
-        at_least(0, n_variables=n_variables, gamma=gamma)
-        at_least(0, max_capacity=max_capacity, max_discrete_capacity=max_discrete_capacity)
+        check_at_least(1, latent_dim=latent_dim, capacity_steps=capacity_steps)
+        check_at_least(0, n_variables=n_variables, gamma=gamma)
+        check_at_least(0, max_capacity=max_capacity, max_discrete_capacity=max_discrete_capacity)
         super().__init__(input_shape, n_variables=max(1, n_variables), n_classes=n_classes, **kwargs)
         del self.beta, self.capacity  # BetaAnnealing would change them without effect
         self.gamma = gamma

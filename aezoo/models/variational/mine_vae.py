@@ -27,7 +27,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.adversarial import check_discriminator, discriminator_parameter_groups, gradient_only
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MineVAE(VAE):
@@ -55,7 +55,7 @@ class MineVAE(VAE):
         **kwargs: Unpack[VAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, mi_weight=mi_weight)
+        check_at_least(0, mi_weight=mi_weight)
         if not 0 <= decay < 1:
             raise AezooError(f"decay must be at least 0 and below 1, got {decay}")
         check_discriminator(discriminator_dims, discriminator_lr)

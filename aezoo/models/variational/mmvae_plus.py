@@ -30,7 +30,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.multimodal import MultimodalBetaArgs, PrivateDecoders
 from aezoo.distributions import gaussians
 from aezoo.models.variational.mmvae import MMVAE
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MMVAEPlusArgs(MultimodalBetaArgs, total=False):
@@ -57,8 +57,8 @@ class MMVAEPlus(MMVAE):
         private_dim: int = 4,
         **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, private_dim=private_dim)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, private_dim=private_dim)
         super().__init__(input_shape, latent_dim=latent_dim + private_dim, **kwargs)
         self.latent_dim = latent_dim
         self.decoder = PrivateDecoders([*self.decoder], self.decoder.dim, latent_dim)

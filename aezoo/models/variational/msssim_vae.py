@@ -25,7 +25,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.ssim import similarity
-from aezoo.training.limits import above
+from aezoo.training.limits import check_above
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
 _LEAST = 0.01  # similarity from which on the root is taken unchanged
@@ -59,7 +59,7 @@ class MSSSIMVAE(VAE):
         self.likelihood.requires_grad_(False)  # no term reads a scale
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
             raise AezooError(f"msssim_vae takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take vae")
-        above(0, weight=weight)
+        check_above(0, weight=weight)
         if not 1 <= scales <= len(EXPONENTS):
             raise AezooError(f"scales must be from 1 to {len(EXPONENTS)}, got {scales}")
         if window < 3 or window % 2 == 0:

@@ -39,7 +39,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import ConditionalGaussian, GaussianParams
 from aezoo.nets.build import activation
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class MessageLevel(nn.Module):
@@ -169,8 +169,8 @@ class Nexus(MissingModalities, VAE, normal_prior=False):
         top_beta: float = 1.0,
         **kwargs: Unpack[MultimodalBetaArgs],
     ) -> None:
-        at_least(0, top_beta=top_beta)
-        at_least(1, latent_dim=latent_dim, part_dim=part_dim, level_dim=level_dim)
+        check_at_least(0, top_beta=top_beta)
+        check_at_least(1, latent_dim=latent_dim, part_dim=part_dim, level_dim=level_dim)
         super().__init__(input_shape, latent_dim=part_dim, **kwargs)
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity

@@ -29,7 +29,7 @@ from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import local_path
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
-from aezoo.training.limits import above
+from aezoo.training.limits import check_above
 
 
 class PerceptualVAE(VAE):
@@ -58,7 +58,7 @@ class PerceptualVAE(VAE):
         features = str(features)
         self.update_hyperparameters(features=features)
         self.likelihood.requires_grad_(False)  # no term reads a scale
-        above(0, weight=weight)
+        check_above(0, weight=weight)
         known = features == "random" or features in VGG
         if not known and not (features and (len(Path(features).parts) > 1 or Path(features).exists())):
             raise AezooError(f"features takes random, {', '.join(VGG)} or a path, got {features!r}")

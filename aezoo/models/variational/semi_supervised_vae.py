@@ -25,7 +25,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.conditional_vae import ConditionalVAE, ConditionalVAEArgs
 from aezoo.nets.blocks.labels import all_labelled, one_hot, select_label
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class SemiSupervisedVAE(ConditionalVAE):
@@ -44,7 +44,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         self, input_shape: tuple[int, ...], *, alpha: float = 50.0, **kwargs: Unpack[ConditionalVAEArgs]
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, alpha=alpha)
+        check_at_least(0, alpha=alpha)
         self.alpha = alpha
         self.classifier = self.build_encoder((self.num_classes,))
 

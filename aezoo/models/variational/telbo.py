@@ -38,7 +38,7 @@ from aezoo.models.variational.mvae import MVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.adversarial import call_frozen
 from aezoo.nets.blocks.levels import gaussian
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class TELBO(Multimodal, VAE):
@@ -58,7 +58,7 @@ class TELBO(Multimodal, VAE):
         **kwargs: Unpack[MultimodalVAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, gamma=gamma)
+        check_at_least(0, gamma=gamma)
         self.gamma = gamma
         # a capacity is a target for a single KL, but this loss has several
         del self.capacity

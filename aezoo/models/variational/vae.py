@@ -25,7 +25,7 @@ from aezoo.bases.network import LatentArgs, NetworkArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class BetaArgs(NetworkArgs, total=False):
@@ -52,8 +52,8 @@ class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.latent_dim = latent_dim
-        at_least(1, latent_dim=latent_dim)
-        at_least(0, beta=beta)
+        check_at_least(1, latent_dim=latent_dim)
+        check_at_least(0, beta=beta)
         self.beta = beta
         self.capacity = 0.0
         self.build_networks()

@@ -36,7 +36,7 @@ from aezoo.bases.network import LatentArgs
 from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.adversarial import Generator, call_frozen, check_discriminator, gradient_only
 from aezoo.training import optimizers
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VAEGAN(VAE):
@@ -62,7 +62,7 @@ class VAEGAN(VAE):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        at_least(0, gamma=gamma)
+        check_at_least(0, gamma=gamma)
         check_discriminator(discriminator_dims, discriminator_lr)
         self.gamma = gamma
         self.discriminator_lr = discriminator_lr

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from aezoo.models.variational.vae import VAEArgs
 from aezoo.models.variational.vae_flow import VAEFlow
 from aezoo.nets.blocks.flows import MADE, check_n_flows
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VAEIAF(VAEFlow):
@@ -39,7 +39,7 @@ class VAEIAF(VAEFlow):
     ) -> None:
         super().__init__(input_shape, n_flows=0, **kwargs)
         check_n_flows(n_flows)
-        at_least(1, flow_width=flow_width)
+        check_at_least(1, flow_width=flow_width)
         self.n_flows = n_flows
         self.steps = nn.ModuleList(MADE(self.latent_dim, flow_width) for _ in range(n_flows))
         if n_flows:

@@ -30,7 +30,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.nets.blocks.levels import Level
 from aezoo.nets.blocks.top_down import BottomUp, TopDown
 from aezoo.training.arguments import TrainingArgs
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 
 
 class VDVAE(VAE, normal_prior=False):
@@ -62,7 +62,7 @@ class VDVAE(VAE, normal_prior=False):
         super(NetworkAutoencoder, self).__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: there take hierarchical_vae")
-        at_least(1, width=width, latent_channels=latent_channels)
+        check_at_least(1, width=width, latent_channels=latent_channels)
         if min((*enc_blocks, *dec_blocks), default=0) < 1 or len(enc_blocks) != len(dec_blocks):
             found = f"{tuple(enc_blocks)} and {tuple(dec_blocks)}"
             raise AezooError(f"enc_blocks and dec_blocks must be at least 1, in number the same for both, got {found}")
@@ -106,7 +106,7 @@ class VDVAE(VAE, normal_prior=False):
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
         """Like the VAE's, in one pass for z, p and q, with as many rows at a time as the streams have room for."""
-        at_least(1, n=n)
+        check_at_least(1, n=n)
         chunk = max(1, 2**23 // (self.width * math.prod(self.input_shape[1:]) * len(x)))  # 32 MiB a stream
         log_w = []
         for k in (min(chunk, n - start) for start in range(0, n, chunk)):

@@ -22,7 +22,7 @@ from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.nets.conv import CONVS, rank_of
 from aezoo.training import optimizers
-from aezoo.training.limits import at_least
+from aezoo.training.limits import check_at_least
 from aezoo.training.precision import at_least_float32
 
 
@@ -32,7 +32,7 @@ def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> Non
     Raises:
         AezooError: a width below 1, a learning rate that is not above 0 and at most 1000, or a start below 0.
     """
-    at_least(0, discriminator_start=start)
+    check_at_least(0, discriminator_start=start)
     if any(width < 1 for width in dims):
         raise AezooError(f"discriminator_dims must be whole numbers above 0, got {tuple(dims)}")
     if not 0 < lr <= 1000:

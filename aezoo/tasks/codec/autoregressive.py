@@ -21,7 +21,7 @@ from torch import Tensor
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import reproducibility, tables
-from aezoo.tasks.codec.indices import Indices, Prior, index_sizes, on_device
+from aezoo.tasks.codec.indices import Indices, TokenPrior, index_sizes, on_device
 from aezoo.training.model_names import display_name
 
 Advance = Callable[[float], object]
@@ -45,7 +45,7 @@ class AutoregressiveCoder:
 
     def __init__(self, model: DiscreteAutoencoder, block: int, advance: Advance = lambda n: None) -> None:
         self._model, self._block, self._advance = model, block, advance
-        self._prior = cast(Prior, model)
+        self._prior = cast(TokenPrior, model)
         # the largest symbols, in the order of tokens, as for the indices themselves
         largest = self._prior.to_tokens(on_device(model, index_sizes(model)[None] - 1))
         self._sizes = [int(symbol) + 1 for symbol in largest[0]]

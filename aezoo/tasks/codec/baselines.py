@@ -159,7 +159,7 @@ def pca(
     seen = transform.transform(flat).astype(np.float32)
     rows = []
     for quality in qualities:
-        quantiser = lossy.Quantiser.fit(seen, transform.inverse_transform, quality)
+        quantiser = lossy.ScalarQuantiser.fit(seen, transform.inverse_transform, quality)
         codec = lossy.Codec.fit(seen, quantiser, codes.min(0), codes.max(0), len(x))
         symbols = quantiser.symbols(codes)
         found = torch.from_numpy(transform.inverse_transform(quantiser.codes(symbols))).reshape(x.shape)

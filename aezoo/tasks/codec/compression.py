@@ -23,7 +23,7 @@ from aezoo.tasks.codec.container import FRAME, Header, Writer, max_samples_per_f
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
 from aezoo.tasks.result_store import Row, Store, table_text
 from aezoo.tasks.results import Result
-from aezoo.tasks.samples import Samples, reference_tensor
+from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 
 # limits of samples, and of their values, for fitting steps, tables and baselines: more would change these little
@@ -121,7 +121,7 @@ class CompressionRun:
     """One call of `compress`."""
 
     model: Autoencoder
-    samples: Samples
+    samples: SampleSet
     header: dict[str, Any]
     store: Store
     batch_size: int
@@ -166,7 +166,7 @@ class CompressionRun:
         return result
 
     def code_lossy(
-        self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: Samples | None
+        self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: SampleSet | None
     ) -> Compression:
         """Write one file for each quality."""
         codes, peak, unit = self._codes()
@@ -180,7 +180,7 @@ class CompressionRun:
         shape, rows = (len(self.samples), math.prod(self.model.input_shape)), []
         low, high = codes.min(0), codes.max(0)
         for q in qualities:
-            quantiser = lossy.Quantiser.fit(fit_codes, self._decode, q, steps)
+            quantiser = lossy.ScalarQuantiser.fit(fit_codes, self._decode, q, steps)
             codec = lossy.Codec.fit(fit_codes, quantiser, low, high, len(codes))
             distortion = baselines.Distortion(self.model.input_shape, peak)
             file = "samples" if len(qualities) == 1 else f"samples-q{q:g}"
@@ -193,7 +193,7 @@ class CompressionRun:
         self._save_table(rows)
         return Compression("lossy", rows, contents=self.contents, files=self.store.files)
 
-    def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
+    def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: SampleSet | None) -> Compression:
         """Write one file of the model's own indices; several qualities apply to the quantisation of PCA."""
         model = cast(DiscreteAutoencoder, self.model)
         sizes = indices.index_sizes(model)
@@ -233,7 +233,7 @@ class CompressionRun:
             result.rows.append(baselines.table_row(f"{name}, tables instead of its prior", static, shape, **figures))
         return self._with_baselines(result, len(sizes), qualities, peak, unit, compare, fit_on)
 
-    def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: Samples | None) -> Compression:
+    def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: SampleSet | None) -> Compression:
         """Write a file of integers under the model's distributions, or one for each quality if the model has several.
 
         For a model with one rate, several qualities apply to the quantisation of PCA.
@@ -262,7 +262,7 @@ class CompressionRun:
 
     def _with_baselines(
         self, result: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
-        fit_on: Samples | None,
+        fit_on: SampleSet | None,
     ) -> Compression:  # fmt: skip
         """Add the baselines to the result of a model that has its own rate, and write the tables."""
         dims = math.prod(self.model.input_shape)
@@ -276,7 +276,7 @@ class CompressionRun:
         return result
 
     def _baseline_rows(
-        self, size: int, fit: Samples, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
+        self, size: int, fit: SampleSet, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
     ) -> list[Row]:
         """The baselines, with `size` numbers per sample for those with a code."""
         subset = self._subsample(self.samples)
@@ -323,7 +323,7 @@ class CompressionRun:
         writer.close()
         self.overhead = writer.size - coded
 
-    def _codes(self, samples: Samples | None = None) -> tuple[Any, float, bool]:
+    def _codes(self, samples: SampleSet | None = None) -> tuple[Any, float, bool]:
         """`_read` for codes (N, D), float32."""
 
         def encode(batch: Tensor) -> Any:
@@ -336,7 +336,7 @@ class CompressionRun:
         return self._read(samples, math.prod(self.model.code_shape), np.float32, encode)
 
     def _read(
-        self, samples: Samples, width: int, dtype: Any, encode: Callable[[Tensor], Any]
+        self, samples: SampleSet, width: int, dtype: Any, encode: Callable[[Tensor], Any]
     ) -> tuple[Any, float, bool]:
         """Codes (N, width) of samples in an unnamed file, the range of the data, and whether the data lie in [0, 1]."""
         n, start = len(samples), 0
@@ -355,7 +355,7 @@ class CompressionRun:
     def _decode(self, codes: lossy.Floats) -> Any:
         return reproducibility.decode_codes(self.model, codes, self.batch_size)
 
-    def _restore(self, quantiser: lossy.Quantiser, symbols: lossy.Symbols) -> Any:
+    def _restore(self, quantiser: lossy.ScalarQuantiser, symbols: lossy.Symbols) -> Any:
         return self._decode(quantiser.codes(symbols))
 
     def _samples_per_frame(self) -> int:
@@ -376,7 +376,7 @@ class CompressionRun:
         if chunks:
             yield np.concatenate(chunks)
 
-    def _subsample(self, samples: Samples) -> Tensor:
+    def _subsample(self, samples: SampleSet) -> Tensor:
         """Samples in memory, as the other formats need them: only a part if they are many or large."""
         subset = samples.subsample(self._max_samples(math.prod(self.model.input_shape)), self.seed)
         return torch.cat(list(subset.batches(self.batch_size)))

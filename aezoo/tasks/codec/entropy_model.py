@@ -22,7 +22,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.bases.entropy_coded import Distribution, EntropyCoded, Mixtures, SymbolReader, Table, read_in_order
+from aezoo.bases.entropy_coded import (
+    Distribution,
+    EntropyCoded,
+    Mixtures,
+    ProbabilityTable,
+    SymbolReader,
+    read_in_order,
+)
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.codec.autoregressive import DIGEST, digest
@@ -231,7 +238,7 @@ def _weights(mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return tables.from_cdf(mass.cumsum(1).clip(0, 1))
 
 
-def _shared_table(table: Table) -> _SymbolTable:
+def _shared_table(table: ProbabilityTable) -> _SymbolTable:
     model = tables.constriction_stream().model.Categorical(_weights(table.mass[None])[0], perfect=False)
     return _SymbolTable(table.low, len(table.mass), model)
 

@@ -39,7 +39,7 @@ _RESOLUTIONS = (0, 1, 2, 3)  # log2 r
 _FRACTION_BITS = 8  # levels are rounded to 2^-8 of the smallest share
 
 
-class Prior(Protocol):
+class TokenPrior(Protocol):
     """A distribution of a model's indices, token by token; see `aezoo.digit_sizes.token_prior`."""
 
     def to_tokens(self, indices: Tensor) -> Tensor:
@@ -69,14 +69,14 @@ def lossy_mode(model: Autoencoder) -> str:
     return "prior" if callable(getattr(model, "incremental_logits", None)) else "indices"
 
 
-class Codebook(NamedTuple):
+class IndexCodebook(NamedTuple):
     """Columns of a sample's indices, (D,), that come from one codebook, and its number of codes."""
 
     columns: Indices
     size: int
 
 
-def model_codebooks(model: DiscreteAutoencoder) -> list[Codebook]:
+def model_codebooks(model: DiscreteAutoencoder) -> list[IndexCodebook]:
     """The codebooks of a model, and which of a sample's indices belong to them.
 
     Raises:
@@ -85,7 +85,7 @@ def model_codebooks(model: DiscreteAutoencoder) -> list[Codebook]:
     d = math.prod(model.index_shape)
     positions = torch.arange(d, device=model.device).reshape(1, *model.index_shape)
     codebooks = [
-        Codebook(part[0, q].flatten().cpu().numpy(), size)
+        IndexCodebook(part[0, q].flatten().cpu().numpy(), size)
         for part, sizes in model.codebooks(positions).values()
         for q, size in enumerate(sizes)
     ]
@@ -134,7 +134,7 @@ def on_device(model: DiscreteAutoencoder, indices: Indices) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Table:
+class IndexTable:
     """Probabilities of one digit.
 
     Attributes:
@@ -148,7 +148,7 @@ class Table:
     levels: npt.NDArray[np.uint8] | None = None
 
     @classmethod
-    def fit(cls, counts: Indices) -> "Table":
+    def fit(cls, counts: Indices) -> "IndexTable":
         """The table with the smallest total size, itself included, for the counts of each value, (size,)."""
         candidates = [cls(len(counts))]
         if len(counts) > 1 and counts.any():
@@ -198,7 +198,7 @@ def _powers(resolution: int) -> list[int]:
     return powers
 
 
-def _pack_tables(stored_tables: list[Table]) -> bytes:
+def _pack_tables(stored_tables: list[IndexTable]) -> bytes:
     """Tables as stored in a file: a byte for each, 0 or 1 + fine, then all levels, if there are any, packed."""
     kinds = bytes(0 if table.levels is None else 1 + table.resolution for table in stored_tables)
     levels = b"".join(table.levels.tobytes() for table in stored_tables if table.levels is not None)
@@ -228,19 +228,19 @@ class TableCoder:
     """
 
     mode: ClassVar[str] = "indices"
-    codebooks: list[Codebook]
-    digit_tables: list[Table]
+    codebooks: list[IndexCodebook]
+    digit_tables: list[IndexTable]
     bits: float = 0.0
     entropy_bits: float = 0.0
 
     @classmethod
-    def fit(cls, codebooks: list[Codebook], parts: Iterator[Indices]) -> "TableCoder":
+    def fit(cls, codebooks: list[IndexCodebook], parts: Iterator[Indices]) -> "TableCoder":
         """Fit tables to indices, which come in parts (n, D)."""
         counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in digit_sizes(codebook.size)]
         for part in parts:
             for count, digit in zip(counts, _digits(codebooks, part), strict=True):
                 count += np.bincount(digit, minlength=len(count))
-        digit_tables = [Table.fit(count) for count in counts]
+        digit_tables = [IndexTable.fit(count) for count in counts]
         bits = sum(table.bits(count) for table, count in zip(digit_tables, counts, strict=True))
         return cls(codebooks, digit_tables, bits, sum(_entropy_bits(count) for count in counts))
 
@@ -282,7 +282,7 @@ class TableCoder:
         return _pack_tables(self.digit_tables)
 
     @classmethod
-    def from_bytes(cls, content: bytes, codebooks: list[Codebook]) -> "TableCoder":
+    def from_bytes(cls, content: bytes, codebooks: list[IndexCodebook]) -> "TableCoder":
         """The inverse of `to_bytes`.
 
         Raises:
@@ -303,15 +303,15 @@ class TableCoder:
         digit_tables, start = [], 0
         for size, kind in zip(sizes, kinds, strict=True):
             if kind:
-                digit_tables.append(Table(size, kind - 1, np.frombuffer(levels, np.uint8, size, start)))
+                digit_tables.append(IndexTable(size, kind - 1, np.frombuffer(levels, np.uint8, size, start)))
                 digit_tables[-1].frequencies()
                 start += size
             else:
-                digit_tables.append(Table(size))
+                digit_tables.append(IndexTable(size))
         return cls(codebooks, digit_tables)
 
 
-def _digits(codebooks: list[Codebook], indices: Indices) -> Iterator[Indices]:
+def _digits(codebooks: list[IndexCodebook], indices: Indices) -> Iterator[Indices]:
     """The digits of all codebooks for indices (n, D), each (n x columns,)."""
     for columns, size in codebooks:
         rest = np.ascontiguousarray(indices[:, columns]).reshape(-1)

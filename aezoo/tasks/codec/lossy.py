@@ -42,14 +42,14 @@ _BIN = np.dtype([("width", "<u4"), ("share", "<u2")])
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class ScalarQuantiser:
     """Offset and step of each dimension, (D,); a step of 0 fixes the dimension at its offset."""
 
     offset: Floats
     step: Floats
 
     @classmethod
-    def fit(cls, codes: Floats, decode: Decode, quality: float, steps: str = "fitted") -> "Quantiser":
+    def fit(cls, codes: Floats, decode: Decode, quality: float, steps: str = "fitted") -> "ScalarQuantiser":
         """Fit to codes.
 
         Args:
@@ -190,11 +190,11 @@ class Histogram:
 class Codec:
     """A quantiser, and a histogram for each dimension."""
 
-    quantiser: Quantiser
+    quantiser: ScalarQuantiser
     histograms: list[Histogram]
 
     @classmethod
-    def fit(cls, codes: Floats, quantiser: Quantiser, low: Floats, high: Floats, n: int) -> "Codec":
+    def fit(cls, codes: Floats, quantiser: ScalarQuantiser, low: Floats, high: Floats, n: int) -> "Codec":
         """Fit histograms to codes.
 
         Args:
@@ -268,7 +268,7 @@ class Codec:
             Histogram(int(low), width[start : start + size], share[start : start + size])
             for low, start, size in zip(dimensions["low"], first, dimensions["bins"], strict=True)
         ]
-        return cls(Quantiser(dimensions["offset"].copy(), dimensions["step"].copy()), histograms)
+        return cls(ScalarQuantiser(dimensions["offset"].copy(), dimensions["step"].copy()), histograms)
 
 
 def _columns(content: bytes, start: int, n: int, kind: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:

@@ -50,7 +50,7 @@ class Features(nn.Module):
         return torch.cat([y, h.to(y.dtype)], 1) if self.residual else h
 
 
-class Clean(nn.Module):
+class SubtractNoise(nn.Module):
     """The last convolution; in the residual form, y minus its output: a code -> (B, C, *grid)."""
 
     def __init__(self, input_shape: tuple[int, ...], width: int, residual: bool) -> None:
@@ -113,7 +113,7 @@ class DnCNN(Autoencoder):
             raise AezooError(f"width must be at least 1 and depth from 2 to {_MOST_LAYERS}, got {width} and {depth}")
         self.corruption = GaussianNoise(sigma)
         self.encoder = Features(self.input_shape, width, depth, activation, residual)
-        self.decoder = Clean(self.input_shape, width, residual)
+        self.decoder = SubtractNoise(self.input_shape, width, residual)
         self.code_shape = (width + residual * self.input_shape[0], *self.input_shape[1:])
         for p in (*self.encoder.parameters(), *self.decoder.parameters()):
             nn.init.kaiming_normal_(p, nonlinearity="relu") if p.ndim > 1 else nn.init.zeros_(p)

@@ -25,7 +25,7 @@ from aezoo.corruptions import Corruption, GaussianNoise
 from aezoo.errors import AezooError
 from aezoo.models.classic.dncnn import DnCNN, DnCNNArgs
 
-_BRIGHTEST = 1e6
+_MAX_PEAK = 1e6
 
 
 class PoissonNoise(Corruption):
@@ -44,8 +44,8 @@ def unbiased(name: str) -> Corruption:
             peak = float(argument)
         except ValueError:
             peak = math.nan
-        if not 0 < peak <= _BRIGHTEST:
-            raise AezooError(f"corruption {name!r} needs a peak above 0 and at most {_BRIGHTEST:g}, as in poisson:30")
+        if not 0 < peak <= _MAX_PEAK:
+            raise AezooError(f"corruption {name!r} needs a peak above 0 and at most {_MAX_PEAK:g}, as in poisson:30")
         return PoissonNoise(peak)
     noise = corruptions.corruption(name) if kind == "gaussian" else None
     if not isinstance(noise, GaussianNoise) or noise.amount == 0:

@@ -108,7 +108,7 @@ class StackedDAE(Autoencoder):
             for p in {*self.parameters()} - trained:
                 p.grad = None  # with a gradient of 0, momentum and weight decay would still move p
 
-    def phase_now(self) -> int:
+    def current_phase(self) -> int:
         """The phase of the trainer's current step."""
         n_layers = len(self.encoder)
         if self.phase_epochs:
@@ -120,7 +120,7 @@ class StackedDAE(Autoencoder):
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         if self._trainer is not None:
-            self.phase = self.phase_now()
+            self.phase = self.current_phase()
         return super().begin_step(batch, batch_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -70,11 +70,11 @@ def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]
     The context contains no patch of a block that counts. On a coarse grid, the blocks may cover the whole context; then
     the last ones do not count. The first block alone is smaller than the context on any grid of two patches or more.
     """
-    asked_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
+    target_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
     context_B1N = blocks(u_BL4[:, :1], grid, _CONTEXT, _CONTEXT_ASPECT)
-    left_BKN = context_B1N & (asked_BKN.cumsum(1) == 0)
+    left_BKN = context_B1N & (target_BKN.cumsum(1) == 0)
     counts_BK = left_BKN.any(2)
-    return context_B1N[:, 0] & ~(asked_BKN & counts_BK[..., None]).any(1), asked_BKN, counts_BK
+    return context_B1N[:, 0] & ~(target_BKN & counts_BK[..., None]).any(1), target_BKN, counts_BK
 
 
 class EMAEncoder(nn.Module):
@@ -83,21 +83,21 @@ class EMAEncoder(nn.Module):
     They are buffers: saved, moved and restored with the model, and never trained.
 
     Args:
-        leader: the other network; both start with its weights.
+        source: the other network; both start with its weights.
     """
 
-    def __init__(self, leader: nn.Module) -> None:
+    def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        self.net = copy.deepcopy(leader)
+        self.net = copy.deepcopy(source)
         for part in self.net.modules():
             for name, weight in [*part.named_parameters(recurse=False)]:
                 delattr(part, name)
                 part.register_buffer(name, weight.detach())
 
     @torch.no_grad()
-    def follow(self, leader: nn.Module, rate: Tensor) -> None:
-        """Move the weights towards the leader's by a share, `rate`, of the difference, ()."""
-        named = dict(leader.named_parameters())
+    def update_from(self, source: nn.Module, rate: Tensor) -> None:
+        """Move the weights towards the source's by a share, `rate`, of the difference, ()."""
+        named = dict(source.named_parameters())
         own = [self.net.get_buffer(name) for name in named]
         ahead = torch._foreach_sub([*named.values()], own)
         torch._foreach_mul_(ahead, rate)
@@ -124,12 +124,12 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
         self.blocks, self.out = vit.blocks((dims[1],) * depth, act), nn.Linear(dims[1], dims[0])
 
-    def forward(self, tokens_BND: Tensor, seen_BN: Tensor, asked_BKN: Tensor) -> Tensor:
-        """Codes at each block's positions from the seen tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
-        given_BKND = torch.where(asked_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
-        here_AN = (seen_BN[:, None] | asked_BKN).flatten(0, 1)
+    def forward(self, tokens_BND: Tensor, context_BN: Tensor, target_BKN: Tensor) -> Tensor:
+        """Codes at each block's positions from the context's tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
+        given_BKND = torch.where(target_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
+        here_AN = (context_BN[:, None] | target_BKN).flatten(0, 1)
         found_AND = self.out(vit.attend_to_visible(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))
-        return found_AND.unflatten(0, asked_BKN.shape[:2])
+        return found_AND.unflatten(0, target_BKN.shape[:2])
 
 
 class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
@@ -188,7 +188,7 @@ class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1,
         layers = vit.ToTokens(), narrow, vit.blocks(self.decoder_widths, activation), out
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
 
-    def momentum_now(self) -> Tensor:
+    def current_momentum(self) -> Tensor:
         """The momentum m at the current step, ()."""
         steps = self.momentum_steps or (math.inf if self._trainer is None else known_steps(self._trainer))
         return 1 - (1 - self.momentum) * (1 - self.step_fraction(steps))
@@ -197,23 +197,23 @@ class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1,
         before = self.steps.clone()
         x, y = super().begin_step(batch, batch_idx)
         # once per optimiser step, even if several batches make a step
-        self.encoder.follow(self.context, (1 - self.momentum_now()) * (self.steps != before))
+        self.encoder.update_from(self.context, (1 - self.current_momentum()) * (self.steps != before))
         return x, y
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         u_BL4 = torch.rand(len(x), self.n_targets + 1, 4, device=x.device)
-        seen_BN, asked_BKN, counts_BK = masks(u_BL4, self.grid)
+        context_BN, target_BKN, counts_BK = masks(u_BL4, self.grid)
         with torch.no_grad():
             code = self.encoder(x)
             target_BND = at_least_float32(code.flatten(2).transpose(1, 2))
             target_BND = F.layer_norm(target_BND, target_BND.shape[2:])
         embed, layers, _ = self.context.children()
         found_BKND = at_least_float32(
-            self.predictor(vit.attend_to_visible(layers, embed(x), seen_BN), seen_BN, asked_BKN)
+            self.predictor(vit.attend_to_visible(layers, embed(x), context_BN), context_BN, target_BKN)
         )
         error_BKN = F.smooth_l1_loss(found_BKND, target_BND[:, None].expand_as(found_BKND), reduction="none").sum(3)
-        error_BK = (error_BKN * asked_BKN).sum(2) / asked_BKN.sum(2)
-        prediction = seen_BN.shape[1] * ((error_BK * counts_BK).sum(1) / counts_BK.sum(1)).mean()
+        error_BK = (error_BKN * target_BKN).sum(2) / target_BKN.sum(2)
+        prediction = context_BN.shape[1] * ((error_BK * counts_BK).sum(1) / counts_BK.sum(1)).mean()
         nll = self.nll(self.decoder(code), x).mean()
         return {"loss": nll + prediction, "nll": nll, "prediction": prediction}
 

@@ -29,7 +29,7 @@ from aezoo.models.quantised.gumbel_vq_vae import GumbelVQVAE, GumbelVQVAEArgs
 from aezoo.training.limits import check_at_least
 
 
-class LogitLaplaceOfTwo(LogitLaplace):
+class LogitLaplaceWithScale(LogitLaplace):
     """Logit-Laplace with a scale for each value: params (B, 2 C, ...) hold the locations, then the log scales."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperatu
         super().__init__(input_shape, likelihood=likelihood, **kwargs)
         self.kl_steps = kl_steps
         if likelihood == "logit_laplace":
-            self.likelihood = LogitLaplaceOfTwo()
+            self.likelihood = LogitLaplaceWithScale()
             channels, *grid = self.input_shape
             flat = isinstance(next(self.decoder.children()), nn.Flatten)
             code_shape = (math.prod(self.code_shape),) if flat else self.code_shape

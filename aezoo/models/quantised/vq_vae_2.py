@@ -64,14 +64,14 @@ class VQVAE2(VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}
         self.decoder = nn.Sequential(UpsampleConcat(grids), decoder)
         self.top, self.bottom = self.build_vq(), self.build_vq()
 
-    def before_bottom(self, h: Tensor, top: Quantised) -> Tensor:
+    def bottom_input(self, h: Tensor, top: Quantised) -> Tensor:
         """The input of the bottom quantiser: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
         return cast(Tensor, self.to_bottom(torch.cat([h, self.top_decoder(top.z_q)], 1)))
 
     def quantise(self, x: Tensor) -> Quantised:
         h = self.encoder(x)
         top = self.top.quantise(self.top_encoder(h))
-        bottom = self.bottom.quantise(self.before_bottom(h, top))
+        bottom = self.bottom.quantise(self.bottom_input(h, top))
         z_q = torch.cat([top.z_q.flatten(2), bottom.z_q.flatten(2)], 2)
         indices = torch.cat([top.indices.flatten(2), bottom.indices.flatten(2)], 2)
         return Quantised(z_q, indices, {name: top.terms[name] + bottom.terms[name] for name in top.terms})
@@ -97,7 +97,7 @@ class VQVAE2(VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}
         self.top.init_from_data(z := self.top_encoder(h))
         top = self.top.eval().quantise(z)  # in training mode it would learn from these rows a second time
         self.top.train(self.training)
-        self.bottom.init_from_data(self.before_bottom(h, top))
+        self.bottom.init_from_data(self.bottom_input(h, top))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)

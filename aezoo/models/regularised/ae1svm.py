@@ -88,7 +88,7 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
             angles_BR = at_least_float32(z_BD) @ at_least_float32(self.omega_DR)
         return torch.cat([angles_BR.cos(), angles_BR.sin()], 1) / math.sqrt(angles_BR.shape[1])
 
-    def outside(self, z_BD: Tensor) -> Tensor:
+    def hinge_margin(self, z_BD: Tensor) -> Tensor:
         """How far outside a code lies, rho - w'phi(z): (B, D) -> (B,)."""
         # not a matrix product, which autocast would round
         return at_least_float32(self.rho) - (self.features(z_BD) * at_least_float32(self.w_F)).sum(1)
@@ -96,10 +96,10 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.encode(x)
         nll = self.nll(self.decoder(z_BD), x).mean()
-        hinge = self.outside(z_BD).relu().mean() / self.nu
+        hinge = self.hinge_margin(z_BD).relu().mean() / self.nu
         svm = at_least_float32(self.w_F).square().sum() / 2 - at_least_float32(self.rho) + hinge
         return {"loss": nll + self.svm_weight * svm, "nll": nll, "svm": svm}
 
     def score(self, x: Tensor) -> Tensor:
         """How far a sample lies outside the normal data, rho - w'phi(z): (B, *input_shape) -> (B,)."""
-        return self.outside(self.encode(x))
+        return self.hinge_margin(self.encode(x))

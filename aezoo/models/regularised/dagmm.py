@@ -100,7 +100,7 @@ class DAGMM(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activati
         """-log sum_k phi_k N(z | mu_k, Sigma_k), (B, Z) -> (B,)."""
         return -gaussians.mixture_log_density(z_BZ, phi_K, mu_KZ, sigma_KZZ, _JITTER)
 
-    def remember(self, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> None:
+    def update_running_mixture(self, phi_K: Tensor, mu_KZ: Tensor, sigma_KZZ: Tensor) -> None:
         """Pool a batch, with weight 1/20, with those before it."""
         gaussians.update_mixture_((self.phi_K, self.mu_KZ, self.sigma_KZZ), (phi_K, mu_KZ, sigma_KZZ), _MOMENTUM)
 
@@ -114,7 +114,7 @@ class DAGMM(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activati
         z_BZ = self.features(z_c_BD, x, self.likelihood.mean(params))
         mixture = self.mixture(z_BZ) if self.training else self.stored_mixture()
         if self.training:
-            self.remember(*mixture)
+            self.update_running_mixture(*mixture)
         nll, energy = self.nll(params, x).mean(), self.energy(z_BZ, *mixture).mean()
         inverse = (1 / (at_least_float32(mixture[2]).diagonal(dim1=1, dim2=2) + _JITTER)).sum()
         loss = nll + self.energy_weight * energy + self.covariance_weight * inverse

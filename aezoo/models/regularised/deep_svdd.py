@@ -95,7 +95,7 @@ class DeepSVDD(
         return (at_least_float32(z_BD) - at_least_float32(self.centre_D)).square().sum(1)
 
     @torch.no_grad()
-    def remember(self, d_B: Tensor) -> None:
+    def update_radius(self, d_B: Tensor) -> None:
         """Set the radius for the next batch from the squared distances of this one, (B,)."""
         self.radius.copy_(self.all_gather_batch(d_B).sqrt().quantile(1 - self.nu))
 
@@ -108,7 +108,7 @@ class DeepSVDD(
         radius = at_least_float32(self.radius).clone()
         svdd = radius**2 + (d_B - radius**2).relu().mean() / self.nu
         if self.training:
-            self.remember(d_B)
+            self.update_radius(d_B)
         return {"loss": self.nll_weight * nll + svdd, "nll": nll, "svdd": svdd, "radius": radius}
 
     def score(self, x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class DRAEM(NetworkAutoencoder, hidden_dims={"unet": (16, 32)}, defaults={"net":
         channels, *grid = self.input_shape
         self.segmentation = UNet((2 * channels, *grid), 1, segmentation_dims, self.activation)
 
-    def damage(self, x: Tensor) -> Tensor:
+    def simulate_defects(self, x: Tensor) -> Tensor:
         """x~, half of the samples with simulated anomalies, (B, C, H, W) -> (B, C, H, W)."""
         hit_B, opacity_B = torch.rand(len(x), 2, 1, 1, 1, device=x.device).to(x.dtype).unbind(1)
         mask = (perlin(len(x), self.input_shape[1:], x.device)[:, None] > 0.5) & (hit_B < 0.5)
@@ -138,7 +138,7 @@ class DRAEM(NetworkAutoencoder, hidden_dims={"unet": (16, 32)}, defaults={"net":
         return at_least_float32(self.segmentation(both)).squeeze(1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        damaged = self.damage(x)
+        damaged = self.simulate_defects(x)
         params = self.decoder(self.encoder(damaged))
         nll = self.nll(params, x).mean()
 

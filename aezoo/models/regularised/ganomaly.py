@@ -98,7 +98,7 @@ class GANomaly(
     def parameter_groups(self) -> list[dict[str, Any]]:
         return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # section 4
 
-    def gap(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
+    def latent_distance(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
         """||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""
         return at_least_float32(z_BD - self.second_encoder(x_hat)).square().sum(1)
 
@@ -118,7 +118,7 @@ class GANomaly(
         nll = self.nll(params, x).mean()
         x_dim = math.prod(self.input_shape)
         adversarial = x_dim * at_least_float32(f_BF - f_hat_BF).square().mean()
-        encoding = x_dim * self.gap(z_BD, x_hat).mean() / self.code_shape[0]
+        encoding = x_dim * self.latent_distance(z_BD, x_hat).mean() / self.code_shape[0]
         generator = nll + self.adv_weight * adversarial + self.enc_weight * encoding
         return {
             "loss": generator + gradient_only(discriminator),
@@ -131,4 +131,4 @@ class GANomaly(
     def score(self, x: Tensor) -> Tensor:
         """||z - zhat||^2 / D, (B, *input_shape) -> (B,)."""
         z_BD = self.encode(x)
-        return self.gap(z_BD, self.decode(z_BD).to(x.dtype)) / self.code_shape[0]
+        return self.latent_distance(z_BD, self.decode(z_BD).to(x.dtype)) / self.code_shape[0]

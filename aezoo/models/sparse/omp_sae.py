@@ -22,7 +22,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
 
 # sine of a direction's angle to the earlier ones; below this, the direction is a mixture of them but for rounding
-_APART = 1e-3
+_MIN_RESIDUAL = 1e-3
 
 
 class OMPSAE(MatchingPursuitSAE):
@@ -81,7 +81,7 @@ class OMPSAE(MatchingPursuitSAE):
         c: list[Tensor] = []
         for t in reversed(range(y_Bk.shape[1])):
             pivot_B = R_Bkk[:, t, t]
-            new_B = pivot_B > _APART
+            new_B = pivot_B > _MIN_RESIDUAL
             c.append(torch.where(new_B, y_Bk[:, t] / torch.where(new_B, pivot_B, 1), 0))
             y_Bk = y_Bk - R_Bkk[:, :, t] * c[-1][:, None]
         return torch.stack(c[::-1], 1)

@@ -34,7 +34,7 @@ from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae_plus import MMVAEPlus, MMVAEPlusArgs
 
-_NEVER = -1e4  # its exponential is 0, and weights stay finite
+_LOG_ZERO = -1e4  # its exponential is 0, and weights stay finite
 
 
 class CMVAE(MixturePrior, MMVAEPlus):
@@ -95,7 +95,7 @@ class CMVAE(MixturePrior, MMVAEPlus):
             AezooError: there is only one cluster.
         """
         log_w_K, log_BMK, share_BM = self.weight_K.log_softmax(0), self.log_clusters(x), self.weights(x)
-        kept = (log_w_K > _NEVER / 2).nonzero().flatten().tolist()
+        kept = (log_w_K > _LOG_ZERO / 2).nonzero().flatten().tolist()
         if len(kept) < 2:
             raise AezooError("prune needs at least 2 clusters: there is one alone")
         found = {}
@@ -108,5 +108,5 @@ class CMVAE(MixturePrior, MMVAEPlus):
             least = (share_BM[..., None] * q_BMK).sum((0, 1)).argmin().item()
             kept = [c for i, c in enumerate(kept) if i != least]
         best = min(found.values())[1]
-        self.weight_K[[c for c in range(self.n_components) if c not in best]] = _NEVER
+        self.weight_K[[c for c in range(self.n_components) if c not in best]] = _LOG_ZERO
         return {k: penalised for k, (penalised, _) in found.items()}

@@ -55,19 +55,19 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
         )
         self.decoder = self.build_decoder(self.code_shape)
 
-    def given(self, x: Tensor, y_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def conditional_posterior(self, x: Tensor, y_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x, y), y one-hot: (B, *input_shape), (B, K) -> (B, D), (B, D)."""
         mu_BD, log_var_BD = at_least_float32(self.encoder(self.label_map(x, y_BK))).chunk(2, dim=1)
         return mu_BD, log_var_BD.clamp(-30, 20)
 
     def terms(self, x: Tensor, y_BK: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-log p(x|z, y), KL and log q(z|x, y) - log p(z) at z = mu + sigma eps: -> (B,), (B,), (B,)."""
-        mu_BD, log_var_BD = self.given(x, y_BK)
+        mu_BD, log_var_BD = self.conditional_posterior(x, y_BK)
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
         nll_B = self.nll(self.decoder(torch.cat([z_BD.to(x.dtype), y_BK], 1)), x)
         return nll_B, self.kl(mu_BD, log_var_BD), 0.5 * (z_BD**2 - eps_BD**2 - log_var_BD).sum(1)
 
-    def terms_of_every_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms_per_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same terms, with the same noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
         k = self.num_classes
         nll, kl, log_ratio = self.terms(*labels.repeat_for_each_label(x, k), eps_BD.repeat(k, 1))
@@ -78,7 +78,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
         if y is not None and labels.all_labelled(y, self.num_classes):
             nll_B, kl_B, _ = self.terms(x, labels.one_hot(y, self.num_classes, x), eps_BD)
         else:
-            nll_BK, kl_BK, log_ratio_BK = self.terms_of_every_label(x, eps_BD)
+            nll_BK, kl_BK, log_ratio_BK = self.terms_per_label(x, eps_BD)
             # log sum_y p(y) w_y = sum_y r_y (log w_y + log p(y) - log r_y) with r the softmax of log w
             log_r_BK = (-nll_BK - log_ratio_BK).log_softmax(1)
             nll_B = (log_r_BK.exp() * nll_BK).sum(1)
@@ -90,7 +90,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
 
     def bounds(self, x: Tensor) -> Tensor:
         """The log p(x|mu_y, y) - KL_y of each label, without noise: (B, *input_shape) -> (B, K)."""
-        nll_BK, kl_BK, _ = self.terms_of_every_label(x, x.new_zeros(x.shape[0], self.latent_dim))
+        nll_BK, kl_BK, _ = self.terms_per_label(x, x.new_zeros(x.shape[0], self.latent_dim))
         return -(nll_BK + kl_BK)
 
     def classify(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
             likely = self.classify(x).argmax(1)
             y = likely if y is None else torch.where(y < 0, likely, y)
         y_BK = labels.one_hot(y, self.num_classes, x)
-        mu_BD, log_var_BD = self.given(x, y_BK)
+        mu_BD, log_var_BD = self.conditional_posterior(x, y_BK)
         return torch.cat([mu_BD, y_BK.to(mu_BD.dtype)], 1), F.pad(log_var_BD, (0, self.num_classes), value=-30.0)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -118,6 +118,8 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
         """Draw n codes for each sample, y ~ `classify` and z ~ q(z|x, y), and log q in nats: -> (n, B, E), (n, B)."""
         k, log_q_BK, rows = self.num_classes, self.classify(x), torch.arange(len(x), device=x.device)
         y_SB = torch.distributions.Categorical(logits=log_q_BK).sample((n,))
-        of_label = (part.unflatten(0, (k, -1)) for part in self.given(*labels.repeat_for_each_label(x, k)))
+        of_label = (
+            part.unflatten(0, (k, -1)) for part in self.conditional_posterior(*labels.repeat_for_each_label(x, k))
+        )
         z_SBD, log_q_z_SB = gaussians.rsample(*(part[y_SB, rows] for part in of_label))
         return torch.cat([z_SBD, labels.one_hot(y_SB, k, z_SBD)], 2), log_q_BK[rows, y_SB] + log_q_z_SB

@@ -101,13 +101,13 @@ class HVAE(VAE, normal_prior=False):
         """K steps of z and rho: (B, *input_shape), (B, D), (B, D) -> (B, D), (B, D)."""
         if not self.n_leapfrog:
             return z_BD, rho_BD
-        return by(z_BD, rho_BD, partial(self.slope, x), self.step(), self.cooling)
+        return by(z_BD, rho_BD, partial(self.potential_gradient, x), self.step(), self.cooling)
 
     def step(self) -> Tensor:
         """The step sizes eps, (D,)."""
         return _LONGEST_STEP * torch.sigmoid(at_least_float32(self.step_D))
 
-    def slope(self, x: Tensor, z_BD: Tensor) -> Tensor:
+    def potential_gradient(self, x: Tensor, z_BD: Tensor) -> Tensor:
         """The gradient of U, itself differentiable: (B, *input_shape), (B, D) -> (B, D)."""
         # with torch.func, which also works where gradients are disabled
         return torch.func.grad(lambda z: (self.nll(self.decoder(z.to(x.dtype)), x) - self.log_prior(z)).sum())(z_BD)

@@ -28,8 +28,8 @@ from aezoo.manifolds.riemannian import CentroidMetric, Gram, cholesky_factor, ha
 from aezoo.models.variational.hvae import HVAE, HVAEArgs
 
 _MOST_ITERATIONS = 100
-# the chain of `sample`: number of jumps, number of steps in each, and their length in units of T
-_JUMPS, _STEPS, _LENGTH = 30, 10, 0.05
+# the chain of `sample`: steps of HMC, leapfrog steps in each, and their size in units of T
+_HMC_STEPS, _LEAPFROG_STEPS, _STEP_SIZE = 30, 10, 0.05
 
 
 class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
@@ -79,23 +79,23 @@ class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
             self.centroids_MD.copy_(codes_ND[-len(self.centroids_MD) :])
         return terms
 
-    def metric_now(self) -> CentroidMetric:
+    def current_metric(self) -> CentroidMetric:
         """G about the current centroids."""
         c_MD = self.centroids_MD.clone()
         return CentroidMetric(at_least_float32(c_MD), self.metric(c_MD), self.temperature, self.metric_floor)
 
     def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The code z_K and the momentum's contribution to KL, from z_0 and gamma: -> (B, D), (B,)."""
-        G_inv = self.metric_now().inverse
+        G_inv = self.current_metric().inverse
         start_BDD = G_inv(z_BD)
         # with G^-1 = A A', the covariance of A'^-1 gamma is G
         v_BD = torch.linalg.solve_triangular(cholesky_factor(start_BDD).mT, gamma_BD[..., None], upper=True)[..., 0]
-        z_BD, v_BD = self.travel(x, z_BD, v_BD / self.cooling[0], G_inv)
+        z_BD, v_BD = self.integrate(x, z_BD, v_BD / self.cooling[0], G_inv)
         end_BDD = G_inv(z_BD)
         kinetic_B = 0.5 * (v_BD * velocity(end_BDD, v_BD)).sum(1) - 0.5 * (gamma_BD**2).sum(1)
         return z_BD, kinetic_B + half_log_det(end_BDD) - half_log_det(start_BDD)
 
-    def travel(self, x: Tensor, z_BD: Tensor, v_BD: Tensor, G_inv: hamiltonian.Map) -> tuple[Tensor, Tensor]:
+    def integrate(self, x: Tensor, z_BD: Tensor, v_BD: Tensor, G_inv: hamiltonian.Map) -> tuple[Tensor, Tensor]:
         """K generalised leapfrog steps, -> (B, D), (B, D)."""
         steps = partial(hamiltonian.generalised_leapfrog, inverse_metric=G_inv, n_fixed_point=self.n_fixed_point)
         return self.leapfrog(x, z_BD, v_BD, steps)
@@ -103,8 +103,8 @@ class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
     @torch.no_grad()
     def sample_prior(self, n: int) -> Tensor:
         """Draw n codes from the density sqrt(det G^-1) around the centroids, (n, D)."""
-        metric, step = self.metric_now(), _LENGTH * self.temperature
+        metric, step = self.current_metric(), _STEP_SIZE * self.temperature
         z = metric.c_MD[torch.randint(len(metric.c_MD), (n,), device=metric.c_MD.device)]
-        for _ in range(_JUMPS):
-            z, _ = hamiltonian.hmc_step(z, lambda at: -half_log_det(metric.inverse(at)), step, _STEPS)
+        for _ in range(_HMC_STEPS):
+            z, _ = hamiltonian.hmc_step(z, lambda at: -half_log_det(metric.inverse(at)), step, _LEAPFROG_STEPS)
         return z.to(next(self.decoder.parameters()).dtype)

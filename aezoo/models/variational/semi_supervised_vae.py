@@ -61,7 +61,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             nll_B, kl_B, _ = self.terms(x, one_hot(y, self.num_classes, x), eps_BD)
             kl_B = kl_B + log_K
         else:
-            nll_BK, kl_BK, _ = self.terms_of_every_label(x, eps_BD)
+            nll_BK, kl_BK, _ = self.terms_per_label(x, eps_BD)
             nll_B = (log_q_BK.exp() * nll_BK).sum(1)
             kl_B = (log_q_BK.exp() * (kl_BK + log_q_BK + log_K)).sum(1)
             if y is not None:

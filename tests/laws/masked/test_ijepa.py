@@ -25,10 +25,10 @@ N, K, D = 36, 4, 12
 
 
 def build(shifted: Any, shape: tuple[int, ...] = SHAPE, **extra: Any) -> Any:
-    """With a target encoder that is not where its leader is."""
+    """With a target encoder that is not where its source is."""
     torch.manual_seed(0)
     model = shifted(aezoo.create_model("ijepa", input_shape=shape, **SMALL | extra).double())
-    model.encoder.follow(model.context, torch.tensor(0.5))
+    model.encoder.update_from(model.context, torch.tensor(0.5))
     return model
 
 
@@ -63,19 +63,19 @@ def rectangle(u: list[float], grid: tuple[int, int], share: tuple[float, float],
 
 @pytest.mark.parametrize("grid", [(6, 6), (14, 14), (3, 8), (1, 5), (2, 1)])
 def test_masks_match_paper_blocks_and_remaining_context(grid: tuple[int, int]) -> None:
-    seen_BN, asked_BKN, counts_BK = masks(60, grid)
+    context_BN, target_BKN, counts_BK = masks(60, grid)
     torch.manual_seed(7)
     for b, u_L4 in enumerate(torch.rand(60, K + 1, 4).tolist()):
         targets = [rectangle(u, grid, (0.15, 0.2), (0.75, 1.5)) for u in u_L4[1:]]
         left = rectangle(u_L4[0], grid, (0.85, 1.0), (1.0, 1.0))
-        assert torch.equal(asked_BKN[b], torch.stack(targets))
+        assert torch.equal(target_BKN[b], torch.stack(targets))
         counts = 0
         while counts < K and (left & ~targets[counts]).any():
             left, counts = left & ~targets[counts], counts + 1
         assert counts_BK[b].tolist() == [k < counts for k in range(K)]
-        assert torch.equal(seen_BN[b], left)
-    assert seen_BN.any(1).all() and asked_BKN.any(2).all() and not asked_BKN.all(2).any()
-    assert not (seen_BN[:, None] & asked_BKN & counts_BK[..., None]).any()
+        assert torch.equal(context_BN[b], left)
+    assert context_BN.any(1).all() and target_BKN.any(2).all() and not target_BKN.all(2).any()
+    assert not (context_BN[:, None] & target_BKN & counts_BK[..., None]).any()
 
 
 @pytest.mark.slow
@@ -85,8 +85,8 @@ def test_masks_leave_context_and_targets_on_every_grid() -> None:
     context_A4, target_A4 = ends_4L.repeat_interleave(16, 0), ends_4L.repeat(16, 1)
     u_AL4 = torch.cat([context_A4[:, None], target_A4[:, None].expand(-1, K, -1)], dim=1)
     for grid in ((h, w) for h in range(1, 13) for w in range(1, 13) if h * w > 1):
-        seen_BN, asked_BKN, counts_BK = ijepa.masks(u_AL4, grid)
-        assert seen_BN.any(1).all() and asked_BKN.any(2).all() and counts_BK[:, 0].all()
+        context_BN, target_BKN, counts_BK = ijepa.masks(u_AL4, grid)
+        assert context_BN.any(1).all() and target_BKN.any(2).all() and counts_BK[:, 0].all()
 
 
 def test_mask_scale_and_aspect_match_paper() -> None:
@@ -105,10 +105,10 @@ def test_mask_scale_and_aspect_match_paper() -> None:
     edges = [blocks_BKSS[..., i, :].any(2).double().mean() for i in (0, -1)]
     edges += [blocks_BKSS[..., i].any(2).double().mean() for i in (0, -1)]
     assert all(edge.item() == pytest.approx(1 / (side - 25), rel=0.5) for edge in edges)
-    seen_BN, asked_BKN, counts_BK = masks(200, (14, 14))
+    context_BN, target_BKN, counts_BK = masks(200, (14, 14))
     assert counts_BK.all()
-    context_BN = seen_BN | asked_BKN.any(1)
-    assert 0.8 < context_BN.double().mean() <= 1 and 0.25 < seen_BN.double().mean() < 0.6
+    covered_BN = context_BN | target_BKN.any(1)
+    assert 0.8 < covered_BN.double().mean() <= 1 and 0.25 < context_BN.double().mean() < 0.6
 
 
 # ---- what is seen ----------------------------------------------------------------------------------------------------
@@ -117,24 +117,24 @@ def test_mask_scale_and_aspect_match_paper() -> None:
 def test_visible_attention_equals_removing_masked_tokens(shifted: Any) -> None:
     """The authors' code cuts them out; here all samples keep their length."""
     layers, tokens_BND = shifted(vit.blocks((8, 8), "gelu")).double(), torch.randn(5, N, 8, dtype=torch.float64)
-    seen_BN, _, _ = masks(5)
-    found_BND = vit.attend_to_visible(layers, tokens_BND, seen_BN)
-    assert len(seen_BN.sum(1).unique()) > 1
+    context_BN, _, _ = masks(5)
+    found_BND = vit.attend_to_visible(layers, tokens_BND, context_BN)
+    assert len(context_BN.sum(1).unique()) > 1
     for b in range(5):
-        torch.testing.assert_close(found_BND[b, seen_BN[b]], layers(tokens_BND[b : b + 1, seen_BN[b]])[0])
+        torch.testing.assert_close(found_BND[b, context_BN[b]], layers(tokens_BND[b : b + 1, context_BN[b]])[0])
     torch.testing.assert_close(vit.attend_to_visible(layers, tokens_BND, torch.ones(5, N).bool()), layers(tokens_BND))
 
 
 def by_hand(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Predictions of each block of each sample and what they should be, by tokens that are cut out and put together."""
-    seen_BN, asked_BKN, counts_BK = masks(len(x), model.grid)
+    context_BN, target_BKN, counts_BK = masks(len(x), model.grid)
     embed, layers, _ = model.context
     code_BND, found = model.encode(x).flatten(2).transpose(1, 2), []
     for b in range(len(x)):
-        context = layers(embed(x[b : b + 1])[:, seen_BN[b]])
+        context = layers(embed(x[b : b + 1])[:, context_BN[b]])
         table_ND, p = model.predictor.positions.table_ND, model.predictor
-        for asked_N in asked_BKN[b, counts_BK[b]]:
-            known, masked = p.embed(context)[0] + table_ND[seen_BN[b]], p.mask_token + table_ND[asked_N]
+        for asked_N in target_BKN[b, counts_BK[b]]:
+            known, masked = p.embed(context)[0] + table_ND[context_BN[b]], p.mask_token + table_ND[asked_N]
             out = p.out(p.blocks(torch.cat([known, masked])[None]))[0, len(known) :]
             target = code_BND[b, asked_N]
             mean, variance = target.mean(1, keepdim=True), target.var(1, correction=0, keepdim=True)
@@ -161,16 +161,16 @@ def test_predictions_do_not_depend_on_target_pixels(shifted: Any) -> None:
     model, x, found = build(shifted), data(5).requires_grad_(), []
     model.predictor.register_forward_hook(lambda module, given, out: found.append((given[0], out)))
     loss(model, x)
-    seen_BN, asked_BKN, counts_BK = masks(5)
+    context_BN, target_BKN, counts_BK = masks(5)
     patchify = model.context[0][0]
-    seen = patchify.inverse(seen_BN[..., None].expand(-1, -1, patchify.size))
-    (context_BND, out_BKND), counted = found[0], (asked_BKN & counts_BK[..., None])[..., None]
-    for values in (context_BND * seen_BN[..., None], out_BKND * counted):
+    seen = patchify.inverse(context_BN[..., None].expand(-1, -1, patchify.size))
+    (context_BND, out_BKND), counted = found[0], (target_BKN & counts_BK[..., None])[..., None]
+    for values in (context_BND * context_BN[..., None], out_BKND * counted):
         (gradient,) = torch.autograd.grad((values * torch.randn_like(values)).sum(), x, retain_graph=True)
         assert torch.equal(gradient != 0, seen)
     with torch.no_grad():
         loss(model, torch.where(seen, x, data(5)))
-        assert torch.equal(found[1][0][seen_BN], context_BND[seen_BN])
+        assert torch.equal(found[1][0][context_BN], context_BND[context_BN])
         assert torch.equal(found[1][1][counted[..., 0]], out_BKND[counted[..., 0]])
 
 
@@ -244,9 +244,9 @@ def test_the_momentum_rises_from_its_start_to_one() -> None:
     model: Any = aezoo.create_model("ijepa", SHAPE, **SMALL, momentum_steps=1000)
     for step, m in ((0, 0.996), (500, 0.998), (1000, 1.0), (2000, 1.0)):
         model.steps.fill_(step)
-        assert model.momentum_now().item() == pytest.approx(m, abs=1e-7)
+        assert model.current_momentum().item() == pytest.approx(m, abs=1e-7)
     model.momentum_steps = 0  # of a run that nobody knows the length of
-    assert model.momentum_now().item() == pytest.approx(0.996, abs=1e-7)
+    assert model.current_momentum().item() == pytest.approx(0.996, abs=1e-7)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from relaxed_codebook_laws import (  # noqa: F401
 
 import aezoo
 import aezoo.distributions.categorical
-from aezoo.models.quantised.dvae import LogitLaplaceOfTwo
+from aezoo.models.quantised.dvae import LogitLaplaceWithScale
 
 # ---- gumbel_vq_vae and dvae: the formula -----------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ def test_dvae_schedules_are_half_cosines() -> None:
 
 
 def test_no_location_and_scale_beat_the_best() -> None:
-    made, x = LogitLaplaceOfTwo().double(), torch.rand(200, 3, 2, dtype=torch.float64)
+    made, x = LogitLaplaceWithScale().double(), torch.rand(200, 3, 2, dtype=torch.float64)
     best = made.best_params(x)
     assert made.deviance(best, x).abs().max() == 0
     for spread in (1e-4, 1e-2, 1, 10):

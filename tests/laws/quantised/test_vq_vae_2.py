@@ -48,7 +48,7 @@ class TopReadsBottom(VQVAE2):
 
     def quantise(self, x: Tensor) -> Quantised:
         h = self.encoder(x)
-        bottom = self.bottom.quantise(self.before_bottom(h, self.top.quantise(self.top_encoder(h))))
+        bottom = self.bottom.quantise(self.bottom_input(h, self.top.quantise(self.top_encoder(h))))
         left = h - bottom.z_q.mean(1, keepdim=True)
         top = self.top.quantise(self.top_encoder(left))
         z_q = torch.cat([top.z_q.flatten(2), bottom.z_q.flatten(2)], 2)
@@ -304,7 +304,7 @@ def test_codes_are_top_first_each_grid_row_by_row(net: str, shape: tuple[int, ..
     x = torch.rand(3, *shape)
     h = model.encoder(x)
     top = model.top.quantise(model.top_encoder(h))
-    bottom = model.bottom.quantise(model.before_bottom(h, top))
+    bottom = model.bottom.quantise(model.bottom_input(h, top))
     n_top, n_bottom = math.prod(top.z_q.shape[2:]), math.prod(bottom.z_q.shape[2:])
     assert model.code_shape == (4, n_top + n_bottom)
     assert model.index_shape == (1, n_top + n_bottom) and model.index_sizes == (7,)

@@ -86,9 +86,9 @@ def test_angles_are_not_rounded_under_autocast(dtype: torch.dtype) -> None:
         model.w_F.normal_()
     z = torch.rand(50, CODE)
     with torch.autocast("cpu", dtype):
-        found = model.outside(z)
+        found = model.hinge_margin(z)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, model.outside(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, model.hinge_margin(z), rtol=1e-5, atol=1e-5)
 
 
 # ---- AE-1SVM: the loss and its optimum -------------------------------------------------------------------------------
@@ -266,5 +266,5 @@ def test_distant_codes_are_outliers(adam: Any) -> None:
     codes = Codes(0.1, 300)
     adam(codes.model, codes.x, steps=150, lr=0.02, batch=len(codes.x))
     z = 30 * torch.randn(200, CODE).double()
-    assert (codes.model.outside(z) > 0).double().mean() > 0.95
-    assert codes.model.outside(codes.model.encode(codes.x[:140])).mean() < 0
+    assert (codes.model.hinge_margin(z) > 0).double().mean() > 0.95
+    assert codes.model.hinge_margin(codes.model.encode(codes.x[:140])).mean() < 0

@@ -152,7 +152,7 @@ def test_the_soft_boundary_has_the_radius_of_the_batch_before(shifted: Any) -> N
 @pytest.mark.parametrize("nu", [0.05, 0.3])
 def test_quantile_minimises_soft_boundary(nu: float) -> None:
     model, d = svdd(nu=nu), torch.from_numpy(np.random.default_rng(0).chisquare(3, 200)) / 2
-    model.remember(d)
+    model.update_radius(d)
 
     def objective(r2: np.ndarray) -> np.ndarray:
         return r2 + np.maximum(0, d.numpy() - r2[:, None]).mean(1) / nu

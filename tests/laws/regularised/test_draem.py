@@ -79,7 +79,7 @@ def test_noise_has_cells_of_several_sizes() -> None:
 
 def test_damage_blends_colour_over_region() -> None:
     model, x = draem(), images(400)
-    found, seen = model.damage(x), []
+    found, seen = model.simulate_defects(x), []
     changed = (found != x).any(1)
     hit = changed.flatten(1).any(1)
     assert 0.25 < float(hit.float().mean()) < 0.5  # half of all but those whose noise stays low
@@ -102,7 +102,7 @@ def test_damage_blends_colour_over_region() -> None:
 def test_damage_blends_other_sample_over_region() -> None:
     model = draem(source="samples")
     x = torch.arange(8.0)[:, None, None, None].expand(8, *SHAPE).contiguous() / 8
-    found, seen = model.damage(x), set()
+    found, seen = model.simulate_defects(x), set()
     for k in range(8):
         values = (found[k][found[k] != x[k]] * 8).unique()
         assert len(values) <= 1  # one opacity
@@ -115,7 +115,7 @@ def test_damage_blends_other_sample_over_region() -> None:
 
 def test_samples_are_shifted() -> None:
     model, x = draem(source="samples"), images(40)
-    found = model.damage(x)
+    found = model.simulate_defects(x)
     places = [
         (int(np.searchsorted(np.sort(x[k - 1, 0].flatten()), 0)), k)
         for k in range(40)
@@ -132,7 +132,7 @@ def test_the_loss_is_made_of_three_known_terms(monkeypatch: pytest.MonkeyPatch) 
     model, x = draem(ssim_weight=0.3, segmentation_weight=0.7).eval(), images()
     damaged = x.clone()
     damaged[:, :, 2:5, 3:7] = 0.5
-    monkeypatch.setattr(model, "damage", lambda _: damaged)
+    monkeypatch.setattr(model, "simulate_defects", lambda _: damaged)
     terms = model.loss(x)
     params = model.decoder(model.encoder(damaged))
     x_hat, x_dim = model.likelihood.mean(params), math.prod(SHAPE)
@@ -155,7 +155,7 @@ def test_invisible_damage_is_not_segmented(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_terms_train_expected_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = draem(), images()
-    monkeypatch.setattr(model, "damage", lambda x: x.flip(3))
+    monkeypatch.setattr(model, "simulate_defects", lambda x: x.flip(3))
     ways = {}
     for name in ("nll", "structure", "segmentation"):
         grads = torch.autograd.grad(model.loss(x)[name], [*model.parameters()], allow_unused=True)
@@ -169,7 +169,7 @@ def test_terms_train_expected_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_anomalies_and_zero_weights_equal_unet_ae(monkeypatch: pytest.MonkeyPatch) -> None:
     model = draem(ssim_weight=0.0, segmentation_weight=0.0)
-    monkeypatch.setattr(model, "damage", lambda x: x)
+    monkeypatch.setattr(model, "simulate_defects", lambda x: x)
     plain = aezoo.create_model(
         "unet_ae", SHAPE, hidden_dims=(4, 6), latent_dim=5, activation="relu", likelihood="gaussian"
     )

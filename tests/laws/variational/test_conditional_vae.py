@@ -121,7 +121,7 @@ class MostLikelyAlone(ConditionalVAE):
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         eps = torch.randn_like(x[:, : self.latent_dim])
-        nll, _, ratio = self.terms_of_every_label(x, eps)
+        nll, _, ratio = self.terms_per_label(x, eps)
         best = (-nll - ratio).amax(1).mean() - math.log(self.num_classes)
         return {"loss": -best, "elbo": best, "nll": nll.mean(), "kl": -best - nll.mean()}
 

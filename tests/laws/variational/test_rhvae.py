@@ -53,7 +53,7 @@ def explicit_metric(model: Any, z: Tensor) -> Tensor:
 
 def test_metric_matches_centroid_sum_and_is_positive() -> None:
     model, z = curved(), normals(5, 3)
-    inverse = model.metric_now().inverse
+    inverse = model.current_metric().inverse
     found = inverse(z)
     torch.testing.assert_close(found, torch.stack([explicit_metric(model, row) for row in z]))
     torch.testing.assert_close(found, found.mT)
@@ -71,18 +71,18 @@ def test_kinetic_gradient_matches_autograd() -> None:
         0.5 * torch.logdet(torch.linalg.inv(explicit_metric(model, a))) + 0.5 * b @ explicit_metric(model, a) @ b
         for a, b in zip(z, v, strict=True)
     )
-    found = kinetic_gradient(z, v, model.metric_now().inverse)
+    found = kinetic_gradient(z, v, model.current_metric().inverse)
     torch.testing.assert_close(found, torch.autograd.grad(kinetic, z)[0])
 
 
 @pytest.mark.slow
 def test_the_generalised_leapfrog_is_reversible_and_keeps_volume() -> None:
     model, x, start = curved(n_leapfrog=2, beta_0=0.4, n_fixed_point=25), images(1), normals(6)
-    metric = model.metric_now()
+    metric = model.current_metric()
     metric = metric._replace(c_MD=metric.c_MD.detach(), S_MDD=metric.S_MDD.detach())
 
     def flow(state: Tensor) -> Tensor:
-        return torch.cat(model.travel(x, state[None, :3], state[None, 3:], metric.inverse), 1)[0]
+        return torch.cat(model.integrate(x, state[None, :3], state[None, 3:], metric.inverse), 1)[0]
 
     jacobian = torch.autograd.functional.jacobian(flow, start)
     assert (flow(start) - start).abs().max() > 0.1
@@ -115,14 +115,14 @@ def test_riemannian_bound_matches_joint_density() -> None:
     model, x = curved(n_leapfrog=2, beta_0=0.5, n_fixed_point=30), images(6)
     z, log_q, gamma = draws_of(model, x, 5)
     terms = model.loss(x)
-    inverse = model.metric_now().inverse
+    inverse = model.current_metric().inverse
 
     def momentum(z: Tensor, heat: float) -> D.Distribution:
         return D.MultivariateNormal(torch.zeros(3).double(), precision_matrix=inverse(z) / heat)
 
     root = torch.linalg.cholesky(inverse(z))
     v = torch.stack([torch.linalg.inv(a).T @ b for a, b in zip(root, gamma, strict=True)]) / 0.5**0.5
-    z_k, v_k = model.travel(x, z, v, inverse)
+    z_k, v_k = model.integrate(x, z, v, inverse)
     log_px = D.Bernoulli(logits=model.decoder(z_k), validate_args=False).log_prob(x).flatten(1).sum(1)
     bound = log_px + D.Normal(0, 1).log_prob(z_k).sum(1) + momentum(z_k, 1.0).log_prob(v_k)
     bound = bound - log_q - momentum(z, 2.0).log_prob(v) + 1.5 * math.log(0.5)

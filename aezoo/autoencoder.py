@@ -186,7 +186,7 @@ class Autoencoder(ConstructorHyperparameters, TrainingModule):
         set_traits(cls, traits)
         input_checks.guard(cls)
 
-    def unusable(self, x: Tensor) -> Tensor:
+    def invalid_mask(self, x: Tensor) -> Tensor:
         """Which samples have no loss, since some values are not finite: (B, *input_shape) -> (B,) bool."""
         return input_checks.not_finite(x)
 

@@ -225,8 +225,8 @@ class MissingModalities(Multimodal, takes_missing=True):
         """Samples with zeros for the parts that they lack: (B, *input_shape) -> (B, *input_shape)."""
         return torch.cat([_fill_missing(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
 
-    def unusable(self, x: Tensor) -> Tensor:
-        return super().unusable(self.fill_missing(x)) | ~self.present_mask(x).any(1)
+    def invalid_mask(self, x: Tensor) -> Tensor:
+        return super().invalid_mask(self.fill_missing(x)) | ~self.present_mask(x).any(1)
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         mu_BMD, log_var_BMD = super().experts(self.fill_missing(x), parts)

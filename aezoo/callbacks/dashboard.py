@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
 from aezoo.data import DataModule
-from aezoo.data.settings import own_settings
+from aezoo.data.settings import settings_of_source
 from aezoo.training.arguments import Checked
 from aezoo.training.model_names import display_name
 
@@ -25,7 +25,7 @@ _COMPARABLE = ("mse", "psnr", "ssim")
 # what every run is asked for, even if it has the default
 _ALWAYS = {"model", "model.latent_dim", "model.lr", "data.name", "data.batch_size", "trainer.max_epochs"}
 # how a machine reads data changes no result
-_OF_MACHINE = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
+_MACHINE_SETTINGS = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
 
 
 class Logger(TensorBoardLogger):
@@ -228,14 +228,14 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
 def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Of all hyperparameters those that tell runs apart: not those with defaults, nor those of other data sources."""
     data: Any = getattr(trainer, "datamodule", None)
-    taken = own_settings(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
+    taken = settings_of_source(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
     kept = {"trainer.max_epochs": trainer.max_epochs}
     for name, value in values.items():
         section, _, key = name.partition(".")
         owner = type(data if section == "data" else pl_module)
         parameter = inspect.signature(owner).parameters.get(key)
         is_default = parameter is not None and str(parameter.default) == str(value)
-        is_foreign = section == "data" and taken and (key not in taken or key in _OF_MACHINE)
+        is_foreign = section == "data" and taken and (key not in taken or key in _MACHINE_SETTINGS)
         if name in _ALWAYS or not (is_default or is_foreign):
             kept[name] = value
     return kept

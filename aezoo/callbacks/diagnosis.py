@@ -66,10 +66,10 @@ class Verdict:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.text}; see {page()}#{self.section}"
+        return f"{self.text}; see {docs_page()}#{self.section}"
 
 
-def page() -> Path:
+def docs_page() -> Path:
     """The page about these verdicts: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     found = [docs for docs in (package / "docs", package.parent / "docs") if docs.is_dir()]

@@ -123,8 +123,8 @@ def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
     x = None if batch is None else unpack(batch)[0]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return []
-    unusable = getattr(trainer.lightning_module, "unusable", not_finite)
-    bad = unusable(x).nonzero().flatten().tolist()
+    invalid_mask = getattr(trainer.lightning_module, "invalid_mask", not_finite)
+    bad = invalid_mask(x).nonzero().flatten().tolist()
     rows = _rows(trainer, fault) if bad else []
     return [rows[i] if i < len(rows) else i for i in bad]
 

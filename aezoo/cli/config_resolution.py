@@ -17,11 +17,11 @@ import yaml
 
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.cli import HEAVY, loggers
+from aezoo.cli import LIGHTNING_COMMANDS, loggers
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
 from aezoo.data.identity import data_identity, data_set_name, other_data_message
-from aezoo.data.settings import own_settings
+from aezoo.data.settings import settings_of_source
 from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, checkpoint, resume, run_folder
@@ -198,7 +198,7 @@ def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
 def drop_foreign_settings(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Stored data settings without those that the source named by the flags, or else the stored one, does not take."""
     chosen = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
-    taken = own_settings(stored | chosen)
+    taken = settings_of_source(stored | chosen)
     return {key: value for key, value in stored.items() if key in taken}
 
 
@@ -353,7 +353,7 @@ def expand_model_names(text: str) -> str:
         raise AezooError(f"cannot read the settings as YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict):
         return text
-    for section in (config, *(v for k, v in config.items() if k in HEAVY)):
+    for section in (config, *(v for k, v in config.items() if k in LIGHTNING_COMMANDS)):
         if not isinstance(section, dict):
             continue
         if not isinstance(section.get("config"), list | None):

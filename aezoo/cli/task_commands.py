@@ -35,7 +35,7 @@ from aezoo.data.loaders import worker_failure
 from aezoo.data.npy import NpyDataset
 from aezoo.data.readers import TableArrays, check_columns, is_streamed, read_arrays
 from aezoo.data.resident import lacks_memory
-from aezoo.data.settings import own_settings
+from aezoo.data.settings import settings_of_source
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
@@ -214,7 +214,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         return found
     try:
         # with --input, settings of another source are those of that file
-        module = DataModule(**(data if needed else own_settings(data)))
+        module = DataModule(**(data if needed else settings_of_source(data)))
         check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
         splits = module.splits()
         if not module.units.is_table:  # a table is scaled as the training data were
@@ -235,7 +235,7 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
         if wanted[key] in splits:
             found[key] = SampleSet.from_data(module, wanted[key])
     root = str(module.hparams["root" if module.name in _PATHS else "name"])
-    if needed and config.split in module.source.split_off and Path(root).exists() and _chooses_data(argv):
+    if needed and config.split in module.source.derived_splits and Path(root).exists() and _chooses_data(argv):
         print(f"aezoo: {root} has no splits of its own: {len(found['x']):,} of its samples are used, the share "
               f"--data.{config.split}_fraction; --input {root} takes all", file=sys.stderr)  # fmt: skip
     return found

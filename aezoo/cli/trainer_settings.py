@@ -20,7 +20,7 @@ _MANY = 10**9
 # largest number of processes per CPU core: a few are useful to try out runs for other machines
 _ON_A_CORE = 4
 # key: least, most, description; a number of batches may also be a share, and None means not set
-_WHOLE: dict[str, tuple[int, int, str]] = {
+_INTEGER_RANGES: dict[str, tuple[int, int, str]] = {
     "accumulate_grad_batches": (1, _MANY, "batches whose gradients are summed"),
     "check_val_every_n_epoch": (1, _MANY, "epochs between two validations"),
     "fast_dev_run": (0, _MANY, "batches of a trial run"),
@@ -65,7 +65,7 @@ def check(trainer: Mapping[str, Any]) -> None:
     Raises:
         AezooError: names the key, what it takes and what it got.
     """
-    for key, (least, most, words) in _WHOLE.items():
+    for key, (least, most, words) in _INTEGER_RANGES.items():
         value = trainer.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or (value == -1 and key in _MINUS_ONE):
             continue

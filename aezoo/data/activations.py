@@ -105,7 +105,7 @@ class Normalisation:
         return {"offset": torch.zeros_like(self.factor), "factor": self.factor}
 
 
-@accepts(ActivationsArgs, inner="of")
+@accepts(ActivationsArgs, nested_source="of")
 class Activations(Source):
     """Activations of a network over another set.
 

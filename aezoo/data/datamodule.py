@@ -28,7 +28,7 @@ from aezoo.data.loaders import (
 )
 from aezoo.data.readers import TableArrays, check_columns
 from aezoo.data.resident import ResidentLoader, dataset_bytes, load_into_memory, memory_excess, to_device
-from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, refuse_foreign
+from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, check_source_settings
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
 from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
@@ -129,7 +129,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
     _arrays: dict[str, Any] | None = None
 
     def _open(self, options: Options) -> Source:
-        refuse_foreign(options)
+        check_source_settings(options)
         return open_source(options) if self._arrays is None else Array(options, self._arrays)
 
     @classmethod

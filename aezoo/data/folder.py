@@ -132,7 +132,7 @@ class ImageSource(Source):
         labels = torch.tensor([c for _, c in kept["train"]]) if self.num_classes else None
         fractions = (self.options.val_fraction, self.options.test_fraction)
         rows = split_missing({stage: len(files) for stage, files in kept.items()}, labels, fractions, self.options.seed)
-        self.split_off = frozenset({stage for stage, index in rows.items() if index is not None})
+        self.derived_splits = frozenset({stage for stage, index in rows.items() if index is not None})
         splits: dict[Stage, ImageFileDataset] = {}
         for stage in STAGES:
             index, files = rows[stage], kept.get(stage, kept["train"])

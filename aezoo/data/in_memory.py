@@ -74,7 +74,7 @@ class InMemory(Source):
         own, options = self.load(), self.options
         sizes: dict[Stage, int] = {stage: len(pair.x) for stage, pair in own.items()}
         rows = split_missing(sizes, own["train"].y, (options.val_fraction, options.test_fraction), options.seed)
-        self.split_off = frozenset({stage for stage, index in rows.items() if index is not None})
+        self.derived_splits = frozenset({stage for stage, index in rows.items() if index is not None})
         splits: dict[Stage, LabelledArrays] = {}
         for stage in STAGES:
             x, y = own[stage] if stage in own else own["train"]

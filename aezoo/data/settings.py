@@ -40,7 +40,7 @@ _ARGUMENTS = arguments_of(SourceArgs)
 _CHOICES: dict[str, Any] = {"scale": Scaling, "binarise": Binarising, "labels": Labels, "memory": Memory}
 _CHOICES |= {name: hint for name, hint in get_type_hints(SourceArgs).items() if get_origin(hint) is Literal}
 # the least and the most of whole numbers
-_WHOLE: dict[str, tuple[float, float]] = {
+_INTEGER_RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "seed": (0, math.inf),
     "num_workers": (0, 2**10),
@@ -61,7 +61,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     """
     if not given["name"]:
         raise AezooError("--data.name is empty: give a set, a folder or a file of arrays")
-    for key, (least, most) in _WHOLE.items():
+    for key, (least, most) in _INTEGER_RANGES.items():
         value = given[key]
         if value is not None and value < least:
             raise AezooError(f"--data.{key} is {value!r}: give a whole number of at least {least}")
@@ -88,7 +88,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
         raise AezooError(f"--data.channels is {given['channels']!r}: give 1 (grey) or 3 (coloured)")
 
 
-def refuse_foreign(options: Options) -> None:
+def check_source_settings(options: Options) -> None:
     """Refuse a setting that the source does not take, unless it has its default.
 
     Raises:
@@ -102,7 +102,7 @@ def refuse_foreign(options: Options) -> None:
             raise AezooError(f"--data.{key} {value} is not for {options.name}, but for {sources_with(key)}: {cure}")
 
 
-def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_source(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the DataModule without those that only other sources take than the one that they name."""
     try:
         accepted = settings_of(str(settings["name"]), settings)

@@ -28,18 +28,18 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 DEFAULTS: dict[str, Any] = {}
 
 
-def accepts(*groups: type, inner: str = "") -> Callable[[Factory], Factory]:
+def accepts(*groups: type, nested_source: str = "") -> Callable[[Factory], Factory]:
     """Name the settings of a source: `@accepts(ImageArgs)` above its class or factory.
 
     Args:
         *groups: TypedDicts, see `aezoo.training.keyword_groups`.
-        inner: the setting that names another source, whose settings this one takes as well.
+        nested_source: the setting that names another source, whose settings this one takes as well.
     """
     defaults = {name: argument.default for group in groups for name, argument in arguments_of(group).items()}
     DEFAULTS.update(defaults)
 
     def mark(factory: Factory) -> Factory:
-        factory.settings, factory.inner = frozenset(defaults), inner  # type: ignore[attr-defined]
+        factory.settings, factory.nested_source = frozenset(defaults), nested_source  # type: ignore[attr-defined]
         return factory
 
     return mark
@@ -95,8 +95,8 @@ class Source(ABC):
         value_range: the range of the training values, None if it has no bounds.
         white: value of white in its pictures before scaling: 255 for bytes, 1 for floats from 0 to 1; None if unknown.
             Set by the first `split`.
-        split_off: the splits that were taken from the training samples, as the set has none of its own, and the rest of
-            these. Set by the first `split` of arrays and folders.
+        derived_splits: the splits that were taken from the training samples, as the set has none of its own, and the
+            rest of these. Set by the first `split` of arrays and folders.
         processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
@@ -107,7 +107,7 @@ class Source(ABC):
     is_table: bool = False
     value_range: tuple[float, float] | None = (0.0, 1.0)
     white: int | None = None
-    split_off: frozenset[Stage] = frozenset()
+    derived_splits: frozenset[Stage] = frozenset()
     processes: int = 1
 
     def prepare(self) -> None:

@@ -63,8 +63,8 @@ def settings_of(name: str, settings: Mapping[str, Any]) -> Collection[str] | Non
     """
     factory = _factory(source_of_path(name) or name)
     own: Collection[str] | None = getattr(factory, "settings", None)
-    inner = getattr(factory, "inner", "")
-    other = str(settings.get(inner, DEFAULTS[inner])) if inner else name
+    nested_source = getattr(factory, "nested_source", "")
+    other = str(settings.get(nested_source, DEFAULTS[nested_source])) if nested_source else name
     if own is None or other == name:
         return own
     others = settings_of(other, settings)

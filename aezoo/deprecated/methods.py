@@ -17,6 +17,7 @@ METHODS: dict[str, dict[str, str]] = {
         "own_rows": "local_rows",
         "share_of_steps": "step_fraction",
         "start_from": "init_from_data",
+        "unusable": "invalid_mask",
     },
     "aezoo.bases.distillation.DistilledAutoencoder": {"taught_by": "load_teacher"},
     "aezoo.bases.entropy_coded.EntropyCoded": {

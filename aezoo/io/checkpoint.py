@@ -37,7 +37,7 @@ _MAX_CONFIG = 2**20
 _DTYPES = {torch.float64, torch.float16, torch.bfloat16}
 # keys that LightningCLI adds to hyperparameters; it would import both values
 _CLASS, _MAKER = "_class_path", "_instantiator"
-_KNOWN_MAKER = "lightning.pytorch.cli.instantiate_module"
+_LIGHTNING_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 def save_model(
@@ -210,7 +210,7 @@ def build(
         hyperparameters, f"{source} does not describe a {name} of this version: its hyperparameters"
     )
     own = [name, cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}", f"aezoo.{cls.__qualname__}"]
-    if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _KNOWN_MAKER) != _KNOWN_MAKER:
+    if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _LIGHTNING_INSTANTIATOR) != _LIGHTNING_INSTANTIATOR:
         raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:

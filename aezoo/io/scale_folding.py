@@ -47,11 +47,11 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
         p += 0.05 * torch.rand(p.shape, dtype=p.dtype, generator=generator)
     x = torch.randn(_TRIALS, *model.input_shape, dtype=torch.float64, generator=generator)
     code = probe.encode(x)
-    trial = _Trial(weights, probe.decode, lambda: probe.encode(x * c), code, probe.decode(code) * c)
-    factors = trial.search([_per_channel(p, c) for p in weights], _ONE)
+    factor_search = _FactorSearch(weights, probe.decode, lambda: probe.encode(x * c), code, probe.decode(code) * c)
+    factors = factor_search.search([_per_channel(p, c) for p in weights], _ONE)
     if factors is None and bool((c == c.flatten()[0]).all()):
         single = c.flatten()[0]
-        factors = trial.search([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
+        factors = factor_search.search([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
     if factors is None:
         raise AezooError(f"{type(model).__name__} cannot take the scale of its data into its weights: divide "
                          "activations by it before, and multiply reconstructions after")  # fmt: skip
@@ -63,7 +63,7 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
 
 
 @dataclass
-class _Trial:
+class _FactorSearch:
     """Tries factors for a model's weights.
 
     Attributes:
@@ -85,11 +85,11 @@ class _Trial:
         kept = [p.clone() for p in self.weights]
         code = self.code * of_code
 
-        def put(factors: Sequence[Tensor]) -> None:
+        def assign(factors: Sequence[Tensor]) -> None:
             for p, old, by in zip(self.weights, kept, factors, strict=True):
                 p.copy_(old * by)
 
-        def matters(i: int, call: Callable[[], Tensor]) -> bool:
+        def affects(i: int, call: Callable[[], Tensor]) -> bool:
             given = []
             for by in (1.0, 1e3, 1e-3):
                 self.weights[i].copy_(kept[i] * by)
@@ -97,25 +97,25 @@ class _Trial:
             self.weights[i].copy_(kept[i])
             return not all(_is_close(one, given[0]) for one in given)
 
-        def tried(options: list[list[Tensor]], call: Callable[[], Tensor], wanted: Tensor) -> Iterator[Any]:
+        def candidates(options: list[list[Tensor]], call: Callable[[], Tensor], wanted: Tensor) -> Iterator[Any]:
             for factors in product(*options):
-                put(factors)
+                assign(factors)
                 if _is_close(call(), wanted):
                     yield factors
 
         n = range(len(kept))
         # weights that write samples come first: combinations of all weights would be too many
-        write = [matters(i, lambda: self.decode(code)) for i in n]
-        read = [matters(i, self.encode) for i in n]
+        write = [affects(i, lambda: self.decode(code)) for i in n]
+        read = [affects(i, self.encode) for i in n]
         try:
             written = [choices[i] if write[i] else [_ONE] for i in n]
-            for way in tried(written, lambda: self.decode(code), self.x_hat):
+            for way in candidates(written, lambda: self.decode(code), self.x_hat):
                 rest = [choices[i] if read[i] and not write[i] else [way[i]] for i in n]
-                for factors in tried(rest, self.encode, code):
+                for factors in candidates(rest, self.encode, code):
                     return cast(tuple[Tensor, ...], factors)
             return None
         finally:
-            put([_ONE for _ in n])
+            assign([_ONE for _ in n])
 
 
 def _per_channel(weight: Tensor, c: Tensor) -> list[Tensor]:

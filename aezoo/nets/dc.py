@@ -50,7 +50,7 @@ def shuffle(x: Tensor) -> Tensor:
     return cells.permute(0, 1, *order).reshape(len(x), -1, *(2 * side for side in x.shape[2:]))
 
 
-def spread(x: Tensor, channels: int) -> Tensor:
+def match_channels(x: Tensor, channels: int) -> Tensor:
     """Average groups of channels, or duplicate each channel: (B, C, *grid) -> (B, channels, *grid)."""
     n = x.shape[1]
     both = math.lcm(n, channels)
@@ -69,7 +69,7 @@ class _Down(nn.Module):
             if side % 2:
                 x = torch.cat([x, x.narrow(axis, side - 1, 1)], axis)
         # if a last cell has more values than there are channels, the first values remain
-        return unshuffle(self.conv(x)).narrow(1, 0, self.after) + spread(unshuffle(x), self.after)
+        return unshuffle(self.conv(x)).narrow(1, 0, self.after) + match_channels(unshuffle(x), self.after)
 
 
 class _Up(nn.Module):
@@ -80,7 +80,7 @@ class _Up(nn.Module):
         self.cut = [axis for axis, side in enumerate(larger, start=2) if side % 2]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = shuffle(self.conv(self.act(x)) + spread(x, self.channels))
+        x = shuffle(self.conv(self.act(x)) + match_channels(x, self.channels))
         for axis in self.cut:
             x = x.narrow(axis, 0, x.shape[axis] - 1)
         return x
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.stages(x)
         code: Tensor = self.head(self.act(h))
-        return code + spread(h, self.channels) if self.channels else code
+        return code + match_channels(h, self.channels) if self.channels else code
 
 
 class Decoder(nn.Module):
@@ -127,5 +127,5 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.head(z)
-        x_hat: Tensor = self.stages(h + spread(z, self.channels) if self.channels else h)
+        x_hat: Tensor = self.stages(h + match_channels(z, self.channels) if self.channels else h)
         return x_hat

@@ -24,9 +24,9 @@ from aezoo.errors import AezooError
 # seconds that a rank has for its own error message after another rank has failed
 GRACE = 5.0
 # seconds for threads to release tensors; a thread needs microseconds once it has a core
-_LET_GO = 0.2
+_RELEASE_SECONDS = 0.2
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
-_TORCH_S_OWN = timedelta(minutes=30)
+_TORCH_DEFAULT_TIMEOUT = timedelta(minutes=30)
 # of gloo and NCCL, when another process ends
 _LOST = re.compile(
     "connection (closed|reset|refused)|broken pipe|waiting for clients|remote process exited|pair closure|timed ?out",
@@ -37,7 +37,7 @@ _LATE = ("timed out", "timeout", "time out")
 
 def limit_wait(trainer: Trainer, seconds: float) -> None:
     """Set how long a collective waits for a rank, unless the strategy was built with its own timeout."""
-    if getattr(trainer.strategy, "_timeout", None) == _TORCH_S_OWN:
+    if getattr(trainer.strategy, "_timeout", None) == _TORCH_DEFAULT_TIMEOUT:
         trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
 
 
@@ -90,13 +90,13 @@ def release_collectives_at_exit(trainer: Trainer) -> None:
     the group does not end the threads, because torch keeps it.
     """
     if trainer.world_size > 1:
-        atexit.unregister(_let_go)
-        atexit.register(_let_go)
+        atexit.unregister(_wait_for_release)
+        atexit.register(_wait_for_release)
 
 
-def _let_go() -> None:
+def _wait_for_release() -> None:
     if dist.is_initialized():
-        time.sleep(_LET_GO)
+        time.sleep(_RELEASE_SECONDS)
 
 
 def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:

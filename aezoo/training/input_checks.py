@@ -76,7 +76,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
             "the data are float64, the model's weights float32: give x.float(), or train all in float64 with "
             "Trainer(precision='64-true')"
         )
-    if bool((bad := model.unusable(x)).any()):
+    if bool((bad := model.invalid_mask(x)).any()):
         if model.takes_missing:
             raise AezooError(
                 f"sample {int(bad.nonzero()[0])} of the batch holds infinite values, or NaN in some values of a part "

@@ -6,7 +6,7 @@ import re
 import pytest
 from example_curves import DOCS, EXAMPLES, curves, falling
 
-from aezoo.callbacks.diagnosis import Curves, diagnose, page
+from aezoo.callbacks.diagnosis import Curves, diagnose, docs_page
 
 
 def sections(history, run="runs/vae/0"):
@@ -17,7 +17,9 @@ def sections(history, run="runs/vae/0"):
 def test_example_curves_get_their_verdict(name):
     (verdict,) = diagnose(EXAMPLES[name], "runs/vae/0")
     assert verdict.section == name
-    assert re.search(f"^## {name.replace('-', ' ').capitalize()}\n\n.*pictures/{name}.png", page().read_text(), re.M)
+    assert re.search(
+        f"^## {name.replace('-', ' ').capitalize()}\n\n.*pictures/{name}.png", docs_page().read_text(), re.M
+    )
     assert (DOCS / "pictures" / f"{name}.png").is_file()
     assert str(verdict).endswith(f"training.md#{name}") and "\n" not in str(verdict)
 
@@ -56,7 +58,7 @@ def test_code_and_pca_are_compared():
     assert "the code has 5 dead units of 16" in found[2].text
     for mse, pca_mse in ((0.028, 0.027), (math.nan, 0.027), (0.035, math.nan)):
         assert sections(Curves(**values, mse=mse, pca_mse=pca_mse)) == ["level"]
-    assert {"## Worse than PCA", "## Dead units"} <= set(page().read_text().splitlines())
+    assert {"## Worse than PCA", "## Dead units"} <= set(docs_page().read_text().splitlines())
 
 
 def test_curves_with_gaps_and_short_ones_are_read():

@@ -10,7 +10,7 @@ from aezoo import AezooError
 from aezoo.__main__ import main
 from aezoo.data import DataModule, Options, list_data
 from aezoo.data.images import ImageArgs
-from aezoo.data.settings import SourceArgs, own_settings
+from aezoo.data.settings import SourceArgs, settings_of_source
 from aezoo.data.source import ArrayDataset, Source, accepts
 from aezoo.data.source_registry import settings_of
 
@@ -67,8 +67,8 @@ def test_activations_accept_settings_of_underlying_source():
 
 def test_stored_settings_of_other_sources_are_dropped():
     stored = {"name": "digits", "seed": 3, "size": 4, "column": "a"}
-    assert own_settings(stored) == {"name": "digits", "seed": 3, "size": 4}
-    assert own_settings(stored | {"name": "no such set"}) == stored | {"name": "no such set"}
+    assert settings_of_source(stored) == {"name": "digits", "seed": 3, "size": 4}
+    assert settings_of_source(stored | {"name": "no such set"}) == stored | {"name": "no such set"}
 
 
 class Plain(Source):

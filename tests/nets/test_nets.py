@@ -177,9 +177,9 @@ def test_dc_shortcuts_average_and_repeat_cells(pool: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6), (6, 4), (4, 6), (1, 5), (5, 5)])
-def test_spread_averages_channels_by_overlap(before: int, after: int) -> None:
+def test_match_channels_averages_by_overlap(before: int, after: int) -> None:
     """Each new one is the mean of the old ones over its own part of all, by the lengths that they have in common."""
-    from aezoo.nets.dc import spread
+    from aezoo.nets.dc import match_channels
 
     x = torch.randn(2, before, 3, dtype=torch.float64)
     shares = torch.zeros(after, before, dtype=torch.float64)
@@ -187,9 +187,9 @@ def test_spread_averages_channels_by_overlap(before: int, after: int) -> None:
         for j in range(before):
             common = min((i + 1) / after, (j + 1) / before) - max(i / after, j / before)
             shares[i, j] = max(0.0, common) * after
-    torch.testing.assert_close(spread(x, after), torch.einsum("ij,bjl->bil", shares, x))
+    torch.testing.assert_close(match_channels(x, after), torch.einsum("ij,bjl->bil", shares, x))
     images = x[..., None].expand(2, before, 3, 4).contiguous(memory_format=torch.channels_last)
-    found = spread(images, after)
+    found = match_channels(images, after)
     torch.testing.assert_close(found[..., 2], torch.einsum("ij,bjl->bil", shares, x))
 
 

@@ -189,7 +189,7 @@ def test_callbacks_that_communicate_extend_rank_timeout(name, tmp_path, monkeypa
     asked = []
     monkeypatch.setattr(distributed.atexit, "register", asked.append)
     trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
-    for world, wanted in ((1, []), (2, [distributed._let_go])):
+    for world, wanted in ((1, []), (2, [distributed._wait_for_release])):
         monkeypatch.setattr(Trainer, "world_size", world)
         getattr(callbacks, name)().setup(trainer, LightningModule(), "fit")
         assert asked == wanted

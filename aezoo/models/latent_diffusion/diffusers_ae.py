@@ -80,7 +80,7 @@ class DiffusersAE(Autoencoder):
         self.gaussian = "KL" in kind
         if kind == "AsymmetricAutoencoderKL":
             net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
-        self.encoder, self.decoder = diffusers.halves(net)
+        self.encoder, self.decoder = diffusers.split_autoencoder(net)
         self.code_shape = diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:

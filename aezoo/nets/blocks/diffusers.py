@@ -70,7 +70,7 @@ REFUSED = {
 }
 
 
-class Half(nn.Module):
+class SplitModule(nn.Module):
     """A diffusers model with only some of its modules.
 
     Args:
@@ -84,7 +84,7 @@ class Half(nn.Module):
         self.net._modules = {name: module for name, module in net._modules.items() if name in parts}
 
 
-class Encoding(Half):
+class Encoding(SplitModule):
     """Samples to codes, or to means and log-variances of Gaussian codes, concatenated along the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Encoding(Half):
         return code
 
 
-class Decoding(Half):
+class Decoding(SplitModule):
     """Codes to samples."""
 
     def forward(self, z: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _for_any_batch(net: nn.Module) -> None:
             known.use_conv_transpose = True  # then the layer is only the convolution, after the norm
 
 
-def halves(net: Any) -> tuple[Encoding, Decoding]:
+def split_autoencoder(net: Any) -> tuple[Encoding, Decoding]:
     """Encoder and decoder; every module of the model is in one of them."""
     _for_any_batch(net)
     parts = ("encoder", "quant_conv")
@@ -289,9 +289,9 @@ def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...
 
 
 @torch.no_grad()
-def _shapes_alone(half: Half, x: Tensor) -> Tensor:
-    state = {key: value.to("meta") for key, value in [*half.named_parameters(), *half.named_buffers()]}
-    found: Tensor = functional_call(half, state, x)
+def _shapes_alone(split: SplitModule, x: Tensor) -> Tensor:
+    state = {key: value.to("meta") for key, value in [*split.named_parameters(), *split.named_buffers()]}
+    found: Tensor = functional_call(split, state, x)
     return found
 
 

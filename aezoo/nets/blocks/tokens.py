@@ -49,7 +49,7 @@ def _blocks(widths: tuple[int, ...], act: str) -> tuple[nn.Sequential, Tensor, T
     return blocks, q_WW, k_WW
 
 
-def shares(n: int, positions_PW: Tensor) -> Tensor:
+def token_positions(n: int, positions_PW: Tensor) -> Tensor:
     """a_n from the positions of each of N runs of patches, (P, W) -> (N, W); if N > P, tokens share a patch."""
     patches = len(positions_PW)
     step = torch.arange(max(n, patches))
@@ -74,7 +74,7 @@ class TokenEncoder(nn.Module):
         nn.init.normal_(embed.weight, std=2 / math.sqrt(patchify.size))  # not much larger than the positions
         self.embed, self.position_PW = nn.Sequential(patchify, embed), nn.Parameter(position_PW)
         self.blocks, q_WW, k_WW = _blocks(widths, act)
-        self.latent_NW = nn.Parameter(shares(self.n, position_PW) @ k_WW.T @ q_WW)
+        self.latent_NW = nn.Parameter(token_positions(self.n, position_PW) @ k_WW.T @ q_WW)
         self.out, self.bias_DN = nn.Linear(widths[-1], dim, bias=False), nn.Parameter(torch.zeros(code_shape))
 
     def read(self, patches_BPW: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class TokenDecoder(nn.Module):
         nn.init.normal_(self.embed.weight)
         self.mask_W = nn.Parameter(0.02 * torch.randn(widths[0]))
         self.blocks, q_WW, k_WW = _blocks(widths, act)
-        self.place_NW = nn.Parameter(shares(self.n, position_PW) @ q_WW.T @ k_WW)
+        self.place_NW = nn.Parameter(token_positions(self.n, position_PW) @ q_WW.T @ k_WW)
         self.out = nn.Linear(widths[-1], patchify.size)
 
     def forward(self, code_BDN: Tensor) -> Tensor:

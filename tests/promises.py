@@ -29,7 +29,7 @@ RUNS = {
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/training/test_distributed.py"),
     "resume": (*SLOW, "tests/io/test_resume.py"),
-    "kills": ("tests/kills.py", "--kills=1000", "--keep=build/kills.jsonl", "--out={out}"),
+    "kills": ("tests/kill_campaigns.py", "--kills=1000", "--keep=build/kills.jsonl", "--out={out}"),
 }
 
 
@@ -55,7 +55,7 @@ PROMISES = (
     ),
     Promise(
         "Killed at random, runs (of two processes, compiled, streaming, with large saves) and studies lose nothing",
-        ("tests/kills.py",),
+        ("tests/kill_campaigns.py",),
         "{kills} kills in {campaigns} campaigns, {in_saves} of them while a file was being written",
         "kills",
     ),

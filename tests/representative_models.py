@@ -8,7 +8,7 @@ import pytest
 # one for each way of looking at a sample, in the default run
 REPRESENTATIVE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 
-OF_EACH_KIND = (
+SLOW_REPRESENTATIVE = (
     *("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "sequence_ae", "contractive_ae", "memory_ae"),
     *("topk_sae", "jumprelu_sae", "matching_pursuit_sae", "rae", "dagmm", "mae", "autoencoder_kl"),
     *("vae", "vae_flow", "vae_iaf", "flow_prior_vae", "hvae", "hyperspherical_vae", "gamma_vae", "poincare_vae"),

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 from golden import PERTURBATION, TOLERANCE, differences, golden_values, recorded, subjects
-from representative_models import OF_EACH_KIND
+from representative_models import SLOW_REPRESENTATIVE
 
 SUBJECTS = subjects()
 of_each = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.label)
 others_slow = pytest.mark.parametrize(
     "subject",
     [
-        pytest.param(subject, id=subject.label, marks=[pytest.mark.slow] * (subject.label not in OF_EACH_KIND))
+        pytest.param(subject, id=subject.label, marks=[pytest.mark.slow] * (subject.label not in SLOW_REPRESENTATIVE))
         for subject in SUBJECTS
     ],
 )

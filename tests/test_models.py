@@ -4,12 +4,12 @@ import random
 import warnings
 from unittest import SkipTest
 
-import broken
+import broken_models
 import promises
 import pytest
 import torch
 from golden import VARIANTS, own_models
-from representative_models import OF_EACH_KIND, REPRESENTATIVE
+from representative_models import REPRESENTATIVE, SLOW_REPRESENTATIVE
 
 import aezoo
 from aezoo import testing
@@ -56,7 +56,7 @@ def of_models():
         for check in ALONE:
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
-                late |= check in LESS_OFTEN and name not in OF_EACH_KIND
+                late |= check in LESS_OFTEN and name not in SLOW_REPRESENTATIVE
                 # of those it takes long to overfit, too
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")
                 marks = [pytest.mark.slow] if late else []
@@ -86,7 +86,7 @@ def test_two_processes_train_like_one():
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
-    run(check_ddp, *own_models(), *VARIANTS, broken.CorrectModel)
+    run(check_ddp, *own_models(), *VARIANTS, broken_models.CorrectModel)
 
 
 @pytest.mark.slow
@@ -108,64 +108,64 @@ def test_the_registry_takes_vectors_images_sequences_and_volumes():
 # ---- the checks can fail --------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    ("constructor", broken.UndocumentedArgument, "do not describe latent_dim"),
-    ("constructor", broken.DocumentsUnknownArgument, "describe latent_size"),
-    ("constructor", broken.UntypedKwargs, "instead of \\*kwargs"),
-    ("constructor", broken.PositionalArgument, "latent_dim must be keyword-only"),
-    ("constructor", broken.MissingDefault, "latent_dim needs a default"),
-    ("constructor", broken.ModuleArgument, "default of act is a ReLU"),
-    ("constructor", broken.MissingHyperparameter, "hparams lack scale"),
-    ("constructor", broken.MutatesArguments, "changes the lists"),
-    ("shapes", broken.HardCodedShape, "RuntimeError"),
-    ("shapes", broken.TorchErrorForShape, "refuse it with an AezooError"),
-    ("shapes", broken.RefusesEveryShape, "takes none of the shapes"),
-    ("shapes", broken.WrongCodeShape, "encode gives shape \\(3, 1, 8\\)"),
-    ("shapes", broken.BatchMeanScore, "score gives shape \\(\\)"),
-    ("shapes", broken.SamplesWithoutPrior, "has_prior is False"),
-    ("shapes", broken.PriorWithoutSamples, "AezooError"),
-    ("loss", broken.MissingLoss, "must return named scalars"),
-    ("loss", broken.DetachedLoss, "no gradient"),
-    ("loss", broken.InfiniteTerm, "entropy = -inf"),
-    ("loss", broken.UnreducedTerm, "'size' that is no scalar"),
-    ("loss", broken.TermNamedLikeMetric, "'mse', which every evaluation"),
-    ("loss", broken.InfiniteGradient, "gradient of encoder.* is not finite"),
-    ("batch_of_one", broken.UnbiasedBatchVariance, "loss = nan|degrees of freedom"),
-    ("gradients", broken.DetachedCode, "encoder.1.bias, encoder.1.weight"),
-    ("gradients", broken.UnusedLayer, "unused.bias, unused.weight"),
-    ("inputs_unchanged", broken.InPlaceNoise, "loss changes its input"),
-    ("inputs_unchanged", broken.InPlaceDecode, "decode changes its input"),
-    ("indices", broken.OneBasedIndices, "of a codebook of 8"),
-    ("indices", broken.UnquantisedForward, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
-    ("indices", broken.NonCausalDistribution, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
-    ("indices", broken.DiscreteWithoutIndices, "aezoo.bases.quantised.DiscreteAutoencoder"),
-    ("batch_mean", broken.SumOverBatch, "loss of a batch given twice is off"),
-    ("batch_independence", broken.BatchStatisticsInEvaluation, "encode of single samples"),
-    ("deterministic_evaluation", broken.NoiseInEvaluation, "encode differs"),
-    ("deterministic_evaluation", broken.DropoutInEvaluation, "encode differs"),
-    ("deterministic_evaluation", broken.BufferUpdateInEvaluation, "evaluation changes seen"),
-    ("loop", broken.UnloggedTerms, "train/loss, train/nll"),
-    ("loop", broken.PredictionWithoutScore, "KeyError: 'score'"),
-    ("loop", broken.WrongPredictedScore, "the predicted score is off"),
-    ("overfits", broken.ShiftedTarget, "reconstructs with mse"),
-    ("overfits", broken.WrongSign, "reconstructs with mse"),
-    ("overfits", broken.OptimizesCopies, "the loss only goes from"),
-    ("seed", broken.UnseededNoise, "losses differ"),
-    ("seed", broken.SeedsInConstructor, "resets torch's random state"),
-    ("seed", broken.SeedsInLoss, "resets torch's random state"),
-    ("state_dict", broken.LazyBuffer, "an evaluation changes the state_dict"),
-    ("state_dict", broken.UnregisteredBuffer, "offset is a plain tensor"),
-    ("checkpoint", broken.UnregisteredBuffer, "encode is not the same after load_from_checkpoint"),
-    ("checkpoint", broken.NonPersistentBuffer, "load_from_checkpoint changes weights or buffers"),
-    ("resume", broken.CounterOutsideCheckpoint, "goes on from step 3 of 6 ends with other decoder"),
-    ("resume", broken.LateWeightChange, "goes on from step 4 of 6 ends with other"),
-    ("bf16", broken.PenaltyInHalfPrecision, "size is computed in torch.bfloat16"),
-    ("bf16", broken.CancellationInHalfPrecision, "loss under bf16 is off"),
-    ("compile", broken.DifferentWhenCompiled, "the compiled loss is off"),
-    ("compile", broken.BufferWhenCompiled, "a compiled loss changes the state_dict's keys or shapes"),
-    ("export", broken.FixedBatchSize, "fails check_export"),
-    ("export", broken.DataDependentBranch, "fails check_export"),
-    ("export", broken.DifferentIndicesWhenExported, "encode_indices of a batch of 7 gives other indices"),
-    ("onnx", broken.OperatorMissingInONNX, "fails check_onnx"),
+    ("constructor", broken_models.UndocumentedArgument, "do not describe latent_dim"),
+    ("constructor", broken_models.DocumentsUnknownArgument, "describe latent_size"),
+    ("constructor", broken_models.UntypedKwargs, "instead of \\*kwargs"),
+    ("constructor", broken_models.PositionalArgument, "latent_dim must be keyword-only"),
+    ("constructor", broken_models.MissingDefault, "latent_dim needs a default"),
+    ("constructor", broken_models.ModuleArgument, "default of act is a ReLU"),
+    ("constructor", broken_models.MissingHyperparameter, "hparams lack scale"),
+    ("constructor", broken_models.MutatesArguments, "changes the lists"),
+    ("shapes", broken_models.HardCodedShape, "RuntimeError"),
+    ("shapes", broken_models.TorchErrorForShape, "refuse it with an AezooError"),
+    ("shapes", broken_models.RefusesEveryShape, "takes none of the shapes"),
+    ("shapes", broken_models.WrongCodeShape, "encode gives shape \\(3, 1, 8\\)"),
+    ("shapes", broken_models.BatchMeanScore, "score gives shape \\(\\)"),
+    ("shapes", broken_models.SamplesWithoutPrior, "has_prior is False"),
+    ("shapes", broken_models.PriorWithoutSamples, "AezooError"),
+    ("loss", broken_models.MissingLoss, "must return named scalars"),
+    ("loss", broken_models.DetachedLoss, "no gradient"),
+    ("loss", broken_models.InfiniteTerm, "entropy = -inf"),
+    ("loss", broken_models.UnreducedTerm, "'size' that is no scalar"),
+    ("loss", broken_models.TermNamedLikeMetric, "'mse', which every evaluation"),
+    ("loss", broken_models.InfiniteGradient, "gradient of encoder.* is not finite"),
+    ("batch_of_one", broken_models.UnbiasedBatchVariance, "loss = nan|degrees of freedom"),
+    ("gradients", broken_models.DetachedCode, "encoder.1.bias, encoder.1.weight"),
+    ("gradients", broken_models.UnusedLayer, "unused.bias, unused.weight"),
+    ("inputs_unchanged", broken_models.InPlaceNoise, "loss changes its input"),
+    ("inputs_unchanged", broken_models.InPlaceDecode, "decode changes its input"),
+    ("indices", broken_models.OneBasedIndices, "of a codebook of 8"),
+    ("indices", broken_models.UnquantisedForward, "decode_indices\\(encode_indices\\(x\\)\\) is off"),
+    ("indices", broken_models.NonCausalDistribution, "codes\\(encode_symbols\\(x\\)\\) is not encode"),
+    ("indices", broken_models.DiscreteWithoutIndices, "aezoo.bases.quantised.DiscreteAutoencoder"),
+    ("batch_mean", broken_models.SumOverBatch, "loss of a batch given twice is off"),
+    ("batch_independence", broken_models.BatchStatisticsInEvaluation, "encode of single samples"),
+    ("deterministic_evaluation", broken_models.NoiseInEvaluation, "encode differs"),
+    ("deterministic_evaluation", broken_models.DropoutInEvaluation, "encode differs"),
+    ("deterministic_evaluation", broken_models.BufferUpdateInEvaluation, "evaluation changes seen"),
+    ("loop", broken_models.UnloggedTerms, "train/loss, train/nll"),
+    ("loop", broken_models.PredictionWithoutScore, "KeyError: 'score'"),
+    ("loop", broken_models.WrongPredictedScore, "the predicted score is off"),
+    ("overfits", broken_models.ShiftedTarget, "reconstructs with mse"),
+    ("overfits", broken_models.WrongSign, "reconstructs with mse"),
+    ("overfits", broken_models.OptimizesCopies, "the loss only goes from"),
+    ("seed", broken_models.UnseededNoise, "losses differ"),
+    ("seed", broken_models.SeedsInConstructor, "resets torch's random state"),
+    ("seed", broken_models.SeedsInLoss, "resets torch's random state"),
+    ("state_dict", broken_models.LazyBuffer, "an evaluation changes the state_dict"),
+    ("state_dict", broken_models.UnregisteredBuffer, "offset is a plain tensor"),
+    ("checkpoint", broken_models.UnregisteredBuffer, "encode is not the same after load_from_checkpoint"),
+    ("checkpoint", broken_models.NonPersistentBuffer, "load_from_checkpoint changes weights or buffers"),
+    ("resume", broken_models.CounterOutsideCheckpoint, "goes on from step 3 of 6 ends with other decoder"),
+    ("resume", broken_models.LateWeightChange, "goes on from step 4 of 6 ends with other"),
+    ("bf16", broken_models.PenaltyInHalfPrecision, "size is computed in torch.bfloat16"),
+    ("bf16", broken_models.CancellationInHalfPrecision, "loss under bf16 is off"),
+    ("compile", broken_models.DifferentWhenCompiled, "the compiled loss is off"),
+    ("compile", broken_models.BufferWhenCompiled, "a compiled loss changes the state_dict's keys or shapes"),
+    ("export", broken_models.FixedBatchSize, "fails check_export"),
+    ("export", broken_models.DataDependentBranch, "fails check_export"),
+    ("export", broken_models.DifferentIndicesWhenExported, "encode_indices of a batch of 7 gives other indices"),
+    ("onnx", broken_models.OperatorMissingInONNX, "fails check_onnx"),
 ]
 
 
@@ -181,9 +181,14 @@ def test_mistake_is_caught(check, cls, message):
 
 @pytest.mark.slow
 def test_mistakes_of_two_processes_are_caught():
-    wrong = [broken.UnreducedStatistic, broken.UnreducedGradient, broken.UnreducedBuffer, broken.FailsOnTwoRanks]
+    wrong = [
+        broken_models.UnreducedStatistic,
+        broken_models.UnreducedGradient,
+        broken_models.UnreducedBuffer,
+        broken_models.FailsOnTwoRanks,
+    ]
     with pytest.raises(AssertionError) as caught:
-        check_ddp(*wrong, broken.CorrectModel)
+        check_ddp(*wrong, broken_models.CorrectModel)
     lines = str(caught.value).splitlines()
     assert [line.split(" fails check_ddp: ")[0] for line in lines] == [cls.__name__ for cls in wrong]
     assert "loss at step 0, two processes against one, is off" in lines[0]
@@ -202,10 +207,10 @@ def test_every_check_has_a_failing_example():
 
 @pytest.mark.slow
 def test_check_model_accepts_unregistered_class():
-    assert check_model(broken.CorrectModel, exclude=["check_ddp"], widths=(16,)) == {}
+    assert check_model(broken_models.CorrectModel, exclude=["check_ddp"], widths=(16,)) == {}
 
 
-class TwoOptimisers(broken.CorrectModel):
+class TwoOptimisers(broken_models.CorrectModel):
     """Uses manual optimisation with two optimisers."""
 
     automatic_optimization = False
@@ -231,7 +236,9 @@ def test_check_model_resumes_a_model_with_several_optimisers():
 def test_check_model_gathers_all_failures():
     run_these = ("check_loss", "check_state_dict", "check_checkpoint")
     with pytest.raises(AssertionError) as caught:
-        check_model(broken.UnregisteredBuffer, exclude=[c.__name__ for c in CHECKS if c.__name__ not in run_these])
+        check_model(
+            broken_models.UnregisteredBuffer, exclude=[c.__name__ for c in CHECKS if c.__name__ not in run_these]
+        )
     assert [line.split(" ")[2] for line in str(caught.value).splitlines()] == ["check_state_dict:", "check_checkpoint:"]
 
 
@@ -246,7 +253,7 @@ def test_check_model_accepts_hyperparameters_and_aliases():
 
 
 def test_checks_that_cannot_run_are_reported(monkeypatch):
-    class Local(broken.CorrectModel):
+    class Local(broken_models.CorrectModel):
         """A class that another process cannot import."""
 
     with pytest.raises(SkipTest, match="cannot be imported"):

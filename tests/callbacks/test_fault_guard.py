@@ -393,7 +393,7 @@ STARTED = {
 def test_data_init_uses_first_finite_batch(name, defers):
     """A first batch that has overflowed leaves nothing: neither parameters started from it nor none started at all."""
 
-    class Looks(pl.Callback):
+    class StateRecorder(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 0:
                 pl_module.held = [parameter.detach().clone() for parameter in pl_module.parameters()]
@@ -407,7 +407,7 @@ def test_data_init_uses_first_finite_batch(name, defers):
         x = table().tensors[0]
         if first:
             x = torch.cat([x[:8] + 1e25 * torch.eye(8)[:, :1], x])
-        fit(model, guard(defers), Looks(), data=TensorDataset(x))
+        fit(model, guard(defers), StateRecorder(), data=TensorDataset(x))
         assert model.started and not model._before_start
         ends.append(model.began)
     for key, value in ends[0].items():

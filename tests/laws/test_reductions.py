@@ -11,7 +11,7 @@ from reductions_helpers import (
     SHAPE,
     WITH_SIDE,
 )
-from representative_models import OF_EACH_KIND, others_slow
+from representative_models import SLOW_REPRESENTATIVE, others_slow
 from torch import Tensor
 
 import aezoo
@@ -123,7 +123,7 @@ def test_the_table_covers_every_built_in_model() -> None:
 
 def of_models(left_out: Any) -> Any:
     """The names of models, in the default run one of each kind."""
-    return pytest.mark.parametrize("name", others_slow([n for n in MODELS if n not in left_out], OF_EACH_KIND))
+    return pytest.mark.parametrize("name", others_slow([n for n in MODELS if n not in left_out], SLOW_REPRESENTATIVE))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -16,7 +16,7 @@ _PATIENCE = 20
 
 
 @dataclass
-class Together:
+class TwoRankResult:
     """What two ranks make of a batch.
 
     Attributes:
@@ -41,7 +41,7 @@ def on_two_ranks(
     exchange: bool = True,
     ranked: bool = True,
     prepare: Callable[[Any, int], None] = lambda model, rank: None,
-) -> Together:
+) -> TwoRankResult:
     """The model on half of the batch each, with the noise that one process would draw for these samples.
 
     Args:
@@ -76,4 +76,4 @@ def on_two_ranks(
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(run, range(2))
-    return Together({name: (first[name] + second[name]) / 2 for name in first}, copies)
+    return TwoRankResult({name: (first[name] + second[name]) / 2 for name in first}, copies)

@@ -83,7 +83,7 @@ def test_losses_match_without_speed_package(
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
-class Looks(pl.Callback):
+class SwapRecorder(pl.Callback):
     """What is swapped in, and what copies there are, while a fit or a prediction runs."""
 
     def __init__(self, then: BaseException | None = None) -> None:
@@ -112,26 +112,26 @@ class Looks(pl.Callback):
 
 @pytest.mark.parametrize("then", [None, ValueError("no"), KeyboardInterrupt()], ids=repr)
 def test_fit_restores_swapped_layers_after_any_end(then: BaseException | None) -> None:
-    model, looks = aezoo.create_model("vae", (1, 12, 12), **CONV), Looks(then)
+    model, recorder = aezoo.create_model("vae", (1, 12, 12), **CONV), SwapRecorder(then)
     plain = [type(part) for part in model.modules()]
     try:
-        trainer(looks, max_steps=1).fit(model, data((1, 12, 12)))
+        trainer(recorder, max_steps=1).fit(model, data((1, 12, 12)))
     except (ValueError, KeyboardInterrupt, SystemExit):
         assert then is not None
-    assert conv2d.NarrowConv2d in looks.kinds
+    assert conv2d.NarrowConv2d in recorder.kinds
     assert [type(part) for part in model.modules()] == plain
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("then", [None, ValueError("no")], ids=repr)
 def test_prediction_restores_swapped_layers_after_any_end(then: BaseException | None) -> None:
-    model, looks = aezoo.create_model("vae", (1, 12, 12), **CONV), Looks(then)
+    model, recorder = aezoo.create_model("vae", (1, 12, 12), **CONV), SwapRecorder(then)
     plain = [type(part) for part in model.modules()]
     try:
-        trainer(looks).predict(model, data((1, 12, 12)))
+        trainer(recorder).predict(model, data((1, 12, 12)))
     except ValueError:
         assert then is not None
-    assert conv2d.NarrowConv2d in looks.kinds
+    assert conv2d.NarrowConv2d in recorder.kinds
     assert [type(part) for part in model.modules()] == plain
 
 

@@ -1,6 +1,6 @@
 """Random kills over campaigns of every kind of run: each run resumes to what an undisturbed one gives, or this fails.
 
-    python tests/kills.py --kills 1000 --keep build/kills.jsonl [--out FILE.json]
+    python tests/kill_campaigns.py --kills 1000 --keep build/kills.jsonl [--out FILE.json]
 
 A campaign trains once undisturbed, then under some kills (SIGKILL), each followed by the same command, until the run
 ends; then the two are compared. A campaign that has ended is a line of the kept file, after which another call goes on.
@@ -207,7 +207,7 @@ def _complete(study):
 
 def main():
     """Run what is missing, campaign after campaign, and write the counts."""
-    parser = argparse.ArgumentParser(prog="python tests/kills.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tests/kill_campaigns.py", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--keep", type=Path, default=Path("build/kills.jsonl"), help="ended campaigns, one a line")
     parser.add_argument("--only", choices=SHARES, help="one kind of campaign")

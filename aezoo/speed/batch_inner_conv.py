@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
 from aezoo.speed import conv_products, linear
-from aezoo.speed.conv_products import Convolution, Geometry, channels_first, channels_last, leaves_rest
+from aezoo.speed.conv_products import Convolution, Geometry, channels_first, channels_last, has_remainder
 from aezoo.speed.memory_format import as_base_tensor, is_batch_inner, to_layout
 
 _onednn: Any = torch.ops.mkldnn
@@ -35,7 +35,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
 def transpose(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W) in batch-inner layout; without derivatives."""
     # oneDNN adds a bias number by number if the larger grid is not a whole number of strides
-    if bias is not None and leaves_rest(geometry.large, geometry.stride):
+    if bias is not None and has_remainder(geometry.large, geometry.stride):
         return transpose(y, weight, None, geometry).add_(bias[:, None, None])
     padding, extra, stride = (*geometry.padding, 0), (*geometry.output_padding(), 0), (*geometry.stride, 1)
     volume = _onednn._convolution_transpose_pointwise(
@@ -119,13 +119,13 @@ class BatchInnerConv(Convolution):
         (x, weight), (of_x, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
         g = to_layout(gradients[0], batch_inner=True)
         by_bias = g.sum((0, 2, 3)) if of_bias else None
-        by_weight = BatchInnerConv.by_weight(ctx, g, x, weight) if of_weight else None
+        by_weight = BatchInnerConv.weight_gradient(ctx, g, x, weight) if of_weight else None
         back = convolve if ctx.transposed else transpose
         by_x = to_layout(back(g, weight, None, ctx.geometry), batch_inner=is_batch_inner(x)) if of_x else None
         return by_x, by_weight, by_bias, None, None, None
 
     @staticmethod
-    def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    def weight_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient with respect to the weights, channels last."""
         large, small = (g, x) if ctx.transposed else (x, g)
         if ctx.weight_by_product:
@@ -135,6 +135,6 @@ class BatchInnerConv(Convolution):
         if g.itemsize == 2:
             return conv_weight_grad(large, small, weight, ctx.geometry)
         output_mask = False, True, False
-        return Convolution.by_torch(
+        return Convolution.torch_reference(
             ctx, to_layout(g, batch_inner=False), to_layout(x, batch_inner=False), weight, output_mask
         )[1]

@@ -38,7 +38,7 @@ from aezoo.speed.conv_products import (
     Pair,
     SeparateGradients,
     SubPixel,
-    leaves_rest,
+    has_remainder,
 )
 from aezoo.speed.memory_format import convert_layout
 from aezoo.speed.parts import is_enabled
@@ -159,7 +159,7 @@ def use_separate_bias(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
 def has_slow_bias(layer: nn.ConvTranspose2d, large: Pair) -> bool:
     """Whether a bias is better added separately, for a layer with this larger grid, since oneDNN is slow to add it."""
     many = layer.out_channels * math.prod(large) >= _MANY
-    return layer.bias is not None and many and leaves_rest(large, layer.stride)
+    return layer.bias is not None and many and has_remainder(large, layer.stride)
 
 
 def use_separate_gradients(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geometry, x: Tensor) -> bool:

@@ -61,7 +61,7 @@ class Geometry:
         return 0, 0, left, right, top, bottom
 
 
-def leaves_rest(grid: Pair, stride: Pair) -> bool:
+def has_remainder(grid: Pair, stride: Pair) -> bool:
     """Whether a grid is not a whole number of strides."""
     return any(n % s for n, s in zip(grid, stride, strict=True))
 
@@ -238,10 +238,10 @@ class _Bilinear(torch.autograd.Function):
     """Saves what its derivatives need.
 
     Attributes:
-        by_torch: computes the same values by torch's own convolutions.
+        torch_reference: computes the same values by torch's own convolutions.
     """
 
-    by_torch: ClassVar[Callable[..., Tensor]]
+    torch_reference: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def save(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
@@ -255,7 +255,7 @@ class _Bilinear(torch.autograd.Function):
     def apply_or_torch(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The values, with derivatives of any order; by torch where only torch's own operators have the rules."""
         if linear.needs_torch_autograd(a, b):
-            return cls.by_torch(a, b, geometry)
+            return cls.torch_reference(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
         return out
 
@@ -270,7 +270,7 @@ class ConvForward(_Bilinear):
         return conv_forward(x.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
-    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    def torch_reference(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The convolution."""
         return channels_last(F.conv2d(channels_first(a), channels_first(b), None, geometry.stride, geometry.padding))
 
@@ -295,7 +295,7 @@ class ConvInputGrad(_Bilinear):
         return conv_input_grad(y.contiguous(), weight.contiguous(), geometry)
 
     @staticmethod
-    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    def torch_reference(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The transposed convolution."""
         y, weight, extra = channels_first(a), channels_first(b), geometry.output_padding()
         return channels_last(F.conv_transpose2d(y, weight, None, geometry.stride, geometry.padding, extra))
@@ -321,7 +321,7 @@ class ConvWeightGrad(_Bilinear):
         return conv_weight_grad(x.contiguous(), y.contiguous(), geometry)
 
     @staticmethod
-    def by_torch(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    def torch_reference(a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weights."""
         x, y = channels_first(a), channels_first(b)
         shape = (y.shape[1], x.shape[1], *geometry.kernel)
@@ -370,20 +370,20 @@ class Convolution(torch.autograd.Function):
         g, (x, weight), (of_x, of_weight, of_bias, *_) = gradients[0], ctx.saved_tensors, ctx.needs_input_grad
         by_bias = g.sum((0, 2, 3)) if of_bias else None
         # the gradient that is needed next is computed last, so it is still in the cache
-        by_weight = Convolution.by_weight(ctx, g, x, weight) if of_weight else None
-        by_x = Convolution.by_torch(ctx, g, x, weight, (True, False, False))[0] if of_x else None
+        by_weight = Convolution.weight_gradient(ctx, g, x, weight) if of_weight else None
+        by_x = Convolution.torch_reference(ctx, g, x, weight, (True, False, False))[0] if of_x else None
         return by_x, by_weight, by_bias, None, None, None
 
     @staticmethod
-    def by_weight(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    def weight_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient with respect to the weights, channels last."""
         if not ctx.weight_by_product:
-            return Convolution.by_torch(ctx, g, x, weight, (False, True, False))[1]
+            return Convolution.torch_reference(ctx, g, x, weight, (False, True, False))[1]
         large, small = (g, x) if ctx.transposed else (x, g)
         return channels_first(ConvWeightGrad.apply_or_torch(channels_last(large), channels_last(small), ctx.geometry))
 
     @staticmethod
-    def by_torch(
+    def torch_reference(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor, output_mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         """The requested derivatives."""
@@ -412,7 +412,7 @@ class SeparateGradients(Convolution):
         Convolution.save(ctx, x, weight, geometry, weight_by_product, transposed)
         if not transposed:
             return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)
-        within = None if leaves_rest(geometry.large, geometry.stride) else bias
+        within = None if has_remainder(geometry.large, geometry.stride) else bias
         extra = geometry.output_padding()
         out = F.conv_transpose2d(x, weight, within, geometry.stride, geometry.padding, extra)
         return out if bias is None or within is not None else out.add_(bias[:, None, None])

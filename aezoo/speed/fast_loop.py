@@ -86,7 +86,7 @@ _NEEDED = (
 _EPSILON = 1e-6
 
 
-def missing(trainer: pl.Trainer) -> str | None:
+def missing_attribute(trainer: pl.Trainer) -> str | None:
     """The first attribute of Lightning that the fast loop uses and this version lacks; None if it has all."""
     if ClosureResult is None:
         return "_TrainingEpochLoop or ClosureResult"
@@ -105,7 +105,7 @@ def install_fast_loop(trainer: pl.Trainer) -> bool:
     Returns:
         Whether it is used.
     """
-    absent = missing(trainer)
+    absent = missing_attribute(trainer)
     if absent is not None:
         rank_zero_warn(
             f"Lightning {lightning.__version__} has no {absent}: training takes Lightning's own loop, which is slower "
@@ -218,7 +218,7 @@ class FastLoop(_TrainingEpochLoop):
             old.on_change()
 
     def advance(self, data_fetcher: Any) -> None:
-        if self.plan is not None and not self.plan.seems_to_match(self.trainer):
+        if self.plan is not None and not self.plan.quick_match(self.trainer):
             self._renew_plan()
         plan = self.plan
         # Lightning's weight averaging passes an epoch without backward

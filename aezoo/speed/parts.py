@@ -27,11 +27,11 @@ PARTS = {
 
 def is_enabled(part: str) -> bool:
     """Whether a part is used."""
-    return part not in left_out(os.environ.get("AEZOO_SPEED", "auto"))
+    return part not in disabled_parts(os.environ.get("AEZOO_SPEED", "auto"))
 
 
 @functools.lru_cache(maxsize=1)
-def left_out(value: str) -> frozenset[str]:
+def disabled_parts(value: str) -> frozenset[str]:
     """The parts that a value of AEZOO_SPEED leaves out: none for auto, else a list of names with commas.
 
     Raises:

@@ -146,7 +146,7 @@ class Plan:
         now = _participants(trainer)
         return len(now) == len(self._participants) and all(a is b for a, b in zip(now, self._participants, strict=True))
 
-    def seems_to_match(self, trainer: pl.Trainer) -> bool:
+    def quick_match(self, trainer: pl.Trainer) -> bool:
         """A cheaper, incomplete version of `matches` for every step."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return self.optimizer is trainer.optimizers[0] and len(callbacks) == self._callbacks

@@ -274,10 +274,10 @@ def test_unneeded_gradients_are_not_computed(on, monkeypatch):
     for name in ("convolve", "transpose"):
         real = getattr(batch_inner_conv, name)
         monkeypatch.setattr(batch_inner_conv, name, lambda *a, n=name, real=real: (made.append(n), real(*a))[1])
-    real_by_weight = batch_inner_conv.BatchInnerConv.by_weight
+    real_by_weight = batch_inner_conv.BatchInnerConv.weight_gradient
     monkeypatch.setattr(
         batch_inner_conv.BatchInnerConv,
-        "by_weight",
+        "weight_gradient",
         staticmethod(lambda *a: (made.append("weigh"), real_by_weight(*a))[1]),
     )
     down, x = conv2d.Conv2d(2, 4, 3), torch.randn(4, 2, 5, 5)

@@ -547,7 +547,7 @@ def test_required_lightning_attributes_exist(tmp_path):
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            found.append(fast_loop.missing(trainer))
+            found.append(fast_loop.missing_attribute(trainer))
 
     fit(tmp_path, callbacks=lambda: [Look()], max_epochs=1)
     assert found == [None], f"this Lightning has renamed {found[0]}: change aezoo/speed/fast_loop.py"

@@ -13,9 +13,12 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.mixins import HyperparametersMixin
 
 import aezoo
 from aezoo.training import private_names
@@ -23,8 +26,12 @@ from aezoo.training.private_names import PRIVATE_NAMES, PrivateName
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "litdata")
 ROOT = Path(aezoo.__file__).parents[1]
-# documented by Python
-PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe"}
+# documented by Python and IPython
+PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe", "_repr_png_"}
+# keys of Lightning's checkpoints and of a pickle of ours, which are no attributes
+KEYS = {"_class_path", "_instantiator", "_saved"}
+# how libraries call the model whose attributes they set, outside of its class
+_MODEL = "obj|model|module|pl_module|lightning_module"
 
 
 def is_private(name: str) -> bool:
@@ -37,18 +44,27 @@ def of_library(module: str) -> bool:
 
 @functools.cache
 def private_attributes(cls: type) -> frozenset[str]:
-    """Private names that a library's class has, or that its methods give to its instances."""
+    """Private names that a library's class has, or that its methods give to its instances or ask them for."""
     try:
-        stored = re.findall(r"\bself\.(_\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls))
+        stored = re.findall(r"\bself(?:\.|, \")(_\w+)", inspect.getsource(cls))
     except (OSError, TypeError):
         stored = []
     return frozenset(name for name in {*vars(cls), *vars(cls).get("__annotations__", {}), *stored} if is_private(name))
 
 
+@functools.cache
+def set_on_models() -> frozenset[str]:
+    """Private names that Lightning gives to models outside of their classes."""
+    texts = [path.read_text() for path in sorted(Path(pl.__file__).parent.rglob("*.py"))]
+    found = {name for text in texts for name in re.findall(rf"\b(?:{_MODEL})\.(_\w+)(?:: [^=\n]+)? = ", text)}
+    return frozenset(filter(is_private, found))
+
+
 def inherited(cls: type) -> set[str]:
     """Private names that a class of ours has from classes of libraries."""
     bases = [base for base in cls.__mro__ if of_library(base.__module__) or base.__module__ == "argparse"]
-    return {name for base in bases for name in private_attributes(base)}
+    names = {name for base in bases for name in private_attributes(base)}
+    return names | (set_on_models() if issubclass(cls, HyperparametersMixin) else set())
 
 
 class File:
@@ -76,6 +92,8 @@ class File:
                 self.paths[alias.asname or alias.name.split(".")[0]] = (
                     alias.name if alias.asname else alias.name.split(".")[0]
                 )
+                if any(map(is_private, alias.name.split("."))):
+                    self.uses[alias.name] = node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module and of_library(node.module):
             for alias in node.names:
                 self.paths[alias.asname or alias.name] = path = f"{node.module}.{alias.name}"
@@ -104,8 +122,21 @@ class File:
                     self.uses[f"{path}.{name.value}"] = node.lineno
                 else:
                     self._attribute(node.args[0], name.value, cls, node.lineno)
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            self._strings(node.elts)
+        elif isinstance(node, ast.Subscript):
+            self._strings([node.slice])
         for child in ast.iter_child_nodes(node):
             self._visit(child, cls)
+
+    def _strings(self, nodes: Iterable[ast.AST]) -> None:
+        """Names among strings that attributes or entries of `vars` may be looked up by, also with dots."""
+        for node in nodes:
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if re.fullmatch(r"\w+(\.\w+)*", text):
+                for name in filter(is_private, text.split(".")):
+                    if name not in KEYS and (name not in self.own or name in self.theirs):
+                        self.uses[name] = node.lineno
 
     def _attribute(self, value: ast.AST, name: str, cls: type | None, line: int) -> None:
         if not is_private(name):
@@ -209,7 +240,8 @@ def instance_attributes(cls: type) -> set[str]:
     paths = [Path(getattr(m, "__file__", None) or "") for m in modules]
     texts = [path.read_text() for path in paths if path.is_file() and path.suffix == ".py"]
     stored = r"\w\.(_\w+)(?:: [^=\n]+)? = |^    (_\w+): "
-    return {name for text in texts for names in re.findall(stored, text, re.M) for name in names if name}
+    found = {name for text in texts for names in re.findall(stored, text, re.M) for name in names if name}
+    return found | (set_on_models() if issubclass(cls, HyperparametersMixin) else set())
 
 
 def entry_text(entry: PrivateName, files: tuple[str, ...]) -> str:

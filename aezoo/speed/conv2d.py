@@ -25,6 +25,7 @@ from typing import ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from aezoo.nets import narrow_conv
 from aezoo.nets.conv_grids import larger_grid, smaller_grid
@@ -77,7 +78,7 @@ def _use_torch(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     """Whether torch accepts the input, and its own layer is not needed."""
     # parametrised weights are read only once, since their rule may change with every read
-    if x.device.type != "cpu" or x.dim() != 4 or "parametrizations" in layer._modules:
+    if x.device.type != "cpu" or x.dim() != 4 or is_parametrized(layer):
         return False
     images = x.shape[1] == layer.in_channels and min(x.shape[2:]) > 0
     same = layer.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")
@@ -91,7 +92,7 @@ def use_batch_inner(layer: "Conv2d | ConvTranspose2d", geometry: Geometry, x: Te
     if not (
         layer.feeds_convolutions
         and linear.MKL_HALF_WIDTH
-        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.enabled
         and batch_inner_conv.is_available()
     ):
         return False

@@ -16,11 +16,12 @@ from torch.optim import optimizer as of_torch
 from aezoo.speed.parts import is_enabled
 
 # private to torch: where one is missing, steps are torch's
-_KNOWN = (
-    all(hasattr(torch, name) for name in ("_fused_adam_", "_fused_adamw_"))
-    and all(hasattr(of_torch, name) for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"))
-    and all(hasattr(Adam([nn.Parameter(torch.zeros(1))]), f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+_NEEDED: tuple[tuple[Any, tuple[str, str]], ...] = (
+    (torch, ("_fused_adam_", "_fused_adamw_")),
+    (of_torch, ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")),
+    (Adam([nn.Parameter(torch.zeros(1))]), ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")),
 )
+_KNOWN = all(hasattr(owner, name) for owner, names in _NEEDED for name in names)
 
 
 class Group(NamedTuple):

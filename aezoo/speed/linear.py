@@ -162,7 +162,7 @@ def _is_large(multiplications: Any) -> bool:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(multiplications >= (_MIN_MULTIPLICATIONS if lowered_by_inductor else _LARGE))
-    return bool(multiplications >= _LARGE) and torch._C._get_mkldnn_enabled()
+    return bool(multiplications >= _LARGE) and bool(torch.backends.mkldnn.enabled)
 
 
 class Linear(Swapped, nn.Linear):

@@ -23,8 +23,6 @@ from aezoo.speed.joint_backward import JointStep
 from aezoo.training.projected_weights import Constrained
 
 Hook = Callable[..., Any]
-# global module hooks; private to torch
-_GLOBAL_HOOKS = [name for name in vars(of_modules) if name.startswith("_global_") and name.endswith("_hooks")]
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
 _BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
 _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
@@ -158,7 +156,7 @@ class Plan:
             and not torch.is_anomaly_enabled()
             and _is_unmodified(self.module, "aezoo")
             and all(_has_no_hooks(part) for part in self.module.modules())
-            and not any(getattr(of_modules, name) for name in _GLOBAL_HOOKS)
+            and not of_modules._has_any_global_hook()  # type: ignore[no-untyped-call]
         )
 
     def can_join_backward(self, calls_guard_hooks: bool) -> bool:

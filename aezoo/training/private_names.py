@@ -49,10 +49,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without=_SLOWER,
     ),
     PrivateName(
-        "torch._C._get_mkldnn_enabled",
-        files=("speed/conv2d.py", "speed/linear.py"),
-        why="reads the switch of `torch.backends.mkldnn.flags`, which is_available does not",
-        without=_SLOWER,
+        "torch._dynamo.config",
+        files=("speed/joint_backward.py", "training/compilation.py"),
+        why="lets a compiled graph hold gradients, and call hooks that are added later",
+        without="steps are not compiled, and a warning says so",
     ),
     PrivateName(
         "torch._foreach_add_",
@@ -101,6 +101,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         files=("speed/fused_optimizer.py",),
         why="AdamW's kernel with arguments that are prepared once",
         without=_SLOWER,
+    ),
+    PrivateName(
+        "torch._functorch.config",
+        files=("training/compilation.py",),
+        why="compiles backward passes without autocast, as eager ones run",
+        without="steps are not compiled, and a warning says so",
+    ),
+    PrivateName(
+        "torch._inductor.config",
+        files=("training/compilation.py",),
+        why="switches off an order of operations that gives wrong gradients in torch 2.13",
+        without="steps are not compiled, and a warning says so",
     ),
     PrivateName(
         "torch._inductor.config.patch",
@@ -231,9 +243,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._modules",
-        files=("nets/blocks/diffusers.py", "speed/conv2d.py"),
+        files=("nets/blocks/diffusers.py",),
         why="gives a copy of a network its own children, which `delattr` would take from the original too",
         without=_RAISES,
+    ),
+    PrivateName(
+        "torch.nn.modules.module._has_any_global_hook",
+        files=("speed/step_plan.py",),
+        why="tells whether a user watches all layers",
+        without=_SLOWER,
     ),
     PrivateName(
         "torch.ops.aten._unsafe_view",
@@ -278,6 +296,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without=_SLOWER,
     ),
     PrivateName(
+        "torch.optim.lr_scheduler.LRScheduler._last_lr",
+        files=("training/optimizers.py",),
+        why="a value of a checkpoint's schedule whose type is checked before it is loaded",
+        without="the value is not checked",
+    ),
+    PrivateName(
+        "torch.optim.lr_scheduler.LRScheduler._step_count",
+        files=("training/optimizers.py",),
+        why="as _last_lr",
+        without="the value is not checked",
+    ),
+    PrivateName(
         "torch.optim.optimizer._global_optimizer_post_hooks",
         files=("speed/fused_optimizer.py",),
         why="tells whether a user watches all optimisers' steps",
@@ -288,6 +318,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         files=("speed/fused_optimizer.py",),
         why="as _global_optimizer_post_hooks",
         without=_SLOWER,
+    ),
+    PrivateName(
+        "torchvision.datasets.Flowers102._labels",
+        files=("data/vision.py",),
+        why="the labels of data sets that have no public attribute for them",
+        without="such a data set has no labels",
     ),
     PrivateName(
         "lightning.pytorch.trainer.trainer.Trainer._accelerator_connector",
@@ -309,7 +345,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "lightning.pytorch.trainer.trainer.Trainer._val_check_time_interval",
-        files=("speed/step_plan.py",),
+        files=("speed/fast_loop.py", "speed/step_plan.py"),
         why="tells whether validation depends on the clock",
         without=_SLOWER,
     ),
@@ -330,6 +366,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         files=("callbacks/checkpoints.py",),
         why="tells whether a stop that was asked for may happen",
         without=_RAISES,
+    ),
+    PrivateName(
+        "lightning.pytorch.loops.fit_loop._FitLoop._data_fetcher",
+        files=("speed/fast_loop.py", "speed/predict_loop.py"),
+        why="reads a batch, and is read by Lightning's own loops",
+        without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._batches_that_stepped",
@@ -422,6 +464,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without=_SLOWER,
     ),
     PrivateName(
+        "lightning.pytorch.LightningModule._current_fx_name",
+        files=("speed/fast_loop.py",),
+        why="names the hook from which a figure is logged, as Lightning does",
+        without=_SLOWER,
+    ),
+    PrivateName(
         "lightning.pytorch.LightningModule._device",
         files=("training/steps.py",),
         why="the device without the check that `device` makes in every step",
@@ -434,6 +482,18 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without=_RAISES,
     ),
     PrivateName(
+        "lightning.pytorch.LightningModule._hparams_initial",
+        files=("training/hyperparameters.py",),
+        why="as save_hyperparameters leaves it, for loggers",
+        without="loggers record no hyperparameters",
+    ),
+    PrivateName(
+        "lightning.pytorch.LightningModule._hparams_name",
+        files=("training/hyperparameters.py",),
+        why="as save_hyperparameters leaves it, for load_from_checkpoint",
+        without="checkpoints do not say that hyperparameters are keyword arguments",
+    ),
+    PrivateName(
         "lightning.pytorch.LightningModule._log_hyperparams",
         files=("training/hyperparameters.py",),
         why="as save_hyperparameters leaves it, for loggers",
@@ -441,7 +501,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._on_before_batch_transfer",
-        files=("speed/step_plan.py",),
+        files=("speed/fast_loop.py", "speed/step_plan.py"),
         why="transfers a batch with all hooks, as Lightning does",
         without=_SLOWER,
     ),

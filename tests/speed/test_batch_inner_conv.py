@@ -335,7 +335,7 @@ def test_batch_inner_conv_is_chosen_where_benchmarked_faster(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, no)
             assert not pays()
-    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not pays()
 
 

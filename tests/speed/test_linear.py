@@ -323,7 +323,7 @@ def test_shape_mismatch_raises_torch_error(taken):
 
 
 def test_disabled_onednn_uses_torch_linear(taken, monkeypatch):
-    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     twins(4, 3)[0](torch.randn(5, 4))
     assert taken == []
 

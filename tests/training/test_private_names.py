@@ -50,6 +50,21 @@ def test_missing_private_name_is_reported():
         ("def f(trainer): setattr(trainer, '_unheard_of', 1)", "_unheard_of"),
         ("from torch import nn\nclass A(nn.Module):\n    def _apply(self, fn): return self", "_apply"),
         ("from torch import nn\nclass A(nn.Module):\n    def f(self): return self._modules", "_modules"),
+        ("def f():\n    import torch._dynamo.config as settings\n    return settings", "torch._dynamo.config"),
+        ("NEEDED = ('fit_loop._unheard_of.done', 'val_check_batch')", "_unheard_of"),
+        ("def f(loop): return all(hasattr(loop, name) for name in ['_unheard_of'])", "_unheard_of"),
+        ("def f(module): vars(module)['_unheard_of'] = 1", "_unheard_of"),
+        ("def f(module): return vars(module)['_unheard_of']", "_unheard_of"),
+        (
+            "from lightning.pytorch import LightningModule\nclass A(LightningModule):\n"
+            "    def f(self): self._hparams_name = None",
+            "_hparams_name",
+        ),
+        (
+            "from lightning.pytorch import LightningModule\nclass A(LightningModule):\n"
+            "    def f(self): self._hparams_initial = None",
+            "_hparams_initial",
+        ),
     ],
 )
 def test_private_name_use_is_detected(line, use, tmp_path, monkeypatch):

@@ -121,11 +121,10 @@ class EMA(Checked, WeightAveraging):
         # Lightning has copied the weights before it narrowed them, and small steps need the average's digits
         current = [new.to(old.dtype) for old, new in zip(averaged, current, strict=True)]
         if averaged[0].is_floating_point() and self.skipped is not None:
-            # towards itself where the step was skipped: 0 and 1 choose exactly, so that the average is the usual one
-            ends = torch._foreach_mul(current, 1 - self.skipped)
-            torch._foreach_add_(ends, torch._foreach_mul(averaged, self.skipped))
-            get_ema_multi_avg_fn(self.decay)(averaged, list(ends), n_averaged)
-        elif averaged[0].is_floating_point():
+            # towards itself where the step was skipped
+            skipped = self.skipped > 0
+            current = [torch.where(skipped, old, new) for old, new in zip(averaged, current, strict=True)]
+        if averaged[0].is_floating_point():
             get_ema_multi_avg_fn(self.decay)(averaged, current, n_averaged)
         else:
             for old, new in zip(averaged, current, strict=True):

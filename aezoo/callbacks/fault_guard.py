@@ -396,7 +396,8 @@ def _norms(gradients: list[Any]) -> list[Tensor]:
     low = bool(kinds & {torch.float16, torch.bfloat16})
     # torch refuses to narrow
     dtype = (torch.float64 if torch.float64 in kinds else torch.float32) if low else None
-    if dense[0].is_cpu:  # where torch._foreach_norm takes longer
+    # on a CPU, torch._foreach_norm takes longer
+    if dense[0].is_cpu or not hasattr(torch, "_foreach_norm"):
         return [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in dense]
     norms = torch._foreach_norm(dense, 2, dtype) if low else torch._foreach_norm(dense)
     return [norm if norm.dtype == torch.float32 else norm.float() for norm in norms]

@@ -53,7 +53,12 @@ class Buffers:
     @torch.no_grad()
     def _write(group: list[Tensor], flat: Tensor) -> None:
         parts = flat.split([buffer.numel() for buffer in group])
-        torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
+        values = [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)]
+        if hasattr(torch, "_foreach_copy_"):  # one kernel for all; private to torch
+            torch._foreach_copy_(group, values)
+            return
+        for buffer, value in zip(group, values, strict=True):
+            buffer.copy_(value)
 
 
 def _flat(group: list[Tensor]) -> Tensor:

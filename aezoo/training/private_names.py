@@ -55,27 +55,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         without="steps are not compiled, and a warning says so",
     ),
     PrivateName(
-        "torch._foreach_add_",
-        files=("callbacks/ema.py", "models/masked/ijepa.py"),
-        why="one kernel for all tensors of a moving average",
-        without="a loop over the tensors gives the same numbers",
-    ),
-    PrivateName(
         "torch._foreach_copy_",
         files=("training/buffers.py",),
         why="one kernel for all buffers that a skipped step restores",
-        without="a loop over the tensors gives the same numbers",
-    ),
-    PrivateName(
-        "torch._foreach_mul",
-        files=("callbacks/ema.py",),
-        why="as _foreach_add_",
-        without="a loop over the tensors gives the same numbers",
-    ),
-    PrivateName(
-        "torch._foreach_mul_",
-        files=("models/masked/ijepa.py",),
-        why="as _foreach_add_",
         without="a loop over the tensors gives the same numbers",
     ),
     PrivateName(
@@ -83,12 +65,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         files=("callbacks/fault_guard.py",),
         why="one kernel for the norms of all gradients on a GPU; nn.utils.get_total_norm gives only their sum",
         without="torch.linalg.vector_norm for each, as on the CPU",
-    ),
-    PrivateName(
-        "torch._foreach_sub",
-        files=("models/masked/ijepa.py",),
-        why="as _foreach_add_",
-        without="a loop over the tensors gives the same numbers",
     ),
     PrivateName(
         "torch._fused_adam_",

@@ -19,6 +19,7 @@ from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 from aezoo.speed import fast_loop
+from aezoo.training.buffers import Buffers
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 BATCHES = 6
@@ -580,6 +581,23 @@ def test_each_replay_of_a_recorded_step_is_counted():
         fit(model, made, average, Replays())
     assert seen["skipped"] == 3 and seen["in_a_row"] == 1
     assert seen["by_term"] == {"kl": 3}
+
+
+def test_buffers_are_restored_without_a_joint_kernel(monkeypatch):
+    monkeypatch.delattr(torch, "_foreach_copy_")
+    layer = nn.BatchNorm1d(3)
+    kept = Buffers(layer)
+    kept.remember()
+    layer(torch.rand(4, 3))
+    assert layer.num_batches_tracked == 1
+    kept.restore()
+    assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+
+
+def test_norms_are_taken_without_a_joint_kernel(monkeypatch):
+    monkeypatch.delattr(torch, "_foreach_norm")
+    norms = fault_guard._norms([torch.ones(2, 3, device="meta")])
+    assert [norm.shape for norm in norms] == [()]
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

@@ -97,11 +97,9 @@ class EMAEncoder(nn.Module):
     @torch.no_grad()
     def update_from(self, source: nn.Module, rate: Tensor) -> None:
         """Move the weights towards the source's by a share, `rate`, of the difference, ()."""
-        named = dict(source.named_parameters())
-        own = [self.net.get_buffer(name) for name in named]
-        ahead = torch._foreach_sub([*named.values()], own)
-        torch._foreach_mul_(ahead, rate)
-        torch._foreach_add_(own, ahead)
+        for name, weight in source.named_parameters():
+            own = self.net.get_buffer(name)
+            own.lerp_(weight, rate.to(own))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)

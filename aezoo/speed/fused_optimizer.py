@@ -113,7 +113,7 @@ class FusedStep:
     def is_watched(self) -> bool:
         """Whether hooks belong to a step, or a gradient scaler decides on the device whether it is taken."""
         optimizer: Any = self._optimizer
-        return bool(
+        return not _KNOWN or bool(
             optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or of_torch._global_optimizer_pre_hooks

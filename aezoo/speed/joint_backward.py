@@ -15,12 +15,16 @@ from aezoo.training.compilation import Compiled
 
 Terms = tuple[dict[str, Tensor], Tensor]
 _SETTING = "trace_autograd_ops"
+# private to torch: where one is missing, gradients count as watched
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def can_trace() -> bool:
     """Whether this torch version supports it; imports its compiler."""
-    import torch._dynamo.config as settings
-
+    try:
+        import torch._dynamo.config as settings
+    except ImportError:
+        return False
     return hasattr(settings, _SETTING)
 
 
@@ -59,7 +63,7 @@ class JointStep(Compiled):
     @property
     def matches(self) -> bool:
         """Whether there are trained parameters, and none has hooks, which only the engine calls."""
-        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+        hooked = any(getattr(p, name, True) for p in self._parameters for name in GRADIENT_HOOKS)
         return not hooked and any(p.requires_grad for p in self._parameters)
 
     def step(self, x: Tensor, y: Tensor | None) -> Terms:

@@ -42,7 +42,7 @@ def _mkl_uses_half_width() -> bool:
         return False
     one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     try:
-        return onednn_linear(one, one).item() == 1
+        return onednn_linear(one[None], one).item() == 1
     except (AttributeError, RuntimeError, TypeError):  # private to torch, and missing in some builds
         return False
 
@@ -54,13 +54,26 @@ lowered_by_inductor = False
 HAS_AMX = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
+# what tells of derivatives that only torch's operators have rules for; none of it has a public name
+_signs: tuple[Any, ...]
+try:
+    _signs = (
+        torch._C._are_functorch_transforms_active,
+        torch._C._functorch.is_legacy_batchedtensor,
+        torch.autograd.forward_ad._current_level,
+    )
+except AttributeError:
+    _signs = ()
+
+
 def needs_torch_autograd(*tensors: Tensor) -> bool:
     """Whether derivatives are being computed for which only torch's own operators have rules.
 
     These are those of torch.func, forward-mode ones, and batched ones, as in
-    `torch.autograd.grad(is_grads_batched=True)`.
+    `torch.autograd.grad(is_grads_batched=True)`. True in a version of torch that does not tell.
     """
-    # none of these has a public name
+    if not _signs:
+        return True
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     many = torch._C._functorch.is_legacy_batchedtensor

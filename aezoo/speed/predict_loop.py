@@ -21,14 +21,22 @@ try:
 except ImportError:  # pragma: no cover (a future Lightning)
     _PredictionLoop = object  # type: ignore[assignment,misc]
 
-_PRIVATE = ("_combined_loader", "_data_fetcher", "_predict_step", "_predictions", "_return_predictions")
+_PRIVATE = (
+    "_combined_loader",
+    "_data_fetcher",
+    "_predict_step",
+    "_predictions",
+    "_return_predictions",
+    "_warning_cache",
+)
 _AROUND = ("on_predict_batch_start", "on_predict_batch_end")
 
 
 def install_predict_loop(trainer: pl.Trainer) -> None:
     """Offer the fast loop for this prediction; call it when prediction starts."""
     loop: Any = trainer.predict_loop
-    if type(loop) in (_PredictionLoop, FastPredictionLoop) and all(hasattr(loop, name) for name in _PRIVATE):
+    is_known = type(loop) in (_PredictionLoop, FastPredictionLoop) and all(hasattr(loop, name) for name in _PRIVATE)
+    if is_known and hasattr(trainer.lightning_module, "_on_before_batch_transfer"):
         loop.__class__ = FastPredictionLoop
         loop.hooks = None
 

@@ -19,10 +19,12 @@ from aezoo.data.binarise import resample_batches
 from aezoo.data.resident import ResidentLoader
 from aezoo.speed.fused_optimizer import FusedStep, has_step_of_class
 from aezoo.speed.graph_capture import CapturedStep
-from aezoo.speed.joint_backward import JointStep
+from aezoo.speed.joint_backward import GRADIENT_HOOKS, JointStep
 from aezoo.training.projected_weights import Constrained
 
 Hook = Callable[..., Any]
+# private to torch: where one is missing, layers count as watched
+_LAYER_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
 _BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
 _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
@@ -156,7 +158,7 @@ class Plan:
             and not torch.is_anomaly_enabled()
             and _is_unmodified(self.module, "aezoo")
             and all(_has_no_hooks(part) for part in self.module.modules())
-            and not of_modules._has_any_global_hook()  # type: ignore[no-untyped-call]
+            and not getattr(of_modules, "_has_any_global_hook", lambda: True)()
         )
 
     def can_join_backward(self, calls_guard_hooks: bool) -> bool:
@@ -264,9 +266,8 @@ def _data_are_ours(trainer: pl.Trainer) -> bool:
 
 def _has_no_hooks(part: nn.Module) -> bool:
     """Whether a layer is of this package or torch and has no hooks, which would see inputs and gradients."""
-    hooks: list[Any] = [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
-    for parameter in part.parameters(recurse=False):
-        hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
+    hooks = [getattr(part, name, True) for name in _LAYER_HOOKS]
+    hooks += [getattr(of, name, True) for of in part.parameters(recurse=False) for name in GRADIENT_HOOKS]
     return _is_unmodified(part, "aezoo", "torch") and not any(hooks)
 
 

@@ -164,7 +164,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.Tensor._post_accumulate_grad_hooks",
-        files=("speed/joint_backward.py", "speed/step_plan.py"),
+        files=("speed/joint_backward.py",),
         why="as _backward_hooks",
         without=_SLOWER,
     ),
@@ -477,7 +477,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._on_before_batch_transfer",
-        files=("speed/fast_loop.py", "speed/step_plan.py"),
+        files=("speed/fast_loop.py", "speed/predict_loop.py", "speed/step_plan.py"),
         why="transfers a batch with all hooks, as Lightning does",
         without=_SLOWER,
     ),

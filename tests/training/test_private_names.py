@@ -1,8 +1,14 @@
 """The private names of libraries: each is there, each is used, and no other is."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import private_name_scan as scan
 import pytest
 
+from aezoo.training import private_names
 from aezoo.training.private_names import PRIVATE_NAMES
 
 
@@ -27,6 +33,18 @@ def test_every_used_private_name_is_listed():
 def test_names_are_listed_once_with_reason_and_consequence():
     assert len({entry.name for entry in PRIVATE_NAMES}) == len(PRIVATE_NAMES)
     assert all(entry.why and entry.without for entry in PRIVATE_NAMES)
+
+
+@pytest.mark.slow
+def test_fit_runs_without_any_name_that_only_speed_needs():
+    script = Path(scan.__file__).with_name("missing_private_names.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout[run.stdout.index("{") :]) == {}
+
+
+def test_names_that_only_speed_needs_are_used_there_alone():
+    uses = {file for entry in PRIVATE_NAMES if entry.without == private_names._SLOWER for file in entry.files}
+    assert all(file.startswith("speed/") for file in uses), sorted(uses)
 
 
 def test_missing_private_name_is_reported():

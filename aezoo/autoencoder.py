@@ -126,7 +126,9 @@ class Autoencoder(ConstructorHyperparameters, TrainingModule):
         return self.decode(self.encode(x))
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        """Named scalars in nats per sample; `loss` is minimised, all are logged.
+        """Named scalars in nats per sample; `loss` is minimised.
+
+        `aezoo/training/steps.py` logs each as `train/NAME`.
 
         Args:
             x: (B, *input_shape).

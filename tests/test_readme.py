@@ -130,6 +130,25 @@ def test_table_counts_checks_and_laws_of_every_model():
     assert all(proofs[name]["contract"] >= 15 and proofs[name]["laws"] >= 3 for name in built_in)
 
 
+def test_models_that_commands_name_exist():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "recipes").glob("*.yaml"),
+    ]
+    named = {name for page in pages for name in re.findall(r"--model[ =](\w+)", page.read_text(encoding="utf-8"))}
+    # the model that the README writes
+    assert named - {"my_ae"} <= {*aezoo.list_models()}
+
+
+def test_names_of_tests_have_at_most_60_characters():
+    names = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert [name for name in names if len(name) > 60] == []
+
+
 def test_readme_links_point_to_existing_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

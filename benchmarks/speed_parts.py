@@ -231,10 +231,10 @@ def _seconds(spec: dict[str, Any], folder: str) -> list[float]:
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
-_HEAD = """# What is only there to be faster
+_HEAD = """# Optional optimisations
 
-`aezoo/speed/` holds everything that changes no number but the time that it takes. A fit swaps faster layers,
-likelihoods and loops in at its start and takes them out at its end, however it ends; so does a prediction.
+Everything here changes only run time, never results. A fit swaps faster layers, likelihoods and loops of
+`aezoo/speed/` in at its start and takes them out at its end, however it ends; so does a prediction.
 `aezoo/training/speed.py` is the only call site and loads the package by name. `--speed off`, or the environment
 variable AEZOO_SPEED=off, does without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED
 also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormals`.

@@ -54,7 +54,7 @@ PROMISES = (
         "resume",
     ),
     Promise(
-        "Killed at random, runs (of two processes, compiled, streaming, with large saves) and studies lose nothing",
+        "Randomly killed runs (of two processes, compiled, streaming, with large saves) and studies lose no work",
         ("tests/kill_campaigns.py",),
         "{kills} kills in {campaigns} campaigns, {in_saves} of them while a file was being written",
         "kills",
@@ -121,7 +121,7 @@ PROMISES = (
         "input",
     ),
     Promise(
-        "Compiled by inductor, a model has the loss and the gradients that it has without",
+        "A compiled model has the same loss and gradients as the eager one",
         ("tests/test_models.py",),
         "{models} models compiled",
         "inductor",

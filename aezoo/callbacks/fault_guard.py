@@ -28,9 +28,9 @@ class FaultGuard(Checked, pl.Callback):
     the one with bad gradients skips. With gradient accumulation all batches of the step are dropped. Skips by which a
     gradient scaler finds its scale do not count until that scale is below 1.
 
-    Skips are logged, ever more rarely; a run that ends this way leaves `fault.txt` in its folder. A shorter run whose
-    steps were all skipped fails at its end. Several processes decide by the gradients alone, which they share, and so
-    skip the same steps.
+    Skips are logged at increasing intervals. A run that ends this way leaves `fault.txt` in its folder. A shorter run
+    whose steps were all skipped fails at its end. Several processes decide by the gradients alone, which they share,
+    and so skip the same steps.
 
     On a GPU with a fused optimiser the kernel itself skips, without synchronisation: the counters are read every
     `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers on a GPU synchronise once a step.

@@ -5,21 +5,24 @@
     python -m benchmarks.speed_parts --page                        write docs/design/speed.md from the CSVs alone
 
 The workloads are those of `benchmarks.speed`, trained and predicted on one thread. A process repeats all settings in
-turn: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time
+rounds: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time
 of short epochs after a warm-up epoch. On a shared machine these only ever become longer, by half and more, so that the
-fastest epoch of a setting stands for it: `gain` is that time without the part divided by that with it. `gain_low` and
-`gain_high` are the lowest and the highest of the same figure over the first, the second and the last third of the
-repeats. `malloc` cannot be taken back within a process: it is measured in pairs of processes. A part without a row was
-not run: its processor or device was not there, or the workload does not use it.
+fastest epoch of a setting stands for it in a round. `gain` is the median, over the rounds, of that time without the
+part divided by that with it, `gain_low` and `gain_high` are the quartiles, and `rounds` is their number. Rows without
+`rounds` divide the fastest epochs of all rounds; their bounds are the lowest and the highest of three parts of the run.
+`malloc` cannot be taken back within a process: its rounds are pairs of processes.
+
+A part earns its place if it gains MIN_GAIN on a workload; the program ends with the workloads of each part, with the
+reason where none was measured, and with the parts to delete.
 """
 
-import itertools
 import os
+import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,16 @@ _OF_COMPILED = ("joint_backward",)
 # parts of processors of which MKL uses half
 _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
 _ALL_PARTS = "all"
+_NEEDS_HALF_WIDTH = "needs a processor of which MKL uses half (AMD's since Zen 5)"
+_BY_LAYER = f"{_NEEDS_HALF_WIDTH}; `convolutions-*-zen5.csv` has the times of single layers there"
+# why a part has no rows
+NOT_MEASURED = {
+    "graph_capture": "needs a GPU",
+    "linear": _NEEDS_HALF_WIDTH,
+    "inductor_lowering": _NEEDS_HALF_WIDTH,
+    "overlap_add": _BY_LAYER,
+    "batch_inner": _BY_LAYER,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,8 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for kind in arguments.kinds:
                     measure(workload, kind, precision, arguments, table)
             print(path)
+    from aezoo.speed.parts import PARTS
+
+    rows = read_rows(arguments.results)
+    for part in PARTS:
+        print(f"{part}: {verdict(part, rows)}")
     if PAGE.parent.is_dir() and (arguments.page or arguments.results == results_folder()):
-        write_page(arguments.results)
+        write_page(rows)
 
 
 def measure(workload: str, kind: str, precision: str, arguments: Namespace, table: ResultsCSV) -> None:
@@ -122,7 +140,7 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
             if part == "malloc":
                 enabled, disabled = pairs["auto"], pairs["malloc"]
             row = {"part": part, **first, "threads": 1, "steps": arguments.steps}
-            measured = len(enabled) > 2 and len(disabled) > 2
+            measured = len(enabled) == len(disabled) > 2
             table.put(row | (_gain(enabled, disabled) if measured else {"error": found.get("error", "none")}))
             print(f"{precision} {workload} {kind} {mode} {part}: {table.find(row)}", flush=True)
 
@@ -144,21 +162,19 @@ def parts_of(workload: str, kind: str, mode: str) -> list[str]:
 
 
 def _gain(enabled: Sequence[Sequence[float]], disabled: Sequence[Sequence[float]]) -> dict[str, Any]:
-    n = len(enabled)
-    bounds = (0, n // 3, n - n // 3, n)
-    thirds = [_fastest(disabled[a:b]) / _fastest(enabled[a:b]) for a, b in itertools.pairwise(bounds)]
+    """Medians of the rounds, each of which is the seconds of its epochs."""
+    fast, slow = [min(epochs) for epochs in enabled], [min(epochs) for epochs in disabled]
+    ratios = [without / with_part for with_part, without in zip(fast, slow, strict=True)]
+    low, gain, high = statistics.quantiles(ratios, n=4)
     return {
-        "repeats": n,
-        "with_ms": 1e3 * _fastest(enabled),
-        "without_ms": 1e3 * _fastest(disabled),
-        "gain": _fastest(disabled) / _fastest(enabled),
-        "gain_low": min(thirds),
-        "gain_high": max(thirds),
+        "repeats": len(ratios),
+        "with_ms": 1e3 * statistics.median(fast),
+        "without_ms": 1e3 * statistics.median(slow),
+        "gain": gain,
+        "gain_low": low,
+        "gain_high": high,
+        "rounds": len(ratios),
     }
-
-
-def _fastest(turns: Sequence[Sequence[float]]) -> float:
-    return min(min(epochs) for epochs in turns)
 
 
 # ---- in the process of a row ----------------------------------------------------------------------------------------
@@ -239,47 +255,64 @@ Everything here changes only run time, never results. A fit swaps faster layers,
 variable AEZOO_SPEED=off, does without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED
 also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
 
-A part is kept if it gains 5 % or more on one of the workloads of `benchmarks.speed`, measured with and without it in
-one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread, in the fastest epoch without the
-part divided by that with it. The range is that of the same figure over three parts of the run. The row `all` compares
-with AEZOO_SPEED=off. A part that only the second table names gained less and was deleted. What corrects a wrong result
-of torch is not here: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
-
-Not measured yet, and kept until they are: graph_capture, which needs a GPU; linear, inductor_lowering, overlap_add and
-batch_inner, which need a processor of which MKL uses half (AMD's since Zen 5).
+A part is kept if it gains {percent} % or more on one of the workloads of `benchmarks.speed`, measured with and without
+it in one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread. A gain is the median, over
+rounds in which all settings have their turn, of the time without the part divided by that with it; its range is that of
+the quartiles. Rows without a number of rounds divide the fastest epochs of the whole run, and their range is that of
+three parts of it. The row `all` compares with AEZOO_SPEED=off. A part that only the second table names gained less and
+was deleted. What corrects a wrong result of torch is not here: see `aezoo/nets/narrow_conv.py` and
+`aezoo.training.compilation.consistent_compilation`.
 
 """
 
 
-def write_page(results: Path) -> None:
-    """Write docs/design/speed.md from the CSVs in a folder."""
+def read_rows(results: Path) -> list[dict[str, str]]:
+    """The measured rows of all CSVs in a folder."""
+    paths = sorted(results.glob("speed-parts-*.csv"))
+    rows = [{**row, "file": path.stem.removeprefix("speed-parts-")} for path in paths for row in read_csv(path)[1]]
+    return [row for row in rows if row.get("gain")]
+
+
+def earning(part: str, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The rows in which a part gains MIN_GAIN, the best first."""
+    own = [row for row in rows if row["part"] == part and float(row["gain"]) >= MIN_GAIN]
+    return sorted(own, key=lambda row: -float(row["gain"]))
+
+
+def verdict(part: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """Where a part earns its place, why it was not measured, or that it has to be deleted."""
+    if found := earning(part, rows):
+        return "; ".join(f"{float(row['gain']):.3f} {_where(row)}" for row in found)
+    if any(row["part"] == part for row in rows):
+        return f"below {MIN_GAIN} wherever it was measured: delete it"
+    return f"not measured: {NOT_MEASURED.get(part, 'run this program')}"
+
+
+def page(rows: Sequence[Mapping[str, str]]) -> str:
+    """docs/design/speed.md."""
     from aezoo.speed.parts import PARTS
 
-    rows = [
-        {**row, "file": path.stem.removeprefix("speed-parts-")}
-        for path in sorted(results.glob("speed-parts-*.csv"))
-        for row in read_csv(path)[1]
-    ]
-    lines = ["| part | what it does | largest gain | where |", "|---|---|---|---|"]
+    percent = round(100 * (MIN_GAIN - 1))
+    lines = [f"| part | what it does | gains {percent} % or more on |", "|---|---|---|"]
     for part, what in {_ALL_PARTS: "everything together", **PARTS}.items():
-        own = [row for row in rows if row["part"] == part and row.get("gain")]
-        best = max(own, key=lambda row: float(row["gain"]), default=None)
-        gain = "not run" if best is None else f"{float(best['gain']):.3f}"
-        lines.append(f"| {part} | {what} | {gain} | {'' if best is None else _where(best)} |")
+        lines.append(f"| {part} | {what} | {verdict(part, rows)} |")
     lines += [
         "",
         "All rows:",
         "",
-        "| part | where | with, ms | without, ms | gain | range |",
-        "|---|---|---|---|---|---|",
+        "| part | where | with, ms | without, ms | gain | range | rounds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row.get("gain"):
-            numbers = [float(row[name]) for name in ("with_ms", "without_ms", "gain", "gain_low", "gain_high")]
-            lines.append(
-                "| {} | {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} to {:.3f} |".format(row["part"], _where(row), *numbers)
-            )
-    PAGE.write_text(_HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+        numbers = [float(row[name]) for name in ("with_ms", "without_ms", "gain", "gain_low", "gain_high")]
+        cells = "| {} | {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} to {:.3f} | {} |"
+        lines.append(cells.format(row["part"], _where(row), *numbers, row.get("rounds", "")))
+    return _HEAD.format(percent=percent) + "\n".join(lines) + "\n"
+
+
+def write_page(rows: Sequence[Mapping[str, str]]) -> None:
+    """Write docs/design/speed.md."""
+    PAGE.write_text(page(rows), encoding="utf-8")
     print(PAGE)
 
 

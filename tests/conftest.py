@@ -63,6 +63,12 @@ def _process_state():
         logging.getLogger(name).propagate = True
 
 
+@pytest.fixture
+def speed_on(monkeypatch):
+    """For tests of speed itself: AEZOO_SPEED=off runs all others without it."""
+    monkeypatch.delenv("AEZOO_SPEED", raising=False)
+
+
 def _compile_by(backend, monkeypatch):
     real = torch.compile
 

@@ -30,6 +30,7 @@ from aezoo.training.compilation import (
     worth_compiling,
 )
 
+pytestmark = pytest.mark.usefixtures("speed_on")
 CPU = torch.device("cpu")
 
 

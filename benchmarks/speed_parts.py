@@ -282,7 +282,7 @@ def earning(part: str, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, s
 def verdict(part: str, rows: Sequence[Mapping[str, str]]) -> str:
     """Where a part earns its place, why it was not measured, or that it has to be deleted."""
     if found := earning(part, rows):
-        return "; ".join(f"{float(row['gain']):.3f} {_where(row)}" for row in found)
+        return "; ".join(f"{_gain_with_range(row)} {_where(row)}" for row in found)
     if any(row["part"] == part for row in rows):
         return f"below {MIN_GAIN} wherever it was measured: delete it"
     return f"not measured: {NOT_MEASURED.get(part, 'run this program')}"
@@ -300,13 +300,13 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
         "",
         "All rows:",
         "",
-        "| part | where | with, ms | without, ms | gain | range | rounds |",
-        "|---|---|---|---|---|---|---|",
+        "| part | where | with, ms | without, ms | gain (range) | rounds |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        numbers = [float(row[name]) for name in ("with_ms", "without_ms", "gain", "gain_low", "gain_high")]
-        cells = "| {} | {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} to {:.3f} | {} |"
-        lines.append(cells.format(row["part"], _where(row), *numbers, row.get("rounds", "")))
+        times = f"{float(row['with_ms']):.3f} | {float(row['without_ms']):.3f}"
+        rounds = row.get("rounds", "")
+        lines.append(f"| {row['part']} | {_where(row)} | {times} | {_gain_with_range(row)} | {rounds} |")
     return _HEAD.format(percent=percent) + "\n".join(lines) + "\n"
 
 
@@ -314,6 +314,11 @@ def write_page(rows: Sequence[Mapping[str, str]]) -> None:
     """Write docs/design/speed.md."""
     PAGE.write_text(page(rows), encoding="utf-8")
     print(PAGE)
+
+
+def _gain_with_range(row: Mapping[str, str]) -> str:
+    low, gain, high = (float(row[name]) for name in ("gain_low", "gain", "gain_high"))
+    return f"{gain:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _where(row: Mapping[str, str]) -> str:

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from aezoo import registry
 from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
@@ -55,6 +57,7 @@ def train(name: str, root: str | None) -> dict[str, str]:
             (RESULTS / "pictures").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / "pictures" / f"{PICTURES[name]}.png", RESULTS / "pictures" / f"{name}.png")
     row = {"recipe": name, "epochs": str(len(found["train/loss"])), "seconds": f"{seconds:.0f}"}
+    row["threads"] = str(torch.get_num_threads())
     return row | {figure: f"{found[figure][-1]:.5g}" for figure in FIGURES if figure in found}
 
 
@@ -95,7 +98,9 @@ def result_line(row: dict[str, str], path: Path) -> str:
     """The line of a recipe that states its result, from a row of the CSV at `path`."""
     figures = ", ".join(f"{figure} {row[figure]}" for figure in FIGURES if row.get(figure))
     where = path.stem.removeprefix("quality-recipes-")
-    return f"# reached: {figures} ({row['epochs']} epochs, {row['seconds']} s, {where}, seed 0)"
+    threads = row.get("threads")
+    seconds = f"{row['seconds']} s" + (f" on {threads} thread{'s' * (threads != '1')}" if threads else "")
+    return f"# reached: {figures} ({row['epochs']} epochs, {seconds}, {where}, seed 0)"
 
 
 def models_table() -> str:

@@ -62,10 +62,10 @@ def compress(
         steps: lossy: fitted (to the decoder's sensitivity to a change) or deviation (of each dimension of the code).
         binarise: first set values above 0.5 to one and the others to zero, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.
-        compare: add other formats and PCA to the table, on at most 20,000 samples.
+        compare: add other formats, PCA and the mean sample to the table, on at most 20,000 samples.
         threads: threads of torch on the CPU; 0 keeps the current number. A file is decoded with the same number.
-        fit_on: samples that lossy steps, tables and PCA are fitted to; by default those that are compressed. Tables of
-            indices are always fitted to those.
+        fit_on: samples that lossy steps, tables, PCA and the mean are fitted to; by default those that are compressed.
+            Tables of indices are always fitted to those.
         out: folder for the results; None keeps them in memory.
         batch_size: samples that the model sees at a time, here and when the file is decoded; at most 2^24 values.
         seed: seed of initial bits and subsamples.

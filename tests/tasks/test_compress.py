@@ -206,6 +206,15 @@ def _row(method, bits, psnr=math.nan):
         ([_row("aezoo, the file", 20), _row("xz (lossless)", 24)],
          ["smaller than the file of 20 bits per dimension: no other format"]),
         ([_row("aezoo vae", 600, 26.0)], []),
+        # nothing else is as small, which praises no model
+        ([_row("aezoo vae", 100, -4.0), _row("mean sample", 0, -5.0), _row("PCA", 800, 15.6), _row("AVIF", 200, 12.8)],
+         ["no other method is as small as aezoo vae (-4 dB) at 100 bits per dimension; the nearest: AVIF 12.8 dB at "
+          "200"]),
+        ([_row("aezoo vae", 100, -4.0), _row("mean sample", 0, 9.5), _row("AVIF", 200, 12.8)],
+         ["ahead of aezoo vae (-4 dB) at 100 bits per dimension: mean sample 9.5 dB; no other method is as small, the "
+          "nearest: AVIF 12.8 dB at 200"]),
+        ([_row("aezoo vae", 100, 10.0), _row("mean sample", 0, 9.5), _row("AVIF", 100, 9.8)],
+         ["no other method is ahead of aezoo vae (10 dB) at 100 bits per dimension, by PSNR"]),
     ],
 )  # fmt: skip
 def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):

@@ -1,11 +1,12 @@
-"""What a user could use instead, on the same samples: image formats, general compressors, PCA with the same coder.
+"""What a user could use instead, on the same samples: image formats, general compressors, PCA, the mean sample.
 
 Image formats get all samples in pictures of at most 8192 pixels a side, since a file for each small image would be
 mostly headers. Samples are arranged in a grid or, for lossless formats and where that is smaller, in one column.
 General compressors get the bytes of all samples or, for binary data and where that is smaller, 8 values per byte. All
 use their strongest settings.
 
-Decoders are not counted: neither the model's weights nor PCA's components. Everything else is, headers and tables too.
+Decoders are not counted: neither the model's weights nor PCA's components nor the mean sample, which needs no file at
+all. Everything else is, headers and tables too.
 """
 
 import bz2
@@ -37,6 +38,8 @@ _LOSSLESS: dict[str, dict[str, Any]] = {
 }
 _LOSSY: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {}, "JXL": {}}
 _QUALITIES = (5, 25, 50, 75, 95)
+# the method that sends nothing
+MEAN = "mean sample"
 # methods that the verdict names, and the difference of two rates that count as equal
 _MAX_AHEAD, _SAME_RATE = 6, 1.01
 # smaller differences are not worth an axis of their own
@@ -170,11 +173,21 @@ def pca(
     return rows
 
 
+def mean_sample(fit: Tensor, x: Tensor, peak: float) -> list[Row]:
+    """The mean of samples `fit` for each of samples x; who decodes has it, as the model and PCA's components."""
+    if bool((fit == fit[0]).all()):
+        return []  # as for PCA: it would be the sample itself
+    distortion = Distortion(tuple(x.shape[1:]), peak)
+    distortion.add(x, fit.double().mean(0).float().expand_as(x))
+    return [table_row(MEAN, 0, x.numpy(), **distortion.figures())]
+
+
 def verdict(rows: list[Row]) -> list[str]:
     """Which other methods are ahead of the model's files, a line for each file; [] without other methods.
 
     Lossy files are compared by PSNR at equal rate, along the line between a method's neighbouring qualities in the
-    logarithm of the rate; a lossless method at that rate is ahead of them. Lossless files are compared by their rate.
+    logarithm of the rate; a lossless method at that rate is ahead of them. Where no method but the mean has files as
+    small, the smallest of them is named. Lossless files are compared by their rate.
     """
     own = [line for line in rows if line["method"].startswith("aezoo")]
     others = [line for line in rows if line not in own and not line["method"].startswith("-ELBO")]
@@ -192,8 +205,26 @@ def verdict(rows: list[Row]) -> list[str]:
         ranked = sorted(((psnr, name) for name, psnr in reached.items() if psnr > line["psnr"]), reverse=True)
         found = ", ".join(name if math.isinf(psnr) else f"{name} {psnr:.4g} dB" for psnr, name in ranked[:_MAX_AHEAD])
         what = f"{line['method']} ({line['psnr']:.4g} dB) at {rate:.4g} bits per dimension"
-        lines.append(f"ahead of {what}: {found}" if found else f"no other method is ahead of {what}, by PSNR")
+        compared = any(psnr > -math.inf for name, psnr in reached.items() if name != MEAN)
+        if found:
+            text = f"ahead of {what}: {found}"
+        elif compared:
+            text = f"no other method is ahead of {what}, by PSNR"
+        else:
+            text = f"no other method is as small as {what}"
+        lines.append(text if compared else text + _nearest(others, " is as small" if found else ""))
     return lines
+
+
+def _nearest(others: list[Row], what: str) -> str:
+    """The smallest file of other methods than the mean, as the end of a sentence."""
+    files = [line for line in others if line["method"] != MEAN]
+    if not files:
+        return ""
+    smallest = min(files, key=lambda line: float(line["bits_per_dim"]))
+    psnr = "" if math.isnan(smallest["psnr"]) else f" {smallest['psnr']:.4g} dB"
+    told = f"; no other method{what}, the nearest:" if what else "; the nearest:"
+    return f"{told} {smallest['method']}{psnr} at {smallest['bits_per_dim']:.4g}"
 
 
 def _psnr_at(rows: list[Row], method: str, rate: float) -> float:
@@ -239,10 +270,14 @@ def rate_distortion_figure(rows: list[Row]) -> "Figure":
     for axes, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(names)))), names or ["psnr"], strict=True):
         for method in dict.fromkeys(line["method"] for line in rows):
             points = [line for line in rows if line["method"] == method and math.isfinite(line[name])]
-            if points:
+            if method == MEAN:
+                # a rate of 0 has no place on a logarithmic axis
+                axes.axhline(float(points[0][name]), color="grey", linestyle=":", label=method)
+            elif points:
                 axes.plot([p["bits_per_dim"] for p in points], [p[name] for p in points], marker="o", label=method)
         known = [line for line in rows if math.isfinite(line[name])]
-        rates, figures = ([float(line[key]) for line in known] or [1.0] for key in ("bits_per_dim", name))
+        figures = [float(line[name]) for line in known] or [1.0]
+        rates = [float(line["bits_per_dim"]) for line in known if line["method"] != MEAN] or [1.0]
         low, high = min(rates), max(rates)
         if low > 0 and high > 10 * low:
             axes.set_xscale("log")

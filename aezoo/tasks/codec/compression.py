@@ -279,9 +279,10 @@ class CompressionRun:
         self, size: int, fit: SampleSet, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
     ) -> list[Row]:
         """The baselines, with `size` numbers per sample for those with a code."""
-        subset = self._subsample(self.samples)
+        subset, fitted = self._subsample(self.samples), self._subsample(fit)
         size = min(size, subset[0].numel())
-        rows = baselines.pca(self._subsample(fit), subset, size, qualities, peak, self.overhead, self.seed, coder)
+        rows = baselines.mean_sample(fitted, subset, peak)
+        rows += baselines.pca(fitted, subset, size, qualities, peak, self.overhead, self.seed, coder)
         rows += baselines.image_codecs(subset) if unit else []
         levels = to_levels(subset, 256)
         return rows + (

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
-from torchmetrics.image import PeakSignalNoiseRatio
 
-from aezoo.metrics.similarity import StructuralSimilarity
+from aezoo.metrics.similarity import Limits, StructuralSimilarity, has_peak, psnr
 
 _KNOWN = "share of values that are not missing"
 
@@ -70,7 +69,7 @@ class Means:
 
 
 class Evaluation:
-    """Loss terms, mse and psnr for any data, ssim for images; bits per dimension if the terms include an `elbo`.
+    """Loss terms and mse, psnr of data in [0, 1], ssim of images; bits per dimension if the terms include an `elbo`.
 
     For models with a sparse code it adds `aezoo.metrics.sparse_metrics`; for models whose code is indices, `usage` and
     `perplexity` of their codebooks, over all samples.
@@ -80,7 +79,8 @@ class Evaluation:
     models. This is a code length, as papers report it, if the likelihood is discrete and matches the data: for
     Bernoulli, binarised data, not grey values. For a density, it may be below 0.
 
-    PSNR and SSIM use a data range of 1, the range of data scaled to [0, 1]; outputs are not clipped.
+    PSNR and SSIM use a data range of 1, the range of data scaled to [0, 1]; outputs are not clipped. Other data, such
+    as standardised ones, have no PSNR: `aezoo.metrics.similarity.has_peak` decides, for the verbs, too.
 
     Args:
         input_shape: shape of one sample; ssim is reported for (C, H, W) with both sides above 5.
@@ -99,10 +99,11 @@ class Evaluation:
     ) -> None:
         self._means, self._gaps = Means(), gaps
         self._dims = math.prod(input_shape)
-        self._metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "psnr": PeakSignalNoiseRatio(data_range=1.0)}
+        self._metrics: dict[str, Metric] = {"mse": MeanSquaredError()}
         if StructuralSimilarity.supports(input_shape):
             self._metrics["ssim"] = StructuralSimilarity(data_range=1.0)
-        for metric in self._metrics.values():
+        self._limits = Limits()
+        for metric in (self._limits, *self._metrics.values()):
             metric.to(device)
         self._sparse: MetricCollection | None = None
         if code_shape is not None:
@@ -143,6 +144,7 @@ class Evaluation:
         self._means.add(terms, len(x))
         if self._sparse is not None:
             self._sparse.update(code=code, x=x, x_hat=x_hat)
+        self._limits.update(x if known is None else x[known])
         for name, metric in self._metrics.items():
             pair = x_hat.float().contiguous(), x.float().contiguous()
             if known is None or known.all():
@@ -158,7 +160,10 @@ class Evaluation:
         dims = self._dims * figures.pop(_KNOWN, 1)
         if "elbo" in figures:
             figures["bits_per_dim"] = -figures["elbo"] / (dims * math.log(2.0))
-        figures |= {name: metric.compute() for name, metric in self._metrics.items()}
+        figures["mse"] = mse = self._metrics["mse"].compute()
+        if has_peak(*map(float, self._limits.compute())):
+            figures["psnr"] = mse.new_tensor(psnr(float(mse)))
+        figures |= {name: metric.compute() for name, metric in self._metrics.items() if name != "mse"}
         for metrics in (*self._codebook_metrics.values(), *([] if self._sparse is None else [self._sparse])):
             figures |= metrics.compute()
         return figures

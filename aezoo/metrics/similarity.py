@@ -1,13 +1,53 @@
-"""The structural similarity of images by torchmetrics, in a memory layout that is fast on a CPU."""
+"""PSNR where data have a peak, and the structural similarity of images in a memory layout that is fast on a CPU."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 # half the width of torchmetrics' Gaussian window of sigma 1.5, which is its padding: smaller images cannot be padded
 _MARGIN = 5
+# how far held-out values may lie outside of [0, 1], to which the training data are scaled
+_OUTSIDE = 0.1
+
+
+def has_peak(low: float, high: float) -> bool:
+    """Whether data with these limits are scaled to [0, 1], so that their peak is 1; others have no PSNR.
+
+    Standardised data are not: they span at least 2 (Popoviciu 1935).
+    """
+    return low >= -_OUTSIDE and high <= 1 + _OUTSIDE
+
+
+def psnr(mse: float) -> float:
+    """PSNR in dB of data that have a peak, see `has_peak`."""
+    return -10 * math.log10(mse) if mse else math.inf
+
+
+class Limits(Metric):
+    """The least and the largest value of all data."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("low", torch.tensor(math.inf), dist_reduce_fx="min")
+        self.add_state("high", torch.tensor(-math.inf), dist_reduce_fx="max")
+
+    def update(self, x: Tensor) -> None:
+        """Add values."""
+        if x.numel():
+            low, high = x.float().aminmax()
+            self.low, self.high = self.low.minimum(low), self.high.maximum(high)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Both limits."""
+        return self.low, self.high
 
 
 class StructuralSimilarity(StructuralSimilarityIndexMeasure):

@@ -17,6 +17,7 @@ from aezoo.corruptions import Corruption
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
+from aezoo.metrics.similarity import has_peak
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
 from aezoo.tasks.result_store import Row, Store, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _MAX_TUNING_SAMPLES = 64
 # squares of larger noise overflow float32
 _MAX_NOISE = 1e6
+# limits of data that have a peak
+_UNIT = (0.0, 1.0)
 
 
 @dataclass(repr=False)
@@ -40,8 +43,8 @@ class Denoising(Result):
 
     Attributes:
         x_hat: (N, *shape), the model's output, float32.
-        rows: a row for the model, the noisy samples and each filter: mse, psnr, ssim of images, the filter's setting;
-            empty without `corrupt`, as there are no clean samples to compare with.
+        rows: a row for the model, the noisy samples and each filter: mse, psnr of data in [0, 1], ssim of images,
+            the filter's setting; empty without `corrupt`, as there are no clean samples to compare with.
         n_compared: number of samples in the comparison.
         text: how it was made, and its best row.
     """
@@ -114,8 +117,8 @@ def denoise(
             write_batch(x_hat, start, model(noisy.to(like)))
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
             start += len(batch)
-        if (low >= 0 and high <= 1) or low == high or model.likelihood.unit_interval:
-            low, high = 0.0, 1.0
+        if has_peak(low, high) or low == high or model.likelihood.unit_interval:
+            low, high = _UNIT
 
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         compared, tuned_on, shown = (
@@ -130,8 +133,8 @@ def denoise(
             if baselines:
                 chosen = _tuned(samples, tuned_on, noise, seed)
             evaluations = _evaluate(samples, compared, x_hat, noise, chosen, (low, high), batch_size, seed, progress)
-            rows = _rows(display_name(type(model)), evaluations, chosen, high - low)
-            text = _text(rows, len(compared), n, len(tuned_on) if chosen else 0, high - low)
+            rows = _rows(display_name(type(model)), evaluations, chosen, (low, high))
+            text = _text(rows, len(compared), n, len(tuned_on) if chosen else 0, (low, high))
             if baselines:
                 rows += [
                     dict.fromkeys(rows[0]) | {"method": name, "setting": MISSING} for name in missing(samples.shape)
@@ -215,23 +218,27 @@ def _evaluate(
     return evaluations
 
 
-def _rows(model: str, evaluations: list[Evaluation], chosen: dict[str, tuple[str, Filter]], peak: float) -> list[Row]:
+def _rows(
+    model: str, evaluations: list[Evaluation], chosen: dict[str, tuple[str, Filter]], limits: tuple[float, float]
+) -> list[Row]:
     settings = {model: "", "identity": "", **{name: setting for name, (setting, _) in chosen.items()}}
     rows = []
     for (name, setting), evaluation in zip(settings.items(), evaluations, strict=True):
         figures = {key: float(value) for key, value in evaluation.compute().items()}
-        figures["mse"] *= peak**2
+        if limits != _UNIT:
+            figures["mse"] *= (limits[1] - limits[0]) ** 2
+            figures.pop("psnr", None)
         rows.append({"method": name, **figures, "setting": setting})
     return rows
 
 
-def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, peak: float) -> str:
+def _text(rows: list[Row], n_compared: int, n: int, n_tuned_on: int, limits: tuple[float, float]) -> str:
     """How the table was made, and its best row."""
     lines = [f"{n_compared:,} of {n:,} samples"]
     if n_tuned_on:
         lines[0] += f"; each filter in the setting that is best for {n_tuned_on:,} of them"
-    if peak != 1:
-        lines.append(f"PSNR{' and SSIM' * ('ssim' in rows[0])} for a range of {peak:.4g}, the clean samples'")
+    if limits != _UNIT and "ssim" in rows[0]:
+        lines.append(f"SSIM for a range of {limits[1] - limits[0]:.4g}, the clean samples'")
     lines.append(f"least error: {min(rows, key=lambda row: float(row['mse']))['method']}")
     return "\n".join(lines)
 

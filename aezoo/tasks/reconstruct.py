@@ -1,7 +1,6 @@
 """reconstruct: reconstructions of samples, their errors, and the best and worst of them."""
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.multimodal import Multimodal
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
+from aezoo.metrics.similarity import Limits, has_peak, psnr
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
@@ -44,6 +44,8 @@ class Reconstruction(Result):
         columns: of a table, one row for each of its columns: mean absolute and root mean square error and the deviation
             in the column's unit, and r2, the share of the variance explained.
         coherence: with `parts` and labels, one row for each part, see `aezoo.tasks.coherence`.
+        psnr: that of the mean error in dB, as `aezoo test` reports it; None of data that are not scaled to [0, 1].
+        r2: the share of the samples' variance that the reconstructions explain; None if they have none.
     """
 
     x_hat: npt.NDArray[np.float32]
@@ -53,6 +55,8 @@ class Reconstruction(Result):
     part_mse: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     columns: list[Row] = field(default_factory=list)
     coherence: list[Row] = field(default_factory=list)
+    psnr: float | None = None
+    r2: float | None = None
 
     def about(self) -> str:
         n, *shape = self.x_hat.shape
@@ -72,12 +76,12 @@ class Reconstruction(Result):
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
             rows.append({"error": name, "mean": float(values.mean(dtype=np.float64)), "5 %": low, "median": middle,
                          "95 %": high, "largest": float(values.max())})  # fmt: skip
-        # PSNR of the mean error, peak 1, as `aezoo test` reports it
-        mse = _drop_nan(self.mse) if self.part_mse else self.mse
-        psnr = -10 * math.log10(max(float(mse.mean(dtype=np.float64)), 1e-20))
-        text = f"{table_text(rows)}\n{len(self.mse):,} samples, PSNR {psnr:.2f} dB"
-        if len(mse) < len(self.mse):
-            text += f"\n{len(self.mse) - len(mse):,} of them lack the parts that are looked at, and are left out here"
+        text = f"{table_text(rows)}\n{len(self.mse):,} samples"
+        text += "" if self.psnr is None else f", PSNR {self.psnr:.2f} dB"
+        text += "" if self.r2 is None else f", r2 {self.r2:.4g}"
+        lacking = int(np.isnan(self.mse).sum()) if self.part_mse else 0
+        if 0 < lacking < len(self.mse):
+            text += f"\n{lacking:,} of them lack the parts that are looked at, and are left out here"
         if self.columns:
             worst = sorted(self.columns, key=lambda row: np.nan_to_num(row["r2"], nan=2.0))[:_MAX_COLUMNS]
             text += "\n" + table_text([row for row in self.columns if row in worst])
@@ -131,12 +135,14 @@ def reconstruct(
         x_hat = store.array("reconstructions", (n, *model.input_shape))
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
         part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
-        start = 0
+        start, limits, spread = 0, Limits(), _Spread()
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
             given = batch.to(like)
             output = (reconstructor.reconstructed(given) if reconstructor else model(given)).float()
             difference = output - batch.to(output)
             write_batch(x_hat, start, output)
+            limits.update(batch[~batch.isnan()])
+            spread.add(batch)
             known = ~batch.to(like.device).isnan()
             write_batch(mse, start, _mean(difference.square(), known))
             write_batch(mae, start, _mean(difference.abs(), known))
@@ -148,6 +154,9 @@ def reconstruct(
                     write_batch(part_mse[i], start, _mean(part.square(), parts_known[i]))
             start += len(batch)
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
+        if has_peak(*map(float, limits.compute())):
+            found.psnr = psnr(float(_drop_nan(mse).mean(dtype=np.float64)))
+        found.r2 = spread.r2(mse)
         errors, fields, columns, by_column = found.errors, samples.fields, samples.columns, None
         if columns is not None:
             by_column = x_hat - samples.rows(range(n)).numpy()
@@ -164,6 +173,30 @@ def reconstruct(
             found.draw = functools.partial(_picture, samples, x_hat, mse, n_shown, reconstructor)
             store.picture("reconstructions", found.draw)
     return replace(found, files=store.files)
+
+
+class _Spread:
+    """The squares of samples about their mean."""
+
+    def __init__(self) -> None:
+        self._known: list[Tensor] = []
+        self._sums: list[Any] = [0, 0, 0]
+
+    def add(self, x: Tensor) -> None:
+        """Add samples (B, *shape), NaN where values are missing."""
+        known, values = ~x.isnan(), x.double().nan_to_num(0)
+        self._known.append(known.flatten(1).sum(1))
+        new = known.sum(0), values.sum(0), values.square().sum(0)
+        self._sums = [total + part for total, part in zip(self._sums, new, strict=True)]
+
+    def r2(self, mse: npt.NDArray[np.float32]) -> float | None:
+        """The share that is explained with these mean squared errors (N,); None without any variance."""
+        count, sums, squares = self._sums
+        total = float((squares - sums.square() / count.clamp(min=1)).sum())
+        # rounding leaves a little of samples that are all equal
+        if total <= 1e-12 * float(squares.sum()):
+            return None
+        return 1 - float(np.nansum(mse * torch.cat(self._known).numpy(), dtype=np.float64)) / total
 
 
 def _error_rows(

@@ -184,8 +184,8 @@ def test_a_model_without_a_posterior_has_no_lossless_code():
         compress(aezoo.create_model("dense_ae", (64,)), torch.ones(3, 64), mode="lossless")
 
 
-def _row(method, bits, psnr=math.nan):
-    return baselines.table_row(method, bits / 8, (1, 1), psnr=psnr)
+def _row(method, bits, psnr=math.nan, mse=math.nan):
+    return baselines.table_row(method, bits / 8, (1, 1), psnr=psnr, mse=mse)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,11 @@ def _row(method, bits, psnr=math.nan):
           "nearest: AVIF 12.8 dB at 200"]),
         ([_row("aezoo vae", 100, 10.0), _row("mean sample", 0, 9.5), _row("AVIF", 100, 9.8)],
          ["no other method is ahead of aezoo vae (10 dB) at 100 bits per dimension, by PSNR"]),
+        # data without a peak
+        ([_row("aezoo vae", 100, mse=2.0), _row("mean sample", 0, mse=1.5), _row("PCA", 90, mse=0.5)],
+         ["ahead of aezoo vae (mse 2) at 100 bits per dimension: PCA mse 0.5, mean sample mse 1.5"]),
+        ([_row("aezoo vae", 100, mse=0.2), _row("mean sample", 0, mse=1.5), _row("PCA", 90, mse=0.5)],
+         ["no other method is ahead of aezoo vae (mse 0.2) at 100 bits per dimension, by mean squared error"]),
     ],
 )  # fmt: skip
 def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):

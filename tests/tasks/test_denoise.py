@@ -56,7 +56,6 @@ def test_wiener_filter_model_has_wiener_error():
     found = denoise(model, x, corrupt=f"gaussian:{sigma}", n_compared=20_000)
     rows = by_method(found)
     assert rows["linear_ae"]["mse"] == pytest.approx(expected, rel=0.01)
-    assert rows["linear_ae"]["psnr"] == pytest.approx(10 * np.log10(np.ptp(x) ** 2 / expected), abs=0.05)
     assert list(rows) == ["linear_ae", "identity"]  # a vector's values have no neighbours
     # any other linear map does worse
     for factor in (0.9, 1.1):
@@ -113,16 +112,15 @@ def test_table_matches_scikit_image_metrics():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(-3.0, 5.0), (0.0, 255.0), (5.0, 5.5)])
-def test_psnr_and_ssim_take_the_range_of_the_data(low, high):
+def test_ssim_takes_the_range_of_data_without_psnr(low, high):
     model = aezoo.create_model("dense_ae", (1, 16, 16), latent_dim=2, likelihood="gaussian")
     x = images(20)
     x = ((x - x.min()) / np.ptp(x) * (high - low) + low).astype(np.float32)
     found = denoise(model, x, corrupt=f"gaussian:{0.1 * (high - low)}")
     row = found.rows[0]
     assert row["mse"] == pytest.approx(((x - found.x_hat) ** 2).mean(), rel=1e-4)
-    assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(x, found.x_hat, data_range=high - low), abs=1e-3)
-    assert by_method(found)["identity"]["psnr"] == pytest.approx(20, abs=0.5)
-    assert f"for a range of {high - low:g}, the clean samples'" in found.summary()
+    assert "psnr" not in row and "PSNR" not in found.summary()
+    assert f"SSIM for a range of {high - low:g}, the clean samples'" in found.summary()
     # SSIM is of values from 0 to 1
     unit = denoise(linear(np.eye(256), np.zeros(256)), x.reshape(20, 256), corrupt=f"gaussian:{0.1 * (high - low)}")
     noisy = (unit.x_hat.reshape(20, 16, 16) - low) / (high - low)
@@ -160,7 +158,8 @@ def test_filters_are_invariant_to_data_scale():
         denoise(model, unit * (images(8) - 0.5), corrupt=f"gaussian:{0.2 * unit}").rows[1:] for unit in (1, 100)
     )
     assert [row["setting"] for row in small] == [row["setting"] for row in large]
-    assert [row["psnr"] for row in small] == pytest.approx([row["psnr"] for row in large], abs=0.05)
+    # 0.05 dB
+    assert [1e4 * row["mse"] for row in small] == pytest.approx([row["mse"] for row in large], rel=0.0115)
 
 
 @pytest.mark.slow

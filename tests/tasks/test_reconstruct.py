@@ -1,5 +1,6 @@
 """reconstruct: errors that can be computed by hand, and every kind of sample."""
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -46,6 +47,26 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
     assert (tmp_path / "reconstructions.png").stat().st_size > 1000
     assert [file.name for file in found.files] == ["reconstructions.npy", "errors.csv", "reconstructions.png"]
     assert "5 samples, PSNR" in found.summary()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.02, 1.05), (-1.0, 2.0)])
+def test_psnr_of_all_verbs_is_the_same_or_of_none(tmp_path, low, high):
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * (high - low) + low
+    model = aezoo.create_model("linear_ae", (1, 8, 8), latent_dim=4).eval()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    tested = trainer.test(model, torch.utils.data.DataLoader(x, 16), verbose=False)[0]
+    found = aezoo.reconstruct(model, x)
+    packed, noisy = aezoo.compress(model, x, quality=12.0), aezoo.denoise(model, x, corrupt="gaussian:0", n_compared=40)
+    r2 = 1 - found.mse.mean() / float((x - x.mean(0)).square().mean())
+    assert found.r2 == pytest.approx(r2, rel=1e-5) and f"r2 {found.r2:.4g}" in found.summary()
+    if high == 2:
+        assert "test/psnr" not in tested and found.psnr is None and "PSNR" not in found.summary() + packed.summary()
+        assert packed.rows[0]["mse"] == pytest.approx(tested["test/mse"], rel=1e-3) and "psnr" not in noisy.rows[0]
+        assert "by mean squared error" in packed.summary() or " mse " in packed.summary()
+    else:
+        expected = pytest.approx(-10 * np.log10(tested["test/mse"]), abs=0.01)
+        assert [tested["test/psnr"], found.psnr, packed.rows[0]["psnr"], noisy.rows[0]["psnr"]] == [expected] * 4
+        assert f"PSNR {found.psnr:.2f} dB" in found.summary()
 
 
 def test_missing_values_are_excluded_from_errors():

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aezoo.metrics.similarity import StructuralSimilarity, has_peak, psnr
 from aezoo.tasks.codec import lossy
 from aezoo.tasks.result_store import Row
 
@@ -43,22 +44,22 @@ MEAN = "mean sample"
 # methods that the verdict names, and the difference of two rates that count as equal
 _MAX_AHEAD, _SAME_RATE = 6, 1.01
 # smaller differences are not worth an axis of their own
-_LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05}
+_LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05, "mse": 1e-6}
 
 
 class Distortion:
-    """PSNR, and SSIM for images with both sides above 5, over all added samples.
+    """PSNR, or the mean squared error of data without a peak, and SSIM for images with both sides above 5.
 
     Args:
         shape: shape of one sample.
-        peak: the range of the data.
+        limits: the least and the largest value of the data.
     """
 
-    def __init__(self, shape: tuple[int, ...], peak: float) -> None:
-        from aezoo.metrics.similarity import StructuralSimilarity
-
-        self._peak, self._sse, self._count = peak, 0.0, 0
-        self._ssim = StructuralSimilarity(data_range=peak) if StructuralSimilarity.supports(shape) else None
+    def __init__(self, shape: tuple[int, ...], limits: tuple[float, float]) -> None:
+        self._sse, self._count = 0.0, 0
+        self._has_peak = has_peak(*limits)
+        width = 1.0 if self._has_peak else max(limits[1] - limits[0], 1e-12)
+        self._ssim = StructuralSimilarity(data_range=width) if StructuralSimilarity.supports(shape) else None
 
     def add(self, x: Tensor, x_hat: Tensor) -> None:
         """Add samples and their reconstructions."""
@@ -68,10 +69,10 @@ class Distortion:
             self._ssim.update(x_hat, x)
 
     def figures(self) -> dict[str, float]:
-        """Both figures; SSIM is NaN where it is not defined, PSNR is infinite without any error."""
+        """The figures over all samples; NaN where one is not defined, PSNR is infinite without any error."""
         mse = self._sse / max(1, self._count)
-        psnr = 10 * math.log10(self._peak**2 / mse) if mse else math.inf
-        return {"psnr": psnr, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
+        error = {"psnr": psnr(mse)} if self._has_peak else {"mse": mse}
+        return {**error, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
 
 
 def table_row(
@@ -80,7 +81,7 @@ def table_row(
     """A line of the table: `size` bytes for samples x, or for n samples of the given dimension."""
     n, dims = x if isinstance(x, tuple) else (len(x), math.prod(x.shape[1:]))
     shown = {"method": method, "quality": quality, "samples": n, "bytes": math.ceil(size)}
-    return shown | {"bits_per_dim": 8 * size / (n * dims), "psnr": math.nan, "ssim": math.nan} | figures
+    return shown | {"bits_per_dim": 8 * size / (n * dims), **dict.fromkeys(("mse", "psnr", "ssim"), math.nan)} | figures
 
 
 def general_compressors(x: npt.NDArray[Any], binary: bool = False) -> list[Row]:
@@ -129,15 +130,15 @@ def image_codecs(x: Tensor) -> list[Row]:
         for quality in _QUALITIES:
             files = [_save(page, name, options | {"quality": quality}) for page in pages]
             found = torch.from_numpy(_split_pages([_open(file) for file in files], pixels.shape, grid)).float() / 255
-            distortion = Distortion(tuple(x.shape[1:]), 1.0)
+            distortion = Distortion(tuple(x.shape[1:]), (0.0, 1.0))
             distortion.add(x, found)
             rows.append(table_row(name, sum(map(len, files)), pixels, quality, **distortion.figures()))
     return rows
 
 
 def pca(
-    fit: Tensor, x: Tensor, size: int, qualities: tuple[float, ...], peak: float, overhead: int, seed: int,
-    coder: str = "the same coder",
+    fit: Tensor, x: Tensor, size: int, qualities: tuple[float, ...], limits: tuple[float, float], overhead: int,
+    seed: int, coder: str = "the same coder",
 ) -> list[Row]:  # fmt: skip
     """PCA with a code of the same size, quantised and coded like the code of a model without indices.
 
@@ -146,7 +147,7 @@ def pca(
         x: samples to compress.
         size: size of a code.
         qualities: as for the model.
-        peak: the range of the data.
+        limits: the least and the largest value of the data.
         overhead: bytes of the model's file that are neither tables nor codes.
         seed: seed of the randomised solver.
         coder: the name of the coder in the table.
@@ -166,18 +167,18 @@ def pca(
         codec = lossy.Codec.fit(seen, quantiser, codes.min(0), codes.max(0), len(x))
         symbols = quantiser.symbols(codes)
         found = torch.from_numpy(transform.inverse_transform(quantiser.codes(symbols))).reshape(x.shape)
-        distortion = Distortion(tuple(x.shape[1:]), peak)
+        distortion = Distortion(tuple(x.shape[1:]), limits)
         distortion.add(x, found.float())
         total = overhead + len(codec.to_bytes()) + len(codec.encode(symbols))
         rows.append(table_row(f"PCA {size} + {coder}", total, x.numpy(), quality, **distortion.figures()))
     return rows
 
 
-def mean_sample(fit: Tensor, x: Tensor, peak: float) -> list[Row]:
+def mean_sample(fit: Tensor, x: Tensor, limits: tuple[float, float]) -> list[Row]:
     """The mean of samples `fit` for each of samples x; who decodes has it, as the model and PCA's components."""
     if bool((fit == fit[0]).all()):
         return []  # as for PCA: it would be the sample itself
-    distortion = Distortion(tuple(x.shape[1:]), peak)
+    distortion = Distortion(tuple(x.shape[1:]), limits)
     distortion.add(x, fit.double().mean(0).float().expand_as(x))
     return [table_row(MEAN, 0, x.numpy(), **distortion.figures())]
 
@@ -185,15 +186,15 @@ def mean_sample(fit: Tensor, x: Tensor, peak: float) -> list[Row]:
 def verdict(rows: list[Row]) -> list[str]:
     """Which other methods are ahead of the model's files, a line for each file; [] without other methods.
 
-    Lossy files are compared by PSNR at equal rate, along the line between a method's neighbouring qualities in the
-    logarithm of the rate; a lossless method at that rate is ahead of them. Where no method but the mean has files as
-    small, the smallest of them is named. Lossless files are compared by their rate.
+    Lossy files are compared by PSNR, or by mean squared error, at equal rate, along the line between a method's
+    neighbouring qualities in the logarithm of the rate; a lossless method at that rate is ahead of them. Where no
+    method but the mean has files as small, the smallest of them is named. Lossless files are compared by their rate.
     """
     own = [line for line in rows if line["method"].startswith("aezoo")]
     others = [line for line in rows if line not in own and not line["method"].startswith("-ELBO")]
     if not others:
         return []
-    if all(math.isnan(line["psnr"]) for line in own):
+    if all(_is_lossless(line) for line in own):
         rate = own[-1]["bits_per_dim"]  # of the whole file
         ahead = sorted((line["bits_per_dim"], line["method"]) for line in others if line["bits_per_dim"] < rate)
         found = ", ".join(f"{name} {bits:.4g}" for bits, name in ahead[:_MAX_AHEAD])
@@ -201,43 +202,61 @@ def verdict(rows: list[Row]) -> list[str]:
     lines = []
     for line in own:
         rate = line["bits_per_dim"]
-        reached = {other["method"]: _psnr_at(others, other["method"], _SAME_RATE * rate) for other in others}
-        ranked = sorted(((psnr, name) for name, psnr in reached.items() if psnr > line["psnr"]), reverse=True)
-        found = ", ".join(name if math.isinf(psnr) else f"{name} {psnr:.4g} dB" for psnr, name in ranked[:_MAX_AHEAD])
-        what = f"{line['method']} ({line['psnr']:.4g} dB) at {rate:.4g} bits per dimension"
-        compared = any(psnr > -math.inf for name, psnr in reached.items() if name != MEAN)
+        reached = {other["method"]: _level_at(others, other["method"], _SAME_RATE * rate) for other in others}
+        by_psnr = not math.isnan(line["psnr"])
+        ranked = sorted(((level, name) for name, level in reached.items() if level > _level(line)), reverse=True)
+        found = ", ".join(f"{name}{_told(level, by_psnr)}" for level, name in ranked[:_MAX_AHEAD])
+        what = f"{line['method']} ({error_text(line)}) at {rate:.4g} bits per dimension"
+        compared = any(level > -math.inf for name, level in reached.items() if name != MEAN)
         if found:
             text = f"ahead of {what}: {found}"
         elif compared:
-            text = f"no other method is ahead of {what}, by PSNR"
+            text = f"no other method is ahead of {what}, by {'PSNR' if by_psnr else 'mean squared error'}"
         else:
             text = f"no other method is as small as {what}"
-        lines.append(text if compared else text + _nearest(others, " is as small" if found else ""))
+        lines.append(text if compared else text + _nearest(others, " is as small" if found else "", by_psnr))
     return lines
 
 
-def _nearest(others: list[Row], what: str) -> str:
+def error_text(line: Row) -> str:
+    """The error of a lossy method."""
+    return f"mse {line['mse']:.4g}" if math.isnan(line["psnr"]) else f"{line['psnr']:.4g} dB"
+
+
+def _is_lossless(line: Row) -> bool:
+    return math.isnan(line["psnr"]) and math.isnan(line["mse"])
+
+
+def _level(line: Row) -> float:
+    """How close a method's output is, in dB: PSNR, or the same of a peak of 1; infinite of a lossless method."""
+    if _is_lossless(line):
+        return math.inf
+    return float(psnr(line["mse"]) if math.isnan(line["psnr"]) else line["psnr"])
+
+
+def _told(level: float, by_psnr: bool) -> str:
+    if math.isinf(level):
+        return ""
+    return f" {level:.4g} dB" if by_psnr else f" mse {10 ** (-level / 10):.4g}"
+
+
+def _nearest(others: list[Row], what: str, by_psnr: bool) -> str:
     """The smallest file of other methods than the mean, as the end of a sentence."""
     files = [line for line in others if line["method"] != MEAN]
     if not files:
         return ""
     smallest = min(files, key=lambda line: float(line["bits_per_dim"]))
-    psnr = "" if math.isnan(smallest["psnr"]) else f" {smallest['psnr']:.4g} dB"
     told = f"; no other method{what}, the nearest:" if what else "; the nearest:"
-    return f"{told} {smallest['method']}{psnr} at {smallest['bits_per_dim']:.4g}"
+    return f"{told} {smallest['method']}{_told(_level(smallest), by_psnr)} at {smallest['bits_per_dim']:.4g}"
 
 
-def _psnr_at(rows: list[Row], method: str, rate: float) -> float:
-    """PSNR that a method reaches in at most `rate` bits per dimension, -inf if its files are all larger."""
-    points = [
-        (line["bits_per_dim"], math.inf if math.isnan(line["psnr"]) else line["psnr"])
-        for line in rows
-        if line["method"] == method
-    ]
+def _level_at(rows: list[Row], method: str, rate: float) -> float:
+    """The level that a method reaches in at most `rate` bits per dimension, -inf if its files are all larger."""
+    points = [(line["bits_per_dim"], _level(line)) for line in rows if line["method"] == method]
     below, above = ([point for point in points if (point[0] <= rate) == under] for under in (True, False))
     if not below:
         return -math.inf
-    reached = max(psnr for _, psnr in below)
+    reached = max(level for _, level in below)
     if not above or math.isinf(reached):
         return reached
     (r0, p0), (r1, p1) = max(below), min(above)
@@ -249,7 +268,7 @@ def rate_figure(rows: list[Row]) -> "Figure":
     """The rates of lossless methods as bars; with distortions, `rate_distortion_figure`."""
     from matplotlib.figure import Figure
 
-    if any(math.isfinite(line["psnr"]) for line in rows):
+    if any(math.isfinite(line[name]) for line in rows for name in ("mse", "psnr")):
         return rate_distortion_figure(rows)
     figure = Figure(figsize=(6, 0.5 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -264,13 +283,13 @@ def rate_distortion_figure(rows: list[Row]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    shown = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-    names = [name for name in shown if any(math.isfinite(line[name]) for line in rows)]
+    shown = {"mse": "mean squared error", "psnr": "PSNR (dB)", "ssim": "SSIM"}
+    names = [name for name in shown if any(math.isfinite(line.get(name, math.nan)) for line in rows)]
     figure = Figure(figsize=(5.5 * max(1, len(names)), 4), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(names)))), names or ["psnr"], strict=True):
         for method in dict.fromkeys(line["method"] for line in rows):
             points = [line for line in rows if line["method"] == method and math.isfinite(line[name])]
-            if method == MEAN:
+            if points and method == MEAN:
                 # a rate of 0 has no place on a logarithmic axis
                 axes.axhline(float(points[0][name]), color="grey", linestyle=":", label=method)
             elif points:

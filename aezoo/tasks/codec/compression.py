@@ -39,7 +39,8 @@ class Compression(Result):
     Attributes:
         mode: lossless, lossy, indices (of a model's own code, under tables), prior (under the model's prior) or learned
             (integers under the model's distributions).
-        rows: methods with their bytes, bits per dimension and, for lossy ones, PSNR and SSIM.
+        rows: methods with their bytes, bits per dimension and, for lossy ones, PSNR, or the mean squared error of data
+            that are not scaled to [0, 1], and SSIM.
         net_bits: lossless: size of the samples; its expectation is -ELBO. Otherwise size of the indices or integers,
             without tables.
         initial_bits: lossless: bits needed on the stack beforehand; decoding recovers them.
@@ -64,7 +65,7 @@ class Compression(Result):
     def about(self) -> str:
         own = [line for line in self.rows if line["method"].startswith("aezoo")]
         sizes = ", ".join(f"{line['bytes']:,} bytes" for line in own[-1:] if self.mode == "lossless") or ", ".join(
-            f"{line['bytes']:,} bytes at {line['psnr']:.4g} dB" for line in own
+            f"{line['bytes']:,} bytes at {baselines.error_text(line)}" for line in own
         )
         return f"{own[0]['samples']:,} samples, {self.mode}: {sizes}"
 
@@ -169,7 +170,7 @@ class CompressionRun:
         self, qualities: tuple[float, ...], steps: str, compare: bool, fit_on: SampleSet | None
     ) -> Compression:
         """Write one file for each quality."""
-        codes, peak, unit = self._codes()
+        codes, limits = self._codes()
         fit = self.samples if fit_on is None else fit_on.check(self.model)
         max_samples = self._max_samples(max(codes.shape[1], math.prod(self.model.input_shape)))
         fit_codes = (
@@ -182,14 +183,14 @@ class CompressionRun:
         for q in qualities:
             quantiser = lossy.ScalarQuantiser.fit(fit_codes, self._decode, q, steps)
             codec = lossy.Codec.fit(fit_codes, quantiser, low, high, len(codes))
-            distortion = baselines.Distortion(self.model.input_shape, peak)
+            distortion = baselines.Distortion(self.model.input_shape, limits)
             file = "samples" if len(qualities) == 1 else f"samples-q{q:g}"
             header = Header(mode="lossy", quality=q, **self.header)
             coding = _Coding(codec.to_bytes(), quantiser.symbols, codec, functools.partial(self._restore, quantiser))
             size = self._write(file, functools.partial(self._write_frames, header, coding, codes, distortion))
             rows.append(baselines.table_row(f"aezoo {header.model}", size, shape, q, **distortion.figures()))
         if compare:
-            rows += self._baseline_rows(codes.shape[1], fit, qualities, peak, unit, "the same coder")
+            rows += self._baseline_rows(codes.shape[1], fit, qualities, limits, "the same coder")
         self._save_table(rows)
         return Compression("lossy", rows, contents=self.contents, files=self.store.files)
 
@@ -197,7 +198,7 @@ class CompressionRun:
         """Write one file of the model's own indices; several qualities apply to the quantisation of PCA."""
         model = cast(DiscreteAutoencoder, self.model)
         sizes = indices.index_sizes(model)
-        stored_indices, peak, unit = self._read(
+        stored_indices, limits = self._read(
             self.samples, len(sizes), np.int64, lambda x: indices.encode(model, x, sizes)
         )
         parts = [
@@ -208,7 +209,7 @@ class CompressionRun:
             indices.model_codebooks(model), (np.asarray(stored_indices[part]) for part in parts)
         )
         stored, outputs = table_coder.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
-        distortion = baselines.Distortion(model.input_shape, peak)
+        distortion = baselines.Distortion(model.input_shape, limits)
         prior = indices.lossy_mode(model) == "prior"
         with bar(self.title if prior else "", len(stored_indices)) as advance:
             if prior:
@@ -231,7 +232,7 @@ class CompressionRun:
         if compare and prior:
             static = self.overhead + FRAME + len(stored) + table_coder.bits / 8
             result.rows.append(baselines.table_row(f"{name}, tables instead of its prior", static, shape, **figures))
-        return self._with_baselines(result, len(sizes), qualities, peak, unit, compare, fit_on)
+        return self._with_baselines(result, len(sizes), qualities, limits, compare, fit_on)
 
     def code_learned(self, qualities: tuple[float, ...], compare: bool, fit_on: SampleSet | None) -> Compression:
         """Write a file of integers under the model's distributions, or one for each quality if the model has several.
@@ -243,10 +244,10 @@ class CompressionRun:
         for q in own:
             with entropy_model.at_quality(model, q):
                 width, coder = entropy_model.n_symbols(model), entropy_model.EntropyModelCoder(model, self.batch_size)
-                stored_symbols, peak, unit = self._read(
+                stored_symbols, limits = self._read(
                     self.samples, width, np.int64, lambda x: entropy_model.encode(model, x)
                 )
-                distortion = baselines.Distortion(model.input_shape, peak)
+                distortion = baselines.Distortion(model.input_shape, limits)
                 outputs = functools.partial(entropy_model.decode, model, block=self.batch_size)
                 coding = _Coding(None, np.asarray, coder, outputs)
                 header = Header(mode="learned", quality=q, **self.header)
@@ -258,10 +259,10 @@ class CompressionRun:
             name, shape = f"aezoo {header.model}", (len(stored_symbols), math.prod(model.input_shape))
             shown = q if model.max_quality else math.nan
             result.rows.append(baselines.table_row(name, size, shape, shown, **distortion.figures()))
-        return self._with_baselines(result, math.prod(model.code_shape), qualities, peak, unit, compare, fit_on)
+        return self._with_baselines(result, math.prod(model.code_shape), qualities, limits, compare, fit_on)
 
     def _with_baselines(
-        self, result: Compression, width: int, qualities: tuple[float, ...], peak: float, unit: bool, compare: bool,
+        self, result: Compression, width: int, qualities: tuple[float, ...], limits: tuple[float, float], compare: bool,
         fit_on: SampleSet | None,
     ) -> Compression:  # fmt: skip
         """Add the baselines to the result of a model that has its own rate, and write the tables."""
@@ -269,21 +270,21 @@ class CompressionRun:
         if compare:
             fit = self.samples if fit_on is None else fit_on.check(self.model)
             qualities = qualities if len(qualities) > 1 else _QUALITIES
-            result.rows += self._baseline_rows(width, fit, qualities, peak, unit, "histograms")
+            result.rows += self._baseline_rows(width, fit, qualities, limits, "histograms")
         result.rows = [line | {"bits_per_sample": line["bits_per_dim"] * dims} for line in result.rows]
         self._save_table(result.rows)
         result.contents, result.files = self.contents, self.store.files
         return result
 
     def _baseline_rows(
-        self, size: int, fit: SampleSet, qualities: tuple[float, ...], peak: float, unit: bool, coder: str
+        self, size: int, fit: SampleSet, qualities: tuple[float, ...], limits: tuple[float, float], coder: str
     ) -> list[Row]:
         """The baselines, with `size` numbers per sample for those with a code."""
         subset, fitted = self._subsample(self.samples), self._subsample(fit)
         size = min(size, subset[0].numel())
-        rows = baselines.mean_sample(fitted, subset, peak)
-        rows += baselines.pca(fitted, subset, size, qualities, peak, self.overhead, self.seed, coder)
-        rows += baselines.image_codecs(subset) if unit else []
+        rows = baselines.mean_sample(fitted, subset, limits)
+        rows += baselines.pca(fitted, subset, size, qualities, limits, self.overhead, self.seed, coder)
+        rows += baselines.image_codecs(subset) if limits[0] >= 0 and limits[1] <= 1 else []
         levels = to_levels(subset, 256)
         return rows + (
             baselines.general_compressors(subset.numpy())
@@ -324,7 +325,7 @@ class CompressionRun:
         writer.close()
         self.overhead = writer.size - coded
 
-    def _codes(self, samples: SampleSet | None = None) -> tuple[Any, float, bool]:
+    def _codes(self, samples: SampleSet | None = None) -> tuple[Any, tuple[float, float]]:
         """`_read` for codes (N, D), float32."""
 
         def encode(batch: Tensor) -> Any:
@@ -338,8 +339,8 @@ class CompressionRun:
 
     def _read(
         self, samples: SampleSet, width: int, dtype: Any, encode: Callable[[Tensor], Any]
-    ) -> tuple[Any, float, bool]:
-        """Codes (N, width) of samples in an unnamed file, the range of the data, and whether the data lie in [0, 1]."""
+    ) -> tuple[Any, tuple[float, float]]:
+        """Codes (N, width) of samples in an unnamed file, and the least and the largest value of the samples."""
         n, start = len(samples), 0
         with tempfile.TemporaryFile(dir=self.store.folder) as file:  # the memory map outlives it
             codes = np.memmap(file, dtype, "w+", shape=(n, width))
@@ -350,8 +351,7 @@ class CompressionRun:
             codes[start : start + len(batch)] = encode(batch)
             start += len(batch)
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
-        unit = low >= 0 and high <= 1
-        return codes, 1.0 if unit else max(high - low, 1e-12), unit
+        return codes, (low, high)
 
     def _decode(self, codes: lossy.Floats) -> Any:
         return reproducibility.decode_codes(self.model, codes, self.batch_size)

@@ -30,12 +30,27 @@ _CONSTANT = 1e-6
 _USES = 20
 
 
+class StepLogger(CSVLogger):
+    """A CSVLogger whose files are in the folder csv of the run: metrics.csv there is that of `LearningCurves`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._files = CSVLogger(self.log_dir, name="", version="csv")
+
+    @property
+    def experiment(self) -> Any:
+        return self._files.experiment
+
+    def finalize(self, status: str) -> None:
+        self._files.finalize(status)
+
+
 class LearningCurves(Picture):
     """metrics.csv with a line per epoch and, at the end of a fit, pictures/curves.png, whatever the logger.
 
     `metrics.csv` has the epoch, counted from 0 as in the names of checkpoints, the optimiser steps taken, and all
-    metrics. A run that continues from a checkpoint replaces the lines after it. A CSVLogger in the same folder
-    writes that file itself.
+    metrics. A run that continues from a checkpoint replaces the lines after it. A CSVLogger of yours in the same folder
+    writes that file itself; that of the command line, `StepLogger`, does not.
 
     Attributes:
         curves: the losses and what `aezoo.callbacks.diagnosis` needs beside them.
@@ -60,8 +75,9 @@ class LearningCurves(Picture):
         if stage == "fit" and not is_dry_run(trainer):
             self._begin()
             self._trainer, self._writes = trainer, trainer.is_global_zero
-            others = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-            self._table = None if folder in others else MetricsCSV(folder / "metrics.csv")
+            others = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+            taken = any(Path(logger.log_dir) == folder for logger in others if not isinstance(logger, StepLogger))
+            self._table = None if taken else MetricsCSV(folder / "metrics.csv")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._writes and self._table is not None:

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from aezoo.callbacks import dashboard
+from aezoo.callbacks.learning_curves import StepLogger
 from aezoo.errors import AezooError
 
 _PACKAGE = "lightning.pytorch.loggers"
@@ -51,26 +52,26 @@ def in_run_folder(loggers: Any, specs: Any, run_dir: Path, purge: dict[str, Any]
         pairs = zip(loggers, specs, strict=True)
         return [in_run_folder(logger, spec, run_dir, purge) for logger, spec in pairs]
     if isinstance(specs, Namespace) and specs.get("init_args", {}).get("save_dir") == "":
-        kind = dashboard.Logger if isinstance(loggers, TensorBoardLogger) else type(loggers)
+        kind = dashboard.Logger if isinstance(loggers, TensorBoardLogger) else StepLogger
         return _moved(kind, dict(specs["init_args"]), run_dir, purge)
     return loggers
 
 
 @rank_zero_only
-def _keep_metrics(run_dir: Path) -> None:
+def _keep_metrics(folder: Path) -> None:
     """Rename the metrics of a run that is continued, since CSVLogger would delete them."""
-    kept = run_dir / "metrics.csv"
+    kept = folder / "metrics.csv"
     if kept.is_file():
-        n = sum(1 for _ in run_dir.glob("metrics-*.csv"))
-        kept.rename(run_dir / f"metrics-{n}.csv")
+        n = sum(1 for _ in folder.glob("metrics-*.csv"))
+        kept.rename(folder / f"metrics-{n}.csv")
 
 
 def _moved(cls: type, arguments: dict[str, Any], run_dir: Path, purge: dict[str, Any]) -> Logger:
     folder = {"save_dir": run_dir.parent.parent, "name": run_dir.parent.name, "version": run_dir.name}
     if issubclass(cls, CSVLogger):
         purge = {}
-        _keep_metrics(run_dir)
-        # it means the whole run folder
+        _keep_metrics(run_dir / "csv")
+        # the files that it means have other names
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     try:
         logger: Logger = cls(**arguments | folder | purge)

@@ -443,13 +443,15 @@ def test_second_run_works_without_logger():
 def test_named_loggers_write_into_the_run_folder(capsys):
     run = Path("runs/linear_ae-digits/0")
     fit("--model=linear_ae", "--trainer.logger", "[TensorBoardLogger, CSVLogger]")
-    assert list(run.glob("events*")) and "val/loss" in (run / "metrics.csv").read_text()
-    before = (run / "metrics.csv").read_text()
+    assert list(run.glob("events*")) and "val/loss" in (run / "csv/metrics.csv").read_text()
+    before = (run / "csv/metrics.csv").read_text()
     main(["fit", f"--ckpt_path={run}", "--trainer.max_epochs=2"])
-    assert (run / "metrics-0.csv").read_text() == before != (run / "metrics.csv").read_text()
+    assert (run / "csv/metrics-0.csv").read_text() == before != (run / "csv/metrics.csv").read_text()
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    assert {"train/loss", "val/loss"} <= set(header.split(",")) and [line.split(",")[0] for line in lines] == ["0", "1"]
     Path("mine.yaml").write_text("model: linear_ae\ntrainer: {logger: CSVLogger}\n")
     fit("-c", "mine.yaml")
-    assert {"metrics.csv", "config.yaml", "checkpoints"} <= {path.name for path in Path("runs/mine/0").iterdir()}
+    assert {"metrics.csv", "csv", "config.yaml", "checkpoints"} <= {path.name for path in Path("runs/mine/0").iterdir()}
     assert [path.name for path in Path().iterdir() if path.is_dir()] == ["runs"]
 
 

@@ -20,6 +20,8 @@ _FEW_STEPS = 500
 _DEAD = 0.1
 # PCA is fitted to a few hundred validation samples; a model that is 10 % worse than that is worse than PCA.
 _PCA_MARGIN = 1.1
+# By so much may a mean leave [0, 1] in low precision.
+_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Curves:
         units: the size of the code; 0 if its units cannot be counted.
         mse: the best mean squared error on validation samples; NaN if there is none that PCA's can be compared with.
         pca_mse: that of PCA with as many components as the code has units.
+        has_posterior: whether codes have a distribution, which may collapse to the prior.
+        has_beta: whether the model has a hyperparameter beta, the weight of its KL.
+        decoded: the least and the largest value that the model decodes, if its likelihood is one of values in [0, 1].
     """
 
     epochs: Sequence[int]
@@ -51,6 +56,9 @@ class Curves:
     units: int = 0
     mse: float = math.nan
     pca_mse: float = math.nan
+    has_posterior: bool = False
+    has_beta: bool = False
+    decoded: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,11 @@ def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
         run: the run's folder, for commands; None if it cannot be continued.
     """
     name, epochs, losses = _monitored(curves)
+    # where nothing is decoded from the code, or decoded into another space, more epochs are no advice
+    broken = _logits(curves) or _collapsed(curves)
     found = [_overfitting(curves), _stopped_early(curves, name, epochs, losses)]
+    if broken:
+        return [broken, *(verdict for verdict in found if verdict is not None)]
     if not any(found):
         found += [_too_few_steps(curves, losses, run) or _trend(curves, name, epochs, losses, run)]
     found += [_worse_than_pca(curves), _dead_units(curves)]
@@ -170,6 +182,28 @@ def _worse_than_pca(curves: Curves) -> Verdict | None:
         f"worse than PCA of the same size: mean squared error {curves.mse:.3g}, PCA with {curves.units} components "
         f"{curves.pca_mse:.3g}; try more epochs, another --model.lr or a wider network",
     )
+
+
+def _logits(curves: Curves) -> Verdict | None:
+    low, high = curves.decoded
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:
+        return None
+    return Verdict(
+        "decode-gives-logits",
+        f"decode gives values from {low:.3g} to {high:.3g} for data in [0, 1]: it must return means (probabilities), "
+        "not logits, as self.likelihood.mean(logits) does",
+    )
+
+
+def _collapsed(curves: Curves) -> Verdict | None:
+    if not curves.units or curves.dead_units < curves.units:
+        return None
+    units = f"all {curves.units} units of the code" if curves.units > 1 else "the one unit of the code"
+    alike = f"{units} are the same for every sample" if curves.units > 1 else f"{units} is the same for every sample"
+    if not curves.has_posterior:
+        return Verdict("posterior-collapse", f"the code is dead: {alike}; try another --model.lr or a wider network")
+    cure = "a smaller --model.beta, or BetaAnnealing" if curves.has_beta else "another --model.lr or a larger network"
+    return Verdict("posterior-collapse", f"posterior collapse: {alike}, and the decoder ignores it; try {cure}")
 
 
 def _dead_units(curves: Curves) -> Verdict | None:

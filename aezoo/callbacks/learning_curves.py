@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
 
 _SAMPLES = 512
+# of them, those that are reconstructed
+_DECODED = 64
 # likelihoods whose mean is what mean squared error asks for
 _LEAST_SQUARES = (Bernoulli, ContinuousBernoulli, Gaussian)
 # a unit that varies by less than this share of the most variable one is constant
@@ -158,13 +160,22 @@ class LearningCurves(Picture):
     def _of_code(self, model: "Autoencoder", x: Tensor) -> dict[str, Any]:
         """Dead units of a code of one axis, and PCA with a component for each of them."""
         units = model.code_shape[0] if len(model.code_shape) == 1 and not getattr(model, "discrete_code", False) else 0
-        found: dict[str, Any] = {"units": units}
+        found: dict[str, Any] = {"units": units, "has_posterior": hasattr(model, "posterior")}
+        found |= {"has_beta": "beta" in model.hparams, "decoded": self._decoded(model, x)}
         if units:
             found["dead_units"] = self._dead_units(model, x, units)
         # the mean squared error of a denoising model is that of corrupted samples
         if units and model.corruption is None and isinstance(getattr(model, "likelihood", None), _LEAST_SQUARES):
             found |= {"mse": self._best[1], "pca_mse": pca_error(x, units)}
         return found
+
+    def _decoded(self, model: "Autoencoder", x: Tensor) -> tuple[float, float]:
+        """The limits of reconstructions under a likelihood of values in [0, 1]; those of other models are not asked."""
+        likelihood = getattr(model, "likelihood", None)
+        if not getattr(likelihood, "unit_interval", False) or not x.isfinite().all():
+            return 0.0, 1.0
+        low, high = self.apply(model, x[:_DECODED]).aminmax()
+        return float(low), float(high)
 
     def _dead_units(self, model: "Autoencoder", x: Tensor, units: int) -> int:
         logged = {key: float(value) for key, value in self._trainer.callback_metrics.items()}

@@ -58,7 +58,18 @@ def test_code_and_pca_are_compared():
     assert "the code has 5 dead units of 16" in found[2].text
     for mse, pca_mse in ((0.028, 0.027), (math.nan, 0.027), (0.035, math.nan)):
         assert sections(Curves(**values, mse=mse, pca_mse=pca_mse)) == ["level"]
-    assert {"## Worse than PCA", "## Dead units"} <= set(docs_page().read_text().splitlines())
+    headings = {"## Worse than PCA", "## Dead units", "## Posterior collapse", "## Decode gives logits"}
+    assert headings <= set(docs_page().read_text().splitlines())
+    # a code that says nothing, and one that is decoded into another space, are no matter of epochs
+    none = {"dead_units": 16, "mse": 0.07, "pca_mse": 0.027}
+    (collapse,) = diagnose(Curves(**values, **none, has_posterior=True, has_beta=True))
+    assert re.match("posterior collapse: all 16 units .* try a smaller --model.beta", collapse.text)
+    (collapse,) = diagnose(Curves(**values, **none, has_posterior=True))
+    assert collapse.text.startswith("posterior collapse") and "beta" not in collapse.text
+    (dead,) = diagnose(Curves(**values, **none))
+    assert dead.text.startswith("the code is dead: all 16 units")
+    (logits,) = diagnose(Curves(**values, mse=2.5, pca_mse=0.027, decoded=(-7.25, 6.5)))
+    assert logits.text.startswith("decode gives values from -7.25 to 6.5 for data in [0, 1]: it must return means")
 
 
 def test_curves_with_gaps_and_short_ones_are_read():

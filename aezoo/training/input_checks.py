@@ -3,7 +3,8 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,18 +95,29 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
         )
 
 
+@contextmanager
+def _trial(model: "ModelInterface") -> Iterator[Tensor]:
+    """A sample of zeros for a model in evaluation mode; nothing that it does inside leaves a trace."""
+    weight = next(model.parameters(), torch.zeros(()))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), forked_rng(weight.device):
+            yield torch.zeros(1, *model.input_shape, device=weight.device, dtype=weight.dtype)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def code_shape(model: "ModelInterface") -> tuple[int, ...]:
     """Shape of the code of a sample of zeros.
 
     Raises:
         AezooError: the model cannot encode it.
     """
-    weight = next(model.parameters(), torch.zeros(()))
-    x = torch.zeros(1, *model.input_shape, device=weight.device, dtype=weight.dtype)
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), forked_rng(weight.device):
-            return tuple(model.eval().encode(x).shape[1:])
+        with _trial(model) as x:
+            return tuple(model.encode(x).shape[1:])
     except AezooError:
         raise
     except Exception as error:
@@ -113,9 +125,26 @@ def code_shape(model: "ModelInterface") -> tuple[int, ...]:
             f"{type(model).__name__} sets no code_shape, and a sample of zeros does not tell it "
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]}): set self.code_shape in its constructor"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
+
+
+def check_reconstruction(model: "ModelInterface") -> None:
+    """Refuse a model of the user's own that reconstructs samples in another shape; such a loss may even train.
+
+    Raises:
+        AezooError: it does.
+    """
+    if type(model).__module__.startswith("aezoo."):
+        return  # `aezoo.testing` checks these
+    try:
+        with _trial(model) as x:
+            found = tuple(model(x).shape[1:])
+    except Exception:  # the training loop explains what fails
+        return
+    if found != model.input_shape:
+        raise AezooError(
+            f"{type(model).__name__}.decode gives samples of shape {_shape_text(found) or 'no size'}, the data are "
+            f"{_shape_text(model.input_shape)}: have decode return (B, {', '.join(map(str, model.input_shape))})"
+        )
 
 
 def guard(cls: type["ModelInterface"]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import aezoo
 from aezoo.deprecated.methods import RenamedMethods
-from aezoo.training import compilation, distributed, optimizers, speed
+from aezoo.training import compilation, distributed, input_checks, optimizers, speed
 from aezoo.training.evaluation import EvaluationSteps
 from aezoo.training.model_names import name_of
 from aezoo.training.optimization import Optimization
@@ -36,8 +36,10 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
-        if stage == "fit" and not self.training:
-            self.train()  # Lightning would leave it as load_model gives it
+        if stage == "fit":
+            if not self.training:
+                self.train()  # Lightning would leave it as load_model gives it
+            input_checks.check_reconstruction(self)
         speed.set_up(self, stage)
 
     def teardown(self, stage: str) -> None:

@@ -1,5 +1,6 @@
 """What a model is given by mistake is answered in one line; what works, works as before."""
 
+import math
 import warnings
 
 import numpy as np
@@ -252,6 +253,17 @@ def test_code_shape_that_no_sample_tells_is_named():
     with pytest.raises(AezooError, match=r"^Broken sets no code_shape, and a sample .*: set self.code_shape in its"):
         _ = Broken((1, 8, 8)).code_shape
     assert "code_shape=unknown" in repr(Broken((1, 8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 1)])
+def test_decode_of_another_shape_is_refused_at_once(shape):
+    class Flat(Methods):
+        def decode(self, z):
+            return self.up(z.flatten(1)).sigmoid()[:, : math.prod(shape)].unflatten(1, shape)
+
+    what = "x".join(map(str, shape))
+    with pytest.raises(AezooError, match=rf"^Flat.decode gives samples of shape {what}, the data are 1x8x8: have"):
+        quiet_trainer(max_steps=1).fit(Flat((1, 8, 8)), *[DataLoader(torch.rand(4, 1, 8, 8), 2)] * 2)
 
 
 @pytest.mark.parametrize("method", ["forward", "score", "loss"])

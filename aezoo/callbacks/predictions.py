@@ -61,5 +61,9 @@ class PredictionWriter(Checked, pl.Callback):
         atomic_files.write(self.path, lambda file: np.savez(file, **arrays), cure=_CURE)  # type: ignore[arg-type]
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         print(f"Predictions: {self.path} ({shapes})", flush=True)
+        scaling = getattr(getattr(getattr(trainer, "datamodule", None), "source", None), "scaling", None)
+        if "reconstruction" in arrays and scaling is not None and scaling.state():
+            print("reconstruction is in the scale that the model sees (--data.scale): `aezoo reconstruct` writes the "
+                  "units of the data", flush=True)  # fmt: skip
         if existing:
             print(f"aezoo: the earlier {self.path} is replaced; --predictions.folder DIR keeps both", file=sys.stderr)

@@ -41,7 +41,7 @@ from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
-from aezoo.tasks.result_store import resolve_device
+from aezoo.tasks.result_store import Store, resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, progress_bar
 from aezoo.training import speed
@@ -60,6 +60,8 @@ _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress")
 _MAX_LINES = 20
+# samples in memory at a time
+_MAX_RESCALED = 1024
 # largest value accepted if the training data lie in [0, 1]; bytes stored as floats exceed it
 _MOST = 11.0
 _UNSCALED = {"offset": torch.zeros(()), "factor": torch.ones(())}
@@ -126,10 +128,13 @@ def main(argv: list[str]) -> None:
         raise AezooError(line) from error
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
-    if trained["scaling"] and verb in _OF_SAMPLES:
-        where = "values" if columns is None else "values in .npy"
-        if columns is None or any(file.suffix == ".npy" for file in result.files):
-            print(f"{where} are as the model sees them: the training data were scaled (--data.scale)")
+    arrays = [file for file in result.files if file.suffix == ".npy"] if verb in _OF_SAMPLES else []
+    if trained["scaling"] and arrays:
+        for file in arrays:
+            _undo_scaling(file, trained["scaling"])
+        names = ", ".join(file.name for file in arrays)
+        print(f"values in {names} are in the units of the training data, errors and scores in the scale that the model "
+              "sees (--data.scale)")  # fmt: skip
     if replaced := before.intersection(result.files):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MAX_LINES:
@@ -137,6 +142,18 @@ def main(argv: list[str]) -> None:
         return
     for file in result.files:
         print(file)
+
+
+def _undo_scaling(file: Path, scaling: dict[str, Tensor]) -> None:
+    """Replace samples (N, *shape) in the model's scale by those in the units of its training data."""
+    scaled = np.load(file, mmap_mode="r")
+    offset, factor = (scaling[key].cpu().numpy().astype(np.float64) for key in ("offset", "factor"))
+    with Store(file.parent) as store:
+        values = store.array(file.stem, scaled.shape, scaling["offset"].cpu().numpy().dtype)
+        for i in range(0, len(scaled), _MAX_RESCALED):
+            part = np.asarray(scaled[i : i + _MAX_RESCALED], np.float64)
+            # bytes of a lossless file are 255 for 1
+            values[i : i + len(part)] = (part / 255 if scaled.dtype == np.uint8 else part) * factor + offset
 
 
 @contextmanager

@@ -132,7 +132,11 @@ def test_the_command_line_writes_tables_in_their_units(tmp_path, capsys):
     capsys.readouterr()
     main(["reconstruct", *given, "--input", str(tmp_path / "new.csv")])
     said = capsys.readouterr().out
-    assert "values in .npy are as the model sees them: the training data were scaled" in said
+    assert "values in reconstructions.npy are in the units of the training data" in said
+    written = np.load(tmp_path / "out" / "reconstructions.npy")
+    assert np.allclose(
+        written[:, 0], [float(row["price"]) for row in rows_of(tmp_path / "out" / "reconstructions.csv")]
+    )
     by_column = said[said.index("column ") :].splitlines()[1:4]
     assert [line.split()[0] for line in by_column] == list(NAMES)
     errors = rows_of(tmp_path / "out" / "errors.csv")

@@ -51,6 +51,27 @@ def test_verb_needs_only_a_run_folder(run, capsys):
 
 
 @pytest.mark.slow
+def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
+    module = aezoo.DataModule(str(run.parents[2] / "data.npz"), scale="standard")
+    given, state = module.tensors("test")[0], module.source.scaling.state()
+    model, given = aezoo.load_model(run), given.to(torch.float32)
+    expected = (model(given).detach().double() * state["factor"] + state["offset"]).numpy()
+    assert 90 < expected.mean() < 110
+    ckpt, out = ["--ckpt_path", str(run)], ["--out", str(tmp_path)]
+    for verb, name in (("reconstruct", "reconstructions"), ("denoise", "denoised"), ("generate", "samples")):
+        main([verb, *ckpt, *out])
+        said, found = capsys.readouterr().out, np.load(tmp_path / f"{name}.npy")
+        assert f"values in {name}.npy are in the units of the training data" in said
+        assert np.allclose(found, expected, atol=1e-3) if verb != "generate" else 90 < found.mean() < 110
+    main(["compress", *ckpt, *out, "--quality", "12", "--compare", "false"])
+    main(["decompress", *ckpt, *out, "--input", str(tmp_path / "samples.aez")])
+    assert np.allclose(np.load(tmp_path / "samples.npy"), expected, atol=0.1)
+    capsys.readouterr()
+    main(["predict", *ckpt, "--predictions.folder", str(tmp_path)])
+    assert "`aezoo reconstruct` writes the units of the data" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_split_output_folder_and_batch_size_are_respected(run, tmp_path, capsys):
     flags = ["--split=train", f"--out={tmp_path / 'here'}", "--batch_size=5", "--n_shown", "0", "--device", "cpu"]
     main(["reconstruct", "--ckpt_path", str(run), *flags])

@@ -29,10 +29,10 @@ _MACHINE_SETTINGS = {"num_workers", "memory", "download", "max_pixels", "max_byt
 
 
 class Logger(TensorBoardLogger):
-    """A TensorBoardLogger whose page begins with the loss: the number of the epoch is with the figures of training."""
+    """A TensorBoardLogger without the chart of the number of the epoch, which Lightning logs beside all figures."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({"train/epoch" if key == "epoch" else key: value for key, value in metrics.items()}, step)
+        super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
 
 
 class Dashboard(Checked, pl.Callback):
@@ -40,11 +40,12 @@ class Dashboard(Checked, pl.Callback):
 
     The first chart, `loss`, has the losses of training and validation. TensorBoard draws two curves in one chart if
     they have the same name in two runs, so they are in the folders `train` and `val` of the run. Custom Scalars has
-    such a chart for each loss term. Text holds the run's config.yaml, or the hyperparameters of model and data if there
-    is none. HParams shows the run from its first step on, beside the other runs under the same folder, with the
-    hyperparameters that differ from their defaults, all scalars and, at the end, those of the best validation that can
-    be compared between models, in the folder `best`, so that they have no charts of their own. There a resumed run
-    keeps the hyperparameters of its first start; Text has the settings of each start.
+    such a chart for each loss term. Text holds the run's config.yaml, or the hyperparameters of model and data if
+    there is none. HParams shows the run from its first step on, beside the other runs under the same folder, with the
+    hyperparameters that differ from their defaults, and a few that every run has, such as `data.name` and `model`,
+    since a run cannot know at its start in what later ones will differ; with all scalars and, at the end, those of the
+    best validation that can be compared between models, in the folder `best`, so that they have no charts of their
+    own. There a resumed run keeps the hyperparameters of its first start; Text has the settings of each start.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.callbacks.base import MAX_DRAWN, Picture, check_count
+from aezoo.data.columns import Columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +53,9 @@ class Filters(Picture):
 
         if plotting.is_image(weights.shape[1:]):
             return plotting.mosaic_figure(plotting.square(plotting.signed_tiles(weights)), title=self.caption)
-        return plotting.panel_figure([{name: w} for w in weights[:16]], title=self.caption)
+        # weights have no units
+        table = self.columns and Columns(self.columns.names, {}, len(self.columns.names))
+        return plotting.panel_figure([{name: w} for w in weights[:16]], title=self.caption, columns=table)
 
 
 def first_weights(model: "Autoencoder") -> Tensor | None:

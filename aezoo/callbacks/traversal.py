@@ -117,7 +117,8 @@ class Traversal(Picture):
             return plotting.mosaic_figure(
                 [plotting.tiles(r, self._limits) for r in rows], labels, columns, self.caption
             )
-        names = [name or f"step {i}" for i, name in enumerate(columns)]
+        ends = {"original": "first sample", "original ": "second sample"}
+        names = [ends.get(name, name) or f"step {i}" for i, name in enumerate(columns)]
         panels = [dict(zip(names, row, strict=True)) for row in rows]
         return plotting.panel_figure(panels, labels, self.caption, ordered=True, columns=self.columns)
 

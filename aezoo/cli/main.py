@@ -225,6 +225,12 @@ def _info(argv: list[str]) -> None:
         "--shape", nargs="+", type=int, metavar="N", help="shape of one sample, e.g. 1 28 28: counts parameters"
     )
     arguments = parser.parse_args(argv)
+    recipe = {name.lower(): name for name in recipes()}.get(arguments.name.lower())
+    if recipe is not None and registry.resolve(arguments.name) is None:
+        raise AezooError(
+            f"{recipe} is a recipe, not a model: aezoo fit -c {recipe} trains it, aezoo cp {recipe} copies its "
+            "settings; `aezoo recipes` lists all"
+        )
     entry = registry.find(arguments.name)
     card = registry.card(arguments.name)
     print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n\n{card.text}\n\n{card.about}\n")

@@ -394,7 +394,9 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
 
     def __repr__(self) -> str:
         if not self._splits:
-            sizes = f"samples of {'x'.join(map(str, self.input_shape))}, not read yet"
+            root = str(self.hparams["root"])
+            place = f" in {root}" if root not in ("", DEFAULT_ROOT) else ""
+            sizes = f"samples of {'x'.join(map(str, self.input_shape))}{place}, not read yet"
         else:
             sizes = self.describe().removeprefix(f"{self.name}: ")
         return f"DataModule({self.name}: {sizes}, batches of {self.batch_size})"

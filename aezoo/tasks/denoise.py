@@ -147,7 +147,10 @@ def denoise(
         if draw is not None:
             store.picture("denoised", draw)
     n_compared = len(compared) if rows else 0
-    return Denoising(x_hat, rows, n_compared, text, files=store.files, tabulate=lambda: rows, draw=draw)
+    # without clean samples nothing is known of the errors
+    unknown = dict.fromkeys(("mse", "psnr"), math.nan)
+    shown_rows = rows or [{"method": display_name(type(model)), **unknown, "setting": ""}]
+    return Denoising(x_hat, rows, n_compared, text, files=store.files, tabulate=lambda: shown_rows, draw=draw)
 
 
 def _draw(

@@ -18,7 +18,7 @@ from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, held_out_threshold, p_values
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
-from aezoo.tasks.results import Result, takes_model
+from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Detection(Result):
         rows: a row for each score and each baseline: auroc and aupr if anomalies are known, the threshold, and the
             share of samples above it.
         text: the samples behind threshold and p-values.
+        shape: shape of one sample.
     """
 
     scores: Scores
@@ -50,9 +51,13 @@ class Detection(Result):
     threshold: float
     rows: list[Row]
     text: str
+    shape: tuple[int, ...] = ()
 
     def about(self) -> str:
-        return f"{len(self.scores):,} samples, {int(self.is_anomaly.sum()):,} above the threshold {self.threshold:.4g}"
+        of = f" of {sizes(self.shape)}" if self.shape else ""
+        return (
+            f"{len(self.scores):,} samples{of}, {int(self.is_anomaly.sum()):,} above the threshold {self.threshold:.4g}"
+        )
 
     def summary(self) -> str:
         """The comparison with baselines and `text`."""
@@ -198,7 +203,7 @@ def detect(
     lines += _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
-        first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines),
+        first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
         files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 

@@ -152,6 +152,8 @@ def picture(walk: Walks, samples: Array, table: Columns | None = None) -> "Figur
     ]
     columns = [*("original" for _ in before), *steps, *("original " for _ in after)]
     if not plotting.is_image(decoded.shape[2:]):
+        if after:
+            columns[0], columns[-1] = "first sample", "second sample"
         panels = [dict(zip(columns, row, strict=True)) for row in rows[:_MAX_PANELS]]
         return plotting.panel_figure(panels, walk.labels[:_MAX_PANELS], ordered=True, columns=table)
     limits = plotting.value_range(torch.cat(rows))

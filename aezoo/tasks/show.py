@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aezoo.data.classes import original_labels
+from aezoo.data.columns import Columns
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 from aezoo.tasks.results import Result
@@ -13,12 +15,16 @@ from aezoo.tasks.samples import SampleSet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# rows from which the scale of columns is taken
+_MAX_MEASURED = 10_000
+
 
 def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
     """A picture: of the result of a verb, of a DataModule, or of samples.
 
-    Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, with their
-    values. A notebook shows the figure that is returned; `figure.savefig(path)` writes it.
+    Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, as long as a
+    value lies above or below its column's mean, with their values. A notebook shows the figure that is returned;
+    `figure.savefig(path)` writes it.
 
     Args:
         x: a result of a verb, a DataModule, or samples (N, *shape): an array, a tensor, a DataFrame.
@@ -41,7 +47,20 @@ def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
     if plotting.is_image(samples.shape):
         tiles = plotting.square(plotting.tiles(shown, plotting.value_range(shown)))
         return plotting.displayable(plotting.mosaic_figure(tiles, title=title))
+    columns = samples.columns
+    if columns is not None and not columns.scaling:
+        # columns of other units on one scale would leave only the largest visible
+        columns = Columns(columns.names, _standard(samples), samples.shape[0])
+        shown = (shown - columns.scaling["offset"]) / columns.scaling["factor"]
     labels = () if samples.labels is None else original_labels(samples.labels[:n], samples.class_names)
     panels = [{"sample": sample} for sample in torch.unbind(shown)]
-    figure = plotting.panel_figure(panels, [str(label) for label in labels], title, columns=samples.columns)
+    figure = plotting.panel_figure(panels, [str(label) for label in labels], title, columns=columns)
     return plotting.displayable(figure)
+
+
+def _standard(samples: Samples) -> dict[str, Tensor]:
+    """The mean and the deviation of each column, over the values that are not missing."""
+    x_ND = samples.rows(range(min(len(samples), _MAX_MEASURED))).double()
+    offset_D = x_ND.nanmean(0).nan_to_num(0)
+    deviation_D = (x_ND - offset_D).square().nanmean(0).nan_to_num(0).sqrt()
+    return {"offset": offset_D, "factor": torch.where(deviation_D > 0, deviation_D, 1)}

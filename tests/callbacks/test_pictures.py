@@ -31,6 +31,7 @@ from aezoo.callbacks.plotting import (
     value_range,
     write_png,
 )
+from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 
 SHAPES = [(30,), (2, 40), (7, 40), (1, 8, 8), (3, 9, 7), (5, 6, 6), (1, 6, 6, 6)]
@@ -413,6 +414,16 @@ def test_first_weights_of_linear_and_convolutional_encoders():
     assert first_weights(model) is None
     model.encoder = nn.Sequential(nn.Linear(6, 4))
     assert first_weights(model) is None
+
+
+def test_filters_of_tables_are_bars_by_column(monkeypatch):
+    monkeypatch.setattr(
+        Filters, "columns", Columns(("a", "b", "c"), {"offset": torch.ones(3), "factor": torch.full((3,), 9.0)}, 3)
+    )
+    monkeypatch.setattr(Filters, "caption", "", raising=False)
+    axes = Filters()._figure(torch.tensor([[0.5, -1.0, 2.0]]), "unit").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert [text.get_text().strip() for text in axes.texts] == ["0.5", "-1", "2"]
 
 
 def test_linear_decoder_atoms_match_dictionary(monkeypatch):

@@ -253,7 +253,7 @@ def test_the_first_page_is_the_loss_and_then_pictures(fit, events, tmp_path):
     written = scalars(run)
     for part in ("train", "val"):
         assert scalars(run / part)["loss"] == written[f"{part}/loss"]
-    assert [step for step, _ in written["train/epoch"]][-1] == 8
+    assert not {name for name in written if name.endswith("epoch")}
 
 
 def test_hparams_are_what_tells_runs_apart():

@@ -271,6 +271,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
         (["list", "nothing*"], "no model matches"),
         (["list", "--family", "sparce"], "unknown family"),
         (["info", "vea"], "did you mean 'vae'"),
+        (["info", "Dense_10"], "dense_10 is a recipe, not a model: aezoo fit -c dense_10 trains it"),
         (["fit"], "which model?"),
         (["fit", "--model", "vea"], "did you mean 'vae'"),
         (["fit", "--model"], "--model needs a value"),

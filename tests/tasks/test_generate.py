@@ -131,6 +131,13 @@ def test_code_maps_are_sampled_with_full_shape(tmp_path):
 # ---- walks ----------------------------------------------------------------------------------------------------------
 
 
+def test_legend_of_curves_names_both_samples():
+    x = torch.rand(1, 2, 4)
+    walk = generate_walks.Walks("interpolation", torch.rand(1, 3, 2), [], (x[:, 0], x[:, 1]))
+    (legend,) = generate_walks.picture(walk, torch.rand(1, 3, 4).numpy()).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first sample", "second sample"]
+
+
 def test_interpolation_is_linear_or_spherical(vae, digits):
     x, _ = digits.tensors("test")
     with torch.no_grad():

@@ -13,7 +13,12 @@ from aezoo.tasks.samples import SampleSet
 
 VERBS = {
     "reconstruct": ({}, "30 samples of 3, mse ", ["index", "mse", "mae", "score", "a", "b", "c"], 30),
-    "detect": ({"baselines": False}, "30 samples, ", ["index", "score", "p_value", "is_anomaly", "a", "b", "c"], 30),
+    "detect": (
+        {"baselines": False},
+        "30 samples of 3, ",
+        ["index", "score", "p_value", "is_anomaly", "a", "b", "c"],
+        30,
+    ),
     "embed": ({}, "30 codes of 2", ["index", "z0", "z1"], 30),
     "generate": ({"n": 5}, "5x3: 5 samples from the model's own prior", ["a", "b", "c"], 5),
     "denoise": ({"corrupt": "gaussian:0.1"}, "30 samples of 3, mse ", ["method", "mse", "psnr"], 2),
@@ -50,6 +55,13 @@ def test_results_have_a_line_a_table_and_a_figure(model, frame, monkeypatch, ver
 def test_figures_show_in_a_notebook_and_need_samples(model, frame):
     figure = aezoo.show(frame, n=2)
     assert figure._repr_png_().startswith(b"\x89PNG") and len(figure.axes) == 2
+    # as in its column, each value is a bar of its own scale
+    wide = aezoo.show(frame.assign(b=1e6 * frame["b"]), n=2)
+    assert [bar.get_width() for bar in wide.axes[0].patches] == pytest.approx(
+        [bar.get_width() for bar in figure.axes[0].patches], rel=1e-4
+    )
+    noisy = aezoo.denoise(model, frame, n_shown=0)
+    assert noisy.rows == [] and list(noisy.table) == ["method", "mse", "psnr", "setting"] and len(noisy.table) == 1
     with pytest.raises(AezooError, match="ask for some with n_shown"):
         _ = aezoo.reconstruct(model, frame, n_shown=0).figure
     with pytest.raises(AezooError, match="n must be at least 1"):
@@ -67,6 +79,7 @@ def test_show_draws_every_kind_of_data():
 def test_reprs_name_shapes_sizes_and_splits(model):
     data = aezoo.DataModule("digits", batch_size=32)
     assert repr(data) == str(data) == "DataModule(digits: samples of 1x8x8, not read yet, batches of 32)"
+    assert "1x8x8 in elsewhere, not read yet" in repr(aezoo.DataModule("digits", root="elsewhere"))
     sizes = {stage: len(data.tensors(stage)[0]) for stage in data.splits()}
     said = ", ".join(f"{n} {stage}" for stage, n in sizes.items())
     assert repr(data) == str(data) == f"DataModule(digits: {said}, 1x8x8, 10 classes, batches of 32)"

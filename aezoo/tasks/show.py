@@ -58,7 +58,7 @@ def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
     return plotting.displayable(figure)
 
 
-def _standard(samples: Samples) -> dict[str, Tensor]:
+def _standard(samples: SampleSet) -> dict[str, Tensor]:
     """The mean and the deviation of each column, over the values that are not missing."""
     x_ND = samples.rows(range(min(len(samples), _MAX_MEASURED))).double()
     offset_D = x_ND.nanmean(0).nan_to_num(0)

@@ -5,11 +5,14 @@
     test    flower (scikit-learn)
 
 Each photograph is cut at its own size and at half of it into squares of --data.size pixels (64 by default), which begin
-every quarter of their side in training and every half of it in val and test. No photograph is in two splits.
+every quarter of their side in training and every half of it in val and test. No photograph is in two splits. Five
+photographs have few colours: training crops have their channels in each of the six orders in turn, and every other six
+of them are mirrored.
 """
 
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -50,16 +53,26 @@ class SamplePhotos(InMemory):
         super().__init__(options, (3, self.size, self.size), None)
 
     def load(self) -> dict[Stage, LabelledArrays]:
-        return {
-            stage: LabelledArrays(torch.cat([crops(read_photograph(name), self.size, _PARTS[stage]) for name in names]))
+        found = {
+            stage: torch.cat([crops(read_photograph(name), self.size, _PARTS[stage]) for name in names])
             for stage, names in PHOTOGRAPHS.items()
         }
+        return {stage: LabelledArrays(varied(x) if stage == "train" else x) for stage, x in found.items()}
 
 
 def read_photograph(name: str) -> Tensor:
     """One of `PHOTOGRAPHS`, (3, H, W) in bytes."""
     package, _, file = name.partition("/")
     return read_image(Path(str(files(_FOLDERS[package]) / file)), None, 3, 10**7)
+
+
+def varied(x: Tensor) -> Tensor:
+    """Crops (N, 3, size, size) with their channels in other orders, and half of them mirrored."""
+    x = x.clone()
+    for i, order in enumerate(permutations(range(3))):
+        x[i::6] = x[i::6][:, order]
+        x[i + 6 :: 12] = x[i + 6 :: 12].flip(3)
+    return x
 
 
 def crops(photograph: Tensor, size: int, parts: int) -> Tensor:

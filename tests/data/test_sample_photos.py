@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aezoo.data import DataModule, sample_photos
-from aezoo.data.sample_photos import PHOTOGRAPHS, crops, read_photograph
+from aezoo.data.sample_photos import PHOTOGRAPHS, crops, read_photograph, varied
 from aezoo.errors import AezooError
 
 
@@ -15,6 +15,15 @@ def test_crops_are_slices_of_a_photograph_and_of_its_half():
     half = photograph.unflatten(1, (6, 2)).unflatten(3, (8, 2)).double().mean((2, 4))
     slices.append(half[:, :, :6].round().to(torch.uint8))
     assert torch.equal(found, torch.stack(slices))
+
+
+def test_training_crops_vary_in_channel_order_and_side():
+    x = torch.arange(13 * 3 * 4).reshape(13, 3, 2, 2)
+    found = varied(x)
+    orders = {(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+    assert {tuple(order) for order in (found[:6, :, 0, 0] % 12 // 4).tolist()} == orders
+    assert torch.equal(found[6], x[6].flip(2)) and torch.equal(found[12], x[12])
+    assert torch.equal(found[7].flip(2), x[7][list((found[1, :, 0, 0] % 12 // 4).tolist())])
 
 
 @pytest.mark.slow

@@ -52,10 +52,15 @@ def train(name: str, root: str | None) -> dict[str, str]:
             raise AezooError(f"recipe {name} ends with exit code {done.returncode}: mend it; the same command goes on")
         seconds = time.monotonic() - began
         run = Path(folder) / "runs" / name / "0"
-        found = scalars(run)
         if name in PICTURES:
             (RESULTS / "pictures").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / "pictures" / f"{PICTURES[name]}.png", RESULTS / "pictures" / f"{name}.png")
+        return read_run(name, run, seconds)
+
+
+def read_run(name: str, run: Path, seconds: float) -> dict[str, str]:
+    """The row of a recipe that was trained into a folder."""
+    found = scalars(run)
     row = {"recipe": name, "epochs": str(len(found["train/loss"])), "seconds": f"{seconds:.0f}"}
     row["threads"] = str(torch.get_num_threads())
     return row | {figure: f"{found[figure][-1]:.5g}" for figure in FIGURES if figure in found}

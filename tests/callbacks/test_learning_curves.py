@@ -2,10 +2,8 @@
 
 import csv
 import math
-import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from callback_fakes import Fake, FakeVAE, digits
@@ -131,14 +129,3 @@ def test_the_summary_has_notes_and_verbs(fit, capsys, monkeypatch, tmp_path):
     assert "Note: 6 steps only: --trainer.max_epochs 167 goes on" in capsys.readouterr().out
     trainer.test(Fake((4,)), DataLoader(digits((4,)), 16), verbose=False)
     assert "Note:" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_reading_the_curves_costs_next_to_nothing():
-    curves, model = LearningCurves(), aezoo.create_model("dense_ae", input_shape=(1, 28, 28))
-    curves._trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    curves._trainer.strategy._lightning_module = model
-    x = torch.rand(512, 1, 28, 28)
-    began = time.process_time()
-    curves._of_code(model, x)
-    assert time.process_time() - began < 0.3  # of a run that takes half a minute or more

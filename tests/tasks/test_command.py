@@ -99,8 +99,9 @@ def test_input_file_is_scaled_as_training_data(run, tmp_path, capsys):
     model, trained = aezoo.io.checkpoint.load_run(run)
     scaled = ((torch.from_numpy(x) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]).float()
     assert abs(float(scaled.mean())) < 0.2 and float(scaled.std()) == pytest.approx(1, abs=0.2)
-    expected = model(scaled).detach().numpy()
-    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, atol=1e-6)
+    # back in the units of the data
+    expected = model(scaled).detach() * trained["scaling"]["factor"] + trained["scaling"]["offset"]
+    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, rtol=1e-6)
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
 
 
@@ -290,7 +291,8 @@ def test_input_picture_is_scaled_as_training_data(tmp_path):
     model, trained = aezoo.io.checkpoint.load_run(folder)
     scaled = (torch.from_numpy(x[:1, None]) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]
     assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
-    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), model(scaled).detach().numpy(), atol=1e-5)
+    expected = model(scaled).detach() * trained["scaling"]["factor"] + trained["scaling"]["offset"]
+    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, rtol=1e-5)
 
 
 def test_dropped_transparency_is_reported(tmp_path, capsys):

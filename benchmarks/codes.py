@@ -3,7 +3,6 @@
 Codes are arrays of shape (N, D); N samples, D numbers in a code.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -45,8 +44,3 @@ def pca(train: Array, test: Array, size: int) -> tuple[float, Array, Array]:
     code = fitted.transform(test)
     error = float(np.square(fitted.inverse_transform(code).astype(np.float64) - test).mean())
     return error, fitted.transform(train), code
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB for data with range 1, as in torchmetrics."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 from aezoo.errors import AezooError
 
-from . import codes
 from .common import ROOT, ResultsCSV, build_parser, command_line, environment, results_folder, run_script
 from .recipes import read_run, scalars
 
@@ -175,7 +174,9 @@ def _reconstructed(model: "Callable[[Tensor], Tensor]", photograph: "Tensor") ->
 
 
 def _psnr(output: "Tensor", photograph: "Tensor") -> float:
-    return codes.psnr(float((output.double() - photograph).square().mean()))
+    from aezoo.metrics.similarity import psnr
+
+    return psnr(float((output.double() - photograph).square().mean()))
 
 
 def _picture(runs: Path, kodak: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 import aezoo
 from aezoo.callbacks import Throughput
 from aezoo.data.source import Stage
+from aezoo.metrics.similarity import psnr
 from aezoo.tasks.embed_codes import choose_rows, probe_accuracies
 
 from . import codes, processes
@@ -165,7 +166,7 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
             if size >= min(train.shape):
                 return {}
             error, code_train, code_test = codes.pca(train, test, size)
-            found = {"pca_mse": error, "pca_psnr": codes.psnr(error)}
+            found = {"pca_mse": error, "pca_psnr": psnr(error)}
         if data.num_classes and y_train is not None and y_test is not None:
             shares = probe_accuracies(code_train[rows], y_train[rows].numpy(), code_test, y_test.numpy())
             found |= {f"{'pca' if size else 'pixels'}_{name}": value for name, value in shares.items()}

@@ -319,9 +319,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             trained: the scaling of the training data, as in `state_dict`.
             white: their value of white; known if they needed no scaling.
         """
-        own = self.units.scaling
-        same = trained.keys() == own.keys() and all(torch.equal(trained[key].cpu(), own[key].cpu()) for key in own)
-        if self._splits and not same and (trained or white is not None):
+        if self._splits and not self.units.has_scaling(trained) and (trained or white is not None):
             rank_zero_info(
                 f"{self.name}: values are scaled by what its own training split holds, otherwise than those that the "
                 "model was trained on (--data.scale); a verb scales what it is given as --input as these were"

@@ -135,7 +135,7 @@ class Scale:
         if rule == "auto" and low.min() >= 0 and high.max() <= 1:
             return
         if rule == "standard":
-            deviation, mean = _nan_std_mean(x.double()) if gaps else torch.std_mean(x.double(), 0, correction=0)
+            deviation, mean = nan_std_mean(x.double()) if gaps else torch.std_mean(x.double(), 0, correction=0)
             self.offset, factor = mean.to(x.dtype), deviation.to(x.dtype)
         else:
             self.offset, factor = low, high - low
@@ -155,7 +155,7 @@ class Scale:
         return x.float()
 
 
-def _nan_std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+def nan_std_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Deviation and mean of each column without its NaN, (N, D) -> (D,), (D,)."""
     mean = x.nanmean(0)
     return (x - mean).square().nanmean(0).sqrt(), mean

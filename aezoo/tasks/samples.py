@@ -1,7 +1,7 @@
 """Samples as a model sees them, read a batch at a time."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -240,10 +240,10 @@ class SampleSet:
     def _in_units(self, trained: DataUnits, own: DataUnits) -> "SampleSet":
         """Samples of a table with units of its own, scaled as those that a model was trained on."""
         check_columns(self.name, own.columns, trained.columns)
-        if not trained.is_table or _are_equal(trained.scaling, own.scaling):
+        if not trained.is_table or own.has_scaling(trained.scaling):
             return self
         # first back to the units of the data
-        (offset, factor), (own_offset, own_factor) = (_offset_and_factor(units) for units in (trained, own))
+        (offset, factor), (own_offset, own_factor) = trained.offset_and_factor, own.offset_and_factor
         scaling = {"offset": (offset - own_offset) / own_factor, "factor": factor / own_factor}
         columns = Columns(trained.columns or own.columns, trained.scaling, self.shape[0])
         named = self.class_names, self.name, self.num_workers, columns
@@ -263,7 +263,7 @@ class SampleSet:
         units = model.data_units
         if units is None or not units.scaling or x.shape[1:] != model.input_shape:
             return
-        offset, factor = _offset_and_factor(units)
+        offset, factor = units.offset_and_factor
         given, scaled = (
             float(part.flatten(1).abs().nanmean(1).nanmedian()) for part in (x.double(), (x.double() - offset) / factor)
         )
@@ -272,16 +272,6 @@ class SampleSet:
                 f"{self.name} seems to be in the units of the data (absolute values of {given:.3g}): give a DataFrame, "
                 "an aezoo.DataModule, or (x - offset) / factor of model.data_units.scaling"
             )
-
-
-def _offset_and_factor(units: DataUnits) -> tuple[Tensor, Tensor]:
-    scaling = units.scaling or {"offset": torch.zeros(()), "factor": torch.ones(())}
-    offset, factor = (scaling[key].cpu().double() for key in ("offset", "factor"))
-    return offset, factor
-
-
-def _are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key].cpu(), b[key].cpu()) for key in a)
 
 
 def random_rows(n: int, max_rows: int | None, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aezoo.data.classes import original_labels
 from aezoo.data.columns import Columns
+from aezoo.data.in_memory import nan_std_mean
 from aezoo.data.source import Stage
 from aezoo.errors import AezooError
 from aezoo.tasks.results import Result
@@ -61,6 +62,5 @@ def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
 def _standard(samples: SampleSet) -> dict[str, Tensor]:
     """The mean and the deviation of each column, over the values that are not missing."""
     x_ND = samples.rows(range(min(len(samples), _MAX_MEASURED))).double()
-    offset_D = x_ND.nanmean(0).nan_to_num(0)
-    deviation_D = (x_ND - offset_D).square().nanmean(0).nan_to_num(0).sqrt()
-    return {"offset": offset_D, "factor": torch.where(deviation_D > 0, deviation_D, 1)}
+    deviation_D, mean_D = nan_std_mean(x_ND)
+    return {"offset": mean_D.nan_to_num(0), "factor": torch.where(deviation_D > 0, deviation_D, 1)}

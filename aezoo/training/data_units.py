@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 # suffixes of files of tables
@@ -25,3 +26,14 @@ class DataUnits:
     white: int | None = None
     columns: tuple[str, ...] = ()
     is_table: bool = False
+
+    @property
+    def offset_and_factor(self) -> tuple[Tensor, Tensor]:
+        """Both in float64 on the CPU, 0 and 1 without scaling."""
+        scaling = self.scaling or {"offset": torch.zeros(()), "factor": torch.ones(())}
+        return scaling["offset"].cpu().double(), scaling["factor"].cpu().double()
+
+    def has_scaling(self, scaling: Mapping[str, Tensor]) -> bool:
+        """Whether samples are scaled in exactly this way."""
+        own = self.scaling
+        return own.keys() == scaling.keys() and all(torch.equal(own[key].cpu(), scaling[key].cpu()) for key in own)

@@ -171,7 +171,7 @@ class CompressionRun:
     ) -> Compression:
         """Write one file for each quality."""
         codes, limits = self._codes()
-        fit = self.samples if fit_on is None else fit_on.check(self.model)
+        fit = self.samples if fit_on is None else fit_on
         max_samples = self._max_samples(max(codes.shape[1], math.prod(self.model.input_shape)))
         fit_codes = (
             np.array(codes)
@@ -268,7 +268,7 @@ class CompressionRun:
         """Add the baselines to the result of a model that has its own rate, and write the tables."""
         dims = math.prod(self.model.input_shape)
         if compare:
-            fit = self.samples if fit_on is None else fit_on.check(self.model)
+            fit = self.samples if fit_on is None else fit_on
             qualities = qualities if len(qualities) > 1 else _QUALITIES
             result.rows += self._baseline_rows(width, fit, qualities, limits, "histograms")
         result.rows = [line | {"bits_per_sample": line["bits_per_dim"] * dims} for line in result.rows]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -347,7 +348,8 @@ def test_uneven_shards_finish_and_count_samples_once(tmp_path, n_val, n_test):
 @pytest.mark.slow
 def test_other_process_count_resumes_only_between_epochs(tmp_path, whole):
     alone = ["fit", *VAE, "--trainer.devices=1"]
-    (checkpoints,) = whole.glob("runs/*/0/checkpoints")
+    # a copy: a resumed run writes to the folder of its checkpoint, and other tests compare theirs with `whole`
+    (checkpoints,) = Path(shutil.copytree(whole, tmp_path / "end")).glob("runs/*/0/checkpoints")
     code, log, _ = run(tmp_path / "end", *alone, f"--ckpt_path={checkpoints}/last.ckpt", "--trainer.max_epochs=4")
     assert code == 0, log
     ended = end_of(tmp_path / "within", 1, "raise")

@@ -303,6 +303,8 @@ def _class_name(item: Any) -> str | None:
 
 
 def _logger_setting(value: str) -> str:
+    if not value.strip():
+        raise AezooError("--trainer.logger needs a value: the name of a logger, or false")
     try:
         return json.dumps(loggers.with_folder(yaml_text.load(value)), default=str)
     except yaml.YAMLError:

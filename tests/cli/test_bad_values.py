@@ -9,6 +9,7 @@ import io
 import math
 import os
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -239,6 +240,9 @@ def outcome(flag):
         try:
             main([*FIT, flag])
         except Trained:
+            # what the run has taken: with an empty `checkpoints.dirpath` its lock is here
+            for path in Path().iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             return "trained"
         except SystemExit as end:
             code = end.code

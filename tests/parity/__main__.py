@@ -1,0 +1,89 @@
+"""Compare models with code that others wrote, and write what was found to docs/parity.md.
+
+    python -m tests.parity --environment .venv-parity     make an environment with the references
+    .venv-parity/bin/python -m tests.parity --run         run all comparisons there, then write the page
+    python -m tests.parity                                write the page from tests/parity.json
+
+The environment sees the packages of the one that makes it. References are installed without what they ask for, since
+several ask for older versions than they run with; dependencies.txt lists what they need besides.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+ROWS, PAGE = ROOT / "tests" / "parity.json", ROOT / "docs" / "parity.md"
+HEAD = """# Parity
+
+Models beside code that others wrote, on equal weights, batch and noise, in float64. A difference is the greatest
+absolute difference of a quantity relative to its greatest absolute value; gradients by the worst parameter. `equal`
+is at most 1e-6. `python -m tests.parity` writes this page from the last run of
+[tests/parity](../tests/parity); `.ci/run` runs it.
+"""
+
+
+def make_environment(folder: Path) -> None:
+    """A virtual environment with the references, on top of the packages of this one."""
+    venv.create(folder, with_pip=True, clear=True)
+    python = folder / "bin" / "python"
+    site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    # after the environment's own
+    Path(site, "zz_base.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    install = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*install, "--no-deps", "-r", HERE / "references.txt"], check=True)
+    subprocess.run([*install, "-r", HERE / "dependencies.txt"], check=True)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page: counts, and a table of models with a line for each part of a reference and kind of verdict."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["model"], row["reference"], row["part"], row["verdict"], row["reason"]].append(row)
+    models = {row["model"] for row in rows}
+    exact = models - {row["model"] for row in rows if row["verdict"] == "deviates"}
+    text = [
+        HEAD,
+        f"{len(models)} models, {len({row['reference'] for row in rows})} references, {len(rows)} quantities; "
+        f"{len(exact)} models deviate in none.",
+        "",
+        "| model | reference | quantities | difference | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for (model, reference, part, verdict, reason), found in sorted(groups.items()):
+        quantities = ", ".join(dict.fromkeys(row["quantity"] for row in found))
+        worst = max(row["difference"] for row in found)
+        said = f"{verdict}: {reason}" if reason else verdict
+        text.append(f"| {model} | {reference}, `{part}` | {quantities} | {worst:.1e} | {said} |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what is asked for; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--environment", type=Path, metavar="DIR", help="make an environment with the references there")
+    parser.add_argument("--run", action="store_true", help="run all comparisons first")
+    options = parser.parse_args(arguments)
+    if options.environment:
+        make_environment(options.environment)
+        return 0
+    if options.run:
+        ROWS.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", str(HERE), f"--parity={ROWS}"]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if status:
+            return status
+    rows = [row for found in json.loads(ROWS.read_text(encoding="utf-8")).values() for row in found]
+    PAGE.write_text(page(rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Keep the rows of comparisons with references: a pytest plugin, loaded by `--parity FILE`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+class ParityRows:
+    """The plugin; a run of some tests replaces the rows of these.
+
+    Args:
+        file: where the rows go, by test.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: dict[str, list[dict[str, object]]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown" and report.passed:
+            rows = [row for kind, found in report.user_properties if kind == "parity" for row in found]
+            if rows:
+                self.rows[report.nodeid] = rows
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput") or not self.rows:
+            return
+        held = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(sorted((held | self.rows).items())), indent=1, ensure_ascii=False)
+        self.file.write_text(text + "\n", encoding="utf-8")

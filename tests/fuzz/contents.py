@@ -151,7 +151,9 @@ def write_table(path, table):
 
     arrays = [_column(kind, table["rows"], table["width"]) for kind, _ in table["columns"]]
     part = pyarrow.table(arrays, names=[name for _, name in table["columns"]])
-    options = {"compression": table["compression"], "use_dictionary": table["dictionary"]}
+    # written out, the longest texts fill 3 GB, more than an array of texts holds
+    dictionary = table["dictionary"] or table["rows"] * table["width"] > 2**27
+    options = {"compression": table["compression"], "use_dictionary": dictionary}
     with parquet.ParquetWriter(path, part.schema, **options) as writer:
         for _ in range(table["groups"]):
             writer.write_table(part)

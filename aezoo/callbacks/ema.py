@@ -28,6 +28,8 @@ class EMA(Checked, WeightAveraging):
         start_step: optimiser steps before the first update.
     """
 
+    projects_weights = True
+
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
         if not 0 <= decay < 1:
             raise AezooError(f"EMA.decay must lie in [0, 1), got {decay}")

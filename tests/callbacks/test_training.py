@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from callback_fakes import Fake, FakeVAE, digits
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -261,6 +261,26 @@ def test_ema_weights_keep_model_constraints(fit, name, settings):
     else:
         norms = model.decoder.W_NX.norm(dim=1).tolist()
     assert norms and norms == pytest.approx([1.0] * len(norms), abs=1e-5)
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Switches to an average of the weights and back, as the optimisers of schedulefree."""
+
+    def train(self): ...
+
+    def eval(self): ...
+
+
+@pytest.mark.parametrize("average", [WeightAveraging, StochasticWeightAveraging, ScheduleFree])
+def test_averages_that_shorten_directions_are_refused(fit, average, monkeypatch):
+    model, free = (aezoo.create_model("sae_l1", (4,), latent_dim=8, form=form) for form in ("unit_norm", "april"))
+    made = {WeightAveraging: [WeightAveraging()], StochasticWeightAveraging: [StochasticWeightAveraging(1e-3)]}
+    callbacks = made.get(average, [])
+    for each in (model, free) if average is ScheduleFree else ():
+        monkeypatch.setattr(each, "configure_optimizers", lambda each=each: ScheduleFree(each.parameters(), 0.1))
+    with pytest.raises(AezooError, match=r"averages directions of norm 1 .* take aezoo.callbacks.EMA"):
+        fit(model, *callbacks, max_epochs=1)
+    fit(free, *callbacks, max_epochs=1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

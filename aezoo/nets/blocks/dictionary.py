@@ -160,6 +160,11 @@ class UnitNorm(Constrained):
         """Initialise parameters from samples of all ranks, (N, *input_shape): b at their geometric median."""
         self.decoder.b_X.copy_(geometric_median(x.flatten(1)))
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not isinstance(self.decoder, FreeDictionary):
+            self.check_averages()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.decoder.remove_parallel_gradient()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from aezoo.errors import AezooError
 
@@ -37,7 +38,7 @@ class FactorMetric(Metric):
     categorical: tuple[int, ...] = ()
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"dist_sync_fn": gather_rows} | kwargs)
         self.add_state("codes", [], dist_reduce_fx="cat")
         self.add_state("factors", [], dist_reduce_fx="cat")
 
@@ -82,6 +83,18 @@ class FactorMetric(Metric):
     @abstractmethod
     def score(self, codes: Floats, factors: Ints) -> Any:
         """The score of codes (N, D), without constant dimensions (D may be 0), and factors (N, F)."""
+
+
+def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
+    """The rows (N, D) of each rank, N = 0 for one without samples.
+
+    torchmetrics joins in there with an empty vector of floats, beside which gloo refuses matrices and integers.
+    """
+    own = torch.tensor([rows.shape[1] if rows.ndim == 2 else 0, not rows.is_floating_point()], device=rows.device)
+    columns, whole = torch.stack(gather_all_tensors(own.long(), group)).amax(0).tolist()
+    if rows.ndim == 1:
+        rows = rows.new_zeros((0, columns), dtype=torch.long if whole else torch.float32)
+    return gather_all_tensors(rows, group)
 
 
 def drop_constant(codes: Floats) -> Floats:

@@ -30,6 +30,7 @@ from aezoo.metrics.disentanglement_base import (
     check_at_least,
     check_codes,
     drop_constant,
+    gather_rows,
     standardise,
     to_tensors,
 )
@@ -133,7 +134,7 @@ class UDR(Metric):
     full_state_update = False
 
     def __init__(self, models: int, correlation: str = "spearman", kl_threshold: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"dist_sync_fn": gather_rows} | kwargs)
         if correlation not in ("spearman", "lasso"):
             raise AezooError(f"UDR: correlation takes spearman or lasso, got {correlation!r}")
         self.models, self.correlation, self.kl_threshold = (

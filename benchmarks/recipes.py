@@ -10,6 +10,7 @@ Each recipe runs in its own process and in a temporary folder, with the command 
 `PICTURES` are copied to `benchmarks/results/pictures`.
 """
 
+import ast
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from .common import ResultsCSV, add_again_flag, base_parser, command_line, envir
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PROOFS = ROOT / "tests" / "proofs.json"
+LAWS, PARITY = ROOT / "tests" / "laws", ROOT / "tests" / "parity.json"
 PICTURES = {
     "dense_article": "reconstructions",
     "denoising": "reconstructions",
@@ -109,19 +110,37 @@ def result_line(row: dict[str, str], path: Path) -> str:
 
 
 def models_table() -> str:
-    """The zoo as a Markdown table, from the models' files and from the counts of `pytest --proofs`."""
-    proofs = json.loads(PROOFS.read_text(encoding="utf-8")) if PROOFS.is_file() else {}
-    lines = ["| model | family | paper | objective | contract | laws |", "|---" * 6 + "|"]
+    """The zoo as a Markdown table, from the models' files, their files of laws and the rows of `tests/parity`."""
+    references = compared_with()
+    lines = ["| model | family | paper | objective | laws | compared with |", "|---" * 6 + "|"]
     for name in registry.list_models():
         entry = registry.find(name)
         if entry.owner == "aezoo":
             text, _, address = registry.summary(name).partition(", http")
             address, _, rest = address.partition(",")
-            passed = " | ".join(str(proofs.get(name, {}).get(kind, "")) for kind in ("contract", "laws"))
             formula = objective(name).replace("|", "\\|")
             paper = f"[{text}](http{address}){rest and ',' + rest}"
-            lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {passed} |")
+            own, shared = laws(name)
+            proved = f"{own} + {shared} | {', '.join(references.get(name, ()))}"
+            lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {proved} |")
     return "\n".join(lines)
+
+
+def laws(name: str) -> tuple[int, int]:
+    """How many laws a model's file of laws holds, and how many it shares with those of other models."""
+    (file,) = LAWS.glob(f"*/test_{name}.py")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    own = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    shared = [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    own_laws, shared_laws = ([law for law in names if law.startswith("test_")] for names in (own, shared))
+    return len(own_laws), len(shared_laws)
+
+
+def compared_with() -> dict[str, list[str]]:
+    """The packages that each model was compared with, in the rows of `tests/parity`."""
+    tests = json.loads(PARITY.read_text(encoding="utf-8")).values() if PARITY.is_file() else ()
+    pairs = {(row["model"], row["reference"].partition(" ")[0]) for rows in tests for row in rows}
+    return {name: sorted(package for model, package in pairs if model == name) for name, _ in pairs}
 
 
 def objective(name: str) -> str:

@@ -39,17 +39,12 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_CACHE)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--proofs", type=Path, metavar="FILE", help="count there what each model has passed")
     parser.addoption(
         "--parity", type=Path, metavar="FILE", help="run tests/parity, and write the rows of its comparisons there"
     )
 
 
 def pytest_configure(config):
-    if config.getoption("--proofs"):
-        from proofs import Proofs
-
-        config.pluginmanager.register(Proofs(config.getoption("--proofs")))
     if config.getoption("--parity"):
         from parity_rows import ParityRows
 

@@ -1,8 +1,8 @@
 """Compare models with code that others wrote, and write what was found to docs/parity.md.
 
-    python -m tests.parity --environment .venv-parity     make an environment with the references
-    .venv-parity/bin/python -m tests.parity --run         run all comparisons there, then write the page
-    python -m tests.parity                                write the page from tests/parity.json
+    python tests/parity --environment .venv-parity     make an environment with the references
+    .venv-parity/bin/python tests/parity --run         run all comparisons there, then write the page
+    python tests/parity                                write the page from tests/parity.json
 
 The environment sees the packages of the one that makes it. References are installed without what they ask for, since
 several ask for older versions than they run with; dependencies.txt lists what they need besides.
@@ -25,7 +25,7 @@ HEAD = """# Parity
 
 Models beside code that others wrote, on equal weights, batch and noise, in float64. A difference is the greatest
 absolute difference of a quantity relative to its greatest absolute value; gradients by the worst parameter. `equal`
-is at most 1e-6. `python -m tests.parity` writes this page from the last run of
+is at most 1e-6. `python tests/parity` writes this page from the last run of
 [tests/parity](../tests/parity); `.ci/run` runs it.
 """
 
@@ -67,7 +67,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what is asked for; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tests/parity", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--environment", type=Path, metavar="DIR", help="make an environment with the references there")
     parser.add_argument("--run", action="store_true", help="run all comparisons first")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Comparisons of a model with code that others wrote, on equal weights, batch and noise, in float64.
 
 A comparison keeps a row for each quantity: its name, the greatest difference relative to the greatest value, and the
-verdict. `python -m tests.parity` writes the rows of all comparisons to docs/parity.md.
+verdict. `python tests/parity` writes the rows of all comparisons to docs/parity.md.
 """
 
 from collections.abc import Iterable, Iterator

@@ -52,3 +52,22 @@ def test_output_depends_on_input_through_code_only(shape: tuple[int, ...], shift
     bottleneck_law(model, model.encode, x)
     with pytest.raises(AssertionError):
         bottleneck_law(skipping(model), model.encode, x)
+
+
+def test_stages_reach_code_and_output_past_the_others(shifted: Any) -> None:
+    model = UNetAE((1, 8, 8), latent_dim=3, hidden_dims=(4, 4, 4), likelihood="gaussian").double()
+    model, x = shifted(model).eval(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
+
+    def silent(stage: Any) -> Any:
+        return stage.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+
+    z = model.encode(x).detach()
+    for i in range(3):
+        hooks = [silent(stage) for j, stage in enumerate(model.encoder.stages) if j > i]
+        codes = model.encode(x)
+        assert (codes[0] - codes[1]).abs().max() > 1e-6, "an early stage reaches the code past the later ones"
+        hooks += [silent(stage) for j, stage in enumerate(model.decoder.stages) if j < i]
+        outputs = model.decode(z)
+        assert (outputs[0] - outputs[1]).abs().max() > 1e-6, "the code reaches a late stage past the earlier ones"
+        for hook in hooks:
+            hook.remove()

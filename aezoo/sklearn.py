@@ -14,7 +14,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -88,10 +88,18 @@ class _Estimator(base.BaseEstimator):
         self.scale, self.sample_shape, self.max_epochs, self.batch_size = scale, sample_shape, max_epochs, batch_size
         self.lr, self.device, self.random_state, self.verbose = lr, device, random_state, verbose
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        with suppress(AezooError):  # of an unknown model, which fit reports
+            tags.input_tags.allow_nan = self._takes_missing()
+        return tags
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train a fresh model on X, (n_samples, n_features), dense and finite.
+
+        For models of samples that may lack parts, such as mvae, the values of a missing part are NaN.
 
         Labels y, (n_samples,), -1 for none, are for models with the hyperparameter `num_classes` and for models that
         learn from them which samples belong together, such as triplet_ae; other models ignore them.
@@ -105,7 +113,7 @@ class _Estimator(base.BaseEstimator):
     def _fit(self, X: Any, y: Any, from_scratch: bool, epochs: int | None = None) -> Self:
         before = {name: value for name, value in vars(self).items() if name in _FEATURE_ATTRIBUTES}
         try:
-            self._train(validate_data(self, X, dtype=_DTYPES, reset=from_scratch), y, from_scratch, epochs)
+            self._train(self._checked(X, reset=from_scratch), y, from_scratch, epochs)
         except BaseException:
             # a fitted estimator continues with the features that it had
             for name in _FEATURE_ATTRIBUTES:
@@ -144,7 +152,7 @@ class _Estimator(base.BaseEstimator):
                 if isinstance(part, Autoencoder) and "steps" in dict(part.named_buffers(recurse=False)):
                     part.steps_before = 0 if from_scratch else int(part.get_buffer("steps")) + 1
             model.compile_mode = "off"
-            x = _scaled(X, offset, scale).reshape(len(X), *model.input_shape)
+            x = _samples_of(model, X, offset, scale)
             trainer = pl.Trainer(
                 max_epochs=epochs,
                 accelerator="gpu" if device.type == "cuda" else device.type,
@@ -193,11 +201,18 @@ class _Estimator(base.BaseEstimator):
 
     def _validated(self, X: Any) -> Array:
         check_is_fitted(self)
-        return validate_data(self, X, dtype=_DTYPES, reset=False)
+        return self._checked(X, reset=False)
+
+    def _checked(self, X: Any, reset: bool) -> Array:
+        finite = "allow-nan" if self._takes_missing() else True
+        return validate_data(self, X, dtype=_DTYPES, reset=reset, ensure_all_finite=finite)
+
+    def _takes_missing(self) -> bool:
+        return isinstance(self.model, str) and bool(model_class(self.model).takes_missing)
 
     def _samples(self, X: Array) -> Tensor:
         """Rows of X as the model's samples."""
-        return _scaled(X, self.offset_of_scale_, self.scale_).reshape(len(X), *self.autoencoder_.input_shape)
+        return _samples_of(self.autoencoder_, X, self.offset_of_scale_, self.scale_)
 
     def _rows(self, x: Array, dtype: npt.DTypeLike) -> Array:
         """The model's samples as rows in the units of X."""
@@ -231,8 +246,9 @@ class _Estimator(base.BaseEstimator):
     def _score_samples(self, X: Array) -> Array:
         model = self.autoencoder_
         nll = self._apply(lambda block: model.score(block)[:, None], self._samples(X))[:, 0]
-        # the density of x = s x' + o is that of x' divided by the product of s
-        return -nll - (0.0 if model.likelihood.discrete else np.log(self.scale_).sum())
+        # the density of x = s x' + o is that of x' divided by the product of s, over the values that are there
+        log_scale = np.where(np.isnan(X), 0.0, np.log(self.scale_)).sum(1)
+        return -nll - (0.0 if model.likelihood.discrete else log_scale)
 
     # ---- pickling ---------------------------------------------------------------------------------------------------
 
@@ -452,7 +468,7 @@ def _choose(settings: dict[str, Any], X: Array) -> dict[str, Any]:
     cls, shape = model_class(settings["model"]), settings["sample_shape"] or (X.shape[1],)
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     # scaling to 1 gives 1 + 2^-52, too
-    unbounded = bool(X.min() < 0 or X.max() - 1 > np.finfo(np.float32).eps)
+    unbounded = bool((X < 0).any() or (np.finfo(np.float32).eps < X - 1).any())
     chosen: dict[str, Any] = {}
     if settings["latent_dim"] is None and "latent_dim" in defaults:
         chosen["latent_dim"] = budgets.choose_latent_dim(cls, defaults["latent_dim"], shape)
@@ -517,12 +533,19 @@ def _statistics(X: Array, scale: str) -> tuple[Array, Array]:
     return (found.mean_, found.scale_) if scale == "standard" else (found.data_min_, 1 / found.scale_)
 
 
-def _scaled(X: Array, offset: Array, scale: Array) -> Tensor:
+def _samples_of(model: Autoencoder, X: Array, offset: Array, scale: Array) -> Tensor:
+    """Rows of X as the model's samples; NaN stands for a missing part."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = ((X - offset) / scale).astype(np.float32)
-    if not (np.isfinite(scale).all() and np.isfinite(scaled).all()):
+    if not np.isfinite(scale).all() or np.isinf(scaled).any():
         raise AezooError("X holds values that are too large for float32 once scaled: clean X, or take logarithms")
-    return torch.from_numpy(scaled)
+    x = torch.from_numpy(scaled).reshape(len(X), *model.input_shape)
+    if model.invalid_mask(x).any():
+        raise AezooError(
+            "rows of X hold NaN in some values of a part or in all parts: clean them; "
+            "a part is missing where all its values are NaN"
+        )
+    return x
 
 
 @contextmanager

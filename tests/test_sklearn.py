@@ -528,3 +528,39 @@ def test_values_beyond_float32_are_refused(scale):
     if scale != "unit":  # between 0 and 1 whatever it was, while a variance of 1e600 is nothing to divide by
         with pytest.raises(AezooError, match=words):
             model.fit(1e300 * X)
+
+
+# ---- missing parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", [AutoencoderTransformer, AutoencoderDetector])
+def test_models_of_missing_parts_take_nan(estimator):
+    X = np.random.default_rng(0).normal(size=(60, 6)) @ np.diag([1, 2, 3, 1, 2, 3]) + 5
+    X[::3, :3] = np.nan
+    made = estimator("mvae", **FEW).fit(X)
+    assert made.__sklearn_tags__().input_tags.allow_nan and not estimator("vae").__sklearn_tags__().input_tags.allow_nan
+    assert np.isfinite(made.score_samples(X)).all() and np.isfinite(made.reconstruct(X)).all()
+    if estimator is AutoencoderTransformer:  # the detector leaves samples out
+        assert made.offset_of_scale_ == pytest.approx(np.nanmean(X, 0))
+        assert made.scale_ == pytest.approx(np.nanstd(X, 0))
+    for rows in (np.s_[4, 1], np.s_[4, :]):
+        wrong = X.copy()
+        wrong[rows] = np.nan
+        for method in (made.fit, made.score_samples):
+            with pytest.raises(AezooError, match="rows of X hold NaN in some values of a part or in all parts"):
+                method(wrong)
+    with pytest.raises(ValueError, match="contains NaN"):
+        estimator("vae", **FEW).fit(X)
+
+
+@pytest.mark.slow
+def test_density_of_a_missing_part_is_left_out():
+    """Changing the units of values that a sample lacks changes its log-likelihood by nothing."""
+    X = np.random.default_rng(0).normal(size=(60, 6))
+    X[::3, :3] = np.nan
+    wide = X * np.array([10, 10, 10, 1, 1, 1])
+    scores = [AutoencoderTransformer("mvae", scale="standard", **FEW).fit(x).score_samples(x) for x in (X, wide)]
+    lacks = np.isnan(X[:, 0])
+    assert scores[0][lacks] == pytest.approx(scores[1][lacks], abs=1e-3)
+    assert scores[0][~lacks] == pytest.approx(scores[1][~lacks] + 3 * np.log(10), abs=1e-3)

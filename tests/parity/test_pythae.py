@@ -382,7 +382,7 @@ GROUPS = "their weights are normalised over the M groups instead of the K sample
 def test_gradients_of_miwae(compare, likelihood):
     m, k = 2, 4
     model = ours("miwae", n_groups=m, n_samples=k, likelihood=likelihood)
-    x, draw = torch.rand(BATCH, *SHAPE), torch.randn(BATCH, m, k, LATENT)
+    x, draw = torch.rand(BATCH, *SHAPE), 2 * torch.randn(BATCH, m, k, LATENT)
     with noise([draw.flatten(1, 2)]):
         found = model.loss(x)
     row, off = compare("miwae", "pythae", "MIWAE"), constant(model, x)

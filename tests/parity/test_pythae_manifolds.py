@@ -21,16 +21,19 @@ import aezoo
 from aezoo.manifolds import hamiltonian
 from aezoo.manifolds.riemannian import half_log_det
 
+BETA_0 = 0.3
+logsumexp = torch.logsumexp
+
 # ---- Hamiltonian dynamics --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likelihood", LOSSES)
 def test_leapfrog_steps_of_hvae(compare, likelihood):
     # get_nll takes images of this size only
-    shape, n, beta_0 = (1, 28, 28), 5, 0.3
-    settings = {"n_leapfrog": 3, "step_size": 0.05, "beta_0": beta_0, "likelihood": likelihood}
+    shape, n = (1, 28, 28), 5
+    settings = {"n_leapfrog": 3, "step_size": 0.05, "beta_0": BETA_0, "likelihood": likelihood}
     model = aezoo.create_model("hvae", shape, latent_dim=LATENT, hidden_dims=(8,), **settings).double()
-    other = theirs("HVAE", model, likelihood=likelihood, decode=identity, n_lf=3, eps_lf=0.05, beta_zero=beta_0)
+    other = theirs("HVAE", model, likelihood=likelihood, decode=identity, n_lf=3, eps_lf=0.05, beta_zero=BETA_0)
     x, draws = torch.rand(2, *shape).round(), torch.randn(2, n, 2, LATENT)
     row, off = compare("hvae", "pythae", "HVAE"), constant(model, x)
     row.equal("cooling", model.cooling[1:], [other._tempering(k, 3).item() for k in (1, 2, 3)])
@@ -47,25 +50,52 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
     row.deviates(named("loss", off), found, expected, reason, follows="ours")
     reached: list[Tensor] = []
     other.decoder.register_forward_hook(lambda _, inputs, __: reached.append(inputs[0]))
-    nll, weighted = [], []
+    nll, exchanged = [], []
     for i in range(len(x)):
-        with noise(draws[:, :, i : i + 1]):
-            z, log_q = model.sample_posterior(x[i : i + 1], n)
+        found, z = exchanged_likelihood(model, x[i : i + 1], draws[:, :, i : i + 1])
+        exchanged.append(found.item())
         nll.append(nll_of(other, x[i], n, *draws[:, :, i]))
-        row.equal("z_K in get_nll", z[:, 0], reached[-1])
-        log_w = model.log_prior(z) - log_q - model.nll(model.decoder(z[:, 0]), x[[i] * n])[:, None]
-        # log q holds (|rho|^2 - |gamma|^2) / 2
-        _, log_var = model.posterior(x[i : i + 1])
-        log_q_0 = -0.5 * (draws[0, :, i] ** 2 + log_var + math.log(2 * math.pi)).sum(1)
-        gamma_2 = (draws[1, :, i] ** 2).sum(1)
-        rho_2 = 2 * (log_q[:, 0] - log_q_0) + gamma_2
-        exchanged = log_w[:, 0] + 0.5 * (math.sqrt(beta_0) * rho_2 - gamma_2)
-        weighted.append((torch.logsumexp(exchanged, 0) - math.log(n)).item())
+        row.equal("z_K in get_nll", z, reached[-1])
     with noise(draws):
         found = model.log_likelihood(x, n)
     reason = "their weight has sqrt(beta_0) |rho_K|^2 in the place of |gamma|^2, the density of rho_0"
     row.deviates(named("log-likelihood", off), found + off, nll, reason, follows="ours")
-    row.equal(named("log-likelihood with that exchanged", off), torch.tensor(weighted) + off, nll)
+    row.equal(named("log-likelihood with that exchanged", off), torch.tensor(exchanged) + off, nll)
+    # theirs is differentiable before .item()
+    step_D = model.step_D.detach().clone().requires_grad_()
+    other._parameters.pop("eps_lf")
+    other.eps_lf = 0.5 * torch.sigmoid(step_D)
+    kept: list[Tensor] = []
+    with mock.patch("torch.logsumexp", lambda *at: kept.append(logsumexp(*at)) or kept[-1]):
+        nll_of(other, x[0], n, *draws[:, :, 0])
+    both = [*pairs(model, other), (model.step_D, step_D)]
+    gradients = [
+        torch.autograd.grad(likelihood, step, retain_graph=True)[0]
+        for likelihood, step in (
+            (exchanged_likelihood(model, x[:1], draws[:, :, :1])[0], model.step_D),
+            (kept[0], step_D),
+        )
+    ]
+    reason = "theirs holds the gradient of -log p(x|z) in z constant"
+    row.deviates("gradient of the log-likelihood by eps", *gradients, reason, follows="ours")
+    potential = model.potential_gradient
+    model.potential_gradient = lambda x, z: (potential(x, z) - z).detach() + z
+    found, _ = exchanged_likelihood(model, x[:1], draws[:, :, :1])
+    row.equal_gradients(found, kept[0], both, "gradient of the log-likelihood with both exchanged")
+
+
+def exchanged_likelihood(model: Any, x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Our log-likelihood of a sample with the density of rho_0 that theirs has, and the codes z_K."""
+    n = draws.shape[1]
+    with noise(draws):
+        z, log_q = (part[:, 0] for part in model.sample_posterior(x, n))
+    log_w = model.log_prior(z) - log_q - model.nll(model.decoder(z), x.expand(n, *x.shape[1:]))
+    # log q holds (|rho|^2 - |gamma|^2) / 2
+    log_q_0 = -0.5 * (draws[0, :, 0] ** 2 + model.posterior(x)[1] + math.log(2 * math.pi)).sum(1)
+    gamma_2 = (draws[1, :, 0] ** 2).sum(1)
+    rho_2 = 2 * (log_q - log_q_0) + gamma_2
+    weighted = log_w + 0.5 * (math.sqrt(BETA_0) * rho_2 - gamma_2)
+    return torch.logsumexp(weighted, 0) - math.log(n), z
 
 
 def metric_of(model: Any, other: Any) -> nn.Module:
@@ -108,9 +138,6 @@ def implicit_second_step(other: Any) -> Callable[..., Tensor]:
         return moved
 
     return step
-
-
-BETA_0 = 0.3
 
 
 def rhvae(n_steps: int, temperature: float) -> tuple[Any, Any, Pairs]:

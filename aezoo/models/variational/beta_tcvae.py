@@ -13,6 +13,9 @@ drawn z. q(z), the density of the codes of all N data samples, is estimated from
     mss        W_ii = 1/N,  W_ij = 1/M but for one j, where it is (N - M) / (N M),  M = n - 1     (appendix C.2)
     mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over which j that is
 
+The authors' code (https://github.com/rtqichen/beta-tcvae) fills the first two columns of the W of mss in the place of
+two diagonals.
+
 Shapes: B batch on this rank, n batch over all ranks, D code; N samples of data.
 """
 

@@ -11,6 +11,10 @@ Codes are unit vectors, and the prior is uniform on the sphere, so that no code 
 A draw is the quantile of theta at uniform noise, reflected to lie about mu. Its gradient in kappa is therefore exact
 for both families: see `manifolds.sphere`, which also computes E_q[h] and Z.
 
+kappa = D softplus(a) of an output a of the encoder, so that draws tend towards mu from the start in any dimension. The
+authors' code (https://github.com/nicola-decao/s-vae-pytorch) has softplus(a) + 1, so that q(z|x) cannot be uniform;
+in runs of 1,000 steps on 4,000 digits of MNIST, vmf with D = 5, its ELBO of other digits was 1.7 of 147 nats lower.
+
 power_spherical has density 0 opposite mu, so the variance of importance weights may not exist: use vmf to report
 log p(x).
 
@@ -52,7 +56,6 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean direction of q(z|x), and its concentration repeated D times: (B, *input_shape) -> (B, D), (B, D)."""
         out_BE = at_least_float32(self.encoder(x))
-        # in units of D, so that draws tend towards mu from the start in any dimension
         kappa_B1 = self.code_shape[0] * F.softplus(out_BE[:, -1:])
         mu_BD = F.normalize(out_BE[:, :-1], dim=1)
         return mu_BD, kappa_B1.clamp(1e-6, 1e6).expand_as(mu_BD)

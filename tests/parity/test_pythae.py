@@ -288,15 +288,15 @@ def test_losses_of_three_players_of_vae_gan(compare):
         other.discriminator(expected.recon_x).embedding, torch.zeros(BATCH, 1)
     )
     discriminator = expected.discriminator_loss + left_out
-    row.equal("discriminator with that term", found["discriminator"], discriminator)
+    row.equal("discriminator, theirs with log(1 - Dis(x~))", found["discriminator"], discriminator)
     of_discriminator = [*zip(model.discriminator.parameters(), other.discriminator.parameters(), strict=True)]
-    quantity = "gradient of discriminator with that term"
+    quantity = "gradient of discriminator, theirs with log(1 - Dis(x~))"
     row.equal_gradients(found["loss"], discriminator, of_discriminator, quantity)
     row.equal_gradients(
         found["loss"],
         expected.decoder_loss - share * left_out,
         decoder_pairs(model, other),
-        "gradient of decoder with that term",
+        "gradient of decoder, theirs with log(1 - Dis(x~))",
         1 / share,
         "L_GAN has the weight 1 and the reconstruction gamma; theirs are weights of a mean, gamma = (1 - s) / s",
     )

@@ -83,11 +83,11 @@ def test_planar_flow_of_vae_flow(compare):
         expected = other({"data": x})
     log = torch.log
     with mock.patch("torch.log", lambda at: log(at - 1e-4)):
-        equal_flows(row, model, other, x, " without that")
+        equal_flows(row, model, other, x, ", theirs without 1e-4")
     with noise([draw]):
         nll = model.loss(x)["nll"]
     reason = "theirs adds 1e-4 to |det| in the logarithm"
-    row.deviates("kl of that draw", found - nll, expected.reg_loss, reason, follows="ours")
+    row.deviates("kl of the draw", found - nll, expected.reg_loss, reason, follows="ours")
 
 
 def set_tensors(layer: nn.Module, **tensors: Tensor) -> None:
@@ -110,9 +110,9 @@ def equal_flows(
         expected = other({"data": x})
     row.equal(named("nll", off) + of, terms["nll"] - off, expected.recon_loss)
     row.deviates(f"kl{of}", terms["kl"], expected.reg_loss, DRAWN, follows="both")
-    row.equal(named(f"loss by that draw{of}", off), found - off, expected.loss)
+    row.equal(named(f"loss by the drawn KL{of}", off), found - off, expected.loss)
     both = [*pairs(model, other), *(more or [])]
-    row.equal_gradients(found, expected.loss, both, f"gradient by that draw{of}")
+    row.equal_gradients(found, expected.loss, both, f"gradient by the drawn KL{of}")
     draws = torch.randn(n, len(x), LATENT)
     with noise([draws]):
         found = model.log_likelihood(x, n)

@@ -49,7 +49,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
     )
     row.deviates(named("loss", off), found, expected, reason, follows="ours")
     left_out = 0.5 * (draws[:, 0] ** 2).sum(2).mean(1).sum()
-    row.equal(named("loss with these mended", off), found, mended_loss(other, x, *draws[:, 0]) - left_out)
+    row.equal(named("loss, their forward mended", off), found, mended_loss(other, x, *draws[:, 0]) - left_out)
     reached: list[Tensor] = []
     other.decoder.register_forward_hook(lambda _, inputs, __: reached.append(inputs[0]))
     nll, exchanged = [], []
@@ -62,7 +62,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
         found = model.log_likelihood(x, n)
     reason = "their weight has sqrt(beta_0) |rho_K|^2 in the place of |gamma|^2, the density of rho_0"
     row.deviates(named("log-likelihood", off), found + off, nll, reason, follows="ours")
-    row.equal(named("log-likelihood with that exchanged", off), torch.tensor(exchanged) + off, nll)
+    row.equal(named("log-likelihood with their density of rho_0", off), torch.tensor(exchanged) + off, nll)
     # theirs is differentiable before .item()
     step_D = model.step_D.detach().clone().requires_grad_()
     other._parameters.pop("eps_lf")
@@ -83,7 +83,9 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
     potential = model.potential_gradient
     model.potential_gradient = lambda x, z: (potential(x, z) - z).detach() + z
     found, _ = exchanged_likelihood(model, x[:1], draws[:, :, :1])
-    row.equal_gradients(found, kept[0], both, "gradient of the log-likelihood with both exchanged")
+    row.equal_gradients(
+        found, kept[0], both, "gradient of the log-likelihood with their density of rho_0 and held gradient in z"
+    )
 
 
 def mended_loss(other: Any, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def test_generalised_leapfrog_steps_of_rhvae(compare, flat):
     row.equal(f"z_K, {where}", z_K, expected.z)
     row.deviates(f"loss, {where}", found, expected.loss, LEFT_OUT, follows="ours")
     of_start = 0.5 * (-torch.logdet(inverse) + (gamma**2).sum(1)).mean()
-    row.equal(f"loss with that term, {where}", found, expected.loss - of_start)
+    row.equal(f"loss, log N(rho_0) added to theirs, {where}", found, expected.loss - of_start)
     draws, nll = torch.randn(2, 4, BATCH, LATENT), []
     with noise(draws):
         found = model.log_likelihood(x, 4)
@@ -218,7 +220,7 @@ def test_generalised_leapfrog_steps_of_rhvae(compare, flat):
     reason = "theirs leaves out the volume by which cooling scales, sqrt(beta_0)^D"
     row.deviates(f"log-likelihood, {where}", found, nll, reason, follows="ours")
     volume = 0.5 * LATENT * math.log(BETA_0)
-    row.equal(f"log-likelihood with that factor, {where}", found, torch.tensor(nll) + volume)
+    row.equal(f"log-likelihood, the volume added to theirs, {where}", found, torch.tensor(nll) + volume)
 
 
 def test_gradients_of_rhvae(compare):
@@ -251,7 +253,7 @@ def test_gradients_of_rhvae(compare):
 
     model.potential_gradient = held
     with mock.patch.object(hamiltonian, "velocity", lambda *at: velocity(*at).detach()):
-        row.equal_gradients(run(), expected, both, "gradient with these held, one step in flat space")
+        row.equal_gradients(run(), expected, both, "gradient with held derivatives of H, one step in flat space")
 
 
 def test_samples_of_rhvae(compare):

@@ -86,7 +86,7 @@ def test_planar_flow_of_vae_flow(compare):
         equal_flows(row, model, other, x, ", theirs without 1e-4")
     with noise([draw]):
         nll = model.loss(x)["nll"]
-    reason = "theirs adds 1e-4 to |det| in the logarithm"
+    reason = "theirs adds 1e-4 to the determinant in the logarithm"
     row.deviates("kl of the draw", found - nll, expected.reg_loss, reason, follows="ours")
 
 
@@ -343,9 +343,7 @@ def test_both_stages_of_two_stage_vae(compare):
     off, of_codes = constant(model, x), constant(model.second, first.z.detach())
     row.equal("nll without constant", found["nll"] - off, first.recon_loss)
     row.equal("kl", found["kl"], first.reg_loss)
-    reason = (
-        "s of p(z|u) is learned; theirs adds gamma_z times a draw to the reconstruction, which is best for gamma_z = 0"
-    )
+    reason = "the scale of codes given u is learned; theirs adds gamma_z times a draw, for which gamma_z = 0 is best"
     code_nll = found["code_nll"] - of_codes
     row.deviates("code_nll without constant, s and gamma_z 1", code_nll, run().recon_loss, reason, follows="ours")
     with noise(draws[:2]):

@@ -45,7 +45,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
         found = model.loss(x)["loss"] - off
     reason = (
         "their forward takes softplus of the log-variance as the deviation, steps along rho before its half step, does"
-        " not cool it, and leaves |gamma|^2 and |eps|^2 out, whose means are constant"
+        " not cool it, and leaves the squares of gamma and eps out, whose means are constant"
     )
     row.deviates(named("loss", off), found, expected, reason, follows="ours")
     left_out = 0.5 * (draws[:, 0] ** 2).sum(2).mean(1).sum()
@@ -60,7 +60,9 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
         row.equal("z_K in get_nll", z, reached[-1])
     with noise(draws):
         found = model.log_likelihood(x, n)
-    reason = "their weight has sqrt(beta_0) |rho_K|^2 in the place of |gamma|^2, the density of rho_0"
+    reason = (
+        "their weight has sqrt(beta_0) times the square of rho_K in the place of that of gamma, the density of rho_0"
+    )
     row.deviates(named("log-likelihood", off), found + off, nll, reason, follows="ours")
     row.equal(named("log-likelihood with their density of rho_0", off), torch.tensor(exchanged) + off, nll)
     # theirs is differentiable before .item()
@@ -78,7 +80,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
             (kept[0], step_D),
         )
     ]
-    reason = "theirs holds the gradient of -log p(x|z) in z constant"
+    reason = "theirs holds the gradient of the likelihood in z constant"
     row.deviates("gradient of the log-likelihood by eps", *gradients, reason, follows="ours")
     potential = model.potential_gradient
     model.potential_gradient = lambda x, z: (potential(x, z) - z).detach() + z

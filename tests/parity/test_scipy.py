@@ -1,5 +1,7 @@
 """Likelihoods and densities on the sphere beside scipy.stats, and torch.distributions where scipy has none."""
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from scipy import stats
 from scipy.differentiate import derivative
 from scipy.integrate import quad
-from scipy.special import expit, logit
+from scipy.special import expit, hyp1f1, logit
 from torch import Tensor
 
 import aezoo
@@ -109,3 +111,42 @@ def test_densities_of_von_mises_and_fisher(compare, d):
     at_zero = stats.vonmises_fisher(mean[0].numpy(), 1e-12).logpdf(z[0].numpy())
     row.equal("log p(z)", model.log_prior(z)[0], at_zero)
     row.equal("kl of vmf", model.kl(mean, kappa[:, None].expand(BATCH, d)), -entropy - at_zero, tolerance=1e-5)
+
+
+class Kummer(torch.autograd.Function):
+    """scipy's 1F1(1/2; b; -s), whose derivative is the next of its kind (https://dlmf.nist.gov/13.3.E15)."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, b: float) -> Tensor:
+        ctx.save_for_backward(s)
+        ctx.b = b
+        return torch.from_numpy(hyp1f1(0.5, b, -s.numpy()))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (s,) = ctx.saved_tensors
+        slope = -0.5 / ctx.b * hyp1f1(1.5, ctx.b + 1, -s.numpy())
+        return gradients[0] * torch.from_numpy(slope), None
+
+
+@pytest.mark.parametrize("d", [2, 5, 24])
+def test_cramer_wold_distance(compare, d):
+    n = 9
+    model = aezoo.create_model("cw_ae", SHAPE, latent_dim=d, hidden_dims=(5,), cw_weight=2.0).double()
+    other, x = copy.deepcopy(model), torch.rand(n, *SHAPE)
+    found, z = model.loss(x), other.encoder(x)
+    c = (4 / (3 * n)) ** 0.4
+    squares = (z[:, None] - z).square().sum(2)
+    within = Kummer.apply(squares / (4 * c), d / 2).mean() / math.sqrt(c)
+    across = Kummer.apply(z.square().sum(1) / (2 + 4 * c), d / 2).mean() / math.sqrt(c + 0.5)
+    distance = (within + 1 / math.sqrt(1 + c) - 2 * across) / (2 * math.sqrt(math.pi))
+    nll = (x - other.decoder(z)).square().sum(1).mean() + 0.5 * SHAPE[0] * math.log(math.pi)
+    expected = nll + 2 * torch.log(distance)
+    row = compare("cw_ae", "scipy", "special.hyp1f1")
+    if d >= 20:
+        reason = "from 20 dimensions on ours has the paper's approximation of 1F1"
+        row.deviates("log_cw in 24 dimensions", found["log_cw"], torch.log(distance), reason, follows="both")
+        return
+    row.equal("log_cw", found["log_cw"], torch.log(distance))
+    row.equal("loss", found["loss"], expected)
+    row.equal_gradients(found["loss"], expected, zip(model.parameters(), other.parameters(), strict=True))

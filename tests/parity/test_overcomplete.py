@@ -90,7 +90,7 @@ def test_archetypal_bounds(compare):
     model.decoder.normalise()
     row = compare("ra_sae", "overcomplete", "RelaxedArchetypalDictionary")
     row.equal("Lambda in its balls", model.decoder.lambda_NX, theirs.Relax)
-    reason = "ours are the nearest shares that sum to 1, theirs relu(W) by its sum; the paper asks for either's set"
+    reason = "ours are the nearest that sum to 1, theirs relu(W) divided by its sum; the paper states only the set"
     row.deviates("shares after a step", model.decoder.shares_NP, theirs.W, reason, follows="both")
 
 

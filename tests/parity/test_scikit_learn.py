@@ -223,15 +223,16 @@ def test_networks_as_regressions(compare, name, activation, settings):
     row.equal("reconstructions", model(seen), back)
     theirs.partial_fit(seen.numpy(), x.numpy())
     reason = "theirs is half the mean squared error, ours the sum over a sample's values"
-    half, constant = "theirs is of half the squared error", d / 2 * math.log(math.pi)
+    constant = d / 2 * math.log(math.pi)
     row.scaled("loss without its constant", found - constant, np.float64(theirs.loss_), 2 * d, reason)
-    # of one step of gradient descent
+    # of one step of gradient descent; unlike the value, it is that of the sum
+    pairs, surrogate = [], torch.zeros(())
     for part, now, was in (("weight", theirs.coefs_, before[0]), ("bias", theirs.intercepts_, before[1])):
-        for i, (new, old, layer) in enumerate(zip(now, was, linears, strict=True), 1):
-            (gradient,) = torch.autograd.grad(found, getattr(layer, part), retain_graph=True)
-            step = torch.from_numpy((old - new) / lr)
-            # unlike its value, their gradient is that of the sum
-            row.scaled(f"gradient of {part} {i}", gradient, step.T if part == "weight" else step, 2, half)
+        for new, old, layer in zip(now, was, linears, strict=True):
+            leaf, gradient = (torch.from_numpy(np.ascontiguousarray(v.T)) for v in (old, (old - new) / lr))
+            surrogate = surrogate + (leaf.requires_grad_(True) * gradient).sum()
+            pairs.append((getattr(layer, part), leaf))
+    row.equal_gradients(found, surrogate, pairs, scale=2, reason="theirs is of half the squared error")
 
 
 # ---- one-class machines ---------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_memory(compare):
     entropy = Categorical(probs=address).entropy().mean()
     expected = cross_entropy(other.decoder(address @ other.memory_ND), x) + 0.3 * entropy
     row = compare("memory_ae", "torch", "nn.functional.cosine_similarity, threshold; distributions.Categorical")
-    row.equal("loss", found["loss"], expected, tolerance=1e-6)
+    row.equal("loss", found["loss"], expected)
     row.equal("entropy", found["entropy"], entropy)
     row.equal_gradients(found["loss"], expected, pairs)
 

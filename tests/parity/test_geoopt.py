@@ -67,12 +67,12 @@ def test_losses_in_the_ball(compare, c):
     row.equal("kl", found["kl"], (log_q - log_p).mean())
     row.equal_gradients(found["loss"], expected, zip(model.parameters(), other.parameters(), strict=True))
     row.equal("codes", model.encode(x), mean)
-    row.equal("draws from q(z|x)", ours, drawn)
-    row.equal("log p(z)", model.log_prior(z.detach()), log_p)
+    row.equal("draws from the posterior", ours, drawn)
+    row.equal("log-density of the prior", model.log_prior(z.detach()), log_p)
     row.equal("distances from the centre", model.ball(z).norm(dim=1), ball.dist0(z))
     row.equal("distances from the mean", model.ball.log(mean, z).norm(dim=1), ball.dist(mean, z))
     with noise([eps]):
         sample = model.sample_prior(BATCH)
     with noise([eps]):
         drawn = ball.wrapped_normal(BATCH, LATENT, mean=origin, std=1.0)
-    row.equal("draws from p(z)", sample, drawn.as_subclass(Tensor))
+    row.equal("draws from the prior", sample, drawn.as_subclass(Tensor))

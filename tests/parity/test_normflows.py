@@ -74,4 +74,4 @@ def test_flow_as_posterior(compare, kind, step):
     row.equal_gradients(found["loss"], expected, zip(model.parameters(), other.parameters(), strict=True))
     ours = model.flow(z0, steps)
     row.equal("codes after the flow", ours[0], z)
-    row.equal("log|det|", ours[1], log_det)
+    row.equal("log-determinant", ours[1], log_det)

@@ -50,8 +50,8 @@ def test_loss_at_equal_draws(compare, d):
     row.equal("loss", found["loss"], expected)
     row.equal("nll", found["nll"], nll.mean())
     row.equal("kl", found["kl"], kl.mean())
-    row.equal("log q(z|x)", model.family.log_prob(z, mean, kappa), q.log_prob(z))
-    row.equal("log p(z)", model.log_prior(z), uniform.log_prob(z))
+    row.equal("log-density of codes", model.family.log_prob(z, mean, kappa), q.log_prob(z))
+    row.equal("log-density of the prior", model.log_prior(z), uniform.log_prob(z))
     decoders = zip(model.decoder.parameters(), other.decoder.parameters(), strict=True)
     row.equal_gradients(found["loss"], expected, decoders, "gradient of the decoder")
     encoders = [*zip(model.encoder.parameters(), other.encoder.parameters(), strict=True)]

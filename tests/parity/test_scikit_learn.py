@@ -106,7 +106,7 @@ def test_mixtures_as_priors(compare, name):
     log_w, means, log_vars = (part.detach() for part in model.mixture())
     theirs = fitted("diag", log_w.exp(), means, log_vars.exp())
     row = compare(name, "scikit-learn", "mixture.GaussianMixture")
-    row.equal("log p(z)", model.log_prior(z), theirs.score_samples(z.numpy()))
+    row.equal("log-density of the prior", model.log_prior(z), theirs.score_samples(z.numpy()))
     shares = model.log_joint(z, torch.zeros_like(z)).softmax(1)
     row.equal("responsibilities", shares, theirs.predict_proba(z.numpy()))
 

@@ -105,11 +105,11 @@ def test_densities_of_von_mises_and_fisher(compare, d):
     theirs = [stats.vonmises_fisher(m, k) for m, k in zip(mean.numpy(), kappa.tolist(), strict=True)]
     row = compare("hyperspherical_vae", "scipy", "stats.vonmises_fisher")
     density = [one.logpdf(at) for one, at in zip(theirs, z.numpy(), strict=True)]
-    row.equal("log q(z|x) of vmf", FAMILIES["vmf"](d).log_prob(z, mean, kappa), np.array(density))
+    row.equal("log-density of codes, vmf", FAMILIES["vmf"](d).log_prob(z, mean, kappa), np.array(density))
     entropy = np.array([one.entropy() for one in theirs])
     # KL to the uniform distribution, whose log-density is the logarithm of the sphere's area with the other sign
     at_zero = stats.vonmises_fisher(mean[0].numpy(), 1e-12).logpdf(z[0].numpy())
-    row.equal("log p(z)", model.log_prior(z)[0], at_zero)
+    row.equal("log-density of the prior", model.log_prior(z)[0], at_zero)
     row.equal("kl of vmf", model.kl(mean, kappa[:, None].expand(BATCH, d)), -entropy - at_zero)
 
 

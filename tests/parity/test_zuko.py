@@ -65,7 +65,7 @@ def test_flow_as_prior(compare, prior, transform):
     row.equal("loss", found["loss"], expected)
     row.equal("kl", found["kl"], kl.mean())
     row.equal_gradients(found["loss"], expected, zip(model.parameters(), other.parameters(), strict=True))
-    row.equal("log p(z)", model.log_prior(z), theirs.log_prob(z))
+    row.equal("log-density of the prior", model.log_prior(z), theirs.log_prob(z))
     with noise([eps]):
         codes = model.sample_prior(BATCH)
-    row.equal("draws from p(z)", codes, flow.inv(eps))
+    row.equal("draws from the prior", codes, flow.inv(eps))

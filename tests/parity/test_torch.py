@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparison import noise
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, MixtureSameFamily, MultivariateNormal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Laplace, MixtureSameFamily, MultivariateNormal, kl_divergence
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
@@ -86,6 +86,20 @@ def test_target_activation(compare):
     row = compare("sparse_ae_kl", "torch", "distributions.kl_divergence")
     row.equal("loss", found["loss"], expected)
     row.equal("sparsity", found["sparsity"], divergence)
+    row.equal_gradients(found["loss"], expected, pairs)
+
+
+def test_laplace_prior(compare):
+    model, other, pairs = create("sparse_ae_l1", l1=0.4)
+    x = torch.rand(BATCH, D)
+    found, h = model.loss(x), other.encoder(x).relu()
+    prior = Laplace(0.0, 1 / 0.4)
+    # up to the density's value at 0
+    penalty = (prior.log_prob(torch.zeros_like(h)) - prior.log_prob(h)).sum(1).mean()
+    expected = cross_entropy(other.decoder(h), x) + penalty
+    row = compare("sparse_ae_l1", "torch", "distributions.Laplace")
+    row.equal("loss", found["loss"], expected)
+    row.equal("l1", found["l1"], penalty / 0.4)
     row.equal_gradients(found["loss"], expected, pairs)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo import AezooError
+from aezoo.distributions import gaussians
 from aezoo.models.variational.cmvae import CMVAE
 from aezoo.models.variational.crmvae import CRMVAE
 from aezoo.models.variational.dmvae import DMVAE
@@ -69,6 +70,37 @@ PRIOR = D.Independent(D.Normal(torch.zeros(CODE).double(), torch.ones(CODE).doub
 def given_noise(patch: pytest.MonkeyPatch, eps: Tensor | None = None) -> None:
     """Have a loss draw this noise, or none."""
     patch.setattr(torch, "randn_like", lambda like: torch.zeros_like(like) if eps is None else eps)
+
+
+def said(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the encoders say, means and log-variances: (B, M, D) each."""
+    of_parts = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(model.sizes, 1), strict=True)]
+    mu, log_var = (torch.stack(values, 1) for values in zip(*of_parts, strict=True))
+    return mu, log_var
+
+
+def assert_same_terms(
+    model: Any, terms: dict[str, Tensor], expected: dict[str, Tensor], unused: tuple[str, ...] = ()
+) -> None:
+    """Values and gradients of all terms by every parameter; one that a term must not reach has the gradient 0.
+
+    Gradients are compared for the loss, which reaches all parameters but those whose names start with one of `unused`,
+    and for a sum of all terms with random weights.
+    """
+    assert terms.keys() == expected.keys()
+    for term, value in expected.items():
+        torch.testing.assert_close(terms[term], value)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    share = torch.randn(len(expected)).double()
+    sums = [(each["loss"], share @ torch.stack([each[term] for term in expected])) for each in (terms, expected)]
+    for which, *both in zip(("the loss", "all terms"), *sums, strict=True):
+        pairs = [
+            torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for each in both
+        ]
+        for name, a, b in zip(names, *pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=lambda m, w=which, n=name: f"{w} by {n}: {m}")
+            assert which != "the loss" or bool(b.any()) != name.startswith(unused), name
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -132,8 +164,11 @@ def test_one_part_mixture_equals_vae_exactly(make: Any, beta: float, training: b
 
 @pytest.mark.parametrize("make", MIXTURES)
 def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) -> None:
+    """Their values and gradients."""
     model, x = small(make, shifted, beta=3.0), images()
-    mu, log_var = model.components(x)
+    mu, log_var = said(model, x)
+    if make is MoPoEVAE:
+        mu, log_var = gaussians.product(mu[:, None], log_var[:, None], model.subsets(3, x.device))
     eps = torch.randn_like(mu)
     with pytest.MonkeyPatch.context() as patch:
         given_noise(patch, eps)
@@ -145,9 +180,9 @@ def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) 
         log_p = D.Bernoulli(probs=model.decode(z), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
         kl.append(D.kl_divergence(q_s, PRIOR) - q_s.log_prob(z) + q.log_prob(z))
-    torch.testing.assert_close(terms["nll"], torch.stack(nll).mean())
-    torch.testing.assert_close(terms["kl"], torch.stack(kl).mean())
-    torch.testing.assert_close(terms["loss"], torch.stack(nll).mean() + 3.0 * torch.stack(kl).mean())
+    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    assert_same_terms(model, terms, expected)
 
 
 @pytest.mark.slow

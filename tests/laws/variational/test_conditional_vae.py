@@ -82,9 +82,12 @@ def test_label_count_must_exceed_one() -> None:
 
 
 def enumeration_law(cls: type[ConditionalVAE]) -> None:
-    """Without a label a sample counts by -log sum_y p(y) w_y of one draw a label, with one it counts by its ELBO."""
+    """Without a label a sample counts by -log sum_y p(y) w_y of one draw a label, with one it counts by its ELBO.
+
+    Gradients of all terms as well.
+    """
     model, x = moved(cls((6,), latent_dim=LATENT, num_classes=K, hidden_dims=(8,)).double()), data()
-    for y in (None, torch.full((5,), -1), torch.tensor([-1, 2, -1, 0, -1])):
+    for y in (None, torch.full((5,), -1), torch.tensor([-1, 2, -1, 0, -1]), torch.tensor([1, 2, 0, 0, 2])):
         nll, kl, ratio = of_every_label(model, x, noise_of(model, x))
         terms = model.loss(x, y)
         bound = ((-nll - ratio).exp() / K).sum(1).log()
@@ -92,10 +95,17 @@ def enumeration_law(cls: type[ConditionalVAE]) -> None:
         for i, label in enumerate([] if y is None else y.tolist()):
             if label >= 0:
                 bound[i], rest[i] = -(nll + kl)[i, label], nll[i, label]
-        torch.testing.assert_close(terms["elbo"], bound.mean())
-        torch.testing.assert_close(terms["loss"], -bound.mean())
-        torch.testing.assert_close(terms["nll"], rest.mean())
-        torch.testing.assert_close(terms["kl"], -(bound + rest).mean())
+        expected = {"elbo": bound, "loss": -bound, "nll": rest, "kl": -(bound + rest)}
+        for term, values in expected.items():
+            torch.testing.assert_close(terms[term], values.mean())
+            pairs = (
+                torch.autograd.grad(
+                    each, [*model.parameters()], retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for each in (terms[term], values.mean())
+            )
+            for a, b in zip(*pairs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 class ClosedForm(ConditionalVAE):

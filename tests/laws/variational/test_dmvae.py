@@ -13,6 +13,7 @@ from multimodal_laws import (  # noqa: F401
     PARTS,
     PRIOR,
     SHAPE,
+    assert_same_terms,
     given_noise,
     images,
     normal,
@@ -73,6 +74,7 @@ def product(experts: list[tuple[Tensor, ...]]) -> D.Independent:
 
 
 def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
+    """Values and gradients of all terms."""
     model, x, eps = small(shifted, beta=3.0), images(), torch.randn(5, 1 + M, C, dtype=torch.float64)
     terms, said = with_noise(model, x, eps), own(model, x)
     private = D.Independent(D.Normal(torch.zeros(P).double(), torch.ones(P).double()), 1)
@@ -87,9 +89,8 @@ def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
         kl.append(D.kl_divergence(q, PRIOR) + kl_w)
     cross = sum(n + 3.0 * k for n, k in zip(nll[1:], kl[1:], strict=True))
     expected = (nll[0] + 3.0 * kl[0] + cross, nll[0], kl[0], -(nll[0] + kl[0]), cross)
-    assert [*terms] and {*terms} == {*TERMS}
-    for term, values in zip(TERMS, expected, strict=True):
-        torch.testing.assert_close(terms[term], values.mean())
+    means = {term: values.mean() for term, values in zip(TERMS, expected, strict=True)}
+    assert_same_terms(model, terms, means)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -24,6 +24,7 @@ from multimodal_laws import (  # noqa: F401
     PRIOR,
     SUBSETS,
     Exact,
+    assert_same_terms,
     experts,
     given_noise,
     images,
@@ -79,9 +80,8 @@ def test_loss_is_joint_elbo_plus_unimodal_kls(shifted: Any) -> None:
     of_parts = zip(model.encoder, x.split(PARTS, 1), strict=True)
     apart = sum(D.kl_divergence(q, normal(*net(part).chunk(2, 1))) for net, part in of_parts)
     kl = D.kl_divergence(q, PRIOR)
-    for term, expected in (("nll", nll), ("kl", kl), ("parts_kl", apart), ("elbo", -(nll + kl))):
-        torch.testing.assert_close(terms[term], expected.mean())
-    torch.testing.assert_close(terms["loss"], (nll + 3.0 * kl + 0.7 * apart).mean())
+    expected = {"loss": nll + 3.0 * kl + 0.7 * apart, "nll": nll, "kl": kl, "parts_kl": apart, "elbo": -(nll + kl)}
+    assert_same_terms(model, terms, {term: values.mean() for term, values in expected.items()})
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -21,6 +21,7 @@ from multimodal_laws import (  # noqa: F401
     PARTS,
     PRIOR,
     SHAPE,
+    assert_same_terms,
     both,
     exact_model,
     given_noise,
@@ -67,8 +68,8 @@ def test_loss_matches_torch_distributions(shifted: Any) -> None:
     nll = -D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1)
     kl, apart = D.kl_divergence(q, PRIOR), sum(D.kl_divergence(q, normal(*expert)) for expert in own)
     expected = (3 - 0.7) / 3 * nll + 3.0 * ((1 - 0.7) * kl + 0.7 / 3 * apart)
-    for term, values in zip(TERMS, (expected, nll, kl, apart, -(nll + kl)), strict=True):
-        torch.testing.assert_close(terms[term], values.mean())
+    means = (values.mean() for values in (expected, nll, kl, apart, -(nll + kl)))
+    assert_same_terms(model, terms, dict(zip(TERMS, means, strict=True)))
 
 
 @pytest.mark.parametrize("training", [True, False])

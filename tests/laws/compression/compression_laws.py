@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import aezoo
 from aezoo.bases import entropy_coded
-from aezoo.bases.entropy_coded import Rounding, SymbolReader
+from aezoo.bases.entropy_coded import AdditiveNoise, Rounding, SymbolReader
 from aezoo.errors import AezooError
 
 NAMES = aezoo.list_models(family="compression")
@@ -217,19 +218,126 @@ def test_checkerboard_anchors_condition_non_anchors_only(name: str, shape: tuple
     assert bool(seen[model.anchors].all()) and not bool(seen[model.others].any())
 
 
-@pytest.mark.parametrize("name", IN_TURN)
+# ---- gradients, in training and with the same noise ------------------------------------------------------------------
+
+
+def slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Gradients, 0 where the value does not depend on an input."""
+    return [*torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)]
+
+
+def along(value: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """The derivative along a direction, by autograd."""
+    parts = [(slope * d).sum() for slope, d in zip(slopes(value, inputs), directions, strict=True)]
+    return torch.stack(parts).sum()
+
+
+@torch.no_grad()
+def by_differences(values: Callable[[], Tensor], inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """The derivatives of several values along a direction, by central differences."""
+    found, step = [], 1e-6
+    for amount in (step, -step):
+        for tensor, d in zip(inputs, directions, strict=True):
+            tensor.add_(d, alpha=amount)
+        torch.manual_seed(0)
+        found.append(values())
+        for tensor, d in zip(inputs, directions, strict=True):
+            tensor.sub_(d, alpha=amount)
+    return (found[0] - found[1]) / (2 * step)
+
+
+def by_network(model: Any) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        found.setdefault(name.split(".")[0], []).append(p)
+    return found
+
+
+def both_terms(model: Any, x: Tensor) -> Tensor:
+    terms = model.loss(x)
+    return torch.stack([terms["rate"], terms["nll"]])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_rate_and_distortion_train_expected_networks(name: str) -> None:
     model = small(name).train()
-    terms = model.loss(data())
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    rate, nll = both_terms(model, data())
 
-    def trained(term: str) -> set[str]:
-        slopes = torch.autograd.grad(terms[term], parameters, retain_graph=True, allow_unused=True)
-        found = zip(names, slopes, strict=True)
-        return {name.split(".")[0] for name, slope in found if slope is not None and bool((slope != 0).any())}
+    def trained(value: Tensor) -> set[str]:
+        found = set()
+        for network, parameters in by_network(model).items():
+            if any(bool((slope != 0).any()) for slope in slopes(value, parameters)):
+                found.add(network)
+        return found
 
-    assert trained("rate") == {"encoder", "hyper_encoder", "hyper_decoder", "density", "context"}
-    assert trained("nll") == {"encoder", "decoder"}
+    entropy = {"density", "hyper_encoder", "hyper_decoder", "context", "contexts", "across"} & by_network(model).keys()
+    gains = {"log_gain_SM", "log_inverse_SM"} & by_network(model).keys()
+    assert trained(rate) == {"encoder", *entropy} | gains - {"log_inverse_SM"}
+    assert trained(nll) == {"encoder", "decoder", *gains}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_both_terms_are_finite_differences(name: str) -> None:
+    """For each network, along a random direction: a path that passes no gradient would be missing from one of them."""
+    model, x = small(name).train(), data(2)
+    torch.manual_seed(0)
+    terms = both_terms(model, x)
+    paths = [(parameters, [torch.randn_like(p) for p in parameters]) for parameters in by_network(model).values()]
+    found = torch.stack([torch.stack([along(term, *path) for term in terms]) for path in paths])
+    expected = torch.stack([by_differences(lambda: both_terms(model, x), *path) for path in paths])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "factorized_prior"])
+def test_side_information_passes_gradients_to_code(name: str) -> None:
+    """Through its rate, and through the parameters of the code that it gives."""
+    model = small(name).train()
+    y = model.encoder(data(2)).detach().requires_grad_()
+    weight, direction = torch.randn_like(model.code_side(AdditiveNoise(), y, 2)), [torch.randn_like(y)]
+
+    def values() -> Tensor:
+        coder = AdditiveNoise()
+        given = model.code_side(coder, y, 2)
+        return torch.stack([coder.rate_B.sum(), (given * weight).sum()])
+
+    torch.manual_seed(0)
+    found = torch.stack([along(value, [y], direction) for value in values()])
+    assert bool((found != 0).all())
+    torch.testing.assert_close(found, by_differences(values, [y], direction), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IN_STEPS)
+def test_rate_passes_gradients_to_itself_and_earlier_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With given side information: anchors before the others, group after group of channels, or place after place."""
+    model = small(name).train()
+    y = model.encoder(data(1)).detach().requires_grad_()
+    side = model.code_side(AdditiveNoise(), y, 1).detach()
+    monkeypatch.setattr(model, "code_side", lambda *_: side)
+    coloured = [model.anchors, model.others] if name not in IN_TURN else torch.arange(math.prod(model.grid)).split(1)
+    channels = torch.arange(model.code_shape[0]).split(model.groups if name == "elic" else model.code_shape[0])
+    directions = []
+    for group, places in itertools.product(channels, coloured):
+        part = torch.zeros_like(y).flatten(2)
+        part[:, group[:, None], places] = torch.randn(1, len(group), len(places), dtype=y.dtype)
+        directions.append(part.view_as(y))
+
+    def rates() -> Tensor:
+        found: list[Tensor] = []
+
+        class Watching(AdditiveNoise):
+            def add_rate(self, v: Tensor, distribution: Any) -> None:
+                rate = -distribution.log_mass(v).sum((0, 1))
+                found.append(rate.flatten() if name in IN_TURN else rate.sum()[None])
+
+        model.code_latents(Watching(), y, 1)
+        return torch.cat(found)
+
+    torch.manual_seed(0)
+    jacobian = torch.stack([slopes(value, [y])[0].flatten() for value in rates()])
+    found = jacobian @ torch.stack(directions).flatten(1).T
+    expected = torch.stack([by_differences(rates, [y], [d]) for d in directions], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found != 0, torch.ones_like(found).tril().bool())
 
 
 @pytest.mark.slow

@@ -1,0 +1,220 @@
+"""Vision transformers of transformers (Wolf et al. 2019) with our weights: masked images, and blocks on tokens.
+
+Source: https://github.com/huggingface/transformers. Attention ignores its class token, which the models here lack.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from comparison import copy_parameters, seeded
+from torch import Tensor, nn
+from transformers import (
+    IJepaConfig,
+    IJepaModel,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
+
+import aezoo
+from aezoo.nets import vit
+
+SHAPE, PATCH, WIDTH, DEPTH, PATCHES = (3, 16, 16), 4, 64, 2, 16
+VALUES = math.prod(SHAPE)
+SETTINGS = {
+    "image_size": 16, "patch_size": PATCH, "num_channels": 3, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2, "intermediate_size": 4 * WIDTH, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+    "encoder_stride": PATCH, "attn_implementation": "sdpa",
+}  # fmt: skip
+SUMS = "a sum over the values of a sample, where theirs is a mean"
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def ours(name: str, **settings: Any) -> Any:
+    model = aezoo.create_model(name, SHAPE, patch_size=PATCH, width=WIDTH, depth=DEPTH, **settings).double()
+    with torch.no_grad():
+        for p in model.parameters():  # norms with weight 1 and biases of 0 would hide mistakes
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def copy_blocks(blocks: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Pairs:
+    """Copy our blocks and the normalisation behind them; gives the pairs of parameters."""
+    *ours, last = blocks.children()
+    parameters = copy_parameters(last, norm)
+    for a, b in zip(ours, layers, strict=True):
+        attention = b.attention
+        for x, y in (
+            (a.norm_1, b.layernorm_before), (a.norm_2, b.layernorm_after), (a.attention.out, attention.o_proj),
+            (a.mlp[0], b.mlp.fc1), (a.mlp[2], b.mlp.fc2),
+        ):  # fmt: skip
+            parameters += copy_parameters(x, y)
+        weight, bias = (p.detach().clone().requires_grad_() for p in (a.attention.qkv.weight, a.attention.bias_q))
+        # keys and values have no bias here
+        for part, rows in zip((attention.q_proj, attention.k_proj, attention.v_proj), weight.chunk(3), strict=True):
+            del part.weight, part.bias
+            part.weight, part.bias = rows, None
+        attention.q_proj.bias = bias
+        parameters += [(a.attention.qkv.weight, weight), (a.attention.bias_q, bias)]
+    return parameters
+
+
+def without_class_token(samples: int, patches: int) -> Tensor:
+    return torch.ones(samples, 1 + patches, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
+
+
+class WithoutClassToken(nn.Module):
+    """A layer of a decoder, which hands no mask to it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens, without_class_token(*tokens.shape[:1], tokens.shape[1] - 1)[:, None, None])
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_masked_autoencoder(compare, norm_pix):
+    model = ours("mae", decoder_width=32, decoder_depth=1, norm_pix=norm_pix)
+    config = ViTMAEConfig(
+        **SETTINGS, mask_ratio=0.75, norm_pix_loss=norm_pix, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=1, decoder_intermediate_size=4 * 32,
+    )  # fmt: skip
+    other = ViTMAEForPreTraining(config)
+    encoder, decoder = other.vit, other.decoder
+    embed, blocks, _ = model.encoder.children()
+    params = copy_parameters(embed[1], encoder.embeddings.patch_embeddings.projection)
+    encoder.embeddings.position_embeddings.data[:, 1:] = embed[2].table_ND
+    params += copy_blocks(blocks, encoder.layers, encoder.layernorm)
+    params += copy_parameters(model.decoder.embed, decoder.decoder_embed)
+    decoder.decoder_pos_embed.data[:, 1:] = model.decoder.positions.table_ND
+    decoder.mask_token.data[:] = model.decoder.mask_token
+    params.append((model.decoder.mask_token, decoder.mask_token))
+    params += copy_blocks(model.decoder.blocks, decoder.decoder_layers, decoder.decoder_norm)
+    decoder.decoder_layers = nn.ModuleList(map(WithoutClassToken, decoder.decoder_layers))
+    # the values of a patch are channel by channel here, place by place there
+    for key in ("weight", "bias"):
+        mine = getattr(model.decoder.out, key)
+        copied = mine.detach().clone().requires_grad_()
+        delattr(decoder.decoder_pred, key)
+        setattr(decoder.decoder_pred, key, copied.unflatten(0, (3, PATCH, PATCH)).movedim(0, 2).flatten(0, 2))
+        params.append((mine, copied))
+    x = torch.rand(3, *SHAPE)
+    with seeded(1):
+        found = model.loss(x)
+    with seeded(1):
+        noise = torch.rand(3, PATCHES)
+    theirs = other(x, noise=noise, attention_mask=without_class_token(3, PATCHES // 4))
+    with_reference = compare("mae", "transformers", "ViTMAEForPreTraining" + (", norm_pix_loss" if norm_pix else ""))
+    # of the density of variance 1/2
+    squared = found["nll"] - VALUES / 2 * math.log(math.pi)
+    with_reference.scaled("nll without its constant", squared, theirs.loss, VALUES, SUMS)
+    with_reference.equal_gradients(squared, theirs.loss, params, "gradient of nll", VALUES, SUMS)
+    encoder.config.mask_ratio = 0.0
+    order = torch.arange(PATCHES, dtype=torch.float64).expand(3, -1)
+    tokens = encoder(x, noise=order, attention_mask=without_class_token(3, PATCHES)).last_hidden_state
+    with_reference.equal("code", model.encode(x).flatten(2).mT, tokens[:, 1:])
+    patches = other.patchify(x).unflatten(2, (PATCH, PATCH, 3)).movedim(4, 2).flatten(2)
+    with_reference.equal("patches", model.decoder.patchify(x), patches)
+
+
+def test_simple_masked_image_modelling(compare):
+    model = ours("simmim")
+    other = ViTForMaskedImageModeling(ViTConfig(**SETTINGS))
+    encoder = other.vit
+    embed, (place, blocks), _ = model.encoder.children()
+    params = copy_parameters(embed[1], encoder.embeddings.patch_embeddings.projection)
+    encoder.embeddings.position_embeddings.data[:, 1:] = place.table_ND
+    encoder.embeddings.mask_token.data[:] = model.mask_token
+    params.append((model.mask_token, encoder.embeddings.mask_token))
+    params += copy_blocks(blocks, encoder.layers, encoder.layernorm)
+    params += copy_parameters(model.head, other.decoder[0])
+    x = torch.rand(3, *SHAPE)
+    with seeded(1):
+        found = model.loss(x)
+    with seeded(1):
+        place_in_order = torch.rand(3, PATCHES).argsort(1).argsort(1)
+    masked, seen = place_in_order >= PATCHES - int(0.6 * PATCHES), without_class_token(3, PATCHES)
+    theirs = other(x, bool_masked_pos=masked, attention_mask=seen)
+    with_reference = compare("simmim", "transformers", "ViTForMaskedImageModeling")
+    absolute = found["nll"] - VALUES * math.log(2)
+    with_reference.scaled("nll without its constant", absolute, theirs.loss, VALUES, SUMS)
+    with_reference.equal_gradients(absolute, theirs.loss, params, "gradient of nll", VALUES, SUMS)
+    tokens = encoder(x, attention_mask=seen).last_hidden_state[:, 1:]
+    with_reference.equal("code", model.encode(x).flatten(2).mT, tokens)
+
+
+def test_encoder_of_joint_embeddings(compare):
+    model = ours("ijepa")
+    other = IJepaModel(IJepaConfig(**SETTINGS))
+    embed, blocks, _ = model.context.children()
+    params = copy_parameters(embed[1], other.embeddings.patch_embeddings.projection)
+    other.embeddings.position_embeddings.data[:] = embed[2].table_ND
+    params += copy_blocks(blocks, other.layers, other.layernorm)
+    model.encoder.update_from(model.context, torch.tensor(1.0))
+    x, seen = torch.rand(3, *SHAPE), torch.rand(3, PATCHES) < 0.6
+    with_reference = compare("ijepa", "transformers", "IJepaModel")
+    with_reference.equal("code", model.encode(x).flatten(2).mT, other(x).last_hidden_state)
+    found = vit.attend_to_visible(blocks, embed(x), seen)
+    theirs = other(x, attention_mask=seen).last_hidden_state
+    with_reference.equal("tokens of a context", found[seen], theirs[seen])
+    weight = torch.randn_like(found[seen])
+    with_reference.equal_gradients(
+        (found[seen] * weight).sum(), (theirs[seen] * weight).sum(), params, "gradient of the context's tokens"
+    )
+
+
+class Tokens(nn.Module):
+    """Gives tokens in place of an image's."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Conv2d(1, 1, 1)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.tokens
+
+
+@pytest.mark.parametrize("name", ["titok", "maetok"])
+def test_tokens_without_a_grid(compare, name):
+    model = ours(name, n_tokens=5, decoder_width=WIDTH, decoder_depth=DEPTH).eval()
+    with_reference = compare(name, "transformers", "ViTModel")
+    x = torch.rand(3, *SHAPE)
+    encoder, decoder = model.encoder, model.decoder
+    z = torch.randn(3, *model.code_shape)
+    patches = encoder.embed(x) + encoder.position_PW
+    before = {
+        "encoder": torch.cat([encoder.latent_NW.expand(3, -1, -1), patches], 1),
+        "decoder": torch.cat(
+            [decoder.embed(z.mT) + decoder.place_NW, (decoder.mask_W + decoder.position_PW).expand(3, -1, -1)], 1
+        ),
+    }
+    after = {}
+    for part, tokens in before.items():
+        other = ViTModel(ViTConfig(**SETTINGS), add_pooling_layer=False)
+        blocks = getattr(model, part).blocks
+        params = copy_blocks(blocks, other.layers, other.layernorm)
+        other.embeddings = Tokens(tokens)
+        after[part] = other(x).last_hidden_state
+        found = blocks(tokens)
+        with_reference.equal(f"tokens of the {part}", found, after[part])
+        weight = torch.randn_like(found)
+        # with all that makes the tokens, too
+        inputs = [
+            p for key, p in getattr(model, part).named_parameters() if not key.startswith(("blocks", "out", "bias"))
+        ]
+        params += [(p, p) for p in inputs]
+        with_reference.equal_gradients(
+            (found * weight).sum(), (after[part] * weight).sum(), params, f"gradient of the {part}'s tokens"
+        )
+    code = encoder.out(after["encoder"][:, :5]).mT + encoder.bias_DN
+    with_reference.equal("encoder's output", encoder(x), code)
+    patches = decoder.out(after["decoder"][:, 5:])
+    with_reference.equal("decoder's output", model.decoder(z), decoder.patchify.inverse(patches))

@@ -11,7 +11,7 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.nets.blocks import adversarial
 from aezoo.nets.blocks.adversarial import call_frozen, gradient_only, value_and_grad
-from aezoo.nets.blocks.features import FeatureDistance
+from aezoo.nets.blocks.features import FeatureDistance, default_features
 from aezoo.training.limits import check_at_least
 
 
@@ -30,7 +30,10 @@ class PerceptualAdversarial(Autoencoder):
     """A model with the losses R, L_G and L_D of vqgan; its constructor calls `build_adversarial_losses`.
 
     Args:
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights; VGG takes images alone.
+        features: what P compares: lpips, the learned similarity of images that the authors use; random, a network with
+            random weights; vgg16, vgg19 or the path of a .pth file of VGG weights, for images; none. auto takes lpips
+            if torch.hub has torchvision's weights of vgg16 on this machine and images are at least 16 x 16 with 1 or 3
+            channels, else random.
         perceptual_weight: w_P.
         discriminator_weight: w_D.
         discriminator_start: optimiser steps before the discriminator counts.
@@ -46,7 +49,7 @@ class PerceptualAdversarial(Autoencoder):
         self,
         input_shape: tuple[int, ...],
         *,
-        features: str = "random",
+        features: str = "auto",
         perceptual_weight: float = 1.0,
         discriminator_weight: float = 0.8,
         discriminator_start: int = 0,
@@ -55,6 +58,10 @@ class PerceptualAdversarial(Autoencoder):
         **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, **kwargs)
+        if features == "auto":
+            features = default_features(self.input_shape)
+            if "features" in self.hparams:  # a checkpoint keeps the choice
+                self.update_hyperparameters(features=features)
         self.features = features
         self.perceptual_weight = perceptual_weight
         self.discriminator_weight = discriminator_weight

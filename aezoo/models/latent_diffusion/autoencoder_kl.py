@@ -4,16 +4,19 @@ The code is a feature map, on which a diffusion model can be trained; in nats pe
 
     L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G     R = E_q[-log p(x|z)] + w_P X P(x, xhat)
     q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)     KL and -log p are sums over all values
-    P = sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)     F_l the n_l activations of layer l, see perceptual_vae
+    P = sum_l mean_i sum_c w_lc (u_lic(x) - u_lic(xhat))^2     LPIPS, u_li = F_li / ||F_li||: features of place i
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
 
 From discriminator_start steps on, L_G and L_D enter the loss, through their gradients only: lambda changes from batch
-to batch, and L_D belongs to the other player. Without them and P, and with beta = 1, L is -ELBO. beta = 1e-6 is meant
-for sums of values, as in https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of
-X values, and the likelihood's scale divides it. Such a small beta leaves q(z) far from p(z), which `elbo` and
-`log_likelihood` use. `standardiser` has mean and standard deviation of each channel over some 100 batches; `sample`
-rescales draws by it.
+to batch, and L_D belongs to the other player. F are activations of a trained VGG-16 and w the weights of LPIPS (Zhang
+et al. 2018, https://arxiv.org/abs/1801.03924). If VGG-16's weights are not on this machine, or do not take the data, P
+is the distance of perceptual_vae in a network with random weights; `features` chooses.
+
+Without L_G, L_D and P, and with beta = 1, L is -ELBO. beta = 1e-6 is meant for sums of values, as in
+https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of X values, and the
+likelihood's scale divides it. Such a small beta leaves q(z) far from p(z), which `elbo` and `log_likelihood` use.
+`standardiser` has mean and standard deviation of each channel over some 100 batches; `sample` rescales draws by it.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """

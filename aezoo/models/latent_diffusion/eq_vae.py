@@ -32,7 +32,6 @@ class EQVAE(AutoencoderKL, steps_differ=True):
     Args:
         input_shape: (C, H, W), of any size.
         equivariance: p, share of steps that compare a rotated, shrunken image with the decoding of its code under tau.
-        features: none, random, vgg16, vgg19 or the path of a .pth file of VGG weights.
         discriminator_start: optimiser steps before the discriminator counts.
         net: resnet, conv, convnext, conv_keras, gdn or dc.
         **kwargs: see `AutoencoderKL`.

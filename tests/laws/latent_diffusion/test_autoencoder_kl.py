@@ -2,11 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributions as D
+import torchvision
 from latent_diffusion_laws import (  # noqa: F401
     NETS,
     SHAPE,
@@ -21,12 +24,15 @@ from latent_diffusion_laws import (  # noqa: F401
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from two_ranks import on_two_ranks
 
 import aezoo
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import save_model
 from aezoo.nets.blocks.adversarial import last_layer_vjp
 from aezoo.nets.blocks.features import FeatureDistance
+from aezoo.nets.blocks.pretrained import cached_file
 from aezoo.testing import SharedNoise
 from aezoo.training.seeding import mix
 
@@ -94,6 +100,50 @@ def test_perceptual_distance_is_scaled_by_number_of_values() -> None:
     summed = ((x - x_hat).abs() + distance[:, None, None, None]).sum() / len(x)
     torch.testing.assert_close(terms["nll"] + terms["perceptual"] - X * math.log(2), summed)
     torch.testing.assert_close(terms["loss"], terms["nll"] + terms["perceptual"] + 1e-6 * terms["kl"])
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torchvision's weights of VGG-16 lie once they are fetched; the folder is empty."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return cached_file("vgg16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lpips_matches_torchmetrics(channels: int, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    # without the classifier, which has nine tenths of the weights
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: SimpleNamespace(features=layers))
+    reference = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True, reduction="none")
+    torch.save({f"features.{key}": value for key, value in layers.state_dict().items()}, hub)
+    x, y = (torch.rand(2, channels, 16, 17, requires_grad=i == 0) for i in (0, 1))
+    found = FeatureDistance("lpips", (channels, 16, 17))(x, y)
+    expected = reference(x.expand(2, 3, -1, -1), y.expand(2, 3, -1, -1))
+    torch.testing.assert_close(found, expected)
+    slopes = (torch.autograd.grad(value.sum(), x)[0] for value in (found, expected))
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_lpips_is_the_default_where_its_weights_are(hub: Path, tmp_path: Path) -> None:
+    small, other = {"hidden_dims": (4,)}, [(1, 15, 16), (2, 16, 16), (1, 64)]
+    assert {aezoo.create_model("vqgan", shape, **small).features for shape in [(3, 16, 16), *other]} == {"random"}
+    hub.touch()
+    assert {aezoo.create_model("vqgan", shape, **small).features for shape in other} == {"random"}
+    model: Any = aezoo.create_model("vqgan", (3, 16, 16), **small)
+    assert model.features == "lpips"
+    saved = save_model(model, tmp_path / "saved")
+    hub.unlink()
+    loaded: Any = aezoo.load_model(saved)
+    assert loaded.features == "lpips"
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(loaded(x), model(x))
+    with pytest.raises(aezoo.AezooError, match=r"torchvision.models.vgg16\(weights='DEFAULT'\)"):
+        loaded.loss(x)
+    with pytest.raises(aezoo.AezooError, match="at least 16 x 16"):
+        FeatureDistance("lpips", (1, 15, 16)).read()
 
 
 def test_feature_distance_matches_perceptual_vae() -> None:

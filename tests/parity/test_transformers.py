@@ -11,6 +11,8 @@ import torch
 from comparison import copy_parameters, seeded
 from torch import Tensor, nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     IJepaConfig,
     IJepaModel,
     ViTConfig,
@@ -218,3 +220,65 @@ def test_tokens_without_a_grid(compare, name):
     with_reference.equal("encoder's output", encoder(x), code)
     patches = decoder.out(after["decoder"][:, 5:])
     with_reference.equal("decoder's output", model.decoder(z), decoder.patchify.inverse(patches))
+
+
+def transposed(linear: nn.Linear, other: nn.Module, params: Pairs) -> None:
+    """Copy a linear layer to GPT-2's, whose weight has its inputs first, without a bias where ours has none."""
+    weight = linear.weight.detach().clone().requires_grad_()
+    del other.weight
+    other.weight = weight.T
+    params.append((linear.weight, weight))
+    if linear.bias is None:
+        other.bias.data.zero_()
+    else:
+        params += copy_parameters(nn.ParameterList([linear.bias]), nn.ParameterList([other.bias]))
+
+
+def test_prior_over_indices(compare):
+    codes, width, tokens = 11, 32, 16
+    model: Any = aezoo.create_model(
+        "index_transformer", SHAPE, width=width, depth=2, dropout=0.0,
+        tokenizer={"model": "vq_vae", "codebook_size": codes, "hidden_dims": (8, 8), "data_init": False},
+    ).double().eval()  # fmt: skip
+    config = GPT2Config(
+        vocab_size=codes + 1, n_positions=tokens + 1, n_embd=width, n_layer=2, n_head=2, activation_function="gelu",
+        attn_implementation="sdpa", tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    other = GPT2LMHeadModel(config).eval()
+    other.config.vocab_size = codes  # of its loss
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        book = model.tokenizer.quantiser.code_KD
+        book.copy_(model.tokenizer.encoder(torch.rand(8, *SHAPE)).movedim(1, -1).flatten(0, -2)[:codes])
+    body, params = other.transformer, []
+    vectors, start, position = (
+        p.detach().clone().requires_grad_() for p in (model.book_QKW, model.start_W, model.position_TW)
+    )
+    params += [(model.book_QKW, vectors), (model.start_W, start), (model.position_TW, position)]
+    # the start is a token of its own, which is never predicted
+    del body.wte.weight, other.lm_head.weight, body.wpe.weight
+    body.wte.weight, other.lm_head.weight = torch.cat([vectors[0], start[None]]), vectors[0]
+    body.wpe.weight = torch.cat([position, torch.zeros(1, width)])
+    _, *blocks, norm = model.blocks
+    params += copy_parameters(norm, body.ln_f)
+    for a, b in zip(blocks, body.h, strict=True):
+        params += copy_parameters(a.norm, b.ln_1) + copy_parameters(a.mlp[0], b.ln_2)
+        transposed(a.qkv, b.attn.c_attn, params)
+        transposed(a.out, b.attn.c_proj, params)
+        transposed(a.mlp[1], b.mlp.c_fc, params)
+        transposed(a.mlp[3], b.mlp.c_proj, params)
+    x = torch.rand(5, *SHAPE)
+    index = model.encode_indices(x).flatten(1)
+    with_start = torch.cat([torch.full((5, 1), codes), index], 1)
+    theirs = other(with_start, labels=with_start)
+    found = model.loss(x)
+    with_reference = compare("index_transformer", "transformers", "GPT2LMHeadModel")
+    with_reference.equal("logits", model.token_logits(index), theirs.logits[:, :-1])
+    following = model.incremental_logits()
+    step_by_step = torch.stack([following(index, t) for t in range(tokens)], 1)
+    with_reference.equal("logits of one token after another", step_by_step, theirs.logits[:, :-1])
+    why = "a sum over the indices of a sample, where theirs is a mean"
+    with_reference.scaled("nll of the indices", found["nll"], theirs.loss, tokens, why)
+    with_reference.equal_gradients(found["nll"], theirs.loss, params, "gradient of nll", tokens, why)

@@ -18,6 +18,11 @@ https://github.com/CompVis/latent-diffusion, where P counts X times, as it is ad
 likelihood's scale divides it. Such a small beta leaves q(z) far from p(z), which `elbo` and `log_likelihood` use.
 `standardiser` has mean and standard deviation of each channel over some 100 batches; `sample` rescales draws by it.
 
+The authors' optimiser leaves out the scale b of the Laplace density (`logvar`), which stays at 1, as with likelihood
+laplace. laplace:learned trains it: as b falls towards the mean absolute error, -log p weighs 1 / b times more beside P
+and KL. In 400 steps on mnist5k (two seeds, hidden_dims 8 and 16, no discriminator) b fell to 0.66; absolute errors were
+4 % smaller than with b = 1, P 1 to 2 % smaller, and the KL 1 to 3 % larger.
+
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
 
@@ -58,7 +63,8 @@ class AutoencoderKL(
         discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data, see vae; laplace:learned is the paper's absolute error.
+        likelihood: how outputs are compared with data, see vae; laplace is the authors' absolute error, and
+            laplace:learned also trains its scale.
         lr: learning rate of encoder and decoder.
         **kwargs: see `VAE` and `PerceptualAdversarial`.
     """

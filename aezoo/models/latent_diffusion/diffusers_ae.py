@@ -9,7 +9,8 @@ here. The objective is the zoo's, in nats per sample; it depends on the kind of 
 
 All terms are sums over the values of a sample or a code. `encode` gives the same as in diffusers: mu of a Gaussian
 code, and for VQModel the z that `decode` maps to e_k, without a scale factor for diffusion models. With a small beta
-codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one.
+codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one. laplace:learned trains a
+scale that the authors of latent diffusion keep at 1, see autoencoder_kl.
 
 Shapes: B batch, D channels of a code, (H, W) its places.
 """

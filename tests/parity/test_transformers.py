@@ -3,6 +3,7 @@
 Source: https://github.com/huggingface/transformers. Attention ignores its class token, which the models here lack.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from comparison import copy_parameters, seeded
 from torch import Tensor, nn
 from transformers import (
+    FlavaImageCodebook,
+    FlavaImageCodebookConfig,
+    FlavaImageProcessor,
     GPT2Config,
     GPT2LMHeadModel,
     IJepaConfig,
@@ -282,3 +286,31 @@ def test_prior_over_indices(compare):
     why = "a sum over the indices of a sample, where theirs is a mean"
     with_reference.scaled("nll of the indices", found["nll"], theirs.loss, tokens, why)
     with_reference.equal_gradients(found["nll"], theirs.loss, params, "gradient of nll", tokens, why)
+
+
+@pytest.mark.parametrize("name", ["gumbel_vq_vae", "dvae"])
+def test_codes_by_logits(compare, name):
+    model: Any = aezoo.create_model(name, SHAPE, codebook_size=11, hidden_dims=(8, 8)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    # the codebook of DALL-E, with our encoder in place of its convolutions
+    other = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=11))
+    other.blocks = copy.deepcopy(model.encoder)
+    x = torch.rand(4, *SHAPE)
+    with_reference = compare(name, "transformers", "FlavaImageCodebook")
+    logits = model.encoder(x)
+    with_reference.equal("indices", model.encode_indices(x)[:, 0], other.get_codebook_indices(x))
+    shares = other.get_codebook_probs(x)
+    kl = (shares * (shares * 11).log()).flatten(1).sum(1).mean()
+    params = [*zip(model.encoder.parameters(), other.blocks.parameters(), strict=True)]
+    with seeded():
+        found = model.loss(x)
+    with_reference.equal("KL of the probabilities from uniform ones", found["kl"], kl)
+    with_reference.equal_gradients(found["kl"], kl, params, "gradient of the KL")
+    with_reference.equal("logits", logits, other(x))
+    if name == "dvae":
+        mapped = FlavaImageProcessor().map_pixels(x)
+        with_reference.equal(
+            "data on the scale of the logit-Laplace", model.likelihood.params_from_mean(x), mapped.logit()
+        )

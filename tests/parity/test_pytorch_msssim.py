@@ -49,15 +49,14 @@ def test_multiscale_similarity(compare, channels):
     win = window(WINDOW, channels)
     similarity = model.ms_ssim(x_hat, x)
     border = (
-        "theirs has windows inside the image only; here they also lie on its reflected border at the coarsest scale"
+        "theirs has windows inside the image only; here, at the coarsest scale, they also lie on its reflected border, "
+        "of which the paper says nothing"
     )
     colour = (
         "; it also takes powers and product for each channel, where here a scale's similarity is that of all channels"
     )
-    with_reference.deviates(
-        "MS-SSIM", similarity, pytorch_msssim.ms_ssim(x_hat, x, **RANGE, **win), border + colour * (channels > 1),
-        follows="theirs" if channels == 1 else "both",
-    )  # fmt: skip
+    theirs = pytorch_msssim.ms_ssim(x_hat, x, **RANGE, **win)
+    with_reference.deviates("MS-SSIM", similarity, theirs, border + colour * (channels > 1), follows="both")
     # of theirs at each scale
     product, a, b = torch.ones(2), x_hat, x
     for m, exponent in enumerate(EXPONENTS):

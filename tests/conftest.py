@@ -36,6 +36,8 @@ def _processor() -> str:
 # inductor takes kernels for AVX2 and AVX512 from the same place in its cache, and those of the other crash the process
 _CACHE = Path(tempfile.gettempdir(), f"inductor-{getpass.getuser()}-{_processor()}")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_CACHE)
+# defaults depend on the weights that torch.hub has downloaded, see `features=auto`
+os.environ["TORCH_HOME"] = str(Path(tempfile.gettempdir(), "aezoo-tests-without-weights"))
 
 
 def pytest_addoption(parser):

@@ -340,7 +340,8 @@ def test_small_sample_counts_are_supported(cls, n):
 
 
 def test_pandas_frames_are_supported():
-    pd = pytest.importorskip("pandas")
+    import pandas as pd
+
     X = pd.DataFrame(gaussian(40), columns=list("abcdef"), index=range(100, 140))
     model = AutoencoderTransformer(**FEW).set_output(transform="pandas").fit(X)
     codes = model.transform(X)

@@ -188,7 +188,6 @@ print(quantisers_row.peak_mb(work, torch.device("cpu")))
 @pytest.mark.parametrize("kind", quantisers.KINDS)
 def test_both_implementations_give_equal_results(kind):
     """Codes, gradients and what moving averages become, against vector-quantize-pytorch."""
-    pytest.importorskip(quantisers_row.PEER)
     torch.manual_seed(0)
     (spec,) = quantisers.plan(quantisers.parse_arguments(["--kinds", kind, "--codes", "64", "--dim", "6"]), "cpu")
     ours, theirs = quantisers_row.build_pair(kind, 64, spec["row"]["dim"])

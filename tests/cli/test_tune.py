@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 
@@ -18,7 +19,6 @@ from aezoo.cli import tune
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 
-optuna = pytest.importorskip("optuna")
 STUDY = Path("runs/vae-digits-tune")
 BASE = ["tune", "--model=vae", "--data=digits"]
 LR = "--search.model.lr=log:1e-4:1e-1"

@@ -44,8 +44,8 @@ def write(path, x, y):
         lines += [f"{row[0]!r},{row[1]!r},{label},{row[2]!r}" for row, label in zip(x.tolist(), y, strict=True)]
         path.write_text("\n".join(lines) + "\n")
     else:
-        pandas = pytest.importorskip("pandas")
-        pytest.importorskip("pyarrow")
+        import pandas
+
         frame = pandas.DataFrame(x, columns=["a", "b", "c"])
         frame["label"] = y
         frame.to_parquet(path)
@@ -91,8 +91,8 @@ def test_pt_file_contents_are_recognised(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    import pandas
+
     x = vectors(20, 2)
     frame = pandas.DataFrame(x, columns=["a", "b"])
     frame.insert(1, "fraud", ["yes", "no"] * 10)
@@ -118,8 +118,8 @@ def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize("labels", [["b", None, "a", "a", "b", None], [7, 3, None, 3, 7, 7], [1, -1, None, -1, 1, 1]])
 def test_empty_label_cells_mean_unlabelled_rows(tmp_path, kind, labels):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    import pandas
+
     frame = pandas.DataFrame({"a": np.arange(6.0) / 5, "label": labels})
     path = tmp_path / f"d.{kind}"
 
@@ -336,7 +336,8 @@ def test_labels_of_any_kind():
 )
 @pytest.mark.parametrize("kind", ["plain", "category", "nullable", "objects"])
 def test_pandas_label_dtypes_are_supported(y, names, numbers, kind):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     held = pandas.Series(y)
     held = {"category": held.astype("category"), "nullable": held.convert_dtypes(), "objects": held.astype(object)}.get(
         kind, held
@@ -350,7 +351,8 @@ def test_pandas_label_dtypes_are_supported(y, names, numbers, kind):
 
 
 def test_dataframe_column_names_are_used():
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     frame = pandas.DataFrame(vectors(20, 2), columns=["a", "b"])
     data = DataModule.from_arrays(frame, x_val=frame[:5])
     assert data.source.columns == ("a", "b")
@@ -583,8 +585,8 @@ def test_broken_and_hostile_files_are_refused(tmp_path, monkeypatch):
 
 
 def test_parquet_with_text(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    import pandas
+
     pandas.DataFrame({"a": [1.0, 2.0], "city": ["x", "y"]}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(AezooError, match="columns city hold no numbers"):
         DataModule(str(tmp_path / "t.parquet"))
@@ -592,8 +594,8 @@ def test_parquet_with_text(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_table_with_gaps_names_their_columns(tmp_path, kind):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    import pandas
+
     frame = pandas.DataFrame(vectors(20, 3), columns=["a", "b", "c"])
     frame.loc[4, "c"] = frame.loc[[7, 9], "a"] = float("nan")
     path = tmp_path / f"d.{kind}"
@@ -603,8 +605,8 @@ def test_a_table_with_gaps_names_their_columns(tmp_path, kind):
 
 
 def test_parquet_of_several_kinds_of_numbers(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
+    import pandas
+
     x = vectors(20, 3)
     frame = pandas.DataFrame({"a": x[:, 0], "b": x[:, 1] > 0, "c": pandas.array([3, 5] * 10, dtype="Int64")})
     frame.to_parquet(tmp_path / "d.parquet")

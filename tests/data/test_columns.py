@@ -31,7 +31,8 @@ def rows_of(path):
 @pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
 @pytest.mark.parametrize("kind", ["frame", "csv", "no header", "bytes"])
 def test_values_return_in_the_units_of_the_table(tmp_path, kind, scale):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     x = houses() if kind != "bytes" else np.random.default_rng(0).integers(0, 256, (40, 3), dtype=np.uint8)
     frame = pandas.DataFrame(x, columns=[*NAMES])
     if kind == "bytes" and scale in ("unit", "standard"):
@@ -69,7 +70,8 @@ def test_errors_by_column_are_those_of_the_units():
 
 
 def _frame():
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     return pandas.DataFrame(houses(), columns=[*NAMES])
 
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,6 @@ from PIL import Image
 
 from aezoo.data import ArrayDataset, DataModule
 from aezoo.errors import AezooError
-
-datasets = pytest.importorskip("datasets")
 
 pytestmark = [
     pytest.mark.usefixtures("cache"),
@@ -132,7 +131,7 @@ def test_hub_parquet_folder_is_read_without_script(tmp_path):
 
 @pytest.mark.parametrize("kind", ["lists", "texts", "nested texts", "many texts", "prefixes"])
 def test_parquet_of_a_folder_that_expands_is_refused_unread(tmp_path, monkeypatch, kind):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     table, options = {}, {}

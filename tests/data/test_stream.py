@@ -22,7 +22,6 @@ from aezoo.errors import AezooError
 
 # else early versions ask the registry for a newer one
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-litdata = pytest.importorskip("litdata")
 
 pytestmark = [
     # on machines of one core
@@ -444,7 +443,8 @@ def test_packed_items_beyond_the_limit_are_refused_unread(tmp_path, level):
 
 @pytest.mark.parametrize("size", [0, 255, 256, 70_000, 2**24])
 def test_declared_size_of_packed_content(size):
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     packed = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(size))
     assert stream._unpacked_size(packed) == size
     unknown = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(size))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from hub_server import OWNER, STRANGER, Hub
+from huggingface_hub import constants, file_download
 
 import aezoo
 from aezoo import registry
@@ -20,8 +21,6 @@ from aezoo.io import hub_files
 from aezoo.io.checkpoint import load_run
 from aezoo.io.hub import model_card
 
-constants = pytest.importorskip("huggingface_hub.constants")
-file_download = pytest.importorskip("huggingface_hub.file_download")
 ADDRESS = "hf://user/digits"
 
 

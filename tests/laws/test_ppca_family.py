@@ -193,11 +193,13 @@ def test_bound_is_likelihood_in_mean_and_stationary(case: Any, solution: Solutio
         assert bound(model)[0] < exact - 5 * error
 
 
-@pytest.mark.parametrize("case", [case for case in ESTIMATORS if case[1]["estimator"] != "reparam"], ids=name_of)
+# a share of ciwae is the ELBO with its closed-form KL, whose gradient is 0 in the mean alone
+WITHOUT_NOISE = [case for case in ESTIMATORS if case[1]["estimator"] != "reparam" and case[0] != "ciwae"]
+
+
+@pytest.mark.parametrize("case", WITHOUT_NOISE, ids=name_of)
 def test_at_the_solution_the_path_derivative_has_no_noise(case: Any, solution: Solution) -> None:
     """Sticking the landing (Roeder et al. 2017): where q is the posterior every draw gives the encoder no gradient."""
-    if case[0] == "ciwae":
-        pytest.skip("a share of it is the ELBO with its closed-form KL, whose gradient is 0 in the mean alone")
     model, x = solved(solution, *case).train(), torch.from_numpy(solution.x)[:64]
     model.loss(x)["loss"].backward()
     largest = max(float(p.grad.abs().max()) for p in model.encoder.parameters())

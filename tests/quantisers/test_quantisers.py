@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import vector_quantize_pytorch as peer
 from sklearn.cluster import KMeans
 from torch import distributed, multiprocessing, nn
 
@@ -1079,8 +1080,8 @@ def test_exported_program_matches_for_any_batch(name):
 @pytest.mark.slow  # the contract of models exports and compiles them too
 @pytest.mark.parametrize("name", EXPORTED)
 def test_onnx_model_matches_for_any_batch(name):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     quantiser, z = built(name), torch.randn(5, D, 2, 3)
     for module, given in ((ToIndices(quantiser), z), (FromIndices(quantiser), quantiser(z).indices)):
         module.eval()
@@ -1096,13 +1097,8 @@ def test_onnx_model_matches_for_any_batch(name):
 # ---- beside vector-quantize-pytorch ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def peer():
-    return pytest.importorskip("vector_quantize_pytorch")
-
-
 @pytest.mark.parametrize("levels", [(5, 5, 7), (3, 9, 5, 7)])
-def test_residual_fsq_of_odd_levels_matches_peer(levels, peer):
+def test_residual_fsq_of_odd_levels_matches_peer(levels):
     L = torch.tensor(levels, dtype=torch.float64)
     value = 0.998 * (2 * torch.rand(2000, len(levels), dtype=torch.float64) - 1)
     # each bounds z in a way of its own, by a tanh that reaches 1 - 1e-3 or the edge of the outer cells
@@ -1114,7 +1110,7 @@ def test_residual_fsq_of_odd_levels_matches_peer(levels, peer):
     torch.testing.assert_close(found.z_q, z_q[0], rtol=0, atol=1e-6)  # whose scales are of float32
 
 
-def test_residual_fsq_levels_match_peer(peer):
+def test_residual_fsq_levels_match_peer():
     """Of even channels the peer's first level has other values than the paper's, so that both get what ours leaves."""
     levels, z = (8, 5, 2, 6), torch.randn(2000, 4, dtype=torch.float64)
     L = torch.tensor(levels, dtype=torch.float64)
@@ -1132,7 +1128,7 @@ def test_residual_fsq_levels_match_peer(peer):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_grouped_vq_matches_peer_codes(cosine, peer):
+def test_grouped_vq_matches_peer_codes(cosine):
     quantiser, z = GroupedVQ(D, 3, K, cosine=cosine), torch.randn(300, D)
     quantiser.init_from_data(z)
     theirs = peer.GroupedResidualVQ(

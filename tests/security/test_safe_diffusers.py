@@ -5,6 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from hostile import files
@@ -12,7 +13,6 @@ from hostile import files
 import aezoo
 from aezoo.errors import AezooError
 
-diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = {"block_out_channels": [8, 8], "norm_num_groups": 4, "in_channels": 1, "out_channels": 1}
 TWO = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}

@@ -26,7 +26,6 @@ def caller():
 
 @pytest.mark.parametrize("kind", ["pickle", "image:pickle", "jpeg:pickle", "graph", "int", "no_header_numpy:9"])
 def test_pickled_chunk_items_are_refused(canary, tmp_path, kind):
-    pytest.importorskip("litdata")
     from litdata.streaming.cache import Cache
 
     root = tmp_path / "set"
@@ -57,7 +56,6 @@ def test_pickled_chunk_items_are_refused(canary, tmp_path, kind):
 
 
 def test_index_naming_a_module_imports_nothing(canary, tmp_path, monkeypatch):
-    pytest.importorskip("litdata")
     from litdata.streaming.cache import Cache
 
     (tmp_path / "set").mkdir()
@@ -84,7 +82,6 @@ def test_index_naming_a_module_imports_nothing(canary, tmp_path, monkeypatch):
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
 @pytest.mark.parametrize("files", ["{}", "\n  - split: train\n    path: [x.csv, {}]", "zip://x.csv::{}"])
 def test_folder_referencing_urls_is_refused(caller, tmp_path, card, files):
-    pytest.importorskip("datasets")
     address = f"http://127.0.0.1:{caller.getsockname()[1]}/x.csv"
     root = tmp_path / "set"
     root.mkdir()
@@ -98,7 +95,8 @@ def test_folder_referencing_urls_is_refused(caller, tmp_path, card, files):
 
 
 def test_folder_card_with_local_files_is_read(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     root.mkdir()
@@ -111,7 +109,8 @@ def test_folder_card_with_local_files_is_read(tmp_path, monkeypatch):
 
 
 def test_folder_loading_script_is_not_run(canary, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     root.mkdir()
@@ -124,7 +123,8 @@ def test_folder_loading_script_is_not_run(canary, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "zip"])
 def test_packed_files_of_a_folder_are_held_to_the_limit(tmp_path, monkeypatch, suffix):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     root.mkdir()
@@ -141,7 +141,8 @@ def test_packed_files_of_a_folder_are_held_to_the_limit(tmp_path, monkeypatch, s
 
 
 def test_a_packed_file_within_the_limit_is_read(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     root = tmp_path / "set"
     root.mkdir()

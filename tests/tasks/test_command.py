@@ -236,7 +236,8 @@ def table(tmp_path_factory):
     ],
 )
 def test_renamed_or_reordered_columns_are_refused(table, tmp_path, capsys, header, words):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     names = header.split(",")
     frame = pandas.DataFrame(np.random.default_rng(1).random((12, len(names))), columns=names)
     frame.to_csv(tmp_path / "new.csv", index=False)
@@ -439,7 +440,6 @@ def test_scaling_is_saved_only_where_needed(tmp_path):
     ],
 )
 def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
-    pytest.importorskip("constriction")
     main([verb, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
     assert files <= {path.name for path in tmp_path.iterdir()}
     if verb == "compress":

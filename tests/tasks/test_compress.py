@@ -228,7 +228,8 @@ def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):
 
 
 def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     frame = pandas.DataFrame(np.random.default_rng(0).normal(1e4, 1e3, (30, 3)).round(), columns=["eur", "m2", "built"])
     data = aezoo.DataModule.from_arrays(frame, scale="standard")
     model = aezoo.create_model("linear_ae", (3,), latent_dim=3).eval()

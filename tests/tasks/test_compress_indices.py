@@ -657,7 +657,8 @@ def test_index_models_refuse_lossless_and_auto_is_lossy():
 
 GROUPS = {"n_groups": 2}
 CODED = [
-    *((name, {}) for name in aezoo.list_models(family="quantised")),
+    # the codes of soft_vq are mixtures, which have no indices
+    *((name, {}) for name in aezoo.list_models(family="quantised") if name != "soft_vq"),
     ("vq_vae", GROUPS),
     *((name, {"tokenizer": {"model": "vq_vae", **GROUPS}}) for name in ("pixelcnn", "index_transformer")),
     *((name, {"tokenizer": "qlae"}) for name in ("pixelcnn", "index_transformer")),
@@ -669,8 +670,6 @@ CODED = [
 def test_every_discrete_model_is_coded_by_indices(tmp_path, name, settings):
     torch.manual_seed(0)
     model = aezoo.create_model(name, (1, 16, 16), **settings).eval()
-    if not isinstance(model, DiscreteAutoencoder):
-        pytest.skip("its code is not written in indices")
     x = torch.rand(9, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     found, path = written(model, x, tmp_path, batch_size=4)
     back = decompress(model, str(path))

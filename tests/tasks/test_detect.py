@@ -627,7 +627,8 @@ def test_every_model_has_sap_and_nap(name):
 
 
 def test_parquet_table_contains_labels(tmp_path):
-    pd = pytest.importorskip("pandas")
+    import pandas as pd
+
     data = blobs()
     detect(linear(d=5, latent_dim=2), data, table="parquet", out=str(tmp_path), baselines=False, n_shown=0)
     frame = pd.read_parquet(tmp_path / "scores.parquet")

@@ -221,7 +221,6 @@ def test_tsne_separates_groups_reproducibly(size):
 @pytest.mark.slow  # umap compiles itself for half a minute
 @pytest.mark.parametrize("size", [1, 4, 60])
 def test_umap_separates_groups_reproducibly(size):
-    pytest.importorskip("umap")
     rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, size)), rng.normal(30, 1, (40, size))])
     plane = project_to_plane(codes, "umap", seed=0)
@@ -236,7 +235,6 @@ def test_umap_separates_groups_reproducibly(size):
 
 @pytest.mark.slow
 def test_umap_plane_and_picture_are_written(tmp_path, model, digits):
-    pytest.importorskip("umap")
     found = embed(model, digits, method="umap", out=str(tmp_path))
     assert found.plane.shape == (180, 2) and (tmp_path / "plane.png").stat().st_size > 1000
     y = digits.tensors("test")[1].numpy()

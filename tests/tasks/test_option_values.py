@@ -41,7 +41,6 @@ def x():
 
 @pytest.fixture(scope="module")
 def packed(model, x, tmp_path_factory):
-    pytest.importorskip("constriction")
     folder = tmp_path_factory.mktemp("packed")
     aezoo.compress(model, x, compare=False, fit_on=x, out=str(folder))
     return folder / "samples.aez"

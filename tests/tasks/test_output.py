@@ -91,7 +91,6 @@ def test_store_without_folder_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_tables_preserve_float_precision(tmp_path):
-    pytest.importorskip("pyarrow")
     rows = [{"index": 0, "mse": 0.1234567890123, "label": "a"}, {"index": 1, "mse": 2e-30, "label": "b, c"}]
     with Store(tmp_path) as store:
         store.table("t", rows)
@@ -179,7 +178,8 @@ def test_undecodable_names_are_written_escaped(tmp_path):
     with Store(tmp_path) as store:
         store.table("paths", [{"path": "caf\udce9"}])
     assert (tmp_path / "paths.csv").read_text() == "path\ncaf\\udce9\n"
-    pq = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet as pq
+
     with Store(tmp_path) as store:
         store.table("paths", [{"path": "caf\udce9", "error": 1.5}], kind="parquet")
     assert pq.read_table(tmp_path / "paths.parquet").to_pylist() == [{"path": "caf\\udce9", "error": 1.5}]

@@ -34,7 +34,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def frame():
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     return pandas.DataFrame(np.random.default_rng(0).random((30, 3)), columns=["a", "b", "c"])
 
 

@@ -69,7 +69,8 @@ def test_consistency_function_is_identity_at_least_noise(sigma_min: float, dtype
 
 @pytest.mark.parametrize("sigmas", [(0.002, 80.0, 0.5), (0.1, 20.0, 1.5)])
 def test_preconditioning_matches_diffusers(sigmas: tuple[float, float, float]) -> None:
-    schedulers = pytest.importorskip("diffusers.schedulers.scheduling_consistency_models")
+    from diffusers.schedulers import scheduling_consistency_models as schedulers
+
     s_0, s_N, s_d = sigmas
     theirs = schedulers.CMStochasticIterativeScheduler(sigma_min=s_0, sigma_max=s_N, sigma_data=s_d)
     decoder = small(sigma_min=s_0, sigma_max=s_N, sigma_data=s_d).decoder

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import vector_quantize_pytorch as peer
 from quantised_laws import (  # noqa: F401
     test_inference_calls_do_not_update_codebook,
 )
@@ -32,7 +33,6 @@ def rows(n: int = 200) -> Tensor:
 @squashes
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_fsp_matches_peer_codes_noise_and_gradients(squash: str, rate: float) -> None:
-    peer = pytest.importorskip("vector_quantize_pytorch")
     theirs = peer.FSP(levels=[*LEVELS], act_name=squash, quantize_rate=rate, vector_norm="none").double()
     ours, z = built(squash=squash, quantised=rate), rows().requires_grad_()
     for mode in (True, False):

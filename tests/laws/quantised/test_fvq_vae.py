@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import vector_quantize_pytorch as peer
 from quantised_laws import (  # noqa: F401
     test_autocast_indices_and_terms_match_float32,
     test_each_term_trains_expected_parts_only,
@@ -142,7 +143,6 @@ def test_transformed_codebook_revives_codes_together() -> None:
 
 
 def test_codes_and_loss_match_peer_vq_behind_same_bridge() -> None:
-    peer = pytest.importorskip("vector_quantize_pytorch")
     quantiser, z = built().float().train(), torch.randn(30, D)
     theirs = peer.VectorQuantize(
         D, K, vq_bridge=copy.deepcopy(quantiser.bridge), rotation_trick=False, commitment_weight=1.0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+import vector_quantize_pytorch as peer
 from quantised_laws import (  # noqa: F401
     test_inference_calls_do_not_update_codebook,
 )
@@ -187,7 +188,6 @@ def test_many_values_approach_dense_autoencoder(shifted: Any) -> None:
 
 @pytest.mark.parametrize("odd", [3, 5, 9])
 def test_codes_and_terms_match_peer_with_fixed_values(odd: int) -> None:
-    peer = pytest.importorskip("vector_quantize_pytorch")
     theirs = peer.LatentQuantize(
         levels=[odd] * DIM, dim=DIM, commitment_loss_weight=0.0, quantization_loss_weight=1.0
     ).train()

@@ -42,7 +42,8 @@ def through(model: Any, z: Tensor) -> Tensor:
 
 
 def test_realnvp_matches_zuko() -> None:
-    zuko = pytest.importorskip("zuko")
+    import zuko
+
     model, z = small("realnvp", latent_dim=5), torch.randn(6, 5, dtype=torch.float64)
     flow = zuko.flows.RealNVP(5, transforms=3, hidden_features=(8, 8), activation=torch.nn.ELU).double()
     with torch.no_grad():

@@ -119,7 +119,7 @@ class PerceptualAdversarial(Autoencoder):
         self.distance.read()
 
     def adversarial_objective(
-        self, x: Tensor, z: Tensor, *decoder_inputs: Tensor
+        self, x: Tensor, z: Tensor, *decoder_inputs: Tensor, max_weight: float = 1e4
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """R + w_D lambda L_G + L_D for one draw of the code; the last two contribute only their gradients.
 
@@ -129,6 +129,7 @@ class PerceptualAdversarial(Autoencoder):
             x: samples, (B, *input_shape).
             z: codes, (B, *code_shape), which the decoder takes.
             decoder_inputs: further arguments of the decoder.
+            max_weight: largest lambda, relative to R, which is a sum over values.
 
         Returns:
             The loss, a scalar in nats per sample, its terms, and R's gradient at the decoder's output.
@@ -145,7 +146,8 @@ class PerceptualAdversarial(Autoencoder):
             return nll + self.perceptual_weight * perceptual, terms, g_R
         gan, g_gan = value_and_grad(lambda p: -call_frozen(self.discriminator, image(p).to(x.dtype)).mean(), params)
         # from the gradients of all ranks: the mean of their separate weights would differ
-        weight = adversarial.adaptive_weight(*(self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan)))
+        at_last_layer = (self.batch_mean(to_last_layer(g)[None]) for g in (g_R, g_gan))
+        weight = adversarial.adaptive_weight(*at_last_layer, max_weight=max_weight)
 
         # for the discriminator's step
         scores = self.discriminator(torch.cat([x, image(params).detach().to(x.dtype)]))

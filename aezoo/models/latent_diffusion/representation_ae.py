@@ -6,11 +6,11 @@ noise added, and so to tolerate the errors of a diffusion model of these codes; 
     L = R + w_D lambda L_G     R = -log p(x | g(z + n)) + w_P X P(x, xhat)     z = (f(x) - m) / s
     n ~ N(0, sigma^2 I)     sigma ~ |N(0, tau^2)| for each sample of a step of training; else n = 0
 
-P, L_G, the discriminator's L_D and lambda are as in vqgan: terms are sums over the X values of a sample, and P counts
-once for each; L_G and L_D enter through their gradients only, from discriminator_start steps on. With the Laplace
-likelihood, -log p is ||x - xhat||_1 plus a constant. m and s are mean and standard deviation of each channel over all
-codes of training so far. In the authors' code and in diffusers, f ends in a layer norm without weights, m and s are
-applied after the noise, and sigma ~ U(0, tau).
+P, L_G, the discriminator's L_D and lambda, which is at most 1e4 X, are as in vqgan: terms are sums over the X values of
+a sample, and P counts once for each; L_G and L_D enter through their gradients only, from discriminator_start steps on.
+With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. m and s are mean and standard deviation of each
+channel over all codes of training so far. In the authors' code and in diffusers, f ends in a layer norm without
+weights, m and s are applied after the noise, and sigma ~ U(0, tau).
 
 f is the encoder of a model of the zoo, the teacher, whose weights are not saved: encoding and scoring need its file,
 decoding does not. Without a teacher, f is a vision transformer with fixed random weights. The zoo's `rae` is another
@@ -119,5 +119,5 @@ class RepresentationAE(
         if self.training:
             self.normaliser.observe(f.reshape(*f.shape[:2], -1), self.batch_mean)
         z = self.noised(self.normaliser(f)) if self.training else self.normaliser(f)
-        loss, terms, _ = self.adversarial_objective(x, z.to(x.dtype))
+        loss, terms, _ = self.adversarial_objective(x, z.to(x.dtype), max_weight=1e4 * x[0].numel())
         return {"loss": loss, **terms}

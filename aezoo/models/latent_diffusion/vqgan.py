@@ -6,12 +6,12 @@ codes (equations 4 to 7); in nats per sample:
     L = R + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2 + w_D lambda L_G     R = -log p(x | g(z_q)) + w_P X P(x, xhat)
     P = LPIPS(x, xhat) if VGG-16's weights are at hand, else a distance in a random network, see autoencoder_kl
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
-    lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
+    lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4 X   W the weight of the decoder's last layer
 
 summed over places and values. With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. P counts once for
 each of the X values of a sample, as in https://github.com/CompVis/taming-transformers. There, however, R is a mean over
-these values, the codes' terms are means over the codes' values, and beta weights the commitment only with legacy=False.
-Without L_G and P this is vq_vae.
+these values, so lambda is X times smaller and at most 1e4; the codes' terms are means over the codes' values, and beta
+weights the commitment only with legacy=False. Without L_G and P this is vq_vae.
 
 L_G and L_D count from discriminator_start steps on. As lambda changes from batch to batch, w_D lambda L_G enters the
 loss through its gradient only, and so does L_D, which belongs to the other player.
@@ -61,6 +61,6 @@ class VQGAN(
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)
-        loss, adversarial_terms, _ = self.adversarial_objective(x, z_q)
+        loss, adversarial_terms, _ = self.adversarial_objective(x, z_q, max_weight=1e4 * x[0].numel())
         loss = loss + self.beta * terms["commitment"] + terms.get("codebook", 0)
         return {"loss": loss, **adversarial_terms, **terms}

@@ -297,6 +297,20 @@ def test_single_backward_gives_each_network_its_gradient(
     assert all(p.grad is None for p in model.load_teacher().parameters())
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_lambda_is_capped_relative_to_mean_loss(scale: float, shifted: Any) -> None:
+    """The authors cap the lambda of a mean over the X values at 1e4, which is 1e4 X of the sum."""
+    model, x = shifted(small(perceptual_weight=1.0 if scale else 1e4)).eval(), images()
+    with torch.no_grad():
+        model.discriminator[-1].weight *= scale
+    hand, X = by_hand(model, x), x[0].numel()
+    players = (hand["nll"] + model.perceptual_weight * hand["perceptual"]) / X, hand["adversarial"]
+    of_R, of_G = (torch.autograd.grad(p, model.decoder[-2].weight, retain_graph=True)[0].norm() for p in players)
+    uncapped = (of_R / (of_G + 1e-4)).item()
+    assert (uncapped > 1e4) == (scale == 0) and X * uncapped > 2e4
+    assert model.loss(x)["adaptive_weight"].item() == pytest.approx(X * min(uncapped, 1e4))
+
+
 def test_no_term_reaches_other_networks(shifted: Any) -> None:
     model, x = shifted(small()), images()
     terms = model.loss(x)

@@ -84,6 +84,21 @@ def test_vqgan_terms_and_gradients_match_autograd(net: str, shifted: Any) -> Non
     assert any(p is model.quantiser.code_KD for p in others)
 
 
+@pytest.mark.parametrize(("scale", "perceptual_weight"), [(1e-3, 1.0), (0.0, 100.0)])
+def test_vqgan_lambda_is_capped_relative_to_mean_loss(scale: float, perceptual_weight: float, shifted: Any) -> None:
+    """The authors cap the lambda of a mean over the X values at 1e4, which is 1e4 X of the sum."""
+    model, x = shifted(small_vqgan(perceptual_weight=perceptual_weight)), images()
+    with torch.no_grad():
+        model.discriminator[-1].weight *= scale
+    x_hat = model.decoder(model.quantise(x).z_q)
+    mean = (model.nll(x_hat, x).mean() + perceptual_weight * X * model.distance(x_hat, x).mean()) / X
+    players = mean, -model.discriminator(x_hat).mean()
+    of_R, of_G = (torch.autograd.grad(p, last_layer(model), retain_graph=True)[0].norm() for p in players)
+    uncapped = (of_R / (of_G + 1e-4)).item()
+    assert (uncapped > 1e4) == (scale == 0) and X * uncapped > 2e4
+    assert model.loss(x)["adaptive_weight"].item() == pytest.approx(X * min(uncapped, 1e4))
+
+
 def test_vqgan_without_players_and_features_is_the_vq_vae(shifted: Any) -> None:
     model, x = shifted(small_vqgan(features="none", discriminator_weight=0.0)), images()
     settings: dict[str, Any] = {"latent_dim": 3, "codebook_size": 9, "dead_below": 0.0, "data_init": False}

@@ -1,0 +1,128 @@
+"""Losses of taming-transformers around copies of our networks (Esser et al. 2020).
+
+Source: https://github.com/CompVis/taming-transformers; taming.models needs a Lightning of 2021. Its loss is a mean over
+the X values of a sample, and its codes' loss one over the P D values of a code, where ours are sums.
+"""
+
+import copy
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from taming.modules.losses import vqperceptual
+from taming.modules.vqvae.quantize import VectorQuantizer
+from torch import Tensor, nn
+
+import aezoo
+
+PACKAGE = "taming-transformers"
+SHAPE, X, D, K, P = (3, 8, 8), 192, 4, 7, 16
+
+
+def data() -> Tensor:
+    return torch.rand(6, *SHAPE)
+
+
+def ours(name: str, **settings: Any) -> Any:
+    fixed = {"latent_dim": D, "codebook_size": K, "data_init": False, "dead_below": 0.0, "update": "gradient"}
+    model = aezoo.create_model(name, SHAPE, hidden_dims=(6,), net="resnet", **fixed, **settings).double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+        rows = model.encoder(data()).movedim(1, -1).flatten(0, -2)
+        model.quantiser.code_KD.copy_(rows[:K] + 0.3 * rows.std() * torch.randn(K, D))
+    return model
+
+
+def their_quantiser(model: Any, beta: float) -> VectorQuantizer:
+    made = VectorQuantizer(K, D, beta)
+    made.embedding.weight.data.copy_(model.quantiser.code_KD)
+    return made
+
+
+def pairs_of(model: Any, other: Any, quantiser: VectorQuantizer) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(model.quantiser.code_KD, quantiser.embedding.weight)]
+    for part in ("encoder", "decoder"):
+        pairs += zip(getattr(model, part).parameters(), getattr(other, part).parameters(), strict=True)
+    return pairs
+
+
+def test_vq_vae_with_codes_trained_by_gradient(compare):
+    model, x = ours("vq_vae", beta=1.0), data()
+    other, quantiser = copy.deepcopy(model), their_quantiser(model, 1.0)
+    z_q, auxiliary, (_, _, indices) = quantiser(other.encoder(x))
+    nll = model.nll(other.decoder(z_q), x).mean()
+    found, terms = model.quantise(x), model.loss(x)
+    with_taming = compare("vq_vae", PACKAGE, "VectorQuantizer")
+    with_taming.equal("indices", found.indices.flatten(), indices.flatten())
+    with_taming.equal("codes", found.z_q, z_q)
+    with_taming.equal("nll", terms["nll"], nll)
+    why = "a sum over the values of a sample's code, where theirs is a mean over all"
+    with_taming.scaled("codebook + commitment", terms["codebook"] + terms["commitment"], auxiliary, P * D, why)
+    with_taming.equal_gradients(terms["loss"], nll + P * D * auxiliary, pairs_of(model, other, quantiser))
+    # away from 1, beta of the other term
+    _, auxiliary, _ = their_quantiser(model, 0.25)(other.encoder(x))
+    weighted = terms["codebook"] + 0.25 * terms["commitment"]
+    swapped = "their beta weights the codebook loss, and in the paper's equation 3 the commitment loss"
+    firsts = [next(iter(m.encoder.parameters())) for m in (model, other)]
+    losses = weighted, P * D * auxiliary
+    of_z = [torch.autograd.grad(loss, p)[0] for loss, p in zip(losses, firsts, strict=True)]
+    with_taming.deviates("gradient of the encoder's first layer (beta 0.25)", *of_z, swapped, follows="ours")
+
+
+class Distance(nn.Module):
+    """Our feature distance in place of LPIPS, whose weights are not on the registry."""
+
+    def __init__(self, distance: Any) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        return self.distance(x_hat, x)[:, None, None, None]
+
+
+@pytest.mark.parametrize("weak", [False, True])
+@pytest.mark.parametrize("started", [True, False])
+def test_vqgan(compare, started, weak):
+    start = 0 if started else 5
+    weights = {"beta": 1.0, "perceptual_weight": 0.7, "discriminator_weight": 0.6, "discriminator_dims": (6, 8)}
+    model, x = ours("vqgan", discriminator_start=start, **weights), data()
+    with torch.no_grad():
+        model.discriminator[-1].bias.fill_(1)  # where the hinge of some samples is flat
+        model.discriminator[-1].weight.mul_(1e-4 if weak else 1)
+    other, quantiser = copy.deepcopy(model), their_quantiser(model, 1.0)
+    with mock.patch.object(vqperceptual, "LPIPS", return_value=Distance(model.distance)):
+        loss = vqperceptual.VQLPIPSWithDiscriminator(
+            disc_start=start, codebook_weight=P * D / X, disc_weight=0.6, perceptual_weight=0.7
+        ).train()
+    loss.discriminator = other.discriminator
+    z_q, codebook_loss, _ = quantiser(other.encoder(x))
+    x_hat = other.decoder(z_q)
+    last = [p for p in other.decoder.parameters() if p.ndim > 1][-1]
+    of_autoencoder, log = loss(codebook_loss, x, x_hat, 0, 0, last_layer=last)
+    of_discriminator, judged = loss(codebook_loss, x, x_hat, 1, 0)
+    terms = model.loss(x)
+    state = f"{'weak discriminator' if weak else 'discriminator'}{'' if started else ' before its start'}"
+    with_taming = compare("vqgan", PACKAGE, f"VQLPIPSWithDiscriminator ({state})")
+    total = "a sum over the X values of a sample, where theirs is a mean"
+    R = terms["nll"] + 0.7 * terms["perceptual"] - X * math.log(2)
+    with_taming.scaled(
+        "nll + perceptual (ours in place of LPIPS), without log 2 of the density", R, log["train/nll_loss"], X, total
+    )
+    with_taming.scaled("codebook + commitment", terms["codebook"] + terms["commitment"], codebook_loss, P * D, total)
+    with_taming.equal("adversarial", terms["adversarial"], log["train/g_loss"])
+    assert (terms["adaptive_weight"] > 1e4) == weak
+    weight = 0.6 * terms["adaptive_weight"]
+    with_taming.scaled("adaptive weight", weight, log["train/d_weight"], X, f"of {total}")
+    pairs = pairs_of(model, other, quantiser)
+    with_taming.equal_gradients(terms["loss"], of_autoencoder, pairs, "gradient of the autoencoder", X, total)
+    if started:
+        with_taming.equal("discriminator", terms["discriminator"], judged["train/disc_loss"])
+        judges = zip(model.discriminator.parameters(), other.discriminator.parameters(), strict=True)
+        with_taming.equal_gradients(terms["loss"], of_discriminator, judges, "gradient of the discriminator")
+    else:
+        assert of_discriminator == 0 and not any(
+            g.any() for g in torch.autograd.grad(terms["loss"], [*model.discriminator.parameters()])
+        )

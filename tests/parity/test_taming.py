@@ -12,12 +12,12 @@ from unittest import mock
 import pytest
 import torch
 from taming.modules.losses import vqperceptual
-from taming.modules.vqvae.quantize import VectorQuantizer
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, nn
 
 import aezoo
 
-PACKAGE = "taming-transformers"
+PACKAGE = "taming-transformers-rom1504"
 SHAPE, X, D, K, P = (3, 8, 8), 192, 4, 7, 16
 
 
@@ -25,24 +25,32 @@ def data() -> Tensor:
     return torch.rand(6, *SHAPE)
 
 
-def ours(name: str, **settings: Any) -> Any:
-    fixed = {"latent_dim": D, "codebook_size": K, "data_init": False, "dead_below": 0.0, "update": "gradient"}
-    model = aezoo.create_model(name, SHAPE, hidden_dims=(6,), net="resnet", **fixed, **settings).double().train()
+def made(name: str, **settings: Any) -> Any:
+    """A model away from its initial weights."""
+    fixed = {"hidden_dims": (6,), "net": "resnet", "latent_dim": D, "codebook_size": K}
+    model = aezoo.create_model(name, SHAPE, **fixed, **settings).double().train()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
+    return model
+
+
+def ours(name: str, **settings: Any) -> Any:
+    """A model whose codes, trained by gradient, are all in use."""
+    model = made(name, data_init=False, dead_below=0.0, update="gradient", **settings)
+    with torch.no_grad():
         rows = model.encoder(data()).movedim(1, -1).flatten(0, -2)
         model.quantiser.code_KD.copy_(rows[:K] + 0.3 * rows.std() * torch.randn(K, D))
     return model
 
 
-def their_quantiser(model: Any, beta: float) -> VectorQuantizer:
-    made = VectorQuantizer(K, D, beta)
-    made.embedding.weight.data.copy_(model.quantiser.code_KD)
-    return made
+def their_quantiser(model: Any, beta: float, legacy: bool = False) -> VectorQuantizer2:
+    quantiser = VectorQuantizer2(K, D, beta, legacy=legacy)
+    quantiser.embedding.weight.data.copy_(model.quantiser.code_KD)
+    return quantiser
 
 
-def pairs_of(model: Any, other: Any, quantiser: VectorQuantizer) -> list[tuple[Tensor, Tensor]]:
+def pairs_of(model: Any, other: Any, quantiser: VectorQuantizer2) -> list[tuple[Tensor, Tensor]]:
     pairs = [(model.quantiser.code_KD, quantiser.embedding.weight)]
     for part in ("encoder", "decoder"):
         pairs += zip(getattr(model, part).parameters(), getattr(other, part).parameters(), strict=True)
@@ -50,26 +58,25 @@ def pairs_of(model: Any, other: Any, quantiser: VectorQuantizer) -> list[tuple[T
 
 
 def test_vq_vae_with_codes_trained_by_gradient(compare):
-    model, x = ours("vq_vae", beta=1.0), data()
-    other, quantiser = copy.deepcopy(model), their_quantiser(model, 1.0)
+    model, x = ours("vq_vae", beta=0.25), data()
+    other, quantiser = copy.deepcopy(model), their_quantiser(model, 0.25)
     z_q, auxiliary, (_, _, indices) = quantiser(other.encoder(x))
     nll = model.nll(other.decoder(z_q), x).mean()
     found, terms = model.quantise(x), model.loss(x)
-    with_taming = compare("vq_vae", PACKAGE, "VectorQuantizer")
+    with_taming = compare("vq_vae", PACKAGE, "VectorQuantizer2")
     with_taming.equal("indices", found.indices.flatten(), indices.flatten())
     with_taming.equal("codes", found.z_q, z_q)
     with_taming.equal("nll", terms["nll"], nll)
     why = "a sum over the values of a sample's code, where theirs is a mean over all"
-    with_taming.scaled("codebook + commitment", terms["codebook"] + terms["commitment"], auxiliary, P * D, why)
-    with_taming.equal_gradients(terms["loss"], nll + P * D * auxiliary, pairs_of(model, other, quantiser))
-    # away from 1, beta of the other term
-    _, auxiliary, _ = their_quantiser(model, 0.25)(other.encoder(x))
     weighted = terms["codebook"] + 0.25 * terms["commitment"]
-    swapped = "their beta weights the codebook loss, and in the paper's equation 3 the commitment loss"
+    with_taming.scaled("codebook + beta commitment", weighted, auxiliary, P * D, why)
+    with_taming.equal_gradients(terms["loss"], nll + P * D * auxiliary, pairs_of(model, other, quantiser))
+    _, auxiliary, _ = their_quantiser(model, 0.25, legacy=True)(other.encoder(x))
+    swapped = "by default their beta weights the codebook loss, and in the paper's equation 3 the commitment loss"
     firsts = [next(iter(m.encoder.parameters())) for m in (model, other)]
     losses = weighted, P * D * auxiliary
     of_z = [torch.autograd.grad(loss, p)[0] for loss, p in zip(losses, firsts, strict=True)]
-    with_taming.deviates("gradient of the encoder's first layer (beta 0.25)", *of_z, swapped, follows="ours")
+    with_taming.deviates("gradient of the encoder's first layer (legacy)", *of_z, swapped, follows="ours")
 
 
 class Distance(nn.Module):
@@ -87,12 +94,12 @@ class Distance(nn.Module):
 @pytest.mark.parametrize("started", [True, False])
 def test_vqgan(compare, started, weak):
     start = 0 if started else 5
-    weights = {"beta": 1.0, "perceptual_weight": 0.7, "discriminator_weight": 0.6, "discriminator_dims": (6, 8)}
+    weights = {"beta": 0.25, "perceptual_weight": 0.7, "discriminator_weight": 0.6, "discriminator_dims": (6, 8)}
     model, x = ours("vqgan", discriminator_start=start, **weights), data()
     with torch.no_grad():
         model.discriminator[-1].bias.fill_(1)  # where the hinge of some samples is flat
         model.discriminator[-1].weight.mul_(1e-4 if weak else 1)
-    other, quantiser = copy.deepcopy(model), their_quantiser(model, 1.0)
+    other, quantiser = copy.deepcopy(model), their_quantiser(model, 0.25)
     with mock.patch.object(vqperceptual, "LPIPS", return_value=Distance(model.distance)):
         loss = vqperceptual.VQLPIPSWithDiscriminator(
             disc_start=start, codebook_weight=P * D / X, disc_weight=0.6, perceptual_weight=0.7
@@ -111,7 +118,9 @@ def test_vqgan(compare, started, weak):
     with_taming.scaled(
         "nll + perceptual (ours in place of LPIPS), without log 2 of the density", R, log["train/nll_loss"], X, total
     )
-    with_taming.scaled("codebook + commitment", terms["codebook"] + terms["commitment"], codebook_loss, P * D, total)
+    with_taming.scaled(
+        "codebook + beta commitment", terms["codebook"] + 0.25 * terms["commitment"], codebook_loss, P * D, total
+    )
     with_taming.equal("adversarial", terms["adversarial"], log["train/g_loss"])
     assert (terms["adaptive_weight"] > 1e4) == weak
     weight = 0.6 * terms["adaptive_weight"]
@@ -126,3 +135,41 @@ def test_vqgan(compare, started, weak):
         assert of_discriminator == 0 and not any(
             g.any() for g in torch.autograd.grad(terms["loss"], [*model.discriminator.parameters()])
         )
+
+
+def gumbel_draws(draw: Tensor) -> Any:
+    """Exponential variables for either layout, ours (B, P, K) or theirs (B, K, H, W)."""
+
+    def fill(out: Tensor) -> Tensor:
+        return out.copy_(draw if out.ndim == 3 else draw.movedim(2, 1).reshape(out.shape))
+
+    return mock.patch.object(torch.Tensor, "exponential_", fill)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name", ["gumbel_vq_vae", "dvae"])
+def test_gumbel_vq_vae(compare, name, hard, training):
+    settings = {"kl_steps": 0} if name == "dvae" else {}
+    model, x = made(name, beta=0.4, hard=hard, **settings).train(training), data()
+    model.quantiser.temperature.fill_(0.7)
+    other = copy.deepcopy(model)
+    quantiser = GumbelQuantize(K, D, K, straight_through=hard, kl_weight=0.4 * P, temp_init=0.7).train(training)
+    quantiser.proj = nn.Identity()
+    quantiser.embed.weight.data.copy_(model.quantiser.code_KC)
+    with gumbel_draws(torch.empty(len(x), P, K).exponential_()):
+        z_q, weighted_kl, (_, _, indices) = quantiser(other.encoder(x))
+        found, terms = model.draw(x), model.loss(x)
+    nll = model.nll(other.decoder(z_q), x).mean()
+    how = f"{'hard' if hard else 'relaxed'} in training" if training else "in evaluation"
+    with_taming = compare(name, PACKAGE, f"GumbelQuantize ({how})")
+    with_taming.equal("indices", found.indices[:, 0], indices)
+    with_taming.equal("codes", found.z_q, z_q)
+    with_taming.equal("nll", terms["nll"], nll)
+    with_taming.scaled("kl", terms["kl"], weighted_kl / (0.4 * P), P, "summed over places, where theirs is a mean")
+    with_taming.equal("loss", terms["loss"], nll + weighted_kl)
+    pairs = [(model.quantiser.code_KC, quantiser.embed.weight)]
+    for part in ("encoder", "decoder"):
+        pairs += zip(getattr(model, part).parameters(), getattr(other, part).parameters(), strict=True)
+    if training:
+        with_taming.equal_gradients(terms["loss"], nll + weighted_kl, pairs)

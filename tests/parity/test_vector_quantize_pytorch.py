@@ -122,9 +122,9 @@ def test_vq_vae_with_moving_averages(compare, estimator, cosine):
         terms = model.loss(x)
         with_peer.equal(f"indices at step {step}", found.indices[:, 0], theirs.indices)
         with_peer.equal(f"codes at step {step}", found.z_q, theirs.z_q)
-        with_peer.equal("loss", terms["loss"], theirs.loss)
-        with_peer.scaled("commitment", terms["commitment"], theirs.auxiliary / weight, P * D, MEAN)
-        with_peer.equal_gradients(terms["loss"], theirs.loss, theirs.networks(model))
+        with_peer.equal(f"loss at step {step}", terms["loss"], theirs.loss)
+        with_peer.scaled(f"commitment at step {step}", terms["commitment"], theirs.auxiliary / weight, P * D, MEAN)
+        with_peer.equal_gradients(terms["loss"], theirs.loss, theirs.networks(model), f"gradient at step {step}")
         quantiser, book = model.quantiser, other._codebook
         with_peer.equal(f"counts after step {step}", quantiser.count_K, book.cluster_size[0])
         with_peer.equal(f"sums after step {step}", quantiser.sum_KD, book.embed_avg[0])

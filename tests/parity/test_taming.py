@@ -11,11 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from taming.modules.losses import vqperceptual
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, nn
 
 import aezoo
+
+# transformers 5 has no such function any more, which only samplers call
+with mock.patch.object(transformers, "top_k_top_p_filtering", None, create=True):
+    from taming.modules.transformer.mingpt import GPT
 
 PACKAGE = "taming-transformers-rom1504"
 SHAPE, X, D, K, P = (3, 8, 8), 192, 4, 7, 16
@@ -173,3 +178,43 @@ def test_gumbel_vq_vae(compare, name, hard, training):
         pairs += zip(getattr(model, part).parameters(), getattr(other, part).parameters(), strict=True)
     if training:
         with_taming.equal_gradients(terms["loss"], nll + weighted_kl, pairs)
+
+
+def test_index_transformer(compare):
+    """Their GPT with one table for input and output, as GPT-2 has, and no bias of queries, keys and values."""
+    width, depth = 32, 2
+    tokenizer = {"model": "vq_vae", "latent_dim": D, "codebook_size": K, "hidden_dims": (6,)}
+    settings = {"tokenizer": tokenizer, "width": width, "depth": depth, "dropout": 0.0}
+    model = aezoo.create_model("index_transformer", SHAPE, **settings).double().train()
+    gpt = GPT(K, P, n_layer=depth, n_head=width // 16, n_embd=width).double().train()
+    gpt.head.weight = gpt.tok_emb.weight
+    start = nn.Parameter(torch.empty(width))
+    *blocks, norm = list(model.blocks)[1:]
+    modules, joined = [(norm, gpt.ln_f)], []
+    for block, other in zip(blocks, gpt.blocks, strict=True):
+        modules += [(block.norm, other.ln1), (block.out, other.attn.proj), (block.mlp[0], other.ln2)]
+        modules += [(block.mlp[1], other.mlp[0]), (block.mlp[3], other.mlp[2])]
+        joined.append((block.qkv.weight, [other.attn.query, other.attn.key, other.attn.value]))
+    pairs = [(model.book_QKW, gpt.tok_emb.weight), (model.start_W, start), (model.position_TW, gpt.pos_emb)]
+    for a, b in modules:
+        pairs += zip(a.parameters(), b.parameters(), strict=True)
+    with torch.no_grad():
+        for a, b in pairs:
+            a += 0.2 * torch.randn_like(a)
+            b.copy_(a.reshape(b.shape))
+        for weight, parts in joined:
+            for rows, part in zip(weight.chunk(3), parts, strict=True):
+                part.weight.copy_(rows)
+                part.bias.zero_()
+    tokens = torch.randint(K, (6, P))
+    logits, mean = gpt(tokens[:, :-1], embeddings=start.expand(6, 1, -1), targets=tokens)
+    nll = -model.log_prob(model.from_tokens(tokens)).mean()
+    with_taming = compare("index_transformer", PACKAGE, "GPT (tied, without biases of q, k and v)")
+    total = "summed over the indices of a sample, where theirs is a mean"
+    with_taming.equal("logits", model.logits(tokens), logits)
+    with_taming.scaled("nll of indices", nll, mean, P, total)
+    with_taming.equal_gradients(nll, mean, pairs, "gradient", P, total)
+    for i, (weight, parts) in enumerate(joined, 1):
+        theirs = torch.autograd.grad(mean, [part.weight for part in parts], retain_graph=True)
+        (own,) = torch.autograd.grad(nll, weight, retain_graph=True)
+        with_taming.scaled(f"gradient of q, k and v of block {i}", own, torch.cat(theirs), P, total)

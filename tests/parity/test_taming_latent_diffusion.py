@@ -73,7 +73,7 @@ def test_perceptual_and_adversarial_loss(compare, name, started):
     of_autoencoder, log = loss(torch.zeros(()), x, x_hat, 0, 0, last_layer=last)
     of_discriminator, judged = loss(torch.zeros(()), x, x_hat, 1, 0)
     state = f"VQLPIPSWithDiscriminator ({'discriminator' if started else 'before its start'})"
-    with_taming = compare(name, "taming-transformers", state)
+    with_taming = compare(name, "taming-transformers-rom1504", state)
     R = terms["nll"] + 0.7 * terms["perceptual"] - X * math.log(2)
     with_taming.scaled("nll + perceptual, without log 2 of the density", R, log["train/nll_loss"], X, SUM)
     with_taming.scaled("perceptual", terms["perceptual"], log["train/p_loss"], X, SUM)

@@ -9,8 +9,8 @@
     sylvester   f(z) = z + Q R tanh(S Q^T z + b)            R, S upper triangular, Q orthogonal
 
 from Rezende & Mohamed 2015, https://arxiv.org/abs/1505.05770, and van den Berg et al. 2018,
-https://arxiv.org/abs/1803.05649. m(t) = softplus(t + c) - 1 > -1 makes a step invertible (appendix A of the former, where
-c = 0). Here c is such that m(0) = 0: if all its parameters are 0, a step is the identity.
+https://arxiv.org/abs/1803.05649. m(t) = softplus(t + c) - 1 > -1 makes a step invertible (appendix A of the former,
+where c = 0). Here c is such that m(0) = 0: if all its parameters are 0, a step is the identity.
 
 Two networks have masked weights, so that the Jacobian is triangular: `MADE`, for an inverse autoregressive flow, and
 `AffineLayer`, which has an inverse and is a coupling layer or a masked autoregressive layer.

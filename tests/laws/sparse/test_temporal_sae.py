@@ -191,6 +191,21 @@ def test_prediction_is_projection_onto_one_direction(shifted: Any) -> None:
     torch.testing.assert_close(model.encode(x)[:, 1] @ model.decoder.W_NX, taken, rtol=1e-4, atol=1e-4)
 
 
+def test_gradient_is_the_slope_of_the_loss(shifted: Any) -> None:
+    """Nothing is held fixed but the choice of the k largest: neither the direction that the past predicts nor c."""
+    model, x, h = shifted(build()), data(6) * 3, 1e-6
+    model.loss(x)["loss"].backward()
+    assert model.loss(x)["aux"] == 0  # whose residual is held fixed
+    for name, p in model.named_parameters():
+        step, slopes = torch.randn_like(p), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * h * step
+                slopes.append(model.loss(x)["loss"] * sign / (2 * h))
+                p -= sign * h * step
+        torch.testing.assert_close((p.grad * step).sum(), sum(slopes), rtol=1e-5, atol=1e-6, msg=f"{name}: {{}}".format)
+
+
 def test_new_codes_are_sparse_and_counted_by_positions(shifted: Any) -> None:
     model, x = shifted(build(dead_after=8)).train(), data(7)
     with torch.no_grad():

@@ -8,8 +8,8 @@ second:
     L = -log p(x | x_hat) + lam sum_i relu(pi_gate)_i + ||x - x_hat_frozen(relu(pi_gate))||^2     (equation 8)
 
 L is in nats per sample. The squared error is that of a Gaussian of variance 1/2. The step H passes no gradient. The
-last two terms train the gate. The last one has a frozen decoder: it moves neither W_dec nor b, which it does not reach
-through the encoder either. r multiplies each row of W_gate.
+last two terms train the gate. The last one has a frozen decoder: it moves W_dec not at all, and b only through pi_gate,
+as the second does. r multiplies each row of W_gate.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -40,11 +40,8 @@ class GatedSAE(SAEL1):
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
-        W_NX, b_X = self.encoder.weight, self.decoder.b_X
-        shared_BN = F.linear(x.flatten(1), W_NX)
-        gate_BN = shared_BN - W_NX @ b_X.detach() + self.encoder.bias
-        magnitude_BN = self.r_N.exp() * (shared_BN - W_NX @ b_X) + self.b_mag_N
-        return gate_BN, magnitude_BN
+        shared_BN = F.linear(self.read(x), self.encoder.weight)
+        return shared_BN + self.encoder.bias, self.r_N.exp() * shared_BN + self.b_mag_N
 
     def encode(self, x: Tensor) -> Tensor:
         gate_BN, magnitude_BN = self.pre_activations(x)

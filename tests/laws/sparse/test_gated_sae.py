@@ -33,7 +33,7 @@ def gated(shifted: Any, **settings: Any) -> Any:
 def gated_by_hand(model: Any, x: Tensor, frozen: bool = True) -> dict[str, Tensor]:
     W, b, D = model.encoder.weight, model.decoder.b_X, model.decoder.W_NX
     W_mag = torch.diag(model.r_N.exp()) @ W
-    gate = (x.flatten(1) - b.detach()) @ W.T + model.encoder.bias
+    gate = (x.flatten(1) - b) @ W.T + model.encoder.bias
     f = torch.where(gate > 0, ((x.flatten(1) - b) @ W_mag.T + model.b_mag_N).clamp(min=0), 0.0)
     via = gate.clamp(min=0) @ (D.detach() if frozen else D) + (b.detach() if frozen else b)
     return {
@@ -59,15 +59,20 @@ def test_gated_loss_and_gradients_match_paper(shifted: Any) -> None:
 def test_each_gated_term_trains_its_own_parameters(shifted: Any) -> None:
     model, x = gated(shifted), data(20)
     terms = model.loss(x)
-    gate_alone = {"encoder.weight", "encoder.bias"}
+    gate = {"encoder.weight", "encoder.bias", "decoder.b_X"}
     for term, moved in (
-        ("aux", gate_alone), ("l1", gate_alone),
+        ("aux", gate), ("l1", gate),
         ("nll", {"encoder.weight", "r_N", "b_mag_N", "decoder.W_NX", "decoder.b_X"}),
     ):  # fmt: skip
         found = gradients(terms[term], model)
         assert {name for name, g in found.items() if g.any()} == moved, term
-    leaks = gradients(gated_by_hand(model, x, frozen=False)["aux"], model)
-    assert leaks["decoder.W_NX"].abs().max() > 1e-2 < leaks["decoder.b_X"].abs().max()
+    # b of the decoder is frozen, b of the encoder is not
+    found, thawed = (gradients(aux, model)["decoder.b_X"] for aux in (
+        terms["aux"], gated_by_hand(model, x, frozen=False)["aux"],
+    ))  # fmt: skip
+    of_gate = torch.autograd.grad(terms["aux"], model.encoder.bias)[0]
+    torch.testing.assert_close(found, -of_gate @ model.encoder.weight)
+    assert (thawed - found).abs().max() > 1e-2
 
 
 def test_equal_gates_and_magnitudes_equal_relu_sae(shifted: Any) -> None:

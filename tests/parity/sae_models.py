@@ -1,0 +1,47 @@
+"""Sparse autoencoders for the comparisons: away from their start, with latents that are dead."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import aezoo
+
+X, N = 6, 12
+DEAD = torch.tensor([1, 4, 6, 9])
+DEAD_AFTER = 1000
+
+
+def build(name: str, shape: tuple[int, ...] = (X,), **settings: Any) -> Any:
+    """A model in training whose parameters, and no biases alone, are off their start."""
+    model = aezoo.create_model(name, shape, latent_dim=N, **settings).double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (0.4 if p.ndim == 1 else 0.2) * torch.randn_like(p)
+    if hasattr(model, "after_optimizer_step"):
+        model.after_optimizer_step()
+    return model
+
+
+def with_dead(name: str, dead: Tensor = DEAD, **settings: Any) -> Any:
+    """All others outrank the dead ones, of whose pre-activations some are positive; they die before the next batch."""
+    model = build(name, dead_after=DEAD_AFTER, **settings)
+    with torch.no_grad():
+        model.encoder.bias.fill_(8)
+        model.encoder.bias[dead] = 0.5
+    model.since_fired_N[dead] = DEAD_AFTER
+    return model
+
+
+def dead_mask(dead: Tensor = DEAD) -> Tensor:
+    return torch.zeros(N, dtype=torch.bool).index_fill(0, dead, True)
+
+
+def data(n: int = 7, shape: tuple[int, ...] = (X,)) -> Tensor:
+    return torch.randn(n, *shape)
+
+
+def without_constant(nll: Tensor, dimensions: int = X) -> Tensor:
+    """Of -log p of a Gaussian of variance 1/2, the squared error."""
+    return nll - dimensions / 2 * math.log(math.pi)

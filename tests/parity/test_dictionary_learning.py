@@ -294,7 +294,9 @@ def test_auxk_of_few_dead_latents_is_scaled(compare):
     model, other, _ = topk_pair("topk_sae", x, dead)
     expected, variance = log(other, x, 1).losses["auxk_loss"], x.var(0, correction=0).sum().item()
     comparison = compare("topk_sae", PACKAGE, f"TopKTrainer, {len(dead)} dead latents, k_aux {X // 2}")
-    reason = "Var(x) as above, and dead / k_aux, a factor of sparsify and SAELens that neither the paper nor they have"
+    reason = (
+        "Var(x), see TopKTrainer, times dead / k_aux, a factor of sparsify and SAELens that they and the paper lack"
+    )
     comparison.scaled("aux", model.loss(x)["aux"], expected, variance * len(dead) / (X // 2), reason)
 
 

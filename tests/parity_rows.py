@@ -28,5 +28,9 @@ class ParityRows:
             return
         held = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(sorted((held | self.rows).items())), indent=1, ensure_ascii=False)
-        self.file.write_text(text + "\n", encoding="utf-8")
+        # a row a line
+        tests = [
+            f"{json.dumps(test)}: [\n " + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
+            for test, rows in sorted((held | self.rows).items())
+        ]
+        self.file.write_text("{\n" + ",\n".join(tests) + "\n}\n", encoding="utf-8")

@@ -18,6 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import aezoo
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ROWS, PAGE = ROOT / "tests" / "parity.json", ROOT / "docs" / "parity.md"
@@ -53,6 +55,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         HEAD,
         f"{len(models)} models, {len({row['reference'] for row in rows})} references, {len(rows)} quantities; "
         f"{len(exact)} models deviate in none.",
+        "",
+        f"Checked by their laws alone, since no package was found that implements them: "
+        f"{', '.join(f'`{name}`' for name in sorted({*aezoo.list_models()} - models))}.",
         "",
         "| model | reference | quantities | difference | verdict |",
         "|---|---|---|---|---|",

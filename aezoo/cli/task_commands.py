@@ -41,11 +41,11 @@ from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
-from aezoo.tasks.result_store import Store, resolve_device
+from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, progress_bar
 from aezoo.training import speed
-from aezoo.training.data_units import TABLES
+from aezoo.training.data_units import TABLES, DataUnits
 from aezoo.training.seeding import mix
 
 _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
     check_flags(argv, None, parser)
     path = _value(argv, "--ckpt_path")
-    trained: dict[str, Any] = {"settings": {}, "scaling": {}}
+    trained: dict[str, Any] = {"settings": {}}
     model = None
     if path is not None and not {"-h", "--help"} & set(argv):
         if verb in ("compress", "decompress"):
@@ -108,10 +108,9 @@ def main(argv: list[str]) -> None:
             raise AezooError(f"{verb} needs a file: give --input FILE")
         settings["file"] = config.input
     else:
-        settings |= _samples(config, trained, argv, accepted)
-    columns = Columns.of_model(model)
+        settings |= _samples(config, model.data_units, trained["settings"], argv, accepted)
     if "columns" in accepted:
-        settings["columns"] = columns
+        settings["columns"] = Columns.of_model(model)
     out = Path(config.out) if config.out else trained["folder"] / verb
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
@@ -129,12 +128,13 @@ def main(argv: list[str]) -> None:
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     arrays = [file for file in result.files if file.suffix == ".npy"] if verb in _OF_SAMPLES else []
-    if trained["scaling"] and arrays:
-        for file in arrays:
-            _undo_scaling(file, trained["scaling"])
+    if model.data_units is not None and model.data_units.scaling and arrays:
         names = ", ".join(file.name for file in arrays)
         print(f"values in {names} are in the units of the training data, errors and scores in the scale that the model "
               "sees (--data.scale)")  # fmt: skip
+    if model.data_units is None and verb in _OF_SAMPLES:
+        print(f"aezoo: {config.ckpt_path} does not say how its training data were scaled: samples are in the scale "
+              "that the model sees", file=sys.stderr)  # fmt: skip
     if replaced := before.intersection(result.files):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MAX_LINES:
@@ -142,18 +142,6 @@ def main(argv: list[str]) -> None:
         return
     for file in result.files:
         print(file)
-
-
-def _undo_scaling(file: Path, scaling: dict[str, Tensor]) -> None:
-    """Replace samples (N, *shape) in the model's scale by those in the units of its training data."""
-    scaled = np.load(file, mmap_mode="r")
-    offset, factor = (scaling[key].cpu().numpy().astype(np.float64) for key in ("offset", "factor"))
-    with Store(file.parent) as store:
-        values = store.array(file.stem, scaled.shape, scaling["offset"].cpu().numpy().dtype)
-        for i in range(0, len(scaled), _MAX_RESCALED):
-            part = np.asarray(scaled[i : i + _MAX_RESCALED], np.float64)
-            # bytes of a lossless file are 255 for 1
-            values[i : i + len(part)] = (part / 255 if scaled.dtype == np.uint8 else part) * factor + offset
 
 
 @contextmanager
@@ -209,19 +197,21 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     return parser
 
 
-def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]) -> dict[str, Any]:
+def _samples(
+    config: Any, units: DataUnits | None, settings: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]
+) -> dict[str, Any]:
     """The samples for a verb, from `--input` or a split, and the splits for fitting."""
     # the parser adds the path of a file of settings
     known = inspect.signature(DataModule).parameters
     data = {key: value for key, value in dict(config.data).items() if key in known}
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
-    found: dict[str, Any] = {key: read(str(path), trained, data, key) for key, path in named.items()}
+    found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in named.items()}
     if "x" in accepted and config.input is not None:
-        found["x"] = read(config.input, trained, data)
+        found["x"] = read(config.input, units, data)
     wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
-    if not trained["settings"] and setting(argv, "data", "name") is None:
+    if not settings and setting(argv, "data", "name") is None:
         if needed:
             raise AezooError(
                 f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"
@@ -232,11 +222,12 @@ def _samples(config: Any, trained: dict[str, Any], argv: list[str], accepted: Ma
     try:
         # with --input, settings of another source are those of that file
         module = DataModule(**(data if needed else settings_of_source(data)))
-        check_columns(str(module.name), module.source.columns, trained.get("columns", ()))
+        own = units or DataUnits()
+        check_columns(str(module.name), module.source.columns, own.columns)
         splits = module.splits()
         if not module.units.is_table:  # a table is scaled as the training data were
-            module.report_other_scaling(trained["scaling"], trained.get("white"))
-        warn_other_splits(trained["settings"], dict(module.hparams))
+            module.report_other_scaling(own.scaling, own.white)
+        warn_other_splits(settings, dict(module.hparams))
     except AezooError as error:
         if needed:
             raise
@@ -264,12 +255,12 @@ def _chooses_data(argv: list[str]) -> bool:
     return named and _value(argv, "--split") is None
 
 
-def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None, flag: str = "input") -> SampleSet:
+def read(path: str, units: DataUnits | None, data: dict[str, Any] | None = None, flag: str = "input") -> SampleSet:
     """The samples in a file or a folder, scaled and binarised like a model's training data.
 
     Args:
         path: a file of arrays, an image, or a folder of images.
-        trained: the data's state from `load_run`.
+        units: the units of the data that the model was trained on.
         data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error,
             num_workers and the limits are used.
         flag: the name of the path in messages.
@@ -278,13 +269,13 @@ def read(path: str, trained: dict[str, Any], data: dict[str, Any] | None = None,
         AezooError: there is nothing to read, or it cannot be scaled or binarised in this way.
     """
     given = {key: value for key, value in (data or {}).items() if value is not None}
-    samples, rule = _scaled(path, trained, given, f"--{flag} {path}"), given.get("binarise", "none")
+    samples, rule = _scaled(path, units, given, f"--{flag} {path}"), given.get("binarise", "none")
     # drawn as for one more split
     return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
 
 
-def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str) -> SampleSet:
-    source = Path(path)
+def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str) -> SampleSet:
+    source, known = Path(path), units or DataUnits()
     if not source.exists():
         raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
     size, channels, most = given.get("size"), given.get("channels"), given.get("max_pixels", _MAX_PIXELS)
@@ -297,19 +288,19 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         if others:
             print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
                   f"--data {path} --split test", file=sys.stderr)  # fmt: skip
-        scaling = _scaling(trained, module.source.white, what)
+        scaling = _scaling(known, module.source.white, what)
         return SampleSet(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
     if source.suffix.lower() in images.EXTENSIONS:
         header = images.read_header(source, most)
         for words in images.ignored_content({path: header}):
             print(f"aezoo: {words}", file=sys.stderr)
         image = images.read_image(source, size, channels or (1 if header.mode in images.GREY_MODES else 3), most)
-        scaling = _scaling(trained, 255 if image.dtype == torch.uint8 else 1, what)
+        scaling = _scaling(known, 255 if image.dtype == torch.uint8 else 1, what)
         return SampleSet(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     limit, label_column = given.get("max_bytes", 2**33), given.get("label_column", "auto")
     arrays = read_arrays(source, limit, label_column, streamed=True)
     columns = arrays.columns if isinstance(arrays, TableArrays) else ()
-    check_columns(what, columns, trained.get("columns", ()))
+    check_columns(what, columns, known.columns)
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
@@ -320,11 +311,11 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
         raise AezooError(f"{title} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
     if 0 in shape:
         raise AezooError(f"{title} is empty (shape {shape}): give at least one sample")
-    scaling = _scaling(trained, 255 if is_bytes else None)
+    scaling = _scaling(known, 255 if is_bytes else None)
     if is_streamed(arrays[name]):
         streamed = NpyDataset(arrays[name], layout, size, channels)
         if not is_bytes:
-            _check_unscaled(path, shape, check_values(_all_values(streamed), title, missing=missing), trained, scaling)
+            _check_unscaled(path, shape, check_values(_all_values(streamed), title, missing=missing), units, scaling)
         # a batch is one read, for which no process is needed
         return SampleSet(streamed, *scaling, None, path, num_workers=0)
     x = to_channels_first(to_real_tensor(values, title, columns, missing=missing), layout)
@@ -334,11 +325,11 @@ def _scaled(path: str, trained: dict[str, Any], given: dict[str, Any], what: str
     y = numbered.get("test")
     check_length(x, y, title)
     if not is_bytes:
-        _check_unscaled(path, shape, (float(x.min()), float(x.max())), trained, scaling)
+        _check_unscaled(path, shape, (float(x.min()), float(x.max())), units, scaling)
     found = None
     if x.ndim == 2 and source.suffix.lower() in TABLES:
         state = scaling[1] or ({"offset": torch.zeros(()), "factor": torch.tensor(255.0)} if is_bytes else {})
-        found = Columns(columns or trained.get("columns", ()), state, x.shape[1])
+        found = Columns(columns or known.columns, state, x.shape[1])
     return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found)
 
 
@@ -353,22 +344,22 @@ def _check_unscaled(
     path: str,
     shape: tuple[int, ...],
     limits: tuple[float, float],
-    trained: dict[str, Any],
+    units: DataUnits | None,
     scaling: tuple[int, dict[str, Tensor]],
 ) -> None:
     """Refuse bytes that are stored as floats, if the training data had floats from 0 to 1."""
     low, high = limits
     # not for tables, in which an outlying value may be the anomaly to find
-    if trained["settings"] and scaling == (255, {}) and len(shape) > 2 and max(-low, high) > _MOST:
+    if units is not None and scaling == (255, {}) and len(shape) > 2 and max(-low, high) > _MOST:
         raise AezooError(f"{path}: values from {low:.4g} to {high:.4g}, the training data had 0 to 1: divide them by "
                          "what white is, or give bytes (uint8)")  # fmt: skip
 
 
-def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
+def _scaling(units: DataUnits, white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
     """The divisor of bytes for `SampleSet`, and the scaling, which give samples the scale of the training data.
 
     Args:
-        trained: the data's state from `load_run`.
+        units: those of the training data.
         white: the value of white in the samples: 255 for bytes, 1 for 16-bit pictures, None for numbers in the units of
             the training data.
         picture: the name of pictures in messages.
@@ -376,8 +367,8 @@ def _scaling(trained: dict[str, Any], white: int | None, picture: str = "") -> t
     Raises:
         AezooError: they are pictures, and the training data's value of white is unknown.
     """
-    scaling, was = trained["scaling"], trained.get("white")
-    if not scaling and trained["settings"].get("scale") != "none":
+    scaling, was = dict(units.scaling), units.white
+    if not scaling and units.levels != 1:
         return 255, {}
     if picture and was is None:
         raise AezooError(f"{picture} cannot be scaled as the training data were (--data.scale), since it is not known "

@@ -283,7 +283,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """The units of the data, of which samples were made."""
         scaling = getattr(self.source, "scaling", None)
         state = {} if scaling is None else scaling.state()
-        return DataUnits(state, self.source.white, tuple(self.source.columns), self.source.is_table)
+        levels = byte_divisor(self.scale)
+        return DataUnits(state, self.source.white, tuple(self.source.columns), self.source.is_table, levels)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue there; Lightning calls this before it asks for the loader.

@@ -1,9 +1,9 @@
 """Saving and loading models in formats that cannot run code: safetensors or torch's weights-only files.
 
-A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters). A
-checkpoint is Lightning's, with the registry name added. Loading looks up that name in the registry, accepts only plain
-hyperparameters that the constructor has, and compares the size of the model with that of the file before it allocates
-memory. It never follows a class path in a file.
+A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters, units of
+the training data). A checkpoint is Lightning's, with the registry name added. Loading looks up that name in the
+registry, accepts only plain hyperparameters that the constructor has, and compares the size of the model with that of
+the file before it allocates memory. It never follows a class path in a file.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
 MAX_GROWTH = 2**24
 MAX_BYTES = "AEZOO_MAX_BYTES"
-_MAX_CONFIG = 2**20
+# 300,000 columns of a table
+_MAX_CONFIG = 2**24
 # dtypes of weights besides float32
 _DTYPES = {torch.float64, torch.float16, torch.bfloat16}
 # keys that LightningCLI adds to hyperparameters; it would import both values
@@ -45,6 +46,8 @@ def save_model(
 ) -> Path:
     """Write a model as `config.json` and `model.safetensors`.
 
+    `config.json` also holds `model.data_units`: how the training data were scaled and, of a table, the columns' names.
+
     Args:
         model: a registered model.
         folder: created if it does not exist; each of its two files is replaced atomically.
@@ -56,7 +59,8 @@ def save_model(
 
     Raises:
         AezooError: the model's class is not in the registry, so no other process could find it again; a hyperparameter
-            is not a plain value; the scaling cannot be folded into its weights; or the files cannot be written.
+            is not a plain value; the scaling cannot be folded into its weights; the data have too many columns; or the
+            files cannot be written.
     """
     name = name_of(type(model))
     if name is None:
@@ -66,18 +70,23 @@ def save_model(
         )
     if "://" in str(folder):
         raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
+    # folded weights take and give samples in their own units
+    units = model.data_units if scaling is None else None
     if scaling is not None:
         model = fold(model, scaling)
     folder = Path(folder)
     hyperparameters = values.check_plain(dict(model.hparams), f"{name} cannot be saved: its hyperparameters")
     config = {"model": name, "aezoo_version": aezoo.__version__, "hyperparameters": hyperparameters}
+    config |= {} if units is None else {"data": units.to_plain()}
+    text = json.dumps(config, indent=2) + "\n"
+    if len(text) > _MAX_CONFIG:
+        raise AezooError(f"{name} cannot be saved: too many columns for {CONFIG}; set model.data_units to None before")
     # copies, because safetensors rejects tensors that share memory, such as tied weights
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
     cure = "make room, or choose a folder that can be written"
     atomic_files.write(folder / WEIGHTS, lambda file: file.write(save(state)), cure=cure)
-    text = json.dumps(config, indent=2) + "\n"
     atomic_files.write(folder / CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return folder
 
@@ -107,12 +116,14 @@ def load_run(
     """Load a model as `load_model` does, and what its checkpoint records about its training data.
 
     Returns:
-        The model, and a dict. `settings` are those of the DataModule, and `scaling` is that of the samples if it
-        depends on them; both are empty for a saved model folder and for other data than aezoo's. `white` and `columns`
-        are as in `aezoo.data.source.Source`. `folder` is the run's or the saved model's; for a model from the hub,
-        whose files are in a cache, it is `runs/user_name`.
+        The model, and a dict. `settings` are those of the DataModule, empty for a saved model folder and for other data
+        than aezoo's. `scaling`, `white` and `columns` are those of `model.data_units`, empty where that is None.
+        `folder` is the run's or the saved model's; for a model from the hub, whose files are in a cache, it is
+        `runs/user_name`.
     """
-    data: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    units: DataUnits | None = None
+    stored_units: Any = None
     address = str(path) if hub_files.is_address(path) else None
     if address is not None:
         path = hub_files.fetch(address)
@@ -126,7 +137,7 @@ def load_run(
         except Exception as error:  # a header can be wrong in any way
             raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error
         note_version({"version": config.get("aezoo_version")}, source)
-        name, hyperparameters = config["model"], config["hyperparameters"]
+        name, hyperparameters, stored_units = config["model"], config["hyperparameters"], config.get("data")
     else:
         if "://" not in str(path) and not Path(path).exists():
             raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
@@ -136,7 +147,8 @@ def load_run(
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
         note_version(checkpoint.get("aezoo"), source)
         name, hyperparameters = describe_content(checkpoint, source)
-        content, data = checkpoint["state_dict"], _data_settings(checkpoint, source)
+        content, settings = checkpoint["state_dict"], _data_settings(checkpoint, source)
+        units = _data_units(checkpoint, settings) if settings else None
     state = weights.check_tensors(content, source, name)
     model = build(name, hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
@@ -156,17 +168,19 @@ def load_run(
         raise AezooError(
             f"map_location {map_location}: {_one_line(error)}; give cpu and move the model later"
         ) from error
-    trained: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()} | {"folder": folder} | data
-    if settings := trained["settings"]:
-        paths = [Path(str(settings.get(key, ""))) for key in ("name", "root")]
-        is_table = bool(trained["columns"]) or any(path.suffix.lower() in TABLES for path in paths)
-        model.data_units = DataUnits(trained["scaling"], trained["white"], trained["columns"], is_table)
-    return model, trained
+    if stored_units is not None:
+        units = DataUnits.from_plain(stored_units, model.input_shape, str(source / CONFIG))
+    model.data_units, known = units, units or DataUnits()
+    state_of_data = {"scaling": known.scaling, "white": known.white, "columns": known.columns}
+    return model, {"settings": settings, **state_of_data, "folder": folder}
 
 
 def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     what = f"{source}: its settings of the data"
-    settings = values.check_plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
+    return values.check_plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
+
+
+def _data_units(checkpoint: dict[str, Any], settings: dict[str, Any]) -> DataUnits:
     state = checkpoint.get("DataModule")
     state = state if isinstance(state, dict) else {}
     scaling, white = state.get("scaling"), state.get("white")
@@ -176,7 +190,10 @@ def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     white = white if isinstance(white, int) and white in (1, 255) else None
     columns = state.get("columns")
     columns = tuple(columns) if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else ()
-    return {"settings": settings, "scaling": scaling if is_complete else {}, "white": white, "columns": columns}
+    paths = [Path(str(settings.get(key, ""))) for key in ("name", "root")]
+    is_table = bool(columns) or any(path.suffix.lower() in TABLES for path in paths)
+    levels = 1 if settings.get("scale") == "none" else 255
+    return DataUnits(scaling if is_complete else {}, white, columns, is_table, levels)
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:

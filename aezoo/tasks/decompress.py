@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import math
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +39,8 @@ class Decompression(Result):
     """The content of a file.
 
     Attributes:
-        x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other.
+        x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other, in the scale that the model sees;
+            files are in the units of the data that the model was trained on.
         mode: lossless, lossy, indices, prior or learned.
         same: whether every sample equals to the bit what `compress` decoded when it checked the file.
     """
@@ -106,11 +106,15 @@ def decompress(
         columns = _columns(file, header) or columns or Columns.of_model(model) or Columns((), {}, header.dims)
         if len(header.shape) != 1:
             raise AezooError(f"samples of shape {header.shape} are no table: take kind npy")
-    with Store(out) as store, reproducibility.deterministic_kernels(threads or header.threads), evaluation_mode(model):
+    with (
+        Store(out, model.data_units) as store,
+        reproducibility.deterministic_kernels(threads or header.threads),
+        evaluation_mode(model),
+    ):
         dtype = np.uint8 if header.mode == "lossless" else np.float32
         shape = (header.n, *header.shape)
         with _one_line_errors(reader):
-            x = store.array("samples", shape, dtype) if kind == "npy" else _scratch(store, shape, dtype)
+            x = store.samples("samples", shape, dtype) if kind == "npy" else store.scratch(shape, dtype)
         start, same = 0, True
         with bar("decompress" if progress else "", header.n) as advance:
             for part, exact in _decode_parts(model, reader, strict, advance):
@@ -143,14 +147,6 @@ def _columns(file: str, header: Header) -> Columns | None:
             return Columns.from_bytes(opened.read(_MAX_COLUMNS), header.dims, str(path))
     except OSError as error:
         raise AezooError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
-
-
-def _scratch(store: Store, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """An array in an unnamed file of the store's folder, or in memory without one."""
-    if store.folder is None:
-        return np.empty(shape, dtype)
-    with tempfile.TemporaryFile(dir=store.folder) as file:  # the memory map outlives it
-        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> None:

@@ -109,8 +109,8 @@ def denoise(
         raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MAX_NOISE:g}")
     samples = SampleSet.from_data(x).check(model)
     n = len(samples)
-    with Store(out) as store, evaluation_mode(model, seed) as like:
-        x_hat, start = store.array("denoised", (n, *model.input_shape)), 0
+    with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:
+        x_hat, start = store.samples("denoised", (n, *model.input_shape)), 0
         low, high = math.inf, -math.inf
         for batch in samples.batches(batch_size, "denoise" if progress else ""):
             noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)

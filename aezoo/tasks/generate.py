@@ -163,7 +163,7 @@ def generate(
     held_out = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):
         raise AezooError(f"quality needs two training samples at least to compare with: {GIVE_TRAINING}")
-    with Store(out) as store, evaluation_mode(model, seed):
+    with Store(out, model.data_units) as store, evaluation_mode(model, seed):
         if interpolate or traverse or varied is not None:
             known = train if train is not None else _own_samples(model, batch_size) if model.has_prior else given
             starts = next((samples for samples in (varied, given, known) if samples is not None), None)
@@ -195,7 +195,7 @@ def generate(
         if top_k:
             sampling_options["top_k"], source = top_k, f"{source}, from the {top_k} likeliest of each index"
         quality_samples = min(quality, len(held_out)) if held_out is not None and len(held_out) > 1 else quality
-        samples = store.array("samples", (n, *model.input_shape))
+        samples = store.samples("samples", (n, *model.input_shape))
         n_quality = np.empty((quality_samples, *model.input_shape), np.float32)
         start = 0
         with progress_bar("generate" if progress else "", max(n, quality_samples)) as advance:

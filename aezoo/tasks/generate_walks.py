@@ -131,7 +131,7 @@ def _random_codes(samples: SampleSet, most: int, seed: int) -> Tensor:
 def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Array:
     """The samples of each walk, (walks, steps, *shape)."""
     codes = walk.codes.flatten(0, 1).unflatten(1, model.code_shape)
-    samples = store.array(walk.name, (*walk.codes.shape[:2], *model.input_shape))
+    samples = store.samples(walk.name, (*walk.codes.shape[:2], *model.input_shape))
     flat = samples.reshape(-1, *model.input_shape)  # a view
     start = 0
     for part in codes.split(batch_size):

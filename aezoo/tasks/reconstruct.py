@@ -31,10 +31,10 @@ _MAX_COLUMNS = 12
 
 @dataclass(repr=False)
 class Reconstruction(Result):
-    """The result of `reconstruct`; arrays are memory-mapped files if a folder was given.
+    """The result of `reconstruct`; x_hat is a memory-mapped file if a folder was given.
 
     Attributes:
-        x_hat: (N, *shape), reconstructions in data space, float32.
+        x_hat: (N, *shape), reconstructions in the scale that the model sees, float32; files are in the data's units.
         mse: (N,) squared error of each sample, the mean over its values that are not missing.
         mae: (N,) absolute error of each sample, the mean over the same values.
         score: (N,) the model's `anomaly_score` in nats per sample, by which `detect` ranks, too: the deviance, -log
@@ -131,8 +131,8 @@ def reconstruct(
     reconstructor = None if parts is None else _PartReconstructor(model, (parts,) if isinstance(parts, int) else parts)
     samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
     n = len(samples)
-    with Store(out) as store, evaluation_mode(model, seed) as like:
-        x_hat = store.array("reconstructions", (n, *model.input_shape))
+    with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:
+        x_hat = store.samples("reconstructions", (n, *model.input_shape))
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
         part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
         start, limits, spread = 0, Limits(), _Spread()

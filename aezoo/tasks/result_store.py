@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -21,6 +22,7 @@ from torch import Tensor
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files
 from aezoo.io.terminal import printable
+from aezoo.training.data_units import DataUnits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # rows of a table that are in memory at a time
 _TABLE_ROWS = 2**16
+# samples that are brought into their units at a time
+_ROWS = 2**10
 CURE = "make room, or choose a folder that can be written with --out"
 
 
@@ -39,17 +43,21 @@ class Store:
 
     Args:
         folder: created if it does not exist; None keeps arrays in memory and writes nothing.
+        units: the units in which files of samples are written; None for samples as they are.
 
     Attributes:
         files: the files written, in order.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, units: DataUnits | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.files: list[Path] = []
         self._token = secrets.token_hex(4)
         self._written: dict[Path, Path] = {}
         self._mapped: list[Any] = []
+        self._units = units
+        # samples in the model's scale, and the files of the same samples in their units
+        self._scaled: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         if self.folder is not None:
             # a unique name, since another process may test the folder at the same time
             probe = self.folder / f".tmp-{os.getpid()}.part"
@@ -68,8 +76,12 @@ class Store:
                 temporary.unlink(missing_ok=True)
             self._written.clear()
             self._mapped.clear()
+            self._scaled.clear()
 
     def _commit(self) -> None:
+        for scaled, in_units in self._scaled:
+            for i in range(0, len(scaled), _ROWS):
+                in_units[i : i + _ROWS] = self._units.values(scaled[i : i + _ROWS])
         for array in self._mapped:
             array.flush()
         for path, temporary in self._written.items():
@@ -106,6 +118,22 @@ class Store:
         self._mapped.append(array)
         self._register(path, temporary)
         return array
+
+    def samples(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """An empty array to fill with samples in the model's scale, whose file has them in the units of the data."""
+        if self.folder is None or self._units is None or not self._units.scaling:
+            return self.array(name, shape, dtype)
+        wide = self._units.scaling["offset"].dtype == torch.float64
+        scaled = self.scratch(shape, dtype)
+        self._scaled.append((scaled, self.array(name, shape, np.float64 if wide else np.float32)))
+        return scaled
+
+    def scratch(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+        """An empty array in a file without a name, or in memory."""
+        if self.folder is None or math.prod(shape) == 0:
+            return np.empty(shape, dtype)
+        with tempfile.TemporaryFile(dir=self.folder) as file:  # the memory map outlives it
+            return np.memmap(file, dtype, "w+", shape=shape)
 
     def arrays(self, name: str, arrays_by_name: dict[str, npt.NDArray[Any]]) -> None:
         """Write arrays by name as `folder/name.npz`."""

@@ -500,10 +500,10 @@ def test_run_keeps_scale_and_model_takes_raw_activations(tmp_path, monkeypatch):
     assert torch.equal(x, raw / factor) and torch.equal(factor, data.source.scaling.factor)
     # a file of raw activations is scaled as those of training were
     np.save(tmp_path / "raw.npy", raw.numpy())
-    assert torch.equal(read(str(tmp_path / "raw.npy"), trained).rows(range(len(raw))), x)
+    assert torch.equal(read(str(tmp_path / "raw.npy"), model.data_units).rows(range(len(raw))), x)
     save_model(model, tmp_path / "folded", trained["scaling"])
     folded = load_model(tmp_path / "folded")
-    assert isinstance(folded, TopKSAE) and isinstance(folded, Autoencoder)
+    assert folded.data_units is None and isinstance(folded, TopKSAE) and isinstance(folded, Autoencoder)
     with torch.no_grad():
         assert torch.allclose(folded(raw), factor * model(x), atol=1e-4 * float(factor))
     with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ from aezoo.data.readers import read_arrays
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import save_model
 
-UNKNOWN = {"settings": {}, "scaling": {}}
+UNKNOWN = None
 
 
 def sparse(path, shape, dtype=np.uint8, rows=()):

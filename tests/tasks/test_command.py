@@ -19,6 +19,7 @@ from aezoo.cli.task_commands import read
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import tables
 from aezoo.tasks.samples import SampleSet
+from aezoo.training.data_units import DataUnits
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,15 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
         assert f"values in {name}.npy are in the units of the training data" in said
         assert np.allclose(found, expected, atol=1e-3) if verb != "generate" else 90 < found.mean() < 110
     main(["compress", *ckpt, *out, "--quality", "12", "--compare", "false"])
-    main(["decompress", *ckpt, *out, "--input", str(tmp_path / "samples.aez")])
-    assert np.allclose(np.load(tmp_path / "samples.npy"), expected, atol=0.1)
+    (saved,) = tmp_path.glob("model-*")
+    for path in (run, saved):
+        main(["decompress", "--ckpt_path", str(path), *out, "--input", str(tmp_path / "samples.aez")])
+        assert np.allclose(np.load(tmp_path / "samples.npy"), expected, atol=0.1)
+    # one of another program says no units
+    aezoo.save_model(aezoo.create_model("dense_ae", (4,), latent_dim=2), tmp_path / "foreign")
+    np.save(tmp_path / "x.npy", given.numpy())
+    main(["reconstruct", "--ckpt_path", str(tmp_path / "foreign"), "--input", str(tmp_path / "x.npy"), *out])
+    assert "does not say how its training data were scaled: samples are in the scale" in capsys.readouterr().err
     capsys.readouterr()
     main(["predict", *ckpt, "--predictions.folder", str(tmp_path)])
     assert "`aezoo reconstruct` writes the units of the data" in capsys.readouterr().out
@@ -256,16 +264,16 @@ def test_matching_or_unnamed_columns_are_taken(table, tmp_path):
         (tmp_path / "new.csv").write_text("\n".join([*header, *rows]))
         if header == ["weight,label,height,age"]:
             with pytest.raises(aezoo.AezooError, match="another order"):
-                read(str(tmp_path / "new.csv"), aezoo.io.checkpoint.load_run(table)[1])
+                read(str(tmp_path / "new.csv"), aezoo.load_model(table).data_units)
         else:
-            assert read(str(tmp_path / "new.csv"), aezoo.io.checkpoint.load_run(table)[1]).shape == (3,)
+            assert read(str(tmp_path / "new.csv"), aezoo.load_model(table).data_units).shape == (3,)
 
 
 def test_label_column_is_optional_in_input_file(tmp_path):
-    trained = {"settings": {"label_column": "fraud"}, "scaling": {}, "columns": ("a", "b")}
+    units = DataUnits(columns=("a", "b"), is_table=True)
     for text, labels in (("a,fraud,b\n0.1,yes,0.2\n0.3,no,0.4\n", [1, 0]), ("a,b\n0.1,0.2\n0.3,0.4\n", None)):
         (tmp_path / "new.csv").write_text(text)
-        samples = read(str(tmp_path / "new.csv"), trained, trained["settings"])
+        samples = read(str(tmp_path / "new.csv"), units, {"label_column": "fraud"})
         assert torch.allclose(samples.rows([0, 1]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
         assert labels is None if samples.y is None else samples.y.tolist() == labels
 
@@ -313,7 +321,7 @@ def test_tasks_binarise_as_training_did(tmp_path):
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     model, trained = aezoo.io.checkpoint.load_run(folder)
     static = aezoo.DataModule(str(tmp_path / "x.npy"), binarise="static", seed=3).tensors("train")[0]
-    drawn = read(str(tmp_path / "x.npy"), trained, trained["settings"]).rows(range(40))
+    drawn = read(str(tmp_path / "x.npy"), model.data_units, trained["settings"]).rows(range(40))
     given = ["--input", str(tmp_path / "x.npy")]
     for flags, seen in ((["--split", "train"], static), (given, drawn)):
         main(["reconstruct", "--ckpt_path", str(folder), f"--out={tmp_path / 'out'}", *flags])

@@ -1,5 +1,8 @@
 """Verbs in Python on models that were trained on scaled tables: in the units of the table, or refused."""
 
+import json
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import numpy as np
 import pandas
@@ -8,6 +11,7 @@ import torch
 
 import aezoo
 from aezoo.errors import AezooError
+from aezoo.io.checkpoint import load_run
 from aezoo.training.data_units import DataUnits
 
 NAMES = ["age", "income", "temperature"]
@@ -78,5 +82,43 @@ def test_units_come_from_training_and_from_checkpoints(frame, tmp_path):
         assert one.data_units.columns == tuple(NAMES) and one.data_units.is_table
         assert np.allclose(one.data_units.scaling["offset"], frame.mean(), rtol=0.1)
     assert np.allclose(aezoo.reconstruct(loaded, frame).mse, aezoo.reconstruct(model, frame).mse)
-    aezoo.save_model(model, tmp_path / "saved")
-    assert aezoo.load_model(tmp_path / "saved").data_units is None
+
+
+@pytest.mark.parametrize("scale", ["auto", "unit", "standard", "none"])
+def test_saved_model_keeps_units_of_the_data(frame, tmp_path, scale):
+    pixels = np.arange(9 * 16, dtype=np.uint8).reshape(9, 4, 4)
+    for x in (frame, pixels, pixels / 9):
+        data = aezoo.DataModule.from_arrays(x, scale=scale)
+        data.setup()
+        model = aezoo.create_model("dense_ae", data.input_shape, latent_dim=2, hidden_dims=(4,))
+        model.data_units = data.units
+        model, (found, trained) = aezoo.load_model(aezoo.save_model(model, tmp_path)), load_run(tmp_path)
+        for units in (model.data_units, found.data_units):
+            assert units.has_scaling(data.units.scaling)
+            assert replace(units, scaling={}) == replace(data.units, scaling={})
+        assert trained["settings"] == {} and trained["columns"] == data.units.columns
+    config = json.loads((tmp_path / "config.json").read_text())
+    units = config["data"]
+    for change in (
+        {"columns": ["a"]}, {"columns": "abc"}, {"white": 2}, {"levels": 0}, {"dtype": "os.system"},
+        {"dtype": "float32", "offset": [1, 2, 3], "factor": [1, 2, 3]},
+        {"dtype": "float32", "offset": 0.0, "factor": None},
+        {"dtype": "float32", "offset": 0.0, "factor": float("nan")},
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config | {"data": units | change}))
+        with pytest.raises(AezooError, match=r"is damaged: its units of the data .*save the model again"):
+            aezoo.load_model(tmp_path)
+    for data in ([], 3, {}, "x"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"data": data}))
+        with pytest.raises(AezooError, match="is damaged: its units"):
+            aezoo.load_model(tmp_path)
+
+
+def test_files_of_samples_are_in_units_and_arrays_in_scale(model, frame, z, tmp_path):
+    found = aezoo.reconstruct(model, frame, out=tmp_path)
+    assert np.allclose(found.x_hat, aezoo.reconstruct(model, z).x_hat, atol=1e-4)
+    assert np.allclose(np.load(tmp_path / "reconstructions.npy"), found.x_hat * DEVIATION + MEAN)
+    with pytest.raises(AezooError, match="n_shown"):
+        aezoo.reconstruct(model, z * 0, out=tmp_path, n_shown=-1)
+    assert np.load(tmp_path / "reconstructions.npy").std(0)[1] > 1  # of before
+    assert not list(tmp_path.glob(".tmp*"))

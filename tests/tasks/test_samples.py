@@ -13,7 +13,7 @@ from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import SampleSet, evaluation_mode
 
-UNKNOWN = {"settings": {}, "scaling": {}}
+UNKNOWN = None
 
 
 def all_of(samples, size=7):
@@ -80,9 +80,9 @@ def test_input_file_uses_training_statistics(tmp_path):
     x = np.random.default_rng(0).normal(50, 20, (200, 3))
     data = aezoo.DataModule.from_arrays(x, scale="standard")
     data.setup()
-    scaling = data.source.scaling.state()
+    scaling = data.units.scaling
     np.save(tmp_path / "x.npy", x[:20])
-    given = all_of(read(str(tmp_path / "x.npy"), {"settings": {"scale": "standard"}, "scaling": scaling}))
+    given = all_of(read(str(tmp_path / "x.npy"), data.units))
     train = all_of(SampleSet.from_data(data, "train"))
     mean, deviation = scaling["offset"], scaling["factor"]
     assert torch.allclose(given, ((torch.from_numpy(x[:20]) - mean) / deviation).float())
@@ -90,11 +90,9 @@ def test_input_file_uses_training_statistics(tmp_path):
 
 
 def trained_on(x, pixels, scale):
-    """The picture as a model sees it that is trained on x, and what its checkpoint says of these."""
+    """The picture as a model sees it that is trained on x, and the units of these."""
     data = aezoo.DataModule.from_arrays(x, x_test=pixels[None], scale=scale, val_fraction=0)
-    seen = data.tensors("test")[0]
-    source = data.source
-    return seen, {"settings": {"scale": scale}, "scaling": source.scaling.state(), "white": source.white}
+    return data.tensors("test")[0], data.units
 
 
 @pytest.mark.slow
@@ -189,13 +187,12 @@ def test_scaling_precedes_binarisation(tmp_path):
     x = np.random.default_rng(0).random((40, 3)) * 90 + 10
     data = aezoo.DataModule.from_arrays(x, scale="unit", val_fraction=0, test_fraction=0)
     inside = data.tensors("train")[0]
-    trained = {"settings": {"scale": "unit"}, "scaling": data.source.scaling.state()}
     np.save(tmp_path / "x.npy", x)
-    found = all_of(read(str(tmp_path / "x.npy"), trained, {"binarise": "threshold"}))
+    found = all_of(read(str(tmp_path / "x.npy"), data.units, {"binarise": "threshold"}))
     assert torch.equal(found, (inside > 0.5).float())
     np.save(tmp_path / "x.npy", x + 90)
     with pytest.raises(AezooError, match="binarise needs values from 0 to 1: give such values"):
-        read(str(tmp_path / "x.npy"), trained, {"binarise": "threshold"})
+        read(str(tmp_path / "x.npy"), data.units, {"binarise": "threshold"})
 
 
 def test_subset_is_drawn_in_order_without_repeats():

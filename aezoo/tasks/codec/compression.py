@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, Protocol, cast
@@ -342,8 +341,7 @@ class CompressionRun:
     ) -> tuple[Any, tuple[float, float]]:
         """Codes (N, width) of samples in an unnamed file, and the least and the largest value of the samples."""
         n, start = len(samples), 0
-        with tempfile.TemporaryFile(dir=self.store.folder) as file:  # the memory map outlives it
-            codes = np.memmap(file, dtype, "w+", shape=(n, width))
+        codes = self.store.scratch((n, width), dtype)
         low, high = math.inf, -math.inf
         for batch in samples.batches(self.batch_size, self.title and "encode"):
             if not bool(batch.isfinite().all()):

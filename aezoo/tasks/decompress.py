@@ -29,6 +29,7 @@ from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 from aezoo.tasks.show import show
+from aezoo.training.data_units import DataUnits
 
 # bytes of columns.json
 _MAX_COLUMNS = 2**26
@@ -123,7 +124,7 @@ def decompress(
                 if header.mode != "prior":  # whose work is done token by token
                     advance(len(part))
         if kind == "png":
-            _write_images(store, x)
+            _write_images(store, x, model.data_units or DataUnits())
         if kind == "csv" and columns is not None:
             store.table("samples", _rows(x, columns))
     tabulate = functools.partial(_rows, x, columns if kind == "csv" else None)
@@ -306,12 +307,19 @@ def _mismatch(reader: Reader, what: str) -> str:
     )
 
 
-def _write_images(store: Store, x: npt.NDArray[Any]) -> None:
-    """A PNG for each image of one or three channels."""
+def _write_images(store: Store, x: npt.NDArray[Any], units: DataUnits) -> None:
+    """A PNG for each image of one or three channels, with the values of the training data.
+
+    If these are scaled and do not say what white is, it is drawn from the least to the largest value.
+    """
     from PIL import Image
 
+    low, high = 0.0, 1.0
+    if units.scaling and units.white is None and x.size and x.dtype != np.uint8:
+        low, high = min(low, float(x.min())), max(high, float(x.max()))
+
     for i, image in enumerate(x):
-        pixels = image if image.dtype == np.uint8 else np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+        pixels = np.rint(np.clip((units.shares_of_white(image) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
         content = io.BytesIO()
         Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(content, "PNG")
         store.file(f"{i:06d}.png", content.getvalue())

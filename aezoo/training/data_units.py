@@ -50,6 +50,12 @@ class DataUnits:
         offset, factor = (part.numpy() for part in self.offset_and_factor)
         return (x / 255 if x.dtype == np.uint8 else np.asarray(x, np.float64)) * factor + offset
 
+    def shares_of_white(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Pictures as shares of white, in which those of the data were; as they are if white is unknown."""
+        if self.white is not None and (self.scaling or self.levels == 1):
+            return self.values(x) / self.white
+        return x / 255 if x.dtype == np.uint8 else x
+
     def to_plain(self) -> dict[str, Any]:
         """The units as values that JSON holds exactly."""
         scaling: dict[str, Any] = {key: self.scaling[key].tolist() for key in self.scaling}

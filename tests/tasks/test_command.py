@@ -302,6 +302,12 @@ def test_input_picture_is_scaled_as_training_data(tmp_path):
     assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
     expected = model(scaled).detach() * trained["scaling"]["factor"] + trained["scaling"]["offset"]
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, rtol=1e-5)
+    # a file of a picture comes back as one, in bytes
+    out = f"--out={tmp_path}"
+    main(["compress", f"--ckpt_path={folder}", f"--input={tmp_path / 'photo.png'}", out, "--compare=false"])
+    main(["decompress", f"--ckpt_path={folder}", f"--input={tmp_path / 'samples.aez'}", out])
+    found = np.asarray(Image.open(tmp_path / "000000.png"), np.float32)
+    assert np.abs(found - np.clip(expected.numpy()[0, 0], 0, 255)).max() < 30 and 50 < found.min() < found.max() < 150
 
 
 def test_dropped_transparency_is_reported(tmp_path, capsys):

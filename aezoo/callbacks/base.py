@@ -256,6 +256,36 @@ class Picture(Checked, pl.Callback):
                 save_figure(trainer, self._folder, name, figure)
 
 
+class EpochEnd(pl.Callback):
+    """Calls `on_epoch_logged` when all metrics of an epoch are there.
+
+    The model logs those of training after `on_train_epoch_end`, so they are read in the hook after that.
+    """
+
+    _ended: int | None = None
+
+    def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
+        """The epoch, counted from 0, whose metrics are in `trainer.callback_metrics`."""
+        raise NotImplementedError
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended = None if is_dry_run(trainer) else trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close_epoch(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close_epoch(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close_epoch(trainer)
+
+    def _close_epoch(self, trainer: pl.Trainer) -> None:
+        if self._ended is not None:
+            epoch, self._ended = self._ended, None
+            self.on_epoch_logged(trainer, epoch)
+
+
 class BestLoss:
     """The lowest val/loss so far and its epoch."""
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder, tensorboard_writers
+from aezoo.callbacks.base import BestLoss, EpochEnd, is_dry_run, run_folder, tensorboard_writers
 from aezoo.data import DataModule
 from aezoo.data.settings import settings_of_source
 from aezoo.training.arguments import Checked
@@ -35,7 +35,7 @@ class Logger(TensorBoardLogger):
         super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
 
 
-class Dashboard(Checked, pl.Callback):
+class Dashboard(Checked, EpochEnd):
     """TensorBoard's first chart, and its Custom Scalars, Text and HParams tabs.
 
     The first chart, `loss`, has the losses of training and validation. TensorBoard draws two curves in one chart if
@@ -63,11 +63,10 @@ class Dashboard(Checked, pl.Callback):
         self._laid_out = False
         self._opened: set[str] = set()
         self._parts: dict[Path, Any] = {}
-        self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         silent = is_dry_run(trainer) or not trainer.is_global_zero
-        self._began, self._ended, self._parts = trainer.global_step, False, {}
+        self._began, self._ended, self._parts = trainer.global_step, None, {}
         self._laid_out = not self.layout or silent
         # not in on_fit_start, which still counts a resumed run's steps from 0
         self._start(trainer, pl_module)
@@ -87,18 +86,12 @@ class Dashboard(Checked, pl.Callback):
             for writer in tensorboard_writers(trainer):
                 writer.add_custom_scalars(scalars_layout(terms))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # the model logs the loss of training after this hook, so it is read in the next one
-        self._ended = True
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_train(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_train(trainer)
+    def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
+        if self.layout:
+            self._write(trainer, "train", {"loss": trainer.callback_metrics.get("train/loss")})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._write_train(trainer)
+        super().on_exception(trainer, pl_module, exception)
         self._close()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,11 +139,6 @@ class Dashboard(Checked, pl.Callback):
         if self.hparams and trainer.is_global_zero and not is_dry_run(trainer):
             for writer in tensorboard_writers(trainer):
                 self._summary(writer, {}, end=True)
-
-    def _write_train(self, trainer: pl.Trainer) -> None:
-        if self._ended and self.layout:
-            self._write(trainer, "train", {"loss": trainer.callback_metrics.get("train/loss")})
-        self._ended = False
 
     def _write(self, trainer: pl.Trainer, part: str, values: Mapping[str, Any]) -> None:
         """Write scalars at the last step into a folder below that of the event files."""

@@ -5,17 +5,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from aezoo.callbacks.base import is_dry_run, run_folder
+from aezoo.callbacks.base import EpochEnd, is_dry_run, run_folder
 
 
-class EpochMetrics(pl.Callback):
+class EpochMetrics(EpochEnd):
     """`metrics.jsonl` in the run's folder: one line of JSON per epoch, with its number, the step and all metrics.
 
     The validation batches before training, if any, give a first line with epoch -1. An epoch that a resumed run repeats
     has a second line.
     """
-
-    _ended: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._file = run_folder(trainer) / "metrics.jsonl"  # every rank must ask
@@ -26,23 +24,8 @@ class EpochMetrics(pl.Callback):
         if trainer.sanity_checking:
             self._write(trainer, -1)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # the model logs the metrics of training after this hook, so the line is written in the next one
-        self._ended = trainer.current_epoch
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_ended(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write_ended(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._write_ended(trainer)
-
-    def _write_ended(self, trainer: pl.Trainer) -> None:
-        if self._ended is not None:
-            epoch, self._ended = self._ended, None
-            self._write(trainer, epoch)
+    def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
+        self._write(trainer, epoch)
 
     def _write(self, trainer: pl.Trainer, epoch: int) -> None:
         if self._writes:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, is_dry_run, preserved_state, run_folder, warn_on_error
+from aezoo.callbacks.base import EpochEnd, Picture, is_dry_run, preserved_state, run_folder, warn_on_error
 from aezoo.callbacks.checkpoints import EarlyStop
 from aezoo.callbacks.diagnosis import Curves
 from aezoo.distributions.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
@@ -47,7 +47,7 @@ class StepLogger(CSVLogger):
         self._files.finalize(status)
 
 
-class LearningCurves(Picture):
+class LearningCurves(EpochEnd, Picture):
     """metrics.csv with a line per epoch and, at the end of a fit, pictures/curves.png, whatever the logger.
 
     `metrics.csv` has the epoch, counted from 0 as in the names of checkpoints, the optimiser steps taken, and all
@@ -67,7 +67,7 @@ class LearningCurves(Picture):
         # of each epoch: its number, the loss of training, the loss of validation
         self._rows: list[list[float]] = []
         self._best = [math.inf, math.nan]
-        self._ended: int | None = None
+        self._ended = None
         self._writes, self._validated = False, False
         self._table: MetricsCSV | None = None
 
@@ -89,15 +89,12 @@ class LearningCurves(Picture):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated = trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # the model logs the metrics of training after this hook, so they are read in the next one
-        self._ended = None if is_dry_run(trainer) else trainer.current_epoch
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close_epoch()
+    def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
+        self._record(epoch)
+        self._validated = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close_epoch()
+        self._close_epoch(trainer)
         if self._writes:
             self.curves = self._history(trainer)
             model, x = cast("Autoencoder", pl_module), torch.cat(self._x) if self._x else None
@@ -108,11 +105,9 @@ class LearningCurves(Picture):
                 if self._rows:
                     self._plot()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._close_epoch()
-
     def state_dict(self) -> dict[str, Any]:
-        self._record()  # checkpoints are saved at the end of an epoch, before the next hook
+        if self._ended is not None:
+            self._record(self._ended)  # checkpoints are saved at the end of an epoch, before the next hook
         return {"rows": [list(row) for row in self._rows], "best": list(self._best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -122,25 +117,19 @@ class LearningCurves(Picture):
     def is_due(self, epoch: int, last: bool) -> bool:
         return False  # only the whole curves are drawn
 
-    def _close_epoch(self) -> None:
-        self._record()
-        self._ended, self._validated = None, False
-
-    def _record(self) -> None:
+    def _record(self, epoch: int) -> None:
         """Keep the epoch that has ended, again if its metrics were not complete the last time."""
-        if self._ended is None:
-            return
         step, logged = self._trainer.global_step, self._trainer.callback_metrics
         # metrics of an earlier validation stay among those that are logged
         found = {key: float(value) for key, value in logged.items() if self._validated or not key.startswith("val")}
-        if self._rows and self._rows[-1][0] == self._ended:
+        if self._rows and self._rows[-1][0] == epoch:
             self._rows.pop()
-        self._rows.append([float(self._ended), *(found.get(key, math.nan) for key in ("train/loss", "val/loss"))])
+        self._rows.append([float(epoch), *(found.get(key, math.nan) for key in ("train/loss", "val/loss"))])
         if found.get("val/loss", math.nan) < self._best[0]:
             self._best = [found["val/loss"], found.get("val/mse", math.nan)]
         if self._writes and self._table is not None:
             with warn_on_error(self):
-                self._table.add({"epoch": self._ended, "step": step, **found})
+                self._table.add({"epoch": epoch, "step": step, **found})
 
     # ---- what the run was like --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
+from aezoo.metrics.similarity import ValueErrors
 
 Row = dict[str, Any]
 Values = npt.NDArray[np.float64]
@@ -97,27 +98,17 @@ class Columns:
         errors = self.errors(difference).tolist()
         return {"largest_error": largest} | {f"error_{name}": e for name, e in zip(self.names, errors, strict=True)}
 
-    def summary(self, x: Any, x_hat: Any) -> list[Row]:
+    def summary(self, by_value: ValueErrors) -> list[Row]:
         """For each column its mean absolute and root mean square error, its deviation, and r2, the share explained."""
-        given, errors = self.values(x), self.errors(np.asarray(x_hat, np.float64) - np.asarray(x, np.float64))
-        rows = []
-        for name, values, error in zip(self.names, given.T, errors.T, strict=True):
-            known = ~np.isnan(error)
-            values, error = values[known], error[known]
-            square, variance = (
-                float(np.mean(part)) if known.any() else np.nan for part in (error**2, _centred(values))
-            )
-            r2 = 1 - square / variance if variance > 0 else np.nan
-            mae = float(np.abs(error).mean()) if known.any() else np.nan
-            rows.append({"column": name, "mae": mae, "rmse": square**0.5, "deviation": variance**0.5, "r2": r2})
-        return rows
+        mae, square, variance = (part.numpy() for part in by_value.compute())
+        r2 = 1 - square / np.where(variance > 0, variance, np.nan)
+        size = np.abs(self._factor)
+        found = {"mae": mae * size, "rmse": square**0.5 * size, "deviation": variance**0.5 * size, "r2": r2}
+        rows = zip(self.names, *(part.tolist() for part in found.values()), strict=True)
+        return [dict(zip(("column", *found), row, strict=True)) for row in rows]
 
     def _rounded(self, values: Values) -> Values:
         # float32, of which samples are, has 24 bits: of a range of 1 about seven decimals, the last one uncertain
         decimals = np.maximum(0, 6 - np.floor(np.log10(np.abs(self._factor))))
         step = 10.0**decimals
         return np.where(self._factor == 1, values, np.round(values * step) / step)
-
-
-def _centred(values: Values) -> Values:
-    return (values - values.mean()) ** 2 if len(values) else values

@@ -1,4 +1,4 @@
-"""PSNR where data have a peak, and the structural similarity of images in a memory layout that is fast on a CPU."""
+"""PSNR where data have a peak, errors by value, and SSIM in a memory layout that is fast on a CPU."""
 
 import math
 from typing import Any
@@ -48,6 +48,33 @@ class Limits(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Both limits."""
         return self.low, self.high
+
+
+class ValueErrors:
+    """Errors of reconstructions and the variance of samples, value by value, where neither is NaN."""
+
+    def __init__(self) -> None:
+        self._sums: Any = 0
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add samples and their reconstructions, (B, *shape) each."""
+        error = (x_hat.to(x) - x).double()
+        known = ~error.isnan()
+        x, error = (part.double().masked_fill(~known, 0) for part in (x, error))
+        parts = (known.double(), x, x.square(), error.abs(), error.square())
+        self._sums = self._sums + torch.stack([part.sum(0) for part in parts])
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean absolute error, the mean square error and the variance of each value; NaN if none is known."""
+        count, total, squares, absolute, squared = self._sums
+        variance = squares / count - (total / count).square()
+        # rounding leaves a little of values that are all equal
+        return absolute / count, squared / count, variance.masked_fill(variance <= 1e-12 * squares / count, 0)
+
+    def r2(self) -> float | None:
+        """The share of the variance of all values that the reconstructions explain; None without any variance."""
+        total, squared = float((self.compute()[2] * self._sums[0]).nansum()), float(self._sums[4].sum())
+        return 1 - squared / total if total else None
 
 
 class StructuralSimilarity(StructuralSimilarityIndexMeasure):

@@ -14,7 +14,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.multimodal import Multimodal
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
-from aezoo.metrics.similarity import Limits, has_peak, psnr
+from aezoo.metrics.similarity import Limits, ValueErrors, has_peak, psnr
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
@@ -135,14 +135,14 @@ def reconstruct(
         x_hat = store.samples("reconstructions", (n, *model.input_shape))
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
         part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
-        start, limits, spread = 0, Limits(), _Spread()
+        start, limits, by_value = 0, Limits(), ValueErrors()
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
             given = batch.to(like)
             output = (reconstructor.reconstructed(given) if reconstructor else model(given)).float()
             difference = output - batch.to(output)
             write_batch(x_hat, start, output)
             limits.update(batch[~batch.isnan()])
-            spread.add(batch)
+            by_value.add(batch, output)
             known = ~batch.to(like.device).isnan()
             write_batch(mse, start, _mean(difference.square(), known))
             write_batch(mae, start, _mean(difference.abs(), known))
@@ -156,11 +156,11 @@ def reconstruct(
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
         if has_peak(*map(float, limits.compute())):
             found.psnr = psnr(float(_drop_nan(mse).mean(dtype=np.float64)))
-        found.r2 = spread.r2(mse)
+        found.r2 = by_value.r2()
         errors, fields, columns, by_column = found.errors, samples.fields, samples.columns, None
         if columns is not None:
             by_column = x_hat - samples.rows(range(n)).numpy()
-            found.columns = columns.summary(samples.rows(range(n)), x_hat)
+            found.columns = columns.summary(by_value)
             store.table("reconstructions", columns.rows(x_hat), table)
             store.table("columns", found.columns, table)
         found.tabulate = functools.partial(_error_rows, errors, fields, columns, by_column)
@@ -173,30 +173,6 @@ def reconstruct(
             found.draw = functools.partial(_picture, samples, x_hat, mse, n_shown, reconstructor)
             store.picture("reconstructions", found.draw)
     return replace(found, files=store.files)
-
-
-class _Spread:
-    """The squares of samples about their mean."""
-
-    def __init__(self) -> None:
-        self._known: list[Tensor] = []
-        self._sums: list[Any] = [0, 0, 0]
-
-    def add(self, x: Tensor) -> None:
-        """Add samples (B, *shape), NaN where values are missing."""
-        known, values = ~x.isnan(), x.double().nan_to_num(0)
-        self._known.append(known.flatten(1).sum(1))
-        new = known.sum(0), values.sum(0), values.square().sum(0)
-        self._sums = [total + part for total, part in zip(self._sums, new, strict=True)]
-
-    def r2(self, mse: npt.NDArray[np.float32]) -> float | None:
-        """The share that is explained with these mean squared errors (N,); None without any variance."""
-        count, sums, squares = self._sums
-        total = float((squares - sums.square() / count.clamp(min=1)).sum())
-        # rounding leaves a little of samples that are all equal
-        if total <= 1e-12 * float(squares.sum()):
-            return None
-        return 1 - float(np.nansum(mse * torch.cat(self._known).numpy(), dtype=np.float64)) / total
 
 
 def _error_rows(

@@ -11,6 +11,7 @@ import aezoo
 from aezoo.callbacks import Samples, plotting
 from aezoo.cli.main import main
 from aezoo.data.columns import Columns
+from aezoo.metrics.similarity import ValueErrors
 from aezoo.tasks import samples as task_samples
 
 NAMES = ("price", "score", "built")
@@ -56,7 +57,10 @@ def test_errors_by_column_are_those_of_the_units():
     columns, x = data.columns, data.tensors("train")[0]
     x_hat = x + torch.tensor([0.5, -2.0, 0.0])
     deviation = houses()[:, :2].std(0)
-    rows = {row["column"]: row for row in columns.summary(x, x_hat)}
+    found = ValueErrors()
+    for part in range(0, len(x), 7):
+        found.add(x[part : part + 7], x_hat[part : part + 7])
+    rows = {row["column"]: row for row in columns.summary(found)}
     # of the training split alone, so not to the last digit
     assert rows["price"]["mae"] == pytest.approx(0.5 * deviation[0], rel=0.3)
     assert rows["price"]["r2"] == pytest.approx(1 - 0.25, abs=1e-5)
@@ -65,7 +69,9 @@ def test_errors_by_column_are_those_of_the_units():
     assert row["largest_error"] == "score" and row["error_score"] == pytest.approx(-2 * rows["score"]["deviation"])
     gap = x_hat.clone()
     gap[0] = torch.nan
-    assert columns.summary(x, gap)[0]["mae"] == pytest.approx(rows["price"]["mae"], rel=1e-5)
+    found = ValueErrors()
+    found.add(x, gap)
+    assert columns.summary(found)[0]["mae"] == pytest.approx(rows["price"]["mae"], rel=1e-5)
     assert columns.error_row(np.full(3, np.nan))["largest_error"] == ""
 
 

@@ -1,6 +1,7 @@
 """What TensorBoard shows beside scalars and pictures."""
 
 import inspect
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from aezoo.callbacks.base import BestLoss, EpochEnd, is_dry_run, run_folder, ten
 from aezoo.data import DataModule
 from aezoo.data.settings import settings_of_source
 from aezoo.training.arguments import Checked
+from aezoo.training.budgets import choose_batch_size, choose_max_epochs
 from aezoo.training.model_names import display_name
 
 _PLAIN = (bool, int, float, str)
@@ -23,7 +25,7 @@ _MAX_WAIT = 2.0
 # losses of two likelihoods do not compare; these do
 _COMPARABLE = ("mse", "psnr", "ssim")
 # what every run is asked for, even if it has the default
-_ALWAYS = {"model", "model.latent_dim", "model.lr", "data.name", "data.batch_size", "trainer.max_epochs"}
+_ALWAYS = {"model", "data.name"}
 # how a machine reads data changes no result
 _MACHINE_SETTINGS = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
 
@@ -41,11 +43,11 @@ class Dashboard(Checked, EpochEnd):
     The first chart, `loss`, has the losses of training and validation. TensorBoard draws two curves in one chart if
     they have the same name in two runs, so they are in the folders `train` and `val` of the run. Custom Scalars has
     such a chart for each loss term. Text holds the run's config.yaml, or the hyperparameters of model and data if
-    there is none. HParams shows the run from its first step on, beside the other runs under the same folder, with the
-    hyperparameters that differ from their defaults, and a few that every run has, such as `data.name` and `model`,
-    since a run cannot know at its start in what later ones will differ; with all scalars and, at the end, those of the
-    best validation that can be compared between models, in the folder `best`, so that they have no charts of their
-    own. There a resumed run keeps the hyperparameters of its first start; Text has the settings of each start.
+    there is none. HParams shows the run from its first step on, beside the other runs under the same folder, with its
+    `model` and `data.name`, and of the other hyperparameters with those that differ from their defaults: a run cannot
+    know at its start in what later ones will differ, and an empty cell is a default; with all scalars and, at the end,
+    those of the best validation that can be compared between models, in the folder `best`, so that they have no charts
+    of their own. There a resumed run keeps the hyperparameters of its first start; Text has the settings of each start.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 
@@ -218,12 +220,20 @@ def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.Lightni
     """Of all hyperparameters those that tell runs apart: not those with defaults, nor those of other data sources."""
     data: Any = getattr(trainer, "datamodule", None)
     taken = settings_of_source(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
-    kept = {"trainer.max_epochs": trainer.max_epochs}
-    for name, value in values.items():
+    # what follows from the network and the data where it is not given
+    chosen = {"model.hidden_dims": getattr(pl_module, "default_hidden_dims", None)}
+    if taken:
+        n_samples = math.ceil(len(data.dataset("train")) / trainer.world_size)
+        chosen["data.batch_size"] = choose_batch_size(n_samples)
+        chosen["trainer.max_epochs"] = choose_max_epochs(n_samples, data.batch_size)
+    kept = {}
+    for name, value in {**values, "trainer.max_epochs": trainer.max_epochs}.items():
         section, _, key = name.partition(".")
         owner = type(data if section == "data" else pl_module)
         parameter = inspect.signature(owner).parameters.get(key)
-        is_default = parameter is not None and str(parameter.default) == str(value)
+        is_default = (name in chosen and str(chosen[name]) == str(value)) or (
+            parameter is not None and str(parameter.default) == str(value)
+        )
         is_foreign = section == "data" and taken and (key not in taken or key in _MACHINE_SETTINGS)
         if name in _ALWAYS or not (is_default or is_foreign):
             kept[name] = value

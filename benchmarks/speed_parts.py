@@ -12,6 +12,9 @@ part divided by that with it, `gain_low` and `gain_high` are the quartiles, and 
 `rounds` divide the fastest epochs of all rounds; their bounds are the lowest and the highest of three parts of the run.
 `malloc` cannot be taken back within a process: its rounds are pairs of processes.
 
+Kind `resume` is for `denormals`: fits that go on from weights which were trained on mnist5k without it. Units that have
+died by then have moments of Adam that no step makes smaller than the least denormal number; fresh weights have none.
+
 A part earns its place if it gains MIN_GAIN on a workload; the program ends with the workloads of each part, with the
 reason where none was measured, and with the parts to delete.
 """
@@ -45,11 +48,17 @@ PAGE = ROOT / "docs" / "design" / "speed.md"
 MIN_GAIN = 1.05
 # parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
 _OF_FIT = ("fast_loop", "fused_optimizer", "denormals")
+_OF_RESUME = ("denormals",)
+# steps after which units have died and their first moments, a tenth smaller each step, have become denormal; and the
+# least share of moments that must be so
+_TRAINED_STEPS, _LEAST_DENORMAL = 1_500, 0.05
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
 # parts of processors of which MKL uses half
 _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
 _ALL_PARTS = "all"
+# the workload of kind resume, whose samples are digits
+_RESUMED = "dense_article"
 _NEEDS_HALF_WIDTH = "needs a processor of which MKL uses half (AMD's since Zen 5)"
 _BY_LAYER = f"{_NEEDS_HALF_WIDTH}; `convolutions-*-zen5.csv` has the times of single layers there"
 # why a part has no rows
@@ -68,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser("speed_parts", __doc__)
     add = parser.add_argument
     add("--workloads", nargs="+", default=[*WORKLOADS], choices=[*WORKLOADS], metavar="W", help=", ".join(WORKLOADS))
-    add("--kinds", nargs="+", default=[*KINDS], choices=KINDS)
+    add("--kinds", nargs="+", default=[*KINDS, "resume"], choices=(*KINDS, "resume"))
     add("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     add("--compile", nargs="+", default=["off", "default"], choices=("off", "default"), help="of dense training")
     add("--parts", nargs="+", metavar="P", help="these alone")
@@ -99,6 +108,7 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
     """Measure a workload with and without its parts."""
     workload_settings = WORKLOADS[workload]
     modes = [mode for mode in arguments.compile if mode == "off" or (kind == "train" and "conv" not in workload)]
+    modes = [] if kind == "resume" and workload != _RESUMED else modes
     for mode in modes:
         first = {"workload": workload, "kind": kind, "compile": mode}
         parts = [
@@ -147,6 +157,8 @@ def measure(workload: str, kind: str, precision: str, arguments: Namespace, tabl
 
 def parts_of(workload: str, kind: str, mode: str) -> list[str]:
     """The parts that a workload may use on this processor."""
+    if kind == "resume":
+        return [*_OF_RESUME]
     from aezoo.speed import linear
 
     convolutional = "conv" in workload
@@ -194,25 +206,64 @@ def measure_row(spec: dict[str, Any]) -> dict[str, Any]:
     os.environ["AEZOO_SPEED"] = settings[0]
     speed.keep_memory()
     times: dict[str, list[list[float]]] = {setting: [] for setting in settings}
-    for turn in range(spec["repeats"]):
-        for setting in settings if turn % 2 else settings[::-1]:
-            os.environ["AEZOO_SPEED"] = setting
-            with tempfile.TemporaryDirectory() as folder:
-                times[setting].append(_seconds(spec, folder))
+    with tempfile.TemporaryDirectory() as home:
+        state = _trained(spec, home) if spec["kind"] == "resume" else None
+        for turn in range(spec["repeats"]):
+            for setting in settings if turn % 2 else settings[::-1]:
+                os.environ["AEZOO_SPEED"] = setting
+                with tempfile.TemporaryDirectory() as folder:
+                    times[setting].append(_seconds(spec, folder, state))
     return {"times": times}
+
+
+def _trained(spec: dict[str, Any], folder: str) -> Path:
+    """A checkpoint of a fit without the parts that are measured, of whose moments many are denormal."""
+    import torch
+
+    from .speed_row import build_model, build_trainer, data_module
+
+    os.environ["AEZOO_SPEED"] = ",".join(spec["parts"])
+    torch.manual_seed(0)
+    x = _samples(spec)
+    epochs = -(-_TRAINED_STEPS // (len(x) // spec["batch"]))
+    trainer = build_trainer({**spec, "interface": "off"}, folder, [], max_epochs=epochs)
+    trainer.fit(build_model(spec), data_module(spec, x))
+    states = trainer.optimizers[0].state.values()
+    moments = torch.cat([state["exp_avg"].flatten() for state in states]).abs()
+    share = float(((moments > 0) & (moments < torch.finfo(torch.float32).tiny)).float().mean())
+    if share < _LEAST_DENORMAL:
+        raise RuntimeError(f"{share:.1%} of the moments are denormal: train for more steps")
+    path = Path(folder, "trained.ckpt")
+    trainer.save_checkpoint(path)
+    return path
+
+
+def _samples(spec: dict[str, Any]) -> Any:
+    """Whole batches of an epoch."""
+    import torch
+
+    import aezoo
+
+    from .speed_row import random_samples
+
+    n = spec["steps"] * spec["batch"]
+    if spec["kind"] == "resume":
+        digits = aezoo.DataModule("mnist5k").tensors("train")[0]
+        return torch.cat([digits] * -(-n // len(digits)))[:n]
+    return random_samples(spec["shape"], spec["batch"])[:n]
 
 
 def _settings(parts: Sequence[str]) -> list[str]:
     return ["off" if part == _ALL_PARTS else part for part in parts]
 
 
-def _seconds(spec: dict[str, Any], folder: str) -> list[float]:
+def _seconds(spec: dict[str, Any], folder: str, state: Path | None = None) -> list[float]:
     import lightning.pytorch as pl
     import torch
 
     import aezoo
 
-    from .speed_row import build_model, build_trainer, data_module, random_samples
+    from .speed_row import build_model, build_trainer, data_module
 
     class EpochTimer(pl.Callback):
         """Processor time of each epoch."""
@@ -229,13 +280,14 @@ def _seconds(spec: dict[str, Any], folder: str) -> list[float]:
         on_predict_epoch_end = on_train_epoch_end
 
     torch.manual_seed(0)
-    epochs, steps = EpochTimer(), spec["steps"]
+    epochs, x = EpochTimer(), _samples(spec)
     epochs.seconds = []
-    x = random_samples(spec["shape"], spec["batch"])[: steps * spec["batch"]]
     steps, model = len(x) // spec["batch"], build_model(spec)
-    if spec["kind"] == "train":
+    if spec["kind"] != "infer":
         data: aezoo.DataModule = data_module(spec, x)
-        build_trainer(spec, folder, [epochs], max_epochs=1 + spec["epochs"], limit_train_batches=steps).fit(model, data)
+        done = -(-_TRAINED_STEPS // steps) if state else 0
+        fit = build_trainer(spec, folder, [epochs], max_epochs=done + 1 + spec["epochs"], limit_train_batches=steps)
+        fit.fit(model, data, ckpt_path=state)
         return [seconds / steps for seconds in epochs.seconds[1:]]
     data = data_module(spec, x[: spec["batch"]], x_test=x)
     with torch.no_grad():
@@ -259,9 +311,10 @@ A part is kept if it gains {percent} % or more on one of the workloads of `bench
 it in one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread. A gain is the median, over
 rounds in which all settings have their turn, of the time without the part divided by that with it; its range is that of
 the quartiles. Rows without a number of rounds divide the fastest epochs of the whole run, and their range is that of
-three parts of it. The row `all` compares with AEZOO_SPEED=off. A part that only the second table names gained less and
-was deleted. What corrects a wrong result of torch is not here: see `aezoo/nets/narrow_conv.py` and
-`aezoo.training.compilation.consistent_compilation`.
+three parts of it. Kind `resume` goes on from weights that were trained on digits without the part: of dead units, the
+moments of Adam end as denormal numbers, which fresh weights do not have. The row `all` compares with AEZOO_SPEED=off. A
+part that only the second table names gained less and was deleted. What corrects a wrong result of torch is not here:
+see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 """
 

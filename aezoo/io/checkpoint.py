@@ -184,16 +184,15 @@ def _data_units(checkpoint: dict[str, Any], settings: dict[str, Any]) -> DataUni
     state = checkpoint.get("DataModule")
     state = state if isinstance(state, dict) else {}
     scaling, white = state.get("scaling"), state.get("white")
-    is_complete = isinstance(scaling, dict) and all(
-        isinstance(scaling.get(key), Tensor) for key in ("offset", "factor")
-    )
+    if not (isinstance(scaling, dict) and all(isinstance(scaling.get(key), Tensor) for key in ("offset", "factor"))):
+        scaling = {}
     white = white if isinstance(white, int) and white in (1, 255) else None
     columns = state.get("columns")
     columns = tuple(columns) if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else ()
     paths = [Path(str(settings.get(key, ""))) for key in ("name", "root")]
     is_table = bool(columns) or any(path.suffix.lower() in TABLES for path in paths)
     levels = 1 if settings.get("scale") == "none" else 255
-    return DataUnits(scaling if is_complete else {}, white, columns, is_table, levels)
+    return DataUnits(scaling, white, columns, is_table, levels)
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:

@@ -57,7 +57,7 @@ class Store:
         self._mapped: list[Any] = []
         self._units = units
         # samples in the model's scale, and the files of the same samples in their units
-        self._scaled: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._scaled: list[tuple[DataUnits, npt.NDArray[Any], npt.NDArray[Any]]] = []
         if self.folder is not None:
             # a unique name, since another process may test the folder at the same time
             probe = self.folder / f".tmp-{os.getpid()}.part"
@@ -79,9 +79,9 @@ class Store:
             self._scaled.clear()
 
     def _commit(self) -> None:
-        for scaled, in_units in self._scaled:
+        for units, scaled, in_units in self._scaled:
             for i in range(0, len(scaled), _ROWS):
-                in_units[i : i + _ROWS] = self._units.values(scaled[i : i + _ROWS])
+                in_units[i : i + _ROWS] = units.values(scaled[i : i + _ROWS])
         for array in self._mapped:
             array.flush()
         for path, temporary in self._written.items():
@@ -125,7 +125,7 @@ class Store:
             return self.array(name, shape, dtype)
         wide = self._units.scaling["offset"].dtype == torch.float64
         scaled = self.scratch(shape, dtype)
-        self._scaled.append((scaled, self.array(name, shape, np.float64 if wide else np.float32)))
+        self._scaled.append((self._units, scaled, self.array(name, shape, np.float64 if wide else np.float32)))
         return scaled
 
     def scratch(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:

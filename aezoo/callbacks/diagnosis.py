@@ -147,8 +147,10 @@ def _too_few_steps(curves: Curves, losses: list[float], run: str | None) -> Verd
     undecided = len(losses) < 3 or _gain(losses) is not None
     if not 0 < curves.steps < _FEW_STEPS or not undecided:
         return None
-    many = math.ceil(len(curves.epochs) * _FEW_STEPS / curves.steps)
-    limit = f"--trainer.max_epochs {many}" if curves.limit == "max_epochs" else f"--trainer.max_steps {_FEW_STEPS}"
+    # some epochs more would end in the same words
+    steps = max(_FEW_STEPS, 2 * curves.steps)
+    many = math.ceil(len(curves.epochs) * steps / curves.steps)
+    limit = f"--trainer.max_epochs {many}" if curves.limit == "max_epochs" else f"--trainer.max_steps {steps}"
     return Verdict(
         "too-few-steps",
         f"{curves.steps} steps only: {_continuation(run, limit)}; a smaller --data.batch_size makes more steps of an "
@@ -190,8 +192,8 @@ def _logits(curves: Curves) -> Verdict | None:
         return None
     return Verdict(
         "decode-gives-logits",
-        f"decode gives values from {low:.3g} to {high:.3g} for data in [0, 1]: it must return means (probabilities), "
-        "not logits, as self.likelihood.mean(logits) does",
+        f"decode gives values from {low:.3g} to {high:.3g} for data in [0, 1]: logits must become means by "
+        "self.likelihood.mean(logits); for means that may be any number take --model.likelihood gaussian",
     )
 
 

@@ -30,6 +30,8 @@ def test_verdicts_hold_the_figures_and_the_command():
     assert texts["too-few-steps"].startswith(
         "80 steps only: aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 125 "
     )
+    nearly = curves(falling(15), falling(15), steps_per_epoch=16, n=30)
+    assert "480 steps only: --trainer.max_epochs 60 goes on" in diagnose(nearly)[0].text
     assert re.search(r"risen since epoch 2\d: overfitting", texts["overfitting"])
     assert "20 epochs without improvement of val/loss after epoch 25" in texts["stopped-early"]
     steps = curves(falling(30), falling(30), limit="max_steps")
@@ -69,7 +71,7 @@ def test_code_and_pca_are_compared():
     (dead,) = diagnose(Curves(**values, **none))
     assert dead.text.startswith("the code is dead: all 16 units")
     (logits,) = diagnose(Curves(**values, mse=2.5, pca_mse=0.027, decoded=(-7.25, 6.5)))
-    assert logits.text.startswith("decode gives values from -7.25 to 6.5 for data in [0, 1]: it must return means")
+    assert logits.text.startswith("decode gives values from -7.25 to 6.5 for data in [0, 1]: logits must")
 
 
 def test_curves_with_gaps_and_short_ones_are_read():

@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.callbacks.base import BestLoss, EpochEnd, is_dry_run, run_folder, tensorboard_writers
 from aezoo.data import DataModule
 from aezoo.data.settings import settings_of_source
 from aezoo.training.arguments import Checked
-from aezoo.training.budgets import choose_batch_size, choose_max_epochs
+from aezoo.training.budgets import choose_batch_size, choose_latent_dim, choose_max_epochs
 from aezoo.training.model_names import display_name
 
 _PLAIN = (bool, int, float, str)
@@ -220,20 +221,26 @@ def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.Lightni
     """Of all hyperparameters those that tell runs apart: not those with defaults, nor those of other data sources."""
     data: Any = getattr(trainer, "datamodule", None)
     taken = settings_of_source(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
+    # a model may leave the arguments of its base to **kwargs
+    owners = [("data", type(data))] if taken else []
+    owners += [("model", Autoencoder), ("model", type(pl_module))]
+    defaults = {
+        f"{section}.{key}": parameter.default
+        for section, owner in owners
+        for key, parameter in inspect.signature(owner).parameters.items()
+    }
     # what follows from the network and the data where it is not given
     chosen = {"model.hidden_dims": getattr(pl_module, "default_hidden_dims", None)}
     if taken:
         n_samples = math.ceil(len(data.dataset("train")) / trainer.world_size)
         chosen["data.batch_size"] = choose_batch_size(n_samples)
         chosen["trainer.max_epochs"] = choose_max_epochs(n_samples, data.batch_size)
+        if isinstance(size := defaults.get("model.latent_dim"), int):
+            chosen["model.latent_dim"] = choose_latent_dim(type(pl_module), size, data.input_shape)
     kept = {}
     for name, value in {**values, "trainer.max_epochs": trainer.max_epochs}.items():
         section, _, key = name.partition(".")
-        owner = type(data if section == "data" else pl_module)
-        parameter = inspect.signature(owner).parameters.get(key)
-        is_default = (name in chosen and str(chosen[name]) == str(value)) or (
-            parameter is not None and str(parameter.default) == str(value)
-        )
+        is_default = str(value) in {str(where[name]) for where in (defaults, chosen) if name in where}
         is_foreign = section == "data" and taken and (key not in taken or key in _MACHINE_SETTINGS)
         if name in _ALWAYS or not (is_default or is_foreign):
             kept[name] = value

@@ -153,8 +153,8 @@ def _too_few_steps(curves: Curves, losses: list[float], run: str | None) -> Verd
     limit = f"--trainer.max_epochs {many}" if curves.limit == "max_epochs" else f"--trainer.max_steps {steps}"
     return Verdict(
         "too-few-steps",
-        f"{curves.steps} steps only: {_continuation(run, limit)}; a smaller --data.batch_size makes more steps of an "
-        "epoch",
+        f"{curves.steps} step{'s' * (curves.steps > 1)} only: {_continuation(run, limit)}; a smaller "
+        "--data.batch_size makes more steps of an epoch",
     )
 
 

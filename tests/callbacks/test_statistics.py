@@ -256,6 +256,13 @@ def test_the_first_page_is_the_loss_and_then_pictures(fit, events, tmp_path):
     assert not {name for name in written if name.endswith("epoch")}
 
 
+class Loose(aezoo.Autoencoder):
+    """A model of a user, whose signature does not say the arguments of its base."""
+
+    def __init__(self, input_shape, *, width=2, **kwargs):
+        super().__init__(input_shape, **kwargs)
+
+
 def test_hparams_are_what_tells_runs_apart():
     data = DataModule(name="digits", batch_size=64, num_workers=2, num_labels=50)
     model = aezoo.create_model("vae", input_shape=(1, 8, 8), beta=4.0, hidden_dims=(3, 4))
@@ -267,6 +274,9 @@ def test_hparams_are_what_tells_runs_apart():
     model, data = aezoo.create_model("vae", input_shape=(1, 8, 8)), DataModule(name="digits", batch_size=32)
     trainer = SimpleNamespace(datamodule=data, max_epochs=45, world_size=1)
     assert differing(hyperparameters(trainer, model), trainer, model) == {"model": "vae", "data.name": "digits"}
+    loose = Loose((1, 8, 8), width=3)
+    found = differing(hyperparameters(trainer, loose), trainer, loose)
+    assert found == {"model": "Loose", "data.name": "digits", "model.width": 3}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import aezoo
 from aezoo.data import DataModule
 from aezoo.data.idx import read_idx
 from aezoo.data.images import read_header, read_image
+from aezoo.training.data_units import DataUnits
 
 X = np.random.default_rng(0).integers(0, 256, (12, 6, 6), dtype=np.uint8)
 
@@ -50,6 +51,8 @@ def all_kinds(folder):
         "callbacks": {"Checkpoints": {"best_model_path": "best.ckpt"}},
     }  # fmt: skip
     packed = _bytes(lambda f: torch.save(checkpoint, f))
+    scaling = {"offset": torch.arange(5.0), "factor": torch.arange(1.0, 6.0)}
+    model.data_units = DataUnits(scaling, None, tuple("abcde"), is_table=True)
     saved = aezoo.save_model(model, Path(folder) / "saved")
     config, weights = (saved / "config.json").read_bytes(), (saved / "model.safetensors").read_bytes()
     tensors = _bytes(lambda f: torch.save({"x": torch.from_numpy(X), "y": torch.arange(12) % 2}, f))

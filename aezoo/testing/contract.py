@@ -45,7 +45,7 @@ def check_constructor(subject: Subject) -> None:
     require(not extra, f"hparams hold {', '.join(extra)} of a parent, which no argument of this class sets")
     for name, value in plain.items():
         held = model.hparams[name]
-        if value is None and name not in subject.hyperparameters:
+        if value in (None, "auto") and name not in subject.hyperparameters:
             plain[name] = held  # a constructor records what it chooses
         require(held == plain[name], f"hparams hold {name}={held!r} where {value!r} was given")
     buffer = io.BytesIO()

@@ -106,6 +106,14 @@ SECTIONS = (
         _is_notable_layer,
     ),
     Section(
+        "deviations-",
+        "Deviations from authors' code",
+        "Small trainings of models as they are (`aezoo`) and with what their authors' code does otherwise; figures of "
+        "held-out samples, losses in nats. `benchmarks/deviations.py` has the formulas. They show how large an effect "
+        "is, not which formula is better.",
+        (),
+    ),
+    Section(
         "published-",
         "Published settings",
         "Recipes of published figures, run on other data and for a share of the published steps. They do not "

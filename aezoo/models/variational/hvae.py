@@ -13,8 +13,9 @@ without cooling keep the distance from p(x, z) N(rho). eps is learned, one numbe
 a sampled KL instead of the closed form.
 
 The cooling is equation 6. The authors' code (https://github.com/anthonycaterini/hvae-nips) has 1 / beta_k in the place
-of 1 / sqrt(beta_k), learns beta_0, and takes means over gamma and over the noise of z_0 in the KL. In runs of 1,000
-steps on 4,000 digits of MNIST, such a cooling changed the ELBO of other digits by less than 0.4 of 133 nats.
+of 1 / sqrt(beta_k), learns beta_0, and takes means over gamma and over the noise of z_0 in the KL. On 8x8 digits (1,000
+steps, means of three seeds; `python -m benchmarks.deviations`) the ELBO is -24.95 nats with such a cooling and -24.94
+with that of equation 6.
 
 Shapes: B batch, D code, K leapfrog steps or importance samples.
 """

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -139,8 +141,10 @@ def laws(name: str) -> tuple[int, int]:
 def compared_with() -> dict[str, list[str]]:
     """The packages that each model was compared with, in the rows of `tests/parity`."""
     tests = json.loads(PARITY.read_text(encoding="utf-8")).values() if PARITY.is_file() else ()
-    pairs = {(row["model"], row["reference"].partition(" ")[0]) for rows in tests for row in rows}
-    return {name: sorted(package for model, package in pairs if model == name) for name, _ in pairs}
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in chain.from_iterable(tests):
+        found[row["model"]].add(row["reference"].partition(" ")[0])
+    return {name: sorted(packages) for name, packages in found.items()}
 
 
 def objective(name: str) -> str:

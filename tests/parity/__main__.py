@@ -44,6 +44,11 @@ def make_environment(folder: Path) -> None:
     subprocess.run([*install, "-r", HERE / "dependencies.txt"], check=True)
 
 
+def read_rows() -> list[dict[str, Any]]:
+    """The rows of all comparisons of the last run."""
+    return [row for found in json.loads(ROWS.read_text(encoding="utf-8")).values() for row in found]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """The page: counts, and a table of models with a line for each part of a reference and kind of verdict."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -85,8 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status:
             return status
-    rows = [row for found in json.loads(ROWS.read_text(encoding="utf-8")).values() for row in found]
-    PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(read_rows()), encoding="utf-8")
     return 0
 
 

@@ -4,7 +4,7 @@ A comparison keeps a row for each quantity: its name, the greatest difference re
 verdict. `python tests/parity` writes the rows of all comparisons to docs/parity.md.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -146,8 +146,8 @@ def seeded(seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def noise(draws: Iterable[Tensor]) -> Iterator[None]:
-    """`torch.randn` and `torch.randn_like` give `draws`: each call the first that is left of its shape."""
+def taken(draws: Iterable[Tensor]) -> Iterator[Callable[[Any], Tensor]]:
+    """A function that gives the first of the draws that is left of a shape; inside, all of them are to be taken."""
     left = list(draws)
 
     def take(shape: Any) -> Tensor:
@@ -156,9 +156,21 @@ def noise(draws: Iterable[Tensor]) -> Iterator[None]:
                 return left.pop(i).clone()
         raise AssertionError(f"no draw of the shape {tuple(shape)} is left")
 
-    def randn(*shape: Any, **_: Any) -> Tensor:
-        return take(shape if isinstance(shape[0], int) else shape[0])
-
-    with mock.patch("torch.randn", randn), mock.patch("torch.randn_like", lambda x, **_: take(x.shape)):
-        yield
+    yield take
     assert not left, f"{len(left)} draws were not taken"
+
+
+def shape_of(arguments: tuple[Any, ...]) -> Any:
+    """The shape that `torch.randn` or `torch.rand` is given, as one argument or as one for each axis."""
+    return arguments if isinstance(arguments[0], int) else arguments[0]
+
+
+@contextmanager
+def noise(draws: Iterable[Tensor]) -> Iterator[None]:
+    """`torch.randn` and `torch.randn_like` give `draws`."""
+    with (
+        taken(draws) as take,
+        mock.patch("torch.randn", lambda *shape, **_: take(shape_of(shape))),
+        mock.patch("torch.randn_like", lambda x, **_: take(x.shape)),
+    ):
+        yield

@@ -10,7 +10,7 @@ Source: https://github.com/InterDigitalInc/CompressAI
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import shape_of, taken
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -203,34 +204,18 @@ class Theirs:
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
-def _taker(draws: Iterable[Tensor]) -> tuple[list[Tensor], Callable[[Any], Tensor]]:
-    left = list(draws)
-
-    def take(shape: Any) -> Tensor:
-        for i, draw in enumerate(left):
-            if draw.shape == torch.Size(shape):
-                return left.pop(i).clone()
-        raise AssertionError(f"no draw of the shape {tuple(shape)} is left")
-
-    return left, take
-
-
 @contextmanager
 def our_noise(*draws: Tensor) -> Iterator[None]:
     """`torch.rand` gives these, moved by 1/2."""
-    left, take = _taker(draws)
-    with mock.patch("torch.rand", lambda *shape, **_: take(shape if isinstance(shape[0], int) else shape[0]) + 0.5):
+    with taken(draws) as take, mock.patch("torch.rand", lambda *shape, **_: take(shape_of(shape)) + 0.5):
         yield
-    assert not left
 
 
 @contextmanager
 def their_noise(*draws: Tensor) -> Iterator[None]:
     """`Tensor.uniform_` gives these."""
-    left, take = _taker(draws)
-    with mock.patch.object(Tensor, "uniform_", lambda self, *_: take(self.shape)):
+    with taken(draws) as take, mock.patch.object(Tensor, "uniform_", lambda self, *_: take(self.shape)):
         yield
-    assert not left
 
 
 def of_bottleneck(draw: Tensor) -> Tensor:

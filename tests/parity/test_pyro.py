@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from comparison import noise
+from comparison import noise, taken
 from pyro import poutine
 from pyro.distributions.transforms import AffineAutoregressive, Permute
 from pyro.distributions.transforms.planar import ConditionedPlanar
@@ -50,18 +50,12 @@ def binary() -> Tensor:
 
 @contextmanager
 def draws(*tensors: Tensor) -> Iterator[None]:
-    """Noise of ours and of the reference: each call takes the first that is left of its shape."""
-    left = list(tensors)
-
-    def take(shape: Any, **_: Any) -> Tensor:
-        for i, draw in enumerate(left):
-            if draw.shape == torch.Size(shape):
-                return left.pop(i).clone()
-        raise AssertionError(f"no draw of the shape {tuple(shape)} is left")
-
-    with mock.patch("torch.distributions.normal._standard_normal", lambda shape, dtype, device: take(shape)):
+    """Noise of the reference's normal distributions."""
+    with (
+        taken(tensors) as take,
+        mock.patch("torch.distributions.normal._standard_normal", lambda shape, **_: take(shape)),
+    ):
         yield
-    assert not left, f"{len(left)} draws were not taken"
 
 
 def both_signs(*shape: int) -> tuple[Tensor, Tensor]:

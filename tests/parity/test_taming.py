@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from taming.modules.losses import vqperceptual
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from taming_loss import their_loss
 from torch import Tensor, nn
 
 import aezoo
@@ -84,17 +84,6 @@ def test_vq_vae_with_codes_trained_by_gradient(compare):
     with_taming.deviates("gradient of the encoder's first layer (legacy)", *of_z, swapped, follows="ours")
 
 
-class Distance(nn.Module):
-    """Our feature distance in place of LPIPS, whose weights are not on the registry."""
-
-    def __init__(self, distance: Any) -> None:
-        super().__init__()
-        self.distance = distance
-
-    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        return self.distance(x_hat, x)[:, None, None, None]
-
-
 @pytest.mark.parametrize("weak", [False, True])
 @pytest.mark.parametrize("started", [True, False])
 def test_vqgan(compare, started, weak):
@@ -105,11 +94,7 @@ def test_vqgan(compare, started, weak):
         model.discriminator[-1].bias.fill_(1)  # where the hinge of some samples is flat
         model.discriminator[-1].weight.mul_(1e-4 if weak else 1)
     other, quantiser = copy.deepcopy(model), their_quantiser(model, 0.25)
-    with mock.patch.object(vqperceptual, "LPIPS", return_value=Distance(model.distance)):
-        loss = vqperceptual.VQLPIPSWithDiscriminator(
-            disc_start=start, codebook_weight=P * D / X, disc_weight=0.6, perceptual_weight=0.7
-        ).train()
-    loss.discriminator = other.discriminator
+    loss = their_loss(model.distance, other.discriminator, disc_start=start, codebook_weight=P * D / X)
     z_q, codebook_loss, _ = quantiser(other.encoder(x))
     x_hat = other.decoder(z_q)
     last = [p for p in other.decoder.parameters() if p.ndim > 1][-1]

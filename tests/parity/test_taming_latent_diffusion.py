@@ -7,13 +7,11 @@ Latent diffusion adds beta KL to it and a scale of the absolute errors, here 1.
 import copy
 import math
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from comparison import noise
-from taming.modules.losses import vqperceptual
-from torch import Tensor, nn
+from taming_loss import their_loss
 
 import aezoo
 
@@ -29,17 +27,6 @@ MODELS: dict[str, dict[str, Any]] = {
 SUM = "a sum over the X values of a sample, where theirs is a mean"
 
 
-class Distance(nn.Module):
-    """Our feature distance in place of LPIPS, whose weights are not on the registry."""
-
-    def __init__(self, distance: Any) -> None:
-        super().__init__()
-        self.distance = distance
-
-    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        return self.distance(x_hat, x)[:, None, None, None]
-
-
 @pytest.mark.parametrize("started", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_perceptual_and_adversarial_loss(compare, name, started):
@@ -53,9 +40,7 @@ def test_perceptual_and_adversarial_loss(compare, name, started):
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     other, x = copy.deepcopy(model), torch.rand(4, *SHAPE)
-    with mock.patch.object(vqperceptual, "LPIPS", return_value=Distance(model.distance)):
-        loss = vqperceptual.VQLPIPSWithDiscriminator(disc_start=start, disc_weight=0.6, perceptual_weight=0.7).train()
-    loss.discriminator = other.discriminator
+    loss = their_loss(model.distance, other.discriminator, disc_start=start)
     if name == "representation_ae":
         terms, z, kl = model.loss(x), other.encode(x).detach(), torch.zeros(())
         params = []

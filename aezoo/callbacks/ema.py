@@ -28,6 +28,7 @@ class EMA(Checked, WeightAveraging):
         start_step: optimiser steps before the first update.
     """
 
+    # dictionaries of directions refuse averages without it
     projects_weights = True
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:

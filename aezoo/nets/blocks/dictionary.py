@@ -14,6 +14,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
@@ -164,6 +165,30 @@ class UnitNorm(Constrained):
         super().on_fit_start()
         if not isinstance(self.decoder, FreeDictionary):
             self.check_averages()
+
+    def check_averages(self) -> None:
+        """Refuse averages of the weights that do not project them: a mean of directions is shorter than 1.
+
+        Raises:
+            AezooError: a callback of the trainer or a schedule-free optimiser averages so.
+        """
+        averaging = [
+            type(callback).__name__
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+            and not getattr(callback, "projects_weights", False)
+        ]
+        # schedulefree's optimisers switch to their average by `eval()`
+        averaging += [
+            type(optimizer).__name__
+            for optimizer in self.trainer.optimizers
+            if callable(getattr(optimizer, "eval", None))
+        ]
+        if averaging:
+            raise AezooError(
+                f"{averaging[0]} averages directions of norm 1 to shorter ones: take aezoo.callbacks.EMA "
+                f"(--ema.decay 0.999), which gives them norm 1 again"
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.decoder.remove_parallel_gradient()

@@ -1,115 +1,157 @@
-"""Run the recipes of published figures for a given number of steps on available data: one CSV row per run.
+"""Run the recipes of published figures on MNIST, to their ends: one CSV row per recipe and seed.
 
-    python -m benchmarks.published --root /usr/share/datasets
-    python -m benchmarks.published mnist_vae mnist_iwae_5 --data mnist5k --steps 20000
-    python -m benchmarks.published --heads         only rewrite the recipes' heads from the CSV
+    python -m benchmarks.published --root FOLDER                        all, the cheapest first
+    python -m benchmarks.published mnist_vae mnist_hvae --root FOLDER --seeds 3
+    python -m benchmarks.published --root FOLDER --seconds 600          at most so long each; the same command goes on
+    python -m benchmarks.published --heads                              only rewrite the recipes' heads from the CSV
 
 `python -m benchmarks.recipes --tables` writes the README's table of these recipes.
 
-A recipe whose head has a line `# target:` holds the exact setting of a published figure on all of MNIST. If MNIST is
-available, `aezoo fit -c mnist_vae --data.root FOLDER` runs it to its end. Here its model is trained on other data. All
-else stays the same, except for the number of importance samples and the number of steps; the learning rate falls over
-these steps as it would over the whole run. The results do not reproduce the published figures. They show that the
-recipe runs, and how far it came.
+A recipe whose head has a line `# target:` holds the setting of a published figure. FOLDER holds MNIST, and Larochelle's
+binary digits if they are at hand; recipes that need them take digits drawn once from the grey values elsewhere, with
+as many samples for training and validation, and `data` says so. Runs are kept in `build/published`: one that was ended
+in any way goes on from its last epoch. A run that has not reached its last epoch is measured, too; `epochs` says how
+far it came. Nothing is chosen on the test split: the weights are those with the lowest validation loss, or the last
+ones where the setting has no validation.
 """
 
 import argparse
-import os
 import re
-import subprocess
+import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
 
 from . import common
-from .recipes import published_figure, scalars
+from .parallel import run_rows
+from .recipes import published_figure
 
-FIGURES = ("train/loss", "test/loss", "test/nll", "test/kl", "test/log_likelihood", "test/mse")
-KEY = ("recipe", "data", "binarise", "steps", "importance_samples")
+KEY = ("recipe", "seed")
+COLUMNS = (
+    *(*KEY, "data", "epochs", "max_epochs", "metric", "published", "reached", "train/loss", "train/nll", "train/kl"),
+    *("test/loss", "test/nll", "test/kl", "test/log_likelihood", "test/mse", "importance_samples", "cpu_seconds"),
+    *("threads", "error"),
+)
+# by the time that an epoch takes, times the epochs
+ORDER = (
+    *("pytorch_vae", "poincare", "vae", "hyperspherical", "keras_vae", "iwae_1", "vamp", "iwae_5", "hvae"),
+    *("keras_vq_vae", "iwae_50", "piwae", "miwae", "ciwae"),
+)
+DRAWN_ONCE = "mnist, drawn once"
+
+
+class Target(NamedTuple):
+    """A published figure."""
+
+    metric: str
+    value: float
 
 
 def published() -> dict[str, Path]:
-    """Recipes that have a target, by name."""
-    return {name: path for name, path in recipes().items() if published_figure(path)}
+    """Recipes that have a target, by name, the cheapest first and unknown ones last."""
+    found = {name: path for name, path in recipes().items() if published_figure(path)}
+    rank = {f"mnist_{name}": place for place, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
-def binarisation(path: Path) -> str:
-    """How a recipe turns its data into zeros and ones."""
-    import yaml
-
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-    return "static" if data["name"] == "binarized_mnist" else str(data.get("binarise", "none"))
+def target(path: Path) -> Target:
+    """The first figure of a recipe's line `# target:`."""
+    metric, value = re.findall(r"((?:test|train)/\w+) (-?[\d.]+\d)", published_figure(path))[0]
+    return Target(metric, float(value))
 
 
-def run(row: dict[str, Any], root: str | None) -> dict[str, Any]:
-    """Train with the settings of a row's first columns, through the command line, and read the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "aezoo", "fit", "-c", row["recipe"]]
-        command += [f"--data.name={row['data']}", f"--data.binarise={row['binarise']}"]
-        command += [f"--data.root={root}"] if root else []
-        command += [f"--trainer.max_steps={row['steps']}", "--trainer.max_epochs=1000000"]
-        command += [f"--importance_samples={row['importance_samples']}"]
-        # pictures and curves are not needed
-        command += ["--trainer.enable_progress_bar=false", "--reconstructions.every_n_epochs=0"]
-        command += ["--samples.every_n_epochs=0", "--traversal.every_n_epochs=0", "--latents.every_n_epochs=0"]
-        began = time.monotonic()
-        paths = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths}
-        )
-        row = row | {"seconds": round(time.monotonic() - began)}
-        if done.returncode:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            return row | {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-        found = scalars(Path(folder) / "runs" / row["recipe"] / "0")
-    return row | {name: found[name][-1] for name in FIGURES if name in found}
+def settings(path: Path) -> dict[str, Any]:
+    """A recipe's settings."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
+
+
+def data_flags(path: Path, root: Path) -> tuple[str, list[str]]:
+    """What a recipe is trained on here, and the flags that say so."""
+    data = settings(path)["data"]
+    flags = [f"--data.root={root}"]
+    if data["name"] != "binarized_mnist":
+        return ", ".join(filter(None, (data["name"], data.get("binarise")))), flags
+    if any(root.glob("**/binarized_mnist_train.amat")):
+        return data["name"], flags
+    return DRAWN_ONCE, [*flags, "--data.name=mnist", "--data.binarise=static", f"--data.val_fraction={1 / 6}"]
+
+
+def spec(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `published_row` measures."""
+    path = published()[name]
+    recipe, figure = settings(path), target(path)
+    data, flags = data_flags(path, arguments.root.expanduser().resolve())
+    row = {"recipe": name, "seed": seed, "data": data, "max_epochs": recipe["trainer"]["max_epochs"]}
+    row |= {"metric": figure.metric, "published": figure.value}
+    row |= {"importance_samples": recipe.get("importance_samples")}
+    folder = arguments.keep.resolve() / f"{name}-{seed}"
+    return {"row": row, "flags": flags, "folder": str(folder), "seconds": arguments.seconds}
+
+
+def is_finished(row: dict[str, str] | None) -> bool:
+    """Whether a row is that of a run which has reached its last epoch."""
+    return row is not None and not row.get("error") and row["epochs"] == row["max_epochs"]
+
+
+def by_recipe(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Rows without errors by recipe; those of the runs that came furthest, where runs differ in that."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if not row.get("error"):
+            found.setdefault(row["recipe"], []).append(row)
+    return {
+        name: [row for row in group if int(row["epochs"]) == max(int(other["epochs"]) for other in group)]
+        for name, group in found.items()
+    }
+
+
+def reached(rows: Sequence[dict[str, str]]) -> str:
+    """The mean over seeds of what a recipe reached, with its standard deviation."""
+    values = [float(row["reached"]) for row in rows]
+    spread = f" (s.d. {statistics.stdev(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def head(rows: Sequence[dict[str, str]], environment: str) -> str:
     """The line of a recipe that states its result here."""
-    parts = []
-    for row in rows:
-        name = "test/log_likelihood" if row["binarise"] != "none" else "test/loss"
-        kind = "" if row["binarise"] == "none" else f"{row['binarise']} "
-        parts.append(f"{name} {row[name]} on {kind}{row['data']}")
-    steps, samples = budget(rows[0])
-    cost = f"{steps:,} steps" + (f", {samples} importance samples" if rows[0]["binarise"] != "none" else "")
-    return f"# reached: {', '.join(parts)} ({cost}, {environment}, seed 0)"
-
-
-def budget(row: dict[str, str]) -> tuple[int, int]:
-    """The budget of a row's figures: steps, and samples for its likelihood."""
-    return int(row["steps"]), int(row["importance_samples"])
+    first = rows[0]
+    epochs = f"{int(first['epochs']):,} of {int(first['max_epochs']):,} epochs"
+    seconds = f"{statistics.fmean(float(row['cpu_seconds']) for row in rows):,.0f} s of processor time"
+    seeds = f"{len(rows)} seed{'s' * (len(rows) > 1)}"
+    return (
+        f"# reached: {first['metric']} {reached(rows)} on {first['data']} ({epochs}, {seeds}, {seconds}, {environment})"
+    )
 
 
 def write_heads(table: common.ResultsCSV) -> None:
     """Write the figures of the CSV into their recipes."""
     environment = table.path.stem.removeprefix("published-")
+    rows = by_recipe(table.rows)
     for name, path in published().items():
-        rows = [row for row in table.rows if row["recipe"] == name and not row.get("error")]
-        # figures of one budget only, the longest
-        rows = [row for row in rows if budget(row) == max(map(budget, rows))]
-        if rows:
+        if name in rows:
             text = path.read_text(encoding="utf-8")
-            path.write_text(re.sub(r"^# reached:.*$", head(rows, environment), text, count=1, flags=re.MULTILINE))
+            line = head(rows[name], environment)
+            path.write_text(re.sub(r"^# reached:.*$", line, text, count=1, flags=re.MULTILINE), encoding="utf-8")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = common.build_parser("published", __doc__)
-    add, count = parser.add_argument, common.at_least(1)
+    add = parser.add_argument
     add("recipes", nargs="*", metavar="NAME", help="recipes to run; without it all that have a target")
-    add("--data", nargs="+", default=["mnist5k", "fashion_mnist"], metavar="SET", help="sets of 28x28 grey pictures")
-    add("--root", help="where their files are")
-    add("--steps", type=count, default=6000, help="optimiser steps of each run (default 6000)")
-    add("--importance-samples", type=count, default=300, help="of the log-likelihood (default 300)")
+    add("--root", type=Path, default=Path("data"), help="folder that holds MNIST")
+    add("--seconds", type=common.seconds, help="end a run after so long; the next call goes on with it")
+    add("--keep", type=Path, default=common.ROOT / "build" / "published", metavar="DIR", help="folder of the runs")
     add("--heads", action="store_true", help="run nothing, rewrite the recipes' heads from the CSV")
+    common.add_run_flags(parser, "run", timeout=14 * 86400)
+    parser.set_defaults(seeds=1)
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.recipes) - set(published()):
         raise AezooError(f"no recipe with a target is named {min(unknown)!r}: take {', '.join(published())}")
@@ -117,25 +159,37 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the requested recipes that have no row yet."""
+    """Run the requested recipes that have not reached their ends, and write their figures into their heads."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)
-    table = common.ResultsCSV(path, KEY, common.command_line("published", argv), arguments.again)
-    for name in [] if arguments.heads else arguments.recipes or published():
-        for data in arguments.data:
-            row = {"recipe": name, "data": data, "binarise": binarisation(published()[name])}
-            # figures of grey pictures are losses, not likelihoods
-            draws = 1 if row["binarise"] == "none" else arguments.importance_samples
-            row |= {"steps": arguments.steps, "importance_samples": draws}
-            if table.needs(row):
-                row = run(row, arguments.root)
-                table.put({column: row.get(column) for column in (*KEY, "seconds", *FIGURES, "error")})
-                figure = row.get("error") or row.get("test/log_likelihood", row.get("test/loss"))
-                print(f"{name} on {data}: {figure}, {row['seconds']} s", flush=True)
+    command = common.command_line("published", _without_paths(argv))
+    table = common.ResultsCSV(path, KEY, command, arguments.again)
+    names = [] if arguments.heads else arguments.recipes or published()
+    specs = [spec(name, seed, arguments) for seed in range(arguments.seeds) for name in names]
+    specs = [each for each in specs if arguments.again or not is_finished(table.find(each["row"]))]
+    table.check_writable()
+    for each, measured in run_rows("published_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator):
+        row = measured | each["row"]
+        row["reached"] = measured.get(row["metric"])
+        table.put({name: row.get(name) for name in COLUMNS})
+        figure = row.get("error") or f"{row['metric']} {row['reached']:.2f}, published {row['published']}"
+        print(f"{row['recipe']}, seed {row['seed']}, {row.get('epochs', 0)} epochs: {figure}", flush=True)
     write_heads(table)
+
+
+def _without_paths(argv: Sequence[str]) -> list[str]:
+    """The command line without the folder of runs and with a name in place of the folder of data."""
+    kept, before = [], ""
+    for word in argv:
+        if before == "--root":
+            word = "FOLDER"
+        if "--keep" not in (before, word):
+            kept.append(word)
+        before = word
+    return kept
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -172,11 +173,23 @@ def recipes_table(rows: dict[str, dict[str, str]]) -> str:
 
 def published_table() -> str:
     """Published figures and the results of their recipes here, as a Markdown table."""
-    lines = ["| recipe | published | reached here |", "|---|---|---|"]
-    for name, path in recipes().items():
-        if published_figure(path):
-            reached = re.search(r"^# reached: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            lines.append(f"| `{name}` | {published_figure(path)} | {reached[1] if reached else ''} |")
+    from .published import by_recipe, published, reached
+
+    path = max(RESULTS.glob("published-*.csv"), default=None)
+    rows = by_recipe(read_csv(path)[1]) if path else {}
+    lines = ["| recipe | published | reached | difference | seeds | epochs | data | processor time |", "|---" * 8 + "|"]
+    for name, file in published().items():
+        cells = [f"`{name}`", published_figure(file)]
+        if runs := rows.get(name):
+            first, seconds = runs[0], statistics.fmean(float(row["cpu_seconds"]) for row in runs)
+            difference = statistics.fmean(float(row["reached"]) for row in runs) - float(first["published"])
+            epochs = f"{int(first['epochs']):,} of {int(first['max_epochs']):,}"
+            hours, minutes = divmod(round(seconds / 60), 60)
+            cells += [f"{first['metric']} {reached(runs)}", f"{difference:+.2f}", str(len(runs)), epochs, first["data"]]
+            cells += [f"{hours} h {minutes:02} min"]
+        else:
+            cells += ["not run yet", *[""] * 5]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).replace("test/log_likelihood", "log p(x)")
 
 

@@ -82,10 +82,6 @@ def test_readme_sentences_match_result_files():
     longer = by_torch("fp32"), by_torch("bf16")
     states("torch's layer takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer))
 
-    steps = {int(row["steps"]): row["recipe"] for row in rows["published-fp32-pt2.13-cpu2"]}
-    usual, longest = min(steps), max(steps)
-    assert len(steps) == 2 and f"for {usual:,} steps (`{steps[longest]}` for {longest:,}) on" in readme
-
     *_, each = figures("speed-train-", "guard_share", "zen5")
     intel = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
     states(f"takes up to {100 * each:.0f} % of a step on a Zen 5 and up to {100 * intel[-1]:.1f} % on an Intel")

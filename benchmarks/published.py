@@ -40,8 +40,8 @@ COLUMNS = (
 )
 # by the time that an epoch takes, times the epochs
 ORDER = (
-    *("pytorch_vae", "poincare", "vae", "hyperspherical", "keras_vae", "iwae_1", "vamp", "iwae_5", "hvae"),
-    *("keras_vq_vae", "iwae_50", "piwae", "miwae", "ciwae"),
+    *("pytorch_vae", "keras_dense", "keras_deep", "keras_sparse", "poincare", "vae", "hyperspherical", "keras_vae"),
+    *("iwae_1", "vamp", "iwae_5", "hvae", "keras_vq_vae", "iwae_50", "piwae", "miwae", "ciwae"),
 )
 DRAWN_ONCE = "mnist, drawn once"
 

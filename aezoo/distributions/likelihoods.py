@@ -33,12 +33,17 @@ from torch import Tensor, nn
 from aezoo.errors import AezooError
 from aezoo.training.precision import at_least_float32
 
-# quadrature over t with the standard exponential density: Gauss-Legendre in v, where t = -log v^2; the error of the
-# mean of LogitLaplace is at most 2e-5 up to b = 10
-_EXPONENTIAL = [
-    (-2 * math.log((1 + node) / 2), weight * (1 + node) / 2)
+# quadrature for the mean of LogitLaplace, Gauss-Legendre in v from 0 to 1: t = -log v^2 has the standard exponential
+# density, u = logit(3 v^2 - 2 v^3) the standard logistic one; the first suits small scales, the second large ones
+_GAUSS = [
+    ((1 + node) / 2, weight / 2)
     for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
 ]
+_EXPONENTIAL = [(-2 * math.log(v), 2 * v * weight) for v, weight in _GAUSS]
+_LOGISTIC = [
+    (2 * math.log(v / (1 - v)) + math.log((3 - 2 * v) / (1 + 2 * v)), 6 * v * (1 - v) * weight) for v, weight in _GAUSS
+]
+_LARGE_SCALE = 3.0
 
 _MAX_LOGIT = 16.0
 
@@ -404,11 +409,15 @@ class LogitLaplace(_Scaled):
         return _sum_per_sample(log_p + math.log(1 - 2 * self._MARGIN))
 
     def mean(self, params: Tensor) -> Tensor:
+        # E[sigmoid(mu + b e)], e Laplace, is the probability of u < mu + b e, u logistic; the error is at most 1e-4
         mu, log_b = self.split(at_least_float32(params))
-        b, y = torch.exp(log_b), torch.zeros_like(mu)
+        b, y, y_large = torch.exp(log_b), torch.zeros_like(mu), torch.zeros_like(mu)
         for t, weight in _EXPONENTIAL:
             y = y + weight / 2 * ((mu + b * t).sigmoid() + (mu - b * t).sigmoid())
-        return self._to_data(y).to(params.dtype)
+        for u, weight in _LOGISTIC:
+            s = (mu - u) / b
+            y_large = y_large + weight / 2 * (1 - s.sign() * torch.expm1(-s.abs()))
+        return self._to_data(torch.where(b < _LARGE_SCALE, y, y_large)).to(params.dtype)
 
     def params_from_mean(self, mean: Tensor) -> Tensor:
         return ((1 - 2 * self._MARGIN) * mean + self._MARGIN).logit()

@@ -1,8 +1,10 @@
 """Laws of dVAE, the discrete VAE of DALL-E (Ramesh et al. 2021)."""
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributions as D
@@ -29,6 +31,7 @@ from relaxed_codebook_laws import (  # noqa: F401
     vectors,
     with_noise,
 )
+from scipy import integrate, special
 
 import aezoo
 import aezoo.distributions.categorical
@@ -68,6 +71,24 @@ def test_dvae_scale_is_clamped_decoder_output() -> None:
     assert (log_b[0, 0, :2] + 5).abs().max() < 1e-9 and log_b[0, 0, -1] == 5
     # a constant pixel, whose likelihood has no greatest value, stays finite
     assert own.log_prob(torch.tensor([[[10.0], [-1e4]]]), torch.ones(1, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("b", [0.01, 0.5, 2.9, 3.1, 20.0, 148.0])
+def test_dvae_reconstruction_is_mean_at_any_scale(b: float) -> None:
+    """By scipy's quadrature on both sides of the logit's zero, up to the largest scale, exp(5)."""
+    mu = np.array([-60.0, -8.0, -1.0, 0.0, 0.3, 4.0, 30.0])
+    wanted = []
+    for m in mu:
+        cut = sorted({0.0, 60.0, *np.clip(abs(m) / b + np.array([-30, -4, 0, 4, 30]) / b, 0, 60)})
+        parts = [
+            integrate.quad(lambda t, m=m: math.exp(-t) * special.expit([m + b * t, m - b * t]).mean(), *ends)[0]
+            for ends in itertools.pairwise(cut)
+        ]
+        wanted.append((sum(parts) - 0.1) / 0.8)
+    raw = math.log(math.expm1(math.log(b) + 5)) - 5
+    params = torch.from_numpy(np.stack([mu, np.full_like(mu, raw)]))[None]
+    found = LogitLaplaceWithScale().double().mean(params)[0, 0]
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1.2e-4)
 
 
 @pytest.mark.parametrize("net", ["resnet", "conv", "vit", "mlp"])

@@ -4,7 +4,8 @@
 
 for each channel with its L values; o = 1/2 and s = tan(2 o / ((L - 1)(1 - eps))) if L is even, else 0 (appendix A.1).
 For L = 2 this shift would lie beyond the range of tanh, so it is 0: the values -1 and 1 are separated at z = 0. The
-gradient is that of f, with straight-through rounding. Nothing is learned, and there is no loss term.
+gradient is that of f, with straight-through rounding. Nothing is learned, and there is no loss term. eps is 0.001, but
+at most 0.98 / (L - 1): above 1,001 values, the rounded bound would not reach the outermost ones.
 
 Shapes: N rows, D channels.
 """
@@ -20,6 +21,8 @@ from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 
 EPS = 1e-3
+# how far the bound stays below the outermost value, in steps; from half a step on it would round to the one before
+_MAX_GAP = 0.49
 # the bits that a 64-bit index can hold
 MAX_BITS = 62
 
@@ -47,7 +50,8 @@ class FSQ(Quantiser):
         super().__init__(len(levels), (math.prod(levels),))
         self.levels = tuple(levels)
         L_D = torch.tensor(levels, dtype=torch.float64)
-        half_D, offset_D = (L_D - 1) * (1 - EPS) / 2, torch.where(L_D % 2 == 1, 0.0, 0.5)
+        half_D = (L_D - 1) / 2 - (EPS * (L_D - 1) / 2).clamp(max=_MAX_GAP)
+        offset_D = torch.where(L_D % 2 == 1, 0.0, 0.5)
         constants = {
             "half_D": half_D,
             "offset_D": offset_D,

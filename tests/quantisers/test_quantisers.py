@@ -635,6 +635,16 @@ def test_every_fsq_code_is_reachable_and_distinct(levels):
     assert quantiser(z).indices[:, 0].tolist() == [*range(size)]
 
 
+@pytest.mark.parametrize("levels", [2, 3, 8, 981, 1500, 4097])
+def test_fsq_reaches_the_outermost_values(levels):
+    """With an eps of 0.001, 4,097 values end at 4,094 of them."""
+    z = torch.tensor([[-30.0], [30.0]])
+    for quantiser in (FSQ((levels,)), ResidualFSQ((levels,), 2)):
+        found = quantiser(z)
+        assert found.indices[:, 0].tolist() == [0, levels - 1]
+        torch.testing.assert_close(quantiser.codes(found.indices), found.z_q)
+
+
 def test_two_level_fsq_thresholds_at_zero():
     """A shift of atanh(.999), as in vector-quantize-pytorch #237, would cut at -3.8."""
     z = torch.tensor([-4.0, -3, -0.01, 0.01, 3, 4])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributions as D
 from denoising_helpers import (
     noise_law,
 )
@@ -94,6 +95,27 @@ def test_nonlinear_denoiser_finds_score_of_noisy_density() -> None:
     # the score of the clean density, or a slip in the factor, would not pass
     (clean,) = torch.autograd.grad(mixture(0).log_prob(noisy).sum(), noisy)
     assert ((found - clean) ** 2).mean() / (clean**2).mean() > 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("corruption", ["gaussian:0.3", "masking:0.4", "salt_and_pepper:0.3"])
+def test_clean_sample_is_predicted_from_corrupted_one(corruption: str, training: bool, shifted: Any) -> None:
+    """A cross-entropy of the clean values, summed over them, with the code of the very sample that was corrupted."""
+    model = shifted(DenoisingAE((2, 3, 5), corruption=corruption, latent_dim=4, hidden_dims=(16,))).double()
+    x = torch.rand(6, 2, 3, 5, dtype=torch.float64)
+    torch.manual_seed(3)
+    noisy = model.corruption(x)
+    torch.manual_seed(3)
+    loss = model.train(training).loss(x)["loss"]
+    p = model.decoder(model.encoder(noisy)).sigmoid()
+    expected = -(x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    own = [*model.parameters()]
+    for a, b in zip(torch.autograd.grad(loss, own), torch.autograd.grad(expected, own), strict=True):
+        torch.testing.assert_close(a, b)
+    clean = -D.Bernoulli(model(x), validate_args=False).log_prob(x).flatten(1).sum(1)
+    assert (noisy - x).abs().max() > 0.2 and (loss - clean.mean()).abs() > 1e-3
+    torch.testing.assert_close(model.score(x), clean)
 
 
 @pytest.mark.parametrize("name", ["gaussian:0", "masking:0", "salt_and_pepper:0", "none"])

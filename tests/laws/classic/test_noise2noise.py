@@ -74,6 +74,23 @@ def test_shared_noise_and_clipped_targets_are_detected(make: Any) -> None:
         best_linear_law(linear(make, corruption="gaussian:0.4"), "gaussian:0.4", positive(SAMPLES))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
+def test_one_noisy_copy_is_predicted_from_another(kind: str, training: bool, shifted: Any) -> None:
+    """||f(y1) - y2||^2 summed over values; with x in the place of y2, the minimiser would be the same."""
+    model, x = shifted(small(Noise2Noise, corruption=kind)).double().train(training), torch.rand(4, 2, 6, 7).double()
+    torch.manual_seed(3)
+    y1, y2 = model.corruption(x), model.corruption(x)
+    torch.manual_seed(3)
+    loss = model.loss(x)["loss"]
+    expected = (model(y1) - y2).square().flatten(1).sum(1).mean() + 2 * 6 * 7 / 2 * LOG_PI
+    torch.testing.assert_close(loss, expected)
+    own = [*model.parameters()]
+    for a, b in zip(torch.autograd.grad(loss, own), torch.autograd.grad(expected, own), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (y1 - y2).abs().max() > 0.2
+
+
 @pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
 def test_noisy_target_adds_its_variance_to_loss(kind: str, shifted: Any) -> None:
     """E ||f(y1) - y2||^2 = ||f(y1) - x||^2 + Var(y2 | x), for any f, here at one y1."""

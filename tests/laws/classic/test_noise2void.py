@@ -148,6 +148,23 @@ def test_loss_is_rescaled_masked_squared_error(channels: int, shifted: Any) -> N
     assert abs(float(found.detach()) - everywhere) > 1e-2  # a loss over all pixels is another
 
 
+def test_targets_are_the_noisy_pixels_not_clean_ones(shifted: Any) -> None:
+    """With noise of its own, the clean sample occurs nowhere else; gradients are those of the masked pixels."""
+    model = shifted(small(Noise2Void, (2, 5, 6), masked=0.2, corruption="gaussian:0.5")).double()
+    x = torch.rand(4, 2, 5, 6, dtype=torch.float64)
+    torch.manual_seed(3)
+    y = model.corruption(x)
+    blinded, M_BP = model.blind(y)
+    torch.manual_seed(3)
+    loss = model.loss(x)["loss"]
+    error_BP = ((model(blinded) - y).square() + LOG_PI / 2).sum(1).flatten(1)
+    expected = 30 * (error_BP * M_BP).sum(1).div(M_BP.sum(1)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+    own = [*model.parameters()]
+    for a, b in zip(torch.autograd.grad(loss, own), torch.autograd.grad(expected, own), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 def test_requested_share_of_pixels_is_masked() -> None:
     for masked, n in ((0.02, 1), (0.1, 3), (0.5, 15)):
         _, M = small(Noise2Void, (1, 5, 6), masked=masked, radius=4).blind(torch.rand(50, 1, 5, 6))

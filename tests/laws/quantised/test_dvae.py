@@ -32,6 +32,7 @@ from relaxed_codebook_laws import (  # noqa: F401
     with_noise,
 )
 from scipy import integrate, special
+from torch import Tensor
 
 import aezoo
 import aezoo.distributions.categorical
@@ -60,6 +61,42 @@ def test_dvae_loss_matches_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(found["kl"], reference_kl(logits_BPK))
         torch.testing.assert_close(found["loss"], nll + beta * found["kl"])
         torch.testing.assert_close(found["elbo"], -nll - found["kl"])
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_dvae_training_gradients_match_differences(hard: bool, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nll + beta KL at the step's tau and beta, with given noise; hard codes have the gradient of relaxed ones."""
+    model, x = tiny(shifted, "dvae", kl_steps=8, temperature_steps=6, hard=hard).train(), vectors()
+    g_BPK = D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
+    with_noise(monkeypatch, g_BPK)
+    model.steps.fill_(4)
+    model.begin_step(x, 0)
+    tau = 1 / 16 + 15 / 16 * math.cos(math.pi / 3) ** 2
+
+    def value(offset: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        p_BPK = model.encoder(x).movedim(1, 2).softmax(2)
+        y_BPK = ((p_BPK.log() + g_BPK) / tau).softmax(2)
+        z_q = ((y_BPK + offset) @ model.quantiser.code_KC).movedim(2, 1)
+        kl = (p_BPK * (p_BPK * K).log()).sum((1, 2)).mean()
+        return model.nll(model.decoder(z_q), x).mean() + 3.3 * kl, y_BPK
+
+    loss = model.loss(x)["loss"]
+    with torch.no_grad():
+        y_BPK = value()[1]
+        offset = torch.eye(K).double()[y_BPK.argmax(2)] - y_BPK if hard else 0.0
+        torch.testing.assert_close(loss, value(offset)[0], rtol=1e-6, atol=1e-8)
+        weight = [p for p in model.encoder.parameters() if p.ndim == 2][-1]
+    for parameter in (weight, model.quantiser.code_KC, [*model.decoder.parameters()][-1]):
+        (found,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        with torch.no_grad():
+            for place in (0, parameter.numel() // 2, parameter.numel() - 1):
+                values = []
+                for step in (1e-6, -1e-6):
+                    parameter.view(-1)[place] += step
+                    values.append(value(offset)[0])
+                    parameter.view(-1)[place] -= step
+                difference = (values[0] - values[1]) / 2e-6
+                torch.testing.assert_close(found.view(-1)[place], difference, rtol=2e-4, atol=1e-5)
 
 
 def test_dvae_scale_is_clamped_decoder_output() -> None:

@@ -1,5 +1,7 @@
 """Laws of FSQ autoencoder, finite scalar quantisation (Mentzer et al. 2023)."""
 
+from typing import Any
+
 import pytest
 import torch
 from quantised_laws import (  # noqa: F401
@@ -17,8 +19,43 @@ from quantised_laws import (  # noqa: F401
     test_resume_is_exact_and_indices_roundtrip,
     test_usage_is_over_whole_set_not_batch_mean,
 )
+from torch import Tensor
 
+from aezoo.models.quantised.fsq_vae import FSQVAE
 from aezoo.quantisers import FSQ
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_encoder_gradient_treats_rounding_as_constant(depth: int, shifted: Any) -> None:
+    """Central differences of the loss, in which the error of rounding is added to the bounded code as a number."""
+    levels = (2, 3, 4, 7)
+    settings = {"net": "mlp", "hidden_dims": (8,), "places": 2, "activation": "silu", "depth": depth}
+    model = shifted(FSQVAE((6,), levels=levels, **settings)).double()
+    x, L = torch.rand(3, 6, dtype=torch.float64), torch.tensor(levels, dtype=torch.float64)[:, None]
+    o = torch.where(L % 2 == 0, 0.5, 0.0)
+    s = torch.where(L > 2, torch.tan(2 * o / ((L - 1) * 0.999)), 0.0)
+
+    def bounded() -> Tensor:
+        f = torch.tanh(model.encoder(x) + s) * (L - 1) * 0.999 / 2 - o
+        return torch.where(L > 2, f / (L // 2), 2 * f + 1)  # with two values, -1 and 1 in place of -1 and 0
+
+    weight = [p for p in model.encoder.parameters() if p.ndim == 2][-1]
+    (found,) = torch.autograd.grad(model.loss(x)["loss"], weight)
+    with torch.no_grad():
+        rounding = model.quantise(x).z_q - bounded()
+        assert rounding.abs().max() > (0.1 if depth == 1 else 0.01)
+        for place in ((0, 1), (3, 2), (5, 7), (6, 4)):
+            values = []
+            for step in (1e-5, -1e-5):
+                weight[place] += step
+                values.append(model.nll(model.decoder(bounded() + rounding), x).mean())
+                weight[place] -= step
+            difference = (values[0] - values[1]) / 2e-5
+            torch.testing.assert_close(found[place], difference, rtol=1e-5, atol=1e-8)
+            assert difference.abs() > 1e-4
+
 
 # ---- neutral limits --------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Laws of Gated PixelCNN (van den Oord et al. 2016)."""
 
+import itertools
 import math
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 import aezoo
 from aezoo.errors import AezooError
-from aezoo.models.quantised.pixelcnn import MaskedConv
+from aezoo.models.quantised.pixelcnn import GatedLayer, MaskedConv
 
 # fits without validation, and Lightning's advice on loaders
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -77,6 +78,54 @@ def test_two_masked_stacks_have_no_blind_spot() -> None:
     assert not seen[3, 4]  # the row above, two to the right
     ours = dependence(prior("pixelcnn", (1, 5, 5), (4,), depth=6))[4 * 5 + 2].reshape(5, 5) > 0
     assert ours[:4].all() and ours[4, :2].all() and not ours[4, 2:].any()
+
+
+# ---- the layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_gated_layer_matches_figure_2_place_by_place(first: bool) -> None:
+    """Van den Oord et al. 2016, figure 2: sums over the places and channels that a place may see, by hand."""
+    Q, F, R, rows, columns = 2, 4, 1, 3, 4
+    layer = GatedLayer(F, Q, R, vertical=True, dropout=0.5, first=first).double().eval()
+    v, h = torch.randn(2, F, rows, columns, dtype=torch.float64).unbind()
+    group = [c * Q // F for c in range(F)]
+
+    def halves(pre: Tensor) -> Tensor:
+        """tanh(a) sigmoid(b): of the 2 F / Q features of a group, a are the first half."""
+        out = []
+        for q in range(Q):
+            a, b = pre[q * 2 * F // Q : (q + 1) * 2 * F // Q].chunk(2)
+            out.append(a.tanh() * b.sigmoid())
+        return torch.cat(out)
+
+    def inside(i: int, j: int) -> bool:
+        return 0 <= i < rows and 0 <= j < columns
+
+    with torch.no_grad():
+        found_v, found_h = (each[0] for each in layer(v[None], h[None]))
+        pre_v = torch.zeros(2 * F, rows, columns, dtype=torch.float64)
+        for i, j in itertools.product(range(rows), range(columns)):
+            pre_v[:, i, j] = layer.v.bias
+            for up, side in itertools.product(range(R + 1), range(-R, R + 1)):
+                if inside(i - up, j + side):
+                    pre_v[:, i, j] += layer.v.weight[:, :, R - up, R + side] @ v[:, i - up, j + side]
+        out, mixed, own = layer.out[1], layer.link, 0 if first else 1
+        for i, j in itertools.product(range(rows), range(columns)):
+            torch.testing.assert_close(found_v[:, i, j], halves(pre_v[:, i, j]))
+            pre_h = layer.h.bias.clone()
+            for o in range(2 * F):
+                for left in range(R + 1):
+                    if inside(i, j - left):
+                        seen = [c for c in range(F) if left or group[c] < o * Q // (2 * F) + own]
+                        pre_h[o] += sum(layer.h.weight[o, c, 0, R - left] * h[c, i, j - left] for c in seen)
+            if i:
+                pre_h += mixed.weight[..., 0, 0] @ pre_v[:, i - 1, j] + mixed.bias
+            gated = halves(pre_h)
+            added = out.bias.clone()
+            for o in range(F):
+                added[o] += sum(out.weight[o, c, 0, 0] * gated[c] for c in range(F) if group[c] <= group[o])
+            torch.testing.assert_close(found_h[:, i, j], added if first else h[:, i, j] + added)
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from aezoo.models.quantised.soft_vq import SoftVQ
 from aezoo.models.regularised import draem
 from aezoo.models.sparse.matryoshka_sae import MatryoshkaSAE
 from aezoo.models.sparse.topk_sae import TopKSAE
+from aezoo.models.variational import hyperspherical_vae
 from aezoo.models.variational.hyperspherical_vae import HypersphericalVAE
 from aezoo.models.variational.joint_vae import JointVAE
 from aezoo.nets.blocks.ssim import similarity
@@ -82,6 +83,15 @@ def concentration(self: HypersphericalVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     out_BE = self.encoder(x)
     mu_BD = F.normalize(out_BE[:, :-1], dim=1)
     return mu_BD, (F.softplus(out_BE[:, -1:]) + 1).expand_as(mu_BD)
+
+
+_posterior = HypersphericalVAE.posterior
+
+
+def unbounded_concentration(self: HypersphericalVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The concentration D softplus(a)."""
+    mu_BD, kappa_BD = _posterior(self, x)
+    return mu_BD, (kappa_BD - self.least_kappa).clamp(min=1e-6)
 
 
 _aux = TopKSAE.aux
@@ -189,6 +199,7 @@ class Case(NamedTuple):
 
 _DICTIONARY = {"latent_dim": 256, "k": 4, "dead_after": 2000, "likelihood": "gaussian", "lr": 2e-3}
 _TOKENS = {"n_tokens": 8, "codebook_size": 64}
+_START = (hyperspherical_vae, "START", 0.0)  # of a
 _LEARNED_ERROR = (TopKSAE, "aux", aux_through_error)
 CASES = {
     "memory_ae": Case(2500, ("nll",), {"authors": Variant(formulas=[(MemoryAE, "address", memory_product)])}),
@@ -206,7 +217,10 @@ CASES = {
     "hyperspherical_vae": Case(
         1000,
         ("elbo", "kl"),
-        {"authors": Variant(formulas=[(HypersphericalVAE, "posterior", concentration)])},
+        {
+            "authors": Variant(formulas=[(HypersphericalVAE, "posterior", concentration), _START]),
+            "D softplus(a)": Variant(formulas=[(HypersphericalVAE, "posterior", unbounded_concentration), _START]),
+        },
         {"posterior": "vmf"},
         (_DIGITS, {**_DIGITS, "name": "mnist5k"}),
     ),

@@ -24,13 +24,14 @@ def test_loss_at_equal_draws(compare, d):
     with torch.no_grad():
         # their reflection is ours where the mean points away from the first axis
         model.encoder[-2].bias[0] = -5.0
+        model.encoder[-2].bias[-1] -= 8  # spread draws, at which theirs loses no digits
     other, x = copy.deepcopy(model), torch.rand(n, *shape).bernoulli()
     u, side = torch.rand(n), torch.randn(n, d - 1)
     with mock.patch("torch.rand_like", return_value=u), noise([side]):
         found = model.loss(x)
     out = other.encoder(x)
     assert (out[:, 0] < 0).all()
-    mean, kappa = F.normalize(out[:, :-1]), d * F.softplus(out[:, -1])
+    mean, kappa = F.normalize(out[:, :-1]), d * F.softplus(out[:, -1]) + 1
     # torch knows a beta draw's gradient to about three digits, so that of kappa is compared with scipy's quantiles
     q = PowerSpherical(mean, kappa.detach())
     t = torch.cos(model.family.quantile(kappa.detach(), u))

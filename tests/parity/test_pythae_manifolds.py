@@ -294,7 +294,7 @@ def concentrated(offset: float) -> Callable[[Tensor], dict[str, Tensor]]:
     """Mean direction, and the parameter of which theirs makes our concentration: softplus plus an offset."""
 
     def head(out: Tensor) -> dict[str, Tensor]:
-        kappa = LATENT * nn.functional.softplus(out[:, -1:])
+        kappa = LATENT * nn.functional.softplus(out[:, -1:]) + 1
         return {"embedding": out[:, :-1], "log_concentration": torch.log(torch.expm1(kappa - offset))}
 
     return head
@@ -324,9 +324,7 @@ def test_losses_of_hyperspherical_vae(compare, likelihood):
     taken: list[Tensor] = []
     other._sample_von_mises = lambda _, kappa: taken.append(kappa) or z[0]
     other({"data": x})
-    reason = (
-        "D softplus(out), so that draws tend towards mu in any D; theirs, of the authors' code, is softplus(out) + 1"
-    )
+    reason = "D softplus(out) + 1, for any D, where theirs, of the authors' code, is softplus(out) + 1"
     row.deviates(
         "concentration", model.posterior(x)[1][:, :1], taken[0], f"{reason}; the paper has no formula", follows="both"
     )

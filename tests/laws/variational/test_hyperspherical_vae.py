@@ -141,6 +141,33 @@ def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: An
     torch.testing.assert_close(model.log_likelihood(x, 20_000), evidence, rtol=0, atol=0.15)
 
 
+def test_draws_start_about_mu_and_never_ignore_it() -> None:
+    """Of a uniform q(z|x), towards which the KL draws untrained models, no gradient would lead back."""
+    x = torch.rand(20, 1, 8, 8)
+    for net, d in (("mlp", 2), ("conv", 5), ("vit", 40)):
+        model: Any = aezoo.create_model("hyperspherical_vae", (1, 8, 8), latent_dim=d, posterior="vmf", net=net)
+        mu, kappa = model.posterior(x)
+        assert ((kappa - 1) / d - 8).abs().max() < 2
+        assert (model.family.sample(mu, kappa[:, 0]) * mu).sum(1).mean() > 0.85
+        with torch.no_grad():
+            [*model.encoder.parameters()][-1][-1] = -1e4
+        mu, kappa = (part.detach() for part in model.posterior(x))
+        assert torch.equal(kappa, torch.ones(20, d))
+        along = (model.family.sample(mu.expand(50, 20, d), kappa[:, 0].expand(50, 20)) * mu).sum(2)
+        expected = special.ive(d / 2, 1) / special.ive(d / 2 - 1, 1)  # Mardia & Jupp 2000, section 9.3
+        assert along.mean().item() == pytest.approx(expected, abs=5 / math.sqrt(1000 * d))
+
+
+def test_weights_of_before_the_least_kappa_keep_it_at_zero() -> None:
+    model, other = sphere(3, "vmf"), sphere(3, "vmf")
+    state = {key: value for key, value in model.state_dict().items() if key != "least_kappa"}
+    other.load_state_dict(state)
+    x = torch.rand(4, 2, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(other.posterior(x)[1], model.posterior(x)[1] - 1)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(other.posterior(x)[1], model.posterior(x)[1])
+
+
 def test_a_sphere_needs_two_dimensions_and_a_family() -> None:
     with pytest.raises(AezooError, match="at least 2"):
         sphere(1, "vmf")

@@ -43,14 +43,14 @@ class GaussianNoise(Corruption):
 
 
 class Masking(Corruption):
-    """Sets each value to 0 with probability `amount` (Vincent et al. 2008)."""
+    """Sets each value to 0 with probability `amount`; Vincent et al. 2008 choose a fixed number of values."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         return x * (self._uniform(x, generator) >= self.amount)
 
 
 class SaltAndPepper(Corruption):
-    """Replaces each value, with probability `amount`, by 0 or 1, equally likely (Vincent et al. 2010)."""
+    """Replaces each value, with probability `amount`, by 0 or 1, equally likely; Vincent et al. 2010 a fixed number."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         u = self._uniform(x, generator)

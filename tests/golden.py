@@ -34,6 +34,7 @@ Record = dict[str, dict[str, float]]
 
 FILE = Path(__file__).with_suffix(".json")
 SHAPE, BATCH, CLASSES = (1, 28, 28), 16, 10
+LABELS = torch.arange(BATCH) % CLASSES
 # rows that start in the queue are as far from where they move as they move, and only rounding says which is more
 WITHOUT_TIES = {"vp_vae": {"data_init": False}}
 # a value agrees if it is off by less; two processors differ by a thousandth of it
@@ -245,6 +246,11 @@ def _perturb(values: Tensor, nudge: float, rng: np.random.Generator) -> Tensor:
     return values * (1 + nudge * torch.from_numpy(rng.uniform(-1, 1, values.shape)))
 
 
+def _batches() -> list[Tensor]:
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.random((BATCH, *SHAPE))) for _ in range(3)]
+
+
 def _build(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoencoder:
     torch.manual_seed(0)
     model = subject.build(SHAPE).double().train()
@@ -254,7 +260,7 @@ def _build(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoenco
     return model
 
 
-def _gradient(model: Autoencoder) -> dict[str, float]:
+def gradient_digest(model: Autoencoder) -> dict[str, float]:
     """For each part of the model the norm of the gradient, and its projection on a fixed direction."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in sorted(model.named_parameters()):
@@ -305,18 +311,34 @@ def golden_values(subject: Subject, nudge: float = 0.0) -> Record:
         `terms`, the loss terms of a batch without labels; `gradient`, its digest; `step`, the losses of a batch with
         labels and of the next, between which the optimiser steps.
     """
-    rng, off = np.random.default_rng(0), np.random.default_rng(1)
-    x, *others = (torch.from_numpy(rng.random((BATCH, *SHAPE))) for _ in range(3))
-    labels = torch.arange(BATCH) % CLASSES
+    rng = np.random.default_rng(1)
+    model, terms = first_step(subject, nudge=nudge, rng=rng)
+    values = {"terms": {name: float(term) for name, term in terms.items()}, "gradient": gradient_digest(model)}
     with _in_float64():
-        model = _build(subject, nudge, off)
+        model = _build(subject, nudge, rng)
         torch.manual_seed(1)
-        terms = model.training_step(_perturb(x, nudge, off), 0)
+        return {**values, "step": _fit(model, [(_perturb(x, nudge, rng), LABELS) for x in _batches()[1:]])}
+
+
+def first_step(
+    subject: Subject, labelled: bool = False, nudge: float = 0.0, rng: np.random.Generator | None = None
+) -> tuple[Autoencoder, dict[str, Tensor]]:
+    """A model from seed 0 with the gradients of its first batch, and the loss terms.
+
+    Args:
+        subject: the model.
+        labelled: give it labels with the batch.
+        nudge: see `golden_values`; `rng` draws it.
+        rng: needed with a nudge only.
+    """
+    rng = rng or np.random.default_rng(1)
+    with _in_float64():
+        model = _build(subject, nudge, rng)
+        torch.manual_seed(1)
+        x = _perturb(_batches()[0], nudge, rng)
+        terms = model.training_step((x, LABELS) if labelled else x, 0)
         terms["loss"].backward()
-        values = {"terms": {name: float(term) for name, term in terms.items()}, "gradient": _gradient(model)}
-        model = _build(subject, nudge, off)
-        torch.manual_seed(1)
-        return {**values, "step": _fit(model, [(_perturb(x, nudge, off), labels) for x in others])}
+    return model, terms
 
 
 def differences(values: Record, recorded: Record, tolerance: float) -> list[str]:

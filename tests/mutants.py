@@ -8,7 +8,9 @@
     python -m tests.mutants --without-golden   by the laws alone, where golden values would notice most faults
 
 Faults of formulas are made from the code as it stands, see `tests/mutation_operators.py`, and are known by file,
-function, operator and ordinal. `tests/mutants.txt` lists those that no operator makes. What has to fail follows from
+function, operator and ordinal. Those that detach one sub-expression (": detach " is in their identity) are the ones that
+change a gradient: `tests/detachments.py` runs the golden models to find them, in seconds for a file and minutes for all,
+and they are kept in `build/`. `tests/mutants.txt` lists faults that no operator makes. What has to fail follows from
 the file's name: the test file of that name or those that import it, and the golden values of models that use it.
 At the end the tests that caught one run without any: one that fails then has caught nothing. The exit status is 1 if
 less than 90 % are caught, or if a fault could not be judged: it no longer fits its file, or pytest broke down. A fault
@@ -26,22 +28,24 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a module of its folder
-from mutation_operators import mutants_of
+from mutation_operators import Mutant, detachments_of, mutants_of
 
 ROOT = Path(__file__).parent.parent
 LISTED_FAULTS = Path(__file__).with_suffix(".txt")
+DETACHMENTS = ROOT / "build" / "detachments.json"
 COPIED = ("aezoo", "benchmarks", "tests", "recipes", "pyproject.toml")
 MIN_CAUGHT = 0.9
 WRONG_COPY = 90
@@ -86,6 +90,7 @@ class Fault:
         name: unlike those of the other faults of the file.
         start: where in the file the old text stands; None: where it is found, once.
         test: the test file that must fail, by its name; empty: those that `test_files` finds.
+        golden: the label of the golden values that must change; empty: those that `golden_tests` finds.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Fault:
     new: str
     test: str = ""
     start: int | None = None
+    golden: str = ""
 
     @property
     def identity(self) -> str:
@@ -119,6 +125,8 @@ class Fault:
     def tests(self, golden: bool = True) -> list[str]:
         """What pytest is to run, golden values first, which take a second."""
         files = [_test_path(self.test)] if self.test else test_files(self.file)
+        if self.golden:
+            return [*([_golden_test(self.golden)] if golden else ()), *files]
         return [*(golden_tests(self.file) if golden and self.start is not None else ()), *files]
 
 
@@ -162,17 +170,20 @@ def listed() -> list[Fault]:
     return list(parse(LISTED_FAULTS.read_text(encoding="utf-8")))
 
 
+def formula_files(root: Path = ROOT) -> list[str]:
+    """The modules with formulas, by their paths from the root."""
+    locations = [root / "aezoo" / part for part in FORMULA_PATHS]
+    paths = [path for start in locations for path in (sorted(start.rglob("*.py")) if start.is_dir() else [start])]
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
 @cache
-def _generated_faults(root: Path) -> tuple[Fault, ...]:
-    faults = []
-    for part in FORMULA_PATHS:
-        location = root / "aezoo" / part
-        for path in sorted(location.rglob("*.py")) if location.is_dir() else [location]:
-            file = path.relative_to(root).as_posix()
-            for mutant in mutants_of(path.read_text(encoding="utf-8")):
-                name = f"{mutant.function}: {mutant.operator} {mutant.ordinal}"
-                faults.append(Fault(name, file, mutant.old, mutant.new, start=mutant.start))
-    return tuple(faults)
+def _generated_faults(root: Path, operators: Callable[[str], list[Mutant]] = mutants_of) -> tuple[Fault, ...]:
+    return tuple(
+        Fault(mutant.name, file, mutant.old, mutant.new, start=mutant.start)
+        for file in formula_files(root)
+        for mutant in operators((root / file).read_text(encoding="utf-8"))
+    )
 
 
 def generated(root: Path = ROOT) -> list[Fault]:
@@ -180,9 +191,44 @@ def generated(root: Path = ROOT) -> list[Fault]:
     return [fault for fault in _generated_faults(root) if fault.identity not in EQUIVALENT]
 
 
+def detachments(patterns: Sequence[str] = ()) -> list[Fault]:
+    """The faults that detach one sub-expression of a formula, of those that change the first gradients of a model.
+
+    Which these are takes minutes to find for all formulas, and is kept as long as what it depends on.
+    """
+    candidates = {
+        fault.identity: fault for fault in _generated_faults(ROOT, detachments_of) if matches(fault, patterns)
+    }
+    digest = source_digest(names=("aezoo", "tests/detachments.py", "tests/golden.py", "tests/mutation_operators.py"))
+    kept = json.loads(DETACHMENTS.read_text(encoding="utf-8")) if DETACHMENTS.is_file() else {}
+    kept = kept if kept.get("digest") == digest else {"digest": digest}
+    missing = sorted({fault.file for fault in candidates.values()} - kept.keys())
+    if missing:
+        print(f"looking for sub-expressions that have a gradient in {len(missing)} files", file=sys.stderr)
+        command = [sys.executable, str(Path(__file__).with_name("detachments.py")), *missing]
+        lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        kept |= {file: [] for file in missing}
+        for identity, label, _ in map(json.loads, lines):
+            kept[identity.partition(": ")[0]].append([identity, label])
+        DETACHMENTS.parent.mkdir(exist_ok=True)
+        DETACHMENTS.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
+    files = sorted(kept.keys() - {"digest"})
+    return [
+        replace(candidates[identity], golden=label)
+        for file in files
+        for identity, label in kept[file]
+        if identity in candidates
+    ]
+
+
 def faults() -> list[Fault]:
-    """All of them."""
+    """All others."""
     return [*generated(), *listed()]
+
+
+def matches(fault: Fault, patterns: Sequence[str]) -> bool:
+    """Whether a fault has one of the patterns in its identity; if there are none, any has."""
+    return not patterns or any(pattern in fault.identity for pattern in patterns)
 
 
 # ---- the tests that must notice them ---------------------------------------------------------------------------------
@@ -221,7 +267,7 @@ def test_files(file: str) -> list[str]:
     importers = [test for test, text in texts.items() if re.search(module, text)]
     known = [name for start, name in TESTS_BY_PREFIX.items() if file.startswith(start)]
     importers += [test for test in texts if Path(test).name in known]
-    models = dict.fromkeys(model for model, _ in _users(file))
+    models = dict.fromkeys(model for model, _ in users(file))
     laws = [test for model in [*models][:MAX_LAW_FILES] for test in test_files(model)]
     return [*dict.fromkeys(importers + laws)]
 
@@ -252,7 +298,7 @@ def _distances(file: str) -> dict[str, int]:
 
 
 @cache
-def _users(file: str) -> list[tuple[str, str]]:
+def users(file: str) -> list[tuple[str, str]]:
     """The models that use a module, by file and golden label; those first that are it, or the nearest to it."""
     from golden import subjects
 
@@ -269,7 +315,11 @@ def _users(file: str) -> list[tuple[str, str]]:
 
 def golden_tests(file: str) -> list[str]:
     """The golden values of models that use a module."""
-    return [f"{GOLDEN}::test_golden_values[{label}]" for _, label in _users(file)[:MAX_GOLDEN_TESTS]]
+    return [_golden_test(label) for _, label in users(file)[:MAX_GOLDEN_TESTS]]
+
+
+def _golden_test(label: str) -> str:
+    return f"{GOLDEN}::test_golden_values[{label}]"
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -399,10 +449,10 @@ def summary(verdicts: Sequence[Verdict], failing_anyway: Iterable[str] = ()) -> 
     return "\n".join(lines), share >= MIN_CAUGHT and not without_verdict
 
 
-def source_digest(root: Path = ROOT) -> str:
-    """A digest of all that verdicts depend on."""
+def source_digest(root: Path = ROOT, names: Iterable[str] = COPIED) -> str:
+    """A digest of files and folders; without names, of all that verdicts depend on."""
     digest = hashlib.sha256()
-    for name in COPIED:
+    for name in names:
         paths = (root / name).rglob("*") if (root / name).is_dir() else [root / name]
         for path in sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts):
             content = path.read_bytes()
@@ -457,11 +507,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     parser.add_argument("--keep", type=Path, help="a file for the verdicts, from which an interrupted run goes on")
     options = parser.parse_args(arguments)
-    chosen = [
-        fault
-        for fault in faults()
-        if not options.patterns or any(pattern in fault.identity for pattern in options.patterns)
-    ]
+    chosen = [fault for fault in faults() if matches(fault, options.patterns)] + detachments(options.patterns)
     if not chosen:
         parser.error(f"no fault has {' or '.join(options.patterns)} in its file or name: see --list")
     total = len(chosen)

@@ -73,9 +73,46 @@ class Mutant:
     old: str
     new: str
 
+    @property
+    def name(self) -> str:
+        """Unlike those of the other mutants of the module."""
+        return f"{self.function}: {self.operator} {self.ordinal}"
+
 
 def mutants_of(source: str) -> list[Mutant]:
     """All mutants of a module, in the order of its lines."""
+    return [mutant for _, mutant in _mutants(ast.parse(source), source, OPERATORS)]
+
+
+def detachments_of(source: str) -> list[Mutant]:
+    """The mutants of a module that detach one sub-expression, whether or not it is a tensor that has a gradient."""
+    return [mutant for _, mutant in _mutants(ast.parse(source), source, (_detach,))]
+
+
+def with_probes(source: str, prefix: str, probe: str) -> ast.Module:
+    """The syntax tree of a module in which each sub-expression passes through a call of a function.
+
+    Args:
+        source: the module's text.
+        prefix: what stands before a mutant's name in the function's first argument.
+        probe: the name of the function, which takes that text and the value, and returns what replaces the value.
+    """
+    tree = ast.parse(source)
+    names = {node: f"{prefix}{mutant.name}" for node, mutant in _mutants(tree, source, (_detach,))}
+
+    class Wrapper(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> ast.AST:
+            changed = self.generic_visit(node)
+            if node not in names:
+                return changed
+            return ast.Call(ast.Name(probe, ast.Load()), [ast.Constant(names[node]), changed], [])
+
+    return ast.fix_missing_locations(Wrapper().visit(tree))
+
+
+def _mutants(
+    tree: ast.Module, source: str, operators: tuple[Callable[[ast.AST], Mutants], ...]
+) -> Iterator[tuple[ast.AST, Mutant]]:
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -84,11 +121,10 @@ def mutants_of(source: str) -> list[Mutant]:
     def position(line: int, byte: int) -> int:
         return starts[line - 1] + len(lines[line - 1].encode()[:byte].decode())
 
-    found: list[Mutant] = []
     counts: dict[tuple[str, str], int] = defaultdict(int)
     seen: set[tuple[int, int, str]] = set()
-    for name, function in _formulas(ast.parse(source)):
-        for node, operator, changed in _changes(function):
+    for name, function in _formulas(tree):
+        for node, operator, changed in _changes(function, operators):
             start, end = position(node.lineno, node.col_offset), position(node.end_lineno, node.end_col_offset)
             new = ast.unparse(changed)
             if not isinstance(changed, ATOMS):
@@ -97,8 +133,7 @@ def mutants_of(source: str) -> list[Mutant]:
                 seen.add((start, end, new))
                 counts[name, operator] += 1
                 ordinal = counts[name, operator]
-                found.append(Mutant(name, operator, ordinal, node.lineno, start, source[start:end], new))
-    return found
+                yield node, Mutant(name, operator, ordinal, node.lineno, start, source[start:end], new)
 
 
 def _formulas(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -209,15 +244,17 @@ def _formula_children(node: ast.AST) -> Iterator[ast.AST]:
         yield from ast.iter_child_nodes(node)
 
 
-def _changes(function: ast.FunctionDef) -> Iterator[tuple[Any, str, ast.AST]]:
+def _changes(
+    function: ast.FunctionDef, operators: tuple[Callable[[ast.AST], Mutants], ...]
+) -> Iterator[tuple[Any, str, ast.AST]]:
     """Every node of a function that an operator changes, the operator's name and what takes the node's place."""
     without_gradient = any("no_grad" in ast.unparse(decorator) for decorator in function.decorator_list)
     waiting: list[ast.AST] = [function]
     while waiting:
         node = waiting.pop()
-        for operator in OPERATORS:
+        for operator in operators:
             for name, changed in operator(node):
-                if not (without_gradient and name == "drop detach"):
+                if not (without_gradient and "detach" in name):
                     yield node, name, changed
         waiting.extend(reversed([*_formula_children(node)]))
 
@@ -364,6 +401,12 @@ def _index(node: ast.AST) -> Mutants:
 def _no_grad(node: ast.AST) -> Mutants:
     if _called_name(node) == "no_grad":
         yield "drop no_grad", _replace_fields(node, func=_replace_fields(node.func, attr="enable_grad"))
+
+
+def _detach(node: ast.AST) -> Mutants:
+    tensor = isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.Call | ast.BinOp | ast.UnaryOp | ast.IfExp)
+    if tensor and isinstance(getattr(node, "ctx", None) or ast.Load(), ast.Load) and _number(node) is None:
+        yield "detach", ast.Call(ast.Attribute(node, "detach", ast.Load()), [], [])
 
 
 OPERATORS: tuple[Callable[[ast.AST], Mutants], ...] = (

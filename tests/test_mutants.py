@@ -10,7 +10,15 @@ from mutants import ROOT, Fault, Verdict
 
 LISTED = mutants.listed()
 CAUGHT_BY_TEST = (mutants.CAUGHT, "t.py::test", 1.0)
+KL = "aezoo/models/variational/vae.py: VAE.kl: detach 1"
+FIND_DETACHMENTS = mutants.detachments
 QUICK = "aezoo/corruptions.py: GaussianNoise.forward: drop factor 1"
+
+
+@pytest.fixture(autouse=True)
+def _without_detachments(monkeypatch):
+    """Which of them change a gradient takes minutes to find."""
+    monkeypatch.setattr(mutants, "detachments", lambda patterns: [])
 
 
 def quick():
@@ -66,6 +74,21 @@ def test_mutant_list_is_parsed_exactly():
         Fault("two", "a.py", "- b", ""),
         Fault("three", "c.py", "d", "+ d\ne", "u.py"),
     ]
+
+
+@pytest.mark.slow
+def test_detachments_are_found_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "DETACHMENTS", tmp_path / "kept.json")
+    found = FIND_DETACHMENTS(["/vae.py: VAE.kl: "])
+    assert found[0].identity == KL
+    assert {fault.old for fault in found} == {
+        "0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)",
+        *("mu_BD**2 + log_var_BD.exp() - 1", "mu_BD**2", "log_var_BD"),
+    }
+    assert found[0].tests() == [f"{mutants.GOLDEN}::test_golden_values[{found[0].golden}]", *found[0].tests(False)]
+    monkeypatch.setattr(mutants.subprocess, "run", None)
+    assert FIND_DETACHMENTS(["/vae.py: VAE.kl: "]) == found
+    assert {fault.file for fault in FIND_DETACHMENTS(["/vae.py: "])} == {found[0].file}
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 import ast
 
 import pytest
+import torch
 from mutants import ROOT, generated
-from mutation_operators import mutants_of
+from mutation_operators import detachments_of, mutants_of, with_probes
 
 FAULTS = generated()
 
@@ -96,6 +97,20 @@ def test_fault_offset_handles_non_ascii_text():
     source = 'def f(x: Tensor) -> Tensor:\n    return g("π", -x)\n'
     (mutant,) = mutants_of(source)
     assert source[mutant.start :].startswith(mutant.old) and mutant.old == "-x"
+
+
+def test_each_sub_expression_is_detached_and_probed_by_name():
+    source = "def f(x: Tensor, *, n: int) -> Tensor:\n    scaled = n * x[:1]\n    return (scaled + x.square()).sum()\n"
+    made = {mutant.old: mutant.new for mutant in detachments_of(source)}
+    assert made["scaled + x.square()"] == "(scaled + x.square()).detach()" and made["x"] == "x.detach()"
+    assert {"n * x[:1]", "x[:1]", "x.square()", "(scaled + x.square()).sum()"} < made.keys()
+    seen = {}
+    names = {"Tensor": torch.Tensor, "probe": lambda name, value: (seen.setdefault(name, value), value)[1]}
+    exec(compile(with_probes(source, "a.py: ", "probe"), "a.py", "exec"), names)
+    assert names["f"](torch.ones(3), n=2) == 9
+    assert {*seen} == {f"a.py: {mutant.name}" for mutant in detachments_of(source)}
+    values = {mutant.old: seen[f"a.py: {mutant.name}"] for mutant in detachments_of(source)}
+    assert values["n * x[:1]"] == 2 and values["(scaled + x.square()).sum()"] == 9
 
 
 def test_package_faults_have_unique_identities():

@@ -8,10 +8,10 @@
     python -m tests.mutants --without-golden   by the laws alone, where golden values would notice most faults
 
 Faults of formulas are made from the code as it stands, see `tests/mutation_operators.py`, and are known by file,
-function, operator and ordinal. Those that detach one sub-expression (": detach " is in their identity) are the ones that
-change a gradient: `tests/detachments.py` runs the golden models to find them, in seconds for a file and minutes for all,
-and they are kept in `build/`. `tests/mutants.txt` lists faults that no operator makes. What has to fail follows from
-the file's name: the test file of that name or those that import it, and the golden values of models that use it.
+function, operator and ordinal. Those that detach one sub-expression (": detach " is in their identity) are those that
+change a gradient: `tests/detachments.py` runs the golden models to find them, in seconds for a file and minutes for
+all, and they are kept in `build/`. `tests/mutants.txt` lists faults that no operator makes. What has to fail follows
+from the file's name: the test file of that name or those that import it, and golden values of models that use it.
 At the end the tests that caught one run without any: one that fails then has caught nothing. The exit status is 1 if
 less than 90 % are caught, or if a fault could not be judged: it no longer fits its file, or pytest broke down. A fault
 that runs into the time limit has not been caught.

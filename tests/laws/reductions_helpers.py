@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import torch
+
+import aezoo
+
 SHAPE = (1, 8, 8)
 
 
@@ -172,3 +176,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "representation_ae": {"code_shape": (6, 4, 4), "width": 12, "depth": 1, "perceptual_weight": 0.5},
     "diffusers_ae": {"config": {"block_out_channels": [6, 8], "norm_num_groups": 2}, "beta": 2.0},
 }
+
+
+def build(name: str, shifted: Any, **extra: Any) -> Any:
+    torch.manual_seed(0)
+    model = shifted(aezoo.create_model(name, input_shape=SHAPE, **MODELS[name], **extra))
+    if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae", "temporal_sae"):
+        large = 3 if name == "temporal_sae" else 8  # which is of a row of pixels
+        with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank
+            model.encoder.bias += large
+            model.encoder.bias[::3] -= large * 5 / 8
+        model.since_fired_N[::3] = 10**6
+    return model

@@ -10,6 +10,7 @@ from reductions_helpers import (
     MODELS,
     SHAPE,
     WITH_SIDE,
+    build,
 )
 from representative_models import SLOW_REPRESENTATIVE, others_slow
 from torch import Tensor
@@ -89,18 +90,6 @@ OWN_LIKELIHOOD = (
     *("sigma_vae", "sq_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),
     *("pixelcnn", "index_transformer", "consistency_decoder"),
 )
-
-
-def build(name: str, shifted: Any, **extra: Any) -> Any:
-    torch.manual_seed(0)
-    model = shifted(aezoo.create_model(name, input_shape=SHAPE, **MODELS[name], **extra))
-    if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae", "temporal_sae"):
-        large = 3 if name == "temporal_sae" else 8  # which is of a row of pixels
-        with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank
-            model.encoder.bias += large
-            model.encoder.bias[::3] -= large * 5 / 8
-        model.since_fired_N[::3] = 10**6
-    return model
 
 
 def loss(model: Any, x: Tensor, rows: Any, total: int = 6) -> dict[str, Tensor]:

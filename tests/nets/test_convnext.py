@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo.nets import convnext
@@ -25,3 +26,7 @@ def test_convnext_block_matches_formula(rank: int, shifted: Any) -> None:
     one = [1] * rank
     h = nn.functional.gelu(conv(h, first.weight.view(16, 4, *one), first.bias))
     torch.testing.assert_close(block(x), x + conv(h, last.weight.view(4, 16, *one), last.bias), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("convnext")

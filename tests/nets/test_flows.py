@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from finite_differences import assert_gradients_match
 from torch import Tensor
 
 from aezoo.nets.blocks import flows
@@ -101,3 +102,16 @@ def test_autoregressive_net_depends_on_past_and_context(size: int, hidden: int) 
         assert (of_h.abs().sum(1) > 0).all()  # the first too, which sees nothing else
         if hidden >= size:
             assert (of_z.tril(-1).abs() > 0).sum() == size * (size - 1) / 2
+
+
+@pytest.mark.parametrize("name", flows.FLOWS)
+def test_flow_gradients_match_finite_differences(name: str) -> None:
+    step, size = flows.FLOWS[name]
+    assert_gradients_match(step, torch.randn(3, 5), torch.randn(3, size(5)))
+
+
+def test_masked_flow_gradients_match_finite_differences() -> None:
+    flow = flows.AutoregressiveFlow(4, 2, 6)
+    assert_gradients_match(flow, torch.randn(3, 4))
+    assert_gradients_match(flow.inverse, torch.randn(3, 4))
+    assert_gradients_match(MADE(4, 6), torch.randn(3, 4), torch.randn(3, 6))

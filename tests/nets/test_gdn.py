@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 
 from aezoo.nets.gdn import GDN
 
@@ -57,3 +58,7 @@ def test_inverse_gdn_undoes_gdn_for_zero_gamma(grid: tuple[int, ...]) -> None:
         mirror.root_gamma_CC.fill_(0.3)
         layer.root_gamma_CC.fill_(0.3)
     assert not torch.allclose(mirror(layer(x)), x, atol=1e-2)
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("gdn")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo.nets import lstm
@@ -53,3 +54,7 @@ def test_compiled_layer_is_one_graph(has_bf16: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lstm, "_HAS_BF16_LSTM", has_bf16)
     explained = torch._dynamo.explain(lstm.LSTM(3, 4))(torch.randn(2, 5, 3))
     assert explained.graph_count == 1
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("lstm")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import Tensor, nn
 
 from aezoo import nets
@@ -110,3 +111,7 @@ def test_a_mixer_without_blocks_is_linear() -> None:
     for build_, shapes in ((nets.encoder, ((1, 5, 6), (3,))), (nets.decoder, ((3,), (1, 5, 6)))):
         with pytest.raises(AezooError, match="unknown activation"):
             build_("mixer", *shapes, (), "no")
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("mixer")

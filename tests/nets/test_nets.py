@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo import nets
@@ -234,3 +235,8 @@ def test_invalid_values_are_refused_in_one_line(build: object, word: str) -> Non
     with pytest.raises(AezooError, match=word) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "conv_keras", "dc"])
+def test_gradients_match_finite_differences(name: str) -> None:
+    assert_network_gradients_match(name)

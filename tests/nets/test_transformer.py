@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo.nets import lstm
@@ -50,3 +51,7 @@ def test_block_matches_torch_pre_norm_layer(shifted: Any) -> None:
         expected = layer(h, src_mask=mask, src_key_padding_mask=None if causal else ~seen)
         found = block(h, None if causal else seen)
         torch.testing.assert_close(found[seen], expected[seen])
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("transformer")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo.nets import unet
@@ -36,3 +37,7 @@ def test_upsampling_inverts_ceil_mode_pooling(n: int) -> None:
     large = unet._DoubleChannels((n,))(small_map)
     assert torch.equal(large[0, 0], small_map[0, 0].repeat_interleave(2)[:n])
     assert torch.equal(nn.MaxPool1d(2, ceil_mode=True)(large), small_map)
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("unet")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finite_differences import assert_network_gradients_match
 from torch import nn
 
 from aezoo.nets import vit
@@ -53,3 +54,7 @@ def test_positions_are_published_sinusoids_and_distinct() -> None:
     np.testing.assert_allclose(table_ND, wanted, atol=1e-6)
     assert vit.sinusoids((3, 3, 3), 5).shape == (27, 5)
     assert len(vit.sinusoids((3, 3, 3), 12).unique(dim=0)) == 27
+
+
+def test_gradients_match_finite_differences() -> None:
+    assert_network_gradients_match("vit")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 import aezoo

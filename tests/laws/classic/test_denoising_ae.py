@@ -8,6 +8,7 @@ import torch.distributions as D
 from denoising_helpers import (
     noise_law,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from sklearn.linear_model import LinearRegression
 from torch import Tensor
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor, nn
 
 import aezoo

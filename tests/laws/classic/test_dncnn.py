@@ -7,6 +7,7 @@ import torch
 from denoising_helpers import (
     noise_law,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
     SAMPLES,

@@ -16,6 +16,10 @@ from code_geometry_laws import (  # noqa: F401
     test_outputs_equal_plain_autoencoder,
     test_zero_weight_equals_plain_autoencoder,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from torch import Tensor
 from two_ranks import on_two_ranks
 

@@ -10,6 +10,7 @@ import torch
 from denoising_helpers import (
     RecordingNoise,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
     SAMPLES,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
     small,

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from stacked_helpers import (
     CODE,
     SHAPE,

@@ -17,6 +17,7 @@ from code_geometry_laws import (  # noqa: F401
     test_two_ranks_equal_one_process,
     test_zero_weight_equals_plain_autoencoder,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 

@@ -22,6 +22,7 @@ from code_geometry_laws import (  # noqa: F401
     test_zero_weight_equals_plain_autoencoder,
     triples,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 from aezoo.bases.triplet import MINING

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 from aezoo.models.classic.unet_ae import UNetAE

@@ -19,6 +19,7 @@ from compression_laws import (  # noqa: F401
     test_symbol_distributions_are_causal,
     test_symbols_determine_code_and_reconstruction,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 
 # ---- what is coded, and in which order -------------------------------------------------------------------------------
 

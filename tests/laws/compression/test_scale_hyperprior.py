@@ -16,6 +16,7 @@ from compression_laws import (  # noqa: F401
     test_symbol_distributions_are_causal,
     test_symbols_determine_code_and_reconstruction,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 
 from aezoo.bases.entropy_coded import Rounding
 

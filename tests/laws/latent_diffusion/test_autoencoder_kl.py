@@ -10,6 +10,10 @@ import pytest
 import torch
 import torch.distributions as D
 import torchvision
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from latent_diffusion_laws import (  # noqa: F401
     NETS,
     SHAPE,

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from skimage.feature import hog as of_skimage
 from torch import Tensor
 

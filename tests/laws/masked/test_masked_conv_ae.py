@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from masked_laws import (  # noqa: F401
     SHAPE,
     SMALL,

@@ -1,5 +1,9 @@
 """Laws of LFQ autoencoder, lookup-free quantisation of MAGVIT-v2 (Yu et al. 2023)."""
 
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from quantised_laws import (  # noqa: F401
     test_autocast_indices_and_terms_match_float32,
     test_each_term_trains_expected_parts_only,

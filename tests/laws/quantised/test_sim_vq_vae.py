@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from quantised_laws import (  # noqa: F401
     DIM,
     PLACES,

@@ -9,6 +9,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from token_laws import (  # noqa: F401
     DIM,
     SHAPE,

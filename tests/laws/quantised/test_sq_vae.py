@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from quantised_laws import (  # noqa: F401
     test_inference_calls_do_not_update_codebook,
 )

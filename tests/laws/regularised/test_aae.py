@@ -17,6 +17,10 @@ from aggregate_posterior_laws import (  # noqa: F401
     test_the_squared_error_of_the_papers_is_the_default,
     test_zero_weight_equals_dense_autoencoder,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from torch import nn
 
 from aezoo.models.regularised.aae import AAE

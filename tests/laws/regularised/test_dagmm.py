@@ -13,6 +13,7 @@ from anomaly_laws import (  # noqa: F401
     images,
     test_every_input_shape_is_scored,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn

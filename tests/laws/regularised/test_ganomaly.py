@@ -14,6 +14,10 @@ from anomaly_laws import (  # noqa: F401
     images,
     test_every_input_shape_is_scored,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -20,6 +20,7 @@ from aggregate_posterior_laws import (  # noqa: F401
     test_two_ranks_equal_one_process,
     test_zero_weight_equals_dense_autoencoder,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 from aezoo.distributions import divergences

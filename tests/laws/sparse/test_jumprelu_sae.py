@@ -4,6 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from sae_laws import (  # noqa: F401
     assert_same,
     build,

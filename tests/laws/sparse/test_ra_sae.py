@@ -19,6 +19,10 @@ from archetypal_sae_laws import (  # noqa: F401
     same_gradients,
     test_invalid_values_are_refused,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from torch import Tensor
 
 from aezoo.nets.blocks.dictionary import project_to_simplex

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from sae_laws import (  # noqa: F401
     assert_same,
     build,

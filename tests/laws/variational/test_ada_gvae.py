@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 from weak_label_laws import (  # noqa: F401
     labels,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from two_ranks import on_two_ranks

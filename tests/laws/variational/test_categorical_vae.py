@@ -17,6 +17,10 @@ from categorical_laws import (  # noqa: F401
     steps_of,
     test_invalid_values_are_refused,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from scipy.stats import ks_2samp
 from torch import Tensor
 from torch.utils.data import DataLoader

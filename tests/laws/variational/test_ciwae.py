@@ -1,5 +1,6 @@
 """Laws of Combination importance weighted autoencoder (Rainforth et al. 2018)."""
 
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from importance_bound_laws import (  # noqa: F401
     test_a_linear_model_becomes_probabilistic_pca,
     test_encoder_runs_once_and_codes_are_decoded_once,

@@ -1,6 +1,7 @@
 """Laws of DIP-VAE-II, disentangled inferred prior (Kumar et al. 2018)."""
 
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from objective_laws import (  # noqa: F401
     posterior,
     small,

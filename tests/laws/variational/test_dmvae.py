@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from multimodal_laws import (  # noqa: F401
     CODE,
     PARTS,

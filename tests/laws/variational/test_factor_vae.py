@@ -24,6 +24,10 @@ from adversarial_laws import (  # noqa: F401
     test_two_ranks_equal_one_process,
     trained,
 )
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from torch import Tensor
 
 import aezoo

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from learned_prior_laws import (  # noqa: F401
     FLOWS,
     data,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from hierarchy_laws import (
     set_linear,
 )

@@ -1,6 +1,7 @@
 """Laws of Multiply importance weighted autoencoder (Rainforth et al. 2018)."""
 
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from importance_bound_laws import (  # noqa: F401
     ESTIMATORS,
     OFF_LOG_VAR,

@@ -1,6 +1,7 @@
 """Laws of VAE with a mixture of Gaussians as prior (Jiang et al. 2016)."""
 
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from learned_prior_laws import (  # noqa: F401
     test_beta_can_be_annealed_but_capacity_is_refused,
     test_importance_likelihood_matches_prior_integral,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from missing_modality_laws import (  # noqa: F401
     test_loss_matches_models_of_present_modalities,
     test_missing_modality_gets_no_gradient,

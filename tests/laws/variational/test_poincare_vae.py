@@ -9,6 +9,7 @@ import torch.distributions as D
 from geometry_helpers import (
     directions,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 import aezoo

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from hamiltonian_laws import (  # noqa: F401
     SHAPE,
     draws_of,

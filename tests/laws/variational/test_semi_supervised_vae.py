@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from label_laws import (  # noqa: F401
     LATENT,
     SHAPES,

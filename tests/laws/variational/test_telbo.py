@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import (  # noqa: F401
+    test_gradients_are_derivatives_of_the_terms,
+    test_loss_gradient_is_the_weighted_sum_of_terms,
+)
 from joint_encoder_laws import (
     drawn,
     gradients,

@@ -15,6 +15,7 @@ from code_geometry_laws import (  # noqa: F401
     test_training_with_labels_separates_the_classes,
     triples,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 from weak_label_laws import (  # noqa: F401
     test_group_labels_change_loss,

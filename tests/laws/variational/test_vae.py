@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from missing_modality_laws import (  # noqa: F401
     test_models_without_missing_support_suggest_others,
 )

@@ -1,6 +1,7 @@
 """Laws of VAE with a normalising-flow posterior (Rezende & Mohamed 2015)."""
 
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from posterior_flow_laws import (  # noqa: F401
     KINDS,
     data,

@@ -24,6 +24,7 @@ from adversarial_laws import (  # noqa: F401
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
 )
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 
 import aezoo

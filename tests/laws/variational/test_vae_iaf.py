@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from posterior_flow_laws import (  # noqa: F401
     data,
     jacobians,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from finite_differences import assert_gradients_match
 from scipy import special, stats
 from scipy.integrate import quad
 
@@ -435,3 +436,8 @@ def test_a_bad_name_is_refused_in_one_line(name: str) -> None:
         likelihood(name)
     assert "\n" not in str(error.value)
     assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("learned")])
+def test_learned_scale_gradients_match_finite_differences(name: str) -> None:
+    assert_gradients_match(likelihood(name), torch.randn(3, 4), torch.rand(3, 4))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from finite_differences import assert_gradients_match
 from scipy import integrate, special, stats
 from torch import Tensor
 from torch.nn import functional as F
@@ -149,3 +150,20 @@ def test_the_gradient_in_mu_is_unbiased(family: str) -> None:
     squared = (z @ mu).square().mean().item()
     slope = 2 * (squared - (1 - squared) / (d - 1)) * (c @ mu) * (c - (c @ mu) * mu)
     torch.testing.assert_close(found, slope.detach(), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_match_finite_differences(family: str) -> None:
+    law = about_mean(4, family)
+
+    def draw(mu: Tensor, kappa: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return law.sample(F.normalize(mu, dim=1), kappa.exp())
+
+    def density(z: Tensor, mu: Tensor, kappa: Tensor) -> Tensor:
+        return law.log_prob(F.normalize(z, dim=1), F.normalize(mu, dim=1), kappa.exp())
+
+    z, mu, kappa = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3)
+    assert_gradients_match(draw, mu, kappa)
+    assert_gradients_match(density, z, mu, kappa)
+    assert_gradients_match(lambda kappa: law.normaliser(kappa.exp()), kappa)

@@ -124,19 +124,31 @@ def models_table() -> str:
             formula = objective(name).replace("|", "\\|")
             paper = f"[{text}](http{address}){rest and ',' + rest}"
             own, shared = laws(name)
-            proved = f"{own} + {shared} | {', '.join(references.get(name, ()))}"
+            others = [*references.get(name, ()), *(repository for repository, _ in repositories(name))]
+            proved = f"{own} + {shared} | {', '.join(others)}"
             lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {proved} |")
     return "\n".join(lines)
 
 
+def file_of_laws(name: str) -> Path:
+    """The file that holds a model's laws."""
+    (file,) = LAWS.glob(f"*/test_{name}.py")
+    return file
+
+
 def laws(name: str) -> tuple[int, int]:
     """How many laws a model's file of laws holds, and how many it shares with those of other models."""
-    (file,) = LAWS.glob(f"*/test_{name}.py")
-    body = ast.parse(file.read_text(encoding="utf-8")).body
+    body = ast.parse(file_of_laws(name).read_text(encoding="utf-8")).body
     own = [node.name for node in body if isinstance(node, ast.FunctionDef)]
     shared = [alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
     own_laws, shared_laws = ([law for law in names if law.startswith("test_")] for names in (own, shared))
     return len(own_laws), len(shared_laws)
+
+
+def repositories(name: str) -> list[tuple[str, str]]:
+    """The repositories and commits that a model was compared with, in the docstring of its file of laws."""
+    text = ast.get_docstring(ast.parse(file_of_laws(name).read_text(encoding="utf-8"))) or ""
+    return re.findall(r"https://github\.com/([\w.-]+/[\w.-]+), commit ([0-9a-f]{40})", text)
 
 
 def compared_with() -> dict[str, list[str]]:

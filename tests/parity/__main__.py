@@ -18,7 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import aezoo
+from aezoo import registry
+from benchmarks import recipes
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -29,6 +30,10 @@ Models beside code that others wrote, on equal weights, batch and noise, in floa
 absolute difference of a quantity relative to its greatest absolute value; gradients by the worst parameter. `equal`
 is at most 1e-6. `python tests/parity` writes this page from the last run of
 [tests/parity](../tests/parity); `.ci/run` runs it.
+"""
+REPOSITORIES = """Models that no package was found to implement, and some others, were compared with the code of a
+repository. The docstring of a model's laws names the files and quantities, and says what deviates and which of the two
+follows the paper. Code that could not be run was read line by line; the docstring says so.
 """
 
 
@@ -61,8 +66,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(models)} models, {len({row['reference'] for row in rows})} references, {len(rows)} quantities; "
         f"{len(exact)} models deviate in none.",
         "",
-        f"Checked by their laws alone, since no package was found that implements them: "
-        f"{', '.join(f'`{name}`' for name in sorted({*aezoo.list_models()} - models))}.",
+        "## Packages",
         "",
         "| model | reference | quantities | difference | verdict |",
         "|---|---|---|---|---|",
@@ -72,6 +76,17 @@ def page(rows: list[dict[str, Any]]) -> str:
         worst = max(row["difference"] for row in found)
         said = f"{verdict}: {reason}" if reason else verdict
         text.append(f"| {model} | {reference}, `{part}` | {quantities} | {worst:.1e} | {said} |")
+    text += ["", "## Repositories", "", REPOSITORIES, "| model | repository and commit | figures |", "|---|---|---|"]
+    names = [name for name in registry.list_models() if registry.find(name).owner == "aezoo"]
+    found_in = {name: recipes.repositories(name) for name in names}
+    for name, commits in found_in.items():
+        if commits:
+            file = recipes.file_of_laws(name)
+            links = ", ".join(f"[{at}@{commit[:10]}](https://github.com/{at}/tree/{commit})" for at, commit in commits)
+            text.append(f"| {name} | {links} | [{file.name}](../{file.relative_to(ROOT).as_posix()}) |")
+    alone = [f"`{name}`" for name in names if name not in models and not found_in[name]]
+    if alone:
+        text += ["", f"Checked by their laws alone: {', '.join(alone)}."]
     return "\n".join(text) + "\n"
 
 

@@ -1,4 +1,15 @@
-"""Laws of Sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015)."""
+"""Laws of Sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015).
+
+The parity with sequitur is in tests/parity. The authors' code is Python 2 with matrices of CUDA, and was read line by
+line: lstm.py and lstm_combo.py of
+
+    https://github.com/mansimov/unsupervised-videos, commit 29407a8ff85d63b7421248c8271d956faa8303e6
+
+have the cross-entropy of binary data, as ours, else half of the squared error, summed over steps and values. Differs:
+their code is the state of all layers, from which the decoder starts without other input, and the decoder's targets are
+in reverse order; both follow the paper. Ours gives the decoder a vector at each step, as sequitur does, in the order of
+the data. Their gates also see the state of the cell.
+"""
 
 from typing import Any
 

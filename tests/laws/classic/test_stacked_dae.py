@@ -1,4 +1,20 @@
-"""Laws of Stacked denoising autoencoder (Vincent et al. 2010)."""
+"""Laws of Stacked denoising autoencoder (Vincent et al. 2010).
+
+The model was compared with the tutorial of the authors' group, run on a stand-in for Theano that computes by torch, and
+with a port, in float64 on equal weights, batch and masks. Differences are relative to the greatest value, those of
+gradients by the worst parameter, over the three layers.
+
+    https://github.com/lisa-lab/DeepLearningTutorials, commit 11c465105026cf87573937fc2d35ab7543678698
+        code/dA.py, dA.get_cost_updates, of sigmoids   loss 0, gradients of 4 parameters 2.3e-15
+        code/SdA.py, inputs of the layers above        0
+    https://github.com/vlukiyanov/pt-sdae, commit 57b2c544cd3f989e87a3037d5ea0bb3a59d05eed
+        ptsdae/model.py, train, first layer of ReLUs   loss 0, gradients of 4 parameters 2.7e-16
+        ... layers above, reconstructed linearly       loss 1.6e-15, gradients of 4 parameters 3.4e-16
+
+The port's loss is a mean over values, ours a sum. Differs: the tutorial ties the decoder's weights to the encoder's; it
+was given ours. The port divides by the share of values that are left, as dropout does; the paper and ours do not. Its
+reconstructions of a hidden layer are linear, ours have the layer's activation, as the paper's sigmoids.
+"""
 
 import copy
 import math

@@ -1,4 +1,18 @@
-"""Laws of SQ-VAE, a stochastically quantised VAE (Takida et al. 2022)."""
+"""Laws of SQ-VAE, a stochastically quantised VAE (Takida et al. 2022).
+
+The model was compared with the authors' code, in float64 on equal networks, weights, batch and Gumbel noise, for the
+three kinds of variance. Differences are relative to the greatest value, those of gradients by the worst parameter.
+
+    https://github.com/sony/sqvae, commit dc88ab1a48f7596b3650e19de65e81b8f0498ee4
+        vision/quantizer.py, GaussianVectorQuantizer  z_q 4.2e-16 in training, 0 in evaluation
+        ... kld_discrete                              value 0, gradients of 6 parameters 5.3e-16
+        vision/model.py, GaussianSQVAE with arelbo    nll 0, gradients of 10 parameters 7.6e-15
+
+Ours adds P log K and the constants of the Gaussian, with v for their mean squared error. Differs: kld_continuous takes
+the relaxed code (16.9 nats where ours has 39.8), ours the mean over codes, as the paper; with codes almost one-hot, the
+mean of 400 of their draws is 39.93, with a standard error of 0.08. Variances of a sample or place are added there and
+multiplied here.
+"""
 
 import itertools
 import math

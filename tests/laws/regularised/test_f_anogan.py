@@ -1,4 +1,24 @@
-"""Laws of f-AnoGAN: the gradient penalty in closed form, three losses on one backward pass, and its score."""
+"""Laws of f-AnoGAN: the gradient penalty in closed form, three losses on one backward pass, and its score.
+
+The model was compared with the most used port, in float64 on equal networks, weights, batch, codes and interpolates.
+Differences are relative to the greatest value, those of gradients by the worst parameter, over three networks.
+
+    https://github.com/A03ki/f-AnoGAN, commit 900f9d643525ed0da2ca09b7b3420643e26f6775
+        fanogan/train_wgangp.py            gradients of the critic 1.2e-15, of the generator 0
+        fanogan/train_encoder_izif.py      gradients of the encoder 1.6e-15
+        fanogan/test_anomaly_detection.py  score 4.9e-16, squared error 3.6e-16, loss 3.6e-16
+
+Our scores are X times theirs, which are means, plus the constant of the likelihood. Differs: the port draws the share
+of an interpolate for each channel; the authors and ours draw it for each sample.
+
+The authors' code is TensorFlow in Python 2, and was read line by line: wgangp_64x64.py, z_encoding_izif.py and
+anomaly_detection.py of
+
+    https://github.com/tSchlegl/f-AnoGAN, commit 35b1de9b74764e2843807ed4087528ce265f4d24
+
+have the same losses and score. Differs: their encoder ends in tanh, so that codes lie in [-1, 1]^D, and trains after
+the others, which their comments call the paper's. Ours is linear in its last layer, and all train at once.
+"""
 
 import copy
 import math

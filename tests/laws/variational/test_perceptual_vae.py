@@ -1,4 +1,22 @@
-"""Laws of Deep feature consistent VAE (Hou et al. 2016)."""
+"""Laws of Deep feature consistent VAE (Hou et al. 2016).
+
+The model was compared with the most used port, on the same features, weights, batch and noise in float64. Differences
+are relative to the greatest value, those of gradients by the worst parameter, with Gaussian and Bernoulli outputs.
+
+    https://github.com/AntixK/PyTorch-VAE, commit a6896b944c918dd7030e7d795a8c13e5c6345ec7
+        models/dfcvae.py, DFCVAE  features 0, distance 2.0e-16, KL 6.0e-16, loss 1.5e-16, gradients of 12 parameters 0
+
+Their beta is weight / 2, their alpha our beta. Differs: the port adds the squared error of the values, a quarter to a
+third of its loss here, which neither the paper nor ours has, and reads other layers of VGG-19.
+
+The authors' code is Lua, and was read line by line: main_cvae_content.lua, KLDCriterion.lua, Sampler.lua,
+src/descriptor_net.lua and src/content_loss.lua of
+
+    https://github.com/houxianxu/DFC-VAE, commit aa0307e28710464132d97d776407f0f86fb2867f
+
+have relu1_1, relu2_1 and relu3_1 and no error of values, as ours. Differs: their KL is a sum over the batch, their
+distances are means over it, of images scaled to 255; ours has means over samples, of images in [0, 1].
+"""
 
 import math
 from pathlib import Path

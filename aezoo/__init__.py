@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from aezoo.tasks.generate import generate
     from aezoo.tasks.reconstruct import reconstruct
     from aezoo.tasks.show import show
+    from aezoo.tasks.tiling import tiled
+    from aezoo.training.sizes import at_size
 
 _HOMES = {
     "AezooError": "aezoo.errors",
     "Autoencoder": "aezoo.autoencoder",
     "DataModule": "aezoo.data",
+    "at_size": "aezoo.training.sizes",
     "compress": "aezoo.tasks.compress",
     "create_model": "aezoo.registry",
     "decompress": "aezoo.tasks.decompress",
@@ -40,11 +43,13 @@ _HOMES = {
     "reconstruct": "aezoo.tasks.reconstruct",
     "save_model": "aezoo.io.checkpoint",
     "show": "aezoo.tasks.show",
+    "tiled": "aezoo.tasks.tiling",
 }
 __all__ = [
     "AezooError",
     "Autoencoder",
     "DataModule",
+    "at_size",
     "compress",
     "create_model",
     "decompress",
@@ -59,6 +64,7 @@ __all__ = [
     "reconstruct",
     "save_model",
     "show",
+    "tiled",
 ]
 
 

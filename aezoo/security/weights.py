@@ -40,8 +40,9 @@ def check_tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[s
 
 
 @contextlib.contextmanager
-def limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop building a model inside this context once it has far more parameters than the weights for it."""
+def limit_parameters(weights: Mapping[str, Tensor], reason: str = "") -> Iterator[None]:
+    """Stop building a model inside this context, for a reason, once it has far more parameters than the weights."""
+    reason = reason or f"its hyperparameters ask for far more than the {len(weights)} tensors in the file"
     most = 2 * sum(weight.numel() for weight in weights.values()) + 10**7
     thread, left = threading.get_ident(), [most, 10 * len(weights) + 10_000]
 
@@ -50,7 +51,7 @@ def limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
             left[0] -= parameter.numel()
             left[1] -= 1
             if min(left) < 0:
-                raise AezooError(f"its hyperparameters ask for far more than the {len(weights)} tensors in the file")
+                raise AezooError(reason)
 
     hook = torch_module.register_module_parameter_registration_hook(count)
     try:

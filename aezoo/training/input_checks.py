@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from aezoo.errors import AezooError
+from aezoo.training import sizes
 from aezoo.training.seeding import forked_rng
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _SHAPES = {
     "loss": "input_shape",
     # of some kinds of models
     "encode_indices": "input_shape",
+    "encode_symbols": "input_shape",
     "reconstruct_from": "input_shape",
     "inpaint": "input_shape",
     "anomaly_map": "input_shape",
@@ -150,7 +152,8 @@ def check_reconstruction(model: "ModelInterface") -> None:
 def guard(cls: type["ModelInterface"]) -> None:
     """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
 
-    In evaluation mode inputs are checked before; in training, and for a loss, only after something has failed.
+    In evaluation mode inputs are checked before, and a convolutional model takes those of another size, see
+    `aezoo.training.sizes`; in training, and for a loss, inputs are only checked after something has failed.
 
     Raises:
         AezooError: the loss cannot be called with samples and labels.
@@ -181,6 +184,8 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return method(self, x, *args, **kwargs)
         if not (is_loss or self.training):
+            if (sized := _at_size_of(self, x, shape)) is not None:
+                return getattr(sized, method.__name__)(x, *args, **kwargs)
             _check(self, method.__name__, x, shape)
         try:
             result = method(self, x, *args, **kwargs)
@@ -196,6 +201,14 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
         return result
 
     return guarded
+
+
+def _at_size_of(model: "ModelInterface", x: Any, shape: str) -> "ModelInterface | None":
+    """The model for inputs of another size; None if they have its own, or are none of its inputs."""
+    if not isinstance(x, Tensor) or tuple(x.shape[1:]) == getattr(model, shape):
+        return None
+    for_inputs = sizes.for_samples if shape == "input_shape" else sizes.for_codes
+    return for_inputs(model, tuple(x.shape[1:]))
 
 
 def check_parts(model: "ModelInterface", failed: Exception) -> None:

@@ -1,0 +1,173 @@
+"""Samples that do not fit into memory with all feature maps of a network: encoder and decoder work in tiles.
+
+A tile is cut out with a margin as wide as the network sees, and only its middle is kept, so that the result is that of
+the whole sample, without seams, up to the rounding of sums. How far a network sees is measured: a place of its input
+becomes NaN, which every sum and product of the network hands on, and the places of its output that are NaN are those
+that depend on it. A network in which each place depends on all others, by attention or by a normalisation over places,
+cannot work in tiles and is refused.
+
+What lies between encoder and decoder, such as a quantiser or the distributions of an entropy coder, sees the whole
+code. If nothing lies between them, a tile passes both, and the code is never held as a whole.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.tasks.samples import reference_tensor
+from aezoo.training import sizes
+from aezoo.training.model_names import display_name
+
+# blocks of the samples with which it is measured how far a network sees
+_BLOCKS = (16, 64, 256)
+
+
+def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512) -> Autoencoder:
+    """The same model for samples of a size, which it encodes and decodes in tiles; it shares the weights.
+
+    It gives what `aezoo.at_size(model, size)` gives, up to the rounding of sums, in the memory that a tile needs.
+
+    Args:
+        model: a convolutional model whose code is a map.
+        size: (L,), (H, W) or (D, H, W).
+        tile: the sides of a tile in points, rounded up to a multiple of the strides; each gets a margin in addition.
+
+    Raises:
+        AezooError: the model takes no other size, or its networks see the whole sample.
+    """
+    if tile < 1:
+        raise AezooError(f"tile takes a number of points above 0, got {tile}")
+    sized = sizes.rebuilt(model, (model.input_shape[0], *map(int, size)))
+    nets = [getattr(sized, name, None) for name in ("encoder", "decoder")]
+    strides = sizes.stride_of(model) if all(isinstance(net, nn.Module) for net in nets) else None
+    if strides is None:
+        raise _refusal(model, "its code is no map that one network makes and another takes")
+    ones = tuple(1 for _ in strides)
+    sized.encoder = _Tiled(model, size, tile, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder)
+    sized.decoder = _Tiled(model, size, tile, _decoded, (strides, ones, strides), model.code_shape[0], sized.decoder)
+    names = ("encode", "decode", "forward", "score")
+    if all(getattr(type(model), name) is getattr(Autoencoder, name) for name in names):
+        whole = _Tiled(model, size, tile, _reconstructed, (strides, strides, strides), model.input_shape[0])
+        sized.forward = lambda x: sized.likelihood.mean(whole(x))  # type: ignore[method-assign]
+        sized.score = lambda x: sized.nll(whole(x), x)  # type: ignore[method-assign]
+    return sized
+
+
+def _encoded(model: Autoencoder, x: Tensor) -> Tensor:
+    z: Tensor = model.encoder(x)
+    return z
+
+
+def _decoded(model: Autoencoder, z: Tensor) -> Tensor:
+    x_hat: Tensor = model.decoder(z)
+    return x_hat
+
+
+def _reconstructed(model: Autoencoder, x: Tensor) -> Tensor:
+    return _decoded(model, _encoded(model, x))
+
+
+class _Tiled(nn.Module):
+    """Networks of a model, applied in tiles: (B, C, *grid) -> (B, C', *grid').
+
+    Args:
+        model: the model, of any size.
+        size: that of the samples.
+        tile: points of a tile along each axis.
+        apply: what the networks of the model for a tile do with their part of the input.
+        scales: points of a sample, of the input and of the output to a block, along each axis; a block is what a place
+            of the code stands for.
+        channels: of the input.
+        network: the network of the samples' size, for its weights.
+
+    Raises:
+        AezooError: the output depends on the whole input.
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        size: Sequence[int],
+        tile: int,
+        apply: Callable[[Autoencoder, Tensor], Tensor],
+        scales: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+        channels: int,
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.channels = network, channels
+        self.size, self._apply_part = tuple(size), apply
+        self._models: dict[tuple[int, ...], Autoencoder] = {}
+        self._model = lambda: model  # not a part of this module
+        self.strides, self.scale_in, self.scale_out = scales
+        self.blocks = [-(-tile // stride) for stride in self.strides]
+        self.margins = [self._margin(axis) for axis in range(len(self.strides))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | None = None
+        for blocks in itertools.product(*map(self._along, range(len(self.strides)))):
+            size = [
+                min(end * stride, side) - start * stride
+                for (_, (start, end)), stride, side in zip(blocks, self.strides, self.size, strict=True)
+            ]
+            seen: list[Any] = [slice(a * n, b * n) for (_, (a, b)), n in zip(blocks, self.scale_in, strict=True)]
+            part = self._apply_part(self._sized(tuple(size)), x[(..., *seen)])
+            kept: list[Any] = []
+            place: list[Any] = []
+            for ((start, end), (first, _)), n in zip(blocks, self.scale_out, strict=True):
+                kept.append(slice((start - first) * n, (end - first) * n))
+                place.append(slice(start * n, end * n))
+            if y is None:
+                grid = [
+                    side if n == stride else -(-side // stride) * n
+                    for side, n, stride in zip(self.size, self.scale_out, self.strides, strict=True)
+                ]
+                y = part.new_empty(*part.shape[:2], *grid)
+            y[(..., *place)] = part[(..., *kept)]
+        assert y is not None  # a sample has at least one point
+        return y
+
+    def _along(self, axis: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Blocks of each tile along an axis, and these with their margins: from the first to before the last."""
+        n, margin = -(-self.size[axis] // self.strides[axis]), self.margins[axis]
+        for start in range(0, n, self.blocks[axis]):
+            end = min(start + self.blocks[axis], n)
+            yield (start, end), (max(0, start - margin), min(end + margin, n))
+
+    def _sized(self, size: tuple[int, ...]) -> Autoencoder:
+        if size not in self._models:
+            self._models[size] = sizes.at_size(self._model(), size)
+        return self._models[size]
+
+    def _margin(self, axis: int) -> int:
+        """Blocks on either side of a block on which its output depends."""
+        model = self._model()
+        for n in _BLOCKS:
+            size = [stride * (n if i == axis else 1) for i, stride in enumerate(self.strides)]
+            grid = [n_in * (n if i == axis else 1) for i, n_in in enumerate(self.scale_in)]
+            sized = sizes.at_size(model, size)
+            x = reference_tensor(model).new_zeros(1, self.channels, *grid)
+            x.narrow(axis + 2, n // 2 * self.scale_in[axis], self.scale_in[axis]).fill_(torch.nan)
+            with torch.no_grad():
+                y = self._apply_part(sized, x)
+            depends = y.isnan().movedim(axis + 2, 0).flatten(1).any(1) if y.ndim == x.ndim else y.new_zeros(0)
+            if len(depends) != n * self.scale_out[axis] or not depends.any():
+                raise _refusal(model, "its networks do not make a map of places that depend on those below them alone")
+            seen = depends.nonzero()[:, 0] // self.scale_out[axis]
+            first, last = int(seen.min()), int(seen.max())
+            if first > 0 and last < n - 1:
+                return max(n // 2 - first, last - n // 2)
+        raise _refusal(
+            model,
+            "each place of its output depends on the whole sample (attention, or a normalisation over places): leave "
+            "tile out, or train with --model.net conv, conv_keras, gdn or convnext",
+        )
+
+
+def _refusal(model: Autoencoder, reason: str) -> AezooError:
+    return AezooError(f"{display_name(type(model))} cannot work in tiles, since {reason}")

@@ -1,0 +1,82 @@
+"""Tiles: encoder and decoder in parts give what they give on the whole, and what cannot work in parts says so."""
+
+import pytest
+import torch
+
+import aezoo
+from aezoo.errors import AezooError
+
+CASES = {
+    "conv": ("conv_ae", {"latent_map": True, "hidden_dims": (4, 8), "latent_dim": 3}),
+    "denoiser": ("dncnn", {"depth": 4, "width": 4}),
+    "gdn, hyperprior": ("mean_scale_hyperprior", {"hidden_dims": (4, 4, 4), "latent_dim": 2}),
+    "indices": ("vq_vae", {"net": "conv_keras", "hidden_dims": (4, 8), "latent_dim": 2, "codebook_size": 8}),
+    "convnext": ("fsq_vae", {"net": "convnext", "hidden_dims": (4, 4)}),
+}
+
+
+def made(case, shape=(1, 8, 8)):
+    name, settings = CASES[case]
+    torch.manual_seed(0)
+    model = aezoo.create_model(name, shape, **settings).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_tiled_equals_whole(case):
+    model, size = made(case), (61, 100)
+    x = torch.rand(2, 1, *size)
+    whole, parts = aezoo.at_size(model, size), aezoo.tiled(model, size, tile=24)
+    with torch.no_grad():
+        torch.testing.assert_close(parts.encoder(x), whole.encoder(x), rtol=0, atol=1e-5)
+        z = whole.encode(x)
+        torch.testing.assert_close(parts.decode(z), whole.decode(z), rtol=0, atol=1e-5)
+        torch.testing.assert_close(parts(x), whole(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(parts.score(x), whole.score(x), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("depth", "margin"), [(2, 1), (5, 4), pytest.param(20, 19, marks=pytest.mark.slow)])
+def test_margin_of_convolutions_of_stride_1_is_their_number(depth, margin):
+    model = aezoo.create_model("dncnn", (1, 8, 8), depth=depth, width=2).eval()
+    assert aezoo.tiled(model, (40, 40), 16).encoder.margins == [margin, margin]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 16), (1, 8, 8, 8)])
+def test_series_and_volumes_work_in_tiles(shape):
+    model = made("conv", shape)
+    size = tuple(3 * n + 1 for n in shape[1:])
+    x = torch.rand(1, shape[0], *size)
+    torch.testing.assert_close(aezoo.tiled(model, size, 8)(x), aezoo.at_size(model, size)(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_margin_too_small_by_one_shows():
+    model, size = made("gdn, hyperprior"), (64, 64)
+    x, whole, parts = torch.rand(1, 1, *size), aezoo.at_size(model, size), aezoo.tiled(model, size, 16)
+    parts.encoder.margins = [margin - 1 for margin in parts.encoder.margins]
+    assert (parts.encoder(x) - whole.encoder(x)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("resnet_ae", {"latent_map": True}, "depends on the whole sample"),
+        ("autoencoder_kl", {}, "depends on the whole sample"),
+        ("vq_vae_2", {"net": "conv"}, "its code is no map"),
+        ("conv_ae", {}, "its weights belong to this size"),
+    ],
+)
+def test_what_cannot_work_in_tiles_says_so_in_one_line(name, settings, said):
+    model = aezoo.create_model(name, (3, 16, 16), hidden_dims=(8, 8), **settings).eval()
+    with pytest.raises(AezooError, match=said) as refused:
+        aezoo.tiled(model, (64, 64), 32)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tile_without_points_is_refused():
+    with pytest.raises(AezooError, match="above 0, got 0"):
+        aezoo.tiled(made("conv"), (16, 16), 0)

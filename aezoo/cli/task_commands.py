@@ -30,6 +30,7 @@ from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
 from aezoo.data.columns import Columns
+from aezoo.data.folder import ImageSource
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
 from aezoo.data.npy import NpyDataset
@@ -44,7 +45,7 @@ from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, progress_bar
-from aezoo.training import speed
+from aezoo.training import sizes, speed
 from aezoo.training.data_units import TABLES, DataUnits
 from aezoo.training.seeding import mix
 
@@ -57,6 +58,8 @@ _FILES = {"around"}
 _PATHS = {"array", "folder"}
 # verbs whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
+# verbs that process samples of any size with a model that takes them
+_ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress")
 _MAX_LINES = 20
@@ -108,7 +111,8 @@ def main(argv: list[str]) -> None:
             raise AezooError(f"{verb} needs a file: give --input FILE")
         settings["file"] = config.input
     else:
-        settings |= _samples(config, model.data_units, trained["settings"], argv, accepted)
+        any_size = verb in _ANY_SIZE and sizes.takes_any_size(model)
+        settings |= _samples(config, model.data_units, trained["settings"], argv, accepted, any_size)
     if "columns" in accepted:
         settings["columns"] = Columns.of_model(model)
     out = Path(config.out) if config.out else trained["folder"] / verb
@@ -198,7 +202,12 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
 
 
 def _samples(
-    config: Any, units: DataUnits | None, settings: dict[str, Any], argv: list[str], accepted: Mapping[str, Any]
+    config: Any,
+    units: DataUnits | None,
+    settings: dict[str, Any],
+    argv: list[str],
+    accepted: Mapping[str, Any],
+    any_size: bool,
 ) -> dict[str, Any]:
     """The samples for a verb, from `--input` or a split, and the splits for fitting."""
     # the parser adds the path of a file of settings
@@ -207,7 +216,12 @@ def _samples(
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
     found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in named.items()}
     if "x" in accepted and config.input is not None:
-        found["x"] = read(config.input, units, data)
+        own = {key: value for key, value in data.items() if key != "size"}
+        keeps = any_size and setting(argv, "data", "size") is None
+        if keeps and data.get("size") is not None:
+            print(f"aezoo: samples keep their own sizes; --data.size {data['size']} resizes them as in training",
+                  file=sys.stderr)  # fmt: skip
+        found["x"] = read(config.input, units, own if keeps else data, any_size=any_size)
     wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
@@ -222,11 +236,11 @@ def _samples(
     try:
         # with --input, settings of another source are those of that file
         module = DataModule(**(data if needed else settings_of_source(data)))
-        own = units or DataUnits()
-        check_columns(str(module.name), module.source.columns, own.columns)
+        known_units = units or DataUnits()
+        check_columns(str(module.name), module.source.columns, known_units.columns)
         splits = module.splits()
         if not module.units.is_table:  # a table is scaled as the training data were
-            module.report_other_scaling(own.scaling, own.white)
+            module.report_other_scaling(known_units.scaling, known_units.white)
         warn_other_splits(settings, dict(module.hparams))
     except AezooError as error:
         if needed:
@@ -255,7 +269,9 @@ def _chooses_data(argv: list[str]) -> bool:
     return named and _value(argv, "--split") is None
 
 
-def read(path: str, units: DataUnits | None, data: dict[str, Any] | None = None, flag: str = "input") -> SampleSet:
+def read(
+    path: str, units: DataUnits | None, data: dict[str, Any] | None = None, flag: str = "input", any_size: bool = False
+) -> SampleSet:
     """The samples in a file or a folder, scaled and binarised like a model's training data.
 
     Args:
@@ -264,17 +280,18 @@ def read(path: str, units: DataUnits | None, data: dict[str, Any] | None = None,
         data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error,
             num_workers and the limits are used.
         flag: the name of the path in messages.
+        any_size: whether pictures of a folder may have several sizes.
 
     Raises:
         AezooError: there is nothing to read, or it cannot be scaled or binarised in this way.
     """
     given = {key: value for key, value in (data or {}).items() if value is not None}
-    samples, rule = _scaled(path, units, given, f"--{flag} {path}"), given.get("binarise", "none")
+    samples, rule = _scaled(path, units, given, f"--{flag} {path}", any_size), given.get("binarise", "none")
     # drawn as for one more split
     return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
 
 
-def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str) -> SampleSet:
+def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str, any_size: bool) -> SampleSet:
     source, known = Path(path), units or DataUnits()
     if not source.exists():
         raise AezooError(f"{what} does not exist: give a file of arrays, an image or a folder of images")
@@ -283,6 +300,8 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         kept = {key: given[key] for key in ("size", "channels", "on_error", "max_pixels", "memory") if key in given}
         module = DataModule(name=path, val_fraction=0, test_fraction=0, **kept)
         module.prepare_data()
+        if isinstance(module.source, ImageSource):
+            module.source.any_size = any_size
         # from the source, since the module refuses data that cannot be trained on
         dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
         if others:

@@ -4,10 +4,10 @@
     root/cat/*.png, root/dog/*.png       two or more folders and every image in one of them: the folder is the class
     root/train/..., root/val/..., root/test/...     own splits (also training, valid, validation, testing)
 
-Without --data.size all images must have the same size; with it each is resized and cropped to a square. Values of
-16-bit files are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is decoded
-once, before training, which finds every broken file (see --data.memory); a larger one is decoded by the workers, and
-only its headers are read before.
+Without --data.size all images to train on must have the same size; with it each is resized and cropped to a square.
+Values of 16-bit files are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is
+decoded once, before training, which finds every broken file (see --data.memory); a larger one is decoded by the
+workers, and only its headers are read before.
 """
 
 import math
@@ -45,6 +45,9 @@ from aezoo.errors import AezooError
 class ImageSource(Source):
     """Pictures from any container, decoded once, before training, or each when it is used.
 
+    Attributes:
+        any_size: pictures of several sizes are not refused, but each is decoded when it is used.
+
     Args:
         options: the DataModule's arguments.
         where: the container's name in messages.
@@ -52,6 +55,8 @@ class ImageSource(Source):
             for messages.
         names: the classes, empty without labels.
     """
+
+    any_size = False
 
     def __init__(
         self, options: Options, where: str, files: dict[Stage, list[tuple[Any, int]]], names: tuple[str, ...]
@@ -103,7 +108,8 @@ class ImageSource(Source):
         is_16_bit = any(header.mode in MODES_16_BIT for header in headers.values())
         self.white = 1 if is_16_bit else 255
         size = len(paths) * math.prod(self.input_shape) * (4 if is_16_bit else 1)
-        memory = self.options.memory
+        mixed = len({header.shape for header in headers.values()}) > 1 and self.size is None
+        memory = "off" if mixed else self.options.memory
         held: Tensor | None = None
         if memory == "on" or (memory == "auto" and fits_in_memory(size, torch.device("cpu"), self.processes)):
             held = allocate(
@@ -139,6 +145,8 @@ class ImageSource(Source):
             files = files if index is None else [files[i] for i in index.tolist()]
             if files:
                 splits[stage] = ImageFileDataset(self, files, is_16_bit)
+                if mixed:
+                    splits[stage].shapes = [(self.channels, *headers[path].shape) for path, _ in files]
         if held is None:
             return dict(splits)
         move_rows_to_front(held, torch.tensor([number[path] for part in splits.values() for path, _ in part.files]))
@@ -166,7 +174,7 @@ class ImageSource(Source):
         for path, (shape, mode, _) in headers.items():
             sizes.setdefault(shape, path)
             kinds.setdefault(mode in GREY_MODES, path)
-        if self.size is None and len(sizes) > 1:
+        if self.size is None and len(sizes) > 1 and not self.any_size:
             (first, a), (second, b) = list(sizes.items())[:2]
             raise AezooError(
                 f"images of {len(sizes)} sizes in {self.where}: {a} is {first[0]}x{first[1]}, {b} is "
@@ -210,7 +218,12 @@ class ImageFileDataset(DecodingDataset):
         source: decodes a file.
         files: (file, class) of each sample.
         is_16_bit: some files have 16 bits per value, so all become floats in [0, 1].
+
+    Attributes:
+        shapes: the shape of each picture; None if all have one.
     """
+
+    shapes: list[tuple[int, ...]] | None = None
 
     def __init__(self, source: ImageSource, files: list[tuple[Any, int]], is_16_bit: bool) -> None:
         self.source, self.files, self.is_16_bit = source, files, is_16_bit

@@ -1,5 +1,6 @@
 """compress: samples as a file, lossless by the model's likelihood or lossy as codes or indices, and other formats."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +14,13 @@ from aezoo.io.checkpoint import save_model
 from aezoo.registry import name_of
 from aezoo.tasks.codec import indices, lossless, lossy, reproducibility, tables
 from aezoo.tasks.codec.compression import Compression, CompressionRun
-from aezoo.tasks.codec.container import MAX_BLOCK, QUALITIES, max_samples_per_frame
+from aezoo.tasks.codec.container import MAX_BLOCK, MAX_FRAME_VALUES, QUALITIES, max_samples_per_frame
 from aezoo.tasks.codec.levels import reason, to_levels
+from aezoo.tasks.codec.pictures import PictureRun
 from aezoo.tasks.result_store import Store
 from aezoo.tasks.results import takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
+from aezoo.tasks.tiling import Sized
 
 MODES = ("auto", "lossless", "lossy")
 _QUALITY = 3.0
@@ -34,6 +37,7 @@ def compress(
     binarise: bool = False,
     precision: int = 10,
     compare: bool = True,
+    tile: int = 0,
     threads: int = 0,
     fit_on: Any = None,
     out: str | None = None,
@@ -49,11 +53,14 @@ def compress(
     consists of indices, these are coded under its prior, if it has one, or else under tables of how often each occurs.
     If a model is trained for the size of its file, whole numbers are coded under its learned distributions. Both write
     one file at the model's own rate, or one for each quality of a model of several rates. The model that opens the
-    files again is written beside them, and for a table columns.json, the names and units of its columns.
+    files again is written beside them, and for a table columns.json, the names and units of its columns. A
+    convolutional model whose code is a map compresses pictures of any size, of several into one file; each is coded
+    alone, with tables and steps for all of them.
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`; a convolutional model whose code is
+            a map takes samples of another size, too, and a list of pictures of several sizes.
         mode: lossless, lossy, or auto: lossless if the model and the data allow it.
         quality: lossy: approximate bits of the code's most important dimension, by default 3; one more halves all
             steps. Several, such as [1,2,3,4], give one file each and a curve. Indices are not quantised again; quality
@@ -62,10 +69,13 @@ def compress(
         steps: lossy: fitted (to the decoder's sensitivity to a change) or deviation (of each dimension of the code).
         binarise: first set values above 0.5 to one and the others to zero, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.
-        compare: add other formats, PCA and the mean sample to the table, on at most 20,000 samples.
+        compare: add other formats, PCA and the mean sample to the table, on at most 20,000 samples; for samples that
+            are not of the model's size, image formats alone.
+        tile: encode and decode samples with sides above this in tiles of this many points a side, in the memory that a
+            tile needs; 0 processes all as a whole. The file says it, and decompress does the same.
         threads: threads of torch on the CPU; 0 keeps the current number. A file is decoded with the same number.
         fit_on: samples that lossy steps, tables, PCA and the mean are fitted to; by default those that are compressed.
-            Tables of indices are always fitted to those.
+            Tables of indices, and all of samples that are not of the model's size, are always fitted to those.
         out: folder for the results; None keeps them in memory.
         batch_size: samples that the model sees at a time, here and when the file is decoded; at most 2^24 values.
         seed: seed of initial bits and subsamples.
@@ -79,20 +89,26 @@ def compress(
     qualities = tuple(map(float, quality if isinstance(quality, tuple | list) else (quality,)))
     _check(mode, qualities, steps, precision, batch_size)
     tables.constriction_stream()
-    samples = SampleSet.from_data(x).check(model)
+    sized = Sized(model, tile)
+    samples = SampleSet.from_data(x).check(model, sized)
+    pictures = samples.shapes is not None or sized(samples.shape) is not model
     fit = None if fit_on is None else SampleSet.from_data(fit_on, "train").check(model)
     if binarise:
         samples, fit = _binarised(samples, model), None if fit is None else _binarised(fit, model)
     mode = _mode(mode, model, samples)
-    block = min(batch_size, max_samples_per_frame(model.input_shape))
+    block = 1 if pictures else min(batch_size, max_samples_per_frame(model.input_shape))
     with Store(out) as store, reproducibility.deterministic_kernels(threads) as running, evaluation_mode(model, seed):
         fingerprint = reproducibility.fingerprint(model)
         header = {"model": reproducibility.model_name(model), "fingerprint": fingerprint, "n": len(samples),
                   "shape": model.input_shape, "code_shape": tuple(model.code_shape), "block": block,
                   "kind": samples.kind, "threads": running, "seed": seed}  # fmt: skip
         header |= reproducibility.describe_device(model)
-        job = CompressionRun(model, samples, header, store, block, seed, "compress" if progress else "")
-        if mode == "lossless":
+        given = model, samples, header, store, block, seed, "compress" if progress else ""
+        job = CompressionRun(*given)
+        if pictures:
+            coded = indices.lossy_mode(model) if mode == "lossy" else mode
+            result = PictureRun(*given, sized=sized).code(coded, qualities, steps, precision, compare)
+        elif mode == "lossless":
             result = job.code_lossless(precision, compare)
         elif indices.lossy_mode(model) == "learned":
             result = job.code_learned(qualities, compare, fit)
@@ -118,7 +134,8 @@ def _mode(mode: str, model: Autoencoder, samples: SampleSet) -> str:
         return mode
     try:
         chain = lossless.latent_chain(model)
-        if to_levels(samples.rows(range(min(len(samples), 1024))), chain.levels) is None:
+        most = max(1, min(len(samples), 1024, MAX_FRAME_VALUES // math.prod(samples.shape)))
+        if to_levels(samples.rows(range(most)), chain.levels) is None:
             raise AezooError(reason(chain.levels))
     except AezooError:
         if mode == "lossless":

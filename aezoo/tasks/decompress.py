@@ -1,19 +1,20 @@
 """decompress: the samples in an .aez file, with the model that it was written with."""
 
+import copy
 import functools
 import hashlib
-import io
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
@@ -24,11 +25,13 @@ from aezoo.errors import AezooError
 from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
-from aezoo.tasks.result_store import Row, Store
-from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import SampleSet, evaluation_mode, reference_tensor
+from aezoo.tasks.codec.pictures import decode_places
+from aezoo.tasks.result_store import Row, Samples, SeparateArrays, Store
+from aezoo.tasks.results import Result, count_of, takes_model
+from aezoo.tasks.samples import SampleSet, SeparateSamples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
 from aezoo.tasks.show import show
+from aezoo.tasks.tiling import Sized
 from aezoo.training.data_units import DataUnits
 
 # bytes of columns.json
@@ -41,23 +44,23 @@ class Decompression(Result):
 
     Attributes:
         x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other, in the scale that the model sees;
-            files are in the units of the data that the model was trained on.
+            files are in the units of the data that the model was trained on. Of a file of pictures that have sizes of
+            their own, a sequence of (C, H, W).
         mode: lossless, lossy, indices, prior or learned.
         same: whether every sample equals to the bit what `compress` decoded when it checked the file.
     """
 
-    x: npt.NDArray[Any]
+    x: Samples
     mode: str
     same: bool
 
     def about(self) -> str:
-        n, *shape = self.x.shape
-        return f"{n:,} samples of {sizes(shape)}, {self.mode}"
+        return f"{count_of(self.x)}, {self.mode}"
 
     def summary(self) -> str:
         """The number of samples, and whether they are the same bytes."""
         same = "the same bytes as when it was written" if self.same else "codes are exact, outputs differ by rounding"
-        return f"{len(self.x):,} samples of shape {'x'.join(map(str, self.x.shape[1:]))}, {self.mode}: {same}"
+        return f"{count_of(self.x)}, {self.mode}: {same}"
 
 
 @takes_model
@@ -75,7 +78,8 @@ def decompress(
 ) -> Decompression:
     """Decompress an .aez file with the model that it was written with.
 
-    Writes what went in: a PNG for each image of a folder, samples.csv for a table, else samples.npy. A file is refused
+    Writes what went in: a PNG for each image of a folder, samples.csv for a table, else samples.npy, or 000000.npy and
+    so on of samples that have sizes of their own. A file is refused
     if it is truncated, altered or of another model, or if it decodes to other bytes on this machine.
 
     Args:
@@ -114,21 +118,30 @@ def decompress(
     ):
         dtype = np.uint8 if header.mode == "lossless" else np.float32
         shape = (header.n, *header.shape)
+        x: Samples
         with _one_line_errors(reader):
-            x = store.samples("samples", shape, dtype) if kind == "npy" else store.scratch(shape, dtype)
+            if header.own_sizes:
+                x = store.separate([frame.shape for frame in reader.samples], dtype)
+            else:
+                x = store.samples("samples", shape, dtype) if kind == "npy" else store.scratch(shape, dtype)
         start, same = 0, True
         with bar("decompress" if progress else "", header.n) as advance:
-            for part, exact in _decode_parts(model, reader, strict, advance):
+            for part, exact in _parts(model, reader, strict, advance):
                 x[start : start + len(part)] = part
                 start, same = start + len(part), same and exact
                 if header.mode != "prior":  # whose work is done token by token
                     advance(len(part))
-        if kind == "png":
-            _write_images(store, x, model.data_units or DataUnits())
-        if kind == "csv" and columns is not None:
+        if kind == "png" or header.own_sizes:
+            store.each_sample("", x, model.data_units or DataUnits(), kind)
+        if kind == "csv" and columns is not None and not isinstance(x, SeparateArrays):
             store.table("samples", _rows(x, columns))
-    tabulate = functools.partial(_rows, x, columns if kind == "csv" else None)
-    draw = functools.partial(show, SampleSet(ArrayDataset(torch.from_numpy(x)), name=Path(file).name, columns=columns))
+    dataset: Dataset[Any]
+    if isinstance(x, SeparateArrays):
+        tabulate, dataset = None, SeparateSamples([torch.from_numpy(picture) for picture in x])
+    else:
+        tabulate = functools.partial(_rows, x, columns if kind == "csv" else None)
+        dataset = ArrayDataset(torch.from_numpy(x))
+    draw = functools.partial(show, SampleSet(dataset, name=Path(file).name, columns=columns))
     return Decompression(x, header.mode, same, files=store.files, tabulate=tabulate, draw=draw)
 
 
@@ -179,6 +192,21 @@ def _readable_modes(model: Autoencoder) -> tuple[str, ...]:
     return ("indices", "prior") if mode == "prior" else (mode,)
 
 
+def _parts(
+    model: Autoencoder, reader: Reader, strict: bool, advance: Advance
+) -> Iterator[tuple[npt.NDArray[Any], bool]]:
+    """The samples in parts, and whether they equal those decoded when the file was written."""
+    if not reader.header.own_sizes:
+        yield from _decode_parts(model, reader, strict, advance)
+        return
+    sized, tables_of_all = Sized(model, reader.header.tile), reader.frames[: int(reader.header.tables)]
+    for frame in reader.samples:
+        own, one = sized(frame.shape), copy.copy(reader)
+        one.header = replace(reader.header, shape=frame.shape, code_shape=tuple(own.code_shape), n=1)
+        one.frames = [*tables_of_all, frame]
+        yield from _decode_parts(own, one, strict, advance)
+
+
 def _decode_parts(
     model: Autoencoder, reader: Reader, strict: bool, advance: Advance
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
@@ -210,20 +238,22 @@ def _lossless(model: Autoencoder, reader: Reader) -> Iterator[tuple[npt.NDArray[
 
 
 def _lossy(model: Autoencoder, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    first, *frames = reader.frames
+    (first, *frames), shape, block = reader.frames, reader.header.code_shape, reader.header.block
+    # a channel at each place, if pictures have sizes of their own
+    places = math.prod(shape[1:]) if reader.header.own_sizes else 1
     with _one_line_errors(reader):
-        codec = lossy.Codec.from_bytes(reader.payload(first), math.prod(reader.header.code_shape))
-    block = reader.header.block
+        codec = lossy.Codec.from_bytes(reader.payload(first), math.prod(shape) // places)
+
+    def decode(symbols: lossy.Symbols) -> Any:
+        codes = codec.quantiser.codes(symbols)
+        if reader.header.own_sizes:
+            return decode_places(model, codes)
+        return reproducibility.decode_codes(model, codes, block)
+
     for frame in frames:
         with _one_line_errors(reader):
-            symbols = codec.decode(reader.payload(frame), frame.n)
-        yield from _outputs(
-            reader,
-            frame,
-            symbols,
-            lambda part: reproducibility.decode_codes(model, codec.quantiser.codes(part), block),
-            strict,
-        )
+            symbols = codec.decode(reader.payload(frame), frame.n * places)
+        yield from _outputs(reader, frame, symbols, decode, strict, block * places)
 
 
 def _indices(
@@ -266,16 +296,15 @@ def _decode_frames(
             symbols = coder.decode(reader.payload(frame), frame.n)
         if symbols is None:
             raise AezooError(_mismatch(reader, what))
-        yield from _outputs(reader, frame, symbols, decode, strict)
+        yield from _outputs(reader, frame, symbols, decode, strict, reader.header.block)
 
 
 def _outputs(
-    reader: Reader, frame: Frame, symbols: Any, decode: Callable[[Any], Any], strict: bool
+    reader: Reader, frame: Frame, symbols: Any, decode: Callable[[Any], Any], strict: bool, block: int
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """The outputs of symbols (n, D), a block at a time, checked against the frame's digest."""
+    """The outputs of symbols (n, D), a block of rows at a time, checked against the frame's digest."""
     digest, parts = hashlib.sha256(), []
-    block = reader.header.block
-    for start in range(0, frame.n, block):
+    for start in range(0, len(symbols), block):
         parts.append(decode(symbols[start : start + block]))
         digest.update(reproducibility.little_endian_bytes(parts[-1]))
     same = digest.digest() == frame.digest
@@ -305,21 +334,3 @@ def _mismatch(reader: Reader, what: str) -> str:
         f"{reader.path} is refused: its {what} come out differently here, since this machine computes differently "
         f"({torch.__version__}); decode it where it was written ({reader.header.writer})"
     )
-
-
-def _write_images(store: Store, x: npt.NDArray[Any], units: DataUnits) -> None:
-    """A PNG for each image of one or three channels, with the values of the training data.
-
-    If these are scaled and do not say what white is, it is drawn from the least to the largest value.
-    """
-    from PIL import Image
-
-    low, high = 0.0, 1.0
-    if units.scaling and units.white is None and x.size and x.dtype != np.uint8:
-        low, high = min(low, float(x.min())), max(high, float(x.max()))
-
-    for i, image in enumerate(x):
-        pixels = np.rint(np.clip((units.shares_of_white(image) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-        content = io.BytesIO()
-        Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(content, "PNG")
-        store.file(f"{i:06d}.png", content.getvalue())

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,10 +17,12 @@ from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.metrics.similarity import has_peak
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
-from aezoo.tasks.result_store import Row, Store, table_text, write_batch
-from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import SampleSet, evaluation_mode
+from aezoo.tasks.result_store import Row, Samples, Store, table_text, write_batch
+from aezoo.tasks.results import Result, count_of, takes_model
+from aezoo.tasks.samples import SampleSet, evaluation_mode, middles, rows_of
 from aezoo.tasks.samples import progress_bar as progress_bar
+from aezoo.tasks.tiling import Sized
+from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
 
@@ -42,21 +42,20 @@ class Denoising(Result):
     """The result of `denoise`; the array is a memory-mapped file if a folder was given.
 
     Attributes:
-        x_hat: (N, *shape), the model's output, float32.
+        x_hat: (N, *shape), the model's output, float32; of pictures of several sizes, a sequence of (C, H, W).
         rows: a row for the model, the noisy samples and each filter: mse, psnr of data in [0, 1], ssim of images,
             the filter's setting; empty without `corrupt`, as there are no clean samples to compare with.
         n_compared: number of samples in the comparison.
         text: how it was made, and its best row.
     """
 
-    x_hat: npt.NDArray[np.float32]
+    x_hat: Samples
     rows: list[Row]
     n_compared: int = 0
     text: str = ""
 
     def about(self) -> str:
-        n, *shape = self.x_hat.shape
-        return f"{n:,} samples of {sizes(shape)}" + (f", mse {self.rows[0]['mse']:.4g}" if self.rows else "")
+        return count_of(self.x_hat) + (f", mse {self.rows[0]['mse']:.4g}" if self.rows else "")
 
     def summary(self) -> str:
         """The comparison, or how to get one."""
@@ -74,6 +73,7 @@ def denoise(
     baselines: bool = True,
     n_compared: int = 1000,
     n_shown: int = 8,
+    tile: int = 0,
     out: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -84,15 +84,20 @@ def denoise(
     Writes denoised.npy (of a table also denoised.csv, in the units of its columns) and a picture; with corrupt also
     denoise.csv: PSNR and SSIM against the clean originals, compared with a median filter, total variation and non-local
     means (pip install 'aezoo[images]'). For PSNR and SSIM, the range of data between 0 and 1 is 1; that of other data
-    goes from the least to the largest clean value.
+    goes from the least to the largest clean value. Pictures of several sizes, which convolutional models whose code is
+    a map take, give denoised/000000.png and so on in their sizes instead of denoised.npy.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`; noisy ones unless corrupt is given.
+            A convolutional model whose code is a map takes samples of another size, too, and a list of pictures of
+            several sizes.
         corrupt: noise to add first: gaussian:0.3, masking:0.3, salt_and_pepper:0.1; none if the samples are noisy.
         baselines: compare with filters.
         n_compared: number of samples in the comparison, drawn from the seed, since filters are slow.
         n_shown: samples in the picture; 0 draws none.
+        tile: process samples with sides above this in tiles of this many points a side, without seams and in the
+            memory that a tile needs; 0 processes all as a whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: seed of the noise, which depends only on it and on a sample's number.
@@ -107,16 +112,20 @@ def denoise(
     noise = corruptions.corruption(corrupt)
     if noise is not None and noise.amount > _MAX_NOISE:
         raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MAX_NOISE:g}")
-    samples = SampleSet.from_data(x).check(model)
-    n = len(samples)
+    sized = Sized(model, tile)
+    samples = SampleSet.from_data(x).check(model, sized)
+    n, shapes, batch_size = len(samples), samples.shapes, sized.batch_size(samples, batch_size)
     with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:
-        x_hat, start = store.samples("denoised", (n, *model.input_shape)), 0
+        x_hat: Samples = store.samples("denoised", (n, *samples.shape)) if shapes is None else store.separate(shapes)
+        start = 0
         low, high = math.inf, -math.inf
         for batch in samples.batches(batch_size, "denoise" if progress else ""):
             noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)
-            write_batch(x_hat, start, model(noisy.to(like)))
+            write_batch(x_hat, start, sized(tuple(batch.shape[1:]))(noisy.to(like)))
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
             start += len(batch)
+        if shapes is not None:
+            store.each_sample("denoised/", x_hat, model.data_units or DataUnits())
         if has_peak(low, high) or low == high or model.likelihood.unit_interval:
             low, high = _UNIT
 
@@ -156,19 +165,19 @@ def denoise(
 def _draw(
     samples: SampleSet,
     shown: Tensor,
-    x_hat: npt.NDArray[np.float32],
+    x_hat: Samples,
     noise: Corruption | None,
     best: tuple[str, Filter] | None,
     seed: int,
 ) -> "Figure":
     """Some samples, the model's output and that of the best filter."""
     clean = samples.rows(shown)
-    given = _corrupted(clean, shown.tolist(), noise, seed)
+    given = _noisy_rows(samples, shown, noise, seed)
     panels = {} if noise is None else {"original": clean}
     # of samples as they are, nobody says that they are noisy
     panels |= {
         "input" if noise is None else "noisy": given,
-        "output": torch.from_numpy(np.asarray(x_hat[shown.numpy()])),
+        "output": rows_of(x_hat, shown),
     }
     if best is not None:
         panels[best[0]] = torch.from_numpy(best[1](given.numpy()))
@@ -183,10 +192,17 @@ def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, 
     return torch.stack([noise(x, generator) for x, generator in zip(clean, generators, strict=True)])
 
 
+def _noisy_rows(samples: SampleSet, index: Tensor, noise: Corruption | None, seed: int) -> Tensor:
+    """`samples.rows` with the noise that the whole samples got."""
+    if samples.shapes is None:
+        return _corrupted(samples.rows(index), index.tolist(), noise, seed)
+    return middles([_corrupted(samples.rows([i]), [i], noise, seed)[0] for i in index.tolist()])
+
+
 def _tuned(samples: SampleSet, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
     """Each filter with its best setting for these samples."""
     clean = samples.rows(index)
-    noisy = _corrupted(clean, index.tolist(), noise, seed)
+    noisy = _noisy_rows(samples, index, noise, seed)
     sigma = float((noisy - clean).square().mean().sqrt())
     chosen = {}
     for name, settings in filters(samples.shape, sigma).items():
@@ -198,7 +214,7 @@ def _tuned(samples: SampleSet, index: Tensor, noise: Corruption, seed: int) -> d
 def _evaluate(
     samples: SampleSet,
     compared: Tensor,
-    x_hat: npt.NDArray[np.float32],
+    x_hat: Samples,
     noise: Corruption,
     chosen: dict[str, tuple[str, Filter]],
     limits: tuple[float, float],
@@ -210,10 +226,10 @@ def _evaluate(
     low, high = limits
     evaluations = [Evaluation(samples.shape, torch.device("cpu")) for _ in range(2 + len(chosen))]
     with progress_bar("compare" if progress else "", len(compared)) as advance:
-        for index in compared.split(batch_size):
+        for index in compared.split(batch_size if samples.shapes is None else 1):
             clean = samples.rows(index)
             noisy = _corrupted(clean, index.tolist(), noise, seed)
-            outputs = [torch.from_numpy(np.asarray(x_hat[index.numpy()])), noisy]
+            outputs = [rows_of(x_hat, index), noisy]
             outputs += [torch.from_numpy(run(noisy.numpy())) for _, run in chosen.values()]
             for evaluation, output in zip(evaluations, outputs, strict=True):
                 evaluation.add({}, (clean - low) / (high - low), (output - low) / (high - low))

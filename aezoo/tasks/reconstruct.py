@@ -17,9 +17,11 @@ from aezoo.errors import AezooError
 from aezoo.metrics.similarity import Limits, ValueErrors, has_peak, psnr
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
-from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
-from aezoo.tasks.results import Result, sizes, takes_model
-from aezoo.tasks.samples import SampleSet, evaluation_mode
+from aezoo.tasks.result_store import Row, Samples, Store, check_table, row_of, table_text, write_batch
+from aezoo.tasks.results import Result, count_of, takes_model
+from aezoo.tasks.samples import SampleSet, evaluation_mode, rows_of
+from aezoo.tasks.tiling import Sized
+from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Reconstruction(Result):
 
     Attributes:
         x_hat: (N, *shape), reconstructions in the scale that the model sees, float32; files are in the data's units.
+            Of pictures of several sizes, a sequence of (C, H, W).
         mse: (N,) squared error of each sample, the mean over its values that are not missing.
         mae: (N,) absolute error of each sample, the mean over the same values.
         score: (N,) the model's `anomaly_score` in nats per sample, by which `detect` ranks, too: the deviance, -log
@@ -48,7 +51,7 @@ class Reconstruction(Result):
         r2: the share of the samples' variance that the reconstructions explain; None if they have none.
     """
 
-    x_hat: npt.NDArray[np.float32]
+    x_hat: Samples
     mse: npt.NDArray[np.float32]
     mae: npt.NDArray[np.float32]
     score: npt.NDArray[np.float32] | None = None
@@ -59,8 +62,7 @@ class Reconstruction(Result):
     r2: float | None = None
 
     def about(self) -> str:
-        n, *shape = self.x_hat.shape
-        return f"{n:,} samples of {sizes(shape)}, mse {float(np.nanmean(self.mse)):.4g}"
+        return f"{count_of(self.x_hat)}, mse {float(np.nanmean(self.mse)):.4g}"
 
     @property
     def errors(self) -> dict[str, npt.NDArray[np.float32]]:
@@ -97,6 +99,7 @@ def reconstruct(
     parts: int | tuple[int, ...] | None = None,
     n_shown: int = 8,
     table: str = "csv",
+    tile: int = 0,
     out: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -108,15 +111,19 @@ def reconstruct(
     of each instead of the score) and a picture of the best, the median and the worst samples. With `parts` and labels
     also coherence.csv: whether the parts that are made have the class of their sample. Of a table also, in the names
     and units of its columns, reconstructions.csv, and columns.csv with the error by column; errors.csv then holds the
-    values and errors of each sample by column, too.
+    values and errors of each sample by column, too. Pictures of several sizes, which convolutional models whose code is
+    a map take, give reconstructions/000000.png and so on in their sizes instead of reconstructions.npy.
 
     Args:
         model: a trained model.
-        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
+        x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`; a convolutional model whose code is
+            a map takes samples of another size, too, and a list of pictures of several sizes.
         parts: reconstruct whole samples from this part alone, or from these, numbered from 0; the other parts are
             ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
         table: format of the errors, csv or parquet.
+        tile: process samples with sides above this in tiles of this many points a side, without seams and in the
+            memory that a tile needs; 0 processes all as a whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: seed of models that draw noise.
@@ -129,25 +136,29 @@ def reconstruct(
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
     reconstructor = None if parts is None else _PartReconstructor(model, (parts,) if isinstance(parts, int) else parts)
-    samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
-    n = len(samples)
+    sized = Sized(model, tile)
+    samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model, sized)
+    n, shapes, batch_size = len(samples), samples.shapes, sized.batch_size(samples, batch_size)
     with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:
-        x_hat = store.samples("reconstructions", (n, *model.input_shape))
+        x_hat: Samples = (
+            store.samples("reconstructions", (n, *samples.shape)) if shapes is None else store.separate(shapes)
+        )
         mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
         part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
         start, limits, by_value = 0, Limits(), ValueErrors()
         for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
-            given = batch.to(like)
-            output = (reconstructor.reconstructed(given) if reconstructor else model(given)).float()
+            given, own = batch.to(like), sized(tuple(batch.shape[1:]))
+            output = (reconstructor.reconstructed(given) if reconstructor else own(given)).float()
             difference = output - batch.to(output)
             write_batch(x_hat, start, output)
             limits.update(batch[~batch.isnan()])
-            by_value.add(batch, output)
+            if shapes is None:
+                by_value.add(batch, output)
             known = ~batch.to(like.device).isnan()
             write_batch(mse, start, _mean(difference.square(), known))
             write_batch(mae, start, _mean(difference.abs(), known))
             if reconstructor is None:
-                write_batch(score, start, model.anomaly_score(given))
+                write_batch(score, start, own.anomaly_score(given))
             else:
                 parts_known = reconstructor.model.split(known)
                 for i, part in enumerate(reconstructor.model.split(difference)):
@@ -156,17 +167,20 @@ def reconstruct(
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
         if has_peak(*map(float, limits.compute())):
             found.psnr = psnr(float(_drop_nan(mse).mean(dtype=np.float64)))
-        found.r2 = by_value.r2()
+        if shapes is None:
+            found.r2 = by_value.r2()
+        else:
+            store.each_sample("reconstructions/", x_hat, model.data_units or DataUnits())
         errors, fields, columns, by_column = found.errors, samples.fields, samples.columns, None
         if columns is not None:
-            by_column = x_hat - samples.rows(range(n)).numpy()
+            by_column = np.asarray(x_hat) - samples.rows(range(n)).numpy()
             found.columns = columns.summary(by_value)
             store.table("reconstructions", columns.rows(x_hat), table)
             store.table("columns", found.columns, table)
         found.tabulate = functools.partial(_error_rows, errors, fields, columns, by_column)
         store.table("errors", found.tabulate(), table)
         if reconstructor and has_class_labels(samples):
-            found.coherence = coherence(reconstructor.model, samples, x_hat, seed, batch_size)
+            found.coherence = coherence(reconstructor.model, samples, np.asarray(x_hat), seed, batch_size)
         if found.coherence:
             store.table("coherence", found.coherence, table)
         if n_shown:
@@ -223,7 +237,7 @@ class _PartReconstructor:
 
 def _picture(
     samples: SampleSet,
-    x_hat: npt.NDArray[Any],
+    x_hat: Samples,
     mse: npt.NDArray[Any],
     n_shown: int,
     reconstructor: _PartReconstructor | None = None,
@@ -237,7 +251,7 @@ def _picture(
     groups = {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:].flip(0)}
     shown = {}
     for name, index in groups.items():
-        given, output = samples.rows(index), torch.from_numpy(np.asarray(x_hat[index.numpy()]))
+        given, output = samples.rows(index), rows_of(x_hat, index)
         shown[name] = (
             {"original": given} | ({"seen": reconstructor.shown(given)} if reconstructor else {}) | {"output": output}
         )

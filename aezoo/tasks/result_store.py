@@ -35,6 +35,45 @@ _ROWS = 2**10
 CURE = "make room, or choose a folder that can be written with --out"
 
 
+class SeparateArrays(Sequence[npt.NDArray[Any]]):
+    """Samples of several shapes, one after the other in one array.
+
+    Args:
+        flat: memory for the values of all samples.
+        shapes: the shape of each sample.
+    """
+
+    def __init__(self, flat: npt.NDArray[Any], shapes: Sequence[tuple[int, ...]]) -> None:
+        self.flat, self.shapes = flat, shapes
+        self._ends = np.cumsum([math.prod(shape) for shape in shapes])
+        self.base, self.dtype, self.size = flat.base, flat.dtype, flat.size
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        shape = self.shapes[index]
+        end = int(self._ends[index])
+        return self.flat[end - math.prod(shape) : end].reshape(shape)
+
+    def __setitem__(self, index: slice, values: npt.NDArray[Any]) -> None:
+        """Set one sample, (1, *shape)."""
+        self[index.start][...] = values[0]
+
+    def min(self) -> Any:
+        """The least value."""
+        return self.flat.min()
+
+    def max(self) -> Any:
+        """The largest value."""
+        return self.flat.max()
+
+
+Samples = npt.NDArray[Any] | SeparateArrays
+
+
 class Store:
     """Arrays and files of one task, in a folder or, without one, arrays in memory.
 
@@ -127,6 +166,32 @@ class Store:
         scaled = self.scratch(shape, dtype)
         self._scaled.append((self._units, scaled, self.array(name, shape, np.float64 if wide else np.float32)))
         return scaled
+
+    def separate(self, shapes: Sequence[tuple[int, ...]], dtype: npt.DTypeLike = np.float32) -> SeparateArrays:
+        """Empty samples of several shapes to fill, in a file without a name or in memory."""
+        return SeparateArrays(self.scratch((sum(map(math.prod, shapes)),), dtype), shapes)
+
+    def each_sample(self, name: str, x: Samples, units: DataUnits, kind: str = "png") -> None:
+        """Write each sample as `folder/name000000.png`, or as .npy if it is no picture or kind says so.
+
+        PNGs have the values of the training data. If these are scaled and do not say what white is, it is drawn from
+        the least to the largest value.
+        """
+        from PIL import Image
+
+        low, high = 0.0, 1.0
+        if units.scaling and units.white is None and x.size and x.dtype != np.uint8:
+            low, high = min(low, float(x.min())), max(high, float(x.max()))
+        for i, image in enumerate(x):
+            content = io.BytesIO()
+            if kind == "png" and image.ndim == 3 and len(image) in (1, 3):
+                shares = (units.shares_of_white(image) - low) / (high - low)
+                pixels = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+                Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(content, "PNG")
+                self.file(f"{name}{i:06d}.png", content.getvalue())
+            else:
+                np.save(content, units.values(image).astype(np.float32) if units.scaling else image)
+                self.file(f"{name}{i:06d}.npy", content.getvalue())
 
     def scratch(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """An empty array in a file without a name, or in memory."""
@@ -271,7 +336,7 @@ def _cell(value: Any) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def write_batch(array: npt.NDArray[Any], start: int, values: Tensor) -> None:
+def write_batch(array: Samples, start: int, values: Tensor) -> None:
     """Write a batch of results to its place; of a mapped file nothing stays in this process's memory."""
     values = values.detach()
     array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.result_store import Row
+from aezoo.tasks.result_store import Row, Samples, SeparateArrays
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,3 +87,9 @@ class Result:
 def sizes(shape: Iterable[int]) -> str:
     """A shape in words: 1x28x28."""
     return "x".join(map(str, shape))
+
+
+def count_of(x: Samples) -> str:
+    """How many samples there are, of which size, in words."""
+    shape = "several sizes" if isinstance(x, SeparateArrays) else sizes(x.shape[1:])
+    return f"{len(x):,} samples of {shape}"

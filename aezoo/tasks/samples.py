@@ -1,7 +1,7 @@
 """Samples as a model sees them, read a batch at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -18,11 +18,12 @@ from aezoo.data.array import to_channels_first
 from aezoo.data.classes import labels_of, original_labels, paths_of, subset
 from aezoo.data.columns import Columns, column_names
 from aezoo.data.in_memory import as_real_array, to_real_tensor
-from aezoo.data.loaders import collate, default_num_workers, local_processes, make_loader
+from aezoo.data.loaders import DecodingDataset, collate, default_num_workers, local_processes, make_loader
 from aezoo.data.readers import check_columns
 from aezoo.data.resident import load_into_memory
 from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
 from aezoo.errors import AezooError
+from aezoo.tasks.result_store import Samples, SeparateArrays
 from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng
 
@@ -35,8 +36,25 @@ _OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_an
 _OWN_NAMES |= {"rank", "neighbour", "distance"}
 
 
+class SeparateSamples(DecodingDataset):
+    """Pictures of several sizes, held in memory.
+
+    Args:
+        x: (C, H, W) each, uint8 or float32.
+    """
+
+    def __init__(self, x: Sequence[Tensor]) -> None:
+        self.x, self.shapes = x, [tuple(picture.shape) for picture in x]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        return (self.x[index],)
+
+
 class SampleSet:
-    """Samples of one shape, float32 as a model sees them; read on demand.
+    """Samples, float32 as a model sees them, read on demand; of one shape, or pictures of several sizes.
 
     Args:
         dataset: gives (x,) or (x, y), x of uint8 or float32; with `__getitems__` it is read in batches.
@@ -68,7 +86,7 @@ class SampleSet:
     @classmethod
     def from_data(
         cls,
-        x: "SampleSet | DataModule | Tensor | np.ndarray[Any, Any]",
+        x: "SampleSet | DataModule | Tensor | np.ndarray[Any, Any] | Sequence[Any]",
         split: Stage = "test",
         allow_missing: bool = False,
     ) -> "SampleSet":
@@ -77,7 +95,7 @@ class SampleSet:
         Args:
             x: samples; a DataModule, of which `split` is taken; a DataFrame, in the units of its columns; or a tensor
                 or an array (N, *shape) as a model sees it: bytes are scaled to [0, 1], floats stay unchanged. (N, H, W)
-                bytes become images of one channel.
+                bytes become images of one channel. A list of such pictures, (C, H, W) each, may have several sizes.
             split: train, val or test.
             allow_missing: whether a tensor or an array may hold NaN for missing values.
 
@@ -91,6 +109,11 @@ class SampleSet:
             named = x.source.class_names, name, x.num_workers, x.columns
             dataset = x.dataset(split)
             return cls(dataset, byte_divisor(x.scale), None, *named, x.units)
+        if isinstance(x, list | tuple) and len({tuple(np.shape(part)) for part in x}) > 1:
+            pictures = [cls.from_data(part[None], allow_missing=allow_missing).rows([0])[0] for part in x]
+            if any(picture.ndim < 2 or len(picture) != len(pictures[0]) for picture in pictures):
+                raise AezooError("x has rows of unequal shape: only the sizes of pictures may differ")
+            return cls(SeparateSamples(pictures), name="x", num_workers=0)
         if isinstance(x, LightningDataModule):
             raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
         shape = tuple(as_real_array(x, "x").shape)
@@ -112,8 +135,13 @@ class SampleSet:
         return f"SampleSet({self.name}: {len(self):,} of {'x'.join(map(str, self.shape))})"
 
     @property
+    def shapes(self) -> Sequence[tuple[int, ...]] | None:
+        """The shape of each of several sizes of pictures; None of samples of one shape."""
+        return getattr(self.dataset, "shapes", None)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
+        """Shape of one sample, the first."""
         dataset = self.dataset
         x = dataset.x[0] if isinstance(dataset, ArrayDataset) else dataset[0][0]
         return tuple(x.shape)
@@ -156,9 +184,11 @@ class SampleSet:
         return dict(zip(names, values, strict=True)) | self.notes
 
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
-        """The samples with these indices, (n, *shape), on the CPU."""
+        """The samples with these indices, (n, *shape), on the CPU; the middle that all have, if their sizes differ."""
         index = torch.as_tensor(list(index) if isinstance(index, range) else index)
         dataset: Any = self.dataset
+        if self.shapes is not None:
+            return middles([self._as_float(dataset[i][0]) for i in index.tolist()])
         if hasattr(dataset, "__getitems__"):
             items = dataset.__getitems__(index.tolist())
             x = (items if isinstance(items, tuple) else collate(items, labels=False))[0]
@@ -173,7 +203,13 @@ class SampleSet:
         return to_float32(x, self.levels)
 
     def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
-        """All samples in their order, `size` at a time, on the CPU; with a title it shows a progress bar."""
+        """All samples in their order, on the CPU; with a title it shows a progress bar.
+
+        Args:
+            size: samples at a time; of pictures of several sizes it is one.
+            title: that of the progress bar; none is shown without it.
+        """
+        size = size if self.shapes is None else 1
         with progress_bar(title, len(self)) as advance:
             for x in self._batches(size):
                 yield x
@@ -214,10 +250,14 @@ class SampleSet:
         binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
         return SampleSet(binary, self.levels, None, self.class_names, self.name, columns=self.columns, units=self.units)
 
-    def check(self, model: Autoencoder) -> "SampleSet":
+    def check(self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None) -> "SampleSet":
         """The same samples in the scale of the model's training data, if the model can use them.
 
         A table is scaled as the table that the model was trained on; an array is taken as it is.
+
+        Args:
+            model: the model.
+            sized: gives the model for samples of another shape; without it they must have the model's own.
 
         Raises:
             AezooError: no samples, another shape or other columns, values outside the range of the model's likelihood,
@@ -227,11 +267,12 @@ class SampleSet:
             raise AezooError(f"{self.name} holds no samples")
         if model.training:
             model.eval()
-        if self.shape != model.input_shape:
-            model.check_batch(torch.zeros(1, *self.shape))  # before scaling, which is of the training data's shape
+        for shape in (self.shapes or [self.shape]) if sized is None else []:
+            if shape != model.input_shape:
+                model.check_batch(torch.zeros(1, *shape))  # before scaling, which is of the training data's shape
         if model.data_units is not None and self._table_units is not None:
-            return self._in_units(model.data_units, self._table_units).check_values(model)
-        return self.check_values(model)
+            return self._in_units(model.data_units, self._table_units).check_values(model, sized)
+        return self.check_values(model, sized)
 
     @property
     def _table_units(self) -> DataUnits | None:
@@ -249,14 +290,17 @@ class SampleSet:
         named = self.class_names, self.name, self.num_workers, columns
         return SampleSet(self.dataset, self.levels, scaling, *named, trained)
 
-    def check_values(self, model: Autoencoder) -> "SampleSet":
+    def check_values(
+        self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None
+    ) -> "SampleSet":
         """The same samples, if their values are such as the model can use; see `check`."""
         n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
+        step = step if self.shapes is None else 1
         for start in range(0, n, step):
             x = self.rows(range(start, min(start + step, n)))
             if self.units is None and not start and not self.scaling:
                 self._check_scale(x, model)
-            model.check_batch(x)
+            (model if sized is None else sized(tuple(x.shape[1:]))).check_batch(x)
         return self
 
     def _check_scale(self, x: Tensor, model: Autoencoder) -> None:
@@ -272,6 +316,21 @@ class SampleSet:
                 f"{self.name} seems to be in the units of the data (absolute values of {given:.3g}): give a DataFrame, "
                 "an aezoo.DataModule, or (x - offset) / factor of model.data_units.scaling"
             )
+
+
+def middles(x: Sequence[Tensor]) -> Tensor:
+    """The middle that samples of one or several sizes all have, (n, C, *size)."""
+    sides = [min(sides) for sides in zip(*(sample.shape[1:] for sample in x), strict=True)]
+    for axis, side in enumerate(sides, start=1):
+        x = [sample.narrow(axis, (sample.shape[axis] - side) // 2, side) for sample in x]
+    return torch.stack(list(x))
+
+
+def rows_of(x: Samples, index: Tensor) -> Tensor:
+    """The samples of a result with these indices, (n, *shape); the middle that all have, if their sizes differ."""
+    if isinstance(x, SeparateArrays):
+        return middles([torch.from_numpy(x[i]) for i in index.tolist()])
+    return torch.from_numpy(np.asarray(x[index.numpy()]))
 
 
 def random_rows(n: int, max_rows: int | None, seed: int) -> Tensor:

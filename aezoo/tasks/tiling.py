@@ -11,6 +11,7 @@ code. If nothing lies between them, a tile passes both, and the code is never he
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.samples import reference_tensor
+from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.training import sizes
 from aezoo.training.model_names import display_name
 
 # blocks of the samples with which it is measured how far a network sees
 _BLOCKS = (16, 64, 256)
+# sizes whose models `Sized` keeps
+_MOST_KEPT = 8
+# values in a batch of samples that are not of the model's size
+_MOST_VALUES = 2**22
 
 
 def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512) -> Autoencoder:
@@ -56,6 +61,47 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512) -> Autoencod
         sized.forward = lambda x: sized.likelihood.mean(whole(x))  # type: ignore[method-assign]
         sized.score = lambda x: sized.nll(whole(x), x)  # type: ignore[method-assign]
     return sized
+
+
+class Sized:
+    """A model for samples of any shape, the last few of which are kept.
+
+    Args:
+        model: the model.
+        tile: sides of the tiles in which larger samples are processed; 0 processes them whole.
+    """
+
+    def __init__(self, model: Autoencoder, tile: int) -> None:
+        if tile < 0:
+            raise AezooError(f"tile takes a number of points, or 0 for none, got {tile}")
+        self.model, self.tile = model, tile
+        self._kept: dict[tuple[int, ...], Autoencoder] = {}
+
+    def __call__(self, shape: tuple[int, ...]) -> Autoencoder:
+        """The model for samples of a shape.
+
+        Raises:
+            AezooError: it takes no such samples.
+        """
+        if shape not in self._kept:
+            own = self.model.input_shape
+            if len(shape) != len(own) or shape[0] != own[0]:
+                self.model.check_batch(torch.empty(0, *shape))
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            in_tiles = self.tile and max(shape[1:], default=0) > self.tile
+            self._kept[shape] = (
+                tiled(self.model, shape[1:], self.tile)
+                if in_tiles
+                else self.model if shape == own else sizes.at_size(self.model, shape[1:])
+            )  # fmt: skip
+        return self._kept[shape]
+
+    def batch_size(self, samples: SampleSet, batch_size: int) -> int:
+        """How many samples to process at a time: fewer than `batch_size` of samples larger than the model's own."""
+        if samples.shapes is None and samples.shape == self.model.input_shape:
+            return batch_size
+        return min(batch_size, max(1, _MOST_VALUES // math.prod(samples.shape)))
 
 
 def _encoded(model: Autoencoder, x: Tensor) -> Tensor:

@@ -71,6 +71,15 @@ def rebuilt(model: Model, shape: tuple[int, ...], device: str | None = None) -> 
     return sized.train(model.training)
 
 
+def takes_any_size(model: "ModelInterface") -> bool:
+    """Whether the model takes samples of other sizes."""
+    try:
+        rebuilt(model, (model.input_shape[0], *(2 * n for n in model.input_shape[1:])), "meta")
+    except AezooError:
+        return False
+    return len(model.input_shape) > 1
+
+
 def stride_of(model: "ModelInterface") -> tuple[int, ...] | None:
     """Points of a sample that a place of the code stands for, along each side; None if the code is no such map."""
     if len(model.code_shape) != len(model.input_shape) or len(model.input_shape) < 2:

@@ -76,7 +76,7 @@ class Distortion:
 
 
 def table_row(
-    method: str, size: float, x: npt.NDArray[Any] | tuple[int, int], quality: float = math.nan, **figures: float
+    method: str, size: float, x: npt.NDArray[Any] | tuple[int, float], quality: float = math.nan, **figures: float
 ) -> Row:
     """A line of the table: `size` bytes for samples x, or for n samples of the given dimension."""
     n, dims = x if isinstance(x, tuple) else (len(x), math.prod(x.shape[1:]))

@@ -5,7 +5,8 @@
     H           header: plain JSON, the fields of `Header`
     frames      each 8 bytes L, the size of its payload; 4 bytes n, the samples in it; 32 bytes SHA-256 of the samples
                 that it decodes to; the payload. Lossy files and those of indices begin with a frame of 0 samples, their
-                tables.
+                tables. If pictures have sizes of their own, a frame is one picture, and before its payload stand its
+                sides, 4 bytes each, which L counts.
     32          SHA-256 of everything before
 
 A reader first compares the checksum, a piece at a time, then reads the header within bounds, then the sizes of the
@@ -37,9 +38,13 @@ MAX_BLOCK = 2**20
 MAX_THREADS = 1024
 # values of samples in a frame, which can be decoded without other frames; a single sample may have more
 MAX_FRAME_VALUES = 2**24
+# values of a picture that has a size of its own: 89 million pixels of three channels, as a folder's may have
+MAX_PICTURE = 2**28
 QUALITIES = (-8.0, 20.0)
 KINDS = ("npy", "png", "csv")
 _HEX = frozenset("0123456789abcdef")
+# fields that files leave out if they have this value
+_OPTIONAL = {"kind": "npy", "own_sizes": 0, "tile": 0}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Header:
             several rates.
         kind: what the samples were: png, pictures in files of their own; csv, the rows of a table; npy, anything else,
             which files do not name.
+        own_sizes: 1 if each frame is one picture and names its size; shape and code_shape are then the model's own.
+        tile: points a side of the tiles that the networks worked in, for samples with sides above it; 0 for none.
     """
 
     mode: str
@@ -84,6 +91,8 @@ class Header:
     seed: int = 0
     quality: float = 0.0
     kind: str = "npy"
+    own_sizes: int = 0
+    tile: int = 0
 
     @property
     def dims(self) -> int:
@@ -110,7 +119,8 @@ class Header:
             value = getattr(self, field.name)
             if not _is_instance(value, field.type):
                 raise ValueError(f"{field.name} is {str(value)[:40]!r}")
-        bounds = {"n": (1, 2**40), "block": (1, MAX_BLOCK), "threads": (1, MAX_THREADS), "quality": QUALITIES}
+        bounds = {"n": (1, 2**40), "block": (1, MAX_BLOCK), "threads": (1, MAX_THREADS), "quality": QUALITIES,
+                  "own_sizes": (0, 1), "tile": (0, 2**31)}  # fmt: skip
         if self.mode == "lossless":
             bounds |= {"precision": (1, 16)}
         for name, (low, high) in bounds.items():
@@ -160,12 +170,13 @@ class Writer:
     def __init__(self, file: IO[bytes], header: Header) -> None:
         header.check()
         self._file, self._digest, self.size = file, hashlib.sha256(), 0
-        content = {key: value for key, value in asdict(header).items() if (key, value) != ("kind", "npy")}
+        content = {key: value for key, value in asdict(header).items() if (key, value) not in _OPTIONAL.items()}
         text = json.dumps(content, separators=(",", ":")).encode()
         self._put(MAGIC + _HEAD.pack(VERSION, len(text)) + text)
 
-    def frame(self, n: int, digest: bytes, payload: bytes) -> None:
-        """Write n samples."""
+    def frame(self, n: int, digest: bytes, payload: bytes, sides: tuple[int, ...] = ()) -> None:
+        """Write n samples, or one that has sides of its own."""
+        payload = struct.pack(f"<{len(sides)}I", *sides) + payload
         self._put(_FRAME.pack(len(payload), n, digest) + payload)
 
     def close(self) -> None:
@@ -180,12 +191,13 @@ class Writer:
 
 @dataclass(frozen=True)
 class Frame:
-    """Position of a frame's payload, number of samples in it, and digest of the samples it decodes to."""
+    """Position of a frame's payload, number of samples in it, digest of the samples it decodes to, and their shape."""
 
     start: int
     size: int
     n: int
     digest: bytes
+    shape: tuple[int, ...]
 
 
 class Reader:
@@ -211,7 +223,7 @@ class Reader:
             with self.path.open("rb") as file:
                 self._end = _check_complete(file, self.path)
                 self.header, start = _header(file, self._end, self.path)
-                self.frames = _frames(file, start, self._end, self.path)
+                self.frames = _frames(file, start, self._end, self.path, self.header)
         except OSError as error:
             raise AezooError(
                 f"cannot read {path}: {error.strerror or error}; give a file that compress wrote"
@@ -222,22 +234,30 @@ class Reader:
             raise AezooError(
                 f"{path} is refused, its header is not one of compress: {' '.join(str(error).split())[:100]}"
             ) from error
-        counts = [frame.n for frame in self.frames]
-        if self.header.tables and counts[:1] != [0]:
+        if self.header.tables and (not self.frames or self.frames[0].n):
             raise AezooError(f"{path} is refused: it has no tables")
-        counts = counts[1:] if self.header.tables else counts
-        if not all(1 <= n <= max_samples_per_frame(self.header.shape) for n in counts):
+        frames = self.samples
+        counts = [frame.n for frame in frames]
+        most = 1 if self.header.own_sizes else max_samples_per_frame(self.header.shape)
+        if not all(1 <= n <= most for n in counts):
             raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress makes them")
         if sum(counts) != self.header.n:
             raise AezooError(
                 f"{path} is refused: it says that it holds {self.header.n} samples, its parts {sum(counts)}"
             )
-        needed = 4 * self.header.n * self.header.dims
+        if self.header.own_sizes and any(math.prod(frame.shape) > MAX_PICTURE for frame in frames):
+            raise AezooError(f"{path} is refused: a picture would have more than {MAX_PICTURE:,} values")
+        needed = 4 * sum(frame.n * math.prod(frame.shape) for frame in frames)
         if needed > max_bytes:
             raise AezooError(
                 f"{path} would decode to {needed:,} bytes, more than the limit of {max_bytes:,}: "
                 "if you trust it, raise max_bytes"
             )
+
+    @property
+    def samples(self) -> list[Frame]:
+        """The frames without that of the tables."""
+        return self.frames[1:] if self.header.tables else self.frames
 
     def payload(self, frame: Frame) -> bytes:
         """The content of a frame."""
@@ -274,7 +294,7 @@ def _header(file: IO[bytes], end: int, path: Path) -> tuple[Header, int]:
         raise ValueError(f"it would have {size} bytes")
     content = json.loads(file.read(size).decode())
     names = {field.name for field in fields(Header)}
-    if not isinstance(content, dict) or content.keys() | {"kind"} != names:
+    if not isinstance(content, dict) or content.keys() | _OPTIONAL != names:
         raise ValueError("fields are missing or too many")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     header = Header(**plain)
@@ -282,8 +302,9 @@ def _header(file: IO[bytes], end: int, path: Path) -> tuple[Header, int]:
     return header, start + size
 
 
-def _frames(file: IO[bytes], start: int, end: int, path: Path) -> list[Frame]:
+def _frames(file: IO[bytes], start: int, end: int, path: Path, header: Header) -> list[Frame]:
     found: list[Frame] = []
+    sides = struct.Struct(f"<{len(header.shape) - 1}I")
     while start < end:
         if end - start < _FRAME.size:
             raise AezooError(f"{path} is refused: the sizes of its parts do not add up")
@@ -292,6 +313,13 @@ def _frames(file: IO[bytes], start: int, end: int, path: Path) -> list[Frame]:
         start += _FRAME.size
         if size > end - start:
             raise AezooError(f"{path} is refused: the sizes of its parts do not add up")
-        found.append(Frame(start, size, n, digest))
+        shape, own = header.shape, sides.size if header.own_sizes and n else 0
+        if own > size:
+            raise AezooError(f"{path} is refused: the sizes of its parts do not add up")
+        if own:
+            shape = (shape[0], *sides.unpack(file.read(own)))
+            if min(shape) < 1:
+                raise AezooError(f"{path} is refused: a picture has no size")
+        found.append(Frame(start + own, size - own, n, digest, shape))
         start += size
     return found

@@ -16,7 +16,7 @@ codebook, indices are written as digits of at most 16 bits, lowest first, each w
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -236,9 +236,16 @@ class TableCoder:
     @classmethod
     def fit(cls, codebooks: list[IndexCodebook], parts: Iterator[Indices]) -> "TableCoder":
         """Fit tables to indices, which come in parts (n, D)."""
+        return cls.fit_sizes(codebooks, ((codebooks, part) for part in parts))
+
+    @classmethod
+    def fit_sizes(
+        cls, codebooks: list[IndexCodebook], parts: Iterable[tuple[list[IndexCodebook], Indices]]
+    ) -> "TableCoder":
+        """Fit tables to indices of samples of several sizes: each part with the same codebooks at its own places."""
         counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in digit_sizes(codebook.size)]
-        for part in parts:
-            for count, digit in zip(counts, _digits(codebooks, part), strict=True):
+        for places, part in parts:
+            for count, digit in zip(counts, _digits(places, part), strict=True):
                 count += np.bincount(digit, minlength=len(count))
         digit_tables = [IndexTable.fit(count) for count in counts]
         bits = sum(table.bits(count) for table, count in zip(digit_tables, counts, strict=True))

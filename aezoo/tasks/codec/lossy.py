@@ -31,6 +31,7 @@ from aezoo.tasks.codec import tables
 Floats = npt.NDArray[np.float32]
 Symbols = npt.NDArray[np.int64]
 Decode = Callable[[Floats], npt.NDArray[Any]]
+Slopes = Callable[[Floats, Decode, npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 STEPS = ("fitted", "deviation")
 _SHARE_BITS = 12  # a bin's share is a multiple of 2^-12
 _MAX_BINS = 64
@@ -49,7 +50,9 @@ class ScalarQuantiser:
     step: Floats
 
     @classmethod
-    def fit(cls, codes: Floats, decode: Decode, quality: float, steps: str = "fitted") -> "ScalarQuantiser":
+    def fit(
+        cls, codes: Floats, decode: Decode, quality: float, steps: str = "fitted", slopes: Slopes | None = None
+    ) -> "ScalarQuantiser":
         """Fit to codes.
 
         Args:
@@ -57,13 +60,14 @@ class ScalarQuantiser:
             decode: maps codes to outputs.
             quality: bits, see above.
             steps: fitted, by the decoder's sensitivity as above; or deviation, step_d = 2^-quality deviation_d.
+            slopes: another measure of the sensitivity than `sensitivity`.
         """
         # one of the values, so that a dimension that is constant, or mostly 0, is restored exactly
         offset = np.quantile(codes, 0.5, axis=0, method="lower").astype(np.float32)
         deviation = codes.std(axis=0, dtype=np.float64)
         if steps == "deviation":
             return cls(offset, (deviation * 2.0**-quality).astype(np.float32))
-        slope = sensitivity(codes, decode, deviation)
+        slope = (slopes or sensitivity)(codes, decode, deviation)
         scale = float(np.max(slope * deviation))
         with np.errstate(divide="ignore", invalid="ignore"):
             step = np.where(slope * deviation > 0, 2.0**-quality * scale / slope, 0)

@@ -42,5 +42,19 @@ def pca(train: Array, test: Array, size: int) -> tuple[float, Array, Array]:
     # sklearn picks an exact solver where it is fast and a randomised one otherwise
     fitted = PCA(size, random_state=0).fit(train)
     code = fitted.transform(test)
-    error = float(np.square(fitted.inverse_transform(code).astype(np.float64) - test).mean())
-    return error, fitted.transform(train), code
+    return _error(fitted, code, test), fitted.transform(train), code
+
+
+def pca_of_bytes(train: Array, test: Array, size: int) -> float:
+    """The error of PCA's code of `size` numbers, each rounded to one of 256 values between those of `train`."""
+    from sklearn.decomposition import PCA
+
+    fitted = PCA(size, random_state=0).fit(train)
+    code = fitted.transform(train)
+    low, step = code.min(0), (code.max(0) - code.min(0)) / 255
+    code = fitted.transform(test)
+    return _error(fitted, low + step * np.round((code - low) / step).clip(0, 255), test)
+
+
+def _error(fitted: Any, code: Array, x: Array) -> float:
+    return float(np.square(fitted.inverse_transform(code).astype(np.float64) - x).mean())

@@ -6,44 +6,36 @@
 import math
 import sys
 from collections.abc import Sized
-from datetime import timedelta
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 import aezoo
-from aezoo.callbacks import Throughput
-from aezoo.data.source import Stage
+from aezoo import registry
+from aezoo.data.source import ArrayDataset, Stage
+from aezoo.errors import AezooError
+from aezoo.metrics import Evaluation
 from aezoo.metrics.similarity import psnr
 from aezoo.tasks.embed_codes import choose_rows, probe_accuracies
+from aezoo.tasks.fidelity import fid
+from aezoo.tasks.fidelity_features import Features, choose_features
+from aezoo.tasks.generate import generate
+from aezoo.tasks.samples import SampleSet
 
 from . import codes, processes
+from .convergence import Budget, Convergence, phase_epochs
 
-# test figures of `Evaluation` that become columns
-TEST_METRICS = ("loss", "nll", "mse", "psnr", "ssim", "bits_per_dim", "log_likelihood")
+STAGES: tuple[Stage, ...] = ("train", "val", "test")
+# test figures of the loss that become columns
+TEST_METRICS = ("loss", "nll", "bits_per_dim", "log_likelihood")
+# real training samples, and generated ones, that an FID compares
+_MAX_REAL = 10_000
 _CHUNK = 500
 # the size of a 64 x 64 image; a logistic regression on more numbers takes minutes
 _MAX_PROBE_DIM = 4096
-
-
-class _RateRecorder(pl.Callback):
-    """The rates that `Throughput` logs, for every epoch."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def record(self, trainer: pl.Trainer) -> None:
-        """Keep the rate of the epoch that has ended, if it had more than the warm-up batch."""
-        if (rate := trainer.callback_metrics.get("train/samples_per_s")) is not None:
-            self.values.append(float(rate))
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # an epoch's values are in callback_metrics only after all of its hooks have run
-        self.record(trainer)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -55,25 +47,21 @@ def open_data(options: dict[str, Any], seed: int) -> aezoo.DataModule:
     """Open the data. The splits do not depend on the seed, so rows are comparable; the order of training does.
 
     Args:
-        options: the DataModule's arguments. `rows` limits the samples for training and for the test; they are the
-            same in every run.
+        options: the DataModule's arguments. `rows` limits the samples of each split; they are the same in every run.
         seed: fixes the order.
     """
     rows = options.get("rows")
     data = aezoo.DataModule(**{name: value for name, value in options.items() if name != "rows"})
     if rows:
-        (x, y), (x_test, y_test) = (limited_split(data, stage, rows) for stage in ("train", "test"))
-        kept = {"scale": "none", "val_fraction": 0.0, "batch_size": data.batch_size}
-        data = aezoo.DataModule.from_arrays(x, y, x_test=x_test, y_test=y_test, **kept)
+        (x, y), (x_val, y_val), test = (limited_split(data, stage, rows) for stage in STAGES)
+        more = {"x_val": x_val, "y_val": y_val, "x_test": test[0], "y_test": test[1]}
+        data = aezoo.DataModule.from_arrays(x, y, **more, scale="none", batch_size=data.batch_size)
     data.seed = seed
     return data
 
 
 def quiet_trainer(spec: dict[str, Any], **settings: Any) -> pl.Trainer:
-    """A trainer on one device of the spec's accelerator, without output and validation.
-
-    Nothing is selected on the validation split: the model of the last step is measured.
-    """
+    """A trainer on one device of the spec's accelerator, without output and Lightning's validation."""
     off: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -87,30 +75,27 @@ def limited_split(data: aezoo.DataModule, stage: Stage, max_samples: int | None)
 
 
 def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train for the spec's budget and measure on the test split.
+    """Train until the budget's rule ends it, and measure the best weights on the test split.
 
     Args:
-        spec: model, hyperparameters, data (the DataModule's arguments), seed, epochs or seconds, precision,
-            probe_rows and importance_samples.
+        spec: model, hyperparameters, data (the DataModule's arguments), seed, budget, precision, probe_rows,
+            importance_samples, and features, the file that `baselines` has written.
     """
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
-    data = open_data(spec["data"], spec["seed"])
-    model = aezoo.create_model(spec["model"], data.input_shape, **spec["hyperparameters"])
+    data, budget = open_data(spec["data"], spec["seed"]), Budget(*spec["budget"])
+    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
+    if "phase_epochs" in registry.hyperparameters(spec["model"]):
+        plain["phase_epochs"] = phase_epochs(len(data.train_dataloader()))
+    model = aezoo.create_model(spec["model"], data.input_shape, **plain)
     model.importance_samples = spec["importance_samples"]
-    seconds, epochs = spec["seconds"], spec["epochs"]
-    timer, rates = (
-        Timer(timedelta(seconds=seconds) if seconds else None, interval="step", verbose=False),
-        _RateRecorder(),
-    )
-    callbacks = [Throughput(), rates, timer]
-    trainer = quiet_trainer(spec, max_epochs=epochs or -1, precision=spec["precision"], callbacks=callbacks)
+    model.compile_mode = "off"  # the compiler's seconds would count, in a run of unknown length
+    rule = Convergence(*limited_split(data, "val", budget.samples), data.batch_size, budget)
+    trainer = quiet_trainer(spec, max_epochs=-1, precision=spec["precision"], callbacks=[rule])
     trainer.fit(model, data)
-    rates.record(trainer)
-    row = {
-        "epochs": round(trainer.fit_loop.epoch_loop.batch_progress.total.completed / trainer.num_training_batches, 2),
-        "steps": trainer.global_step,
-        "seconds": timer.time_elapsed("train"),
-        "samples_per_s": float(np.median(rates.values)) if rates.values else "",
+    sizes = {stage: len(cast(Sized, data.dataset(stage))) for stage in STAGES}
+    row = rule.columns | {
+        "splits": " ".join(map(str, sizes.values())),
+        "samples_per_s": rule.columns["epochs"] * sizes["train"] / rule.training_seconds,
         "peak_mb": peak_mb(trainer.strategy.root_device),
         "threads": torch.get_num_threads(),
         "device": trainer.strategy.root_device.type,
@@ -119,7 +104,41 @@ def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
     }
     figures = trainer.test(model, data, verbose=False)[0]
     row |= {name: figures[f"test/{name}"] for name in TEST_METRICS if f"test/{name}" in figures}
-    return row | _code_figures(model.to(trainer.strategy.root_device), data, spec["probe_rows"])
+    model.to(trainer.strategy.root_device).eval()
+    row |= _code_figures(model, data, spec["probe_rows"])
+    x_hat, figures = _reconstruction(model, data.tensors("test")[0])
+    return row | figures | _fidelity(model, x_hat, spec)
+
+
+@torch.no_grad()
+def _reconstruction(model: aezoo.Autoencoder, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Reconstructions of samples as they are; `trainer.test` corrupts those of a denoiser."""
+    evaluation = Evaluation(model.input_shape, model.device)
+    parts = []
+    for part in x.split(_CHUNK):
+        part = part.to(model.device)
+        parts.append(model(part))
+        evaluation.add({}, part, parts[-1])
+    return torch.cat(parts).cpu(), {name: float(value) for name, value in evaluation.compute().items()}
+
+
+def _fidelity(model: aezoo.Autoencoder, x_hat: Tensor, spec: dict[str, Any]) -> dict[str, Any]:
+    """FID of reconstructions to the test samples, and of as many samples of the model's own prior as real ones."""
+    if not spec["features"]:
+        return {}
+    stored = torch.load(spec["features"], weights_only=False)  # of `baselines`
+    features: Features = stored["features"]
+    row: dict[str, Any] = {"features": features.name}
+    drawn = {"rfid": (stored["test"], x_hat)}
+    try:
+        if model.has_prior:
+            found = generate(model, prior="own", n=len(stored["train"]), seed=spec["seed"])
+            drawn["fid"] = stored["train"], torch.from_numpy(np.array(found.samples))
+        for name, (real, fake) in drawn.items():
+            row[name] = fid(real, features.all(SampleSet(ArrayDataset(fake)), _CHUNK))
+    except AezooError as error:  # the other figures of minutes of training stay
+        row["note"] = f"no FID: {error}"
+    return row
 
 
 @torch.inference_mode()
@@ -152,7 +171,8 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
     """Figures without a model, `{"baselines": {code size: columns}}`; code size 0 stands for raw pixels.
 
     Args:
-        spec: data, probe_rows and sizes.
+        spec: data, probe_rows, sizes, and features, a file to write: the feature space of FID, and the features of test
+            samples and of at most 10,000 training samples.
     """
     data = open_data(spec["data"], seed=0)
     (x_train, y_train), (x_test, y_test) = data.tensors("train"), data.tensors("test")
@@ -167,11 +187,18 @@ def baselines(spec: dict[str, Any]) -> dict[str, Any]:
                 return {}
             error, code_train, code_test = codes.pca(train, test, size)
             found = {"pca_mse": error, "pca_psnr": psnr(error)}
+            found["pca_mse_at_bits"] = codes.pca_of_bytes(train, test, size)
         if data.num_classes and y_train is not None and y_test is not None:
             shares = probe_accuracies(code_train[rows], y_train[rows].numpy(), code_test, y_test.numpy())
             found |= {f"{'pca' if size else 'pixels'}_{name}": value for name, value in shares.items()}
         return found
 
+    if spec["features"]:
+        samples = {stage: SampleSet.from_data(data, stage) for stage in ("train", "test")}
+        features = choose_features(samples["train"], torch.device("cpu"), 0, False)
+        samples["train"] = samples["train"].subsample(_MAX_REAL)
+        stored = {stage: features.all(found, _CHUNK) for stage, found in samples.items()}
+        torch.save(stored | {"features": features}, spec["features"])
     return {"baselines": {size: columns(size) for size in spec["sizes"]}}
 
 

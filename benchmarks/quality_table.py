@@ -8,44 +8,27 @@ from typing import Any
 
 from .common import ResultsCSV, as_text, number
 
-KEY = ("model", "code_size", "seed", "budget", "batch_size", "probe_rows")
-BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr")
+KEY = ("model", "kind", "size", "seed", "budget", "batch_size", "probe_rows", "importance_samples")
+BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr", "pca_mse_at_bits")
 
 
 class QualityTable(ResultsCSV):
-    """A table in which a setting that did not affect a run's figures does not make a separate row.
+    """A table whose rows share baselines, which depend only on the data and on the size of codes."""
 
-    `importance_samples` is empty without a log_likelihood, and in rows from before it was recorded. `most_seconds` is
-    the time limit of a run; a run that reached its epochs earlier equals one without a limit.
-    """
-
-    def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
-        """The row of the same run, if there is one; preferably with the same `most_seconds`."""
-        wanted = {name: as_text(row.get(name)) for name in (*self.key, "importance_samples", "most_seconds")}
-        same = [candidate for candidate in self.rows if self._same(candidate, wanted)]
-        exact = [there for there in same if there.get("most_seconds", "") == wanted["most_seconds"]]
-        return next(iter(exact + same), None)
-
-    def _same(self, other: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-        if any(other.get(name, "") != wanted[name] for name in self.key):
-            return False
-        if len({other.get("importance_samples", ""), wanted["importance_samples"]} - {""}) > 1:
-            return False
-        most = wanted["most_seconds"]
-        took = number(other, "seconds")
-        in_time = not most or (took is not None and took <= float(most))
-        return other.get("most_seconds", "") == most or (reached_budget(other) and in_time)
-
-    def put_run(self, row: Mapping[str, Any]) -> None:
-        """Put a run's row; the number of draws is a setting only if samples were drawn, or may have been."""
-        drawn = row.get("error") or row.get("log_likelihood") is not None
-        self.put({**row, "importance_samples": row["importance_samples"] if drawn else None})
+    def needs(self, row: Mapping[str, object]) -> bool:
+        """Whether the row still has to be measured: also a run that its limit of time ended, with a longer one."""
+        there = self.find(row) or {}
+        limit = number(there, "most_seconds") or 0.0
+        is_cut = there.get("stopped") == "capped" and limit < float(str(row["most_seconds"]))
+        if is_cut:
+            self.check_writable()
+        return is_cut or super().needs(row)
 
     def baselines(self, probe_rows: int) -> dict[int, dict[str, str]]:
-        """Existing baselines by code size, 0 for raw pixels; they depend only on the data."""
+        """Existing baselines by code size, 0 for raw pixels."""
         known: dict[int, dict[str, str]] = {}
         for row in self._probed(probe_rows):
-            for size, prefix in ((0, "pixels_"), (int(row["code_size"]), "pca_")):
+            for size, prefix in ((0, "pixels_"), (int(row["size"]), "pca_")):
                 found = {name: row[name] for name in BASELINE if name.startswith(prefix) and row.get(name)}
                 known |= {size: found} if found else {}
         return known
@@ -57,7 +40,7 @@ class QualityTable(ResultsCSV):
             return [
                 (row, name, value)
                 for row in self._probed(probe_rows)
-                for name, value in {**baselines.get(0, {}), **baselines.get(int(row["code_size"]), {})}.items()
+                for name, value in {**baselines.get(0, {}), **baselines.get(int(row["size"]), {})}.items()
                 if not row.get(name)
             ]
 
@@ -68,15 +51,8 @@ class QualityTable(ResultsCSV):
 
     def _probed(self, probe_rows: int) -> Iterable[dict[str, str]]:
         # a size that is not a number was written by hand
-        rows = (row for row in self.rows if row.get("code_size", "").isdigit())
+        rows = (row for row in self.rows if row.get("size", "").isdigit())
         return (row for row in rows if row.get("probe_rows") == str(probe_rows))
-
-
-def reached_budget(row: Mapping[str, str]) -> bool:
-    """Whether a run reached its budget of epochs."""
-    requested = row.get("budget", "").partition("epochs=")[2]
-    epochs = number(row, "epochs")
-    return bool(requested) and epochs is not None and epochs >= float(requested)
 
 
 def dataset_name(data: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Turn the CSVs of the benchmarks into RESULTS.md and pictures; neither contains hand-written figures.
+"""Turn the CSVs of the benchmarks into RESULTS.md, pages and pictures; none contains hand-written figures.
 
-    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md
-    python -m benchmarks.report --results DIR      another folder; RESULTS.md is written into it
+    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md and docs/results
+    python -m benchmarks.report --results DIR      another folder; RESULTS.md and the pages are written into it
 
 Each table stands below the commands from the head of its CSV. Missing parts are left out with a message.
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-from . import report_pca, report_tasks, targets
+from . import report_pca, report_tasks, report_zoo, targets
 from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
 from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, format_number, markdown, spread, words
-from .report_sections import SECTIONS, Section
+from .report_sections import SECTIONS, Section, is_of_fixed_budget
 from .speed import KEY, count_existing_rows
 
 # columns that are settings, not figures, when rows are merged over seeds
 _GROUP = (
-    *("dataset", "model", "code_size", "budget", "batch_size", "probe_rows", "importance_samples", "most_seconds"),
-    *("steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
+    *("dataset", "model", "kind", "size", "code_size", "budget", "batch_size", "probe_rows", "importance_samples"),
+    *("most_seconds", "steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_per_place",
 )
 # columns that are needed to identify a row, by the prefix of a CSV's name
@@ -36,8 +36,10 @@ _MAX_PEAK_RATIO = 1.25
 
 
 def _setting(row: Row) -> tuple[str, ...]:
-    """The settings that the seeds of a row share; steps are a setting only if they are the budget."""
-    return tuple("" if name == "steps" and row.get("budget") else row.get(name, "") for name in _GROUP)
+    """The settings that the seeds of a row share; steps only if they are the budget, a limit only of fixed budgets."""
+    free = {"steps"} if row.get("budget") else set()
+    free |= set() if is_of_fixed_budget(row) else {"most_seconds"}
+    return tuple("" if name in free else row.get(name, "") for name in _GROUP)
 
 
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -124,11 +126,12 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         shown = [
             f"### {stem}\n\n{_table(section, with_row_counts(stem, *content), content[1])}"
             for stem, content in found.items()
-            if content[1]
+            if any(map(section.is_shown, content[1]))
         ]
         if shown:
             parts += ["\n\n".join(filter(None, [f"## {section.title}", section.text])), *shown]
     quality = quality_rows({stem: rows for stem, (_, rows) in read.items()})
+    quality = [row for row in quality if is_of_fixed_budget(row)]
     parts += filter(None, [report_pca.section(comparable(quality), quality)])
     if verbs:
         parts.insert(0, report_tasks.section(verbs, folder, home))
@@ -159,6 +162,23 @@ def _row_count(command: str, kind: str, precision: str, rows: Sequence[Row]) -> 
     except (AezooError, SystemExit, ValueError):  # an old flag or model, or an unclosed quote
         return "  # how many of its rows are here is not known"
     return "" if existing == requested else f"  # {existing} of {requested} rows"
+
+
+def zoo_pages(folder: Path) -> dict[str, str]:
+    """The pages of the zoo, by the name of their file; empty without converged rows."""
+    rows: list[Row] = []
+    commands: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("quality-*.csv")):
+        head, runs = _read(path)
+        if runs and "kind" in runs[0]:
+            rows += report_zoo.zoo_rows(runs, merge_seeds(runs))
+            commands.setdefault(runs[0]["dataset"], []).extend(head)
+    return report_zoo.pages(rows, commands)
+
+
+def pages_folder(home: Path) -> Path:
+    """The folder of the pages beside a RESULTS.md in `home`: docs/results in a checkout."""
+    return home.parent / "docs" / "results" if home == PACKAGE else home
 
 
 def target_table(files: Mapping[str, list[Row]]) -> str:
@@ -203,11 +223,12 @@ def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | N
 
 def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> str:
     columns = section.columns or tuple(words(name, name) for name in rows[0])
+    rows = [row for row in rows if section.is_shown(row)]
     code = "\n".join(["```bash", *commands, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
         # errors are comparable only at equal bits
         rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_per_place") or 0)
-    return code + markdown(columns, [row for row in rows if section.is_shown(row)])
+    return code + markdown(columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,15 +253,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         (home / "RESULTS.md").write_text(whole, encoding="utf-8")
     except OSError as error:
         raise AezooError(f"cannot write {home / 'RESULTS.md'}: {error.strerror}") from error
+    found, place = zoo_pages(folder), pages_folder(home)
+    for name, page in found.items():
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(f"{page}\n", encoding="utf-8")
+        print(place / name)
     for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")
     print(home / "RESULTS.md")
 
 
 def quality_rows(rows: Mapping[str, list[Row]]) -> list[Row]:
-    """Medians over seeds of all data sets."""
+    """Medians over seeds of all data sets, of models whose codes are numbers."""
     runs = (part for stem, part in rows.items() if stem.startswith("quality-") and "-recipes-" not in stem)
-    return [row for part in runs for row in merge_seeds(part) if row["seeds"] != "0"]
+    merged = [row for part in runs for row in merge_seeds(part) if row["seeds"] != "0"]
+    return [row for row in merged if row.get("kind") in (None, "", "numbers")]
 
 
 def machine_name(stem: str) -> str:

@@ -30,6 +30,11 @@ def _is_notable_layer(row: Row) -> bool:
     return row.get("chosen") != "torch" or (number(row, "lost") or 1) > 1.1
 
 
+def is_of_fixed_budget(row: Row) -> bool:
+    """Whether a row of `quality` is from before trainings ended by convergence; the others have pages of their own."""
+    return not row.get("kind")
+
+
 SECTIONS = (
     Section(
         "peers-quality-",
@@ -182,6 +187,7 @@ SECTIONS = (
         "of epochs. Processor: given where a row names it. Rates, and results of budgets in seconds, compare only on "
         "the same processor.",
         of.QUALITY,
+        is_of_fixed_budget,
     ),
     Section("", "Others", "", ()),
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ _INCEPTION_BATCH = 32
 
 @dataclass
 class Features:
-    """A space for `fidelity`.
+    """A space for `fidelity`; it can be pickled, so that several processes share one.
 
     Attributes:
         name: its name in the table of metrics.
@@ -83,17 +84,16 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     with cached_weights("inception_v3", "do without") as state:
         network.load_state_dict(state)
     network.fc = nn.Identity()
-    network.to(device).eval()
+    return partial(_inception_features, network.to(device).eval(), device)
 
-    def extract(x: Tensor) -> Tensor:
-        colour = x.to(device).clamp(0, 1).expand(-1, 3, -1, -1)
-        found = []
-        for part in colour.split(_INCEPTION_BATCH):
-            large = nn.functional.interpolate(part, (299, 299), mode="bilinear", antialias=True)
-            found.append(network(2 * large - 1))  # [0, 1] to the [-1, 1] that these weights were trained on
-        return torch.cat(found)
 
-    return extract
+def _inception_features(network: nn.Module, device: torch.device, x: Tensor) -> Tensor:
+    colour = x.to(device).clamp(0, 1).expand(-1, 3, -1, -1)
+    found = []
+    for part in colour.split(_INCEPTION_BATCH):
+        large = nn.functional.interpolate(part, (299, 299), mode="bilinear", antialias=True)
+        found.append(network(2 * large - 1))  # [0, 1] to the [-1, 1] that these weights were trained on
+    return torch.cat(found)
 
 
 # ---- a small classifier ---------------------------------------------------------------------------------------------
@@ -116,15 +116,17 @@ def _classifier(
         # of variance 1 on the average: how large activations are says nothing
         unit = torch.cat([network.activations(part.to(device)) for part in x.split(_BATCH)]).var(0).mean().sqrt()
 
-    def extract(part: Tensor) -> Tensor:
-        return network.activations(part.to(device)) / unit.clamp_min(1e-12)
-
+    extract = partial(_scaled_activations, network, unit.clamp_min(1e-12), device)
     name = f"a small classifier of {train.name}"
     if held:
         with torch.no_grad():
             found = concatenate(network.head(extract(part)).argmax(1) for part in x[:held].split(_BATCH))
         name += f" (accuracy {float((found == y[:held]).float().mean()):.3f})"
     return Features(name, extract)
+
+
+def _scaled_activations(network: Classifier, unit: Tensor, device: torch.device, x: Tensor) -> Tensor:
+    return network.activations(x.to(device)) / unit
 
 
 # ---- principal components -------------------------------------------------------------------------------------------
@@ -139,4 +141,8 @@ def _pca(x: Tensor) -> Features:
         fitted = PCA(min(_COMPONENTS, *flat.shape), random_state=0).fit(flat)
     mean, axes = torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_)
     name = f"{len(axes)} principal components of raw values (no labels, no Inception weights at hand)"
-    return Features(name, lambda part: (part.cpu().flatten(1) - mean) @ axes.T)
+    return Features(name, partial(_components, mean, axes))
+
+
+def _components(mean: Tensor, axes: Tensor, x: Tensor) -> Tensor:
+    return (x.cpu().flatten(1) - mean) @ axes.T

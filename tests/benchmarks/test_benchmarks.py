@@ -299,12 +299,13 @@ def test_partial_row_is_a_failure_without_traceback(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_forked_rows_come_back_from_all_threads_and_end_in_time():
     data = {"name": "digits", "root": "data", "batch_size": 128}
-    baselines = {"data": data, "probe_rows": 20, "sizes": [2]}
+    baselines = {"data": data, "probe_rows": 20, "sizes": [2], "features": ""}
     with ThreadPoolExecutor(4) as pool:
         rows = [*pool.map(lambda _: processes.run_row("quality_row", baselines, 100, warm=True), range(8))]
     assert all(row == rows[0] and "pca_mse" in row["baselines"]["2"] for row in rows)
-    endless = {"model": "linear_ae", "hyperparameters": {}, "seed": 0, "data": data, "epochs": 10**6, "seconds": None}
+    endless = {"model": "linear_ae", "hyperparameters": {}, "seed": 0, "data": data, "features": ""}
     endless |= {"precision": "32-true", "accelerator": "cpu", "probe_rows": 20, "importance_samples": 1}
+    endless |= {"budget": [100, 10**9, 0.0, 1e9, 100]}
     before = {*processes._running}
     assert processes.run_row("quality_row", endless, 2, warm=True) == {"error": "no result after 2 s"}
     assert {*processes._running} == before

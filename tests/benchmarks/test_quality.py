@@ -3,25 +3,31 @@
 import csv
 import math
 import shutil
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
-from aezoo import DataModule, create_model
+from aezoo import DataModule, create_model, registry
 from aezoo.errors import AezooError
 from aezoo.tasks.embed_codes import probe_accuracies
-from benchmarks import codes, quality, quality_row
-from benchmarks.common import ResultsCSV, read_csv
+from benchmarks import codes, convergence, quality, quality_row
+from benchmarks.common import read_csv
+from benchmarks.convergence import Budget, Convergence
 from benchmarks.quality_table import dataset_name
 
-DIGITS = ["--data", "digits", "--models", "dense_ae", "vae", "--epochs", "1", "--accelerator", "cpu"]
+SHORT = ["--interval", "12", "--patience", "2", "--least", "0.5"]
+DIGITS = ["--data", "digits", "--models", "dense_ae", "vae", *SHORT, "--accelerator", "cpu"]
+
+OFF = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 
 
 def rows_of(folder):
     (path,) = folder.glob("quality-digits-fp32-pt*-cpu*.csv")
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# command: python -m benchmarks.quality --data digits --models dense_ae vae --epochs 1")
+    assert lines[0].startswith("# command: python -m benchmarks.quality --data digits --models dense_ae vae --interval")
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
@@ -35,14 +41,17 @@ def results(tmp_path_factory):
 def test_every_run_is_a_row_with_filled_columns(results):
     rows = {row["model"]: row for row in rows_of(results)}
     assert rows.keys() == {"dense_ae", "vae"} and tuple(rows["vae"]) == (*quality.COLUMNS[:-1], "processor", "error")
-    never = {"l0", "error", "pca_mse_at_l0", "most_seconds"}
-    bound = {"bits_per_dim", "log_likelihood", "importance_samples"}
+    never = {"l0", "bits", "error", "note", "pca_mse_at_l0"}
+    bound = {"bits_per_dim", "log_likelihood", "fid"}
     for name, empty in (("dense_ae", never | bound), ("vae", never)):
         assert {column for column, cell in rows[name].items() if not cell} == empty, name
     vae = {name: float(cell) for name, cell in rows["vae"].items() if name in ("loss", "bits_per_dim", "mse", "psnr")}
     assert vae["bits_per_dim"] == pytest.approx(vae["loss"] / 64 / math.log(2), rel=1e-4)
     assert vae["psnr"] == pytest.approx(-10 * math.log10(vae["mse"]), rel=1e-4)
-    assert float(rows["vae"]["epochs"]) == 1 and int(rows["vae"]["steps"]) == math.ceil(1437 / 128)
+    assert {row["stopped"] for row in rows.values()} == {"converged"} and "digits" in rows["vae"]["features"]
+    # no fall by half of the whole fall in the last two evaluations
+    assert int(rows["vae"]["steps"]) % 12 == 0 and rows["vae"]["patience"] == "24"
+    assert float(rows["vae"]["epochs"]) == int(rows["vae"]["steps"]) / math.ceil(1437 / 128)
 
 
 def test_pca_baseline_matches_svd_of_training_split(results):
@@ -50,19 +59,88 @@ def test_pca_baseline_matches_svd_of_training_split(results):
     (train, _), (test, _) = ((x.flatten(1).double().numpy(), y) for x, y in map(data.tensors, ("train", "test")))
     directions = np.linalg.svd(train - train.mean(0), full_matrices=False)[2]
     for row in rows_of(results):
-        kept = directions[: int(row["code_size"])]
+        kept = directions[: int(row["size"])]
         rest = test - train.mean(0) - (test - train.mean(0)) @ kept.T @ kept
         assert float(row["pca_mse"]) == pytest.approx(np.square(rest).mean(), rel=1e-4)
         assert float(row["pca_psnr"]) == pytest.approx(10 * math.log10(1 / np.square(rest).mean()), rel=1e-4)
 
 
 @pytest.mark.slow
-def test_time_limit_ends_run_of_epochs(tmp_path):
-    argv = ["--data", "digits", "--models", "linear_ae", "--epochs", "10000", "--most-seconds", "1", "--seeds", "1"]
-    quality.main([*argv, "--results", str(tmp_path)])
-    (path,) = tmp_path.glob("*.csv")
-    (row,) = csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
-    assert row["budget"] == "epochs=10000" and 0 < float(row["epochs"]) < 10000 and 1 <= float(row["seconds"]) < 60
+def test_best_weights_are_restored_and_capped_run_says_so():
+    torch.manual_seed(0)
+    data, model = DataModule("digits", batch_size=64), create_model("vae", (1, 8, 8), latent_dim=4)
+    rule = Convergence(*data.tensors("val"), 64, Budget(interval=20, patience=100, seconds=1.0))
+    pl.Trainer(max_epochs=-1, callbacks=[rule], **OFF).fit(model, data)
+    found = rule.columns
+    assert found["stopped"] == "capped" and found["monitor"] == "loss" and 1 <= found["seconds"] < 60
+    assert found["best_step"] <= found["steps"] and found["seconds_to_best"] <= found["seconds"]
+    assert rule.evaluate(model) == found["val"]
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "best"),
+    [
+        ([9, 5, 4, 4.5, 3.9], 400, 400),  # falls by less than a tenth of the whole fall do not count, but are kept
+        ([9, 8, 7, 6, 5, 4, 3, 2, 2, 2], 900, 700),
+        ([9, 10, 11], 200, 1),
+        ([9, 5, math.nan], 200, 100),
+    ],
+)
+def test_run_ends_when_falls_no_longer_count(values, steps, best):
+    model = create_model("linear_ae", (4,), latent_dim=1)
+    rule = Convergence(torch.zeros(4, 4), None, 2, Budget(interval=100, patience=2, least=0.1))
+    left = iter(values)
+    rule.evaluate = lambda model: next(left)
+    trainer = SimpleNamespace(global_step=0, num_training_batches=100, should_stop=False)
+    rule.on_train_start(trainer, model)
+    while not trainer.should_stop:
+        trainer.global_step += 1
+        rule.on_train_batch_end(trainer, model)
+    assert (trainer.global_step, rule.columns["best_step"]) == (steps, best)
+    assert rule.columns["stopped"] == ("diverged" if math.isnan(values[-1]) else "converged")
+
+
+def test_evaluations_start_after_schedule_has_ended():
+    vae = create_model("annealed_vae", (4,), latent_dim=1, capacity_steps=70)
+    stacked = create_model("stacked_dae", (4,), latent_dim=1, hidden_dims=(3,), phase_epochs=5)
+    assert [convergence.schedule_end(model, 10) for model in (vae, stacked)] == [70, 2 * 5 * 10]
+    assert convergence.schedule_end(create_model("vae", (4,), latent_dim=1), 10) == 0
+
+
+def test_opponent_is_not_part_of_what_is_monitored():
+    one = dict.fromkeys(("loss", "nll", "elbo", "discriminator", "perceptual"), torch.tensor(2.0))
+    for names, monitor in (
+        (("loss", "nll", "elbo"), "loss"),
+        (("loss", "nll", "elbo", "discriminator"), "-elbo"),
+        (("loss", "nll", "discriminator"), "nll"),
+        (("loss", "nll", "discriminator", "perceptual"), "loss"),
+    ):
+        name, value = convergence.monitored({name: one[name] for name in names})
+        assert (name, float(value)) == (monitor, -2.0 if monitor == "-elbo" else 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "numbers", "bits"),
+    [
+        *((name, "numbers", 16, None) for name in ("vae", "conv_ae", "autoencoder_kl", "nexus", "conditional_vae")),
+        *((name, "bits", None, 128) for name in ("vq_vae", "rq_vae", "qlae", "vq_vae_2", "categorical_vae", "titok")),
+        ("fsq_vae", "bits", None, 126.5),
+        ("topk_sae", "active", 512, None),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (1, 32, 32)])
+def test_codes_of_a_kind_have_one_size(name, kind, numbers, bits, shape):
+    row, _ = quality.code_columns(name, 16, shape)
+    assert row["kind"] == kind and numbers in (None, row["code_size"])
+    assert row.get("bits") == (bits if bits is None else pytest.approx(bits, abs=0.2))
+
+
+def test_models_that_are_left_out_exist_and_have_reason(capsys):
+    assert {*quality.LEFT_OUT} <= {*registry.list_models()}
+    with pytest.raises(AezooError, match="no model is left"):
+        quality.main(["--data", "digits", "--models", "ijepa"])
+    assert "ijepa is left out at code size 16: it has no decoder" in capsys.readouterr().err
 
 
 def test_limited_rows_are_same_for_every_seed():
@@ -138,17 +216,16 @@ def fake(monkeypatch, tmp_path):
                 figures = {"0": {"pixels_probe": 0.25, "pixels_knn": 0.5}}
                 yield spec, {"baselines": {str(n): figures.get(str(n), {"pca_mse": n / 100}) for n in spec["sizes"]}}
             else:
-                epochs = min(spec["epochs"] or 99, (spec["seconds"] or 990) / 10)
-                figures = {"mse": 0.5, "epochs": float(epochs), "seconds": 10.0 * epochs}
-                yield spec, figures | ({"log_likelihood": -9.0} if name == "vae" else {})
+                mse = {"dense_ae": 0.5, "vae": 0.3, "linear_ae": 0.4}[name]
+                stopped = "capped" if spec["row"]["most_seconds"] < 10 else "converged"
+                yield spec, {"mse": mse, "stopped": stopped, "seconds": 10.0}
 
     monkeypatch.setattr(quality, "run_rows", run_rows)
 
     def run(*words):
         asked.clear()
         base = ["--data", "digits", "--seeds", "1", "--models", "dense_ae", "vae", "--code-sizes", "8"]
-        budget = [] if "--seconds" in words else ["--epochs", "2"]
-        quality.main([*base, *budget, "--results", str(tmp_path), *words])
+        quality.main([*base, "--results", str(tmp_path), *words])
         (path,) = tmp_path.glob("*.csv")
         return [*asked], read_csv(path)[1]
 
@@ -156,47 +233,32 @@ def fake(monkeypatch, tmp_path):
     return run
 
 
-def test_rows_are_keyed_by_draw_where_drawn(fake):
+def test_rows_are_keyed_by_what_changes_their_figures(fake):
+    # the first run of a command measures the baselines, and the space of FID
     assert fake()[0] == [[0, 8], "dense_ae", "vae"]
     assert fake()[0] == []
-    asked, rows = fake("--importance-samples", "10")
-    assert asked == ["vae"]
-    draws = [(row["model"], row["importance_samples"]) for row in rows]
-    assert draws == [("dense_ae", ""), ("vae", "100"), ("vae", "10")]
-    assert fake()[0] == fake("--importance-samples", "10")[0] == []
+    for words in (("--importance-samples", "10"), ("--patience", "3"), ("--least", "0.1")):
+        asked, rows = fake(*words)
+        assert asked == [[], "dense_ae", "vae"] and not fake(*words)[0] and not fake()[0]
+    assert len(rows) == 8 and len({(row["model"], row["budget"], row["importance_samples"]) for row in rows}) == 8
 
 
-def test_time_limited_run_differs_only_if_cut(fake):
-    fake("--models", "vae", "--most-seconds", "15")
-    asked, rows = fake("--models", "vae")
-    assert asked == ["vae"] and [(row["epochs"], row["most_seconds"]) for row in rows] == [("1.5", "15"), ("2", "")]
-    assert fake("--models", "vae", "--most-seconds", "20")[0] == []
-    assert fake("--models", "vae")[0] == fake("--models", "vae", "--most-seconds", "15")[0] == []
-    # measured anew a row stays one
-    assert len(fake("--models", "vae", "--most-seconds", "15", "--again")[1]) == 2
-    asked, rows = fake("--models", "vae", "--most-seconds", "12")
-    assert asked == ["vae"] and len(rows) == 3
-    assert fake("--models", "vae", "--seconds", "30")[0] == ["vae"]
-    assert fake("--models", "vae", "--seconds", "30")[0] == []
+def test_run_that_was_cut_is_measured_anew_with_more_time(fake):
+    assert [row["stopped"] for row in fake("--most-seconds", "7")[1]] == ["capped"] * 2
+    assert fake("--most-seconds", "7")[0] == fake("--most-seconds", "5")[0] == []
+    asked, rows = fake("--most-seconds", "20")
+    assert asked == [[], "dense_ae", "vae"]
+    assert [(row["stopped"], row["most_seconds"]) for row in rows] == [("converged", "20")] * 2
+    assert fake("--most-seconds", "90")[0] == []
 
 
-def test_rows_without_newer_columns_are_recognised(fake):
-    fake()
-    commands, rows = read_csv(fake.path())
-    table = ResultsCSV(fake.path(), (), commands[0])
-    table.rows = [{k: v for k, v in row.items() if k not in ("importance_samples", "most_seconds")} for row in rows]
-    table.write()
-    assert fake()[0] == []
-
-
-def test_invalid_cells_invalidate_only_their_row(fake):
-    for old, new in ((",2,,20,", ",2,,long,"), (",2,,20,", ",some,,20,"), (",8,", ",eight,")):
-        fake("--models", "vae", "--most-seconds", "90", "--again")
-        text = fake.path().read_text()
-        assert old in text
-        fake.path().write_text(text.replace(old, new))
-        assert fake("--models", "vae", "--most-seconds", "80")[0][-1:] == ["vae"]
-        fake.path().unlink()
+def test_further_seeds_are_only_those_of_the_best(fake):
+    three = ("--models", "dense_ae", "vae", "linear_ae")
+    fake.failing.add("linear_ae")
+    fake(*three)
+    assert fake(*three, "--seeds", "3", "--top", "1")[0] == [[], "vae", "vae"]
+    assert fake(*three, "--seeds", "3", "--top", "5")[0] == [[], "dense_ae", "dense_ae"]
+    assert fake(*three, "--seeds", "3", "--top", "5")[0] == []
 
 
 def test_remeasured_row_replaces_failed_row(fake):
@@ -204,7 +266,7 @@ def test_remeasured_row_replaces_failed_row(fake):
     assert [row["error"] for row in fake()[1]] == ["killed by SIGKILL"] * 2
     fake.failing.clear()
     asked, rows = fake("--again", "failed")
-    assert asked == ["dense_ae", "vae"] and [row["error"] for row in rows] == ["", ""]
+    assert asked == [[], "dense_ae", "vae"] and [row["error"] for row in rows] == ["", ""]
 
 
 def test_failed_baselines_are_remeasured_by_next_run(fake):
@@ -243,8 +305,9 @@ def test_unsuitable_models_are_skipped_with_reason(capsys):
     arguments = quality.parse_arguments(["--models", "conv_ae", "vae", "topk_sae", "--code-sizes", "8", "20"])
     data = {"name": "array", "root": "tables/some table.npy", "batch_size": 4, "size": None}
     specs = quality.plan(arguments, data, (30,))
-    found = [(spec["seed"], spec["model"], spec["row"]["code_size"]) for spec in specs]
-    assert found == [(seed, *run) for seed in range(3) for run in (("vae", 8), ("vae", 20), ("topk_sae", 512))]
+    found = [(spec["seed"], spec["model"], spec["row"]["size"]) for spec in specs]
+    runs = (("vae", 8), ("vae", 20), ("topk_sae", 8), ("topk_sae", 20))
+    assert found == [(seed, *run) for seed in range(3) for run in runs]
     assert specs[0]["row"]["dataset"].startswith("some-table-")
     said = capsys.readouterr().err
     assert "conv_ae is left out at code size 8: convolutions take" in said and "vae is left out" not in said
@@ -266,22 +329,6 @@ def test_seed_changes_order_but_not_splits():
     assert first.tensors("test")[0].equal(second.tensors("test")[0])
     x, y = (next(iter(data.train_dataloader()))[0] for data in (first, second))
     assert x.shape == y.shape and not x.equal(y)
-
-
-@pytest.mark.slow
-def test_a_budget_in_seconds_ends_training_within_an_epoch(tmp_path):
-    spec = {"data": {"name": "digits", "batch_size": 1}, "model": "dense_ae", "hyperparameters": {}, "seed": 0}
-    spec |= {
-        "epochs": None,
-        "seconds": 0.2,
-        "precision": "32-true",
-        "accelerator": "cpu",
-        "probe_rows": 50,
-        "importance_samples": 5,
-    }
-    row = quality_row.measure_run(spec)
-    assert row["seconds"] >= 0.2 and row["steps"] % 1437 > 0
-    assert row["epochs"] == pytest.approx(row["steps"] / 1437, abs=0.01)
 
 
 def test_active_units_of_known_code_are_counted():
@@ -311,7 +358,7 @@ def test_probe_reads_separable_classes_not_random_labels():
     assert chance["probe"] < 0.55 and chance["knn"] < 0.55
 
 
-@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seconds", "-1"], ["--code-sizes", "x"], ["--jobs", "0"]])
+@pytest.mark.parametrize("wrong", [["--patience", "0"], ["--most-seconds", "-1"], ["--code-sizes", "x"]])
 def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         quality.parse_arguments(wrong)

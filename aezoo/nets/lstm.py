@@ -2,8 +2,8 @@
 
 A sample is read as steps along its first axis after the channels: (C, L) is L steps of C values, (C, H, W) its H rows,
 (C, D, H, W) its D slices, and (D,) is D steps of one value. The encoder's code comes from the state after the last
-step. The decoder is given the code at each step (Srivastava et al. 2015, https://arxiv.org/abs/1502.04681, without
-conditioning on its own output).
+step. The decoder is given the code at each step, as in Cho et al. 2014 (https://arxiv.org/abs/1406.1078), but not its
+own output, as in the unconditional decoder of Srivastava et al. 2015 (https://arxiv.org/abs/1502.04681).
 
 No weight depends on the number of steps, and no decoder step depends on a later one. If `forward` is given lengths,
 steps beyond a sample's length do not affect the code.

@@ -10,7 +10,8 @@ of counts, y = Poisson(peak x) / peak. It does not hold for masked, replaced or 
 for likelihoods other than the squared error, except that the absolute error, laplace, finds medians.
 
 The network and its code, which is not a bottleneck, are those of dncnn. Training draws both copies anew for every
-batch; evaluation draws them once, from a fixed seed. mse and psnr compare f(y1) with the clean sample.
+batch; evaluation draws them once, from a fixed seed. mse and psnr compare f(y1) with the clean sample. The paper's
+networks train on noise whose strength is drawn for each sample; here it is one value.
 """
 
 import math

@@ -10,6 +10,10 @@ the end is data. Padding affects neither the code nor the loss, whatever its len
 the code is T, so that decode knows where to stop: it writes `pad_value` from there on. A sequence of padding alone
 counts as one step.
 
+The authors' decoder, https://github.com/mansimov/unsupervised-videos, starts from the states of all layers of the
+encoder, is given nothing else, and writes the last step first. Here it is given one vector, z, at each step, and keeps
+the order.
+
 Steps run along the first axis after the channels: (C, L) has L steps of C values, (C, H, W) has H rows, (C, D, H, W)
 has D slices and (D,) has D steps of one value. The weights of both networks, `aezoo.nets.lstm` and
 `aezoo.nets.transformer`, do not depend on the number of steps.

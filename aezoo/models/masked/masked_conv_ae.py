@@ -6,8 +6,9 @@ Fills in patches that are cut out of a sample, with convolutions through a narro
 
 L is in nats per sample: N/|M| makes it the mean over masks of a sum over all values v, whatever the ratio. t is a
 learned number for each channel, or 0. Patches are drawn at random, as in SparK (Tian et al. 2023,
-https://arxiv.org/abs/2301.03580, ratio 0.6). Unlike there, the convolutions are dense and see
-the cut-out patches as values t.
+https://arxiv.org/abs/2301.03580, ratio 0.6). Unlike there, the convolutions are dense and see the cut-out patches as
+values t, and targets are not scaled to mean 0 and variance 1 in each patch. This is the paper's reconstruction loss;
+its adversarial loss is left out.
 
 Code, reconstruction and score are those of the whole sample: the decoder does not know what was cut out, so every
 position of its output is trained.

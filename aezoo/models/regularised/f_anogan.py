@@ -13,7 +13,10 @@ their gradients.
 
 In the paper alpha is 0, and E trains after G and D; D takes five steps per step of G. Here all step at once, D at a
 higher rate. For alpha = 0, E moves neither G nor D. Both are then, weight for weight, those trained alone, E follows a
-G that settles as the rate falls, and reconstructions resemble samples less. Shapes: B batch, D code, F features.
+G that settles as the rate falls, and reconstructions resemble samples less. The authors' encoder,
+https://github.com/tSchlegl/f-AnoGAN, ends in tanh, so that its codes lie in [-1, 1]^D; here they are unbounded.
+
+Shapes: B batch, D code, F features.
 """
 
 import math

@@ -267,9 +267,11 @@ class SampleSet:
             raise AezooError(f"{self.name} holds no samples")
         if model.training:
             model.eval()
-        for shape in (self.shapes or [self.shape]) if sized is None else []:
-            if shape != model.input_shape:
-                model.check_batch(torch.zeros(1, *shape))  # before scaling, which is of the training data's shape
+        # before scaling, which is of the training data's shape
+        if sized is not None:
+            sized(self.shape)
+        elif other := [shape for shape in self.shapes or [self.shape] if shape != model.input_shape]:
+            model.check_batch(torch.zeros(1, *other[0]))
         if model.data_units is not None and self._table_units is not None:
             return self._in_units(model.data_units, self._table_units).check_values(model, sized)
         return self.check_values(model, sized)

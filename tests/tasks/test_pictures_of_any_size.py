@@ -10,6 +10,7 @@ from PIL import Image
 import aezoo
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
+from aezoo.io import checkpoint
 from tests.tasks.test_codec_container import put_together, take_apart
 
 SIZES = ((20, 12), (12, 20), (16, 16), (20, 12))
@@ -52,6 +53,7 @@ def image_data(path):
         return np.array(image)
 
 
+@pytest.mark.slow
 def test_reconstruct_and_denoise_keep_each_size():
     model, x = made("lossy"), pictures()
     found = aezoo.reconstruct(model, x)
@@ -121,6 +123,19 @@ def test_command_line_takes_a_folder_of_several_sizes(folder, tmp_path, capsys):
         )
         assert decoded.shape == (*size, 3)
         assert np.abs(decoded.astype(int) - reconstructed).max() <= 1  # whole and in tiles
+
+
+@pytest.mark.slow
+def test_files_keep_their_sizes_though_training_resized(folder, tmp_path, capsys, monkeypatch):
+    model = made("lossy")
+    trained = {"settings": {"name": str(folder), "size": 8}, "folder": tmp_path}
+    monkeypatch.setattr(checkpoint, "load_run", lambda path: (model, trained))
+    argv = ["reconstruct", "--ckpt_path", "x", "--input", str(folder), "--out", str(tmp_path / "r"), "--n_shown", "0"]
+    main(argv)
+    assert "samples keep their own sizes; --data.size 8 resizes them as in training" in capsys.readouterr().err
+    assert image_data(tmp_path / "r/reconstructions/000001.png").shape == (12, 20, 3)
+    main([*argv, "--data.size", "8"])
+    assert np.load(tmp_path / "r/reconstructions.npy").shape == (4, 3, 8, 8)
 
 
 def test_one_size_is_asked_for_where_the_model_has_one(folder, tmp_path, capsys):

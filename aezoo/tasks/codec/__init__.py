@@ -8,6 +8,7 @@
     indices.py     a model's own indices under tables
     autoregressive.py   the same under the model's prior
     entropy_model.py     integers of a code under entropy models that the model has learned
+    pictures.py    pictures of several sizes in one file, in each of these ways
     reproducibility.py   what the arithmetic depends on: the model's fingerprint, threads, deterministic kernels
     baselines.py   PNG, WebP, JPEG, AVIF, gzip, xz, PCA on the same data
 

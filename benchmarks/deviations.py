@@ -123,21 +123,29 @@ def _aux_of_error(self: TopKSAE, e_BX: Tensor, pi_BN: Tensor) -> Tensor:
 _matryoshka_loss = MatryoshkaSAE.loss
 
 
+def _errors(self: MatryoshkaSAE, x: Tensor, mean: bool, empty: bool) -> Terms:
+    """The loss with the mean or the sum of the errors of prefixes, with or without the empty one."""
+    terms = _matryoshka_loss(self, x)
+    errors, count = terms["nll"] + terms["prefix_nll"], len(self.prefixes) + 1
+    if not empty:
+        errors, count = errors - self.nll(self.decoder.with_bias(torch.zeros_like(x.flatten(1))), x).mean(), count - 1
+    total = errors / count if mean else errors
+    return terms | {"loss": total + self.aux_weight * terms["aux"]}
+
+
+def sum_of_prefixes(self: MatryoshkaSAE, x: Tensor, y: Tensor | None = None) -> Terms:
+    """The paper's: the sum over prefixes."""
+    return _errors(self, x, mean=False, empty=False)
+
+
 def mean_of_prefixes(self: MatryoshkaSAE, x: Tensor, y: Tensor | None = None) -> Terms:
-    """The mean over all prefixes and the empty one, https://github.com/bartbussmann/matryoshka_sae."""
-    terms = _matryoshka_loss(self, x, y)
-    errors = terms["nll"] + terms["prefix_nll"] + _empty_prefix(self, x)
-    return terms | {"loss": errors / (len(self.prefixes) + 1) + self.aux_weight * terms["aux"]}
+    """The mean over prefixes, without the empty one."""
+    return _errors(self, x, mean=True, empty=False)
 
 
-def empty_prefix(self: MatryoshkaSAE, x: Tensor, y: Tensor | None = None) -> Terms:
-    """The sum, with the empty prefix."""
-    terms = _matryoshka_loss(self, x, y)
-    return terms | {"loss": terms["loss"] + _empty_prefix(self, x)}
-
-
-def _empty_prefix(self: MatryoshkaSAE, x: Tensor) -> Tensor:
-    return self.nll(self.decoder.with_bias(torch.zeros_like(x.flatten(1))), x).mean()
+def sum_with_empty(self: MatryoshkaSAE, x: Tensor, y: Tensor | None = None) -> Terms:
+    """The sum over prefixes and the empty one."""
+    return _errors(self, x, mean=False, empty=True)
 
 
 def similarity_with_zeros(x_p: Tensor, x_hat_p: Tensor, window: int) -> Tensor:
@@ -238,10 +246,10 @@ CASES = {
         1400,
         ("l0",),
         {
-            "authors": Variant(formulas=[(MatryoshkaSAE, "loss", mean_of_prefixes), _LEARNED_ERROR]),
-            "mean of prefixes": Variant(formulas=[(MatryoshkaSAE, "loss", mean_of_prefixes)]),
-            "empty prefix": Variant(formulas=[(MatryoshkaSAE, "loss", empty_prefix)]),
-            "AuxK 6 times": Variant({"aux_weight": 6 / 32}),
+            "authors": Variant(formulas=[_LEARNED_ERROR]),
+            "paper": Variant(formulas=[(MatryoshkaSAE, "loss", sum_of_prefixes)]),
+            "sum, empty prefix": Variant(formulas=[(MatryoshkaSAE, "loss", sum_with_empty)]),
+            "mean, no empty prefix": Variant(formulas=[(MatryoshkaSAE, "loss", mean_of_prefixes)]),
         },
         _DICTIONARY,
     ),

@@ -181,7 +181,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "sparse_ae_kl": {"sparsity": 6.0, "l2": 1e-4},
         **{key: {"aux": 1 / 32, "multi": 1 / 8} for key in ("topk_sae", "abs_topk_sae")},
         **{key: {"aux": 1 / 32} for key in ("batch_topk_sae", "ra_sae", "temporal_sae")},
-        "matryoshka_sae": {"aux": 1 / 32, "prefix_nll": 1.0},
+        "matryoshka_sae": {"nll": 1 / 6 - 1, "prefix_nll": 1 / 6, "aux": 1 / 32},
         **{key: {"l1": 1.0} for key in ("sae_l1", "transcoder", "crosscoder")},
         "jumprelu_sae": {"l0": 0.1},
         "gated_sae": {"l1": 1.0, "aux": 1.0},

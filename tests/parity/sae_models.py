@@ -34,6 +34,20 @@ def with_dead(name: str, dead: Tensor = DEAD, **settings: Any) -> Any:
     return model
 
 
+def sum_prefixes(model: Any) -> Any:
+    """A matryoshka_sae with the sum of the paper for its mean, as in both packages, and without the empty prefix."""
+    mean_loss = model.loss
+
+    def loss(x: Tensor) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = mean_loss(x)
+        prefix_nll = terms["prefix_nll"] - model.nll(model.decoder.b_X.expand_as(x), x).mean()
+        total = terms["nll"] + prefix_nll + model.aux_weight * terms["aux"]
+        return terms | {"loss": total, "prefix_nll": prefix_nll, "mean_loss": terms["loss"]}
+
+    model.loss = loss
+    return model
+
+
 def dead_mask(dead: Tensor = DEAD) -> Tensor:
     return torch.zeros(N, dtype=torch.bool).index_fill(0, dead, True)
 

@@ -4,16 +4,17 @@ Nested dictionaries: the first n_m latents alone must also reconstruct the data,
 that early latents hold general features and later ones special features:
 
     f = relu(batchtopk_kn(W_enc (x - b_pre) + b_enc))     x_hat_m = sum_{i <= n_m} f_i d_i + b_pre     ||d_i|| = 1
-    L = sum_m -log p(x | x_hat_m) + alpha s ||e - e_hat||^2     e of the whole dictionary; AuxK as in TopK
+    L = 1/(M+1) sum_{m=0..M} -log p(x | x_hat_m) + alpha s ||e - e_hat||^2     n_0 = 0     x_hat_0 = b_pre
 
-L is in nats per sample. One top-k over the whole dictionary serves all prefixes. Without fractions, this is BatchTopK.
+e is of the whole dictionary, AuxK as in TopK. L is in nats per sample. One top-k over the whole dictionary serves all
+prefixes.
 
-L sums the errors of M prefixes as in the paper. The authors' code averages them and that of the empty prefix, b_pre
-alone, so that AuxK weighs M + 1 times as much beside them. On digits of 8x8 (256 latents, k = 4, dead_after = 2000,
-1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`) the squared error per pixel of held-out digits is
-0.0174 here and 0.0155 there, with 111 and 162 latents in use. The empty prefix alone gives 0.0158 with 131 latents,
-since b_pre then finds the mean sooner (see data_init), and AuxK times M + 1 alone 0.0171 with 129. Their AuxK passes a
-gradient through e, too, which together gives 0.0154 with 165 latents.
+The mean and the empty prefix are those of the authors' code (https://github.com/bartbussmann/matryoshka_sae); the paper
+sums the errors of M prefixes. On digits of 8x8 (256 latents, k = 4, dead_after = 2000, 1,400 steps, means of 3 seeds;
+`python -m benchmarks.deviations`) the squared error per pixel of held-out digits is 0.0155 here and 0.0174 with the
+paper's sum, with 163 and 111 latents in use. It is the empty prefix that helps, since b_pre then finds the mean sooner
+(see data_init): the sum with it gives 0.0158, the mean without it 0.0172. In a mean, AuxK weighs M + 1 times as much
+beside the errors. The authors' AuxK passes a gradient through e, too, which gives 0.0154 with 165 latents.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -54,16 +55,17 @@ class MatryoshkaSAE(BatchTopKSAE):
         pi_BN = self.pre_activations(x)
         f_BN = self.top_of_batch(pi_BN, self.k) if self.training else self.above_threshold(pi_BN)
         self.update_firing(f_BN)
-        sum_BX, nlls = torch.zeros((), device=x.device), []
+        sum_BX = torch.zeros_like(f_BN[:, :1] * self.decoder.W_NX[:1])
+        nlls = [self.nll(self.decoder.with_bias(sum_BX), x).mean()]
         for start, end in pairwise((0, *self.prefixes)):
             sum_BX = sum_BX + F.linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())
             x_hat = self.decoder.with_bias(sum_BX)
             nlls.append(self.nll(x_hat, x).mean())
         aux = self.aux(x, x_hat, pi_BN).mean()
         return {
-            "loss": torch.stack(nlls).sum() + self.aux_weight * aux,
+            "loss": torch.stack(nlls).mean() + self.aux_weight * aux,
             "nll": nlls[-1],
-            "prefix_nll": torch.stack(nlls).sum() - nlls[-1],
+            "prefix_nll": torch.stack(nlls[:-1]).sum(),
             "aux": aux,
             "l0": (f_BN > 0).sum(1).float().mean(),
             "dead_latents": self.dead_N.float().mean(),

@@ -34,35 +34,40 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_with_one_prefix_matryoshka_is_batch_topk(training: bool, shifted: Any) -> None:
+def test_without_fractions_matryoshka_is_batch_topk(training: bool, shifted: Any) -> None:
+    """Its error is then the mean of BatchTopK's and that of the bias alone."""
     x, found = data(6), []
     for name, extra in (("batch_topk_sae", {}), ("matryoshka_sae", {"fractions": ()})):
         torch.manual_seed(0)
         model = with_dead_latents(name, shifted, aux_weight=0.5, **extra).train(training)
         model.theta.value.fill_(20)
         terms = model.loss(x)
-        assert terms.pop("prefix_nll", torch.zeros(())) == 0
+        alone = model.nll(model.decoder.b_X.view(SHAPE).expand_as(x), x).mean()
+        torch.testing.assert_close(terms.pop("prefix_nll", alone), alone, rtol=1e-10, atol=1e-12)
+        if name == "batch_topk_sae":
+            terms["loss"] = (terms["nll"] + alone) / 2 + 0.5 * terms["aux"]
         values = [terms[name] for name in sorted(terms)]
         found.append([*values, model.encode(x), *torch.autograd.grad(terms["loss"], [*model.parameters()])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_loss_sums_reconstruction_of_every_prefix(shifted: Any) -> None:
+def test_loss_is_mean_error_of_all_prefixes_and_none(shifted: Any) -> None:
+    """As in the authors' `get_loss_dict`, with AuxK beside the mean."""
     model, x = with_dead_latents("matryoshka_sae", shifted, fractions=(0.25, 0.5), k=6, aux_weight=0.5), data(6)
     assert model.prefixes == [3, 6, 12]
     f = model.top_of_batch(model.pre_activations(x), 6)
     each = []
-    for size in (3, 6, 12):
+    for size in (0, 3, 6, 12):
         kept = f * (torch.arange(12) < size)
         each.append(model.nll((kept @ model.decoder.W_NX + model.decoder.b_X).unflatten(1, SHAPE), x).mean())
     terms = model.loss(x)
-    torch.testing.assert_close(terms["nll"], each[2])
-    torch.testing.assert_close(terms["prefix_nll"], each[0] + each[1])
-    total = torch.stack(each).sum() + 0.5 * terms["aux"]
+    torch.testing.assert_close(terms["nll"], each[3])
+    torch.testing.assert_close(terms["prefix_nll"], each[0] + each[1] + each[2])
+    total = torch.stack(each).sum() / 4 + 0.5 * terms["aux"]
     torch.testing.assert_close(terms["loss"], total)
     same_gradients(model, terms["loss"], total)
-    assert len({round(value.item(), 3) for value in each}) == 3
+    assert len({round(value.item(), 3) for value in each}) == 4
 
 
 def test_prefix_loss_ignores_later_directions(shifted: Any) -> None:

@@ -313,7 +313,7 @@ def golden_values(subject: Subject, nudge: float = 0.0) -> Record:
     """
     rng = np.random.default_rng(1)
     model, terms = first_step(subject, nudge=nudge, rng=rng)
-    values = {"terms": {name: float(term) for name, term in terms.items()}, "gradient": gradient_digest(model)}
+    values = {"terms": {name: term.item() for name, term in terms.items()}, "gradient": gradient_digest(model)}
     with _in_float64():
         model = _build(subject, nudge, rng)
         torch.manual_seed(1)

@@ -11,11 +11,11 @@ from torch.func import functional_call
 from aezoo import nets
 
 
-def assert_gradients_match(function: Callable[..., Any], *inputs: Tensor) -> None:
+def assert_gradients_match(function: Callable[..., Any], *inputs: Tensor, **fixed: Any) -> None:
     """Those of all outputs of a function, or of a module and its parameters, off their start."""
     given = [x.detach().double().requires_grad_() for x in inputs]
     if not isinstance(function, nn.Module):
-        assert gradcheck(function, given, fast_mode=True)
+        assert gradcheck(lambda *values: function(*values, **fixed), given, fast_mode=True)
         return
     module = function.double()
     with torch.no_grad():
@@ -24,7 +24,7 @@ def assert_gradients_match(function: Callable[..., Any], *inputs: Tensor) -> Non
     names, parameters = zip(*module.named_parameters(), strict=True)
 
     def run(*values: Tensor) -> Any:
-        return functional_call(module, dict(zip(names, values[len(given) :], strict=True)), values[: len(given)])
+        return functional_call(module, dict(zip(names, values[len(given) :], strict=True)), values[: len(given)], fixed)
 
     assert gradcheck(run, [*given, *parameters], fast_mode=True)
 

@@ -180,7 +180,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build(name: str, shifted: Any, **extra: Any) -> Any:
     torch.manual_seed(0)
-    model = shifted(aezoo.create_model(name, input_shape=SHAPE, **MODELS[name], **extra))
+    model = shifted(aezoo.create_model(name, input_shape=SHAPE, **(MODELS[name] | extra)))
     if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae", "temporal_sae"):
         large = 3 if name == "temporal_sae" else 8  # which is of a row of pixels
         with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank

@@ -2,9 +2,10 @@
 
 import torch
 import torch.distributions as D
+from finite_differences import assert_gradients_match
 from torch import Tensor
 
-from aezoo.nets.blocks.levels import Level
+from aezoo.nets.blocks.levels import Level, gaussian
 
 
 def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
@@ -30,3 +31,12 @@ def test_level_kl_matches_torch_distributions() -> None:
     # also where a variance of float32 would overflow
     far = torch.full((1, 1), 20.0)
     assert Level(far, far, far, far, -far, -far).kl().isfinite()
+
+
+def test_level_gradients_match_finite_differences() -> None:
+    def densities(values: Tensor, others: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        level = Level.from_distributions(gaussian(values), gaussian(others))
+        return level.z, level.kl(), level.log_q(), level.log_p()
+
+    assert_gradients_match(densities, torch.randn(3, 8), torch.randn(3, 8))

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from finite_differences import assert_network_gradients_match
+from finite_differences import assert_gradients_match, assert_network_gradients_match
 from torch import nn
 
+from aezoo import nets
 from aezoo.nets import lstm
 
 # ---- the networks of steps -------------------------------------------------------------------------------------------
@@ -58,3 +59,5 @@ def test_compiled_layer_is_one_graph(has_bf16: bool, monkeypatch: pytest.MonkeyP
 
 def test_gradients_match_finite_differences() -> None:
     assert_network_gradients_match("lstm")
+    encoder = nets.encoder("lstm", (2, 6), (3,), (8, 8), "silu")
+    assert_gradients_match(encoder, torch.rand(3, 2, 6), length_B=torch.tensor([1, 4, 6]))

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from finite_differences import assert_network_gradients_match
+from finite_differences import assert_gradients_match, assert_network_gradients_match
 from torch import nn
 
+from aezoo import nets
 from aezoo.nets import lstm
 from aezoo.nets.transformer import Block
 
@@ -55,3 +56,5 @@ def test_block_matches_torch_pre_norm_layer(shifted: Any) -> None:
 
 def test_gradients_match_finite_differences() -> None:
     assert_network_gradients_match("transformer")
+    encoder = nets.encoder("transformer", (2, 6), (3,), (8, 8), "silu")
+    assert_gradients_match(encoder, torch.rand(3, 2, 6), length_B=torch.tensor([1, 4, 6]))

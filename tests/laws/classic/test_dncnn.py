@@ -22,7 +22,10 @@ import torch
 from denoising_helpers import (
     noise_law,
 )
-from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
+from gradient_laws import (
+    test_gradients_are_derivatives_of_the_terms,  # noqa: F401
+    test_gradients_with_other_settings_are_derivatives,  # noqa: F401
+)
 from noise_to_noise_laws import (  # noqa: F401
     LOG_PI,
     SAMPLES,

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
-from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
+from gradient_laws import (
+    test_gradients_are_derivatives_of_the_terms,  # noqa: F401
+    test_gradients_with_other_settings_are_derivatives,  # noqa: F401
+)
 from masked_laws import (  # noqa: F401
     SMALL,
     build,

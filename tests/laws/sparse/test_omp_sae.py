@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
+from gradient_laws import (
+    test_gradients_are_derivatives_of_the_terms,  # noqa: F401
+    test_gradients_with_other_settings_are_derivatives,  # noqa: F401
+)
 from sklearn.linear_model import orthogonal_mp
 from topk_sae_laws import (  # noqa: F401
     test_a_fit_keeps_unit_norm_and_starts_from_data,

@@ -126,7 +126,7 @@ class Fault:
         """What pytest is to run, golden values first, which take a second."""
         files = [_test_path(self.test)] if self.test else test_files(self.file)
         if self.golden:
-            return [*([_golden_test(self.golden)] if golden else ()), *files]
+            return [*([_golden_test(self.golden)] if golden else ()), *gradient_law(self.golden, files), *files]
         return [*(golden_tests(self.file) if golden and self.start is not None else ()), *files]
 
 
@@ -316,6 +316,13 @@ def users(file: str) -> list[tuple[str, str]]:
 def golden_tests(file: str) -> list[str]:
     """The golden values of models that use a module."""
     return [_golden_test(label) for _, label in users(file)[:MAX_GOLDEN_TESTS]]
+
+
+def gradient_law(label: str, files: Iterable[str]) -> list[str]:
+    """The law of the gradients of the model with a golden label, unless its file is among these."""
+    model = label.partition("(")[0]
+    file = _test_path(f"test_{model}.py")
+    return [] if file in files else [f"{file}::test_gradients_are_derivatives_of_the_terms[{model}]"]
 
 
 def _golden_test(label: str) -> str:

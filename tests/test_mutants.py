@@ -81,7 +81,7 @@ def test_detachments_are_found_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "DETACHMENTS", tmp_path / "kept.json")
     found = FIND_DETACHMENTS(["/vae.py: VAE.kl: "])
     assert found[0].identity == KL
-    assert {fault.old for fault in found} == {
+    assert {fault.old for fault in found} >= {
         "0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)",
         *("mu_BD**2 + log_var_BD.exp() - 1", "mu_BD**2", "log_var_BD"),
     }

@@ -8,7 +8,7 @@ Each table stands below the commands from the head of its CSV. Missing parts are
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aezoo.errors import AezooError
@@ -25,6 +25,9 @@ _GROUP = (
     *("most_seconds", "steps", "lr", "atoms", "dim", "active", "correlation", "noise", "samples", "options", "rows"),
     "bits_per_place",
 )
+# headings of the text that pages are made of, and most bytes of a page
+_TOPIC, _PART = "## ", "### "
+_MAX_PAGE = 15_000
 # columns that are needed to identify a row, by the prefix of a CSV's name
 _NEEDED = {
     "peers-": ("party",),
@@ -107,6 +110,59 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
         if setting(row) == usual[row.get("dataset", "")]:
             kept.setdefault(tuple(row.get(name, "") for name in ("dataset", "model", "code_size")), row)
     return list(kept.values())
+
+
+def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
+    """The text of each page, by the name of its file in `pages_folder(home)`, and the rows of each CSV by its stem."""
+    text, rows = tables(folder, pages_folder(home))
+    found = {"targets.md": _page_of(target_table(rows), home)}
+    for topic in text.split(f"\n\n{_TOPIC}"):
+        intro, *parts = (_TOPIC + topic.removeprefix(_TOPIC)).split(f"\n\n{_PART}")
+        for name, chosen in _shares(intro, parts):
+            whole = "\n\n".join([intro, *(_PART + part for part in chosen)])
+            found[f"{_slug(name)}.md"] = fit(_page_of(whole, home))
+    return found | zoo_pages(folder), rows
+
+
+def _shares(intro: str, parts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The name of each page of a topic, and its parts: a verb, or as many CSVs as fit."""
+    title = intro.partition("\n")[0]
+    if title == f"{_TOPIC}The verbs":
+        yield from ((part.partition("\n")[0], [part]) for part in parts)
+        return
+    shares: list[list[str]] = [[]]
+    for part in parts:
+        if shares[-1] and len(intro) + sum(map(len, [*shares[-1], part])) > _MAX_PAGE:
+            shares.append([])
+        shares[-1].append(part)
+    for i, share in enumerate(shares, start=1):
+        yield f"{title} {i}" if i > 1 else title, share
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _page_of(text: str, home: Path) -> str:
+    """A page: the topic's title is its heading, and a link leads back to the list of pages."""
+    title, _, rest = re.sub(r"^#(#+ )", r"\1", text, flags=re.MULTILINE).partition("\n\n")
+    return f"{title}\n\n[All results]({os.path.relpath(home / 'RESULTS.md', pages_folder(home))})\n\n{rest}"
+
+
+def fit(page: str) -> str:
+    """A page with the last lines of its longest tables left out, as many as make it too long."""
+    if len(page.encode()) <= _MAX_PAGE:
+        return page
+    blocks = [block.split("\n") for block in page.split("\n\n")]
+    tables = [block for block in blocks if len(block) > 3 and block[0].startswith("| ")]
+    lengths = [len(block) for block in tables]
+    size = len(page.encode()) + 80 * len(tables)  # with the lines that say so
+    while size > _MAX_PAGE and any(len(block) > 3 for block in tables):
+        size -= len(max(tables, key=lambda block: sum(map(len, block))).pop().encode()) + 1
+    for block, length in zip(tables, lengths, strict=True):
+        if length > len(block):
+            block += ["", f"The first {len(block) - 2} of {length - 2} lines; the CSV has all."]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
@@ -231,6 +287,51 @@ def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> st
     return code + markdown(columns, rows)
 
 
+_HEAD = (
+    "# Results\n\n`python -m benchmarks.report` writes this file and its pages from the CSVs in this repository; do "
+    "not edit them. The commands that wrote a CSV stand above its table. A command of `benchmarks.speed` whose rows "
+    "are not all there says how many are. Other commands may also ask for more rows than are there, for example for "
+    "models that were added later. No GPU has been measured yet."
+)
+
+
+def page_list(found: Mapping[str, str], place: str) -> str:
+    """Links to the pages, by the titles in them.
+
+    Args:
+        found: pages by the name of their file.
+        place: their folder, relative to the list.
+    """
+    heads = {name: re.findall(r"^##? (.+)$", page, flags=re.MULTILINE) for name, page in found.items()}
+    titles = [head[0] for head in heads.values()]
+    texts = {name: ": ".join([head[0], ", ".join(head[1:])]) for name, head in heads.items()}
+    return "\n".join(
+        f"- [{texts[name] if titles.count(head[0]) > 1 else head[0]}]({Path(place, name).as_posix()})"
+        for name, head in heads.items()
+    )
+
+
+def write_pages(found: Mapping[str, str], pictures: Mapping[Path, str], home: Path) -> None:
+    """Write the pages, and RESULTS.md with the list of them and the pictures.
+
+    Raises:
+        AezooError: a file cannot be written.
+    """
+    place = pages_folder(home)
+    shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
+    index = "\n\n".join([_HEAD, page_list(found, os.path.relpath(place, home)), *shown])
+    for path, text in ({home / "RESULTS.md": index} | {place / name: page for name, page in found.items()}).items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise AezooError(f"cannot write {path}: {error.strerror}") from error
+    # a folder of its own holds nothing else
+    for path in place.glob("*.md") if place != home else ():
+        if path.name not in found:
+            path.unlink()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report."""
     parser = base_parser("report", __doc__)
@@ -239,25 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(folder.glob("*.csv")):
         raise AezooError(f"no CSV in {folder}: measure first, as by `aezoo benchmark speed`, or give --results DIR")
     home = PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
-    text, rows = tables(folder, home)
-    pictures = draw_pictures(folder, rows)
-    head = (
-        "# Results\n\n`python -m benchmarks.report` writes this file from the CSVs in this repository; do not edit it. "
-        "The commands that wrote a CSV stand above its table. A command of `benchmarks.speed` whose rows are not all "
-        "here says how many are. Other commands may also ask for more rows than are here, for example for models that "
-        "were added later."
-    )
-    shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
-    whole = "\n\n".join([head, *shown, target_table(rows), text]) + "\n"
-    try:
-        (home / "RESULTS.md").write_text(whole, encoding="utf-8")
-    except OSError as error:
-        raise AezooError(f"cannot write {home / 'RESULTS.md'}: {error.strerror}") from error
-    found, place = zoo_pages(folder), pages_folder(home)
-    for name, page in found.items():
-        place.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(f"{page}\n", encoding="utf-8")
-        print(place / name)
+    found, rows = pages(folder, home)
+    write_pages(found, draw_pictures(folder, rows), home)
     for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")
     print(home / "RESULTS.md")

@@ -178,7 +178,9 @@ def test_report_shows_medians_per_bits_and_picture(tmp_path, capsys):
                 row |= {"bits_per_place": bits_per_place, "bits": 49.0 * bits_per_place, "budget": "epochs=1"}
                 table.put(row | {"mse": factor * mse * (1 + seed), "usage": 0.5, "rows": "all", "batch_size": 128})
     report.main(["--results", str(tmp_path)])
-    lines = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith("| vq_vae")]
+    lines = [
+        line for line in (tmp_path / "errors-at-equal-bits.md").read_text().splitlines() if line.startswith("| vq_vae")
+    ]
     assert [line.split("|")[2].strip() for line in lines] == [
         "codebook_size=64", "latent_dim=6 estimator=rotation", "codebook_size=1024", "latent_dim=6 estimator=rotation",
     ]  # fmt: skip

@@ -113,6 +113,11 @@ def test_recorded_command_omits_folders_and_is_runnable(monkeypatch):
     assert command_line("speed", words) == "python -m aezoo.benchmarks.speed train --models all"
 
 
+def written(folder):
+    """RESULTS.md and its pages, which lie beside it outside of a checkout."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.md")))
+
+
 @pytest.fixture
 def results(tmp_path):
     """A folder of small CSVs of every kind but start-up."""
@@ -146,6 +151,15 @@ def results(tmp_path):
     return tmp_path
 
 
+def test_pages_are_cut_to_size_by_their_longest_tables():
+    short, long = ("\n".join(["| a |", "| --- |", *[f"| {'x' * 90} |"] * n]) for n in (3, 400))
+    page = f"# A\n\n{short}\n\ntext\n\n{long}"
+    cut = report.fit(page)
+    assert len(cut) <= 15_000 and short in cut and report.fit(f"# A\n\n{short}") == f"# A\n\n{short}"
+    left = cut.count("x" * 90) - 3
+    assert 100 < left < 400 and cut.endswith(f"\n\nThe first {left} of 400 lines; the CSV has all.")
+
+
 def test_gemm_share_uses_run_with_interface():
     def row(rate, interface):
         rates = {f"samples_per_s{end}": str(rate) for end in ("", "_low", "_high")}
@@ -159,7 +173,7 @@ def test_report_is_built_from_available_results(results, capsys):
     report.main(["--results", str(results)])
     said = capsys.readouterr().out
     assert "no speed-startup-*.csv" in said and "start-up left out" in said
-    text = (results / "RESULTS.md").read_text()
+    text = written(results)
     for command in (
         "quality it",
         "peers it",
@@ -206,7 +220,7 @@ def test_each_machine_has_a_peers_picture(results):
         peers.put({"party": "loop", "samples_per_s": 1e4, "ratio": 1.0, "agrees": "yes"})
     report.main(["--results", str(results)])
     assert sorted(path.stem for path in (results / "pictures").glob("peers*")) == ["peers", "peers-zen4"]
-    text = (results / "RESULTS.md").read_text()
+    text = written(results)
     assert ", as ratios to a compiled loop](pictures/peers.png)" in text
     assert ", as ratios to a compiled loop, on zen4](pictures/peers-zen4.png)" in text
 
@@ -249,7 +263,7 @@ def test_scaling_uses_matching_single_device_row(results):
     train = ResultsCSV(results / "speed-train-fp32-pt2.13-cpu2.csv", ("name", "devices"), "speed it")
     train.put({"name": "vae", "devices": 2, "samples_per_s": 1500.0, "peak_gflops": 50.0})
     report.main(["--results", str(results)])
-    text = (results / "RESULTS.md").read_text()
+    text = written(results)
     assert "| vae | 2 | 1,500 |  | 50 | one device was measured at a peak of 100 GFLOP/s |" in text
     assert "pictures/scaling.png" not in text
 
@@ -314,7 +328,7 @@ def test_layers_where_torch_is_near_best_are_omitted(results):
     for side, chosen, lost in ((1, "torch", 1.0), (2, "torch", 1.09), (3, "torch", 1.2), (4, "products", 1.0)):
         layers.put({"side": side, "chosen": chosen, "lost": lost})
     report.main(["--results", str(results)])
-    text = (results / "RESULTS.md").read_text()
+    text = written(results)
     assert [row in text for row in ("| 1 | torch", "| 2 | torch", "| 3 | torch", "| 4 | products")] == [0, 0, 1, 1]
 
 

@@ -243,7 +243,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--probe-rows", type=count, default=10_000, help="most training codes that a classifier sees (default 10000)")
     add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
     add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
-    common.add_run_flags(parser, "run", timeout=7200)
+    # of the clock, which other load stretches
+    common.add_run_flags(parser, "run", timeout=43_200)
     return parser.parse_args(argv)
 
 

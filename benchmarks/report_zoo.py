@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from .common import number
 from .quality import LEFT_OUT
 from .report_columns import Column, Row, figures, format_number, markdown, spread, words
-from .report_pca import NOT_EXPLAINED, REASONS
+from .report_pca import NOT_EXPLAINED
+from .report_pca import REASONS as REASONS_AT_FIXED_BUDGETS
 
 # models that textbooks and surveys name
 TEXTBOOK = (
@@ -13,6 +14,12 @@ TEXTBOOK = (
     *("vae", "beta_vae", "iwae", "vae_gan", "aae", "wae_mmd", "vq_vae", "vq_vae_2", "rq_vae", "fsq_vae", "topk_sae"),
     "sae_l1",
 )
+# reasons that were about short trainings, other sizes of codes, or errors from corrupted samples
+_NOT_AT_CONVERGENCE = (
+    *("categorical_vae", "dense_ae", "denoising_ae", "denoising_vae", "linear_ae", "maetok", "semantic_hash_ae"),
+    *("sequence_ae", "stacked_dae", "wta_ae"),
+)
+REASONS = {name: why for name, why in REASONS_AT_FIXED_BUDGETS.items() if name not in _NOT_AT_CONVERGENCE}
 KINDS = {
     "numbers": "Codes of {size} numbers",
     "bits": "Codes of {bits} bits",

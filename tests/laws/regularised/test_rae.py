@@ -20,7 +20,10 @@ from aggregate_posterior_laws import (  # noqa: F401
     test_the_squared_error_of_the_papers_is_the_default,
     test_zero_weight_equals_dense_autoencoder,
 )
-from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
+from gradient_laws import (
+    test_gradients_are_derivatives_of_the_terms,  # noqa: F401
+    test_gradients_with_other_settings_are_derivatives,  # noqa: F401
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -23,6 +23,7 @@ from aggregate_posterior_laws import (  # noqa: F401
 )
 from gradient_laws import (  # noqa: F401
     test_gradients_are_derivatives_of_the_terms,
+    test_gradients_with_other_settings_are_derivatives,
     test_loss_gradient_is_the_weighted_sum_of_terms,
 )
 from scipy import stats

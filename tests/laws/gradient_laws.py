@@ -132,7 +132,7 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
     ("omp_sae", {"likelihood": "laplace"}, ""),
     ("sequence_ae", {"pad_value": 0.0}, ""),
     ("rq_vae", {"dropout": 0.5}, "encoder"),
-    ("rae", {"regulariser": "gp"}, ""),
+    ("rae", {"regulariser": "gp", "likelihood": "bernoulli"}, ""),
     ("wae_gan", {"gaussian_posterior": True}, "encoder"),
 ]
 

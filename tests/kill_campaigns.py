@@ -129,7 +129,9 @@ class Run:
 
 
 def _lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a file that may be growing: the last one counts once it is complete."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def of_two_processes(name, home, seed):

@@ -267,7 +267,7 @@ def test_saved_zoo_model_provides_layers(tmp_path):
         assert torch.allclose(data.tensors("test")[0], model.encoder(x), atol=1e-6)
     with pytest.raises(AezooError, match="brings its weights"):
         activations("encoder", network=str(tmp_path / "ae"), weights="random")
-    with pytest.raises(AezooError, match="1x8x8"):
+    with pytest.raises(AezooError, match="samples of 8x8"):
         activations("encoder", network=str(tmp_path / "ae"), of="mnist5k")
     with pytest.raises(AezooError, match="no checkpoint at"):
         activations("encoder", network=str(tmp_path / "none" / "x.ckpt"))

@@ -192,14 +192,24 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def command_line(script: str, argv: Sequence[str]) -> str:
-    """The command for a CSV's head: what the rows measure, without the output folder and --again."""
+def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = (), folders: Sequence[str] = ()) -> str:
+    """The command for a CSV's head: what the rows measure, without the output folder and --again.
+
+    Args:
+        script: its name.
+        argv: its arguments.
+        left_out: further flags that are left out with their values, such as folders of this machine.
+        folders: flags in whose values FOLDER stands for a folder of this machine.
+    """
+    without = {"--results", *left_out}
     kept: list[str] = []
     before = ""
     for word in argv:
-        is_output_flag = word.partition("=")[0] in ("--again", "--results")
-        if not is_output_flag and before != "--results" and not (before == "--again" and word in RERUN_CHOICES):
-            kept.append(word)
+        flag, equals, _ = word.partition("=")
+        is_value = before in without or (before == "--again" and word in RERUN_CHOICES)
+        if not is_value and flag not in {"--again", *without}:
+            hidden = word if before not in folders else "FOLDER"
+            kept.append(f"{flag}=FOLDER" if equals and flag in folders else hidden)
         before = word
     return shlex.join(["python", "-m", f"{NAME}.{script}", *kept])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import aezoo
-from aezoo.training.seeding import forked_rng
+from aezoo.tasks.samples import evaluation_mode
 
 # terms of losses with an opponent that is trained as well: their values say how good the opponent is
 _GAME = frozenset(("adversarial", "discriminator", "mi"))
@@ -135,20 +135,15 @@ class Convergence(pl.Callback):
         else:
             self._waited += 1
 
-    @torch.no_grad()
     def evaluate(self, model: aezoo.Autoencoder) -> float:
         """The monitored figure of the validation samples."""
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         total, count = 0.0, 0
-        with forked_rng(model.device):
+        with evaluation_mode(model):
             for i, (x, y) in enumerate(self._batches):
                 torch.manual_seed(i)
                 terms = model.loss(x.to(model.device), None if y is None else y.to(model.device))
                 self.columns["monitor"], value = monitored(terms)
                 total, count = total + float(value) * len(x), count + len(x)
-        for module, mode in modes:
-            module.training = mode
         return total / count
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

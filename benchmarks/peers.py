@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(arguments)
     name = environment(arguments, arguments.precision)
     path = arguments.results / f"peers-{arguments.workload}-{name}.csv"
-    command = command_line("peers", _portable(sys.argv[1:] if argv is None else argv))
+    command = command_line("peers", sys.argv[1:] if argv is None else argv, left_out=("--envs",))
     table, part_path = ResultsCSV(path, ("party",), command), path.with_suffix(".runs.part")
     if arguments.again != "all" and table.rows and not part_path.exists():
         if table.commands != [command]:
@@ -332,17 +332,6 @@ def _measured(arguments: argparse.Namespace, table: ResultsCSV, part_path: Path)
     if odd:
         print(f"losses or parameters differ from the loop's: {', '.join(odd)}", file=sys.stderr)
     return 1 if odd or any(line["error"] for line in lines) else 0
-
-
-def _portable(argv: Sequence[str]) -> list[str]:
-    """The arguments without the folder of environments, which is specific to this machine."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if word == "--envs":
-            next(words, None)
-        elif not word.startswith("--envs="):
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

@@ -83,15 +83,14 @@ def data_flags(path: Path, root: Path) -> tuple[str, list[str]]:
     return DRAWN_ONCE, [*flags, "--data.name=mnist", "--data.binarise=static", f"--data.val_fraction={1 / 6}"]
 
 
-def spec(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def spec(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """What `published_row` measures."""
-    path = published()[name]
     recipe, figure = settings(path), target(path)
     data, flags = data_flags(path, arguments.root.expanduser().resolve())
-    row = {"recipe": name, "seed": seed, "data": data, "max_epochs": recipe["trainer"]["max_epochs"]}
+    row = {"recipe": path.stem, "seed": seed, "data": data, "max_epochs": recipe["trainer"]["max_epochs"]}
     row |= {"metric": figure.metric, "published": figure.value}
     row |= {"importance_samples": recipe.get("importance_samples")}
-    folder = arguments.keep.resolve() / f"{name}-{seed}"
+    folder = arguments.keep.resolve() / f"{path.stem}-{seed}"
     return {"row": row, "flags": flags, "folder": str(folder), "seconds": arguments.seconds}
 
 
@@ -165,10 +164,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)
-    command = common.command_line("published", _without_paths(argv))
+    command = common.command_line("published", argv, left_out=("--keep",), folders=("--root",))
     table = common.ResultsCSV(path, KEY, command, arguments.again)
-    names = [] if arguments.heads else arguments.recipes or published()
-    specs = [spec(name, seed, arguments) for seed in range(arguments.seeds) for name in names]
+    known = published()
+    names = [] if arguments.heads else arguments.recipes or known
+    specs = [spec(known[name], seed, arguments) for seed in range(arguments.seeds) for name in names]
     specs = [each for each in specs if arguments.again or not is_finished(table.find(each["row"]))]
     table.check_writable()
     for each, measured in run_rows("published_row", specs, arguments.timeout, arguments.jobs, arguments.accelerator):
@@ -178,18 +178,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure = row.get("error") or f"{row['metric']} {row['reached']:.2f}, published {row['published']}"
         print(f"{row['recipe']}, seed {row['seed']}, {row.get('epochs', 0)} epochs: {figure}", flush=True)
     write_heads(table)
-
-
-def _without_paths(argv: Sequence[str]) -> list[str]:
-    """The command line without the folder of runs and with a name in place of the folder of data."""
-    kept, before = [], ""
-    for word in argv:
-        if before == "--root":
-            word = "FOLDER"
-        if "--keep" not in (before, word):
-            kept.append(word)
-        before = word
-    return kept
 
 
 if __name__ == "__main__":

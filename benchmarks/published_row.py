@@ -15,6 +15,7 @@ import aezoo
 from aezoo.io.checkpoint import load_run
 
 from . import processes
+from .quality_row import quiet_trainer
 from .recipes import scalars
 
 TRAIN_METRICS = ("train/loss", "train/nll", "train/kl", "train/codebook", "train/commitment")
@@ -92,11 +93,8 @@ def test(run: Path, importance_samples: int | None) -> dict[str, float]:
     model, trained = load_run(run)
     model.importance_samples = importance_samples or 1
     data = aezoo.DataModule(**trained["settings"])
-    off: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
     pl.seed_everything(0, workers=True, verbose=False)
-    figures = pl.Trainer(accelerator="auto", devices=1, **off).test(model, data, verbose=False)[0]
+    figures = quiet_trainer({"accelerator": "auto"}).test(model, data, verbose=False)[0]
     return {name: figures[name] for name in TEST_METRICS if name in figures}
 
 

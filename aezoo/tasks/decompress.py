@@ -32,7 +32,6 @@ from aezoo.tasks.samples import SampleSet, SeparateSamples, evaluation_mode, ref
 from aezoo.tasks.samples import progress_bar as bar
 from aezoo.tasks.show import show
 from aezoo.tasks.tiling import Sized
-from aezoo.training.data_units import DataUnits
 
 # bytes of columns.json
 _MAX_COLUMNS = 2**26
@@ -132,7 +131,7 @@ def decompress(
                 if header.mode != "prior":  # whose work is done token by token
                     advance(len(part))
         if kind == "png" or header.own_sizes:
-            store.each_sample("", x, model.data_units or DataUnits(), kind)
+            store.each_sample("", x, kind)
         if kind == "csv" and columns is not None and not isinstance(x, SeparateArrays):
             store.table("samples", _rows(x, columns))
     dataset: Dataset[Any]

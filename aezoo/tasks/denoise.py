@@ -22,7 +22,6 @@ from aezoo.tasks.results import Result, count_of, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode, middles, rows_of
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.tasks.tiling import Sized
-from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
 
@@ -125,7 +124,7 @@ def denoise(
             low, high = min(low, float(batch.min())), max(high, float(batch.max()))
             start += len(batch)
         if shapes is not None:
-            store.each_sample("denoised/", x_hat, model.data_units or DataUnits())
+            store.each_sample("denoised/", x_hat)
         if has_peak(low, high) or low == high or model.likelihood.unit_interval:
             low, high = _UNIT
 

@@ -21,7 +21,6 @@ from aezoo.tasks.result_store import Row, Samples, Store, check_table, row_of, t
 from aezoo.tasks.results import Result, count_of, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode, rows_of
 from aezoo.tasks.tiling import Sized
-from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def reconstruct(
         if shapes is None:
             found.r2 = by_value.r2()
         else:
-            store.each_sample("reconstructions/", x_hat, model.data_units or DataUnits())
+            store.each_sample("reconstructions/", x_hat)
         errors, fields, columns, by_column = found.errors, samples.fields, samples.columns, None
         if columns is not None:
             by_column = np.asarray(x_hat) - samples.rows(range(n)).numpy()

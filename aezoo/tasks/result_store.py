@@ -171,7 +171,7 @@ class Store:
         """Empty samples of several shapes to fill, in a file without a name or in memory."""
         return SeparateArrays(self.scratch((sum(map(math.prod, shapes)),), dtype), shapes)
 
-    def each_sample(self, name: str, x: Samples, units: DataUnits, kind: str = "png") -> None:
+    def each_sample(self, name: str, x: Samples, kind: str = "png") -> None:
         """Write each sample as `folder/name000000.png`, or as .npy if it is no picture or kind says so.
 
         PNGs have the values of the training data. If these are scaled and do not say what white is, it is drawn from
@@ -179,7 +179,7 @@ class Store:
         """
         from PIL import Image
 
-        low, high = 0.0, 1.0
+        units, low, high = self._units or DataUnits(), 0.0, 1.0
         if units.scaling and units.white is None and x.size and x.dtype != np.uint8:
             low, high = min(low, float(x.min())), max(high, float(x.max()))
         for i, image in enumerate(x):

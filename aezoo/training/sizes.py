@@ -77,7 +77,7 @@ def takes_any_size(model: "ModelInterface") -> bool:
         rebuilt(model, (model.input_shape[0], *(2 * n for n in model.input_shape[1:])), "meta")
     except AezooError:
         return False
-    return len(model.input_shape) > 1
+    return True
 
 
 def stride_of(model: "ModelInterface") -> tuple[int, ...] | None:

@@ -14,6 +14,11 @@ LABELLED = (
     *("conditional_vae", "semi_supervised_m1", "semi_supervised_vae", "ada_gvae", "mlvae"),
     *("triplet_vae", "triplet_ae"),
 )
+_ADVERSARIAL_KL = {
+    "adaptive_weight": "decoder discriminator encoder likelihood",
+    "discriminator": "decoder encoder",
+    "adversarial": "discriminator",
+}
 STOPPED: dict[str, dict[str, str]] = {
     "isometric_ae": {"iso": "encoder"},
     "simmim": {"readout": "encoder mask_token"},
@@ -47,27 +52,8 @@ STOPPED: dict[str, dict[str, str]] = {
     "qlae": {"codebook": "encoder", "nll": "quantiser", "commitment": "quantiser"},
     "sq_vae": {"sigma": "decoder quantiser"},
     "titok": {"codebook": "encoder", "nll": "quantiser", "commitment": "quantiser"},
-    "autoencoder_kl": {
-        "adaptive_weight": "decoder discriminator encoder likelihood",
-        "discriminator": "decoder encoder",
-        "adversarial": "discriminator",
-    },
-    "eq_vae": {
-        "adaptive_weight": "decoder discriminator encoder likelihood",
-        "discriminator": "decoder encoder",
-        "adversarial": "discriminator",
-    },
-    "va_vae": {
-        "adaptive_weight": "decoder discriminator encoder likelihood",
-        "alignment_weight": "decoder encoder likelihood projection",
-        "discriminator": "decoder encoder",
-        "adversarial": "discriminator",
-    },
-    "asymmetric_kl": {
-        "adaptive_weight": "decoder discriminator encoder likelihood",
-        "discriminator": "decoder encoder",
-        "adversarial": "discriminator",
-    },
+    **dict.fromkeys(("autoencoder_kl", "eq_vae", "asymmetric_kl"), _ADVERSARIAL_KL),
+    "va_vae": {**_ADVERSARIAL_KL, "alignment_weight": "decoder encoder likelihood projection"},
     "vqgan": {
         "codebook": "encoder",
         "adaptive_weight": "decoder discriminator quantiser",

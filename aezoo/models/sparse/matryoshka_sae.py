@@ -55,7 +55,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         pi_BN = self.pre_activations(x)
         f_BN = self.top_of_batch(pi_BN, self.k) if self.training else self.above_threshold(pi_BN)
         self.update_firing(f_BN)
-        sum_BX = torch.zeros_like(f_BN[:, :1] * self.decoder.W_NX[:1])
+        sum_BX = torch.zeros_like(x.flatten(1))
         nlls = [self.nll(self.decoder.with_bias(sum_BX), x).mean()]
         for start, end in pairwise((0, *self.prefixes)):
             sum_BX = sum_BX + F.linear(f_BN[:, start:end], self.decoder.W_NX[start:end].t())

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from aezoo.errors import AezooError
     from aezoo.io.checkpoint import load_model, save_model
     from aezoo.io.hub import push_to_hub
+    from aezoo.io.importers import import_model
     from aezoo.registry import create_model, list_models, model_class
     from aezoo.tasks.compress import compress
     from aezoo.tasks.decompress import decompress
@@ -36,6 +37,7 @@ _HOMES = {
     "detect": "aezoo.tasks.detect",
     "embed": "aezoo.tasks.embed",
     "generate": "aezoo.tasks.generate",
+    "import_model": "aezoo.io.importers",
     "list_models": "aezoo.registry",
     "load_model": "aezoo.io.checkpoint",
     "model_class": "aezoo.registry",
@@ -57,6 +59,7 @@ __all__ = [
     "detect",
     "embed",
     "generate",
+    "import_model",
     "list_models",
     "load_model",
     "model_class",

@@ -50,6 +50,7 @@ Use a trained model: each command takes --ckpt_path RUN_OR_FILE, --input FILE or
   embed                            codes, a picture of them, accuracy of classifiers on them; --nearest 5
   compress                         .aez files, lossless or lossy, compared with PNG, WebP, JPEG, xz, PCA
   decompress --input FILE.aez      back to .npy or .png
+  import SOURCE [OUT]              weights of other libraries, from files or hf://owner/name, as a saved model
 
 Measure
   benchmark NAME ...               speed, quality, bits, quantisers, tasks, disentangle, dictionaries, probe, peers,
@@ -160,6 +161,9 @@ def _run(argv: list[str], whole: bool = False) -> None:
             _cp(rest)
         case ["benchmark", *rest]:
             _benchmark(rest)
+        case ["import", *rest]:
+            with import_errors_in_one_line(whole):
+                _import(rest)
         case ["tune", *rest]:
             with import_errors_in_one_line(whole):
                 from aezoo.cli import tune
@@ -290,6 +294,30 @@ def _cp(argv: list[str]) -> None:
     except OSError as error:
         raise AezooError(f"cannot write {dest}: {error.strerror}") from error
     print(f"{dest}\nchange it, then: aezoo fit -c {shlex.quote(str(dest))}")
+
+
+def _import(argv: list[str]) -> None:
+    parser = _parser("import", "Read a model that another library has written and save it as a model of aezoo.")
+    parser.add_argument("source", help="a file, a folder, or hf://owner/name[/path][@revision]")
+    parser.add_argument("out", nargs="?", help="the folder to write; by default imported/ and the name of the source")
+    parser.add_argument("--force", action="store_true", help="replace a saved model")
+    arguments = parser.parse_args(argv)
+    from aezoo.io import checkpoint, hub_files, importers
+    from aezoo.security import archives
+
+    last = arguments.source.removeprefix(hub_files.SCHEME).partition("@")[0].rstrip("/")
+    out = Path(
+        arguments.out or Path("imported") / archives.safe_name(last if last != arguments.source else Path(last).stem)
+    )
+    if any((out / name).exists() for name in (checkpoint.CONFIG, checkpoint.WEIGHTS)) and not arguments.force:
+        raise AezooError(f"{out} holds a saved model: choose another folder, or replace it with --force")
+    imported = importers.import_model(arguments.source)
+    model = imported.model
+    checkpoint.save_model(model, out)
+    print(f"found {imported.found}", *imported.notes, sep="\n  ")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {registry.name_of(type(model))}, input shape {model.input_shape}, {size:,} parameters")
+    print(f"use it: aezoo embed --ckpt_path {shlex.quote(str(out))} --input FILE, or aezoo.load_model({str(out)!r})")
 
 
 def _benchmark(argv: list[str]) -> None:

@@ -8,7 +8,6 @@ the file before it allocates memory. It never follows a class path in a file.
 
 import contextlib
 import json
-import os
 import pickle
 import sys
 from collections.abc import Mapping
@@ -22,16 +21,13 @@ from torch import Tensor
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, hub_files, run_folder, terminal
+from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
 from aezoo.io.scale_folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
 from aezoo.training.data_units import TABLES, DataUnits
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
-MAX_GROWTH = 2**24
-MAX_BYTES = "AEZOO_MAX_BYTES"
 # 300,000 columns of a table
 _MAX_CONFIG = 2**24
 # dtypes of weights besides float32
@@ -94,11 +90,14 @@ def save_model(
 def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
     """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder or the hub.
 
+    Files of other libraries are read too, see `aezoo.import_model`.
+
     Weights in float64, float16 or bfloat16 keep their type; `.float()` converts them to float32.
 
     Args:
         path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`; or
-            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`.
+            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`; or what
+            `aezoo.import_model` takes.
         map_location: device that the model is put on.
         max_bytes: largest size of an unpacked checkpoint; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
             size of the file plus 16 MiB, because torch writes checkpoints without compression.
@@ -126,7 +125,15 @@ def load_run(
     stored_units: Any = None
     address = str(path) if hub_files.is_address(path) else None
     if address is not None:
-        path = hub_files.fetch(address)
+        try:
+            path = hub_files.fetch(address)
+        except hub_files.NotAnAezooModelError:
+            if (imported := importers.import_if_known(address)) is None:
+                raise
+            return _of_another_library(imported, address, map_location)
+    foreign = address or path  # a repository may have files of the same names
+    if _may_be_foreign(path) and (imported := importers.import_if_known(foreign)) is not None:
+        return _of_another_library(imported, foreign, map_location)
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
         source = folder = Path(path)
         config = read_config(source)
@@ -146,6 +153,8 @@ def load_run(
         atomic_files.check_intact(source)
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
         note_version(checkpoint.get("aezoo"), source)
+        if "aezoo" not in checkpoint and (imported := importers.import_if_known(source)) is not None:
+            return _of_another_library(imported, source, map_location)
         name, hyperparameters = describe_content(checkpoint, source)
         content, settings = checkpoint["state_dict"], _data_settings(checkpoint, source)
         units = _data_units(checkpoint, settings) if settings else None
@@ -162,17 +171,45 @@ def load_run(
         raise AezooError(f"the weights in {source} do not fit {name}: {_one_line(error)}") from error
     if address is not None:
         folder = Path("runs") / archives.safe_name(hub_files.split(address)[0])
-    try:
-        model = model.to(map_location).eval()
-    except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
-        raise AezooError(
-            f"map_location {map_location}: {_one_line(error)}; give cpu and move the model later"
-        ) from error
+    model = _to_device(model, map_location)
     if stored_units is not None:
         units = DataUnits.from_plain(stored_units, model.input_shape, str(source / CONFIG))
     model.data_units, known = units, units or DataUnits()
     state_of_data = {"scaling": known.scaling, "white": known.white, "columns": known.columns}
     return model, {"settings": settings, **state_of_data, "folder": folder}
+
+
+def _to_device(model: Autoencoder, map_location: str | torch.device) -> Autoencoder:
+    try:
+        return model.to(map_location).eval()
+    except (RuntimeError, AssertionError, TypeError) as error:  # raised by torch for missing devices
+        raise AezooError(
+            f"map_location {map_location}: {_one_line(error)}; give cpu and move the model later"
+        ) from error
+
+
+def _may_be_foreign(path: str | Path) -> bool:
+    """Whether there are files and none is marked as written by aezoo or Lightning."""
+    path = Path(path)
+    if not path.is_dir():
+        return path.is_file() and path.suffix != ".ckpt"
+    if (path / CONFIG).is_file():
+        try:
+            read_config(path)
+        except AezooError:
+            return True
+        return False
+    return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
+
+
+def _of_another_library(
+    imported: importers.Imported, address: str | Path, map_location: str | torch.device
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """What `load_run` returns for a model that was read from files of another library."""
+    print(f"aezoo: {address} is {imported.found}", file=sys.stderr)
+    unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
+    folder = Path("runs") / archives.safe_name(str(address).removeprefix(hub_files.SCHEME).strip("/"))
+    return _to_device(imported.model, map_location), {**unknown, "folder": folder}
 
 
 def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -303,7 +340,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         cure = f"; give the folder of the saved model, {path.parent}" if (path.parent / CONFIG).is_file() else ""
         raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
     try:
-        _check_size(path, max_bytes)
+        archives.check_growth(path, max_bytes)
         archives.check_tuples(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except AezooError:
@@ -341,20 +378,6 @@ def _check_progress(loop: Any, path: Path) -> None:
         if key in _COUNTS and not isinstance(value, int):
             raise AezooError(f"{path} is damaged: a loop's count {key} is a {type(value).__name__}")
         _check_progress(value, path)
-
-
-def _check_size(path: Path, max_bytes: int | None) -> None:
-    size = archives.unpacked_size(path)
-    if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
-        if not given.isdecimal():
-            raise AezooError(f"{MAX_BYTES} is {given!r} in the environment: give a number of bytes")
-        max_bytes = int(given)
-    most = path.stat().st_size + MAX_GROWTH if max_bytes is None else max_bytes
-    if size is not None and size > most:
-        raise AezooError(
-            f"{path} would unpack to {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f}: torch writes "
-            f"no such files; if you trust it, raise the limit (max_bytes=..., or {MAX_BYTES} in the environment)"
-        )
 
 
 def note_version(stamp: Any, source: Path) -> None:

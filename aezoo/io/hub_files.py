@@ -18,8 +18,13 @@ from aezoo.errors import AezooError
 SCHEME = "hf://"
 CARD = "README.md"
 FILES = ("config.json", "model.safetensors")
+_OWN: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
+
+
+class NotAnAezooModelError(AezooError):
+    """A repository that exists and holds something else than a model of aezoo."""
 
 
 def is_address(path: str | Path) -> bool:
@@ -55,16 +60,22 @@ def check_name(name: str) -> str:
     return name
 
 
-def split(address: str) -> tuple[str, str | None]:
-    """Repository and revision of an address, `hf://user/name` or `hf://user/name@revision`.
+def split(address: str) -> tuple[str, str, str | None]:
+    """Repository, path inside it and revision of an address, `hf://user/name[/path][@revision]`.
+
+    The path is empty for the whole repository.
 
     Raises:
         AezooError: it does not have that form.
     """
-    name, at, revision = address.removeprefix(SCHEME).partition("@")
+    whole, at, revision = address.removeprefix(SCHEME).partition("@")
     if at and not revision:
         raise AezooError(f"{address} names no revision after the @: give a branch, a tag or a commit, or leave it out")
-    return check_name(name), revision or None
+    user, _, rest = whole.rstrip("/").partition("/")
+    name, _, inside = rest.partition("/")
+    if any(part in ("", ".", "..") for part in inside.split("/")) and inside:
+        raise AezooError(f"{address} names no path in a repository: give hf://user/name/folder/file")
+    return check_name(f"{user}/{name}" if name else user), inside, revision or None
 
 
 def fetch(address: str) -> Path:
@@ -74,30 +85,83 @@ def fetch(address: str) -> Path:
         address: `hf://user/name`, or `hf://user/name@revision` with a branch, a tag or a commit.
 
     Raises:
-        AezooError: the repository or revision does not exist, has no aezoo model, or is not in the cache and there is
-            no network; or huggingface_hub is not installed.
+        NotAnAezooModelError: the repository exists and has no aezoo model.
+        AezooError: the repository or revision does not exist, or is not in the cache and there is no network; or
+            huggingface_hub is not installed.
     """
-    name, revision = split(address)
-    own: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
+    name, inside, revision = split(address)
+    if inside:
+        raise NotAnAezooModelError(
+            f"{address} is no aezoo model, which is a repository of its own: give hf://user/name"
+        )
     missing = []
     with _errors_in_one_line(name, revision):
         from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **_OWN)
         for file in FILES:
             # without a network, versions before 2 return the remains of an interrupted download
             if not (Path(folder) / file).is_file():
                 try:
-                    hf_hub_download(name, file, revision=Path(folder).name, **own)
+                    hf_hub_download(name, file, revision=Path(folder).name, **_OWN)
                 except errors.EntryNotFoundError as error:
                     if isinstance(error, errors.LocalEntryNotFoundError):
                         raise
                     missing.append(file)
     if missing:
-        raise AezooError(
+        raise NotAnAezooModelError(
             f"{address} is no aezoo model, it has no {' and no '.join(missing)}: push one with aezoo.push_to_hub"
         )
     return Path(folder)
+
+
+class Repository:
+    """The files of one commit of a repository, each downloaded when it is asked for.
+
+    Attributes:
+        files: names of all files; without a network, of those in huggingface_hub's cache.
+
+    Args:
+        name: `user/name`.
+        revision: a branch, a tag or a commit; None is the default branch.
+
+    Raises:
+        AezooError: the repository or revision does not exist, or is not in the cache and there is no network; or
+            huggingface_hub is not installed.
+    """
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self._revision = name, revision
+        with _errors_in_one_line(name, revision):
+            from huggingface_hub import HfApi, constants, snapshot_download
+
+            try:
+                if constants.HF_HUB_OFFLINE:
+                    raise ConnectionError
+                info = HfApi(**_OWN).model_info(name, revision=revision or constants.DEFAULT_REVISION)
+                self._commit, self.files = info.sha, frozenset(file.rfilename for file in info.siblings or ())
+            except Exception as error:
+                if not (isinstance(error, ConnectionError) or _is_transport_error(error)) or _status(error) is not None:
+                    raise
+                folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+                self._commit = folder.name
+                found = filter(Path.is_file, folder.rglob("*"))
+                self.files = frozenset(path.relative_to(folder).as_posix() for path in found)
+
+    def download(self, file: str) -> Path:
+        """The path of a file in huggingface_hub's cache.
+
+        Raises:
+            AezooError: it is not in the cache and cannot be downloaded.
+        """
+        with _errors_in_one_line(self.name, self._revision):
+            from huggingface_hub import hf_hub_download
+
+            # by the revision's own name, under which the cache is asked when there is no network
+            path = hf_hub_download(self.name, file, revision=self._revision, **_OWN)
+            if self._commit not in Path(path).parts:
+                path = hf_hub_download(self.name, file, revision=self._commit, **_OWN)
+            return Path(path)
 
 
 def upload(
@@ -127,7 +191,7 @@ def upload(
 
         if not (token or get_token()):
             raise AezooError("not logged in to the hub: `hf auth login`, HF_TOKEN in the environment, or token=...")
-        api = HfApi(token=token or None, library_name="aezoo", library_version=aezoo.__version__)
+        api = HfApi(token=token or None, **_OWN)
         api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)

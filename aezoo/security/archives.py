@@ -1,6 +1,7 @@
 """Untrusted zip and tar files: sizes are checked before unpacking, and nothing is written outside their folder."""
 
 import contextlib
+import os
 import pickletools
 import re
 import tarfile
@@ -13,6 +14,9 @@ from typing import IO
 from aezoo.errors import AezooError
 from aezoo.security.values import MAX_EXTENT
 
+# torch writes checkpoints without compression, so a file that grows by more than this is a memory bomb
+MAX_GROWTH = 2**24
+MAX_BYTES = "AEZOO_MAX_BYTES"
 _lock = threading.RLock()
 _MARK = -1
 # of torch's old format: a magic number, its version, the machine, the content, and the keys of its storages
@@ -33,6 +37,30 @@ def unpacked_size(path: Path) -> int | None:
             return sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, UnicodeError) as error:
         raise AezooError(f"{path} is a damaged zip file ({error}): save or download it again") from error
+
+
+def check_growth(path: Path, max_bytes: int | None = None) -> None:
+    """Refuse a file that would unpack to far more than its size.
+
+    Args:
+        path: the file.
+        max_bytes: largest size of the unpacked file; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
+            size of the file plus 16 MiB.
+
+    Raises:
+        AezooError: it would, or it is a damaged zip file, or the environment's value is no number.
+    """
+    size = unpacked_size(path)
+    if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
+        if not given.isdecimal():
+            raise AezooError(f"{MAX_BYTES} is {given!r} in the environment: give a number of bytes")
+        max_bytes = int(given)
+    most = path.stat().st_size + MAX_GROWTH if max_bytes is None else max_bytes
+    if size is not None and size > most:
+        raise AezooError(
+            f"{path} would unpack to {size / 2**20:.0f} MiB, more than the limit of {most / 2**20:.0f}: torch writes "
+            f"no such files; if you trust it, raise the limit (max_bytes=..., or {MAX_BYTES} in the environment)"
+        )
 
 
 def check_tuples(path: Path) -> None:

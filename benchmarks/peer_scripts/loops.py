@@ -38,8 +38,7 @@ def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
     network, data = Network(job).to(job.accelerator), training_rows(job).to(job.accelerator)
     channels_last = job.variational and "no-channels-last" not in job.options
     if channels_last:
-        # torch's stub lacks this overload
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     bf16 = job.precision == "bf16"
 
     def forward(batch: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+from huggingface_hub import constants, file_download
+
 OWNER, STRANGER = "hf_owner", "hf_stranger"
 
 
@@ -121,3 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _oid(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def ask(monkeypatch, address):
+    """Let huggingface_hub ask the server at an address."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    urls = address + "/{repo_id}/resolve/{revision}/{filename}"  # made of ENDPOINT when it is imported
+    for module in (constants, file_download):  # versions before 1 have it in both
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", urls, raising=False)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import OWNER, STRANGER, Hub
-from huggingface_hub import constants, file_download
+from hub_server import OWNER, STRANGER, ask
+from huggingface_hub import constants
 
 import aezoo
 from aezoo import registry
@@ -22,27 +22,6 @@ from aezoo.io.checkpoint import load_run
 from aezoo.io.hub import model_card
 
 ADDRESS = "hf://user/digits"
-
-
-def ask(monkeypatch, address):
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    urls = address + "/{repo_id}/resolve/{revision}/{filename}"  # made of ENDPOINT when it is imported
-    for module in (constants, file_download):  # versions before 1 have it in both
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", urls, raising=False)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = Hub()
-    monkeypatch.chdir(tmp_path)
-    ask(monkeypatch, server.address)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", OWNER)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

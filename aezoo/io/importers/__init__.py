@@ -1,0 +1,87 @@
+"""Weights that other libraries have written: each importer reads one format into a model of the zoo.
+
+An importer is a module of this package, listed in `IMPORTERS`, with
+
+    NAME: str                                  what people call the format
+    recognise(source: WeightSource) -> bool    from the names of the files, small JSON files and the keys of tensors
+    read(source: WeightSource) -> Imported     the model, after every check
+
+Formats are tried in the order of the list, so a format that is marked clearly comes before one that is guessed from
+keys. Nothing in a file may name code: `.pt` is read with `weights_only=True`, `.npz` without pickles.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.io.importers.source import WeightSource
+
+IMPORTERS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model that was read from files of another library.
+
+    Attributes:
+        model: the model, in eval mode, float32 on the CPU.
+        found: what the files are, in one line, e.g. "SAELens, JumpReLU, 2,304 inputs, 16,384 latents".
+        notes: what the conversion did, a line each, e.g. "decoder bias folded into the encoder's".
+    """
+
+    model: Autoencoder
+    found: str
+    notes: tuple[str, ...] = field(default=())
+
+
+class Importer(Protocol):
+    """What a module of this package offers."""
+
+    NAME: str
+
+    def recognise(self, source: WeightSource) -> bool: ...
+
+    def read(self, source: WeightSource) -> Imported: ...
+
+
+def find(source: WeightSource) -> Importer | None:
+    """The importer whose format the files have; None if there is none.
+
+    Raises:
+        AezooError: a file that must be read to tell is damaged or unsafe.
+    """
+    for name in IMPORTERS:
+        importer = cast(Importer, importlib.import_module(f"{__name__}.{name}"))
+        if importer.recognise(source):
+            return importer
+    return None
+
+
+def import_model(address: str | Path) -> Imported:
+    """Read a model that another library has written.
+
+    Args:
+        address: a file or a folder, or `hf://owner/name[/path][@revision]` with a file or folder of the repository.
+
+    Returns:
+        The model, what was found and what was done; `aezoo.save_model(imported.model, FOLDER)` keeps it.
+
+    Raises:
+        AezooError: there is no such path; its format is not known; or it is damaged, unsafe or of a kind that no
+            model of the zoo represents.
+    """
+    imported = import_if_known(address)
+    if imported is None:
+        formats = ", ".join(importlib.import_module(f"{__name__}.{name}").NAME for name in IMPORTERS)
+        raise AezooError(f"{address} has no format that aezoo reads; it reads {formats}")
+    return imported
+
+
+def import_if_known(address: str | Path) -> Imported | None:
+    """As `import_model`, but None for a format that is not known."""
+    source = WeightSource(address)
+    importer = find(source)
+    return None if importer is None else importer.read(source)

@@ -1,0 +1,164 @@
+"""Files of another library's model, in a folder or in a repository on the hub."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.io import hub_files
+from aezoo.security import archives, values, weights
+
+_MAX_JSON = 2**24
+
+
+class WeightSource:
+    """The files at an address; those on the hub are downloaded when they are first read, all from one commit.
+
+    Attributes:
+        address: as the user gave it.
+        given: the name of the file that the address names; None if it names a folder.
+
+    Args:
+        address: a file or a folder, or `hf://owner/name[/path][@revision]`.
+
+    Raises:
+        AezooError: there is no such file or folder; or as in `aezoo.io.hub_files.Repository`.
+    """
+
+    def __init__(self, address: str | Path) -> None:
+        self.address = str(address)
+        self.given: str | None = None
+        self._read: dict[str, Any] = {}
+        if hub_files.is_address(address):
+            name, inside, revision = hub_files.split(self.address)
+            self._repository: hub_files.Repository | None = hub_files.Repository(name, revision)
+            if inside in self._repository.files:
+                inside, self.given = str(PurePosixPath(inside).parent), PurePosixPath(inside).name
+            self._inside = "" if inside == "." else inside
+            if not self.names:
+                raise AezooError(f"{name} has no file or folder {inside!r}: see its list of files on the hub")
+            return
+        if "://" in self.address:
+            raise AezooError(f"models are read from this disk or hf://, not from {address}: download it first")
+        self._repository = None
+        self._folder = Path(address)
+        if not self._folder.exists():
+            raise AezooError(f"there is no file or folder {address}: check the path")
+        if not self._folder.is_dir():
+            self._folder, self.given = self._folder.parent, self._folder.name
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the files, relative to the folder, in order; on this disk at most two folders deep."""
+        if self._repository is not None:
+            start = f"{self._inside}/" if self._inside else ""
+            return tuple(sorted(name.removeprefix(start) for name in self._repository.files if name.startswith(start)))
+        return tuple(sorted(path.relative_to(self._folder).as_posix() for path in self._files()))
+
+    def _files(self) -> Iterator[Path]:
+        for pattern in ("*", "*/*", "*/*/*"):
+            yield from filter(Path.is_file, self._folder.glob(pattern))
+
+    def has(self, *names: str) -> bool:
+        """Whether all of some files exist."""
+        return all(name in self.names for name in names)
+
+    def path(self, name: str) -> Path:
+        """A file on this disk, downloaded if it is not there yet.
+
+        Raises:
+            AezooError: it does not exist, is a device or a pipe, or cannot be downloaded.
+        """
+        if name not in self.names:
+            raise AezooError(f"{self.address} has no file {name}")
+        if self._repository is not None:
+            return self._repository.download(f"{self._inside}/{name}" if self._inside else name)
+        return self._folder / name
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file with an object.
+
+        Raises:
+            AezooError: as `path`; or it is larger than 16 MiB or not such a file.
+        """
+        if name not in self._read:
+            path = self.path(name)
+            try:
+                with path.open("rb") as file:
+                    text = file.read(_MAX_JSON + 1)
+                if len(text) > _MAX_JSON:
+                    raise ValueError(f"it has more than {_MAX_JSON} bytes")
+                content = json.loads(text.decode("utf-8"))
+                if not isinstance(content, dict):
+                    raise ValueError(f"it holds a {type(content).__name__} in place of an object")
+            except (OSError, ValueError, RecursionError) as error:
+                raise AezooError(f"cannot read {self._label(name)}: {_brief(error)}") from error
+            self._read[name] = content
+        found: dict[str, Any] = self._read[name]
+        return found
+
+    def content(self, name: str) -> Any:
+        """What a `.pt`, `.pth`, `.bin` or `.ckpt` file holds, tensors and plain values; of others as `tensors`.
+
+        Raises:
+            AezooError: as `path`; or the file is damaged or holds objects that could run code.
+        """
+        if name not in self._read:
+            path, label = self.path(name), self._label(name)
+            try:
+                if path.suffix == ".safetensors":
+                    found: Any = load_file(path)
+                elif path.suffix == ".npz":
+                    found = _read_npz(path)
+                else:
+                    archives.check_growth(path)
+                    archives.check_tuples(path)
+                    found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+                    values.check_extent(found, label)
+            except AezooError:
+                raise
+            except Exception as error:  # a damaged file can cause any exception of the readers
+                if isinstance(error, pickle.UnpicklingError):
+                    raise AezooError(
+                        f"{label} is refused: it is damaged, or holds objects that could run code"
+                    ) from error
+                raise AezooError(f"cannot read {label}: {_brief(error)}; download it again") from error
+            self._read[name] = found
+        return self._read[name]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file that holds nothing else, by their names.
+
+        Raises:
+            AezooError: as `content`; or something in it is no dense tensor.
+        """
+        found = self.content(name)
+        if not isinstance(found, dict):
+            raise AezooError(f"{self._label(name)} holds a {type(found).__name__} in place of named tensors")
+        return weights.check_tensors(found, Path(self._label(name)), "any model")
+
+    def _label(self, name: str) -> str:
+        return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    archives.check_growth(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in arrays.files}
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,19 @@
+"""A hub of this machine in place of the Hugging Face hub."""
+
+import pytest
+from hub_server import OWNER, Hub, ask
+from huggingface_hub import constants
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    monkeypatch.chdir(tmp_path)
+    ask(monkeypatch, server.address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -448,6 +448,7 @@ def test_layout_conversion_restores_layout_in_backward():
         assert convert_layout(y, batch_inner=not inner) is y
 
 
+@needs_bf16
 def test_bf16_images_are_converted_to_batch_inner_once(on, monkeypatch):
     """Weights are weighed with what a layer was computed of, but where products weigh them."""
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
@@ -458,7 +459,7 @@ def test_bf16_images_are_converted_to_batch_inner_once(on, monkeypatch):
         assert order_of(y.grad_fn.saved_tensors[0]) == wanted
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=needs_bf16)])
 def test_batch_inner_conv_keeps_model_gradients(on, precision, monkeypatch):
     grads = {}
     for known in (True, False):

@@ -614,7 +614,8 @@ def test_bf16_backward_stays_in_bf16(way):
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = getattr(layer, way)(x, layer.geometry(x)), nn.ConvTranspose2d.forward(layer, x)
     assert {saved.dtype for saved in found.grad_fn.saved_tensors} == {torch.bfloat16}
-    torch.testing.assert_close(found, wanted)
+    # without AVX512 torch adds in another order, so that sums near 0 differ by the rounding of their terms
+    torch.testing.assert_close(found, wanted, rtol=0.016, atol=2**-8 * float(wanted.detach().abs().max()))
     g = torch.ones_like(found)
     for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], g) for y in (found, wanted)), strict=True):
         assert a.dtype == torch.float32

@@ -3,7 +3,7 @@
     python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md and docs/results
     python -m benchmarks.report --results DIR      another folder; RESULTS.md and the pages are written into it
 
-Each table stands below the commands from the head of its CSV. Missing parts are left out with a message.
+Each table stands below the first commands from the head of its CSV. Missing parts are left out with a message.
 """
 
 import os
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-from . import report_pca, report_tasks, report_zoo, targets
+from . import report_pca, report_scaling, report_tasks, report_zoo, targets
 from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
-from .report_columns import BITS, DICTIONARIES, DISENTANGLE, QUALITY, Row, format_number, markdown, spread, words
+from .report_columns import BITS, DICTIONARIES, DISENTANGLE, GPU, QUALITY, Row, format_number, markdown, spread, words
 from .report_sections import SECTIONS, Section, is_of_fixed_budget
 from .speed import KEY, count_existing_rows
 
@@ -28,6 +28,8 @@ _GROUP = (
 # headings of the text that pages are made of, and most bytes of a page
 _TOPIC, _PART = "## ", "### "
 _MAX_PAGE = 15_000
+# commands shown above a table
+_MAX_COMMANDS = 4
 # columns that are needed to identify a row, by the prefix of a CSV's name
 _NEEDED = {
     "peers-": ("party",),
@@ -125,18 +127,12 @@ def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]
 
 
 def _shares(intro: str, parts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The name of each page of a topic, and its parts: a verb, or as many CSVs as fit."""
+    """The name of each page of a topic, and its parts: all, or of the verbs one each."""
     title = intro.partition("\n")[0]
     if title == f"{_TOPIC}The verbs":
         yield from ((part.partition("\n")[0], [part]) for part in parts)
-        return
-    shares: list[list[str]] = [[]]
-    for part in parts:
-        if shares[-1] and len(intro) + sum(map(len, [*shares[-1], part])) > _MAX_PAGE:
-            shares.append([])
-        shares[-1].append(part)
-    for i, share in enumerate(shares, start=1):
-        yield f"{title} {i}" if i > 1 else title, share
+    else:
+        yield title, list(parts)
 
 
 def _slug(title: str) -> str:
@@ -180,7 +176,7 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         if not found and section.prefix:
             print(f"no {section.prefix}*.csv in {folder.name}: {section.title.lower()} left out")
         shown = [
-            f"### {stem}\n\n{_table(section, with_row_counts(stem, *content), content[1])}"
+            f"### {stem}\n\n{_table(section, stem, with_row_counts(stem, *content), content[1])}"
             for stem, content in found.items()
             if any(map(section.is_shown, content[1]))
         ]
@@ -277,13 +273,18 @@ def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | N
     return [*dict.fromkeys(row["processor"] for stem in kept for row in files[stem] if row.get("processor"))]
 
 
-def _table(section: Section, commands: Sequence[str], rows: Sequence[Row]) -> str:
+def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[Row]) -> str:
     columns = section.columns or tuple(words(name, name) for name in rows[0])
     rows = [row for row in rows if section.is_shown(row)]
-    code = "\n".join(["```bash", *commands, "```", "", ""]) if commands else ""
+    more = [f"# and {len(commands) - _MAX_COMMANDS} more, in the head of the CSV"] * (len(commands) > _MAX_COMMANDS)
+    code = "\n".join(["```bash", *commands[:_MAX_COMMANDS], *more, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
         # errors are comparable only at equal bits
         rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_per_place") or 0)
+    if GPU in section.columns and "-cpu" not in stem:
+        rows = [row | {"gpu": "this row"} for row in rows]
+    if section.columns is report_scaling.COLUMNS:
+        rows = report_scaling.merge_values(rows)
     return code + markdown(columns, rows)
 
 

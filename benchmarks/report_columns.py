@@ -71,6 +71,8 @@ def _interface_cell(row: Row) -> str:
     return "off" if row.get("interface") == "off" else ""
 
 
+# CSVs of a GPU have its name in place of the processor's number of cores, and rows of their own
+GPU = Column("on a GPU", lambda row: row.get("gpu") or "not measured")
 TRAIN = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
     *(words("batch", "batch_used"), words("devices", "devices"), words("threads", "threads")),
@@ -86,7 +88,7 @@ TRAIN = (
     figures("cold start, s", "cold_start_s", digits=3),
     *(figures("launches/step", "kernel_launches"), figures("copies/step", "host_device_copies")),
     *(figures("scaling efficiency", "scaling_efficiency", digits=3), words("why no efficiency", "unscaled")),
-    words("error", "error"),
+    *(GPU, words("error", "error")),
 )
 INFER = (
     *(words("model", "name"), words("settings", "settings"), words("shape", "shape"), words("compile", "compile")),
@@ -100,7 +102,7 @@ INFER = (
     *(figures("MFLOP/sample", "flops_forward", 1e-6), figures("parameters", "parameters")),
     *(figures("peak memory, MB", "peak_memory_mb"), figures("compile, s", "compile_s", digits=3)),
     *(words("compiler's cache", "compiler_cache"), figures("cold start, s", "cold_start_s", digits=3)),
-    words("error", "error"),
+    *(GPU, words("error", "error")),
 )
 STARTUP = (
     *(words("what", "what"), spread("seconds", "seconds", "low", "high")),
@@ -113,7 +115,7 @@ PEERS = (
     *(figures("first step, s", "first_step_s", digits=3), figures("final loss", "final_loss")),
     *(figures("distance of loss curves, %", "max_loss_gap", 100, 2), figures("allowed, %", "tolerance", 100, 2)),
     *(words("agrees", "agrees"), figures("peak memory, MB", "peak_rss_mb"), words("threads", "threads")),
-    words("error", "error"),
+    *(GPU, words("error", "error")),
 )
 QUALITY = (
     *(words("model", "model"), words("family", "family"), words("code size", "code_size"), words("seeds", "seeds")),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import report_columns as of
+from . import report_scaling
 from .common import number
 from .report_columns import Column, Row
 
@@ -161,6 +162,15 @@ SECTIONS = (
         "divided by the speed of its bare modules. Ms/batch, the share of the peak and the FLOPs describe a "
         "reconstruction.",
         of.INFER,
+    ),
+    Section(
+        "scaling-",
+        "Scaling",
+        "One thread. Time and peak memory beyond what the process held before, along each axis with everything else "
+        "fixed: an epoch of `samples`, a training step of the other axes of a model, a whole call of a verb with its "
+        "defaults. `image_size` is the side of images with 3 channels, `width` that of two hidden layers. An exponent "
+        "a is that of c n^a, fitted to the three largest values.",
+        report_scaling.COLUMNS,
     ),
     Section(
         "speed-startup-",

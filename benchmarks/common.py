@@ -192,14 +192,16 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = (), folders: Sequence[str] = ()) -> str:
+def command_line(
+    script: str, argv: Sequence[str], left_out: Sequence[str] = (), folders: Sequence[str] = ("--root",)
+) -> str:
     """The command for a CSV's head: what the rows measure, without the output folder and --again.
 
     Args:
         script: its name.
         argv: its arguments.
         left_out: further flags that are left out with their values, such as folders of this machine.
-        folders: flags in whose values FOLDER stands for a folder of this machine.
+        folders: flags for whose values FOLDER stands, as they are folders of this machine.
     """
     without = {"--results", *left_out}
     kept: list[str] = []

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
     if arguments.heads:
         path = max(arguments.results.glob("published-*.csv"), default=path)
-    command = common.command_line("published", argv, left_out=("--keep",), folders=("--root",))
+    command = common.command_line("published", argv, left_out=("--keep",))
     table = common.ResultsCSV(path, KEY, command, arguments.again)
     known = published()
     names = [] if arguments.heads else arguments.recipes or known

@@ -89,9 +89,7 @@ def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
     model = aezoo.create_model(spec["model"], data.input_shape, **plain)
     model.importance_samples = spec["importance_samples"]
     model.compile_mode = "off"  # the compiler's seconds would count, in a run of unknown length
-    rule = Convergence(*limited_split(data, "val", budget.samples), data.batch_size, budget)
-    trainer = quiet_trainer(spec, max_epochs=-1, precision=spec["precision"], callbacks=[rule])
-    trainer.fit(model, data)
+    rule, trainer = train_to_convergence(spec, model, data, budget, precision=spec["precision"])
     sizes = {stage: len(cast(Sized, data.dataset(stage))) for stage in STAGES}
     row = rule.columns | {
         "splits": " ".join(map(str, sizes.values())),
@@ -108,6 +106,16 @@ def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
     row |= _code_figures(model, data, spec["probe_rows"])
     x_hat, figures = _reconstruction(model, data.tensors("test")[0])
     return row | figures | _fidelity(model, x_hat, spec)
+
+
+def train_to_convergence(
+    spec: dict[str, Any], model: aezoo.Autoencoder, data: aezoo.DataModule, budget: Budget, **settings: Any
+) -> tuple[Convergence, pl.Trainer]:
+    """Train until the budget's rule ends the fit; the model then has its best weights."""
+    rule = Convergence(*limited_split(data, "val", budget.samples), data.batch_size, budget)
+    trainer = quiet_trainer(spec, max_epochs=-1, callbacks=[rule], **settings)
+    trainer.fit(model, data)
+    return rule, trainer
 
 
 @torch.no_grad()

@@ -4,19 +4,19 @@
     python -m benchmarks.tasks --root /usr/share/datasets --seeds 3 --jobs 2
     python -m benchmarks.tasks --verbs detect embed --data digits --models vae --steps 200
 
-A model is trained once for each data set and seed, for the same number of steps everywhere, and then runs all verbs
-that it is used for. One process does both; a verb that fails loses its rows, which record the reason. detect is
-one-vs-rest: for each class a model is trained on that class alone, and a row of its CSV is a class. On a data set all
-codes have the same number of values: 32, or a quarter of a sample's where that is less. A seed fixes training and the
-random draws of a verb. The splits, and the network whose features judge generated samples, are the same for all.
-Baselines are those of the verb's own table, computed once for each data set and seed; those of compress are computed
-once, because no seed changes them. reconstruct adds PCA and the mean sample. generate adds held-out real samples (the
-score of perfect samples), unchanged training samples (which the copy check must detect), and two generators on pixels
-without a network.
+A model is trained once for each data set and seed, until its validation loss has stopped improving (the rule of
+`benchmarks.quality`), and then runs all verbs that it is used for. One process does both; a verb that fails loses its
+rows, which record the reason. detect is one-vs-rest: for each class a model is trained on that class alone, and a row
+of its CSV is a class. On a data set all codes have the same number of values: 32, or a quarter of a sample's where that
+is less. A seed fixes training and the random draws of a verb. The splits, and the network whose features judge
+generated samples, are the same for all. Baselines are those of the verb's own table, computed once for each data set
+and seed; those of compress are computed once, because no seed changes them. reconstruct adds PCA and the mean sample.
+generate adds held-out real samples (the score of perfect samples), unchanged training samples (which the copy check
+must detect), and two generators on pixels without a network.
 
-Settings of the script limit the time: the training steps, the test samples (--test-rows), and the training samples for
-fitting priors, probes, detectors and tables (--fit-rows). detect uses dense models only, and leaves out elbo and iwae.
-The bytes of compressed files do not include the model, which the reader must have.
+Settings of the script limit the time: the seconds of a training, or its steps, the test samples (--test-rows), and the
+training samples for fitting priors, probes, detectors and tables (--fit-rows). detect uses dense models only, and
+leaves out elbo and iwae. The bytes of compressed files do not include the model, which the reader must have.
 
 Existing verbs of a data set, model, seed and settings are kept; --again measures them again. If baselines are missing
 because the model that should have measured them failed, another model measures them, and its own rows stay.
@@ -99,7 +99,8 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
             lossy = name != "bytes_vae"
             spec = {"model": name, "registered": registered, "hyperparameters": hyperparameters, "seed": seed}
             spec |= {"data": data, "head": head, "verbs": left, "accelerator": arguments.accelerator}
-            spec |= {"steps": arguments.steps, "detect_steps": arguments.detect_steps, "classes": arguments.classes}
+            spec |= {"steps": arguments.steps, "seconds": arguments.seconds, "classes": arguments.classes}
+            spec |= {"detect_seconds": arguments.detect_seconds}
             spec |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows, "corrupt": CORRUPT}
             spec |= {"qualities": QUALITIES, "lossless_only": not lossy, "baselines": {}, "repairs": []}
             spec |= {"pictures": [verb for verb in left if not seed and PICTURES[verb] == (name, dataset)]}
@@ -144,7 +145,12 @@ def verb_head(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
 
 def budget(arguments: argparse.Namespace, verb: str) -> str:
     """The training budget of a verb's models, as the text of a CSV's column."""
-    return f"steps={arguments.detect_steps if verb == 'detect' else arguments.steps}"
+    if arguments.steps:
+        return f"steps={arguments.steps}"
+    from .convergence import Budget
+
+    seconds = arguments.detect_seconds if verb == "detect" else arguments.seconds
+    return f"{Budget().as_text()}, at most {seconds:g} s"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -157,8 +163,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(VARIANTS)}; else a few"
     )
-    add("--steps", type=count, default=1000, help="training of each model, in batches of 128 (default 1000)")
-    add("--detect-steps", type=count, default=300, metavar="N", help="of each class's model (default 300)")
+    add("--seconds", type=common.seconds, default=300.0, metavar="S", help="most seconds of a training (default 300)")
+    add("--detect-seconds", type=common.seconds, default=60.0, metavar="S", help="of each class's model (default 60)")
+    add("--steps", type=count, metavar="N", help="train each model for N steps; by default until it has converged")
     add("--code-size", type=count, metavar="N", help="numbers in a code; else 32 or a quarter of a sample's values")
     add("--classes", type=count, metavar="N", help="detect takes the first classes only; else all")
     add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")

@@ -18,7 +18,8 @@ from aezoo.tasks.detect import detect
 from aezoo.tasks.samples import SampleSet
 
 from . import processes
-from .quality_row import open_data, quiet_trainer
+from .convergence import Budget
+from .quality_row import open_data, quiet_trainer, train_to_convergence
 from .tasks_verbs import BASELINE, OURS, VERBS, Row, VerbInputs
 
 # largest number of features for nap; beyond it the covariance takes seconds for each class
@@ -30,9 +31,9 @@ def measure(spec: Row) -> Row:
 
     Args:
         spec: model (its name in the tables), registered (its name in the registry), hyperparameters, data (arguments of
-            the DataModule), seed, steps, detect_steps, verbs, fit_rows, test_rows, accelerator; baselines, the
-            parts of verbs that should give baselines; pictures, the verbs that should draw pictures; folder, where
-            the pictures go.
+            the DataModule), seed, steps, seconds, detect_seconds, verbs, fit_rows, test_rows, accelerator; baselines,
+            the parts of verbs that should give baselines; pictures, the verbs that should draw pictures; folder,
+            where the pictures go.
     """
     data = open_data(spec["data"], spec["seed"])
     test, train = (
@@ -41,7 +42,7 @@ def measure(spec: Row) -> Row:
     )
     verbs = list(spec["verbs"])
     # detect trains on one class at a time
-    model = train_model(spec, data, spec["steps"]) if {*verbs} - {"detect"} else None
+    model = train_model(spec, data, spec["seconds"]) if {*verbs} - {"detect"} else None
     found: dict[str, list[Row]] = {}
     for verb in verbs:
         with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +63,15 @@ def measure(spec: Row) -> Row:
     return {"verbs": found}
 
 
-def train_model(spec: Row, data: aezoo.DataModule, steps: int) -> aezoo.Autoencoder:
-    """Train a model and return it as it is after the last step."""
+def train_model(spec: Row, data: aezoo.DataModule, seconds: float) -> aezoo.Autoencoder:
+    """Train a model for the spec's steps, or else until its validation loss stops improving, at most `seconds`."""
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
     model = aezoo.create_model(spec["registered"], data.input_shape, **spec["hyperparameters"])
-    trainer = quiet_trainer(spec, max_steps=steps)
-    trainer.fit(model, data)
+    if spec["steps"]:
+        trainer = quiet_trainer(spec, max_steps=spec["steps"])
+        trainer.fit(model, data)
+    else:
+        _, trainer = train_to_convergence(spec, model, data, Budget(seconds=seconds))
     return model.to(trainer.strategy.root_device).eval()
 
 
@@ -79,7 +83,7 @@ def _detect(spec: Row, data: aezoo.DataModule, test: SampleSet, out: str | None)
     rows: list[Row] = []
     for name in names[: spec["classes"]]:
         part = open_data(spec["data"] | {"train_classes": [name]}, spec["seed"])
-        model = train_model(spec, part, spec["detect_steps"])
+        model = train_model(spec, part, spec["detect_seconds"])
         scores = _scores(model)
         found = detect(
             model,

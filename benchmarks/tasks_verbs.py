@@ -9,13 +9,15 @@ import numpy as np
 import torch
 
 import aezoo
+from aezoo.corruptions import corruption
 from aezoo.distributions.likelihoods import Bernoulli
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.tasks import fidelity, fidelity_features, priors
 from aezoo.tasks.compress import compress
-from aezoo.tasks.denoise import denoise
+from aezoo.tasks.denoise import denoise, noisy_rows
 from aezoo.tasks.embed import embed
+from aezoo.tasks.embed_codes import Array, probe_accuracies, umap
 from aezoo.tasks.generate import generate
 from aezoo.tasks.reconstruct import reconstruct
 from aezoo.tasks.samples import SampleSet
@@ -23,6 +25,10 @@ from aezoo.tasks.samples import SampleSet
 Row = dict[str, Any]
 
 OURS, BASELINE, REFERENCE = "ours", "baseline", "reference"
+# on smaller images bm3d 4 ends the process
+_LEAST_SIDE_OF_BM3D = 16
+# samples of each split; exact t-SNE is quadratic
+_MOST_NEIGHBOURS = 2000
 
 
 @dataclass
@@ -130,20 +136,76 @@ def _denoise(work: VerbInputs) -> list[Row]:
     rows = [ours | {"method": work.name, "kind": OURS}]
     if work.baselines:
         rows += [row | {"kind": BASELINE, "error": row["setting"] if row["mse"] is None else ""} for row in others]
+        rows.append({"method": "BM3D", "kind": BASELINE} | _bm3d(work, noise))
     names = {"identity": "the noisy samples"}
     return [row | {"method": names.get(row["method"], row["method"]), "corrupt": noise} for row in rows]
+
+
+def _bm3d(work: VerbInputs, noise: str) -> Row:
+    """Errors of BM3D (Dabov et al. 2007, https://doi.org/10.1109/TIP.2007.901238), which is told the noise's sigma."""
+    height, width = work.test.shape[-2:]
+    if len(work.test.shape) != 3 or min(height, width) < _LEAST_SIDE_OF_BM3D:
+        return {"error": f"takes images of at least {_LEAST_SIDE_OF_BM3D} pixels a side"}
+    try:
+        from bm3d import bm3d
+    except ImportError:
+        return {"error": "needs bm3d (not for commercial use): pip install bm3d"}
+    clean = _all_samples(work.test)
+    noisy = noisy_rows(work.test, torch.arange(len(clean)), corruption(noise), work.seed)
+    sigma = float((noisy - clean).square().mean().sqrt())
+    evaluation = Evaluation(work.test.shape, torch.device("cpu"))
+    for x, x_noisy in zip(clean, noisy, strict=True):
+        planes = [bm3d(plane, sigma) for plane in x_noisy.double().numpy()]
+        evaluation.add({}, x[None], torch.from_numpy(np.stack(planes)).float()[None])
+    return {name: float(value) for name, value in evaluation.compute().items()} | {"setting": f"sigma {sigma:.3g}"}
 
 
 def _embed(work: VerbInputs) -> list[Row]:
     method = "tsne" if work.out else "pca"
     found = embed(work.model, work.test, fit_on=work.train, method=method, out=work.out, seed=work.seed)
     names = {"codes": work.name, "raw values": "raw values", "pca": f"PCA, {work.size} numbers"}
-    return [
+    neighbours = _neighbour_embeddings(work) if work.baselines else []
+    return neighbours + [
         {"method": names[row["features"]], "kind": OURS if row["features"] == "codes" else BASELINE}
         | {key: value for key, value in row.items() if key != "features"}
         for row in found.accuracies
         if work.baselines or row["features"] == "codes"
     ]
+
+
+def _neighbour_embeddings(work: VerbInputs) -> list[Row]:
+    """Classifiers on UMAP and t-SNE of as many numbers as a code, of at most 2,000 training samples.
+
+    t-SNE cannot map further samples, so that it is fitted to training and test samples together, without labels.
+    """
+    train, test = work.train.subsample(_MOST_NEIGHBOURS), work.test.subsample(_MOST_NEIGHBOURS)
+    if train.labels is None or test.labels is None:
+        return []
+    flat, labels = [_all_samples(part).flatten(1).numpy() for part in (train, test)], (train.labels, test.labels)
+    rows = []
+    for name, project in ((f"UMAP, {work.size} numbers", _umap), (f"t-SNE, {work.size} numbers, transductive", _tsne)):
+        row: Row = {"method": name, "kind": BASELINE, "size": work.size}
+        try:
+            codes = project(flat[0], flat[1], work.size, work.seed)
+            row |= probe_accuracies(codes[0], labels[0].numpy(), codes[1], labels[1].numpy())
+        except AezooError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _umap(train: Array, test: Array, size: int, seed: int) -> tuple[Array, Array]:
+    model = umap()(n_components=size, random_state=seed, n_jobs=1).fit(train)
+    return model.embedding_, model.transform(test)
+
+
+def _tsne(train: Array, test: Array, size: int, seed: int) -> tuple[Array, Array]:
+    from sklearn.manifold import TSNE
+
+    # the fast method has at most three dimensions
+    method = "barnes_hut" if size <= 3 else "exact"
+    both = TSNE(size, method=method, init="random", random_state=seed).fit_transform(np.concatenate([train, test]))
+    return both[: len(train)], both[len(train) :]
 
 
 def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:

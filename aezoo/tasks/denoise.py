@@ -171,7 +171,7 @@ def _draw(
 ) -> "Figure":
     """Some samples, the model's output and that of the best filter."""
     clean = samples.rows(shown)
-    given = _noisy_rows(samples, shown, noise, seed)
+    given = noisy_rows(samples, shown, noise, seed)
     panels = {} if noise is None else {"original": clean}
     # of samples as they are, nobody says that they are noisy
     panels |= {
@@ -191,7 +191,7 @@ def _corrupted(clean: Tensor, numbers: Iterable[int], noise: Corruption | None, 
     return torch.stack([noise(x, generator) for x, generator in zip(clean, generators, strict=True)])
 
 
-def _noisy_rows(samples: SampleSet, index: Tensor, noise: Corruption | None, seed: int) -> Tensor:
+def noisy_rows(samples: SampleSet, index: Tensor, noise: Corruption | None, seed: int) -> Tensor:
     """`samples.rows` with the noise that the whole samples got."""
     if samples.shapes is None:
         return _corrupted(samples.rows(index), index.tolist(), noise, seed)
@@ -201,7 +201,7 @@ def _noisy_rows(samples: SampleSet, index: Tensor, noise: Corruption | None, see
 def _tuned(samples: SampleSet, index: Tensor, noise: Corruption, seed: int) -> dict[str, tuple[str, Filter]]:
     """Each filter with its best setting for these samples."""
     clean = samples.rows(index)
-    noisy = _noisy_rows(samples, index, noise, seed)
+    noisy = noisy_rows(samples, index, noise, seed)
     sigma = float((noisy - clean).square().mean().sqrt())
     chosen = {}
     for name, settings in filters(samples.shape, sigma).items():

@@ -21,7 +21,7 @@ from benchmarks.report_tasks import (
     sentences,
 )
 
-SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--detect-steps", "2", "--classes", "1"]
+SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--classes", "1"]
 SMALL += ["--fit-rows", "120", "--test-rows", "40", "--accelerator", "cpu"]
 
 
@@ -45,7 +45,8 @@ def results(tmp_path_factory):
 def test_every_verb_has_model_and_baseline_rows(results):
     for verb in tasks.VERBS:
         rows = rows_of(results, verb)
-        assert not [row["error"] for row in rows if row["error"]], verb
+        optional = {"BM3D"}  # takes no 8 x 8 images
+        assert not [row["error"] for row in rows if row["error"] and row["method"] not in optional], verb
         assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
         steps = {"steps=2"}
         assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
@@ -53,7 +54,8 @@ def test_every_verb_has_model_and_baseline_rows(results):
     methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
     assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
     assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]
-    assert {"vae", "raw values", "PCA, 16 numbers"} == methods["embed"]
+    others = {"UMAP, 16 numbers", "t-SNE, 16 numbers, transductive"}
+    assert {"vae", "raw values", "PCA, 16 numbers"} | others == methods["embed"]
     assert {"vae", "vae, -ELBO", "gzip", "PNG", "JPEG", "PCA 16 + the same coder"} <= methods["compress"]
 
 
@@ -124,7 +126,7 @@ def test_rate_models_form_one_curve(tmp_path):
 def test_failed_rows_are_retried_on_request(tmp_path):
     words = ("--verbs", "embed", "--models", "vae", "--seeds", "1")
     (spec,), tables = plan_of(tmp_path, *words)
-    head = spec["head"] | {"budget": "steps=1000"}
+    head = spec["head"] | {"budget": tasks.budget(tasks.parse_arguments([]), "embed")}
     tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "error": "it broke"}])
     assert plan_of(tmp_path, *words)[0] == []
     assert len(plan_of(tmp_path, *words, "--again", "failed")[0]) == 1

@@ -122,7 +122,7 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
         recipes.main()
     commands, rows = common.read_csv(recipes.newest_results())
     assert commands == [
-        f"python -m benchmarks.recipes {words}" for words in ("b --root 1", "--root 22", "a --root 333")
+        f"python -m benchmarks.recipes {words}" for words in ("b --root FOLDER", "--root FOLDER", "a --root FOLDER")
     ]
     # what is there is kept, as after a crash
     assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "1", "2"), ("a", "3", "2")]

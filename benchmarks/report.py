@@ -275,7 +275,7 @@ def processors(stems: Iterable[str], files: Mapping[str, list[Row]], on: str | N
 
 def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[Row]) -> str:
     columns = section.columns or tuple(words(name, name) for name in rows[0])
-    rows = [row for row in rows if section.is_shown(row)]
+    rows = shown = [row for row in rows if section.is_shown(row)]
     more = [f"# and {len(commands) - _MAX_COMMANDS} more, in the head of the CSV"] * (len(commands) > _MAX_COMMANDS)
     code = "\n".join(["```bash", *commands[:_MAX_COMMANDS], *more, "```", "", ""]) if commands else ""
     if section.columns in (QUALITY, DISENTANGLE, DICTIONARIES, BITS):
@@ -285,7 +285,8 @@ def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[
         rows = [row | {"gpu": "this row"} for row in rows]
     if section.columns is report_scaling.COLUMNS:
         rows = report_scaling.merge_values(rows)
-    return code + markdown(columns, rows)
+    after = section.after(shown)
+    return code + markdown(columns, rows) + (f"\n\n{after}" if after else "")
 
 
 _HEAD = (

@@ -1,10 +1,10 @@
 """The sections of the report: the CSVs under each heading, and the explanation of their figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from . import report_columns as of
-from . import report_scaling
+from . import report_kodak, report_scaling
 from .common import number
 from .report_columns import Column, Row
 
@@ -18,6 +18,7 @@ class Section(NamedTuple):
         text: explanation of the figures.
         columns: columns of the tables; if empty, all columns of the CSV.
         is_shown: whether a row is shown.
+        after: text below a table, from all rows of its CSV.
     """
 
     prefix: str
@@ -25,6 +26,7 @@ class Section(NamedTuple):
     text: str
     columns: tuple[Column, ...]
     is_shown: Callable[[Row], bool] = lambda row: True
+    after: Callable[[Sequence[Row]], str] = lambda rows: ""
 
 
 def _is_notable_layer(row: Row) -> bool:
@@ -79,6 +81,15 @@ SECTIONS = (
         "likely entries that would be as hard to guess. Bits used: the bits that an ideal entropy code needs, given "
         "how often each entry is chosen.",
         of.BITS,
+    ),
+    Section(
+        "kodak-",
+        "Photographs",
+        "The Kodak photographs as files: bits of all files divided by all pixels, errors of what is read back, mean "
+        "over the photographs. Models are trained on two other photographs (`sample_photos`). BD-rate: bits relative "
+        "to a reference at equal quality, averaged over the qualities that both curves reach; below 0 is fewer.",
+        report_kodak.COLUMNS,
+        after=report_kodak.bd_table,
     ),
     Section(
         "quantisers-",

@@ -113,10 +113,12 @@ from pathlib import Path
 from aezoo.cli.main import main
 
 folder = sys.argv[1]
-for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["reconstruct"]):
-    main([verb, f"--ckpt_path={folder}/model", f"--input={folder}/x.npy", f"--out={folder}", "--device=cpu", *flags])
-    # not ru_maxrss, which begins with that of the process before
-    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
+for file in ("few", "x"):
+    for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["reconstruct"]):
+        common = [f"--ckpt_path={folder}/model", f"--input={folder}/{file}.npy", f"--out={folder}", "--device=cpu"]
+        main([verb, *common, *flags])
+        # not ru_maxrss, which begins with that of the process before
+        print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
 """
 
 
@@ -124,14 +126,16 @@ for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["reconstruct"]):
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
 def test_memory_of_verbs_does_not_grow_with_the_input(tmp_path):
     """On 400 MB, or on 10 GB in a run of the promises."""
-    n, most = (204_000, 1500) if promises.is_recording() else (8_000, 900)
+    n = 204_000 if promises.is_recording() else 8_000
     torch.manual_seed(0)
     model = aezoo.create_model("linear_ae", (3, 64, 64), latent_dim=2).eval()
     save_model(model, tmp_path / "model")
     sparse(tmp_path / "x.npy", (n, 3, 64, 64), np.float32, rows=(n - 2,))
+    # what the libraries take differs from release to release
+    sparse(tmp_path / "few.npy", (300, 3, 64, 64), np.float32, rows=())
     run = subprocess.run([sys.executable, "-c", PEAKS, tmp_path], capture_output=True, text=True, check=True)
     peaks = [float(line) for line in run.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
-    assert len(peaks) == 3 and max(peaks) < most, peaks
+    assert len(peaks) == 6 and peaks[5] < peaks[2] + 200 and peaks[5] < 1500, peaks
     promises.record("input", {"samples": n, "peak": round(max(peaks))})
     with torch.no_grad():
         ones = torch.ones(1, 3, 64, 64)

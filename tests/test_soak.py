@@ -1,6 +1,6 @@
-"""Every registered model trains for 120 steps with random hyperparameters: finite, and without growth.
+"""Models train for 120 steps with random hyperparameters: finite, and without growth; one of each kind.
 
-`python -m tests.promises --run soak` trains it for 400 steps with each of two draws.
+`python -m tests.promises --run soak` trains every registered model for 400 steps with each of two draws.
 """
 
 import gc
@@ -10,12 +10,14 @@ import pytest
 import torch
 from golden import own_models
 from quiet_trainer import quiet_trainer
+from representative_models import SLOW_REPRESENTATIVE
 from soak import RANGES, TRIM, Watch, arguments, draw
 
 import aezoo
 from aezoo.callbacks import FaultGuard
 from aezoo.data import DataModule
 
+NAMES = own_models() if promises.is_recording() else SLOW_REPRESENTATIVE
 SEEDS, EPOCHS, STEPS = ((0, 1), 20, 20) if promises.is_recording() else ((0,), 20, 6)
 # bytes a step: a batch kept is 64 * 64 * 4 = 16 KiB, a graph kept more
 BOUND = 1024
@@ -48,7 +50,7 @@ def test_every_hyperparameter_of_every_model_is_drawn():
 @pytest.mark.slow
 @pytest.mark.skipif(TRIM is None, reason="memory cannot be told here")
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", own_models())
+@pytest.mark.parametrize("name", NAMES)
 def test_long_training_stays_finite_without_memory_growth(name, seed, data):
     drawn = draw(name, seed)
     for _ in range(2):  # what a process takes once, for caches or threads, is no leak: that shows in a second run too

@@ -1,15 +1,16 @@
 """Writes small sparse autoencoders as other libraries do, and what these libraries compute with them.
 
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py sae_lens
-    ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py dictionary_learning [FORK]
+    ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py dictionary_learning
+    ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py crosscoder FORK
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py sparsify
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py openai CHECKOUT
 
 Each environment holds the library (sae-lens 6.54, dictionary-learning 0.1.0, eai-sparsify 1.3.3); FORK is the file
-dictionary_learning/dictionary.py of a version with CrossCoder, CHECKOUT the file sparse_autoencoder/model.py of
-https://github.com/openai/sparse_autoencoder. aezoo is not imported. A case is a folder of tests/fixtures/sparse_autoencoders:
-the original's files, and `expected.safetensors` beside the folder with x, code and output, for transcoders the output alone.
-All weights are random, with seeds of their own.
+dictionary_learning/dictionary.py of https://github.com/science-of-finetuning/dictionary_learning at 088e5872957d, or
+its class CrossCoder alone; CHECKOUT is sparse_autoencoder/model.py of https://github.com/openai/sparse_autoencoder.
+aezoo is not imported. A case is a folder of tests/fixtures/sparse_autoencoders with the original's files, and beside it
+a file with x, code and output. All weights are random, with a seed a case.
 """
 
 import importlib.util
@@ -166,7 +167,10 @@ def scopes(loaders: Any, base: Any) -> None:
         read = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
 
         def converter(cfg_overrides: dict[str, Any], **given: Any) -> Any:
-            return read(cfg_overrides=cfg_overrides | {"d_in": X, "d_sae": N} | ({"d_out": X} if "transcoder" in name else {}), **given)
+            return read(
+                cfg_overrides=cfg_overrides | {"d_in": X, "d_sae": N} | ({"d_out": X} if "transcoder" in name else {}),
+                **given,
+            )
 
         base.get_norm_scaling_factor = lambda release, sae_id: scale
         sae = base.SAE.from_pretrained(repo, inside, converter=converter)
@@ -215,7 +219,11 @@ def scopes(loaders: Any, base: Any) -> None:
         weights |= {"affine_skip_connection": torch.randn(X, X)} if "affine" in inside else {}
         save_file(weights, path_of(repo, inside) / "params.safetensors")
         if config:
-            stated = {"architecture": "jump_relu", "model_name": "gemma-v3-4b-pt", "hf_hook_point_in": "model.layers.17.output"}
+            stated = {
+                "architecture": "jump_relu",
+                "model_name": "gemma-v3-4b-pt",
+                "hf_hook_point_in": "model.layers.17.output",
+            }
             if "transcoder" in inside:
                 stated["hf_hook_point_in"] = "model.layers.17.pre_feedforward_layernorm.output"
                 stated["hf_hook_point_out"] = "model.layers.17.post_feedforward_layernorm.output"
@@ -234,14 +242,18 @@ def scopes(loaders: Any, base: Any) -> None:
     linear = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
     weights = dictionary()
     # its directions have norm 1, so that what SAELens leaves out of the threshold makes no difference
-    state = {key: (weights[other].t() if "W" in other else weights[other]).contiguous() for key, other in linear.items()}
+    state = {
+        key: (weights[other].t() if "W" in other else weights[other]).contiguous() for key, other in linear.items()
+    }
     (path_of(repo, inside) / "hyperparams.json").write_text(json.dumps(stated, indent=1) + "\n")
     save_file(state, path_of(repo, f"{inside}/checkpoints") / "final.safetensors")
     expect("llama_scope", repo, inside, name, X**0.5 / 1.7)
     repo, inside, name = "fnlp/Llama-Scope-R1-Distill", "800M-Slimpajama-0-OpenR1-Math-220k/L5R", "llama_scope_r1"
     seed(name)
     weights, hook = dictionary(), "blocks.5.hook_resid_post"
-    state = {key: (weights[other].t() if "W" in other else weights[other]).contiguous() for key, other in linear.items()}
+    state = {
+        key: (weights[other].t() if "W" in other else weights[other]).contiguous() for key, other in linear.items()
+    }
     state["log_jumprelu_threshold"] = torch.randn(N) - 1
     state |= {f"dataset_average_activation_norm.{hook}": torch.tensor(1.3)}
     stated = {"d_model": X, "expansion_factor": N / X, "act_fn": "jumprelu", "norm_activation": "dataset-wise",
@@ -261,7 +273,7 @@ def scopes(loaders: Any, base: Any) -> None:
 # ---- dictionary_learning ---------------------------------------------------------------------------------------------
 
 
-def dictionary_learning(fork: str = "") -> None:
+def dictionary_learning() -> None:
     from dictionary_learning import dictionary as classes
     from dictionary_learning import utils
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
@@ -294,8 +306,6 @@ def dictionary_learning(fork: str = "") -> None:
             loaded, _ = utils.load_dictionary(str(path), "cpu")
             with torch.no_grad():
                 write(name, x, loaded.encode(x), loaded(x))
-    if fork:
-        crosscoder(fork)
 
 
 def crosscoder(fork: str) -> None:
@@ -367,6 +377,5 @@ def openai(checkout: str) -> None:
 
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
-    {"sae_lens": sae_lens, "dictionary_learning": dictionary_learning, "sparsify": sparsify, "openai": openai}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    parts = (sae_lens, dictionary_learning, crosscoder, sparsify, openai)
+    {part.__name__: part for part in parts}[sys.argv[1]](*sys.argv[2:])

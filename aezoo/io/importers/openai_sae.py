@@ -38,7 +38,11 @@ def read(source: WeightSource) -> Imported:
     if activation not in ("ReLU", "TopK"):
         raise AezooError(f"{label}: the activation is {activation[:40]!r}; those read are ReLU and TopK")
     state = value_of(content, "activation_state_dict", dict, label, {})
-    tensors = {key: value for key, value in content.items() if key.partition(".")[0] not in ("activation", "activation_state_dict")}
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if key.partition(".")[0] not in ("activation", "activation_state_dict")
+    }
     if wrong := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
         raise AezooError(f"{label}: {str(wrong[0])[:40]} is a {type(tensors[wrong[0]]).__name__} and no tensor")
     weights = {key: value for key, value in tensors.items() if key not in _STATISTICS}

@@ -132,7 +132,10 @@ def test_threshold_counts_norms_of_directions_where_llama_scope_says_so(tmp_path
     torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(code > 0, f > 0) and 0 < (f > 0).sum() < f.numel()
     change_config(path, "hyperparams.json", sparsity_include_decoder_norm=False)
-    assert not torch.equal(computed(aezoo.load_model(path), x)[0] > 0, f > 0)
+    pi = read_by * x @ W["encoder.weight"].t() + W["encoder.bias"]
+    f = torch.where(pi > read_by * 0.31, pi, 0)
+    torch.testing.assert_close(computed(aezoo.load_model(path), x)[0], f, rtol=1e-5, atol=1e-5)
+    assert ((pi > 0.31) != (pi > read_by * 0.31)).any()
 
 
 def test_scaling_factor_of_latents_is_folded_into_the_decoder(tmp_path):
@@ -147,6 +150,14 @@ def test_scaling_factor_of_latents_is_folded_into_the_decoder(tmp_path):
     change_config(folder, finetuning_scaling_factor=False)
     with pytest.raises(aezoo.AezooError, match="finetuning_scaling_factor is false"):
         aezoo.import_model(folder)
+
+
+def test_negative_threshold_is_that_of_the_relu_before_it(tmp_path):
+    folder = copied("sae_lens_jumprelu_uncentred", tmp_path)
+    change_weights(folder / S, threshold=lambda threshold: -threshold)
+    W, x = load_file(folder / S), expected("sae_lens_jumprelu_uncentred")["x"]
+    f = (x @ W["W_enc"] + W["b_enc"]).relu()
+    torch.testing.assert_close(computed(aezoo.load_model(folder), x)[0], f, rtol=1e-5, atol=1e-5)
 
 
 def test_old_sparsify_keeps_signs_if_it_says_so(tmp_path):

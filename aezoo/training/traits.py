@@ -16,7 +16,7 @@ class Traits:
         has_prior: whether `sample` works.
         normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
             N(0, I).
-        sparse_code: whether most entries of a code should be zero.
+        sparse_code: whether most entries of a code should be zero; a constructor may say so of its instance.
         discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
         compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
         reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
@@ -28,7 +28,7 @@ class Traits:
 
     has_prior: ClassVar[bool] = False
     normal_prior: ClassVar[bool] = False
-    sparse_code: ClassVar[bool] = False
+    sparse_code: bool = False
     discrete_code: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
     reads_labels: ClassVar[bool] = False

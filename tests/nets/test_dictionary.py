@@ -8,6 +8,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+import aezoo
 from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, scatter_code
 
 pytestmark = [
@@ -74,3 +75,112 @@ def test_auto_decode_switches_at_measured_crossover() -> None:
     assert [dictionary.uses_gather(k) for k in (1, 2, 3, 100)] == [True, True, False, False]
     assert not any(Dictionary(2 * CROSSOVER["cpu"], (7,), "dense").uses_gather(k) for k in (1, 2, 3))
     assert not dictionary.to("meta").uses_gather(1)  # a device that nobody has measured
+
+
+# ---- normalised samples ----------------------------------------------------------------------------------------------
+
+SHAPE, N = (2, 3), 10
+MODELS = {
+    "sae_l1": {"l1": 0.3},
+    "gated_sae": {"l1": 0.3, "form": "april"},
+    "jumprelu_sae": {"threshold": 0.2},
+    "topk_sae": {"k": 3, "k_aux": 2, "multi_weight": 0.1, "dead_after": 5},
+    "abs_topk_sae": {"k": 3},
+    "batch_topk_sae": {"k": 3},
+    "matryoshka_sae": {"k": 3, "fractions": (0.5,)},
+}
+
+
+def pair(name: str, input_norm: str, **settings: Any) -> tuple[Any, Any]:
+    """Models of equal weights, with and without input_norm."""
+    made = []
+    for kind in (input_norm, "none"):
+        torch.manual_seed(4)
+        model = aezoo.create_model(name, SHAPE, latent_dim=N, input_norm=kind, **MODELS[name], **settings).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.3 * torch.rand_like(p)
+        made.append(model)
+    return made[0], made[1]
+
+
+def by_hand(x: Tensor, input_norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised samples, offset and scale, a loop over samples with numpy."""
+    rows = []
+    for row in x.flatten(1).numpy():
+        offset, scale = (row.mean(), row.std(ddof=1)) if input_norm == "layer_norm" else (0, np.sqrt((row**2).mean()))
+        eps = 1e-5 if input_norm == "layer_norm" else 0
+        rows.append(((row - offset) / (scale + eps), offset, scale))
+    normed, offsets, scales = (torch.as_tensor(np.array(part)) for part in zip(*rows, strict=True))
+    return normed.view_as(x), offsets, scales
+
+
+@pytest.mark.parametrize("input_norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_input_norm_equals_normalising_samples_before(name: str, input_norm: str) -> None:
+    x = 3 * torch.randn(12, *SHAPE, dtype=torch.float64) + 1
+    x_n, offset, scale = by_hand(x, input_norm)
+    model, plain = pair(name, input_norm)
+    for training in (True, False):
+        found, expected = model.train(training).loss(x), plain.train(training).loss(x_n)
+        assert found.keys() == expected.keys()
+        for term in found:
+            torch.testing.assert_close(found[term], expected[term])
+    code = model.encode(x)
+    assert code.shape == (12, N + 2) == (12, *model.code_shape) and not model.sparse_code and plain.sparse_code
+    torch.testing.assert_close(code, torch.cat([plain.encode(x_n), offset[:, None], scale[:, None]], 1))
+    x_hat = plain(x_n) * scale[:, None, None] + offset[:, None, None]
+    torch.testing.assert_close(model(x), x_hat)
+    torch.testing.assert_close(model.decode(code), x_hat)
+    torch.testing.assert_close(model.score(x), model.nll(x_hat, x))
+
+
+@pytest.mark.parametrize("name", ["sae_l1", "topk_sae"])
+def test_first_batch_initialises_what_is_normalised(name: str) -> None:
+    x = 3 * torch.randn(12, *SHAPE, dtype=torch.float64) + 1
+    model, plain = pair(name, "layer_norm", data_init=True)
+    model.train().begin_step(x, 0)
+    plain.train().begin_step(by_hand(x, "layer_norm")[0], 0)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+
+
+def test_dead_latents_restart_from_normalised_samples() -> None:
+    x = 3 * torch.randn(12, *SHAPE, dtype=torch.float64) + 1
+    model, plain = pair("sae_l1", "layer_norm")
+    for each, batch in ((model, x), (plain, by_hand(x, "layer_norm")[0])):
+        each.since_fired_N[:4] = 10**6
+        each.resample(batch, torch.optim.Adam(each.parameters()), 3)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+
+
+def test_samples_without_variation_have_finite_codes() -> None:
+    for kind in ("layer_norm", "rms_norm"):
+        model, _ = pair("topk_sae", kind)
+        assert model(torch.zeros(2, *SHAPE, dtype=torch.float64)).isfinite().all()
+
+
+def test_unknown_or_unsuitable_input_norm_is_refused() -> None:
+    with pytest.raises(aezoo.AezooError, match="input_norm must be one of none, layer_norm, rms_norm"):
+        aezoo.create_model("topk_sae", SHAPE, input_norm="batch_norm")
+    with pytest.raises(aezoo.AezooError, match="take likelihood='gaussian'"):
+        aezoo.create_model("sae_l1", SHAPE, input_norm="layer_norm", likelihood="bernoulli")
+
+
+@pytest.mark.parametrize("name", ["topk_sae", "batch_topk_sae", "matryoshka_sae"])
+def test_directions_may_have_any_norm(name: str) -> None:
+    free, bound = (
+        aezoo.create_model(name, SHAPE, latent_dim=N, k=3, unit_norm=unit_norm).double() for unit_norm in (False, True)
+    )
+    for model in (free, bound):
+        model.decoder.W_NX.data.mul_(2)
+        model.decoder.W_NX.grad = torch.ones_like(model.decoder.W_NX)
+        model.on_before_optimizer_step(torch.optim.Adam(model.parameters()))
+        model.after_optimizer_step()
+    assert (free.decoder.W_NX.grad == 1).all() and not (bound.decoder.W_NX.grad == 1).all()
+    torch.testing.assert_close(free.decoder.W_NX.norm(dim=1), torch.full((N,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(bound.decoder.W_NX.norm(dim=1), torch.ones(N, dtype=torch.float64))
+    bound.load_state_dict(free.state_dict())
+    x = torch.randn(5, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(free.train().loss(x)["loss"], bound.train().loss(x)["loss"])

@@ -12,6 +12,8 @@ import torch
 from sae_models import DEAD, N, X, build, data, dead_mask, sum_prefixes, with_dead, without_constant
 from torch import Tensor
 
+from aezoo.io.exporters.sae_lens import save_sae_lens
+
 with warnings.catch_warnings():  # of packages that it imports
     warnings.simplefilter("ignore")
     from sae_lens.saes import abstopk_sae, gated_sae, jumprelu_sae, matching_pursuit_sae, sae, standard_sae, topk_sae
@@ -359,3 +361,42 @@ def test_crosscoder_equals_a_standard_sae_for_each_stream(compare):
     comparison.equal("code", model.encode(x), expected.feature_acts)
     comparison.equal("reconstruction", model(x).flatten(1), expected.sae_out)
     equal_gradients(comparison, found["loss"], loss, pairs)
+
+
+SAVED = {
+    "sae_l1": {"form": "april"},
+    "gated_sae": {},
+    "jumprelu_sae": {"threshold": 0.3, "input_norm": "layer_norm"},
+    "topk_sae": {"k": 3, "unit_norm": False, "input_norm": "rms_norm"},
+    "abs_topk_sae": {"k": 3},
+    "batch_topk_sae": {"k": 3},
+    "matryoshka_sae": {"k": 3, "fractions": (0.25, 0.5)},
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_saes_are_read_by_sae_lens(compare, tmp_path, name):
+    model, x = build(name, **SAVED[name]).eval(), data()
+    with torch.no_grad():
+        for theta in (getattr(model, "theta_N", None), getattr(getattr(model, "theta", None), "value", None)):
+            if theta is not None:
+                theta.copy_(0.3 + 0.1 * torch.rand_like(theta))
+    other = sae.SAE.load_from_disk(save_sae_lens(model, tmp_path, {"model_name": "gpt2"}))
+    code = model.encode(x)[:, :N]
+    comparison = compare(name, PACKAGE, f"{type(other).__name__}, saved here and read there")
+    comparison.equal("code", code, other.encode(x))
+    comparison.equal("reconstruction", model(x), other(x))
+    assert other.cfg.metadata.model_name == "gpt2" and 0 < (code != 0).sum() < code.numel()
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_saved_transcoders_are_read_by_sae_lens(compare, tmp_path, activation, skip):
+    model, x = build("transcoder", (2, X), targets=(1,), activation=activation, skip=skip).eval(), data(7, (2, X))
+    if activation == "jumprelu":
+        model.theta_N.data.fill_(0.4)
+    other = sae.SAE.load_from_disk(save_sae_lens(model, tmp_path))
+    y_hat, code = other.forward_with_activations(x[:, 0])
+    comparison = compare("transcoder", PACKAGE, f"{type(other).__name__}, saved here and read there")
+    comparison.equal("code", model.encode(x)[:, :N], code)
+    comparison.equal("prediction", model(x)[:, 1], y_hat)

@@ -19,7 +19,16 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.importers.source import WeightSource
 
-IMPORTERS: tuple[str, ...] = ()
+IMPORTERS: tuple[str, ...] = (
+    "sae_lens",
+    "sparsify",
+    "dictionary_learning",
+    "gemma_scope",
+    "gemma_scope_2",
+    "llama_scope",
+    "qwen_scope",
+    "openai_sae",
+)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ class WeightSource:
             return self._repository.download(f"{self._inside}/{name}" if self._inside else name)
         return self._folder / name
 
+    @property
+    def location(self) -> str:
+        """The whole address with the names of its folders, by which some libraries tell kinds of files apart."""
+        if self._repository is not None:
+            return self.address
+        return str(self._folder.resolve() / (self.given or ""))
+
     def json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file with an object.
 
@@ -100,7 +107,7 @@ class WeightSource:
                 if not isinstance(content, dict):
                     raise ValueError(f"it holds a {type(content).__name__} in place of an object")
             except (OSError, ValueError, RecursionError) as error:
-                raise AezooError(f"cannot read {self._label(name)}: {_brief(error)}") from error
+                raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}") from error
             self._read[name] = content
         found: dict[str, Any] = self._read[name]
         return found
@@ -112,7 +119,7 @@ class WeightSource:
             AezooError: as `path`; or the file is damaged or holds objects that could run code.
         """
         if name not in self._read:
-            path, label = self.path(name), self._label(name)
+            path, label = self.path(name), self.label(name)
             try:
                 if path.suffix == ".safetensors":
                     found: Any = load_file(path)
@@ -142,10 +149,11 @@ class WeightSource:
         """
         found = self.content(name)
         if not isinstance(found, dict):
-            raise AezooError(f"{self._label(name)} holds a {type(found).__name__} in place of named tensors")
-        return weights.check_tensors(found, Path(self._label(name)), "any model")
+            raise AezooError(f"{self.label(name)} holds a {type(found).__name__} in place of named tensors")
+        return weights.check_tensors(found, Path(self.label(name)), "any model")
 
-    def _label(self, name: str) -> str:
+    def label(self, name: str) -> str:
+        """What messages call a file."""
         return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.sparse.topk_sae import TopKSAE, TopKSAEArgs
+from aezoo.models.sparse.topk_sae import TopKSAE, TopKVariantArgs
 
 
 class RunningMean(nn.Module):
@@ -58,7 +58,7 @@ class RunningMean(nn.Module):
         return self
 
 
-class BatchTopKSAEArgs(TopKSAEArgs, total=False):
+class BatchTopKSAEArgs(TopKVariantArgs, total=False):
     """Arguments of `BatchTopKSAE`."""
 
     theta_decay: float
@@ -74,14 +74,14 @@ class BatchTopKSAE(TopKSAE):
     """
 
     def __init__(
-        self, input_shape: tuple[int, ...], *, theta_decay: float = 0.99, **kwargs: Unpack[TopKSAEArgs]
+        self, input_shape: tuple[int, ...], *, theta_decay: float = 0.99, **kwargs: Unpack[TopKVariantArgs]
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if not 0 <= theta_decay < 1:
             raise AezooError(f"theta_decay must be at least 0 and below 1, got {theta_decay}")
         self.theta = RunningMean(theta_decay)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def latents(self, x: Tensor) -> Tensor:
         return self.above_threshold(self.pre_activations(x))
 
     def above_threshold(self, pi_BN: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ second:
 
 L is in nats per sample. The squared error is that of a Gaussian of variance 1/2. The step H passes no gradient. The
 last two terms train the gate. The last one has a frozen decoder: it moves W_dec not at all, and b only through pi_gate,
-as the second does. r multiplies each row of W_gate.
+as the second does. r multiplies each row of W_gate. With form april, as in sae_l1, b is not subtracted, directions have
+any norm and lam weighs sum relu(pi_gate)_i ||d_i||.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -22,7 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aezoo.autoencoder import at_least_float32
-from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
+from aezoo.models.sparse.sae_l1 import SAEL1, FormArgs, SAEL1Args
+
+
+class GatedSAEArgs(SAEL1Args, FormArgs, total=False):
+    """Arguments of `GatedSAE`."""
 
 
 class GatedSAE(SAEL1):
@@ -33,7 +38,7 @@ class GatedSAE(SAEL1):
         **kwargs: see `SAEL1`.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[SAEL1Args]) -> None:
+    def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[GatedSAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         self.r_N = nn.Parameter(torch.zeros(self.latent_dim))
         self.b_mag_N = nn.Parameter(torch.zeros(self.latent_dim))
@@ -43,15 +48,16 @@ class GatedSAE(SAEL1):
         shared_BN = F.linear(self.read(x), self.encoder.weight)
         return shared_BN + self.encoder.bias, self.r_N.exp() * shared_BN + self.b_mag_N
 
-    def encode(self, x: Tensor) -> Tensor:
+    def latents(self, x: Tensor) -> Tensor:
         gate_BN, magnitude_BN = self.pre_activations(x)
         return ((gate_BN > 0) * magnitude_BN.relu()).to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.normalised(x)
         gate_BN, magnitude_BN = self.pre_activations(x)
         f_BN = ((gate_BN > 0) * magnitude_BN.relu()).to(x.dtype)
         nll_B = self.nll(self.decoder(f_BN), x)
-        l1_B = at_least_float32(gate_BN).relu().sum(1)
+        l1_B = (at_least_float32(gate_BN).relu() * self.costs()).sum(1)
         frozen = {name: p.detach() for name, p in self.decoder.named_parameters()}
         via_gate = self.likelihood.mean(functional_call(self.decoder, frozen, gate_BN.relu().to(x.dtype)))
         aux_B = at_least_float32(x - via_gate).flatten(1).square().sum(1)

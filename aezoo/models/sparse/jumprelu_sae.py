@@ -13,24 +13,27 @@ L is in nats per sample, H is the unit step and theta >= 0. A step has no slope 
 The mean of these over samples is the slope of the mean. Both read pi itself: a ReLU before them would move all values
 below 0 to 0, within the rectangle of a small theta. With target_l0, the penalty is lam (L0 / target_l0 - 1)^2, with L0
 the mean over the batch of all ranks. theta itself is trained, in float32, and not its logarithm, whose slope vanishes
-with theta. theta = 0 is the ReLU.
+with theta. theta = 0 is the ReLU. With form april, as in sae_l1, b is not subtracted and directions have any norm.
 
 Shapes: B batch, X data dimensions, N latents.
 """
 
-from collections.abc import Callable
-from typing import Any, Self, Unpack
+from typing import Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
-from aezoo.models.sparse.sae_l1 import SAEL1, DictionaryArgs
+from aezoo.models.sparse.sae_l1 import SAEL1, DictionaryArgs, FormArgs
+from aezoo.nets.blocks.jumprelu import JumpReLU
 from aezoo.training.limits import check_above, check_at_least
 
 
-class JumpReLUSAE(SAEL1):
+class JumpReLUSAEArgs(DictionaryArgs, FormArgs, total=False):
+    """Arguments of `JumpReLUSAE` that it hands on."""
+
+
+class JumpReLUSAE(JumpReLU, SAEL1):
     """Few latents of a wide dictionary are active for each sample, each above a learned threshold.
 
     Args:
@@ -53,7 +56,7 @@ class JumpReLUSAE(SAEL1):
         target_l0: float = 0.0,
         threshold: float = 0.01,
         bandwidth: float = 0.05,
-        **kwargs: Unpack[DictionaryArgs],
+        **kwargs: Unpack[JumpReLUSAEArgs],
     ) -> None:
         check_at_least(0, l0_weight=l0_weight, l0_steps=l0_steps)
         if not (target_l0 == 0 or 0 < target_l0 <= latent_dim):
@@ -63,36 +66,17 @@ class JumpReLUSAE(SAEL1):
         super().__init__(input_shape, latent_dim=latent_dim, l1=l0_weight, l1_steps=l0_steps, **kwargs)
         self.l0_weight = l0_weight
         self.target_l0 = target_l0
-        self.bandwidth = bandwidth
-        self.theta_N = nn.Parameter(torch.full((latent_dim,), float(threshold)))
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        theta_N = self.theta_N.data
-        super()._apply(fn, recurse)
-        if self.theta_N.dtype in (torch.bfloat16, torch.float16):  # small steps would be lost
-            self.theta_N.data = theta_N.to(self.theta_N.device)
-        return self
+        self.init_thresholds(latent_dim, threshold, bandwidth)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """pi, in at least float32, (B, *input_shape) -> (B, N)."""
         return at_least_float32(self.encoder(self.read(x)))
 
-    def step(self, pi_BN: Tensor) -> Tensor:
-        """H(pi - theta), with its slope in theta estimated by the rectangle, (B, N) -> (B, N)."""
-        above_BN = (pi_BN > self.theta_N).to(pi_BN.dtype)
-        near_BN = ((pi_BN - self.theta_N).abs() < self.bandwidth / 2).to(pi_BN.dtype)
-        slope_BN = -near_BN / self.bandwidth
-        return above_BN + slope_BN * (self.theta_N - self.theta_N.detach())
-
-    def jump(self, pi_BN: Tensor) -> Tensor:
-        """Compute pi H(pi - theta), with its estimated slope in theta, (B, N) -> (B, N)."""
-        step_BN = self.step(pi_BN)
-        return pi_BN * step_BN.detach() + self.theta_N.detach() * (step_BN - step_BN.detach())
-
-    def encode(self, x: Tensor) -> Tensor:
+    def latents(self, x: Tensor) -> Tensor:
         return self.jump(self.pre_activations(x)).to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.normalised(x)
         pi_BN = self.pre_activations(x)
         f_BN = self.jump(pi_BN).to(x.dtype)
         nll = self.nll(self.decoder(f_BN), x).mean()
@@ -107,5 +91,4 @@ class JumpReLUSAE(SAEL1):
 
     def after_optimizer_step(self) -> None:
         super().after_optimizer_step()
-        with torch.no_grad():
-            self.theta_N.clamp_(min=0)
+        self.clamp_thresholds()

@@ -52,6 +52,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.prefixes = sorted({max(1, round(share * self.latent_dim)) for share in fractions} | {self.latent_dim})
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.normalised(x)
         pi_BN = self.pre_activations(x)
         f_BN = self.top_of_batch(pi_BN, self.k) if self.training else self.above_threshold(pi_BN)
         self.update_firing(f_BN)

@@ -11,20 +11,22 @@ any norm. The norm counts in the penalty instead of a constraint, and b is not s
 Thus c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation uses all
 of it. lam = 0 is the dense autoencoder with a ReLU code.
 
+With input_norm, x is each sample normalised (Gao et al. 2024), in the loss as well.
+
 Dead latents may restart after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
 with probability proportional to the square of its squared error. The authors draw from far more samples, at four steps
 of a long run. Shapes: B batch, X data dimensions, N latents.
 """
 
 import math
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32, from_bytes
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.dictionary import Dictionary, FreeDictionary, UnitNorm, resample_dead
+from aezoo.nets.blocks.dictionary import Dictionary, InputNorm, UnitNorm, resample_dead
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
@@ -44,13 +46,21 @@ class SAEL1Args(DictionaryArgs, total=False):
     l1_steps: int
 
 
-class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class FormArgs(TypedDict, total=False):
+    """Arguments of `SAEL1` for weights that others have trained."""
+
+    form: str
+    input_norm: str
+
+
+class SAEL1(InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """Few latents of a wide dictionary are active for each sample, because their sum is penalised.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
         form: unit_norm (2023) or april (April 2024).
+        input_norm: none, layer_norm or rms_norm: normalise each sample, see `aezoo.nets.blocks.dictionary.InputNorm`.
         l1: lam, weight of the sum of activations.
         l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
         resample_steps: optimiser steps between restarts of dead latents; 0 leaves them dead.
@@ -69,6 +79,7 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         *,
         latent_dim: int = 512,
         form: str = "unit_norm",
+        input_norm: str = "none",
         l1: float = 1.0,
         l1_steps: int = 0,
         resample_steps: int = 0,
@@ -86,16 +97,16 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         self.l1 = l1
         self.l1_steps = l1_steps
         self.resample_steps = resample_steps
-        self.code_shape = (latent_dim,)
+        self.init_input_norm(input_norm, latent_dim, self.likelihood.unit_interval)
         self.encoder = nn.Linear(math.prod(self.input_shape), latent_dim)
-        self.decoder = (Dictionary if self.unit_norm else FreeDictionary)(latent_dim, self.input_shape)
+        self.decoder = Dictionary(latent_dim, self.input_shape, unit_norm=self.unit_norm)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
         self.init_dictionary_training(latent_dim, dead_after, data_init)
         self.enable_step_counter()
 
     def init_from_data(self, x: Tensor) -> None:
-        super().init_from_data(self.predicted(x))
+        super().init_from_data(self.predicted(self.normalised(x)))
 
     def warm_up_weight(self, weight: float) -> Tensor | float:
         """The weight of a penalty at the current step."""
@@ -109,16 +120,22 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         """The decoder's target, (B, *input_shape) -> (B, *shape)."""
         return x
 
-    def encode(self, x: Tensor) -> Tensor:
+    def latents(self, x: Tensor) -> Tensor:
         return self.encoder(self.read(x)).relu()
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents f and the decoder's output, of samples that are normalised."""
+        f_BN = self.latents(x)
+        return f_BN, self.decoder(f_BN)
 
     def costs(self) -> Tensor | float:
         """The cost of one unit of each latent: 1, or the norm of its direction, (N,)."""
         return 1.0 if self.unit_norm else at_least_float32(self.decoder.W_NX).norm(dim=1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        f_BN = self.encode(x)
-        nll_B = self.nll(self.decoder(f_BN), self.predicted(x))
+        x = self.normalised(x)
+        f_BN, x_hat = self.reconstruct(x)
+        nll_B = self.nll(x_hat, self.predicted(x))
         l1_B = (at_least_float32(f_BN) * self.costs()).sum(1)
         loss = (nll_B + self.warm_up_weight(self.l1) * l1_B).mean()
         return {"loss": loss, "nll": nll_B.mean(), "l1": l1_B.mean(), **self.usage_terms(f_BN)}
@@ -137,8 +154,9 @@ class SAEL1(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_c
         dead_N, x = self.dead_N, self.all_gather_batch(x.to(self.encoder.weight.dtype))
         if not dead_N.any():
             return
+        x = self.normalised(x)
         y = self.predicted(x)
-        sse_B = at_least_float32(y - self.likelihood.mean(self.decoder(self.encode(x)))).flatten(1).square().sum(1)
+        sse_B = at_least_float32(y - self.likelihood.mean(self.reconstruct(x)[1])).flatten(1).square().sum(1)
         sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # no latent restarts from a sample that is not finite
         share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
         generator = torch.Generator().manual_seed(seed)  # a separate one, since all ranks must draw the same rows

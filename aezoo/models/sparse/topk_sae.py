@@ -17,6 +17,9 @@ to e: the same value, but with a gradient of b_pre. Of 64 latents (digits of 8x8
 1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`) 4.3 are dead at the end, 1.0 with s = 1, 4.7 with
 their gradient, at squared errors of 0.0176, 0.0171 and 0.0176 per pixel of held-out digits.
 
+With input_norm, x is each sample normalised (section 2.1), in the loss as well. With unit_norm=False, directions have
+any norm, as in weights of SAELens; the k largest are those of pi all the same.
+
 Shapes: B batch, X data dimensions, N latents, k active ones.
 """
 
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
-from aezoo.nets.blocks.dictionary import Dictionary, UnitNorm, scatter_code, top_k
+from aezoo.nets.blocks.dictionary import Dictionary, InputNorm, UnitNorm, scatter_code, top_k
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.tracing import is_tracing
 
@@ -45,12 +48,19 @@ class SparsityArgs(TrainingArgs, total=False):
 
 
 class TopKSAEArgs(SparsityArgs, total=False):
-    """Arguments of `TopKSAE`, without multi_weight and decode."""
+    """Arguments of `TopKSAE` that variants with a bias take."""
 
     data_init: bool
 
 
-class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class TopKVariantArgs(TopKSAEArgs, total=False):
+    """Arguments of `TopKSAE`, without multi_weight and decode."""
+
+    unit_norm: bool
+    input_norm: str
+
+
+class TopKSAE(InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
     """At most k active latents per sample, from a wide dictionary of unit-norm directions.
 
     Args:
@@ -63,6 +73,8 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         dead_after: a latent is dead when it has not fired for this many samples.
         multi_weight: weight of the loss with 4k active latents; 1/8 in the paper's Multi-TopK, 0 leaves it out.
         data_init: start the bias and the encoder's scale from the first batch of training.
+        unit_norm: keep directions at norm 1 in training.
+        input_norm: none, layer_norm or rms_norm: normalise each sample, see `aezoo.nets.blocks.dictionary.InputNorm`.
         decode: dense, gather or auto: multiply by the whole dictionary, read the active latents' rows, or the faster.
         **kwargs: see `Autoencoder`.
     """
@@ -81,6 +93,8 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         dead_after: int = 20_000,
         multi_weight: float = 0.0,
         data_init: bool = False,
+        unit_norm: bool = True,
+        input_norm: str = "none",
         decode: str = "auto",
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
@@ -97,9 +111,9 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         self.aux_scale = aux_scale
         self.multi_weight = multi_weight
         self.k_aux = min(k_aux or max(1, math.prod(self.target_shape()) // 2), latent_dim)
-        self.code_shape = (latent_dim,)
+        self.init_input_norm(input_norm, latent_dim, self.likelihood.unit_interval)
         self.encoder = nn.Linear(math.prod(self.target_shape()), latent_dim)
-        self.decoder = Dictionary(latent_dim, self.target_shape(), decode)
+        self.decoder = Dictionary(latent_dim, self.target_shape(), decode, unit_norm)
         self.encoder.weight.data.copy_(self.decoder.W_NX)
         nn.init.zeros_(self.encoder.bias)
         self.init_dictionary_training(latent_dim, dead_after, data_init)
@@ -113,13 +127,13 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         """The values of at most k active latents and their indices, (B, N) -> (B, k), (B, k)."""
         return top_k(pi_BN, k)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return scatter_code(*self.active(self.pre_activations(x), self.k), *self.code_shape)
+    def latents(self, x: Tensor) -> Tensor:
+        return scatter_code(*self.active(self.pre_activations(x), self.k), self.latent_dim)
 
     def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Code and output for the k largest, (B, N) -> (B, N), (B, *input_shape)."""
         active = self.active(pi_BN, k)
-        return scatter_code(*active, *self.code_shape), self.decoder.decode_sparse(*active)
+        return scatter_code(*active, self.latent_dim), self.decoder.decode_sparse(*active)
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
         """AuxK in the chosen scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
@@ -139,17 +153,19 @@ class TopKSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse
         return self.batch_mean(off_BX.square()).sum().clamp(min=torch.finfo(off_BX.dtype).tiny)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.normalised(x)
         pi_BN = self.pre_activations(x)
         f_BN, x_hat = self.reconstruct(pi_BN, self.k)
         nll_B, usage = self.nll(x_hat, x), self.usage_terms(f_BN)
         aux_B = self.aux(x, x_hat, pi_BN)
         terms = {"loss": (nll_B + self.aux_weight * aux_B).mean(), "nll": nll_B.mean(), "aux": aux_B.mean(), **usage}
         if self.multi_weight:
-            terms["multi"] = self.nll(self.reconstruct(pi_BN, min(4 * self.k, *self.code_shape))[1], x).mean()
+            terms["multi"] = self.nll(self.reconstruct(pi_BN, min(4 * self.k, self.latent_dim))[1], x).mean()
             terms["loss"] = terms["loss"] + self.multi_weight * terms["multi"]
         return terms
 
     def init_from_data(self, x: Tensor) -> None:
+        x = self.normalised(x)
         super().init_from_data(x)
         sum_BX = self.decoder.sum_of_directions(*self.active(self.pre_activations(x), self.k))
         scale = (x.flatten(1) - self.decoder.b_X).norm(dim=1).mean() / sum_BX.norm(dim=1).mean()

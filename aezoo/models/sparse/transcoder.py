@@ -9,6 +9,14 @@ L is in nats per sample. With form april, the penalty is lam sum_i f_i ||d_i||, 
 rows of y; all others are read. Without targets, every row is read and predicted, which is sae_l1 with all that belongs
 to it.
 
+What selects active latents may also be TopK or JumpReLU, whose penalties are none (k alone decides) and lam ||f||_0 as
+in jumprelu_sae (Gemma Scope 2, transcoders). With skip, a linear map of x is added (Paulo et al. 2025,
+https://arxiv.org/abs/2501.18823), which starts at 0:
+
+    y_hat = sum_i f_i d_i + W_skip x + b
+
+A code then holds f, followed by W_skip x, which f does not determine.
+
 The code does not determine the rows that are only read. A reconstruction has their mean there, over all samples of
 training so far and all ranks. The loss and the score cover the targets alone; the mse and psnr of an evaluation cover
 whole reconstructions.
@@ -23,11 +31,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
+from aezoo.nets.blocks.dictionary import Dictionary, scatter_code, top_k
+from aezoo.nets.blocks.jumprelu import JumpReLU
+from aezoo.training.limits import check_above
 
 
-class Transcoder(SAEL1):
+class SkipDictionary(Dictionary):
+    """f and W_skip x -> W f + W_skip x + b, (B, N + X) -> (B, *input_shape)."""
+
+    def forward(self, f_BN: Tensor) -> Tensor:
+        f_BN, skip_BX = f_BN[:, : self.latent_dim], f_BN[:, self.latent_dim :]
+        return super().forward(f_BN) + skip_BX.unflatten(1, self.input_shape)
+
+
+class Transcoder(JumpReLU, SAEL1):
     """Few latents, read from some rows of a sample, predict the others.
 
     Args:
@@ -35,11 +55,15 @@ class Transcoder(SAEL1):
             first one counts the rows.
         targets: rows to predict, the first is 0; all others are read. If empty, all rows are read and predicted.
         form: unit_norm (2023) or april (April 2024).
+        activation: relu; topk:K, the K largest; or jumprelu, those above a learned threshold.
+        bandwidth: width of the rectangle that gives the thresholds of jumprelu their gradient.
+        skip: add a linear map of the rows that are read.
         **kwargs: see `SAEL1`.
     """
 
     seen: Tensor
     mean_RX: Tensor
+    skip: nn.Linear | None
 
     def __init__(
         self,
@@ -47,8 +71,13 @@ class Transcoder(SAEL1):
         *,
         targets: tuple[int, ...] = (),
         form: str = "unit_norm",
+        activation: str = "relu",
+        bandwidth: float = 0.05,
+        skip: bool = False,
         **kwargs: Unpack[SAEL1Args],
     ) -> None:
+        self.k = _k_of(activation)
+        check_above(0, bandwidth=bandwidth)
         super().__init__(input_shape, form=form, **kwargs)
         self.n_rows = self.input_shape[0] if len(self.input_shape) > 1 else 1
         self.targets = tuple(targets)
@@ -58,12 +87,26 @@ class Transcoder(SAEL1):
             raise AezooError(
                 f"targets {self.targets} leave no row to read: give fewer, or none to read and predict all"
             )
+        if self.k > self.latent_dim:
+            raise AezooError(f"activation {activation} asks for more than latent_dim={self.latent_dim} latents")
+        if skip and not targets:
+            raise AezooError("skip would copy what is read and predicted: give targets, or leave it out")
+        self.activation = activation
+        if activation == "jumprelu":
+            self.init_thresholds(self.latent_dim, 0.01, bandwidth)
+        self.skip = None
         if targets:
             self.sources = tuple(row for row in range(self.n_rows) if row not in targets)
             row_shape = self.input_shape[1:]
             self.encoder = nn.Linear(len(self.sources) * math.prod(row_shape), self.latent_dim)
             nn.init.zeros_(self.encoder.bias)
-            self.decoder = type(self.decoder)(self.latent_dim, (len(targets), *row_shape))
+            kind, shape = SkipDictionary if skip else Dictionary, (len(targets), *row_shape)
+            self.decoder = kind(self.latent_dim, shape, unit_norm=self.unit_norm)
+            if skip:
+                self.skip = nn.Linear(self.encoder.in_features, math.prod(shape), bias=False)
+                nn.init.zeros_(self.skip.weight)
+                self.code_shape = (self.latent_dim + math.prod(shape),)
+                self.sparse_code = False
             self.register_buffer("mean_RX", torch.zeros(len(self.sources), *row_shape))
             self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
@@ -72,6 +115,31 @@ class Transcoder(SAEL1):
 
     def predicted(self, x: Tensor) -> Tensor:
         return rows(x, self.targets) if self.targets else x
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """pi, (B, *input_shape) -> (B, N)."""
+        pi: Tensor = self.encoder(self.read(x))
+        return pi
+
+    def latents(self, x: Tensor) -> Tensor:
+        return self.active(self.pre_activations(x))
+
+    def active(self, pi_BN: Tensor) -> Tensor:
+        """f, (B, N) -> (B, N)."""
+        if self.k:
+            return scatter_code(*top_k(pi_BN, self.k), self.latent_dim)
+        return self.jump(at_least_float32(pi_BN)).to(pi_BN.dtype) if self.activation == "jumprelu" else pi_BN.relu()
+
+    def with_skip(self, f_BN: Tensor, x: Tensor) -> Tensor:
+        """The code, (B, N), (B, *input_shape) -> (B, *code_shape)."""
+        return f_BN if self.skip is None else torch.cat([f_BN, self.skip(self.read(x))], 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.with_skip(self.latents(x), x)
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f_BN = self.latents(x)
+        return f_BN, self.decoder(self.with_skip(f_BN, x))
 
     def decode(self, z: Tensor) -> Tensor:
         if not self.targets:
@@ -87,7 +155,21 @@ class Transcoder(SAEL1):
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         if self.training and self.targets:
             self.update_mean(rows(x, self.sources))
-        return super().loss(x, y)
+        if self.activation == "relu":
+            return super().loss(x, y)
+        pi_BN = self.pre_activations(x)
+        f_BN = self.active(pi_BN)
+        nll = self.nll(self.decoder(self.with_skip(f_BN, x)), self.predicted(x)).mean()
+        terms = {"loss": nll, "nll": nll, **self.usage_terms(f_BN)}
+        if self.activation == "jumprelu":
+            terms["l0"] = self.batch_mean(self.step(at_least_float32(pi_BN)).sum(1))
+            terms["loss"] = nll + self.warm_up_weight(self.l1) * terms["l0"]
+        return terms
+
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
+        if self.activation == "jumprelu":
+            self.clamp_thresholds()
 
     @torch.no_grad()
     def update_mean(self, x_BRX: Tensor) -> None:
@@ -95,6 +177,20 @@ class Transcoder(SAEL1):
         n = x_BRX.shape[0] * (dist.get_world_size() if self._across_ranks() else 1)
         self.seen.add_(n)
         self.mean_RX.add_((self.batch_mean(x_BRX) - self.mean_RX).to(self.mean_RX) * (n / self.seen))
+
+
+def _k_of(activation: str) -> int:
+    """The K of topk:K, 0 for another activation.
+
+    Raises:
+        AezooError: there is no such activation.
+    """
+    name, _, k = activation.partition(":")
+    if name == "topk" and k.isdecimal() and int(k) >= 1:
+        return int(k)
+    if activation not in ("relu", "jumprelu"):
+        raise AezooError(f"activation must be relu, jumprelu or topk:K with K of at least 1, got {activation!r}")
+    return 0
 
 
 def rows(x: Tensor, which: tuple[int, ...]) -> Tensor:

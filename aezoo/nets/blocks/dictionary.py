@@ -1,10 +1,13 @@
-"""Dictionaries: decoders of sparse codes with unit-norm directions, and their training.
+"""Dictionaries: decoders of sparse codes, and their training.
 
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
 
 `UnitNorm` keeps the norm during training. It removes the gradient along each direction before the optimiser's step, so
 that Adam's moments hold none of it, and normalises the directions after the step (Bricken et al. 2023, Gao et al. 2024,
 section A.1).
+
+Directions may have any norm instead (https://transformer-circuits.pub/2024/april-update). `InputNorm` normalises each
+sample before it is encoded.
 
 Shapes: B batch, X data dimensions, N latents, k active ones.
 """
@@ -18,31 +21,40 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.training.precision import at_least_float32
 from aezoo.training.projected_weights import Constrained
 
 DECODES = ("auto", "dense", "gather")
+INPUT_NORMS = ("none", "layer_norm", "rms_norm")
 # latents per active latent from which gathering rows beats the dense product, forward and backward, by device: the
 # output of `python -m benchmarks.gather` (benchmarks/results/gather-*.csv); dense on devices that are not measured
 CROSSOVER = {"cpu": 32}
 _MEDIAN_STEPS = 1000
+# of the authors' code of Gao et al. 2024, https://github.com/openai/sparse_autoencoder
+_LAYER_NORM_EPS = 1e-5
 
 
 class Dictionary(nn.Module):
-    """f -> W f + b with unit-norm directions d_i, the rows of W_NX.
+    """f -> W f + b with directions d_i, the rows of W_NX, which start with norm 1.
 
     Args:
         latent_dim: N, number of directions.
         input_shape: shape of one sample and of the output.
         decode: how `decode_sparse` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
             rows of active latents, auto takes the faster one for their number.
+        unit_norm: keep norm 1 in training; otherwise the norm is trained. In the April update it starts at 0.1; with
+            Adam at a learning rate of 3e-3, all latents would then die within five steps.
     """
 
-    def __init__(self, latent_dim: int, input_shape: tuple[int, ...], decode: str = "auto") -> None:
+    def __init__(
+        self, latent_dim: int, input_shape: tuple[int, ...], decode: str = "auto", unit_norm: bool = True
+    ) -> None:
         super().__init__()
         if decode not in DECODES:
             raise AezooError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
         x_dim = math.prod(input_shape)
-        self.input_shape, self.decode = input_shape, decode
+        self.latent_dim, self.input_shape = latent_dim, input_shape
+        self.decode, self.unit_norm = decode, unit_norm
         self.W_NX = nn.Parameter(nn.functional.normalize(torch.randn(latent_dim, x_dim), dim=1))
         self.b_X = nn.Parameter(torch.zeros(x_dim))
 
@@ -51,8 +63,13 @@ class Dictionary(nn.Module):
         return self.W_NX
 
     def forward(self, f_BN: Tensor) -> Tensor:
-        """x_hat of a whole code, (B, N) -> (B, *input_shape)."""
-        return self.with_bias(F.linear(f_BN, self.directions().t()))
+        """x_hat of a whole code, (B, N) -> (B, *input_shape), in the units of a sample if `InputNorm` appended them."""
+        n = self.latent_dim
+        if f_BN.shape[1] == n:
+            return self.with_bias(F.linear(f_BN, self.directions().t()))
+        offset_B1, scale_B1 = f_BN[:, n:].split(1, 1)
+        x_hat_BX = F.linear(f_BN[:, :n], self.directions().t()) + self.b_X
+        return (x_hat_BX * scale_B1 + offset_B1).unflatten(1, self.input_shape)
 
     def decode_sparse(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
         """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
@@ -84,27 +101,14 @@ class Dictionary(nn.Module):
     def remove_parallel_gradient(self) -> None:
         """Remove the gradient along each direction: the normalisation would undo a step along it."""
         grad_NX, d_NX = self.W_NX.grad, self.W_NX
-        if grad_NX is not None:
+        if grad_NX is not None and self.unit_norm:
             grad_NX -= (grad_NX * d_NX).sum(1, keepdim=True) * d_NX
 
     @torch.no_grad()
     def normalise(self) -> None:
         """Give each direction unit norm."""
-        self.W_NX.copy_(nn.functional.normalize(self.W_NX, dim=1))
-
-
-class FreeDictionary(Dictionary):
-    """Directions whose norm is trained; they start with norm 1.
-
-    In https://transformer-circuits.pub/2024/april-update they start at 0.1; with Adam at a learning rate of 3e-3, all
-    latents would then die within five steps.
-    """
-
-    def remove_parallel_gradient(self) -> None:
-        """Do nothing."""
-
-    def normalise(self) -> None:
-        """Do nothing."""
+        if self.unit_norm:
+            self.W_NX.copy_(nn.functional.normalize(self.W_NX, dim=1))
 
 
 class UnitNorm(Constrained):
@@ -163,7 +167,7 @@ class UnitNorm(Constrained):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if not isinstance(self.decoder, FreeDictionary):
+        if self.decoder.unit_norm:
             self.check_averages()
 
     def check_averages(self) -> None:
@@ -196,6 +200,76 @@ class UnitNorm(Constrained):
     def after_optimizer_step(self) -> None:
         """Give each direction unit norm again."""
         self.decoder.normalise()
+
+
+class InputNorm(nn.Module):
+    """Mixin, before `UnitNorm`, for models that may normalise each sample (Gao et al. 2024, section 2.1).
+
+    The loss compares normalised samples. A code then holds the latents, and after them the offset and the scale of its
+    sample, from which `Dictionary` makes a reconstruction in the sample's own units.
+
+    Attributes:
+        input_norm: none; layer_norm: less the mean of a sample's values, divided by their standard deviation; or
+            rms_norm: divided by the root of their mean square.
+    """
+
+    input_norm: str = "none"
+    sparse_code: bool
+    code_shape: tuple[int, ...]
+
+    def init_input_norm(self, input_norm: str, latent_dim: int, bounded: bool) -> None:
+        """Set the kind and the shape of codes; for constructors.
+
+        Args:
+            input_norm: see above.
+            latent_dim: N, number of latents.
+            bounded: whether the likelihood has outputs in an interval, in which normalised samples do not lie.
+
+        Raises:
+            AezooError: there is no such kind, or the likelihood does not allow it.
+        """
+        if input_norm not in INPUT_NORMS:
+            raise AezooError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, got {input_norm!r}")
+        if input_norm != "none":
+            if bounded:
+                raise AezooError(f"input_norm={input_norm!r} gives values outside [0, 1]: take likelihood='gaussian'")
+            self.sparse_code = False  # two entries are never zero
+        self.input_norm = input_norm
+        self.code_shape = (latent_dim if input_norm == "none" else latent_dim + 2,)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """The latents f of samples that are normalised, (B, *input_shape) -> (B, N)."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """f, with input_norm followed by offset and scale, (B, *input_shape) -> (B, *code_shape)."""
+        if self.input_norm == "none":
+            return self.latents(x)
+        x_n, units_B2 = normalise_samples(x, self.input_norm)
+        return torch.cat([self.latents(x_n), units_B2], 1)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the loss compares, (B, *input_shape) -> (B, *input_shape)."""
+        return x if self.input_norm == "none" else normalise_samples(x, self.input_norm)[0]
+
+
+def normalise_samples(x: Tensor, input_norm: str) -> tuple[Tensor, Tensor]:
+    """Normalised samples, and the offset and scale of each, (B, ...) -> (B, ...), (B, 2).
+
+    Args:
+        x: samples.
+        input_norm: layer_norm or rms_norm, see `InputNorm`.
+    """
+    x_BX = at_least_float32(x.flatten(1))
+    offset_B1 = torch.zeros_like(x_BX[:, :1])
+    if input_norm == "layer_norm":
+        offset_B1 = x_BX.mean(1, keepdim=True)
+        scale_B1 = (x_BX - offset_B1).std(1, keepdim=True)
+        x_n = (x_BX - offset_B1) / (scale_B1 + _LAYER_NORM_EPS)
+    else:
+        scale_B1 = x_BX.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(x_BX.dtype).tiny)
+        x_n = x_BX / scale_B1
+    return x_n.to(x.dtype).view_as(x), torch.cat([offset_B1, scale_B1], 1).to(x.dtype)
 
 
 def top_k(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -111,3 +111,16 @@ def test_gated_sae_avoids_l1_shrinkage(lbfgs: Any) -> None:
         share[name] = float((a - model.encode(a * d)).detach().mean())
     assert share["sae_l1"] == pytest.approx(0.4, abs=1e-4)
     assert share["gated_sae"] == pytest.approx(0, abs=1e-4)
+
+
+def test_april_form_weighs_gates_with_norms_and_does_not_subtract_the_bias(shifted: Any) -> None:
+    model, x = shifted(build("gated_sae", latent_dim=12, l1=0.3, form="april")), data(9)
+    model.decoder.W_NX.data.mul_(torch.linspace(0.5, 2, 12, dtype=torch.float64)[:, None])
+    shared = x.flatten(1) @ model.encoder.weight.T
+    gate, magnitude = shared + model.encoder.bias, model.r_N.exp() * shared + model.b_mag_N
+    torch.testing.assert_close(model.encode(x), torch.where(gate > 0, magnitude.clamp(min=0), 0))
+    penalty = (gate.clamp(min=0) * model.decoder.W_NX.norm(dim=1)).sum(1).mean()
+    torch.testing.assert_close(model.loss(x)["l1"], penalty)
+    before = model.decoder.W_NX.detach().clone()
+    model.after_optimizer_step()
+    assert torch.equal(model.decoder.W_NX, before)

@@ -170,3 +170,16 @@ def test_thresholds_do_not_fall_below_zero(digits: Any, quiet: Any) -> None:
     )
     least = trained(model, digits[:200].float(), quiet, lambda m, terms: float(m.theta_N.detach().min()))
     assert min(least) == 0
+
+
+def test_april_form_does_not_subtract_the_bias_and_leaves_norms(shifted: Any) -> None:
+    model, x = jump(shifted, form="april"), data(9)
+    model.decoder.W_NX.data.mul_(2)
+    pi = x.flatten(1) @ model.encoder.weight.T + model.encoder.bias
+    f = torch.where(pi > model.theta_N, pi, 0.0)
+    torch.testing.assert_close(model.encode(x), f)
+    torch.testing.assert_close(model(x).flatten(1), f @ model.decoder.W_NX + model.decoder.b_X)
+    torch.testing.assert_close(model.loss(x)["l0"], (pi > model.theta_N).sum(1).double().mean())
+    before = model.decoder.W_NX.detach().clone()
+    model.after_optimizer_step()
+    assert torch.equal(model.decoder.W_NX, before)

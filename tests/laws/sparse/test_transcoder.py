@@ -22,6 +22,8 @@ from sae_laws import (  # noqa: F401
 )
 from two_ranks import on_two_ranks
 
+import aezoo
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -103,3 +105,83 @@ def test_input_only_rows_decode_to_running_mean(quiet: Any) -> None:
     assert torch.equal(first, second)
     apart = on_two_ranks(model, x[:40], exchange=False)
     assert gap(apart.copies[0].mean_RX, apart.copies[1].mean_RX) > 1e-4
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "topk:3", "jumprelu"])
+def test_activations_and_skip_match_written_formula(activation: str, skip: bool, shifted: Any) -> None:
+    settings = {"targets": (1,), "activation": activation, "skip": skip, "form": "april", "l1": 0.4}
+    model = shifted(build("transcoder", input_shape=(2, 10), latent_dim=12, **settings))
+    x, y = data(9, (2, 10)).unbind(1)
+    if activation == "jumprelu":
+        with torch.no_grad():
+            model.theta_N.uniform_(0.05, 0.5)
+    pi = x @ model.encoder.weight.T + model.encoder.bias
+    cut = pi.topk(3).values[:, -1:] if activation == "topk:3" else torch.zeros(())
+    f = (
+        torch.where(pi > model.theta_N, pi, 0)
+        if activation == "jumprelu"
+        else torch.where(pi >= cut, pi, 0).clamp(min=0)
+    )
+    added = x @ model.skip.weight.T if skip else torch.zeros_like(y)
+    y_hat = f @ model.decoder.W_NX + added + model.decoder.b_X
+    pair, code = torch.stack([x, y], 1), torch.cat([f, added], 1) if skip else f
+    assert model.code_shape == code.shape[1:] and model.sparse_code != skip
+    torch.testing.assert_close(model.encode(pair), code)
+    torch.testing.assert_close(model(pair)[:, 1], y_hat)
+    torch.testing.assert_close(model.decode(code)[:, 1], y_hat)
+    nll = (y_hat - y).square().sum(1) + 5 * math.log(math.pi)
+    torch.testing.assert_close(model.score(pair), nll)
+    terms = model.loss(pair)
+    penalty = {
+        "relu": (f * model.decoder.W_NX.norm(dim=1)).sum(1),
+        "topk:3": torch.zeros(9),
+        "jumprelu": (f > 0).sum(1),
+    }
+    torch.testing.assert_close(terms["nll"], nll.mean())
+    torch.testing.assert_close(terms["loss"], nll.mean() + 0.4 * penalty[activation].double().mean())
+    torch.testing.assert_close(terms["l0"], (f != 0).sum(1).double().mean(), check_dtype=False)
+    assert 0 < (f != 0).sum() < f.numel() and not (skip and gap(added, 0) < 0.01)
+
+
+def test_thresholds_are_trained_as_those_of_jumprelu_sae(shifted: Any) -> None:
+    model = shifted(build("transcoder", input_shape=(2, 10), latent_dim=12, targets=(1,), form="april", l1=0.4,
+                          activation="jumprelu", bandwidth=0.5))  # fmt: skip
+    plain = build("jumprelu_sae", input_shape=(10,), latent_dim=12, form="april", l0_weight=0.4, bandwidth=0.5)
+    with torch.no_grad():
+        model.theta_N.uniform_(0.05, 0.5)
+    plain.load_state_dict({key: v for key, v in model.state_dict().items() if key not in ("mean_RX", "seen")})
+    x = data(9, (10,))
+    found, expected = model.loss(torch.stack([x, x], 1)), plain.loss(x)
+    mine, theirs = gradients(found["loss"], model), gradients(expected["loss"], plain)
+    assert_same(mine, theirs)
+    assert mine["theta_N"].abs().max() > 0
+    with torch.no_grad():
+        model.theta_N.sub_(1)
+    model.after_optimizer_step()
+    assert (model.theta_N == 0).all()
+    assert model.bfloat16().theta_N.dtype == torch.float64
+
+
+def test_skip_starts_at_zero_and_counts_when_latents_restart(shifted: Any) -> None:
+    model = build("transcoder", input_shape=(2, 10), latent_dim=12, targets=(1,), skip=True)
+    assert (model.skip.weight == 0).all()
+    model, x = shifted(model), data(9, (2, 10))
+    latents, y_hat = model.reconstruct(x)
+    torch.testing.assert_close(y_hat[:, 0], model(x)[:, 1])
+    assert latents.shape == (9, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "gelu"}, "activation must be relu, jumprelu or topk:K"),
+        ({"activation": "topk:0"}, "activation must be"),
+        ({"activation": "topk:13"}, "asks for more than latent_dim=12"),
+        ({"skip": True, "targets": ()}, "give targets"),
+        ({"bandwidth": 0.0}, "bandwidth"),
+    ],
+)
+def test_impossible_transcoders_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(aezoo.AezooError, match=message):
+        create("transcoder", input_shape=(2, 10), **{"latent_dim": 12, "targets": (1,)} | settings)

@@ -1,0 +1,353 @@
+"""Sparse autoencoders of other libraries: checks of their tensors, exact changes of their weights, models of the zoo.
+
+    pi = W_enc x + b_enc     f = activation(pi)     x_hat = W_dec f + b_dec
+
+The same function can be written with other weights: a bias b_dec that is subtracted from x belongs into b_enc, a factor
+of the data into both matrices, and norms of directions into W_enc, b_enc and thresholds. These changes are exact but
+for rounding, and are computed in float64.
+
+Shapes: N latents, X values that are read, Y values that are written.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.io.importers import Imported
+from aezoo.io.importers.source import WeightSource
+from aezoo.registry import create_model
+
+ACTIVATIONS = ("relu", "topk", "abs_topk", "batch_topk", "jumprelu", "gated")
+_NAMES = {"relu": "ReLU", "topk": "TopK", "abs_topk": "AbsTopK", "batch_topk": "BatchTopK", "jumprelu": "JumpReLU",
+          "gated": "gated"}  # fmt: skip
+_WIDTHS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# rows that are converted to float64 at once
+_ROWS = 4096
+# norms of directions that a library has normalised, in float32 or bf16, as written
+_UNIT = 1e-5
+UNKNOWN_SCALE = (
+    "trained on activations scaled to a mean norm of sqrt(d), and the files lack their mean norm: divide them by c = "
+    "mean norm / sqrt(d), or fold c into the weights with aezoo.io.scale_folding.fold"
+)
+# as if the running mean of thresholds had seen so many batches, so that further training moves it slowly
+_SEEN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class SparseDictionary:
+    """A sparse autoencoder or a transcoder.
+
+    Attributes:
+        W_enc: (N, X).
+        b_enc: (N,); of a gated one, that of the gates.
+        W_dec: (N, Y), directions in rows.
+        b_dec: (Y,).
+        activation: one of `ACTIVATIONS`.
+        k: number of active latents of those that keep the largest.
+        threshold: (N,), of jumprelu; (), of batch_topk.
+        r_mag: (N,), logarithm of the factor of a gated one's magnitudes.
+        b_mag: (N,), bias of a gated one's magnitudes.
+        centred: whether b_dec is subtracted from x.
+        input_norm: see `aezoo.nets.blocks.dictionary.InputNorm`.
+        transcoder: whether what is written is not what is read.
+        W_skip: (Y, X), the linear map that a transcoder adds.
+        prefixes: sizes of nested dictionaries.
+        streams: number of streams of a crosscoder, in whose order X and Y are.
+        notes: what was changed, a line each.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    activation: str = "relu"
+    k: int = 0
+    threshold: Tensor | None = None
+    r_mag: Tensor | None = None
+    b_mag: Tensor | None = None
+    centred: bool = False
+    input_norm: str = "none"
+    transcoder: bool = False
+    W_skip: Tensor | None = None
+    prefixes: tuple[int, ...] = ()
+    streams: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    def check(self, label: str) -> None:
+        """Refuse tensors that do not fit each other.
+
+        Args:
+            label: the file that they are from.
+
+        Raises:
+            AezooError: shapes differ, k does not lie between 1 and N, or an activation lacks what it needs.
+        """
+        if self.W_enc.ndim != 2 or self.W_dec.ndim != 2:
+            raise AezooError(
+                f"{label}: the encoder and decoder must be matrices, got {_shapes(self.W_enc, self.W_dec)}"
+            )
+        n, x = self.W_enc.shape
+        y = self.W_dec.shape[1]
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "the decoder": (self.W_dec, (n, y if self.transcoder else x)),
+            "the encoder's bias": (self.b_enc, (n,)),
+            "the decoder's bias": (self.b_dec, (y,)),
+            "the threshold": (self.threshold, () if self.activation == "batch_topk" else (n,)),
+            "the scale of magnitudes": (self.r_mag, (n,)),
+            "the bias of magnitudes": (self.b_mag, (n,)),
+            "the skip connection": (self.W_skip, (y, x)),
+        }
+        for what, (tensor, shape) in shapes.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise AezooError(
+                    f"{label}: {what} has shape {tuple(tensor.shape)}, but an encoder of {x} inputs and {n} latents "
+                    f"needs {shape}"
+                )
+        if self.activation in ("topk", "abs_topk", "batch_topk") and not 1 <= self.k <= n:
+            raise AezooError(f"{label}: k must lie between 1 and the {n} latents, got {self.k}")
+        if self.activation in ("jumprelu", "batch_topk") and self.threshold is None:
+            raise AezooError(f"{label}: {_NAMES[self.activation]} needs a threshold, and the file has none")
+        if self.transcoder and self.activation not in ("relu", "topk", "jumprelu"):
+            raise AezooError(f"{label}: transcoders are ReLU, TopK or JumpReLU, not {_NAMES[self.activation]}")
+        if self.transcoder and (x != y or self.input_norm != "none"):
+            why = f"reads {x} and writes {y} values" if x != y else "normalises its input"
+            raise AezooError(f"{label}: a transcoder that {why} cannot be represented by the zoo's transcoder")
+        if self.W_skip is not None and not self.transcoder:
+            raise AezooError(f"{label}: a skip connection in an autoencoder would copy its input")
+
+    # ---- exact changes -----------------------------------------------------------------------------------------------
+
+    def with_scale(self, read: float, written: float) -> "SparseDictionary":
+        """The same for raw activations, if it was trained on activations times `read` and outputs times `written`.
+
+        Codes and thresholds keep their units, so b_enc stays as it is.
+        """
+        return replace(
+            self.uncentred() if read != written else self,
+            W_enc=self.W_enc * read,
+            W_dec=self.W_dec / written,
+            b_dec=self.b_dec / written,
+            notes=(*self.notes, f"activation scale of {read:.6g} folded into the weights"),
+        )
+
+    def uncentred(self) -> "SparseDictionary":
+        """The same without subtracting b_dec from x."""
+        return self if not self.centred else self._shifted(-1, centred=False)
+
+    def recentred(self) -> "SparseDictionary":
+        """The same with b_dec subtracted from x."""
+        return self if self.centred else self._shifted(1, centred=True)
+
+    def _shifted(self, sign: int, centred: bool) -> "SparseDictionary":
+        shift_N = torch.cat([part.double() @ self.b_dec.double() for part in self.W_enc.split(_ROWS)])
+        b_mag = self.b_mag
+        if b_mag is not None and self.r_mag is not None:
+            b_mag = (b_mag.double() + sign * self.r_mag.double().exp() * shift_N).float()
+        return replace(
+            self,
+            b_enc=(self.b_enc.double() + sign * shift_N).float(),
+            b_mag=b_mag,
+            centred=centred,
+            notes=(*self.notes, "decoder bias at the input folded into the encoder's bias"),
+        )
+
+    def norms(self) -> Tensor:
+        """Norms of the directions, (N,), in float64."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1, dtype=torch.float64)
+
+    def with_unit_norm(self) -> "SparseDictionary":
+        """The same with directions of norm 1: latents are multiplied by the norms, which is what they contribute."""
+        norms_N = self.norms().clamp(min=1e-8)
+
+        def times(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else (tensor.double() * norms_N).float()
+
+        return replace(
+            self,
+            W_enc=self.W_enc * norms_N[:, None].float(),
+            b_enc=(self.b_enc.double() * norms_N).float(),
+            W_dec=self.W_dec / norms_N[:, None].float(),
+            threshold=times(self.threshold),
+            b_mag=times(self.b_mag),
+            notes=(*self.notes, "norms of directions folded into the encoder"),
+        )
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def imported(self, library: str, label: str) -> Imported:
+        """The model of the zoo that gives the same codes and outputs.
+
+        Args:
+            library: what people call the format.
+            label: the file that the weights are from.
+
+        Raises:
+            AezooError: as `check`; or the constructor refuses the sizes.
+        """
+        self.check(label)
+        (n, x), y = self.W_enc.shape, self.W_dec.shape[1]
+        kind = _NAMES[self.activation] + (f" (k = {self.k})" if self.k else "")
+        kind += " crosscoder" if self.streams else " transcoder" if self.transcoder else ""
+        found = f"{library}, {kind}{' with a skip connection' if self.W_skip is not None else ''}, "
+        found += f"{x:,} inputs, {n:,} latents"
+        unit_norm = bool(((self.norms() - 1).abs() < _UNIT).all())
+        if self.transcoder:
+            name, settings, state, final = self._transcoder(unit_norm)
+        elif self.streams:
+            name, settings, state, final = self._crosscoder()
+        elif self.activation in ("topk", "abs_topk", "batch_topk"):
+            name, settings, state, final = self._topk(unit_norm)
+        else:
+            name, settings, state, final = self._penalised(unit_norm)
+        shape = (2, y) if self.transcoder else (self.streams, x // self.streams) if self.streams else (x,)
+        try:
+            model = create_model(name, shape, latent_dim=n, **settings)
+        except AezooError as error:
+            raise AezooError(f"{label}: {error}") from error
+        common = {"encoder.weight": final.W_enc, "encoder.bias": final.b_enc}
+        common |= {"decoder.W_NX": final.W_dec, "decoder.b_X": final.b_dec}
+        model.load_state_dict({**model.state_dict(), **common, **state})
+        notes = final.notes
+        if self.transcoder:
+            notes += ("a sample has two rows: the first is read, the second is predicted",)
+        if self.W_skip is not None:
+            notes += (f"a code has {n:,} latents, then the {y:,} values of the skip connection",)
+        if self.input_norm != "none":
+            notes += (f"a code has {n:,} latents, then the offset and scale of its sample",)
+        return Imported(model.eval(), found, notes)
+
+    def _thresholds(self) -> dict[str, Tensor]:
+        # pi below 0 never passes the ReLU, whatever the threshold
+        return {} if self.threshold is None else {"theta_N": self.threshold.clamp(min=0)}
+
+    def _transcoder(self, unit_norm: bool) -> "_Parts":
+        activation = f"topk:{self.k}" if self.activation == "topk" else self.activation
+        settings = {
+            "targets": (1,),
+            "form": _form(unit_norm),
+            "activation": activation,
+            "skip": self.W_skip is not None,
+        }
+        state = {} if self.W_skip is None else {"skip.weight": self.W_skip}
+        return "transcoder", settings, state | self._thresholds(), self
+
+    def _crosscoder(self) -> "_Parts":
+        return "crosscoder", {}, {}, self
+
+    def _topk(self, unit_norm: bool) -> "_Parts":
+        settings: dict[str, Any] = {"k": self.k, "unit_norm": unit_norm, "input_norm": self.input_norm}
+        if self.activation != "batch_topk" or self.threshold is None:
+            return f"{self.activation}_sae", settings, {}, self.recentred()
+        theta = self.threshold.float()
+        # the originals pass what exceeds the threshold, the zoo's what reaches it
+        theta = torch.nextafter(theta, torch.tensor(torch.inf)) if theta >= 0 else torch.zeros(())
+        state = {"theta.value": theta, "theta.steps": torch.tensor(_SEEN_STEPS)}
+        if not self.prefixes:
+            return "batch_topk_sae", settings, state, self.recentred()
+        n = self.prefixes[-1]
+        settings["fractions"] = tuple(prefix / n for prefix in self.prefixes[:-1])
+        return "matryoshka_sae", settings, state, self.recentred()
+
+    def _penalised(self, unit_norm: bool) -> "_Parts":
+        centred = self.centred and unit_norm
+        settings = {"form": _form(centred), "input_norm": self.input_norm}
+        final = self if centred else self.uncentred()
+        state = self._thresholds()
+        if final.r_mag is not None and final.b_mag is not None:
+            state = {"r_N": final.r_mag, "b_mag_N": final.b_mag}
+        return {"relu": "sae_l1"}.get(self.activation, f"{self.activation}_sae"), settings, state, final
+
+
+_Parts = tuple[str, dict[str, Any], dict[str, Tensor], SparseDictionary]
+
+
+def _form(unit_norm: bool) -> str:
+    return "unit_norm" if unit_norm else "april"
+
+
+# ---- checks of files -------------------------------------------------------------------------------------------------
+
+
+def float_tensors(
+    found: Mapping[str, Tensor], label: str, required: Collection[str], optional: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Some of a file's tensors, in float32.
+
+    Args:
+        found: the file's tensors by name.
+        label: the file.
+        required: names that the file must have.
+        optional: names that it may have.
+
+    Raises:
+        AezooError: a name is missing or not known; or a tensor holds no finite floating-point numbers.
+    """
+    if missing := sorted(set(required) - set(found)):
+        raise AezooError(f"{label}: there is no {', '.join(missing)}; it has {_some(found)}")
+    if unknown := sorted(set(found) - set(required) - set(optional)):
+        raise AezooError(
+            f"{label}: {_some(unknown)} is unknown in this format, so the result would not be the original"
+        )
+    for name, tensor in found.items():
+        if tensor.dtype not in _WIDTHS:
+            raise AezooError(
+                f"{label}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise AezooError(f"{label}: {name} holds NaN or infinite values: the file is damaged")
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def value_of(config: Mapping[str, Any], key: str, kind: type, label: str, default: Any = None) -> Any:
+    """A value of a configuration.
+
+    Args:
+        config: the configuration.
+        key: its name.
+        kind: bool, str, dict, list, int, or float, which an int is too.
+        label: the file.
+        default: the value if there is none, or null; without it, there must be one.
+
+    Raises:
+        AezooError: it is missing or has another type.
+    """
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise AezooError(f"{label}: there is no {key}")
+        return default
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise AezooError(f"{label}: {key} must be a {kind.__name__}, got {str(value)[:50]!r}")
+    return value
+
+
+def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], label: str) -> None:
+    """Refuse weights of other sizes than a configuration says.
+
+    Raises:
+        AezooError: names the size.
+    """
+    for key, size in sizes.items():
+        if (stated := value_of(config, key, int, label, size)) != size:
+            raise AezooError(f"{label}: {key} is {stated:,}, but the weights have {size:,}: they are not of this file")
+
+
+def one_file(source: WeightSource, is_one: Callable[[str], bool]) -> str | None:
+    """The file that the address names or the only one of its folder, if it has the format; otherwise None."""
+    names = [source.given] if source.given is not None else [name for name in source.names if "/" not in name]
+    found = [name for name in names if is_one(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(map(str, names))[:6]
+    return ", ".join(name[:40] for name in shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return " and ".join(str(tuple(tensor.shape)) for tensor in tensors)

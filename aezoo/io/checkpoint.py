@@ -151,7 +151,12 @@ def load_run(
         source = resolve_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         atomic_files.check_intact(source)
-        checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+        try:
+            checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+        except AezooError:  # such as weights alone, or classes of an old Lightning
+            if (imported := _read_foreign(source)) is None:
+                raise
+            return _of_another_library(imported, source, map_location)
         note_version(checkpoint.get("aezoo"), source)
         if "aezoo" not in checkpoint and (imported := importers.import_if_known(source)) is not None:
             return _of_another_library(imported, source, map_location)
@@ -200,6 +205,16 @@ def _may_be_foreign(path: str | Path) -> bool:
             return True
         return False
     return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
+
+
+def _read_foreign(path: Path) -> importers.Imported | None:
+    """The model of another library in a file; None if no importer can tell that it knows it."""
+    source = importers.WeightSource(path)
+    try:
+        importer = importers.find(source)
+    except AezooError:
+        return None
+    return None if importer is None else importer.read(source)
 
 
 def _of_another_library(

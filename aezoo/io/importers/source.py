@@ -1,5 +1,6 @@
 """Files of another library's model, in a folder or in a repository on the hub."""
 
+import contextlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +19,17 @@ from aezoo.io import hub_files
 from aezoo.security import archives, values, weights
 
 _MAX_JSON = 2**24
+
+
+class _Callback:
+    """What stands for a class of Lightning."""
+
+
+# checkpoints of Lightning before 1.5 have these classes as keys of the states of callbacks
+_KEYS_OF_LIGHTNING: tuple[tuple[Any, str], ...] = tuple(
+    (_Callback, f"pytorch_lightning.callbacks.{name}")
+    for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+)
 
 
 class WeightSource:
@@ -100,7 +113,7 @@ class WeightSource:
                 if not isinstance(content, dict):
                     raise ValueError(f"it holds a {type(content).__name__} in place of an object")
             except (OSError, ValueError, RecursionError) as error:
-                raise AezooError(f"cannot read {self._label(name)}: {_brief(error)}") from error
+                raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}") from error
             self._read[name] = content
         found: dict[str, Any] = self._read[name]
         return found
@@ -112,7 +125,7 @@ class WeightSource:
             AezooError: as `path`; or the file is damaged or holds objects that could run code.
         """
         if name not in self._read:
-            path, label = self.path(name), self._label(name)
+            path, label = self.path(name), self.label(name)
             try:
                 if path.suffix == ".safetensors":
                     found: Any = load_file(path)
@@ -121,7 +134,8 @@ class WeightSource:
                 else:
                     archives.check_growth(path)
                     archives.check_tuples(path)
-                    found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+                    with torch.serialization.safe_globals([*_KEYS_OF_LIGHTNING]):
+                        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
                     values.check_extent(found, label)
             except AezooError:
                 raise
@@ -140,12 +154,58 @@ class WeightSource:
         Raises:
             AezooError: as `content`; or something in it is no dense tensor.
         """
-        found = self.content(name)
-        if not isinstance(found, dict):
-            raise AezooError(f"{self._label(name)} holds a {type(found).__name__} in place of named tensors")
-        return weights.check_tensors(found, Path(self._label(name)), "any model")
+        return self._dense(self.content(name), name)
 
-    def _label(self, name: str) -> str:
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors of a file, or of its `state_dict`; those of safetensors from its header alone.
+
+        Raises:
+            AezooError: as `content`; or it holds no named values.
+        """
+        if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
+            with self._header(name) as file:
+                return tuple(file.keys())
+        return tuple(self._state_dict(name))
+
+    def some_tensors(self, name: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors of a file, or of its `state_dict`, whose names begin with one of some prefixes.
+
+        Of safetensors, only these are read.
+
+        Raises:
+            AezooError: as `content`; or it holds no named values, or one of them is no dense tensor.
+        """
+        if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
+            with self._header(name) as file:
+                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
+        found = self._state_dict(name)
+        return self._dense({key: value for key, value in found.items() if key.startswith(prefixes)}, name)
+
+    def _state_dict(self, name: str) -> dict[str, Any]:
+        found = self.content(name)
+        found = found.get("state_dict", found) if isinstance(found, dict) else found
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise AezooError(f"{self.label(name)} holds no weights by their names")
+        return found
+
+    def _dense(self, found: object, name: str) -> dict[str, Tensor]:
+        if not isinstance(found, dict):
+            raise AezooError(f"{self.label(name)} holds a {type(found).__name__} in place of named tensors")
+        return weights.check_tensors(found, Path(self.label(name)), "any model")
+
+    @contextlib.contextmanager
+    def _header(self, name: str) -> Iterator[Any]:
+        path = self.path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except AezooError:
+            raise
+        except Exception as error:  # a header can be wrong in any way
+            raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}; download it again") from error
+
+    def label(self, name: str) -> str:
+        """A file, for messages."""
         return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
 
 

@@ -22,6 +22,7 @@ import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
+from aezoo.io.importers.source import WeightSource
 from aezoo.io.scale_folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
@@ -209,7 +210,7 @@ def _may_be_foreign(path: str | Path) -> bool:
 
 def _read_foreign(path: Path) -> importers.Imported | None:
     """The model of another library in a file; None if no importer can tell that it knows it."""
-    source = importers.WeightSource(path)
+    source = WeightSource(path)
     try:
         importer = importers.find(source)
     except AezooError:

@@ -85,7 +85,10 @@ def test_first_stage_is_found_in_a_diffusion_model(tmp_path, others, scale, shif
 
 
 def test_trained_scale_is_read_from_the_weights(tmp_path):
-    state = state_of("vq", "first_stage_model.") | {"scale_factor": torch.tensor(0.7), "model_ema.decay": torch.ones(())}
+    state = state_of("vq", "first_stage_model.") | {
+        "scale_factor": torch.tensor(0.7),
+        "model_ema.decay": torch.ones(()),
+    }
     torch.save({"state_dict": state}, tmp_path / "x.ckpt")
     imported = aezoo.import_model(tmp_path / "x.ckpt")
     assert imported.model.standardiser.scale.item() == pytest.approx(0.7)
@@ -162,7 +165,10 @@ def without(state, key):
     ("change", "message"),
     [
         (lambda s: without(s, "decoder.conv_out.weight"), "has no decoder.conv_out.weight"),
-        (lambda s: without(s, "encoder.mid.block_2.conv1.weight"), "it has no encoder.mid_block.resnets.1.conv1.weight"),
+        (
+            lambda s: without(s, "encoder.mid.block_2.conv1.weight"),
+            "it has no encoder.mid_block.resnets.1.conv1.weight",
+        ),
         (lambda s: s | {"quant_conv.weight": torch.ones(9, 5, 1, 1)}, "quant_conv.weight has the shape"),
         (lambda s: s | {"encoder.more.weight": torch.ones(1)}, "unknown encoder.more.weight"),
         (lambda s: s | {"more.weight": torch.ones(1)}, "unknown weights: more.weight"),

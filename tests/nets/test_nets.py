@@ -32,6 +32,9 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         ("gdn", ()),
         pytest.param("dc", (2, 3, 4), marks=pytest.mark.slow),
         ("dc", ()),
+        pytest.param("ldm", (2, 3, 4), marks=pytest.mark.slow),
+        pytest.param("ldm", (2, 4), marks=pytest.mark.slow),
+        ("ldm", ()),
     ],
 )
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
@@ -237,6 +240,6 @@ def test_invalid_values_are_refused_in_one_line(build: object, word: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "conv_keras", "dc"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "conv_keras", "dc", "ldm"])
 def test_gradients_match_finite_differences(name: str) -> None:
     assert_network_gradients_match(name)

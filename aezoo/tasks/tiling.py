@@ -62,12 +62,15 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float
     if strides is None:
         raise _refusal(model, "its code is no map that one network makes and another takes")
     ones = tuple(1 for _ in strides)
-    cut: tuple[Any, ...] = (model, size, tile, blend)
-    sized.encoder = _Tiled(*cut, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder)
-    sized.decoder = _Tiled(*cut, _decoded, (strides, ones, strides), model.code_shape[0], sized.decoder)
+    sized.encoder = _Tiled(
+        model, size, tile, blend, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder
+    )
+    sized.decoder = _Tiled(
+        model, size, tile, blend, _decoded, (strides, ones, strides), model.code_shape[0], sized.decoder
+    )
     names = ("encode", "decode", "forward", "score")
     if all(getattr(type(model), name) is getattr(Autoencoder, name) for name in names):
-        whole = _Tiled(*cut, _reconstructed, (strides, strides, strides), model.input_shape[0])
+        whole = _Tiled(model, size, tile, blend, _reconstructed, (strides, strides, strides), model.input_shape[0])
         sized.forward = lambda x: sized.likelihood.mean(whole(x))  # type: ignore[method-assign]
         sized.score = lambda x: sized.nll(whole(x), x)  # type: ignore[method-assign]
     return sized

@@ -97,22 +97,22 @@ def test_one_blended_tile_is_the_whole():
 
 
 def test_blended_tiles_are_weighted_along_each_axis():
-    """Four tiles of 16 points that overlap by 4: a place in all overlaps is a bilinear mixture."""
+    """Four tiles of 48 points that overlap by 12: a place in all overlaps is a bilinear mixture."""
     model = residual()
-    x, tile = torch.rand(1, 1, 28, 28), aezoo.at_size(model, (16, 16))
+    x, tile = torch.rand(1, 1, 84, 84), aezoo.at_size(model, (48, 48))
     with torch.no_grad():
-        found = aezoo.tiled(model, (28, 28), 16, blend=0.25).encode(x)
-        z = {(i, j): tile.encode(x[..., i : i + 16, j : j + 16]) for i in (0, 12) for j in (0, 12)}
-    stride = 16 // z[0, 0].shape[-1]
-    step, overlap = 12 // stride, 4 // stride
-    assert overlap >= 1 and found.shape[-1] == 28 // stride
+        found = aezoo.tiled(model, (84, 84), 48, blend=0.25).encode(x)
+        z = {(i, j): tile.encode(x[..., i : i + 48, j : j + 48]) for i in (0, 36) for j in (0, 36)}
+    stride = 48 // z[0, 0].shape[-1]
+    step, overlap = 36 // stride, 12 // stride
+    assert overlap == 3 and found.shape[-1] == 84 // stride
     torch.testing.assert_close(found[..., :step, :step], z[0, 0][..., :step, :step])
     for y in range(overlap):
         for x_ in range(overlap):
             v, h = y / overlap, x_ / overlap
             a, b = step + y, step + x_
-            expected = (1 - v) * ((1 - h) * z[0, 0][..., a, b] + h * z[0, 12][..., a, x_])
-            expected = expected + v * ((1 - h) * z[12, 0][..., y, b] + h * z[12, 12][..., y, x_])
+            expected = (1 - v) * ((1 - h) * z[0, 0][..., a, b] + h * z[0, 36][..., a, x_])
+            expected = expected + v * ((1 - h) * z[36, 0][..., y, b] + h * z[36, 36][..., y, x_])
             torch.testing.assert_close(found[..., a, b], expected)
 
 

@@ -70,14 +70,19 @@ class WeightSource:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the files, relative to the folder, in order; on this disk at most two folders deep."""
+        """Names of the files, relative to the folder, in order; on this disk at most two folders deep.
+
+        Beside a file that is no JSON, they are those of its own folder.
+        """
         if self._repository is not None:
             start = f"{self._inside}/" if self._inside else ""
             return tuple(sorted(name.removeprefix(start) for name in self._repository.files if name.startswith(start)))
         return tuple(sorted(path.relative_to(self._folder).as_posix() for path in self._files()))
 
     def _files(self) -> Iterator[Path]:
-        for pattern in ("*", "*/*", "*/*/*"):
+        # beside weights, which may lie in a folder of anything, only their own folder is of interest
+        depth = 3 if self.given is None or self.given.endswith(".json") else 1
+        for pattern in ("*", "*/*", "*/*/*")[:depth]:
             yield from filter(Path.is_file, self._folder.glob(pattern))
 
     def has(self, *names: str) -> bool:
@@ -157,15 +162,17 @@ class WeightSource:
         return self._dense(self.content(name), name)
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Names of the tensors of a file, or of its `state_dict`; those of safetensors from its header alone.
+        """Names of the values of a file, or of its `state_dict`; those of safetensors from its header alone.
+
+        They are () if it holds something else.
 
         Raises:
-            AezooError: as `content`; or it holds no named values.
+            AezooError: as `content`.
         """
         if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
             with self._header(name) as file:
                 return tuple(file.keys())
-        return tuple(self._state_dict(name))
+        return tuple(self._state_dict(name) or ())
 
     def some_tensors(self, name: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         """The tensors of a file, or of its `state_dict`, whose names begin with one of some prefixes.
@@ -178,15 +185,14 @@ class WeightSource:
         if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
             with self._header(name) as file:
                 return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
-        found = self._state_dict(name)
+        if (found := self._state_dict(name)) is None:
+            raise AezooError(f"{self.label(name)} holds no weights by their names")
         return self._dense({key: value for key, value in found.items() if key.startswith(prefixes)}, name)
 
-    def _state_dict(self, name: str) -> dict[str, Any]:
+    def _state_dict(self, name: str) -> dict[str, Any] | None:
         found = self.content(name)
         found = found.get("state_dict", found) if isinstance(found, dict) else found
-        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-            raise AezooError(f"{self.label(name)} holds no weights by their names")
-        return found
+        return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else None
 
     def _dense(self, found: object, name: str) -> dict[str, Tensor]:
         if not isinstance(found, dict):

@@ -95,7 +95,7 @@ def test_trained_scale_is_read_from_the_weights(tmp_path):
     assert any("moving averages" in note for note in imported.notes)
 
 
-def test_configuration_beside_the_checkpoint_tells_size_and_scale(tmp_path):
+def test_configuration_beside_a_file_tells_size_and_scale(tmp_path):
     torch.save({"state_dict": state_of("kl")}, tmp_path / "last.ckpt")
     first = {"target": "evil.Model", "params": {"embed_dim": 5, "ddconfig": {**DD, "double_z": True}}}
     config = {"model": {"target": "evil.Diffusion", "params": {"scale_factor": 0.25, "first_stage_config": first}}}
@@ -132,7 +132,7 @@ class Other:
     pass
 
 
-def test_checkpoint_with_classes_of_old_lightning_is_read_and_others_are_not(tmp_path):
+def test_classes_of_old_lightning_are_read_and_others_refused(tmp_path):
     def saved(cls, module):
         cls.__module__, cls.__qualname__ = module, cls.__name__
         import sys

@@ -51,7 +51,7 @@ def test_some_tensors_are_read_by_their_names(tmp_path):
         source.some_tensors("list.pt", ("",))
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 100)
     for read in (WeightSource(tmp_path).keys, lambda name: WeightSource(tmp_path).some_tensors(name, ("",))):
-        with pytest.raises(aezoo.AezooError, match="cannot read .*damaged"):
+        with pytest.raises(aezoo.AezooError, match=r"cannot read .*damaged"):
             read("damaged.safetensors")
     assert "deep/y.json" not in WeightSource(tmp_path / "x.ckpt").names
 

@@ -196,14 +196,21 @@ def _numbers(keys: Iterable[str], pattern: str) -> list[int]:
 
 def _folder_of(source: WeightSource) -> str | None:
     """Where a `config.json` of diffusers is: "", or "vae/" and the like in a pipeline; None if there is none."""
-    if source.has(diffusers.CONFIG) and "_class_name" in source.json(diffusers.CONFIG):
+    if _names_a_class(source, diffusers.CONFIG):
         return ""
     if source.given not in (None, INDEX):
         return None
     if source.has(INDEX):
         return f"{_component(source)}/"
-    inside = f"vae/{diffusers.CONFIG}"
-    return "vae/" if source.has(inside) and "_class_name" in source.json(inside) else None
+    return "vae/" if _names_a_class(source, f"vae/{diffusers.CONFIG}") else None
+
+
+def _names_a_class(source: WeightSource, config: str) -> bool:
+    """Whether there is such a file of diffusers; one that cannot be read is for others to refuse."""
+    try:
+        return source.has(config) and "_class_name" in source.json(config)
+    except AezooError:
+        return False
 
 
 def _component(source: WeightSource) -> str:

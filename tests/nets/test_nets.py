@@ -109,6 +109,17 @@ def test_keras_vq_vae_network_has_published_parameter_count() -> None:
     assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [19_856, 28_033]
 
 
+def test_ldm_network_has_the_size_of_stable_diffusions() -> None:
+    """34,163,592 and 49,490,179 in AutoencoderKL of diffusers, with biases of keys and values that have no effect."""
+    with torch.device("meta"):
+        parts = (
+            nets.encoder("ldm", (3, 64, 64), (8, 8, 8), (128, 256, 512), "silu"),
+            nets.decoder("ldm", (4, 8, 8), (3, 64, 64), (512, 256, 128), "silu"),
+        )
+    counts = [sum(p.numel() for p in net.parameters()) + 2 * 512 for net in parts]
+    assert counts == [34_163_592, 49_490_179]
+
+
 def test_without_hidden_layers_an_mlp_is_linear() -> None:
     encoder = nets.encoder("mlp", (2, 3), (4,), ())
     a, b, zero = torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.zeros(1, 2, 3)

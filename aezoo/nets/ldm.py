@@ -29,8 +29,9 @@ _MOST_GROUPS = 32
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: 32 channels first for up to 8x8 points, 8 for up to 32x32."""
-    return stage_channels(input_shape, 2**17)
+    """See `nets.default_hidden_dims`: 16 channels first for up to 32x32 points; the second stage has as many."""
+    dims = stage_channels(input_shape, 2**18)
+    return (dims[0], *dims[:-1])
 
 
 def group_count(widths: tuple[int, ...]) -> int:

@@ -1,5 +1,6 @@
 """Models with a teacher: another trained model that stays frozen."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -8,6 +9,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import local_path
+from aezoo.training import sizes
 
 
 def teacher_path(teacher: str) -> str:
@@ -59,6 +61,8 @@ class DistilledAutoencoder(Autoencoder):
         """
         if not self.frozen:
             model = load_model(local_path(self.teacher))
+            with contextlib.suppress(AezooError):  # of one that takes its own size only
+                model = sizes.for_samples(model, self.input_shape) or model
             teacher_shapes, own_shapes = ((module.input_shape, module.code_shape) for module in (model, self))
             if teacher_shapes != own_shapes:
                 cure = f"set {self.shape_arguments} to match, or take another"

@@ -108,7 +108,8 @@ class Multimodal(Autoencoder):
     Args:
         parts: sizes of the parts along the first dimension of input_shape that is longer than 1, channels of images or
             entries of vectors, rows of images with one channel; halves by default.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for each part.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or
+            transformer, for each part.
 
     Attributes:
         sizes: size of each part along the dimension that is cut.

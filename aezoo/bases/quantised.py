@@ -118,7 +118,7 @@ class CodeMapAutoencoder(
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
         places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit, mixer, mlp, lstm or transformer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, mlp, lstm or transformer.
         **kwargs: see `NetworkAutoencoder`.
     """
 

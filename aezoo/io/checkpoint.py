@@ -22,6 +22,7 @@ import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
+from aezoo.io.importers.source import WeightSource
 from aezoo.io.scale_folding import fold
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
@@ -151,7 +152,12 @@ def load_run(
         source = resolve_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         atomic_files.check_intact(source)
-        checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+        try:
+            checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+        except AezooError:  # such as weights alone, or classes of an old Lightning
+            if (imported := _read_foreign(source)) is None:
+                raise
+            return _of_another_library(imported, source, map_location)
         note_version(checkpoint.get("aezoo"), source)
         if "aezoo" not in checkpoint and (imported := importers.import_if_known(source)) is not None:
             return _of_another_library(imported, source, map_location)
@@ -200,6 +206,16 @@ def _may_be_foreign(path: str | Path) -> bool:
             return True
         return False
     return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
+
+
+def _read_foreign(path: Path) -> importers.Imported | None:
+    """The model of another library in a file; None if no importer can tell that it knows it."""
+    source = WeightSource(path)
+    try:
+        importer = importers.find(source)
+    except AezooError:
+        return None
+    return None if importer is None else importer.read(source)
 
 
 def _of_another_library(

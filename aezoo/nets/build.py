@@ -7,7 +7,21 @@ from torch import nn
 
 from aezoo.errors import AezooError
 
-NETS = ("mlp", "conv", "resnet", "conv_keras", "vit", "mixer", "convnext", "unet", "gdn", "dc", "lstm", "transformer")
+NETS = (
+    "mlp",
+    "conv",
+    "resnet",
+    "conv_keras",
+    "vit",
+    "mixer",
+    "convnext",
+    "unet",
+    "gdn",
+    "dc",
+    "ldm",
+    "lstm",
+    "transformer",
+)
 # networks whose output is a single vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -74,7 +88,8 @@ def encoder(
 
     Args:
         name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
-            `conv_keras`, `unet`, `gdn`, `dc`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H, W) of any size.
+            `conv_keras`, `unet`, `gdn`, `dc`, `ldm`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H, W) of
+            any size.
         input_shape: shape of one sample.
         code_shape: (D,) for a vector; for all but mlp, lstm and transformer also a feature map, see `map_shape`.
         hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit, mixer) or channels of the

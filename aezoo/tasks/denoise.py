@@ -73,6 +73,7 @@ def denoise(
     n_compared: int = 1000,
     n_shown: int = 8,
     tile: int = 0,
+    blend: float = 0.0,
     out: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -97,6 +98,8 @@ def denoise(
         n_shown: samples in the picture; 0 draws none.
         tile: process samples with sides above this in tiles of this many points a side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
+        blend: let tiles overlap by this share of their sides and blend them, for networks that see the whole sample;
+            the result then differs from that of the whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: seed of the noise, which depends only on it and on a sample's number.
@@ -111,7 +114,7 @@ def denoise(
     noise = corruptions.corruption(corrupt)
     if noise is not None and noise.amount > _MAX_NOISE:
         raise AezooError(f"corrupt is {corrupt!r}: give a standard deviation of at most {_MAX_NOISE:g}")
-    sized = Sized(model, tile)
+    sized = Sized(model, tile, blend)
     samples = SampleSet.from_data(x).check(model, sized)
     n, shapes, batch_size = len(samples), samples.shapes, sized.batch_size(samples, batch_size)
     with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:

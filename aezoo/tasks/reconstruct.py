@@ -99,6 +99,7 @@ def reconstruct(
     n_shown: int = 8,
     table: str = "csv",
     tile: int = 0,
+    blend: float = 0.0,
     out: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -123,6 +124,8 @@ def reconstruct(
         table: format of the errors, csv or parquet.
         tile: process samples with sides above this in tiles of this many points a side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
+        blend: let tiles overlap by this share of their sides and blend them, for networks that see the whole sample;
+            the result then differs from that of the whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
         seed: seed of models that draw noise.
@@ -135,7 +138,7 @@ def reconstruct(
     if n_shown < 0 or batch_size < 1:
         raise AezooError(f"n_shown must be at least 0 and batch_size at least 1, got {n_shown} and {batch_size}")
     reconstructor = None if parts is None else _PartReconstructor(model, (parts,) if isinstance(parts, int) else parts)
-    sized = Sized(model, tile)
+    sized = Sized(model, tile, blend)
     samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model, sized)
     n, shapes, batch_size = len(samples), samples.shapes, sized.batch_size(samples, batch_size)
     with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:

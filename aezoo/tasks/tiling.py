@@ -8,6 +8,10 @@ cannot work in tiles and is refused.
 
 What lies between encoder and decoder, such as a quantiser or the distributions of an entropy coder, sees the whole
 code. If nothing lies between them, a tile passes both, and the code is never held as a whole.
+
+If asked, tiles overlap and are blended instead, as diffusers' `enable_tiling` does: the weight of a tile rises from 0
+to 1 over its overlap with the one before. Each tile is then a sample of its own, so any network works in tiles, and the
+result differs from that of the whole sample.
 """
 
 import itertools
@@ -32,32 +36,41 @@ _MOST_KEPT = 8
 _MOST_VALUES = 2**22
 
 
-def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512) -> Autoencoder:
+def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float = 0.0) -> Autoencoder:
     """The same model for samples of a size, which it encodes and decodes in tiles; it shares the weights.
 
-    It gives what `aezoo.at_size(model, size)` gives, up to the rounding of sums, in the memory that a tile needs.
+    Without blend it gives what `aezoo.at_size(model, size)` gives, up to the rounding of sums, in the memory that a
+    tile needs.
 
     Args:
         model: a convolutional model whose code is a map.
         size: (L,), (H, W) or (D, H, W).
         tile: the sides of a tile in points, rounded up to a multiple of the strides; each gets a margin in addition.
+        blend: share of a tile's sides, up to 1/2, that overlaps with the next tile, where both are blended; tiles then
+            have no margin. For networks that see the whole sample; 0.25 in diffusers.
 
     Raises:
-        AezooError: the model takes no other size, or its networks see the whole sample.
+        AezooError: the model takes no other size, or, without blend, its networks see the whole sample.
     """
     if tile < 1:
         raise AezooError(f"tile takes a number of points above 0, got {tile}")
+    if not 0 <= blend <= 0.5:
+        raise AezooError(f"blend takes a share of a tile from 0 to 0.5, such as 0.25, got {blend}")
     sized = sizes.rebuilt(model, (model.input_shape[0], *map(int, size)))
     nets = [getattr(sized, name, None) for name in ("encoder", "decoder")]
     strides = sizes.stride_of(model) if all(isinstance(net, nn.Module) for net in nets) else None
     if strides is None:
         raise _refusal(model, "its code is no map that one network makes and another takes")
     ones = tuple(1 for _ in strides)
-    sized.encoder = _Tiled(model, size, tile, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder)
-    sized.decoder = _Tiled(model, size, tile, _decoded, (strides, ones, strides), model.code_shape[0], sized.decoder)
+    sized.encoder = _Tiled(
+        model, size, tile, blend, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder
+    )
+    sized.decoder = _Tiled(
+        model, size, tile, blend, _decoded, (strides, ones, strides), model.code_shape[0], sized.decoder
+    )
     names = ("encode", "decode", "forward", "score")
     if all(getattr(type(model), name) is getattr(Autoencoder, name) for name in names):
-        whole = _Tiled(model, size, tile, _reconstructed, (strides, strides, strides), model.input_shape[0])
+        whole = _Tiled(model, size, tile, blend, _reconstructed, (strides, strides, strides), model.input_shape[0])
         sized.forward = lambda x: sized.likelihood.mean(whole(x))  # type: ignore[method-assign]
         sized.score = lambda x: sized.nll(whole(x), x)  # type: ignore[method-assign]
     return sized
@@ -69,12 +82,15 @@ class Sized:
     Args:
         model: the model.
         tile: sides of the tiles in which larger samples are processed; 0 processes them whole.
+        blend: see `tiled`.
     """
 
-    def __init__(self, model: Autoencoder, tile: int) -> None:
+    def __init__(self, model: Autoencoder, tile: int, blend: float = 0.0) -> None:
         if tile < 0:
             raise AezooError(f"tile takes a number of points, or 0 for none, got {tile}")
-        self.model, self.tile = model, tile
+        if blend and not tile:
+            raise AezooError("blend is of tiles: give tile, too, such as 512")
+        self.model, self.tile, self.blend = model, tile, blend
         self._kept: dict[tuple[int, ...], Autoencoder] = {}
 
     def __call__(self, shape: tuple[int, ...]) -> Autoencoder:
@@ -91,7 +107,7 @@ class Sized:
                 self._kept.pop(next(iter(self._kept)))
             in_tiles = self.tile and max(shape[1:], default=0) > self.tile
             self._kept[shape] = (
-                tiled(self.model, shape[1:], self.tile)
+                tiled(self.model, shape[1:], self.tile, self.blend)
                 if in_tiles
                 else self.model if shape == own else sizes.at_size(self.model, shape[1:])
             )  # fmt: skip
@@ -125,6 +141,7 @@ class _Tiled(nn.Module):
         model: the model, of any size.
         size: that of the samples.
         tile: points of a tile along each axis.
+        blend: see `tiled`.
         apply: what the networks of the model for a tile do with their part of the input.
         scales: points of a sample, of the input and of the output to a block, along each axis; a block is what a place
             of the code stands for.
@@ -140,6 +157,7 @@ class _Tiled(nn.Module):
         model: Autoencoder,
         size: Sequence[int],
         tile: int,
+        blend: float,
         apply: Callable[[Autoencoder, Tensor], Tensor],
         scales: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
         channels: int,
@@ -152,31 +170,73 @@ class _Tiled(nn.Module):
         self._model = lambda: model  # not a part of this module
         self.strides, self.scale_in, self.scale_out = scales
         self.blocks = [-(-tile // stride) for stride in self.strides]
-        self.margins = [self._margin(axis) for axis in range(len(self.strides))]
+        axes = range(len(self.strides))
+        self.overlaps = [max(1, int(n * blend)) if blend else 0 for n in self.blocks]
+        if blend and min(self.blocks) < 2:
+            raise AezooError(f"tiles that overlap need at least {2 * max(self.strides)} points a side, got {tile}")
+        self.margins = [0 if blend else self._margin(axis) for axis in axes]
 
     def forward(self, x: Tensor) -> Tensor:
+        if any(self.overlaps):
+            return self._blended(x)
         y: Tensor | None = None
         for blocks in itertools.product(*map(self._along, range(len(self.strides)))):
-            size = [
-                min(end * stride, side) - start * stride
-                for (_, (start, end)), stride, side in zip(blocks, self.strides, self.size, strict=True)
-            ]
-            seen: list[Any] = [slice(a * n, b * n) for (_, (a, b)), n in zip(blocks, self.scale_in, strict=True)]
-            part = self._apply_part(self._sized(tuple(size)), x[(..., *seen)])
+            part = self._part(x, [seen for _, seen in blocks])
             kept: list[Any] = []
             place: list[Any] = []
             for ((start, end), (first, _)), n in zip(blocks, self.scale_out, strict=True):
                 kept.append(slice((start - first) * n, (end - first) * n))
                 place.append(slice(start * n, end * n))
-            if y is None:
-                grid = [
-                    side if n == stride else -(-side // stride) * n
-                    for side, n, stride in zip(self.size, self.scale_out, self.strides, strict=True)
-                ]
-                y = part.new_empty(*part.shape[:2], *grid)
+            y = part.new_empty(*part.shape[:2], *self._grid()) if y is None else y
             y[(..., *place)] = part[(..., *kept)]
         assert y is not None  # a sample has at least one point
         return y
+
+    def _part(self, x: Tensor, blocks: Sequence[tuple[int, int]]) -> Tensor:
+        """The output for some blocks along each axis, from the first to before the last."""
+        size = [
+            min(end * stride, side) - start * stride
+            for (start, end), stride, side in zip(blocks, self.strides, self.size, strict=True)
+        ]
+        seen: list[Any] = [slice(a * n, b * n) for (a, b), n in zip(blocks, self.scale_in, strict=True)]
+        return self._apply_part(self._sized(tuple(size)), x[(..., *seen)])
+
+    def _grid(self) -> list[int]:
+        """Sides of the output."""
+        return [
+            side if n == stride else -(-side // stride) * n
+            for side, n, stride in zip(self.size, self.scale_out, self.strides, strict=True)
+        ]
+
+    def _blended(self, x: Tensor) -> Tensor:
+        """The mean of tiles that overlap, each with a weight that rises and falls along each axis."""
+        tiles = [self._overlapping(axis) for axis in range(len(self.strides))]
+        y: Tensor | None = None
+        total = x.new_zeros(self._grid())
+        for at in itertools.product(*(range(len(along)) for along in tiles)):
+            part = self._part(x, [along[i] for along, i in zip(tiles, at, strict=True)])
+            weight, place = total.new_ones(()), list[Any]()
+            for axis, i in enumerate(at):
+                (start, end), n, side = tiles[axis][i], self.scale_out[axis], part.shape[axis + 2]
+                rise = (tiles[axis][i - 1][1] - start) * n if i else 0
+                fall = (end - tiles[axis][i + 1][0]) * n if i + 1 < len(tiles[axis]) else 0
+                points = torch.arange(side, device=x.device, dtype=total.dtype)
+                ramp = points.div(rise).clamp(max=1) if rise else torch.ones_like(points)
+                ramp = ramp * (1 - (points - (side - fall)).div(fall).clamp(min=0)) if fall else ramp
+                weight = weight[..., None] * ramp
+                place.append(slice(start * n, start * n + side))
+            y = part.new_zeros(*part.shape[:2], *self._grid()) if y is None else y
+            y[(..., *place)] += part * weight
+            total[tuple(place)] += weight
+        assert y is not None  # a sample has at least one point
+        return y / total
+
+    def _overlapping(self, axis: int) -> list[tuple[int, int]]:
+        """Blocks of each tile along an axis; the last tile is as large as the others and overlaps more."""
+        n, size = -(-self.size[axis] // self.strides[axis]), self.blocks[axis]
+        step = size - self.overlaps[axis]
+        starts = [*range(0, n - size, step), max(0, n - size)]
+        return [(start, min(start + size, n)) for start in starts]
 
     def _along(self, axis: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         """Blocks of each tile along an axis, and these with their margins: from the first to before the last."""
@@ -211,7 +271,8 @@ class _Tiled(nn.Module):
         raise _refusal(
             model,
             "each place of its output depends on the whole sample (attention, or a normalisation over places): leave "
-            "tile out, or train with --model.net conv, conv_keras, gdn or convnext",
+            "tile out, train with --model.net conv, conv_keras, gdn or convnext, or blend tiles that overlap, which "
+            "differs from the whole (blend 0.25 of reconstruct, denoise and aezoo.tiled)",
         )
 
 

@@ -35,6 +35,27 @@ def test_files_of_a_folder_are_read_by_format(tmp_path):
     assert one.given == "x.npz" and one.has("x.npz", "cfg.json") and not one.has("x.npz", "y.npz")
 
 
+def test_some_tensors_are_read_by_their_names(tmp_path):
+    save_file(WEIGHTS, tmp_path / "x.safetensors")
+    torch.save({"state_dict": WEIGHTS, "epoch": 3}, tmp_path / "x.ckpt")
+    torch.save([WEIGHTS], tmp_path / "list.pt")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "y.json").write_text("{}")
+    source = WeightSource(tmp_path)
+    for name in ("x.safetensors", "x.ckpt"):
+        assert sorted(source.keys(name)) == ["a", "b"]
+        found = source.some_tensors(name, ("a",))
+        assert found.keys() == {"a"} and torch.equal(found["a"], WEIGHTS["a"])
+    assert source.keys("list.pt") == ()
+    with pytest.raises(aezoo.AezooError, match="holds no weights by their names"):
+        source.some_tensors("list.pt", ("",))
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 100)
+    for read in (WeightSource(tmp_path).keys, lambda name: WeightSource(tmp_path).some_tensors(name, ("",))):
+        with pytest.raises(aezoo.AezooError, match=r"cannot read .*damaged"):
+            read("damaged.safetensors")
+    assert "deep/y.json" not in WeightSource(tmp_path / "x.ckpt").names
+
+
 def test_path_inside_a_hub_repository_is_read_from_one_commit(hub):
     sha = hub.put("user/saes", {"layer/0/cfg.json": b'{"d_in": 1}', "layer/0/x.safetensors": save(WEIGHTS)})
     source = WeightSource("hf://user/saes/layer/0")

@@ -34,6 +34,7 @@ DEFAULTS = {
     "conv": [None, None, STAGES, (32, 64), (32, 64, 128), (16, 32, 64, 128), (32, 64)],
     "resnet": [None, None, STAGES, (32, 64), (16, 32, 64), (8, 16, 32, 64), (16, 32)],
     "unet": [None, None, STAGES, (16, 32), (8, 16, 32), (4, 8, 16, 32), (8, 16)],
+    "ldm": [None, None, (32, 32, 64, 128, 128), (16, 16), (8, 8, 16), (4, 4, 8, 16), (8, 8)],
     "vit": [None, None, *[(128, 128)] * 5],
 }
 DEFAULTS |= {"conv_keras": DEFAULTS["conv"], "gdn": DEFAULTS["conv"], "mixer": DEFAULTS["vit"]}

@@ -32,6 +32,9 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         ("gdn", ()),
         pytest.param("dc", (2, 3, 4), marks=pytest.mark.slow),
         ("dc", ()),
+        pytest.param("ldm", (2, 3, 4), marks=pytest.mark.slow),
+        pytest.param("ldm", (2, 4), marks=pytest.mark.slow),
+        ("ldm", ()),
     ],
 )
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
@@ -104,6 +107,17 @@ def test_keras_vq_vae_network_has_published_parameter_count() -> None:
     encoder = nets.encoder("conv_keras", (1, 28, 28), (16, 7, 7), (32, 64))
     decoder = nets.decoder("conv_keras", (16, 7, 7), (1, 28, 28), (64, 32))
     assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [19_856, 28_033]
+
+
+def test_ldm_network_has_the_size_of_stable_diffusions() -> None:
+    """34,163,592 and 49,490,179 in AutoencoderKL of diffusers, with biases of keys and values that have no effect."""
+    with torch.device("meta"):
+        parts = (
+            nets.encoder("ldm", (3, 64, 64), (8, 8, 8), (128, 256, 512), "silu"),
+            nets.decoder("ldm", (4, 8, 8), (3, 64, 64), (512, 256, 128), "silu"),
+        )
+    counts = [sum(p.numel() for p in net.parameters()) + 2 * 512 for net in parts]
+    assert counts == [34_163_592, 49_490_179]
 
 
 def test_without_hidden_layers_an_mlp_is_linear() -> None:
@@ -237,6 +251,6 @@ def test_invalid_values_are_refused_in_one_line(build: object, word: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "conv_keras", "dc"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "conv_keras", "dc", "ldm"])
 def test_gradients_match_finite_differences(name: str) -> None:
     assert_network_gradients_match(name)

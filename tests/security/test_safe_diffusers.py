@@ -40,7 +40,7 @@ def test_regular_folder_loads_without_network(folder, canary, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
     assert load(folder).code_shape == (4, 4, 4) and not canary.exists()
-    with pytest.raises(AezooError, match="hf download NAME"):
+    with pytest.raises(AezooError, match="aezoo import hf://NAME"):
         aezoo.create_model("diffusers_ae", (1, 8, 8), pretrained="stabilityai/sd-vae-ft-mse")
     assert not asked
 
@@ -73,6 +73,7 @@ def test_an_index_cannot_point_to_a_pickle(folder, canary):
         {"_class_name": "UNet2DModel"},
         {"_class_name": ["AutoencoderKL"]},
         {"quantization_config": {"quant_method": "evil"}},
+        {"auto_map": {"AutoModel": "evil.Evil"}},
         {"act_fn": "evil.Evil"},
         {"down_block_types": ["evil.Evil"] * 2},
     ],
@@ -86,7 +87,7 @@ def test_a_config_cannot_choose_code(folder, canary, more):
 
 
 def test_config_code_references_are_ignored(folder, canary):
-    changed(folder, auto_map={"AutoModel": "evil.Evil"}, _module="evil", evil={"class_path": "evil.Evil"})
+    changed(folder, _module="evil", evil={"class_path": "evil.Evil"})
     assert load(folder).code_shape == (4, 4, 4)
     assert "evil" not in sys.modules and not canary.exists()
 

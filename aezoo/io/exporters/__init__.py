@@ -1,1 +1,1 @@
-"""Models of the zoo in the formats of other libraries, one a file."""
+"""Models of the zoo in the formats of other libraries, one format a file."""

@@ -28,6 +28,8 @@ IMPORTERS: tuple[str, ...] = (
     "llama_scope",
     "qwen_scope",
     "openai_sae",
+    "diffusers",
+    "taming",
 )
 
 

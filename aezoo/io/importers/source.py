@@ -1,5 +1,6 @@
 """Files of another library's model, in a folder or in a repository on the hub."""
 
+import contextlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +19,17 @@ from aezoo.io import hub_files
 from aezoo.security import archives, values, weights
 
 _MAX_JSON = 2**24
+
+
+class _Callback:
+    """What stands for a class of Lightning."""
+
+
+# checkpoints of Lightning before 1.5 have these classes as keys of the states of callbacks
+_KEYS_OF_LIGHTNING: tuple[tuple[Any, str], ...] = tuple(
+    (_Callback, f"pytorch_lightning.callbacks.{name}")
+    for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+)
 
 
 class WeightSource:
@@ -57,14 +70,19 @@ class WeightSource:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the files, relative to the folder, in order; on this disk at most two folders deep."""
+        """Names of the files, relative to the folder, in order; on this disk at most two folders deep.
+
+        Beside a file that is no JSON, they are those of its own folder.
+        """
         if self._repository is not None:
             start = f"{self._inside}/" if self._inside else ""
             return tuple(sorted(name.removeprefix(start) for name in self._repository.files if name.startswith(start)))
         return tuple(sorted(path.relative_to(self._folder).as_posix() for path in self._files()))
 
     def _files(self) -> Iterator[Path]:
-        for pattern in ("*", "*/*", "*/*/*"):
+        # beside weights, which may lie in a folder of anything, only their own folder is of interest
+        depth = 3 if self.given is None or self.given.endswith(".json") else 1
+        for pattern in ("*", "*/*", "*/*/*")[:depth]:
             yield from filter(Path.is_file, self._folder.glob(pattern))
 
     def has(self, *names: str) -> bool:
@@ -128,7 +146,8 @@ class WeightSource:
                 else:
                     archives.check_growth(path)
                     archives.check_tuples(path)
-                    found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+                    with torch.serialization.safe_globals([*_KEYS_OF_LIGHTNING]):
+                        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
                     values.check_extent(found, label)
             except AezooError:
                 raise
@@ -147,13 +166,59 @@ class WeightSource:
         Raises:
             AezooError: as `content`; or something in it is no dense tensor.
         """
+        return self._dense(self.content(name), name)
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Names of the values of a file, or of its `state_dict`; those of safetensors from its header alone.
+
+        They are () if it holds something else.
+
+        Raises:
+            AezooError: as `content`.
+        """
+        if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
+            with self._header(name) as file:
+                return tuple(file.keys())
+        return tuple(self._state_dict(name) or ())
+
+    def some_tensors(self, name: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors of a file, or of its `state_dict`, whose names begin with one of some prefixes.
+
+        Of safetensors, only these are read.
+
+        Raises:
+            AezooError: as `content`; or it holds no named values, or one of them is no dense tensor.
+        """
+        if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
+            with self._header(name) as file:
+                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
+        if (found := self._state_dict(name)) is None:
+            raise AezooError(f"{self.label(name)} holds no weights by their names")
+        return self._dense({key: value for key, value in found.items() if key.startswith(prefixes)}, name)
+
+    def _state_dict(self, name: str) -> dict[str, Any] | None:
         found = self.content(name)
+        found = found.get("state_dict", found) if isinstance(found, dict) else found
+        return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else None
+
+    def _dense(self, found: object, name: str) -> dict[str, Tensor]:
         if not isinstance(found, dict):
             raise AezooError(f"{self.label(name)} holds a {type(found).__name__} in place of named tensors")
         return weights.check_tensors(found, Path(self.label(name)), "any model")
 
+    @contextlib.contextmanager
+    def _header(self, name: str) -> Iterator[Any]:
+        path = self.path(name)
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except AezooError:
+            raise
+        except Exception as error:  # a header can be wrong in any way
+            raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}; download it again") from error
+
     def label(self, name: str) -> str:
-        """What messages call a file."""
+        """A file, for messages."""
         return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
 
 

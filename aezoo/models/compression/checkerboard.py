@@ -32,7 +32,7 @@ class Checkerboard(MeanScaleHyperprior):
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
         reach: number of places that W sees to each side.
-        net: gdn, conv, resnet, convnext, unet, dc, vit or mixer.
+        net: gdn, conv, resnet, convnext, unet, dc, ldm, vit or mixer.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
             of net gdn, between those of the side information alone.
         **kwargs: see `MeanScaleHyperprior`.

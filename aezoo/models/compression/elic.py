@@ -34,7 +34,7 @@ class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "res
         groups: channels of each group of the code, M in total.
         lam: weight of the distortion.
         reach: number of places that W sees to each side.
-        net: resnet, gdn, conv, convnext, unet, dc, vit or mixer.
+        net: resnet, gdn, conv, convnext, unet, dc, ldm, vit or mixer.
         **kwargs: see `Checkerboard`.
     """
 

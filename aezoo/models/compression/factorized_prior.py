@@ -37,7 +37,7 @@ class FactorizedPrior(
     Args:
         latent_dim: M, channels of the code.
         lam: weight of the distortion.
-        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, vit, mixer, mlp, lstm or transformer.
+        net: gdn, conv, resnet, convnext, conv_keras, unet, dc, ldm, vit, mixer, mlp, lstm or transformer.
         **kwargs: see `NetworkAutoencoder`.
     """
 

@@ -62,7 +62,7 @@ class AutoencoderKL(
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: C, channels of the code.
         discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer; ldm is the authors'.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace is the authors' absolute error, and
             laplace:learned also trains its scale.

@@ -148,7 +148,7 @@ class ConsistencyDecoderAE(
         start_noise_levels: N at the first step.
         noise_levels: N at the end; 1280 in the paper. A larger N makes gradients noisier and needs longer runs.
         level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
-        net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
+        net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer.
         hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many. None chooses them by net and
             input_shape; `aezoo info consistency_decoder --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.

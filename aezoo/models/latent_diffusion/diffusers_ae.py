@@ -8,9 +8,10 @@ here. The objective is the zoo's, in nats per sample; it depends on the kind of 
     L = -log p(x | g(z))                                                          AutoencoderDC and AutoencoderTiny
 
 All terms are sums over the values of a sample or a code. `encode` gives the same as in diffusers: mu of a Gaussian
-code, and for VQModel the z that `decode` maps to e_k, without a scale factor for diffusion models. With a small beta
-codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one. laplace:learned trains a
-scale that the authors of latent diffusion keep at 1, see autoencoder_kl.
+code, and for VQModel the z that `decode` maps to e_k. `standardiser` gives the codes on which a diffusion model works,
+scale (z - shift) with the factors of the model's config, and `standardiser.restore` the way back; taesd learns these.
+With a small beta codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one.
+laplace:learned trains a scale that the authors of latent diffusion keep at 1, see autoencoder_kl.
 
 Shapes: B batch, D channels of a code, (H, W) its places.
 """
@@ -83,6 +84,11 @@ class DiffusersAE(Autoencoder):
             net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
         self.encoder, self.decoder = diffusers.split_autoencoder(net)
         self.code_shape = diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
+
+    @property
+    def standardiser(self) -> diffusers.LatentScaling:
+        """The map from codes to those of a diffusion model, and back."""
+        return diffusers.LatentScaling(self.decoder)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of a Gaussian code: (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""

@@ -45,7 +45,7 @@ class VQGAN(
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         discriminator_start: optimiser steps before the discriminator counts; 10000 in a setting of the authors' code.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer; ldm is the authors'.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vq_vae; laplace is the paper's absolute error.
         lr: learning rate of encoder, decoder and codes.

@@ -33,7 +33,7 @@ class VQVAE2(VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}
     Args:
         input_shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
         data_init: initialise the codes by k-means on the first training batch, the bottom ones given the top.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, vit or mixer.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer.
         hidden_dims: channels of the encoder's stages down to the bottom grid; the decoder mirrors them. None chooses
             them by net and sample size; `aezoo info vq_vae_2 --shape C H W` shows the choice.
         top_dims: channels of the stages from there to the top grid.

@@ -64,7 +64,8 @@ class ALAD(
         discriminator_dims: widths of the discriminators' hidden layers (mlp) or channels of their stages, the last one
             the number of features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminators. All betas are 0.5 and 0.999 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, for all
+            networks.
         lr: learning rate of encoder and decoder.
         **kwargs: see `NetworkAutoencoder`.
     """

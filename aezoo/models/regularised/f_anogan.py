@@ -66,7 +66,8 @@ class FAnoGAN(
         penalty_weight: lam, weight of the critic's gradient penalty.
         discriminator_dims: widths or channels of the critic, the last is F. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the critic. All betas are 0 and 0.9 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, for all networks.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, for all
+            networks.
         likelihood: how outputs are compared with data, see wae_gan; gaussian is the paper's squared error.
         lr: learning rate of encoder and generator.
         **kwargs: see `NetworkAutoencoder`.

@@ -64,7 +64,8 @@ class GANomaly(
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages, the last one
             the number of its features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer, of all networks.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, of all
+            networks.
         lr: learning rate of the generator.
         **kwargs: see `NetworkAutoencoder`.
     """

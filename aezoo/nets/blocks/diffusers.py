@@ -8,13 +8,14 @@ import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +24,10 @@ from aezoo.security import values, weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _MAX_CONFIG = 2**20
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# layers of attention in earlier versions of diffusers
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_NAMES_OF_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _TWO_BLOCKS: dict[str, Any] = {key: [block] * 2 for key, block in _BLOCKS.items()} | {"norm_num_groups": 8}
 _TWO_STAGES = {**_TWO_BLOCKS, "block_out_channels": [32, 64]}
@@ -178,6 +183,8 @@ def build(name: str, config: dict[str, Any], channels: int) -> Any:
             widths = settings.get("block_out_channels") or settings[key.replace("types", "out_channels")]
             settings[key] = [_BLOCKS[key]] * len(widths)
         return cls(**settings)
+    except AezooError:  # it has grown too large
+        raise
     except Exception as error:  # a class can fail in any way on unexpected values
         raise AezooError(f"{name} does not take config {_brief(given)}: {_brief(error)}") from error
 
@@ -186,12 +193,13 @@ def read(folder: Path) -> Any:
     """A model that `save_pretrained` has written, only from safetensors, which limit its size.
 
     Raises:
-        AezooError: as `kind_of`; or the folder has no complete set of such files of one model.
+        AezooError: as `check_config` and `copy_weights`; or the folder has no such files of one model.
     """
-    name = kind_in(folder)
-    cls = kind_of(name)
+    name, config = check_config(_read_config(folder), str(folder))
     if (folder / f"{WEIGHTS}.index.json").exists():
-        raise AezooError(f"{folder} has its weights in several files: save it again with max_shard_size='100GB'")
+        raise AezooError(
+            f"{folder} has its weights in several files: `aezoo import {folder} OUT` reads them, and load_model too"
+        )
     if not (folder / WEIGHTS).is_file():
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         why = f"{pickles[0]} is refused, since a pickle can run code" if pickles else "so that there are no weights"
@@ -199,53 +207,129 @@ def read(folder: Path) -> Any:
             f"{folder} has no {WEIGHTS}, {why}: save_pretrained(FOLDER, safe_serialization=True) writes one"
         )
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-        with weights.limit_parameters(shapes):
-            # from_pretrained knows the names of weights in earlier versions
-            net, found = cls.from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                torch_dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except Exception as error:  # a damaged or foreign file can end in any error
-        raise AezooError(f"cannot read {folder} as {name}: {_brief(error)}; save it again") from error
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found.get(key):
-            raise AezooError(
-                f"{folder / WEIGHTS} does not fit its {CONFIG}, {key}: {_brief(found[key])}; save it again"
-            )
+        state = load_file(folder / WEIGHTS)
+    except Exception as error:  # a damaged file can end in any error
+        raise AezooError(f"cannot read {folder / WEIGHTS} as {name}: {_brief(error)}; save it again") from error
+    with weights.limit_parameters(state):
+        net = build(name, config, 0)
+    copy_weights(net.state_dict(), state, str(folder / WEIGHTS))
     return net.train()
 
 
-def kind_in(folder: Path) -> str:
-    """The kind that a folder's `config.json` names.
+def check_config(config: object, what: str) -> tuple[str, dict[str, Any]]:
+    """Kind and all arguments that a model's `config.json` describes, those that it leaves out as the class has them.
+
+    Args:
+        config: content of the file.
+        what: the file or its folder, for messages.
 
     Raises:
-        AezooError: there is no such file, or it names none.
+        AezooError: as `kind_of`; it names no model, or needs code of others; or an argument is no plain value.
+    """
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(name, str):
+        raise AezooError(f"{what} names no model: it was not written by a model of diffusers")
+    if config.get("quantization_config"):
+        raise AezooError(f"{what} is quantised, which needs code of others: give the model that it was made from")
+    if config.get("auto_map"):
+        raise AezooError(f"{what} is refused: its auto_map names code of its own to run in the place of {name}")
+    parameters = inspect.signature(kind_of(name).__init__).parameters
+    known = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    given = {key: value for key, value in config.items() if key in parameters}
+    return name, values.check_plain(known | given, f"{what}: its arguments")
+
+
+def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Copy weights from a file into a model.
+
+    Args:
+        own: state dict of the model.
+        given: weights from the file.
+        what: the file, for messages.
+
+    Raises:
+        AezooError: a name, a shape or a type of numbers does not fit.
+    """
+    given = {_NAMES_OF_ATTENTION.sub(lambda found: _ATTENTION[found[1]], key): value for key, value in given.items()}
+    keys = {"has no": own.keys() - given.keys(), "has unknown": given.keys() - own.keys()}
+    for problem, names in keys.items():
+        if names:
+            raise AezooError(f"{what} does not fit its {CONFIG}: it {problem} {_brief(', '.join(sorted(names)))}")
+    for key, value in own.items():
+        # layers of attention were convolutions of one point
+        found = given[key].squeeze((2, 3)) if value.ndim == 2 and given[key].shape[2:] == (1, 1) else given[key]
+        if found.shape != value.shape:
+            raise AezooError(
+                f"{what} does not fit its {CONFIG}: {key} has the shape {tuple(found.shape)}, not {tuple(value.shape)}"
+            )
+        if value.is_floating_point() and found.dtype not in _FLOATS:
+            raise AezooError(
+                f"{what} holds {key} as {str(found.dtype).removeprefix('torch.')}, whose scale is not in it: take the "
+                "file in float32, float16 or bfloat16"
+            )
+        with torch.no_grad():
+            value.copy_(found)
+
+
+def _read_config(folder: Path) -> object:
+    """The content of a folder's `config.json`.
+
+    Raises:
+        AezooError: there is no such file, or it is not JSON.
     """
     if not (folder / CONFIG).is_file():
         raise AezooError(
             f"{folder} has no {CONFIG}: give the folder of a model of diffusers on this disk, of a pipeline its vae; "
-            "`hf download NAME --local-dir FOLDER` fetches one"
+            "`aezoo import hf://NAME OUT` fetches one"
         )
     try:
         with (folder / CONFIG).open("rb") as file:
             text = file.read(_MAX_CONFIG + 1)
         if len(text) > _MAX_CONFIG:
             raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
-        config = json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(name, str):
-        raise AezooError(f"{folder / CONFIG} names no model: it was not written by a model of diffusers")
-    if config.get("quantization_config"):
-        raise AezooError(f"{folder} is quantised, which needs code of others: give the model that it was made from")
-    return name
+
+
+class LatentScaling:
+    """Codes as a diffusion model takes them, and back: (B, D, H, W) -> (B, D, H, W).
+
+    scale (z - shift), with the factors of the model's config: `scaling_factor` and `shift_factor`, or, channel by
+    channel, `scaling_factor` / `latents_std` and `latents_mean`. AutoencoderKLFlux2 has the mean and variance of each
+    value of a patch instead, as buffers of its weights.
+
+    Args:
+        decoder: the decoder of a model, which has these buffers.
+    """
+
+    def __init__(self, decoder: Decoding) -> None:
+        config, norm = decoder.net.config, decoder.net._modules.get("bn")
+        if norm is not None:
+            h, w = config.patch_size
+            mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+            self.shift, self.scale = (part.unflatten(0, (-1, h, w)) for part in (mean, 1 / std))
+            return
+        scale, shift = (config.get(key) for key in ("scaling_factor", "shift_factor"))
+        scale, shift = torch.as_tensor(1.0 if scale is None else scale), torch.as_tensor(shift or 0.0)
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            shift, scale = torch.tensor(config.latents_mean), scale / torch.tensor(config.latents_std)
+        self.shift, self.scale = (part.float().reshape(-1, 1, 1) for part in (shift, scale))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return ((z - _on_grid(self.shift, z)) * _on_grid(self.scale, z)).to(z)
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse: codes as `decode` takes them."""
+        return (z / _on_grid(self.scale, z) + _on_grid(self.shift, z)).to(z)
+
+
+def _on_grid(patch: Tensor, z: Tensor) -> Tensor:
+    """Repeat a patch over the grid of codes, (D or 1, h, w) -> (D or 1, H, W); one value of each channel stays."""
+    if patch.shape[1:] == (1, 1):
+        return patch.to(z.device)
+    repeats = [-(-n // m) for n, m in zip(z.shape[2:], patch.shape[1:], strict=True)]
+    return patch.to(z.device).repeat(1, *repeats)[:, : z.shape[2], : z.shape[3]]
 
 
 def config_of(net: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from aezoo.nets.blocks.features import random_features
 SHAPE, X = (2, 9, 7), 126
 
 
-NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc", "vit", "mixer")
+NETS = ("resnet", "conv", "convnext", "conv_keras", "unet", "dc", "ldm", "vit", "mixer")
 
 
 def small(name: str = "autoencoder_kl", **settings: Any) -> Any:

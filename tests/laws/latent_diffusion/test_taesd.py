@@ -216,10 +216,22 @@ def test_teacher_with_other_code_shape_is_refused(student: dict[str, Any], teach
 
 
 def test_teacher_with_other_input_shape_is_refused(tmp_path: Path) -> None:
-    other = aezoo.create_model("autoencoder_kl", (2, 10, 7), latent_dim=3, hidden_dims=(4, 4))
+    for name, shape, settings in (
+        ("autoencoder_kl", (3, 9, 7), {"hidden_dims": (4, 4)}),
+        ("vae", (2, 10, 7), {}),  # which takes no other size
+    ):
+        other = aezoo.create_model(name, shape, latent_dim=3, **settings)
+        path = save_model(other, tmp_path / name)
+        with pytest.raises(AezooError, match=r"teacher: .* has shapes .* not \(\(2, 9, 7\)"):
+            small(teacher=path).loss(images())
+
+
+def test_teacher_of_another_size_is_built_for_the_students(tmp_path: Path) -> None:
+    other = aezoo.create_model("autoencoder_kl", (2, 12, 20), latent_dim=3, hidden_dims=(4, 4)).double().eval()
     path = save_model(other, tmp_path / "teacher")
-    with pytest.raises(AezooError, match=r"teacher: .* has shapes \(\(2, 10, 7\), .* not \(\(2, 9, 7\)"):
-        small(teacher=path).loss(images())
+    found = small(teacher=path).teacher_codes(images())
+    with torch.no_grad():
+        torch.testing.assert_close(found, aezoo.at_size(other, (9, 7)).encode(images()))
 
 
 @pytest.mark.parametrize("name", ["", "autoencoder_kl", "hf://user/name"])

@@ -19,7 +19,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.importers.source import WeightSource
 
-IMPORTERS: tuple[str, ...] = ()
+IMPORTERS: tuple[str, ...] = ("mae",)
 
 
 @dataclass(frozen=True)

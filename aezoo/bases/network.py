@@ -38,7 +38,8 @@ class NetworkAutoencoder(Autoencoder):
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, vit, mixer, lstm or transformer; or timm:NAME, a
+            backbone of timm as encoder, such as timm:resnet18.a1_in1k,pretrained,frozen.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them. None
             chooses them by net and sample size; `aezoo info NAME --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -61,6 +62,8 @@ class NetworkAutoencoder(Autoencoder):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.net = net
+        if nets.is_timm(net) and "net" in self.hparams:
+            self.update_hyperparameters(net=nets.without_weights(net))  # a checkpoint has the weights
         if hidden_dims is None:
             hidden_dims = self.default_hidden_dims
             if "hidden_dims" in self.hparams:

@@ -74,7 +74,9 @@ class AsymmetricKL(AutoencoderKL):
         **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if self.net in ("gdn", "vit", "mixer"):  # gdn is linear with one stage, and the others have their own grid
+        if self.net in ("gdn", "vit", "mixer") or nets.is_timm(
+            self.net
+        ):  # gdn is linear with one stage, and the others have their own grid
             raise AezooError(f"net {self.net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")

@@ -1,9 +1,12 @@
-"""Frozen networks whose activations are compared in feature losses."""
+"""Frozen networks whose activations are compared in feature losses, and whose feature maps detectors read."""
 
+import copy
+import dataclasses
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,12 +14,16 @@ import torchmetrics
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.blocks.channel_norm import IMAGENET
 from aezoo.nets.blocks.pretrained import cached_file, cached_weights
-from aezoo.nets.build import ACTIVATIONS, encoder
+from aezoo.nets.blocks.timm_backbone import Backbone, Description, parse, plan
+from aezoo.nets.build import ACTIVATIONS, TIMM, encoder
 from aezoo.nets.resnet import ResidualBlock
 from aezoo.training.precision import at_least_float32
+from aezoo.training.seeding import forked_rng
 
 VGG = ("vgg16", "vgg19")
+TORCHVISION = "torchvision:"
 # 4 poolings
 _LPIPS_SIDE = 16
 RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
@@ -29,8 +36,8 @@ class FeatureDistance:
     device of the data.
 
     Args:
-        features: random, lpips, vgg16, vgg19 or the path of a file of VGG weights (.pth); with none, all distances
-            are 0.
+        features: random, lpips, vgg16, vgg19, the path of a file of VGG weights (.pth), or feature maps by
+            torchvision:NAME or timm:NAME, see `feature_maps`; with none, all distances are 0.
         input_shape: shape of one sample.
         argument: the network's name in the model's arguments.
 
@@ -39,9 +46,11 @@ class FeatureDistance:
     """
 
     def __init__(self, features: str, input_shape: tuple[int, ...], argument: str = "features") -> None:
-        if features not in ("none", "random", "lpips", *VGG) and not features.endswith(".pth"):
+        known = features in ("none", "random", "lpips", *VGG) or has_feature_maps(features)
+        if not known and not features.endswith(".pth"):
             raise AezooError(
-                f"{argument} takes none, random, lpips, {', '.join(VGG)} or the path of a .pth file, got {features!r}"
+                f"{argument} takes none, random, lpips, {', '.join(VGG)}, torchvision:NAME, timm:NAME or the path of a "
+                f".pth file, got {features!r}"
             )
         self.features, self.input_shape = features, input_shape
         self.net = random_features(input_shape) if features == "random" else None
@@ -49,6 +58,8 @@ class FeatureDistance:
     @property
     def channels(self) -> int:
         """Channels of the last feature layer, for samples with a grid."""
+        if has_feature_maps(self.features):
+            return feature_map_shapes(self.features, self.input_shape)[-1][0]
         return {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512}.get(self.features, 256)
 
     def read(self) -> "FeatureNet | None":
@@ -58,8 +69,12 @@ class FeatureDistance:
             AezooError: there is no such file, or it does not fit the data.
         """
         if self.net is None and self.features != "none":
-            lpips = self.features == "lpips"
-            self.net = lpips_features(self.input_shape) if lpips else vgg_features(self.features, self.input_shape)
+            if has_feature_maps(self.features):
+                self.net = feature_maps(self.features, self.input_shape)
+            elif self.features == "lpips":
+                self.net = lpips_features(self.input_shape)
+            else:
+                self.net = vgg_features(self.features, self.input_shape)
         return self.net
 
     def move_to(self, x: Tensor) -> Self:
@@ -100,8 +115,8 @@ class FeatureNet(nn.Module):
         self.read = layer_indices or tuple(i for i, layer in enumerate(layers) if isinstance(layer, kinds))
         self.layers = nn.ModuleList(layers[: max(self.read, default=-1) + 1])
         self.imagenet = imagenet
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        for name, values in zip(("mean", "std"), IMAGENET, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -120,6 +135,24 @@ class FeatureNet(nn.Module):
         """Sum over layers l of ||F_l - F'_l||^2 / (2 n_l), (B, ...) each -> (B,)."""
         pairs = zip(features, others, strict=True)
         return torch.stack([((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]).sum(0)
+
+
+class BackboneFeatures(FeatureNet):
+    """Feature maps of a backbone of timm, which is not trained.
+
+    Args:
+        description: the backbone.
+        input_shape: (C, H, W).
+    """
+
+    def __init__(self, description: Description, input_shape: tuple[int, ...]) -> None:
+        super().__init__([])
+        self.backbone = Backbone(description, input_shape)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.backbone(x.to(self.mean.dtype))
+        return [found.float() if found.dtype in (torch.bfloat16, torch.float16) else found for found in maps]
 
 
 class LPIPS(FeatureNet):
@@ -145,6 +178,91 @@ class LPIPS(FeatureNet):
             a, b = (f / (f.square().sum(1, keepdim=True) + 1e-8).sqrt() for f in pair)
             total.append((self.get_buffer(f"weight_{i}") * (a - b).square()).sum(1).mean((1, 2)))
         return torch.stack(total).sum(0)
+
+
+def has_feature_maps(name: str) -> bool:
+    """Whether `feature_maps` takes a name."""
+    return name.startswith((TIMM, TORCHVISION))
+
+
+def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
+    """A frozen network that gives feature maps at several depths, from the largest to the smallest.
+
+    Args:
+        name: torchvision:NAME, a classifier with the weights that torch.hub has stored, such as resnet50, vgg16_bn,
+            convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. The option
+            out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has.
+        input_shape: (C, H, W), of 1 or 3 channels for torchvision.
+
+    Raises:
+        AezooError: no such network, missing weights, or samples that the network cannot take.
+    """
+    if name.startswith(TIMM):
+        return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
+    net, stages, chosen = _torchvision(name, tuple(input_shape), "cpu")
+    with cached_weights(parse(name.removeprefix(TORCHVISION)).name, "take features random") as state:
+        net.load_state_dict(state)
+    return FeatureNet(stages, layer_indices=chosen, imagenet=True)
+
+
+def feature_map_shapes(name: str, input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """(C, H, W) of each of these maps, without the weights."""
+    if name.startswith(TIMM):
+        return [*plan(dataclasses.replace(parse(name), frozen=True), tuple(input_shape), last_only=False).shapes]
+    _, stages, chosen = _torchvision(name, tuple(input_shape), "meta")
+    x, shapes = torch.empty(1, 3, *input_shape[1:], device="meta"), []
+    for stage in stages:
+        x = stage.eval()(x)
+        shapes.append(tuple(x.shape[1:]))
+    return [shapes[i] for i in chosen]
+
+
+def _torchvision(
+    name: str, input_shape: tuple[int, ...], device: str
+) -> tuple[nn.Module, list[nn.Module], tuple[int, ...]]:
+    """A network, its stages, each of which ends before a map shrinks, and the indices of the stages that are read."""
+    from torchvision import models
+
+    description = parse(name.removeprefix(TORCHVISION))
+    known = models.list_models(module=models)
+    if description.name not in known:
+        near = difflib.get_close_matches(description.name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "torchvision.models.list_models() has all"
+        raise AezooError(f"torchvision has no classifier {description.name!r}: {hint}")
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take random")
+    # initial weights, which are replaced, must not use up random numbers
+    with forked_rng(torch.device("cpu")), torch.device(device):
+        net: Any = models.get_model(description.name, weights=None)
+    for module in net.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # it would overwrite a map
+    if hasattr(net, "layer4"):
+        stem = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
+        stages = [*stem, net.layer2, net.layer3, net.layer4]
+    elif isinstance(getattr(net, "features", None), nn.Sequential):
+        stages = _split_before_smaller_maps([*net.features])
+    else:
+        raise AezooError(
+            f"torchvision's {description.name} has no stages to read: take timm:NAME, which has more networks"
+        )
+    chosen = description.out_indices or tuple(range(len(stages)))
+    if not all(-len(stages) <= i < len(stages) for i in chosen):
+        raise AezooError(f"{name} has feature maps 0 to {len(stages) - 1}, got out_indices {chosen}")
+    return net, stages, tuple(sorted(i % len(stages) for i in chosen))
+
+
+def _split_before_smaller_maps(layers: list[nn.Module]) -> list[nn.Module]:
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    stages: list[list[nn.Module]] = [[]]
+    side = 224
+    for layer in layers:
+        x = copy.deepcopy(layer).to("meta").eval()(x)
+        if x.shape[-1] < side and stages[-1]:
+            stages.append([])
+        side = x.shape[-1]
+        stages[-1].append(layer)
+    return [nn.Sequential(*stage) for stage in stages]
 
 
 def default_features(input_shape: tuple[int, ...]) -> str:

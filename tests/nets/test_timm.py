@@ -323,4 +323,7 @@ def test_models_and_detectors_compare_feature_maps() -> None:
         assert all(value.isfinite() for value in terms.values())
         terms["loss"].backward()
         assert not any("backbone" in key for key in model.state_dict())
+    # random weights are the same again
+    first, second = (feature_maps(RESNET, (3, 32, 32)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first(x), second(x), strict=True))
     assert FrozenFeatures(f"{RESNET},out_indices=2", (3, 32, 32))(x).shape[0] == 2

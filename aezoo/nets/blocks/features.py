@@ -24,8 +24,12 @@ from aezoo.training.seeding import forked_rng
 
 VGG = ("vgg16", "vgg19")
 TORCHVISION = "torchvision:"
-# 4 poolings
-_LPIPS_SIDE = 16
+# torchvision's network, torchmetrics' file of its channels' weights, the layers that are read, and the smallest side
+_LPIPS: dict[str, tuple[str, str, tuple[int, ...], int]] = {
+    "lpips": ("vgg16", "vgg", (3, 8, 15, 22, 29), 16),
+    "lpips:alex": ("alexnet", "alex", (1, 4, 7, 9, 11), 31),
+    "lpips:squeeze": ("squeezenet1_1", "squeeze", (1, 4, 7, 9, 10, 11, 12), 17),
+}
 RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 
 
@@ -36,7 +40,7 @@ class FeatureDistance:
     device of the data.
 
     Args:
-        features: random, lpips, vgg16, vgg19, the path of a file of VGG weights (.pth), or feature maps by
+        features: random, lpips, lpips:alex, lpips:squeeze, vgg16, vgg19, the path of a file of VGG weights (.pth), or
             torchvision:NAME or timm:NAME, see `feature_maps`; with none, all distances are 0.
         input_shape: shape of one sample.
         argument: the network's name in the model's arguments.
@@ -46,11 +50,11 @@ class FeatureDistance:
     """
 
     def __init__(self, features: str, input_shape: tuple[int, ...], argument: str = "features") -> None:
-        known = features in ("none", "random", "lpips", *VGG) or has_feature_maps(features)
+        known = features in ("none", "random", *_LPIPS, *VGG) or has_feature_maps(features)
         if not known and not features.endswith(".pth"):
             raise AezooError(
-                f"{argument} takes none, random, lpips, {', '.join(VGG)}, torchvision:NAME, timm:NAME or the path of a "
-                f".pth file, got {features!r}"
+                f"{argument} takes none, random, {', '.join((*_LPIPS, *VGG))}, torchvision:NAME, timm:NAME or the path "
+                f"of a .pth file, got {features!r}"
             )
         self.features, self.input_shape = features, input_shape
         self.net = random_features(input_shape) if features == "random" else None
@@ -60,7 +64,8 @@ class FeatureDistance:
         """Channels of the last feature layer, for samples with a grid."""
         if has_feature_maps(self.features):
             return feature_map_shapes(self.features, self.input_shape)[-1][0]
-        return {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512}.get(self.features, 256)
+        known = {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512, "lpips:squeeze": 512}
+        return known.get(self.features, 256)
 
     def read(self) -> "FeatureNet | None":
         """The network, loaded from its file on the first call, so that a model can be loaded without the file.
@@ -71,8 +76,8 @@ class FeatureDistance:
         if self.net is None and self.features != "none":
             if has_feature_maps(self.features):
                 self.net = feature_maps(self.features, self.input_shape)
-            elif self.features == "lpips":
-                self.net = lpips_features(self.input_shape)
+            elif self.features in _LPIPS:
+                self.net = lpips_features(self.input_shape, self.features)
             else:
                 self.net = vgg_features(self.features, self.input_shape)
         return self.net
@@ -161,12 +166,15 @@ class LPIPS(FeatureNet):
     Features have length 1 at each place, and weights of their channels agree with human judgements.
 
     Args:
-        layers: those of VGG-16.
+        layers: those of VGG-16, AlexNet or SqueezeNet.
         channel_weights: w_l, the weights of the channels of each feature layer.
+        layer_indices: indices of the feature layers.
     """
 
-    def __init__(self, layers: list[nn.Module], channel_weights: Sequence[Tensor]) -> None:
-        super().__init__(layers, layer_indices=(3, 8, 15, 22, 29), imagenet=True)
+    def __init__(
+        self, layers: list[nn.Module], channel_weights: Sequence[Tensor], layer_indices: tuple[int, ...]
+    ) -> None:
+        super().__init__(layers, layer_indices, imagenet=True)
         for i, weight in enumerate(channel_weights):
             self.register_buffer(f"weight_{i}", weight.flatten()[:, None, None])
 
@@ -191,14 +199,17 @@ def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     Args:
         name: torchvision:NAME, a classifier with the weights that torch.hub has stored, such as resnet50, vgg16_bn,
             convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. The option
-            out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has.
+            out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has. Without the option
+            pretrained, a network of timm has fixed random weights.
         input_shape: (C, H, W), of 1 or 3 channels for torchvision.
 
     Raises:
         AezooError: no such network, missing weights, or samples that the network cannot take.
     """
     if name.startswith(TIMM):
-        return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
+        with forked_rng(torch.device("cpu")):
+            torch.manual_seed(0)  # a loaded model must compare the same features
+            return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
     net, stages, chosen = _torchvision(name, tuple(input_shape), "cpu")
     with cached_weights(parse(name.removeprefix(TORCHVISION)).name, "take features random") as state:
         net.load_state_dict(state)
@@ -231,12 +242,8 @@ def _torchvision(
         raise AezooError(f"torchvision has no classifier {description.name!r}: {hint}")
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take random")
-    # initial weights, which are replaced, must not use up random numbers
-    with forked_rng(torch.device("cpu")), torch.device(device):
-        net: Any = models.get_model(description.name, weights=None)
-    for module in net.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False  # it would overwrite a map
+    with torch.device(device):
+        net = _classifier(description.name)
     if hasattr(net, "layer4"):
         stem = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
         stages = [*stem, net.layer2, net.layer3, net.layer4]
@@ -250,6 +257,18 @@ def _torchvision(
     if not all(-len(stages) <= i < len(stages) for i in chosen):
         raise AezooError(f"{name} has feature maps 0 to {len(stages) - 1}, got out_indices {chosen}")
     return net, stages, tuple(sorted(i % len(stages) for i in chosen))
+
+
+def _classifier(name: str) -> Any:
+    """A network of torchvision whose layers do not work in place, which would overwrite a map."""
+    from torchvision import models
+
+    with forked_rng(torch.device("cpu")):  # initial weights, which are replaced, must not use up random numbers
+        net = models.get_model(name, weights=None)
+    for module in net.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return net
 
 
 def _split_before_smaller_maps(layers: list[nn.Module]) -> list[nn.Module]:
@@ -267,7 +286,7 @@ def _split_before_smaller_maps(layers: list[nn.Module]) -> list[nn.Module]:
 
 def default_features(input_shape: tuple[int, ...]) -> str:
     """What `features=auto` means: lpips for its images if torch.hub has VGG-16's weights here, else random."""
-    fits = len(input_shape) == 3 and input_shape[0] in (1, 3) and min(input_shape[1:]) >= _LPIPS_SIDE
+    fits = len(input_shape) == 3 and input_shape[0] in (1, 3) and min(input_shape[1:]) >= _LPIPS["lpips"][3]
     # only then import torchvision
     stored = fits and any(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth"))
     return "lpips" if stored and cached_file("vgg16").is_file() else "random"
@@ -293,19 +312,25 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256)
     net = FeatureNet(layers, layer_indices=(1, 6, 11), imagenet=True)
     known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
-    _load_vgg(layers, known, file)
+    _load_layers(layers, known, file)
     return net
 
 
-def lpips_features(input_shape: tuple[int, ...]) -> LPIPS:
-    """VGG-16 with the channels' weights that torchmetrics has."""
-    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < _LPIPS_SIDE:
-        raise AezooError(f"lpips takes images of 1 or 3 channels and at least 16 x 16, got {input_shape}: take random")
-    file = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+def lpips_features(input_shape: tuple[int, ...], name: str = "lpips") -> LPIPS:
+    """The network of a name in `_LPIPS` with the channels' weights that torchmetrics has."""
+    network, weights, indices, side = _LPIPS[name]
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < side:
+        raise AezooError(
+            f"{name} takes images of 1 or 3 channels and at least {side} x {side}, got {input_shape}: take random"
+        )
+    file = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{weights}.pth"
     state = torch.load(file, map_location="cpu", weights_only=True)
-    layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-    net = LPIPS(layers, [state[f"lin{i}.model.1.weight"] for i in range(5)])
-    _load_vgg(layers, "vgg16", None)
+    if network == "vgg16":
+        layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
+    else:
+        layers = [*_classifier(network).features]
+    net = LPIPS(layers, [state[f"lin{i}.model.1.weight"] for i in range(len(indices))], indices)
+    _load_layers(layers, network, None)
     return net
 
 
@@ -319,7 +344,7 @@ def _vgg_layers(*widths: int) -> list[nn.Module]:
     return layers
 
 
-def _load_vgg(layers: list[nn.Module], known: str, file: Path | None) -> None:
+def _load_layers(layers: list[nn.Module], known: str, file: Path | None) -> None:
     with cached_weights(known, "take features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})

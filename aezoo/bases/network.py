@@ -1,5 +1,6 @@
 """Models whose encoder and decoder are networks of a kind that an argument names."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -70,6 +71,12 @@ class NetworkAutoencoder(Autoencoder):
                 self.update_hyperparameters(hidden_dims=hidden_dims)
         self.hidden_dims = hidden_dims
         self.activation = activation
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if nets.is_timm(self.net):
+            # Lightning warns about this; frozen backbones and BatchNorm are meant to be in eval mode
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
 
     @property
     def default_hidden_dims(self) -> tuple[int, ...]:

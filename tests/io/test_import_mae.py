@@ -51,6 +51,20 @@ def test_outputs_are_those_of_the_library(library, norm_pix, monkeypatch):
     torch.testing.assert_close(nll / VALUES, expected[f"loss_{norm_pix}"], rtol=1e-5, atol=1e-5)
 
 
+def test_decode_predicts_each_patch_from_the_class_token_and_the_others():
+    model, expected = imported("transformers")
+    decoder, z = model.decoder, model.encode(expected["x"])
+    patches, counts = torch.zeros(2, PATCHES, 12), torch.zeros(PATCHES, 1)
+    for order in decoder.orders_KN:
+        hidden = order[VISIBLE:]
+        tokens = torch.cat([z[:, :, :1], z[:, :, 1 + order[:VISIBLE]]], 2).mT
+        patches[:, hidden] += decoder.out(decoder.hidden(tokens, order.expand(2, -1)))[:, hidden]
+        counts[hidden] += 1
+    normalised = decoder.patchify.inverse(patches / counts)
+    mean, std = (torch.tensor(n)[:, None, None] for n in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(model.decode(z), normalised * std + mean, rtol=1e-5, atol=1e-5)
+
+
 def test_settings_are_read():
     model, _ = imported("transformers")
     settings = {key: model.hparams[key] for key in ("heads", "decoder_heads", "norm_eps", "depth", "decoder_depth")}

@@ -105,7 +105,7 @@ def test_samples_return_in_their_shape(net: str, shape: tuple[int, ...]) -> None
 def step(model: Any) -> dict[str, Tensor]:
     """The weights before a step of training, which is done."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6)
     model.train().loss(torch.rand(4, *model.input_shape))["loss"].backward()
     optimizer.step()
     return before
@@ -130,6 +130,9 @@ def test_trained_backbone_keeps_the_statistics_of_batchnorm() -> None:
         key in moved for key, _ in model.encoder.backbone.named_parameters("encoder.backbone") if "bn" not in key
     )
     assert not any("running" in key or "num_batches" in key for key in moved)
+    # those of a new network are of images, so that what a layer gives is neither 0 nor large
+    assert 0.1 < model.encoder.backbone(torch.rand(64, 3, 32, 32))[-1].std() < 10
+    assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 
 def test_saved_model_needs_no_file_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ All others are arguments of timm's model, such as patch_size=4 or norm_layer=gro
 is built.
 
 BatchNorm uses stored statistics in training too, and only its scale and shift are trained, as is usual when backbones
-are fine-tuned: so samples do not depend on their batch, nor results on the number of processes. In a new backbone these
-statistics are those of 0 and 1, with which a network of many layers without residual connections trains badly.
+are fine-tuned: so samples do not depend on their batch, nor results on the number of processes. In a new backbone they
+are those of smooth random images.
 """
 
 import contextlib
@@ -48,6 +48,8 @@ _REFUSED = (
     *("pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "scriptable", "exportable", "no_jit"),
     *("device", "dtype"),
 )
+# to start the statistics of BatchNorm: their number and the places of their random values
+_IMAGES, _COARSE = 16, 7
 _FILES = (".safetensors", ".bin", ".pth", ".pt")
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -154,7 +156,27 @@ class Backbone(nn.Module):
         self.net = _build(description, input_shape[0], last_only, found.getter, description.pretrained)
         if self.frozen:
             self.requires_grad_(False)
+        if not description.pretrained and next(self.net.parameters()).device.type != "meta":
+            self._start_statistics(input_shape)
         self.train()
+
+    @torch.no_grad()
+    def _start_statistics(self, input_shape: tuple[int, ...]) -> None:
+        """Set the statistics of BatchNorm to those of smooth random images, once, since training does not move them."""
+        norms: list[Any] = [part for part in self.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        self.eval()
+        momenta = [module.momentum for module in norms]
+        for module in norms:
+            module.train().momentum = 1.0
+        with forked_rng(torch.device("cpu")):
+            torch.manual_seed(0)
+            coarse = torch.rand(_IMAGES, input_shape[0], _COARSE, _COARSE)
+        self(F.interpolate(coarse, self.size or input_shape[1:], mode="bilinear"))
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.eval().momentum = momentum
+            module.num_batches_tracked.zero_()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode and not self.frozen)

@@ -173,7 +173,10 @@ class Backbone(nn.Module):
         with forked_rng(torch.device("cpu")):
             torch.manual_seed(0)
             coarse = torch.rand(_IMAGES, input_shape[0], _COARSE, _COARSE)
-        self(F.interpolate(coarse, self.size or input_shape[1:], mode="bilinear"))
+        # the number of threads changes the rounding of sums, which float32 then does not show
+        dtype = next(self.net.parameters()).dtype
+        self.double()(F.interpolate(coarse.double(), self.size or input_shape[1:], mode="bilinear"))
+        self.to(dtype)
         for module, momentum in zip(norms, momenta, strict=True):
             module.eval().momentum = momentum
             module.num_batches_tracked.zero_()

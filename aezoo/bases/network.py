@@ -1,5 +1,6 @@
 """Models whose encoder and decoder are networks of a kind that an argument names."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
@@ -38,7 +39,8 @@ class NetworkAutoencoder(Autoencoder):
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer.
+        net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer; or
+            timm:NAME, a backbone of timm as encoder, such as timm:resnet18.a1_in1k,pretrained,frozen.
         hidden_dims: widths of the encoder's layers (mlp) or channels of its stages; the decoder mirrors them. None
             chooses them by net and sample size; `aezoo info NAME --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
@@ -61,12 +63,20 @@ class NetworkAutoencoder(Autoencoder):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.net = net
+        if nets.is_timm(net) and "net" in self.hparams:
+            self.update_hyperparameters(net=nets.without_weights(net))  # a checkpoint has the weights
         if hidden_dims is None:
             hidden_dims = self.default_hidden_dims
             if "hidden_dims" in self.hparams:
                 self.update_hyperparameters(hidden_dims=hidden_dims)
         self.hidden_dims = hidden_dims
         self.activation = activation
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if nets.is_timm(self.net):
+            # Lightning warns about this; frozen backbones and BatchNorm are meant to be in eval mode
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
 
     @property
     def default_hidden_dims(self) -> tuple[int, ...]:

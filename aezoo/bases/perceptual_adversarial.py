@@ -30,8 +30,9 @@ class PerceptualAdversarial(Autoencoder):
     """A model with the losses R, L_G and L_D of vqgan; its constructor calls `build_adversarial_losses`.
 
     Args:
-        features: what P compares: lpips, the learned similarity of images that the authors use; random, a network with
-            random weights; vgg16, vgg19 or the path of a .pth file of VGG weights, for images; none. auto takes lpips
+        features: what P compares: lpips, the learned similarity of images that the authors use, with VGG-16, or
+            lpips:alex or lpips:squeeze with a smaller network; random, a network with random weights; vgg16, vgg19, the
+            path of a .pth file of VGG weights, torchvision:NAME or timm:NAME, for images; none. auto takes lpips
             if torch.hub has torchvision's weights of vgg16 on this machine and images are at least 16 x 16 with 1 or 3
             channels, else random.
         perceptual_weight: w_P.

@@ -24,6 +24,7 @@ from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
 from aezoo.io.importers.source import WeightSource
 from aezoo.io.scale_folding import fold
+from aezoo.nets import without_weights
 from aezoo.registry import check_hyperparameters, model_class, name_of
 from aezoo.security import archives, values, weights
 from aezoo.training.data_units import TABLES, DataUnits
@@ -282,6 +283,8 @@ def build(
     if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _LIGHTNING_INSTANTIATOR) != _LIGHTNING_INSTANTIATOR:
         raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if isinstance(plain.get("net"), str):  # which reads no other files and fetches nothing
+        plain["net"] = without_weights(plain["net"])
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
         # a plug-in may compute with values, which tensors on the meta device do not have

@@ -16,7 +16,9 @@ from aezoo.nets.build import (
     decoder,
     default_hidden_dims,
     encoder,
+    is_timm,
     map_shape,
+    without_weights,
 )
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "decoder",
     "default_hidden_dims",
     "encoder",
+    "is_timm",
     "map_shape",
+    "without_weights",
 ]

@@ -1,7 +1,7 @@
 """Networks and activations by name."""
 
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from torch import nn
 
@@ -22,6 +22,7 @@ NETS = (
     "lstm",
     "transformer",
 )
+TIMM = "timm:"
 # networks whose output is a single vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -37,6 +38,17 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+def is_timm(name: str) -> bool:
+    """Whether a network is a backbone of timm, see `aezoo.nets.timm`."""
+    return name.startswith(TIMM)
+
+
+def without_weights(name: str) -> str:
+    """The same network, without asking for pretrained weights, since they come from elsewhere."""
+    parts = name.split(",")
+    return ",".join(part for part in parts if not is_timm(name) or part.partition("=")[0].strip() != "pretrained")
+
+
 def activation(name: str) -> nn.Module:
     """A fresh activation module by name.
 
@@ -50,12 +62,12 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType:
-    if name not in NETS:
-        raise AezooError(f"unknown net {name!r}: take one of {', '.join(NETS)}")
+def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType | SimpleNamespace:
+    if name not in NETS and not is_timm(name):
+        raise AezooError(f"unknown net {name!r}: take one of {', '.join(NETS)}, or timm:NAME")
     if any(int(width) != width or width < 1 for width in hidden_dims):
         raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
-    return import_module(f"aezoo.nets.{name}")
+    return import_module("aezoo.nets.timm").described(name) if is_timm(name) else import_module(f"aezoo.nets.{name}")
 
 
 def default_hidden_dims(
@@ -89,7 +101,7 @@ def encoder(
     Args:
         name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
             `conv_keras`, `unet`, `gdn`, `dc`, `ldm`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H, W) of
-            any size.
+            any size; `timm:NAME`, see `aezoo.nets.timm`, takes images.
         input_shape: shape of one sample.
         code_shape: (D,) for a vector; for all but mlp, lstm and transformer also a feature map, see `map_shape`.
         hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit, mixer) or channels of the

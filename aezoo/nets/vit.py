@@ -115,8 +115,10 @@ class Unpatchify(nn.Module):
         return self.patchify.inverse(patches_BNP)
 
 
-def sinusoids(grid: Sequence[int], width: int) -> Tensor:
+def sinusoids(grid: Sequence[int], width: int, last_side_first: bool = False) -> Tensor:
     """Positions of a grid as sines and cosines, (N, D), with a part of the width for each side of the grid.
+
+    The parts are in the order of the sides, or in the reverse one, which is that of MAE's code for images.
 
     The frequencies are 10000^(-i/n), i < n (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the n that
     fills D; the excess of the last part is left out.
@@ -124,7 +126,7 @@ def sinusoids(grid: Sequence[int], width: int) -> Tensor:
     n = -(-width // (2 * len(grid)))
     frequency_n = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
     places = torch.meshgrid([torch.arange(side, dtype=torch.float64) for side in grid], indexing="ij")
-    angles = [place.flatten()[:, None] * frequency_n for place in places]
+    angles = [place.flatten()[:, None] * frequency_n for place in (places[::-1] if last_side_first else places)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[:, :width].float()
 
 
@@ -134,13 +136,14 @@ class Positions(nn.Module):
     Args:
         grid: patches along each side.
         width: D.
+        authors: those of MAE's authors: the last side first, see `sinusoids`, and saved with the weights.
     """
 
     table_ND: Tensor
 
-    def __init__(self, grid: Sequence[int], width: int) -> None:
+    def __init__(self, grid: Sequence[int], width: int, authors: bool = False) -> None:
         super().__init__()
-        self.register_buffer("table_ND", sinusoids(grid, width), persistent=False)
+        self.register_buffer("table_ND", sinusoids(grid, width, authors), persistent=authors)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         return tokens_BND + self.table_ND
@@ -162,8 +165,8 @@ def embedding(size: int, width: int) -> nn.Linear:
     return embed
 
 
-class Attention(nn.Module):
-    """Self-attention of tokens in heads of about 32 numbers, (B, N, D) -> (B, N, D), to all or to those seen, (B, N).
+class ClassToken(nn.Module):
+    """Put a trained token before the others, (B, N, D) -> (B, 1 + N, D).
 
     Args:
         width: D.
@@ -171,7 +174,28 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
+        self.token = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(tokens_BND.shape[0], 1, -1).to(tokens_BND), tokens_BND], dim=1)
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens in heads, (B, N, D) -> (B, N, D), to all or to those seen, (B, N).
+
+    Args:
+        width: D.
+        heads: H, a divisor of D; 0 for heads of about 32 numbers.
+
+    Raises:
+        AezooError: the heads do not divide the width.
+    """
+
+    def __init__(self, width: int, heads: int = 0) -> None:
+        super().__init__()
+        if heads < 0 or (heads and width % heads):
+            raise AezooError(f"{heads} heads do not divide a token of {width} numbers: take a divisor, or 0")
+        self.heads = heads or next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
         # only queries have a bias: one of keys shifts all scores of a query equally, and one of values is that of `out`
         self.qkv, self.bias_q = nn.Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
@@ -191,12 +215,14 @@ class Block(nn.Module):
     Args:
         width: D.
         act: an activation's name.
+        heads: see `Attention`.
+        eps: added to the variance by the normalisations.
     """
 
-    def __init__(self, width: int, act: str) -> None:
+    def __init__(self, width: int, act: str, heads: int = 0, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm_1, self.attention = nn.LayerNorm(width, eps=1e-6), Attention(width)
-        self.norm_2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm_1, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, heads)
+        self.norm_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width))
         for part in self.modules():
             if isinstance(part, nn.Linear):
@@ -212,13 +238,15 @@ class Block(nn.Module):
         return out
 
 
-def blocks(widths: Sequence[int], act: str, block: Callable[[int, str], nn.Module] = Block) -> nn.Sequential:
+def blocks(
+    widths: Sequence[int], act: str, block: Callable[[int, str], nn.Module] = Block, eps: float = 1e-6
+) -> nn.Sequential:
     """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
         layers += [nn.Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
         layers.append(block(width, act))
-    return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=1e-6))
+    return nn.Sequential(*layers, nn.LayerNorm(widths[-1], eps=eps))
 
 
 def attend_to_visible(layers: nn.Module, tokens_BND: Tensor, visible_BN: Tensor) -> Tensor:

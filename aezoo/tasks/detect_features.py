@@ -3,6 +3,8 @@
     random           a network with random weights, the same everywhere
     resnet18, resnet50, wide_resnet50_2     the third stage of torchvision's weights, if torch.hub has them
     vgg16, vgg19     relu3_1 of torchvision's weights, if torch.hub has them
+    torchvision:NAME, timm:NAME     the last of the feature maps that the name chooses, such as
+                     timm:resnet50.a1_in1k,pretrained,out_indices=3
     a path           of VGG weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder's last hidden
                      layer
 
@@ -20,7 +22,14 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.models.variational.perceptual_vae import zoo_features
-from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.nets.blocks.features import (
+    VGG,
+    FeatureNet,
+    feature_maps,
+    has_feature_maps,
+    random_features,
+    vgg_features,
+)
 from aezoo.nets.blocks.pretrained import cached_weights
 
 RESNETS = ("resnet18", "resnet50", "wide_resnet50_2")
@@ -47,7 +56,9 @@ class FrozenFeatures(nn.Module):
     def __init__(self, name: str, input_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.enlarge = name in RESNETS
-        if name == "random":
+        if has_feature_maps(name):
+            self.net = feature_maps(name, input_shape)
+        elif name == "random":
             self.net = random_features(input_shape)
         elif self.enlarge:
             self.net = resnet_features(name, input_shape)
@@ -56,7 +67,7 @@ class FrozenFeatures(nn.Module):
         elif name and Path(name).exists():
             self.net = zoo_features(name, input_shape)
         else:
-            known = ", ".join(("random", *RESNETS, *VGG))
+            known = ", ".join(("random", *RESNETS, *VGG, "torchvision:NAME", "timm:NAME"))
             raise AezooError(f"features takes {known} or a path to a model that is there, got {name!r}")
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from transformers import (
 
 import aezoo
 from aezoo.nets import vit
+from aezoo.nets.blocks.channel_norm import IMAGENET
 
 SHAPE, PATCH, WIDTH, DEPTH, PATCHES = (3, 16, 16), 4, 64, 2, 16
 VALUES = math.prod(SHAPE)
@@ -128,6 +129,39 @@ def test_masked_autoencoder(compare, norm_pix):
     with_reference.equal("code", model.encode(x).flatten(2).mT, tokens[:, 1:])
     patches = other.patchify(x).unflatten(2, (PATCH, PATCH, 3)).movedim(4, 2).flatten(2)
     with_reference.equal("patches", model.decoder.patchify(x), patches)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_imported_masked_autoencoder(compare, tmp_path, norm_pix):
+    """With its class token, its heads, its epsilon and images normalised by ImageNet's mean and deviation."""
+    config = ViTMAEConfig(
+        **SETTINGS | {"num_attention_heads": 4, "layer_norm_eps": 1e-12}, mask_ratio=0.6, norm_pix_loss=norm_pix,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+        decoder_intermediate_size=4 * 32,
+    )  # fmt: skip
+    other = ViTMAEForPreTraining(config).float()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    other.decoder.decoder_pos_embed.data[:, 0] = 0
+    other.save_pretrained(tmp_path)
+    model, other = aezoo.import_model(tmp_path).model.double(), other.double()
+    x = torch.rand(3, *SHAPE, requires_grad=True)
+    normalised = (x - torch.tensor(IMAGENET[0])[:, None, None]) / torch.tensor(IMAGENET[1])[:, None, None]
+    with seeded(1):
+        found = model.loss(x)
+    with seeded(1):
+        noise = torch.rand(3, PATCHES)
+    theirs = other(normalised, noise=noise)
+    part = "ViTMAEForPreTraining, imported" + (", norm_pix_loss" if norm_pix else "")
+    with_reference = compare("mae", "transformers", part)
+    squared = found["nll"] - VALUES / 2 * math.log(math.pi)
+    with_reference.scaled("nll without its constant", squared, theirs.loss, VALUES, SUMS)
+    with_reference.equal_gradients(found["nll"], theirs.loss, [(x, x)], "gradient of the image", VALUES, SUMS)
+    encoder = other.vit
+    encoder.config.mask_ratio = 0.0
+    order = torch.arange(PATCHES, dtype=torch.float64).expand(3, -1)
+    with_reference.equal("code", model.encode(x).mT, encoder(normalised, noise=order).last_hidden_state)
 
 
 def test_simple_masked_image_modelling(compare):

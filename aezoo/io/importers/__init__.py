@@ -30,6 +30,7 @@ IMPORTERS: tuple[str, ...] = (
     "openai_sae",
     "diffusers",
     "taming",
+    "mae",
 )
 
 

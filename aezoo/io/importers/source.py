@@ -2,21 +2,17 @@
 
 import contextlib
 import json
-import pickle
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.io import hub_files
-from aezoo.security import archives, values, weights
+from aezoo.security import weight_files, weights
 
 _MAX_JSON = 2**24
 
@@ -137,27 +133,7 @@ class WeightSource:
             AezooError: as `path`; or the file is damaged or holds objects that could run code.
         """
         if name not in self._read:
-            path, label = self.path(name), self.label(name)
-            try:
-                if path.suffix == ".safetensors":
-                    found: Any = load_file(path)
-                elif path.suffix == ".npz":
-                    found = _read_npz(path)
-                else:
-                    archives.check_growth(path)
-                    archives.check_tuples(path)
-                    with torch.serialization.safe_globals([*_KEYS_OF_LIGHTNING]):
-                        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-                    values.check_extent(found, label)
-            except AezooError:
-                raise
-            except Exception as error:  # a damaged file can cause any exception of the readers
-                if isinstance(error, pickle.UnpicklingError):
-                    raise AezooError(
-                        f"{label} is refused: it is damaged, or holds objects that could run code"
-                    ) from error
-                raise AezooError(f"cannot read {label}: {_brief(error)}; download it again") from error
-            self._read[name] = found
+            self._read[name] = weight_files.read(self.path(name), self.label(name), _KEYS_OF_LIGHTNING)
         return self._read[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -220,17 +196,6 @@ class WeightSource:
     def label(self, name: str) -> str:
         """A file, for messages."""
         return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    archives.check_growth(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in arrays.files}
 
 
 def _brief(error: BaseException) -> str:

@@ -74,12 +74,8 @@ class AsymmetricKL(AutoencoderKL):
         **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if self.net in (
-            "gdn",
-            "ldm",
-            "vit",
-            "mixer",
-        ):  # one stage is linear, or has layers around it
+        # one stage is linear, or has layers around it
+        if self.net in ("gdn", "ldm", "vit", "mixer") or nets.is_timm(self.net):
             raise AezooError(f"net {self.net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.models.latent_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLArgs
+from aezoo.nets import is_timm
 from aezoo.nets.conv import grids
 
 
@@ -45,7 +46,7 @@ class EQVAE(AutoencoderKL, steps_differ=True):
         if not 0 <= equivariance <= 1:
             raise AezooError(f"equivariance must be from 0 to 1, got {equivariance}")
         super().__init__(input_shape, **kwargs)
-        if self.net in ("unet", "vit", "mixer"):
+        if self.net in ("unet", "vit", "mixer") or is_timm(self.net):
             raise AezooError(f"net {self.net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
         self.equivariance = equivariance
         self.larger_grids = grids(self.input_shape, len(self.hidden_dims))[-2::-1]

@@ -35,7 +35,8 @@ class VAVAE(AutoencoderKL):
     """A Gaussian feature map that resembles the features of a frozen network.
 
     Args:
-        foundation: network whose features the codes should resemble: random, vgg16, vgg19 or a .pth file's.
+        foundation: network whose features the codes should resemble: random, vgg16, vgg19, a .pth file's, or the last
+            feature map of torchvision:NAME or timm:NAME, such as timm:vit_base_patch14_dinov2.lvd142m,pretrained.
         alignment_weight: w_A.
         cosine_margin: m_c, tolerated distance of a cosine from 1.
         matrix_margin: m_d, tolerated difference between the cosines of two places.

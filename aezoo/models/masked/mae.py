@@ -10,9 +10,15 @@ deviation. A head estimates both for masked patches, with its own squared error 
 The code covers the whole sample, with a token for each patch. Visible places are not trained, so decode hides a part of
 the tokens at a time and takes each patch from where it was hidden. score likewise hides patches from the encoder.
 
+The layout of the authors' code has a class token, which all patches attend to, 12 or 16 heads, and images normalised by
+ImageNet's mean and standard deviation, in which L is computed. `aezoo import` reads their checkpoints and those of
+transformers' ViTMAE into it, to outputs within 1e-5.
+
 Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -22,44 +28,85 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.bases.patch_transformer import PatchTransformer, PatchTransformerArgs
 from aezoo.errors import AezooError
 from aezoo.nets import vit
+from aezoo.nets.blocks.channel_norm import IMAGENET, ChannelNorm
+from aezoo.training.limits import check_above
+
+_INPUT_NORMS = ("none", "imagenet")
 
 
 class LightDecoder(nn.Module):
-    """A narrow, shallow transformer on tokens and mask tokens; `dims` are the encoder's width and its own."""
+    """A narrow, shallow transformer on tokens and mask tokens.
+
+    Args:
+        patchify: the module that cuts the samples.
+        masked: number of masked patches.
+        dims: the encoder's width and its own.
+        make_blocks: makes its blocks, with a last normalisation.
+        norm_pix: whether targets are standardised patches.
+        class_token: whether a token of the whole sample comes before those of the patches.
+        input_norm: normalisation of the samples, if any.
+    """
 
     orders_KN: Tensor
 
     def __init__(
-        self, patchify: vit.Patchify, masked: int, dims: tuple[int, int], depth: int, act: str, norm_pix: bool
+        self,
+        patchify: vit.Patchify,
+        masked: int,
+        dims: tuple[int, int],
+        make_blocks: Callable[[], nn.Module],
+        norm_pix: bool,
+        class_token: bool,
+        input_norm: ChannelNorm | None,
     ) -> None:
         super().__init__()
         self.patchify = patchify
         self.masked = masked
+        self.first = int(class_token)
+        self.input_norm = input_norm
         self.embed = nn.Linear(*dims)
-        self.positions = vit.Positions(patchify.grid, dims[1])
+        self.positions = vit.Positions(patchify.grid, dims[1], authors=class_token)
         self.mask_token = nn.Parameter(0.02 * torch.randn(dims[1]))
-        self.blocks = vit.blocks((dims[1],) * depth, act)
+        self.blocks = make_blocks()
         self.out = nn.Linear(dims[1], patchify.size)
         nn.init.xavier_uniform_(self.out.weight, 0.1)
         nn.init.xavier_uniform_(self.embed.weight, 0.3)
         self.scale = nn.Linear(dims[1], 2) if norm_pix else None
         self.register_buffer("orders_KN", vit.fixed_orders(patchify.n, masked), persistent=False)
 
+    def patches(self, x: Tensor) -> Tensor:
+        """The patches of normalised samples, (B, *input_shape) -> (B, N, P)."""
+        patches_BNP: Tensor = self.patchify(x if self.input_norm is None else self.input_norm(x))
+        return patches_BNP
+
     def hidden(self, visible_BVD: Tensor, order_BN: Tensor) -> Tensor:
-        """Features of all places from the tokens of the first V places of an order, (B, V, D), (B, N) -> (B, N, D')."""
+        """Features of all places from the tokens of the first V places of an order, (B, V, D), (B, N) -> (B, N, D').
+
+        The class token, if there is one, comes before the V tokens.
+        """
         tokens_BVD = self.embed(visible_BVD)
+        first_B1D, tokens_BVD = tokens_BVD[:, : self.first], tokens_BVD[:, self.first :]
         mask_BMD = self.mask_token.expand(tokens_BVD.shape[0], self.masked, -1).to(tokens_BVD)
-        tokens_BND = vit.unshuffle(torch.cat([tokens_BVD, mask_BMD], dim=1), order_BN)
-        features: Tensor = self.blocks(self.positions(tokens_BND))
+        tokens_BND = self.positions(vit.unshuffle(torch.cat([tokens_BVD, mask_BMD], dim=1), order_BN))
+        if self.first:
+            tokens_BND = torch.cat([first_B1D, tokens_BND], dim=1)
+        features: Tensor = self.blocks(tokens_BND)[:, self.first :]
         return features
 
     def forward(self, z: Tensor) -> Tensor:
-        hidden_BKND = self.hidden(*vit.mask_tokens(z.flatten(2).transpose(1, 2), self.orders_KN, self.masked))
+        tokens_BND = z.flatten(2).transpose(1, 2)
+        first_B1D, tokens_BND = tokens_BND[:, : self.first], tokens_BND[:, self.first :]
+        visible_BKVD, order_BKN = vit.mask_tokens(tokens_BND, self.orders_KN, self.masked)
+        if self.first:
+            first_BK1D = first_B1D.repeat_interleave(len(self.orders_KN), dim=0)
+            visible_BKVD = torch.cat([first_BK1D, visible_BKVD], dim=1)
+        hidden_BKND = self.hidden(visible_BKVD, order_BKN)
         patches_BKNP = self.out(hidden_BKND)
         if self.scale is not None:
             mean_BKN1, deviation_BKN1 = self.scale(hidden_BKND).chunk(2, dim=2)
             patches_BKNP = mean_BKN1 + deviation_BKN1.clamp(min=0) * patches_BKNP
-        return self.patchify.inverse(vit.average_masked(patches_BKNP, self.orders_KN, self.masked))
+        x = self.patchify.inverse(vit.average_masked(patches_BKNP, self.orders_KN, self.masked))
+        return x if self.input_norm is None else self.input_norm.inverse(x)
 
 
 class MAE(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
@@ -70,6 +117,12 @@ class MAE(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "
         mask_ratio: share of the patches that are masked.
         norm_pix: targets are each patch's values minus their mean, divided by their standard deviation.
         width: D, size of a token; the code has one for each patch.
+        class_token: add a token of the whole sample, the first of the code, whose shape then is (D, 1 + N), and order
+            positions as in the authors' code, columns before rows.
+        heads: attention heads of the encoder, a divisor of width; 0 for heads of about 32 numbers.
+        decoder_heads: the same of the decoder.
+        norm_eps: what layer normalisations add to the variance.
+        input_norm: none, or imagenet for samples of 3 channels in [0, 1], normalised by ImageNet's mean and deviation.
         **kwargs: see `PatchTransformer`.
     """
 
@@ -81,24 +134,42 @@ class MAE(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "
         *,
         mask_ratio: float = 0.75,
         norm_pix: bool = False,
+        class_token: bool = False,
+        heads: int = 0,
+        decoder_heads: int = 0,
+        norm_eps: float = 1e-6,
+        input_norm: str = "none",
         **kwargs: Unpack[PatchTransformerArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        if norm_pix and self.likelihood.unit_interval:
-            raise AezooError("norm_pix leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
+        check_above(0, norm_eps=norm_eps)
+        if input_norm not in _INPUT_NORMS or (input_norm == "imagenet" and self.input_shape[0] != 3):
+            raise AezooError(f"input_norm takes none or, for 3 channels, imagenet, got {input_norm!r}")
+        for leaves, argument in ((norm_pix, "norm_pix"), (input_norm != "none", "input_norm")):
+            if leaves and self.likelihood.unit_interval:
+                raise AezooError(f"{argument} leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
         patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.norm_pix = norm_pix
         self.masked = vit.count_masked(patchify.n, mask_ratio)
         width, dims = self.width, (self.width, self.decoder_width)
-        self.code_shape = (width, *patchify.grid)
-        embed = nn.Sequential(patchify, vit.embedding(patchify.size, width), vit.Positions(patchify.grid, width))
-        self.encoder = nn.Sequential(embed, vit.blocks(self.widths, self.activation), vit.ToMap(patchify.grid))
-        depth = len(self.decoder_widths)
-        self.decoder = LightDecoder(patchify, self.masked, dims, depth, self.activation, norm_pix)
+        norm = ChannelNorm(*IMAGENET) if input_norm == "imagenet" else None
+        self.code_shape = (width, 1 + patchify.n) if class_token else (width, *patchify.grid)
+        place = vit.Positions(patchify.grid, width, authors=class_token)
+        before = [patchify] if norm is None else [norm, patchify]
+        embed = nn.Sequential(*before, vit.embedding(patchify.size, width), place)
+        blocks, decoder_blocks = (
+            partial(vit.blocks, widths, self.activation, partial(vit.Block, heads=n, eps=norm_eps), norm_eps)
+            for widths, n in ((self.widths, heads), (self.decoder_widths, decoder_heads))
+        )
+        layers = blocks()
+        if class_token:
+            layers = nn.Sequential(vit.ClassToken(width), *layers)
+        self.encoder = nn.Sequential(embed, layers, vit.ToMap(self.code_shape[1:]))
+        self.decoder = LightDecoder(patchify, self.masked, dims, decoder_blocks, norm_pix, class_token, norm)
 
     def terms(self, x: Tensor, hidden_BND: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of each value of the patches, and the squared errors of each patch's scale: (B, N, P), (B, N, 2)."""
-        real_NP, x_BNP = self.decoder.patchify.real_NP, at_least_float32(self.decoder.patchify(x))
+        real_NP, x_BNP = self.decoder.patchify.real_NP, at_least_float32(self.decoder.patches(x))
         scale_BN2 = torch.zeros_like(x_BNP[..., :1])
         if self.decoder.scale is not None:
             x_BNP, moments_BN2 = self.decoder.patchify.standardise(x_BNP)

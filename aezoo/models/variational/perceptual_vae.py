@@ -8,6 +8,7 @@ F_l are the n_l activations of layer l of a frozen network: samples that look al
                     2015 scale): no download, and known to see as trained ones do (He, Wang & Hopcroft 2016,
                     https://papers.nips.cc/paper/2016/hash/58238e9ae2dd305d79c2ebc8c1883422-Abstract.html)
     vgg16, vgg19    relu1_1, relu2_1 and relu3_1 of torchvision's weights, the paper's VGG-123, if torch.hub has them
+    torchvision:NAME, timm:NAME     feature maps of another network, see `aezoo.nets.blocks.features.feature_maps`
     a path          of such a file of weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder
 
 The network is always in evaluation mode, gets no gradient and is not saved: a loaded model needs it only for losses and
@@ -28,7 +29,14 @@ from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
 from aezoo.io.hub_files import local_path
 from aezoo.models.variational.vae import VAE, VAEArgs
-from aezoo.nets.blocks.features import VGG, FeatureNet, random_features, vgg_features
+from aezoo.nets.blocks.features import (
+    VGG,
+    FeatureNet,
+    feature_maps,
+    has_feature_maps,
+    random_features,
+    vgg_features,
+)
 from aezoo.training.limits import check_above
 
 
@@ -37,7 +45,8 @@ class PerceptualVAE(VAE):
 
     Args:
         input_shape: shape of one sample; (1, H, W) or (3, H, W) for vgg16 and vgg19.
-        features: random, vgg16, vgg19, or the path of a .pth file of VGG weights or of a model of the zoo.
+        features: random, vgg16, vgg19, torchvision:NAME, timm:NAME, or the path of a .pth file of VGG weights or of a
+            model of the zoo.
         weight: nats for a mean squared difference of 2 in one layer.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
             outside of [0, 1] need gaussian.
@@ -59,9 +68,11 @@ class PerceptualVAE(VAE):
         self.update_hyperparameters(features=features)
         self.likelihood.requires_grad_(False)  # no term reads a scale
         check_above(0, weight=weight)
-        known = features == "random" or features in VGG
+        known = features == "random" or features in VGG or has_feature_maps(features)
         if not known and not (features and (len(Path(features).parts) > 1 or Path(features).exists())):
-            raise AezooError(f"features takes random, {', '.join(VGG)} or a path, got {features!r}")
+            raise AezooError(
+                f"features takes random, {', '.join(VGG)}, torchvision:NAME, timm:NAME or a path, got {features!r}"
+            )
         self.features = features
         self.weight = weight
         # a tuple keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
@@ -83,8 +94,12 @@ class PerceptualVAE(VAE):
             AezooError: there is no such file, or it does not fit the data.
         """
         if not self.frozen:
-            is_vgg = self.features in VGG or self.features.endswith(".pth")
-            net = (vgg_features if is_vgg else zoo_features)(self.features, self.input_shape)
+            if has_feature_maps(self.features):
+                net = feature_maps(self.features, self.input_shape)
+            elif self.features in VGG or self.features.endswith(".pth"):
+                net = vgg_features(self.features, self.input_shape)
+            else:
+                net = zoo_features(self.features, self.input_shape)
             self.frozen = (net.to(next(self.decoder.parameters())),)
         return self.frozen[0]
 

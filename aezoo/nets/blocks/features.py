@@ -1,9 +1,12 @@
-"""Frozen networks whose activations are compared in feature losses."""
+"""Frozen networks whose activations are compared in feature losses, and whose feature maps detectors read."""
 
+import copy
+import dataclasses
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,14 +14,22 @@ import torchmetrics
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets.blocks.channel_norm import IMAGENET
 from aezoo.nets.blocks.pretrained import cached_file, cached_weights
-from aezoo.nets.build import ACTIVATIONS, encoder
+from aezoo.nets.blocks.timm_backbone import Backbone, Description, parse, plan
+from aezoo.nets.build import ACTIVATIONS, TIMM, encoder
 from aezoo.nets.resnet import ResidualBlock
 from aezoo.training.precision import at_least_float32
+from aezoo.training.seeding import forked_rng
 
 VGG = ("vgg16", "vgg19")
-# 4 poolings
-_LPIPS_SIDE = 16
+TORCHVISION = "torchvision:"
+# torchvision's network, torchmetrics' file of its channels' weights, the layers that are read, and the smallest side
+_LPIPS: dict[str, tuple[str, str, tuple[int, ...], int]] = {
+    "lpips": ("vgg16", "vgg", (3, 8, 15, 22, 29), 16),
+    "lpips:alex": ("alexnet", "alex", (1, 4, 7, 9, 11), 31),
+    "lpips:squeeze": ("squeezenet1_1", "squeeze", (1, 4, 7, 9, 10, 11, 12), 17),
+}
 RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 
 
@@ -29,8 +40,8 @@ class FeatureDistance:
     device of the data.
 
     Args:
-        features: random, lpips, vgg16, vgg19 or the path of a file of VGG weights (.pth); with none, all distances
-            are 0.
+        features: random, lpips, lpips:alex, lpips:squeeze, vgg16, vgg19, the path of a file of VGG weights (.pth), or
+            torchvision:NAME or timm:NAME, see `feature_maps`; with none, all distances are 0.
         input_shape: shape of one sample.
         argument: the network's name in the model's arguments.
 
@@ -39,9 +50,11 @@ class FeatureDistance:
     """
 
     def __init__(self, features: str, input_shape: tuple[int, ...], argument: str = "features") -> None:
-        if features not in ("none", "random", "lpips", *VGG) and not features.endswith(".pth"):
+        known = features in ("none", "random", *_LPIPS, *VGG) or has_feature_maps(features)
+        if not known and not features.endswith(".pth"):
             raise AezooError(
-                f"{argument} takes none, random, lpips, {', '.join(VGG)} or the path of a .pth file, got {features!r}"
+                f"{argument} takes none, random, {', '.join((*_LPIPS, *VGG))}, torchvision:NAME, timm:NAME or the path "
+                f"of a .pth file, got {features!r}"
             )
         self.features, self.input_shape = features, input_shape
         self.net = random_features(input_shape) if features == "random" else None
@@ -49,7 +62,10 @@ class FeatureDistance:
     @property
     def channels(self) -> int:
         """Channels of the last feature layer, for samples with a grid."""
-        return {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512}.get(self.features, 256)
+        if has_feature_maps(self.features):
+            return feature_map_shapes(self.features, self.input_shape)[-1][0]
+        known = {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512, "lpips:squeeze": 512}
+        return known.get(self.features, 256)
 
     def read(self) -> "FeatureNet | None":
         """The network, loaded from its file on the first call, so that a model can be loaded without the file.
@@ -58,8 +74,12 @@ class FeatureDistance:
             AezooError: there is no such file, or it does not fit the data.
         """
         if self.net is None and self.features != "none":
-            lpips = self.features == "lpips"
-            self.net = lpips_features(self.input_shape) if lpips else vgg_features(self.features, self.input_shape)
+            if has_feature_maps(self.features):
+                self.net = feature_maps(self.features, self.input_shape)
+            elif self.features in _LPIPS:
+                self.net = lpips_features(self.input_shape, self.features)
+            else:
+                self.net = vgg_features(self.features, self.input_shape)
         return self.net
 
     def move_to(self, x: Tensor) -> Self:
@@ -100,8 +120,8 @@ class FeatureNet(nn.Module):
         self.read = layer_indices or tuple(i for i, layer in enumerate(layers) if isinstance(layer, kinds))
         self.layers = nn.ModuleList(layers[: max(self.read, default=-1) + 1])
         self.imagenet = imagenet
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        for name, values in zip(("mean", "std"), IMAGENET, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -122,18 +142,39 @@ class FeatureNet(nn.Module):
         return torch.stack([((a - b) ** 2).flatten(1).mean(1) / 2 for a, b in pairs]).sum(0)
 
 
+class BackboneFeatures(FeatureNet):
+    """Feature maps of a backbone of timm, which is not trained.
+
+    Args:
+        description: the backbone.
+        input_shape: (C, H, W).
+    """
+
+    def __init__(self, description: Description, input_shape: tuple[int, ...]) -> None:
+        super().__init__([])
+        self.backbone = Backbone(description, input_shape)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.backbone(x.to(self.mean.dtype))
+        return [found.float() if found.dtype in (torch.bfloat16, torch.float16) else found for found in maps]
+
+
 class LPIPS(FeatureNet):
     """Learned perceptual similarity (Zhang et al. 2018), https://arxiv.org/abs/1801.03924
 
     Features have length 1 at each place, and weights of their channels agree with human judgements.
 
     Args:
-        layers: those of VGG-16.
+        layers: those of VGG-16, AlexNet or SqueezeNet.
         channel_weights: w_l, the weights of the channels of each feature layer.
+        layer_indices: indices of the feature layers.
     """
 
-    def __init__(self, layers: list[nn.Module], channel_weights: Sequence[Tensor]) -> None:
-        super().__init__(layers, layer_indices=(3, 8, 15, 22, 29), imagenet=True)
+    def __init__(
+        self, layers: list[nn.Module], channel_weights: Sequence[Tensor], layer_indices: tuple[int, ...]
+    ) -> None:
+        super().__init__(layers, layer_indices, imagenet=True)
         for i, weight in enumerate(channel_weights):
             self.register_buffer(f"weight_{i}", weight.flatten()[:, None, None])
 
@@ -147,9 +188,105 @@ class LPIPS(FeatureNet):
         return torch.stack(total).sum(0)
 
 
+def has_feature_maps(name: str) -> bool:
+    """Whether `feature_maps` takes a name."""
+    return name.startswith((TIMM, TORCHVISION))
+
+
+def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
+    """A frozen network that gives feature maps at several depths, from the largest to the smallest.
+
+    Args:
+        name: torchvision:NAME, a classifier with the weights that torch.hub has stored, such as resnet50, vgg16_bn,
+            convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. The option
+            out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has. Without the option
+            pretrained, a network of timm has fixed random weights.
+        input_shape: (C, H, W), of 1 or 3 channels for torchvision.
+
+    Raises:
+        AezooError: no such network, missing weights, or samples that the network cannot take.
+    """
+    if name.startswith(TIMM):
+        with forked_rng(torch.device("cpu")):
+            torch.manual_seed(0)  # a loaded model must compare the same features
+            return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
+    net, stages, chosen = _torchvision(name, tuple(input_shape), "cpu")
+    with cached_weights(parse(name.removeprefix(TORCHVISION)).name, "take features random") as state:
+        net.load_state_dict(state)
+    return FeatureNet(stages, layer_indices=chosen, imagenet=True)
+
+
+def feature_map_shapes(name: str, input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """(C, H, W) of each of these maps, without the weights."""
+    if name.startswith(TIMM):
+        return [*plan(dataclasses.replace(parse(name), frozen=True), tuple(input_shape), last_only=False).shapes]
+    _, stages, chosen = _torchvision(name, tuple(input_shape), "meta")
+    x, shapes = torch.empty(1, 3, *input_shape[1:], device="meta"), []
+    for stage in stages:
+        x = stage.eval()(x)
+        shapes.append(tuple(x.shape[1:]))
+    return [shapes[i] for i in chosen]
+
+
+def _torchvision(
+    name: str, input_shape: tuple[int, ...], device: str
+) -> tuple[nn.Module, list[nn.Module], tuple[int, ...]]:
+    """A network, its stages, each of which ends before a map shrinks, and the indices of the stages that are read."""
+    from torchvision import models
+
+    description = parse(name.removeprefix(TORCHVISION))
+    known = models.list_models(module=models)
+    if description.name not in known:
+        near = difflib.get_close_matches(description.name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "torchvision.models.list_models() has all"
+        raise AezooError(f"torchvision has no classifier {description.name!r}: {hint}")
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take random")
+    with torch.device(device):
+        net = _classifier(description.name)
+    if hasattr(net, "layer4"):
+        stem = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
+        stages = [*stem, net.layer2, net.layer3, net.layer4]
+    elif isinstance(getattr(net, "features", None), nn.Sequential):
+        stages = _split_before_smaller_maps([*net.features])
+    else:
+        raise AezooError(
+            f"torchvision's {description.name} has no stages to read: take timm:NAME, which has more networks"
+        )
+    chosen = description.out_indices or tuple(range(len(stages)))
+    if not all(-len(stages) <= i < len(stages) for i in chosen):
+        raise AezooError(f"{name} has feature maps 0 to {len(stages) - 1}, got out_indices {chosen}")
+    return net, stages, tuple(sorted(i % len(stages) for i in chosen))
+
+
+def _classifier(name: str) -> Any:
+    """A network of torchvision whose layers do not work in place, which would overwrite a map."""
+    from torchvision import models
+
+    with forked_rng(torch.device("cpu")):  # initial weights, which are replaced, must not use up random numbers
+        net = models.get_model(name, weights=None)
+    for module in net.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return net
+
+
+def _split_before_smaller_maps(layers: list[nn.Module]) -> list[nn.Module]:
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    stages: list[list[nn.Module]] = [[]]
+    side = 224
+    for layer in layers:
+        x = copy.deepcopy(layer).to("meta").eval()(x)
+        if x.shape[-1] < side and stages[-1]:
+            stages.append([])
+        side = x.shape[-1]
+        stages[-1].append(layer)
+    return [nn.Sequential(*stage) for stage in stages]
+
+
 def default_features(input_shape: tuple[int, ...]) -> str:
     """What `features=auto` means: lpips for its images if torch.hub has VGG-16's weights here, else random."""
-    fits = len(input_shape) == 3 and input_shape[0] in (1, 3) and min(input_shape[1:]) >= _LPIPS_SIDE
+    fits = len(input_shape) == 3 and input_shape[0] in (1, 3) and min(input_shape[1:]) >= _LPIPS["lpips"][3]
     # only then import torchvision
     stored = fits and any(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth"))
     return "lpips" if stored and cached_file("vgg16").is_file() else "random"
@@ -175,19 +312,25 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256)
     net = FeatureNet(layers, layer_indices=(1, 6, 11), imagenet=True)
     known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
-    _load_vgg(layers, known, file)
+    _load_layers(layers, known, file)
     return net
 
 
-def lpips_features(input_shape: tuple[int, ...]) -> LPIPS:
-    """VGG-16 with the channels' weights that torchmetrics has."""
-    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < _LPIPS_SIDE:
-        raise AezooError(f"lpips takes images of 1 or 3 channels and at least 16 x 16, got {input_shape}: take random")
-    file = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+def lpips_features(input_shape: tuple[int, ...], name: str = "lpips") -> LPIPS:
+    """The network of a name in `_LPIPS` with the channels' weights that torchmetrics has."""
+    network, weights, indices, side = _LPIPS[name]
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < side:
+        raise AezooError(
+            f"{name} takes images of 1 or 3 channels and at least {side} x {side}, got {input_shape}: take random"
+        )
+    file = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{weights}.pth"
     state = torch.load(file, map_location="cpu", weights_only=True)
-    layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-    net = LPIPS(layers, [state[f"lin{i}.model.1.weight"] for i in range(5)])
-    _load_vgg(layers, "vgg16", None)
+    if network == "vgg16":
+        layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
+    else:
+        layers = [*_classifier(network).features]
+    net = LPIPS(layers, [state[f"lin{i}.model.1.weight"] for i in range(len(indices))], indices)
+    _load_layers(layers, network, None)
     return net
 
 
@@ -201,7 +344,7 @@ def _vgg_layers(*widths: int) -> list[nn.Module]:
     return layers
 
 
-def _load_vgg(layers: list[nn.Module], known: str, file: Path | None) -> None:
+def _load_layers(layers: list[nn.Module], known: str, file: Path | None) -> None:
     with cached_weights(known, "take features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})

@@ -130,6 +130,26 @@ def test_lpips_matches_torchmetrics(channels: int, hub: Path, monkeypatch: pytes
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "network"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
+def test_smaller_networks_of_lpips_match_torchmetrics(
+    kind: str, network: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, made = getattr(torchvision.models, network), []
+
+    def without_download(**_: Any) -> Any:
+        made.append(build(weights=None))
+        return made[-1]
+
+    monkeypatch.setattr(torchvision.models, network, without_download)
+    reference = LearnedPerceptualImagePatchSimilarity(net_type=kind, normalize=True, reduction="none")
+    torch.save(made[0].state_dict(), cached_file(network))
+    x, y = torch.rand(2, 2, 3, 40, 33)
+    found = FeatureDistance(f"lpips:{kind}", (3, 40, 33))(x, y)
+    torch.testing.assert_close(found, reference(x, y))
+    with pytest.raises(aezoo.AezooError, match=f"lpips:{kind} takes images .* at least"):
+        FeatureDistance(f"lpips:{kind}", (3, 16, 16)).read()
+
+
 @pytest.mark.slow
 def test_lpips_is_the_default_where_its_weights_are(hub: Path, tmp_path: Path) -> None:
     small, other = {"hidden_dims": (4,)}, [(1, 15, 16), (2, 16, 16), (1, 64)]

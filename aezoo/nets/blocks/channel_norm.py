@@ -1,0 +1,35 @@
+"""Normalisation of a sample's channels by fixed numbers, as networks trained by others expect."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# mean and standard deviation of ImageNet's values in [0, 1], as all of torchvision and most of timm use them
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class ChannelNorm(nn.Module):
+    """(x - mean) / std of each channel, (B, C, ...) -> (B, C, ...).
+
+    Its numbers belong to the configuration of a model and are not saved with its weights.
+
+    Args:
+        mean: of each channel.
+        std: of each channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The sample that was normalised, (B, C, ...) -> (B, C, ...)."""
+        return x * self.std.to(x) + self.mean.to(x)

@@ -47,6 +47,8 @@ class NetworkAutoencoder(Autoencoder):
     """
 
     own_hidden_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    # a model that builds its own networks does not call the constructor here
+    net: str = ""
 
     def __init_subclass__(cls, *, hidden_dims: Mapping[str, tuple[int, ...]] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -22,7 +22,6 @@ import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
-from aezoo.io.importers.source import WeightSource
 from aezoo.io.scale_folding import fold
 from aezoo.nets import without_weights
 from aezoo.registry import check_hyperparameters, model_class, name_of
@@ -134,8 +133,11 @@ def load_run(
                 raise
             return _of_another_library(imported, address, map_location)
     foreign = address or path  # a repository may have files of the same names
-    if _may_be_foreign(path) and (imported := importers.import_if_known(foreign)) is not None:
-        return _of_another_library(imported, foreign, map_location)
+    if _may_be_foreign(path):
+        # a damaged config.json may be one of ours
+        imported = importers.import_if_known(foreign, lenient=(Path(path) / CONFIG).is_file())
+        if imported is not None:
+            return _of_another_library(imported, foreign, map_location)
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
         source = folder = Path(path)
         config = read_config(source)
@@ -156,7 +158,7 @@ def load_run(
         try:
             checkpoint = read_checkpoint(source, max_bytes=max_bytes)
         except AezooError:  # such as weights alone, or classes of an old Lightning
-            if (imported := _read_foreign(source)) is None:
+            if (imported := importers.import_if_known(source, lenient=True)) is None:
                 raise
             return _of_another_library(imported, source, map_location)
         note_version(checkpoint.get("aezoo"), source)
@@ -207,16 +209,6 @@ def _may_be_foreign(path: str | Path) -> bool:
             return True
         return False
     return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
-
-
-def _read_foreign(path: Path) -> importers.Imported | None:
-    """The model of another library in a file; None if no importer can tell that it knows it."""
-    source = WeightSource(path)
-    try:
-        importer = importers.find(source)
-    except AezooError:
-        return None
-    return None if importer is None else importer.read(source)
 
 
 def _of_another_library(

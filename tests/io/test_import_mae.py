@@ -51,7 +51,7 @@ def test_outputs_are_those_of_the_library(library, norm_pix, monkeypatch):
     torch.testing.assert_close(nll / VALUES, expected[f"loss_{norm_pix}"], rtol=1e-5, atol=1e-5)
 
 
-def test_decode_predicts_each_patch_from_the_class_token_and_the_others():
+def test_decode_predicts_patches_from_class_token_and_others():
     model, expected = imported("transformers")
     decoder, z = model.decoder, model.encode(expected["x"])
     patches, counts = torch.zeros(2, PATCHES, 12), torch.zeros(PATCHES, 1)

@@ -50,7 +50,7 @@ def test_encoder_reads_the_last_map_of_timm(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(x), encoder.head(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_vision_transformer_gives_normalised_tokens_in_their_places(tmp_path: Path) -> None:
+def test_vision_transformer_gives_normalised_tokens_in_place(tmp_path: Path) -> None:
     theirs = shaken(timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8))
     file = weights_of(theirs, tmp_path / "x.safetensors")
     encoder: Any = nets.encoder(f"{VIT},pretrained={file}", (3, 32, 32), (5, 4, 4), ())

@@ -85,15 +85,21 @@ def import_model(address: str | Path) -> Imported:
         AezooError: there is no such path; its format is not known; or it is damaged, unsafe or of a kind that no
             model of the zoo represents.
     """
-    imported = import_if_known(address)
-    if imported is None:
-        formats = ", ".join(importlib.import_module(f"{__name__}.{name}").NAME for name in IMPORTERS)
-        raise AezooError(f"{address} has no format that aezoo reads; it reads {formats}")
-    return imported
-
-
-def import_if_known(address: str | Path) -> Imported | None:
-    """As `import_model`, but None for a format that is not known."""
     source = WeightSource(address)
     importer = find(source)
+    if importer is None:
+        formats = ", ".join(importlib.import_module(f"{__name__}.{name}").NAME for name in IMPORTERS)
+        raise AezooError(f"{address} has no format that aezoo reads; it reads {formats}")
+    return importer.read(source)
+
+
+def import_if_known(address: str | Path, lenient: bool = False) -> Imported | None:
+    """As `import_model`, but None for a format that is not known; if lenient, also where a file cannot be read."""
+    source = WeightSource(address)
+    try:
+        importer = find(source)
+    except AezooError:
+        if lenient:
+            return None
+        raise
     return None if importer is None else importer.read(source)

@@ -113,7 +113,7 @@ def test_gated_sae_avoids_l1_shrinkage(lbfgs: Any) -> None:
     assert share["gated_sae"] == pytest.approx(0, abs=1e-4)
 
 
-def test_april_form_weighs_gates_with_norms_and_does_not_subtract_the_bias(shifted: Any) -> None:
+def test_april_form_weighs_gates_and_keeps_the_bias(shifted: Any) -> None:
     model, x = shifted(build("gated_sae", latent_dim=12, l1=0.3, form="april")), data(9)
     model.decoder.W_NX.data.mul_(torch.linspace(0.5, 2, 12, dtype=torch.float64)[:, None])
     shared = x.flatten(1) @ model.encoder.weight.T

@@ -26,8 +26,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aezoo import tags
 from aezoo.errors import AezooError
+from aezoo.training import tags
 from aezoo.training.model_names import GROUP
 from aezoo.training.model_names import name_of as name_of
 

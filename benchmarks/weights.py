@@ -3,6 +3,7 @@
     python -m benchmarks.weights                        all tags of `benchmarks/weights.yaml` that are missing
     python -m benchmarks.weights vae.mnist --again      this one anew
     python -m benchmarks.weights --train-only           only the trainings
+    python -m benchmarks.weights vae.mnist --as-is      measure a training that has not ended; a later call goes on
     python -m benchmarks.weights --table                only rewrite the table of docs/pretrained.md
 
 MNIST is looked for in the folder that the environment variable `AEZOO_DATA` names, else in `data`; Fashion-MNIST also
@@ -27,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from aezoo import tags
 from aezoo.errors import AezooError
+from aezoo.training import tags
 
 from . import common
 
 if TYPE_CHECKING:
     import aezoo
-    from aezoo.tags import Figure
+    from aezoo.training.tags import Figure
 
 SETTINGS = common.PACKAGE / "weights.yaml"
 WEIGHTS = common.ROOT / "aezoo" / "weights"
@@ -43,6 +44,8 @@ DOCS = common.ROOT / "docs"
 FASHION_ROOT = Path("/usr/share/datasets")
 LICENSE = "MIT"
 BATCH_SIZE = 256
+# in the entry of weights whose training has not ended
+UNFINISHED = ", measured after "
 # largest relative change of a figure by float16
 MAX_CHANGE = 1e-3
 QUIET = (
@@ -103,7 +106,7 @@ def train(tag: str, setting: dict[str, Any], keep: Path) -> Path:
         AezooError: the fit fails.
     """
     keep.mkdir(parents=True, exist_ok=True)
-    run, ended = keep / "runs" / tag / "0", keep / f"{tag}.trained"
+    run, ended = keep / "runs" / tag / "0", _end_of(tag, keep)
     if not ended.is_file():
         root = data_root(data_settings(tag, setting)["name"])
         words = [sys.executable, "-m", "aezoo", "fit", "--resume=auto", *flags(tag, setting), f"--data.root={root}"]
@@ -116,6 +119,11 @@ def train(tag: str, setting: dict[str, Any], keep: Path) -> Path:
             raise AezooError(f"the training of {tag} ends with exit code {code}: see {keep / f'{tag}.log'}")
         ended.touch()
     return run
+
+
+def _end_of(tag: str, keep: Path) -> Path:
+    """The file that says that a training has ended."""
+    return keep / f"{tag}.trained"
 
 
 def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figure"]:
@@ -152,6 +160,10 @@ def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figu
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["aezoo_version"]  # the package's weights are those of its own version
     (home / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    unfinished = ""
+    if not _end_of(tag, keep).is_file():
+        done = len((run / "metrics.csv").read_text(encoding="utf-8").splitlines()) - 1
+        unfinished = f"{UNFINISHED}{done} of {setting['epochs']} epochs"
     entry = {
         "source": tag,
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(home.iterdir())},
@@ -162,12 +174,12 @@ def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figu
         "data": given,
         "figures": [_plain(figure) for figure in found],
         "authors_figure": None,
-        "recipe": f"benchmarks/{SETTINGS.name}",
+        "recipe": f"benchmarks/{SETTINGS.name}{unfinished}",
         "command": command(tag, setting),
     }
     ENTRIES.write_text(json.dumps(_in_order(entries() | {tag: entry}), indent=1) + "\n", encoding="utf-8")
     kind = "float16" if stored is in_half else "float32"
-    storage = f"{kind}; float16 changes loss or mse by {100 * change:.2g} %"
+    storage = f"{kind}{unfinished}; float16 changes loss or mse by {100 * change:.2g} %"
     text = card(tag, folder, found, rows, storage, command(tag, setting))
     (DOCS / "weights" / f"{tag}.md").write_text(text, encoding="utf-8")
     return found
@@ -256,6 +268,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("tags", nargs="*", metavar="TAG", help="tags to make; without it all that are missing")
     add("--train-only", action="store_true", help="train, and measure later")
+    add("--as-is", action="store_true", help="train nothing, measure the best weights so far")
     add("--table", action="store_true", help="make nothing, rewrite the table")
     add("--keep", type=Path, default=common.ROOT / "build" / "weights", metavar="DIR", help="folder of the runs")
     add("--again", action="store_true", help="measure what is there, too; remove its run to train anew")
@@ -270,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     known = settings()
     for tag in [] if arguments.table else arguments.tags or known:
-        if tag in entries() and not arguments.again:
+        if UNFINISHED not in entries().get(tag, {}).get("recipe", UNFINISHED) and not arguments.again:
             continue
-        run = train(tag, known[tag], arguments.keep)
+        run = arguments.keep / "runs" / tag / "0" if arguments.as_is else train(tag, known[tag], arguments.keep)
         if not arguments.train_only:
             found = make(tag, known[tag], run, arguments.keep)
             print(f"{tag}: {', '.join(map(str, found))}", flush=True)

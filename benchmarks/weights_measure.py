@@ -17,7 +17,6 @@ import aezoo
 from aezoo.corruptions import corruption
 from aezoo.data.source import ArrayDataset, Stage
 from aezoo.metrics.similarity import psnr
-from aezoo.tags import Figure
 from aezoo.tasks.denoise import denoise
 from aezoo.tasks.detect_labels import Protocol
 from aezoo.tasks.detect_scores import Scores
@@ -28,6 +27,7 @@ from aezoo.tasks.fidelity_features import Features, choose_features
 from aezoo.tasks.generate import generate
 from aezoo.tasks.samples import SampleSet, evaluation_mode
 from aezoo.training.data_statistics import DataStatistics
+from aezoo.training.tags import Figure
 
 from .quality_row import quiet_trainer
 

@@ -22,8 +22,8 @@ from aezoo.cli import LIGHTNING_COMMANDS, LIGHTWEIGHT_COMMANDS, VERBS
 from aezoo.cli.recipes import find_recipe, recipes
 from aezoo.errors import AezooError
 from aezoo.io import terminal
-from aezoo.tags import Tag
 from aezoo.training import launcher
+from aezoo.training.tags import Tag
 
 HELP = """\
 usage: aezoo COMMAND ...

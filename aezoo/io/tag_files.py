@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from aezoo.errors import AezooError
 from aezoo.io import hub_files
 from aezoo.registry import find_tag
-from aezoo.tags import Tag
+from aezoo.training.tags import Tag
 
 VARIABLE = "AEZOO_WEIGHTS"
 

@@ -10,11 +10,11 @@ from hub_server import ask
 from safetensors.torch import load_file, save_file
 
 import aezoo
-from aezoo import tags
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io import tag_files
 from aezoo.io.checkpoint import load_run
+from aezoo.training import tags
 from aezoo.training.data_statistics import DataStatistics
 
 SHAPE = (1, 8, 8)
@@ -353,7 +353,7 @@ def test_verb_without_samples_says_what_the_tag_was_trained_on(tag, capsys):
     assert "vae.tiny was trained on digits: give --data digits, or --input FILE" in capsys.readouterr().err
 
 
-def test_lightning_commands_say_in_one_line_that_a_tag_is_no_checkpoint(tag, capsys):
+def test_lightning_commands_refuse_a_tag_in_one_line(tag, capsys):
     for command in ("test", "fit"):
         with pytest.raises(SystemExit):
             main([command, "--ckpt_path", "vae.tiny", "--data", "digits"])

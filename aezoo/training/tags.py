@@ -2,7 +2,7 @@
 
 The package's own are in `aezoo/weights/tags.json`. A third-party package names such a file in an entry point:
 
-    [project.entry-points."aezoo.pretrained"]
+    [project.entry-points."aezoo.weights"]
     my_package = "my_package:pretrained.json"
 
 The file maps each tag, `NAME.TAG` with the name of a registered model, to an object with the fields of `Tag`. A source
@@ -21,9 +21,9 @@ from typing import Any
 
 from aezoo.errors import AezooError
 
-GROUP = "aezoo.pretrained"
+GROUP = "aezoo.weights"
 HUB = "hf://"
-_OWN = Path(__file__).parent / "weights" / "tags.json"
+_OWN = Path(__file__).parent.parent / "weights" / "tags.json"
 _NAME = re.compile(r"\w+\.\w+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -294,7 +294,7 @@ def _info_tag(tag: Tag) -> None:
             for figure in tag.figures
         ),
         *(("authors' figure", str(figure)) for figure in filter(None, [tag.authors_figure])),
-        *(("made by", text) for text in filter(None, [tag.command])),
+        *((name, text) for name, text in (("settings", tag.recipe), ("made by", tag.command)) if text),
     ]
     print(tag.name)
     _table([(f"  {name}", text) for name, text in rows])

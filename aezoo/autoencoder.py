@@ -14,6 +14,7 @@ from aezoo.distributions import likelihoods
 from aezoo.distributions.likelihoods import Likelihood
 from aezoo.errors import AezooError
 from aezoo.training import collectives, input_checks, optimizers
+from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import DataUnits
 from aezoo.training.hyperparameters import ConstructorHyperparameters
 from aezoo.training.model_names import display_name
@@ -57,6 +58,8 @@ class Autoencoder(ConstructorHyperparameters, TrainingModule):
             `enable_step_counter`.
         data_units: the units of the data that the model was trained on, if it was trained with `aezoo.DataModule`;
             `load_model` reads them from a checkpoint. Verbs take DataFrames and write tables in these units.
+        data_statistics: codes and scores of the training data, which pretrained weights bring for `generate` and
+            `detect`; None for most models.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:
@@ -77,6 +80,7 @@ class Autoencoder(ConstructorHyperparameters, TrainingModule):
     importance_samples: int = 100
     code_radius: float = math.inf
     data_units: DataUnits | None = None
+    data_statistics: DataStatistics | None = None
     takes_bytes: bool = False
     steps_before: int = 0
 

@@ -1,4 +1,4 @@
-"""Names, families and classes of all models: the files under `aezoo/models/` and installed plug-ins.
+"""Names, families, classes and pretrained weights of all models: `aezoo/models/` and installed plug-ins.
 
 A built-in model is a file `aezoo/models/<family>/<name>.py` with one subclass of `Autoencoder`; no other registration
 is needed. A third-party package registers its models with entry points:
@@ -11,7 +11,6 @@ Nothing here imports torch until a class is requested.
 
 import ast
 import difflib
-import importlib
 import inspect
 import re
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import resolve_name
 from operator import attrgetter
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aezoo.errors import AezooError
+from aezoo.training import tags
 from aezoo.training.model_names import GROUP
 from aezoo.training.model_names import name_of as name_of
 
@@ -119,12 +120,13 @@ def _natural_sort_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -> list[str]:
-    """Names of models in natural order (`ae_2` before `ae_10`).
+def list_models(pattern: str | Iterable[str] = "*", family: str | None = None, pretrained: bool = False) -> list[str]:
+    """Names of models in natural order (`ae_2` before `ae_10`), or the tags of pretrained weights.
 
     Args:
         pattern: a shell pattern such as `*vae*`, or several, one of which must match.
         family: only this family: `classic`, `sparse`, `variational`, ... or `plugin`.
+        pretrained: list tags such as `vae.mnist`, which `load_model` takes; a pattern matches a model's name or a tag.
 
     Raises:
         AezooError: the family does not exist.
@@ -136,9 +138,37 @@ def list_models(pattern: str | Iterable[str] = "*", family: str | None = None) -
     chosen = [
         entry.name
         for entry in entries().values()
-        if family in (None, entry.family) and any(fnmatch(entry.name, p) for p in patterns)
+        if family in (None, entry.family) and (pretrained or any(fnmatch(entry.name, p) for p in patterns))
     ]
+    if pretrained:
+        known = [tag for tag in tags.all_tags().values() if tag.model in chosen]
+        chosen = [tag.name for tag in known if any(fnmatch(tag.name, p) or fnmatch(tag.model, p) for p in patterns)]
     return sorted(chosen, key=_natural_sort_key)
+
+
+def tags_of(name: str) -> list[tags.Tag]:
+    """The pretrained weights of a model, in natural order; none if it is not registered."""
+    resolved = resolve(name)
+    return [tags.all_tags()[tag] for tag in list_models(resolved, pretrained=True)] if resolved else []
+
+
+def find_tag(text: str) -> tags.Tag | None:
+    """Pretrained weights by `NAME.TAG`, with the model's name spelled as `resolve` takes it; None if there are none."""
+    name, _, tag = text.partition(".")
+    resolved = resolve(name) if tag else None
+    return tags.all_tags().get(f"{resolved}.{tag}")
+
+
+def suggest_tags(text: str) -> str:
+    """The tags nearest to a text that is none, as a question for an error message; empty if none is near.
+
+    Of a registered model, all of its tags are near.
+    """
+    name, dot, _ = text.partition(".")
+    near = difflib.get_close_matches(f"{resolve(name) or name}{text[len(name) :]}", tags.all_tags(), n=2, cutoff=0.7)
+    if not near and dot and "/" not in text:
+        near = [tag.name for tag in tags_of(name)]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def resolve(name: str) -> str | None:
@@ -162,6 +192,18 @@ def search(words: Iterable[str], family: str | None = None) -> list[str]:
         family: see `list_models`.
     """
     return [name for name in list_models(family=family) if any(_matches(word, entries()[name]) for word in words)]
+
+
+def search_tags(words: Iterable[str], family: str | None = None) -> list[tags.Tag]:
+    """Pretrained weights in natural order whose model matches as in `search`, or whose tag has or matches a word."""
+    words = list(words)
+    models = set(search(words, family))
+    known = [tags.all_tags()[name] for name in list_models(family=family, pretrained=True)]
+    return [
+        tag
+        for tag in known
+        if tag.model in models or any(word in tag.name or fnmatch(tag.name, word) for word in words)
+    ]
 
 
 def _matches(word: str, entry: Entry) -> bool:
@@ -197,7 +239,7 @@ def model_class(name: str) -> type["Autoencoder"]:
 
     entry = find(name)
     try:
-        module = importlib.import_module(entry.module)
+        module = import_module(entry.module)
         classes: list[Any]
         if entry.attribute:
             classes = [attrgetter(entry.attribute)(module)]
@@ -215,21 +257,33 @@ def model_class(name: str) -> type["Autoencoder"]:
     return classes[0]
 
 
-def create_model(name: str, input_shape: tuple[int, ...] = (1, 28, 28), **hyperparameters: Any) -> "Autoencoder":
+def create_model(
+    name: str, input_shape: tuple[int, ...] | None = None, *, pretrained: str | None = None, **hyperparameters: Any
+) -> "Autoencoder":
     """Build a model.
 
     Args:
         name: one of `list_models()` or one of the words dense, convolutional, denoising, sparse, variational.
-        input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
-        **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them.
+        input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W); by default (1, 28, 28), or that of
+            the pretrained weights.
+        pretrained: the tag of weights to start from, such as `mnist`; `list_models(NAME, pretrained=True)` lists them.
+            The model is then in eval mode, as `load_model` returns it.
+        **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them. With pretrained weights those
+            that are not given are the weights' own, and others must leave the weights their shapes.
 
     Raises:
-        AezooError: an unknown model or hyperparameter, or a value that the model rejects.
+        AezooError: an unknown model, tag or hyperparameter, or a value that the model or the weights reject.
     """
     cls = model_class(name)
     check_hyperparameters(cls, hyperparameters, find(name).name)
+    if pretrained is not None:
+        # by name, since files are of a higher layer
+        load: Any = import_module("aezoo.io.pretrained")
+        model: Autoencoder = load.create(find(name).name, pretrained, input_shape, hyperparameters)
+        return model
     try:
         # the constructor rejects an int and says what to give
+        input_shape = (1, 28, 28) if input_shape is None else input_shape
         shape = tuple(input_shape) if isinstance(input_shape, Iterable) else input_shape
         return cls(input_shape=shape, **hyperparameters)
     except (RuntimeError, MemoryError) as error:

@@ -31,7 +31,7 @@ from aezoo.errors import AezooError
 from . import common, parallel
 from .quality_table import dataset_name
 
-NET = {"net": "conv", "hidden_dims": (32, 64)}
+NET: dict[str, Any] = {"net": "conv", "hidden_dims": (32, 64)}
 # with the default width of 64 this transformer takes as long as all other models together
 TITOK = {"width": 32, "decoder_width": 32}
 # as in table 5 of https://arxiv.org/abs/2309.15505

@@ -31,7 +31,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     name, seed = spec["row"]["model"], spec["row"]["seed"]
     pl.seed_everything(seed, workers=True, verbose=False)
     data = open_data(spec["data"], seed)
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
+    plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
     steps = spec["epochs"] * len(data.train_dataloader())
     plain |= {key: steps // 2 for key in SCHEDULES if key in registry.hyperparameters(name)}
     model = aezoo.create_model(name, data.input_shape, **plain)

@@ -25,7 +25,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     seed = spec["row"]["seed"]
     pl.seed_everything(seed, workers=True, verbose=False)
     data = aezoo.DataModule("synthetic_dictionary", **spec["data"], seed=seed)
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
+    plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
     model = aezoo.create_model(spec["model"], data.input_shape, **plain)
     row = train(model, data, spec)
     x, _ = data.tensors("test")

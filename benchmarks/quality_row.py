@@ -83,7 +83,7 @@ def measure_run(spec: dict[str, Any]) -> dict[str, Any]:
     """
     pl.seed_everything(spec["seed"], workers=True, verbose=False)
     data, budget = open_data(spec["data"], spec["seed"]), Budget(*spec["budget"])
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
+    plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["hyperparameters"].items()}
     if "phase_epochs" in registry.hyperparameters(spec["model"]):
         plain["phase_epochs"] = phase_epochs(len(data.train_dataloader()))
     model = aezoo.create_model(spec["model"], data.input_shape, **plain)

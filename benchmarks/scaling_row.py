@@ -42,7 +42,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 def build(spec: dict[str, Any]) -> aezoo.Autoencoder:
     """The model of a row."""
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["settings"].items()}
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in spec["settings"].items()
+    }
     return aezoo.create_model(spec["row"]["model"], tuple(spec["shape"]), **settings)
 
 

@@ -75,7 +75,9 @@ def data_module(spec: dict[str, Any], x: Tensor, **splits: Any) -> aezoo.DataMod
 
 def build_model(spec: dict[str, Any]) -> Any:
     """The model of a row."""
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["settings"].items()}
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in spec["settings"].items()
+    }
     model: Any = aezoo.create_model(spec["model"], tuple(spec["shape"]), **settings)
     model.compile_mode = spec["compile"]
     return model

@@ -112,7 +112,7 @@ def build_model(workload: Workload, seed: int) -> Any:
     import aezoo
 
     torch.manual_seed(seed)
-    common = {"latent_dim": workload.latent_dim, "hidden_dims": workload.hidden_dims}
+    common: dict[str, Any] = {"latent_dim": workload.latent_dim, "hidden_dims": workload.hidden_dims}
     if workload.variational:
         return aezoo.create_model("vae", workload.shape, net="conv", **common)
     return aezoo.create_model("dense_ae", workload.shape, code_activation="relu", **common)

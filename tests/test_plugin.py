@@ -39,6 +39,14 @@ def test_plugin_is_listed_without_import(run):
 
 
 @pytest.mark.slow
+def test_plugin_brings_pretrained_weights(run):
+    assert "mirror_ae.tiny  digits  mse 0.0445" in run("aezoo", "list", "mirror", "--pretrained")
+    assert "mirror_ae.tiny" in run("aezoo", "info", "mirror_ae")
+    output = run("aezoo", "reconstruct", "--ckpt_path", "mirror_ae.tiny", "--data", "digits", "--n_shown", "0")
+    assert "runs/mirror_ae.tiny/reconstruct" in output
+
+
+@pytest.mark.slow
 def test_plugin_trains_saves_loads_and_broken_one_is_named(run, tmp_path):
     help_text = run("aezoo", "fit", "--model.help", "mirror_ae")
     assert "--model.latent_dim" in help_text and "size of the code" in help_text

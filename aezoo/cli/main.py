@@ -23,12 +23,14 @@ from aezoo.cli.recipes import find_recipe, recipes
 from aezoo.errors import AezooError
 from aezoo.io import terminal
 from aezoo.training import launcher
+from aezoo.training.tags import Tag
 
 HELP = """\
 usage: aezoo COMMAND ...
 
 Look around
   list [WORD] [--family F]         models: name, family, paper; a word is part of a name or of a family
+  list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence
   info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
   recipes                          ready-made configurations
   cp RECIPE DEST                   copy a recipe to change it
@@ -42,7 +44,7 @@ Train and use
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
                                    search for the best settings of fit in many runs
 
-Use a trained model: each command takes --ckpt_path RUN_OR_FILE, --input FILE or --data..., and --help
+Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or --data..., and --help
   reconstruct                      reconstructions, the error of each sample, the best and the worst
   generate                         new samples from the model's prior or a fitted one; walks, FID and KID
   denoise --corrupt gaussian:0.3   denoised samples, compared with filters
@@ -62,6 +64,7 @@ Examples
   aezoo fit --model vae --data array --data.root my_data.npy --model.likelihood gaussian:learned
   aezoo fit --model.help vae       the flags of one model; `aezoo fit --help` lists all flags
   aezoo test --ckpt_path runs/vae/0
+  aezoo generate --ckpt_path vae.mnist
   tensorboard --logdir runs
 """
 BENCHMARKS = {
@@ -208,7 +211,11 @@ def _list(argv: list[str]) -> None:
         "pattern", nargs="*", default=["*"], help="parts of names or families, or shell patterns such as 'v*ae'"
     )
     parser.add_argument("--family", help="only one family: classic, sparse, variational, ... or plugin")
+    parser.add_argument("--pretrained", action="store_true", help="weights by their tags, which --ckpt_path takes")
     arguments = parser.parse_args(argv)
+    if arguments.pretrained:
+        _list_pretrained(arguments.pattern, arguments.family)
+        return
     names = registry.search(arguments.pattern, arguments.family)
     if not names:
         raise AezooError(f"no model matches {' '.join(arguments.pattern)!r}: `aezoo list` shows all")
@@ -224,9 +231,23 @@ def _list(argv: list[str]) -> None:
     _table(rows)
 
 
+def _list_pretrained(words: Sequence[str], family: str | None) -> None:
+    tags = registry.search_tags(words, family)
+    if not tags:
+        raise AezooError(f"no pretrained weights match {' '.join(words)!r}: `aezoo list --pretrained` shows all")
+    rows = [("tag", "data", "figure", "size", "licence")]
+    rows += [(tag.name, str(tag.data["name"]), _figure(tag), f"{tag.bytes / 1e6:.2f} MB", tag.license) for tag in tags]
+    _table(rows)
+
+
+def _figure(tag: Tag) -> str:
+    """The most important figure: ours, or else the authors'."""
+    return str(next(iter((*tag.figures, tag.authors_figure)), None) or "")
+
+
 def _info(argv: list[str]) -> None:
     parser = _parser("info", "Paper, objective and hyperparameters of a model.")
-    parser.add_argument("name", help="a model, see `aezoo list`")
+    parser.add_argument("name", help="a model, see `aezoo list`, or a tag of `aezoo list --pretrained`")
     parser.add_argument(
         "--shape", nargs="+", type=int, metavar="N", help="shape of one sample, e.g. 1 28 28: counts parameters"
     )
@@ -237,6 +258,11 @@ def _info(argv: list[str]) -> None:
             f"{recipe} is a recipe, not a model: aezoo fit -c {recipe} trains it, aezoo cp {recipe} copies its "
             "settings; `aezoo recipes` lists all"
         )
+    if (tag := registry.find_tag(arguments.name)) is not None:
+        _info_tag(tag)
+        return
+    if (hint := registry.suggest_tags(arguments.name)) and registry.resolve(arguments.name) is None:
+        raise AezooError(f"no model and no pretrained weights are named {arguments.name!r}: {hint}")
     entry = registry.find(arguments.name)
     card = registry.card(arguments.name)
     print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n\n{card.text}\n\n{card.about}\n")
@@ -247,8 +273,33 @@ def _info(argv: list[str]) -> None:
             head = f"  {name}: {kind} = {default}"
             text = textwrap.fill(meaning, max(60, min(_width(), 110)), initial_indent=indent, subsequent_indent=indent)
             print(head.ljust(33) + " " + text.lstrip() if len(head) < 33 else f"{head}\n{text}")
+    if tags := registry.tags_of(entry.name):
+        print("\nPretrained weights: --ckpt_path TAG, or aezoo.load_model(TAG)")
+        _table([(f"  {tag.name}", f"{tag.bytes / 1e6:.2f} MB", tag.license, _figure(tag)) for tag in tags])
     if arguments.shape:
         _count(entry.name, tuple(arguments.shape))
+
+
+def _info_tag(tag: Tag) -> None:
+    """What is known of pretrained weights."""
+    low, high = tag.input_range
+    settings = ", ".join(f"{key} {value}" for key, value in tag.data.items() if key != "name")
+    rows = [
+        ("model", tag.model),
+        ("data", f"{tag.data['name']}{f' ({settings})' if settings else ''}"),
+        ("samples", f"{'x'.join(map(str, tag.input_shape))}, from {low:g} to {high:g}"),
+        ("size", f"{tag.bytes / 1e6:.2f} MB"),
+        ("licence", tag.license),
+        ("source", f"{tag.source}@{tag.revision}" if tag.is_remote else f"package {tag.owner}"),
+        *(
+            (f"{figure.metric}", f"{figure.value:.4g} ({figure.split}{figure.note and ', ' + figure.note})")
+            for figure in tag.figures
+        ),
+        *(("authors' figure", str(figure)) for figure in filter(None, [tag.authors_figure])),
+        *((name, text) for name, text in (("settings", tag.recipe), ("made by", tag.command)) if text),
+    ]
+    print(tag.name)
+    _table([(f"  {name}", text) for name, text in rows])
 
 
 def _count(name: str, shape: tuple[int, ...]) -> None:

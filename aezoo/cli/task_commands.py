@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
             tables.constriction_stream()  # what is not installed is said before anything is read
         model, trained = checkpoint.load_run(path)
         known = inspect.signature(DataModule).parameters
-        stored = {key: value for key, value in trained["settings"].items() if key in known and key != "batch_size"}
+        recorded = trained["settings"] or trained.get("data", {})
+        stored = {key: value for key, value in recorded.items() if key in known and key != "batch_size"}
         stored = for_data_set(drop_foreign_settings(stored, argv), argv)
         if "file" not in accepted:
             parser.set_defaults({f"data.{key}": value for key, value in stored.items()})
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
     speed.choose(config.speed)
     speed.keep_memory()
     if model is None:
-        raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE")
+        raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE_OR_TAG, such as vae.mnist")
     if config.get("batch_size", 1) < 1:
         raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
     if not 0 <= config.get("seed", 0) < 2**32:
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> None:
         settings["file"] = config.input
     else:
         any_size = verb in _ANY_SIZE and sizes.takes_any_size(model)
-        settings |= _samples(config, model.data_units, trained["settings"], argv, accepted, any_size)
+        settings |= _samples(config, model.data_units, trained, argv, accepted, any_size)
     if "columns" in accepted:
         settings["columns"] = Columns.of_model(model)
     out = Path(config.out) if config.out else trained["folder"] / verb
@@ -173,7 +174,10 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     about = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n\n")[0]
     parser = Parser(prog=f"aezoo {verb}", description=about)
     parser.add_argument(
-        "--ckpt_path", type=str, help="The model: a checkpoint, a run folder, a saved model folder or hf://user/name."
+        "--ckpt_path",
+        type=str,
+        help="The model: a checkpoint, a run folder, a saved model folder, hf://user/name, or a tag of `aezoo list "
+        "--pretrained`.",
     )
     accepted = inspect.signature(function).parameters
     if "file" in accepted:
@@ -204,7 +208,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
 def _samples(
     config: Any,
     units: DataUnits | None,
-    settings: dict[str, Any],
+    trained: dict[str, Any],
     argv: list[str],
     accepted: Mapping[str, Any],
     any_size: bool,
@@ -225,7 +229,11 @@ def _samples(
     wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
+    settings: dict[str, Any] = trained["settings"]
     if not settings and setting(argv, "data", "name") is None:
+        if needed and "data" in trained:
+            name = trained["data"]["name"]
+            raise AezooError(f"{config.ckpt_path} was trained on {name}: give --data {name}, or --input FILE")
         if needed:
             raise AezooError(
                 f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"

@@ -1,13 +1,15 @@
 """Saving and loading models in formats that cannot run code: safetensors or torch's weights-only files.
 
 A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters, units of
-the training data). A checkpoint is Lightning's, with the registry name added. Loading looks up that name in the
-registry, accepts only plain hyperparameters that the constructor has, and compares the size of the model with that of
-the file before it allocates memory. It never follows a class path in a file.
+the training data). Pretrained weights are such folders, found by their tags. A checkpoint is Lightning's, with the
+registry name added. Loading looks up that name in the registry, accepts only plain hyperparameters that the constructor
+has, and compares the size of the model with that of the file before it allocates memory. It never follows a class path
+in a file.
 """
 
 import contextlib
 import json
+import math
 import pickle
 import sys
 from collections.abc import Mapping
@@ -21,11 +23,12 @@ from torch import Tensor
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, hub_files, importers, run_folder, terminal
+from aezoo.io import atomic_files, hub_files, importers, run_folder, tag_files, terminal
 from aezoo.io.scale_folding import fold
 from aezoo.nets import without_weights
-from aezoo.registry import check_hyperparameters, model_class, name_of
+from aezoo.registry import check_hyperparameters, model_class, name_of, suggest_tags
 from aezoo.security import archives, values, weights
+from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -44,6 +47,7 @@ def save_model(
     """Write a model as `config.json` and `model.safetensors`.
 
     `config.json` also holds `model.data_units`: how the training data were scaled and, of a table, the columns' names.
+    `model.safetensors` also holds `model.data_statistics`.
 
     Args:
         model: a registered model.
@@ -82,6 +86,7 @@ def save_model(
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
+    state |= {} if model.data_statistics is None else model.data_statistics.to_tensors()
     cure = "make room, or choose a folder that can be written"
     atomic_files.write(folder / WEIGHTS, lambda file: file.write(save(state)), cure=cure)
     atomic_files.write(folder / CONFIG, lambda file: file.write(text.encode()), cure=cure)
@@ -89,23 +94,26 @@ def save_model(
 
 
 def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
-    """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder or the hub.
+    """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder, a tag or the hub.
 
     Files of other libraries are read too, see `aezoo.import_model`.
 
-    Weights in float64, float16 or bfloat16 keep their type; `.float()` converts them to float32.
+    Pretrained weights are float32, however they are stored. Others in float64, float16 or bfloat16 keep their type;
+    `.float()` converts them to float32.
 
     Args:
         path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`; or
             `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`; or what
-            `aezoo.import_model` takes.
+            `aezoo.import_model` takes; or, if there is no such path, the tag of pretrained weights, such as
+            `vae.mnist`.
         map_location: device that the model is put on.
         max_bytes: largest size of an unpacked checkpoint; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
             size of the file plus 16 MiB, because torch writes checkpoints without compression.
 
     Raises:
         AezooError: the path does not exist, the file is damaged or not a model, or the model is not in the registry;
-            for a model on the hub, also as in `aezoo.io.hub_files.fetch`.
+            for a model on the hub, also as in `aezoo.io.hub_files.fetch`; for a tag, also as in
+            `aezoo.io.tag_files.locate`.
     """
     return load_run(path, map_location, max_bytes)[0]
 
@@ -119,8 +127,12 @@ def load_run(
         The model, and a dict. `settings` are those of the DataModule, empty for a saved model folder and for other data
         than aezoo's. `scaling`, `white` and `columns` are those of `model.data_units`, empty where that is None.
         `folder` is the run's or the saved model's; for a model from the hub, whose files are in a cache, it is
-        `runs/user_name`.
+        `runs/user_name`, for a tag `runs/NAME.TAG`. `data` are the settings of the data that a tag was trained on.
     """
+    if (tag := tag_files.tag_of(path)) is not None:
+        model, trained = load_run(tag_files.locate(tag), map_location)
+        known_of_tag = {"settings": {}, "folder": Path("runs") / tag.name, "data": dict(tag.data)}
+        return model.float(), trained | known_of_tag
     settings: dict[str, Any] = {}
     units: DataUnits | None = None
     stored_units: Any = None
@@ -151,7 +163,8 @@ def load_run(
         name, hyperparameters, stored_units = config["model"], config["hyperparameters"], config.get("data")
     else:
         if "://" not in str(path) and not Path(path).exists():
-            raise AezooError(f"no checkpoint at {path}: give a .ckpt file, a run folder or a saved model folder")
+            cure = suggest_tags(str(path)) or "give a .ckpt file, a run folder, a saved model folder or a tag"
+            raise AezooError(f"no checkpoint at {path}: {cure}")
         source = resolve_checkpoint(path)
         folder = run_folder.run_of(source, Path(path)) or source.parent
         atomic_files.check_intact(source)
@@ -168,6 +181,7 @@ def load_run(
         content, settings = checkpoint["state_dict"], _data_settings(checkpoint, source)
         units = _data_units(checkpoint, settings) if settings else None
     state = weights.check_tensors(content, source, name)
+    statistics = {key: state.pop(key) for key in [*state] if key.startswith(DataStatistics.PREFIX)}
     model = build(name, hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
@@ -181,6 +195,9 @@ def load_run(
     if address is not None:
         folder = Path("runs") / archives.safe_name(hub_files.split(address)[0])
     model = _to_device(model, map_location)
+    if statistics:
+        code_size = math.prod(model.code_shape)
+        model.data_statistics = DataStatistics.from_tensors(statistics, code_size, str(source / WEIGHTS))
     if stored_units is not None:
         units = DataUnits.from_plain(stored_units, model.input_shape, str(source / CONFIG))
     model.data_units, known = units, units or DataUnits()
@@ -441,13 +458,14 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
             f"{text} is a saved model, which has no checkpoint: verbs such as `aezoo reconstruct` and aezoo.load_model "
             "take it"
         )
+    tag_files.refuse_tag(text)
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(path)
     if path.is_file():
         return path
     if not path.exists():
-        raise AezooError(f"no checkpoint at {path}: give a .ckpt file or a run folder")
+        raise AezooError(f"no checkpoint at {path}: {suggest_tags(text) or 'give a .ckpt file or a run folder'}")
     for home in run_folder.checkpoint_folders(path):
         # a link may be broken
         files = [file for file in home.glob("*.ckpt") if file.is_file()]

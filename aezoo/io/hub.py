@@ -3,7 +3,7 @@
 import inspect
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def push_to_hub(
 
 
 def model_card(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
-    """The model card of a saved model, in Markdown with the YAML head that the hub reads.
+    """The model card of a saved model on the hub, in Markdown with the YAML head that the hub reads.
 
     Args:
         folder: folder written by `save_model`.
@@ -71,27 +71,53 @@ def model_card(folder: Path, name: str, revision: str | None, license: str | Non
         license: license of the weights.
         metrics: names and values.
     """
+    address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "")
+    values = {key: f"{value:.6g}" for key, value in metrics.items()}
+    return card_text(folder, name.partition("/")[2], address, license, values, "aezoo[hub]")
+
+
+def card_text(
+    folder: Path,
+    title: str,
+    address: str,
+    license: str | None,
+    figures: Mapping[str, str],
+    requirement: str,
+    sections: Sequence[str] = (),
+) -> str:
+    """A model card.
+
+    Args:
+        folder: folder written by `save_model`.
+        title: its title.
+        address: what `load_model` and `--ckpt_path` take.
+        license: license of the weights.
+        figures: names of metrics and their values.
+        requirement: what pip installs.
+        sections: lines in front of the code.
+    """
     config = json.loads((folder / hub_files.FILES[0]).read_text())
     model, entry, about = config["model"], registry.find(config["model"]), registry.card(config["model"])
     head: dict[str, Any] = {"library_name": "aezoo", "tags": ["aezoo", "autoencoder", entry.family, model]}
     if license is not None:
         head["license"] = license
-    address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "")
     in_a_cell = str.maketrans("|", "/", "\\")
-    rows = [f"| {' '.join(key.translate(in_a_cell).split())} | {value:.6g} |" for key, value in metrics.items()]
+    rows = [f"| {' '.join(key.translate(in_a_cell).split())} | {value} |" for key, value in figures.items()]
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    quoted = f"'{requirement}'" if "[" in requirement else requirement
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {name.partition('/')[2]}",
+        f"# {title}",
         "",
         f"`{model}` of {entry.owner}, saved by aezoo {config['aezoo_version']}: {about.summary}".removesuffix(": "),
         *table,
+        *sections,
         "",
         "```python",
-        f"import aezoo  # pip install 'aezoo[hub]' {entry.owner}".removesuffix(" aezoo"),
+        f"import aezoo  # pip install {quoted} {entry.owner}".removesuffix(" aezoo"),
         "",
         f"model = aezoo.load_model({address!r})  # in eval mode",
         "x_hat = model(x)  # x: (batch, " + ", ".join(map(str, config["hyperparameters"]["input_shape"])) + ")",

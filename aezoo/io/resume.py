@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, hub_files, run_folder
+from aezoo.io import atomic_files, hub_files, run_folder, tag_files
 
 
 def newest_resumable(text: str) -> Path:
@@ -24,6 +24,7 @@ def newest_resumable(text: str) -> Path:
     """
     if hub_files.is_address(text):
         raise AezooError(f"{text} is a saved model, which has no training state to continue from: give a run folder")
+    tag_files.refuse_tag(text)
     if "://" in text:
         raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
     path = Path(text)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,8 @@ def detect(
         fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
             split without the samples whose labels make them anomalies; else x itself.
         calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
-            validation split if x is a DataModule, else the samples of fit_on.
+            validation split if x is a DataModule, else the samples of fit_on, or without them the scores of such
+            samples that pretrained weights bring, see `aezoo.Autoencoder.data_statistics`.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -164,13 +165,19 @@ def detect(
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
-    if quantile is not None and held_out is None:
+    stored: Mapping[str, Tensor] = {}
+    if held_out is None and train.samples is samples and model.data_statistics is not None:
+        stored = model.data_statistics.scores
+    if quantile is not None and held_out is None and detectors[0].name not in stored:
         raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
                          "calibrate_on, or take contamination")  # fmt: skip
 
     lines: list[str] = []
     with Store(out) as store:
-        results = [_run_detector(detector, samples, train, held_out, contamination, quantile) for detector in detectors]
+        results = [
+            _run_detector(detector, samples, train, held_out, stored.get(detector.name), contamination, quantile)
+            for detector in detectors
+        ]
         rows = [
             {"method": detector.name}
             | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
@@ -200,7 +207,8 @@ def detect(
         if draw is not None:
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
-    lines += _threshold_report(first, None if fits_on_itself else train, held_out, contamination, quantile)
+    n_held_out = len(held_out.samples) if held_out is not None else len(stored.get(detectors[0].name, ()))
+    lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, contamination, quantile)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
@@ -229,6 +237,7 @@ def _run_detector(
     samples: SampleSet,
     train: Reference,
     held_out: Reference | None,
+    stored: Tensor | None,
     contamination: float,
     quantile: float | None,
 ) -> _DetectorResult | None:
@@ -240,12 +249,14 @@ def _run_detector(
         # samples that were fitted on, each left out of what it is compared with
         scores[train.own[detector.fitted_on]] = detector.decision_scores_
     own = (held_out or train).own
-    threshold = detector.threshold_
-    if held_out is None:
-        reference = detector.decision_scores_
-    else:
+    if stored is not None:
+        reference, own = stored.cpu().numpy(), own[:0]
+    elif held_out is not None:
         reference = scores[own] if len(own) else detector.decision_function(held_out.samples)
-        threshold = held_out_threshold(reference, contamination)
+    else:
+        reference = detector.decision_scores_
+    calibrated = stored is not None or held_out is not None
+    threshold = held_out_threshold(reference, contamination) if calibrated else detector.threshold_
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
@@ -289,22 +300,22 @@ def _score_rows(
 def _threshold_report(
     found: _DetectorResult,
     train: Reference | None,
-    held_out: Reference | None,
+    n_held_out: int,
     contamination: float,
     quantile: float | None,
 ) -> list[str]:
     """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
-    calibrated = fitted if held_out is None else f"{len(held_out.samples):,} held-out samples"
-    if held_out is not None and quantile is None:
-        low, high = flagged_interval(len(held_out.samples), contamination)
+    calibrated = f"{n_held_out:,} held-out samples" if n_held_out else fitted
+    if n_held_out and quantile is None:
+        low, high = flagged_interval(n_held_out, contamination)
         calibrated += f" ({100 * low:.2g} to {100 * high:.2g} % of new normal samples exceed it, 95 % interval)"
     rule = f"the upper {100 * contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     lines = [
         f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule} of "
         f"the scores of {calibrated}; p-values compare with the same",
     ]
-    if train is not None and held_out is None:
+    if train is not None and not n_held_out:
         lines.append("if the model was trained on these, too many new samples are called strange: give calibrate_on")
     return lines
 

@@ -120,7 +120,8 @@ def generate(
             0 the most likely index each time, above 1 less likely samples.
         top_k: for such a prior: draw each index only from this many of the most likely ones; 0 for all.
         fit_on: training samples that a prior is fitted to and quality is measured against: an array, a DataModule (its
-            training split) or `SampleSet`.
+            training split) or `SampleSet`. Without them a prior is fitted to the codes of training samples that
+            pretrained weights bring, see `aezoo.Autoencoder.data_statistics`.
         n_components: Gaussians in the mixture of gmm; the summary says how much more likely it makes held-out codes.
         n_neighbours: neighbours that knn chooses from.
         interpolate: walk from sample to sample, on a straight line between their codes.
@@ -306,12 +307,16 @@ def _prior(
             hint = "; a prior over its indices draws better: aezoo fit --model pixelcnn --model.tokenizer RUN"
     if name == "own":
         return None, "the model's own prior"
-    if train is None:
-        raise AezooError(f"prior {name} is fitted to the codes of training samples: {GIVE_TRAINING}")
+    stored = None if model.data_statistics is None else model.data_statistics.codes
     max_codes = min(_MAX_CODES, max(1_000, _MAX_VALUES // math.prod(model.code_shape)))
-    codes = encode_samples(model, train, max_codes, batch_size, seed, progress)[0]
+    if train is not None:
+        codes = encode_samples(model, train, max_codes, batch_size, seed, progress)[0]
+    elif stored is not None:
+        codes = stored.cpu().numpy()
+    else:
+        raise AezooError(f"prior {name} is fitted to the codes of training samples: {GIVE_TRAINING}")
     log_vars = None
-    if name == "vamp" and model.normal_prior:
+    if name == "vamp" and model.normal_prior and train is not None:
         posterior: Any = model.posterior
         log_vars = encode_samples(model, train, max_codes, batch_size, seed, progress, lambda x: posterior(x)[1])[0]
     fitted = priors.fit(
@@ -323,7 +328,7 @@ def _prior(
         log_vars=log_vars,
         seed=seed,
     )
-    source = f"{name}, fitted to {len(codes):,} codes"
+    source = f"{name}, fitted to {len(codes):,} codes" + ("" if train is not None else " that the weights bring")
     if (
         held_out is not None
         and isinstance(fitted, priors_principal.PrincipalSubspace)

@@ -1,0 +1,59 @@
+"""`create_model(NAME, pretrained=TAG)`: the weights of a tag in a model with settings of one's own."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aezoo import registry
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.io.checkpoint import load_model
+
+
+def create(
+    name: str, tag: str, input_shape: Iterable[int] | None = None, hyperparameters: Mapping[str, Any] | None = None
+) -> Autoencoder:
+    """A model with the weights of a tag, in eval mode, float32.
+
+    Args:
+        name: the registry name.
+        tag: the part of the tag after the name, or all of it.
+        input_shape: shape of one sample; None takes that of the weights.
+        hyperparameters: those that shall differ from the weights' own, such as the learning rate.
+
+    Raises:
+        AezooError: there is no such tag; its weights take samples of another shape; or the weights do not fit the
+            hyperparameters; or as in `load_model`.
+    """
+    known = registry.tags_of(name)
+    found = next((each for each in known if tag in (each.name, each.name.partition(".")[2])), None)
+    if found is None:
+        some = ", ".join(each.name.partition(".")[2] for each in known)
+        if not some:
+            raise AezooError(f"{name} has no pretrained weights: `aezoo list --pretrained` shows those of other models")
+        raise AezooError(f"{name} has no weights {tag!r}, it has {some}: {registry.suggest_tags(f'{name}.{tag}')}")
+    shape = found.input_shape if input_shape is None else tuple(input_shape)
+    if shape != found.input_shape:
+        taken = dict.fromkeys(_text(each.input_shape) for each in known)
+        raise AezooError(
+            f"{found.name} takes samples of shape {_text(found.input_shape)}, not {_text(shape)}: leave input_shape "
+            f"out, or resize the data; weights of {name} take {', '.join(taken)}"
+        )
+    model = load_model(found.name)
+    own = dict(model.hparams)
+    given = {key: value for key, value in (hyperparameters or {}).items() if own.get(key) != value}
+    if not given:
+        return model
+    changed: Autoencoder = type(model)(**(own | given))
+    try:
+        changed.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        values = ", ".join(f"{key} {own.get(key)!r}, not {value!r}" for key, value in given.items())
+        raise AezooError(
+            f"the weights of {found.name} were trained with {values}: leave what they do not fit out"
+        ) from error
+    changed.data_units, changed.data_statistics = model.data_units, model.data_statistics
+    return changed.eval()
+
+
+def _text(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))

@@ -275,6 +275,10 @@ def create_model(
         AezooError: an unknown model, tag or hyperparameter, or a value that the model or the weights reject.
     """
     cls = model_class(name)
+    if "pretrained" in inspect.signature(cls).parameters and f"{find(name).name}.{pretrained}" not in tags.all_tags():
+        # diffusers_ae reads a folder
+        hyperparameters |= {} if pretrained is None else {"pretrained": pretrained}
+        pretrained = None
     check_hyperparameters(cls, hyperparameters, find(name).name)
     if pretrained is not None:
         # by name, since files are of a higher layer

@@ -37,6 +37,7 @@ MEANING = {
     # models: a term may have any finite weight; a dictionary or a wait longer than there is
     "contraction": WEIGHT, "l1": WEIGHT, "beta": WEIGHT, "aux_weight": WEIGHT, "weight_decay": WEIGHT, "lr": {1.5},
     "warmup_steps": OFF | NEVER, "k_aux": OFF | NEVER, "dead_after": NEVER, "latent_map": ON,
+    "class_token": ON, "heads": OFF, "decoder_heads": OFF, "norm_eps": {1.5}, "unit_norm": ON, "pretrained": NONE,
     "hidden_dims": {"[]", None},  # one layer, or those of the net
     "start_k": OFF, "k_steps": OFF | NEVER, "spatial": ON, "l1_steps": OFF | NEVER, "resample_steps": OFF | NEVER,
     "l0_weight": WEIGHT, "l0_steps": OFF | NEVER, "target_l0": WEIGHT, "targets": {"[]"},
@@ -86,6 +87,7 @@ MEANING = {
     "refresh_rate": OFF | NEVER, "leave": ON, "projector.n": OFF, "n_projected": OFF, "span": {1.5},
 }  # fmt: skip
 FEWER = {
+    ("temporal_sae", "heads"): set(),
     ("EMA", "every_n_steps"): NEVER,
     ("FaultGuard", "every_n_steps"): NEVER,
     ("Checkpoints", "every_n_epochs"): NEVER,

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 
@@ -9,8 +10,6 @@ import aezoo
 from aezoo.errors import AezooError
 from aezoo.io.exporters.diffusers import save_diffusers
 from aezoo.nets.blocks.diffusers import KINDS
-
-diffusers = pytest.importorskip("diffusers", reason="the extra diffusers is not installed", exc_type=ImportError)
 
 SHAPE = (3, 16, 24)
 SMALL = {"net": "ldm", "hidden_dims": (8, 12), "latent_dim": 5, "features": "none", "discriminator_weight": 0.0}

@@ -5,6 +5,7 @@ import re
 import shutil
 from contextlib import nullcontext
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +15,6 @@ from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io.importers.diffusers import infer_arguments
 from aezoo.nets.blocks.diffusers import KINDS, REFUSED
-
-diffusers = pytest.importorskip("diffusers", reason="the extra diffusers is not installed", exc_type=ImportError)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}

@@ -14,8 +14,6 @@ import aezoo
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 
-pytest.importorskip("diffusers", reason="the extra diffusers is not installed", exc_type=ImportError)
-
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "taming"
 DD = {
     "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "resolution": 16, "in_channels": 3,

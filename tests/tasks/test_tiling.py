@@ -119,7 +119,6 @@ def test_blended_tiles_are_weighted_along_each_axis():
 @torch.no_grad()
 def test_blended_tiles_are_those_of_diffusers():
     """Where theirs has no narrow tile at the end, which ours leaves out."""
-    pytest.importorskip("diffusers", reason="the extra diffusers is not installed", exc_type=ImportError)
     torch.manual_seed(0)
     model = aezoo.create_model("diffusers_ae", (3, 32, 32)).eval()
     for p in model.parameters():

@@ -40,7 +40,8 @@ class JumpReLU(nn.Module):
         self.theta_N = nn.Parameter(torch.full((latent_dim,), float(threshold)))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        theta_N = self.theta_N.data if "theta_N" in self._parameters else None
+        thresholds: nn.Parameter | None = getattr(self, "theta_N", None)
+        theta_N = None if thresholds is None else thresholds.data
         super()._apply(fn, recurse)
         if theta_N is not None and self.theta_N.dtype in (torch.bfloat16, torch.float16):  # small steps would be lost
             self.theta_N.data = theta_N.to(self.theta_N.device)

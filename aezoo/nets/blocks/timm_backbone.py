@@ -41,6 +41,7 @@ from aezoo.nets.build import TIMM
 from aezoo.security import weight_files, weights
 from aezoo.training.seeding import forked_rng
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FLAGS = {"true": True, "false": False, "": True}
 # what is set here, or would read or fetch something
 _REFUSED = (
@@ -163,7 +164,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _start_statistics(self, input_shape: tuple[int, ...]) -> None:
         """Set the statistics of BatchNorm to those of smooth random images, once, since training does not move them."""
-        norms: list[Any] = [part for part in self.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms: list[Any] = [part for part in self.modules() if isinstance(part, _BATCH_NORMS)]
         if not norms:
             return
         self.eval()
@@ -184,7 +185,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         super().train(mode and not self.frozen)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BATCH_NORMS):
                 module.eval()
         return self
 

@@ -180,6 +180,7 @@ VARIANTS = [
     subject_of("denoising_vae", corruption="masking:0.3"),
     subject_of("vae", net="conv_keras", hidden_dims=(8, 8)),
     subject_of("vae", net="gdn", hidden_dims=(8, 8)),
+    subject_of("vae", net="ldm", hidden_dims=(8, 8)),
     subject_of("vae", net="dc", hidden_dims=(8, 8)),
     subject_of("vae", net="mixer", hidden_dims=(16, 12)),
     subject_of("factorized_prior", net="mlp", hidden_dims=(24,)),

@@ -101,13 +101,13 @@ def to_channels_last(module: nn.Module) -> bool:
     """Give 2-D convolutions their faster memory layout, with the same values. Returns whether there are any."""
     if not any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()):
         return False
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     return True
 
 
 def to_channels_first(module: nn.Module) -> None:
     """Give weights torch's default memory layout again, with the same values."""
-    module.to(memory_format=torch.contiguous_format)
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
 
 
 class _InMemoryOrder:

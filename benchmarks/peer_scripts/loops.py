@@ -38,7 +38,8 @@ def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
     network, data = Network(job).to(job.accelerator), training_rows(job).to(job.accelerator)
     channels_last = job.variational and "no-channels-last" not in job.options
     if channels_last:
-        network.to(memory_format=torch.channels_last)
+        # stubs of torch before 2.15 lack this overload
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     bf16 = job.precision == "bf16"
 
     def forward(batch: Tensor) -> Tensor:

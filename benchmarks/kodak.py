@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from aezoo.errors import AezooError
 
 from .common import ResultsCSV, at_least, build_parser, command_line, environment, run_script, seconds
+from .photos import read_photograph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise AezooError(f"{arguments.kodak} holds no kodim01.png: give the folder of the photographs with --kodak")
     command = command_line("kodak", argv, left_out=("--runs",), folders=("--kodak",))
     table = ResultsCSV(arguments.results / f"kodak-{environment(arguments)}.csv", KEY, command, arguments.again)
-    photographs = [_read(file) for file in files]
+    photographs = [read_photograph(file) for file in files]
     for method, options in CODECS.items():
         for quality in QUALITIES:
             if table.needs({"method": method, "quality": quality}):
@@ -157,12 +158,6 @@ def _figures(size: int, photographs: "list[Tensor]", outputs: "list[Tensor]") ->
         "psnr": sum(map(psnr, errors)) / len(errors),
         "ms_ssim": sum(map(float, similar)) / len(similar),
     }
-
-
-def _read(file: Path) -> "Tensor":
-    from aezoo.data.images import read_image
-
-    return read_image(file, None, 3, 10**7).float() / 255
 
 
 def bd_rate(reference: list[tuple[float, float]], method: list[tuple[float, float]]) -> float | None:

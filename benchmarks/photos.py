@@ -99,7 +99,7 @@ def _measure(name: str, runs: Path, files: list[Path]) -> dict[str, object]:
     figures: dict[str, list[float]] = {"psnr": [], "ssim": [], "psnr_pca": []}
     pca = _pca(math.prod(model.code_shape))
     for file in files:
-        photograph = _read(file)
+        photograph = read_photograph(file)
         output = _reconstructed(model, photograph)
         figures["psnr"].append(_psnr(output, photograph))
         similarity: Any = structural_similarity_index_measure(output[None], photograph[None], data_range=1.0)
@@ -140,7 +140,8 @@ def _run(runs: Path, name: str) -> Path:
     return next((runs / name).glob("runs/*/0"))
 
 
-def _read(file: Path) -> "Tensor":
+def read_photograph(file: Path) -> "Tensor":
+    """A photograph, (3, H, W) in [0, 1]."""
     from aezoo.data.images import read_image
 
     return read_image(file, None, 3, 10**7).float() / 255
@@ -185,7 +186,7 @@ def _picture(runs: Path, kodak: Path, path: Path) -> None:
 
     from aezoo.callbacks import plotting
 
-    photographs = [_read(kodak / name) for name in DETAILS]
+    photographs = [read_photograph(kodak / name) for name in DETAILS]
 
     def details(images: "list[Tensor]") -> "Tensor":
         places = zip(images, DETAILS.values(), strict=True)

@@ -27,7 +27,7 @@ from aezoo.io import atomic_files, hub_files, importers, run_folder, tag_files, 
 from aezoo.io.scale_folding import fold
 from aezoo.nets import without_weights
 from aezoo.registry import check_hyperparameters, model_class, name_of, suggest_tags
-from aezoo.security import archives, values, weights
+from aezoo.security import archives, json_files, values, weights
 from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
 
@@ -314,14 +314,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         AezooError: it is not JSON, or not in the form that `save_model` writes.
     """
-    try:
-        with (folder / CONFIG).open("rb") as file:
-            text = file.read(_MAX_CONFIG + 1)
-        if len(text) > _MAX_CONFIG:
-            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
-        config = json.loads(text.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AezooError(f"cannot read {folder / CONFIG}: {_one_line(error)}") from error
+    config = json_files.read(folder / CONFIG, _MAX_CONFIG, str(folder / CONFIG))
     if not (isinstance(config, dict) and isinstance(config.get("model"), str)):
         raise AezooError(f"{folder / CONFIG} names no model: it was not written by aezoo.save_model")
     if not isinstance(config.get("hyperparameters"), dict):

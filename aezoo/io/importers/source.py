@@ -1,7 +1,6 @@
 """Files of another library's model, in a folder or in a repository on the hub."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.io import hub_files
-from aezoo.security import weight_files, weights
+from aezoo.security import json_files, weight_files, weights
 
 _MAX_JSON = 2**24
 
@@ -111,17 +110,11 @@ class WeightSource:
             AezooError: as `path`; or it is larger than 16 MiB or not such a file.
         """
         if name not in self._read:
-            path = self.path(name)
-            try:
-                with path.open("rb") as file:
-                    text = file.read(_MAX_JSON + 1)
-                if len(text) > _MAX_JSON:
-                    raise ValueError(f"it has more than {_MAX_JSON} bytes")
-                content = json.loads(text.decode("utf-8"))
-                if not isinstance(content, dict):
-                    raise ValueError(f"it holds a {type(content).__name__} in place of an object")
-            except (OSError, ValueError, RecursionError) as error:
-                raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}") from error
+            content = json_files.read(self.path(name), _MAX_JSON, self.label(name))
+            if not isinstance(content, dict):
+                raise AezooError(
+                    f"cannot read {self.label(name)}: it holds a {type(content).__name__} in place of an object"
+                )
             self._read[name] = content
         found: dict[str, Any] = self._read[name]
         return found

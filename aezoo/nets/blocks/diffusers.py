@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aezoo.errors import AezooError
-from aezoo.security import values, weights
+from aezoo.security import json_files, values, weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _MAX_CONFIG = 2**20
@@ -282,14 +282,7 @@ def _read_config(folder: Path) -> object:
             f"{folder} has no {CONFIG}: give the folder of a model of diffusers on this disk, of a pipeline its vae; "
             "`aezoo import hf://NAME OUT` fetches one"
         )
-    try:
-        with (folder / CONFIG).open("rb") as file:
-            text = file.read(_MAX_CONFIG + 1)
-        if len(text) > _MAX_CONFIG:
-            raise ValueError(f"it has more than {_MAX_CONFIG} bytes")
-        return json.loads(text.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AezooError(f"cannot read {folder / CONFIG}: {_brief(error)}") from error
+    return json_files.read(folder / CONFIG, _MAX_CONFIG, str(folder / CONFIG))
 
 
 class LatentScaling:

@@ -25,10 +25,7 @@ from aezoo.models.variational.perceptual_vae import zoo_features
 from aezoo.nets.blocks.features import (
     VGG,
     FeatureNet,
-    feature_maps,
-    has_feature_maps,
-    random_features,
-    vgg_features,
+    named_features,
 )
 from aezoo.nets.blocks.pretrained import cached_weights
 
@@ -56,14 +53,10 @@ class FrozenFeatures(nn.Module):
     def __init__(self, name: str, input_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.enlarge = name in RESNETS
-        if has_feature_maps(name):
-            self.net = feature_maps(name, input_shape)
-        elif name == "random":
-            self.net = random_features(input_shape)
-        elif self.enlarge:
+        if self.enlarge:
             self.net = resnet_features(name, input_shape)
-        elif name in VGG or name.endswith(".pth"):
-            self.net = vgg_features(name, input_shape)
+        elif (net := named_features(name, input_shape)) is not None:
+            self.net = net
         elif name and Path(name).exists():
             self.net = zoo_features(name, input_shape)
         else:

@@ -32,10 +32,9 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.features import (
     VGG,
     FeatureNet,
-    feature_maps,
     has_feature_maps,
+    named_features,
     random_features,
-    vgg_features,
 )
 from aezoo.training.limits import check_above
 
@@ -94,12 +93,8 @@ class PerceptualVAE(VAE):
             AezooError: there is no such file, or it does not fit the data.
         """
         if not self.frozen:
-            if has_feature_maps(self.features):
-                net = feature_maps(self.features, self.input_shape)
-            elif self.features in VGG or self.features.endswith(".pth"):
-                net = vgg_features(self.features, self.input_shape)
-            else:
-                net = zoo_features(self.features, self.input_shape)
+            net = named_features(self.features, self.input_shape)
+            net = zoo_features(self.features, self.input_shape) if net is None else net
             self.frozen = (net.to(next(self.decoder.parameters())),)
         return self.frozen[0]
 

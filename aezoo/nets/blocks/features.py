@@ -348,3 +348,18 @@ def _load_layers(layers: list[nn.Module], known: str, file: Path | None) -> None
     with cached_weights(known, "take features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})
+
+
+def named_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet | None:
+    """The network that a setting `features` names: random, a VGG, its file, torchvision:NAME or timm:NAME.
+
+    None for any other name, such as the path to a model of the zoo.
+
+    Raises:
+        AezooError: as in the functions for each of them.
+    """
+    if has_feature_maps(name):
+        return feature_maps(name, input_shape)
+    if name == "random":
+        return random_features(input_shape)
+    return vgg_features(name, input_shape) if name in VGG or name.endswith(".pth") else None

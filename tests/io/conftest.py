@@ -2,7 +2,7 @@
 
 import pytest
 from hub_server import OWNER, Hub, ask
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 
 @pytest.fixture
@@ -13,6 +13,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # before 1.0 a session that a test has opened offline stays offline
+    getattr(utils, "reset_sessions", lambda: None)()
     monkeypatch.setenv("HF_TOKEN", OWNER)
     yield server
     server.shutdown()

@@ -16,6 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.training import collectives, input_checks, optimizers
 from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import DataUnits
+from aezoo.training.hub_methods import HubMethods
 from aezoo.training.hyperparameters import ConstructorHyperparameters
 from aezoo.training.model_names import display_name
 from aezoo.training.module import TrainingModule
@@ -27,7 +28,7 @@ from aezoo.training.traits import Traits as Traits
 from aezoo.training.traits import set_traits
 
 
-class Autoencoder(ConstructorHyperparameters, TrainingModule):
+class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
     """An encoder, a decoder, a likelihood and a loss; subclass it in one file and write the paper's formula in `loss`.
 
     Losses are in nats per sample: summed over data dimensions, averaged over the batch. Batches are `x`, `(x,)` or

@@ -1,19 +1,26 @@
-"""Models on the Hugging Face hub: `push_to_hub` here, and `load_model("hf://user/name")`."""
+"""Models on the Hugging Face hub: `push_to_hub`, and `from_pretrained` as huggingface_hub's mixin has it."""
 
 import inspect
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import Tensor
 
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.io import hub_files
-from aezoo.io.checkpoint import save_model
+from aezoo.errors import AezooError
+from aezoo.io import hub_files, tag_files
+from aezoo.io.checkpoint import load_model, save_model
+from aezoo.io.pretrained import Model, with_hyperparameters
+
+if TYPE_CHECKING:
+    from aezoo.tasks.results import Result
+
+_PICTURES = "pictures"
 
 
 def push_to_hub(
@@ -26,8 +33,10 @@ def push_to_hub(
     token: str | None = None,
     license: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    results: "Sequence[Result]" = (),
     scaling: Mapping[str, Tensor] | Tensor | float | None = None,
     replace_card: bool = False,
+    create_pr: bool | None = None,
 ) -> str:
     """Upload the files that `save_model` writes, and a model card, to a repository on the Hugging Face hub.
 
@@ -42,11 +51,14 @@ def push_to_hub(
         token: token of the hub; by default the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
         license: license of the weights, such as `mit`, for the card; by default the card does not mention one.
         metrics: names and values for the card; by default it has none.
+        results: results of verbs, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`: the card shows the
+            picture and the figures of each.
         scaling: as for `save_model`.
-        replace_card: write the card even if the repository already has one; by default an existing card stays.
+        replace_card: write the card and its pictures even if the repository has a card; by default that stays.
+        create_pr: propose the commit to the repository's owner instead of making it.
 
     Returns:
-        The address of the commit's page.
+        The address of the commit's page, or of the proposal's.
 
     Raises:
         AezooError: as in `save_model`; or the name is not `user/name`, the user is not logged in or may not write
@@ -55,25 +67,84 @@ def push_to_hub(
     hub_files.check_name(name)
     with tempfile.TemporaryDirectory() as folder:
         home = save_model(model, folder, scaling)
-        (home / hub_files.CARD).write_text(model_card(home, name, revision, license, metrics or {}), encoding="utf-8")
+        write_card(home, name, revision=revision, license=license, metrics=metrics, results=results)
         model_name = json.loads((home / hub_files.FILES[0]).read_text())["model"]
-        message = commit_message or f"{model_name}, pushed with aezoo"
-        return hub_files.upload(home, name, revision, private, message, token, replace_card)
+        return hub_files.upload(
+            home,
+            name,
+            revision=revision,
+            private=private,
+            message=commit_message or f"{model_name}, pushed with aezoo",
+            token=token,
+            card=replace_card,
+            create_pr=create_pr,
+        )
 
 
-def model_card(folder: Path, name: str, revision: str | None, license: str | None, metrics: Mapping[str, float]) -> str:
-    """The model card of a saved model on the hub, in Markdown with the YAML head that the hub reads.
+def from_pretrained(
+    cls: type[Model],
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **hyperparameters: Any,
+) -> Model:
+    """Load a model of a class, see `Autoencoder.from_pretrained`."""
+    address = str(source)
+    on_disk = "://" not in address and (Path(address).exists() or tag_files.tag_of(address) is not None)
+    if not on_disk and hub_files.is_repository(address):
+        address = f"{hub_files.SCHEME}{address}"
+    if revision is not None:
+        if not hub_files.is_address(address) or "@" in address:
+            raise AezooError(f"revision {revision!r} is of a repository on the hub, which {source} does not name alone")
+        address = f"{address}@{revision}"
+    with hub_files.downloading(
+        force_download=force_download, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    ):
+        model = load_model(address)
+    if not isinstance(model, cls):
+        raise AezooError(f"{source} is a {type(model).__name__}, not a {cls.__name__}: load_model takes either")
+    return with_hyperparameters(model, hyperparameters, str(source))
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    results: "Sequence[Result]" = (),
+) -> None:
+    """Write the model card of a saved model, in Markdown with the YAML head that the hub reads, and its pictures.
 
     Args:
         folder: folder written by `save_model`.
-        name: `user/name`.
+        name: `user/name`, or a local folder.
         revision: the branch for the upload.
         license: license of the weights.
         metrics: names and values.
+        results: results of verbs.
+
+    Raises:
+        AezooError: a result has no picture.
     """
-    address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "")
-    values = {key: f"{value:.6g}" for key, value in metrics.items()}
-    return card_text(folder, name.partition("/")[2], address, license, values, "aezoo[hub]")
+    sections: list[str] = []
+    for number, result in enumerate(results, 1):
+        kind = type(result).__name__.lower()
+        picture = folder / _PICTURES / f"{number}-{kind}.png"
+        picture.parent.mkdir(exist_ok=True)
+        result.figure.savefig(picture, metadata={"Software": None})
+        sections += ["", f"![{kind}]({_PICTURES}/{picture.name})", "", "```text", result.summary(), "```"]
+    is_repository = hub_files.is_repository(name)
+    address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "") if is_repository else name
+    values = {key: f"{value:.6g}" for key, value in (metrics or {}).items()}
+    requirement = "aezoo[hub]" if is_repository else "aezoo"
+    text = card_text(folder, name.rpartition("/")[2], address, license, values, requirement, sections)
+    (folder / hub_files.CARD).write_text(text, encoding="utf-8")
 
 
 def card_text(

@@ -9,6 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ SCHEME = "hf://"
 CARD = "README.md"
 FILES = ("config.json", "model.safetensors")
 _OWN: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
+# arguments of every download, see `downloading`
+_DOWNLOAD: ContextVar[dict[str, Any] | None] = ContextVar("_DOWNLOAD", default=None)
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
@@ -47,13 +50,22 @@ def local_path(path: str) -> str:
     return path
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form `user/name`."""
+    return (
+        _NAME.fullmatch(name) is not None
+        and len(name) <= 96
+        and not ("--" in name or ".." in name or name.endswith(".git"))
+    )
+
+
 def check_name(name: str) -> str:
     """The name of a repository, after a check of its form.
 
     Raises:
         AezooError: it does not have the form `user/name`.
     """
-    if not _NAME.fullmatch(name) or len(name) > 96 or "--" in name or ".." in name or name.endswith(".git"):
+    if not is_repository(name):
         raise AezooError(
             f"{name!r} names no repository: give user/name, of letters, digits and single - . _, at most 96 in all"
         )
@@ -78,6 +90,35 @@ def split(address: str) -> tuple[str, str, str | None]:
     return check_name(f"{user}/{name}" if name else user), inside, revision or None
 
 
+@contextlib.contextmanager
+def downloading(
+    *,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Iterator[None]:
+    """Within this context downloads have these arguments of `huggingface_hub.hf_hub_download`.
+
+    Args:
+        force_download: download files even if they are in the cache.
+        token: token of the hub; None or True uses the one that huggingface_hub finds, False none.
+        cache_dir: folder of the cache; None is huggingface_hub's.
+        local_files_only: take files from the cache alone.
+    """
+    arguments = {
+        "force_download": force_download,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    before = _DOWNLOAD.set(arguments)
+    try:
+        yield
+    finally:
+        _DOWNLOAD.reset(before)
+
+
 def fetch(address: str) -> Path:
     """Download a saved model and return its folder in huggingface_hub's cache; cached files are not downloaded again.
 
@@ -98,12 +139,13 @@ def fetch(address: str) -> Path:
     with _errors_in_one_line(name, revision):
         from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **_OWN)
+        own = _OWN | (_DOWNLOAD.get() or {})
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
         for file in FILES:
             # without a network, versions before 2 return the remains of an interrupted download
             if not (Path(folder) / file).is_file():
                 try:
-                    hf_hub_download(name, file, revision=Path(folder).name, **_OWN)
+                    hf_hub_download(name, file, revision=Path(folder).name, **own)
                 except errors.EntryNotFoundError as error:
                     if isinstance(error, errors.LocalEntryNotFoundError):
                         raise
@@ -135,15 +177,18 @@ class Repository:
         with _errors_in_one_line(name, revision):
             from huggingface_hub import HfApi, constants, snapshot_download
 
+            own = _DOWNLOAD.get() or {}
             try:
-                if constants.HF_HUB_OFFLINE:
+                if constants.HF_HUB_OFFLINE or own.get("local_files_only"):
                     raise ConnectionError
-                info = HfApi(**_OWN).model_info(name, revision=revision or constants.DEFAULT_REVISION)
+                info = HfApi(token=own.get("token"), **_OWN).model_info(
+                    name, revision=revision or constants.DEFAULT_REVISION
+                )
                 self._commit, self.files = info.sha, frozenset(file.rfilename for file in info.siblings or ())
             except Exception as error:
                 if not (isinstance(error, ConnectionError) or _is_transport_error(error)) or _status(error) is not None:
                     raise
-                folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+                folder = Path(snapshot_download(name, revision=revision, **own | {"local_files_only": True}))
                 self._commit = folder.name
                 found = filter(Path.is_file, folder.rglob("*"))
                 self.files = frozenset(path.relative_to(folder).as_posix() for path in found)
@@ -158,28 +203,38 @@ class Repository:
             from huggingface_hub import hf_hub_download
 
             # by the revision's own name, under which the cache is asked when there is no network
-            path = hf_hub_download(self.name, file, revision=self._revision, **_OWN)
+            own = _OWN | (_DOWNLOAD.get() or {})
+            path = hf_hub_download(self.name, file, revision=self._revision, **own)
             if self._commit not in Path(path).parts:
-                path = hf_hub_download(self.name, file, revision=self._commit, **_OWN)
+                path = hf_hub_download(self.name, file, revision=self._commit, **own)
             return Path(path)
 
 
 def upload(
-    folder: Path, name: str, revision: str | None, private: bool | None, message: str, token: str | None, card: bool
+    folder: Path,
+    name: str,
+    *,
+    revision: str | None,
+    private: bool | None,
+    message: str,
+    token: str | None,
+    card: bool,
+    create_pr: bool | None,
 ) -> str:
     """Upload the files of a saved model and its card to a repository, which is created if it does not exist.
 
     Args:
-        folder: folder written by `save_model`, with a `README.md`.
+        folder: folder written by `save_model`, with a `README.md` and its pictures.
         name: `user/name`.
         revision: a branch, created if it does not exist; None is the default branch.
         private: whether only the owner sees a new repository; None leaves it to the owner's settings.
         message: commit message.
         token: token of the hub; None uses the one that huggingface_hub finds.
-        card: write the card even if there is one.
+        card: write the card and its pictures even if there is a card.
+        create_pr: propose the commit to the repository's owner instead of making it.
 
     Returns:
-        The address of the commit's page.
+        The address of the commit's page, or of the proposal's.
 
     Raises:
         AezooError: the user is not logged in or may not write there, there is no network, or huggingface_hub is not
@@ -195,15 +250,15 @@ def upload(
         api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
-        files = [*FILES, CARD]
+        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
         # the owner may have edited the card
         if not card and api.file_exists(name, CARD, revision=revision):
-            files.remove(CARD)
+            files = [*FILES]
             print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it anew", file=sys.stderr)
         # one commit, which upload_folder does not guarantee, so weights and settings always belong together
         additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
-        commit = api.create_commit(name, additions, commit_message=message, revision=revision)
-    return str(commit.commit_url)
+        commit = api.create_commit(name, additions, commit_message=message, revision=revision, create_pr=create_pr)
+    return str(commit.pr_url or commit.commit_url)
 
 
 @contextlib.contextmanager
@@ -243,6 +298,8 @@ def _error_line(error: Exception, name: str, revision: str | None, writes: bool)
         )
     if status is not None:
         return f"{hub} refuses {name} ({status}): {' '.join(str(error).split())[:200]}"
+    if not writes and (_DOWNLOAD.get() or {}).get("local_files_only"):
+        return f"{name} is not in the cache, and local_files_only forbids to ask {hub}: leave it out"
     if constants.HF_HUB_OFFLINE:
         missing = "" if writes else f"{name} is not in the cache, and "
         return f"{missing}HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"

@@ -1,12 +1,14 @@
 """`create_model(NAME, pretrained=TAG)`: the weights of a tag in a model with settings of one's own."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import load_model
+
+Model = TypeVar("Model", bound=Autoencoder)
 
 
 def create(
@@ -38,18 +40,34 @@ def create(
             f"{found.name} takes samples of shape {_text(found.input_shape)}, not {_text(shape)}: leave input_shape "
             f"out, or resize the data; weights of {name} take {', '.join(taken)}"
         )
-    model = load_model(found.name)
+    return with_hyperparameters(load_model(found.name), hyperparameters or {}, found.name)
+
+
+def with_hyperparameters(model: Model, hyperparameters: Mapping[str, Any], source: str) -> Model:
+    """The model itself, or one of other hyperparameters with its weights, in eval mode.
+
+    Args:
+        model: a model in eval mode.
+        hyperparameters: those that shall differ from its own, such as the learning rate.
+        source: where the weights come from, for the message.
+
+    Raises:
+        AezooError: the model does not have a hyperparameter, or the weights do not fit it.
+    """
     own = dict(model.hparams)
-    given = {key: value for key, value in (hyperparameters or {}).items() if own.get(key) != value}
+    given = {key: value for key, value in hyperparameters.items() if key not in own or own[key] != value}
     if not given:
         return model
-    changed: Autoencoder = type(model)(**(own | given))
+    registry.check_hyperparameters(
+        type(model), given.keys() - {"input_shape"}, registry.name_of(type(model)) or type(model).__name__
+    )
+    changed = type(model)(**(own | given))
     try:
         changed.load_state_dict(model.state_dict())
     except RuntimeError as error:
         values = ", ".join(f"{key} {own.get(key)!r}, not {value!r}" for key, value in given.items())
         raise AezooError(
-            f"the weights of {found.name} were trained with {values}: leave what they do not fit out"
+            f"the weights of {source} were trained with {values}: leave what they do not fit out"
         ) from error
     changed.data_units, changed.data_statistics = model.data_units, model.data_statistics
     return changed.eval()

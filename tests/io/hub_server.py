@@ -98,8 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
             head, *operations = [json.loads(line) for line in body.splitlines()]
             values = [operation["value"] for operation in operations]
             added = {value["path"]: base64.b64decode(value["content"]) for value in values}
-            sha = hub.put(name, added, revision, head["value"]["summary"])
-            return self._json({"commitUrl": f"{hub.address}/{name}/commit/{sha}", "commitOid": sha, "hookOutput": ""})
+            proposed = "create_pr=1" in urlparse(self.path).query
+            branch = "refs/pr/1" if proposed else revision
+            sha = hub.put(name, added, branch, head["value"]["summary"])
+            answer = {"commitUrl": f"{hub.address}/{name}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
+            return self._json(answer | ({"pullRequestUrl": f"{hub.address}/{name}/discussions/1"} if proposed else {}))
         if file not in files:
             return self._fail(404, "EntryNotFound", "Entry not found")
         return self._send(200, files[file], {"ETag": f'"{_oid(files[file])}"', "X-Repo-Commit": sha})

@@ -19,7 +19,7 @@ from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.io import hub_files
 from aezoo.io.checkpoint import load_run
-from aezoo.io.hub import model_card
+from aezoo.io.hub import write_card
 
 ADDRESS = "hf://user/digits"
 
@@ -98,7 +98,8 @@ def test_model_card_shows_loading_and_given_metadata_only(hub, model):
 def test_plugin_model_card_names_package(model, tmp_path, monkeypatch):
     found = replace(registry.find("vae"), owner="nice-ae")
     monkeypatch.setattr(registry, "find", lambda name: found)
-    card = model_card(aezoo.save_model(model, tmp_path), "user/digits", None, None, {"a|b\\": 2.5})
+    write_card(aezoo.save_model(model, tmp_path), "user/digits", metrics={"a|b\\": 2.5})
+    card = (tmp_path / "README.md").read_text()
     assert "`vae` of nice-ae, saved by aezoo" in card and "pip install 'aezoo[hub]' nice-ae\n" in card
     assert "| a/b | 2.5 |" in card
 

@@ -13,6 +13,7 @@ import math
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,56 +134,13 @@ def load_run(
         model, trained = load_run(tag_files.locate(tag), map_location)
         known_of_tag = {"settings": {}, "folder": Path("runs") / tag.name, "data": dict(tag.data)}
         return model.float(), trained | known_of_tag
-    settings: dict[str, Any] = {}
-    units: DataUnits | None = None
-    stored_units: Any = None
-    address = str(path) if hub_files.is_address(path) else None
-    if address is not None:
-        try:
-            path = hub_files.fetch(address)
-        except hub_files.NotAnAezooModelError:
-            if (imported := importers.import_if_known(address)) is None:
-                raise
-            return _of_another_library(imported, address, map_location)
-    foreign = address or path  # a repository may have files of the same names
-    if _may_be_foreign(path):
-        # a damaged config.json may be one of ours
-        imported = importers.import_if_known(foreign, lenient=(Path(path) / CONFIG).is_file())
-        if imported is not None:
-            return _of_another_library(imported, foreign, map_location)
-    if "://" not in str(path) and (Path(path) / CONFIG).is_file():
-        source = folder = Path(path)
-        config = read_config(source)
-        try:
-            if not (source / WEIGHTS).is_file():  # it would wait for a pipe
-                raise FileNotFoundError("there is no such file")
-            content = load_file(source / WEIGHTS)
-        except Exception as error:  # a header can be wrong in any way
-            raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error
-        note_version({"version": config.get("aezoo_version")}, source)
-        name, hyperparameters, stored_units = config["model"], config["hyperparameters"], config.get("data")
-    else:
-        if "://" not in str(path) and not Path(path).exists():
-            cure = suggest_tags(str(path)) or "give a .ckpt file, a run folder, a saved model folder or a tag"
-            raise AezooError(f"no checkpoint at {path}: {cure}")
-        source = resolve_checkpoint(path)
-        folder = run_folder.run_of(source, Path(path)) or source.parent
-        atomic_files.check_intact(source)
-        try:
-            checkpoint = read_checkpoint(source, max_bytes=max_bytes)
-        except AezooError:  # such as weights alone, or classes of an old Lightning
-            if (imported := importers.import_if_known(source, lenient=True)) is None:
-                raise
-            return _of_another_library(imported, source, map_location)
-        note_version(checkpoint.get("aezoo"), source)
-        if "aezoo" not in checkpoint and (imported := importers.import_if_known(source)) is not None:
-            return _of_another_library(imported, source, map_location)
-        name, hyperparameters = describe_content(checkpoint, source)
-        content, settings = checkpoint["state_dict"], _data_settings(checkpoint, source)
-        units = _data_units(checkpoint, settings) if settings else None
-    state = weights.check_tensors(content, source, name)
+    stored = _read_stored(path, max_bytes)
+    if isinstance(stored, importers.Imported):
+        return _of_another_library(stored, path, map_location)
+    name, source = stored.name, stored.source
+    state = weights.check_tensors(stored.tensors, source, name)
     statistics = {key: state.pop(key) for key in [*state] if key.startswith(DataStatistics.PREFIX)}
-    model = build(name, hyperparameters, source, state)
+    model = build(name, stored.hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
         model = model.to(*kinds)  # except for values that the model keeps in float32
@@ -192,17 +150,103 @@ def load_run(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise AezooError(f"the weights in {source} do not fit {name}: {_one_line(error)}") from error
-    if address is not None:
-        folder = Path("runs") / archives.safe_name(hub_files.split(address)[0])
     model = _to_device(model, map_location)
     if statistics:
         code_size = math.prod(model.code_shape)
         model.data_statistics = DataStatistics.from_tensors(statistics, code_size, str(source / WEIGHTS))
-    if stored_units is not None:
-        units = DataUnits.from_plain(stored_units, model.input_shape, str(source / CONFIG))
+    units = stored.units
+    if stored.plain_units is not None:
+        units = DataUnits.from_plain(stored.plain_units, model.input_shape, str(source / CONFIG))
     model.data_units, known = units, units or DataUnits()
     state_of_data = {"scaling": known.scaling, "white": known.white, "columns": known.columns}
-    return model, {"settings": settings, **state_of_data, "folder": folder}
+    return model, {"settings": stored.settings, **state_of_data, "folder": stored.folder}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the files of a model contain, before the model is built.
+
+    Attributes:
+        name: name in the registry.
+        hyperparameters: as they are in the file.
+        tensors: as they are in the file.
+        source: the checkpoint, or the folder of a saved model.
+        folder: the run's or the saved model's.
+        settings: those of the DataModule.
+        units: those of the training data in a checkpoint.
+        plain_units: those in `config.json`, which cannot be checked without the model.
+    """
+
+    name: str
+    hyperparameters: dict[str, Any]
+    tensors: Any
+    source: Path
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    units: DataUnits | None = None
+    plain_units: Any = None
+
+
+def _read_stored(path: str | Path, max_bytes: int | None) -> _Stored | importers.Imported:
+    """Read a saved model, a checkpoint, or the files of another library."""
+    given, damage = path, None
+    if hub_files.is_address(path):
+        try:
+            path = hub_files.fetch(str(path))
+        except hub_files.NotAnAezooModelError:
+            if (imported := importers.import_if_known(given)) is None:
+                raise
+            return imported
+    if "://" not in str(path) and (Path(path) / CONFIG).is_file():
+        try:
+            config = read_config(Path(path))
+        except AezooError as error:  # one of ours that is damaged, or another library's
+            damage = error
+        else:
+            return _read_saved_model(Path(path), config, given)
+    if damage is not None or _holds_no_checkpoint(Path(path)):
+        imported = importers.import_if_known(given, lenient=damage is not None)
+        if imported is not None:
+            return imported
+    if damage is not None:
+        raise damage
+    return _read_run(path, max_bytes)
+
+
+def _read_saved_model(source: Path, config: dict[str, Any], given: str | Path) -> _Stored:
+    try:
+        if not (source / WEIGHTS).is_file():  # it would wait for a pipe
+            raise FileNotFoundError("there is no such file")
+        tensors = load_file(source / WEIGHTS)
+    except Exception as error:  # a header can be wrong in any way
+        raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error
+    note_version({"version": config.get("aezoo_version")}, source)
+    on_hub = hub_files.is_address(given)
+    folder = Path("runs") / archives.safe_name(hub_files.split(str(given))[0]) if on_hub else source
+    model = config["model"], config["hyperparameters"]
+    return _Stored(*model, tensors, source, folder, plain_units=config.get("data"))
+
+
+def _read_run(path: str | Path, max_bytes: int | None) -> _Stored | importers.Imported:
+    if "://" not in str(path) and not Path(path).exists():
+        cure = suggest_tags(str(path)) or "give a .ckpt file, a run folder, a saved model folder or a tag"
+        raise AezooError(f"no checkpoint at {path}: {cure}")
+    source = resolve_checkpoint(path)
+    atomic_files.check_intact(source)
+    try:
+        checkpoint = read_checkpoint(source, max_bytes=max_bytes)
+    except AezooError:  # such as weights alone, or classes of an old Lightning
+        if (imported := importers.import_if_known(source, lenient=True)) is None:
+            raise
+        return imported
+    note_version(checkpoint.get("aezoo"), source)
+    if "aezoo" not in checkpoint and (imported := importers.import_if_known(source)) is not None:
+        return imported
+    name, hyperparameters = describe_content(checkpoint, source)
+    folder = run_folder.run_of(source, Path(path)) or source.parent
+    settings = _data_settings(checkpoint, source)
+    units = _data_units(checkpoint, settings) if settings else None
+    return _Stored(name, hyperparameters, checkpoint["state_dict"], source, folder, settings, units)
 
 
 def _to_device(model: Autoencoder, map_location: str | torch.device) -> Autoencoder:
@@ -214,17 +258,10 @@ def _to_device(model: Autoencoder, map_location: str | torch.device) -> Autoenco
         ) from error
 
 
-def _may_be_foreign(path: str | Path) -> bool:
-    """Whether there are files and none is marked as written by aezoo or Lightning."""
-    path = Path(path)
+def _holds_no_checkpoint(path: Path) -> bool:
+    """Whether there are files and none is a checkpoint by its name."""
     if not path.is_dir():
         return path.is_file() and path.suffix != ".ckpt"
-    if (path / CONFIG).is_file():
-        try:
-            read_config(path)
-        except AezooError:
-            return True
-        return False
     return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
 
 

@@ -66,7 +66,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
     Args:
         input_shape: shape of one sample: (D,), (C, L), (C, H, W) or (C, D, H, W).
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+            gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         lr: learning rate.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad, adadelta or sgd; also adam:beta1=0.5,eps=1e-4.
         weight_decay: the optimiser's weight decay.

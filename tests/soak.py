@@ -31,7 +31,7 @@ from aezoo.training.optimizers import OPTIMIZERS, SCHEDULES
 
 LIKELIHOODS = (
     "bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned",
-    "discretised_logistic", "beta_binomial", "logcosh", "logcosh:learned", "logit_laplace",
+    "discretised_logistic", "beta_binomial", "logcosh", "logcosh:learned", "logit_laplace", "sigmoid_gaussian",
 )  # fmt: skip
 # what is drawn for each argument that a model may have; a test sees that none is forgotten
 RANGES = {

@@ -12,6 +12,7 @@ Models name a likelihood by a plain string, with an optional argument after a co
     gaussian                N(params, 1/2): then -log p = ||x - params||^2 + D/2 log(pi), the squared error of textbooks
     gaussian:0.1            N(params, 0.1^2), fixed
     gaussian:learned        N(params, s^2), one s for all values, trained with the rest (Rybkin et al. 2021)
+    sigmoid_gaussian | :0.1 | :learned           N(sigmoid(params), s^2), x in [0, 1]; plain: s^2 = 1/2
     laplace | laplace:0.1 | laplace:learned      density exp(-|x - params| / b) / (2 b); plain `laplace` has b = 1
     logcosh | logcosh:0.1 | logcosh:learned      density 1 / (pi s cosh((x - params) / s)); plain `logcosh` has s = 1
     discretised_logistic | :0.05 | :learned      256 levels k/255 (Salimans et al. 2017); plain: learned from 0.05
@@ -51,6 +52,11 @@ _MAX_LOGIT = 16.0
 def _logit(mean: Tensor) -> Tensor:
     """The logit, with means kept away from 0 and 1, where it is infinite."""
     return mean.clamp(0.01, 0.99).logit()
+
+
+def _extreme_logit(x: Tensor) -> Tensor:
+    """The logit up to those of values that differ from 0 and 1 by less than float32 can tell."""
+    return x.clamp(0, 1).logit().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
 
 def _bisected(x: Tensor, rises: Callable[[Tensor, Tensor], Tensor], most: float) -> Tensor:
@@ -148,8 +154,7 @@ class Bernoulli(Likelihood):
         return torch.bernoulli(params.sigmoid())
 
     def best_params(self, x: Tensor) -> Tensor:
-        # the probabilities of black and white then differ from 1 by less than float32 can tell
-        return x.clamp(0, 1).logit().clamp(-_MAX_LOGIT, _MAX_LOGIT)
+        return _extreme_logit(x)
 
 
 class ContinuousBernoulli(Likelihood):
@@ -251,6 +256,27 @@ class Gaussian(_Scaled):
 
     def sample(self, params: Tensor) -> Tensor:
         return params + torch.exp(self.bounded_scale) * torch.randn_like(params)
+
+
+class SigmoidGaussian(Gaussian):
+    """N(sigmoid(params), s^2): the squared error of a decoder that ends in a sigmoid."""
+
+    unit_interval = True
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        return super().log_prob(params.sigmoid(), x)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params.sigmoid()
+
+    def params_from_mean(self, mean: Tensor) -> Tensor:
+        return _logit(mean)
+
+    def sample(self, params: Tensor) -> Tensor:
+        return super().sample(params.sigmoid())
+
+    def best_params(self, x: Tensor) -> Tensor:
+        return _extreme_logit(x)
 
 
 def _laplace_noise(like: Tensor) -> Tensor:
@@ -444,6 +470,7 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 _PLAIN: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "continuous_bernoulli": ContinuousBernoulli}
 _SCALED: dict[str, type[Gaussian | Laplace | LogCosh | DiscretisedLogistic | BetaBinomial | LogitLaplace]] = {
     "gaussian": Gaussian,
+    "sigmoid_gaussian": SigmoidGaussian,
     "laplace": Laplace,
     "logcosh": LogCosh,
     "discretised_logistic": DiscretisedLogistic,

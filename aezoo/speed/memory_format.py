@@ -131,6 +131,7 @@ _PLAIN: tuple[type[Likelihood], ...] = (
     likelihoods.Bernoulli,
     likelihoods.ContinuousBernoulli,
     likelihoods.Gaussian,
+    likelihoods.SigmoidGaussian,
     likelihoods.Laplace,
     likelihoods.LogCosh,
     likelihoods.DiscretisedLogistic,

@@ -44,7 +44,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}):
         latent_dim: D, size of the code; with pad_value, the length follows as one more entry.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+            gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         **kwargs: see `NetworkAutoencoder`.
     """
 

@@ -53,7 +53,7 @@ class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperatu
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper has 150,000.
         likelihood: how outputs are compared with data: logit_laplace, of which the decoder gives scales, too;
             logit_laplace:learned with one for all values; bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+            gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         **kwargs: see `GumbelVQVAE`.
     """
 

@@ -183,6 +183,7 @@ RANGES = {
     "prior": lambda rng: rng.choice(PRIORS),
     "second_hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
     "posterior": lambda rng: rng.choice(("power_spherical", "vmf")),
+    "kappa_scale": lambda rng: rng.choice((None, 10 ** rng.uniform(-1, 1))),
     "prior_shape": lambda rng: 10 ** rng.uniform(-1, 2),
     "prior_rate": lambda rng: 10 ** rng.uniform(-2, 2),
     "curvature": lambda rng: 10 ** rng.uniform(-3, 1.5),

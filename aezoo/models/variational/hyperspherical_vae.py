@@ -34,6 +34,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.manifolds.sphere import FAMILIES
 from aezoo.models.variational.vae import VAE, VAEArgs
+from aezoo.training.limits import check_above
 
 START = 8.0
 
@@ -49,19 +50,27 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False):
     Args:
         latent_dim: D, length of a code, at least 2; the paper found gains over the VAE up to about 10, not at 40.
         posterior: the family of q(z|x): power_spherical or vmf.
+        kappa_scale: factor of the softplus in kappa: None for D, or 1 as in the authors' code.
         **kwargs: see `VAE`.
     """
 
     least_kappa: Tensor
 
     def __init__(
-        self, input_shape: tuple[int, ...], *, posterior: str = "power_spherical", **kwargs: Unpack[VAEArgs]
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        posterior: str = "power_spherical",
+        kappa_scale: float | None = None,
+        **kwargs: Unpack[VAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if self.latent_dim < 2:
             raise AezooError(f"latent_dim must be at least 2, the plane that a circle lies in, got {self.latent_dim}")
         if posterior not in FAMILIES:
             raise AezooError(f"unknown posterior {posterior!r}: take one of {', '.join(FAMILIES)}")
+        self.kappa_scale = float(self.latent_dim) if kappa_scale is None else kappa_scale
+        check_above(0, kappa_scale=self.kappa_scale)
         self.family = FAMILIES[posterior](self.latent_dim)
         self.encoder = self.build_encoder((self.latent_dim + 1,))
         with torch.no_grad():
@@ -72,7 +81,7 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean direction of q(z|x), and its concentration repeated D times: (B, *input_shape) -> (B, D), (B, D)."""
         out_BE = at_least_float32(self.encoder(x))
-        kappa_B1 = self.least_kappa + self.code_shape[0] * F.softplus(out_BE[:, -1:])
+        kappa_B1 = self.least_kappa + self.kappa_scale * F.softplus(out_BE[:, -1:])
         mu_BD = F.normalize(out_BE[:, :-1], dim=1)
         return mu_BD, kappa_B1.clamp(1e-6, 1e6).expand_as(mu_BD)
 

@@ -2,7 +2,7 @@
 
     L = E_q[-log p(x|z)] + (1 - alpha) KL(q(z|x) || p(z)) + (alpha + lam - 1) MMD(q(z), p(z))
     MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
-    k(a, b) = 1 / (1 + t) or exp(-t)     t = ||a - b||^2 / (2 D s^2)
+    k(a, b) = sum_c 1 / (1 + t / c) or sum_c exp(-t / c)     t = ||a - b||^2 / (2 D s^2)
 
 in nats per sample. q(z), the aggregate of the codes of all data, is kept close to the prior, while a single code may
 carry more information about its sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
@@ -10,8 +10,8 @@ carry more information about its sample. alpha = 0, lam = 1 is the VAE; alpha = 
 The MMD is the biased V-statistic (Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html, equation 5) of the
 codes drawn for the batch, over all ranks, and as many draws from the prior. It is never negative, is defined for one
 sample, and does not change if the batch is duplicated. If q(z) = p(z), it is about 2 (1 - E[k]) / B instead of 0, for
-every code that follows the prior, so values are comparable at one batch size only. For two draws from the prior, t is
-1 / s^2 on average.
+every code that follows the prior, so values are comparable at one batch size only. With `unbiased`, it is the
+U-statistic, without the pairs of a sample with itself. For two draws from the prior, t is 1 / s^2 on average.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -40,6 +40,8 @@ class InfoVAE(VAE):
             alpha + lam - 1 times.
         kernel: inverse_multiquadratic or rbf.
         bandwidth: s, width of the kernel, in units of the distance between two draws from the prior.
+        kernel_scales: c, relative squared widths of the summed kernels.
+        unbiased: use the U-statistic; off uses the V-statistic.
         **kwargs: see `VAE`.
     """
 
@@ -51,6 +53,8 @@ class InfoVAE(VAE):
         mmd_weight: float = 500.0,
         kernel: str = "inverse_multiquadratic",
         bandwidth: float = 1.0,
+        kernel_scales: tuple[float, ...] = (1.0,),
+        unbiased: bool = False,
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         if not -math.inf < alpha <= 1:
@@ -60,20 +64,25 @@ class InfoVAE(VAE):
         if kernel not in KERNELS:
             raise AezooError(f"kernel takes {' or '.join(KERNELS)}, got {kernel!r}")
         check_above(0, bandwidth=bandwidth)
+        if not kernel_scales or not all(0 < c < math.inf for c in kernel_scales):
+            raise AezooError(f"kernel_scales must be one or more numbers above 0, got {tuple(kernel_scales)}")
         super().__init__(input_shape, beta=1 - alpha, **kwargs)
         self.alpha = alpha
         self.mmd_weight = mmd_weight
         self.kernel = kernel
         self.bandwidth = bandwidth
+        self.kernel_scales = tuple(kernel_scales)
+        self.unbiased = unbiased
 
     def k(self, squared: Tensor) -> Tensor:
         """The kernel at squared distances, elementwise."""
-        t = squared / (2 * self.code_shape[0] * self.bandwidth**2)
-        return 1 / (1 + t) if self.kernel == "inverse_multiquadratic" else torch.exp(-t)
+        widths = [2 * self.code_shape[0] * c * self.bandwidth**2 for c in self.kernel_scales]
+        t_C = torch.stack([squared / width for width in widths])
+        return (1 / (1 + t_C) if self.kernel == "inverse_multiquadratic" else torch.exp(-t_C)).sum(0)
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
         """MMD of codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all codes."""
-        return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch)
+        return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch, unbiased=self.unbiased)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         mu_BD, log_var_BD = self.posterior(x)

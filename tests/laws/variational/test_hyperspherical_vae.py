@@ -113,6 +113,16 @@ def test_values_and_gradients_are_finite_at_any_concentration(family: str) -> No
         assert all(value.isfinite() for value in model.loss(torch.rand(3, 2, 3, 3)).values())
 
 
+@pytest.mark.parametrize(("scale", "factor"), [(None, 4.0), (1.0, 1.0), (2.5, 2.5)])
+def test_concentration_is_a_scaled_softplus(scale: float | None, factor: float) -> None:
+    model, x = sphere(4, "vmf", kappa_scale=scale), torch.rand(3, 2, 3, 3, dtype=torch.float64)
+    expected = factor * torch.nn.functional.softplus(model.encoder(x)[:, -1:]) + 1
+    torch.testing.assert_close(model.posterior(x)[1], expected.expand(3, 4))
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(AezooError, match="kappa_scale"):
+            sphere(4, "vmf", kappa_scale=wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: Any) -> None:

@@ -187,6 +187,18 @@ def test_permuted_codes_have_zero_discrepancy(name: str) -> None:
     assert found > 1e-3
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_several_scales_add_up(name: str) -> None:
+    z, p = posterior(7)[0], torch.randn(7, CODE, dtype=torch.float64)
+    settings: dict[str, Any] = {"kernel": name, "kernel_scales": (0.3, 4.0), "bandwidth": 1.3}
+    expected = sum(brute_force(name, z, p, 1.3 * math.sqrt(c)) for c in (0.3, 4.0))
+    same(small(InfoVAE, **settings).mmd(z, p), expected, (z,))
+    # of each pair of different samples, and 1 for a sample with itself under each of the two
+    within = [sum(kernel(name, a, b, 1.3 * math.sqrt(c)) for c in (0.3, 4.0) for a in v for b in v) for v in (z, p)]
+    of_pairs = expected - sum(within) / 49 + sum(k - 2 * 7 for k in within) / 42
+    same(small(InfoVAE, unbiased=True, **settings).mmd(z, p), of_pairs, (z,))
+
+
 def test_kernel_is_accurate_under_autocast() -> None:
     z, p = torch.randn(2, 16, 16)
     model: Any = aezoo.create_model("info_vae", SHAPE)

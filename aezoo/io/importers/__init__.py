@@ -23,6 +23,7 @@ IMPORTERS: tuple[str, ...] = (
     "sae_lens",
     "sparsify",
     "dictionary_learning",
+    "pythae",
     "gemma_scope",
     "gemma_scope_2",
     "llama_scope",

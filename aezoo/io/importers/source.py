@@ -138,9 +138,9 @@ class WeightSource:
         return self._dense(self.content(name), name)
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Names of the values of a file, or of its `state_dict`; those of safetensors from its header alone.
+        """Names of the values of a file, or of its `state_dict` or `model_state_dict`; () if it holds something else.
 
-        They are () if it holds something else.
+        Those of safetensors are read from the header alone.
 
         Raises:
             AezooError: as `content`.
@@ -151,7 +151,7 @@ class WeightSource:
         return tuple(self._state_dict(name) or ())
 
     def some_tensors(self, name: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors of a file, or of its `state_dict`, whose names begin with one of some prefixes.
+        """The tensors of a file, or of its state dict as in `keys`, whose names begin with one of some prefixes.
 
         Of safetensors, only these are read.
 
@@ -167,7 +167,8 @@ class WeightSource:
 
     def _state_dict(self, name: str) -> dict[str, Any] | None:
         found = self.content(name)
-        found = found.get("state_dict", found) if isinstance(found, dict) else found
+        if isinstance(found, dict):
+            found = found.get("state_dict", found.get("model_state_dict", found))
         return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else None
 
     def _dense(self, found: object, name: str) -> dict[str, Tensor]:

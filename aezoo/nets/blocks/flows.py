@@ -31,7 +31,7 @@ from aezoo.training.precision import at_least_float32
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MAX_FLOWS = 256
 # minimum distance from -1 of values that must stay above it: softplus and tanh reach their limits in float32
-_FLOOR = 1e-3
+FLOOR = 1e-3
 
 
 def check_n_flows(n_flows: int) -> None:
@@ -46,7 +46,13 @@ def check_n_flows(n_flows: int) -> None:
 
 def above_minus_one(t: Tensor) -> Tensor:
     """An increasing function m with m(0) = 0 and values of at least -1 + 1e-3."""
-    return F.softplus(t + math.log(math.expm1(1 - _FLOOR))) - (1 - _FLOOR)
+    return F.softplus(t + math.log(math.expm1(1 - FLOOR))) - (1 - FLOOR)
+
+
+def inverse_above_minus_one(m: Tensor) -> Tensor:
+    """The t of which a value above -1 + 1e-3 is `above_minus_one`."""
+    y = m + (1 - FLOOR)
+    return y + torch.log(-torch.expm1(-y)) - math.log(math.expm1(1 - FLOOR))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +74,7 @@ def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Step with parameters c, a, b: (..., D), (..., D + 2) -> codes after the step, (..., D), and log|det|, (...)."""
     d = z.shape[-1]
     centre, a, b = parameters.split([d, 1, 1], -1)
-    a = F.softplus(a) + _FLOOR
+    a = F.softplus(a) + FLOOR
     off = z - centre
     r = dot(off, off).clamp_min(1e-24).sqrt()
     b = a * above_minus_one(b)
@@ -85,8 +91,8 @@ def sylvester(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     both, s_diagonal, b, reflections = parameters.split([d * d, d, d, parameters.shape[-1] - d * d - 2 * d], -1)
     # R is above the diagonal and the transpose of S below it, as in the authors' code
     both = both.unflatten(-1, (d, d))
-    r_diagonal = (1 - _FLOOR) * both.diagonal(dim1=-2, dim2=-1).tanh()
-    s_diagonal = (1 - _FLOOR) * s_diagonal.tanh()
+    r_diagonal = (1 - FLOOR) * both.diagonal(dim1=-2, dim2=-1).tanh()
+    s_diagonal = (1 - FLOOR) * s_diagonal.tanh()
     r = both.triu(1) + torch.diag_embed(r_diagonal)
     s = both.tril(-1).transpose(-2, -1) + torch.diag_embed(s_diagonal)
     axes = reflections.unflatten(-1, (-1, d)).unbind(-2)

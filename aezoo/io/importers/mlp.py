@@ -1,0 +1,167 @@
+"""Perceptrons of other libraries: checks of their settings and weights, and networks `mlp` of the zoo with them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aezoo.errors import AezooError
+from aezoo.io.importers.sparse_dictionary import value_of
+from aezoo.registry import create_model
+from aezoo.security.weights import limit_parameters
+
+Layer = tuple[Tensor, Tensor]
+
+
+def shape_of(value: Any, what: str) -> tuple[int, ...]:
+    """The shape of samples in a configuration.
+
+    Args:
+        value: what stands there.
+        what: its name with its file, for messages.
+
+    Raises:
+        AezooError: it is no list of 1 to 4 whole numbers above 0.
+    """
+    if not isinstance(value, list) or not 1 <= len(value) <= 4 or any(type(n) is not int or n < 1 for n in value):
+        raise AezooError(f"{what} must be a list of 1 to 4 whole numbers above 0, got {str(value)[:50]}")
+    return tuple(value)
+
+
+class Settings:
+    """Values of a configuration, each checked when it is asked for.
+
+    Args:
+        values: by their names.
+        label: the file.
+
+    Raises:
+        AezooError: (methods) a value is missing and has no default, has another type, or is out of range.
+    """
+
+    def __init__(self, values: Mapping[str, Any], label: str) -> None:
+        self.values, self.label = values, label
+
+    def text(self, key: str) -> str:
+        """A word or a name."""
+        found: str = value_of(self.values, key, str, self.label)
+        return found
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        found: bool = value_of(self.values, key, bool, self.label, default)
+        return found
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number."""
+        return self._finite(key, value_of(self.values, key, float, self.label, default))
+
+    def above_zero(self, key: str, default: float) -> float:
+        """A finite number above 0."""
+        found = self.number(key, default)
+        if found <= 0:
+            raise AezooError(f"{self.label}: {key} must be above 0 for a loss of the zoo, got {found:g}")
+        return found
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        found: int = value_of(self.values, key, int, self.label, default)
+        if not 1 <= found < 2**31:
+            raise AezooError(f"{self.label}: {key} must be a whole number above 0, got {str(found)[:50]}")
+        return found
+
+    def choice(self, key: str, default: str, meanings: Mapping[str, str]) -> str:
+        """What a word means here."""
+        found = value_of(self.values, key, str, self.label, default)
+        if found not in meanings:
+            raise AezooError(f"{self.label}: {key} must be {' or '.join(meanings)}, got {found[:50]!r}")
+        return meanings[found]
+
+    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+        """A list of finite numbers; (1,) for null."""
+        found = self.values.get(key, default)
+        if found is None:
+            return (1.0,)
+        if not isinstance(found, list | tuple) or any(type(value) not in (int, float) for value in found):
+            raise AezooError(f"{self.label}: {key} must be a list of numbers, got {str(found)[:50]}")
+        return tuple(self._finite(key, value) for value in found)
+
+    def _finite(self, key: str, value: float) -> float:
+        try:
+            found = float(value)
+        except OverflowError:
+            found = math.inf
+        if not math.isfinite(found):
+            raise AezooError(f"{self.label}: {key} must be a finite number")
+        return found
+
+
+class Weights:
+    """Layers among the tensors of a file.
+
+    Args:
+        tensors: by their names.
+        label: the file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str) -> None:
+        self.tensors, self.label = tensors, label
+
+    def layer(self, name: str, inputs: int, outputs: int | None = None) -> Layer:
+        """Weight and bias of a linear layer.
+
+        Args:
+            name: the layer's.
+            inputs: values that it reads.
+            outputs: values that it gives; any if None.
+
+        Raises:
+            AezooError: it reads or gives other numbers of values.
+        """
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        found = tuple(weight.shape)
+        if weight.ndim != 2 or found[1] != inputs or outputs not in (None, found[0]) or bias.shape != found[:1]:
+            wanted = f"({'any number' if outputs is None else outputs}, {inputs})"
+            raise AezooError(
+                f"{self.label}: {name} has the shapes {found} and {tuple(bias.shape)}; configuration and other layers "
+                f"ask for {wanted}: they are not of one model"
+            )
+        return weight, bias
+
+
+def names(*layers: str) -> list[str]:
+    """Names of the tensors of linear layers."""
+    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+def build(name: str, input_shape: tuple[int, ...], weights: Weights, label: str, **settings: Any) -> Any:
+    """A model of the zoo for weights.
+
+    Args:
+        name: in the registry.
+        input_shape: shape of a sample.
+        weights: what it is for; it may not be much larger.
+        label: the configuration, for messages.
+        **settings: its arguments.
+
+    Raises:
+        AezooError: its constructor refuses a setting.
+    """
+    try:
+        with limit_parameters(weights.tensors):
+            return create_model(name, input_shape, **settings)
+    except AezooError as error:
+        raise AezooError(f"{label}: {error}") from error
+
+
+@torch.no_grad()
+def fill(net: nn.Module, layers: Sequence[Layer]) -> None:
+    """Copy weights and biases into the linear layers of a network, in their order."""
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    for module, (weight, bias) in zip(linear, layers, strict=True):
+        if module.weight.shape != weight.shape:  # copy_ would broadcast
+            raise ValueError(f"a layer of {tuple(module.weight.shape)} cannot hold {tuple(weight.shape)}")
+        module.weight.copy_(weight)
+        module.bias.copy_(bias)

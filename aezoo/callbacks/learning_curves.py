@@ -15,7 +15,7 @@ from torch import Tensor
 from aezoo.callbacks.base import EpochEnd, Picture, is_dry_run, preserved_state, run_folder, warn_on_error
 from aezoo.callbacks.checkpoints import EarlyStop
 from aezoo.callbacks.diagnosis import Curves
-from aezoo.distributions.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from aezoo.distributions.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian
 from aezoo.io import atomic_files
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _SAMPLES = 512
 # of them, those that are reconstructed
 _DECODED = 64
 # likelihoods whose mean is what mean squared error asks for
-_LEAST_SQUARES = (Bernoulli, ContinuousBernoulli, Gaussian)
+_LEAST_SQUARES = (Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian)
 # a unit that varies by less than this share of the most variable one is constant
 _CONSTANT = 1e-6
 # how often a unit of a sparse code must be in use on average before one that never is counts as dead

@@ -243,37 +243,35 @@ class _Scaled(Likelihood):
         return params
 
 
-class Gaussian(_Scaled):
-    """N(params, s^2)."""
+class _Normal(_Scaled):
+    """A normal distribution about the mean."""
 
     def __init__(self, scale: float = math.sqrt(0.5), learned: bool = False) -> None:
         super().__init__(scale, learned)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        sse = _sum_per_sample((x - params) ** 2)
+        sse = _sum_per_sample((x - self.mean(params)) ** 2)
         d = x[0].numel()
         return -0.5 * sse * torch.exp(-2 * self.bounded_scale) - d * (self.bounded_scale + 0.5 * math.log(2 * math.pi))
 
     def sample(self, params: Tensor) -> Tensor:
-        return params + torch.exp(self.bounded_scale) * torch.randn_like(params)
+        return self.mean(params) + torch.exp(self.bounded_scale) * torch.randn_like(params)
 
 
-class SigmoidGaussian(Gaussian):
+class Gaussian(_Normal):
+    """N(params, s^2)."""
+
+
+class SigmoidGaussian(_Normal):
     """N(sigmoid(params), s^2): the squared error of a decoder that ends in a sigmoid."""
 
     unit_interval = True
-
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return super().log_prob(params.sigmoid(), x)
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
 
     def params_from_mean(self, mean: Tensor) -> Tensor:
         return _logit(mean)
-
-    def sample(self, params: Tensor) -> Tensor:
-        return super().sample(params.sigmoid())
 
     def best_params(self, x: Tensor) -> Tensor:
         return _extreme_logit(x)
@@ -468,7 +466,7 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 
 _PLAIN: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "continuous_bernoulli": ContinuousBernoulli}
-_SCALED: dict[str, type[Gaussian | Laplace | LogCosh | DiscretisedLogistic | BetaBinomial | LogitLaplace]] = {
+_SCALED: dict[str, type[_Normal | Laplace | LogCosh | DiscretisedLogistic | BetaBinomial | LogitLaplace]] = {
     "gaussian": Gaussian,
     "sigmoid_gaussian": SigmoidGaussian,
     "laplace": Laplace,

@@ -117,6 +117,7 @@ def test_scale_and_shift_of_codes_are_those_of_the_standardiser(tmp_path):
         ("vqgan", SHAPE, {**SMALL, "cosine": True}, "compares directions"),
         ("taesd", SHAPE, {"activation": "silu"}, "adds with relu"),
         ("taesd", SHAPE, {"likelihood": "bernoulli"}, "output is no image"),
+        ("taesd", SHAPE, {"likelihood": "sigmoid_gaussian"}, "output is no image"),
     ],
 )
 def test_models_that_diffusers_does_not_have_are_refused(tmp_path, name, shape, settings, message):

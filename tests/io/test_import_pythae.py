@@ -1,24 +1,16 @@
 """Folders of pythae, beside what pythae computed."""
 
-import json
 import math
 import pickle
-from collections import OrderedDict
-from contextlib import contextmanager
-from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from drawn_weights import drawn
+from folders_of_pythae import CLOSE, Bomb, Folders, assert_close, assert_refused, noise
 
 import aezoo
 from aezoo.cli.main import main
-from aezoo.errors import AezooError
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "pythae"
-CASES = sorted(path.name for path in FIXTURES.iterdir())
+FOLDERS = Folders("pythae")
 REFUSED = {"HVAE": "train hvae", "RHVAE": "train rhvae", "PoincareVAE": "train poincare_vae", "VAE_IAF": "train that"}
 NAMES = {
     "AE": "dense_ae", "VAE": "vae", "BetaVAE": "beta_vae", "DisentangledBetaVAE": "annealed_vae", "VAMP": "vamp_vae",
@@ -27,45 +19,6 @@ NAMES = {
     "SVAE": "hyperspherical_vae", "VQVAE": "vq_vae", "RAE_L2": "rae", "RAE_GP": "rae", "MSSSIM_VAE": "msssim_vae",
     "VAE_LinNF": "vae_flow",
 }  # fmt: skip
-# for the layers of 512 units
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def expected(case):
-    with np.load(FIXTURES / case / "expected.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "shapes"}
-
-
-def state_of(case):
-    with np.load(FIXTURES / case / "expected.npz") as arrays:
-        shapes = json.loads(str(arrays["shapes"]))
-    return OrderedDict((key, torch.from_numpy(value)) for key, value in drawn(shapes, 0).items())
-
-
-def written(case, folder, state=None, pickled=None, **settings):
-    """A folder as pythae saves it."""
-    folder.mkdir(exist_ok=True, parents=True)
-    config = json.loads((FIXTURES / case / "model_config.json").read_text())
-    (folder / "model_config.json").write_text(json.dumps({**config, **settings}))
-    (folder / "environment.json").write_text('{"name": "EnvironmentConfig", "python_version": "3.11"}')
-    torch.save(pickled or {"model_state_dict": state_of(case) if state is None else state}, folder / "model.pt")
-    return folder
-
-
-@contextmanager
-def noise(*draws):
-    """Have torch draw these normal numbers, in this order."""
-    left = list(draws)
-
-    def take(shape):
-        return left.pop(0).reshape(shape)
-
-    with (
-        mock.patch("torch.randn_like", lambda like, **_: take(like.shape)),
-        mock.patch("torch.randn", lambda *shape, **_: take(shape if isinstance(shape[0], int) else shape[0])),
-    ):
-        yield
-    assert not left
 
 
 def constant(model):
@@ -160,22 +113,21 @@ def pairs_of(case, model, want):
 
 
 def assert_same(case, model):
-    want = expected(case)
+    want = FOLDERS.expected(case)
     x = want["x"]
     with torch.no_grad():
         code = model.encode(x)
         torch.testing.assert_close(code.flatten(1), want["code"].flatten(1), **CLOSE)
         torch.testing.assert_close(model(x), want["reconstruction"], **CLOSE)
     assert code.std() > 0.1 and want["reconstruction"].std() > 0.04
-    for name, (found, theirs) in pairs_of(case, model, want).items():
-        torch.testing.assert_close(found.detach(), theirs, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(pairs_of(case, model, want))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+@pytest.mark.parametrize("case", [case for case in FOLDERS.cases if case not in REFUSED])
 def test_codes_and_losses_are_those_of_pythae(tmp_path, case):
-    folder = written(case, tmp_path / "pythae")
+    folder = FOLDERS.write(case, tmp_path / "pythae")
     imported = aezoo.import_model(folder)
-    kind = json.loads((folder / "model_config.json").read_text())["name"].removesuffix("Config").removesuffix("_")
+    kind = FOLDERS.config(case)["name"].removesuffix("Config").removesuffix("_")
     assert type(imported.model) is aezoo.registry.model_class(NAMES[kind])
     assert imported.found == f"pythae, {kind}, samples of 1x4x5, codes of 3"
     assert_same(case, imported.model)
@@ -185,7 +137,7 @@ def test_codes_and_losses_are_those_of_pythae(tmp_path, case):
 
 def test_indices_of_codes_are_those_of_pythae(tmp_path):
     for case in ("VQVAE_gradient", "VQVAE_ema"):
-        model, want = aezoo.load_model(written(case, tmp_path / case)), expected(case)
+        model, want = aezoo.load_model(FOLDERS.write(case, tmp_path / case)), FOLDERS.expected(case)
         assert torch.equal(model.encode_indices(want["x"]).flatten(), want["indices"].flatten())
         assert len(want["indices"].unique()) > 2
 
@@ -193,42 +145,29 @@ def test_indices_of_codes_are_those_of_pythae(tmp_path):
 def test_what_differs_is_noted(tmp_path):
     silent = ("AE", "VAE_mse", "BetaVAE", "FactorVAE", "SVAE", "VQVAE_ema", "WAE_MMD_rbf", "INFOVAE_MMD_imq")
     for case in silent:
-        assert aezoo.import_model(written(case, tmp_path / case)).notes == ()
+        assert aezoo.import_model(FOLDERS.write(case, tmp_path / case)).notes == ()
     noted = {
         "BetaTCVAE_mss": "1/N", "VAEGAN": "untrained", "MIWAE": "n_groups", "RAE_GP": "Jacobian", "RAE_L2": "l2",
         "MSSSIM_VAE": "similarity", "VQVAE_gradient": "times 1.76", "WAE_MMD_imq": "divided by", "VAMP": "warm-up",
         "VAE_LinNF_planar": "1e-4",
     }  # fmt: skip
     for case, word in noted.items():
-        assert word in " ".join(aezoo.import_model(written(case, tmp_path / case)).notes)
-
-
-def refused(folder, message):
-    with pytest.raises(AezooError, match=message) as refusal:
-        aezoo.import_model(folder)
-    assert "\n" not in str(refusal.value)
+        assert word in " ".join(aezoo.import_model(FOLDERS.write(case, tmp_path / case)).notes)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_classes_without_a_model_are_refused(tmp_path, case):
-    refused(written(case, tmp_path), f"pythae's {case} is not read, since .*: {REFUSED[case]}")
-
-
-class Bomb:
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, ("executed",)
+    assert_refused(FOLDERS.write(case, tmp_path), f"pythae's {case} is not read, since .*: {REFUSED[case]}")
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder", "discriminator"])
 def test_networks_that_are_code_are_never_run(tmp_path, monkeypatch, part):
     monkeypatch.chdir(tmp_path)
-    folder = written("Adversarial_AE_drawn", tmp_path / "code", **{f"uses_default_{part}": False})
+    folder = FOLDERS.write("Adversarial_AE_drawn", tmp_path / "code", **{f"uses_default_{part}": False})
     (folder / f"{part}.pkl").write_bytes(pickle.dumps(Bomb()))
-    refused(folder, f"its {part} is not pythae's default but code, {part}.pkl, which is never run")
-    written("VAE_mse", folder, pickled={"model_state_dict": Bomb()})
-    refused(folder, "holds objects that could run code")
+    assert_refused(folder, f"its {part} is not pythae's default but code, {part}.pkl, which is never run")
+    FOLDERS.write("VAE_mse", folder, pickled={"model_state_dict": Bomb()})
+    assert_refused(folder, "holds objects that could run code")
     assert not (tmp_path / "executed").exists()
 
 
@@ -274,7 +213,7 @@ def test_networks_that_are_code_are_never_run(tmp_path, monkeypatch, part):
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, case, settings, message):
-    refused(written(case, tmp_path, **settings), message)
+    assert_refused(FOLDERS.write(case, tmp_path, **settings), message)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +222,7 @@ def test_wrong_settings_are_refused(tmp_path, case, settings, message):
         ("VAE_mse", {"encoder.log_var.weight": None}, "there is no encoder.log_var.weight"),
         ("VAE_mse", {"encoder.layers.1.0.weight": torch.ones(512, 512)}, "encoder.layers.1.0.weight is unknown"),
         ("VAE_mse", {"encoder.log_var.weight": torch.ones(4, 512)}, "encoder.log_var has the shapes"),
+        ("VAE_mse", {"encoder.layers.0.0.bias": torch.ones(())}, "encoder.layers.0.0 has the shapes"),
         ("VAE_mse", {"encoder.embedding.bias": torch.ones(1)}, "encoder.embedding has the shapes"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.full((20,), math.nan)}, "holds NaN or infinite values"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.ones(20, dtype=torch.long)}, "int64, not floating-point"),
@@ -303,21 +243,23 @@ def test_wrong_settings_are_refused(tmp_path, case, settings, message):
     ],
 )
 def test_wrong_weights_are_refused(tmp_path, case, change, message):
-    state = {key: value for key, value in {**state_of(case), **change}.items() if value is not None}
-    refused(written(case, tmp_path, state=state), message)
+    state = {key: value for key, value in {**FOLDERS.state(case), **change}.items() if value is not None}
+    assert_refused(FOLDERS.write(case, tmp_path, state=state), message)
 
 
 def test_content_of_other_kinds_is_refused(tmp_path):
     for pickled in ([1, 2], {"model_state_dict": [1]}, {"model_state_dict": {3: torch.ones(1)}}):
-        refused(written("VAE_mse", tmp_path, pickled=pickled), "holds no weights by their names|there is no decoder")
+        assert_refused(
+            FOLDERS.write("VAE_mse", tmp_path, pickled=pickled), "holds no weights by their names|there is no decoder"
+        )
     (tmp_path / "model.pt").write_bytes(b"\x80\x02damaged")
-    refused(tmp_path, "damaged")
+    assert_refused(tmp_path, "damaged")
     (tmp_path / "model_config.json").write_text("[" * 1000)
-    refused(tmp_path, "model_config.json")
+    assert_refused(tmp_path, "model_config.json")
 
 
 def test_command_reads_a_folder_of_the_hub(hub, tmp_path, capsys):
-    folder = written("VAE_bce", tmp_path / "pythae")
+    folder = FOLDERS.write("VAE_bce", tmp_path / "pythae")
     files = {f"models/vae/{path.name}": path.read_bytes() for path in folder.iterdir()}
     sha = hub.put("user/vae", files)
     hub.put("user/vae", {"models/vae/model_config.json": b"{}"})

@@ -24,6 +24,7 @@ IMPORTERS: tuple[str, ...] = (
     "sparsify",
     "dictionary_learning",
     "pythae",
+    "multivae",
     "gemma_scope",
     "gemma_scope_2",
     "llama_scope",

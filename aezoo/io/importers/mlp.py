@@ -23,10 +23,14 @@ def shape_of(value: Any, what: str) -> tuple[int, ...]:
         what: its name with its file, for messages.
 
     Raises:
-        AezooError: it is no list of 1 to 4 whole numbers above 0.
+        AezooError: it is no list of 1 to 4 whole numbers above 0 and below 2^31.
     """
-    if not isinstance(value, list) or not 1 <= len(value) <= 4 or any(type(n) is not int or n < 1 for n in value):
-        raise AezooError(f"{what} must be a list of 1 to 4 whole numbers above 0, got {str(value)[:50]}")
+    if (
+        not isinstance(value, list)
+        or not 1 <= len(value) <= 4
+        or any(type(n) is not int or not 1 <= n < 2**31 for n in value)
+    ):
+        raise AezooError(f"{what} must be a list of 1 to 4 whole numbers above 0 and below 2^31, got {str(value)[:50]}")
     return tuple(value)
 
 

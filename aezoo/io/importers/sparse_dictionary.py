@@ -287,7 +287,7 @@ def float_tensors(
         AezooError: a name is missing or not known; or a tensor holds no finite floating-point numbers.
     """
     if missing := sorted(set(required) - set(found)):
-        raise AezooError(f"{label}: there is no {', '.join(missing)}; it has {_some(found)}")
+        raise AezooError(f"{label}: there is no {_some(missing)}; it has {_some(found)}")
     if unknown := sorted(set(found) - set(required) - set(optional)):
         raise AezooError(
             f"{label}: {_some(unknown)} is unknown in this format, so the result would not be the original"

@@ -30,7 +30,9 @@ def shape_of(value: Any, what: str) -> tuple[int, ...]:
         or not 1 <= len(value) <= 4
         or any(type(n) is not int or not 1 <= n < 2**31 for n in value)
     ):
-        raise AezooError(f"{what} must be a list of 1 to 4 whole numbers above 0 and below 2^31, got {str(value)[:50]}")
+        raise AezooError(
+            f"{what} must be a list of 1 to 4 whole numbers above 0 and below 2^31, got {str(value)[:50]!r}"
+        )
     return tuple(value)
 
 
@@ -73,7 +75,7 @@ class Settings:
         """A whole number above 0."""
         found: int = value_of(self.values, key, int, self.label, default)
         if not 1 <= found < 2**31:
-            raise AezooError(f"{self.label}: {key} must be a whole number above 0, got {str(found)[:50]}")
+            raise AezooError(f"{self.label}: {key} must be a whole number above 0, got {str(found)[:50]!r}")
         return found
 
     def choice(self, key: str, default: str, meanings: Mapping[str, str]) -> str:
@@ -89,7 +91,7 @@ class Settings:
         if found is None:
             return (1.0,)
         if not isinstance(found, list | tuple) or any(type(value) not in (int, float) for value in found):
-            raise AezooError(f"{self.label}: {key} must be a list of numbers, got {str(found)[:50]}")
+            raise AezooError(f"{self.label}: {key} must be a list of numbers, got {str(found)[:50]!r}")
         return tuple(self._finite(key, value) for value in found)
 
     def _finite(self, key: str, value: float) -> float:

@@ -226,7 +226,8 @@ def _wae_mmd(folder: _Folder) -> Autoencoder:
     folder.open()
     given = folder.settings
     kernel, scales = given.choice("kernel_choice", "imq", _KERNELS), given.numbers("scales", _SCALES)
-    width = given.above_zero("kernel_bandwidth", 1.0) ** 2
+    bandwidth = given.above_zero("kernel_bandwidth", 1.0)
+    width = bandwidth * bandwidth
     return folder.ae(
         "wae_mmd",
         mmd_weight=given.number("reg_weight", 3e-2) / _reconstruction_scale(folder),
@@ -376,7 +377,9 @@ def _msssim_vae(folder: _Folder) -> Autoencoder:
 def _vae_lin_nf(folder: _Folder) -> Autoencoder:
     flows = folder.settings.values.get("flows", ["Planar", "Planar"])
     if not isinstance(flows, list) or flows not in ([kind] * len(flows) for kind in ("Planar", "Radial")):
-        raise AezooError(f"{folder.label}: flows must all be Planar or all Radial for vae_flow, got {str(flows)[:60]}")
+        raise AezooError(
+            f"{folder.label}: flows must all be Planar or all Radial for vae_flow, got {str(flows)[:60]!r}"
+        )
     kind = flows[0].lower() if flows else "planar"
     parts = ("w", "u", "b") if kind == "planar" else ("x0", "log_alpha", "beta")
     folder.open("log_var", others=[f"net.{t}.{part}" for t in range(len(flows)) for part in parts])

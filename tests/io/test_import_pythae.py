@@ -198,7 +198,7 @@ def test_networks_that_are_code_are_never_run(tmp_path, monkeypatch, part):
         ("INFOVAE_MMD_imq", {"scales": 3}, "scales must be a list of numbers"),
         ("INFOVAE_MMD_imq", {"scales": []}, "kernel_scales must be one or more numbers above 0"),
         ("WAE_MMD_imq", {"reconstruction_loss_scale": 0}, "reconstruction_loss_scale must be above 0"),
-        ("WAE_MMD_imq", {"kernel_bandwidth": 1e200}, "kernel_scales must be one or more numbers above 0"),
+        ("WAE_MMD_imq", {"kernel_bandwidth": 1e200}, "kernel_scales takes a list, got .inf"),
         ("VAE_LinNF_planar", {"flows": "a\nb"}, "flows must all be"),
         ("VAE_mse", {"input_dim": "a\nb"}, "input_dim must be a list"),
         ("WAE_MMD_imq", {"kernel_choice": "laplace"}, "kernel_choice must be imq or rbf"),

@@ -136,10 +136,9 @@ def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figu
     model = load_run(run)[0]
     given = data_settings(tag, setting)
     names = (given["name"], "mnist" if given["name"] == "fashion_mnist" else "fashion_mnist")
+    other_data = {key: value for key, value in given.items() if key != "train_classes"}
     data, other = (
-        aezoo.DataModule(**(given | {"name": name}), root=str(data_root(name)), train_classes=None)
-        if name != given["name"]
-        else aezoo.DataModule(**given, root=str(data_root(name)))
+        aezoo.DataModule(**(given if name == given["name"] else other_data | {"name": name}), root=str(data_root(name)))
         for name in names
     )
     corrupt, normal = setting.get("corrupt"), setting.get("normal")

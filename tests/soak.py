@@ -20,7 +20,7 @@ from aezoo.models.variational.ada_gvae import AVERAGES
 from aezoo.models.variational.flow_prior_vae import PRIORS
 from aezoo.models.variational.info_vae import KERNELS
 from aezoo.models.variational.iwae import ESTIMATORS
-from aezoo.nets.blocks.dictionary import DECODES
+from aezoo.nets.blocks.dictionary import DECODES, INPUT_NORMS
 from aezoo.nets.blocks.diffusers import KINDS
 from aezoo.nets.blocks.flows import FLOWS
 from aezoo.nets.build import ACTIVATIONS
@@ -60,6 +60,9 @@ RANGES = {
     "lifetime": lambda rng: rng.uniform(0.01, 1),
     "spatial": lambda rng: rng.random() < 0.5,
     "form": lambda rng: rng.choice(("unit_norm", "april")),
+    "input_norm": lambda rng: rng.choice(INPUT_NORMS),
+    "unit_norm": lambda rng: rng.random() < 0.5,
+    "skip": lambda rng: rng.random() < 0.5,
     "l1_steps": lambda rng: rng.randint(0, 500),
     "resample_steps": lambda rng: rng.choice((0, 3, 50)),
     "l0_weight": lambda rng: rng.uniform(0, 1),
@@ -106,6 +109,9 @@ RANGES = {
     "learned_token": lambda rng: rng.random() < 0.5,
     "decoder_width": lambda rng: rng.randint(4, 16),
     "decoder_depth": lambda rng: rng.randint(1, 2),
+    "decoder_heads": lambda rng: rng.choice((0, 1, 3)),
+    "class_token": lambda rng: rng.random() < 0.5,
+    "norm_eps": lambda rng: 10 ** rng.uniform(-7, -4),
     "n_targets": lambda rng: rng.randint(1, 5),
     "momentum": lambda rng: rng.uniform(0.5, 1),
     "momentum_steps": lambda rng: rng.randint(0, 500),
@@ -273,7 +279,8 @@ FIXED = {
     "noise2noise": {"likelihood": "gaussian", "corruption": "gaussian:0.1"},
     "noise2void": {"likelihood": "gaussian"},
     "unet_ae": {"hidden_dims": [8, 12]},
-    "mae": {"likelihood": "gaussian:learned"},
+    "mae": {"likelihood": "gaussian:learned", "width": 12, "decoder_width": 12, "input_norm": "none"},
+    "transcoder": {"activation": "topk:3", "skip": False},
     "simmim": {"net": "mixer"},
     "sequence_ae": {"net": "transformer", "hidden_dims": [16, 12]},
     "vq_vae": {"estimator": "rotation", "latent_dim": 6, "n_groups": 2},
@@ -301,6 +308,8 @@ def draw(name, seed):
     """Valid hyperparameters of a model."""
     rng = random.Random(f"{name} {seed}")
     drawn = {key: RANGES[key](rng) for key in arguments(name)}
+    if not drawn.get("likelihood", "").startswith(("gaussian", "laplace", "logcosh")):
+        drawn |= {key: "none" for key in ("input_norm",) if key in drawn}  # normalised samples leave [0, 1]
     return drawn | {key: value for key, value in FIXED.get(name, {}).items() if key in drawn}
 
 

@@ -58,6 +58,7 @@ def small(name, shape):
     without_grid = len(shape) == 1 and name in ("conv_ae", "resnet_ae", "unet_ae", *DENOISERS, *ON_A_GRID)
     no_picture = name in ("draem", "msssim_vae") and (len(shape) != 3 or min(shape[1:]) < 3)
     no_picture |= name in ("vdvae", "eq_vae", "ijepa", "maetok") and len(shape) != 3
+    no_picture |= name == "compressai" and len(shape) != 3
     no_picture |= name == "diffusers_ae" and (len(shape) != 3 or bool(shape[1] % 2 or shape[2] % 2))
     no_picture |= name == "noise2void" and math.prod(shape[1:]) == 1
     without_grid |= name == "pixelcnn" and len(shape) == 4

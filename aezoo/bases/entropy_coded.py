@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from aezoo import nets
 from aezoo.autoencoder import Autoencoder
+from aezoo.distributions.frequency_tables import FrequencyTables
 from aezoo.training.limits import check_at_least
 from aezoo.training.precision import at_least_float32
 
@@ -166,21 +167,17 @@ def gaussian_tables() -> list[ProbabilityTable]:
     return tables
 
 
-class Factorised(nn.Module):
-    """A distribution of any shape for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
-
-    F(v) = sigmoid(f(v - m) - f(0)), where f is a network with one input, one output and positive weights, so it is
-    monotonic. Since f(0) is subtracted, m is the median; it is learned with the rest, without a separate loss.
+class MonotonicNetwork(nn.Module):
+    """A network f of positive weights with one input and one output, for each channel: (C, N) -> (C, N).
 
     Args:
         channels: C.
-        widths: widths of the hidden layers of f.
+        widths: widths of the hidden layers.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         sizes = (1, *widths, 1)
-        self.median_C = nn.Parameter(torch.zeros(channels))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         self.bends = nn.ParameterList()
@@ -192,15 +189,38 @@ class Factorised(nn.Module):
             self.biases.append(nn.Parameter(torch.empty(channels, n_out, 1).uniform_(-0.5, 0.5)))
             self.bends.append(nn.Parameter(torch.zeros(channels, n_out, 1)))
 
-    def logits(self, offset: Tensor) -> Tensor:
-        """f(off) - f(0): (C, N) -> (C, N)."""
-        with torch.autocast(offset.device.type, enabled=False):
-            h = torch.cat([offset, torch.zeros_like(offset[:, :1])], 1)[:, None]
+    def forward(self, v: Tensor) -> Tensor:
+        with torch.autocast(v.device.type, enabled=False):
+            h = v[:, None]
             *hidden, last = self.weights
             for weight, bias, bend in zip(hidden, self.biases, self.bends, strict=True):
                 h = F.softplus(weight.to(h)) @ h + bias.to(h)
                 h = h + torch.tanh(bend.to(h)) * torch.tanh(h)
-            f = (F.softplus(last.to(h)) @ h)[:, 0]
+            return (F.softplus(last.to(h)) @ h)[:, 0]
+
+    def logits(self, offset: Tensor) -> Tensor:
+        """The logit of a cumulative distribution function, at offsets from the mean: (C, N) -> (C, N)."""
+        raise NotImplementedError(f"{type(self).__name__} must write its logits")
+
+
+class Factorised(MonotonicNetwork):
+    """A distribution of any shape for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
+
+    F(v) = sigmoid(f(v - m) - f(0)), where f is a network with one input, one output and positive weights, so it is
+    monotonic. Since f(0) is subtracted, m is the median; it is learned with the rest, without a separate loss.
+
+    Args:
+        channels: C.
+        widths: widths of the hidden layers of f.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...] = (3, 3, 3)) -> None:
+        super().__init__(channels, widths)
+        self.median_C = nn.Parameter(torch.zeros(channels))
+
+    def logits(self, offset: Tensor) -> Tensor:
+        """f(off) - f(0): (C, N) -> (C, N)."""
+        f = self(torch.cat([offset, torch.zeros_like(offset[:, :1])], 1))
         return f[:, :-1] - f[:, -1:]
 
     def distribution(self, shape: Sequence[int]) -> "FactorisedDistribution":
@@ -227,9 +247,9 @@ class Factorised(nn.Module):
 
 @dataclass
 class FactorisedDistribution:
-    """The distribution of values under a `Factorised`, whose tables are the model's first: mean (B, C, ...)."""
+    """The distribution of values under a network, whose tables are the model's first: mean (B, C, ...)."""
 
-    density: Factorised
+    density: MonotonicNetwork
     mean: Tensor
 
     def log_mass(self, v: Tensor) -> Tensor:
@@ -377,6 +397,10 @@ class EntropyCoded(Autoencoder, has_prior=True):
     def tables(self) -> list[ProbabilityTable]:
         """The tables of its distributions, by the index in `Distribution.table`."""
         raise NotImplementedError(f"{type(self).__name__} must write its tables")
+
+    def frequency_tables(self) -> FrequencyTables | None:
+        """The tables, in the same order, of a model whose integers are written by rANS; None for all others."""
+        return None
 
     def code_with_rate(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
         """The nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""

@@ -49,9 +49,12 @@ class GDN(nn.Module):
         return self._scaled(x, self.root_beta_C, self.root_gamma_CC)
 
     def _scaled(self, x: Tensor, root_beta_C: Tensor, root_gamma_CC: Tensor) -> Tensor:
-        beta_C, gamma_CC = root_beta_C**2 + _LEAST_BETA, root_gamma_CC**2
+        beta_C, gamma_CC = self._weights(root_beta_C, root_gamma_CC)
         weighed = _CONV[x.dim() - 2](x**2, gamma_CC[(...,) + (None,) * (x.dim() - 2)], beta_C)
         return x * (weighed.sqrt() if self.inverse else weighed.rsqrt())
+
+    def _weights(self, root_beta_C: Tensor, root_gamma_CC: Tensor) -> tuple[Tensor, Tensor]:
+        return root_beta_C**2 + _LEAST_BETA, root_gamma_CC**2
 
 
 class Encoder(nn.Sequential):

@@ -22,7 +22,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.data.columns import COLUMNS, Columns
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, rans, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
 from aezoo.tasks.codec.pictures import decode_places
@@ -274,7 +274,7 @@ def _learned(model: EntropyCoded, reader: Reader, strict: bool) -> Iterator[tupl
     block = reader.header.block
     with entropy_model.at_quality(model, reader.header.quality):
         coder, decode = (
-            entropy_model.EntropyModelCoder(model, block),
+            rans.coder_of(model, block),
             functools.partial(entropy_model.decode, model, block=block),
         )
         yield from _decode_frames(reader, reader.frames, coder, "whole numbers", decode, strict)

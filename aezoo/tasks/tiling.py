@@ -61,6 +61,7 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float
     strides = sizes.stride_of(model) if all(isinstance(net, nn.Module) for net in nets) else None
     if strides is None:
         raise _refusal(model, "its code is no map that one network makes and another takes")
+    _check_places(sized, strides)
     ones = tuple(1 for _ in strides)
     sized.encoder = _Tiled(
         model, size, tile, blend, _encoded, (strides, strides, ones), model.input_shape[0], sized.encoder
@@ -248,6 +249,7 @@ class _Tiled(nn.Module):
     def _sized(self, size: tuple[int, ...]) -> Autoencoder:
         if size not in self._models:
             self._models[size] = sizes.at_size(self._model(), size)
+            _check_places(self._models[size], self.strides)
         return self._models[size]
 
     def _margin(self, axis: int) -> int:
@@ -257,6 +259,7 @@ class _Tiled(nn.Module):
             size = [stride * (n if i == axis else 1) for i, stride in enumerate(self.strides)]
             grid = [n_in * (n if i == axis else 1) for i, n_in in enumerate(self.scale_in)]
             sized = sizes.at_size(model, size)
+            _check_places(sized, self.strides)
             x = reference_tensor(model).new_zeros(1, self.channels, *grid)
             x.narrow(axis + 2, n // 2 * self.scale_in[axis], self.scale_in[axis]).fill_(torch.nan)
             with torch.no_grad():
@@ -274,6 +277,12 @@ class _Tiled(nn.Module):
             "tile out, train with --model.net conv, conv_keras, gdn or convnext, or blend tiles that overlap, which "
             "differs from the whole (blend 0.25 of reconstruct, denoise and aezoo.tiled)",
         )
+
+
+def _check_places(sized: Autoencoder, strides: Sequence[int]) -> None:
+    if sized.code_shape[1:] != sizes.code_grid(sized.input_shape[1:], strides):
+        sides = "x".join(map(str, sized.input_shape[1:]))
+        raise _refusal(sized, f"it pads samples, such as tiles or whole ones of {sides}")
 
 
 def _refusal(model: Autoencoder, reason: str) -> AezooError:

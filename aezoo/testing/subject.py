@@ -133,6 +133,8 @@ def quiet_and_isolated() -> Iterator[None]:
         # raised inside lightning 2.6.6 and torch 2.13, not by the model
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method.*", category=DeprecationWarning)
+        # raised inside Dynamo for each gradient of a model's own
+        warnings.filterwarnings("ignore", message=".*Function'> should not be inst", category=DeprecationWarning)
         # advice on workers, logging intervals, missing validation data: none of it matters here
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", message="GPU available but not used.*")

@@ -68,6 +68,7 @@ MEANING = {
     "capacity_steps": NEVER, "a": {1.5}, "weight": {1.5}, "dataset_size": OFF | NEVER, "group_dim": NONE | OFF,
     "n_subsets": OFF, "private_dim": OFF, "parts": {"[]"}, "sigma": {1.5}, "residual": ON, "pad_value": NONE | OFF,
     "top_beta": WEIGHT, "lam": WEIGHT, "hyper_hidden_dims": {"[]"}, "attention": ON,
+    "table_width": OFF,
     "eta": WEIGHT, "neighbours": NEVER, "share": WEIGHT, "mean_weight": WEIGHT, "variance_weight": WEIGHT,
     "quantised": OFF,
     "places": NEVER, "dead_below": WEIGHT, "cosine": ON, "kl_steps": OFF | NEVER, "hard": ON, "top_dims": {"[]"},

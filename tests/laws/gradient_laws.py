@@ -52,6 +52,7 @@ STOPPED: dict[str, dict[str, str]] = {
     "qlae": {"codebook": "encoder", "nll": "quantiser", "commitment": "quantiser"},
     "sq_vae": {"sigma": "decoder quantiser"},
     "titok": {"codebook": "encoder", "nll": "quantiser", "commitment": "quantiser"},
+    "compressai": {"quantiles": "density"},
     **dict.fromkeys(("autoencoder_kl", "eq_vae", "asymmetric_kl"), _ADVERSARIAL_KL),
     "va_vae": {**_ADVERSARIAL_KL, "alignment_weight": "decoder encoder likelihood projection"},
     "vqgan": {

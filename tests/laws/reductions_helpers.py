@@ -164,6 +164,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dvae": {"hidden_dims": (6, 8), "latent_dim": 4, "codebook_size": 16, "beta": 2.0, "kl_steps": 0, "hard": True},
     "factorized_prior": {"hidden_dims": (6, 8), "latent_dim": 4},
     **{name: {"hidden_dims": (6, 8), "latent_dim": 4, **SMALL_SIDE} for name in WITH_SIDE},
+    "compressai": {"width": 4, "latent_dim": 4},
     "elic": {"hidden_dims": (8, 8), "groups": (1, 3), **SMALL_SIDE},
     "gained_hyperprior": {"hidden_dims": (6, 8), "latent_dim": 4, "lams": (0.01, 0.01), **SMALL_SIDE},
     "autoencoder_kl": {"hidden_dims": (6, 8), "latent_dim": 4, "beta": 2.0, "perceptual_weight": 0.5},

@@ -52,7 +52,7 @@ NOISY = (
 
 
 # evaluated with whole numbers, trained with noise in place of rounding
-ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior")
+ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior", "compressai")
 
 
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own, or codes are
@@ -255,6 +255,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         **{key: {"kl": 1.0} for key in PLAIN},
         # lam of 0.01, of squared errors of values to 255 and of bits
         **{key: {"rate": 1.0, "nll": 0.01 * 255**2 * math.log(2) - 1} for key in ROUNDED},
+        "compressai": {"rate": 1.0, "nll": 0.01 * 255**2 * math.log(2) - 1, "quantiles": 1.0},
     }.get(name, {})
     terms = build(name, shifted).double().loss(torch.rand(6, *SHAPE, dtype=torch.float64))
     total = terms["nll"] + sum(weight * terms[term] for term, weight in weights.items())

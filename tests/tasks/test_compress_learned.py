@@ -67,7 +67,9 @@ def test_file_decodes_to_reconstruction_in_model_bits(name, tmp_path):
         rate = sum(float(model.loss(part)["rate"]) * len(part) for part in x.split(64))
     assert found.bound_bits == pytest.approx(rate / math.log(2), rel=1e-5)
     # a table's scale is at most 6 % from the law's
-    assert 0.99 * found.bound_bits < found.net_bits < 1.02 * found.bound_bits + 200
+    # there a sample has a stream of its own, with its size and a state of 64 bits
+    streams = 200 * (32 + 64) if name == "compressai" else 0
+    assert 0.99 * found.bound_bits < found.net_bits < 1.02 * found.bound_bits + 200 + streams
     size = (tmp_path / "samples.aez").stat().st_size
     assert found.rows[0]["bytes"] == size and found.net_bits < 8 * size < found.net_bits + 8 * 1200
     assert any("PCA" in row["method"] for row in found.rows)

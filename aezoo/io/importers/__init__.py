@@ -32,6 +32,7 @@ IMPORTERS: tuple[str, ...] = (
     "openai_sae",
     "diffusers",
     "taming",
+    "compressai",
     "mae",
 )
 

@@ -16,7 +16,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
-from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, rans, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
 from aezoo.tasks.codec.container import FRAME, Header, Writer, max_samples_per_frame
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
@@ -242,7 +242,7 @@ class CompressionRun:
         own = qualities if model.max_quality else (model.quality,)
         for q in own:
             with entropy_model.at_quality(model, q):
-                width, coder = entropy_model.n_symbols(model), entropy_model.EntropyModelCoder(model, self.batch_size)
+                width, coder = entropy_model.n_symbols(model), rans.coder_of(model, self.batch_size)
                 stored_symbols, limits = self._read(
                     self.samples, width, np.int64, lambda x: entropy_model.encode(model, x)
                 )

@@ -40,6 +40,8 @@ Symbols = npt.NDArray[np.int64]
 _HALF_BITS = 16  # bits of each half of an escaped integer
 _MAX_SYMBOL = 2**31
 _MAX_ENTRIES = 2**20  # table entries at a time, 8 MiB in float64; part of the format, since their escapes follow them
+# raised by constriction or by rANS: no integers have these bits
+_NO_SUCH_BITS = (AssertionError, ValueError)
 
 
 class _SymbolTable(NamedTuple):
@@ -153,7 +155,7 @@ class EntropyModelCoder:
         """Decode bytes to (n, T) integers; None if they are not what was encoded."""
         try:
             symbols = np.concatenate([*self._blocks(content, n)])
-        except AssertionError:  # raised by constriction: no integer matches the bits
+        except _NO_SUCH_BITS:
             return None
         return symbols if digest(symbols) == content[:DIGEST] else None
 
@@ -161,7 +163,7 @@ class EntropyModelCoder:
         """Whether the first block of bytes decodes to (n, T) integers."""
         try:
             first = next(self._blocks(content, len(symbols)))
-        except AssertionError:
+        except _NO_SUCH_BITS:
             return False
         return np.array_equal(first, symbols[: self._block])
 

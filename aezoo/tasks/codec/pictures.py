@@ -24,7 +24,7 @@ from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.metrics.similarity import psnr
-from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, reproducibility, tables
+from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, rans, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
 from aezoo.tasks.codec.compression import Compression, CompressionRun
 from aezoo.tasks.codec.container import MAX_PICTURE, Header, Writer
@@ -110,7 +110,7 @@ class PictureRun(CompressionRun):
             def code(model: Autoencoder, x: Tensor, q: float = q) -> _Coded:
                 sized = cast(EntropyCoded, model)
                 with entropy_model.at_quality(sized, q):
-                    coder, symbols = entropy_model.EntropyModelCoder(sized, 1), entropy_model.encode(sized, x)
+                    coder, symbols = rans.coder_of(sized, 1), entropy_model.encode(sized, x)
                     payload = coder.encode(symbols)
                     if not coder.decodes_to(payload, symbols):
                         raise AezooError(_REPEAT.format("codes"))

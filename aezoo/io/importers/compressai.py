@@ -1,0 +1,235 @@
+"""Checkpoints of CompressAI, https://github.com/InterDigitalInc/CompressAI, as the model `compressai`.
+
+They are the weights alone, as published, or beside other values as its training scripts save them. Names tell the
+architecture, shapes the channels. The names of older versions are known, and those of models in DataParallel.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aezoo import registry
+from aezoo.autoencoder import Autoencoder
+from aezoo.distributions.frequency_tables import MAX_ENTRIES, TAIL_MASS, FrequencyTables, join
+from aezoo.errors import AezooError
+from aezoo.io.importers import Imported
+from aezoo.io.importers.source import WeightSource
+from aezoo.nets.blocks.compressai import LEAST_BETA, PEDESTAL
+from aezoo.security import weights
+from aezoo.training.seeding import forked_rng
+
+NAME = "CompressAI"
+_SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".safetensors")
+_BOTTLENECK, _GAUSSIANS = "entropy_bottleneck", "gaussian_conditional"
+_QUANTILES = f"{_BOTTLENECK}.quantiles"
+# no part of the weights depends on the size of pictures
+_SIDE = 256
+# old names of others -> new ones
+_RENAMED = (
+    (r"^module\.", ""),
+    (r"\.downsample\.", ".skip."),
+    (rf"^{_BOTTLENECK}\._(?:matrix|matrices\.)(\d)$", rf"{_BOTTLENECK}.matrices.\1"),
+    (rf"^{_BOTTLENECK}\._bias(?:es\.)?(\d)$", rf"{_BOTTLENECK}.biases.\1"),
+    (rf"^{_BOTTLENECK}\._factor(?:s\.)?(\d)$", rf"{_BOTTLENECK}.factors.\1"),
+)
+# names here -> names there
+_NAMES = (
+    (r"^encoder\.", "g_a."),
+    (r"^decoder\.", "g_s."),
+    (r"^hyper_encoder\.", "h_a."),
+    (r"^hyper_decoder\.", "h_s."),
+    (r"^context\.", "context_prediction."),
+    (r"\.root_beta_C$", ".beta"),
+    (r"\.root_gamma_CC$", ".gamma"),
+    (r"^density\.weights\.", f"{_BOTTLENECK}.matrices."),
+    (r"^density\.bends\.", f"{_BOTTLENECK}.factors."),
+    (r"^density\.biases\.", f"{_BOTTLENECK}.biases."),
+    (r"^density\.last_bias_C1$", f"{_BOTTLENECK}.biases.4"),
+    (r"^quantiles_C3$", _QUANTILES),
+)
+_TAIL = math.log(2 / TAIL_MASS - 1)
+# what is the same in all files; with other values the networks would compute something else
+_CONSTANTS: dict[str, tuple[float, ...]] = {
+    "reparam.pedestal": (PEDESTAL,),
+    "beta_reparam.lower_bound.bound": ((LEAST_BETA + PEDESTAL) ** 0.5,),
+    "gamma_reparam.lower_bound.bound": (PEDESTAL**0.5,),
+    ".likelihood_lower_bound.bound": (1e-9,),
+    ".lower_bound_scale.bound": (0.11,),
+    ".scale_bound": (0.11,),
+    f"{_BOTTLENECK}.target": (-_TAIL, 0.0, _TAIL),
+    "context_prediction.mask": (*[1.0] * 12, *[0.0] * 13),
+}
+_TOO_LARGE = "it has far fewer weights than its shapes ask for: it is damaged"
+_TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
+
+
+def recognise(source: WeightSource) -> bool:
+    """Whether a file has the names of an entropy bottleneck of CompressAI."""
+    name = _file(source)
+    return name is not None and any(key.endswith(_QUANTILES) for key in _state_in(source.content(name)))
+
+
+def read(source: WeightSource) -> Imported:
+    """The model as `compressai`.
+
+    Raises:
+        AezooError: the weights are not those of one of the seven architectures, or are damaged.
+    """
+    name = str(_file(source))
+    what = source.label(name)
+    state = _renamed(weights.check_tensors(_state_in(source.content(name)), Path(what), "compressai"), what)
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise AezooError(f"{what}: {key} has values that are NaN or infinite: it is damaged")
+    settings = _settings(state, what)
+    first = "g_a.0.conv1.weight" if "cheng" in settings["architecture"] else "g_a.0.weight"
+    shape = (state[first].shape[1], _SIDE, _SIDE)
+    _take_constants(state, what)
+    tables = _take_tables(state, what)
+    settings["table_width"] = 0 if tables is None else tables.cdf.shape[1]
+    model = _filled(shape, settings, state, tables, what)
+    sizes = f"{shape[0]} channels, N = {settings['width']}, M = {settings['latent_dim']}"
+    made = "those of the file" if tables is not None else "made from the weights: the file has none, see its update()"
+    return Imported(model, f"CompressAI, {settings['architecture']}, {sizes}", (f"tables of frequencies are {made}",))
+
+
+def _file(source: WeightSource) -> str | None:
+    """The file that the address names, or the only one with weights in its folder."""
+    if source.given is not None:
+        return source.given if source.given.endswith(_SUFFIXES) else None
+    files = [name for name in source.names if name.endswith(_SUFFIXES) and "/" not in name]
+    return files[0] if len(files) == 1 else None
+
+
+def _state_in(content: Any) -> dict[str, Any]:
+    for key in ("network", "state_dict"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else {}
+
+
+def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The weights by the names of the newest version."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, new in _RENAMED:
+            key = re.sub(pattern, new, key)
+        if key in renamed:
+            raise AezooError(f"{what} holds {key} under two names: download it again")
+        renamed[key] = value
+    return renamed
+
+
+def _settings(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+    """Architecture and channels from names and shapes."""
+
+    def size(key: str) -> int:
+        if key not in state or state[key].ndim != 4:
+            raise AezooError(
+                f"{what} has no {key} of a convolution: of CompressAI's models, those of Ballé et al. 2018, Minnen et "
+                "al. 2018 and Cheng et al. 2020 are read, not those of variable rate, latent codecs, videos or points"
+            )
+        return len(state[key])
+
+    if "g_a.0.conv1.weight" in state:
+        n = m = size("g_a.0.conv1.weight")
+        attention = any(key.startswith("g_a.3.conv_a.") for key in state)
+        architecture = "cheng2020-attn" if attention else "cheng2020-anchor"
+    else:
+        n, m = size("g_a.0.weight"), size("g_a.6.weight")
+        if "h_a.0.weight" not in state:
+            architecture = "bmshj2018-factorized" if "g_a.1.beta" in state else "bmshj2018-factorized-relu"
+        elif "context_prediction.weight" in state:
+            architecture = "mbt2018"
+        else:
+            architecture = "mbt2018-mean" if size("h_s.4.weight") == 2 * m else "bmshj2018-hyperprior"
+    return {"architecture": architecture, "width": n, "latent_dim": m}
+
+
+def _take_constants(state: dict[str, Tensor], what: str) -> None:
+    """Take out what must have one value, after a check that it has."""
+    for key in [*state]:
+        for ending, values in _CONSTANTS.items():
+            if not key.endswith(ending):
+                continue
+            found = state.pop(key).double()
+            wanted = torch.tensor(values, dtype=torch.float64).reshape(found.shape[-2:] if len(values) > 3 else -1)
+            if found.numel() and not torch.allclose(found, wanted.expand(found.shape), rtol=1e-5, atol=0):
+                raise AezooError(f"{what}: {key} has other values than in CompressAI, where it is a constant")
+            break
+
+
+def _take_tables(state: dict[str, Tensor], what: str) -> FrequencyTables | None:
+    """The tables of frequencies, if the file has those of all distributions."""
+    found: list[FrequencyTables | None] = []
+    for of in (_BOTTLENECK, _GAUSSIANS):
+        parts = [state.pop(f"{of}.{name}", torch.empty(0)) for name in _TABLES]
+        if of == _GAUSSIANS and f"{of}.scale_table" not in state:
+            continue
+        if not all(part.numel() for part in parts):
+            found.append(None)
+            continue
+        integers = all(part.dtype in (torch.int32, torch.int64) for part in parts)
+        if not integers or [part.ndim for part in parts] != [2, 1, 1] or parts[0].shape[1] > MAX_ENTRIES:
+            raise AezooError(f"{what}: {of} has tables that are no integers of up to {MAX_ENTRIES:,} columns")
+        tables = FrequencyTables(*(part.clamp(-(2**31), 2**31 - 1).int() for part in parts))
+        if (wrong := tables.check()) is not None:
+            raise AezooError(f"{what}: the tables of {of} are damaged: {wrong}")
+        found.append(tables)
+    complete = [tables for tables in found if tables is not None]
+    return join(complete) if len(complete) == len(found) else None
+
+
+def _filled(
+    shape: tuple[int, ...],
+    settings: dict[str, Any],
+    state: dict[str, Tensor],
+    tables: FrequencyTables | None,
+    what: str,
+) -> Autoencoder:
+    """The model with all of the weights."""
+    try:
+        with forked_rng(torch.device("cpu")), weights.limit_parameters(state, _TOO_LARGE):
+            # before memory is allocated
+            with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+                registry.create_model("compressai", shape, **settings)
+            model = registry.create_model("compressai", shape, **settings)
+    except AezooError as error:
+        raise AezooError(f"{what}: {error}") from error
+    own: dict[str, Tensor] = model.state_dict()
+    if tables is not None:
+        for part, values in zip(("cdf", "length", "offset"), tables, strict=True):
+            if own[f"table_{part}"].shape != values.shape:
+                raise AezooError(f"{what} has {len(values)} tables, and its distributions ask for another number")
+            own.pop(f"table_{part}").copy_(values)
+    scales = state.pop(f"{_GAUSSIANS}.scale_table", torch.empty(0))
+    if scales.numel():
+        standard = own.pop("scales", torch.empty(0))
+        if scales.shape != standard.shape or not torch.allclose(scales.float(), standard, rtol=1e-5):
+            raise AezooError(f"{what}: its scale_table is not that of CompressAI's get_scale_table()")
+        standard.copy_(scales)
+    own.pop("scales", None)
+    for key, parameter in own.items():
+        for pattern, new in _NAMES:
+            key = re.sub(pattern, new, key)
+        if (value := state.pop(key, None)) is None:
+            raise AezooError(f"{what} has no {key}, which {settings['architecture']} has: it is damaged")
+        if not value.is_floating_point():
+            raise AezooError(f"{what}: {key} has {value.dtype} in place of real numbers")
+        # beside these, others have axes of length 1
+        if [n for n in value.shape if n != 1] != [n for n in parameter.shape if n != 1]:
+            raise AezooError(
+                f"{what}: {key} has shape {tuple(value.shape)}, the others ask for {tuple(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(value.reshape(parameter.shape))
+    if state:
+        raise AezooError(
+            f"{what} is no {settings['architecture']} of CompressAI, for it also has {', '.join(sorted(state)[:3])}"
+        )
+    return model.eval()

@@ -108,14 +108,14 @@ def quantised_cdf(mass: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 def scale_table(low: float, high: float, n: int) -> Tensor:
     """Scales whose logarithms are equally far apart, (n,), float32."""
-    return torch.linspace(float(np.log(low)), float(np.log(high)), n).exp()
+    return torch.linspace(float(np.log(low)), float(np.log(high)), n, dtype=torch.float32).exp()
 
 
 @functools.lru_cache(maxsize=4)
 def _gaussian_tables(scales: tuple[float, ...]) -> FrequencyTables:
     from scipy.special import ndtri
 
-    scale = torch.tensor(scales)
+    scale = torch.tensor(scales, dtype=torch.float32)
     reach = torch.ceil(scale * -ndtri(TAIL_MASS / 2)).int()
     distance = (torch.arange(2 * int(reach.max()) + 1).int() - reach[:, None]).abs().float()
     upper, lower = (0.5 * torch.erfc(-(2**-0.5) * ((half - distance) / scale[:, None])) for half in (0.5, -0.5))

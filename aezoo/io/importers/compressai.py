@@ -210,7 +210,7 @@ def _filled(
     scales = state.pop(f"{_GAUSSIANS}.scale_table", torch.empty(0))
     if scales.numel():
         standard = own.pop("scales", torch.empty(0))
-        if scales.shape != standard.shape or not torch.allclose(scales.float(), standard, rtol=1e-5):
+        if scales.shape != standard.shape or not torch.allclose(scales.float(), standard.float(), rtol=1e-5):
             raise AezooError(f"{what}: its scale_table is not that of CompressAI's get_scale_table()")
         standard.copy_(scales)
     own.pop("scales", None)

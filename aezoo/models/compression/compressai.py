@@ -99,7 +99,7 @@ class TabulatedGaussians(Gaussians):
 
     @property
     def table(self) -> Tensor:
-        return self.first + torch.bucketize(self.scale.contiguous(), self.scales[:-1].contiguous())
+        return self.first + torch.bucketize(self.scale.contiguous(), self.scales[:-1].to(self.scale).contiguous())
 
 
 class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}):
@@ -238,7 +238,7 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}):
         return join(parts)
 
     def _bottleneck_tables(self) -> FrequencyTables:
-        density = Bottleneck(len(self.density.last_bias_C1))
+        density = Bottleneck(len(self.density.last_bias_C1)).float()
         density.load_state_dict(self.density.state_dict())
         low_C, median_C, high_C = self.quantiles_C3.detach().cpu().float().unbind(1)
         reaches = [

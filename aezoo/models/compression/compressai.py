@@ -192,9 +192,12 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}):
             coder.add_rate(y_noisy, self.gaussians(self.fused(params, self.context(y_noisy.to(params)))))
             return y_noisy
         known = F.pad(params.new_zeros(n, *self.code_shape), [REACH] * 4).to(at_least_float32(params).dtype)
+        weight = self.context.masked_weight()
         for i, j in itertools.product(*map(range, self.code_shape[1:])):
             about = known[:, :, i : i + 2 * REACH + 1, j : j + 2 * REACH + 1].clone().to(params)
-            distribution = self.gaussians(self.fused(params[:, :, i : i + 1, j : j + 1], self.context.at(about)))
+            distribution = self.gaussians(
+                self.fused(params[:, :, i : i + 1, j : j + 1], self.context.at(about, weight))
+            )
             y_hat = coder(None if y is None else y[:, :, i : i + 1, j : j + 1], distribution)
             known[:, :, i + REACH, j + REACH] = y_hat[:, :, 0, 0].detach()  # no optimiser step follows an evaluation
         return known[:, :, REACH:-REACH, REACH:-REACH]

@@ -97,11 +97,15 @@ class MaskedConv(nn.Conv2d):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.mask, self.bias, padding=REACH)
+        return F.conv2d(x, self.masked_weight(), self.bias, padding=REACH)
 
-    def at(self, patch: Tensor) -> Tensor:
+    def masked_weight(self) -> Tensor:
+        """The weight as the convolution uses it, for `at`."""
+        return self.weight * self.mask
+
+    def at(self, patch: Tensor, masked_weight: Tensor) -> Tensor:
         """One place, from the places around it: (B, M, 5, 5) -> (B, 2 M, 1, 1)."""
-        return F.conv2d(patch, self.weight * self.mask, self.bias)
+        return F.conv2d(patch, masked_weight, self.bias)
 
 
 class ResidualBlock(nn.Module):

@@ -180,6 +180,8 @@ def test_frequencies_are_near_probabilities() -> None:
         ([0.0, 0.5, 0.5], [0, 1, 32768, 65536]),
         ([0.75, 0.0, 0.25], [0, 49152, 49153, 65536]),
         ([0.25, 0.0, 0.0, 0.75], [0, 16382, 16383, 16384, 65536]),
+        # half of a frequency is rounded up, away from 0
+        ([2.5 / 65536, 3.5 / 65536, 65530 / 65536], [0, 2, 5, 65536]),
         # scaled to the sum of 2^16, rounded down, and the last takes the rest
         ([0.5, 0.25, 0.125], [0, 37449, 56173, 65536]),
     ],

@@ -20,6 +20,7 @@ from aezoo.models.variational.ada_gvae import AVERAGES
 from aezoo.models.variational.flow_prior_vae import PRIORS
 from aezoo.models.variational.info_vae import KERNELS
 from aezoo.models.variational.iwae import ESTIMATORS
+from aezoo.nets.blocks.compressai import ARCHITECTURES
 from aezoo.nets.blocks.dictionary import DECODES, INPUT_NORMS
 from aezoo.nets.blocks.diffusers import KINDS
 from aezoo.nets.blocks.flows import FLOWS
@@ -249,6 +250,8 @@ RANGES = {
     "lam": lambda rng: 10 ** rng.uniform(-4, -1),
     "hyper_dim": lambda rng: rng.randint(1, 8),
     "hyper_hidden_dims": lambda rng: [rng.randint(4, 16) for _ in range(rng.randint(0, 2))],
+    "architecture": lambda rng: rng.choice([*ARCHITECTURES]),
+    "table_width": lambda rng: 0,
     "reach": lambda rng: rng.randint(1, 3),
     "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
@@ -267,6 +270,7 @@ RANGES = {
 # values that do not go together, as the constructor would say
 FIXED = {
     "sparse_ae_kl": {"code_activation": "sigmoid"},
+    "compressai": {"width": 8, "latent_dim": 8},
     "contractive_ae": {"net": "mlp"},
     **{name: {"net": "gdn"} for name in ("joint_ar_hyperprior", "checkerboard", "elic")},
     "ciwae": {"beta": 0.3},

@@ -120,11 +120,25 @@ def add_results_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=folder, metavar="DIR", help=text)
 
 
-def add_run_flags(parser: argparse.ArgumentParser, unit: str, timeout: int) -> None:
-    """Add the flags of scripts that train models with several seeds, each `unit` in its own process."""
+def add_run_flags(
+    parser: argparse.ArgumentParser, unit: str, timeout: int, seeds: int = 3, accelerator: str | None = None
+) -> None:
+    """Add the flags of scripts that train models with several seeds, each `unit` in its own process.
+
+    Args:
+        parser: what the flags are added to.
+        unit: what one process does.
+        timeout: default of `--timeout`, in seconds.
+        seeds: default of `--seeds`.
+        accelerator: a fixed accelerator that the user cannot choose.
+    """
     add, count = parser.add_argument, at_least(1)
-    add("--seeds", type=count, default=3, metavar="N", help="runs of each model, with seeds 0 to N - 1 (default 3)")
-    add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
+    text = f"runs of each model, with seeds 0 to N - 1 (default {seeds})"
+    add("--seeds", type=count, default=seeds, metavar="N", help=text)
+    if accelerator:
+        parser.set_defaults(accelerator=accelerator)
+    else:
+        add("--accelerator", default="auto", help="auto, cpu, gpu or mps")
     add(
         "--jobs", type=count, default=1, help=f"{unit}s in parallel; each gets its share of the cores, or a GPU in turn"
     )
@@ -353,6 +367,7 @@ class ResultsCSV:
         self.path, self.key, self.again, self.command = path, tuple(key), again, command
         self.commands: list[str] = []
         self.rows: list[dict[str, str]] = []
+        self._index: tuple[list[dict[str, str]], int, dict[tuple[str, ...], dict[str, str]]] | None = None
         self.read()
         self._writable = False
 
@@ -375,8 +390,11 @@ class ResultsCSV:
 
     def find(self, row: Mapping[str, object]) -> dict[str, str] | None:
         """The row with the same key, if there is one."""
-        wanted = [as_text(row.get(name)) for name in self.key]
-        return next((r for r in self.rows if [r.get(name, "") for name in self.key] == wanted), None)
+        if self._index is None or self._index[0] is not self.rows or self._index[1] != len(self.rows):
+            # the first of several rows with one key counts
+            found = {tuple(r.get(name, "") for name in self.key): r for r in reversed(self.rows)}
+            self._index = self.rows, len(self.rows), found
+        return self._index[2].get(tuple(as_text(row.get(name)) for name in self.key))
 
     def needs(self, row: Mapping[str, object]) -> bool:
         """Whether the row still has to be measured.

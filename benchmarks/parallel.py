@@ -51,15 +51,19 @@ def measure_missing(
     arguments: argparse.Namespace,
     columns: Sequence[str],
     shown: Sequence[str],
+    names: Sequence[str] = ("model", "options"),
 ) -> None:
-    """Measure the missing rows of a table, `row` of each spec with all `columns`, and print the values of `shown`."""
+    """Measure the missing rows of a table, `row` of each spec with all `columns`, and print the values of `shown`.
+
+    The columns `names` and `seed` say which row a printed line is of.
+    """
     needed = [spec for spec in specs if table.needs(spec["row"])]
     found = run_rows(module, needed, arguments.timeout, arguments.jobs, arguments.accelerator)
     for i, (spec, measured) in enumerate(found, start=1):
         row = measured | spec["row"]
         table.put({name: row.get(name) for name in columns})
         figures = [f"{name} {common.as_text(row[name])}" for name in shown if row.get(name) not in (None, "")]
-        head = f"[{i}/{len(needed)}] {' '.join(filter(None, (row['model'], row.get('options'))))}, seed {row['seed']}"
+        head = f"[{i}/{len(needed)}] {' '.join(filter(None, map(row.get, names)))}, seed {row['seed']}"
         print(f"{head}: {row.get('error') or ', '.join(figures)}", flush=True)
 
 

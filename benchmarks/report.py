@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-from . import report_pca, report_scaling, report_tasks, report_zoo, targets
+from . import report_adbench, report_pca, report_scaling, report_tasks, report_zoo, targets
 from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
 from .report_columns import BITS, DICTIONARIES, DISENTANGLE, GPU, QUALITY, Row, format_number, markdown, spread, words
 from .report_sections import SECTIONS, Section, is_of_fixed_budget
@@ -123,7 +123,7 @@ def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]
         for name, chosen in _shares(intro, parts):
             whole = "\n\n".join([intro, *(_PART + part for part in chosen)])
             found[f"{_slug(name)}.md"] = fit(_page_of(whole, home))
-    return found | zoo_pages(folder), rows
+    return found | zoo_pages(folder) | adbench_pages(folder, home), rows
 
 
 def _shares(intro: str, parts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -168,7 +168,9 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         stem: (head, add_efficiency(rows) if stem.startswith("speed-train-") else rows)
         for stem, (head, rows) in read.items()
     }
-    left, parts = dict(read), []
+    # these have a page of their own
+    left = {stem: content for stem, content in read.items() if not stem.startswith(report_adbench.PREFIX)}
+    parts: list[str] = []
     verbs = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
     for section in SECTIONS:
         stems = [stem for stem in left if stem.startswith(section.prefix)]
@@ -226,6 +228,18 @@ def zoo_pages(folder: Path) -> dict[str, str]:
             rows += report_zoo.zoo_rows(runs, merge_seeds(runs))
             commands.setdefault(runs[0]["dataset"], []).extend(head)
     return report_zoo.pages(rows, commands)
+
+
+def adbench_pages(folder: Path, home: Path) -> dict[str, str]:
+    """The page of anomaly detection on tables, by the name of its file; empty without complete rows."""
+    files, place = report_adbench.read(folder), pages_folder(home)
+    found = report_adbench.pages(files, folder / "pictures", place)
+    return {name: fit(_page_of(f"{_TOPIC}{report_adbench.TITLE}\n\n{text}", home)) for name, text in found.items()}
+
+
+def home_of(folder: Path) -> Path:
+    """Where the report of a folder of CSVs goes: this package for its own results, else that folder."""
+    return PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
 
 
 def pages_folder(home: Path) -> Path:
@@ -322,16 +336,25 @@ def write_pages(found: Mapping[str, str], pictures: Mapping[Path, str], home: Pa
     place = pages_folder(home)
     shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
     index = "\n\n".join([_HEAD, page_list(found, os.path.relpath(place, home)), *shown])
-    for path, text in ({home / "RESULTS.md": index} | {place / name: page for name, page in found.items()}).items():
+    write_texts({home / "RESULTS.md": index} | {place / name: page for name, page in found.items()})
+    # a folder of its own holds nothing else
+    for path in place.glob("*.md") if place != home else ():
+        if path.name not in found:
+            path.unlink()
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write files.
+
+    Raises:
+        AezooError: a file cannot be written.
+    """
+    for path, text in texts.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
             raise AezooError(f"cannot write {path}: {error.strerror}") from error
-    # a folder of its own holds nothing else
-    for path in place.glob("*.md") if place != home else ():
-        if path.name not in found:
-            path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -341,8 +364,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder: Path = parser.parse_args(argv).results
     if not any(folder.glob("*.csv")):
         raise AezooError(f"no CSV in {folder}: measure first, as by `aezoo benchmark speed`, or give --results DIR")
-    home = PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
+    home = home_of(folder)
     found, rows = pages(folder, home)
+    report_adbench.draw(report_adbench.read(folder), folder / "pictures")
     write_pages(found, draw_pictures(folder, rows), home)
     for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")

@@ -56,7 +56,7 @@ Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or 
 
 Measure
   benchmark NAME ...               speed, quality, bits, quantisers, tasks, disentangle, dictionaries, probe,
-                                   kodak, scaling, peers, report
+                                   adbench, kodak, scaling, peers, report
 
 Examples
   aezoo fit -c vae
@@ -76,6 +76,7 @@ BENCHMARKS = {
     "probe": "accuracy of a linear probe and of kNN on codes, for masked and other models, over seeds",
     "bits": "reconstruction error of quantised models at equal bits, and usage of their codes, over seeds",
     "quantisers": "speed and memory of quantisers, 512 to 65,536 codes, compared with vector-quantize-pytorch",
+    "adbench": "anomaly detectors of the zoo and of PyOD on ADBench's tables: AUROC, AUPR, ranks, time of a fit",
     "kodak": "bits and errors of the Kodak photographs, compared with JPEG, WebP, AVIF and JPEG XL by BD-rates",
     "scaling": "how time and memory grow with samples, code, width, image and codebook size, and for each verb",
     "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",

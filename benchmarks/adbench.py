@@ -65,6 +65,8 @@ def plan(arguments: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
     chosen = [one for name in arguments.sets or sets for one in groups.get(name, [name])]
     if unknown := [name for name in chosen if name not in sets]:
         raise AezooError(f"no set {unknown[0]!r} in {arguments.folder}: there are {', '.join(sets)}")
+    if not chosen:
+        raise AezooError(f"--sets {' '.join(arguments.sets)}: none of them is in {arguments.folder}")
     names = dict.fromkeys(one for name in arguments.detectors for one in GROUPS.get(name, (name,)))
     detectors = {name: parse_detector(name) for name in names}
     if any(of["party"] == "pyod" for of in detectors.values()) and importlib.util.find_spec("pyod") is None:
@@ -128,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.report:
         write_report(arguments.results)
         return
-    # the folder is of this machine
-    words = [word if word != str(arguments.folder) else "FOLDER" for word in argv]
+    # the folder is of this machine; a Path has no slash at its end
+    words = [word if Path(word) != arguments.folder else "FOLDER" for word in argv]
     command = common.command_line("adbench", words, left_out=("--jobs",))
     where = common.environment(arguments, accelerator="cpu")
     specs = {setting: plan(arguments, setting) for setting in dict.fromkeys(arguments.settings)}

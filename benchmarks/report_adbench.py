@@ -28,6 +28,8 @@ _METRICS = ("auroc", "aupr")
 _MOST_COLUMNS = 9
 # sets without which neither ranks nor tests say anything
 _LEAST_SETS = 2
+# of fits by the clock as a multiple of processor time, beyond which the machine was not idle
+_MOST_SLOWDOWN = 1.5
 _SETTINGS = {
     "unsupervised": "Training on all rows of the training part, anomalies among them.",
     "clean": "Training on the normal rows of the training part alone.",
@@ -158,6 +160,13 @@ def _mean(values: Values | Sequence[float]) -> str:
     return repr(float(np.mean(values)))
 
 
+def _slowdown(rows: Sequence[Row]) -> float:
+    """Seconds by the clock of all fits, as a multiple of processor time on all threads; 1 on an idle machine."""
+    pairs = [(number(row, "fit_seconds"), number(row, "fit_cpu_seconds")) for row in rows]
+    measured = [(clock, used) for clock, used in pairs if clock is not None and used]
+    return sum(clock for clock, _ in measured) / sum(used for _, used in measured) if measured else 1.0
+
+
 def _fit_text(rows: Sequence[Row]) -> str:
     medians = [
         float(np.median(found))
@@ -237,6 +246,12 @@ def pages(files: Files, pictures: Path, place: Path) -> dict[str, str]:
         facts += ", which does not show how far seeds differ" if len(table.seeds) == 1 else ""
         facts += f"; {', '.join(versions)}; threads: {', '.join(threads)}; processor: {', '.join(processors)}."
         parts.append(f"{_SETTINGS[setting]} {facts}")
+        slowdown = _slowdown(rows)
+        if slowdown > _MOST_SLOWDOWN:
+            parts.append(
+                f"The machine was busy with other work: by the clock, fits took {slowdown:.2g} times their processor "
+                "time. Times by the clock do not compare."
+            )
         if table.unfinished:
             missing = ", ".join(f"{name} ({count})" for name, count in table.unfinished.items())
             parts.append(f"Left out, since rows are missing: {missing}.")

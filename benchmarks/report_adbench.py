@@ -40,10 +40,11 @@ _SETTINGS = {
 }
 _TEXT = (
     "`python -m benchmarks.adbench --report` writes this page from the CSVs in `benchmarks/results`. Sets are those of "
-    "ADBench (Han et al. 2022): {max_rows} rows of each at most (at their share, but at least 20 anomalies), 70 % for "
-    "training and 30 % for the test, stratified, standardised on the training rows. Detectors have their own defaults: "
-    "no hyperparameter and no number of steps is chosen by labels. `default` is `AutoencoderDetector()`, other plain "
-    "names are models of the zoo in that estimator, `pyod.` is PyOD.\n\n"
+    "ADBench (Han et al. 2022): {max_rows} rows of each at most (anomalies at their share, but at least 20), 70 % for "
+    "training and 30 % for the test, stratified, standardised on the training rows. Small sets are not filled up with "
+    "copies of their rows, as ADBench does, since copies would be in both parts. `default` is "
+    "`AutoencoderDetector()`, other plain names are models of the zoo in that estimator, `pyod.` is PyOD; all with "
+    "their own defaults but for settings in a name. Nothing is chosen by labels.\n\n"
     "**Judged on** the sets that are not for choosing hyperparameters; those are {tuning}. AUROC and AUPR (average "
     "precision) are means over the judging sets; a set's value is the mean over its seeds. Rank: average over the "
     "judging sets, 1 is best. p: Wilcoxon's signed-rank test of the AUROC beside `default`, with Holm's correction for "
@@ -238,11 +239,12 @@ def pages(files: Files, pictures: Path, place: Path) -> dict[str, str]:
     for stem, table in found.items():
         setting, judged = _setting(stem), table.judged()
         rows = [row for own in table.rows.values() for row in own]
-        parts += [f"## {stem}", "```bash\n" + "\n".join(files[stem][0]) + "\n```"]
+        parts += [f"### {stem}", "```bash\n" + "\n".join(files[stem][0]) + "\n```"]
         versions = sorted({row["version"] for row in rows if row.get("version")})
         threads = sorted({row["threads"] for row in rows if row.get("threads")})
         processors = sorted({row["processor"] for row in rows if row.get("processor")})
-        facts = f"{len(table.sets)} sets, {len(judged)} of them judge; seeds {', '.join(table.seeds)}"
+        facts = f"{len(table.sets)} sets, {len(judged)} of them judge; "
+        facts += f"seed{'s' * (len(table.seeds) > 1)} {', '.join(table.seeds)}"
         facts += ", which does not show how far seeds differ" if len(table.seeds) == 1 else ""
         facts += f"; {', '.join(versions)}; threads: {', '.join(threads)}; processor: {', '.join(processors)}."
         parts.append(f"{_SETTINGS[setting]} {facts}")

@@ -46,13 +46,13 @@ def test_critical_difference_of_the_published_example():
     assert rankings.critical_difference(4, 14, alpha=0.1) == pytest.approx(2.291 * (20 / 84) ** 0.5, abs=1e-3)
 
 
-def test_groups_are_the_largest_runs_within_a_critical_difference():
+def test_groups_are_largest_runs_within_critical_difference():
     assert rankings.indistinct_groups([1.0, 1.5, 2.2, 4.0, 4.4], 1.0) == [(0, 1), (1, 2), (3, 4)]
     assert rankings.indistinct_groups([1.0, 2.0, 3.0], 1.0) == []  # a difference as large as the critical one counts
     assert rankings.indistinct_groups([1.0, 1.2, 1.4], 5.0) == [(0, 2)]
 
 
-def test_wilcoxon_counts_signs_by_hand_and_equal_methods_differ_by_nothing():
+def test_wilcoxon_by_hand_and_of_equal_methods():
     # six differences of one sign: two of the 2^6 assignments of signs are as extreme
     values = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.65])
     assert rankings.wilcoxon_p(values, values - [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]) == pytest.approx(2 / 64)
@@ -64,7 +64,7 @@ def test_holm_multiplies_in_steps_and_never_decreases():
     assert rankings.holm([0.9, 0.8]) == [1.0, 1.0] and rankings.holm([]) == []
 
 
-def test_the_picture_names_all_methods_and_joins_those_that_do_not_differ():
+def test_the_picture_names_methods_and_joins_groups():
     ranks = {"a": 1.2, "b": 2.0, "c": 3.9, "d": 2.9}
     figure = plots_ranks.critical_differences(ranks, 1.25, "four")
     (ax,) = figure.axes

@@ -20,15 +20,15 @@ rows, since copies of one row would be both in the training and in the test part
 
 A detector is `default` (AutoencoderDetector()), a model of the registry (AutoencoderDetector(NAME)) or PyOD's, as
 pyod.IForest; `zoo`, `pyod` and `all` are groups. Settings may follow: NAME:KEY=VALUE,KEY=VALUE, those of the estimator
-or of the model. Without, a detector has its own defaults, which no label has chosen. Detectors that need labels, or see
-images alone, are no part of this. PyOD is not part of aezoo: pip install "pyod>=3.6,<4".
+or of the model; without, a detector has its own defaults. Detectors that need labels, or see images alone, are no part
+of this. PyOD is not part of aezoo: pip install "pyod>=3.6,<4".
 
 Hyperparameters may be chosen on ten sets, --sets tuning; the report judges on the others. The ten are every third of
 the 33 small sets at hand in alphabetical order, from the first on, fixed before anything was measured.
 
 A row has AUROC and AUPR (average precision) of the test rows, the seconds of fit and scores, and the processor time of
-the fit, which other work on the machine changes less. A detector that fails,
-or takes longer than --timeout, has a row with its error. Existing rows are kept; --again measures them again.
+the fit, which other work on the machine changes less. A detector that fails, or takes longer than --timeout, has a row
+with its error. Existing rows are kept; --again measures them again.
 """
 
 import argparse

@@ -44,7 +44,7 @@ _TEXT = (
     "training and 30 % for the test, stratified, standardised on the training rows. Small sets are not filled up with "
     "copies of their rows, as ADBench does, since copies would be in both parts. `default` is "
     "`AutoencoderDetector()`, other plain names are models of the zoo in that estimator, `pyod.` is PyOD; all with "
-    "their own defaults but for settings in a name. Nothing is chosen by labels.\n\n"
+    "their own defaults but for settings in a name.\n\n"
     "**Judged on** the sets that are not for choosing hyperparameters; those are {tuning}. AUROC and AUPR (average "
     "precision) are means over the judging sets; a set's value is the mean over its seeds. Rank: average over the "
     "judging sets, 1 is best. p: Wilcoxon's signed-rank test of the AUROC beside `default`, with Holm's correction for "

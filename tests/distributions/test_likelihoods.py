@@ -447,3 +447,16 @@ def test_a_bad_name_is_refused_in_one_line(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("learned")])
 def test_learned_scale_gradients_match_finite_differences(name: str) -> None:
     assert_gradients_match(likelihood(name), torch.randn(3, 4), torch.rand(3, 4))
+
+
+@pytest.mark.parametrize("share", [-0.999, -0.5, 0.5, 0.999])
+def test_continuous_bernoulli_series_inverts_the_distribution(share: float) -> None:
+    """For small logits, of which the exact inverse loses all digits, x is a series in the logit, F(x) = u."""
+    made = build("continuous_bernoulli")
+    params = torch.full((1000, 1), share * made._TAYLOR_BELOW, dtype=torch.float64)
+    torch.manual_seed(0)
+    u = torch.rand_like(params)
+    torch.manual_seed(0)
+    x = made.sample(params)
+    torch.testing.assert_close(torch.expm1(params * x) / torch.expm1(params), u, rtol=0, atol=2e-4)
+    assert (x - u).abs().max() > 1e-3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import aezoo
-from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, scatter_code
+from aezoo.nets.blocks.dictionary import CROSSOVER, Dictionary, geometric_median, project_to_simplex, scatter_code
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -31,6 +31,28 @@ def nearest_to_all(x: Tensor) -> Any:
 
 
 # ---- the dictionary --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
+    v = torch.randn(12, size, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None]
+    found = project_to_simplex(v)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(12, dtype=torch.float64))
+    for row, near in zip(v.numpy(), found.numpy(), strict=True):
+        best = scipy.optimize.minimize(
+            lambda w, row=row: ((w - row) ** 2).sum(),
+            np.full(size, 1 / size),
+            jac=lambda w, row=row: 2 * (w - row),
+            bounds=[(0, None)] * size,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+            method="SLSQP",
+            options={"ftol": 1e-14},
+        )
+        np.testing.assert_allclose(near, best.x, atol=1e-5)
+    torch.testing.assert_close(project_to_simplex(found), found)  # what is there stays
+    torch.testing.assert_close(project_to_simplex(v + 3), found)  # a number for a whole row changes nothing
+    assert project_to_simplex(v.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", ["normal", "outliers", "off centre"])

@@ -25,8 +25,6 @@ from gradient_laws import (  # noqa: F401
 )
 from torch import Tensor
 
-from aezoo.nets.blocks.dictionary import project_to_simplex
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -197,28 +195,6 @@ def test_gradients_reach_shares_and_lambda_and_the_points_stay(digits: Tensor, q
     assert torch.equal(after["decoder.points_PX"], before["decoder.points_PX"])  # a batch starts it once
     for name in ("encoder.weight", "encoder.bias", "decoder.shares_NP", "decoder.lambda_NX"):
         assert (after[name] - before[name]).abs().max() > 1e-3, name
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
-    v = torch.randn(12, size, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None]
-    found = project_to_simplex(v)
-    assert (found >= 0).all()
-    torch.testing.assert_close(found.sum(1), torch.ones(12, dtype=torch.float64))
-    for row, near in zip(v.numpy(), found.numpy(), strict=True):
-        best = scipy.optimize.minimize(
-            lambda w, row=row: ((w - row) ** 2).sum(),
-            np.full(size, 1 / size),
-            jac=lambda w, row=row: 2 * (w - row),
-            bounds=[(0, None)] * size,
-            constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
-            method="SLSQP",
-            options={"ftol": 1e-14},
-        )
-        np.testing.assert_allclose(near, best.x, atol=1e-5)
-    torch.testing.assert_close(project_to_simplex(found), found)  # what is there stays
-    torch.testing.assert_close(project_to_simplex(v + 3), found)  # a number for a whole row changes nothing
-    assert project_to_simplex(v.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.5, 2.0])

@@ -273,7 +273,6 @@ def test_saved_zoo_model_provides_layers(tmp_path):
         activations("encoder", network=str(tmp_path / "none" / "x.ckpt"))
 
 
-@pytest.mark.slow
 def test_pretrained_weights_are_found_or_refused(tmp_path, monkeypatch):
     from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
 

@@ -912,6 +912,19 @@ def test_revived_code_resets_sum_and_count():
     assert rows == [(j * 40 // K + 1) % 40 for j in range(K)]
 
 
+def test_revived_codes_are_rows_of_all_ranks(monkeypatch):
+    z, given = torch.randn(40, D), []
+    for rank in range(2):
+        quantiser = VQ(D, K, dead_below=50.0).train()
+        monkeypatch.setattr(quantiser, "is_distributed", lambda: True)
+        monkeypatch.setattr(quantiser, "all_reduce_sum", lambda total: given.append(total) or total)
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+        quantiser._replace_dead_codes(z[20 * rank : 20 * (rank + 1)])
+    assert torch.equal(sum(given), z[[j * 40 // K for j in range(K)]])
+    assert all(part.any() for part in given)
+
+
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 @pytest.mark.parametrize(
     ("n", "dead_below", "expected"),

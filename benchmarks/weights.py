@@ -152,6 +152,8 @@ def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figu
     _save(stored, folder, half=stored is in_half)
     final = aezoo.load_model(folder).float()
     found = weights_measure.figures(final, data, other, keep / f"features-{names[0]}.pkl", corrupt, normal)
+    if normal is not None:  # what a detector is for
+        found.sort(key=lambda figure: figure.metric != "AUROC")
     rows = weights_measure.picture(final, data, DOCS / "weights" / f"{tag}.png", corrupt)
     home = WEIGHTS / tag
     home.mkdir(parents=True, exist_ok=True)

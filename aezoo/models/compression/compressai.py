@@ -20,6 +20,9 @@ https://arxiv.org/abs/1809.02736, and of Cheng et al. 2020, https://arxiv.org/ab
 Gaussian for each number; `cheng2020` has the paper's mixtures. `aezoo compress` writes the integers with the tables
 and the bits of CompressAI's own coder, see `aezoo.tasks.codec.rans`.
 
+Training on several processes is not that of one on the whole batch, unlike for other models: values of GDN below their
+bound drop gradients by the sign that these have in each process, as in CompressAI.
+
 Shapes: B batch, C channels of x, M of the code, N of the layers and the side information, T places.
 """
 

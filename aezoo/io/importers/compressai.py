@@ -71,7 +71,7 @@ _TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 def recognise(source: WeightSource) -> bool:
     """Whether a file has the names of an entropy bottleneck of CompressAI."""
-    name = _file(source)
+    name = source.one_file(*_SUFFIXES)
     return name is not None and any(key.endswith(_QUANTILES) for key in _state_in(source.content(name)))
 
 
@@ -81,7 +81,7 @@ def read(source: WeightSource) -> Imported:
     Raises:
         AezooError: the weights are not those of one of the seven architectures, or are damaged.
     """
-    name = str(_file(source))
+    name = str(source.one_file(*_SUFFIXES))
     what = source.label(name)
     state = _renamed(weights.check_tensors(_state_in(source.content(name)), Path(what), "compressai"), what)
     for key, value in state.items():
@@ -97,14 +97,6 @@ def read(source: WeightSource) -> Imported:
     sizes = f"{shape[0]} channels, N = {settings['width']}, M = {settings['latent_dim']}"
     made = "those of the file" if tables is not None else "made from the weights: the file has none, see its update()"
     return Imported(model, f"CompressAI, {settings['architecture']}, {sizes}", (f"tables of frequencies are {made}",))
-
-
-def _file(source: WeightSource) -> str | None:
-    """The file that the address names, or the only one with weights in its folder."""
-    if source.given is not None:
-        return source.given if source.given.endswith(_SUFFIXES) else None
-    files = [name for name in source.names if name.endswith(_SUFFIXES) and "/" not in name]
-    return files[0] if len(files) == 1 else None
 
 
 def _state_in(content: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def recognise(source: WeightSource) -> bool:
     """Whether a class of diffusers wrote the files, or a single file has the names of one's weights."""
     if _folder_of(source) is not None:
         return True
-    name = single_file(source)
+    name = source.one_file(*SUFFIXES)
     keys = () if name is None else source.keys(name)
     return any(
         key.startswith(("encoder.down_blocks.", "encoder.stages.", "encoder.project_in.")) for key in keys
@@ -127,14 +127,6 @@ def scale_note(model: Any) -> str:
     if not factors:
         return "its config states no factor by which a diffusion model scales codes: model.standardiser leaves them"
     return f"model.standardiser(z) gives codes for a diffusion model, with {factors}"
-
-
-def single_file(source: WeightSource) -> str | None:
-    """The file that the address names, or the only one with weights in its folder."""
-    if source.given is not None:
-        return source.given if source.given.endswith(SUFFIXES) else None
-    files = [name for name in source.names if name.endswith(SUFFIXES) and "/" not in name]
-    return files[0] if len(files) == 1 else None
 
 
 def infer_arguments(state: Mapping[str, Tensor], what: str) -> tuple[str, dict[str, Any]]:
@@ -300,7 +292,7 @@ _DC_NAMES = (
 
 
 def _read_single(source: WeightSource) -> Imported:
-    file = single_file(source)
+    file = source.one_file(*SUFFIXES)
     assert file is not None  # as it was recognised
     what = source.label(file)
     state = source.some_tensors(file, ("",))

@@ -72,12 +72,7 @@ def _is_folder(source: WeightSource) -> bool:
 
 def _checkpoint(source: WeightSource) -> str | None:
     """The file that may be a checkpoint of the authors, if there is one."""
-    names = [source.given] if source.given else [name for name in source.names if "/" not in name]
-    for endings in ((".pth", ".pt"), (".safetensors",)):
-        found = [name for name in names if name.endswith(endings)]
-        if len(found) == 1:
-            return found[0]
-    return None
+    return source.one_file(".pth", ".pt") or source.one_file(".safetensors")
 
 
 def _state_in(content: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from aezoo.errors import AezooError
 from aezoo.io.importers import Imported
 from aezoo.io.importers.source import WeightSource
-from aezoo.io.importers.sparse_dictionary import SparseDictionary, float_tensors, one_file, value_of
+from aezoo.io.importers.sparse_dictionary import SparseDictionary, float_tensors, value_of
 
 NAME = "OpenAI's sparse autoencoders"
 _WEIGHTS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
@@ -21,7 +21,7 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 
 def recognise(source: WeightSource) -> bool:
     """Whether the files have this format."""
-    name = one_file(source, lambda name: name.endswith((".pt", ".pth")))
+    name = source.one_file(".pt", ".pth")
     if name is None:
         return False
     content = source.content(name)
@@ -30,7 +30,7 @@ def recognise(source: WeightSource) -> bool:
 
 def read(source: WeightSource) -> Imported:
     """The model, after every check."""
-    name = one_file(source, lambda name: name.endswith((".pt", ".pth")))
+    name = source.one_file(".pt", ".pth")
     assert name is not None  # it has been recognised
     label = source.label(name)
     content: dict[str, Any] = dict(source.content(name))

@@ -84,6 +84,12 @@ class WeightSource:
         """Whether all of some files exist."""
         return all(name in self.names for name in names)
 
+    def one_file(self, *suffixes: str) -> str | None:
+        """The file that the address names, or the only one of its folder, with one of some suffixes; otherwise None."""
+        names = [self.given] if self.given is not None else [name for name in self.names if "/" not in name]
+        found = [name for name in names if name.endswith(suffixes)]
+        return found[0] if len(found) == 1 else None
+
     def path(self, name: str) -> Path:
         """A file on this disk, downloaded if it is not there yet.
 

@@ -9,7 +9,7 @@ for rounding, and are computed in float64.
 Shapes: N latents, X values that are read, Y values that are written.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from aezoo.errors import AezooError
 from aezoo.io.importers import Imported
-from aezoo.io.importers.source import WeightSource
 from aezoo.registry import create_model
 
 ACTIVATIONS = ("relu", "topk", "abs_topk", "batch_topk", "jumprelu", "gated")
@@ -335,13 +334,6 @@ def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], label: str)
     for key, size in sizes.items():
         if (stated := value_of(config, key, int, label, size)) != size:
             raise AezooError(f"{label}: {key} is {stated:,}, but the weights have {size:,}: they are not of this file")
-
-
-def one_file(source: WeightSource, is_one: Callable[[str], bool]) -> str | None:
-    """The file that the address names or the only one of its folder, if it has the format; otherwise None."""
-    names = [source.given] if source.given is not None else [name for name in source.names if "/" not in name]
-    found = [name for name in names if is_one(name)]
-    return found[0] if len(found) == 1 else None
 
 
 def _some(names: Collection[str]) -> str:

@@ -54,7 +54,7 @@ _DIFFUSION_MODELS = (
 
 def recognise(source: WeightSource) -> bool:
     """Whether a file has weights with the names of taming-transformers' encoder."""
-    file = of_diffusers.single_file(source)
+    file = source.one_file(*of_diffusers.SUFFIXES)
     return file is not None and any(key.endswith(_MARK) for key in source.keys(file))
 
 
@@ -65,7 +65,7 @@ def read(source: WeightSource) -> Imported:
         AezooError: the weights, or the YAML file beside them, are not those of such an autoencoder, or are damaged;
             or diffusers is missing.
     """
-    file = of_diffusers.single_file(source)
+    file = source.one_file(*of_diffusers.SUFFIXES)
     assert file is not None  # as it was recognised
     what, keys = source.label(file), source.keys(file)
     prefix = _prefix(keys, what)

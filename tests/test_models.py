@@ -86,10 +86,7 @@ def test_two_processes_train_like_one():
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
-    # its lower bound drops gradients by the sign that they have in each process, as CompressAI's does
-    names = [name for name in own_models() if name != "compressai"]
-    variants = [variant for variant in VARIANTS if not variant.label.startswith("compressai")]
-    run(check_ddp, *names, *variants, broken_models.CorrectModel)
+    run(check_ddp, *own_models(), *VARIANTS, broken_models.CorrectModel)
 
 
 @pytest.mark.slow

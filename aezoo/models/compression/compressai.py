@@ -20,9 +20,6 @@ https://arxiv.org/abs/1809.02736, and of Cheng et al. 2020, https://arxiv.org/ab
 Gaussian for each number; `cheng2020` has the paper's mixtures. `aezoo compress` writes the integers with the tables
 and the bits of CompressAI's own coder, see `aezoo.tasks.codec.rans`.
 
-Training on several processes is not that of one on the whole batch, unlike for other models: values of GDN below their
-bound drop gradients by the sign that these have in each process, as in CompressAI.
-
 Shapes: B batch, C channels of x, M of the code, N of the layers and the side information, T places.
 """
 
@@ -61,7 +58,7 @@ from aezoo.distributions.frequency_tables import (
 )
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.adversarial import call_frozen
-from aezoo.nets.blocks.compressai import CODE_STRIDE, MULTIPLE, REACH, SIDE_STRIDE, build, lower_bound
+from aezoo.nets.blocks.compressai import CODE_STRIDE, GDN, MULTIPLE, REACH, SIDE_STRIDE, build, lower_bound
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
@@ -223,6 +220,11 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}):
         """L_q; F is a constant in it."""
         logit_C3 = call_frozen(self.density, at_least_float32(self.quantiles_C3))
         return (logit_C3 - logit_C3.new_tensor([-_TAIL_LOGIT, 0.0, _TAIL_LOGIT])).abs().sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for module in self.modules():
+            if isinstance(module, GDN):
+                module.drop_gradients()
 
     # ---- tables ------------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,14 @@ CODE_STRIDE, SIDE_STRIDE = 16, 64
 REACH = 2
 PEDESTAL = 2.0**-36
 LEAST_BETA = 1e-6
+_LEAST_ROOT_BETA, _LEAST_ROOT_GAMMA = (LEAST_BETA + PEDESTAL) ** 0.5, PEDESTAL**0.5
 
 Padding = tuple[int, int, int, int]
+
+
+def passes_bound(x: Tensor, gradient: Tensor, bound: float) -> Tensor:
+    """Whether the gradient of each value passes: of those that are not below the bound, and where it moves them up."""
+    return (x >= bound) | (gradient < 0)
 
 
 class _LowerBound(torch.autograd.Function):
@@ -45,13 +51,25 @@ class _LowerBound(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (x,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient * ((x >= ctx.bound) | (gradient < 0)), None
+        return gradient * passes_bound(x, gradient, ctx.bound), None
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
     """max(x, bound), element by element, with a gradient that moves values below the bound up but not down."""
     bounded: Tensor = _LowerBound.apply(x, bound) if x.requires_grad else x.clamp_min(bound)
     return bounded
+
+
+class _Bounded(torch.autograd.Function):
+    """max(x, bound), with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        return x.clamp_min(bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class GDN(gdn.GDN):
@@ -64,8 +82,22 @@ class GDN(gdn.GDN):
             self.root_gamma_CC.copy_((0.1 * torch.eye(channels) + PEDESTAL).sqrt())
 
     def _weights(self, root_beta_C: Tensor, root_gamma_CC: Tensor) -> tuple[Tensor, Tensor]:
-        beta_C = lower_bound(root_beta_C, (LEAST_BETA + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
-        return beta_C, lower_bound(root_gamma_CC, PEDESTAL**0.5) ** 2 - PEDESTAL
+        beta_C = _Bounded.apply(root_beta_C, _LEAST_ROOT_BETA) ** 2 - PEDESTAL
+        return beta_C, _Bounded.apply(root_gamma_CC, _LEAST_ROOT_GAMMA) ** 2 - PEDESTAL
+
+    def bounded(self) -> tuple[tuple[nn.Parameter, float], ...]:
+        """The parameters with their lower bounds."""
+        return (self.root_beta_C, _LEAST_ROOT_BETA), (self.root_gamma_CC, _LEAST_ROOT_GAMMA)
+
+    @torch.no_grad()
+    def drop_gradients(self) -> None:
+        """Drop gradients that would move parameters below their bound further down.
+
+        `lower_bound` does so with those of each process, whose signs may differ from that of their mean.
+        """
+        for root, bound in self.bounded():
+            if root.grad is not None:
+                root.grad.mul_(passes_bound(root, root.grad, bound))
 
 
 class Padded(nn.Sequential):

@@ -139,6 +139,19 @@ def test_gradient_below_a_bound_only_moves_values_up() -> None:
     assert x.grad is not None and x.grad.tolist() == [0, -1, 1, -1, 1]
 
 
+def test_mean_gradient_moves_gdn_below_its_bound_only_up() -> None:
+    model = of("bmshj2018-factorized")
+    layer = next(layer for layer in model.modules() if isinstance(layer, GDN))
+    with torch.no_grad():
+        layer.root_gamma_CC.fill_(-1)
+        layer.root_gamma_CC[0] = 1
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(layer.root_gamma_CC), 2)
+    layer.root_gamma_CC.grad, expected = signs.clone(), signs.clone()
+    expected[1:][signs[1:] > 0] = 0
+    model.on_before_optimizer_step(model.configure_optimizers())
+    assert torch.equal(layer.root_gamma_CC.grad, expected)
+
+
 def test_scales_below_the_bound_count_as_the_bound() -> None:
     model = of("mbt2018-mean")
     law = model.gaussians(torch.tensor([0.01] * 4 + [0.0] * 4, dtype=torch.float64).view(1, 8, 1, 1))

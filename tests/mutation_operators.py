@@ -30,7 +30,10 @@ REPLACEMENTS = {
     **{"maximum": "minimum", "minimum": "maximum", "add_": "sub_", "sub_": "add_", "cos": "sin", "sin": "cos"},
     **{"randn": "rand", "randn_like": "rand_like", "rand": "randn", "rand_like": "randn_like"},
 }
-SYMMETRIC = {"maximum", "minimum", "mse_loss", "l1_loss", "cosine_similarity", "max", "min", "add", "mul", "isclose"}
+SYMMETRIC = {
+    *("maximum", "minimum", "max", "min", "add", "mul", "isclose"),
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "cosine_similarity"),
+}
 IGNORED_CALLS = {
     *("isinstance", "hasattr", "getattr", "setattr", "zip", "register_buffer", "warn", "cast", "expand", "view"),
     *("reshape", "unflatten", "new_empty", "empty", "new_zeros", "zeros", "new_ones", "ones", "at_least", "one_of"),

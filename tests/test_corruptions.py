@@ -28,6 +28,14 @@ def test_gaussian_noise_has_its_moments_unclipped(amount: float) -> None:
     assert (x + noise).max() > 1
 
 
+def test_gaussian_noise_is_scaled_randn_of_the_same_seed() -> None:
+    """The seed alone gives the noise, the target of denoising score matching (Vincent 2011)."""
+    x = torch.rand(3, 2, 9)
+    for amount in (0.3, 2.0):
+        noise = torch.randn(x.shape, generator=seeded(8))
+        torch.testing.assert_close(corruption(f"gaussian:{amount}")(x, seeded(8)), x + amount * noise)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_masking_zeroes_requested_share(share: float) -> None:
     x = torch.rand(4, N // 4) + 0.5

@@ -1,5 +1,6 @@
 """Tests of aezoo/bases/multimodal.py."""
 
+import math
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_modalities_split_first_divisible_dimension(shape: Any, dim: int, halves
         assert [part.shape[dim + 1] for part in parts] == [*halves]
         assert torch.equal(torch.cat(parts, dim + 1), x)
         assert model.eval()(x).shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(9,), (6, 2, 3), (1, 6, 2), (1, 1, 6)])
+def test_nll_of_sample_is_the_sum_over_its_parts(shape: tuple[int, ...]) -> None:
+    """Along any dimension that is cut; a part that a sample lacks costs nothing."""
+    model: Any = MVAE(shape, latent_dim=2, hidden_dims=(), likelihood="gaussian").double()
+    params, x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    first, second = model.split(x)
+    x = torch.cat([first, second.index_fill(0, torch.tensor([1]), torch.nan)], model.decoder.dim + 1)
+    error = (params - x).square().nan_to_num().flatten(1).sum(1)  # a density of variance 1/2
+    known = (~x.isnan()).flatten(1).sum(1)
+    assert known[1] < known[0]
+    torch.testing.assert_close(model.nll(params, x), error + 0.5 * math.log(math.pi) * known)
+    of_parts = [model.nll(*part) for part in zip(model.split(params), model.split(x), strict=True)]
+    torch.testing.assert_close(model.nll(params, x), of_parts[0] + of_parts[1])
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

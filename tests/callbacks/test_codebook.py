@@ -23,6 +23,7 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.callbacks import Codebook, Projector, is_enabled
 from aezoo.callbacks.base import picture_title
 from aezoo.callbacks.codebook import find_quantiser, level_codes
+from aezoo.callbacks.latents import write_embedding
 from aezoo.callbacks.plotting import count_cells, count_figure, index_colours, index_grid, mosaic_figure, render
 from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
@@ -235,7 +236,6 @@ def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
         assert [image.step for image in events().Images(f"pictures/{picture_title(name)}")] == [6, 12, 15]
 
 
-@pytest.mark.slow
 def test_max_steps_end_in_all_pictures(fit, events):
     fit(Indexed(), Codebook(every_n_epochs=5), max_epochs=-1, max_steps=6)
     for name in PICTURES:
@@ -481,6 +481,15 @@ def embeddings(folder: Path):
 def table(path: Path) -> tuple[list[str], np.ndarray]:
     head, *lines = path.read_text().splitlines()
     return head.split("\t"), np.array([[int(value) for value in line.split("\t")] for line in lines])
+
+
+def test_projector_config_lists_each_file_once(tmp_path):
+    points, columns = torch.rand(4, 3), {"index": torch.arange(4), "chosen": torch.arange(4)}
+    for step, prefix in ((1, ""), (1, "codebook_"), (2, "codebook_"), (3, "")):
+        write_embedding(tmp_path, f"{prefix}points at step {step}", points, columns, None, prefix)
+    found = {info.tensor_name: table(tmp_path / info.metadata_path)[0] for info in embeddings(tmp_path)}
+    assert found == {"codebook_points at step 2": [*columns], "points at step 3": [*columns]}
+    assert len(embeddings(tmp_path)) == 2
 
 
 @pytest.mark.slow

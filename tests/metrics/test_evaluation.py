@@ -75,6 +75,20 @@ def test_missing_values_are_excluded_from_metrics() -> None:
     assert set(found) == {"elbo", "bits_per_dim", "mse", "psnr", "ssim"}
 
 
+def test_codebook_metrics_are_named_after_their_codebook() -> None:
+    """Over two batches: usage is the share of codes that occur, perplexity the exponential of their entropy."""
+    evaluation, x = Evaluation((4,), CPU), torch.rand(3, 4)
+    top = torch.tensor([[0, 1], [1, 2], [2, 2], [0, 0], [3, 3], [0, 0]])[:, None]
+    only = torch.tensor([0, 0, 1, 1, 1, 1])[:, None, None]
+    for rows in (slice(0, 3), slice(3, 6)):
+        evaluation.add({}, x, x, codebooks={"top": (top[rows], (8,)), "": (only[rows], (4,))})
+    found = {name: value.item() for name, value in evaluation.compute().items()}
+    share_top, share_only = np.array([5, 2, 3, 2]) / 12, np.array([2, 4]) / 6
+    expected = {"usage_top": 4 / 8, "perplexity_top": np.exp(-(share_top * np.log(share_top)).sum())}
+    expected |= {"usage": 2 / 4, "perplexity": np.exp(-(share_only * np.log(share_only)).sum())}
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
 def test_half_precision_inputs_are_measured_in_float32() -> None:
     evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
     evaluation.add({}, x.bfloat16(), x.bfloat16() + 0.5)

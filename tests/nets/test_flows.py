@@ -29,6 +29,28 @@ def test_flow_steps_are_invertible_for_any_parameters() -> None:
     assert (z - 2 * z / (1 + z.abs())).diff(dim=0).min() < 0
 
 
+@pytest.mark.parametrize("d", [1, 2, 5])
+@pytest.mark.parametrize("name", flows.FLOWS)
+def test_log_determinant_is_that_of_the_jacobian(name: str, d: int) -> None:
+    step, size = flows.FLOWS[name]
+    generator = torch.Generator().manual_seed(d)
+    p = torch.randn(4, size(d), dtype=torch.float64, generator=generator)
+    z = torch.randn(4, d, dtype=torch.float64, generator=generator)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda z, p: step(z, p)[0]))(z, p)
+    sign, expected = torch.linalg.slogdet(jacobian)
+    assert (sign == 1).all() and expected.abs().max() > 0.01
+    torch.testing.assert_close(step(z, p)[1], expected)
+
+
+def test_above_minus_one_is_inverted_over_its_range() -> None:
+    """From where the softplus is almost 0 to where it is linear."""
+    t = torch.linspace(-12, 40, 101, dtype=torch.float64)
+    m = flows.above_minus_one(t)
+    assert (m > flows.FLOOR - 1).all() and (m.diff() > 0).all()
+    torch.testing.assert_close(flows.inverse_above_minus_one(m), t)
+    torch.testing.assert_close(flows.inverse_above_minus_one(torch.zeros(1)), torch.zeros(1))
+
+
 def test_planar_step_matches_paper() -> None:
     z, u, w = torch.randn(3, 4, 5, dtype=torch.float64)
     b = torch.randn(4, 1, dtype=torch.float64)

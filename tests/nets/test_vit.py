@@ -10,6 +10,25 @@ from torch import nn
 
 from aezoo.nets import vit
 
+# ---- patches ---------------------------------------------------------------------------------------------------------
+
+
+def test_standardised_patches_match_mae_code() -> None:
+    """And patches with padding are standardised by the sample's own values; a single value becomes 0."""
+    patchify, x = vit.Patchify((1, 8, 8), 4), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    target = patchify(x)
+    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    found, moments = patchify.standardise(target)
+    torch.testing.assert_close(found, (target - mean) / (var + 1.0e-6) ** 0.5)
+    torch.testing.assert_close(moments, torch.cat([mean, (var + 1.0e-6) ** 0.5], dim=2))
+    filled_up = vit.Patchify((1, 5, 5), 4)
+    found, moments = filled_up.standardise(filled_up(x[:, :, :5, :5]))
+    assert found.isfinite().all() and found[:, 3, 0].abs().max() < 1e-9
+    torch.testing.assert_close(moments[:, 3, 0], x[:, 0, 4, 4])
+    torch.testing.assert_close(moments[:, 3, 1], torch.full((3,), 1e-3, dtype=torch.float64))
+    torch.testing.assert_close(moments[:, 1, 1], (x[:, 0, :4, 4].var(dim=1) + 1.0e-6) ** 0.5)
+
+
 # ---- the transformer -------------------------------------------------------------------------------------------------
 
 

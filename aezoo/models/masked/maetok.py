@@ -105,7 +105,7 @@ class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}):
         """Which patches are masked, drawn at random in training, none otherwise: (B, *input_shape) -> (B, P)."""
         n, place_BP = self.patchify.n, vit.random_order(len(x), self.patchify.n, x.device)
         share_B1 = torch.empty(len(x), 1, device=x.device).uniform_(self.least_masked, self.most_masked)
-        masked_BP: Tensor = place_BP < (share_B1 * n - 1e-4).ceil().clamp(0, n - 1)
+        masked_BP: Tensor = place_BP < (share_B1 * n - 1e-4).ceil().clamp(max=n - 1)
         return masked_BP & self.training
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -195,6 +195,19 @@ def test_target_encoder_gets_no_gradient(shifted: Any) -> None:
     assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
+def test_codes_of_target_encoder_are_constants_of_the_loss(shifted: Any) -> None:
+    """The loss has no gradient through f'(x), neither to pixels outside the context nor from the decoder's nll."""
+    model, x = build(shifted), data(5).requires_grad_()
+    terms, patchify = loss(model, x), model.context[0][0]
+    seen = patchify.inverse(masks(5)[0][..., None].expand(-1, -1, patchify.size))
+    (gradient,) = torch.autograd.grad(terms["prediction"], x, retain_graph=True)
+    assert torch.equal(gradient != 0, seen)
+    with torch.no_grad():
+        code = model.encode(x)
+    held = model.nll(model.decoder(code), x).mean()
+    torch.testing.assert_close(*(torch.autograd.grad(nll, x)[0] for nll in (terms["nll"], held)))
+
+
 def test_target_encoder_starts_as_encoder_and_gives_codes(shifted: Any) -> None:
     model = aezoo.create_model("ijepa", SHAPE, **SMALL)
     x = data(3).float()

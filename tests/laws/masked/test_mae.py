@@ -90,22 +90,6 @@ def test_normalised_targets_are_standardised_patches(shifted: Any) -> None:
     assert terms["loss"].item() == pytest.approx(terms["nll"].item() + terms["scale"].item())
 
 
-def test_patches_are_normalised_as_in_the_official_code() -> None:
-    """A patch that has one value of the sample's alone, at the far corner, is 0 after it."""
-    patchify, x = vit.Patchify((1, 8, 8), 4), torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    target = patchify(x)
-    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-    found, moments = patchify.standardise(target)
-    torch.testing.assert_close(found, (target - mean) / (var + 1.0e-6) ** 0.5)
-    torch.testing.assert_close(moments, torch.cat([mean, (var + 1.0e-6) ** 0.5], dim=2))
-    filled_up = vit.Patchify((1, 5, 5), 4)
-    found, moments = filled_up.standardise(filled_up(x[:, :, :5, :5]))
-    assert found.isfinite().all() and found[:, 3, 0].abs().max() < 1e-9
-    torch.testing.assert_close(moments[:, 3, 0], x[:, 0, 4, 4])
-    torch.testing.assert_close(moments[:, 3, 1], torch.full((3,), 1e-3, dtype=torch.float64))
-    torch.testing.assert_close(moments[:, 1, 1], (x[:, 0, :4, 4].var(dim=1) + 1.0e-6) ** 0.5)
-
-
 def test_reconstruction_depends_on_code_alone(shifted: Any) -> None:
     """MAE-pytorch shows patches with the mean and deviation of the target: decode has the code alone."""
     model, x = build("mae_norm", shifted), data(4)

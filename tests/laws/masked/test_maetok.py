@@ -99,6 +99,12 @@ def test_the_share_of_masked_patches_is_drawn_for_each_sample(least: float, most
     assert not model.eval().draw_mask(x).any()
 
 
+@pytest.mark.parametrize("side", [1, 2, 6])
+def test_at_least_one_patch_stays_visible(side: int, shifted: Any) -> None:
+    model = build(shifted, least_masked=0.999, most_masked=0.999, patch_size=side)
+    assert (~model.draw_mask(data(50))).sum(1).tolist() == [1] * 50
+
+
 def test_pixels_of_masked_patches_do_not_reach_the_code(shifted: Any) -> None:
     model, x, found = build(shifted).train(), data(5).requires_grad_(), []
     model.decoder.register_forward_pre_hook(lambda module, given: found.append(given[0]))

@@ -11,6 +11,7 @@ from weak_label_laws import (  # noqa: F401
     small,
     test_an_identical_pair_shares_every_dimension,
     test_averaging_sample_with_itself_is_identity,
+    test_beta_weighs_distance_of_kl_from_capacity,
     test_group_labels_change_loss,
     test_groups_and_pairs_ignore_batch_order,
     test_inference_without_labels_equals_vae,

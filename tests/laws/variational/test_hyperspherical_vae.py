@@ -155,6 +155,18 @@ def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: An
     torch.testing.assert_close(model.log_likelihood(x, 20_000), evidence, rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("d", [2, 3, 8])
+def test_prior_draws_are_uniform_on_the_sphere(d: int) -> None:
+    """Unit vectors with (1 + z_i) / 2 from Beta((D - 1) / 2, (D - 1) / 2) and covariance I / D."""
+    torch.manual_seed(0)
+    n, a = 4000, (d - 1) / 2
+    z = sphere(d, "vmf").sample_prior(n)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(n, dtype=torch.float64))
+    for z_n in z.T:
+        assert stats.kstest((1 + z_n.numpy()) / 2, stats.beta(a, a).cdf).pvalue > 1e-4
+    assert (z.T @ z / n - torch.eye(d) / d).abs().max() < 5 * math.sqrt(2 / n) / d
+
+
 def test_draws_start_about_mu_and_never_ignore_it() -> None:
     """Of a uniform q(z|x), towards which the KL draws untrained models, no gradient would lead back."""
     x = torch.rand(20, 1, 8, 8)

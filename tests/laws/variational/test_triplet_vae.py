@@ -18,6 +18,7 @@ from code_geometry_laws import (  # noqa: F401
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
 from weak_label_laws import (  # noqa: F401
+    test_beta_weighs_distance_of_kl_from_capacity,
     test_group_labels_change_loss,
     test_groups_and_pairs_ignore_batch_order,
     test_inference_without_labels_equals_vae,

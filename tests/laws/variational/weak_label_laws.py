@@ -125,6 +125,20 @@ def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("make", WEAK)
+def test_beta_weighs_distance_of_kl_from_capacity(make: Any, shifted: Any) -> None:
+    """On both sides of it (Burgess et al. 2018), beside the model's own terms."""
+    model, x, found = shifted(small(make)), images(), []
+    for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
+        model.beta, model.capacity = beta, capacity
+        torch.manual_seed(3)
+        found.append(model.loss(x, labels(0, 0, 1, 1, -1, -1)))
+    kl = found[0]["kl"]
+    assert 0.1 < kl < 89
+    torch.testing.assert_close(found[1]["loss"], found[0]["loss"] - 0.75 * kl)
+    torch.testing.assert_close(found[2]["loss"], found[0]["loss"] - kl + 0.25 * (90 - kl))
+
+
 # ---- Ada-GVAE: Locatello et al. 2020 ---------------------------------------------------------------------------------
 
 

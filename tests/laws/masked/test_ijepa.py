@@ -143,10 +143,12 @@ def by_hand(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("training", "likelihood"), [(True, "gaussian"), (False, "bernoulli")])
 @pytest.mark.parametrize("shape", [SHAPE, (2, 2, 4)])
-def test_loss_matches_authors_smooth_l1_sum(shape: tuple[int, ...], training: bool, shifted: Any) -> None:
-    model, x = build(shifted, shape).train(training), data(5, shape)
+def test_loss_matches_authors_smooth_l1_sum(
+    shape: tuple[int, ...], training: bool, likelihood: str, shifted: Any
+) -> None:
+    model, x = build(shifted, shape, likelihood=likelihood).train(training), data(5, shape)
     n, counts_BK = math.prod(model.grid), masks(5, model.grid)[2]
     assert bool(counts_BK.all()) == (shape == SHAPE)  # of a coarse grid some blocks do not count
     errors = iter([F.smooth_l1_loss(*pair) for pair in by_hand(model, x)])

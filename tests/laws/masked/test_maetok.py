@@ -123,12 +123,16 @@ def test_pixels_of_masked_patches_do_not_reach_the_code(shifted: Any) -> None:
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_loss_is_of_all_pixels_and_of_masked_histograms(training: bool, shifted: Any) -> None:
-    model, x, codes = build(shifted, aux_weight=0.3).train(training), data(5), []
+@pytest.mark.parametrize(("training", "likelihood"), [(True, "gaussian"), (False, "bernoulli")])
+def test_the_loss_is_of_all_pixels_and_of_masked_histograms(training: bool, likelihood: str, shifted: Any) -> None:
+    model, x, codes = build(shifted, aux_weight=0.3, likelihood=likelihood).train(training), data(5), []
     model.decoder.register_forward_pre_hook(lambda module, given: codes.append(given[0]))
     terms = loss(model, x)
-    log_p = torch.distributions.Normal(model.decoder(codes[0]), math.sqrt(0.5)).log_prob(x)
+    params = model.decoder(codes[0])
+    if likelihood == "gaussian":
+        log_p = torch.distributions.Normal(params, math.sqrt(0.5)).log_prob(x)
+    else:
+        log_p = torch.distributions.Bernoulli(logits=params, validate_args=False).log_prob(x)
     torch.testing.assert_close(terms["nll"], -log_p.sum() / 5)
     wanted, masked_BP, patchify = 0.0, masks(5), vit.Patchify((9, *SHAPE[1:]), 2)
     error_BP = (model.aux(codes[0]) - maetok.hog(x, patchify)).square().sum(1).flatten(1)

@@ -1,6 +1,5 @@
 """Tests of aezoo/bases/multimodal.py."""
 
-import math
 from typing import Any
 
 import pytest
@@ -70,16 +69,23 @@ def test_modalities_split_first_divisible_dimension(shape: Any, dim: int, halves
 @pytest.mark.parametrize("shape", [(9,), (6, 2, 3), (1, 6, 2), (1, 1, 6)])
 def test_nll_of_sample_is_the_sum_over_its_parts(shape: tuple[int, ...]) -> None:
     """Along any dimension that is cut; a part that a sample lacks costs nothing."""
-    model: Any = MVAE(shape, latent_dim=2, hidden_dims=(), likelihood="gaussian").double()
-    params, x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    model: Any = MVAE(shape, latent_dim=2, hidden_dims=(), likelihood="bernoulli").double()
+    params, x = torch.randn(2, *shape, dtype=torch.float64), torch.rand(2, *shape, dtype=torch.float64)
     first, second = model.split(x)
     x = torch.cat([first, second.index_fill(0, torch.tensor([1]), torch.nan)], model.decoder.dim + 1)
-    error = (params - x).square().nan_to_num().flatten(1).sum(1)  # a density of variance 1/2
-    known = (~x.isnan()).flatten(1).sum(1)
-    assert known[1] < known[0]
-    torch.testing.assert_close(model.nll(params, x), error + 0.5 * math.log(math.pi) * known)
+    log_p = torch.distributions.Bernoulli(logits=params, validate_args=False).log_prob(x)
+    assert x[1].isnan().any() and not x[1].isnan().all()
+    torch.testing.assert_close(model.nll(params, x), -log_p.nan_to_num().flatten(1).sum(1))
     of_parts = [model.nll(*part) for part in zip(model.split(params), model.split(x), strict=True)]
     torch.testing.assert_close(model.nll(params, x), of_parts[0] + of_parts[1])
+
+
+def test_samples_are_invalid_without_parts_or_with_nan_in_one() -> None:
+    model: Any = MVAE(SHAPE, parts=PARTS, latent_dim=2, hidden_dims=())
+    x = torch.rand(5, *SHAPE)
+    x[1, 1:3], x[2], x[3, 0], x[4, 3, 0, 1] = torch.nan, torch.nan, torch.nan, torch.nan
+    assert model.invalid_mask(x).tolist() == [False, False, True, False, True]
+    assert model.present_mask(x).int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

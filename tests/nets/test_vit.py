@@ -27,6 +27,8 @@ def test_standardised_patches_match_mae_code() -> None:
     torch.testing.assert_close(moments[:, 3, 0], x[:, 0, 4, 4])
     torch.testing.assert_close(moments[:, 3, 1], torch.full((3,), 1e-3, dtype=torch.float64))
     torch.testing.assert_close(moments[:, 1, 1], (x[:, 0, :4, 4].var(dim=1) + 1.0e-6) ** 0.5)
+    other_padding = filled_up(x[:, :, :5, :5]) + 7 * (1 - filled_up.real_NP)
+    torch.testing.assert_close(filled_up.standardise(other_padding)[1], moments)
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------

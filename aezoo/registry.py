@@ -1,4 +1,4 @@
-"""Names, families, classes and pretrained weights of all models: `aezoo/models/` and installed plug-ins.
+"""Names, families, tags, classes and pretrained weights of all models: `aezoo/models/` and installed plug-ins.
 
 A built-in model is a file `aezoo/models/<family>/<name>.py` with one subclass of `Autoencoder`; no other registration
 is needed. A third-party package registers its models with entry points:
@@ -30,6 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.training import tags
 from aezoo.training.model_names import GROUP
 from aezoo.training.model_names import name_of as name_of
+from aezoo.training.traits import TAGS, check_tag
 
 if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
@@ -120,30 +121,67 @@ def _natural_sort_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def list_models(pattern: str | Iterable[str] = "*", family: str | None = None, pretrained: bool = False) -> list[str]:
+def list_models(
+    pattern: str | Iterable[str] = "*", family: str | None = None, pretrained: bool = False, tag: str | None = None
+) -> list[str]:
     """Names of models in natural order (`ae_2` before `ae_10`), or the tags of pretrained weights.
 
     Args:
         pattern: a shell pattern such as `*vae*`, or several, one of which must match.
         family: only this family: `classic`, `sparse`, `variational`, ... or `plugin`.
         pretrained: list tags such as `vae.mnist`, which `load_model` takes; a pattern matches a model's name or a tag.
+        tag: only models for this use, such as `anomaly` or `generation`; `aezoo.training.traits.TAGS` explains each.
 
     Raises:
-        AezooError: the family does not exist.
+        AezooError: the family or the tag does not exist.
     """
     families = sorted({entry.family for entry in entries().values()} | {"plugin"})
     if family is not None and family not in families:
         raise AezooError(f"unknown family {family!r}: take one of {', '.join(families)}")
+    use = None if tag is None else check_tag(tag)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     chosen = [
         entry.name
         for entry in entries().values()
-        if family in (None, entry.family) and (pretrained or any(fnmatch(entry.name, p) for p in patterns))
+        if family in (None, entry.family)
+        and (pretrained or any(fnmatch(entry.name, p) for p in patterns))
+        and (use is None or use in uses_of(entry.name))
     ]
     if pretrained:
-        known = [tag for tag in tags.all_tags().values() if tag.model in chosen]
-        chosen = [tag.name for tag in known if any(fnmatch(tag.name, p) or fnmatch(tag.model, p) for p in patterns)]
+        known = [weights for weights in tags.all_tags().values() if weights.model in chosen]
+        chosen = [each.name for each in known if any(fnmatch(each.name, p) or fnmatch(each.model, p) for p in patterns)]
     return sorted(chosen, key=_natural_sort_key)
+
+
+def uses_of(name: str) -> tuple[str, ...]:
+    """The tags of a model, read from its source without importing it: what its class or the nearest ancestor gives.
+
+    A model without tags, or whose source cannot be read, has ().
+
+    Raises:
+        AezooError: the model does not exist.
+    """
+    entry = find(name)
+    try:
+        entry, tree = _home(entry)
+        own = [node for node in tree.body if isinstance(node, ast.ClassDef) and entry.attribute in ("", node.name)]
+        # ancestors only if a class gives none itself: their files take a while to read
+        given = _first_tags(own) or _first_tags([cls for _, cls in _ancestry(_defined(entry)[0])])
+    except AezooError:
+        given = None
+    return given or ()
+
+
+def _first_tags(classes: Iterable[ast.ClassDef]) -> tuple[str, ...] | None:
+    """The tags of the first of some classes that gives any."""
+    return next((given for cls in classes if (given := _given_tags(cls)) is not None), None)
+
+
+def _given_tags(cls: ast.ClassDef) -> tuple[str, ...] | None:
+    """What the first line of a class gives as tags; None if it gives none."""
+    given = next((keyword.value for keyword in cls.keywords if keyword.arg == "tags"), None)
+    values = given.elts if isinstance(given, ast.Tuple) else ()
+    return None if given is None else tuple(str(value.value) for value in values if isinstance(value, ast.Constant))
 
 
 def tags_of(name: str) -> list[tags.Tag]:
@@ -184,25 +222,28 @@ def _letters(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
 
 
-def search(words: Iterable[str], family: str | None = None) -> list[str]:
+def search(words: Iterable[str], family: str | None = None, tag: str | None = None) -> list[str]:
     """Names of models in natural order that match one of some words.
 
     Args:
-        words: shell patterns such as `*vae*` for whole names, or parts of names or families.
+        words: shell patterns such as `*vae*` for whole names, or parts of names, families or tags.
         family: see `list_models`.
+        tag: see `list_models`.
     """
-    return [name for name in list_models(family=family) if any(_matches(word, entries()[name]) for word in words)]
+    words = list(words)
+    names = list_models(family=family, tag=tag)
+    return [name for name in names if any(_matches(word, entries()[name]) for word in words)]
 
 
-def search_tags(words: Iterable[str], family: str | None = None) -> list[tags.Tag]:
+def search_tags(words: Iterable[str], family: str | None = None, tag: str | None = None) -> list[tags.Tag]:
     """Pretrained weights in natural order whose model matches as in `search`, or whose tag has or matches a word."""
     words = list(words)
-    models = set(search(words, family))
-    known = [tags.all_tags()[name] for name in list_models(family=family, pretrained=True)]
+    models = set(search(words, family, tag))
+    known = [tags.all_tags()[name] for name in list_models(family=family, pretrained=True, tag=tag)]
     return [
-        tag
-        for tag in known
-        if tag.model in models or any(word in tag.name or fnmatch(tag.name, word) for word in words)
+        each
+        for each in known
+        if each.model in models or any(word in each.name or fnmatch(each.name, word) for word in words)
     ]
 
 
@@ -210,7 +251,11 @@ def _matches(word: str, entry: Entry) -> bool:
     if set("*?[") & set(word):
         return fnmatch(entry.name, word)
     texts = (entry.name, entry.family, *(alias for alias, name in ALIASES.items() if name == entry.name))
-    return any(_letters(word) in _letters(text) for text in texts)
+    if any(_letters(word) in _letters(text) for text in texts):
+        return True
+    # sources are read only for a word that may be a tag
+    uses = {tag for tag in TAGS if _letters(word) in _letters(tag)}
+    return bool(uses) and not uses.isdisjoint(uses_of(entry.name))
 
 
 def find(name: str) -> Entry:

@@ -132,7 +132,7 @@ def test_names_are_found_in_each_spelling():
 def test_search_matches_parts_of_names_and_families():
     sparse = aezoo.list_models(family="sparse")
     assert registry.search(["sparse"]) == registry.search(["Spars"]) == sorted({*sparse, "k_sparse"}, key=sparse.index)
-    assert registry.search(["latent-diff"]) == aezoo.list_models(family="latent_diffusion")
+    assert registry.search(["latent-diff"], "latent_diffusion") == aezoo.list_models(family="latent_diffusion")
     assert registry.search(["conv"]) == ["conv_ae", "masked_conv_ae"]
     assert registry.search(["conv", "linear_*"], "classic") == ["conv_ae", "linear_ae"]
     assert registry.search(["v*ae"]) == aezoo.list_models("v*ae")
@@ -196,6 +196,20 @@ def test_plugin_model_is_listed_and_created(install):
     assert registry.name_of(type(model)) == "nice_ae"
     assert registry.find("nice_ae").owner == "nice-ae"
     assert registry.import_plugins() == ["nice_ae"]
+
+
+def test_plugin_gives_or_inherits_tags_and_needs_none(install):
+    own = "\n\nclass Strange(MyAE, tags=('anomaly', 'latent diffusion')):\n    pass\n"
+    bare = "from aezoo import Autoencoder\n\n\nclass Bare(Autoencoder):\n    pass\n"
+    module = install("nice-ae", {"nice_ae": ":MyAE", "strange_ae": ":Strange"}, PLUGIN + own)
+    install("bare-ae", {"bare_ae": ":Bare"}, bare)
+    install("lost-ae", {"lost_ae": ":Lost"}, "class Lost(:\n")
+    assert registry.uses_of("nice_ae") == registry.uses_of("linear_ae") == ("representation",)
+    assert registry.uses_of("strange_ae") == ("anomaly", "latent diffusion")
+    assert registry.uses_of("bare_ae") == registry.uses_of("lost_ae") == ()
+    assert "strange_ae" in aezoo.list_models(tag="anomaly") and "strange_ae" in registry.search(["anomaly"])
+    assert {"nice_ae", "bare_ae", "lost_ae"}.isdisjoint(aezoo.list_models(tag="anomaly"))
+    assert module not in sys.modules
 
 
 def test_plugin_may_use_nested_attribute(install):

@@ -24,12 +24,14 @@ from aezoo.errors import AezooError
 from aezoo.io import terminal
 from aezoo.training import launcher
 from aezoo.training.tags import Tag
+from aezoo.training.traits import TAGS
 
 HELP = """\
 usage: aezoo COMMAND ...
 
 Look around
-  list [WORD] [--family F]         models: name, family, paper; a word is part of a name or of a family
+  list [WORD] [--family F] [--tag T]
+                                   models: name, family, tags, paper; a word is part of a name, a family or a tag
   list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence
   info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
   recipes                          ready-made configurations
@@ -207,17 +209,18 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _list(argv: list[str]) -> None:
-    parser = _parser("list", "Models: name, family and paper.")
+    parser = _parser("list", "Models: name, family, tags and paper.")
     parser.add_argument(
-        "pattern", nargs="*", default=["*"], help="parts of names or families, or shell patterns such as 'v*ae'"
+        "pattern", nargs="*", default=["*"], help="parts of names, families or tags, or shell patterns such as 'v*ae'"
     )
     parser.add_argument("--family", help="only one family: classic, sparse, variational, ... or plugin")
+    parser.add_argument("--tag", help=f"only models for one use: {', '.join(TAGS)}")
     parser.add_argument("--pretrained", action="store_true", help="weights by their tags, which --ckpt_path takes")
     arguments = parser.parse_args(argv)
     if arguments.pretrained:
-        _list_pretrained(arguments.pattern, arguments.family)
+        _list_pretrained(arguments.pattern, arguments.family, arguments.tag)
         return
-    names = registry.search(arguments.pattern, arguments.family)
+    names = registry.search(arguments.pattern, arguments.family, arguments.tag)
     if not names:
         raise AezooError(f"no model matches {' '.join(arguments.pattern)!r}: `aezoo list` shows all")
     rows = []
@@ -228,12 +231,12 @@ def _list(argv: list[str]) -> None:
         except AezooError as error:
             warnings.warn(str(error), stacklevel=1)
             summary = f"(broken plug-in of {entry.owner})"
-        rows.append((name, entry.family, summary))
+        rows.append((name, entry.family, ", ".join(registry.uses_of(name)), summary))
     _table(rows)
 
 
-def _list_pretrained(words: Sequence[str], family: str | None) -> None:
-    tags = registry.search_tags(words, family)
+def _list_pretrained(words: Sequence[str], family: str | None, tag: str | None) -> None:
+    tags = registry.search_tags(words, family, tag)
     if not tags:
         raise AezooError(f"no pretrained weights match {' '.join(words)!r}: `aezoo list --pretrained` shows all")
     rows = [("tag", "data", "figure", "size", "licence")]
@@ -266,7 +269,8 @@ def _info(argv: list[str]) -> None:
         raise AezooError(f"no model and no pretrained weights are named {arguments.name!r}: {hint}")
     entry = registry.find(arguments.name)
     card = registry.card(arguments.name)
-    print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n\n{card.text}\n\n{card.about}\n")
+    uses = "".join(f"for {use}: {TAGS.get(use, '')}\n" for use in registry.uses_of(entry.name))
+    print(f"{entry.name} ({entry.family}, {entry.owner})\n{card.summary}\n{uses}\n{card.text}\n\n{card.about}\n")
     print(f"Hyperparameters: --model.NAME VALUE, or aezoo.create_model({entry.name!r}, NAME=VALUE)")
     indent = " " * 34
     for name, kind, default, meaning in card.parameters:

@@ -1,10 +1,26 @@
 """What a class of models says of itself."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from aezoo.errors import AezooError
+
+# what models are for, and what shows it
+TAGS = {
+    "anomaly": "how strange a sample is: aezoo detect",
+    "generation": "new samples: aezoo generate",
+    "compression": "small files: aezoo compress",
+    "representation": "codes for search, clusters and classifiers: aezoo embed",
+    "disentanglement": "one number of the code for each factor of the data: aezoo benchmark disentangle",
+    "interpretability": "dictionaries that explain the activations of a network: --data activations",
+    "multimodal": "samples that consist of parts, such as a picture and its text: --model.parts",
+    "tokenizer": "codes as sequences or maps of tokens, for a model that learns to draw them",
+    "latent diffusion": "codes on which a diffusion model is trained",
+    "imputation": "missing parts of a sample: aezoo reconstruct --parts, or inpaint in Python",
+    "denoising": "samples without their noise: aezoo denoise",
+}
 
 
 class Traits:
@@ -24,6 +40,7 @@ class Traits:
         steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
             fit all steps and a fit never compiles it.
         takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
+        tags: what the model is for, some of `TAGS`, the most important first; `aezoo list --tag` finds it by them.
     """
 
     has_prior: ClassVar[bool] = False
@@ -35,13 +52,14 @@ class Traits:
     not_averaged: ClassVar[tuple[str, ...]] = ()
     steps_differ: ClassVar[bool] = False
     takes_missing: ClassVar[bool] = False
+    tags: ClassVar[tuple[str, ...]] = ()
 
 
 def set_traits(cls: type[Traits], values: Mapping[str, Any]) -> None:
     """Set the traits that the first line of a class gives.
 
     Raises:
-        AezooError: there is no such trait, or its value has another type.
+        AezooError: there is no such trait or tag, or its value has another type.
     """
     known = Traits.__annotations__
     for name, value in values.items():
@@ -52,4 +70,25 @@ def set_traits(cls: type[Traits], values: Mapping[str, Any]) -> None:
         kind = type(getattr(Traits, name))
         if type(value) is not kind:
             raise AezooError(f"{cls.__name__}: {name} takes a {kind.__name__}, got {value!r}")
+        if name == "tags":
+            for tag in value:
+                check_tag(tag, f"{cls.__name__}: ")
         setattr(cls, name, value)
+
+
+def check_tag(text: object, where: str = "") -> str:
+    """The tag of `TAGS` that a text spells, such as latent_diffusion.
+
+    Args:
+        text: what is to be a tag.
+        where: the beginning of the error message.
+
+    Raises:
+        AezooError: it is none; the message suggests the nearest.
+    """
+    spelled = re.sub(r"[-_ ]+", " ", str(text)).strip().lower()
+    if spelled in TAGS:
+        return spelled
+    near = difflib.get_close_matches(spelled, TAGS, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ":"
+    raise AezooError(f"{where}unknown tag {str(text)!r}{hint} There are {', '.join(TAGS)}")

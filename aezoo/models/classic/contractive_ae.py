@@ -28,7 +28,7 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class ContractiveAE(Autoencoder):
+class ContractiveAE(Autoencoder, tags=("representation",)):
     """One sigmoid layer whose output is insensitive to its input; the penalty applies in training and in evaluation.
 
     Args:

@@ -10,7 +10,7 @@ Takes sequences, images and volumes of any size, according to the rank of `input
 from aezoo.bases.convolutional import ConvolutionalAutoencoder
 
 
-class ConvAE(ConvolutionalAutoencoder, defaults={"activation": "relu"}):
+class ConvAE(ConvolutionalAutoencoder, defaults={"activation": "relu"}, tags=("representation",)):
     """Encodes with strided convolutions and decodes with transposed convolutions."""
 
     net = "conv"

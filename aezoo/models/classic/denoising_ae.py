@@ -18,7 +18,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import check_at_least
 
 
-class DenoisingAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
+class DenoisingAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("denoising", "representation")):
     """Learns to undo a corruption; in evaluation, reconstructions and metrics also start from corrupted input.
 
     Args:

@@ -18,7 +18,7 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class DenseAE(Autoencoder):
+class DenseAE(Autoencoder, tags=("representation", "anomaly")):
     """Encodes with fully connected layers to a short code and decodes back.
 
     Args:

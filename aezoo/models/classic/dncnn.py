@@ -75,7 +75,7 @@ class DnCNNArgs(TrainingArgs, total=False):
     activation: str
 
 
-class DnCNN(Autoencoder):
+class DnCNN(Autoencoder, tags=("denoising",)):
     """Removes Gaussian noise of a known strength; metrics in evaluation also start from noisy input.
 
     Args:

@@ -36,7 +36,7 @@ from aezoo.training.limits import check_at_least
 DISTORTIONS = ("isometric", "relaxed")
 
 
-class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
+class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
     """Distances between codes equal distances along the data.
 
     Args:

@@ -21,7 +21,7 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}):
+class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}, tags=("representation",)):
     """One linear layer down, one up: principal component analysis by gradient descent.
 
     Args:

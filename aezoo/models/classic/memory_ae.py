@@ -29,7 +29,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import check_at_least
 
 
-class MemoryAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
+class MemoryAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("anomaly",)):
     """Reconstructs from the items of a memory learned on normal data, so that unusual samples are reconstructed badly.
 
     Args:

@@ -54,7 +54,7 @@ def unbiased(name: str) -> Corruption:
     return noise
 
 
-class Noise2Noise(DnCNN):
+class Noise2Noise(DnCNN, tags=("denoising",)):
     """Learns from pairs of noisy copies; metrics in evaluation also start from noisy input.
 
     Args:

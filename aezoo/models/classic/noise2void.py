@@ -33,7 +33,7 @@ from aezoo.training.precision import at_least_float32
 _MOST_PLACES = 10_000
 
 
-class Noise2Void(DnCNN, defaults={"residual": False}):
+class Noise2Void(DnCNN, defaults={"residual": False}, tags=("denoising",)):
     """Learns from noisy samples alone, by blind spots; metrics compare with the data, or with clean data if known.
 
     Args:

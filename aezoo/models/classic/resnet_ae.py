@@ -10,7 +10,7 @@ Group normalisation keeps each sample independent of the rest of its batch.
 from aezoo.bases.convolutional import ConvolutionalAutoencoder
 
 
-class ResNetAE(ConvolutionalAutoencoder):
+class ResNetAE(ConvolutionalAutoencoder, tags=("representation",)):
     """Encodes and decodes with residual stages."""
 
     net = "resnet"

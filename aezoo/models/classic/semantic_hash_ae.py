@@ -48,7 +48,7 @@ class VisibleBias(nn.Module):
         return params + self.b_X
 
 
-class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
+class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
     """A binary code: similar samples have codes at a small Hamming distance.
 
     Args:

@@ -34,7 +34,7 @@ from aezoo.training.limits import check_at_least
 _NETS = ("lstm", "transformer")
 
 
-class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}):
+class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}, tags=("representation",)):
     """Encodes a sequence step by step into a vector and decodes it again, for any length up to the shape's.
 
     Args:

@@ -30,7 +30,7 @@ from aezoo.training.limits import check_at_least
 from aezoo.training.optimizers import known_steps
 
 
-class StackedDAE(Autoencoder):
+class StackedDAE(Autoencoder, tags=("representation", "denoising")):
     """A deep denoising autoencoder that is trained layer by layer and then as a whole, in one fit.
 
     Attributes:

@@ -61,7 +61,7 @@ def _(a_NN: Tensor) -> Tensor:
     return a_NN.new_empty((a_NN.shape[0] - 1, 2), dtype=torch.long)
 
 
-class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_samples=True):
+class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_samples=True, tags=("representation",)):
     """Codes with the connectivity of the samples; a larger batch shows more of the data's shape.
 
     Args:

@@ -27,7 +27,7 @@ from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.training.limits import check_at_least
 
 
-class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256,)}):
+class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
     """Codes of samples with the same label lie together; encoding and scores never use labels.
 
     Args:

@@ -12,7 +12,7 @@ the code feeds every stage of g. Nothing bypasses the code, so decode needs the 
 from aezoo.bases.convolutional import ConvolutionalAutoencoder
 
 
-class UNetAE(ConvolutionalAutoencoder, defaults={"hidden_dims": (16, 32)}):
+class UNetAE(ConvolutionalAutoencoder, defaults={"hidden_dims": (16, 32)}, tags=("representation",)):
     """A U-Net split at its code, with skip connections on either side."""
 
     net = "unet"

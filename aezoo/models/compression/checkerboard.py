@@ -25,7 +25,7 @@ from aezoo.models.compression.scale_hyperprior import ScaleHyperpriorArgs
 from aezoo.nets.blocks.context import Context, tap_offsets
 
 
-class Checkerboard(MeanScaleHyperprior):
+class Checkerboard(MeanScaleHyperprior, tags=("compression",)):
     """Rounded codes: half of the places are predicted from side information, the other half also from the first half.
 
     Args:

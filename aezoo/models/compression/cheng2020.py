@@ -176,7 +176,7 @@ class Cheng2020Args(TrainingArgs, total=False):
     activation: str
 
 
-class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}):
+class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}, tags=("compression",)):
     """Rounded codes; side information and earlier places give a mixture of Gaussians for each number.
 
     Args:

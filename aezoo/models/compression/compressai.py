@@ -102,7 +102,7 @@ class TabulatedGaussians(Gaussians):
         return self.first + torch.bucketize(self.scale.contiguous(), self.scales[:-1].to(self.scale).contiguous())
 
 
-class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}):
+class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compression",)):
     """Rounded codes, with the networks, distributions and bit streams of CompressAI.
 
     Args:

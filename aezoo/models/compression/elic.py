@@ -27,7 +27,7 @@ from aezoo.nets.conv import CONVS
 from aezoo.training.limits import check_at_least
 
 
-class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "resnet"}):
+class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "resnet"}, tags=("compression",)):
     """Rounded codes, coded group by group of channels, with two passes over the places of each group.
 
     Args:

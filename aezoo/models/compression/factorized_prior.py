@@ -30,7 +30,11 @@ class FactorizedPriorArgs(LatentArgs, total=False):
 
 
 class FactorizedPrior(
-    EntropyCoded, NetworkAutoencoder, hidden_dims={"gdn": (64, 64)}, defaults={"net": "gdn", "likelihood": "gaussian"}
+    EntropyCoded,
+    NetworkAutoencoder,
+    hidden_dims={"gdn": (64, 64)},
+    defaults={"net": "gdn", "likelihood": "gaussian"},
+    tags=("compression",),
 ):
     """Rounded codes with a learned distribution for each channel.
 

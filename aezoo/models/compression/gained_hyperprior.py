@@ -32,7 +32,7 @@ from aezoo.models.compression.mean_scale_hyperprior import MeanScaleHyperprior
 from aezoo.models.compression.scale_hyperprior import HyperArgs
 
 
-class GainedHyperprior(MeanScaleHyperprior):
+class GainedHyperprior(MeanScaleHyperprior, tags=("compression",)):
     """Rounded codes, Gaussian with means and scales from side information; a quality sets the step size.
 
     Args:

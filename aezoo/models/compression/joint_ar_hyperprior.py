@@ -29,7 +29,7 @@ from aezoo.nets.blocks.context import Context, tap_offsets
 Index = tuple[Any, ...]
 
 
-class JointARHyperprior(MeanScaleHyperprior):
+class JointARHyperprior(MeanScaleHyperprior, tags=("compression",)):
     """Rounded codes; side information and earlier places give a Gaussian for each place.
 
     Args:

@@ -19,7 +19,7 @@ from aezoo.bases.entropy_coded import Coder
 from aezoo.models.compression.scale_hyperprior import ScaleHyperprior
 
 
-class MeanScaleHyperprior(ScaleHyperprior):
+class MeanScaleHyperprior(ScaleHyperprior, tags=("compression",)):
     """Rounded codes, Gaussian with means and scales from side information."""
 
     per_channel = 2

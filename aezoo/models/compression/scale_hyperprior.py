@@ -45,7 +45,7 @@ class ScaleHyperpriorArgs(FactorizedPriorArgs, HyperArgs, total=False):
     """Arguments of `ScaleHyperprior`."""
 
 
-class ScaleHyperprior(FactorizedPrior):
+class ScaleHyperprior(FactorizedPrior, tags=("compression",)):
     """Rounded codes, Gaussian with scales from side information.
 
     Args:

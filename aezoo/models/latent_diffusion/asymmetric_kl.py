@@ -54,7 +54,7 @@ class ConditionalDecoder(nn.Module):
         return z
 
 
-class AsymmetricKL(AutoencoderKL):
+class AsymmetricKL(AutoencoderKL, tags=("latent diffusion", "imputation")):
     """A Gaussian feature map with a large decoder that keeps the visible part of an image.
 
     Args:

@@ -55,6 +55,7 @@ class AutoencoderKL(
         "activation": "silu",
         "likelihood": "laplace:learned",
     },
+    tags=("latent diffusion",),
 ):
     """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
 

@@ -135,6 +135,7 @@ class ConsistencyDecoderAE(
     NetworkAutoencoder,
     hidden_dims={"resnet": (16, 32), "vit": (32, 32), "mixer": (32, 32)},
     defaults={"net": "resnet", "activation": "silu"},
+    tags=("latent diffusion",),
 ):
     """A feature map as code, decoded in one step by a model that learns to remove any noise.
 

@@ -30,7 +30,7 @@ from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import check_at_least
 
 
-class DiffusersAE(Autoencoder):
+class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
     """A model of the package diffusers, new or read from a folder: pip install 'aezoo[diffusers]'.
 
     Args:

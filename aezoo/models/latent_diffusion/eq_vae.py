@@ -27,7 +27,7 @@ from aezoo.nets import is_timm
 from aezoo.nets.conv import grids
 
 
-class EQVAE(AutoencoderKL, steps_differ=True):
+class EQVAE(AutoencoderKL, steps_differ=True, tags=("latent diffusion",)):
     """A Gaussian feature map that rotates and shrinks with its image.
 
     Args:

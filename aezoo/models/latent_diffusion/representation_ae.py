@@ -41,6 +41,7 @@ class RepresentationAE(
     PerceptualAdversarial,
     DistilledAutoencoder,
     defaults={"discriminator_weight": 0.75, "likelihood": "laplace"},
+    tags=("latent diffusion",),
 ):
     """A decoder for the codes of a frozen encoder.
 

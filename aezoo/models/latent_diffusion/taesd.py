@@ -49,7 +49,7 @@ class Block(nn.Module):
         return x
 
 
-class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}):
+class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}, tags=("latent diffusion",)):
     """A small deterministic autoencoder that learns codes and images of a larger one.
 
     Args:

@@ -31,7 +31,7 @@ from aezoo.nets.conv import CONVS
 from aezoo.training.limits import check_at_least
 
 
-class VAVAE(AutoencoderKL):
+class VAVAE(AutoencoderKL, tags=("latent diffusion",)):
     """A Gaussian feature map that resembles the features of a frozen network.
 
     Args:

@@ -39,6 +39,7 @@ class VQGAN(
     NetworkAutoencoder,
     hidden_dims={"resnet": (32, 64)},
     defaults={"update": "gradient", "net": "resnet", "activation": "silu", "likelihood": "laplace"},
+    tags=("tokenizer", "latent diffusion"),
 ):
     """A map of codes from one codebook, with a perceptual and an adversarial loss for sharp outputs.
 

@@ -130,7 +130,11 @@ class Predictor(nn.Module):
         return found_AND.unflatten(0, target_BKN.shape[:2])
 
 
-class IJEPA(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
+class IJEPA(
+    PatchTransformer,
+    defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"},
+    tags=("representation",),
+):
     """A vision transformer that predicts the codes of patches it does not see, with a decoder as a probe.
 
     Args:

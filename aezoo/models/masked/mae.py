@@ -109,7 +109,11 @@ class LightDecoder(nn.Module):
         return x if self.input_norm is None else self.input_norm.inverse(x)
 
 
-class MAE(PatchTransformer, defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"}):
+class MAE(
+    PatchTransformer,
+    defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"},
+    tags=("representation",),
+):
     """A vision transformer that predicts the larger, masked part of a sample.
 
     Args:

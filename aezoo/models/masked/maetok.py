@@ -48,7 +48,7 @@ def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
     return found_BPK.transpose(1, 2).unflatten(2, patchify.grid)
 
 
-class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}):
+class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}, tags=("tokenizer", "latent diffusion")):
     """A sequence of tokens from partly masked patches.
 
     Args:

@@ -27,7 +27,9 @@ from aezoo.nets import vit
 from aezoo.training.limits import check_at_least
 
 
-class MaskedConvAE(NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults={"net": "conv"}):
+class MaskedConvAE(
+    NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults={"net": "conv"}, tags=("representation",)
+):
     """A convolutional autoencoder that learns to fill in missing patches.
 
     Args:

@@ -30,7 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
 
 
-class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}):
+class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}, tags=("representation",)):
     """A vision transformer or MLP-Mixer that predicts masked patches by itself, without a decoder.
 
     Args:

@@ -21,7 +21,7 @@ from aezoo.quantisers.bsq import BSQ
 from aezoo.quantisers.lfq import LFQ
 
 
-class BSQVAE(LFQVAE, defaults={"beta": 0.0}):
+class BSQVAE(LFQVAE, defaults={"beta": 0.0}, tags=("tokenizer", "compression")):
     """A map of binary codes: the corners of a hypercube on the unit sphere."""
 
     quantiser_class: ClassVar[type[LFQ]] = BSQ

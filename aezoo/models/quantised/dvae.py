@@ -44,7 +44,7 @@ class LogitLaplaceWithScale(LogitLaplace):
         return torch.cat([mu, torch.full_like(mu, -100)], 1)  # the floor of log b
 
 
-class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperature_steps": 2000}):
+class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperature_steps": 2000}, tags=("tokenizer",)):
     """A map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.
 
     Args:

@@ -21,7 +21,7 @@ from aezoo.quantisers.fsp import FSP
 from aezoo.training.limits import check_at_least
 
 
-class FSPVAE(CodeMapAutoencoder):
+class FSPVAE(CodeMapAutoencoder, tags=("tokenizer",)):
     """A map of channels with few values each; in training, noise of similar size replaces part of the rounding.
 
     Args:

@@ -18,7 +18,7 @@ from aezoo.bases.quantised import CodeMapArgs, CodeMapAutoencoder
 from aezoo.quantisers.residual_fsq import ResidualFSQ
 
 
-class FSQVAE(CodeMapAutoencoder):
+class FSQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
     """A map of channels, each rounded to one of a few values.
 
     Args:

@@ -17,7 +17,7 @@ from aezoo.models.quantised.sim_vq_vae import SimVQVAE, SimVQVAEArgs
 from aezoo.quantisers.fvq import FVQ
 
 
-class FVQVAE(SimVQVAE):
+class FVQVAE(SimVQVAE, tags=("tokenizer",)):
     """A map of codes from one codebook, which a transformer moves as a whole.
 
     Args:

@@ -23,7 +23,7 @@ from aezoo.bases.token_prior import IndexPrior, IndexPriorArgs
 from aezoo.nets.transformer import Block
 
 
-class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}):
+class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
     """A small GPT over the indices of a quantised model.
 
     Args:

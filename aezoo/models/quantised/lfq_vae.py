@@ -22,7 +22,7 @@ from aezoo.quantisers.lfq import LFQ
 from aezoo.training.limits import check_at_least
 
 
-class LFQVAE(CodeMapAutoencoder):
+class LFQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
     """A map of signs.
 
     Args:

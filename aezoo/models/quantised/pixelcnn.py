@@ -90,7 +90,7 @@ def _rename_embedding(_: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
         state_dict[f"{prefix}embedding.weight"] = state_dict.pop(f"{prefix}book.weight")
 
 
-class PixelCNN(IndexPrior, defaults={"lr": 3e-3}):
+class PixelCNN(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
     """A gated PixelCNN over the maps or sequences of indices of a quantised model.
 
     Args:

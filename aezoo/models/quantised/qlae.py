@@ -26,7 +26,12 @@ from aezoo.quantisers.latent_quantisation import LatentQuantisation
 from aezoo.training.limits import check_at_least
 
 
-class QLAE(DiscreteAutoencoder, NetworkAutoencoder, defaults={"optimizer": "adamw", "weight_decay": 0.1}):
+class QLAE(
+    DiscreteAutoencoder,
+    NetworkAutoencoder,
+    defaults={"optimizer": "adamw", "weight_decay": 0.1},
+    tags=("disentanglement",),
+):
     """A vector of numbers with few values each, and weight decay.
 
     Args:

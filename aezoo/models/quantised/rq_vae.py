@@ -22,7 +22,7 @@ from aezoo.quantisers.residual_vq import ResidualVQ
 from aezoo.training.limits import check_at_least
 
 
-class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}):
+class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}, tags=("tokenizer",)):
     """A map of sums of codes, one code from each of several codebooks.
 
     Args:

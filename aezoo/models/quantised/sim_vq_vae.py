@@ -28,7 +28,7 @@ class SimVQVAEArgs(LatentArgs, total=False):
     places: int
 
 
-class SimVQVAE(CodeMapAutoencoder):
+class SimVQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
     """A map of codes from one codebook that moves as a whole.
 
     Args:

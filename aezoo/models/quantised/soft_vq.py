@@ -41,7 +41,7 @@ from aezoo.quantisers.common import entropy, k_means, relative_distance
 from aezoo.training.limits import check_at_least
 
 
-class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}):
+class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}, tags=("tokenizer", "latent diffusion")):
     """A row of mixtures of codes, without a grid.
 
     Args:

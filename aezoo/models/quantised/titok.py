@@ -39,7 +39,7 @@ class TiTokArgs(VQArgs, PatchTransformerArgs, total=False):
     """Arguments that `TiTok` hands on."""
 
 
-class TiTok(VQAutoencoder, PatchTransformer, defaults={"cosine": True, "depth": 1, "lr": 2e-3}):
+class TiTok(VQAutoencoder, PatchTransformer, defaults={"cosine": True, "depth": 1, "lr": 2e-3}, tags=("tokenizer",)):
     """A row of codes from one codebook, without a grid.
 
     Args:

@@ -22,7 +22,7 @@ from aezoo.quantisers.vector_perturbation import VectorPerturbation
 from aezoo.training.limits import check_at_least
 
 
-class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4}):
+class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4}, tags=("tokenizer",)):
     """A map of codes from one codebook, for which perturbations in training prepare the decoder.
 
     Args:

@@ -31,7 +31,7 @@ from aezoo.quantisers.grouped_vq import GroupedVQ
 from aezoo.training.limits import check_at_least
 
 
-class VQVAE(VQAutoencoder, CodeMapAutoencoder):
+class VQVAE(VQAutoencoder, CodeMapAutoencoder, tags=("tokenizer",)):
     """A map of codes from one codebook, or from one codebook for each group of channels.
 
     Args:

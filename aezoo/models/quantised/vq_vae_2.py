@@ -27,7 +27,9 @@ from aezoo.nets.conv import CONVS, UpsampleConcat
 from aezoo.quantisers.base import Quantised
 
 
-class VQVAE2(VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}):
+class VQVAE2(
+    VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}, tags=("tokenizer",)
+):
     """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:

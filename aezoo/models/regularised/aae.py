@@ -20,6 +20,7 @@ class AAE(
     WAEGAN,
     hidden_dims={"mlp": (1000, 1000)},
     defaults={"latent_dim": 8, "adversarial_weight": 1.0, "discriminator_dims": (1000, 1000)},
+    tags=("generation",),
 ):
     """An autoencoder whose encoder is also the generator of a GAN: its codes look like draws from the prior.
 

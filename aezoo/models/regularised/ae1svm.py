@@ -30,7 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.training.limits import check_above, check_at_least
 
 
-class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelihood": "gaussian"}):
+class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelihood": "gaussian"}, tags=("anomaly",)):
     """An autoencoder trained with a one-class SVM, which separates its codes from everything else.
 
     Args:

@@ -55,6 +55,7 @@ class ALAD(
     hidden_dims={"mlp": (256,)},
     defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
     has_prior=True,
+    tags=("anomaly",),
 ):
     """A BiGAN with cycles; the score compares features of a sample and its reconstruction in the cycle discriminator.
 

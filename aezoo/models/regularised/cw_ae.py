@@ -50,7 +50,7 @@ def kummer(d: int) -> tuple[list[tuple[float, float]], list[float]]:
     return [(float((1 + x) / 2), float(w / weights.sum())) for x, w in zip(nodes, weights, strict=True)], series
 
 
-class CWAE(WAEMMD, compares_samples=True):
+class CWAE(WAEMMD, compares_samples=True, tags=("generation",)):
     """Deterministic codes, pulled towards a standard normal prior by their Cramer-Wold distance, in closed form.
 
     Args:

@@ -31,7 +31,12 @@ from aezoo.training.limits import check_at_least
 _JITTER, _LEAST_RMS, _MOMENTUM = 1e-6, 1e-3, 0.05
 
 
-class DAGMM(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activation": "tanh", "likelihood": "gaussian"}):
+class DAGMM(
+    NetworkAutoencoder,
+    hidden_dims={"mlp": (256,)},
+    defaults={"activation": "tanh", "likelihood": "gaussian"},
+    tags=("anomaly",),
+):
     """An autoencoder whose codes and errors follow a mixture of Gaussians; samples unlikely under it are anomalous.
 
     Args:

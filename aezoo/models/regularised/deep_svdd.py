@@ -37,7 +37,10 @@ _NEAR_0 = 0.1
 
 
 class DeepSVDD(
-    NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"activation": "leaky_relu", "likelihood": "gaussian"}
+    NetworkAutoencoder,
+    hidden_dims={"mlp": (128,)},
+    defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
+    tags=("anomaly",),
 ):
     """An autoencoder whose codes are pulled towards one point; samples whose codes are far from it are anomalous.
 

@@ -76,7 +76,12 @@ def _fade(t: Tensor) -> Tensor:
     return t**3 * (t * (6 * t - 15) + 10)
 
 
-class DRAEM(NetworkAutoencoder, hidden_dims={"unet": (16, 32)}, defaults={"net": "unet", "likelihood": "gaussian"}):
+class DRAEM(
+    NetworkAutoencoder,
+    hidden_dims={"unet": (16, 32)},
+    defaults={"net": "unet", "likelihood": "gaussian"},
+    tags=("anomaly",),
+):
     """An autoencoder that repairs images, with a segmentation of the repaired parts.
 
     Args:

@@ -56,6 +56,7 @@ class FAnoGAN(
     hidden_dims={"mlp": (256,)},
     defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
     has_prior=True,
+    tags=("anomaly",),
 ):
     """A Wasserstein GAN with an encoder; samples with large errors in data and critic features are anomalous.
 

@@ -53,7 +53,10 @@ class Discriminator(nn.Module):
 
 
 class GANomaly(
-    NetworkAutoencoder, hidden_dims={"mlp": (256,)}, defaults={"activation": "leaky_relu", "likelihood": "laplace"}
+    NetworkAutoencoder,
+    hidden_dims={"mlp": (256,)},
+    defaults={"activation": "leaky_relu", "likelihood": "laplace"},
+    tags=("anomaly",),
 ):
     """An autoencoder with a second encoder; samples whose code that encoder does not recover are anomalous.
 

@@ -65,7 +65,7 @@ class SpectralNorm(nn.Module):
         self.v_I.copy_(basis_IK @ torch.linalg.svd(W_OI @ basis_IK, full_matrices=False).Vh[0])
 
 
-class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}):
+class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}, tags=("generation",)):
     """Deterministic codes near 0 and a smooth decoder, so that codes can be drawn from a density fitted later.
 
     Args:

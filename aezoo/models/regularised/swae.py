@@ -24,7 +24,7 @@ from aezoo.models.regularised.wae_mmd import WAEMMD
 from aezoo.training.limits import check_at_least
 
 
-class SWAE(WAEMMD, compares_samples=False):
+class SWAE(WAEMMD, compares_samples=False, tags=("generation",)):
     """Deterministic codes, pulled towards a standard normal prior by their Wasserstein distance along random lines.
 
     Args:

@@ -32,7 +32,7 @@ from aezoo.nets.blocks.adversarial import (
 from aezoo.training.limits import check_at_least
 
 
-class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True):
+class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, tags=("generation",)):
     """Codes that a discriminator cannot tell from draws from a standard normal prior.
 
     Args:

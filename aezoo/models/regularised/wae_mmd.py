@@ -30,7 +30,9 @@ from aezoo.training.limits import check_at_least
 KERNELS = ("inverse_multiquadratic", "rbf")
 
 
-class WAEMMD(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, compares_samples=True):
+class WAEMMD(
+    NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, compares_samples=True, tags=("generation",)
+):
     """Deterministic codes, pulled as a whole towards a standard normal prior by their maximum mean discrepancy.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from aezoo.models.sparse.topk_sae import TopKSAE
 
 
-class AbsTopKSAE(TopKSAE):
+class AbsTopKSAE(TopKSAE, tags=("interpretability",)):
     """At most k active latents per sample, of either sign, from a wide dictionary of unit-norm directions.
 
     Args:

@@ -64,7 +64,7 @@ class BatchTopKSAEArgs(TopKVariantArgs, total=False):
     theta_decay: float
 
 
-class BatchTopKSAE(TopKSAE):
+class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
     """At most k active latents per sample on average, many for some samples and few for others.
 
     Args:

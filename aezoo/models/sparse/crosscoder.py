@@ -21,7 +21,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.sae_l1 import SAEL1, SAEL1Args
 
 
-class Crosscoder(SAEL1):
+class Crosscoder(SAEL1, tags=("interpretability",)):
     """Few latents are active for each sample, each with a direction in every stream.
 
     Args:

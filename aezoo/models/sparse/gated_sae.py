@@ -30,7 +30,7 @@ class GatedSAEArgs(SAEL1Args, FormArgs, total=False):
     """Arguments of `GatedSAE`."""
 
 
-class GatedSAE(SAEL1):
+class GatedSAE(SAEL1, tags=("interpretability",)):
     """Few latents of a wide dictionary are active for each sample, without the shrinkage of an L1 penalty.
 
     Args:

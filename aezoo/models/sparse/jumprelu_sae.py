@@ -33,7 +33,7 @@ class JumpReLUSAEArgs(DictionaryArgs, FormArgs, total=False):
     """Arguments of `JumpReLUSAE` that it hands on."""
 
 
-class JumpReLUSAE(JumpReLU, SAEL1):
+class JumpReLUSAE(JumpReLU, SAEL1, tags=("interpretability",)):
     """Few latents of a wide dictionary are active for each sample, each above a learned threshold.
 
     Args:

@@ -26,7 +26,7 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("representation",)):
     """A linear code with exactly k units in use for each sample; decoder and encoder share their weights.
 
     Args:

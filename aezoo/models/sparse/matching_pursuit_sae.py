@@ -25,7 +25,9 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class MatchingPursuitSAE(UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class MatchingPursuitSAE(
+    UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("interpretability",)
+):
     """At most k active latents per sample, chosen one after the other.
 
     Args:

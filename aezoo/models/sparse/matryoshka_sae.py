@@ -30,7 +30,7 @@ from aezoo.errors import AezooError
 from aezoo.models.sparse.batch_topk_sae import BatchTopKSAE, BatchTopKSAEArgs
 
 
-class MatryoshkaSAE(BatchTopKSAE):
+class MatryoshkaSAE(BatchTopKSAE, tags=("interpretability",)):
     """A BatchTopK dictionary in which every prefix is a dictionary.
 
     Args:

@@ -25,7 +25,7 @@ from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
 _MIN_RESIDUAL = 1e-3
 
 
-class OMPSAE(MatchingPursuitSAE):
+class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
     """At most k active latents of either sign, with the best approximation by their directions.
 
     Args:

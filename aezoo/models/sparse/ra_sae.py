@@ -78,7 +78,7 @@ class Archetypes(Dictionary):
         self.lambda_NX.mul_((self.delta / norm_N1.clamp(min=1e-12)).clamp(max=1))
 
 
-class RASAE(TopKSAE):
+class RASAE(TopKSAE, tags=("interpretability",)):
     """At most k active latents per sample, with directions that are mixtures of data points.
 
     Args:

@@ -53,7 +53,9 @@ class FormArgs(TypedDict, total=False):
     input_norm: str
 
 
-class SAEL1(InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class SAEL1(
+    InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("interpretability",)
+):
     """Few latents of a wide dictionary are active for each sample, because their sum is penalised.
 
     Args:

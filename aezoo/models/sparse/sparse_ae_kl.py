@@ -27,7 +27,7 @@ from aezoo.errors import AezooError
 from aezoo.training.limits import check_at_least
 
 
-class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
+class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, tags=("representation",)):
     """Every unit of a sigmoid code is rarely, but equally often, active.
 
     Args:

@@ -19,7 +19,7 @@ from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import check_at_least
 
 
-class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True):
+class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, tags=("representation",)):
     """Few units of a wide ReLU code are active for each sample.
 
     Args:

@@ -103,7 +103,7 @@ class Context(nn.Module):
         return predicted
 
 
-class TemporalSAE(TopKSAE, sparse_code=False):
+class TemporalSAE(TopKSAE, sparse_code=False, tags=("interpretability",)):
     """At most k latents are active for what is new at a position; attention predicts the rest from earlier positions.
 
     The code, (2, T, N), holds first what is new, then what is predicted; the second part is not sparse.

@@ -60,7 +60,9 @@ class TopKVariantArgs(TopKSAEArgs, total=False):
     input_norm: str
 
 
-class TopKSAE(InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
+class TopKSAE(
+    InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("interpretability",)
+):
     """At most k active latents per sample, from a wide dictionary of unit-norm directions.
 
     Args:

@@ -47,7 +47,7 @@ class SkipDictionary(Dictionary):
         return super().forward(f_BN) + skip_BX.unflatten(1, self.input_shape)
 
 
-class Transcoder(JumpReLU, SAEL1):
+class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
     """Few latents, read from some rows of a sample, predict the others.
 
     Args:

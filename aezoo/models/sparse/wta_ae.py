@@ -33,7 +33,9 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class WTAAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, compares_samples=True):
+class WTAAE(
+    Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, compares_samples=True, tags=("representation",)
+):
     """Every unit is in use, each for its own few samples.
 
     Args:

@@ -32,7 +32,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 AVERAGES = ("gvae", "mlvae")
 
 
-class AdaGVAE(VAE, compares_samples=True, reads_labels=True):
+class AdaGVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglement",)):
     """A VAE in which samples with the same label agree in all dimensions of the code except those that differ most.
 
     Args:

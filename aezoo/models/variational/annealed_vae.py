@@ -23,7 +23,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import check_at_least
 
 
-class AnnealedVAE(VAE):
+class AnnealedVAE(VAE, tags=("disentanglement",)):
     """A VAE whose code is kept at an amount of information that rises during training.
 
     Args:

@@ -33,7 +33,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.training.limits import check_at_least
 
 
-class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True):
+class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disentanglement",)):
     """A VAE with a separate weight for the dependence between the dimensions of the code.
 
     Args:

@@ -8,5 +8,5 @@ in nats per sample. beta > 1 narrows the code in order to disentangle its dimens
 from aezoo.models.variational.vae import VAE
 
 
-class BetaVAE(VAE, defaults={"beta": 4.0}):
+class BetaVAE(VAE, defaults={"beta": 4.0}, tags=("disentanglement",)):
     """A VAE whose KL term weighs more than its likelihood."""

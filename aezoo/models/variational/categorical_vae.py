@@ -35,7 +35,7 @@ class CategoricalVAEArgs(NetworkArgs, total=False):
     straight_through: bool
 
 
-class CategoricalVAE(VAE, normal_prior=False):
+class CategoricalVAE(VAE, normal_prior=False, tags=("generation",)):
     """Categorical code with a uniform prior, trained through a relaxation.
 
     Args:

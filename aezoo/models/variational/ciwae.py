@@ -22,7 +22,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.iwae import IWAE, IWAEArgs
 
 
-class CIWAE(IWAE):
+class CIWAE(IWAE, tags=("generation",)):
     """Gaussian code with a standard normal prior, trained between the VAE's bound and the IWAE's.
 
     Args:

@@ -37,7 +37,7 @@ from aezoo.models.variational.mmvae_plus import MMVAEPlus, MMVAEPlusArgs
 _LOG_ZERO = -1e4  # its exponential is 0, and weights stay finite
 
 
-class CMVAE(MixturePrior, MMVAEPlus):
+class CMVAE(MixturePrior, MMVAEPlus, tags=("multimodal", "imputation", "generation")):
     """A VAE of several modalities with private codes, and a shared code whose prior is a mixture of clusters.
 
     Args:

@@ -33,7 +33,7 @@ class ConditionalVAEArgs(LatentArgs, total=False):
     num_classes: int | None
 
 
-class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False):
+class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False, tags=("generation",)):
     """A Gaussian code with a label, which can be chosen when sampling: `sample(n, y)`.
 
     Args:

@@ -39,7 +39,7 @@ from aezoo.bases.multimodal import MultimodalVAEArgs
 from aezoo.models.variational.mvtcae import MVTCAE
 
 
-class CRMVAE(MVTCAE):
+class CRMVAE(MVTCAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is near each expert, and whose experts also reconstruct their parts.
 
     Args:

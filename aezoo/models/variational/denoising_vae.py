@@ -19,7 +19,7 @@ from aezoo import corruptions
 from aezoo.models.variational.vae import VAE, VAEArgs
 
 
-class DenoisingVAE(VAE):
+class DenoisingVAE(VAE, tags=("generation", "denoising")):
     """A VAE that learns to undo a corruption; reconstructions and metrics in evaluation start from corrupted input too.
 
     Args:

@@ -19,7 +19,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import check_at_least
 
 
-class DIPVAEI(VAE):
+class DIPVAEI(VAE, tags=("disentanglement",)):
     """A VAE whose posterior means have the identity as covariance.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from aezoo.models.variational.dip_vae_i import DIPVAEI
 
 
-class DIPVAEII(DIPVAEI, defaults={"diagonal": 10.0}):
+class DIPVAEII(DIPVAEI, defaults={"diagonal": 10.0}, tags=("disentanglement",)):
     """A VAE whose codes have the identity as covariance.
 
     Args:

@@ -39,7 +39,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import check_at_least
 
 
-class DMVAE(Multimodal, VAE):
+class DMVAE(Multimodal, VAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities with private codes, and a shared code whose posterior is a product of experts.
 
     Args:

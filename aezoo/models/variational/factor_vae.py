@@ -34,7 +34,7 @@ from aezoo.nets.blocks.adversarial import (
 from aezoo.training.limits import check_at_least
 
 
-class FactorVAE(VAE):
+class FactorVAE(VAE, tags=("disentanglement",)):
     """A VAE whose codes, as an aggregate, are pushed to have independent dimensions.
 
     Args:

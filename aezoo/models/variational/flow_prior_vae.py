@@ -31,7 +31,7 @@ from aezoo.training.limits import check_at_least
 PRIORS = ("realnvp", "maf")
 
 
-class FlowPriorVAE(VAE, normal_prior=False):
+class FlowPriorVAE(VAE, normal_prior=False, tags=("generation",)):
     """Gaussian code whose prior is a learned normalising flow.
 
     Args:

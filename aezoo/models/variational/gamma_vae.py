@@ -32,7 +32,7 @@ from aezoo.training.limits import check_at_least
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6
 
 
-class GammaVAE(VAE, normal_prior=False):
+class GammaVAE(VAE, normal_prior=False, tags=("generation",)):
     """Positive codes with a Gamma posterior and a Gamma prior.
 
     Args:

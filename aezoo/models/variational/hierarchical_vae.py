@@ -41,7 +41,7 @@ class HierarchicalVAEArgs(LevelsArgs, total=False):
     free_bits: float
 
 
-class HierarchicalVAE(VAE, normal_prior=False):
+class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
     """Levels of Gaussian codes, each the prior of the one below.
 
     Args:

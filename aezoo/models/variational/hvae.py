@@ -46,7 +46,7 @@ class HVAEArgs(LatentArgs, total=False):
     beta_0: float
 
 
-class HVAE(VAE, normal_prior=False):
+class HVAE(VAE, normal_prior=False, tags=("generation",)):
     """Gaussian code with a standard normal prior, whose posterior is refined by Hamiltonian dynamics.
 
     Args:

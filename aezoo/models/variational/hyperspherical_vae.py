@@ -44,7 +44,7 @@ def _without_least_kappa(_: nn.Module, state_dict: dict[str, Any], prefix: str, 
     state_dict.setdefault(f"{prefix}least_kappa", torch.zeros(()))
 
 
-class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False):
+class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False, tags=("representation", "generation")):
     """Unit vectors as codes with a uniform prior.
 
     Args:

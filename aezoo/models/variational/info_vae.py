@@ -31,7 +31,7 @@ from aezoo.training.limits import check_above
 KERNELS = ("inverse_multiquadratic", "rbf")
 
 
-class InfoVAE(VAE):
+class InfoVAE(VAE, tags=("representation", "generation")):
     """A VAE whose codes match the prior as an aggregate instead of one by one.
 
     Args:

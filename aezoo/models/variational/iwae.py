@@ -38,7 +38,7 @@ class IWAEArgs(LatentArgs, total=False):
     estimator: str
 
 
-class IWAE(VAE):
+class IWAE(VAE, tags=("generation",)):
     """Gaussian code with a standard normal prior, trained on the importance weighted bound.
 
     Args:

@@ -38,7 +38,7 @@ from aezoo.nets.blocks.levels import gaussian
 from aezoo.training.limits import check_at_least
 
 
-class JMVAE(Multimodal, VAE):
+class JMVAE(Multimodal, VAE, tags=("multimodal", "imputation")):
     """A VAE of whole samples, and encoders of their parts that learn its posterior.
 
     Args:

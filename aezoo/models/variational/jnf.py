@@ -41,7 +41,7 @@ from aezoo.nets.blocks.flows import AutoregressiveFlow, check_n_flows
 from aezoo.training.limits import check_at_least
 
 
-class JNF(JMVAE):
+class JNF(JMVAE, tags=("multimodal", "imputation")):
     """A VAE of whole samples, and flows that learn its posterior from each of their parts.
 
     Args:

@@ -28,7 +28,7 @@ from aezoo.models.variational.vae import VAE
 from aezoo.training.limits import check_at_least
 
 
-class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}):
+class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}, tags=("disentanglement",)):
     """A code with a Gaussian and a categorical part, each kept at an amount of information that rises during training.
 
     Args:

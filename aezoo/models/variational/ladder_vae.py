@@ -52,7 +52,7 @@ class BottomDecoder(nn.Module):
         return params
 
 
-class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}):
+class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}, tags=("generation",)):
     """Levels of Gaussian codes, whose posteriors combine the data with the level above.
 
     Args:

@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
 
-class LogCoshVAE(VAE):
+class LogCoshVAE(VAE, tags=("generation",)):
     """A VAE with a likelihood between the Gaussian and the Laplace density.
 
     Args:

@@ -47,7 +47,7 @@ class MHVAEArgs(LevelsArgs, PartsArgs, total=False):
     """Arguments of `MHVAE`."""
 
 
-class MHVAE(Multimodal, HierarchicalVAE):
+class MHVAE(Multimodal, HierarchicalVAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities with a hierarchy of codes; each level gives the prior of the level below it.
 
     Args:

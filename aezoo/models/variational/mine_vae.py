@@ -30,7 +30,7 @@ from aezoo.nets.blocks.adversarial import check_discriminator, discriminator_par
 from aezoo.training.limits import check_at_least
 
 
-class MineVAE(VAE):
+class MineVAE(VAE, tags=("representation",)):
     """A VAE that is rewarded for the mutual information of samples and codes, which a network estimates.
 
     Args:

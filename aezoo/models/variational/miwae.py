@@ -20,7 +20,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES, IWAEArgs
 
 
-class MIWAE(IWAE, defaults={"n_samples": 8}):
+class MIWAE(IWAE, defaults={"n_samples": 8}, tags=("generation",)):
     """Gaussian code with a standard normal prior, trained on a mean of importance weighted bounds.
 
     Args:

@@ -29,7 +29,7 @@ class MixtureVAEArgs(VAEArgs, total=False):
     n_components: int
 
 
-class MixtureVAE(MixturePrior, VAE, normal_prior=False):
+class MixtureVAE(MixturePrior, VAE, normal_prior=False, tags=("representation", "generation")):
     """Gaussian code whose prior is a learned mixture of Gaussians.
 
     Args:

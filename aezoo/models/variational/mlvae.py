@@ -26,7 +26,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.labels import check_labels
 
 
-class MLVAE(VAE, compares_samples=True, reads_labels=True):
+class MLVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglement",)):
     """A VAE whose first dimensions are shared by all samples of a label.
 
     Args:

@@ -32,7 +32,7 @@ from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 
-class MMVAE(MissingModalities, VAE, normal_prior=False):
+class MMVAE(MissingModalities, VAE, normal_prior=False, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is the mixture of the posteriors of the single modalities.
 
     Args:

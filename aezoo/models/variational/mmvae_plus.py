@@ -39,7 +39,7 @@ class MMVAEPlusArgs(MultimodalBetaArgs, total=False):
     private_dim: int
 
 
-class MMVAEPlus(MMVAE):
+class MMVAEPlus(MMVAE, tags=("multimodal", "imputation", "generation")):
     """A VAE of several modalities with one shared code, and a private code for each modality.
 
     Args:

@@ -31,7 +31,7 @@ from aezoo.models.variational.mmvae import MMVAE
 MOST_PARTS = 6
 
 
-class MoPoEVAE(MMVAE):
+class MoPoEVAE(MMVAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is the mixture of the products of experts of all their subsets.
 
     Args:

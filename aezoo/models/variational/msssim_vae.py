@@ -31,7 +31,7 @@ EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, sectio
 _LEAST = 0.01  # similarity from which on the root is taken unchanged
 
 
-class MSSSIMVAE(VAE):
+class MSSSIMVAE(VAE, tags=("generation",)):
     """A VAE of images that compares their local structure at several scales.
 
     Args:

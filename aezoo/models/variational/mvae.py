@@ -34,7 +34,7 @@ from aezoo.models.variational.vae import VAE
 MOST_SUBSETS = 1000
 
 
-class MVAE(MissingModalities, VAE):
+class MVAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:

@@ -35,7 +35,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
 
-class MVTCAE(MissingModalities, VAE):
+class MVTCAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior, the product of their experts, is kept near each expert.
 
     Args:

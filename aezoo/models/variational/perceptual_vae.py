@@ -39,7 +39,7 @@ from aezoo.nets.blocks.features import (
 from aezoo.training.limits import check_above
 
 
-class PerceptualVAE(VAE):
+class PerceptualVAE(VAE, tags=("generation",)):
     """A VAE that compares reconstructions with data by the activations of another network.
 
     Args:

@@ -28,7 +28,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES, IWAEArgs
 
 
-class PIWAE(IWAE, defaults={"n_samples": 8}):
+class PIWAE(IWAE, defaults={"n_samples": 8}, tags=("generation",)):
     """Gaussian code with a standard normal prior; MIWAE's gradient for the encoder, IWAE's for the decoder.
 
     Args:

@@ -28,7 +28,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 _MOST_CURVED = 1e6
 
 
-class PoincareVAE(VAE, normal_prior=False):
+class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")):
     """Points of the Poincare ball as codes, with wrapped normals as posterior and prior.
 
     Args:

@@ -32,7 +32,7 @@ _MOST_ITERATIONS = 100
 _HMC_STEPS, _LEAPFROG_STEPS, _STEP_SIZE = 30, 10, 0.05
 
 
-class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",)):
+class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",), tags=("generation",)):
     """Gaussian code whose posterior and samples follow a metric that is learned, too.
 
     Args:

@@ -24,7 +24,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.labels import all_labelled, check_num_classes
 
 
-class SemiSupervisedM1(VAE):
+class SemiSupervisedM1(VAE, tags=("representation",)):
     """A VAE with a classifier of its codes that learns from the samples that have labels.
 
     Args:

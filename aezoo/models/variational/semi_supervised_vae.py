@@ -28,7 +28,7 @@ from aezoo.nets.blocks.labels import all_labelled, one_hot, select_label
 from aezoo.training.limits import check_at_least
 
 
-class SemiSupervisedVAE(ConditionalVAE):
+class SemiSupervisedVAE(ConditionalVAE, tags=("representation", "generation")):
     """A conditional VAE with a classifier that learns from samples with and without labels.
 
     Args:

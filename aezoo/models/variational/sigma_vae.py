@@ -24,7 +24,7 @@ from aezoo.distributions.likelihoods import Gaussian
 from aezoo.models.variational.vae import VAE
 
 
-class SigmaVAE(VAE):
+class SigmaVAE(VAE, tags=("generation",)):
     """A VAE with a Gaussian likelihood whose noise scale is always the one that fits best.
 
     Args:

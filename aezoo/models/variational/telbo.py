@@ -41,7 +41,7 @@ from aezoo.nets.blocks.levels import gaussian
 from aezoo.training.limits import check_at_least
 
 
-class TELBO(Multimodal, VAE):
+class TELBO(Multimodal, VAE, tags=("multimodal", "imputation")):
     """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
 
     Args:

@@ -26,7 +26,7 @@ from aezoo.bases.triplet import TripletAutoencoder
 from aezoo.models.variational.vae import VAE, VAEArgs
 
 
-class TripletVAE(VAE, TripletAutoencoder):
+class TripletVAE(VAE, TripletAutoencoder, tags=("representation",)):
     """A VAE whose posterior means lie close together for samples of one label.
 
     Args:

@@ -28,7 +28,7 @@ from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.models.variational.vae import VAE
 
 
-class TwoStageVAE(VAE, defaults={"likelihood": "gaussian:learned"}, normal_prior=False):
+class TwoStageVAE(VAE, defaults={"likelihood": "gaussian:learned"}, normal_prior=False, tags=("generation",)):
     """A VAE of data and a VAE of its codes, trained side by side.
 
     Args:

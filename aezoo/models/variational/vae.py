@@ -38,7 +38,7 @@ class VAEArgs(LatentArgs, BetaArgs, total=False):
     """Arguments of `VAE`."""
 
 
-class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True):
+class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True, tags=("generation", "representation", "anomaly")):
     """Gaussian code with a standard normal prior.
 
     Args:

@@ -30,7 +30,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.nets.blocks.flows import FLOWS, check_n_flows
 
 
-class VAEFlow(VAE, normal_prior=False):
+class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
     """A posterior made flexible by invertible steps, and a standard normal prior.
 
     Args:

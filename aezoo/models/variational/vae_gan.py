@@ -39,7 +39,7 @@ from aezoo.training import optimizers
 from aezoo.training.limits import check_at_least
 
 
-class VAEGAN(VAE):
+class VAEGAN(VAE, tags=("generation",)):
     """A VAE that reconstructs what a discriminator sees in a sample, and a GAN whose generator is its decoder.
 
     Args:

@@ -25,7 +25,7 @@ from aezoo.nets.blocks.flows import MADE, check_n_flows
 from aezoo.training.limits import check_at_least
 
 
-class VAEIAF(VAEFlow):
+class VAEIAF(VAEFlow, tags=("generation",)):
     """A posterior made flexible by autoregressive steps, and a standard normal prior.
 
     Args:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aezoo.models.variational.mixture_vae import MixtureVAE, MixtureVAEArgs
 
 
-class VampVAE(MixtureVAE, defaults={"n_components": 500}):
+class VampVAE(MixtureVAE, defaults={"n_components": 500}, tags=("generation",)):
     """Gaussian code whose prior is the mean of the posteriors of learned inputs.
 
     Args:

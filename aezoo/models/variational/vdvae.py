@@ -33,7 +33,7 @@ from aezoo.training.arguments import TrainingArgs
 from aezoo.training.limits import check_at_least
 
 
-class VDVAE(VAE, normal_prior=False):
+class VDVAE(VAE, normal_prior=False, tags=("generation",)):
     """Gaussian codes at every resolution of an image, each the prior of the next.
 
     Args:

@@ -1,4 +1,4 @@
-"""The `aezoo fit --help` texts of flags that are read before Lightning's, or have another meaning here."""
+"""The `aezoo fit --help_all` texts of flags that are read before Lightning's, or have another meaning here."""
 
 import argparse
 
@@ -33,7 +33,7 @@ class _ReadBefore(argparse.Action):
 
 
 def explain(parser: LightningArgumentParser, command: str) -> None:
-    """Make a command's `--help` describe what its flags do here.
+    """Make a command's `--help_all` describe what its flags do here.
 
     Args:
         parser: the complete parser of the command.

@@ -64,7 +64,7 @@ Examples
   aezoo fit -c vae
   aezoo fit --model topk_sae --data digits --model.k 8 --trainer.max_epochs 30
   aezoo fit --model vae --data array --data.root my_data.npy --model.likelihood gaussian:learned
-  aezoo fit --model.help vae       the flags of one model; `aezoo fit --help` lists all flags
+  aezoo fit --model.help vae       the flags of one model; `aezoo fit --help_all`: all flags
   aezoo test --ckpt_path runs/vae/0
   aezoo generate --ckpt_path vae.mnist
   tensorboard --logdir runs
@@ -177,7 +177,12 @@ def _run(argv: list[str], whole: bool = False) -> None:
                 from aezoo.cli import tune
 
             tune.main(rest)
-        case [command, *_] if command in LIGHTNING_COMMANDS:
+        case [command, *rest] if command in LIGHTNING_COMMANDS and {"-h", "--help"} & {*rest}:
+            from aezoo.cli import short_help
+
+            print(short_help.text(command), end="")
+        case [command, *rest] if command in LIGHTNING_COMMANDS:
+            argv = [command, *("--help" if word == "--help_all" else word for word in rest)]
             with import_errors_in_one_line(whole):
                 from aezoo.cli import lightning_cli
 

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from aezoo import registry
+from aezoo.cli import LIGHTNING_COMMANDS
 from aezoo.cli.config_resolution import expand_model_names
 from aezoo.errors import AezooError
 from aezoo.security import policy
@@ -46,7 +47,8 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
         parts = flag.split(".")
         if any(".".join(parts[:i]) in known for i in range(2, len(parts))) and candidates is known:
             continue
-        raise AezooError(f"unknown flag {flag}{_near(flag, candidates)} See `aezoo {argv[0]} --help`.")
+        complete = "--help_all" if argv[0] in LIGHTNING_COMMANDS else "--help"
+        raise AezooError(f"unknown flag {flag}{_near(flag, candidates)} See `aezoo {argv[0]} {complete}`.")
 
 
 def _flags(parser: LightningArgumentParser) -> list[str]:

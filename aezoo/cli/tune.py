@@ -26,8 +26,8 @@ Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a 
   int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log on a logarithmic scale
   A,B,C               one of these values
 
-All other flags are those of fit and apply to every trial (`aezoo fit --help`). The folder of the study gets the runs,
-trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study that was stopped.
+All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study gets the
+runs, trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study that was stopped.
 """
 
 

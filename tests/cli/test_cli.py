@@ -1,7 +1,9 @@
 """The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
 
 import atexit
+import contextlib
 import gc
+import inspect
 import os
 import re
 import subprocess
@@ -20,8 +22,8 @@ from representative_models import others_slow
 
 import aezoo
 import aezoo.cli
+from aezoo.cli import LIGHTNING_COMMANDS, recipes, short_help
 from aezoo.cli import main as cli_main
-from aezoo.cli import recipes
 from aezoo.cli.config_resolution import name_data
 from aezoo.cli.main import main
 from aezoo.cli.parsing import plain_message
@@ -104,7 +106,7 @@ def test_garbage_collection_is_paused_during_imports(monkeypatch, whole):
 
 @pytest.mark.parametrize(
     ("command", "shows"),
-    [("list", "--family"), ("test", "--ckpt_path"), ("embed", "--nearest"), ("tune", "--search.SETTING")],
+    [("list", "--family"), ("embed", "--nearest"), ("tune", "--search.SETTING")],
 )
 def test_help_command_matches_help_flag(command, shows, capsys):
     said = []
@@ -116,11 +118,74 @@ def test_help_command_matches_help_flag(command, shows, capsys):
     assert said[0] == said[1] and shows in said[0]
 
 
+# defaults that the short help states in words, as they depend on the data, the model or the run
+IN_WORDS = {
+    "--data.size": (None, "as they are"),
+    "--data.batch_size": (128, "16 to 128"),
+    "--trainer.max_epochs": (20, "20 or more"),
+    "--trainer.precision": (None, "32-true"),
+    "--name": (None, "recipe, or model-data"),
+    "--predictions.folder": ("", "the run's folder"),
+}
+
+
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS)
+def test_short_help_fits_one_screen_and_needs_no_torch(command, capsys):
+    outputs = []
+    for argv in ([command, "--help"], ["help", command], [command, "--model", "vae", "-h"]):
+        main(argv)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    lines = outputs[0].splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    assert f"aezoo {command} --help_all" in outputs[0]
+    code = (
+        f"import sys; from aezoo.cli.main import main; main([{command!r}, '--help'])\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LIGHTNING_COMMANDS)
+def test_short_help_states_flags_and_defaults_of_the_parser(command, monkeypatch):
+    from aezoo.cli import lightning_cli
+
+    class Made(Exception):
+        pass
+
+    def stop(self, parser, arguments):
+        raise Made
+
+    made = []
+    monkeypatch.setattr(lightning_cli.AezooCLI, "parse_arguments", stop)
+    monkeypatch.setattr(lightning_cli.flag_help, "explain", lambda parser, _: made.append(parser))
+    with pytest.raises(Made), contextlib.ExitStack() as ends:
+        lightning_cli.AezooCLI([command], ends)
+    (parser,) = made
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    vae = inspect.signature(aezoo.model_class("vae")).parameters
+    for group in short_help.COMMANDS[command][1].values():
+        for line in group:
+            for flag in re.findall(r"--[\w.]+\w", f"{line.flag} {line.meaning}"):
+                name = flag.removeprefix("--model.")
+                assert flag in known or flag in ("--resume", "--model.KEY", "--model.help") or name in vae, flag
+            flag = re.search(r"--[\w.]+", line.flag)[0]
+            if flag in IN_WORDS and line.default != "the run's":
+                assert (known[flag].default, line.default) == IN_WORDS[flag]
+            elif line.default not in ("", "the run's", "the model's"):
+                of = known["--data.name" if flag == "--data" else flag].default
+                assert str(of) == line.default, flag
+    for example in short_help.COMMANDS[command][2]:
+        words = example.split()
+        assert words[0] == command
+        assert all(word in known or word == "-c" or word[8:] in vae for word in words if word.startswith("-"))
+
+
 @pytest.mark.slow
 def test_help_describes_command_specific_flags(capsys):
     for command, checkpoint in (("fit", "to continue from its newest complete"), ("test", "whose best")):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([command, "--help_all"])
         text = " ".join(capsys.readouterr().out.split())
         assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
         assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
@@ -256,7 +321,7 @@ def test_unencodable_characters_are_replaced_in_output():
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([command, "--help_all"])
     assert "saved model" not in " ".join(capsys.readouterr().out.split())
     saved = aezoo.save_model(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), "saved")
     assert "saved is a saved model, which has no checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))

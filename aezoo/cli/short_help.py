@@ -34,6 +34,7 @@ _FIT: Groups = {
         Flag("--data.root PATH", "where the files are, or where downloads go", "data"),
         Flag("--data.size N", "resize and crop images to squares of this side", "as they are"),
         Flag("--data.batch_size N", "samples in a batch of each process", "16 to 128"),
+        Flag("--data.hflip P", "augment images; also --data.crop_padding, --data.color_jitter", "0.0"),
         Flag("--data.val_fraction SHARE", "of the training samples, to validate on", "0.1"),
     ),
     "How long, and how": (

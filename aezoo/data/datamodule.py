@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.data import augmentation
 from aezoo.data import binarise as binarise_rules
 from aezoo.data.array import Array
+from aezoo.data.augmentation import Augmentation
 from aezoo.data.classes import keep_labels, restrict_training_classes
 from aezoo.data.columns import Columns, column_names
 from aezoo.data.identity import data_identity, other_data_message
@@ -20,6 +22,8 @@ from aezoo.data.in_memory import InMemory
 from aezoo.data.loaders import (
     EpochSampler,
     LazyLoader,
+    Transform,
+    Transforms,
     collate,
     default_num_workers,
     local_processes,
@@ -40,6 +44,7 @@ from aezoo.training.seeding import mix
 
 # settings that no source reads
 _NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
+_NOT_OF_SOURCES |= {*augmentation.SETTINGS}
 
 
 class DataModule(ConstructorHyperparameters, LightningDataModule):
@@ -75,6 +80,12 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             files are arrays and binarised sets are always read into memory, whatever their size.
         num_workers: Processes that read ahead if samples are not in memory; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
+        hflip: Training images are mirrored left to right with this probability, anew in every epoch.
+        vflip: The same, top to bottom.
+        crop_padding: Training images are padded by this many pixels on each side, which reflect them, and cropped to
+            their size at a random place.
+        color_jitter: Brightness, contrast and saturation of training images are multiplied by factors from 1 minus
+            this to 1 plus this, such as 0.4.
     """
 
     input_shape: tuple[int, ...]
@@ -99,6 +110,10 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         memory: Memory = "auto",
         num_workers: int | None = None,
         drop_last: bool = False,
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+        crop_padding: int = 0,
+        color_jitter: float = 0.0,
         **settings: Unpack[SourceArgs],
     ) -> None:
         shared = {key: value for key, value in locals().items() if key not in ("self", "settings", "__class__")}
@@ -116,6 +131,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         place = {"name": reader, "root": self.name} if reader else {}
         self.source = self._open(Options(**{key: given[key] for key in given if key not in _NOT_OF_SOURCES} | place))
         self.input_shape = tuple(self.source.input_shape)
+        augmentation.check(given, self.input_shape)
+        self.augmentation = {key: given[key] for key in augmentation.SETTINGS}
         self.num_classes = None if labels == "ignore" else self.source.num_classes
         self._splits: dict[Stage, Dataset[Any]] = {}
         self._blocks: dict[Stage, Tensor | None] = {}
@@ -202,6 +219,9 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             self._blocks = {part: sample_blocks(dataset) for part, dataset in self._splits.items()}
             if self.binarise != "none":
                 self._binarise()
+            if self.augmentation["color_jitter"] and "train" in self._splits:
+                first = self._splits["train"][0][0]
+                augmentation.check_values(first, self.source.value_range, str(self.name))
         self._check(self._splits.get("train"))
         if stage == "fit" and isinstance(model, Autoencoder):
             model.data_units = self.units
@@ -438,7 +458,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             "drop_last": self.drop_last and stage == "train",
             "blocks": self._blocks[stage],
         }
-        transform = binarise_rules.resample_batches if self._is_resampled(stage) else None
+        transform = self._transform(stage, device)
         if resident:
             held = cast(ArrayDataset, dataset)
             y = None if self.labels == "ignore" else held.y
@@ -458,6 +478,15 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         )
         lazy.transform = transform
         return lazy
+
+    def _transform(self, stage: Stage, device: torch.device) -> Transform | None:
+        """What is drawn anew in every epoch of training."""
+        parts: list[Transform] = []
+        if stage == "train" and any(self.augmentation.values()) and not self._overfits():
+            parts.append(Augmentation(**self.augmentation, device=device if device.type == "cuda" else None))
+        if self._is_resampled(stage):
+            parts.append(binarise_rules.resample_batches)
+        return parts[0] if len(parts) == 1 else Transforms(*parts) if parts else None
 
     def _stored_split(self, stage: Stage, device: torch.device) -> Dataset[Any]:
         """The samples of a split, in memory or on the GPU where `memory` says so."""

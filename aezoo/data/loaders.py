@@ -39,6 +39,7 @@ class EpochSampler(DistributedSampler[Any]):
         skip: (epoch, rows): the next pass of that epoch leaves out this many of its first rows, which a resumed run has
             already seen.
         first: how many rows the current pass left out at its beginning.
+        current: (n,) the rows of the current pass, in order.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
         self.n, self.blocks = n, blocks
         self.skip, self.first = (-1, 0), 0
+        self.current = torch.empty(0, dtype=torch.int64)
         if shuffle:
             self.num_samples = n // world
         else:
@@ -66,7 +68,8 @@ class EpochSampler(DistributedSampler[Any]):
         mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
         epoch, done = self.skip
         self.skip, self.first = (-1, 0), done if epoch == self.epoch else 0
-        return mine[self.first : self.num_samples]
+        self.current = mine[self.first : self.num_samples]
+        return self.current
 
     def __iter__(self) -> Iterator[int]:
         # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
@@ -87,6 +90,22 @@ def epoch_sampler(n: int, *, shuffle: bool, **rest: Any) -> EpochSampler:
 
 
 Transform = Callable[[Iterator[Batch], EpochSampler], Iterator[Batch]]
+
+
+class Transforms:
+    """Several transforms, one after the other.
+
+    Args:
+        parts: in their order.
+    """
+
+    def __init__(self, *parts: Transform) -> None:
+        self.parts = parts
+
+    def __call__(self, batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
+        for part in self.parts:
+            batches = part(batches, sampler)
+        return batches
 
 
 class LazyLoader(DataLoader[Any]):

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from torch.nn.modules import module as of_modules
 
-from aezoo.data.binarise import resample_batches
 from aezoo.data.resident import ResidentLoader
 from aezoo.speed.fused_optimizer import FusedStep, has_step_of_class
 from aezoo.speed.graph_capture import CapturedStep
@@ -260,8 +259,13 @@ def _is_unmodified(instance: Any, *packages: str) -> bool:
 def _data_are_ours(trainer: pl.Trainer) -> bool:
     """Whether no foreign code takes part in making batches."""
     data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
-    known = type(loader) is ResidentLoader and loader.transform in (None, resample_batches)
+    known = type(loader) is ResidentLoader and (loader.transform is None or _is_from_data(loader.transform))
     return known and (data is None or _is_unmodified(data, "aezoo"))
+
+
+def _is_from_data(transform: Any) -> bool:
+    """Whether a transform is a function or an object of this package's data sources."""
+    return str(getattr(transform, "__module__", "")).startswith("aezoo.data.")
 
 
 def _has_no_hooks(part: nn.Module) -> bool:

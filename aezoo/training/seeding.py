@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 _MASK = 2**63 - 1
+# the increment of splitmix64
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(*numbers: int) -> int:
@@ -20,6 +24,28 @@ def mix(*numbers: int) -> int:
         x = ((x ^ (number + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         x ^= x >> 31
     return x & _MASK
+
+
+def uniform(rows: Tensor, n: int, *numbers: int) -> Tensor:
+    """Random numbers in [0, 1), n for each row, which depend on `numbers` and that row alone: (B,) -> (B, n), float64.
+
+    Each row has a stream of splitmix64 of its own.
+
+    Args:
+        rows: integers of at least 0, on the CPU.
+        n: draws for each.
+        numbers: the seed, as for `mix`.
+    """
+    starts = _finalise(rows.numpy().astype(np.uint64) * _GAMMA + np.uint64(mix(*numbers)))
+    bits = _finalise(starts[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA)
+    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _finalise(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The output function of splitmix64; products are modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:

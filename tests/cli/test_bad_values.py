@@ -75,6 +75,7 @@ MEANING = {
     # data: digits needs no folder; one batch of all; limits that are raised
     "root": {"", "abc", "1"}, "batch_size": {HUGE}, "val_fraction": OFF, "test_fraction": OFF, "seed": {0, HUGE},
     "size": NONE, "channels": NONE, "download": ON, "max_pixels": NEVER, "max_bytes": NEVER, "drop_last": ON,
+    "hflip": OFF, "vflip": OFF, "crop_padding": OFF, "color_jitter": OFF,
     "num_workers": OFF | NONE, "train_classes": NONE | {"[0]", "['a']"},  # read with the labels
     # of the sources synthetic_dictionary, activations, hf and stream alone, which read them
     "dictionary_active": {1.5}, "dictionary_correlation": OFF, "dictionary_noise": WEIGHT, "normalise": ON,

@@ -58,6 +58,26 @@ def test_resumed_runs_match_uninterrupted_run(tmp_path, whole, stops):
         assert torch.equal(value, whole[name]), name
 
 
+AUGMENTED = {"hflip": 0.5, "crop_padding": 2, "color_jitter": 0.4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "num_workers"), [("on", 0), ("off", 0), ("off", 2)])
+def test_resumed_runs_see_the_same_augmented_images(tmp_path, memory, num_workers):
+    plain = {"memory": memory, "num_workers": num_workers, **AUGMENTED}
+    whole = fit(tmp_path / "whole", **AUGMENTED)[0].state_dict()
+    last = None
+    for stop in (7, 3):
+        fit(tmp_path, stop, last, **plain)
+        last = str(tmp_path / "checkpoints" / "last.ckpt")
+    model, steps = fit(tmp_path, ckpt_path=last, **plain)
+    assert steps == 15
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    without = fit(tmp_path / "without")[0].state_dict()
+    assert not any(torch.equal(without[name], whole[name]) for name in whole if name.startswith("encoder"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(

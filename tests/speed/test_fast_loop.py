@@ -246,6 +246,11 @@ def data(drop_last=False):
     return DataModule.from_arrays(x, batch_size=4, val_fraction=0.1, test_fraction=0, seed=3, drop_last=drop_last)
 
 
+def augmented():
+    x = torch.rand(46, 1, 2, 3, generator=torch.Generator().manual_seed(1))
+    return DataModule.from_arrays(x, batch_size=4, test_fraction=0, hflip=0.5, crop_padding=1, color_jitter=0.4)
+
+
 def loader(drop_none=True):
     batches = list(torch.rand(7, 4, 6, generator=torch.Generator().manual_seed(2)))
     if not drop_none:
@@ -287,6 +292,9 @@ CASES = {
     "other results": {"model": dense(OtherResults), "accumulate_grad_batches": 2},
     "stopped in an epoch": {"callbacks": lambda: [Stop()], "max_epochs": 4},
     "stopped below min_epochs": {"callbacks": lambda: [Stop()], "max_epochs": 4, "min_epochs": 3},
+    "augmented": {
+        "model": lambda: DenseAE((1, 2, 3), latent_dim=2, hidden_dims=(8,)), "data": augmented,
+    },
     "foreign": {"model": Foreign, "data": loader, "callbacks": lambda: [Lighten()], "accumulate_grad_batches": 2},
     "foreign on resident data": {
         "model": Foreign, "data": lambda: data(drop_last=True), "callbacks": lambda: [Lighten()],

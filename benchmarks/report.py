@@ -1,6 +1,7 @@
 """Turn the CSVs of the benchmarks into RESULTS.md, pages and pictures; none contains hand-written figures.
 
-    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md and docs/results
+    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md, docs/results and
+                                                   aezoo/results.json, the figures of `aezoo info`
     python -m benchmarks.report --results DIR      another folder; RESULTS.md and the pages are written into it
 
 Each table stands below the first commands from the head of its CSV. Missing parts are left out with a message.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-from . import report_adbench, report_pca, report_scaling, report_tasks, report_zoo, targets
+from . import report_adbench, report_info, report_pca, report_scaling, report_tasks, report_zoo, targets
 from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
 from .report_columns import BITS, DICTIONARIES, DISENTANGLE, GPU, QUALITY, Row, format_number, markdown, spread, words
 from .report_sections import SECTIONS, Section, is_of_fixed_budget
@@ -368,6 +369,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, rows = pages(folder, home)
     report_adbench.draw(report_adbench.read(folder), folder / "pictures")
     write_pages(found, draw_pictures(folder, rows), home)
+    if home == PACKAGE:
+        write_texts({report_info.path(): report_info.text(rows)})
     for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")
     print(home / "RESULTS.md")

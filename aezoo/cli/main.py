@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import aezoo
 from aezoo import registry
-from aezoo.cli import LIGHTNING_COMMANDS, LIGHTWEIGHT_COMMANDS, VERBS
+from aezoo.cli import LIGHTNING_COMMANDS, LIGHTWEIGHT_COMMANDS, VERBS, measured
 from aezoo.cli.recipes import find_recipe, recipes
 from aezoo.errors import AezooError
 from aezoo.io import terminal
@@ -33,7 +33,8 @@ Look around
   list [WORD] [--family F] [--tag T]
                                    models: name, family, tags, paper; a word is part of a name, a family or a tag
   list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence
-  info NAME [--shape C H W]        a model's paper, objective and hyperparameters; with a shape its size
+  info NAME [--shape C H W]        a model's paper, objective, hyperparameters, figures and what beats it; with a
+                                   shape its size
   recipes                          ready-made configurations
   cp RECIPE DEST                   copy a recipe to change it
 
@@ -288,6 +289,7 @@ def _info(argv: list[str]) -> None:
         _table([(f"  {tag.name}", f"{tag.bytes / 1e6:.2f} MB", tag.license, _figure(tag)) for tag in tags])
     if arguments.shape:
         _count(entry.name, tuple(arguments.shape))
+    print("", *measured.lines(entry.name), sep="\n")
 
 
 def _info_tag(tag: Tag) -> None:

@@ -7,8 +7,6 @@ import torch
 from mutants import ROOT, generated
 from mutation_operators import detachments_of, mutants_of, with_probes
 
-FAULTS = generated()
-
 
 def changes(*lines, signature="x: Tensor, y: Tensor) -> Tensor"):
     """What operators make of a function with these lines: pairs of the operator and the new text."""
@@ -114,12 +112,13 @@ def test_each_sub_expression_is_detached_and_probed_by_name():
 
 
 def test_package_faults_have_unique_identities():
-    assert len(FAULTS) > 5000
-    assert len({fault.identity for fault in FAULTS}) == len(FAULTS)
-    file = ROOT / FAULTS[0].file
+    faults = generated()
+    assert len(faults) > 5000
+    assert len({fault.identity for fault in faults}) == len(faults)
+    file = ROOT / faults[0].file
     first, again = (mutants_of(file.read_text(encoding="utf-8")) for _ in range(2))
     assert first == again
-    rooms = {fault.file.split("/")[1] for fault in FAULTS}
+    rooms = {fault.file.split("/")[1] for fault in faults}
     assert rooms == {
         "models",
         "bases",
@@ -135,9 +134,10 @@ def test_package_faults_have_unique_identities():
 
 @pytest.mark.slow
 def test_every_fault_changes_module_and_parses():
-    texts = {fault.file: (ROOT / fault.file).read_text(encoding="utf-8") for fault in FAULTS}
+    faults = generated()
+    texts = {fault.file: (ROOT / fault.file).read_text(encoding="utf-8") for fault in faults}
     trees = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
-    assert all(fault.occurrences() == 1 for fault in FAULTS[::100])
-    assert all(texts[fault.file].startswith(fault.old, fault.start) for fault in FAULTS)
-    for fault in FAULTS[::20]:
+    assert all(fault.occurrences() == 1 for fault in faults[::100])
+    assert all(texts[fault.file].startswith(fault.old, fault.start) for fault in faults)
+    for fault in faults[::20]:
         assert ast.dump(ast.parse(fault.changed(texts[fault.file]))) != trees[fault.file], fault.identity

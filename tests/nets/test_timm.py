@@ -248,11 +248,19 @@ def test_contract_is_kept(net: str, check: Any) -> None:
     check("vae", net=net)
 
 
+_OF_CONTRACT = [(name, net) for net in (RESNET, VIT, f"{RESNET},frozen") for name in ("vae", "vq_vae")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vae", "vq_vae"])
-@pytest.mark.parametrize("net", [RESNET, VIT, f"{RESNET},frozen"])
-def test_whole_contract_is_kept(net: str, name: str) -> None:
-    testing.check_model(name, net=net)
+@pytest.mark.parametrize(("name", "net"), _OF_CONTRACT)
+def test_whole_contract_is_kept(name: str, net: str) -> None:
+    # check_onnx includes check_export
+    testing.check_model(name, exclude=["check_ddp", "check_export"], net=net)
+
+
+@pytest.mark.slow
+def test_two_processes_train_backbones_like_one() -> None:
+    testing.check_ddp(*(testing.subject_of(name, net=net) for name, net in _OF_CONTRACT))
 
 
 # ---- feature maps ----------------------------------------------------------------------------------------------------

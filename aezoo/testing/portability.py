@@ -125,35 +125,42 @@ def _joint(model: Autoencoder, x: Tensor, options: dict[str, Any]) -> dict[str, 
 @as_check
 def check_export(subject: Subject) -> None:
     """torch.export of forward gives the same output for any batch size; so does that of indices, if codes are these."""
-    model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
-    batch = torch.export.Dim("batch", min=1)
-    for part, (first, *others) in _parts(model, [x, other, x[:1]]):
-        exported = torch.export.export(part, (first,), dynamic_shapes=({0: batch},)).module()
-        for given in (first, *others):
-            _require_same("exported", part, given, exported(given))
+    for _ in _exported(subject):
+        pass
 
 
 @as_check
 def check_onnx(subject: Subject) -> None:
-    """ONNX files of the exports of `check_export` give the same output in onnxruntime; needs aezoo[onnx]."""
+    """What `check_export` checks, and ONNX files of these exports in onnxruntime, too; needs aezoo[onnx]."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise SkipTest(f"{', '.join(missing)} not installed: pip install 'aezoo[onnx]'")
     import onnxruntime
 
-    model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
-    for part, (first, *others) in _parts(model, [x, other, x[:1]]):
+    for part, batches, exported in _exported(subject):
         with warnings.catch_warnings():
             # torch's own, of its way to unroll an LSTM
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             warnings.filterwarnings("ignore", "_check_is_size will be removed")
-            program: Any = torch.onnx.export(part, (first,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+            program: Any = torch.onnx.export(exported, dynamo=True, verbose=False)
         with tempfile.TemporaryDirectory() as folder:
             program.save(f"{folder}/model.onnx")
             session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
-        for given in (first, *others):
+        for given in batches:
             found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
             _require_same("ONNX", part, given, map(torch.from_numpy, found))
+
+
+def _exported(subject: Subject) -> Iterator[tuple[torch.nn.Module, list[Tensor], torch.export.ExportedProgram]]:
+    """The programs of a model, which give what it gives, with batches of several sizes for each."""
+    model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
+    batch = torch.export.Dim("batch", min=1)
+    for part, batches in _parts(model, [x, other, x[:1]]):
+        program = torch.export.export(part, (batches[0],), dynamic_shapes=({0: batch},))
+        exported = program.module()
+        for given in batches:
+            _require_same("exported", part, given, exported(given))
+        yield part, batches, program
 
 
 class _Part(torch.nn.Module):

@@ -222,6 +222,8 @@ VARIANTS = [
     subject_of("consistency_decoder", nll_weight=0.0, net="conv", hidden_dims=(8, 8), noise_levels=20, level_steps=2),
     subject_of("representation_ae", code_shape=(16,), tau=0.0, features="none", likelihood="gaussian:learned"),
     *(subject_of("diffusers_ae", kind=kind) for kind in ("VQModel", "AutoencoderDC", "AutoencoderTiny")),
+    subject_of("diffusers_ae", kind="ConsistencyDecoderVAE"),
+    subject_of("diffusers_ae", kind="AutoencoderRAE", config={"noise_tau": 0.5, "use_encoder_loss": True}),
 ]
 
 
@@ -251,14 +253,19 @@ def _perturb(values: Tensor, nudge: float, rng: np.random.Generator) -> Tensor:
     return values * (1 + nudge * torch.from_numpy(rng.uniform(-1, 1, values.shape)))
 
 
-def _batches() -> list[Tensor]:
+def _shape(subject: Subject) -> tuple[int, ...]:
+    """`SHAPE`, or for models of 3 channels the first that they take."""
+    return SHAPE if subject.takes(SHAPE) else subject.shape
+
+
+def _batches(shape: tuple[int, ...]) -> list[Tensor]:
     rng = np.random.default_rng(0)
-    return [torch.from_numpy(rng.random((BATCH, *SHAPE))) for _ in range(3)]
+    return [torch.from_numpy(rng.random((BATCH, *shape))) for _ in range(3)]
 
 
 def _build(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoencoder:
     torch.manual_seed(0)
-    model = subject.build(SHAPE).double().train()
+    model = subject.build(_shape(subject)).double().train()
     with torch.no_grad():
         for parameter in model.parameters() if nudge else ():
             parameter.copy_(_perturb(parameter, nudge, rng))
@@ -322,7 +329,10 @@ def golden_values(subject: Subject, nudge: float = 0.0) -> Record:
     with _in_float64():
         model = _build(subject, nudge, rng)
         torch.manual_seed(1)
-        return {**values, "step": _fit(model, [(_perturb(x, nudge, rng), LABELS) for x in _batches()[1:]])}
+        return {
+            **values,
+            "step": _fit(model, [(_perturb(x, nudge, rng), LABELS) for x in _batches(model.input_shape)[1:]]),
+        }
 
 
 def first_step(
@@ -340,7 +350,7 @@ def first_step(
     with _in_float64():
         model = _build(subject, nudge, rng)
         torch.manual_seed(1)
-        x = _perturb(_batches()[0], nudge, rng)
+        x = _perturb(_batches(model.input_shape)[0], nudge, rng)
         terms = model.training_step((x, LABELS) if labelled else x, 0)
         terms["loss"].backward()
     return model, terms

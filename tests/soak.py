@@ -24,6 +24,7 @@ from aezoo.nets.blocks.compressai import ARCHITECTURES
 from aezoo.nets.blocks.dictionary import DECODES, INPUT_NORMS
 from aezoo.nets.blocks.diffusers import KINDS
 from aezoo.nets.blocks.flows import FLOWS
+from aezoo.nets.blocks.split_diffusers import CONSISTENCY, RAE
 from aezoo.nets.build import ACTIVATIONS
 from aezoo.quantisers.fsp import SQUASHES
 from aezoo.quantisers.stochastic_vq import VARIANCES
@@ -256,7 +257,8 @@ RANGES = {
     "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
     "attention": lambda rng: rng.random() < 0.5,
-    "kind": lambda rng: rng.choice([*KINDS]),
+    # the other two take 3 channels, and samples here have one
+    "kind": lambda rng: rng.choice([kind for kind in KINDS if kind not in (RAE, CONSISTENCY)]),
     "config": lambda rng: None,
     "pretrained": lambda rng: "none",
     "commitment": lambda rng: rng.uniform(0, 2),

@@ -34,6 +34,15 @@ def distances(points_ND: Tensor) -> Tensor:
     return above_NN + above_NN.T
 
 
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(||a - b||^2 + c^2) - c with c = 0.00054 sqrt(X), for X values in a sample: (B, ...), (B, ...) -> (B,).
+
+    The distance of improved consistency training (Song & Dhariwal 2023, https://arxiv.org/abs/2310.14189).
+    """
+    c, sse_B = 0.00054 * math.sqrt(a[0].numel()), (a - b).flatten(1).square().sum(1)
+    return sse_B / ((sse_B + c**2).sqrt() + c)
+
+
 def mmd(
     a_BD: Tensor,
     b_BD: Tensor,

@@ -8,11 +8,13 @@ from contextlib import nullcontext
 import diffusers
 import pytest
 import torch
+from diffusers_reference import CONSISTENCY, RAE, decoded, encoded, side_for
 from safetensors.torch import load_file, save_file
 
 import aezoo
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
+from aezoo.io.exporters.diffusers import save_diffusers
 from aezoo.io.importers.diffusers import infer_arguments
 from aezoo.nets.blocks.diffusers import KINDS, REFUSED
 
@@ -42,9 +44,8 @@ def images(n=1, shape=(3, 16, 24)):
 @torch.no_grad()
 def assert_same(model, net, x=None):
     x = images() if x is None else x
-    found = net.encode(2 * x - 1)
-    z = found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]
-    x_hat = net.decode(z).sample / 2 + 0.5
+    z = encoded(net, x)
+    x_hat = decoded(net, z)
     torch.testing.assert_close(model.encode(x), z, rtol=0, atol=1e-5)
     torch.testing.assert_close(model(x), x_hat, rtol=0, atol=1e-5)
     assert z.std() > 0.01 and x_hat.std() > 0.01
@@ -53,16 +54,136 @@ def assert_same(model, net, x=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_folder_of_each_kind(tmp_path, kind):
     channels = {"in_channels": 3, "out_channels": 3} if kind == "AutoencoderKLHunyuanImage" else {}
-    net = made(kind, **KINDS[kind], **channels)
+    net = made(kind, **KINDS[kind], **channels, **side_for(kind, 16))
+    x = images(2, (3, 16, 16)) if kind == RAE else None
     net.save_pretrained(tmp_path / "theirs")
     imported = aezoo.import_model(tmp_path / "theirs")
     assert imported.found.startswith(f"diffusers, {kind}, 3 channels, codes of ")
     model = imported.model
     assert not model.training and model.hparams["pretrained"] == "none"
-    assert_same(model, net)  # of another size than that of the config
+    assert_same(model, net, x)  # of another size than that of the config
     saved = aezoo.save_model(model, tmp_path / "saved")
     shutil.rmtree(tmp_path / "theirs")
-    assert_same(aezoo.load_model(saved), net)
+    assert_same(aezoo.load_model(saved), net, x)
+
+
+def test_pipeline_with_a_consistency_decoder(tmp_path, hub):
+    """As in a pipeline of Stable Diffusion, and by an address with a subfolder."""
+    net = made(CONSISTENCY, **KINDS[CONSISTENCY])
+    pipeline(tmp_path, net)
+    imported = aezoo.import_model(tmp_path)
+    assert_same(imported.model, net)
+    assert imported.model.input_shape == (3, 32, 32) and "model.decoder.draw(z) draws it" in imported.notes[-1]
+    z = imported.model.encode(images()).detach()
+    torch.testing.assert_close(imported.model.standardiser(z), 0.18215 * z)
+    names = ("model_index.json", "vae/config.json", f"vae/{WEIGHTS}")
+    hub.put("user/pipe", {name: (tmp_path / name).read_bytes() for name in names})
+    for address in ("hf://user/pipe", "hf://user/pipe/vae", f"hf://user/pipe/vae/{WEIGHTS}"):
+        assert_same(aezoo.load_model(address), net)
+
+
+# ---- representation autoencoders -------------------------------------------------------------------------------------
+
+
+def representation(side=16, **settings):
+    net = made(RAE, **{**KINDS[RAE], **side_for(RAE, side), **settings})
+    for name, mean in (("_latents_mean", 0.0), ("_latents_std", 1.0)):
+        buffer = getattr(net, name)
+        buffer.copy_(mean + 0.3 * torch.rand_like(buffer))
+    return net
+
+
+def statistics(*shape):
+    values = torch.zeros(shape).tolist()
+    return {"latents_mean": values, "latents_std": values, "scaling_factor": 0.5}
+
+
+@pytest.mark.parametrize("shape", [(1,), (64, 1, 1), (64, 4, 4)])
+def test_statistics_of_codes_are_read_from_the_weights(tmp_path, shape):
+    """Those of published models have as many values as a code, in the config too, which is then large."""
+    net, x = representation(**statistics(*shape)), images(2, (3, 16, 16))
+    net.save_pretrained(tmp_path / "theirs")
+    for model in (
+        aezoo.load_model(tmp_path / "theirs"),
+        aezoo.create_model("diffusers_ae", (3, 16, 16), pretrained=str(tmp_path / "theirs")).eval(),
+    ):
+        assert_same(model, net, x)
+        assert model.hparams["config"]["latents_mean"] is None
+        z = model.encode(x)
+        assert model.standardiser(z).equal(z) and model.standardiser.restore(z).equal(z)
+    saved = aezoo.save_model(model, tmp_path / "saved")
+    assert_same(aezoo.load_model(saved), net, x)
+    save_diffusers(aezoo.load_model(saved), tmp_path / "back")
+    assert_same(model, getattr(diffusers, RAE).from_pretrained(tmp_path / "back").eval(), x)
+
+
+def test_statistics_of_another_shape_than_a_code_are_refused(tmp_path):
+    representation(**statistics(1)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    for shape in ((63, 4, 4), (64, 5, 4), (2, 64, 4, 4)):
+        save_file({**state, "_latents_mean": torch.zeros(shape)}, tmp_path / WEIGHTS, HEADER)
+        with pytest.raises(AezooError, match="_latents_mean has the shape"):
+            aezoo.load_model(tmp_path)
+    save_file({key: value for key, value in state.items() if key != "_latents_std"}, tmp_path / WEIGHTS, HEADER)
+    with pytest.raises(AezooError, match="it has no _latents_std"):
+        aezoo.load_model(tmp_path)
+
+
+def test_config_larger_than_other_files_is_read(tmp_path):
+    representation(**statistics(64, 4, 4)).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text() + " " * (2**24 + 1))
+    assert aezoo.load_model(tmp_path).kind == RAE
+
+
+# how version 4 of transformers, with which the published weights were written, names layers of attention
+FULL = {"q": "query", "k": "key", "v": "value"}
+FORMER = {
+    "dinov2": (
+        (r"\.attention\.(q|k|v)_proj\.", lambda m: f".attention.attention.{FULL[m[1]]}."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    ),
+    "siglip2": ((r"^encoder\.", "encoder.vision_model."),),
+    "mae": (
+        (r"^encoder\.layers\.", "encoder.encoder.layer."),
+        (r"\.attention\.(q|k|v)_proj\.", lambda m: f".attention.attention.{FULL[m[1]]}."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORMER)
+def test_names_of_earlier_transformers_are_read(tmp_path, kind):
+    patch = 14 if kind == "dinov2" else 16
+    config = {"encoder_type": kind, "encoder_patch_size": patch, "encoder_input_size": 4 * patch}
+    model, x = aezoo.create_model("diffusers_ae", (3, 16, 16), kind=RAE, config=config).eval(), images(1, (3, 16, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    save_diffusers(model, tmp_path / "theirs")
+    state, named = load_file(tmp_path / "theirs" / WEIGHTS), {}
+    for key, value in state.items():
+        for old, new in FORMER[kind]:
+            key = re.sub(old, new, key) if key.startswith("encoder.") else key
+        named[key] = value
+    assert len(named.keys() - state.keys()) >= 6
+    save_file(named, tmp_path / "theirs" / WEIGHTS, HEADER)
+    found = aezoo.load_model(tmp_path / "theirs")
+    assert torch.equal(found(x), model(x)) and found(x).std() > 0.01
+    # and in a saved model
+    saved = aezoo.save_model(model, tmp_path / "saved")
+    weights = next(path for path in saved.iterdir() if path.suffix == ".safetensors")
+    state = load_file(weights)
+    inside = "encoder.net."
+    for key in [key for key in state if key.startswith(f"{inside}encoder.")]:
+        new = key.removeprefix(inside)
+        for old, to in FORMER[kind]:
+            new = re.sub(old, to, new)
+        state[f"{inside}{new}"] = state.pop(key)
+    save_file(state, weights)
+    assert torch.equal(aezoo.load_model(saved)(x), model(x))
 
 
 def test_weights_in_several_files(tmp_path):
@@ -336,8 +457,17 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
         ({"_class_name": "UNet2DModel"}, "unknown kind 'UNet2DModel'"),
         ({"_class_name": ["AutoencoderKL"]}, "names no model"),
         ({"_class_name": "AutoencoderKLWan"}, "is made for videos"),
-        ({"_class_name": "AutoencoderRAE"}, "encoder of the package transformers"),
-        ({"_class_name": "ConsistencyDecoderVAE"}, "decodes by a diffusion model"),
+        ({"_class_name": "AutoencoderRAE"}, "ask for far more than the"),
+        ({"_class_name": "AutoencoderRAE", "encoder_patch_size": "evil"}, "does not take config"),
+        ({"_class_name": "AutoencoderRAE", "encoder_patch_size": 1, "encoder_input_size": 10**6}, "at most 256 places"),
+        ({"_class_name": "AutoencoderRAE", "encoder_hidden_size": 10**6}, "ask for far more than the"),
+        ({"_class_name": "AutoencoderRAE", "encoder_type": "evil.Evil"}, "does not take config"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "ask for far more than the"),
+        ({"_class_name": "ConsistencyDecoderVAE", "decoder_num_train_timesteps": 9}, "it decodes at"),
+        (
+            {"_class_name": "ConsistencyDecoderVAE", "decoder_up_block_types": ["evil.Evil"] * 4},
+            "does not take config|ask",
+        ),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised"),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "names code of its own"),
         ({"down_block_types": ["evil.Evil"] * 2}, "does not take config"),

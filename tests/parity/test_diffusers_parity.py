@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparison import copy_parameters, noise
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
+from diffusers_reference import CONSISTENCY, RAE, decoded, encoded
 from torch import Tensor, nn
 
 import aezoo
@@ -212,7 +213,42 @@ def test_consistency_decoder(compare):
     with_reference.equal("reconstruction of a code", model.decode(z), scheduler.step(output, t, zeros).prev_sample)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
+def test_kinds_with_decoders_of_their_own(compare, kind):
+    """A consistency decoder has no objective in diffusers; its laws are beside those of the model."""
+    shape, config = (3, 16, 16), {RAE: {"noise_tau": 0.5, "scaling_factor": 0.7}}.get(kind)
+    model = aezoo.create_model("diffusers_ae", shape, kind=kind, config=config, likelihood="laplace").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    parts = model.encoder.net, model.decoder.net
+    named = {name: p for part in parts for name, p in part.named_parameters()}
+    other = type(parts[0]).from_config(parts[0].config).double()
+    other.load_state_dict({k: v for part in parts for k, v in part.state_dict().items()}, strict=True)
+    x = torch.rand(3, *shape)
+    with_reference = compare("diffusers_ae", "diffusers", kind)
+    z = encoded(other.eval(), x)
+    with_reference.equal("code", model.encode(x), z)
+    with_reference.equal("reconstruction", model(x), decoded(other, z))
+    if kind == CONSISTENCY:
+        images = [model.decoder.draw(z, torch.Generator().manual_seed(1))]
+        images.append(decoded(other, z, torch.Generator().manual_seed(1)))
+        with_reference.equal("reconstruction from drawn noise", *images)
+        q = other.encode(2 * x - 1).latent_dist
+        with_reference.equal("kl", model.loss(x)["kl"], q.kl().mean())
+        losses = [image.square().sum() for image in (model(x), decoded(other, encoded(other, x)))]
+    else:
+        torch.manual_seed(1)
+        losses = [model.train().loss(x)["loss"]]
+        torch.manual_seed(1)
+        losses.append(laplace(other.train()(x).sample, x))
+        with_reference.equal("loss", *losses)
+    theirs = dict(other.named_parameters())
+    trained = [(p, theirs[name]) for name, p in named.items() if p.requires_grad and theirs[name].requires_grad]
+    with_reference.equal_gradients(*losses, trained)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (CONSISTENCY, RAE)])
 def test_models_of_diffusers(compare, kind):
     shape = (3, 32, 32)
     model = aezoo.create_model("diffusers_ae", shape, kind=kind, likelihood="laplace", beta=0.5).double()

@@ -1,4 +1,4 @@
-"""Folders of diffusers from strangers: no pickle is read, no class but eight is built, none larger than its weights."""
+"""Folders of diffusers from strangers: no pickle is read, no class but ten is built, none larger than its weights."""
 
 import json
 import socket

@@ -73,7 +73,7 @@ def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     name = name_of(type(model))
     if name == "diffusers_ae":
         net = model.encoder.net
-        return model.kind, diffusers.config_of(net), {**net.state_dict(), **model.decoder.net.state_dict()}
+        return model.kind, diffusers.whole_config(net), {**net.state_dict(), **model.decoder.net.state_dict()}
     if name not in (*KL, *VQ, "taesd"):
         known = ", ".join((*KL, *VQ, "taesd", "diffusers_ae"))
         raise AezooError(f"no class of diffusers computes what {name or type(model).__name__} does: it takes {known}")

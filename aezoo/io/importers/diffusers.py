@@ -22,7 +22,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.io.importers import Imported
 from aezoo.io.importers.source import WeightSource
-from aezoo.nets.blocks import diffusers
+from aezoo.nets.blocks import diffusers, split_diffusers
 from aezoo.security import weights
 from aezoo.training.seeding import forked_rng
 
@@ -58,7 +58,7 @@ def read(source: WeightSource) -> Imported:
     folder = _folder_of(source)
     if folder is None:
         return _read_single(source)
-    config = source.json(f"{folder}{diffusers.CONFIG}")
+    config = source.json(f"{folder}{diffusers.CONFIG}", diffusers.MAX_CONFIG)
     name, arguments = diffusers.check_config(config, source.label(f"{folder}{diffusers.CONFIG}"))
     files = _weight_files(source, folder)
     state: dict[str, Tensor] = {}
@@ -90,6 +90,8 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
             f"{what}: in_channels of its {diffusers.CONFIG} is {str(channels)[:50]}, no number of channels"
         )
     sides = arguments.get("sample_size")
+    if name == split_diffusers.RAE:
+        sides = _side_of_decoder(arguments)
     sides = sides if isinstance(sides, list | tuple) and len(sides) == 2 else [sides, sides]
     plausible = all(isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in sides)
     shapes = [(channels, *sides)] if plausible else []
@@ -103,14 +105,28 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
             failure = error  # the stated size may be no multiple of the factor
     else:
         raise AezooError(f"{what}: {failure}") from failure
+    if name == split_diffusers.RAE:
+        split_diffusers.fit_statistics(model.encoder.net, state)
     own = {**model.encoder.net.state_dict(), **model.decoder.net.state_dict()}
     diffusers.copy_weights(own, state, what)
     hosted: Autoencoder = model.eval()
     return hosted
 
 
+def _side_of_decoder(arguments: dict[str, Any]) -> int | None:
+    """Side of the samples that AutoencoderRAE returns; None if its arguments are no numbers that it takes."""
+    keys = ("encoder_input_size", "encoder_patch_size", "patch_size")
+    size, patch, patch_of_decoder = (arguments.get(key) for key in keys)
+    if not (isinstance(size, int) and isinstance(patch, int) and isinstance(patch_of_decoder, int) and patch > 0):
+        return None
+    return size // patch * patch_of_decoder
+
+
 def described(model: Any) -> str:
     """Class, channels and codes of a model in a few words."""
+    if len(model.code_shape) == 2:
+        n, width = model.code_shape
+        return f"{model.kind}, {model.input_shape[0]} channels, codes of {n} tokens of {width} values"
     sides, places = model.input_shape[1:], model.code_shape[1:]
     factor = " and ".join(map(str, dict.fromkeys(n // m for n, m in zip(sides, places, strict=True))))
     return f"{model.kind}, {model.input_shape[0]} channels, codes of {model.code_shape[0]} channels, sides / {factor}"
@@ -119,6 +135,8 @@ def described(model: Any) -> str:
 def scale_note(model: Any) -> str:
     """How a diffusion model scales codes, in one line."""
     config = model.decoder.net.config
+    if model.kind == split_diffusers.RAE:
+        return "its codes are normalised for a diffusion model, by the mean and the standard deviation in its weights"
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     known = {key: config.get(key) for key in names if config.get(key) not in (None, 0.0)}
     factors = ", ".join(f"{key} {value:g}" if isinstance(value, float | int) else key for key, value in known.items())
@@ -200,7 +218,7 @@ def _folder_of(source: WeightSource) -> str | None:
 def _names_a_class(source: WeightSource, config: str) -> bool:
     """Whether there is such a file of diffusers; one that cannot be read is for others to refuse."""
     try:
-        return source.has(config) and "_class_name" in source.json(config)
+        return source.has(config) and "_class_name" in source.json(config, diffusers.MAX_CONFIG)
     except AezooError:
         return False
 
@@ -262,7 +280,11 @@ def _notes(model: Any, folder: str, files: list[str]) -> tuple[str, ...]:
     of = [name.removeprefix(folder) for name in files]
     weights_in = of[0] if len(of) == 1 else f"{len(of)} files, {of[0]} and so on"
     sides = "x".join(map(str, model.input_shape[1:]))
-    return (f"weights from {weights_in}; built for images of {sides}, takes others", scale_note(model))
+    others = "no others" if model.kind == split_diffusers.RAE else "others"
+    notes = (f"weights from {weights_in}; built for images of {sides}, takes {others}", scale_note(model))
+    if model.kind == split_diffusers.CONSISTENCY:
+        return (*notes, "a code is decoded from the same noise each time: model.decoder.draw(z) draws it")
+    return notes
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------

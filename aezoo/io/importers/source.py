@@ -109,14 +109,18 @@ class WeightSource:
             return self.address
         return str(self._folder.resolve() / (self.given or ""))
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str, most: int = _MAX_JSON) -> dict[str, Any]:
         """The content of a JSON file with an object.
 
+        Args:
+            name: the file.
+            most: its largest size in bytes, by default 16 MiB.
+
         Raises:
-            AezooError: as `path`; or it is larger than 16 MiB or not such a file.
+            AezooError: as `path`; or it is larger or not such a file.
         """
         if name not in self._read:
-            content = json_files.read(self.path(name), _MAX_JSON, self.label(name))
+            content = json_files.read(self.path(name), most, self.label(name))
             if not isinstance(content, dict):
                 raise AezooError(
                     f"cannot read {self.label(name)}: it holds a {type(content).__name__} in place of an object"

@@ -30,6 +30,7 @@ from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import FixedLikelihoodArgs, NetworkAutoencoder
 from aezoo.distributions import gaussians
+from aezoo.distributions.divergences import pseudo_huber
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.nets.conv import CONVS, grids, rank_of
@@ -212,8 +213,7 @@ class ConsistencyDecoderAE(
         found = self.decoder.f(x + high * noise, high, z)
         with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
             target = self.decoder.f(x + low * noise, low, z)
-        c, sse_B = 0.00054 * math.sqrt(x[0].numel()), (found - target).flatten(1).square().sum(1)
-        return sse_B / ((sse_B + c**2).sqrt() + c) / (high - low).flatten()
+        return pseudo_huber(found, target) / (high - low).flatten()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z = self.encode(x)

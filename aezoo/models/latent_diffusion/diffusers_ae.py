@@ -4,8 +4,10 @@ Encoder, decoder and codebook come from diffusers, so that models trained by oth
 here. The objective is the zoo's, in nats per sample; it depends on the kind of code:
 
     L = -log p(x | g(z)) + beta KL(N(mu(x), diag sigma(x)^2) || N(0, I))          Gaussian; z ~ N(mu, diag sigma^2)
+    L = the same + E[d(f(x_n, t_n, z), stopgrad f(x_n-1, t_n-1, z)) / (s_n - s_n-1)]         ConsistencyDecoderVAE
     L = -log p(x | g(e_k)) + ||sg(z) - e_k||^2 + w_C ||z - sg(e_k)||^2            VQModel; e_k the code nearest to z
     L = -log p(x | g(z))                                                          AutoencoderDC and AutoencoderTiny
+    L = -log p(x | g(z + n)) + 1/2 ||z(g(z + n)) - z||^2                          AutoencoderRAE
 
 All terms are sums over the values of a sample or a code. `encode` gives the same as in diffusers: mu of a Gaussian
 code, and for VQModel the z that `decode` maps to e_k. `standardiser` gives the codes on which a diffusion model works,
@@ -13,30 +15,50 @@ scale (z - shift) with the factors of the model's config, and `standardiser.rest
 With a small beta codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one.
 laplace:learned trains a scale that the authors of latent diffusion keep at 1, see autoencoder_kl.
 
+ConsistencyDecoderVAE (OpenAI 2023) has a consistency model f as decoder. x_n is x with the noise of step t_n = 16 n of
+1024, x_0 = x and f(x, 0, z) = x; n is uniform in 1 to 63, s_n is the noise's standard deviation over the sample's
+factor, and d is the distance of consistency_decoder, a model whose objective this is. g takes two steps, in training
+from noise that is drawn, otherwise from one noise for all, so that each code has one reconstruction; `decoder.draw`
+gives others.
+
+The encoder of AutoencoderRAE (Zheng et al. 2025, https://arxiv.org/abs/2510.11690) is a network of transformers, and
+stays frozen. n is noise of a scale U(0, noise_tau) for each sample of a step of training, else 0; the second term is
+there with `use_encoder_loss`. The paper's perceptual and adversarial terms are those of representation_ae, which takes
+such a model as `teacher`.
+
 Shapes: B batch, D channels of a code, (H, W) its places.
 """
 
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions import gaussians
+from aezoo.distributions.divergences import pseudo_huber
 from aezoo.distributions.likelihoods import Gaussian, Laplace, LogCosh
 from aezoo.errors import AezooError
 from aezoo.nets.blocks import diffusers
+from aezoo.nets.blocks.split_diffusers import CONSISTENCY, RAE, split_autoencoder
 from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import check_at_least
+
+# of 1024 steps of noise those that samples are compared at, of which 512 and 1008 are those that it decodes from
+_STRIDE = 16
+_N_LEVELS = 1008 // _STRIDE
 
 
 class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
     """A model of the package diffusers, new or read from a folder: pip install 'aezoo[diffusers]'.
 
     Args:
-        input_shape: (C, H, W), with sides that the model's stages divide.
+        input_shape: (C, H, W), with sides that the model's stages divide. ConsistencyDecoderVAE takes 3 channels, and
+            AutoencoderRAE 3 channels and equal sides.
         kind: its class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
-            AutoencoderKLHunyuanImage, VQModel, AutoencoderDC or AutoencoderTiny.
+            AutoencoderKLHunyuanImage, VQModel, AutoencoderDC, AutoencoderTiny, ConsistencyDecoderVAE or
+            AutoencoderRAE, which also needs aezoo[transformers].
         config: arguments of that class, such as block_out_channels; the others are those of a small model.
         pretrained: none, or a folder written by its save_pretrained, which determines kind and config.
         beta: weight of the KL term, for a Gaussian code.
@@ -45,8 +67,8 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         **kwargs: see `Autoencoder`.
     """
 
-    encoder: diffusers.Encoding
-    decoder: diffusers.Decoding
+    encoder: Any
+    decoder: Any
 
     def __init__(
         self,
@@ -65,7 +87,7 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         if len(self.input_shape) != 3:
             raise AezooError(f"diffusers_ae takes images, (C, H, W), got {self.input_shape}")
         if pretrained == "none":
-            net = diffusers.build(kind, config or {}, self.input_shape[0])
+            net = diffusers.build(kind, config or {}, self.input_shape)
         elif config is not None:
             raise AezooError(f"config is that of {pretrained}: leave it out")
         elif not isinstance(self.likelihood, Gaussian | Laplace | LogCosh):
@@ -79,10 +101,12 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         self.beta = beta
         self.commitment = commitment
         self.kind = kind
-        self.gaussian = "KL" in kind
+        self.gaussian = "KL" in kind or kind == CONSISTENCY
         if kind == "AsymmetricAutoencoderKL":
             net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
-        self.encoder, self.decoder = diffusers.split_autoencoder(net)
+        self.encoder, self.decoder = split_autoencoder(net)
+        if kind == CONSISTENCY:
+            self.decoder.fix_noise(self.input_shape[1:])
         self.code_shape = diffusers.code_shape(self.encoder, self.decoder, self.input_shape, self.gaussian)
 
     @property
@@ -99,20 +123,52 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         return (self.moments(x)[0] if self.gaussian else self.encoder(x)).to(x.dtype)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        if not self.gaussian:
-            z = self.encoder(x).to(x.dtype)
-            nll = self.nll(self.decoder(z), x).mean()
-            terms = self.quantisation_terms(z) if self.kind == "VQModel" else {}
-            return {
-                "loss": nll + self.commitment * terms["commitment"] + terms["codebook"] if terms else nll,
-                "nll": nll,
-                **terms,
-            }
+        if self.gaussian:
+            return self.gaussian_loss(x)
+        z = self.encoder(x).to(x.dtype)
+        if self.kind == RAE:
+            return self.representation_loss(x, z)
+        nll = self.nll(self.decoder(z), x).mean()
+        terms = self.quantisation_terms(z) if self.kind == "VQModel" else {}
+        return {
+            "loss": nll + self.commitment * terms["commitment"] + terms["codebook"] if terms else nll,
+            "nll": nll,
+            **terms,
+        }
+
+    def gaussian_loss(self, x: Tensor) -> dict[str, Tensor]:
+        """The terms of a Gaussian code."""
         mu, log_var = self.moments(x)
-        z = mu + (0.5 * log_var).exp() * gaussians.standard_normal_like(mu)
-        nll = self.nll(self.decoder(z.to(x.dtype)), x).mean()
+        z = (mu + (0.5 * log_var).exp() * gaussians.standard_normal_like(mu)).to(x.dtype)
+        drawn = self.kind == CONSISTENCY and self.training
+        nll = self.nll(self.decoder.draw(z) if drawn else self.decoder(z), x).mean()
         kl = 0.5 * (mu**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1).mean()
-        return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+        if self.kind != CONSISTENCY:
+            return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
+        consistency = self.consistency(x, z).mean()
+        return {"loss": nll + self.beta * kl + consistency, "nll": nll, "kl": kl, "consistency": consistency}
+
+    def consistency(self, x: Tensor, z: Tensor) -> Tensor:
+        """Distance of samples denoised from adjacent steps, over that of their noise: (B, 3, H, W), codes -> (B,)."""
+        x, condition = 2 * at_least_float32(x) - 1, self.decoder.condition(z)
+        n = (torch.rand(len(x), device=x.device, dtype=x.dtype) * _N_LEVELS).long().clamp(max=_N_LEVELS - 1)
+        high, low = _STRIDE * (n + 1), _STRIDE * n
+        noise, is_clean = gaussians.standard_normal_like(x), (n == 0)[:, None, None, None]
+        found = self.decoder.f(self.decoder.noisy(x, noise, high), high, condition)
+        with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
+            target = x.where(is_clean, self.decoder.f(self.decoder.noisy(x, noise, low), low, condition))
+        step = self.decoder.level(high) - self.decoder.level(low).where(n > 0, 0)
+        return pseudo_huber(found, target) / step
+
+    def representation_loss(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """The terms of AutoencoderRAE: (B, 3, H, H), codes -> {name: ()}."""
+        params = self.decoder(self.encoder.noised(z) if self.training else z)
+        nll = self.nll(params, x).mean()
+        if not self.decoder.net.use_encoder_loss:
+            return {"loss": nll, "nll": nll}
+        difference = at_least_float32(self.encoder(self.likelihood.mean(params))) - at_least_float32(z)
+        features = 0.5 * difference.square().flatten(1).sum(1).mean()
+        return {"loss": nll + features, "nll": nll, "features": features}
 
     def quantisation_terms(self, z: Tensor) -> dict[str, Tensor]:
         """Codebook loss and commitment loss of codes and their nearest codebook entries: (B, D, H, W) -> {name: ()}.

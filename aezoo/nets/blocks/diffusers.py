@@ -1,34 +1,50 @@
-"""Image autoencoders of Hugging Face's `diffusers`, each as an encoder and a decoder.
+"""Image autoencoders of Hugging Face's `diffusers`: kinds, configs, weights and codes for diffusion models.
 
-Their values range from -1 to 1; here from 0 to 1. diffusers is imported when a model is built.
+diffusers is imported when a model is built.
 """
 
-import copy
+import contextlib
 import difflib
 import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from aezoo.errors import AezooError
+from aezoo.nets.blocks.split_diffusers import (
+    CONSISTENCY,
+    RAE,
+    STATISTICS,
+    ConsistencyDecoding,
+    SplitModule,
+    fit_statistics,
+    own_names,
+)
 from aezoo.security import json_files, values, weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_MAX_CONFIG = 2**20
+# of AutoencoderRAE's config, which may list statistics of each value of a code as text
+MAX_CONFIG = 2**26
+# places of its codes along each axis: a table of their positions is built before any weight
+_MOST_PLACES = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # layers of attention in earlier versions of diffusers
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _NAMES_OF_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_BLOCKS_OF_CONSISTENCY = {
+    "encoder_down_block_types": "DownEncoderBlock2D",
+    "decoder_down_block_types": "ResnetDownsampleBlock2D",
+    "decoder_up_block_types": "ResnetUpsampleBlock2D",
+}
 _TWO_BLOCKS: dict[str, Any] = {key: [block] * 2 for key, block in _BLOCKS.items()} | {"norm_num_groups": 8}
 _TWO_STAGES = {**_TWO_BLOCKS, "block_out_channels": [32, 64]}
 # a small model of each kind, for settings that the user leaves out: the classes' defaults have 1 stage or 10^8 weights
@@ -54,6 +70,15 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"encoder_block_out_channels": [32, 32], "decoder_block_out_channels": [32, 32]},
         **{"num_encoder_blocks": [1, 2], "num_decoder_blocks": [2, 1]},
     },
+    RAE: {
+        **{"encoder_hidden_size": 64, "encoder_num_hidden_layers": 2, "patch_size": 4, "decoder_hidden_size": 64},
+        **{"decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 128},
+    },
+    CONSISTENCY: {
+        **{key: [block] * 2 for key, block in _BLOCKS_OF_CONSISTENCY.items()},
+        **{"encoder_block_out_channels": [32, 64], "encoder_layers_per_block": 1, "encoder_norm_num_groups": 8},
+        **{"decoder_block_out_channels": [32, 64], "decoder_layers_per_block": 1, "decoder_norm_num_groups": 8},
+    },
 }
 _VIDEO = (
     *("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"),
@@ -69,75 +94,16 @@ _AUDIO = (
 REFUSED = {
     **dict.fromkeys(_VIDEO, "is made for videos, with an axis of time"),
     **dict.fromkeys(_AUDIO, "is made for sound"),
-    "ConsistencyDecoderVAE": "decodes by a diffusion model, so that a code has no one reconstruction",
-    "AutoencoderRAE": "has an encoder of the package transformers",
     "RFD4ProteinaAutoencoder": "is made for proteins",
 }
-
-
-class SplitModule(nn.Module):
-    """A diffusers model with only some of its modules.
-
-    Args:
-        net: the whole model, which keeps all.
-        parts: names of the modules.
-    """
-
-    def __init__(self, net: Any, parts: Sequence[str]) -> None:
-        super().__init__()
-        self.net: Any = copy.copy(net)
-        self.net._modules = {name: module for name, module in net._modules.items() if name in parts}
-
-
-class Encoding(SplitModule):
-    """Samples to codes, or to means and log-variances of Gaussian codes, concatenated along the channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.net.encode(2 * x - 1, return_dict=False)[0]
-        code: Tensor = found if isinstance(found, Tensor) else found.parameters
-        return code
-
-
-class Decoding(SplitModule):
-    """Codes to samples."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        x: Tensor = self.net.decode(z, return_dict=False)[0]
-        return (x + 1) / 2
-
-
-class _OnDoubledGrid(nn.Conv2d):
-    """A convolution of a map with doubled sides."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _for_any_batch(net: nn.Module) -> None:
-    """Let layers that double the sides compute the same without depending on the batch size.
-
-    Theirs copies inputs of 64 or more samples, a workaround for old versions of torch, so an export would hold only for
-    fewer samples.
-    """
-    for layer in net.modules():
-        known: Any = layer if type(layer).__name__ == "Upsample2D" else None
-        if known and known.use_conv and known.interpolate and known.name == "conv" and type(known.conv) is nn.Conv2d:
-            known.conv.__class__ = _OnDoubledGrid
-            known.use_conv_transpose = True  # then the layer is only the convolution, after the norm
-
-
-def split_autoencoder(net: Any) -> tuple[Encoding, Decoding]:
-    """Encoder and decoder; every module of the model is in one of them."""
-    _for_any_batch(net)
-    parts = ("encoder", "quant_conv")
-    return Encoding(net, parts), Decoding(net, [name for name in net._modules if name not in parts])
 
 
 def kind_of(name: str) -> Any:
     """The class of a kind.
 
     Raises:
-        AezooError: no such kind, a kind that is not an autoencoder of images, or diffusers is not installed.
+        AezooError: no such kind, a kind that is not an autoencoder of images, or diffusers, for AutoencoderRAE also
+            transformers, is not installed.
     """
     if name in REFUSED:
         raise AezooError(f"{name} of diffusers {REFUSED[name]}: take one of {', '.join(KINDS)}")
@@ -147,20 +113,27 @@ def kind_of(name: str) -> Any:
             f"unknown kind {name!r}{f', did you mean {near[0]!r}?' if near else ':'} Take one of {', '.join(KINDS)}"
         )
     try:
-        return getattr(importlib.import_module("diffusers"), name)
+        cls = getattr(importlib.import_module("diffusers"), name)
     except ImportError as error:
         raise AezooError("diffusers_ae needs diffusers: pip install 'aezoo[diffusers]'") from error
     except (AttributeError, RuntimeError) as error:
         raise AezooError(f"diffusers cannot give {name}, {_brief(error)}: pip install -U 'aezoo[diffusers]'") from error
+    if name == RAE:
+        try:
+            importlib.import_module("transformers")
+        except ImportError as error:
+            raise AezooError(f"the encoder of {name} needs transformers: pip install 'aezoo[transformers]'") from error
+    return cls
 
 
-def build(name: str, config: dict[str, Any], channels: int) -> Any:
+def build(name: str, config: dict[str, Any], input_shape: tuple[int, ...]) -> Any:
     """A model with its initial weights.
 
     Args:
         name: its kind.
-        config: arguments of its class; other arguments are taken from `KINDS`, then from the class's defaults.
-        channels: channels of a sample.
+        config: arguments of its class; other arguments are taken from `input_shape` and `KINDS`, then from the class's
+            defaults.
+        input_shape: (C, H, W).
 
     Raises:
         AezooError: as `kind_of`, or the class does not take the arguments.
@@ -175,18 +148,64 @@ def build(name: str, config: dict[str, Any], channels: int) -> Any:
                 f"config of {name} has no {key!r}{f', did you mean {near[0]!r}?' if near else ':'} "
                 f"It takes {', '.join(known)}"
             )
-    settings: dict[str, Any] = dict.fromkeys({"in_channels", "out_channels"} & {*known}, channels)
+    settings: dict[str, Any] = dict.fromkeys({"in_channels", "out_channels"} & {*known}, input_shape[0])
     settings |= {**KINDS[name], **given}
+    blocks = _BLOCKS_OF_CONSISTENCY if name == CONSISTENCY else _BLOCKS
     try:
-        for key in [key for key in _BLOCKS if key in known and key not in given]:
+        for key in [key for key in blocks if key in known and key not in given]:
             # one block for each width
-            widths = settings.get("block_out_channels") or settings[key.replace("types", "out_channels")]
-            settings[key] = [_BLOCKS[key]] * len(widths)
+            side = re.sub("(down|up)_block_types", "block_out_channels", key)
+            widths = settings.get(side) or settings[key.replace("types", "out_channels")]
+            settings[key] = [blocks[key]] * len(widths)
+        if name == RAE:
+            _fit_to_side(settings, cls, input_shape)
+            with _siglip_of_earlier_transformers():
+                return cls(**settings)
+        if name == CONSISTENCY:
+            _check_steps(settings)
         return cls(**settings)
     except AezooError:  # it has grown too large
         raise
     except Exception as error:  # a class can fail in any way on unexpected values
         raise AezooError(f"{name} does not take config {_brief(given)}: {_brief(error)}") from error
+
+
+def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...]) -> None:
+    """Let the encoder of AutoencoderRAE resize samples so that its decoder returns their size.
+
+    Raises:
+        AezooError: there would be far too many places.
+    """
+    defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+    sides = defaults | settings
+    patch = sides["encoder_patch_size"]
+    if "encoder_input_size" not in settings:
+        settings["encoder_input_size"] = max(input_shape[1] // sides["patch_size"], 1) * patch
+    places = settings["encoder_input_size"] // patch
+    if places > _MOST_PLACES:
+        raise AezooError(f"{RAE} has codes of at most {_MOST_PLACES} places a side, got {places}: take larger patches")
+
+
+def _check_steps(settings: dict[str, Any]) -> None:
+    """Refuse a table of steps without those at which samples are drawn, which no shape would show."""
+    if settings.get("decoder_time_embedding_type", "learned") == "learned":
+        steps = settings.get("decoder_num_train_timesteps", ConsistencyDecoding.N_STEPS)
+        if steps < ConsistencyDecoding.N_STEPS:
+            raise ValueError(f"it decodes at {ConsistencyDecoding.STEPS} of {ConsistencyDecoding.N_STEPS} steps")
+
+
+@contextlib.contextmanager
+def _siglip_of_earlier_transformers() -> Iterator[None]:
+    """Let diffusers 0.42 find `vision_model`, which transformers 5.6 merged into the model that had it."""
+    siglip: Any = importlib.import_module("transformers").SiglipVisionModel
+    merged = "vision_model" not in inspect.getsource(siglip.__init__)
+    if merged:
+        siglip.vision_model = property(lambda model: model)
+    try:
+        yield
+    finally:
+        if merged:
+            del siglip.vision_model
 
 
 def read(folder: Path) -> Any:
@@ -211,7 +230,9 @@ def read(folder: Path) -> Any:
     except Exception as error:  # a damaged file can end in any error
         raise AezooError(f"cannot read {folder / WEIGHTS} as {name}: {_brief(error)}; save it again") from error
     with weights.limit_parameters(state):
-        net = build(name, config, 0)
+        net = build(name, config, (0, 0, 0))
+    if name == RAE:
+        fit_statistics(net, state)
     copy_weights(net.state_dict(), state, str(folder / WEIGHTS))
     return net.train()
 
@@ -236,6 +257,8 @@ def check_config(config: object, what: str) -> tuple[str, dict[str, Any]]:
     parameters = inspect.signature(kind_of(name).__init__).parameters
     known = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     given = {key: value for key, value in config.items() if key in parameters}
+    if name == RAE:
+        given |= dict.fromkeys(STATISTICS)  # they are in the weights, too
     return name, values.check_plain(known | given, f"{what}: its arguments")
 
 
@@ -250,6 +273,8 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
     Raises:
         AezooError: a name, a shape or a type of numbers does not fit.
     """
+    if "decoder.decoder_embed.weight" in own:  # AutoencoderRAE
+        given = {name: given[key] for key, name in own_names(own, given).items()}
     given = {_NAMES_OF_ATTENTION.sub(lambda found: _ATTENTION[found[1]], key): value for key, value in given.items()}
     keys = {"has no": own.keys() - given.keys(), "has unknown": given.keys() - own.keys()}
     for problem, names in keys.items():
@@ -282,7 +307,7 @@ def _read_config(folder: Path) -> object:
             f"{folder} has no {CONFIG}: give the folder of a model of diffusers on this disk, of a pipeline its vae; "
             "`aezoo import hf://NAME OUT` fetches one"
         )
-    return json_files.read(folder / CONFIG, _MAX_CONFIG, str(folder / CONFIG))
+    return json_files.read(folder / CONFIG, MAX_CONFIG, str(folder / CONFIG))
 
 
 class LatentScaling:
@@ -290,14 +315,17 @@ class LatentScaling:
 
     scale (z - shift), with the factors of the model's config: `scaling_factor` and `shift_factor`, or, channel by
     channel, `scaling_factor` / `latents_std` and `latents_mean`. AutoencoderKLFlux2 has the mean and variance of each
-    value of a patch instead, as buffers of its weights.
+    value of a patch instead, as buffers of its weights. AutoencoderRAE gives such codes by itself.
 
     Args:
         decoder: the decoder of a model, which has these buffers.
     """
 
-    def __init__(self, decoder: Decoding) -> None:
+    def __init__(self, decoder: SplitModule) -> None:
         config, norm = decoder.net.config, decoder.net._modules.get("bn")
+        if type(decoder.net).__name__ == RAE:
+            self.shift, self.scale = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+            return
         if norm is not None:
             h, w = config.patch_size
             mean, std = norm.running_mean, (norm.running_var + norm.eps).sqrt()
@@ -331,7 +359,17 @@ def config_of(net: Any) -> dict[str, Any]:
     return config
 
 
-def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...], gaussian: bool) -> tuple[int, ...]:
+def whole_config(net: Any) -> dict[str, Any]:
+    """`config_of` with the statistics of codes, from which diffusers takes the shapes of weights."""
+    config = config_of(net)
+    if type(net).__name__ == RAE:
+        config |= {argument: net._buffers[name].tolist() for argument, name in STATISTICS.items()}
+    return config
+
+
+def code_shape(
+    encoder: SplitModule, decoder: SplitModule, input_shape: tuple[int, ...], gaussian: bool
+) -> tuple[int, ...]:
     """Shape of a code, computed from shapes only.
 
     Args:
@@ -344,6 +382,8 @@ def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...
         AezooError: the model does not take such samples, or returns another shape.
     """
     name = type(encoder.net).__name__
+    if name in (RAE, CONSISTENCY) and input_shape[0] != 3:
+        raise AezooError(f"{name} takes 3 channels, got {input_shape}: give --data.channels 3")
     try:
         h = _shapes_alone(encoder, torch.empty(1, *input_shape, device="meta"))
         z = h.chunk(2, dim=1)[0] if gaussian else h
@@ -355,6 +395,9 @@ def code_shape(encoder: Encoding, decoder: Decoding, input_shape: tuple[int, ...
                 f"this {name} takes {channels} channels, got {input_shape}: give --data.channels {channels}"
             ) from error
         raise AezooError(f"this {name} does not take samples of shape {input_shape}: {_brief(error)}") from error
+    if name == RAE and x_hat.shape[1:] != input_shape:
+        size = x_hat.shape[2]
+        raise AezooError(f"this {name} gives {(*x_hat.shape[1:],)} back for {input_shape}: give --data.size {size}")
     if x_hat.shape[1:] != input_shape:
         factors = [max(n // m, 1) for n, m in zip(x_hat.shape[2:], z.shape[2:], strict=True)]
         sides = " and ".join(map(str, dict.fromkeys(factors)))

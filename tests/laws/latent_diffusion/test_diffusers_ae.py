@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributions as D
+from diffusers_reference import CONSISTENCY, RAE, decoded, encoded, side_for
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from aezoo.nets.blocks import diffusers as blocks
 from aezoo.nets.blocks.diffusers import KINDS, REFUSED, WEIGHTS
 from aezoo.testing import check_export
 
-SHAPE = (3, 12, 16)
+SHAPE, SQUARE = (3, 12, 16), (3, 16, 16)
 
 
 # with attention, which the small ones leave out, and more channels of a code than of a sample
@@ -37,6 +38,8 @@ MORE: dict[str, dict[str, Any]] = {
         "encoder_qkv_multiscales": [[], [3]],
         "decoder_qkv_multiscales": [[], [3]],
     },
+    RAE: {"latents_mean": [0.3], "latents_std": [1.7], "scaling_factor": 0.6, **side_for(RAE, 16)},
+    CONSISTENCY: {"scaling_factor": 0.7, "encoder_norm_num_groups": 4},
 }
 
 
@@ -66,27 +69,25 @@ def stored(kind: str, folder: Path, **settings: Any) -> Any:
     return net
 
 
-def ours(folder: Path, **settings: Any) -> Any:
-    return aezoo.create_model("diffusers_ae", SHAPE, pretrained=str(folder), **settings)
+def shape_of(kind: str) -> tuple[int, ...]:
+    return SQUARE if kind == RAE else SHAPE
 
 
-def new(kind: str, shape: tuple[int, ...] = (1, 8, 8), **settings: Any) -> Any:
+def small_shape_of(kind: str) -> tuple[int, ...]:
+    return (3 if kind in (RAE, CONSISTENCY) else 1, 8, 8)
+
+
+def ours(folder: Path, kind: str = "AutoencoderKL", **settings: Any) -> Any:
+    return aezoo.create_model("diffusers_ae", shape_of(kind), pretrained=str(folder), **settings)
+
+
+def new(kind: str, shape: tuple[int, ...] | None = None, **settings: Any) -> Any:
     torch.manual_seed(0)
-    return aezoo.create_model("diffusers_ae", shape, kind=kind, **settings)
+    return aezoo.create_model("diffusers_ae", shape or small_shape_of(kind), kind=kind, **settings)
 
 
 def images(n: int = 4, shape: tuple[int, ...] = SHAPE, **how: Any) -> Tensor:
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(7), **how)
-
-
-def code_of(net: Any, x: Tensor) -> Tensor:
-    """The deterministic code that diffusers gives an image in [-1, 1]."""
-    found = net.encode(x)
-    if hasattr(found, "latent_dist"):
-        mode: Tensor = found.latent_dist.mode()
-        return mode
-    code: Tensor = found[0]
-    return code
 
 
 # ---- as diffusers computes it ----------------------------------------------------------------------------------------
@@ -96,16 +97,17 @@ def code_of(net: Any, x: Tensor) -> Tensor:
 @every
 @torch.no_grad()
 def test_codes_and_reconstructions_match_diffusers(kind: str, tmp_path: Path) -> None:
-    net, x = stored(kind, tmp_path), images()
-    model = ours(tmp_path).eval()
-    z = code_of(net, 2 * x - 1)
+    net, x = stored(kind, tmp_path), images(shape=shape_of(kind))
+    model = ours(tmp_path, kind).eval()
+    z = encoded(net, x)
     assert model.code_shape == tuple(z.shape[1:])
     torch.testing.assert_close(model.encode(x), z, rtol=1e-6, atol=1e-6)
-    x_hat = net.decode(z).sample / 2 + 0.5
+    x_hat = decoded(net, z)
     torch.testing.assert_close(model.decode(z), x_hat, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(x), x_hat, rtol=1e-6, atol=1e-6)
     assert x_hat.std() > 0.01  # something is compared
-    if kind != "AutoencoderTiny":  # whose own forward rounds the code to bytes
+    # the first rounds the code to bytes, the others draw noise or take samples in [0, 1]
+    if kind not in ("AutoencoderTiny", CONSISTENCY, RAE):
         torch.testing.assert_close(model(x), net(2 * x - 1).sample / 2 + 0.5, rtol=1e-6, atol=1e-6)
 
 
@@ -133,12 +135,13 @@ def has_bias(module: nn.Module) -> bool:
 
 @every
 def test_model_without_folder_equals_diffusers_class(kind: str) -> None:
-    model = new(kind, SHAPE, config=MORE.get(kind))
+    model = new(kind, shape_of(kind), config=MORE.get(kind))
     net = getattr(diffusers, kind)(**{**KINDS[kind], **MORE.get(kind, {}), **_channels(kind, 3)})
     shapes = {name: p.shape for name, p in net.state_dict().items()}
     half = {name.partition(".net.")[2]: p.shape for name, p in model.state_dict().items() if ".net." in name}
     assert half == shapes
-    assert new(kind, (1, 8, 8)).encoder.net.config.in_channels == 1
+    if kind not in (RAE, CONSISTENCY):
+        assert new(kind, (1, 8, 8)).encoder.net.config.in_channels == 1
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "VQModel"])
@@ -177,10 +180,10 @@ def test_half_precision_weights_load_as_trainable_float32(tmp_path: Path) -> Non
 @torch.no_grad()
 def test_large_batch_matches_small_batch(kind: str, tmp_path: Path) -> None:
     """From 64 on diffusers goes another way."""
-    net, x = stored(kind, tmp_path).double(), images(70, dtype=torch.float64)
-    model = ours(tmp_path).double().eval()
+    net, x = stored(kind, tmp_path).double(), images(70, shape_of(kind), dtype=torch.float64)
+    model = ours(tmp_path, kind).double().eval()
     torch.testing.assert_close(model(x)[:4], model(x[:4]))
-    torch.testing.assert_close(model(x), net.decode(code_of(net, 2 * x - 1)).sample / 2 + 0.5)
+    torch.testing.assert_close(model(x), decoded(net, encoded(net, x)))
 
 
 @pytest.mark.slow
@@ -252,7 +255,7 @@ def test_deterministic_kinds_use_likelihood_only(kind: str) -> None:
 @pytest.mark.slow
 @every
 def test_training_moves_all_weights_and_the_loss_falls(kind: str) -> None:
-    model, x = new(kind, beta=0.01, likelihood="gaussian:0.2"), images(8, (1, 8, 8))
+    model, x = new(kind, beta=0.01, likelihood="gaussian:0.2"), images(8, small_shape_of(kind))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
@@ -264,10 +267,167 @@ def test_training_moves_all_weights_and_the_loss_falls(kind: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    frozen = {name for name in before if "condition_encoder" in name}
-    assert still == frozen and bool(frozen) == (kind == "AsymmetricAutoencoderKL")
+    frozen = {name for name in before if "condition_encoder" in name or (kind == RAE and name.startswith("encoder."))}
+    assert still == frozen and bool(frozen) == (kind in ("AsymmetricAutoencoderKL", RAE))
     # two processes would wait for its gradient
     assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def test_the_loss_of_a_consistency_decoder_by_hand() -> None:
+    """f, its noise and its steps are those of the scheduler of diffusers, and the distance is that of the paper."""
+    model = new(CONSISTENCY, SHAPE, beta=0.3, likelihood="laplace:0.2").double()
+    x = images(6, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    torch.manual_seed(3)
+    terms = model.loss(x)
+    table, unet = diffusers.schedulers.ConsistencyDecoderScheduler(), model.decoder.net.decoder_unet
+    q = model.encoder.net.encode(2 * x - 1).latent_dist
+    torch.manual_seed(3)
+    z = q.mean + q.std * torch.randn(q.mean.shape, dtype=x.dtype)
+    means, stds = (torch.tensor(v)[:, None, None] for v in (
+        [0.38862467, 0.02253063, 0.07381133, -0.0171294], [0.9654121, 1.0440036, 0.76147926, 0.77022034]
+    ))  # fmt: skip
+    y = ((0.18215 * z - means) / stds).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def f(noisy: Tensor, t: int) -> Tensor:
+        out = unet(torch.cat([table.c_in[t] * noisy, y[i : i + 1]], 1), t).sample[:, :3]
+        return table.c_skip[t] * noisy + table.c_out[t] * out
+
+    def noisy(image: Tensor, noise: Tensor, t: int) -> Tensor:
+        return table.sqrt_alphas_cumprod[t] * image + table.sqrt_one_minus_alphas_cumprod[t] * noise
+
+    draws = torch.randn_like(x), torch.randn_like(x)
+    u, e = torch.rand(len(x), dtype=x.dtype), torch.randn_like(x)
+    nll, consistency, seen = [], [], set()
+    for i in range(len(x)):
+        image = f(table.sqrt_one_minus_alphas_cumprod[1008] * draws[0][i : i + 1], 1008)
+        image = f(noisy(image, draws[1][i : i + 1], 512), 512)
+        nll.append(-D.Laplace((image + 1) / 2, 0.2).log_prob(x[i : i + 1]).sum())
+        n, clean = int(63 * u[i]) + 1, 2 * x[i : i + 1] - 1
+        seen.add(n)
+        sigma = [
+            (table.sqrt_one_minus_alphas_cumprod[16 * k] / table.sqrt_alphas_cumprod[16 * k]).item() for k in (n - 1, n)
+        ]
+        target = f(noisy(clean, e[i : i + 1], 16 * (n - 1)), 16 * (n - 1)) if n > 1 else clean
+        distance = (f(noisy(clean, e[i : i + 1], 16 * n), 16 * n) - target).square().sum()
+        c = 0.00054 * x[0].numel() ** 0.5
+        consistency.append(((distance + c**2).sqrt() - c) / (sigma[1] - sigma[0] * (n > 1)))
+    assert len(seen) > 3
+    kl = D.kl_divergence(D.Normal(q.mean, q.std), D.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
+    expected = {"nll": sum(nll) / len(x), "kl": kl, "consistency": sum(consistency) / len(x)}
+    expected["loss"] = expected["nll"] + 0.3 * kl + expected["consistency"]
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-6, atol=0)
+    # the target has no gradient, and all weights have one
+    names, weights = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(terms["consistency"], weights, retain_graph=True, allow_unused=True)
+    missing = {name for name, g in zip(names, grads, strict=True) if g is None}
+    assert missing <= {"likelihood.log_scale"}
+    by_hand = torch.autograd.grad(sum(consistency) / len(x), [unet.conv_out.weight], retain_graph=True)[0]
+    found = torch.autograd.grad(terms["consistency"], [unet.conv_out.weight])[0]
+    assert not torch.allclose(found, by_hand)  # there, the target has one
+
+
+def test_first_step_of_consistency_is_compared_with_the_sample(monkeypatch: Any) -> None:
+    model, x = new(CONSISTENCY, SHAPE).double(), images(dtype=torch.float64)
+    z = model.encode(x)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape, dtype=x.dtype))
+    torch.manual_seed(0)
+    found = model.consistency(x, z)
+    torch.manual_seed(0)
+    e, y, t = torch.randn_like(x), model.decoder.condition(z), torch.full((len(x),), 16)
+    apart = model.decoder.f(model.decoder.noisy(2 * x - 1, e, t), t, y) - (2 * x - 1)
+    a, s = model.decoder.schedule[:2, 16].double()
+    c = 0.00054 * x[0].numel() ** 0.5
+    expected = ((apart.square().sum((1, 2, 3)) + c**2).sqrt() - c) / (s / a)
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_consistency_decoder_draws_what_diffusers_draws(tmp_path: Path) -> None:
+    net, x = stored(CONSISTENCY, tmp_path), images()
+    model = ours(tmp_path).eval()
+    z = model.encode(x)
+    found = [model.decoder.draw(z, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for seed, x_hat in zip((1, 2), found, strict=True):
+        expected = decoded(net, z, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(x_hat, expected, rtol=1e-6, atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert torch.equal(model.decode(z), model.decode(z))
+    torch.testing.assert_close(model.decode(z)[:1], model.decode(z[:1]))  # the noise of a code is that of all
+    # of another size than that of the model, too
+    z = torch.randn(2, 4, 7, 5)
+    torch.testing.assert_close(model.decode(z), decoded(net, z), rtol=1e-6, atol=1e-6)
+    assert torch.equal(aezoo.at_size(model, (14, 10)).decode(z), model.decode(z))
+
+
+def test_schedule_of_noise_stays_exact_in_bfloat16() -> None:
+    model = new(CONSISTENCY, SHAPE)
+    table = model.decoder.schedule.clone()
+    assert torch.equal(model.bfloat16().decoder.schedule, table) and table.dtype == torch.float32
+    assert model.decode(torch.randn(2, *model.code_shape, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("stats", [{}, {"latents_mean": [0.3], "latents_std": [1.7], "scaling_factor": 0.6}])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_loss_of_a_representation_autoencoder_by_hand(stats: dict[str, Any], tokens: bool) -> None:
+    config = {"noise_tau": 0.5, "use_encoder_loss": True, "reshape_to_2d": not tokens, **stats}
+    model = new(RAE, SQUARE, config=config, likelihood="laplace:0.2").double()
+    net = diffusers.AutoencoderRAE(**{**KINDS[RAE], **side_for(RAE, 16), **config}).double()
+    state = {**model.encoder.net.state_dict(), **model.decoder.net.state_dict()}
+    net.load_state_dict(state)
+    x = images(4, SQUARE, dtype=torch.float64)
+    clean = net.eval().encode(x).latent
+    for training in (True, False):
+        torch.manual_seed(3)
+        terms = model.train(training).loss(x)
+        # theirs adds noise in training, by the same random numbers
+        torch.manual_seed(3)
+        z = net.train(training).encode(x).latent
+        assert torch.equal(z, clean) != training
+        x_hat = net.decode(z).sample
+        nll = -D.Laplace(x_hat, 0.2).log_prob(x).sum((1, 2, 3)).mean()
+        features = (net.eval().encode(x_hat).latent - clean).square().flatten(1).sum(1).mean() / 2
+        expected = {"loss": nll + features, "nll": nll, "features": features}
+        assert terms.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(terms[name], value)
+    torch.testing.assert_close(model.train().encode(x), clean)  # a code has no noise
+    plain = new(RAE, SQUARE, config=stats, likelihood="laplace:0.2").double()
+    assert plain.loss(x).keys() == {"loss", "nll"}
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "siglip2", "mae"])
+@torch.no_grad()
+def test_each_encoder_of_a_representation_autoencoder(kind: str) -> None:
+    """Beside the network of transformers itself: patches alone, without a class token or registers."""
+    import transformers
+
+    patch = 14 if kind == "dinov2" else 16
+    config = {"encoder_type": kind, "encoder_patch_size": patch, "latents_mean": [0.3], "latents_std": [2.0]}
+    model = new(RAE, SQUARE, config=config).eval()
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    net, x = model.encoder.net.encoder, images(3, SQUARE)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    resized = torch.nn.functional.interpolate(x, size=(4 * patch, 4 * patch), mode="bicubic")
+    classes = {
+        "dinov2": transformers.Dinov2WithRegistersModel,
+        "siglip2": transformers.SiglipVisionModel,
+        "mae": transformers.ViTMAEModel,
+    }
+    assert type(net) is classes[kind]
+    order = {"noise": torch.arange(16.0).expand(3, -1)} if kind == "mae" else {}
+    at = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
+    tokens = net((resized - mean) / std, **order, **at).last_hidden_state[
+        :, {"dinov2": 5, "siglip2": 0, "mae": 1}[kind] :
+    ]
+    expected = ((tokens - 0.3) / (2 + 1e-5)).mT.unflatten(2, (4, 4))
+    torch.testing.assert_close(model.encode(x), expected, rtol=1e-5, atol=1e-5)
+    assert not hasattr(transformers.SiglipVisionModel, "vision_model") or "vision_model" in vars(net)["_modules"]
 
 
 # ---- saved and loaded ------------------------------------------------------------------------------------------------
@@ -277,7 +437,7 @@ def test_training_moves_all_weights_and_the_loss_falls(kind: str) -> None:
 @every
 def test_saved_model_loads_without_its_source_folder(kind: str, tmp_path: Path) -> None:
     stored(kind, tmp_path / "theirs")
-    model, x = ours(tmp_path / "theirs").eval(), images()
+    model, x = ours(tmp_path / "theirs", kind).eval(), images(shape=shape_of(kind))
     shutil.rmtree(tmp_path / "theirs")
     assert model.hparams["pretrained"] == "none" and model.hparams["kind"] == kind
     again = aezoo.load_model(aezoo.save_model(model, tmp_path / "saved"))
@@ -338,6 +498,12 @@ def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
         ({"pretrained": "nowhere", "likelihood": "bernoulli"}, "takes likelihood gaussian, laplace or logcosh"),
         ({"commitment": -1.0}, "commitment must be at least 0"),
         ({"beta": -1.0}, "beta must be at least 0"),
+        ({"kind": RAE}, r"AutoencoderRAE takes 3 channels, got \(1, 8, 8\): give --data.channels 3"),
+        ({"kind": CONSISTENCY}, r"takes 3 channels, got \(1, 8, 8\): give --data.channels 3"),
+        ({"kind": RAE, "config": {"encoder_type": "clip"}}, "does not take config .*encoder_type='clip'"),
+        ({"kind": RAE, "config": {"encoder_patch_size": 0}}, "does not take config .*zero"),
+        ({"kind": RAE, "config": {"encoder_input_size": 10**9}}, "at most 256 places a side, got 71428571"),
+        ({"kind": CONSISTENCY, "config": {"decoder_num_train_timesteps": 512}}, "it decodes at .*1008, 512"),
     ],
 )
 def test_invalid_values_are_refused_in_one_line(settings: dict[str, Any], words: str) -> None:
@@ -359,6 +525,20 @@ def test_invalid_values_are_refused_in_one_line(settings: dict[str, Any], words:
 def test_unsupported_shapes_are_refused(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(AezooError, match=words) as refusal:
         aezoo.create_model("diffusers_ae", shape)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "words"),
+    [
+        (RAE, (3, 18, 18), r"gives \(3, 16, 16\) back for \(3, 18, 18\): give --data.size 16"),
+        (RAE, (3, 16, 8), r"gives \(3, 16, 16\) back for \(3, 16, 8\): give --data.size 16"),
+        (CONSISTENCY, (3, 16, 15), "take sides that are multiples of 2"),
+    ],
+)
+def test_unsupported_sides_of_kinds_are_refused(kind: str, shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(AezooError, match=words) as refusal:
+        new(kind, shape)
     assert "\n" not in str(refusal.value)
 
 
@@ -400,8 +580,9 @@ def test_invalid_model_folders_are_refused(tmp_path: Path) -> None:
     refused("names no model")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "quantization_config": {"a": 1}}))
     refused("is quantised")
-    (tmp_path / "config.json").write_text(" " * 2**21)
-    refused("more than 1048576 bytes")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**26 + 1)
+    refused("more than 67108864 bytes")
     (tmp_path / WEIGHTS).unlink()
     refused(f"has no {WEIGHTS}, so that there are no weights")
     (tmp_path / WEIGHTS).write_bytes(b"\0" * 20)
@@ -441,6 +622,14 @@ def test_missing_diffusers_names_extra_to_install(monkeypatch: Any, capsys: Any)
         main(["fit", "--model", "diffusers_ae", "--data.name", "digits"])
     *_, line = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("aezoo: ") and line.endswith("pip install 'aezoo[diffusers]'")
+
+
+def test_missing_transformers_names_extra_to_install(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    needed = r"^the encoder of AutoencoderRAE needs transformers: pip install 'aezoo\[transformers\]'$"
+    with pytest.raises(AezooError, match=needed):
+        new(RAE)
+    assert new("VQModel").code_shape == (4, 4, 4)
 
 
 @pytest.mark.slow

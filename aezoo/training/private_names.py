@@ -177,7 +177,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module._apply",
         files=("bases/distillation.py", "models/sparse/batch_topk_sae.py", "models/variational/perceptual_vae.py",
-               "nets/blocks/channel_stats.py", "nets/blocks/jumprelu.py", "quantisers/base.py"),
+               "nets/blocks/channel_stats.py", "nets/blocks/jumprelu.py", "nets/blocks/split_diffusers.py",
+               "quantisers/base.py"),
         why=(
             "overridden, so that a cast or a move does not reach, or also reaches, what a module holds outside of its "
             "parameters"
@@ -219,7 +220,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._modules",
-        files=("io/importers/diffusers.py", "nets/blocks/diffusers.py"),
+        files=("io/importers/diffusers.py", "nets/blocks/diffusers.py", "nets/blocks/split_diffusers.py"),
         why="gives a copy of a network its own children, which `delattr` would take from the original too",
         without=_RAISES,
     ),

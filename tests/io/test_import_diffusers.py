@@ -318,6 +318,19 @@ def test_single_file_without_config(tmp_path):
     assert_same(aezoo.load_model(tmp_path / "vq.pt"), vq)
 
 
+@pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
+def test_single_file_of_other_kinds_needs_its_config(tmp_path, kind):
+    net = made(kind, **KINDS[kind], **side_for(kind, 16))
+    net.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "other.safetensors")
+    x = images(1, (3, 16, 16))
+    assert_same(aezoo.load_model(tmp_path / "other.safetensors"), net, x)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(AezooError, match=f"holds weights of {kind}, .* put its config.json beside it") as refusal:
+        aezoo.import_model(tmp_path / "other.safetensors")
+    assert "\n" not in str(refusal.value)
+
+
 def test_stable_diffusions_layout_as_diffusers_reads_it(tmp_path):
     """The class converts the file, given our arguments, and computes the same."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}

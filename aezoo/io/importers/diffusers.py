@@ -44,9 +44,11 @@ def recognise(source: WeightSource) -> bool:
         return True
     name = source.one_file(*SUFFIXES)
     keys = () if name is None else source.keys(name)
-    return any(
-        key.startswith(("encoder.down_blocks.", "encoder.stages.", "encoder.project_in.")) for key in keys
-    ) and any(key.startswith("decoder.") for key in keys)
+    return (
+        _needs_config(keys) is not None
+        or any(key.startswith(("encoder.down_blocks.", "encoder.stages.", "encoder.project_in.")) for key in keys)
+        and any(key.startswith("decoder.") for key in keys)
+    )
 
 
 def read(source: WeightSource) -> Imported:
@@ -313,10 +315,23 @@ _DC_NAMES = (
 )
 
 
+def _needs_config(keys: Iterable[str]) -> str | None:
+    """The class of weights that do not tell its arguments, such as a number of heads or of groups."""
+    marks = {
+        "decoder_unet.conv_in.weight": split_diffusers.CONSISTENCY,
+        "decoder.decoder_embed.weight": split_diffusers.RAE,
+    }
+    return next((marks[key] for key in keys if key in marks), None)
+
+
 def _read_single(source: WeightSource) -> Imported:
     file = source.one_file(*SUFFIXES)
     assert file is not None  # as it was recognised
     what = source.label(file)
+    if kind := _needs_config(source.keys(file)):
+        raise AezooError(
+            f"{what} holds weights of {kind}, which do not tell its arguments: put its config.json beside it"
+        )
     state = source.some_tensors(file, ("",))
     if (
         any(key.startswith("encoder.down_blocks.") for key in state)

@@ -275,7 +275,8 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
     """
     if "decoder.decoder_embed.weight" in own:  # AutoencoderRAE
         given = {name: given[key] for key, name in own_names(own, given).items()}
-    given = {_NAMES_OF_ATTENTION.sub(lambda found: _ATTENTION[found[1]], key): value for key, value in given.items()}
+    else:
+        given = {_NAMES_OF_ATTENTION.sub(lambda found: _ATTENTION[found[1]], key): v for key, v in given.items()}
     keys = {"has no": own.keys() - given.keys(), "has unknown": given.keys() - own.keys()}
     for problem, names in keys.items():
         if names:
@@ -363,7 +364,7 @@ def whole_config(net: Any) -> dict[str, Any]:
     """`config_of` with the statistics of codes, from which diffusers takes the shapes of weights."""
     config = config_of(net)
     if type(net).__name__ == RAE:
-        config |= {argument: net._buffers[name].tolist() for argument, name in STATISTICS.items()}
+        config |= {argument: net.get_buffer(name).tolist() for argument, name in STATISTICS.items()}
     return config
 
 

@@ -85,7 +85,7 @@ class RepresentationEncoding(SplitModule):
         """Codes with noise as in the training of AutoencoderRAE, before normalisation: s e, s ~ U(0, noise_tau)."""
         s = self.net.noise_tau * torch.rand(len(z), *[1] * (z.ndim - 1), device=z.device, dtype=z.dtype)
         # the same that `encode` divides by
-        scale = self.net.config.scaling_factor / (self.net._latents_std + 1e-5)
+        scale = self.net.config.scaling_factor / (self.net.get_buffer(STATISTICS["latents_std"]) + 1e-5)
         # places first, so that a seed gives the noise of diffusers
         e = gaussians.standard_normal_like(z.flatten(2).mT).mT.reshape(z.shape) if z.ndim == 4 else torch.randn_like(z)
         return z + s * scale.to(z) * e
@@ -247,11 +247,11 @@ def fit_statistics(net: Any, state: Mapping[str, Tensor], prefix: str = "") -> N
     places = (side, side) if net.reshape_to_2d else (net.num_patches,)
     code = (config.encoder_hidden_size, *places) if net.reshape_to_2d else (*places, config.encoder_hidden_size)
     for argument, name in STATISTICS.items():
-        found = state.get(f"{prefix}{name}")
-        if isinstance(found, Tensor) and config.get(argument) is None and found.shape != net._buffers[name].shape:
+        found, own = state.get(f"{prefix}{name}"), net.get_buffer(name)
+        if isinstance(found, Tensor) and config.get(argument) is None and found.shape != own.shape:
             fits = found.ndim <= 3 and all(n in (1, m) for n, m in zip(found.shape[::-1], code[::-1], strict=False))
             if fits:  # otherwise it is refused when it is loaded
-                net._buffers[name] = net._buffers[name].new_empty(found.shape)
+                net.register_buffer(name, own.new_empty(found.shape))
 
 
 def _fit_state(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

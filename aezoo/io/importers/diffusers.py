@@ -44,9 +44,8 @@ def recognise(source: WeightSource) -> bool:
         return True
     name = source.one_file(*SUFFIXES)
     keys = () if name is None else source.keys(name)
-    return (
-        _needs_config(keys) is not None
-        or any(key.startswith(("encoder.down_blocks.", "encoder.stages.", "encoder.project_in.")) for key in keys)
+    return _needs_config(keys) is not None or (
+        any(key.startswith(("encoder.down_blocks.", "encoder.stages.", "encoder.project_in.")) for key in keys)
         and any(key.startswith("decoder.") for key in keys)
     )
 

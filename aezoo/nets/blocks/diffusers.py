@@ -196,7 +196,7 @@ def _check_steps(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _siglip_of_earlier_transformers() -> Iterator[None]:
-    """Let diffusers 0.42 find `vision_model`, which transformers 5.6 merged into the model that had it."""
+    """Let diffusers 0.42 find `vision_model`, which transformers merged into its owner after 5.4."""
     siglip: Any = importlib.import_module("transformers").SiglipVisionModel
     merged = "vision_model" not in inspect.getsource(siglip.__init__)
     if merged:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aezoo.tasks.denoise import denoise
     from aezoo.tasks.detect import detect
     from aezoo.tasks.embed import embed
+    from aezoo.tasks.export import export
     from aezoo.tasks.generate import generate
     from aezoo.tasks.reconstruct import reconstruct
     from aezoo.tasks.show import show
@@ -36,6 +37,7 @@ _HOMES = {
     "denoise": "aezoo.tasks.denoise",
     "detect": "aezoo.tasks.detect",
     "embed": "aezoo.tasks.embed",
+    "export": "aezoo.tasks.export",
     "generate": "aezoo.tasks.generate",
     "import_model": "aezoo.io.importers",
     "list_models": "aezoo.registry",
@@ -58,6 +60,7 @@ __all__ = [
     "denoise",
     "detect",
     "embed",
+    "export",
     "generate",
     "import_model",
     "list_models",

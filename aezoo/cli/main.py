@@ -55,6 +55,8 @@ Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or 
   embed                            codes, a picture of them, accuracy of classifiers on them; --nearest 5
   compress                         .aez files, lossless or lossy, compared with PNG, WebP, JPEG, xz, PCA
   decompress --input FILE.aez      back to .npy or .png
+  export RUN --what score          an .onnx, .pt2 or .safetensors file that runs without aezoo; encode, decode,
+                                   reconstruct, score with its threshold, indices
   import SOURCE [OUT]              weights of other libraries, from files or hf://owner/name, as a saved model
 
 Measure

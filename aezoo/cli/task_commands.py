@@ -61,7 +61,9 @@ _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 # verbs that process samples of any size with a model that takes them
 _ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
-_EXACT = ("compress", "decompress")
+_EXACT = ("compress", "decompress", "export")
+# verbs that also take the model and the folder for results as words without a flag
+_POSITIONAL = {"export": ("--ckpt_path", "--out")}
 _MAX_LINES = 20
 # samples in memory at a time
 _MAX_RESCALED = 1024
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> None:
     verb = argv[0]
     function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    argv, allowed = policy.take_flags(name_data(argv))
+    argv, allowed = policy.take_flags(name_data(_with_flags(argv)))
     policy.enforce(allowed)
     parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
     check_flags(argv, None, parser)
@@ -140,13 +142,23 @@ def main(argv: list[str]) -> None:
     if model.data_units is None and verb in _OF_SAMPLES:
         print(f"aezoo: {config.ckpt_path} does not say how its training data were scaled: samples are in the scale "
               "that the model sees", file=sys.stderr)  # fmt: skip
-    if replaced := before.intersection(result.files):
+    if "force" not in accepted and (replaced := before.intersection(result.files)):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
     if len(result.files) > _MAX_LINES:
         print(f"{len(result.files):,} files in {out}")
         return
     for file in result.files:
         print(file)
+
+
+def _with_flags(argv: list[str]) -> list[str]:
+    """The same words, with flags before the first ones where a verb takes these without."""
+    verb, *rest = argv
+    given: list[str] = []
+    for flag in _POSITIONAL.get(verb, ()):
+        if rest and not rest[0].startswith("-"):
+            given += [flag, rest.pop(0)]
+    return [verb, *given, *rest]
 
 
 @contextmanager
@@ -183,13 +195,15 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     if "file" in accepted:
         parser.add_argument("--input", type=str | None, default=None, help="The file that compress wrote.")
     else:
+        use = "Samples to use" if "x" in accepted else "Normal samples that the model was not trained on,"
         parser.add_argument(
             "--input", type=str | None, default=None,
-            help="Samples to use instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
+            help=f"{use} instead of --data: .npy, .npz, .csv, .parquet, .pt, an image, or a folder of images.",
         )  # fmt: skip
-        parser.add_argument(
-            "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data to use."
-        )
+        if "x" in accepted:
+            parser.add_argument(
+                "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data to use."
+            )
     parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
@@ -226,7 +240,9 @@ def _samples(
             print(f"aezoo: samples keep their own sizes; --data.size {data['size']} resizes them as in training",
                   file=sys.stderr)  # fmt: skip
         found["x"] = read(config.input, units, own if keeps else data, any_size=any_size)
-    wanted: dict[str, Stage] = {"x": config.split, "fit_on": "train", "calibrate_on": "val"}
+    elif config.input is not None:
+        found["calibrate_on"] = read(config.input, units, data)
+    wanted: dict[str, Stage] = {"x": config.get("split", "test"), "fit_on": "train", "calibrate_on": "val"}
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
     settings: dict[str, Any] = trained["settings"]

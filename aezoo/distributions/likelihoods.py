@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from aezoo.errors import AezooError
 from aezoo.training.precision import at_least_float32
+from aezoo.training.tracing import is_exporting
 
 # quadrature for the mean of LogitLaplace, Gauss-Legendre in v from 0 to 1: t = -log v^2 has the standard exponential
 # density, u = logit(3 v^2 - 2 v^3) the standard logistic one; the first suits small scales, the second large ones
@@ -61,13 +62,14 @@ def _extreme_logit(x: Tensor) -> Tensor:
 
 def _bisected(x: Tensor, rises: Callable[[Tensor, Tensor], Tensor], most: float) -> Tensor:
     """For each value of x the parameter from -most to most up to which its log-probability rises, (B, *shape)."""
-    levels, which = torch.unique(x, return_inverse=True)  # of bytes at most 256
+    # of bytes at most 256; a graph has no shapes that depend on values
+    levels, which = (x, None) if is_exporting() else torch.unique(x, return_inverse=True)
     low, high = torch.full_like(levels, -most), torch.full_like(levels, most)
     for _ in range(40):
         middle = (low + high) / 2
         up = rises(middle, levels)
         low, high = torch.where(up, middle, low), torch.where(up, high, middle)
-    return high[which]
+    return high if which is None else high[which]
 
 
 def _sum_per_sample(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
-from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, held_out_threshold, p_values
+from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, p_values, threshold_of
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
@@ -256,11 +256,11 @@ def _run_detector(
     else:
         reference = detector.decision_scores_
     calibrated = stored is not None or held_out is not None
-    threshold = held_out_threshold(reference, contamination) if calibrated else detector.threshold_
+    threshold = threshold_of(reference, contamination, quantile, held_out=calibrated)
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(scores, p, threshold if quantile is None else float(np.quantile(reference, quantile)))
+    return _DetectorResult(scores, p, threshold)
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":

@@ -86,9 +86,9 @@ class Reference:
 
     @classmethod
     def from_split(
-        cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: SampleSet
+        cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: SampleSet | None = None
     ) -> "Reference | None":
-        """`given`, or else a split of x if that is a DataModule, or else None."""
+        """`given`, or else a split of x if that is a DataModule, or else None; `scored` may hold the same samples."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:
@@ -96,7 +96,7 @@ class Reference:
         split_samples = SampleSet.from_data(given, split, model.takes_missing).check(model)
         normal = protocol.normal_indices(split_samples)
         samples = split_samples if len(normal) == len(split_samples) else split_samples.subset(torch.from_numpy(normal))
-        own = normal if split_samples.dataset is scored.dataset else normal[:0]
+        own = normal if scored is not None and split_samples.dataset is scored.dataset else normal[:0]
         labels = split_samples.labels
         unlabelled = 0 if labels is None or len(normal) == len(split_samples) else int((labels == UNLABELLED).sum())
         return cls(samples, own, len(split_samples) - len(normal) - unlabelled)

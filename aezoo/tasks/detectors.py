@@ -46,6 +46,7 @@ class Detector:
         progress: show bars on a terminal.
 
     Attributes:
+        scorer: computes the score.
         decision_scores_: (N,) scores of the training samples; for mahalanobis and nap as if each had been left out of
             the fit.
         calibration_scores_: (M,) scores of the calibration samples; without them those of the training samples.
@@ -83,7 +84,7 @@ class Detector:
         self.name, self.note, self.fitted_on = score, "", slice(None)
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         tuning = SVDDSettings(svdd_epochs, svdd_lr, svdd_nu)
-        self._scorer = scorer(model, score, n_draws, tuning, self._title("epochs"))
+        self.scorer = scorer(model, score, n_draws, tuning, self._title("epochs"))
 
     def fit(self, X: Any, y: Any = None, calibrate_on: Any = None) -> "Detector":
         """Learn from samples that are mostly normal, and set the threshold.
@@ -99,20 +100,20 @@ class Detector:
         samples = SampleSet.from_data(X, "train", self.model.takes_missing).check(self.model)
         n = len(samples)
         with evaluation_mode(self.model, self.seed) as like:
-            most = self._scorer.max_samples(samples.rows([0]).to(like))
+            most = self.scorer.max_samples(samples.rows([0]).to(like))
             chosen = random_rows(n, most, self.seed)
             part = samples if len(chosen) == n else samples.subset(chosen)
             batches = part.batches(self.batch_size, self._title("fit"))
-            self._scorer.fit((x.to(like) for x in batches), len(part))
+            self.scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
-        self.decision_scores_[chosen.numpy()] = self._scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
+        self.decision_scores_[chosen.numpy()] = self.scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
         if calibrate_on is None:
             self.calibration_scores_ = self.decision_scores_
-            self.threshold_ = float(np.percentile(self.decision_scores_, 100 * (1 - self.contamination)))
+            self.threshold_ = threshold_of(self.decision_scores_, self.contamination, held_out=False)
         else:
             held_out = SampleSet.from_data(calibrate_on, "val", self.model.takes_missing).check(self.model)
             self.calibration_scores_ = self._scores(held_out)
-            self.threshold_ = held_out_threshold(self.calibration_scores_, self.contamination)
+            self.threshold_ = threshold_of(self.calibration_scores_, self.contamination)
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
 
@@ -144,7 +145,7 @@ class Detector:
         start = 0
         with evaluation_mode(self.model, self.seed) as like:
             for x in samples.batches(self.batch_size, self._title("scores")):
-                scores[start : start + len(x)] = self._scorer(x.to(like)).cpu().double().numpy()
+                scores[start : start + len(x)] = self.scorer(x.to(like)).cpu().double().numpy()
                 start += len(x)
         if not np.isfinite(scores).all():
             max_score = int(np.flatnonzero(~np.isfinite(scores))[0])
@@ -153,6 +154,24 @@ class Detector:
 
     def _title(self, what: str) -> str:
         return f"{self.score}: {what}" if self.progress else ""
+
+
+def threshold_of(
+    scores: Scores, contamination: float, quantile: float | None = None, *, held_out: bool = True
+) -> float:
+    """The threshold on normal samples' scores: their quantile, or else by the share of such samples to lie above.
+
+    Args:
+        scores: (M,).
+        contamination: the share.
+        quantile: between 0 and 1.
+        held_out: whether the model was not trained on them, see `held_out_threshold`.
+    """
+    if quantile is not None:
+        return float(np.quantile(scores, quantile))
+    if held_out:
+        return held_out_threshold(scores, contamination)
+    return float(np.percentile(scores, 100 * (1 - contamination)))
 
 
 def held_out_threshold(scores: Scores, contamination: float) -> float:

@@ -2,9 +2,8 @@
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.bases.quantised import DiscreteAutoencoder
+from aezoo.errors import AezooError
+from aezoo.io.exporters import graphs
 from aezoo.testing.ranks import SharedNoise
 from aezoo.testing.subject import (
     BATCH,
@@ -132,31 +133,22 @@ def check_export(subject: Subject) -> None:
 @as_check
 def check_onnx(subject: Subject) -> None:
     """What `check_export` checks, and ONNX files of these exports in onnxruntime, too; needs aezoo[onnx]."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise SkipTest(f"{', '.join(missing)} not installed: pip install 'aezoo[onnx]'")
-    import onnxruntime
-
+    try:
+        graphs.require_onnx()
+    except AezooError as error:
+        raise SkipTest(str(error)) from None
     for part, batches, exported in _exported(subject):
-        with warnings.catch_warnings():
-            # torch's own, of its way to unroll an LSTM
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            warnings.filterwarnings("ignore", "_check_is_size will be removed")
-            program: Any = torch.onnx.export(exported, dynamo=True, verbose=False)
         with tempfile.TemporaryDirectory() as folder:
-            program.save(f"{folder}/model.onnx")
-            session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+            run = graphs.write_onnx(part, batches[0], Path(folder) / "model.onnx", exported=exported)
         for given in batches:
-            found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-            _require_same("ONNX", part, given, map(torch.from_numpy, found))
+            _require_same("ONNX", part, given, run(given))
 
 
 def _exported(subject: Subject) -> Iterator[tuple[torch.nn.Module, list[Tensor], torch.export.ExportedProgram]]:
     """The programs of a model, which give what it gives, with batches of several sizes for each."""
     model, x, other = subject.build().eval(), subject.data(), subject.data(3, seed=1)
-    batch = torch.export.Dim("batch", min=1)
     for part, batches in _parts(model, [x, other, x[:1]]):
-        program = torch.export.export(part, (batches[0],), dynamic_shapes=({0: batch},))
+        program = graphs.program(part, batches[0])
         exported = program.module()
         for given in batches:
             _require_same("exported", part, given, exported(given))

@@ -54,7 +54,7 @@ def test_option_value_is_accepted_or_refused_in_one_line(verb, option, model, x,
     parser = task_commands.parser_of(verb, function)
     accepted = inspect.signature(function).parameters
     # nothing that takes long beside the option in question
-    quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2}
+    quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2, "format": "safetensors"}
     common = {key: value for key, value in quick.items() if key in accepted and key != option}
     if "file" in accepted:
         common["file"] = str(packed)

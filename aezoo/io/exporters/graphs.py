@@ -1,0 +1,303 @@
+"""Functions of a model in files that run without aezoo: ONNX graphs, programs of torch.export, and plain weights.
+
+A graph takes samples in the units of the data that the model was trained on, in batches of any size: their scaling is
+part of it. What else a user needs is in the file's metadata, as strings.
+
+Shapes: B batch.
+"""
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.training.data_units import DataUnits
+
+# what each function takes and gives, by the names in the file
+FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "encode": ("x", ("z",)),
+    "decode": ("z", ("x_hat",)),
+    "reconstruct": ("x", ("x_hat",)),
+    "score": ("x", ("score",)),
+    "indices": ("x", ("indices",)),
+    "decode_indices": ("indices", ("x_hat",)),
+}
+FORMATS = ("onnx", "pt2", "safetensors")
+# a protobuf holds 2 GiB; weights beyond lie in a second file
+_LARGE = 2**30
+_METADATA = "metadata.json"
+# least and largest version of the operators that torch's exporter writes
+OPSETS = (18, 23)
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def functions_of(model: Autoencoder) -> tuple[str, ...]:
+    """The functions that a model has."""
+    return tuple(name for name in FUNCTIONS if "indices" not in name or type(model).discrete_code)
+
+
+def portable_copy(model: Autoencoder) -> Autoencoder:
+    """A copy of a model to export: on the CPU, in float32 and evaluation mode."""
+    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+
+class Function(nn.Module):
+    """One function of a model, from and to the units of the data: what a file contains.
+
+    Args:
+        model: see `portable_copy`.
+        name: one of `FUNCTIONS`, and of those that the model has.
+        units: of the data that the model was trained on; None leaves samples in the scale that the model sees.
+        score: for `score`, in place of `model.anomaly_score`.
+        threshold: for `score`: larger scores are anomalies, which a second output says.
+
+    Attributes:
+        input_name: name of the input.
+        output_names: names of the outputs.
+        input_dtype: bytes (uint8) if the data were, indices int64, else float32, or float64 for data in float64.
+        input_shape: of one sample, code or array of indices.
+        has_bytes: whether the data are bytes.
+        score: the score that is exported.
+    """
+
+    _offset: Tensor
+    _factor: Tensor
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        name: str,
+        units: DataUnits | None = None,
+        score: Callable[[Tensor], Tensor] | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.threshold = model, name, threshold
+        self.input_name, self.output_names = FUNCTIONS[name]
+        if threshold is not None:
+            self.output_names = (*self.output_names, "is_anomaly")
+        self.score = model.anomaly_score if score is None else score
+        units = units or DataUnits()
+        offset, factor = units.offset_and_factor
+        self.has_bytes = units.white == 255 and units.levels == 255 and not units.scaling
+        self._scales = bool(units.scaling)
+        kind = units.scaling["offset"].dtype if units.scaling else torch.float32
+        self.register_buffer("_offset", offset.to(kind), persistent=False)
+        self.register_buffer("_factor", factor.to(kind), persistent=False)
+        shapes = {"x": model.input_shape, "z": model.code_shape, "indices": getattr(model, "index_shape", ())}
+        self.input_shape: tuple[int, ...] = shapes[self.input_name]
+        of_samples = torch.uint8 if self.has_bytes else kind
+        self.input_dtype = {"x": of_samples, "z": torch.float32, "indices": torch.int64}[self.input_name]
+        self.eval()
+
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
+        match self.name:
+            case "encode":
+                return (self.model.encode(self._scaled(given)),)
+            case "decode":
+                return (self._in_units(self.model.decode(given)),)
+            case "reconstruct":
+                return (self._in_units(self.model(self._scaled(given))),)
+            case "indices":
+                return (self.indices_of(self._scaled(given)),)
+            case "decode_indices":
+                return (self._in_units(self.samples_of_indices(given)),)
+        score = self.score(self._scaled(given)).float()
+        return (score,) if self.threshold is None else (score, score > self.threshold)
+
+    def input_of(self, samples: Tensor) -> Tensor:
+        """The input for samples as the model sees them: (B, *model.input_shape) -> (B, *input_shape)."""
+        if self.input_name == "z":
+            return self.model.encode(samples)
+        if self.input_name == "indices":
+            return self.indices_of(samples)
+        if self.has_bytes:
+            return (samples * 255).round().to(torch.uint8)
+        return (samples.double() * self._factor + self._offset).to(self.input_dtype) if self._scales else samples
+
+    def indices_of(self, samples: Tensor) -> Tensor:
+        """See `DiscreteAutoencoder.encode_indices`."""
+        model: Any = self.model
+        indices: Tensor = model.encode_indices(samples)
+        return indices
+
+    def samples_of_indices(self, indices: Tensor) -> Tensor:
+        """See `DiscreteAutoencoder.decode_indices`."""
+        model: Any = self.model
+        samples: Tensor = model.decode_indices(indices)
+        return samples
+
+    def _scaled(self, given: Tensor) -> Tensor:
+        if self.has_bytes:
+            return given.float() / 255
+        return ((given - self._offset) / self._factor).float() if self._scales else given
+
+    def _in_units(self, x_hat: Tensor) -> Tensor:
+        if self.has_bytes:
+            return x_hat * 255
+        return x_hat.to(self._factor.dtype) * self._factor + self._offset if self._scales else x_hat
+
+
+# ---- writing and running ---------------------------------------------------------------------------------------------
+
+
+def require_onnx() -> None:
+    """Check that the packages for ONNX are installed.
+
+    Raises:
+        AezooError: they are not.
+    """
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise AezooError(f"ONNX needs {', '.join(missing)}: pip install 'aezoo[onnx]'")
+
+
+def program(function: nn.Module, example: Tensor) -> Any:
+    """The graph of a module by torch.export, for batches of any size."""
+    batch = torch.export.Dim("batch", min=1)
+    with _quiet():
+        return torch.export.export(function, (example,), dynamic_shapes=({0: batch},))
+
+
+def is_exportable(function: nn.Module, example: Tensor) -> bool:
+    """Whether `program` works."""
+    try:
+        return program(function, example) is not None
+    except Exception:  # torch.export raises anything
+        return False
+
+
+def write_onnx(
+    function: nn.Module,
+    example: Tensor,
+    path: Path,
+    names: tuple[str, Sequence[str]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    opset: int | None = None,
+) -> Run:
+    """Write a module as an ONNX file and return how onnxruntime runs that.
+
+    Args:
+        function: takes a batch and gives a tuple of tensors.
+        example: a batch of at least 2.
+        path: the file; above 1 GiB the weights are in a second one, `path` with .data appended.
+        names: of input and outputs.
+        metadata: for the file's metadata_props.
+        opset: version of the operators; None is the newest that torch's exporter writes by default.
+    """
+    import onnxruntime
+
+    given, outputs = names or (None, None)
+    with _quiet():
+        found: Any = torch.onnx.export(
+            function,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=None if given is None else [given],
+            output_names=None if outputs is None else list(outputs),
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    found.model.metadata_props.update(metadata or {})
+    size = sum(value.nbytes for value in (*function.parameters(), *function.buffers()))
+    found.save(str(path), external_data=size > _LARGE)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Operators whose translation by torch is not exact enough: its log(sigmoid(x)) is -inf below -88."""
+    from onnxscript import opset18 as op
+
+    def log_sigmoid(x: Any) -> Any:
+        return op.Neg(op.Softplus(op.Neg(x)))
+
+    return {torch.ops.aten.log_sigmoid.default: log_sigmoid}
+
+
+def write_pt2(function: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> Run:
+    """Write a module as a program of torch.export, and return how the file runs; metadata are in `metadata.json`."""
+    extra = {_METADATA: json.dumps(dict(metadata or {}), indent=1)}
+    with _quiet():
+        torch.export.save(program(function, example), path, extra_files=extra)
+        run: Run = torch.export.load(path).module()
+    return run
+
+
+def write_weights(function: Function, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> Run:
+    """Write those of the model's weights that a function reads, and return how it runs with the file's weights.
+
+    The names are those of `model.state_dict()`. All other weights of this model become NaN, so that none that the
+    function needs can be missing.
+    """
+    state, read = function.model.state_dict(), _storages_read(function, example)
+    used = {key: value for key, value in state.items() if value.untyped_storage().data_ptr() in read}
+    save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in used.items()}, path,
+              metadata=dict(metadata or {}))  # fmt: skip
+    for value in state.values():
+        if value.is_floating_point():
+            value.fill_(torch.nan)
+    for key, value in load_file(path).items():
+        state[key].copy_(value)
+    run: Run = function
+    return run
+
+
+class _Recorder(TorchFunctionMode):
+    """Which memory functions of torch read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # an attribute, such as the dtype, is no value; a view of it, such as .T, has the same memory
+        if getattr(func, "__name__", "") != "__get__":
+            self._record([args, kwargs])
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.read.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, list | tuple | dict):
+            for part in value.values() if isinstance(value, dict) else value:
+                self._record(part)
+
+
+def _storages_read(function: nn.Module, example: Tensor) -> set[int]:
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        function(example)
+    return recorder.read
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of its own ways to export."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), torch.no_grad():
+        # of its way to unroll an LSTM
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", "_check_is_size will be removed")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

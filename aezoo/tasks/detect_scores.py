@@ -259,7 +259,7 @@ def hidden_activations(model: Autoencoder, x: Tensor) -> list[Tensor]:
     layers: list[Tensor] = []
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
-        if len(output) != len(x):
+        if not isinstance(output, Tensor) or output.shape[0] != x.shape[0]:  # len would fix the batch size of a graph
             return  # a model that infers the label of a sample first encodes the sample with every label
         if next(module.parameters(), None) is not None:
             layers.append(output)

@@ -151,7 +151,7 @@ def test_score_of_a_table_takes_its_own_units(tmp_path):
 @pytest.mark.parametrize("format", [pytest.param("onnx", marks=slow), "pt2"])
 def test_functions_of_a_discrete_model_fit_together(tmp_path, format):
     torch.manual_seed(0)
-    model = aezoo.create_model("vq_vae", (1, 8, 8), latent_dim=4, codebook_size=16, hidden_dims=(8, 8)).eval()
+    model = aezoo.create_model("vq_vae", (1, 8, 8), latent_dim=4, codebook_size=16, net="mlp", hidden_dims=(8,)).eval()
     model.data_units = DataUnits(white=255)
     x = torch.from_numpy((drawn(5, 1, 8, 8) * 255).astype(np.uint8))
     run = {}

@@ -188,6 +188,7 @@ def write_onnx(
     names: tuple[str, Sequence[str]] | None = None,
     metadata: Mapping[str, str] | None = None,
     opset: int | None = None,
+    exported: Any = None,
 ) -> Run:
     """Write a module as an ONNX file and return how onnxruntime runs that.
 
@@ -198,16 +199,17 @@ def write_onnx(
         names: of input and outputs.
         metadata: for the file's metadata_props.
         opset: version of the operators; None is the newest that torch's exporter writes by default.
+        exported: what `program` gave, to save its time; the axis of the batch then has a name of torch's.
     """
     import onnxruntime
 
     given, outputs = names or (None, None)
     with _quiet():
         found: Any = torch.onnx.export(
-            function,
-            (example,),
+            exported or function,
+            () if exported else (example,),
             dynamo=True,
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=None if exported else ({0: "batch"},),
             input_names=None if given is None else [given],
             output_names=None if outputs is None else list(outputs),
             opset_version=opset,

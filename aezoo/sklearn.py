@@ -42,13 +42,18 @@ from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
+from aezoo.tasks.detect_combined import CombinedScore
 from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
+from aezoo.tasks.samples import random_rows
 from aezoo.training import arguments, budgets
 from aezoo.training.seeding import forked_rng, seed_all
 
 Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")
+_ANOMALY_SCORES = ("auto", "combined", "deviance")
+# numbers in the code of a detector of vectors; the ten tuning sets of `aezoo benchmark adbench` chose it
+_DETECTOR_CODE = 2
 _DTYPES = (np.float64, np.float32)
 # attributes that scikit-learn sets before fitting
 _FEATURE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
@@ -133,7 +138,7 @@ class _Estimator(base.BaseEstimator):
             classes, labels = _labels(y, None if from_scratch else getattr(self, "classes_", None))
             if counts_classes:
                 settings["model_params"] = {"num_classes": len(classes), **settings["model_params"]}
-        chosen = _choose(settings, X)
+        chosen = self._choose(settings, X)
         if not from_scratch:
             chosen |= {name: value for name, value in self.chosen_.items() if name in chosen}
         settings |= chosen
@@ -196,6 +201,10 @@ class _Estimator(base.BaseEstimator):
         if "input_shape" in params:
             raise AezooError(f"model_params must be a dict, without input_shape (give sample_shape), got {params!r}")
         return settings
+
+    def _choose(self, settings: dict[str, Any], X: Array) -> dict[str, Any]:
+        """Values for the arguments that are None, by the rules of `aezoo.training.budgets`."""
+        return _choose(settings, X)
 
     # ---- samples in and out -----------------------------------------------------------------------------------------
 
@@ -333,16 +342,24 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
 
 class AutoencoderDetector(base.OutlierMixin, _Estimator):
-    """Outliers are samples that a model reconstructs badly: `predict` gives 1 for normal samples and -1 for outliers.
-
-    `score_samples` is minus the model's `anomaly_score`: for most models the log-likelihood less that of a perfect
-    reconstruction, so that it compares samples, and not how likely their values are by themselves.
+    """Outliers are samples that a model finds strange: `predict` gives 1 for normal samples and -1 for outliers.
 
     The threshold comes from samples that training leaves out, some of those of the last `fit` or `partial_fit`, since a
     model scores those that it was trained on as more normal than new ones. Other arguments and attributes are those of
     `AutoencoderTransformer`.
 
     Args:
+        anomaly_score: what makes a sample strange. combined: its distance from the mean sample, the tail probabilities
+            of its values, the error of its reconstruction and the distance of its code from the mean code, as one by
+            Fisher's method, see `aezoo.tasks.detect_combined`. deviance: the model's `anomaly_score`; for most models
+            the log-likelihood less that of a perfect reconstruction, so that it compares samples, and not how likely
+            their values are by themselves; for detectors such as deep_svdd and dagmm their own criterion. auto:
+            combined for vectors and models with a narrow code that judge a sample by its reconstruction alone, such as
+            dense_ae and denoising_ae, else deviance.
+        latent_dim: size of the code; None takes 2 where auto takes combined, else the choice of
+            `AutoencoderTransformer`. A wide code reconstructs outliers, too.
+        max_epochs: passes over the training data; None takes the choice of `AutoencoderTransformer`; where auto
+            takes combined, about 1,000 steps in 10 to 40 passes, since the network learns outliers later.
         contamination: share of normal samples that are treated as outliers, which sets the threshold.
         calibration_fraction: share of the samples that is left out for the threshold, at least 1 / contamination - 1 of
             them, at most half of all. With 0 training uses all, and contamination is the share of the training samples
@@ -353,30 +370,51 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         n_calibration_: samples that were left out for it; 0 if it comes from the training samples.
     """
 
+    _combined: CombinedScore | None
+
     def __init__(
-        self, model: str = "dense_ae", latent_dim: int | None = None, *, contamination: float = 0.1,
-        calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None, likelihood: str | None = None,
-        scale: str | None = None, sample_shape: tuple[int, ...] | None = None, max_epochs: int | None = None,
-        batch_size: int | None = None, lr: float = 1e-3, device: str = "auto", random_state: Any = None,
-        verbose: bool | int = False,
+        self, model: str = "dense_ae", latent_dim: int | None = None, *, anomaly_score: str = "auto",
+        contamination: float = 0.1, calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None,
+        likelihood: str | None = None, scale: str | None = None, sample_shape: tuple[int, ...] | None = None,
+        max_epochs: int | None = None, batch_size: int | None = None, lr: float = 1e-3, device: str = "auto",
+        random_state: Any = None, verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
             model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
             max_epochs=max_epochs, batch_size=batch_size, lr=lr, device=device, random_state=random_state,
             verbose=verbose,
         )  # fmt: skip
-        self.contamination, self.calibration_fraction = contamination, calibration_fraction
+        self.anomaly_score, self.contamination = anomaly_score, contamination
+        self.calibration_fraction = calibration_fraction
 
     def _settings(self) -> dict[str, Any]:
         if isinstance(self.contamination, str):
             raise AezooError(f"contamination must be a number in (0, 0.5], the share of outliers, got "
                              f"{self.contamination!r}: no rule sets it from the data")  # fmt: skip
         settings = super()._settings()
+        if settings["anomaly_score"] not in _ANOMALY_SCORES:
+            raise AezooError(
+                f"anomaly_score is {settings['anomaly_score']!r}: take one of {', '.join(_ANOMALY_SCORES)}"
+            )
         if not 0 < settings["contamination"] <= 0.5:
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
         if not 0 <= settings["calibration_fraction"] <= 0.5:
             raise AezooError(f"calibration_fraction must be in [0, 0.5], got {settings['calibration_fraction']}")
         return settings
+
+    def _choose(self, settings: dict[str, Any], X: Array) -> dict[str, Any]:
+        chosen = super()._choose(settings, X)
+        if settings["anomaly_score"] == "auto":
+            cls = model_class(settings["model"])
+            by_reconstruction = cls.score is Autoencoder.score and budgets.has_narrow_code(cls)
+            combined = by_reconstruction and len(settings["sample_shape"] or (1,)) == 1
+            chosen["anomaly_score"] = "combined" if combined else "deviance"
+            if combined and "latent_dim" in chosen:
+                chosen["latent_dim"] = min(_DETECTOR_CODE, chosen["latent_dim"])
+            if combined and "max_epochs" in chosen:
+                batch_size = {**settings, **chosen}["batch_size"]
+                chosen["max_epochs"] = budgets.choose_detector_epochs(len(X), batch_size)
+        return chosen
 
     def _train(self, X: Array, y: Any, from_scratch: bool, epochs: int | None = None) -> None:
         contamination, fraction = (self._settings()[name] for name in ("contamination", "calibration_fraction"))
@@ -387,23 +425,52 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         left_out, trained = np.split(np.random.default_rng(0).permutation(len(X)), [n])
         trained.sort()
         super()._train(X[trained], None if y is None else np.asarray(y)[trained], from_scratch, epochs)
+        self._combined = None
+        if {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"] == "combined":
+            self._combined = self._fit_combined(X[trained])
         if n:
             self.offset_ = -held_out_threshold(-self._score_samples(X[left_out]), contamination)
         else:
             self.offset_ = float(np.percentile(self._score_samples(X), 100 * contamination))
         self.n_calibration_ = n
 
-    def score_samples(self, X: Any) -> Array:
-        """Minus the model's `anomaly_score`, (n_samples,); larger is more normal.
+    def _fit_combined(self, X: Array) -> CombinedScore:
+        found = CombinedScore(self.autoencoder_)
+        x = self._samples(X)
+        chosen = random_rows(len(x), found.max_samples(x[:1]), 0)
+        with _ONE_AT_A_TIME, torch.no_grad(), forked_rng(self.autoencoder_.device):
+            seed_all(0, self.autoencoder_.device, others=False)
+            found.fit([x[chosen]], len(chosen))
+        return found
 
-        It is log p(x | code) less its value for a perfect reconstruction, at most 0, minus the KL for a variational
-        model; units of X do not change it. For a model with a criterion of its own, such as deep_svdd with a distance
-        and dagmm with an energy, it is minus that. `AutoencoderTransformer` gives log-likelihoods.
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        combined = state.pop("_combined", None)
+        if combined is not None:
+            state["_saved_score"] = safetensors.torch.save(combined.state)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("_saved_score", None)
+        super().__setstate__(state)
+        if hasattr(self, "autoencoder_"):
+            self._combined = None if saved is None else CombinedScore(self.autoencoder_)
+        if saved is not None and self._combined is not None:
+            self._combined.state = safetensors.torch.load(saved)
+
+    def score_samples(self, X: Any) -> Array:
+        """Minus the score of each sample, (n_samples,); larger is more normal.
+
+        Of combined it is the sum of the logarithms of four p-values. Of deviance it is log p(x | code) less its value
+        for a perfect reconstruction, at most 0, minus the KL for a variational model; units of X do not change it; for
+        a model with a criterion of its own, such as deep_svdd with a distance and dagmm with an energy, it is minus
+        that. `AutoencoderTransformer` gives log-likelihoods.
         """
         return super().score_samples(X)
 
     def _score_samples(self, X: Array) -> Array:
-        return -self._apply(lambda block: self.autoencoder_.anomaly_score(block)[:, None], self._samples(X))[:, 0]
+        score = self._combined or self.autoencoder_.anomaly_score
+        return -self._apply(lambda block: score(block)[:, None], self._samples(X))[:, 0]
 
     def decision_function(self, X: Any) -> Array:
         """`score_samples` minus the threshold, (n_samples,); negative for outliers."""
@@ -464,7 +531,6 @@ def _plain(value: Any) -> Any:
 
 
 def _choose(settings: dict[str, Any], X: Array) -> dict[str, Any]:
-    """Values for the arguments that are None, by the rules of `aezoo.training.budgets`."""
     cls, shape = model_class(settings["model"]), settings["sample_shape"] or (X.shape[1],)
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     # scaling to 1 gives 1 + 2^-52, too

@@ -181,7 +181,8 @@ def test_score_samples_is_in_data_units(scale):
 def test_bernoulli_score_samples_is_unscaled():
     X = gaussian(80)
     settings = {"scale": "unit", "likelihood": "bernoulli", **FEW}
-    model, detector = (cls("dense_ae", **settings).fit(X) for cls in (AutoencoderTransformer, AutoencoderDetector))
+    model = AutoencoderTransformer("dense_ae", **settings).fit(X)
+    detector = AutoencoderDetector("dense_ae", anomaly_score="deviance", **settings).fit(X)
     offset, scale = detector.offset_of_scale_, detector.scale_
     x, p = ((rows - X.min(0)) / np.ptp(X, 0) for rows in (X, model.reconstruct(X)))
     assert np.allclose(model.score_samples(X), (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(1), atol=1e-4)
@@ -274,7 +275,46 @@ def test_share_of_new_samples_flagged_is_contamination(name, epochs):
     assert low <= (again.predict(X[400:]) == -1).sum() <= high
     if epochs == 80:  # the training samples would give another threshold
         trained = model.set_params(calibration_fraction=0.0).fit(X[:400])
-        assert (trained.predict(X[:400]) == -1).sum() == 40 and (trained.predict(X[400:]) == -1).mean() > 0.5
+        assert (trained.predict(X[:400]) == -1).sum() == 40 and (trained.predict(X[400:]) == -1).sum() > high
+
+
+def test_auto_score_depends_on_model_and_shape():
+    X = gaussian(40)
+    chosen = {name: AutoencoderDetector(name, max_epochs=1).fit(X).chosen_ for name in ("dense_ae", "deep_svdd")}
+    assert chosen["dense_ae"]["anomaly_score"] == "combined" and chosen["dense_ae"]["latent_dim"] == 2
+    assert chosen["deep_svdd"]["anomaly_score"] == "deviance"
+    pictures = np.random.default_rng(0).random((40, 64))
+    found = AutoencoderDetector("conv_ae", sample_shape=(1, 8, 8), max_epochs=1).fit(pictures)
+    assert found.chosen_["anomaly_score"] == "deviance" and found.chosen_["latent_dim"] > 2
+    given = AutoencoderDetector(anomaly_score="deviance", max_epochs=1, random_state=0).fit(X)
+    assert "anomaly_score" not in given.chosen_
+    nll = aezoo.detect(given.autoencoder_, np.float32((X - given.offset_of_scale_) / given.scale_)).scores
+    assert np.allclose(-given.score_samples(X), nll, rtol=1e-4)
+    with pytest.raises(AezooError, match="anomaly_score is 'best': take one of auto, combined, deviance"):
+        AutoencoderDetector(anomaly_score="best", **FEW).fit(X)
+
+
+def test_default_detector_finds_anomalies_without_error():
+    # along the axis of the largest variance, a code of one number describes outliers exactly
+    random = np.random.default_rng(0)
+    X, new = (np.outer(random.normal(size=n), np.ones(5)) + 0.1 * random.normal(size=(n, 5)) for n in (400, 200))
+    y, new = np.repeat([0, 1], 100), new + np.repeat([0, 6], 100)[:, None]
+    aurocs = {
+        score: roc_auc_score(y, -AutoencoderDetector("linear_ae", 1, anomaly_score=score, lr=1e-2, random_state=0)
+                             .fit(X).score_samples(new))
+        for score in ("auto", "deviance")
+    }  # fmt: skip
+    assert aurocs["auto"] > 0.99 > aurocs["deviance"]
+
+
+def test_combined_score_is_pickled_with_its_model():
+    X = gaussian(60)
+    found = AutoencoderDetector(**FEW).fit(X)
+    again = pickle.loads(pickle.dumps(found))
+    assert np.array_equal(again.score_samples(X), found.score_samples(X)) and again.offset_ == found.offset_
+    # a later fit without it leaves nothing of it
+    found.set_params(anomaly_score="deviance").fit(X)
+    assert np.allclose(pickle.loads(pickle.dumps(found)).score_samples(X), found.score_samples(X), rtol=1e-6)
 
 
 def test_few_samples_set_aside_as_many_as_threshold_needs():

@@ -102,11 +102,12 @@ def detect(
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
-        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd; several, as in deviance,nap, are
-            compared in the table, and the first one decides. deviance is -log p(x | z) less that of a perfect
-            reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as the
-            distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a Bernoulli
-            likelihood it takes grey samples for strange.
+        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap, combined or deep_svdd; several, as in
+            deviance,nap, are compared in the table, and the first one decides. deviance is -log p(x | z) less that of a
+            perfect reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as
+            the distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a
+            Bernoulli likelihood it takes grey samples for strange. combined suits tables: the distance from the mean
+            sample, the error and the distance of the code as one.
         contamination: share of normal samples that lies above the threshold, at most 0.5: of held-out samples, those of
             the validation split or, in Python, of calibrate_on; without any, of the samples of fit_on.
         quantile: put the threshold at this quantile of the scores of held-out samples instead.

@@ -15,6 +15,7 @@ x_hat is the reconstruction of x, z its code:
                      d(x) = [h_0(x) - h_0(x_hat), ..., h_l(x) - h_l(x_hat)]     h_0(x) = x
                      SAP(x) = ||d(x)||^2
                      NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
+    combined     distance from the mean sample, error and distance of the code as one, see `aezoo.tasks.detect_combined`
     deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
 
 NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, computes both. The paper has more
@@ -35,12 +36,13 @@ from torch import Tensor, nn
 
 from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_combined import CombinedScore
 from aezoo.tasks.detect_deep_svdd import DeepSVDDScorer, SVDDSettings
 from aezoo.training.model_names import display_name
 
 Scores = npt.NDArray[np.float64]
 
-SCORES = ("deviance", "nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "deep_svdd")
+SCORES = ("deviance", "nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "combined", "deep_svdd")
 # a matrix of so many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
 _MAX_FEATURES = 2**12
 # features of training samples, and values of copies of a sample, that are held at a time: at most 512 MiB
@@ -104,6 +106,8 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
             return FunctionScorer(lambda x: pathway(model, x).square().sum(1))
         case "nap":
             return Mahalanobis(partial(pathway, model), "nap")
+        case "combined":
+            return CombinedScore(model)
         case "deep_svdd":
             return DeepSVDDScorer(model, tuning or SVDDSettings(), title)
     raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")

@@ -29,13 +29,14 @@ _FRE_COMPONENTS = 220
 class Detector:
     """Anomaly detection by a trained model, with the conventions of PyOD.
 
-    `fit` sets the threshold, and fits mahalanobis, nap and deep_svdd; the model stays unchanged. Scores of samples that
-    the model was trained on are lower than those of new samples: give others to calibrate on.
+    `fit` sets the threshold, and fits mahalanobis, nap, combined and deep_svdd; the model stays unchanged. Scores of
+    samples that the model was trained on are lower than those of new samples: give others to calibrate on.
     PyOD: Zhao et al. 2019, https://jmlr.org/papers/v20/19-011.html
 
     Args:
         model: a trained model.
-        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap or deep_svdd, see `aezoo.tasks.detect_scores`.
+        score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap, combined or deep_svdd, see
+            `aezoo.tasks.detect_scores`.
         contamination: share of the calibration samples above the threshold, at most one half.
         n_draws: draws of the code per sample, for elbo and iwae.
         svdd_epochs: epochs of deep_svdd.

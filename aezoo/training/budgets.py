@@ -18,6 +18,12 @@ _LEAST_BATCH, _LARGEST_BATCH = 16, 128
 # whichever a run of few samples reaches first
 _STEPS, _SEEN = 2_000, 80_000
 _LEAST_EPOCHS = 20
+_DETECTOR_STEPS, _DETECTOR_EPOCHS = 1_000, (10, 40)
+
+
+def has_narrow_code(model: type) -> bool:
+    """Whether a model's `latent_dim` is the number of values in a code, fewer than those of a sample."""
+    return model.__module__.startswith(tuple(f"aezoo.models.{family}." for family in _FAMILIES))
 
 
 def choose_latent_dim(model: type, default: int, input_shape: Sequence[int]) -> int:
@@ -31,7 +37,7 @@ def choose_latent_dim(model: type, default: int, input_shape: Sequence[int]) -> 
         default: the default of its argument, which suits 28x28 values.
         input_shape: shape of a sample.
     """
-    if not model.__module__.startswith(tuple(f"aezoo.models.{family}." for family in _FAMILIES)):
+    if not has_narrow_code(model):
         return default
     n_values = math.prod(input_shape)
     if n_values < _USUAL_VALUES:
@@ -83,6 +89,19 @@ def choose_max_epochs(n_samples: int, batch_size: int) -> int:
         batch_size: samples in a batch.
     """
     return max(_LEAST_EPOCHS, math.ceil(min(_STEPS, _SEEN / batch_size) / steps_per_epoch(n_samples, batch_size)))
+
+
+def choose_detector_epochs(n_samples: int, batch_size: int) -> int:
+    """Epochs of a detector of anomalies in tables: 1,000 steps, at least 10 and at most 40 epochs.
+
+    Anomalies are among the samples, and a network that sees few samples for long learns them by heart.
+
+    Args:
+        n_samples: training samples.
+        batch_size: samples in a batch.
+    """
+    fewest, most = _DETECTOR_EPOCHS
+    return min(most, max(fewest, math.ceil(_DETECTOR_STEPS / steps_per_epoch(n_samples, batch_size))))
 
 
 def steps_per_epoch(n_samples: int, batch_size: int) -> int:

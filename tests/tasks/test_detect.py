@@ -339,7 +339,7 @@ def test_default_score_finds_bursts_in_a_series():
     assert np.array_equal(found["deviance"], detect(model, x[400:], baselines=False).scores)
 
 
-@pytest.mark.parametrize("score", ["nll", "mahalanobis", "sap", "nap"])
+@pytest.mark.parametrize("score", ["nll", "mahalanobis", "sap", "nap", "combined"])
 def test_held_out_p_values_are_uniform(score):
     # 40 features, 120 samples: training scores of a model that knows them would be far too small
     train, held_out, x = gaussian(120, d=40), gaussian(1500, d=40, seed=1), gaussian(800, d=40, seed=2)
@@ -350,7 +350,7 @@ def test_held_out_p_values_are_uniform(score):
             p.copy_(value)
     found = detect(model, x, score=score, fit_on=train, calibrate_on=held_out, baselines=False)
     assert stats.kstest(found.p_values, "uniform").pvalue > 0.01
-    if score in ("nll", "sap"):
+    if score in ("nll", "sap", "combined"):
         fitted = detect(model, x, score=score, fit_on=train, baselines=False)
         assert stats.kstest(fitted.p_values, "uniform").pvalue < 1e-6 and "calibrate_on" in fitted.summary()
 
@@ -608,12 +608,12 @@ def test_every_kind_of_sample_is_judged_and_written(tmp_path, shape):
 
 
 @pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
-def test_every_model_has_sap_and_nap(name):
+def test_every_model_has_scores_of_code_and_layers(name):
     torch.manual_seed(0)
     model = aezoo.create_model(name, (1, 8, 8))
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = detect(model, x[:4], score="nll,mahalanobis,sap,nap", fit_on=x, baselines=False)
-    assert len(found.rows) == 4
+    found = detect(model, x[:4], score="nll,mahalanobis,sap,nap,combined", fit_on=x, baselines=False)
+    assert len(found.rows) == 5
     if getattr(model, "log_likelihood", None) is not None:
         assert len(detect(model, x, score="elbo,iwae", n_draws=2, baselines=False).rows) == 2
         return
@@ -636,7 +636,7 @@ def test_parquet_table_contains_labels(tmp_path):
     assert list(frame) == ["index", "score", "p_value", "is_anomaly", "label"]
 
 
-@pytest.mark.parametrize("score", ["nll", "mahalanobis", "nap"])
+@pytest.mark.parametrize("score", ["nll", "mahalanobis", "nap", "combined"])
 @pytest.mark.parametrize("x", [np.full((1, 6), 0.5), np.full((7, 6), 0.5)], ids=["one sample", "constant samples"])
 def test_degenerate_samples_give_finite_scores(score, x):
     found = detect(linear(latent_dim=2), x, score=score)

@@ -119,3 +119,9 @@ def test_data_module_keeps_its_default_batch_size():
     assert not DataModule.from_arrays(
         np.zeros((9, 4, 4), np.uint8) + np.arange(4, dtype=np.uint8)
     ).source.is_unbounded()
+
+
+def test_detectors_train_1000_steps_in_10_to_40_epochs():
+    chosen = {n: budgets.choose_detector_epochs(n, budgets.choose_batch_size(n)) for n in (5, 100, 3_360, 100_000)}
+    assert chosen == {5: 40, 100: 40, 3_360: 38, 100_000: 10}
+    assert 38 * budgets.steps_per_epoch(3_360, 128) >= 1_000 > 37 * budgets.steps_per_epoch(3_360, 128)

@@ -148,6 +148,8 @@ def export(
         raise AezooError(f"{path} exists: choose another folder with --out DIR, or replace it with --force true")
     readme = Readme(path.parent, force)
 
+    if what == "score" and score == "combined":
+        raise AezooError("combined compares with training samples, which no file holds: take score deviance or nap")
     portable = graphs.portable_copy(model)
     detector = Detector(portable, score, contamination, batch_size=batch_size, seed=seed, progress=progress)
     calibration = _calibrated(detector, what, fit_on, calibrate_on, Protocol(normal, anomaly), quantile)

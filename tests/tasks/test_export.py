@@ -302,6 +302,7 @@ class Draws(broken_models.CorrectModel):
         ({"opset": 18, "format": "pt2"}, "opset is 18: for format onnx"),
         ({"quantile": 2.0}, "quantile is 2.0"),
         ({"what": "score", "score": "elbo"}, "vae draws random numbers in elbo.*take score deviance"),
+        ({"what": "score", "score": "combined"}, "combined compares with training samples.*take score deviance"),
         ({"what": "score", "score": "typical"}, "unknown score 'typical'"),
         ({"what": "score", "score": "nap"}, "nap must learn from samples"),
         ({"what": "score", "contamination": 0.9}, "contamination is 0.9"),

@@ -12,13 +12,12 @@ square and put together again, so that seams between squares count.
     psnr_pca       the same for PCA with a code of that size, fitted on the squares that the models are trained on
     seconds        of the training, from start to end
 
-DIR is the folder of the 24 files kodim01.png to kodim24.png. The table in the README is made from the CSV; the
+DIR is the folder of the 24 files kodim01.png to kodim24.png. The table in `docs/recipes.md` is made from the CSV; the
 figures of the recipe's own test split go to the CSV of `benchmarks.recipes`.
 """
 
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from aezoo.errors import AezooError
 
 from .common import ROOT, ResultsCSV, build_parser, command_line, environment, results_folder, run_script
-from .recipes import read_run, scalars
+from .recipes import read_run, replace_table, scalars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,11 +72,10 @@ def main() -> None:
     path = arguments.results / f"quality-recipes-{environment()}.csv"
     ResultsCSV(path, ("recipe",), command_line("photos", sys.argv[1:])).put(read_run("photos", run, seconds))
     _picture(arguments.runs, arguments.kodak.expanduser(), arguments.results / "pictures" / "photos.png")
-    readme = ROOT / "README.md"
-    if arguments.results == results_folder() and readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-        marks = r"(<!-- photos -->\n).*?(<!-- /photos -->)"
-        readme.write_text(re.sub(marks, rf"\1{as_markdown(table.rows)}\n\2", text, flags=re.DOTALL), encoding="utf-8")
+    page = ROOT / "docs" / "recipes.md"
+    if arguments.results == results_folder() and page.is_file():
+        text = replace_table(page.read_text(encoding="utf-8"), "photos", as_markdown(table.rows))
+        page.write_text(text, encoding="utf-8")
     print(table.path)
 
 

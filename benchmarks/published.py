@@ -5,7 +5,7 @@
     python -m benchmarks.published --root FOLDER --seconds 600          at most so long each; the same command goes on
     python -m benchmarks.published --heads                              only rewrite the recipes' heads from the CSV
 
-`python -m benchmarks.recipes --tables` writes the README's table of these recipes.
+`python -m benchmarks.recipes --tables` writes the table of these recipes in `docs/recipes.md`.
 
 A recipe whose head has a line `# target:` holds the setting of a published figure. FOLDER holds MNIST, and Larochelle's
 binary digits if they are at hand; recipes that need them take digits drawn once from the grey values elsewhere, with

@@ -1,4 +1,6 @@
-"""Train recipes and write their results to a CSV, into the recipes' heads, and into the README's tables.
+"""Train recipes and write their results to a CSV, into the recipes' heads, and into generated tables.
+
+The tables are those of `docs/models.md` and `docs/recipes.md`, and the families of `README.md`.
 
     python -m benchmarks.recipes                      all recipes that are not in the CSV yet
     python -m benchmarks.recipes vae dense_article --again
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -113,22 +116,56 @@ def result_line(row: dict[str, str], path: Path) -> str:
     return f"# reached: {figures} ({row['epochs']} epochs, {seconds}, {where}, seed 0)"
 
 
-def models_table() -> str:
-    """The zoo as a Markdown table, from the models' files, their files of laws and the rows of `tests/parity`."""
-    references = compared_with()
-    lines = ["| model | family | paper | objective | laws | compared with |", "|---" * 6 + "|"]
+def families() -> dict[str, list[str]]:
+    """Names of the built-in models by family."""
+    found: dict[str, list[str]] = defaultdict(list)
     for name in registry.list_models():
         entry = registry.find(name)
         if entry.owner == "aezoo":
-            text, _, address = registry.summary(name).partition(", http")
-            address, _, rest = address.partition(",")
+            found[entry.family].append(name)
+    return dict(sorted(found.items()))
+
+
+def family_summary(family: str) -> str:
+    """The docstring of a family's package."""
+    return (import_module(f"aezoo.models.{family}").__doc__ or "").strip()
+
+
+def families_table() -> str:
+    """The families as a Markdown table, with the weights that the package contains."""
+    lines = ["| family | what it holds | models | with weights |", "|---" * 4 + "|"]
+    for family, names in families().items():
+        tags = [tag for name in names for tag in registry.list_models(name, pretrained=True)]
+        pages = [
+            f"[`{tag}`](docs/weights/{tag}.md)" for tag in tags if (ROOT / "docs" / "weights" / f"{tag}.md").is_file()
+        ]
+        link = f"[{family}](docs/models.md#{family})"
+        lines.append(f"| {link} | {family_summary(family)} | {len(names)} | {', '.join(pages)} |")
+    return "\n".join(lines)
+
+
+def paper(name: str) -> str:
+    """A model's name and paper as a Markdown link, from the first line of its docstring."""
+    text, _, address = registry.summary(name).partition(", http")
+    address, _, rest = address.partition(",")
+    return f"[{text}](http{address}){rest and ',' + rest}"
+
+
+def models_tables() -> str:
+    """The zoo as Markdown tables, from the models' files, their files of laws and the rows of `tests/parity`."""
+    references = compared_with()
+    sections = []
+    for family, names in families().items():
+        lines = [f"## {family}\n\n{family_summary(family)}\n"]
+        lines += ["| model | paper | objective | laws | compared with |", "|---" * 5 + "|"]
+        for name in names:
             formula = objective(name).replace("|", "\\|")
-            paper = f"[{text}](http{address}){rest and ',' + rest}"
             own, shared = laws(name)
             others = [*references.get(name, ()), *(repository for repository, _ in repositories(name))]
             proved = f"{own} + {shared} | {', '.join(others)}"
-            lines.append(f"| `{name}` | {entry.family} | {paper} | {formula} | {proved} |")
-    return "\n".join(lines)
+            lines.append(f"| `{name}` | {paper(name)} | {formula} | {proved} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
 
 
 def file_of_laws(name: str) -> Path:
@@ -207,13 +244,33 @@ def published_table() -> str:
     return "\n".join(lines).replace("test/log_likelihood", "log p(x)")
 
 
-def updated_readme(rows: dict[str, dict[str, str]]) -> str:
-    """The README with its generated tables renewed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables = (("models", models_table()), ("recipes", recipes_table(rows)), ("published", published_table()))
-    for mark, table in tables:
-        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", rf"\1{table}\n\2", text, flags=re.DOTALL)
-    return text
+def updated_pages(rows: dict[str, dict[str, str]]) -> dict[Path, str]:
+    """The pages with generated tables, with these renewed."""
+    tables = {
+        ROOT / "README.md": {"families": families_table},
+        ROOT / "docs" / "models.md": {"models": models_tables},
+        ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table(rows), "published": published_table},
+    }
+    pages = {}
+    for page, marks in tables.items():
+        text = page.read_text(encoding="utf-8")
+        for mark, table in marks.items():
+            text = replace_table(text, mark, table())
+        pages[page] = text
+    return pages
+
+
+def replace_table(text: str, mark: str, table: str) -> str:
+    """The text of a page with another table between `<!-- mark -->` and `<!-- /mark -->`.
+
+    Raises:
+        AezooError: the page has no such pair of marks.
+    """
+    before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    if not end:
+        raise AezooError(f"a page lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between which its table goes")
+    return f"{before}{begin}{table}\n{end}{after}"
 
 
 def newest_results() -> Path:
@@ -243,7 +300,8 @@ def main() -> None:
         if name in rows:
             text = re.sub(r"^# reached:.*$", result_line(rows[name], path), file.read_text(), count=1, flags=re.M)
             file.write_text(text)
-    (ROOT / "README.md").write_text(updated_readme(rows), encoding="utf-8")
+    for page, text in updated_pages(rows).items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

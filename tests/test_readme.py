@@ -1,7 +1,9 @@
-"""What the README and the recipes state is what the scripts wrote and what the code does."""
+"""What the README, the pages of `docs/` and the recipes state is what the scripts wrote and what the code does."""
 
 import re
 import warnings
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,27 +19,33 @@ from benchmarks.quality import LEFT_OUT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "RESULTS.md"])
+
+
+def page(name):
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_tables_and_headers_match_newest_results():
     rows = benchmark.read_rows(benchmark.newest_results())
     assert rows.keys() == benchmark.trainable_recipes().keys()
-    assert benchmark.updated_readme(rows) == README
+    for path, text in benchmark.updated_pages(rows).items():
+        assert text == path.read_text(encoding="utf-8"), "run `python -m benchmarks.recipes --tables`"
     for name, path in benchmark.trainable_recipes().items():
         line = benchmark.result_line(rows[name], benchmark.newest_results())
         assert line in path.read_text(encoding="utf-8").splitlines()
 
 
-def test_readme_sentences_match_result_files():
+def test_figures_of_performance_match_result_files():
     """Sentences that a report does not write: measured anew, they are to be written anew."""
     rows = {path.stem: read_csv(path)[1] for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
-    readme = " ".join(README.split())
-    rest = readme.partition("## Fast by default")[2].partition("## Several processes")[0]
+    performance = rest = " ".join(page("performance").split())
 
     def states(sentence):
         nonlocal rest
-        assert sentence in readme
+        assert sentence in performance
         rest = rest.replace(sentence, "")
 
     def figures(prefix, column, *ends, **where):
@@ -108,7 +116,7 @@ def test_readme_sentences_match_result_files():
     classes = {name: registry.model_class(name) for name in registry.list_models()}
     numbers = {name for name, kind in classes.items() if not kind.discrete_code and not issubclass(kind, EntropyCoded)}
     numbers -= LEFT_OUT.keys()
-    assert len(sets) == 4 and all(numbers <= found for found in sets) and "on four data sets with three" in readme
+    assert len(sets) == 4 and all(numbers <= found for found in sets) and "on four data sets with three" in performance
 
 
 @pytest.mark.slow
@@ -123,10 +131,10 @@ def test_report_matches_result_files():
 
 def test_parity_page_is_that_of_its_rows():
     rows = parity.read_rows()
-    page = parity.page(rows)
-    assert parity.PAGE.read_text(encoding="utf-8") == page, "run python tests/parity"
+    text = parity.page(rows)
+    assert parity.PAGE.read_text(encoding="utf-8") == text, "run python tests/parity"
     # the README says that every model was compared
-    assert "laws alone" not in page, "give the docstring of its laws the repository and commit it was compared with"
+    assert "laws alone" not in text, "give the docstring of its laws the repository and commit it was compared with"
     assert {row["model"] for row in rows} <= set(aezoo.list_models())
 
 
@@ -143,7 +151,7 @@ def test_models_that_commands_name_exist():
         *(ROOT / "recipes").glob("*.yaml"),
     ]
     named = {name for page in pages for name in re.findall(r"--model[ =](\w+)", page.read_text(encoding="utf-8"))}
-    # the model that the README writes
+    # the model that docs/extend.md writes
     assert named - {"my_ae"} <= {*aezoo.list_models()}
 
 
@@ -154,14 +162,61 @@ def test_names_of_tests_have_at_most_60_characters():
     assert [name for name in names if len(name) > 60] == []
 
 
-def test_readme_links_point_to_existing_files():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_readme_has_at_most_12_kilobytes():
+    assert len(README.encode()) <= 12_000
+
+
+def test_readme_has_the_first_and_the_test_command():
+    assert ".venv/bin/pip install . && .venv/bin/aezoo fit -c vae" in README
+    assert ".venv/bin/pip install -e '.[test]' && .venv/bin/pytest" in README
+
+
+def prose(path):
+    """A page without its code, in which brackets are no links."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"))
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
+
+
+@cache
+def anchors(path):
+    """The anchors of a page's headings, as code hosts make them."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"))
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"(?m)^#+ +(.*)$", text)]
+    found, seen = set(), Counter()
+    for title in titles:
+        slug = re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def broken_links(path):
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose(path)):
+        place, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", place):
+            continue
+        file = path.parent / place if place else path
+        if not file.exists() or (anchor and anchor not in anchors(file.resolve())):
+            yield target
+
+
+def test_relative_links_of_pages_resolve():
+    assert {path.name for path in PAGES} >= {"README.md", "start.md", "house.md", "vae.mnist.md", "RESULTS.md"}
+    broken = {f"{path.relative_to(ROOT)}: {target}" for path in PAGES for target in broken_links(path)}
+    assert broken == set()
+
+
+def test_broken_links_are_found(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# A `b`: c\n[x](#a-b-c) [x](#a) [x](page.md#a-b-c) ![x](no.png) `[x](code)`\n```\n[x](code)\n```\n"
+    )
+    assert [*broken_links(path)] == ["#a", "no.png"]
 
 
 @pytest.mark.slow
-def test_the_model_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
-    source = re.search(r'```python\n("""My autoencoder.*?)```', README, re.DOTALL)[1]
+def test_model_of_the_documentation_keeps_the_contract(tmp_path, monkeypatch):
+    source = re.search(r'```python\n("""My autoencoder.*?)```', page("extend"), re.DOTALL)[1]
     assert len([line for line in source.split('"""')[-1].splitlines() if line.strip()]) <= 20
     (tmp_path / "my_ae.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -176,13 +231,23 @@ def test_the_model_of_the_readme_keeps_the_contract(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_readme_python_code_runs(tmp_path, monkeypatch):
+def test_python_code_of_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = re.search(r"```python\n(import aezoo\n.*?)```", README, re.DOTALL)[1]
+    source = re.search(r"```python\n(import aezoo\n.*?)```", page("python"), re.DOTALL)[1]
     names: dict[str, object] = {}
     exec(source.replace("max_epochs=5", "max_epochs=1"), names)
     assert isinstance(names["model"], aezoo.Autoencoder)
     assert names["z"].shape == (500, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = re.search(r"```python\n(import aezoo\n.*?)```", README, re.DOTALL)[1]
+    exec(source.replace("max_epochs=5", "max_epochs=1"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert {"vae", "beta_tcvae", "wae_mmd"} <= {line.partition(" ")[0] for line in lines}
 
 
 def test_names_in_documentation_exist():

@@ -68,7 +68,7 @@ def save_model(
     if name is None:
         raise AezooError(
             f"{type(model).__name__} is not in the registry: give it an entry point in aezoo.models "
-            "(README, 'Add a model') or save model.state_dict() yourself"
+            "(docs/extend.md) or save model.state_dict() yourself"
         )
     if "://" in str(folder):
         raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
@@ -462,7 +462,7 @@ def describe_content(checkpoint: dict[str, Any], source: Path) -> tuple[str, dic
     if not isinstance(name, str):
         raise AezooError(
             f"{source} names no registered model: load it with YourClass.load_from_checkpoint(...), give test and "
-            "predict -c RUN/config.yaml --model your_module.YourClass, or register the class (README, 'Add a model') "
+            "predict -c RUN/config.yaml --model your_module.YourClass, or register the class (docs/extend.md) "
             "and train again"
         )
     hyperparameters = checkpoint.get("hyper_parameters", {})

@@ -115,8 +115,12 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
     monkeypatch.setattr(recipes, "trainable_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
     monkeypatch.setattr(recipes, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
-    for path in (tmp_path / "a.yaml", tmp_path / "b.yaml", tmp_path / "README.md"):
-        path.write_text("# reached: nothing\n<!-- recipes -->\n<!-- /recipes -->\n")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("# reached: nothing\n")
+    (tmp_path / "docs").mkdir()
+    pages = {"README.md": ("families",), "docs/models.md": ("models",), "docs/recipes.md": ("recipes", "published")}
+    for name, marks in pages.items():
+        (tmp_path / name).write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
     for words in (["b", "--root", "1"], ["--root", "22"], ["a", "--root", "333", "--again"], ["--tables"]):
         monkeypatch.setattr(sys, "argv", ["recipes", *words])
         recipes.main()
@@ -127,7 +131,7 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     # what is there is kept, as after a crash
     assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "1", "2"), ("a", "3", "2")]
     assert "test/mse 3," in (tmp_path / "a.yaml").read_text()
-    assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "README.md").read_text()
+    assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "docs" / "recipes.md").read_text()
 
 
 def test_failing_recipe_is_reported_in_one_line(monkeypatch):

@@ -144,9 +144,9 @@ def test_missing_tensorboard_names_alternatives(capsys, monkeypatch):
     assert "pip install tensorboard, or --trainer.logger false" in refused(capsys, *FIT)
 
 
-def test_readme_mentions_free_tensorboard_port():
-    readme = Path(aezoo.__file__).parents[1] / "README.md"
-    assert "--port 0" in next(line for line in readme.read_text().splitlines() if line.startswith("tensorboard "))
+def test_first_run_mentions_free_tensorboard_port():
+    page = Path(aezoo.__file__).parents[1] / "docs" / "start.md"
+    assert "--port 0" in next(line for line in page.read_text().splitlines() if line.startswith("tensorboard "))
 
 
 # ---- folders and disks ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Train recipes and write their results to a CSV, into the recipes' heads, and into generated tables.
 
-The tables are those of `docs/models.md` and `docs/recipes.md`, and the families of `README.md`.
+The tables are those of `docs/models.md`, `docs/choose.md` and `docs/recipes.md`, and the families of `README.md`.
 
     python -m benchmarks.recipes                      all recipes that are not in the CSV yet
     python -m benchmarks.recipes vae dense_article --again
@@ -30,8 +30,10 @@ from pathlib import Path
 import torch
 
 from aezoo import registry
+from aezoo.cli import measured
 from aezoo.cli.recipes import recipes
 from aezoo.errors import AezooError
+from aezoo.training.traits import TAGS
 
 from .common import ResultsCSV, add_again_flag, base_parser, command_line, environment, read_csv, run_script
 
@@ -168,6 +170,27 @@ def models_tables() -> str:
     return "\n\n".join(sections)
 
 
+def choice_tables() -> str:
+    """Tables of the models that `aezoo/results.json` measures for their uses, by use and setting, best first."""
+    rows: dict[tuple[str, str, str, str], list[tuple[int, str, float, int]]] = defaultdict(list)
+    for name, found in json.loads(measured.RESULTS.read_text(encoding="utf-8")).items():
+        for of in found["compared"]:
+            key = (of["use"], " ".join(of["measure"].replace("{}", "").split()), of["data"], of["setting"])
+            rows[key].append((of["n_better"], name, of["value"], of["n_rivals"]))
+    order, text, before = [*TAGS, *sorted({key[0] for key in rows} - {*TAGS})], [], ""
+    for key in sorted(rows, key=lambda key: (order.index(key[0]), key)):
+        use, measure, data, setting = key
+        text += [f"## {use.capitalize()}\n"] if use != before else []
+        text += [f"{measure} on {data}{setting and f' ({setting})'}\n", f"| model | {measure} | better rivals |"]
+        text += ["|---" * 3 + "|"]
+        text += [
+            f"| `{name}` | {value:g} | {better} of {rivals} |" for better, name, value, rivals in sorted(rows[key])
+        ]
+        text += [""]
+        before = use
+    return "\n".join(text).strip()
+
+
 def file_of_laws(name: str) -> Path:
     """The file that holds a model's laws."""
     (file,) = LAWS.glob(f"*/test_{name}.py")
@@ -249,6 +272,7 @@ def updated_pages(rows: dict[str, dict[str, str]]) -> dict[Path, str]:
     tables = {
         ROOT / "README.md": {"families": families_table},
         ROOT / "docs" / "models.md": {"models": models_tables},
+        ROOT / "docs" / "choose.md": {"choose": choice_tables},
         ROOT / "docs" / "recipes.md": {"recipes": lambda: recipes_table(rows), "published": published_table},
     }
     pages = {}

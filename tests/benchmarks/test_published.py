@@ -118,7 +118,8 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text("# reached: nothing\n")
     (tmp_path / "docs").mkdir()
-    pages = {"README.md": ("families",), "docs/models.md": ("models",), "docs/recipes.md": ("recipes", "published")}
+    pages = {"README.md": ("families",), "docs/models.md": ("models",)}
+    pages |= {"docs/choose.md": ("choose",), "docs/recipes.md": ("recipes", "published")}
     for name, marks in pages.items():
         (tmp_path / name).write_text("".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n" for mark in marks))
     for words in (["b", "--root", "1"], ["--root", "22"], ["a", "--root", "333", "--again"], ["--tables"]):

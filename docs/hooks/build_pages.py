@@ -1,0 +1,247 @@
+"""The pages of the site that no file in `docs/` holds, and its links: a hook of MkDocs, see `mkdocs.yml`.
+
+- Each model has a page, made from its source, its laws, `aezoo/results.json`, recipes and pretrained weights.
+- README, changelog and the like are pages, too. Links lead there, and files outside `docs/` are copied where one does.
+- The build fails if a page would load anything from another host.
+"""
+
+import html
+import importlib.util
+import posixpath
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from typeset import latex  # noqa: E402
+
+from aezoo import registry  # noqa: E402
+from aezoo.cli import measured  # noqa: E402
+from aezoo.cli.recipes import recipes  # noqa: E402
+from aezoo.training.traits import TAGS  # noqa: E402
+from benchmarks import recipes as tables  # noqa: E402
+
+# files of the repository that are pages of the site
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "PROMISES.md": "promises.md",
+    "SECURITY.md": "security.md",
+    "benchmarks/RESULTS.md": "results/index.md",
+}
+FOLDERS = {"benchmarks/results": "results/index.md"}
+# code, in which brackets are no links, or the text and the target of a link
+LINK = re.compile(
+    r"(^ *```.*?^ *```$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))|\[([^\[\]]*)\]\(([^()\s]+)\)",
+    re.DOTALL | re.MULTILINE,
+)
+LOADED = re.compile(r"<(?:script|img|iframe|source|video)\b[^>]*?\bsrc=[\"']?(?:https?:)?//[^\"'>\s]+|"
+                    r"<link\b[^>]*?\brel=[\"']?(?:stylesheet|preload|icon)[^>]*?\bhref=[\"']?(?:https?:)?//[^\"'>\s]+|"
+                    r"@import\s+[\"'(]*(?:https?:)?//\S+")  # fmt: skip
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Complete the navigation: the models by family, and the pages of results."""
+    for entry in config.nav or []:
+        if "Models" in entry:
+            for family, names in tables.families().items():
+                entry["Models"].append({family: [{name: f"models/{name}.md"} for name in names]})
+        if "Results" in entry:
+            entry["Results"] += [f"results/{path.name}" for path in sorted((ROOT / "docs" / "results").glob("*.md"))]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages, the pages outside `docs/`, and the files that pages refer to."""
+    for origin, uri in PAGES.items():
+        _add(files, config, uri, (ROOT / origin).read_text(encoding="utf-8"), origin)
+    families = tables.families()
+    related = _relatives([name for names in families.values() for name in names])
+    for family, names in families.items():
+        for name in names:
+            _add(files, config, f"models/{name}.md", model_page(name, family, related[name]), f"docs/models/{name}.md")
+    katex = Path(importlib.util.find_spec("sphinxcontrib.katex").origin).parent / "katex.min.js"
+    files.append(File.generated(config, "assets/katex.min.js", abs_src_path=str(katex)))
+    for file in [*files.documentation_pages()]:
+        for *_, target in LINK.findall(file.content_string):
+            path = _in_repository(file, target)
+            if path and not path.startswith("docs/") and path not in PAGES and (ROOT / path).is_file():
+                if path.endswith(".md"):
+                    _add(files, config, f"files/{path}", (ROOT / path).read_text(encoding="utf-8"), path)
+                elif files.get_file_from_path(f"files/{path}") is None:
+                    files.append(File.generated(config, f"files/{path}", abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead links to files of the repository to their places in the site, and names of models to their pages.
+
+    In code in tables, code hosts need a backslash before a bar, which Python-Markdown would show.
+    """
+    if page.file.src_uri in ("models.md", "choose.md"):
+        markdown = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](models/\1.md) |", markdown, flags=re.MULTILINE)
+
+    def written(found: re.Match[str]) -> str:
+        if found[1]:
+            return found[0].replace("\\|", "|") if found["ticks"] else found[0]
+        return _link(page.file, found[3], found[4])
+
+    return LINK.sub(written, markdown)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuse pages that load something from another host.
+
+    Raises:
+        PluginError: a page does.
+    """
+    loaded = {
+        f"{path.relative_to(config.site_dir)}: {found[0]}"
+        for path in Path(config.site_dir).rglob("*.html")
+        for found in LOADED.finditer(path.read_text(encoding="utf-8"))
+    }
+    if loaded:
+        raise PluginError("pages load from other hosts: " + "; ".join(sorted(loaded)[:5]))
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+
+def _add(files: Files, config: MkDocsConfig, uri: str, content: str, origin: str) -> None:
+    if files.get_file_from_path(uri) is None:
+        file = File.generated(config, uri, content=content)
+        file.origin = origin
+        files.append(file)
+
+
+def _in_repository(file: File, target: str) -> str | None:
+    """The path in the repository that a relative link of a page leads to; None for an address or an anchor."""
+    place = target.partition("#")[0]
+    if not place or re.match(r"[a-z]+:", place):
+        return None
+    origin = getattr(file, "origin", f"docs/{file.src_uri}")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(origin), place))
+
+
+def _link(file: File, text: str, target: str) -> str:
+    path = _in_repository(file, target)
+    if path is None:
+        return f"[{text}]({target})"
+    # a folder without a page has no place in the site
+    if path not in FOLDERS and (ROOT / path).is_dir():
+        return text
+    _, hash_sign, anchor = target.partition("#")
+    uri = PAGES.get(path) or FOLDERS.get(path) or (path[5:] if path.startswith("docs/") else f"files/{path}")
+    place = posixpath.relpath(uri, posixpath.dirname(file.src_uri) or ".")
+    return f"[{text}]({place}{hash_sign}{anchor})"
+
+
+# ---- pages of models ------------------------------------------------------------------------------------------------
+
+
+def model_page(name: str, family: str, related: dict[str, list[str]]) -> str:
+    """The page of a model."""
+    card = registry.card(name)
+    uses = "".join(f"- **{use}**: {TAGS.get(use, '')}\n" for use in registry.uses_of(name))
+    link = f"[{family}](../models.md#{family})"
+    sections = [
+        f"# {name}\n\n{tables.paper(name)}, family {link}.\n\n{card.about}\n\n{uses}",
+        _objective(name, card.text),
+        _hyperparameters(name, card.parameters),
+        _weights(name),
+        "## Figures\n\n" + _text(measured.lines(name)),
+        _laws(name, family),
+        _recipes(name),
+        _related(related),
+        _source(name),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def _objective(name: str, text: str) -> str:
+    formula = html.escape(latex(tables.objective(name).strip("`")))
+    return f'## Objective\n\n<div class="formula">{formula}</div>\n\n{_text(text.splitlines())}'
+
+
+def _text(lines: list[str]) -> str:
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _hyperparameters(name: str, parameters: tuple[tuple[str, str, str, str], ...]) -> str:
+    lines = [
+        f"## Hyperparameters\n\n`--model.NAME VALUE`, or `aezoo.create_model({name!r}, NAME=VALUE)`\n",
+        "| name | type | default | meaning |",
+        "|---" * 4 + "|",
+    ]
+    for key, kind, default, meaning in parameters:
+        if key != "input_shape":
+            about = html.escape(meaning, quote=False).replace("|", "&#124;")
+            lines.append(f"| `{key}` | `{kind}` | `{default}` | {about} |")
+    return "\n".join(lines)
+
+
+def _weights(name: str) -> str:
+    parts = []
+    for tag in registry.tags_of(name):
+        page = ROOT / "docs" / "weights" / f"{tag.name}.md"
+        if page.is_file():
+            figures = ", ".join(map(str, tag.figures[:3]))
+            size = f"{tag.bytes / 1e6:.2f} MB, {tag.license}"
+            parts.append(f"[`{tag.name}`](../weights/{page.name}): {figures}; {size}")
+            if page.with_suffix(".png").is_file():
+                parts.append(f"![samples and reconstructions of {tag.name}](../weights/{tag.name}.png)")
+    return "## Pretrained weights\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _laws(name: str, family: str) -> str:
+    own, shared = tables.laws(name)
+    others = [*tables.compared_with().get(name, ()), *(repository for repository, _ in tables.repositories(name))]
+    names = re.findall(r"^def test_(\w+)", tables.file_of_laws(name).read_text(encoding="utf-8"), re.MULTILINE)
+    listed = "\n".join(f"- {law.replace('_', ' ')}" for law in names)
+    text = f"`tests/laws/{family}/test_{name}.py` holds {own} of its own and takes {shared} from models of its family."
+    compared = f"\n\nCompared with {', '.join(others)}, see [parity](../parity.md)." if others else ""
+    return f"## Laws\n\n{text}{compared}\n\n{listed}"
+
+
+def _recipes(name: str) -> str:
+    found = []
+    for recipe, path in recipes().items():
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"class_path: {name}\b", text):
+            found.append(f"`aezoo fit -c {recipe}`\n\n```yaml\n{text.strip()}\n```")
+    return "## Recipes\n\n" + "\n\n".join(found) if found else ""
+
+
+def _relatives(names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """For each model, the models that its class extends and those that extend it."""
+    by_class = {registry.model_class(name): name for name in names}
+    found: dict[str, dict[str, list[str]]] = {name: {"Extends": [], "Extended by": []} for name in names}
+    for cls, name in by_class.items():
+        for parent in cls.__mro__[1:]:
+            if parent in by_class:
+                found[name]["Extends"].append(by_class[parent])
+                found[by_class[parent]]["Extended by"].append(name)
+    return found
+
+
+def _related(related: dict[str, list[str]]) -> str:
+    lines = [
+        f"{title}: {', '.join(f'[`{name}`]({name}.md)' for name in names)}" for title, names in related.items() if names
+    ]
+    return "## Related models\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _source(name: str) -> str:
+    path = registry.source_of(registry.find(name))
+    assert path is not None
+    code = path.read_text(encoding="utf-8").strip().replace("\n", "\n    ").replace("\n    \n", "\n\n")
+    shown = path.relative_to(ROOT).as_posix()
+    return f'## Source {{ data-search-exclude }}\n\n??? abstract "{shown}"\n\n    ```python\n    {code}\n    ```'

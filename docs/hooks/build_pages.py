@@ -7,6 +7,7 @@
 
 import html
 import importlib.util
+import itertools
 import posixpath
 import re
 import sys
@@ -168,7 +169,22 @@ def model_page(name: str, family: str, related: dict[str, list[str]]) -> str:
 
 def _objective(name: str, text: str) -> str:
     formula = html.escape(latex(tables.objective(name).strip("`")))
-    return f'## Objective\n\n<div class="formula">{formula}</div>\n\n{_text(text.splitlines())}'
+    return f'## Objective\n\n<div class="formula">{formula}</div>\n\n{_docstring(text)}'
+
+
+def _docstring(text: str) -> str:
+    """The prose of a docstring as paragraphs, and its formulas, which are indented, as they are written."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        for indented, group in itertools.groupby(paragraph.splitlines(), key=lambda line: line.startswith("    ")):
+            lines = [*group]
+            parts.append(_text([line[4:] for line in lines]) if indented else _prose("\n".join(lines)))
+    return "\n\n".join(parts)
+
+
+def _prose(text: str) -> str:
+    """Text in which only backticks mean something to Markdown."""
+    return re.sub(r"(`[^`]*`)|([*_<>\[\]#|~^\\])", lambda found: found[1] or f"&#{ord(found[2])};", text)
 
 
 def _text(lines: list[str]) -> str:

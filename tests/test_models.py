@@ -95,12 +95,6 @@ def test_variant(variant, check):
 
 @strict
 @pytest.mark.slow
-def test_two_processes_train_like_one():
-    run(check_ddp, "dense_ae", "vae", "vq_vae", "vae_gan")
-
-
-@strict
-@pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
     run(check_ddp, *own_models(), *VARIANTS, broken_models.CorrectModel)
 
@@ -110,7 +104,7 @@ def test_two_processes_train_every_model_like_one():
 @pytest.mark.parametrize("name", own_models() if promises.is_recording() else COMPILED)
 def test_model_slowly(name, check):
     """Every model in a run of the promises, else one of each kind."""
-    run(check, name)
+    run(check, name if promises.is_recording() else of_graphs(name))
     promises.add("inductor", name, {"models": 1})
 
 

@@ -29,7 +29,16 @@ ROOT = Path(aezoo.__file__).parents[1]
 # documented by Python and IPython
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe", "_repr_png_"}
 # keys of Lightning's checkpoints, of weights of other libraries and of a pickle of ours, which are no attributes
-KEYS = {"_class_path", "_instantiator", "_saved", "_pc_params", "_quantized_cdf", "_cdf_length", "_offset"}
+KEYS = {
+    "_class_path",
+    "_instantiator",
+    "_saved",
+    "_saved_score",
+    "_pc_params",
+    "_quantized_cdf",
+    "_cdf_length",
+    "_offset",
+}
 # how libraries call the model whose attributes they set, outside of its class
 _MODEL = "obj|model|module|pl_module|lightning_module"
 

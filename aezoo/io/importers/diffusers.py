@@ -318,7 +318,7 @@ def _needs_config(keys: Iterable[str]) -> str | None:
     """The class of weights that do not tell its arguments, such as a number of heads or of groups."""
     marks = {
         "decoder_unet.conv_in.weight": split_diffusers.CONSISTENCY,
-        "decoder.decoder_embed.weight": split_diffusers.RAE,
+        "decoder.trainable_cls_token": split_diffusers.RAE,
     }
     return next((marks[key] for key in keys if key in marks), None)
 

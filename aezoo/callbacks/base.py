@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from aezoo.callbacks import media
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
 from aezoo.training.arguments import Checked
@@ -54,11 +54,6 @@ def is_enabled(callback: pl.Callback) -> bool:
     return all(getattr(callback, name, 1) != 0 for name in ("n_steps", "decay", "patience"))
 
 
-def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
-    """The SummaryWriters of this run, on rank zero; other loggers take no pictures."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
     """(x, labels) of a batch x, (x,) or (x, y); labels are None unless y is one integer per sample."""
     if isinstance(batch, Tensor):
@@ -87,17 +82,16 @@ def preserved_state(model: pl.LightningModule) -> Iterator[None]:
 
 
 def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
-    """Write `folder/name.png` atomically, and the same picture to TensorBoard; on rank zero only."""
+    """Write `folder/name.png` atomically, and the same picture to each logger that can show it; on rank zero only."""
     from aezoo.callbacks.plotting import render, write_png
 
     pixels = render(figure)
     write_png(folder / f"{name}.png", pixels)
-    for writer in tensorboard_writers(trainer):
-        writer.add_image(f"{folder.name}/{picture_title(name)}", pixels, trainer.global_step, dataformats="HWC")
+    media.log_picture(trainer, f"{folder.name}/{picture_title(name)}", pixels)
 
 
 def picture_title(name: str) -> str:
-    """What TensorBoard calls a picture; it sorts by name, so that a number puts those first that are looked at first.
+    """A picture's name in loggers; TensorBoard sorts by it, so a number puts those first that are looked at first.
 
     Args:
         name: of the file, perhaps with a suffix.

@@ -6,7 +6,6 @@ Shapes: B batch, Q indices a place, K codes of a codebook, C channels of a code.
 import re
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -14,7 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from aezoo.callbacks.base import Picture, check_count, is_dry_run, preserved_state, tensorboard_writers, unpack
+from aezoo.callbacks import media
+from aezoo.callbacks.base import Picture, check_count, is_dry_run, preserved_state, unpack
 from aezoo.callbacks.latents import write_embedding
 from aezoo.errors import AezooError
 from aezoo.metrics import CodebookUsage
@@ -50,7 +50,7 @@ class Codebook(Picture):
 
     - pictures/codebook_indices.png: the sample, its indices, with one colour per code, and the output.
 
-    And TensorBoard's Projector tab: the codes, with their index and how often they were chosen.
+    And, as of `Projector`, the codes, with their index and how often they were chosen.
 
     Each codebook has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices of
     a place; at most 4 codebooks and 8 indices per place are shown. The model itself logs val/usage and val/perplexity.
@@ -174,9 +174,8 @@ class Codebook(Picture):
 
         postfix, counts = _suffix(name), counts[:_LEVELS]
         for level, counts_K in enumerate(counts):
-            for writer in tensorboard_writers(self._trainer):
-                tag = f"pictures/codebook use{postfix}{_level_suffix(level, counts)}"
-                write_rank_histogram(writer, tag, counts_K, self._trainer.global_step)
+            tag = f"pictures/codebook use{postfix}{_level_suffix(level, counts)}"
+            log_rank_histogram(self._trainer, tag, counts_K)
         labels = [f"{_usage_text(counts_K)} of {len(counts_K):,} codes used" for counts_K in counts]
         if len(counts) > 1:
             labels = [f"{level}: {label}" for level, label in enumerate(labels)]
@@ -223,10 +222,13 @@ class Codebook(Picture):
                     columns[f"chosen in epoch {self._counted_in}"] = counts[level]
                 stem = f"codebook{_suffix(name)}{_level_suffix(level, sizes)}"
                 title = f"{stem.replace('_', ' ')} at step {self._trainer.global_step}"
-                for writer in tensorboard_writers(self._trainer):
-                    write_embedding(
-                        Path(writer.log_dir), title, level_codes(quantiser, level), columns, None, f"{stem}_"
-                    )
+                self._project_level(stem, title, level_codes(quantiser, level), columns)
+
+    def _project_level(self, stem: str, title: str, code_KC: Tensor, columns: dict[str, Tensor]) -> None:
+        media.log_embedding(
+            self._trainer, stem, code_KC, columns, None,
+            lambda folder: write_embedding(folder, title, code_KC, columns, None, f"{stem}_"),
+        )  # fmt: skip
 
 
 def find_quantiser(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
@@ -253,18 +255,25 @@ def level_codes(quantiser: Quantiser, level: int) -> Tensor:
     return code_KC if adds or len(sizes) == 1 else code_KC[:, (code_KC != code_KC[:1]).any(0)]
 
 
-def write_rank_histogram(writer: Any, tag: str, counts_K: Tensor, step: int) -> None:
+def log_rank_histogram(trainer: pl.Trainer, tag: str, counts_K: Tensor) -> None:
     """A histogram over the ranks of codes by how often they were chosen, 0 for the most chosen."""
     sorted_K = counts_K.sort(descending=True).values.double()
-    total = float(sorted_K.sum())
+    total, step = float(sorted_K.sum()), trainer.global_step
     if total:
         size = len(sorted_K)
         edge_N = torch.linspace(0, size, min(size, _BUCKETS) + 1).round().long()
         below_N = torch.cat([sorted_K.new_zeros(1), sorted_K.cumsum(0)])[edge_N]
         rank_K = torch.arange(size).double() + 0.5
         moments = [float((sorted_K * rank_K**power).sum()) for power in (1, 2)]
-        bars = edge_N[1:].tolist(), below_N.diff().tolist()
-        writer.add_histogram_raw(tag, 0, int((sorted_K > 0).sum()), total, *moments, *bars, step)
+        bars = below_N.diff()
+        media.log_histogram(
+            trainer,
+            tag,
+            lambda writer: writer.add_histogram_raw(
+                tag, 0, int((sorted_K > 0).sum()), total, *moments, edge_N[1:].tolist(), bars.tolist(), step
+            ),
+            lambda: (bars.numpy(), edge_N.numpy()),
+        )
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------------

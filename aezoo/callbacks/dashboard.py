@@ -10,10 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.callbacks.base import BestLoss, EpochEnd, is_dry_run, run_folder, tensorboard_writers
+from aezoo.callbacks import media
+from aezoo.callbacks.base import BestLoss, EpochEnd, is_dry_run, run_folder
+from aezoo.callbacks.media import tensorboard_writers
 from aezoo.data import DataModule
 from aezoo.data.settings import settings_of_source
 from aezoo.training.arguments import Checked
@@ -31,13 +32,6 @@ _ALWAYS = {"model", "data.name"}
 _MACHINE_SETTINGS = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
 
 
-class Logger(TensorBoardLogger):
-    """A TensorBoardLogger without the chart of the number of the epoch, which Lightning logs beside all figures."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
-
-
 class Dashboard(Checked, EpochEnd):
     """TensorBoard's first chart, and its Custom Scalars, Text and HParams tabs.
 
@@ -49,6 +43,8 @@ class Dashboard(Checked, EpochEnd):
     know at its start in what later ones will differ, and an empty cell is a default; with all scalars and, at the end,
     those of the best validation that can be compared between models, in the folder `best`, so that they have no charts
     of their own. There a resumed run keeps the hyperparameters of its first start; Text has the settings of each start.
+
+    Other loggers get the text, all hyperparameters, and the figures of the best validation as `best/loss`, `best/mse`.
 
     Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
 
@@ -111,6 +107,9 @@ class Dashboard(Checked, EpochEnd):
         if self.hparams and self._best.epoch >= 0:
             figures = {f"val/{name}": value for name, value in self._figures.items()}
             self._write(trainer, "best", {"loss": self._best.value, **figures})
+            if not is_dry_run(trainer):
+                figures = {name.replace("val", "best"): value for name, value in figures.items()}
+                media.log_results(trainer, {"best/loss": self._best.value, **figures})
         self._end(trainer)
         self._close()
 
@@ -132,10 +131,11 @@ class Dashboard(Checked, EpochEnd):
         values = hyperparameters(trainer, pl_module)
         config = folder / "config.yaml"
         written = config.read_text("utf-8") if config.is_file() else yaml.safe_dump(values, sort_keys=False)
-        for writer in tensorboard_writers(trainer):
-            if self.text:
-                writer.add_text("config", f"```yaml\n{written}\n```", trainer.global_step)
-            if self.hparams:
+        if self.text:
+            media.log_text(trainer, "config", written)
+        if self.hparams:
+            media.log_hyperparameters(trainer, values)
+            for writer in tensorboard_writers(trainer):
                 self._summary(writer, differing(values, trainer, pl_module), end=False)
 
     def _end(self, trainer: pl.Trainer) -> None:

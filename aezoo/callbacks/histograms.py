@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aezoo.callbacks.base import check_period, is_dry_run, tensorboard_writers
+from aezoo.callbacks import media
+from aezoo.callbacks.base import check_period, is_dry_run
 from aezoo.training.arguments import Checked
 
 
 class Histograms(Checked, pl.Callback):
-    """TensorBoard's Histograms tab: every weight, and its gradient at the last optimiser step of the epoch.
+    """Histograms of every weight, and of its gradient at the last optimiser step of the epoch, in the loggers.
 
     Gradients are those of rank zero, averaged over ranks, before clipping.
 
@@ -44,5 +45,7 @@ class Histograms(Checked, pl.Callback):
         values = values.detach().float().flatten()
         values = values[torch.isfinite(values)]  # TensorBoard refuses others
         if len(values):
-            for writer in tensorboard_writers(trainer):
-                writer.add_histogram(name, values, trainer.global_step)
+            step = trainer.global_step
+            media.log_histogram(
+                trainer, name, lambda writer: writer.add_histogram(name, values, step), lambda: media.bars_of(values)
+            )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aezoo.callbacks.base import Picture, check_count, tensorboard_writers
+from aezoo.callbacks import media
+from aezoo.callbacks.base import Picture, check_count
 from aezoo.io.atomic_files import write
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class LatentScatter(Picture):
 class Projector(Picture):
     """TensorBoard's Projector tab: codes of validation samples with their labels, and their images as sprites.
 
-    Written once, at the end of a fit, into `projector/`; a resumed run replaces it. Needs a TensorBoardLogger.
+    Written once, at the end of a fit, into `projector/`; a resumed run replaces it. W&B gets the same as a table,
+    MLflow as a CSV file.
 
     Args:
         n: number of samples; 0 turns it off.
@@ -60,8 +62,11 @@ class Projector(Picture):
         codes = self.apply(model.encode, x).flatten(1)
         sprites = _sprites(x) if plotting.is_image(model.input_shape) else None
         name = f"codes at step {self._trainer.global_step}"
-        for writer in tensorboard_writers(self._trainer):
-            write_embedding(Path(writer.log_dir), name, codes, {} if y is None else {"label": y}, sprites)
+        columns = {} if y is None else {"label": y}
+        media.log_embedding(
+            self._trainer, "codes", codes, columns, sprites,
+            lambda folder: write_embedding(folder, name, codes, columns, sprites),
+        )  # fmt: skip
         return {}
 
     def is_due(self, epoch: int, last: bool) -> bool:

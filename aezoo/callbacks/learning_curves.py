@@ -15,6 +15,7 @@ from torch import Tensor
 from aezoo.callbacks.base import EpochEnd, Picture, is_dry_run, preserved_state, run_folder, warn_on_error
 from aezoo.callbacks.checkpoints import EarlyStop
 from aezoo.callbacks.diagnosis import Curves
+from aezoo.callbacks.loggers import StepLogger
 from aezoo.distributions.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian
 from aezoo.io import atomic_files
 
@@ -30,21 +31,6 @@ _LEAST_SQUARES = (Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian)
 _CONSTANT = 1e-6
 # how often a unit of a sparse code must be in use on average before one that never is counts as dead
 _USES = 20
-
-
-class StepLogger(CSVLogger):
-    """A CSVLogger whose files are in the folder csv of the run: metrics.csv there is that of `LearningCurves`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._files = CSVLogger(self.log_dir, name="", version="csv")
-
-    @property
-    def experiment(self) -> Any:
-        return self._files.experiment
-
-    def finalize(self, status: str) -> None:
-        self._files.finalize(status)
 
 
 class LearningCurves(EpochEnd, Picture):

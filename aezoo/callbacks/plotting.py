@@ -412,6 +412,18 @@ def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[
     return mosaic_figure(rows, row_labels, column_labels, title, gap=0)
 
 
+def histogram_figure(counts: Floats, edges: Floats, title: str = "") -> "Figure":
+    """Bars of counts (N,) between edges (N + 1,)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, 2.7), dpi=_DPI, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(counts, edges, fill=True, color="tab:blue")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=9, color=_GREY, loc="left")
+    return figure
+
+
 # ---- indices --------------------------------------------------------------------------------------------------------
 
 

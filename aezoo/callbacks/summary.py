@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import box, get_console
 from rich.table import Table
@@ -17,6 +16,7 @@ from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
 from aezoo.callbacks.checkpoints import checkpoint_callback
 from aezoo.callbacks.diagnosis import diagnose
 from aezoo.callbacks.learning_curves import LearningCurves
+from aezoo.callbacks.media import viewers
 from aezoo.data import DataModule
 
 # columns beside the longest name that a frame and a path take at least
@@ -46,7 +46,7 @@ class Summary(pl.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._best.update(trainer)
         elif trainer.state.fn == "validate" and not is_dry_run(trainer):
-            print_summary("Validated", {**_metrics(trainer, "val/"), **self._places(trainer)}, _tensorboard(trainer))
+            print_summary("Validated", {**_metrics(trainer, "val/"), **self._places(trainer)}, _viewers(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_dry_run(trainer):
@@ -67,7 +67,7 @@ class Summary(pl.Callback):
             # only aezoo's data say which splits they have
             testable = saver and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
-            then = test + self._verbs(trainer, pl_module) * bool(saver) + _tensorboard(trainer)
+            then = test + self._verbs(trainer, pl_module) * bool(saver) + _viewers(trainer)
             print_summary("Trained", {**rows, **self._places(trainer)}, then, self._notes)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,7 +77,7 @@ class Summary(pl.Callback):
         title = "Trained and tested" if trained else "Tested"
         then = self._verbs(trainer, pl_module) if trained else []
         rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
-        print_summary(title, rows, then + _tensorboard(trainer), self._notes if trained else [])
+        print_summary(title, rows, then + _viewers(trainer), self._notes if trained else [])
 
     def state_dict(self) -> dict[str, Any]:
         return self._best.state_dict()
@@ -144,9 +144,8 @@ def _metrics(trainer: pl.Trainer, prefix: str) -> dict[str, str]:
     }
 
 
-def _tensorboard(trainer: pl.Trainer) -> list[str]:
-    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [_command("tensorboard --logdir", Path(logger.save_dir)) for logger in boards]
+def _viewers(trainer: pl.Trainer) -> list[str]:
+    return [f"{words}{shlex.quote(_short(path))}" for words, path in viewers(trainer)]
 
 
 def _command(words: str, path: Path) -> str:

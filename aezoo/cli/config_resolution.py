@@ -34,6 +34,8 @@ RESUMED = "AEZOO_RESUMED"
 
 # the setting that a single word sets when it is given in place of a section
 _SHORTHAND_KEY = {"model": "class_path", "data": "name"}
+# both add loggers to those of --logger
+_LOGGER = ("--trainer.logger", "--trainer.logger+")
 # data settings that refer to the content of one data set, and select its training samples
 _DATA_SET_KEYS = ("train_classes", "num_labels")
 
@@ -80,7 +82,7 @@ def expand(argv: list[str]) -> Request:
     resume_from = "off"
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help", "--trainer.logger"):
+        if flag not in ("-c", "--config", "--model", "--ckpt_path", "--resume", "--model.help", *_LOGGER):
             flags.append(flag + equals + value)
             continue
         if not equals:
@@ -90,7 +92,7 @@ def expand(argv: list[str]) -> Request:
                     continue
                 raise AezooError(f"{flag} needs a value")
             value = rest.pop(0)
-        if flag == "--trainer.logger":
+        if flag in _LOGGER:
             flags += [flag, _logger_setting(value)]
         elif flag in ("-c", "--config"):
             path, config = _config_file(value)
@@ -304,7 +306,7 @@ def _class_name(item: Any) -> str | None:
 
 def _logger_setting(value: str) -> str:
     if not value.strip():
-        raise AezooError("--trainer.logger needs a value: the name of a logger, or false")
+        raise AezooError("--trainer.logger needs a value: a logger of Lightning's, or false; see also --logger")
     try:
         return json.dumps(loggers.with_folder(yaml_text.load(value)), default=str)
     except yaml.YAMLError:

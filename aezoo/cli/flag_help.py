@@ -21,7 +21,8 @@ _WORDS = {
     "trainer.default_root_dir": "The folder of all runs, by default runs; a run is <folder>/<name>/<number>.",
     "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "
     "flags of their own, below.",
-    "trainer.logger": "By default TensorBoard; false logs nothing.",
+    "trainer.logger": "A logger of Lightning's or your own, by its class, beside those of --logger; false logs nothing "
+    "but what --logger names.",
 }
 
 

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -158,6 +158,14 @@ class SaveConfig(SaveConfigCallback):
             self.already_saved = True
 
 
+class RunTrainer(Trainer):
+    """A Trainer whose folder is that of the run, whatever its loggers."""
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.strategy.broadcast(self.default_root_dir)
+
+
 class AezooCLI(LightningCLI):
     """One command of the command line.
 
@@ -178,6 +186,7 @@ class AezooCLI(LightningCLI):
         super().__init__(
             Autoencoder,
             DataModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             parser_class=Parser,
             parser_kwargs={"prog": "aezoo"},
@@ -233,6 +242,13 @@ class AezooCLI(LightningCLI):
             "recipe, or of the model and the data.",
         )
         parser.add_argument(
+            "--logger",
+            type=list[str] | bool | str | None,
+            default=None,
+            help=f"Where metrics and pictures go beside the run folder: {', '.join(loggers.KINDS)} with commas between "
+            "them, or none. By default tensorboard.",
+        )
+        parser.add_argument(
             "--compile",
             type=Literal[compilation.MODES],
             default="auto",
@@ -278,6 +294,7 @@ class AezooCLI(LightningCLI):
             if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
                 raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
         trainer_settings.check(self.config[command]["trainer"])
+        loggers.check(self.config[command]["logger"])
         if not 1 <= self.config[command]["rank_timeout"] <= 1e6:
             raise AezooError(f"rank_timeout takes seconds from 1 to 1e6, got {self.config[command]['rank_timeout']}")
         # no setting and no environment variable can make Lightning load files that run code
@@ -341,6 +358,9 @@ class AezooCLI(LightningCLI):
                 sys.exit(0)
 
     def instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand]["trainer"]
+        given = trainer["logger"]
+        trainer["logger"], self.own_loggers = loggers.split(given)
         try:
             super().instantiate_classes()
         except AezooError:
@@ -350,6 +370,8 @@ class AezooCLI(LightningCLI):
                 raise AezooError(registry.out_of_memory_message(self.request.model or "the model")) from error
             # jsonargparse wraps a constructor's error in a report about all types that it tried
             raise AezooError(plain_message(f"{error}" or repr(error), self.command_parser)) from error
+        finally:
+            trainer["logger"] = given  # as the run's config.yaml has it
         kind = display_name(type(self.model))
         values.check_plain(
             dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters"
@@ -386,12 +408,22 @@ class AezooCLI(LightningCLI):
                 callback.run = run_dir
                 if writes and self.subcommand == "fit":
                     self._lock_checkpoints(callback.dirpath)
-        if self.subcommand != "fit" and config.get("logger") is None:
-            # their events at step 0 would cut off the run's own curves
-            config["logger"] = False
-        if config.get("logger") is not False:
-            specs = self.config[self.subcommand]["trainer"]["logger"]
-            config["logger"] = loggers.in_run_folder(config.get("logger"), specs, run_dir, self._curves(run_dir))
+        for callback in [*extra, *(config.get("callbacks") or [])]:
+            # Lightning would ask the first logger
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(run_dir / run_folder.CHECKPOINTS)
+        # an evaluation has no logger unless one is named: its events at step 0 would cut off the run's own curves
+        config["logger"] = loggers.make(
+            self._setting("logger"),
+            config.get("logger"),
+            self.own_loggers,
+            run_dir,
+            self._resumed_step(run_dir),
+            fit=self.subcommand == "fit",
+            writes=first and not config.get("fast_dev_run"),
+        )
+        if isinstance(config["logger"], list):
+            self.exit_stack.callback(loggers.close, config["logger"])
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
         config.update(kwargs)
@@ -418,12 +450,12 @@ class AezooCLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)
             self.exit_stack.enter_context(run_folder.locked(folder, stays, "give another --checkpoints.dirpath"))
 
-    def _curves(self, run_dir: Path) -> dict[str, Any]:
-        """Logger settings with which a resumed run removes the points that it had logged after its checkpoint."""
+    def _resumed_step(self, run_dir: Path) -> int | None:
+        """The step from which loggers go on in a folder that a fit has written to; None for others."""
         if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
-            return {}
+            return None
         dashboard.wait_for_new_timestamp(run_dir)
-        return {"purge_step": self.request.step}
+        return self.request.step
 
     def run_dir(self, root: Path, writes: bool) -> Path:
         """The folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.

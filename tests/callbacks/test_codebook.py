@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -128,14 +129,16 @@ def test_histogram_shows_codes_sorted_by_use(fit, events):
 
 
 def test_large_codebook_histogram_buckets_keep_total(tmp_path):
-    from aezoo.callbacks.codebook import write_rank_histogram
+    from aezoo.callbacks.codebook import log_rank_histogram
 
     class Writer:
         def add_histogram_raw(self, *given):
             self.given = given
 
     counts, writer = torch.randint(0, 9, (4321,), generator=torch.Generator().manual_seed(0)), Writer()
-    write_rank_histogram(writer, "a", counts, 7)
+    board = TensorBoardLogger(tmp_path)
+    board._experiment = writer
+    log_rank_histogram(SimpleNamespace(loggers=[board], global_step=7, is_global_zero=True), "a", counts)
     *_, limits, bars, step = writer.given
     assert step == 7 and len(bars) == 240 and limits[-1] == 4321
     ordered = np.sort(counts.numpy())[::-1]

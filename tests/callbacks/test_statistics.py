@@ -19,7 +19,8 @@ from torch.distributions import Normal, kl_divergence
 
 import aezoo
 from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Reconstructions, Samples, Summary, Throughput
-from aezoo.callbacks.dashboard import Logger, differing, hyperparameters
+from aezoo.callbacks.dashboard import differing, hyperparameters
+from aezoo.callbacks.loggers import TensorBoard
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -186,8 +187,8 @@ def context(folder: Path) -> TBContext:
     )
 
 
-def logger(folder: Path, version: str = "0") -> Logger:
-    return Logger(folder, name="run", version=version, default_hp_metric=False)
+def logger(folder: Path, version: str = "0") -> TensorBoard:
+    return TensorBoard(folder, name="run", version=version, default_hp_metric=False)
 
 
 @pytest.mark.slow

@@ -315,4 +315,6 @@ def _status(error: Exception) -> int | None:
 
 
 def _is_transport_error(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in ("requests", "httpx", "httpx2", "urllib3")
+    # after a refused connection, huggingface_hub 1.3 tries again by the client that it has closed
+    is_retry = isinstance(error, RuntimeError) and "client has been closed" in str(error)
+    return is_retry or type(error).__module__.partition(".")[0] in ("requests", "httpx", "httpx2", "urllib3")

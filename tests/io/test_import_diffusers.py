@@ -164,11 +164,13 @@ def test_names_of_earlier_transformers_are_read(tmp_path, kind):
             p.add_(0.05 * torch.randn_like(p))
     save_diffusers(model, tmp_path / "theirs")
     state, named = load_file(tmp_path / "theirs" / WEIGHTS), {}
+    # transformers 5.0 still has the former names
+    has_former = any(re.search(r"\.attention\.attention\.query|^encoder\.vision_model\.", key) for key in state)
     for key, value in state.items():
-        for old, new in FORMER[kind]:
+        for old, new in () if has_former else FORMER[kind]:
             key = re.sub(old, new, key) if key.startswith("encoder.") else key
         named[key] = value
-    assert len(named.keys() - state.keys()) >= 6
+    assert has_former or len(named.keys() - state.keys()) >= 6
     save_file(named, tmp_path / "theirs" / WEIGHTS, HEADER)
     found = aezoo.load_model(tmp_path / "theirs")
     assert torch.equal(found(x), model(x)) and found(x).std() > 0.01
@@ -179,7 +181,7 @@ def test_names_of_earlier_transformers_are_read(tmp_path, kind):
     inside = "encoder.net."
     for key in [key for key in state if key.startswith(f"{inside}encoder.")]:
         new = key.removeprefix(inside)
-        for old, to in FORMER[kind]:
+        for old, to in () if has_former else FORMER[kind]:
             new = re.sub(old, to, new)
         state[f"{inside}{new}"] = state.pop(key)
     save_file(state, weights)

@@ -275,7 +275,7 @@ def test_share_of_new_samples_flagged_is_contamination(name, epochs):
     assert low <= (again.predict(X[400:]) == -1).sum() <= high
     if epochs == 80:  # the training samples would give another threshold
         trained = model.set_params(calibration_fraction=0.0).fit(X[:400])
-        assert (trained.predict(X[:400]) == -1).sum() == 40 and (trained.predict(X[400:]) == -1).sum() > high
+        assert (trained.predict(X[:400]) == -1).sum() == 40 and (trained.predict(X[400:]) == -1).sum() > 1.5 * 200
 
 
 def test_auto_score_depends_on_model_and_shape():

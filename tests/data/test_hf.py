@@ -352,6 +352,7 @@ def test_missing_datasets_package_names_extra():
 
 @pytest.mark.slow
 def test_optional_packages_are_imported_lazily():
+    # torchmetrics imports transformers where it is installed, and with it huggingface_hub
     code = "import sys\nfrom aezoo.data import DataModule\nDataModule()\n"
-    code += "assert not {'datasets', 'litdata', 'huggingface_hub'} & {*sys.modules}"
+    code += "assert not {'datasets', 'litdata'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from refusals import refused
 from representative_models import others_slow
 
 import aezoo
@@ -41,16 +42,6 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 def fit(*flags):
     main(["fit", *QUICK, *flags])
-
-
-def refused(capsys, *argv):
-    """The one line on stderr with which a command ends with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main(list(argv))
-    assert end.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("aezoo: ")
-    return line
 
 
 @pytest.mark.slow

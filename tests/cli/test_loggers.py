@@ -21,6 +21,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, Logger
+from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_files import OfflineRun
 
@@ -57,15 +58,6 @@ def _offline_in_an_empty_folder(tmp_path, monkeypatch):
 
 def fit(*flags):
     main(["fit", *FAST, "--reconstructions.every_n_epochs=0", "--projector.n=0", *flags])
-
-
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as end:
-        main(list(argv))
-    assert end.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("aezoo: ")
-    return line
 
 
 def rows(path):

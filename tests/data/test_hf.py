@@ -353,6 +353,6 @@ def test_missing_datasets_package_names_extra():
 @pytest.mark.slow
 def test_optional_packages_are_imported_lazily():
     # torchmetrics imports transformers where it is installed, and with it huggingface_hub
-    code = "import sys\nfrom aezoo.data import DataModule\nDataModule()\n"
-    code += "assert not {'datasets', 'litdata'} & {*sys.modules}"
+    code = "import sys, torchmetrics\nbefore = {*sys.modules}\nfrom aezoo.data import DataModule\nDataModule()\n"
+    code += "assert not {'datasets', 'litdata', 'huggingface_hub'} & ({*sys.modules} - before)"
     subprocess.run([sys.executable, "-c", code], check=True)

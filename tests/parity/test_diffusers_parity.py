@@ -213,11 +213,8 @@ def test_consistency_decoder(compare):
     with_reference.equal("reconstruction of a code", model.decode(z), scheduler.step(output, t, zeros).prev_sample)
 
 
-@pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
-def test_kinds_with_decoders_of_their_own(compare, kind):
-    """A consistency decoder has no objective in diffusers; its laws are beside those of the model."""
-    shape, config = (3, 16, 16), {RAE: {"noise_tau": 0.5, "scaling_factor": 0.7}}.get(kind)
-    model = aezoo.create_model("diffusers_ae", shape, kind=kind, config=config, likelihood="laplace").double()
+def counterpart(model):
+    """Our parameters by name, moved at random, and the model of diffusers with these weights."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -225,6 +222,15 @@ def test_kinds_with_decoders_of_their_own(compare, kind):
     named = {name: p for part in parts for name, p in part.named_parameters()}
     other = type(parts[0]).from_config(parts[0].config).double()
     other.load_state_dict({k: v for part in parts for k, v in part.state_dict().items()}, strict=True)
+    return named, other
+
+
+@pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
+def test_kinds_with_decoders_of_their_own(compare, kind):
+    """A consistency decoder has no objective in diffusers; its laws are beside those of the model."""
+    shape, config = (3, 16, 16), {RAE: {"noise_tau": 0.5, "scaling_factor": 0.7}}.get(kind)
+    model = aezoo.create_model("diffusers_ae", shape, kind=kind, config=config, likelihood="laplace").double()
+    named, other = counterpart(model)
     x = torch.rand(3, *shape)
     with_reference = compare("diffusers_ae", "diffusers", kind)
     z = encoded(other.eval(), x)
@@ -252,13 +258,7 @@ def test_kinds_with_decoders_of_their_own(compare, kind):
 def test_models_of_diffusers(compare, kind):
     shape = (3, 32, 32)
     model = aezoo.create_model("diffusers_ae", shape, kind=kind, likelihood="laplace", beta=0.5).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    parts = model.encoder.net, model.decoder.net
-    named = {name: p for part in parts for name, p in part.named_parameters()}
-    other = type(parts[0]).from_config(parts[0].config).double()
-    other.load_state_dict({k: v for part in parts for k, v in part.state_dict().items()}, strict=True)
+    named, other = counterpart(model)
     x = torch.rand(3, *shape)
     with_reference = compare("diffusers_ae", "diffusers", kind)
     encoded = other.encode(2 * x - 1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from refusals import refused_in_one_line as refused
 
 import aezoo
 from aezoo.cli.main import main
@@ -32,15 +33,6 @@ def run(tmp_path_factory):
     main(["fit", "--model", "dense_ae", *flags, "--trainer.default_root_dir", str(home / "runs")])
     (folder,) = (path.parent for path in (home / "runs").rglob("config.yaml"))
     return folder
-
-
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.mark.slow

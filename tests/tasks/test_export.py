@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from golden import own_models
+from refusals import refused_in_one_line as refused
 from safetensors import safe_open
 
 import aezoo
@@ -43,15 +44,6 @@ def example_of(readme, name):
     section = readme.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return code
-
-
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as ended:
-        main([*argv])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -451,11 +443,7 @@ def test_page_names_what_cannot_be_exported():
 
 
 @slow
-@pytest.mark.parametrize(
-    "name",
-    # the export of simmim's score fails within the test run, and works outside of it; the cause is not known
-    [pytest.param(name, marks=pytest.mark.xfail(strict=False)) if name == "simmim" else name for name in own_models()],
-)
+@pytest.mark.parametrize("name", own_models())
 def test_every_model_exports_what_the_contract_does_not_check(name, tmp_path):
     """Scores, and codes and decoders if a reconstruction is more than both: the contract checks that and indices."""
     subject = subject_of(name)

@@ -299,6 +299,8 @@ def _quiet() -> Iterator[None]:
         # of its way to unroll an LSTM
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", "_check_is_size will be removed")
+        # of the likelihood, which is another one within `anomaly_score` and the same after it
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         # torch 2.12 says so of the bytes of a program that it loads
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         try:

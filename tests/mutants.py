@@ -78,6 +78,8 @@ TESTS_BY_PREFIX = {
 # mutants that change no number, and why
 EQUIVALENT: dict[str, str] = {}
 FLAGS = ("-x", "-q", "-n0", "--tb=no", "-rfE", "-p", "no:cacheprovider")
+# plug-ins of pytest that PRELOADED imports, as anyio, need no rewritten asserts
+FLAGS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 CAUGHT, SURVIVED, TIMED_OUT, STALE, BROKEN = "caught", "SURVIVED", "TIMED OUT", "STALE", "BROKEN"
 

@@ -371,6 +371,7 @@ def test_saved_model_accepts_data_settings(run, tmp_path, capsys, form):
         (["--ckpt_path", "RUN", "--batch_size", "0"], "batch_size"),
         (["--ckpt_path", "RUN", "--seed", "-1"], "seed"),
         (["--ckpt_path", "RUN", "--data.name", "digits"], "the data give 1x8x8"),
+        (["--ckpt_path", "RUN", "--data", "digits"], "the data give 1x8x8"),
         (["--ckpt_path", "RUN", "--data.nmae", "digits"], "did you mean --data.name?"),
         (["--ckpt_path", "RUN", "--data.batch_size", "9"], "did you mean --batch_size?"),
         (["--ckpt_path", "RUN", "--data", "{nmae: digits}"], "unknown setting data.nmae, did you mean data.name?"),

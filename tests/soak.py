@@ -25,7 +25,7 @@ from aezoo.nets.blocks.dictionary import DECODES, INPUT_NORMS
 from aezoo.nets.blocks.diffusers import KINDS
 from aezoo.nets.blocks.flows import FLOWS
 from aezoo.nets.blocks.split_diffusers import CONSISTENCY, RAE
-from aezoo.nets.build import ACTIVATIONS
+from aezoo.nets.build import ACTIVATIONS, WEIGHT_INITS
 from aezoo.quantisers.fsp import SQUASHES
 from aezoo.quantisers.stochastic_vq import VARIANCES
 from aezoo.quantisers.vq import UPDATES
@@ -42,6 +42,7 @@ RANGES = {
     "hidden_dims": lambda rng: [rng.randint(4, 32) for _ in range(rng.randint(0, 3))],
     "net": lambda rng: rng.choice(("mlp", "conv", "resnet", "conv_keras", "gdn", "dc", "mixer")),
     "activation": lambda rng: rng.choice([*ACTIVATIONS]),
+    "weight_init": lambda rng: rng.choice(WEIGHT_INITS),
     "code_activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "likelihood": lambda rng: rng.choice(LIKELIHOODS),
     # small: a wild learning rate may diverge, which the fault guard has tests for

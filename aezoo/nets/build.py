@@ -23,6 +23,8 @@ NETS = (
     "transformer",
 )
 TIMM = "timm:"
+WEIGHT_INITS = ("torch", "glorot")
+_WITH_FANS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # networks whose output is a single vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -60,6 +62,29 @@ def activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise AezooError(f"unknown activation {name!r}: take one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()
+
+
+def initialise(net: nn.Module, weight_init: str) -> None:
+    """Draw the initial weights of a network's linear layers and convolutions.
+
+    Args:
+        net: changed in place.
+        weight_init: torch leaves them as they are, from torch's own rule, U(-1/sqrt(n_in), 1/sqrt(n_in)). glorot is
+            Keras' rule: weights from U(-a, a) with a = sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010,
+            https://proceedings.mlr.press/v9/glorot10a.html), biases 0.
+
+    Raises:
+        AezooError: an unknown rule.
+    """
+    if weight_init not in WEIGHT_INITS:
+        raise AezooError(f"unknown weight_init {weight_init!r}: take one of {', '.join(WEIGHT_INITS)}")
+    if weight_init == "torch":
+        return
+    for layer in net.modules():
+        if isinstance(layer, _WITH_FANS):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType | SimpleNamespace:

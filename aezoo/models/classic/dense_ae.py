@@ -27,6 +27,7 @@ class DenseAE(Autoencoder, tags=("representation", "anomaly")):
         hidden_dims: widths of the encoder's hidden layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         code_activation: also applied to the code, such as relu; identity leaves the code free.
+        weight_init: torch, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
         **kwargs: see `Autoencoder`.
     """
 
@@ -38,6 +39,7 @@ class DenseAE(Autoencoder, tags=("representation", "anomaly")):
         hidden_dims: tuple[int, ...] = (128, 64),
         activation: str = "relu",
         code_activation: str = "identity",
+        weight_init: str = "torch",
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
@@ -46,6 +48,7 @@ class DenseAE(Autoencoder, tags=("representation", "anomaly")):
         layers = nets.encoder("mlp", self.input_shape, self.code_shape, hidden_dims, activation)
         self.encoder = nn.Sequential(layers, nets.activation(code_activation))
         self.decoder = nets.decoder("mlp", self.code_shape, self.input_shape, hidden_dims[::-1], activation)
+        nets.initialise(self, weight_init)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         nll_B = self.nll(self.decoder(self.encoder(x)), x)

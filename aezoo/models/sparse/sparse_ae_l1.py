@@ -14,6 +14,7 @@ from typing import Unpack
 
 from torch import Tensor
 
+from aezoo import nets
 from aezoo.autoencoder import at_least_float32
 from aezoo.bases.network import NetworkArgs, NetworkAutoencoder
 from aezoo.training.limits import check_at_least
@@ -25,11 +26,18 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
     Args:
         l1: lam, weight of the sum of activations; its effect fades as the decoder grows, see `weight_decay`.
         latent_dim: size of the code.
+        weight_init: torch, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
         **kwargs: see `NetworkAutoencoder`.
     """
 
     def __init__(
-        self, input_shape: tuple[int, ...], *, l1: float = 0.1, latent_dim: int = 256, **kwargs: Unpack[NetworkArgs]
+        self,
+        input_shape: tuple[int, ...],
+        *,
+        l1: float = 0.1,
+        latent_dim: int = 256,
+        weight_init: str = "torch",
+        **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
         check_at_least(1, latent_dim=latent_dim)
@@ -38,6 +46,7 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
         self.code_shape = (latent_dim,)
         self.encoder = self.build_encoder(self.code_shape)
         self.decoder = self.build_decoder(self.code_shape)
+        nets.initialise(self, weight_init)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x).relu()

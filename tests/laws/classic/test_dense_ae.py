@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor, nn
@@ -39,6 +40,17 @@ def test_code_activation_is_applied_to_the_code(shifted: Any) -> None:
     z = written_out(model.encoder[0], x)
     assert (z < 0).any() and (z > 0).any()
     torch.testing.assert_close(model.encode(x), z.clamp(min=0))
+
+
+def test_glorot_weights_are_those_of_keras() -> None:
+    model: Any = aezoo.create_model("dense_ae", (200,), latent_dim=30, hidden_dims=(100,), weight_init="glorot")
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for layer in layers:
+        limit = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.99 * limit < layer.weight.abs().max() <= limit
+        assert not layer.bias.any()
+    with pytest.raises(aezoo.AezooError, match="unknown weight_init 'kaiming': take one of torch, glorot"):
+        aezoo.create_model("dense_ae", (6,), weight_init="kaiming")
 
 
 def test_no_hidden_layers_equal_linear_ae(shifted: Any) -> None:

@@ -34,6 +34,17 @@ def test_l1_weight_0_equals_relu_autoencoder(shifted: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_glorot_weights_and_zero_biases_of_any_network() -> None:
+    for net, layers in (("mlp", 4), ("conv", 6)):
+        settings = {"net": net, "hidden_dims": (8, 8), "latent_dim": 40, "weight_init": "glorot"}
+        model = aezoo.create_model("sparse_ae_l1", (1, 16, 16), **settings)
+        found = [m for m in model.modules() if hasattr(m, "bias")]
+        assert len(found) >= layers and not any(m.bias.any() for m in found)
+        code = next(m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 40)
+        limit = (6 / (code.in_features + 40)) ** 0.5
+        assert 0.95 * limit < code.weight.abs().max() <= limit
+
+
 def test_l1_penalty_is_summed_in_nats_per_sample(shifted: Any) -> None:
     model, x = shifted(build("sparse_ae_l1", l1=0.7, latent_dim=9)), data(6)
     terms, h = model.loss(x), model.encode(x)

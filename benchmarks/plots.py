@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import common, labels
 from .labels import SIZE
+from .pareto import panels as pareto_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +20,6 @@ Row = dict[str, str]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# largest number of models in a panel that can all be named
-_MAX_NAMED = 20
 _GREY, _LIGHT = "0.35", "0.85"
 _HATCH = "////"
 _PEERS = {
@@ -81,74 +80,49 @@ def _legend(figure: "Figure", handles: Sequence[Any]) -> None:
 
 
 def pareto(rows: Sequence[Row]) -> "Figure | None":
-    """Error against training throughput (of the fastest seed), one panel per data set, at the most common code size.
+    """Error against training throughput, one panel per data set, see `benchmarks.pareto`.
 
-    If there are many models, only those on the front and the best and the fastest of each family are named. Codes that
-    could hold the whole sample are left out. Rates from another processor than the most common one have hollow markers
-    and are not on the front.
+    Rates from another processor than the most common one have hollow markers and are not on the front.
     """
     from matplotlib.lines import Line2D
 
-    has_other_processors = False
-
-    sets = _group_by(_positive(rows, "mse", "samples_per_s"), "dataset")
-    if not sets:
+    found = pareto_panels(rows)
+    if not found:
         return None
-    families = list(dict.fromkeys(row.get("family", "") for part in sets.values() for row in part))
+    families = list(dict.fromkeys(point.row.get("family", "") for panel in found for point in panel.points))
     style = {family: (_COLOURS[i % 7], _MARKERS[i % 7]) for i, family in enumerate(families)}
-    figure, axes = _panels(len(sets), 6.4, 5.2, xscale="log", yscale="log")
-    for ax, (dataset, part) in zip(axes, sets.items(), strict=True):
-        sizes = [row.get("code_size", "") for row in part]
-        common_size = max(dict.fromkeys(sizes), key=sizes.count)
-        models = [
-            min(group, key=lambda row: _distance(row, common_size)) for group in _group_by(part, "model").values()
-        ]
-        models = [row for row in models if number(row, "pca_mse") > 0] or models
-        xs, ys = [_speed(row) for row in models], [number(row, "mse") for row in models]
-        processors = [row.get("processor", "") for row in models]
-        common_processor = max(dict.fromkeys(processors), key=processors.count)
-        compared = [row for row, processor in zip(models, processors, strict=True) if processor == common_processor]
-        has_other_processors = has_other_processors or len(compared) < len(models)
-        front, best = [], float("inf")
-        found = [(_speed(row), number(row, "mse")) for row in compared]
-        for x, y in sorted(found, key=lambda point: (-point[0], point[1])):
-            if y < best:
-                front.append((x, y))
-                best = y
-        ax.plot(*zip(*front, strict=True), color=_LIGHT, linewidth=5, zorder=0, solid_capstyle="round")
+    figure, axes = _panels(len(found), 6.4, 5.2, xscale="log", yscale="log")
+    for ax, panel in zip(axes, found, strict=True):
+        ax.plot(*zip(*panel.front, strict=True), color=_LIGHT, linewidth=5, zorder=0, solid_capstyle="round")
         points = []
-        named = _models_to_name(compared, front) if len(models) > _MAX_NAMED else [row["model"] for row in models]
-        for row, x, y in zip(models, xs, ys, strict=True):
-            colour, marker = style[row.get("family", "")]
-            face, edge = (colour, "white") if row.get("processor", "") == common_processor else ("white", colour)
-            ax.plot(x, y, marker, color=face, markersize=8, markeredgecolor=edge)
-            size = row.get("code_size", "")
-            label = row["model"] + ("" if size == common_size else f" ({size})") if row["model"] in named else ""
-            points.append((x, y, label, colour))
-        pca = [
-            number(row, "pca_mse") for row in part if row.get("code_size") == common_size and number(row, "pca_mse") > 0
-        ]
-        if pca:
-            ax.axhline(pca[0], color=_GREY, linestyle="--", linewidth=1.2)
+        for point in panel.points:
+            colour, marker = style[point.row.get("family", "")]
+            face, edge = (colour, "white") if point.compared else ("white", colour)
+            ax.plot(point.speed, point.error, marker, color=face, markersize=8, markeredgecolor=edge)
+            points.append((point.speed, point.error, point.label, colour))
+        xs = [point.speed for point in panel.points]
+        ys = [point.error for point in panel.points] + ([] if panel.pca is None else [panel.pca])
+        if panel.pca is not None:
+            ax.axhline(panel.pca, color=_GREY, linestyle="--", linewidth=1.2)
         ax.set_xlim(min(xs) / 1.6, max(xs) * 1.9)
-        low, high = min(ys + pca[:1]), max(ys + pca[:1])
+        low, high = min(ys), max(ys)
         ax.set_ylim(low / (high / low) ** 0.12 / 1.05, high * (high / low) ** 0.12 * 1.05)
         for axis, values in ((ax.xaxis, xs), (ax.yaxis, ax.get_ylim())):
             _plain_ticks(axis, values)
-        ax.set_title(f"{dataset}, code of {common_size} numbers", fontsize=SIZE + 2, loc="left")
+        ax.set_title(f"{panel.dataset}, code of {panel.code_size} numbers", fontsize=SIZE + 2, loc="left")
         ax.set_xlabel("training throughput (samples/s, log)  faster →", fontsize=SIZE)
         ax.set_ylabel("← better  test error (mse, log)", fontsize=SIZE)
         labels.label_points(ax, points)
-        if pca:
+        if panel.pca is not None:
             ax.text(
-                0.995, pca[0], "PCA", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=SIZE - 1.5,
-                color=_GREY,
+                0.995, panel.pca, "PCA", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
+                fontsize=SIZE - 1.5, color=_GREY,
             )  # fmt: skip
     marks = [
         Line2D([], [], linestyle="", marker=style[f][1], color=style[f][0], markersize=8, label=f) for f in families
     ]
     marks += [Line2D([], [], color=_LIGHT, linewidth=5, label="no model is both faster and better")]
-    if has_other_processors:
+    if not all(point.compared for panel in found for point in panel.points):
         marks += [
             Line2D(
                 [], [], linestyle="", marker="o", color="white", markeredgecolor=_GREY, markersize=8,
@@ -157,24 +131,6 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
         ]  # fmt: skip
     _legend(figure, marks)
     return figure
-
-
-def _models_to_name(rows: Sequence[Row], front: Sequence[tuple[float, float]]) -> list[str]:
-    """Models on the front, and the best and the fastest of each family."""
-    found = [row["model"] for row in rows if (_speed(row), number(row, "mse")) in front]
-    for family in _group_by(rows, "family").values():
-        found.append(min(family, key=lambda row: number(row, "mse"))["model"])
-        found.append(max(family, key=_speed)["model"])
-    return found
-
-
-def _speed(row: Row) -> float:
-    """Samples per second of the fastest seed: other load on a machine slows a run and never speeds it up."""
-    return number(row, "samples_per_s_high" if row.get("samples_per_s_high") else "samples_per_s")
-
-
-def _distance(row: Row, usual: str) -> float:
-    return abs(number(row, "code_size") - float(usual or 0))
 
 
 def code_size(rows: Sequence[Row]) -> "Figure | None":

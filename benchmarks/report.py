@@ -383,6 +383,11 @@ def quality_rows(rows: Mapping[str, list[Row]]) -> list[Row]:
     return [row for row in merged if row.get("kind") in (None, "", "numbers")]
 
 
+def compared_models(folder: Path) -> list[Row]:
+    """Medians over seeds of all models in a folder's CSVs of quality, at the most frequent budget of each data set."""
+    return comparable(quality_rows({path.stem: _read(path)[1] for path in sorted(folder.glob("quality-*.csv"))}))
+
+
 def machine_name(stem: str) -> str:
     """The machine name after the number of processors in a CSV's name, if any; see `common.build_parser`."""
     found = re.search(r"-cpu\d+-([a-z0-9]+)$", stem)

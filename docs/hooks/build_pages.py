@@ -21,12 +21,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import pareto_page  # noqa: E402
 from typeset import latex  # noqa: E402
 
 from aezoo import registry  # noqa: E402
 from aezoo.cli import measured  # noqa: E402
 from aezoo.cli.recipes import recipes  # noqa: E402
 from aezoo.training.traits import TAGS  # noqa: E402
+from benchmarks import pareto, report  # noqa: E402
 from benchmarks import recipes as tables  # noqa: E402
 
 # files of the repository that are pages of the site
@@ -38,6 +40,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/RESULTS.md": "results/index.md",
 }
+PARETO = "results/pareto.md"
 FOLDERS = {"benchmarks/results": "results/index.md"}
 # code, in which brackets are no links, or the text and the target of a link
 LINK = re.compile(
@@ -56,6 +59,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             for family, names in tables.families().items():
                 entry["Models"].append({family: [{name: f"models/{name}.md"} for name in names]})
         if "Results" in entry:
+            entry["Results"].append({"Error and training speed": PARETO})
             entry["Results"] += [f"results/{path.name}" for path in sorted((ROOT / "docs" / "results").glob("*.md"))]
     return config
 
@@ -69,6 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for family, names in families.items():
         for name in names:
             _add(files, config, f"models/{name}.md", model_page(name, family, related[name]), f"docs/models/{name}.md")
+    panels = pareto.panels(report.compared_models(ROOT / "benchmarks" / "results"))
+    _add(files, config, PARETO, pareto_page.page(panels), f"docs/{PARETO}")
     katex = Path(importlib.util.find_spec("sphinxcontrib.katex").origin).parent / "katex.min.js"
     files.append(File.generated(config, "assets/katex.min.js", abs_src_path=str(katex)))
     for file in [*files.documentation_pages()]:

@@ -398,16 +398,6 @@ def test_time_limited_runs_are_marked():
     assert cells("seconds=20", "7.5") == ["seconds=20", "7.5 |"] and cells("epochs=1", "") == ["epochs=1 |"]
 
 
-def test_only_notable_models_are_named_among_many():
-    rows = [
-        {"model": f"m{i}", "family": "odd" if i % 2 else "even", "samples_per_s": str(100 + i), "mse": str(1 / (1 + i))}
-        for i in range(30)
-    ]
-    assert set(plots._models_to_name(rows, [(129.0, 1 / 30)])) == {"m28", "m29"}
-    rows[3]["mse"] = "0.001"
-    assert set(plots._models_to_name(rows, [])) == {"m3", "m28", "m29"}
-
-
 def test_pictures_compare_runs_of_one_budget():
     row = {"dataset": "digits", "model": "vae", "code_size": "8"}
     long, short = row | {"budget": "epochs=20"}, row | {"budget": "epochs=1"}

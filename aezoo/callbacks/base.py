@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -193,9 +192,7 @@ class Picture(Checked, pl.Callback):
         self._reset()
         if stage == "fit" and self.every_n_epochs and not is_dry_run(trainer):
             self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
-            # rank zero may only call the model alone if it holds all of the weights
-            has_full_model = trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
-            self._active = trainer.is_global_zero and has_full_model
+            self._active = trainer.is_global_zero
 
     def on_validation_batch_end(
         self,

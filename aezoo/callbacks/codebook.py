@@ -89,7 +89,7 @@ class Codebook(Picture):
         super().setup(trainer, pl_module, stage)
         wanted = stage == "fit" and self.every_n_epochs > 0 and not is_dry_run(trainer)
         discrete = bool(getattr(pl_module, "discrete_code", False))
-        self._counts_here = discrete and wanted and distributed.has_full_model(trainer)
+        self._counts_here = discrete and wanted
         self._active = self._active and self._counts_here
         distributed.release_collectives_at_exit(trainer)
 

@@ -12,6 +12,7 @@ import torch
 
 from aezoo.data.loaders import available_cores
 from aezoo.errors import AezooError
+from aezoo.training import distributed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -85,6 +86,11 @@ def check(trainer: Mapping[str, Any]) -> None:
     for key in _TEXTS:
         if trainer.get(key) == "":
             raise AezooError(f"trainer.{key} is empty: leave it out or give it a value")
+    strategy = trainer.get("strategy")
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
+    kind = name.rpartition(".")[2]
+    if kind and kind not in ("auto", "SingleDeviceStrategy") and not kind.lower().startswith("ddp"):
+        raise AezooError(f"trainer.{distributed.unsupported_strategy(kind)}")
     devices = trainer.get("devices")
     count = int(devices) if isinstance(devices, str) and devices.lstrip("-").isdigit() else devices
     if isinstance(count, int) and not isinstance(count, bool) and count != -1 and not 1 <= count <= 1024:

@@ -142,7 +142,6 @@ ATTRIBUTES: dict[str, str] = {
     "gradient_alone": "gradient_only",
     "gumbel": "sample_gumbel",
     "hinge": "hinge_loss",
-    "hold_it_whole": "has_full_model",
     "in_graph": "is_tracing",
     "in_order": "keep_grad_layout",
     "is_abreast": "is_batch_inner",

@@ -18,7 +18,7 @@ from aezoo.speed import (
 )
 from aezoo.speed.parts import is_enabled
 from aezoo.speed.swapping import Swapped
-from aezoo.training import compilation, distributed
+from aezoo.training import compilation
 from aezoo.training.model_names import is_built_in
 from aezoo.training.module import TrainingModule
 
@@ -41,7 +41,7 @@ def set_up(model: TrainingModule, stage: str) -> None:
     """
     if is_enabled("malloc"):
         malloc.expect_large_tensors()
-    channels_last = stage == "fit" and is_enabled("channels_last") and _fits_whole(model)
+    channels_last = stage == "fit" and is_enabled("channels_last") and _keeps_layout(model)
     channels_last = channels_last and memory_format.to_channels_last(model)
     if stage == "fit":
         model._channels_last = channels_last
@@ -49,10 +49,8 @@ def set_up(model: TrainingModule, stage: str) -> None:
     _SWAPPED.setdefault(model, {}).setdefault(stage, []).extend(parts)
 
 
-def _fits_whole(model: TrainingModule) -> bool:
-    """Whether each process has the whole model, with weights that no callback flattens."""
-    if not distributed.has_full_model(model.trainer):
-        return False
+def _keeps_layout(model: TrainingModule) -> bool:
+    """Whether no callback flattens the weights."""
     # ModelPruning uses torch.nn.utils.parameters_to_vector, which accepts only torch's usual layout
     callbacks: list[Any] = model.trainer.callbacks  # type: ignore[attr-defined]
     return not any(isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, XLAStrategy
 
 from aezoo.errors import AezooError
 
@@ -41,9 +41,21 @@ def limit_wait(trainer: Trainer, seconds: float) -> None:
         trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
 
 
-def has_full_model(trainer: Trainer) -> bool:
-    """Whether each process has the whole model, as a single process or a replica; other strategies shard it."""
-    return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
+def check_strategy(trainer: Trainer) -> None:
+    """Reject strategies other than one device and DDP: where a model is sharded, nothing here was tested.
+
+    Raises:
+        AezooError: names the strategy, and those to take.
+    """
+    strategy = trainer.strategy
+    replicated = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy | XLAStrategy)
+    if not replicated and not isinstance(strategy, SingleDeviceStrategy):
+        raise AezooError(unsupported_strategy(type(strategy).__name__))
+
+
+def unsupported_strategy(name: str) -> str:
+    """The message for a strategy that is not supported."""
+    return f"strategy {name} is not supported: take auto or ddp, with which each process holds the whole model"
 
 
 def connect(trainer: Trainer) -> None:

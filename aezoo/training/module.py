@@ -32,6 +32,7 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
     # ---- begin and end ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        distributed.check_strategy(self.trainer)
         distributed.release_collectives_at_exit(self.trainer)
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()

@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from kill_harness import MARK, processes
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from quiet_trainer import quiet_trainer
+from refusals import refused
 from torch.utils.data import DataLoader
 
 from aezoo import callbacks, create_model
+from aezoo.cli import trainer_settings
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 from aezoo.training import distributed
@@ -254,11 +256,23 @@ def test_channels_last_matches_in_multi_process_training(tmp_path, channels):
             torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_sharding_strategy_keeps_contiguous_weights():
-    model = create_model("conv_ae", (3, 8, 8), hidden_dims=(6, 8), latent_dim=4)
-    model._trainer = SimpleNamespace(world_size=2, strategy=FSDPStrategy())
-    model.setup("fit")
-    assert all(weight.is_contiguous() for weight in model.parameters())
+def test_untested_strategies_are_refused(capsys):
+    message = "strategy FSDPStrategy is not supported: take auto or ddp, with which each process holds the whole model"
+    model = create_model("dense_ae", (4,), hidden_dims=(), latent_dim=2)
+    for strategy in (FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy), ModelParallelStrategy()):
+        model._trainer = SimpleNamespace(strategy=strategy)
+        with pytest.raises(AezooError, match=message.replace("FSDPStrategy", type(strategy).__name__)):
+            model.setup("fit")
+    for name in ("fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.ModelParallelStrategy", "tpu"):
+        said = refused(capsys, "fit", "--model=vae", "--data.name=digits", f"--trainer.strategy={name}")
+        assert f"strategy {name.rpartition('.')[2]} is not supported: take auto or ddp" in said
+
+
+@pytest.mark.parametrize("name", ["auto", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true", DDPStrategy()])
+def test_spellings_of_ddp_are_accepted(name, monkeypatch):
+    trainer = quiet_trainer(devices=1, strategy=name, max_epochs=1, logger=False)
+    distributed.check_strategy(trainer)
+    trainer_settings.check({"strategy": name})
 
 
 # ---- a rank that fails ----------------------------------------------------------------------------------------------

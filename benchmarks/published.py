@@ -7,12 +7,12 @@
 
 `python -m benchmarks.recipes --tables` writes the table of these recipes in `docs/recipes.md`.
 
-A recipe whose head has a line `# target:` holds the setting of a published figure. FOLDER holds MNIST, and Larochelle's
-binary digits if they are at hand; recipes that need them take digits drawn once from the grey values elsewhere, with
-as many samples for training and validation, and `data` says so. Runs are kept in `build/published`: one that was ended
-in any way goes on from its last epoch. A run that has not reached its last epoch is measured, too; `epochs` says how
-far it came. Nothing is chosen on the test split: the weights are those with the lowest validation loss, or the last
-ones where the setting has no validation.
+A recipe whose head has a line `# target:` holds the setting of a published figure, and a line `# test:` on what other
+data that was measured. FOLDER holds MNIST, and Larochelle's binary digits if they are at hand; recipes that need them
+take digits drawn once from the grey values elsewhere, with as many samples for training and validation, and `data` says
+so. Runs are kept in `build/published`: one that was ended in any way goes on from its last epoch. A run that has not
+reached its last epoch is measured, too; `epochs` says how far it came. Nothing is chosen on the test split: the weights
+are those with the lowest validation loss, or the last ones where the setting has no validation.
 """
 
 import argparse
@@ -72,6 +72,12 @@ def settings(path: Path) -> dict[str, Any]:
     return found
 
 
+def tested_on(path: Path) -> dict[str, str]:
+    """Settings of the data that are other ones in the test, from a recipe's line `# test: NAME=VALUE (why)`."""
+    found = re.search(r"^# test: (\w+)=(\w+) ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {found[1]: found[2]} if found else {}
+
+
 def data_flags(path: Path, root: Path) -> tuple[str, list[str]]:
     """What a recipe is trained on here, and the flags that say so."""
     data = settings(path)["data"]
@@ -90,8 +96,9 @@ def spec(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     row = {"recipe": path.stem, "seed": seed, "data": data, "max_epochs": recipe["trainer"]["max_epochs"]}
     row |= {"metric": figure.metric, "published": figure.value}
     row |= {"importance_samples": recipe.get("importance_samples")}
-    folder = arguments.keep.resolve() / f"{path.stem}-{seed}"
-    return {"row": row, "flags": flags, "folder": str(folder), "seconds": arguments.seconds}
+    folder, test = arguments.keep.resolve() / f"{path.stem}-{seed}", tested_on(path)
+    row["data"] += "".join(f"; test with {name} {value}" for name, value in test.items())
+    return {"row": row, "flags": flags, "test": test, "folder": str(folder), "seconds": arguments.seconds}
 
 
 def is_finished(row: dict[str, str] | None) -> bool:

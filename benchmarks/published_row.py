@@ -33,7 +33,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Train to the recipe's last epoch or until the time is up, and test.
 
     Args:
-        spec: folder of the run, flags, seconds or None, and row, with recipe and seed.
+        spec: folder of the run, flags, seconds or None, other settings of the data in the test, and row, with recipe
+            and seed.
 
     Raises:
         RuntimeError: the fit fails, or its time was up before the first epoch has ended.
@@ -45,7 +46,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if "train/loss" not in found:
         raise RuntimeError("its first epoch has not ended: give it more --seconds")
     figures = {name: found[name][-1] for name in TRAIN_METRICS if name in found}
-    figures |= test(run, row["importance_samples"])
+    figures |= test(run, row["importance_samples"], spec["test"])
     return {
         "epochs": len(found["train/loss"]),
         "cpu_seconds": float((folder / "cpu_seconds").read_text()),
@@ -88,11 +89,11 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def test(run: Path, importance_samples: int | None) -> dict[str, float]:
-    """Figures of the test split with the run's best weights."""
+def test(run: Path, importance_samples: int | None, other: dict[str, str]) -> dict[str, float]:
+    """Figures of the test split with the run's best weights, and with other settings of the data."""
     model, trained = load_run(run)
     model.importance_samples = importance_samples or 1
-    data = aezoo.DataModule(**trained["settings"])
+    data = aezoo.DataModule(**trained["settings"] | other)
     pl.seed_everything(0, workers=True, verbose=False)
     figures = quiet_trainer({"accelerator": "auto"}).test(model, data, verbose=False)[0]
     return {name: figures[name] for name in TEST_METRICS if name in figures}

@@ -45,6 +45,15 @@ def test_targets_are_the_first_figures():
     assert found["mnist_keras_vae"] == ("train/loss", 146.95)
 
 
+def test_the_test_may_have_other_data(tmp_path):
+    arguments = published.parse_arguments(["--root", str(tmp_path), "--keep", str(tmp_path)])
+    recipe = published.published()["mnist_poincare"]
+    found = published.spec(recipe, 0, arguments)
+    assert found["test"] == {"binarise": "none"}
+    assert found["row"]["data"] == "mnist, static; test with binarise none"
+    assert published.spec(published.published()["mnist_vae"], 0, arguments)["test"] == {}
+
+
 def test_static_digits_are_drawn_where_files_are_missing(tmp_path):
     recipe = published.published()["mnist_vae"]
     data, flags = published.data_flags(recipe, tmp_path)

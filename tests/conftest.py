@@ -1,8 +1,10 @@
 """What all tests share: few threads, since the suite itself runs in two processes."""
 
+import functools
 import getpass
 import logging
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -65,6 +67,16 @@ def _process_state():
     for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).disabled = False
         logging.getLogger(name).propagate = True
+
+
+@pytest.fixture(autouse=True)
+def _parse_translations_once():
+    """Keep onnxscript's translations: parsing their source again for each export takes a third of its time."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("onnxscript._framework_apis.torch_"):
+            parse = getattr(module, "get_torchlib_ops", None)
+            if parse is not None and not hasattr(parse, "cache_clear"):
+                module.get_torchlib_ops = functools.cache(parse)
 
 
 @pytest.fixture

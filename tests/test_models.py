@@ -18,7 +18,9 @@ from aezoo.testing import CHECKS, SHAPES, SLOW_CHECKS, SharedNoise, check_ddp, c
 # a warning of the contract fails it, whatever pyproject.toml lets pass elsewhere
 strict = pytest.mark.filterwarnings("error")
 ALONE = [check for check in CHECKS if check is not check_ddp]
+# those that need a fit of their own, and hold by the class; check_resume and check_checkpoint fit variants, too
 NOT_OF_VARIANTS = ("check_compile", "check_export", "check_onnx", "check_overfits", "check_state_dict", "check_ddp")
+NOT_OF_VARIANTS += ("check_loop", "check_seed", "check_deterministic_evaluation")
 
 
 def name_of_check(check):
@@ -42,7 +44,7 @@ FITS = (
     testing.check_deterministic_evaluation,
 )
 # one of each kind of loss: inductor takes most of a minute for each
-COMPILED = (*REPRESENTATIVE, "mean_scale_hyperprior", "jumprelu_sae", "unet_ae")
+COMPILED = ("vae", "vq_vae", "jumprelu_sae", "mean_scale_hyperprior")
 # those that a network of the same kind passes alike
 LESS_OFTEN = (
     *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
@@ -82,7 +84,7 @@ def of_graphs(name):
 @strict
 @pytest.mark.parametrize(("name", "check"), [*of_models()])
 def test_model(name, check):
-    run(check, of_graphs(name) if check in GRAPHS else name)
+    run(check, of_graphs(name) if check in (*GRAPHS, testing.check_overfits) else name)
 
 
 @strict

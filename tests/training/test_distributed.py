@@ -293,8 +293,9 @@ def end_of(folder, rank, kind, *more, **options):
     return log
 
 
-FAILURES = [("raise", 1), ("kill", 0), ("freeze", 1)]
-OTHERS = [("raise", 0), ("kill", 1), ("freeze", 0)] if promises.is_recording() else []
+# a rank that raises also fails in the test of another number of processes, a frozen one in that without restarts
+FAILURES = [("kill", 0), ("freeze", 1)]
+OTHERS = [("raise", 0), ("raise", 1), ("kill", 1), ("freeze", 0)] if promises.is_recording() else []
 
 
 @pytest.mark.slow
@@ -311,7 +312,7 @@ def test_failed_rank_ends_run_and_resume_is_exact(tmp_path, whole, rank, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["raise", "kill", "freeze"])
+@pytest.mark.parametrize("kind", ["raise", "kill", "freeze"] if promises.is_recording() else ["kill"])
 def test_torchrun_restart_resumes_exactly(tmp_path, whole, kind):
     code, log, left = run(
         tmp_path, *FIT, *VAE, f"--rank_timeout={TIMEOUT}", "--resume=auto", fault=f"1:10:{kind}",

@@ -45,7 +45,7 @@ from two_ranks import on_two_ranks
 from aezoo.models.quantised.soft_vq import SoftVQ
 from aezoo.models.quantised.titok import TiTok
 from aezoo.quantisers.vq import VQ
-from aezoo.testing import SharedNoise, check_ddp, subject_of
+from aezoo.testing import SharedNoise
 
 # ---- soft_vq: the mixture --------------------------------------------------------------------------------------------
 
@@ -223,16 +223,6 @@ def test_code_usage_is_computed_over_ranks(shifted: Any) -> None:
     for found, expected in zip(ranks.gradients(), wanted, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
     assert alone.terms["diversity"] < whole["diversity"] - 1e-3
-
-
-@pytest.mark.slow  # test_models has the defaults
-def test_two_processes_train_like_one() -> None:
-    settings = {**SMALL, "codebook_size": 7}
-    check_ddp(
-        subject_of("titok", **settings),
-        subject_of("titok", **settings, update="gradient", cosine=False),
-        subject_of("soft_vq", **settings, entropy_weight=2.0),
-    )
 
 
 # ---- starts and refusals ---------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
 from aezoo.tasks.detect_combined import CombinedScore
+from aezoo.tasks.detect_contributions import contributions
 from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import random_rows
@@ -475,6 +476,18 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     def decision_function(self, X: Any) -> Array:
         """`score_samples` minus the threshold, (n_samples,); negative for outliers."""
         return self.score_samples(X) - self.offset_
+
+    def contributions(self, X: Any) -> Array:
+        """What each feature contributes to the score, (n_samples, n_features); a row of combined adds up to it.
+
+        The score is minus `score_samples`. What belongs to no feature, such as the KL of a variational model, is left
+        out of a row, see `aezoo.tasks.detect_contributions`.
+
+        Raises:
+            AezooError: the score is no sum over features, such as the distance of a deep_svdd.
+        """
+        X, name = self._validated(X), "deviance" if self._combined is None else "combined"
+        return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, self._samples(X))
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for normal samples, -1 for outliers, (n_samples,)."""

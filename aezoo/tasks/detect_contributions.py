@@ -114,7 +114,7 @@ def likelihood_contributions(model: Autoencoder, score: Callable[[Tensor], Tenso
         gaps = [_total(terms) - nll_B, found_B - weight * nll_B - rest_B]
         if all(bool((gap_B.abs() <= _ROUNDING * size_B).all()) for gap_B in gaps):
             # with the rounding of float32
-            other = {type(model).score_term: found_B - _total(values)} if bool(rest_B.any()) else {}
+            other = {type(model).score_term or "other terms": found_B - _total(values)} if bool(rest_B.any()) else {}
             return Contributions(values, other, {})
     kind = display_name(type(model))
     raise AezooError(f"the score of {kind} is no sum over the values of a sample: --score mse and combined are")

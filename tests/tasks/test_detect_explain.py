@@ -234,7 +234,7 @@ def test_rows_of_flagged_samples_add_up_to_scores(tmp_path, table, score):
     assert np.allclose(near[near["index"] == 0]["distance"], distances[0], rtol=1e-4)
 
 
-def test_page_is_self_contained_escaped_and_says_what_is_left_out(tmp_path, table):
+def test_page_is_self_contained_and_says_what_is_left_out(tmp_path, table):
     model, train, x = table
     found, _, _ = explained(tmp_path, model, x, fit_on=train, contamination=0.5, n_shown=2)
     page = (tmp_path / "explanations.html").read_text()

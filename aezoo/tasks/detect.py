@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
+from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
 from aezoo.tasks.detect_explain import Explainer, Explanation
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
@@ -113,8 +114,9 @@ def detect(
     units, and the column of the largest error. With `explain` it writes why samples lie above the threshold:
     explanations.csv has a row for each of their values (value, reconstruction, contribution to the score, rank),
     neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
-    `aezoo.tasks.detect_explain`. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels; samples without a
-    label count in neither.
+    `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window`), scores.csv has their first and last
+    time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
+    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither.
 
     Args:
         model: a trained model.
@@ -217,6 +219,8 @@ def detect(
         draw = functools.partial(_draw, model, samples, first, n_shown, seed) if n_shown else None
         store.table("scores", tabulate(), table)
         store.table("detect", rows)
+        if samples.spans is not None:
+            store.table("steps", _step_rows(samples.spans, first), table)
         explainer = Explainer(
             model, trained[0].name, trained[0].scorer, samples, first, train.samples,
             np.arange(len(samples)) if train.samples is samples else train.own, batch_size, seed,
@@ -326,6 +330,13 @@ def _score_rows(
         row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
         row |= {name: float(other.scores[i]) for name, other in others.items()}
         yield row | row_of(fields, i) | next(errors, {})
+
+
+def _step_rows(spans: Spans, found: _DetectorResult) -> Iterator[Row]:
+    """The score of each step of a time series, the mean of the windows that cover it."""
+    for step, score in zip(*spans.step_scores(found.scores), strict=True):
+        time = {"time": spans.times[step]} if spans.times else {}
+        yield {"step": int(step)} | time | {"score": float(score), "is_anomaly": bool(score > found.threshold)}
 
 
 def _threshold_report(

@@ -32,9 +32,9 @@ class WindowArgs(TypedDict, total=False):
 
     window: Annotated[int, Argument(
         0, "Read an array or a table as one time series, a step a row, of which samples are windows of this many "
-        "steps, (columns, steps); 0 takes each row as a sample. Validation and test are the last steps.", 0
+        "steps, (columns, steps); 0 takes each row as a sample. Validation and test are the last steps.", 0, 2**24
     )]  # fmt: skip
-    step: Annotated[int, Argument(1, "Steps from the beginning of one window to that of the next.", 1)]
+    step: Annotated[int, Argument(1, "Steps from the beginning of one window to that of the next.", 1, 2**31)]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
 from aezoo.tasks.detect_combined import CombinedScore
+from aezoo.tasks.detect_contributions import contributions
 from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import random_rows
@@ -344,9 +345,14 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 class AutoencoderDetector(base.OutlierMixin, _Estimator):
     """Outliers are samples that a model finds strange: `predict` gives 1 for normal samples and -1 for outliers.
 
-    The threshold comes from samples that training leaves out, some of those of the last `fit` or `partial_fit`, since a
-    model scores those that it was trained on as more normal than new ones. Other arguments and attributes are those of
+    The threshold comes from samples that training leaves out, some of those of the last `fit`, since a model scores
+    those that it was trained on as more normal than new ones. Other arguments and attributes are those of
     `AutoencoderTransformer`.
+
+    Of a stream, `partial_fit` takes one part after the other. Each call trains on most of its samples and leaves out
+    the share `calibration_fraction`. The new model then scores all samples that the last calls left out, which gives
+    the threshold, and the score combined is fitted to those that they trained on; together they are `stream_window`
+    samples. What is older is forgotten, so that both follow a drift. The first call fixes the scale of the features.
 
     Args:
         anomaly_score: what makes a sample strange. combined: its distance from the mean sample, the tail probabilities
@@ -364,6 +370,7 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         calibration_fraction: share of the samples that is left out for the threshold, at least 1 / contamination - 1 of
             them, at most half of all. With 0 training uses all, and contamination is the share of the training samples
             that are treated as outliers; of new normal samples, there are more.
+        stream_window: samples of the last calls of `partial_fit` that the estimator keeps, at least those of the last.
 
     Attributes:
         offset_: the threshold; samples with `score_samples` below it are outliers.
@@ -371,13 +378,15 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     """
 
     _combined: CombinedScore | None
+    # the last samples of a stream: those that were trained on, and those that were left out
+    _recent: tuple[Array, Array]
 
     def __init__(
         self, model: str = "dense_ae", latent_dim: int | None = None, *, anomaly_score: str = "auto",
-        contamination: float = 0.1, calibration_fraction: float = 0.2, model_params: dict[str, Any] | None = None,
-        likelihood: str | None = None, scale: str | None = None, sample_shape: tuple[int, ...] | None = None,
-        max_epochs: int | None = None, batch_size: int | None = None, lr: float = 1e-3, device: str = "auto",
-        random_state: Any = None, verbose: bool | int = False,
+        contamination: float = 0.1, calibration_fraction: float = 0.2, stream_window: int = 2000,
+        model_params: dict[str, Any] | None = None, likelihood: str | None = None, scale: str | None = None,
+        sample_shape: tuple[int, ...] | None = None, max_epochs: int | None = None, batch_size: int | None = None,
+        lr: float = 1e-3, device: str = "auto", random_state: Any = None, verbose: bool | int = False,
     ) -> None:  # fmt: skip
         super().__init__(
             model, latent_dim, model_params=model_params, likelihood=likelihood, scale=scale, sample_shape=sample_shape,
@@ -385,7 +394,7 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             verbose=verbose,
         )  # fmt: skip
         self.anomaly_score, self.contamination = anomaly_score, contamination
-        self.calibration_fraction = calibration_fraction
+        self.calibration_fraction, self.stream_window = calibration_fraction, stream_window
 
     def _settings(self) -> dict[str, Any]:
         if isinstance(self.contamination, str):
@@ -400,6 +409,8 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
         if not 0 <= settings["calibration_fraction"] <= 0.5:
             raise AezooError(f"calibration_fraction must be in [0, 0.5], got {settings['calibration_fraction']}")
+        if settings["stream_window"] < 1:
+            raise AezooError(f"stream_window must be at least 1, got {settings['stream_window']}")
         return settings
 
     def _choose(self, settings: dict[str, Any], X: Array) -> dict[str, Any]:
@@ -425,14 +436,22 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         left_out, trained = np.split(np.random.default_rng(0).permutation(len(X)), [n])
         trained.sort()
         super()._train(X[trained], None if y is None else np.asarray(y)[trained], from_scratch, epochs)
+        fitted, held_out = X[trained], X[left_out]
+        recent = self.__dict__.pop("_recent", None)
+        if epochs is not None:
+            if recent is not None and not from_scratch:
+                fitted, held_out = (np.concatenate(parts) for parts in zip(recent, (fitted, held_out), strict=True))
+            n_held_out = max(n, round(fraction * self.stream_window), math.ceil(1 / contamination) - 1)
+            n_fitted = max(len(trained), self.stream_window - n_held_out)
+            fitted, held_out = self._recent = fitted[-n_fitted:].copy(), held_out[-n_held_out:].copy()
         self._combined = None
         if {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"] == "combined":
-            self._combined = self._fit_combined(X[trained])
-        if n:
-            self.offset_ = -held_out_threshold(-self._score_samples(X[left_out]), contamination)
+            self._combined = self._fit_combined(fitted)
+        if len(held_out):
+            self.offset_ = -held_out_threshold(-self._score_samples(held_out), contamination)
         else:
-            self.offset_ = float(np.percentile(self._score_samples(X), 100 * contamination))
-        self.n_calibration_ = n
+            self.offset_ = float(np.percentile(self._score_samples(fitted), 100 * contamination))
+        self.n_calibration_ = len(held_out)
 
     def _fit_combined(self, X: Array) -> CombinedScore:
         found = CombinedScore(self.autoencoder_)
@@ -475,6 +494,18 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     def decision_function(self, X: Any) -> Array:
         """`score_samples` minus the threshold, (n_samples,); negative for outliers."""
         return self.score_samples(X) - self.offset_
+
+    def contributions(self, X: Any) -> Array:
+        """What each feature contributes to the score, (n_samples, n_features); a row of combined adds up to it.
+
+        The score is minus `score_samples`. What belongs to no feature, such as the KL of a variational model, is left
+        out of a row, see `aezoo.tasks.detect_contributions`.
+
+        Raises:
+            AezooError: the score is no sum over features, such as the distance of a deep_svdd.
+        """
+        X, name = self._validated(X), "deviance" if self._combined is None else "combined"
+        return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, self._samples(X))
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for normal samples, -1 for outliers, (n_samples,)."""

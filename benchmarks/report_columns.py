@@ -108,6 +108,12 @@ STARTUP = (
     *(words("what", "what"), spread("seconds", "seconds", "low", "high")),
     *(spread("ratio", "ratio"), words("repeats", "repeats")),
 )
+LATENCY = (
+    *(words("model", "model"), words("score", "score"), words("features", "features")),
+    *(figures("file, us", "file_us", digits=3), figures("file, 99th percentile", "file_us_p99", digits=3)),
+    *(figures("model, us", "model_us", digits=3), figures("model, 99th percentile", "model_us_p99", digits=3)),
+    *(words("calls", "calls"), words("threads", "threads"), words("error", "error")),
+)
 PEERS = (
     *(words("party", "party"), words("precision", "precision")),
     spread("samples/s", "samples_per_s", "samples_per_s_min", "samples_per_s_max"),

@@ -191,6 +191,14 @@ SECTIONS = (
         of.STARTUP,
     ),
     Section(
+        "latency-",
+        "One sample",
+        "The anomaly score of one sample, a batch of one, on a CPU: the file of `aezoo export --what score` in "
+        "onnxruntime, with scaling and threshold, and the model itself in torch, without. Median and 99th percentile "
+        "of single calls in microseconds; the latter depends on what else the machine does.",
+        of.LATENCY,
+    ),
+    Section(
         "quality-recipes-",
         "Recipes",
         "Test split, one seed. Losses are in nats; `val/l0` is the number of active entries in a sparse code.",

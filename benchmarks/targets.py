@@ -192,6 +192,17 @@ TARGETS: tuple[Target, ...] = (
         cell({"what": "aezoo fit -c dense_article --compile off"}, "ratio"),
         at_most=True,
     ),
+    *(
+        Target(
+            f"score of one sample by the exported file, {name} of {features} features / microseconds",
+            "latency-fp32-",
+            1000,
+            cell({"model": name, "features": str(features)}, "file_us"),
+            at_most=True,
+        )
+        for name in ("dense_ae", "vae")
+        for features in (10, 100)
+    ),
 )
 
 

@@ -287,7 +287,7 @@ def test_every_trait_is_described_and_has_a_value():
     doc = inspect.getdoc(Traits) or ""
     for name in Traits.__annotations__:
         assert f"\n    {name}: " in doc
-        assert getattr(Autoencoder, name) in (False, ())
+        assert getattr(Autoencoder, name) in (False, (), "")
 
 
 # ---- for users ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from aezoo.errors import AezooError
 from aezoo.models.classic.dense_ae import DenseAE
 from aezoo.sklearn import AutoencoderDenoiser, AutoencoderDetector, AutoencoderTransformer
 from aezoo.speed import fast_loop
+from aezoo.tasks.detectors import held_out_threshold
 
 ALL = (AutoencoderTransformer, AutoencoderDetector, AutoencoderDenoiser)
 FEW = {"max_epochs": 2, "latent_dim": 2, "random_state": 0}
@@ -501,6 +502,58 @@ def test_partial_fit_continues_training():
     first = AutoencoderTransformer(**FEW).partial_fit(X[:100])
     assert np.allclose(first.offset_of_scale_, X[:100].mean(0))
     assert np.allclose(model.offset_of_scale_, X[:100].mean(0))
+
+
+def left_out(x):
+    """The samples of a call that are left out, and those that are trained on."""
+    n = min(max(round(0.2 * len(x)), 9), len(x) // 2)
+    rows = np.random.default_rng(0).permutation(len(x))
+    return x[rows[:n]], x[np.sort(rows[n:])]
+
+
+@pytest.mark.parametrize("score", ["combined", "deviance"])
+def test_threshold_of_a_stream_is_that_of_its_last_samples(score):
+    parts = np.split(gaussian(300), 5)
+    model = AutoencoderDetector(**FEW, anomaly_score=score, stream_window=100)
+    for part in parts:
+        model.partial_fit(part)
+    # 20 of 100 samples, of which a call leaves out 12
+    held_out = np.concatenate([left_out(part)[0] for part in parts])[-20:]
+    assert model.n_calibration_ == 20
+    assert model.offset_ == pytest.approx(-held_out_threshold(-model.score_samples(held_out), 0.1))
+    if score == "combined":
+        fitted = np.concatenate([left_out(part)[1] for part in parts])[-80:]
+        anew = model._fit_combined(fitted)
+        assert all(torch.equal(anew.state[name], value) for name, value in model._combined.state.items())
+    again = pickle.loads(pickle.dumps(model))
+    assert again.partial_fit(parts[0]).offset_ == copy.deepcopy(model).partial_fit(parts[0]).offset_
+    # a fit starts anew, and keeps no samples
+    assert model.fit(parts[0]).n_calibration_ == 12 and not hasattr(model, "_recent")
+    with pytest.raises(AezooError, match="stream_window must be at least 1, got 0"):
+        model.set_params(stream_window=0).partial_fit(parts[0])
+
+
+@pytest.mark.slow
+def test_threshold_follows_a_drifting_stream():
+    rng = np.random.default_rng(0)
+    first = AutoencoderDetector(**FEW).fit(rng.normal(size=(200, 4)))
+    # a small part alone has few samples for a threshold
+    follows, forgets = (AutoencoderDetector(**FEW, stream_window=n) for n in (400, 1))
+    shares = {"follows": [], "forgets": []}
+    for step in range(40):
+        mean = 0.1 * step
+        new = rng.normal(mean, 1, (2000, 4))
+        if step > 10:
+            shares["follows"].append((follows.predict(new) == -1).mean())
+            shares["forgets"].append((forgets.predict(new) == -1).mean())
+        part = rng.normal(mean, 1, (40, 4))
+        follows.partial_fit(part), forgets.partial_fit(part)
+    assert (first.predict(new) == -1).mean() > 0.5
+    # in mean somewhat above the contamination of 0.1, since the stream has moved on
+    assert 0.07 < np.mean(shares["follows"]) < 0.2
+    assert np.std(shares["follows"]) < np.std(shares["forgets"])
+    strange = new + rng.choice([-6, 6], size=new.shape)
+    assert (follows.predict(strange) == -1).mean() > 0.8
 
 
 def test_partial_fit_continues_step_schedules():

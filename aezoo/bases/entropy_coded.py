@@ -347,7 +347,7 @@ def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
     return read
 
 
-class EntropyCoded(Autoencoder, has_prior=True):
+class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
     """An autoencoder whose code is rounded under a learned distribution.
 
     A subclass sets its nets and defines `code_latents` and `loss`.

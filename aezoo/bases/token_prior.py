@@ -45,7 +45,7 @@ class IndexPriorArgs(OptimizerArgs, total=False):
     tokenizer: str | dict[str, Any]
 
 
-class IndexPrior(DiscreteAutoencoder, has_prior=True):
+class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the indices"):
     """An autoregressive prior over a tokenizer's indices; a subclass defines `token_logits`.
 
     Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share

@@ -61,7 +61,7 @@ Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or 
 
 Measure
   benchmark NAME ...               speed, quality, bits, quantisers, tasks, disentangle, dictionaries, probe,
-                                   adbench, kodak, scaling, peers, report
+                                   adbench, kodak, scaling, latency, peers, report
 
 Examples
   aezoo fit -c vae
@@ -84,6 +84,7 @@ BENCHMARKS = {
     "adbench": "anomaly detectors of the zoo and of PyOD on ADBench's tables: AUROC, AUPR, ranks, time of a fit",
     "kodak": "bits and errors of the Kodak photographs, compared with JPEG, WebP, AVIF and JPEG XL by BD-rates",
     "scaling": "how time and memory grow with samples, code, width, image and codebook size, and for each verb",
+    "latency": "microseconds that the anomaly score of one sample takes, by the exported file and by the model",
     "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",
     "report": "tables and pictures from the CSVs that the others wrote",
 }

@@ -38,6 +38,7 @@ from aezoo.data.readers import TableArrays, check_columns, is_streamed, read_arr
 from aezoo.data.resident import lacks_memory
 from aezoo.data.settings import settings_of_source
 from aezoo.data.source import STAGES, ArrayDataset, Stage
+from aezoo.data.windows import TIME_COLUMNS, cut
 from aezoo.errors import AezooError
 from aezoo.io import checkpoint, terminal
 from aezoo.security import policy
@@ -341,14 +342,22 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         scaling = _scaling(known, 255 if image.dtype == torch.uint8 else 1, what)
         return SampleSet(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     limit, label_column = given.get("max_bytes", 2**33), given.get("label_column", "auto")
-    arrays = read_arrays(source, limit, label_column, streamed=True)
-    columns = arrays.columns if isinstance(arrays, TableArrays) else ()
+    window = given.get("window", 0)
+    arrays = read_arrays(source, limit, label_column, not window, TIME_COLUMNS if window else ())
+    columns = arrays.columns if isinstance(arrays, TableArrays) and not window else ()
     check_columns(what, columns, known.columns)
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
     title, layout, missing = f"{path}: {name}", given.get("layout", "auto"), given.get("missing", "raise")
-    values = as_real_array(arrays[name], title)
+    values, labels = as_real_array(arrays[name], title), arrays.get(name.replace("x", "y", 1))
+    spans = None
+    if window:
+        parts = {"x_train": values} | ({} if labels is None else {"y_train": labels})
+        series = TableArrays(parts, times=getattr(arrays, "times", ()))
+        cuts, by_stage = cut(series, (0.0, 0.0), window, given.get("step", 1), limit, f"{title}: ")
+        values, labels, spans = cuts["x_train"], cuts.get("y_train"), by_stage["train"]
+        layout = "sequence"
     shape, is_bytes = tuple(values.shape), values.dtype in (np.uint8, torch.uint8)
     if len(shape) < 2:
         raise AezooError(f"{title} has shape {shape}: give samples (N, *shape), one sample as {name}[None]")
@@ -363,7 +372,6 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         return SampleSet(streamed, *scaling, None, path, num_workers=0)
     x = to_channels_first(to_real_tensor(values, title, columns, missing=missing), layout)
     x = images.resize(x, size, channels) if x.ndim == 4 else x
-    labels = arrays.get(name.replace("x", "y", 1))
     numbered, names = encode_labels({} if labels is None else {"test": labels}, f"{path}: ")
     y = numbered.get("test")
     check_length(x, y, title)
@@ -373,7 +381,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
     if x.ndim == 2 and source.suffix.lower() in TABLES:
         state = scaling[1] or ({"offset": torch.zeros(()), "factor": torch.tensor(255.0)} if is_bytes else {})
         found = Columns(columns or known.columns, state, x.shape[1])
-    return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found)
+    return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found, spans=spans)
 
 
 def _all_values(dataset: NpyDataset) -> Iterator[Tensor]:

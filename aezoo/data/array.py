@@ -15,13 +15,16 @@
                 has decimal points
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
+With --data.window, one array (T, C) is a time series, and samples are its windows, see `aezoo.data.windows`; a column
+of time stamps (timestamp, time, datetime, date, ds) is no channel.
+
 Values are scaled by `aezoo.data.in_memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
 already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers. A
 sample whose label is empty in its table has none, -1.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -34,6 +37,7 @@ from aezoo.data.images import ImageArgs
 from aezoo.data.in_memory import InMemory, LabelledArrays, MissingArgs, as_real_array, chunk_rows, to_real_tensor
 from aezoo.data.readers import LabelColumnArgs, MemoryLimitArgs, TableArrays, first_names, parse_labels, read_arrays
 from aezoo.data.source import STAGES, Options, Stage, accepts
+from aezoo.data.windows import TIME_COLUMNS, WindowArgs, cut
 from aezoo.errors import AezooError
 from aezoo.training.data_units import TABLES
 from aezoo.training.keyword_groups import Argument
@@ -53,7 +57,7 @@ class LayoutArgs(TypedDict, total=False):
     )]  # fmt: skip
 
 
-@accepts(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs)
+@accepts(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs, WindowArgs)
 class Array(InMemory):
     """Arrays from a file under root, or handed in.
 
@@ -66,7 +70,9 @@ class Array(InMemory):
         path = Path(options.root).expanduser()
         self.title = "" if arrays is not None else f"{path}: "
         wanted = options.label_column
-        raw = read_arrays(path, options.max_bytes, wanted) if arrays is None else arrays
+        times = TIME_COLUMNS if options.window else ()
+        raw = read_arrays(path, options.max_bytes, wanted, time_columns=times) if arrays is None else arrays
+        stamps = getattr(raw, "times", ())
         self.columns = raw.columns if isinstance(raw, TableArrays) else ()
         if wanted not in ("auto", "none") and (not isinstance(raw, TableArrays) or raw.label is None):
             present = (
@@ -81,6 +87,8 @@ class Array(InMemory):
                 f"{self.title or 'arrays: '}found {', '.join(sorted(raw)) or 'nothing'}: name the arrays x and y, or "
                 "x_train, y_train, x_val, y_val, x_test, y_test"
             )
+        if options.window:
+            raw = self._cut(options, raw, stamps)
         self._x: dict[Stage, Any] = {stage: raw[f"x_{stage}"] for stage in STAGES if f"x_{stage}" in raw}
         labels = {stage: raw[f"y_{stage}"] for stage in STAGES if f"y_{stage}" in raw}
         self._y, names = encode_labels(labels, self.title)
@@ -96,6 +104,23 @@ class Array(InMemory):
         # a table without a header has no names of columns
         from_table = hasattr(raw["x_train"], "columns") if arrays is not None else path.suffix.lower() in TABLES
         self.is_table = from_table and len(self.input_shape) == 1
+
+    def _cut(self, options: Options, raw: Mapping[str, Any], times: Sequence[str]) -> dict[str, Any]:
+        """The windows of a series in place of its steps."""
+        if options.layout not in ("auto", "sequence"):
+            raise AezooError(f"--data.window makes sequences of a series: drop --data.layout {options.layout}")
+        options.settings["layout"] = "sequence"
+        series = {
+            key: as_real_array(values, f"{self.title}{key}") if key.startswith("x") else values
+            for key, values in raw.items()
+        }
+        fractions = options.val_fraction, options.test_fraction
+        found, self.spans = cut(
+            TableArrays(series, times=times), fractions, options.window, options.step, options.max_bytes, self.title
+        )
+        # names are those of channels, and samples no rows of a table
+        self.columns, self.per_channel = (), True
+        return found
 
     def load(self) -> dict[Stage, LabelledArrays]:
         splits = {}

@@ -44,7 +44,12 @@ class InMemory(Source):
         options: the DataModule's arguments.
         shape: shape of one sample as `load` returns it.
         num_classes: number of classes, None without labels.
+
+    Attributes:
+        per_channel: whether each channel of samples (C, L) has a scale of its own.
     """
+
+    per_channel = False
 
     def __init__(self, options: Options, shape: tuple[int, ...], num_classes: int | None) -> None:
         self.options = options
@@ -88,7 +93,7 @@ class InMemory(Source):
         if "train" not in splits:
             raise AezooError(f"{options.name}: the training split is empty: give at least one sample")
         own.clear()
-        self.scaling = scale = Scale(splits["train"].x, options.scale)
+        self.scaling = scale = Scale(splits["train"].x, options.scale, self.per_channel)
         self.white = scale.white
         for stage in list(splits):
             # one at a time, so that its unscaled samples are freed
@@ -110,12 +115,13 @@ class Scale:
     Args:
         train: the training samples.
         rule: one of the four names.
+        per_channel: samples (C, L) have statistics for each channel.
 
     Attributes:
         white: see `Source`; floats within [0, 1] count as shares of white, as for auto.
     """
 
-    def __init__(self, train: Tensor, rule: str) -> None:
+    def __init__(self, train: Tensor, rule: str, per_channel: bool = False) -> None:
         self.bytes = train.dtype == torch.uint8
         self.keep_bytes = rule == "auto" and self.bytes
         gaps = bool(train.isnan().any())
@@ -127,7 +133,7 @@ class Scale:
             return
         # float64 stays float64: 1e9 + 1 and 1e9 + 2 are one number in float32
         x = train if train.dtype == torch.float64 else train.float()
-        x = x if x.ndim == 2 else x.reshape(-1, 1)
+        x = x.movedim(1, -1).flatten(0, -2) if per_channel else x if x.ndim == 2 else x.reshape(-1, 1)
         low = (x.nan_to_num(math.inf) if gaps else x).amin(0)
         high = (x.nan_to_num(-math.inf) if gaps else x).amax(0)
         if empty := (low > high).nonzero().flatten().tolist():
@@ -140,6 +146,8 @@ class Scale:
         else:
             self.offset, factor = low, high - low
         self.factor = torch.where(high > low, factor, 1)
+        if per_channel:
+            self.offset, self.factor = self.offset[:, None], self.factor[:, None]
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that scale other samples in the same way; empty if nothing depends on the training split."""

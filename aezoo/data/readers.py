@@ -66,14 +66,23 @@ class TableArrays(dict[str, Any]):
         arrays: x and y.
         columns: the names, in the order of the columns.
         label: the name of the label column; None without one.
+        times: the time stamp of each row; () without.
     """
 
-    def __init__(self, arrays: Arrays, columns: Sequence[str] = (), label: str | None = None) -> None:
+    def __init__(
+        self, arrays: Arrays, columns: Sequence[str] = (), label: str | None = None, times: Sequence[str] = ()
+    ) -> None:
         super().__init__(arrays)
-        self.columns, self.label = tuple(columns), label
+        self.columns, self.label, self.times = tuple(columns), label, times
 
 
-def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto", streamed: bool = False) -> Arrays:
+def read_arrays(
+    path: Path,
+    max_bytes: int = 2**33,
+    label_column: str = "auto",
+    streamed: bool = False,
+    time_columns: Sequence[str] = (),
+) -> Arrays:
     """The arrays in a file, by name; the size that it declares is checked before memory is allocated.
 
     Args:
@@ -82,6 +91,7 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto", 
         label_column: of a table, see `DataModule`.
         streamed: the array of a .npy file is for `NpyDataset`: a read-only map of any size, unless its order is
             Fortran's, in which a sample lies all over the file.
+        time_columns: the first column of a table with one of these names, in any case, holds time stamps.
 
     Raises:
         AezooError: the file cannot be read, or takes more memory.
@@ -90,8 +100,8 @@ def read_arrays(path: Path, max_bytes: int = 2**33, label_column: str = "auto", 
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
     readers: dict[str, Callable[[Path, int], Arrays]] = {
         ".npy": functools.partial(_read_npy, streamed=streamed), ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, 
-        ".csv": functools.partial(_read_csv, label_column=label_column),
-        ".parquet": functools.partial(_read_parquet, label_column=label_column),
+        ".csv": functools.partial(_read_csv, label_column=label_column, time_columns=time_columns),
+        ".parquet": functools.partial(_read_parquet, label_column=label_column, time_columns=time_columns),
     }  # fmt: skip
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -140,6 +150,11 @@ def _label_position(names: Sequence[str], label_column: str) -> int | None:
         return list(names).index(label_column) if label_column in names else None
     lower = [name.lower() for name in names]
     return lower.index("label") if "label" in lower else None
+
+
+def _time_position(names: Sequence[str], time_columns: Sequence[str]) -> int | None:
+    """The position of the time stamps, the first column with one of the names."""
+    return next((i for i, name in enumerate(names) if name.lower() in time_columns), None)
 
 
 def first_names(names: Sequence[str]) -> str:
@@ -259,7 +274,7 @@ def _name_single_array(arrays: dict[str, Any]) -> Arrays:
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
 
 
-def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
+def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Sequence[str] = ()) -> Arrays:
     """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
 
     A header is a first row with a text cell, or one that counts the columns, 0,1,2 and so on, as pandas writes for
@@ -280,17 +295,21 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
     header = counts or not all(_is_number(cell) for cell in first if cell)
     label = _label_position(first, label_column) if header else None
-    columns = [name for i, name in enumerate(first) if i != label] if header else []
+    time = _time_position(first, time_columns) if header else None
+    time = None if time == label else time
+    # the text of the columns that are no features; the last one is taken out of a row first
+    texts: dict[int, list[str]] = {i: [] for i in sorted((i for i in (label, time) if i is not None), reverse=True)}
+    columns = [name for i, name in enumerate(first) if i not in texts] if header else []
     # row by row, since the texts of all cells would take ten times the memory of their numbers
-    values, beginnings, labels, broken = array.array("d"), [], [], None
+    values, beginnings, broken = array.array("d"), [], None
     number = -1
     for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
         if len(row) != len(first):
             raise AezooError(
                 f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: correct the row"
             )
-        if label is not None:
-            labels.append(row.pop(label).strip())
+        for i, cells in texts.items():
+            cells.append(row.pop(i).strip())
         beginnings.append(row[0] if row and not first[0] else "")
         if broken is None:
             try:
@@ -300,7 +319,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
                     values.extend([float(cell) if cell.strip() else math.nan for cell in row])
                 else:
                     broken = number, row
-    width = len(first) - (label is not None)
+    width = len(first) - len(texts)
     if number < 0 or not width:
         raise AezooError(f"{path} has a header only: give one row a sample")
     named = header or first[1:] == [str(i) for i in range(len(first) - 1)]
@@ -322,12 +341,13 @@ def _read_csv(path: Path, max_bytes: int, label_column: str) -> Arrays:
     if counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
-    y = parse_labels(labels) if labels and label_column != "none" else None
-    return TableArrays({"x": x, "y": y}, columns, None if label is None else first[label])
+    y = parse_labels(texts[label]) if label is not None and label_column != "none" else None
+    times = () if time is None else texts[time]
+    return TableArrays({"x": x, "y": y}, columns, None if label is None else first[label], times)
 
 
-def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
-    """All columns but the labels as features."""
+def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: Sequence[str] = ()) -> Arrays:
+    """All columns but labels and time stamps as features."""
     try:
         import pandas  # noqa: F401  (for to_pandas)
         import pyarrow
@@ -340,11 +360,15 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
         names = [name for name in schema.names if name not in index]
         place = _label_position(names, label_column)
         label = None if place is None else names[place]
+        place = _time_position(names, time_columns)
+        time = None if place is None or names[place] == label else names[place]
         # lists and texts may take any amount of memory, whatever the file declares
-        text = [name for name in names if name != label and not _holds_numbers(schema.field(name).type)]
-        if text or not names or names == [label]:
+        text = [name for name in names if name not in (label, time) and not _holds_numbers(schema.field(name).type)]
+        if text or not {*names} - {label, time}:
             raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, "
                              "or say by --data.label_column which holds the classes")  # fmt: skip
+        if time is not None and pyarrow.types.is_nested(schema.field(time).type):
+            raise AezooError(f"{path}: the column {time} holds lists, not time stamps: drop or rename it")
         if label is not None and pyarrow.types.is_nested(schema.field(label).type):
             raise AezooError(f"{path}: the column {label} holds lists, not classes: choose another with "
                              "--data.label_column")  # fmt: skip
@@ -361,7 +385,9 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str) -> Arrays:
         frame = (pyarrow.Table.from_batches(batches) if batches else file.read(columns=names)).to_pandas()
     column = None if label is None else frame.pop(label)
     y = None if column is None or label_column == "none" else _labels(column)
-    return TableArrays({"x": frame_values(frame), "y": y}, [str(name) for name in frame.columns], label and str(label))
+    times = () if time is None else [str(stamp) for stamp in frame.pop(time)]
+    names = [str(name) for name in frame.columns]
+    return TableArrays({"x": frame_values(frame), "y": y}, names, label and str(label), times)
 
 
 def check_parquet(path: Path, max_bytes: int) -> None:

@@ -13,6 +13,7 @@ from aezoo.data.readers import ColumnArgs, MemoryLimitArgs
 from aezoo.data.source import Options
 from aezoo.data.source_registry import settings_of, sources_with
 from aezoo.data.synthetic_dictionary import DictionaryArgs
+from aezoo.data.windows import WindowArgs
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
 
@@ -31,6 +32,7 @@ class SourceArgs(
     ActivationsArgs,
     ColumnArgs,
     MissingArgs,
+    WindowArgs,
     total=False,
 ):
     """Settings that only some sources take; those name them by `accepts`."""

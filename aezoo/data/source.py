@@ -6,8 +6,9 @@ data. It names its own settings by `accepts`. A plug-in registers its factory as
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.utils.data import Dataset
 from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
+
+if TYPE_CHECKING:
+    from aezoo.data.windows import Spans
 
 Stage = Literal["train", "val", "test"]
 Batch = tuple[Tensor] | tuple[Tensor, Tensor]
@@ -97,6 +101,7 @@ class Source(ABC):
             Set by the first `split`.
         derived_splits: the splits that were taken from the training samples, as the set has none of its own, and the
             rest of these. Set by the first `split` of arrays and folders.
+        spans: where the samples of a split lie in a time series, see `aezoo.data.windows`; {} for other samples.
         processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
     """
 
@@ -108,6 +113,7 @@ class Source(ABC):
     value_range: tuple[float, float] | None = (0.0, 1.0)
     white: int | None = None
     derived_splits: frozenset[Stage] = frozenset()
+    spans: "Mapping[Stage, Spans]" = MappingProxyType({})
     processes: int = 1
 
     def prepare(self) -> None:

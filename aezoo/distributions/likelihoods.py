@@ -127,6 +127,18 @@ class Likelihood(nn.Module):
         """
         return self.log_prob(self.best_params(x), x) - self.log_prob(params, x)
 
+    def nll_by_value(self, params: Tensor, x: Tensor) -> Tensor:
+        """-log p of each value in nats, or its deviance within `use_deviance`: (B, *shape), (B, *shape) -> (B, *shape).
+
+        Values are independent given their parameters, so each is a sample of its own here, and a sample's values add
+        up to its -log p. A missing value, NaN, has 0.
+        """
+        # parameters of a value may be several, one after the other along the channels
+        params_ND = params.flatten(1).unflatten(1, (params.numel() // x.numel(), -1)).movedim(1, 2).flatten(0, 1)
+        known_N1 = x.nan_to_num(0.0).reshape(-1, 1)
+        nll_N = self.deviance(params_ND, known_N1) if self.as_deviance else -self.log_prob(params_ND, known_N1)
+        return nll_N.reshape(x.shape).masked_fill(x.isnan(), 0.0)
+
     @contextmanager
     def use_deviance(self) -> Iterator[None]:
         """Make `nll` of the models with this likelihood the deviance."""

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
+from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_explain import Explainer, Explanation
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, p_values, threshold_of
@@ -43,6 +45,7 @@ class Detection(Result):
             share of samples above it.
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
+        explainer: explains samples, see `explain`.
     """
 
     scores: Scores
@@ -52,6 +55,17 @@ class Detection(Result):
     rows: list[Row]
     text: str
     shape: tuple[int, ...] = ()
+    explainer: Explainer | None = field(default=None, compare=False)
+
+    def explain(self, i: int) -> Explanation:
+        """Why sample i has its score: what each value contributes, its reconstruction, the nearest normal samples.
+
+        Raises:
+            AezooError: there is no such sample.
+        """
+        if self.explainer is None:
+            raise AezooError("this Detection has no model to explain with: take that of aezoo.detect")
+        return self.explainer.explain(i)
 
     def about(self) -> str:
         of = f" of {sizes(self.shape)}" if self.shape else ""
@@ -82,6 +96,7 @@ def detect(
     svdd_nu: float = 0.0,
     n_fit: int = 10_000,
     maps: bool = False,
+    explain: bool = False,
     n_shown: int = 8,
     table: str = "csv",
     fit_on: Any = None,
@@ -96,8 +111,12 @@ def detect(
     Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, if there are any, the
     file and the label), detect.csv with a row for each score and baseline, and a picture of the most anomalous samples
     with the error of each pixel. Of a table scores.csv also holds each sample's values and errors by column, in its
-    units, and the column of the largest error. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels;
-    samples without a label count in neither.
+    units, and the column of the largest error. With `explain` it writes why samples lie above the threshold:
+    explanations.csv has a row for each of their values (value, reconstruction, contribution to the score, rank),
+    neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
+    `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window`), scores.csv has their first and last
+    time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
+    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither.
 
     Args:
         model: a trained model.
@@ -127,7 +146,9 @@ def detect(
         n_fit: training samples that the baselines are fitted on, drawn from the seed; fewer if these take more than
             256 MiB.
         maps: also write maps.npy, the absolute error of each value of each sample, of draem its anomaly map.
-        n_shown: samples in the picture; 0 draws none.
+        explain: also write explanations.csv, neighbours.csv and explanations.html. deviance, nll, mse, sap and combined
+            have contributions of values; samples of other scores have a reconstruction and neighbours.
+        n_shown: samples in the picture and on the page of explanations; 0 makes none.
         table: csv or parquet, the format of the scores.
         fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
             split without the samples whose labels make them anomalies; else x itself.
@@ -150,12 +171,13 @@ def detect(
     options: dict[str, Any] = {
         "contamination": contamination, "batch_size": batch_size, "seed": seed, "progress": progress,
     }  # fmt: skip
-    detectors: list[Detector | Baseline] = [
+    trained = [
         Detector(
             model, name.strip(), n_draws=n_draws, svdd_epochs=svdd_epochs, svdd_lr=svdd_lr, svdd_nu=svdd_nu, **options
         )
         for name in score.split(",")
     ]
+    detectors: list[Detector | Baseline] = [*trained]
     others = (BASELINES if baselines else ()) + (() if features is None else ("fre",))
     options |= {"n_components": math.prod(model.code_shape), "n_fit": n_fit, "device": model.device}
     detectors += [Baseline(name, features=features or "", **options) for name in others]
@@ -197,9 +219,21 @@ def detect(
         draw = functools.partial(_draw, model, samples, first, n_shown, seed) if n_shown else None
         store.table("scores", tabulate(), table)
         store.table("detect", rows)
+        if samples.spans is not None:
+            store.table("steps", _step_rows(samples.spans, first), table)
+        explainer = Explainer(
+            model, trained[0].name, trained[0].scorer, samples, first, train.samples,
+            np.arange(len(samples)) if train.samples is samples else train.own, batch_size, seed,
+        )  # fmt: skip
+        if explain:
+            store.table("explanations", explainer.rows(), table)
+            store.table("neighbours", explainer.neighbour_rows(), table)
+            if n_shown:
+                store.file("explanations.html", explainer.page(n_shown))
+            lines.append(explainer.report())
         with evaluation_mode(model, seed) as like:
             if detectors[0].name == "deviance":
-                lines = [describe_deviance(model, samples.rows(range(min(len(samples), _MAX_DESCRIBED))).to(like))]
+                lines += [describe_deviance(model, samples.rows(range(min(len(samples), _MAX_DESCRIBED))).to(like))]
             if maps:
                 errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
                 for batch in samples.batches(batch_size, "maps" if progress else ""):
@@ -213,7 +247,7 @@ def detect(
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
-        files=store.files, tabulate=tabulate, draw=draw,
+        explainer, files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 
 
@@ -296,6 +330,13 @@ def _score_rows(
         row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
         row |= {name: float(other.scores[i]) for name, other in others.items()}
         yield row | row_of(fields, i) | next(errors, {})
+
+
+def _step_rows(spans: Spans, found: _DetectorResult) -> Iterator[Row]:
+    """The score of each step of a time series, the mean of the windows that cover it."""
+    for step, score in zip(*spans.step_scores(found.scores), strict=True):
+        time = {"time": spans.times[step]} if spans.times else {}
+        yield {"step": int(step)} | time | {"score": float(score), "is_anomaly": bool(score > found.threshold)}
 
 
 def _threshold_report(

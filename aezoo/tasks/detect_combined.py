@@ -21,6 +21,10 @@ between two training scores by interpolation of log p, and beyond the largest on
 https://arxiv.org/abs/2201.00382), error and code are combined as by Denouden et al. 2018
 (https://arxiv.org/abs/1812.02765) and DAGMM; `docs/results/adbench.md` has the measurements.
 
+What a value of x contributes is its share of each -log p_k: of distance, tails and error, which are means over values,
+as its term is to their sum; of the code, as |dcode/dx_d (x_d - mean_d)| is to the sum of these, which for a linear
+encoder is how far the code moves with the value. Contributions are at least 0 and add up to the score.
+
 Shapes: B batch, N training samples, Q of them whose values are kept, D values of a sample, M numbers of a code, K = 4
 scores.
 """
@@ -50,6 +54,7 @@ _LEAST_SHARE = 1e-8
 # the least width of the training scores as a share of the largest
 _LEAST_WIDTH = 1e-2
 _BATCH = 256
+PARTS = ("distance", "tails", "error", "code")
 
 
 class CombinedScore:
@@ -103,6 +108,25 @@ class CombinedScore:
         """Scores of the samples it was fitted on, with mean and covariance of the code without each of them."""
         return self._training_scores
 
+    def contributions(self, x: Tensor) -> dict[str, Tensor]:
+        """What each value contributes to each of the four terms of the score, by name: (B, *shape) -> (B, D)."""
+        z_BM, error_BD = self._code_and_error(x)
+        x_BD = x.flatten(1).cpu().double()
+        weights = (*self._terms(x_BD, error_BD), self._code_slopes(x))
+        columns = zip(self._parts(x_BD, error_BD, z_BM).T.contiguous(), self.state["sorted"], strict=True)
+        surprises = [_surprise(score_B, sorted_N) for score_B, sorted_N in columns]
+        parts = zip(PARTS, surprises, weights, strict=True)
+        return {name: surprise_B[:, None] * _shares(weight_BD) for name, surprise_B, weight_BD in parts}
+
+    def _code_slopes(self, x: Tensor) -> Tensor:
+        """|dcode/dx_d (x_d - mean_d)| of the distance of the code, (B, *shape) -> (B, D); 0 without a gradient."""
+        with torch.enable_grad():
+            given = x.detach().clone().requires_grad_()
+            distance = self._code_distance(self._model.encode(given).flatten(1).cpu().double()).sum()
+            slope = torch.autograd.grad(distance, given, allow_unused=True)[0] if distance.requires_grad else None
+        centred_BD = x.flatten(1).cpu().double() - self.state["mean"]
+        return torch.zeros_like(centred_BD) if slope is None else slope.flatten(1).cpu().double().mul(centred_BD).abs()
+
     def _code_and_error(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Code, (B, M), and x_hat - x, (B, D), in float64 on the CPU."""
         z, x_hat, _ = self._model.code_reconstruction_score(x)
@@ -110,14 +134,17 @@ class CombinedScore:
 
     def _parts(self, x_BD: Tensor, error_BD: Tensor, z_BM: Tensor) -> Tensor:
         """The four scores, (B, K). Missing values, NaN, count in none of the means."""
-        state = self.state
-        distance_B = ((x_BD - state["mean"]) * state["scale"]).square().nanmean(1)
-        tails_B = _tails(x_BD, state["values"]).nanmean(1)
-        error_B = (error_BD * state["error_scale"]).square().nanmean(1)
-        centred_BM = z_BM - state["code_mean"]
-        scale = state["code_scale"]
-        code_B = (centred_BM @ scale if scale.ndim == 2 else centred_BM * scale).square().mean(1)
-        return torch.stack([distance_B, tails_B, error_B, code_B], 1)
+        return torch.stack([*(part.nanmean(1) for part in self._terms(x_BD, error_BD)), self._code_distance(z_BM)], 1)
+
+    def _terms(self, x_BD: Tensor, error_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Distance, tails and error of each value, of which the scores are means, (B, D) each."""
+        distance_BD = ((x_BD - self.state["mean"]) * self.state["scale"]).square()
+        return distance_BD, _tails(x_BD, self.state["values"]), (error_BD * self.state["error_scale"]).square()
+
+    def _code_distance(self, z_BM: Tensor) -> Tensor:
+        """Squared Mahalanobis distance of codes divided by M, (B, M) -> (B,)."""
+        centred_BM, scale = z_BM - self.state["code_mean"], self.state["code_scale"]
+        return (centred_BM @ scale if scale.ndim == 2 else centred_BM * scale).square().mean(1)
 
     def _combine(self, scores_BK: Tensor) -> Tensor:
         """-sum_k log p_k, (B, K) -> (B,)."""
@@ -169,6 +196,14 @@ def _leave_one_out(code_N: Tensor, m: int) -> Tensor:
     """
     n = len(code_N)
     return code_N / (1 - (1 + m * code_N) / n).clamp(min=1 / n**2)
+
+
+def _shares(weight_BD: Tensor) -> Tensor:
+    """Weights divided by their sum over the values of a sample, (B, D) -> (B, D); equal ones if all are 0."""
+    weight_BD = weight_BD.nan_to_num(0.0, posinf=0.0)
+    total_B1 = weight_BD.sum(1, keepdim=True)
+    return torch.where(total_B1 > 0, weight_BD / total_B1.clamp(min=torch.finfo(weight_BD.dtype).tiny),
+                       1 / weight_BD.shape[1])  # fmt: skip
 
 
 def _surprise(score_B: Tensor, sorted_N: Tensor) -> Tensor:

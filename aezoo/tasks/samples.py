@@ -22,6 +22,7 @@ from aezoo.data.loaders import DecodingDataset, collate, default_num_workers, lo
 from aezoo.data.readers import check_columns
 from aezoo.data.resident import load_into_memory
 from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
+from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
 from aezoo.tasks.result_store import Samples, SeparateArrays
 from aezoo.training.data_units import DataUnits
@@ -33,7 +34,7 @@ _MAX_CHECKED, _MAX_VALUES = 1024, 2**24
 _OUTSIDE = 10.0
 # columns of tables of results
 _OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_anomaly", "largest_error"}
-_OWN_NAMES |= {"rank", "neighbour", "distance"}
+_OWN_NAMES |= {"rank", "neighbour", "distance", "start", "end"}
 
 
 class SeparateSamples(DecodingDataset):
@@ -65,6 +66,7 @@ class SampleSet:
         num_workers: processes that decode files ahead; None for one per free core, up to 8.
         columns: those of a table; None for other samples.
         units: the units of the data that `dataset` was made of, if a model's may differ from them.
+        spans: where samples lie in a time series; None for other samples.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class SampleSet:
         num_workers: int | None = None,
         columns: Columns | None = None,
         units: DataUnits | None = None,
+        spans: Spans | None = None,
     ) -> None:
+        self.spans = spans
         self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
         self.columns, self.units = columns, units
         self.levels, self.scaling = levels, scaling
@@ -107,8 +111,10 @@ class SampleSet:
         if isinstance(x, DataModule):
             name = f"{x.name} ({split})"
             named = x.source.class_names, name, x.num_workers, x.columns
-            dataset = x.dataset(split)
-            return cls(dataset, byte_divisor(x.scale), None, *named, x.units)
+            dataset, spans = x.dataset(split), x.source.spans.get(split)
+            # --data.train_classes takes some out
+            spans = spans if spans is not None and len(spans.first) == len(cast(Any, dataset)) else None
+            return cls(dataset, byte_divisor(x.scale), None, *named, x.units, spans)
         if isinstance(x, list | tuple) and len({tuple(np.shape(part)) for part in x}) > 1:
             pictures = [cls.from_data(part[None], allow_missing=allow_missing).rows([0])[0] for part in x]
             if any(picture.ndim < 2 or len(picture) != len(pictures[0]) for picture in pictures):
@@ -161,10 +167,13 @@ class SampleSet:
 
     @property
     def notes(self) -> dict[str, Sequence[Any]]:
-        """Further columns for tables of samples: the file, and the label as in the data; {} if unknown."""
+        """Further columns for tables of samples: the file, the first and last step of a window, the label; or {}."""
         paths, y = paths_of(self.dataset), self.labels
-        return ({} if paths is None else {"file": paths}) | (
-            {} if y is None else {"label": original_labels(y, self.class_names)}
+        ends = {} if self.spans is None else self.spans.ends
+        return (
+            ({} if paths is None else {"file": paths})
+            | ends
+            | ({} if y is None else {"label": original_labels(y, self.class_names)})
         )
 
     @property
@@ -236,7 +245,8 @@ class SampleSet:
         """The samples with these indices, read on demand."""
         dataset = subset(self.dataset, index)
         named = self.class_names, self.name, self.num_workers, self.columns, self.units
-        return SampleSet(dataset, self.levels, self.scaling, *named)
+        spans = None if self.spans is None else self.spans[index.numpy()]
+        return SampleSet(dataset, self.levels, self.scaling, *named, spans)
 
     def binarised(self, rule: str, seed: int) -> "SampleSet":
         """Binarised samples, in memory, by a rule of `--data.binarise`; random ones are drawn once.

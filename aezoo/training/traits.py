@@ -40,6 +40,8 @@ class Traits:
         steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
             fit all steps and a fit never compiles it.
         takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
+        score_term: name of what `score` adds to -log p(x | z), such as kl, for explanations of `detect`; if empty,
+            other terms.
         tags: what the model is for, some of `TAGS`, the most important first; `aezoo list --tag` finds it by them.
     """
 
@@ -52,6 +54,7 @@ class Traits:
     not_averaged: ClassVar[tuple[str, ...]] = ()
     steps_differ: ClassVar[bool] = False
     takes_missing: ClassVar[bool] = False
+    score_term: ClassVar[str] = ""
     tags: ClassVar[tuple[str, ...]] = ()
 
 

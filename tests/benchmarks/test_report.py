@@ -423,7 +423,7 @@ def test_the_command_lists_the_benchmarks_without_torch():
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     trained = ["quality", "tasks", "disentangle", "dictionaries", "probe", "bits"]
-    assert names == ["speed", *trained, "quantisers", "adbench", "kodak", "scaling", "peers", "report"]
+    assert names == ["speed", *trained, "quantisers", "adbench", "kodak", "scaling", "latency", "peers", "report"]
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (AezooError("cause; cure"), 2)])

@@ -95,6 +95,7 @@ FEWER = {
     ("Checkpoints", "every_n_epochs"): NEVER,
     ("Projector", "n"): OFF,
     ("data", "layout"): set(),
+    ("data", "window"): OFF,
     ("ciwae", "beta"): OFF,
     ("deep_svdd", "nu"): OFF,
     ("k_sparse", "alpha"): {1.5},

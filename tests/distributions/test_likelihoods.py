@@ -14,6 +14,7 @@ from scipy.integrate import quad
 
 from aezoo.distributions.likelihoods import LIKELIHOODS, Likelihood, LogitLaplace, likelihood
 from aezoo.errors import AezooError
+from aezoo.models.quantised.dvae import LogitLaplaceWithScale
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 SHIFT = 0.37  # added to a learned log scale: identities must hold away from the start as well
@@ -460,3 +461,27 @@ def test_continuous_bernoulli_series_inverts_the_distribution(share: float) -> N
     x = made.sample(params)
     torch.testing.assert_close(torch.expm1(params * x) / torch.expm1(params), u, rtol=0, atol=2e-4)
     assert (x - u).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*LIKELIHOODS, "gaussian:learned", "laplace:0.2"])
+def test_values_have_terms_that_add_up(name: str) -> None:
+    made, x = build(name), (torch.rand(3, 2, 4, dtype=torch.float64) * 255).round() / 255
+    params = torch.randn_like(x)
+    terms = made.nll_by_value(params, x)
+    assert torch.allclose(terms.sum((1, 2)), -made.log_prob(params, x))
+    assert terms[1, 1, 2].item() == pytest.approx(-one(made, params[1, 1, 2].item(), x[1, 1, 2].item()))
+    with made.use_deviance():
+        deviances = made.nll_by_value(params, x)
+        assert torch.allclose(deviances.sum((1, 2)), made.deviance(params, x)) and deviances.min() > -1e-9
+        x[0, 1, 3] = torch.nan
+        lacking = made.nll_by_value(params, x)
+    assert lacking[0, 1, 3] == 0 and torch.equal(lacking[1:], deviances[1:])
+
+
+def test_values_with_two_parameters_take_their_own() -> None:
+    made, x = LogitLaplaceWithScale().double(), torch.rand(2, 3, 4, dtype=torch.float64)
+    params = torch.randn(2, 6, 4, dtype=torch.float64)
+    terms = made.nll_by_value(params, x)
+    assert torch.allclose(terms.sum((1, 2)), -made.log_prob(params, x))
+    pair = torch.stack([params[1, 2, 3], params[1, 5, 3]])[None]
+    assert torch.allclose(terms[1, 2, 3], -made.log_prob(pair, x[1, 2, 3].view(1, 1)).squeeze())

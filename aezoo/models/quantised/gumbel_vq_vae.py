@@ -42,7 +42,7 @@ class GumbelVQVAEArgs(FixedLikelihoodArgs, total=False):
     places: int
 
 
-class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, tags=("tokenizer",)):
+class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("tokenizer",)):
     """A map of codes that are categorical variables with a uniform prior.
 
     Args:

@@ -35,7 +35,7 @@ from aezoo.quantisers.stochastic_vq import StochasticVQ
 from aezoo.training.limits import check_at_least
 
 
-class SQVAE(CodeMapAutoencoder, has_prior=True, tags=("tokenizer",)):
+class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tokenizer",)):
     """A map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
 
     Args:

@@ -55,6 +55,7 @@ class FAnoGAN(
     NetworkAutoencoder,
     hidden_dims={"mlp": (256,)},
     defaults={"activation": "leaky_relu", "likelihood": "gaussian"},
+    score_term="features",
     has_prior=True,
     tags=("anomaly",),
 ):

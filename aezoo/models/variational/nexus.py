@@ -144,7 +144,7 @@ class MessageLevel(nn.Module):
         return -self.log_down(z_BMP, u_BD, present_BM), kl(mu_BD, log_var_BD, zero, zero)
 
 
-class Nexus(MissingModalities, VAE, normal_prior=False, tags=("multimodal", "imputation")):
+class Nexus(MissingModalities, VAE, normal_prior=False, score_term="", tags=("multimodal", "imputation")):
     """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
 
     Args:

@@ -38,7 +38,13 @@ class VAEArgs(LatentArgs, BetaArgs, total=False):
     """Arguments of `VAE`."""
 
 
-class VAE(NetworkAutoencoder, has_prior=True, normal_prior=True, tags=("generation", "representation", "anomaly")):
+class VAE(
+    NetworkAutoencoder,
+    has_prior=True,
+    normal_prior=True,
+    score_term="kl",
+    tags=("generation", "representation", "anomaly"),
+):
     """Gaussian code with a standard normal prior.
 
     Args:

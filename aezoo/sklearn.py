@@ -42,8 +42,8 @@ from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
+from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_threshold, held_out_threshold, p_values
 from aezoo.tasks.detect_combined import CombinedScore
-from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import random_rows
 from aezoo.training import arguments, budgets
@@ -368,8 +368,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     Attributes:
         offset_: the threshold; samples with `score_samples` below it are outliers.
         n_calibration_: samples that were left out for it; 0 if it comes from the training samples.
+        calibration_scores_: (n_calibration_,) their scores, minus `score_samples`; else those of the training samples.
     """
 
+    calibration_scores_: Array
     _combined: CombinedScore | None
 
     def __init__(
@@ -428,11 +430,11 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         self._combined = None
         if {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"] == "combined":
             self._combined = self._fit_combined(X[trained])
+        self.n_calibration_, self.calibration_scores_ = n, -self._score_samples(X[left_out] if n else X)
         if n:
-            self.offset_ = -held_out_threshold(-self._score_samples(X[left_out]), contamination)
+            self.offset_ = -held_out_threshold(self.calibration_scores_, contamination)
         else:
-            self.offset_ = float(np.percentile(self._score_samples(X), 100 * contamination))
-        self.n_calibration_ = n
+            self.offset_ = float(np.percentile(-self.calibration_scores_, 100 * contamination))
 
     def _fit_combined(self, X: Array) -> CombinedScore:
         found = CombinedScore(self.autoencoder_)
@@ -476,9 +478,45 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         """`score_samples` minus the threshold, (n_samples,); negative for outliers."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:
-        """1 for normal samples, -1 for outliers, (n_samples,)."""
-        return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+    def predict(self, X: Any, fdr: float | None = None) -> npt.NDArray[np.int64]:
+        """1 for normal samples, -1 for outliers, (n_samples,).
+
+        Args:
+            X: (n_samples, n_features).
+            fdr: in place of `contamination`: treat as many samples of X as outliers as Benjamini and Hochberg's
+                procedure on their p-values allows, of which a share of at most fdr are normal, on average. The samples
+                of X are then judged together.
+
+        Raises:
+            AezooError: an fdr with too few calibration samples.
+        """
+        if fdr is None:
+            return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+        scores = -self.score_samples(X)
+        threshold = fdr_threshold(scores, self._held_out_scores("fdr"), fdr)
+        return np.where(scores > threshold, -1, 1).astype(np.int64)
+
+    def p_values(self, X: Any) -> Array:
+        """Probabilities that a normal sample is as strange as each of X, (n_samples,).
+
+        Conformal p-values, see `aezoo.tasks.detect_calibration`: of a new normal sample, at most t with a probability
+        of at most t. Without calibration samples they are too small.
+        """
+        return p_values(-self.score_samples(X), self.calibration_scores_)
+
+    def anomaly_share(self, X: Any) -> AnomalyShare:
+        """The share of outliers among X with a 95 % interval, by Storey's estimate from the p-values.
+
+        Raises:
+            AezooError: there are no calibration samples.
+        """
+        scores = -self.score_samples(X)
+        return anomaly_share(scores, self._held_out_scores("a share of outliers"))
+
+    def _held_out_scores(self, what: str) -> Array:
+        if not self.n_calibration_:
+            raise AezooError(f"{what} needs samples that training leaves out: set calibration_fraction above 0")
+        return self.calibration_scores_
 
 
 class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):

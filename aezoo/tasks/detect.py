@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_calibration import AnomalyShare, Rule, flagged_interval, p_values
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
-from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, p_values, threshold_of
+from aezoo.tasks.detectors import BASELINES, Baseline, Detector
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
@@ -43,6 +44,7 @@ class Detection(Result):
             share of samples above it.
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
+        anomaly_share: the estimated share of anomalies, with contamination estimated.
     """
 
     scores: Scores
@@ -52,6 +54,7 @@ class Detection(Result):
     rows: list[Row]
     text: str
     shape: tuple[int, ...] = ()
+    anomaly_share: AnomalyShare | None = None
 
     def about(self) -> str:
         of = f" of {sizes(self.shape)}" if self.shape else ""
@@ -70,8 +73,9 @@ def detect(
     x: Any,
     *,
     score: str = "deviance",
-    contamination: float = 0.1,
+    contamination: float | Literal["unknown", "estimated"] | None = None,
     quantile: float | None = None,
+    fdr: float | None = None,
     normal: str | None = None,
     anomaly: str | None = None,
     baselines: bool = True,
@@ -108,9 +112,15 @@ def detect(
             the distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a
             Bernoulli likelihood it takes grey samples for strange. combined suits tables: the distance from the mean
             sample, the error and the distance of the code as one.
-        contamination: share of normal samples that lies above the threshold, at most 0.5: of held-out samples, those of
-            the validation split or, in Python, of calibrate_on; without any, of the samples of fit_on.
+        contamination: share of normal samples that lies above the threshold, at most 0.5, by default 0.1: of held-out
+            samples, those of the validation split or, in Python, of calibrate_on; without any, of the samples of
+            fit_on. unknown: no share is assumed, and fdr decides. estimated: fdr decides, with the share of anomalies
+            among the samples that their p-values show (Storey's estimate), which is reported with an interval.
         quantile: put the threshold at this quantile of the scores of held-out samples instead.
+        fdr: flag as many samples as Benjamini and Hochberg's procedure on their p-values allows, so that a share of at
+            most fdr of the flagged samples are normal, on average (0.1 if contamination is unknown or estimated). The
+            samples are judged together, and need held-out samples to compare with: with few of these, no p-value is
+            small.
         normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model on that class
             alone, with --data.train_classes: a model that was trained on all classes knows the anomalies, too.
         anomaly: leave-one-out: samples of this class are anomalies, all others are normal. Train the model without that
@@ -145,10 +155,9 @@ def detect(
     check_table(table, ("csv", "parquet"))
     if n_shown < 0 or n_fit < 2:
         raise AezooError(f"n_shown must be at least 0 and n_fit at least 2, got {n_shown} and {n_fit}")
-    if quantile is not None and not 0 < quantile < 1:
-        raise AezooError(f"quantile is {quantile}: give a number between 0 and 1, such as 0.95")
+    rule = Rule.of(contamination, quantile, fdr)
     options: dict[str, Any] = {
-        "contamination": contamination, "batch_size": batch_size, "seed": seed, "progress": progress,
+        "contamination": rule.contamination, "batch_size": batch_size, "seed": seed, "progress": progress,
     }  # fmt: skip
     detectors: list[Detector | Baseline] = [
         Detector(
@@ -169,15 +178,14 @@ def detect(
     stored: Mapping[str, Tensor] = {}
     if held_out is None and train.samples is samples and model.data_statistics is not None:
         stored = model.data_statistics.scores
-    if quantile is not None and held_out is None and detectors[0].name not in stored:
-        raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
-                         "calibrate_on, or take contamination")  # fmt: skip
+    if rule.needs_held_out and held_out is None and detectors[0].name not in stored:
+        raise AezooError(f"{rule.needs_held_out} needs held-out samples: set --data.val_fraction above 0, in Python "
+                         "give calibrate_on, or take contamination")  # fmt: skip
 
     lines: list[str] = []
     with Store(out) as store:
         results = [
-            _run_detector(detector, samples, train, held_out, stored.get(detector.name), contamination, quantile)
-            for detector in detectors
+            _run_detector(detector, samples, train, held_out, stored.get(detector.name), rule) for detector in detectors
         ]
         rows = [
             {"method": detector.name}
@@ -209,11 +217,11 @@ def detect(
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
     n_held_out = len(held_out.samples) if held_out is not None else len(stored.get(detectors[0].name, ()))
-    lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, contamination, quantile)
+    lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, rule)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
-        files=store.files, tabulate=tabulate, draw=draw,
+        first.anomaly_share, files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 
 
@@ -224,13 +232,15 @@ class _DetectorResult:
     scores: Scores
     p_values: Scores
     threshold: float
+    anomaly_share: AnomalyShare | None = None
 
     @property
     def is_anomaly(self) -> npt.NDArray[np.bool_]:
         return self.scores > self.threshold
 
     def figures(self) -> Row:
-        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())}
+        estimated = {} if self.anomaly_share is None else {"anomaly_share": self.anomaly_share.share}
+        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())} | estimated
 
 
 def _run_detector(
@@ -239,8 +249,7 @@ def _run_detector(
     train: Reference,
     held_out: Reference | None,
     stored: Tensor | None,
-    contamination: float,
-    quantile: float | None,
+    rule: Rule,
 ) -> _DetectorResult | None:
     detector.fit(train.samples)
     if detector.note:
@@ -257,11 +266,11 @@ def _run_detector(
     else:
         reference = detector.decision_scores_
     calibrated = stored is not None or held_out is not None
-    threshold = threshold_of(reference, contamination, quantile, held_out=calibrated)
+    threshold, share = rule.threshold(scores, reference, held_out=calibrated)
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(scores, p, threshold)
+    return _DetectorResult(scores, p, threshold, share)
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
@@ -298,23 +307,25 @@ def _score_rows(
         yield row | row_of(fields, i) | next(errors, {})
 
 
-def _threshold_report(
-    found: _DetectorResult,
-    train: Reference | None,
-    n_held_out: int,
-    contamination: float,
-    quantile: float | None,
-) -> list[str]:
+def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_out: int, rule: Rule) -> list[str]:
     """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = f"{n_held_out:,} held-out samples" if n_held_out else fitted
-    if n_held_out and quantile is None:
-        low, high = flagged_interval(n_held_out, contamination)
+    n_flagged = f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples"
+    if rule.fdr is not None:
+        where = f" (scores above {found.threshold:.4g})" if np.isfinite(found.threshold) else ""
+        lines = [f"{n_flagged} are flagged{where}: {rule} p-values among {calibrated}"]
+        if share := found.anomaly_share:
+            lines.append(f"about {100 * share.share:.3g} % of the samples are anomalies by their p-values "
+                         f"({100 * share.low:.3g} to {100 * share.high:.3g} %, 95 % interval); there are more if some "
+                         "have a p-value above 0.5")  # fmt: skip
+        return lines
+    if n_held_out and rule.quantile is None:
+        low, high = flagged_interval(n_held_out, rule.contamination)
         calibrated += f" ({100 * low:.2g} to {100 * high:.2g} % of new normal samples exceed it, 95 % interval)"
-    rule = f"the upper {100 * contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     lines = [
-        f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule} of "
-        f"the scores of {calibrated}; p-values compare with the same",
+        f"{n_flagged} lie above {found.threshold:.4g}, {rule} the scores of {calibrated}; p-values compare with the "
+        "same",
     ]
     if train is not None and not n_held_out:
         lines.append("if the model was trained on these, too many new samples are called strange: give calibrate_on")

@@ -11,6 +11,7 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_threshold, p_values, threshold_of
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detect_scores import Scores, scorer
@@ -108,6 +109,7 @@ class Detector:
             self.scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
         self.decision_scores_[chosen.numpy()] = self.scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
+        self._is_held_out = calibrate_on is not None
         if calibrate_on is None:
             self.calibration_scores_ = self.decision_scores_
             self.threshold_ = threshold_of(self.decision_scores_, self.contamination, held_out=False)
@@ -124,9 +126,21 @@ class Detector:
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
         return self._scores(SampleSet.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
 
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:
-        """1 for samples above the threshold, 0 for the others, (N,)."""
-        return (self.decision_function(X) > self.threshold_).astype(np.int64)
+    def predict(self, X: Any, fdr: float | None = None) -> npt.NDArray[np.int64]:
+        """1 for samples above the threshold, 0 for the others, (N,).
+
+        Args:
+            X: samples.
+            fdr: flag as many of these samples as Benjamini and Hochberg's procedure on their p-values allows, of which
+                a share of at most fdr are normal, on average; then each decision depends on the other samples.
+
+        Raises:
+            AezooError: an fdr without calibration samples, or with too few of them.
+        """
+        scores = self.decision_function(X)
+        if fdr is None:
+            return (scores > self.threshold_).astype(np.int64)
+        return (scores > fdr_threshold(scores, self._held_out_scores("fdr"), fdr)).astype(np.int64)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Scores scaled to 0 at the least and 1 at the largest training score, (N, 2): normal, anomaly.
@@ -140,6 +154,19 @@ class Detector:
     def p_values(self, X: Any) -> Scores:
         """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
         return p_values(self.decision_function(X), self.calibration_scores_)
+
+    def anomaly_share(self, X: Any) -> AnomalyShare:
+        """The share of anomalies among samples, estimated from their p-values; see `AnomalyShare`.
+
+        Raises:
+            AezooError: there are no calibration samples.
+        """
+        return anomaly_share(self.decision_function(X), self._held_out_scores("a share of anomalies"))
+
+    def _held_out_scores(self, what: str) -> Scores:
+        if not self._is_held_out:
+            raise AezooError(f"{what} needs samples that the model was not trained on: call fit(X, calibrate_on=...)")
+        return self.calibration_scores_
 
     def _scores(self, samples: SampleSet) -> Scores:
         scores = np.empty(len(samples))
@@ -155,61 +182,6 @@ class Detector:
 
     def _title(self, what: str) -> str:
         return f"{self.score}: {what}" if self.progress else ""
-
-
-def threshold_of(
-    scores: Scores, contamination: float, quantile: float | None = None, *, held_out: bool = True
-) -> float:
-    """The threshold on normal samples' scores: their quantile, or else by the share of such samples to lie above.
-
-    Args:
-        scores: (M,).
-        contamination: the share.
-        quantile: between 0 and 1.
-        held_out: whether the model was not trained on them, see `held_out_threshold`.
-    """
-    if quantile is not None:
-        return float(np.quantile(scores, quantile))
-    if held_out:
-        return held_out_threshold(scores, contamination)
-    return float(np.percentile(scores, 100 * (1 - contamination)))
-
-
-def held_out_threshold(scores: Scores, contamination: float) -> float:
-    """The threshold that a new normal sample exceeds with a probability of `contamination`, from n held-out scores.
-
-    By Weibull's rule, the k-th largest of n scores is exceeded with a probability of k / (n + 1). Of a share below
-    1 / (n + 1) it is the largest score.
-    """
-    return float(np.quantile(scores, 1 - contamination, method="weibull"))
-
-
-def flagged_interval(n: int, contamination: float) -> tuple[float, float]:
-    """The 95 % interval of the share of normal samples above `held_out_threshold` of n scores.
-
-    The share above the k-th largest of n exchangeable scores has the distribution Beta(k, n + 1 - k).
-    """
-    from scipy.stats import beta
-
-    k = max(1.0, (n + 1) * contamination)
-    low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
-    return float(low), float(high)
-
-
-def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
-    """Conformal p-values, (1 + #{reference >= score}) / (n + 1).
-
-    If a sample and the n reference samples are normal, and no model was trained on them, its p-value is p or less with
-    a probability of at most p (Bates et al. 2023, https://doi.org/10.1214/22-AOS2244).
-
-    Args:
-        scores: scores of the samples.
-        reference: scores of normal samples.
-        among: whether the samples are the reference samples; each is then compared with the n - 1 others.
-    """
-    at_least = len(reference) - np.searchsorted(np.sort(reference), scores, side="left")
-    p: Scores = at_least / len(reference) if among else (1 + at_least) / (len(reference) + 1)
-    return p
 
 
 class Baseline:

@@ -23,9 +23,10 @@ from aezoo.io.exporters import graphs
 from aezoo.io.exporters.export_readme import Readme, section
 from aezoo.io.exporters.graphs import FORMATS, FUNCTIONS, Function
 from aezoo.security import values
+from aezoo.tasks.detect_calibration import clear_of_ties, threshold_of
 from aezoo.tasks.detect_labels import Protocol, Reference
-from aezoo.tasks.detect_scores import FunctionScorer, Scores
-from aezoo.tasks.detectors import Detector, threshold_of
+from aezoo.tasks.detect_scores import FunctionScorer
+from aezoo.tasks.detectors import Detector
 from aezoo.tasks.export_check import Check, drawn_samples, what_works
 from aezoo.tasks.result_store import CURE
 from aezoo.tasks.results import Result, takes_model
@@ -34,8 +35,6 @@ from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 
 _UNITS = ("data", "model")
-# a threshold on the score of a sample is moved up by so much, relatively: onnxruntime rounds otherwise
-_TIE = 2e-6
 
 
 @dataclass(repr=False)
@@ -247,27 +246,21 @@ def _calibrated(
         if stored is None:
             return _Calibration(score=detector.score)
         scores = stored.cpu().double().numpy()
-        threshold = _exact(threshold_of(scores, detector.contamination, quantile), scores)
+        threshold = _exact(threshold_of(scores, detector.contamination, quantile))
         about = f"{share} of the scores of {len(scores):,} held-out samples that the weights bring"
         return _Calibration(None, threshold, detector.score, about, rule)
     detector.fit((train if learns and train is not None else known).samples, calibrate_on=known.samples)
     scores = detector.decision_scores_ if learns and held_out is None else detector.calibration_scores_
     threshold = threshold_of(scores, detector.contamination, quantile, held_out=held_out is not None)
+    if held_out is None:
+        threshold = clear_of_ties(threshold, scores)
     kind = "held-out" if held_out is not None else "training"
     about = f"{share} of the scores of {len(scores):,} {kind} samples of {Path(known.samples.name).name}"
-    return _Calibration(known.samples, _exact(threshold, scores), detector.score, about, rule)
+    return _Calibration(known.samples, _exact(threshold), detector.score, about, rule)
 
 
-def _exact(threshold: float, scores: Scores) -> float:
-    """A number in float32 that the same scores exceed, also where another runtime rounds them otherwise.
-
-    If the threshold is the score of a sample, that sample lies on it; half the way to the next score, at most by
-    `_TIE`, is then above its rounding.
-    """
-    above = scores[scores > threshold]
-    gap = float(above.min()) - threshold if len(above) else np.inf
-    if (np.abs(scores - threshold) <= _TIE * abs(threshold)).any():
-        threshold += min(gap / 2, _TIE * abs(threshold))
+def _exact(threshold: float) -> float:
+    """The largest number in float32 that is not above it: scores in float32 exceed both or none."""
     found = np.float32(threshold)
     # as numbers of Python: numpy would round the threshold to float32 before it compares
     return float(found) if float(found) <= threshold else float(np.nextafter(found, np.float32(-np.inf)))

@@ -47,6 +47,8 @@ from aezoo.tasks.detect_combined import CombinedScore
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import random_rows
 from aezoo.training import arguments, budgets
+from aezoo.training.data_statistics import DataStatistics
+from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng, seed_all
 
 Array = npt.NDArray[Any]
@@ -181,12 +183,22 @@ class _Estimator(base.BaseEstimator):
                 model.cpu().eval()
         # at the end, so that a failed fit keeps the previous results
         self.autoencoder_, self.offset_of_scale_, self.scale_, self.chosen_ = model, offset, scale, chosen
+        self._set_units()
         if from_scratch:
             self.__dict__.pop("classes_", None)
         if labels is not None:
             self.classes_ = classes
         self.n_epochs_ = epochs + (0 if from_scratch else self.n_epochs_)
         self._n_features_out = math.prod(model.code_shape)
+
+    def _set_units(self) -> None:
+        """Let the model know the units of X, for `save_model`, `export` and the verbs."""
+        model = self.autoencoder_
+        parts = {"offset": self.offset_of_scale_, "factor": self.scale_}
+        is_table = len(model.input_shape) == 1
+        columns = tuple(getattr(self, "feature_names_in_", ())) if is_table else ()
+        scaling = {key: torch.from_numpy(np.array(part)).reshape(model.input_shape) for key, part in parts.items()}
+        model.data_units = DataUnits(scaling, None, columns, is_table)
 
     def _settings(self) -> dict[str, Any]:
         """The parameters, checked against the constructor's annotations; NumPy numbers of a search become Python's."""
@@ -279,6 +291,7 @@ class _Estimator(base.BaseEstimator):
             model = build(name, settings, Path("the pickled estimator"), weights)
             model.float().load_state_dict(weights)
             self.autoencoder_ = model.eval()
+            self._set_units()
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "autoencoder_")
@@ -314,7 +327,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         verbose: show a progress bar.
 
     Attributes:
-        autoencoder_: the trained model.
+        autoencoder_: the trained model, which knows the units of X: `aezoo.save_model` and `aezoo.export` take it.
         offset_of_scale_: (n_features,) the offset that is subtracted from X.
         scale_: (n_features,) the scale that X is divided by.
         n_epochs_: epochs trained so far.
@@ -435,6 +448,15 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             self.offset_ = -held_out_threshold(self.calibration_scores_, contamination)
         else:
             self.offset_ = float(np.percentile(-self.calibration_scores_, 100 * contamination))
+        self._set_statistics()
+
+    def _set_statistics(self) -> None:
+        """Let the model bring its calibration, for `aezoo detect` and `aezoo export`."""
+        name = {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"]
+        states = {} if self._combined is None else {name: self._combined.state}
+        if self.n_calibration_:
+            scores = {name: torch.from_numpy(np.array(self.calibration_scores_))}
+            self.autoencoder_.data_statistics = DataStatistics(None, scores, states)
 
     def _fit_combined(self, X: Array) -> CombinedScore:
         found = CombinedScore(self.autoencoder_)
@@ -457,8 +479,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         super().__setstate__(state)
         if hasattr(self, "autoencoder_"):
             self._combined = None if saved is None else CombinedScore(self.autoencoder_)
-        if saved is not None and self._combined is not None:
-            self._combined.state = safetensors.torch.load(saved)
+            if saved is not None and self._combined is not None:
+                self._combined.restore(safetensors.torch.load(saved))
+            if hasattr(self, "calibration_scores_"):
+                self._set_statistics()
 
     def score_samples(self, X: Any) -> Array:
         """Minus the score of each sample, (n_samples,); larger is more normal.

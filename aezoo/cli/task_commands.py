@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.cli.config_resolution import (
     drop_foreign_settings,
     for_data_set,
@@ -39,13 +40,14 @@ from aezoo.data.resident import lacks_memory
 from aezoo.data.settings import settings_of_source
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.errors import AezooError
-from aezoo.io import checkpoint, terminal
+from aezoo.io import calibration, checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, progress_bar
 from aezoo.training import sizes, speed
+from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
 from aezoo.training.seeding import mix
 
@@ -134,6 +136,7 @@ def main(argv: list[str]) -> None:
         raise AezooError(line) from error
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
+    _keep_calibration(model, getattr(result, "statistics", None), trained["home"])
     arrays = [file for file in result.files if file.suffix == ".npy"] if verb in _OF_SAMPLES else []
     if model.data_units is not None and model.data_units.scaling and arrays:
         names = ", ".join(file.name for file in arrays)
@@ -149,6 +152,19 @@ def main(argv: list[str]) -> None:
         return
     for file in result.files:
         print(file)
+
+
+def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Path | None) -> None:
+    """Put what was found on calibration samples beside the weights, if these are in a folder."""
+    if found is None or not found.scores or home is None:
+        return
+    model.data_statistics = (model.data_statistics or DataStatistics()).updated(found)
+    try:
+        file = calibration.write(home, model)
+    except AezooError as error:
+        print(f"aezoo: {error}", file=sys.stderr)
+    else:
+        print(f"{file} keeps the calibration, for calls without the training data")
 
 
 def _with_flags(argv: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from aezoo.tasks.detectors import BASELINES, Baseline, Detector
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
+from aezoo.training.data_statistics import DataStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,8 @@ class Detection(Result):
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
         anomaly_share: the estimated share of anomalies, with contamination estimated.
+        statistics: the calibration, if there were held-out samples: with it as `model.data_statistics`, later calls
+            need neither these nor training samples, and `save_model` keeps it.
     """
 
     scores: Scores
@@ -55,6 +58,7 @@ class Detection(Result):
     text: str
     shape: tuple[int, ...] = ()
     anomaly_share: AnomalyShare | None = None
+    statistics: DataStatistics | None = None
 
     def about(self) -> str:
         of = f" of {sizes(self.shape)}" if self.shape else ""
@@ -142,8 +146,8 @@ def detect(
         fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
             split without the samples whose labels make them anomalies; else x itself.
         calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
-            validation split if x is a DataModule, else the samples of fit_on, or without them the scores of such
-            samples that pretrained weights bring, see `aezoo.Autoencoder.data_statistics`.
+            validation split if x is a DataModule, else the samples of fit_on, or without them the calibration that
+            the weights bring, see `aezoo.Autoencoder.data_statistics`.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -175,17 +179,19 @@ def detect(
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
-    stored: Mapping[str, Tensor] = {}
-    if held_out is None and train.samples is samples and model.data_statistics is not None:
-        stored = model.data_statistics.scores
-    if rule.needs_held_out and held_out is None and detectors[0].name not in stored:
+    stored = model.data_statistics if held_out is None and train.samples is samples else None
+    restored = [
+        isinstance(detector, Detector) and stored is not None and detector.restore(stored) for detector in detectors
+    ]
+    if rule.needs_held_out and held_out is None and not restored[0]:
         raise AezooError(f"{rule.needs_held_out} needs held-out samples: set --data.val_fraction above 0, in Python "
                          "give calibrate_on, or take contamination")  # fmt: skip
 
     lines: list[str] = []
     with Store(out) as store:
         results = [
-            _run_detector(detector, samples, train, held_out, stored.get(detector.name), rule) for detector in detectors
+            _run_detector(detector, samples, train, held_out, is_restored, rule)
+            for detector, is_restored in zip(detectors, restored, strict=True)
         ]
         rows = [
             {"method": detector.name}
@@ -216,12 +222,13 @@ def detect(
         if draw is not None:
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
-    n_held_out = len(held_out.samples) if held_out is not None else len(stored.get(detectors[0].name, ()))
+    n_held_out = len(held_out.samples) if held_out is not None else restored[0] and first.n_reference
     lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, rule)
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
-        first.anomaly_share, files=store.files, tabulate=tabulate, draw=draw,
+        first.anomaly_share, None if held_out is None else _statistics(detectors),
+        files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 
 
@@ -232,6 +239,7 @@ class _DetectorResult:
     scores: Scores
     p_values: Scores
     threshold: float
+    n_reference: int
     anomaly_share: AnomalyShare | None = None
 
     @property
@@ -248,29 +256,39 @@ def _run_detector(
     samples: SampleSet,
     train: Reference,
     held_out: Reference | None,
-    stored: Tensor | None,
+    is_restored: bool,
     rule: Rule,
 ) -> _DetectorResult | None:
-    detector.fit(train.samples)
+    if not is_restored:
+        detector.fit(train.samples)
     if detector.note:
         return None
     scores = detector.decision_function(samples)
-    if len(train.own):
+    if len(train.own) and not is_restored:
         # samples that were fitted on, each left out of what it is compared with
         scores[train.own[detector.fitted_on]] = detector.decision_scores_
     own = (held_out or train).own
-    if stored is not None:
-        reference, own = stored.cpu().numpy(), own[:0]
+    if is_restored and isinstance(detector, Detector):
+        reference, own = detector.calibration_scores_, own[:0]
     elif held_out is not None:
         reference = scores[own] if len(own) else detector.decision_function(held_out.samples)
     else:
         reference = detector.decision_scores_
-    calibrated = stored is not None or held_out is not None
-    threshold, share = rule.threshold(scores, reference, held_out=calibrated)
+    if held_out is not None and isinstance(detector, Detector):
+        detector.calibrate(reference)
+    threshold, share = rule.threshold(scores, reference, held_out=is_restored or held_out is not None)
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(scores, p, threshold, share)
+    return _DetectorResult(scores, p, threshold, len(reference), share)
+
+
+def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:
+    found = DataStatistics()
+    for detector in detectors:
+        if isinstance(detector, Detector):
+            found = found.updated(detector.statistics())
+    return found
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":

@@ -25,7 +25,7 @@ Shapes: B batch, N training samples, Q of them whose values are kept, D values o
 scores.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ class CombinedScore:
         model: in evaluation mode whenever the score is used.
 
     Attributes:
-        state: what `fit` has found, tensors by name; assign it to restore a fitted score.
+        state: what `fit` has found, tensors by name.
     """
 
     def __init__(self, model: Autoencoder) -> None:
@@ -93,6 +93,10 @@ class CombinedScore:
         scores_NK[:, -1] = _leave_one_out(scores_NK[:, -1], z_NM.shape[1])
         self.state["sorted"] = scores_NK.sort(0).values.T.contiguous()
         self._training_scores: npt.NDArray[np.float64] = self._combine(scores_NK).numpy()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `fit` has found earlier."""
+        self.state = dict(state)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores of a batch, (B, *shape) -> (B,)."""

@@ -14,8 +14,9 @@ from aezoo.errors import AezooError
 from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_threshold, p_values, threshold_of
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
-from aezoo.tasks.detect_scores import Scores, scorer
+from aezoo.tasks.detect_scores import FunctionScorer, Scores, scorer
 from aezoo.tasks.samples import SampleSet, evaluation_mode, random_rows
+from aezoo.training.data_statistics import DataStatistics
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
 _MAX_DRAWS = 10**6
@@ -23,6 +24,8 @@ _MAX_DRAWS = 10**6
 _MAX_VALUES = 2**26
 # floats of the training samples that are scored at a time
 _MAX_SCORED = 2**24
+# bytes of what a score has learnt that are kept with the weights
+_MAX_STATE = 2**28
 # directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
 _FRE_COMPONENTS = 220
 
@@ -120,6 +123,46 @@ class Detector:
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
 
+    def restore(self, statistics: DataStatistics) -> bool:
+        """Take over the calibration of an earlier `fit` in place of a new one.
+
+        Args:
+            statistics: see `Autoencoder.data_statistics`.
+
+        Returns:
+            Whether they hold this score, and what it has learnt.
+
+        Raises:
+            AezooError: what it has learnt is of another model.
+        """
+        scores, state = statistics.scores.get(self.score), statistics.states.get(self.score, {})
+        if scores is None or not (state or isinstance(self.scorer, FunctionScorer)):
+            return False
+        try:
+            self.scorer.restore(state)
+            with evaluation_mode(self.model, self.seed) as like:
+                found = self.scorer(like.new_zeros(1, *self.model.input_shape))
+            if found.shape != (1,):
+                raise ValueError(f"it gives scores of shape {tuple(found.shape)}")
+        except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise AezooError(f"the calibration that the weights bring is not one of {self.score} for this model "
+                             f"({reason}): run detect with the training data again") from error  # fmt: skip
+        self._is_held_out, self.calibration_scores_ = True, scores.cpu().double().numpy()
+        self.decision_scores_ = self.calibration_scores_
+        self.threshold_ = threshold_of(self.calibration_scores_, self.contamination)
+        self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        return True
+
+    def statistics(self) -> DataStatistics:
+        """The calibration, for `restore`; empty without calibration samples or if it is larger than 256 MiB."""
+        size = sum(value.nbytes for value in self.scorer.state.values())
+        if not self._is_held_out or size > _MAX_STATE:
+            return DataStatistics()
+        scores = {self.score: torch.from_numpy(np.array(self.calibration_scores_))}
+        state = {key: value.detach().cpu() for key, value in self.scorer.state.items()}
+        return DataStatistics(None, scores, {self.score: state} if state else {})
+
     def decision_function(self, X: Any) -> Scores:
         """Scores of samples, larger is stranger, (N,)."""
         if not hasattr(self, "threshold_"):
@@ -167,6 +210,11 @@ class Detector:
         if not self._is_held_out:
             raise AezooError(f"{what} needs samples that the model was not trained on: call fit(X, calibrate_on=...)")
         return self.calibration_scores_
+
+    def calibrate(self, scores: Scores) -> None:
+        """Take scores of samples that the model was not trained on for threshold and p-values, (M,)."""
+        self._is_held_out, self.calibration_scores_ = True, scores
+        self.threshold_ = threshold_of(scores, self.contamination)
 
     def _scores(self, samples: SampleSet) -> Scores:
         scores = np.empty(len(samples))

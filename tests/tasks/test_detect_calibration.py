@@ -170,14 +170,14 @@ def test_lower_limit_holds_for_inconspicuous_anomalies():
 
 def test_threshold_on_a_score_is_above_its_rounding():
     scores = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert 4 < clear_of_ties(4.0, scores) < 4 * (1 + 1e-5)
+    assert 4 < clear_of_ties(4.0, scores) < 4 * (1 + 1e-4)
     assert 4 < clear_of_ties(4.0, np.array([1.0, 4.0, 4.000001])) < 4.000001
     assert clear_of_ties(3.5, scores) == 3.5
     # 19 scores, so that the threshold is one of them
     held_out = np.arange(1.0, 20.0)
-    assert 18 < held_out_threshold(held_out, 0.1) < 18 * (1 + 1e-5)
+    assert 18 < held_out_threshold(held_out, 0.1) < 18 * (1 + 1e-4)
     # 100 * 0.29 is 28.999999999999996 in floating point, and 29 scores are 71 or more
-    assert 71 < held_out_threshold(np.arange(1.0, 100.0), 0.29) < 71 * (1 + 1e-5)
+    assert 71 < held_out_threshold(np.arange(1.0, 100.0), 0.29) < 71 * (1 + 1e-4)
 
 
 # ---- detect ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
-from aezoo.tasks.detect_calibration import AnomalyShare, Rule, flagged_interval, p_values
+from aezoo.tasks.detect_calibration import AnomalyShare, Drift, Rule, drift, flagged_interval, p_values
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector
@@ -46,6 +46,7 @@ class Detection(Result):
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
         anomaly_share: the estimated share of anomalies, with contamination estimated.
+        drift: whether the scores have left those of the reference; None without a reference or held-out samples.
         statistics: the calibration, if there were held-out samples: with it as `model.data_statistics`, later calls
             need neither these nor training samples, and `save_model` keeps it.
     """
@@ -58,6 +59,7 @@ class Detection(Result):
     text: str
     shape: tuple[int, ...] = ()
     anomaly_share: AnomalyShare | None = None
+    drift: Drift | None = None
     statistics: DataStatistics | None = None
 
     def about(self) -> str:
@@ -84,6 +86,7 @@ def detect(
     anomaly: str | None = None,
     baselines: bool = True,
     features: str | None = None,
+    reference: Any = None,
     n_draws: int = 64,
     svdd_epochs: int = 50,
     svdd_lr: float = 5e-4,
@@ -134,6 +137,9 @@ def detect(
             torch.hub has the weights), or the path of VGG weights (.pth) or of a model of the zoo. On photographs of
             industrial goods, frozen features are better: image AUROC on MVTec AD .933 with resnet50 and .947 with
             wide_resnet50_2, .421 of GANomaly (anomalib's figures).
+        reference: samples that drift is told from, given like x (on the command line a file, or a split of the data:
+            train, val or test): a two-sample test says whether the scores have left those of the reference. By default
+            the held-out samples of the calibration.
         n_draws: draws of the code for each sample, for elbo and iwae.
         svdd_epochs: passes over the training samples that deep_svdd makes.
         svdd_lr: learning rate of deep_svdd.
@@ -179,6 +185,9 @@ def detect(
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
+    compared = None
+    if reference is not None:
+        compared = SampleSet.from_data(reference, "val", model.takes_missing).check(model)
     stored = model.data_statistics if held_out is None and train.samples is samples else None
     restored = [
         isinstance(detector, Detector) and stored is not None and detector.restore(stored) for detector in detectors
@@ -190,7 +199,7 @@ def detect(
     lines: list[str] = []
     with Store(out) as store:
         results = [
-            _run_detector(detector, samples, train, held_out, is_restored, rule)
+            _run_detector(detector, samples, train, held_out, compared, is_restored, rule)
             for detector, is_restored in zip(detectors, restored, strict=True)
         ]
         rows = [
@@ -224,10 +233,12 @@ def detect(
     fits_on_itself = train.samples is samples
     n_held_out = len(held_out.samples) if held_out is not None else restored[0] and first.n_reference
     lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, rule)
+    if first.drift is not None:
+        lines.append(first.drift.describe("held-out samples" if compared is None else f"samples of {compared.name}"))
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
-        first.anomaly_share, None if held_out is None else _statistics(detectors),
+        first.anomaly_share, first.drift, None if held_out is None else _statistics(detectors),
         files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 
@@ -241,6 +252,7 @@ class _DetectorResult:
     threshold: float
     n_reference: int
     anomaly_share: AnomalyShare | None = None
+    drift: Drift | None = None
 
     @property
     def is_anomaly(self) -> npt.NDArray[np.bool_]:
@@ -248,7 +260,8 @@ class _DetectorResult:
 
     def figures(self) -> Row:
         estimated = {} if self.anomaly_share is None else {"anomaly_share": self.anomaly_share.share}
-        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())} | estimated
+        drifted = {} if self.drift is None else self.drift.figures()
+        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())} | estimated | drifted
 
 
 def _run_detector(
@@ -256,6 +269,7 @@ def _run_detector(
     samples: SampleSet,
     train: Reference,
     held_out: Reference | None,
+    compared: SampleSet | None,
     is_restored: bool,
     rule: Rule,
 ) -> _DetectorResult | None:
@@ -280,7 +294,12 @@ def _run_detector(
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(scores, p, threshold, len(reference), share)
+    drifted = None
+    if compared is not None:
+        drifted = drift(scores, detector.decision_function(compared))
+    elif (is_restored or held_out is not None) and not len(own):
+        drifted = drift(scores, reference)
+    return _DetectorResult(scores, p, threshold, len(reference), share, drifted)
 
 
 def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:

@@ -1,4 +1,4 @@
-"""What the scores of calibration samples say of new ones: threshold, p-values, false discoveries and anomalies' share.
+"""What the scores of calibration samples say of new ones: threshold, p-values, false discoveries, drift.
 
 n calibration samples are normal, and the model was not trained on them; m samples are scored. If a scored sample is
 normal, too, the n + 1 scores are exchangeable, whatever the model, and
@@ -31,6 +31,9 @@ _LAMBDA = 0.5
 # a threshold on the score of a sample is moved up by so much, relatively: two runtimes differ by half of it in combined
 _TIE = 5e-5
 DEFAULT_CONTAMINATION, DEFAULT_FDR = 0.1, 0.1
+# p-values of drift below it are taken for one
+DRIFT_LEVEL = 0.01
+_MAX_EXACT = 10_000
 
 
 def threshold_of(
@@ -262,3 +265,57 @@ def anomaly_share(scores: Scores, reference: Scores) -> AnomalyShare:
     normal = (1 + above) / (m * (1 - k / (n + 1)))
     shares = np.clip(1 - np.array([normal, high / least, low / most]), 0, 1)
     return AnomalyShare(*map(float, shares))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether scores still have the distribution of reference scores.
+
+    Attributes:
+        p_value: of the two-sample test of Kolmogorov and Smirnov: the probability of a distance as large without drift.
+        distance: largest difference of the two distribution functions, 0 to 1.
+        superiority: probability that a sample has a larger score than one of the reference, ties counted half: 0.5
+            without drift, Mann and Whitney's U divided by the number of pairs.
+        n_reference: reference samples.
+    """
+
+    p_value: float
+    distance: float
+    superiority: float
+    n_reference: int
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the p-value is below 0.01."""
+        return self.p_value < DRIFT_LEVEL
+
+    def figures(self) -> dict[str, float]:
+        """Columns of tables."""
+        return {"drift_p": self.p_value, "drift_distance": self.distance, "drift_superiority": self.superiority}
+
+    def describe(self, reference: str) -> str:
+        """The result in words; `reference` names the reference samples."""
+        verdict = "drift: the scores have left those" if self.has_left else "no drift: the scores are like those"
+        return (
+            f"{verdict} of the {self.n_reference:,} {reference} (Kolmogorov-Smirnov p {self.p_value:.2g}, distance "
+            f"{self.distance:.2g}; a sample scores above one of these with probability {self.superiority:.2g})"
+        )
+
+
+def drift(scores: Scores, reference: Scores) -> Drift:
+    """A two-sample test of scores against those of reference samples.
+
+    It is exact for up to 10,000 samples of each, and asymptotic beyond.
+
+    Args:
+        scores: (m,) scores of new samples.
+        reference: (n,) scores of samples that are as new to the model.
+    """
+    from scipy.stats import ks_2samp, rankdata
+
+    m, n = len(scores), len(reference)
+    # exact p-values of large samples take long, and may overflow
+    found = ks_2samp(scores, reference, method="exact" if max(m, n) <= _MAX_EXACT else "asymp")
+    ranks = rankdata(np.concatenate([scores, reference]))[:m].sum()
+    superiority = (ranks - m * (m + 1) / 2) / (m * n)
+    return Drift(float(found.pvalue), float(found.statistic), float(superiority), n)

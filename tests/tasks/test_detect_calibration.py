@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from quiet_trainer import quiet_trainer
+from refusals import refused_in_one_line
 from scipy import stats
 
 import aezoo
@@ -19,6 +20,7 @@ from aezoo.tasks.detect_calibration import (
     Rule,
     anomaly_share,
     clear_of_ties,
+    drift,
     fdr_threshold,
     held_out_threshold,
     p_values,
@@ -180,6 +182,46 @@ def test_threshold_on_a_score_is_above_its_rounding():
     assert 71 < held_out_threshold(np.arange(1.0, 100.0), 0.29) < 71 * (1 + 1e-4)
 
 
+# ---- drift ----------------------------------------------------------------------------------------------------------
+
+
+def test_drift_is_told_by_two_sample_tests_of_scipy():
+    random = np.random.default_rng(8)
+    for m, n, shift in [(30, 50, 0.0), (200, 100, 0.5), (1, 40, 3.0), (12_000, 300, 0.1)]:
+        scores, reference = np.round(random.normal(size=m) + shift, 1), np.round(random.normal(size=n), 1)
+        found, expected = drift(scores, reference), stats.ks_2samp(scores, reference)
+        assert found.p_value == pytest.approx(expected.pvalue) and found.distance == pytest.approx(expected.statistic)
+        assert found.superiority == pytest.approx(stats.mannwhitneyu(scores, reference).statistic / (m * n))
+        assert found.n_reference == n and found.has_left == (expected.pvalue < 0.01)
+
+
+def test_false_alarms_of_drift_are_at_most_its_level():
+    random, trials = np.random.default_rng(9), 1500
+    alarms = sum(drift(random.normal(size=40), random.normal(size=60)).has_left for _ in range(trials))
+    assert at_most(alarms, trials, 0.01)
+    # in location and in spread
+    for move in (lambda x: x + 1.5, lambda x: 4 * x):
+        assert drift(move(random.normal(size=100)), random.normal(size=100)).has_left
+
+
+def test_detect_tells_drift_from_reference(samples, tmp_path):
+    model, train, held_out, x = samples
+    given = {"fit_on": train, "calibrate_on": held_out, "n_shown": 0, "baselines": False}
+    found, same = detect(model, x + np.float32(1.5), out=str(tmp_path), **given), detect(model, x[:200], **given)
+    assert found.drift.has_left and not same.drift.has_left and found.drift.n_reference == 1000
+    assert found.drift.superiority > 0.6 and abs(same.drift.superiority - 0.5) < 0.1
+    assert "\ndrift: the scores have left those of the 1,000 held-out samples (Kolmogorov" in found.summary()
+    assert "\nno drift: the scores are like those of the 1,000 held-out samples (Kolmogorov" in same.summary()
+    (row,) = csv.DictReader((tmp_path / "detect.csv").read_text().splitlines())
+    assert float(row["drift_p"]) == pytest.approx(found.drift.p_value) and float(row["drift_distance"]) > 0.2
+    # another reference, which nothing else is compared with
+    other = detect(model, x + np.float32(1.5), reference=held_out[:300] + np.float32(1.5), **given)
+    assert not other.drift.has_left and other.drift.n_reference == 300
+    assert np.array_equal(other.p_values, found.p_values) and "of the 300 samples of x (" in other.summary()
+    # samples that the calibration is made of, and no calibration
+    assert detect(model, x, baselines=False).drift is None
+
+
 # ---- detect ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,5 +302,18 @@ def test_command_line_takes_rate_and_words(tmp_path, capsys, samples):
     assert "of 100 samples are flagged" in capsys.readouterr().out
     main([*command, "--contamination", "estimated"])
     assert "of the samples are anomalies by their p-values" in capsys.readouterr().out
+    np.save(tmp_path / "other.npy", 3 * x[:50])
+    main([*command, "--reference", str(tmp_path / "other.npy")])
+    assert f"drift: the scores have left those of the 50 samples of {tmp_path / 'other.npy'}" in capsys.readouterr().out
+    for split in ("train", "val"):
+        main([*command, "--input", str(tmp_path / "other.npy"), "--reference", split])
+        assert f" ({split}) (Kolmogorov-Smirnov p " in capsys.readouterr().out
+    assert "does not say what it was trained on: give --data.name SET or --reference FILE" in refused_in_one_line(
+        capsys, "detect", "--ckpt_path", str(home), "--input", str(tmp_path / "other.npy"), "--reference", "val"
+    )
+    assert "--reference nowhere does not exist" in refused_in_one_line(capsys, *command, "--reference", "nowhere")
+    assert "has no val split: take --reference train or test, or give --reference FILE" in refused_in_one_line(
+        capsys, *command, "--data.name", "digits", "--data.val_fraction", "0", "--reference", "val"
+    )
     main([*command, "--contamination", "0.2"])
     assert "the upper 20 % of the scores of 100 held-out samples" in capsys.readouterr().out

@@ -59,8 +59,8 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
             `enable_step_counter`.
         data_units: the units of the data that the model was trained on, if it was trained with `aezoo.DataModule`;
             `load_model` reads them from a checkpoint. Verbs take DataFrames and write tables in these units.
-        data_statistics: codes and scores of the training data, which pretrained weights bring for `generate` and
-            `detect`; None for most models.
+        data_statistics: codes and scores of the training data, for `generate` and `detect`: pretrained weights, and
+            runs after `detect`, have them. None for others; training removes them.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.
 
     Args:

@@ -42,12 +42,14 @@ from aezoo.distributions.likelihoods import likelihood
 from aezoo.errors import AezooError
 from aezoo.io.checkpoint import build
 from aezoo.registry import create_model, hyperparameters, model_class, name_of
+from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_threshold, held_out_threshold, p_values
 from aezoo.tasks.detect_combined import CombinedScore
 from aezoo.tasks.detect_contributions import contributions
-from aezoo.tasks.detectors import held_out_threshold
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.samples import random_rows
 from aezoo.training import arguments, budgets
+from aezoo.training.data_statistics import DataStatistics
+from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng, seed_all
 
 Array = npt.NDArray[Any]
@@ -182,12 +184,22 @@ class _Estimator(base.BaseEstimator):
                 model.cpu().eval()
         # at the end, so that a failed fit keeps the previous results
         self.autoencoder_, self.offset_of_scale_, self.scale_, self.chosen_ = model, offset, scale, chosen
+        self._set_units()
         if from_scratch:
             self.__dict__.pop("classes_", None)
         if labels is not None:
             self.classes_ = classes
         self.n_epochs_ = epochs + (0 if from_scratch else self.n_epochs_)
         self._n_features_out = math.prod(model.code_shape)
+
+    def _set_units(self) -> None:
+        """Let the model know the units of X, for `save_model`, `export` and the verbs."""
+        model = self.autoencoder_
+        parts = {"offset": self.offset_of_scale_, "factor": self.scale_}
+        is_table = len(model.input_shape) == 1
+        columns = tuple(getattr(self, "feature_names_in_", ())) if is_table else ()
+        scaling = {key: torch.from_numpy(np.array(part)).reshape(model.input_shape) for key, part in parts.items()}
+        model.data_units = DataUnits(scaling, None, columns, is_table)
 
     def _settings(self) -> dict[str, Any]:
         """The parameters, checked against the constructor's annotations; NumPy numbers of a search become Python's."""
@@ -280,6 +292,7 @@ class _Estimator(base.BaseEstimator):
             model = build(name, settings, Path("the pickled estimator"), weights)
             model.float().load_state_dict(weights)
             self.autoencoder_ = model.eval()
+            self._set_units()
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "autoencoder_")
@@ -315,7 +328,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         verbose: show a progress bar.
 
     Attributes:
-        autoencoder_: the trained model.
+        autoencoder_: the trained model, which knows the units of X: `aezoo.save_model` and `aezoo.export` take it.
         offset_of_scale_: (n_features,) the offset that is subtracted from X.
         scale_: (n_features,) the scale that X is divided by.
         n_epochs_: epochs trained so far.
@@ -375,8 +388,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     Attributes:
         offset_: the threshold; samples with `score_samples` below it are outliers.
         n_calibration_: samples that were left out for it; 0 if it comes from the training samples.
+        calibration_scores_: (n_calibration_,) their scores, minus `score_samples`; else those of the training samples.
     """
 
+    calibration_scores_: Array
     _combined: CombinedScore | None
     # the last samples of a stream: those that were trained on, and those that were left out
     _recent: tuple[Array, Array]
@@ -447,11 +462,21 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         self._combined = None
         if {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"] == "combined":
             self._combined = self._fit_combined(fitted)
-        if len(held_out):
-            self.offset_ = -held_out_threshold(-self._score_samples(held_out), contamination)
-        else:
-            self.offset_ = float(np.percentile(self._score_samples(fitted), 100 * contamination))
         self.n_calibration_ = len(held_out)
+        self.calibration_scores_ = -self._score_samples(held_out if len(held_out) else fitted)
+        if len(held_out):
+            self.offset_ = -held_out_threshold(self.calibration_scores_, contamination)
+        else:
+            self.offset_ = float(np.percentile(-self.calibration_scores_, 100 * contamination))
+        self._set_statistics()
+
+    def _set_statistics(self) -> None:
+        """Let the model bring its calibration, for `aezoo detect` and `aezoo export`."""
+        name = {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"]
+        states = {} if self._combined is None else {name: self._combined.state}
+        if self.n_calibration_:
+            scores = {name: torch.from_numpy(np.array(self.calibration_scores_))}
+            self.autoencoder_.data_statistics = DataStatistics(None, scores, states)
 
     def _fit_combined(self, X: Array) -> CombinedScore:
         found = CombinedScore(self.autoencoder_)
@@ -474,8 +499,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         super().__setstate__(state)
         if hasattr(self, "autoencoder_"):
             self._combined = None if saved is None else CombinedScore(self.autoencoder_)
-        if saved is not None and self._combined is not None:
-            self._combined.state = safetensors.torch.load(saved)
+            if saved is not None and self._combined is not None:
+                self._combined.restore(safetensors.torch.load(saved))
+            if hasattr(self, "calibration_scores_"):
+                self._set_statistics()
 
     def score_samples(self, X: Any) -> Array:
         """Minus the score of each sample, (n_samples,); larger is more normal.
@@ -507,9 +534,45 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         X, name = self._validated(X), "deviance" if self._combined is None else "combined"
         return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, self._samples(X))
 
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:
-        """1 for normal samples, -1 for outliers, (n_samples,)."""
-        return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+    def predict(self, X: Any, fdr: float | None = None) -> npt.NDArray[np.int64]:
+        """1 for normal samples, -1 for outliers, (n_samples,).
+
+        Args:
+            X: (n_samples, n_features).
+            fdr: in place of `contamination`: treat as many samples of X as outliers as Benjamini and Hochberg's
+                procedure on their p-values allows, of which a share of at most fdr are normal, on average. The samples
+                of X are then judged together.
+
+        Raises:
+            AezooError: an fdr with too few calibration samples.
+        """
+        if fdr is None:
+            return np.where(self.decision_function(X) < 0, -1, 1).astype(np.int64)
+        scores = -self.score_samples(X)
+        threshold = fdr_threshold(scores, self._held_out_scores("fdr"), fdr)
+        return np.where(scores > threshold, -1, 1).astype(np.int64)
+
+    def p_values(self, X: Any) -> Array:
+        """Probabilities that a normal sample is as strange as each of X, (n_samples,).
+
+        Conformal p-values, see `aezoo.tasks.detect_calibration`: of a new normal sample, at most t with a probability
+        of at most t. Without calibration samples they are too small.
+        """
+        return p_values(-self.score_samples(X), self.calibration_scores_)
+
+    def anomaly_share(self, X: Any) -> AnomalyShare:
+        """The share of outliers among X with a 95 % interval, by Storey's estimate from the p-values.
+
+        Raises:
+            AezooError: there are no calibration samples.
+        """
+        scores = -self.score_samples(X)
+        return anomaly_share(scores, self._held_out_scores("a share of outliers"))
+
+    def _held_out_scores(self, what: str) -> Array:
+        if not self.n_calibration_:
+            raise AezooError(f"{what} needs samples that training leaves out: set calibration_fraction above 0")
+        return self.calibration_scores_
 
 
 class AutoencoderDenoiser(base.OneToOneFeatureMixin, _Transformer, _Estimator):

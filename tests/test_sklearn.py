@@ -12,7 +12,7 @@ import pytest
 import torch
 from representative_models import others_slow
 from scipy.special import kl_div
-from scipy.stats import betabinom, loguniform, randint, spearmanr
+from scipy.stats import betabinom, false_discovery_control, loguniform, randint, spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.covariance import EmpiricalCovariance
@@ -270,7 +270,7 @@ def test_share_of_new_samples_flagged_is_contamination(name, epochs):
     assert model.n_calibration_ == 80
     flagged = (model.predict(X[400:]) == -1).sum()
     # 80 held-out samples and new ones are exchangeable, and so are those of partial_fit
-    low, high = betabinom(2000, 8.1, 81 - 8.1).ppf([0.005, 0.995])
+    low, high = betabinom(2000, 8, 81 - 8).ppf([0.005, 0.995])
     assert low <= flagged <= high
     again = model.partial_fit(X[:400])
     assert low <= (again.predict(X[400:]) == -1).sum() <= high
@@ -316,6 +316,28 @@ def test_combined_score_is_pickled_with_its_model():
     # a later fit without it leaves nothing of it
     found.set_params(anomaly_score="deviance").fit(X)
     assert np.allclose(pickle.loads(pickle.dumps(found)).score_samples(X), found.score_samples(X), rtol=1e-6)
+
+
+def test_detector_gives_conformal_p_values_and_false_discovery_rate():
+    X, new = np.split(gaussian(500), [300])
+    new[180:] += 20
+    model = AutoencoderDetector(**FEW).fit(X)
+    assert len(model.calibration_scores_) == model.n_calibration_ == 60
+    scores = -model.score_samples(new)
+    p = np.array([(1 + (model.calibration_scores_ >= score).sum()) / 61 for score in scores])
+    assert model.p_values(new) == pytest.approx(p)
+    # 6 of 60 calibration samples, or one in ten new ones, have a p-value of at most 0.1
+    assert np.array_equal(model.predict(new) == -1, p <= 0.1)
+    assert np.array_equal(model.predict(new, fdr=0.2) == -1, false_discovery_control(p) <= 0.2)
+    assert 15 < (model.predict(new, fdr=0.2) == -1).sum() < 40
+    share = model.anomaly_share(new)
+    assert 0 <= share.low <= 0.1 <= share.high and share.low <= share.share <= share.high
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict(new, fdr=0.2), model.predict(new, fdr=0.2))
+    with pytest.raises(AezooError, match=r"fdr 0.01 needs at least 99 held-out samples; with 60"):
+        model.predict(new, fdr=0.01)
+    with pytest.raises(AezooError, match="fdr needs samples that training leaves out: set calibration_fraction above"):
+        AutoencoderDetector(**FEW, calibration_fraction=0.0).fit(X).predict(new, fdr=0.1)
 
 
 def test_few_samples_set_aside_as_many_as_threshold_needs():

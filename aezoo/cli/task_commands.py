@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aezoo.autoencoder import Autoencoder
 from aezoo.cli.config_resolution import (
     drop_foreign_settings,
     for_data_set,
@@ -40,13 +41,14 @@ from aezoo.data.settings import settings_of_source
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.data.windows import TIME_COLUMNS, cut
 from aezoo.errors import AezooError
-from aezoo.io import checkpoint, terminal
+from aezoo.io import calibration, checkpoint, terminal
 from aezoo.security import policy
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, progress_bar
 from aezoo.training import sizes, speed
+from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
 from aezoo.training.seeding import mix
 
@@ -54,7 +56,9 @@ _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
 # arguments that the command line fills in
 _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "columns", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
-_FILES = {"around"}
+_FILES = {"around", "reference"}
+# flags that may name a split of the data in place of a file
+_SPLITS = {"reference"}
 # sources of which the setting root names the samples
 _PATHS = {"array", "folder"}
 # verbs whose results are samples
@@ -135,6 +139,7 @@ def main(argv: list[str]) -> None:
         raise AezooError(line) from error
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
+    _keep_calibration(model, getattr(result, "statistics", None), trained["home"])
     arrays = [file for file in result.files if file.suffix == ".npy"] if verb in _OF_SAMPLES else []
     if model.data_units is not None and model.data_units.scaling and arrays:
         names = ", ".join(file.name for file in arrays)
@@ -150,6 +155,19 @@ def main(argv: list[str]) -> None:
         return
     for file in result.files:
         print(file)
+
+
+def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Path | None) -> None:
+    """Put what was found on calibration samples beside the weights, if these are in a folder."""
+    if found is None or not found.scores or home is None:
+        return
+    model.data_statistics = (model.data_statistics or DataStatistics()).updated(found)
+    try:
+        file = calibration.write(home, model)
+    except AezooError as error:
+        print(f"aezoo: {error}", file=sys.stderr)
+    else:
+        print(f"{file} keeps the calibration, for calls without the training data")
 
 
 def _with_flags(argv: list[str]) -> list[str]:
@@ -233,7 +251,10 @@ def _samples(
     known = inspect.signature(DataModule).parameters
     data = {key: value for key, value in dict(config.data).items() if key in known}
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
-    found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in named.items()}
+    splits_named = {key: name for key, name in named.items() if key in _SPLITS and name in STAGES}
+    splits_named = {key: name for key, name in splits_named.items() if not Path(name).exists()}
+    files = {key: path for key, path in named.items() if key not in splits_named}
+    found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in files.items()}
     if "x" in accepted and config.input is not None:
         own = {key: value for key, value in data.items() if key != "size"}
         keeps = any_size and setting(argv, "data", "size") is None
@@ -244,16 +265,20 @@ def _samples(
     elif config.input is not None:
         found["calibrate_on"] = read(config.input, units, data)
     wanted: dict[str, Stage] = {"x": config.get("split", "test"), "fit_on": "train", "calibrate_on": "val"}
+    wanted |= splits_named
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
+    # the flags that name a file in place of a split that must be there
+    required = ({"x": "input"} if needed else {}) | {key: key for key in splits_named}
     settings: dict[str, Any] = trained["settings"]
     if not settings and setting(argv, "data", "name") is None:
-        if needed and "data" in trained:
+        flag = next(iter(required.values()), "")
+        if required and "data" in trained:
             name = trained["data"]["name"]
-            raise AezooError(f"{config.ckpt_path} was trained on {name}: give --data {name}, or --input FILE")
-        if needed:
+            raise AezooError(f"{config.ckpt_path} was trained on {name}: give --data {name}, or --{flag} FILE")
+        if required:
             raise AezooError(
-                f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --input FILE"
+                f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --{flag} FILE"
             )
         return found
     if not missing:
@@ -268,16 +293,17 @@ def _samples(
             module.report_other_scaling(known_units.scaling, known_units.white)
         warn_other_splits(settings, dict(module.hparams))
     except AezooError as error:
-        if needed:
+        if required:
             raise
         # e.g. on another machine than the one it was trained on
         left = "nothing is read" if config.input is None else f"{config.input} alone is used"
         print(f"aezoo: {left}, the training data are not available: {error}", file=sys.stderr)
         return found
-    if needed and config.split not in splits:
-        # not larger fractions, which would take samples that the model was trained on
-        others = " or ".join(splits)
-        raise AezooError(f"{module.name} has no {config.split} split: take --split {others}, or give --input FILE")
+    for key, flag in required.items():
+        if wanted[key] not in splits:
+            # not larger fractions, which would take samples that the model was trained on
+            other = f"--{'split' if key == 'x' else key} {' or '.join(splits)}"
+            raise AezooError(f"{module.name} has no {wanted[key]} split: take {other}, or give --{flag} FILE")
     for key in missing:
         if wanted[key] in splits:
             found[key] = SampleSet.from_data(module, wanted[key])

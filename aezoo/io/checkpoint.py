@@ -24,7 +24,7 @@ from torch import Tensor
 import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
-from aezoo.io import atomic_files, hub_files, importers, run_folder, tag_files, terminal
+from aezoo.io import atomic_files, calibration, hub_files, importers, run_folder, tag_files, terminal
 from aezoo.io.scale_folding import fold
 from aezoo.nets import without_weights
 from aezoo.registry import check_hyperparameters, model_class, name_of, suggest_tags
@@ -48,7 +48,7 @@ def save_model(
     """Write a model as `config.json` and `model.safetensors`.
 
     `config.json` also holds `model.data_units`: how the training data were scaled and, of a table, the columns' names.
-    `model.safetensors` also holds `model.data_statistics`.
+    `model.safetensors` also holds `model.data_statistics`, such as the calibration of a run after `detect`.
 
     Args:
         model: a registered model.
@@ -128,11 +128,12 @@ def load_run(
         The model, and a dict. `settings` are those of the DataModule, empty for a saved model folder and for other data
         than aezoo's. `scaling`, `white` and `columns` are those of `model.data_units`, empty where that is None.
         `folder` is the run's or the saved model's; for a model from the hub, whose files are in a cache, it is
-        `runs/user_name`, for a tag `runs/NAME.TAG`. `data` are the settings of the data that a tag was trained on.
+        `runs/user_name`, for a tag `runs/NAME.TAG`. `home` is the folder beside the weights, None for those of a hub or
+        a tag. `data` are the settings of the data that a tag was trained on.
     """
     if (tag := tag_files.tag_of(path)) is not None:
         model, trained = load_run(tag_files.locate(tag), map_location)
-        known_of_tag = {"settings": {}, "folder": Path("runs") / tag.name, "data": dict(tag.data)}
+        known_of_tag = {"settings": {}, "folder": Path("runs") / tag.name, "home": None, "data": dict(tag.data)}
         return model.float(), trained | known_of_tag
     stored = _read_stored(path, max_bytes)
     if isinstance(stored, importers.Imported):
@@ -151,15 +152,18 @@ def load_run(
     except RuntimeError as error:
         raise AezooError(f"the weights in {source} do not fit {name}: {_one_line(error)}") from error
     model = _to_device(model, map_location)
+    code_size = math.prod(model.code_shape)
     if statistics:
-        code_size = math.prod(model.code_shape)
         model.data_statistics = DataStatistics.from_tensors(statistics, code_size, str(source / WEIGHTS))
+    home = None if hub_files.is_address(path) else stored.folder
+    if home is not None and (kept := calibration.read(home, model, code_size)) is not None:
+        model.data_statistics = (model.data_statistics or DataStatistics()).updated(kept)
     units = stored.units
     if stored.plain_units is not None:
         units = DataUnits.from_plain(stored.plain_units, model.input_shape, str(source / CONFIG))
     model.data_units, known = units, units or DataUnits()
     state_of_data = {"scaling": known.scaling, "white": known.white, "columns": known.columns}
-    return model, {"settings": stored.settings, **state_of_data, "folder": stored.folder}
+    return model, {"settings": stored.settings, **state_of_data, "folder": stored.folder, "home": home}
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def _of_another_library(
     print(f"aezoo: {address} is {imported.found}", file=sys.stderr)
     unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
     folder = Path("runs") / archives.safe_name(str(address).removeprefix(hub_files.SCHEME).strip("/"))
-    return _to_device(imported.model, map_location), {**unknown, "folder": folder}
+    return _to_device(imported.model, map_location), {**unknown, "folder": folder, "home": None}
 
 
 def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,15 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_calibration import AnomalyShare, Drift, Rule, drift, flagged_interval, p_values
 from aezoo.tasks.detect_explain import Explainer, Explanation
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
-from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, p_values, threshold_of
+from aezoo.tasks.detectors import BASELINES, Baseline, Detector
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
+from aezoo.training.data_statistics import DataStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +47,10 @@ class Detection(Result):
             share of samples above it.
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
+        anomaly_share: the estimated share of anomalies, with contamination estimated.
+        drift: whether the scores have left those of the reference; None without a reference or held-out samples.
+        statistics: the calibration, if there were held-out samples: with it as `model.data_statistics`, later calls
+            need neither these nor training samples, and `save_model` keeps it.
         explainer: explains samples, see `explain`.
     """
 
@@ -55,6 +61,9 @@ class Detection(Result):
     rows: list[Row]
     text: str
     shape: tuple[int, ...] = ()
+    anomaly_share: AnomalyShare | None = None
+    drift: Drift | None = None
+    statistics: DataStatistics | None = None
     explainer: Explainer | None = field(default=None, compare=False)
 
     def explain(self, i: int) -> Explanation:
@@ -84,12 +93,14 @@ def detect(
     x: Any,
     *,
     score: str = "deviance",
-    contamination: float = 0.1,
+    contamination: float | Literal["unknown", "estimated"] | None = None,
     quantile: float | None = None,
+    fdr: float | None = None,
     normal: str | None = None,
     anomaly: str | None = None,
     baselines: bool = True,
     features: str | None = None,
+    reference: Any = None,
     n_draws: int = 64,
     svdd_epochs: int = 50,
     svdd_lr: float = 5e-4,
@@ -127,9 +138,15 @@ def detect(
             the distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a
             Bernoulli likelihood it takes grey samples for strange. combined suits tables: the distance from the mean
             sample, the error and the distance of the code as one.
-        contamination: share of normal samples that lies above the threshold, at most 0.5: of held-out samples, those of
-            the validation split or, in Python, of calibrate_on; without any, of the samples of fit_on.
+        contamination: share of normal samples that lies above the threshold, at most 0.5, by default 0.1: of held-out
+            samples, those of the validation split or, in Python, of calibrate_on; without any, of the samples of
+            fit_on. unknown: no share is assumed, and fdr decides. estimated: fdr decides, with the share of anomalies
+            among the samples that their p-values show (Storey's estimate), which is reported with an interval.
         quantile: put the threshold at this quantile of the scores of held-out samples instead.
+        fdr: flag as many samples as Benjamini and Hochberg's procedure on their p-values allows, so that a share of at
+            most fdr of the flagged samples are normal, on average (0.1 if contamination is unknown or estimated). The
+            samples are judged together, and need held-out samples to compare with: with few of these, no p-value is
+            small.
         normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model on that class
             alone, with --data.train_classes: a model that was trained on all classes knows the anomalies, too.
         anomaly: leave-one-out: samples of this class are anomalies, all others are normal. Train the model without that
@@ -139,6 +156,9 @@ def detect(
             torch.hub has the weights), or the path of VGG weights (.pth) or of a model of the zoo. On photographs of
             industrial goods, frozen features are better: image AUROC on MVTec AD .933 with resnet50 and .947 with
             wide_resnet50_2, .421 of GANomaly (anomalib's figures).
+        reference: samples that drift is told from, given like x (on the command line a file, or a split of the data:
+            train, val or test): a two-sample test says whether the scores have left those of the reference. By default
+            the held-out samples of the calibration.
         n_draws: draws of the code for each sample, for elbo and iwae.
         svdd_epochs: passes over the training samples that deep_svdd makes.
         svdd_lr: learning rate of deep_svdd.
@@ -153,8 +173,8 @@ def detect(
         fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
             split without the samples whose labels make them anomalies; else x itself.
         calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
-            validation split if x is a DataModule, else the samples of fit_on, or without them the scores of such
-            samples that pretrained weights bring, see `aezoo.Autoencoder.data_statistics`.
+            validation split if x is a DataModule, else the samples of fit_on, or without them the calibration that
+            the weights bring, see `aezoo.Autoencoder.data_statistics`.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -166,10 +186,9 @@ def detect(
     check_table(table, ("csv", "parquet"))
     if n_shown < 0 or n_fit < 2:
         raise AezooError(f"n_shown must be at least 0 and n_fit at least 2, got {n_shown} and {n_fit}")
-    if quantile is not None and not 0 < quantile < 1:
-        raise AezooError(f"quantile is {quantile}: give a number between 0 and 1, such as 0.95")
+    rule = Rule.of(contamination, quantile, fdr)
     options: dict[str, Any] = {
-        "contamination": contamination, "batch_size": batch_size, "seed": seed, "progress": progress,
+        "contamination": rule.contamination, "batch_size": batch_size, "seed": seed, "progress": progress,
     }  # fmt: skip
     trained = [
         Detector(
@@ -188,18 +207,22 @@ def detect(
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
-    stored: Mapping[str, Tensor] = {}
-    if held_out is None and train.samples is samples and model.data_statistics is not None:
-        stored = model.data_statistics.scores
-    if quantile is not None and held_out is None and detectors[0].name not in stored:
-        raise AezooError("quantile needs held-out samples: set --data.val_fraction above 0, in Python give "
-                         "calibrate_on, or take contamination")  # fmt: skip
+    compared = None
+    if reference is not None:
+        compared = SampleSet.from_data(reference, "val", model.takes_missing).check(model)
+    stored = model.data_statistics if held_out is None and train.samples is samples else None
+    restored = [
+        isinstance(detector, Detector) and stored is not None and detector.restore(stored) for detector in detectors
+    ]
+    if rule.needs_held_out and held_out is None and not restored[0]:
+        raise AezooError(f"{rule.needs_held_out} needs held-out samples: set --data.val_fraction above 0, in Python "
+                         "give calibrate_on, or take contamination")  # fmt: skip
 
     lines: list[str] = []
     with Store(out) as store:
         results = [
-            _run_detector(detector, samples, train, held_out, stored.get(detector.name), contamination, quantile)
-            for detector in detectors
+            _run_detector(detector, samples, train, held_out, compared, is_restored, rule)
+            for detector, is_restored in zip(detectors, restored, strict=True)
         ]
         rows = [
             {"method": detector.name}
@@ -242,12 +265,15 @@ def detect(
         if draw is not None:
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
-    n_held_out = len(held_out.samples) if held_out is not None else len(stored.get(detectors[0].name, ()))
-    lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, contamination, quantile)
+    n_held_out = len(held_out.samples) if held_out is not None else restored[0] and first.n_reference
+    lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, rule)
+    if first.drift is not None:
+        lines.append(first.drift.describe("held-out samples" if compared is None else f"samples of {compared.name}"))
     lines += label_report(rows, others, train, protocol, anomalous, samples.labels is not None)
     return Detection(
         first.scores, first.p_values, first.is_anomaly, first.threshold, rows, "\n".join(lines), samples.shape,
-        explainer, files=store.files, tabulate=tabulate, draw=draw,
+        first.anomaly_share, first.drift, None if held_out is None else _statistics(detectors), explainer,
+        files=store.files, tabulate=tabulate, draw=draw,
     )  # fmt: skip
 
 
@@ -258,13 +284,18 @@ class _DetectorResult:
     scores: Scores
     p_values: Scores
     threshold: float
+    n_reference: int
+    anomaly_share: AnomalyShare | None = None
+    drift: Drift | None = None
 
     @property
     def is_anomaly(self) -> npt.NDArray[np.bool_]:
         return self.scores > self.threshold
 
     def figures(self) -> Row:
-        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())}
+        estimated = {} if self.anomaly_share is None else {"anomaly_share": self.anomaly_share.share}
+        drifted = {} if self.drift is None else self.drift.figures()
+        return {"threshold": self.threshold, "flagged": float(self.is_anomaly.mean())} | estimated | drifted
 
 
 def _run_detector(
@@ -272,30 +303,45 @@ def _run_detector(
     samples: SampleSet,
     train: Reference,
     held_out: Reference | None,
-    stored: Tensor | None,
-    contamination: float,
-    quantile: float | None,
+    compared: SampleSet | None,
+    is_restored: bool,
+    rule: Rule,
 ) -> _DetectorResult | None:
-    detector.fit(train.samples)
+    if not is_restored:
+        detector.fit(train.samples)
     if detector.note:
         return None
     scores = detector.decision_function(samples)
-    if len(train.own):
+    if len(train.own) and not is_restored:
         # samples that were fitted on, each left out of what it is compared with
         scores[train.own[detector.fitted_on]] = detector.decision_scores_
     own = (held_out or train).own
-    if stored is not None:
-        reference, own = stored.cpu().numpy(), own[:0]
+    if is_restored and isinstance(detector, Detector):
+        reference, own = detector.calibration_scores_, own[:0]
     elif held_out is not None:
         reference = scores[own] if len(own) else detector.decision_function(held_out.samples)
     else:
         reference = detector.decision_scores_
-    calibrated = stored is not None or held_out is not None
-    threshold = threshold_of(reference, contamination, quantile, held_out=calibrated)
+    if held_out is not None and isinstance(detector, Detector):
+        detector.calibrate(reference)
+    threshold, share = rule.threshold(scores, reference, held_out=is_restored or held_out is not None)
     p = p_values(scores, reference)
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
-    return _DetectorResult(scores, p, threshold)
+    drifted = None
+    if compared is not None:
+        drifted = drift(scores, detector.decision_function(compared))
+    elif (is_restored or held_out is not None) and not len(own):
+        drifted = drift(scores, reference)
+    return _DetectorResult(scores, p, threshold, len(reference), share, drifted)
+
+
+def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:
+    found = DataStatistics()
+    for detector in detectors:
+        if isinstance(detector, Detector):
+            found = found.updated(detector.statistics())
+    return found
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
@@ -339,23 +385,25 @@ def _step_rows(spans: Spans, found: _DetectorResult) -> Iterator[Row]:
         yield {"step": int(step)} | time | {"score": float(score), "is_anomaly": bool(score > found.threshold)}
 
 
-def _threshold_report(
-    found: _DetectorResult,
-    train: Reference | None,
-    n_held_out: int,
-    contamination: float,
-    quantile: float | None,
-) -> list[str]:
+def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_out: int, rule: Rule) -> list[str]:
     """The samples behind threshold and p-values, in words."""
     fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = f"{n_held_out:,} held-out samples" if n_held_out else fitted
-    if n_held_out and quantile is None:
-        low, high = flagged_interval(n_held_out, contamination)
+    n_flagged = f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples"
+    if rule.fdr is not None:
+        where = f" (scores above {found.threshold:.4g})" if np.isfinite(found.threshold) else ""
+        lines = [f"{n_flagged} are flagged{where}: {rule} p-values among {calibrated}"]
+        if share := found.anomaly_share:
+            lines.append(f"about {100 * share.share:.3g} % of the samples are anomalies by their p-values "
+                         f"({100 * share.low:.3g} to {100 * share.high:.3g} %, 95 % interval); there are more if some "
+                         "have a p-value above 0.5")  # fmt: skip
+        return lines
+    if n_held_out and rule.quantile is None:
+        low, high = flagged_interval(n_held_out, rule.contamination)
         calibrated += f" ({100 * low:.2g} to {100 * high:.2g} % of new normal samples exceed it, 95 % interval)"
-    rule = f"the upper {100 * contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     lines = [
-        f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples lie above {found.threshold:.4g}, {rule} of "
-        f"the scores of {calibrated}; p-values compare with the same",
+        f"{n_flagged} lie above {found.threshold:.4g}, {rule} the scores of {calibrated}; p-values compare with the "
+        "same",
     ]
     if train is not None and not n_held_out:
         lines.append("if the model was trained on these, too many new samples are called strange: give calibrate_on")

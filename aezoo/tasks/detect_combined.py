@@ -29,7 +29,7 @@ Shapes: B batch, N training samples, Q of them whose values are kept, D values o
 scores.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ class CombinedScore:
         model: in evaluation mode whenever the score is used.
 
     Attributes:
-        state: what `fit` has found, tensors by name; assign it to restore a fitted score.
+        state: what `fit` has found, tensors by name.
     """
 
     def __init__(self, model: Autoencoder) -> None:
@@ -98,6 +98,10 @@ class CombinedScore:
         scores_NK[:, -1] = _leave_one_out(scores_NK[:, -1], z_NM.shape[1])
         self.state["sorted"] = scores_NK.sort(0).values.T.contiguous()
         self._training_scores: npt.NDArray[np.float64] = self._combine(scores_NK).numpy()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `fit` has found earlier."""
+        self.state = dict(state)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores of a batch, (B, *shape) -> (B,)."""
@@ -216,7 +220,7 @@ def _surprise(score_B: Tensor, sorted_N: Tensor) -> Tensor:
     gap_B = sorted_N[right_B] - sorted_N[left_B]
     share_B = ((score_B - sorted_N[left_B]) / gap_B.clamp(min=torch.finfo(gap_B.dtype).tiny)).clamp(0, 1)
     within_B = torch.lerp(surprise_N[left_B], surprise_N[right_B], share_B)
-    largest = sorted_N[-1]
     # of few samples that all score alike, the width is rounding
-    width = max(float(largest - sorted_N[(n - 1) // 2]), _LEAST_WIDTH * float(largest)) or 1.0
-    return within_B + (score_B - largest).clamp(min=0) / width
+    largest = sorted_N[-1]
+    width = torch.maximum(largest - sorted_N[(n - 1) // 2], _LEAST_WIDTH * largest)
+    return within_B + (score_B - largest).clamp(min=0) / torch.where(width > 0, width, 1.0)

@@ -20,7 +20,7 @@ Shapes: B batch, N training samples, D code.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +121,18 @@ class DeepSVDDScorer:
                     optimizer.step()
                 advance(1)
         self._copy.requires_grad_(False)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Weights and centre."""
+        return {"centre": self.centre_D, **{f"weights.{key}": value for key, value in self._copy.state_dict().items()}}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over weights and centre."""
+        self._copy = copy.deepcopy(self._model).eval().requires_grad_(False)
+        weights = {key.removeprefix("weights."): value for key, value in state.items() if key != "centre"}
+        self._copy.load_state_dict(weights)
+        self.centre_D = state["centre"].to(self._model.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.distances(x)

@@ -24,7 +24,7 @@ training samples than features; with fewer, directions without training variance
 Shapes: B batch, N training samples, M features, R directions in which training samples vary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -51,6 +51,15 @@ _MAX_VALUES = 2**26
 
 class Scorer(Protocol):
     """One score of a model."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What `fit` has found, tensors by name, enough for `restore`; empty for a score that learns nothing."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `fit` has found earlier; a state of another model may raise anything, or when it is used."""
+        ...
 
     def max_samples(self, x: Tensor) -> int | None:
         """The most training samples that it can use, given one of them, (1, *shape); None without limit."""
@@ -133,6 +142,10 @@ class FunctionScorer:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
+        self.state: dict[str, Tensor] = {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Do nothing."""
 
     def max_samples(self, x: Tensor) -> int | None:
         return None
@@ -165,19 +178,18 @@ class Mahalanobis:
 
     def __init__(self, features: Callable[[Tensor], Tensor], name: str) -> None:
         self._features, self._name = features, name
+        self.state: dict[str, Tensor] = {}
 
     def max_samples(self, x: Tensor) -> int | None:
         m = self._features(x).shape[1]
         return None if m <= _MAX_FEATURES else max(2, min(_MAX_FEATURES // 2, _MAX_VALUES // m))
 
     def fit(self, batches: Iterable[Tensor], n: int) -> None:
-        self._n = n
-        self._scale = max(n - 1, 1) if self._name == "mahalanobis" else 1
         features = (self._features(x).cpu().double() for x in batches)
         first_BM = next(features)
         m = first_BM.shape[1]
         if n <= m + 1:
-            self._fit_rows(torch.cat([first_BM, *features]))
+            self._keep(n, *self._fit_rows(torch.cat([first_BM, *features])))
             return
         # sums around a point amid the data, since sums around 0 cancel
         origin_M, sum_M, squares_MM = first_BM.mean(0), first_BM.new_zeros(m), first_BM.new_zeros(m, m)
@@ -185,30 +197,40 @@ class Mahalanobis:
             f_BM = f_BM - origin_M
             sum_M += f_BM.sum(0)
             squares_MM.addmm_(f_BM.T, f_BM)
-        self._mean_M = origin_M + sum_M / n
+        mean_M = origin_M + sum_M / n
         # sum_i (f_i - mu)(f_i - mu)' = V S^2 V'
         squares_MM -= torch.outer(sum_M, sum_M) / n
-        s2_M, self._V_MR = torch.linalg.eigh(squares_MM)
-        self._s2_R = s2_M.clamp(min=0)
-        self._floor = 1e-10 * float(self._s2_R.mean()) or 1e-10
+        s2_M, V_MM = torch.linalg.eigh(squares_MM)
+        s2_M = s2_M.clamp(min=0)
         self._slack_N: npt.NDArray[np.float64] | None = None
+        self._keep(n, mean_M, V_MM, s2_M, 1e-10 * float(s2_M.mean()) or 1e-10)
 
-    def _fit_rows(self, f_NM: Tensor) -> None:
+    def _keep(self, n: int, mean_M: Tensor, V_MR: Tensor, s2_R: Tensor, floor: float) -> None:
+        numbers = {"n": torch.tensor(n), "floor": torch.tensor(floor, dtype=torch.float64)}
+        # contiguous, as it comes back from a file: another layout rounds otherwise
+        self.restore({"mean": mean_M, "directions": V_MR.contiguous(), "squares": s2_R, **numbers})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.state = dict(state)
+        self._mean_M, self._V_MR, self._s2_R = (state[key].double() for key in ("mean", "directions", "squares"))
+        self._n, self._floor = int(state["n"]), float(state["floor"])
+        self._scale = max(self._n - 1, 1) if self._name == "mahalanobis" else 1
+
+    def _fit_rows(self, f_NM: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
         """The same from the eigenvectors U of the small matrix of inner products, V = F' U S^-1."""
         n, m = f_NM.shape
-        self._mean_M = f_NM.mean(0)
-        f_NM -= self._mean_M
+        mean_M = f_NM.mean(0)
+        f_NM -= mean_M
         products_NN = f_NM @ f_NM.T
         total = float(products_NN.trace())
-        self._floor = 1e-10 * total / m or 1e-10
+        floor = 1e-10 * total / m or 1e-10
         # centring leaves (1, ..., 1) without spread: made the largest, it does not mix with the others, and goes
         s2_N, U_NN = torch.linalg.eigh(products_NN + 2 * total / n)
         s2_R, U_NR = s2_N[:-1].clamp(min=0), U_NN[:, :-1]
         # 1 - 1/n - h of each sample, which is so small here that the difference would be nothing but rounding
-        self._slack_N = (self._floor * (U_NR**2 / (s2_R + self._floor)).sum(1)).numpy()
-        seen = s2_R > self._floor
-        self._s2_R = s2_R[seen]
-        self._V_MR = f_NM.T @ (U_NR[:, seen] / self._s2_R.sqrt())
+        self._slack_N = (floor * (U_NR**2 / (s2_R + floor)).sum(1)).numpy()
+        seen = s2_R > floor
+        return mean_M, f_NM.T @ (U_NR[:, seen] / s2_R[seen].sqrt()), s2_R[seen], floor
 
     def __call__(self, x: Tensor) -> Tensor:
         centred_BM = self._features(x).cpu().double() - self._mean_M

@@ -11,10 +11,12 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
+from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_threshold, p_values, threshold_of
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
-from aezoo.tasks.detect_scores import Scores, scorer
+from aezoo.tasks.detect_scores import FunctionScorer, Scores, scorer
 from aezoo.tasks.samples import SampleSet, evaluation_mode, random_rows
+from aezoo.training.data_statistics import DataStatistics
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
 _MAX_DRAWS = 10**6
@@ -22,6 +24,8 @@ _MAX_DRAWS = 10**6
 _MAX_VALUES = 2**26
 # floats of the training samples that are scored at a time
 _MAX_SCORED = 2**24
+# bytes of what a score has learnt that are kept with the weights
+_MAX_STATE = 2**28
 # directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
 _FRE_COMPONENTS = 220
 
@@ -108,6 +112,7 @@ class Detector:
             self.scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
         self.decision_scores_[chosen.numpy()] = self.scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
+        self._is_held_out = calibrate_on is not None
         if calibrate_on is None:
             self.calibration_scores_ = self.decision_scores_
             self.threshold_ = threshold_of(self.decision_scores_, self.contamination, held_out=False)
@@ -118,15 +123,67 @@ class Detector:
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
 
+    def restore(self, statistics: DataStatistics) -> bool:
+        """Take over the calibration of an earlier `fit` in place of a new one.
+
+        Args:
+            statistics: see `Autoencoder.data_statistics`.
+
+        Returns:
+            Whether they hold this score, and what it has learnt.
+
+        Raises:
+            AezooError: what it has learnt is of another model.
+        """
+        scores, state = statistics.scores.get(self.score), statistics.states.get(self.score, {})
+        if scores is None or not (state or isinstance(self.scorer, FunctionScorer)):
+            return False
+        try:
+            self.scorer.restore(state)
+            with evaluation_mode(self.model, self.seed) as like:
+                found = self.scorer(like.new_zeros(1, *self.model.input_shape))
+            if found.shape != (1,):
+                raise ValueError(f"it gives scores of shape {tuple(found.shape)}")
+        except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise AezooError(f"the calibration that the weights bring is not one of {self.score} for this model "
+                             f"({reason}): run detect with the training data again") from error  # fmt: skip
+        self._is_held_out, self.calibration_scores_ = True, scores.cpu().double().numpy()
+        self.decision_scores_ = self.calibration_scores_
+        self.threshold_ = threshold_of(self.calibration_scores_, self.contamination)
+        self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
+        return True
+
+    def statistics(self) -> DataStatistics:
+        """The calibration, for `restore`; empty without calibration samples or if it is larger than 256 MiB."""
+        size = sum(value.nbytes for value in self.scorer.state.values())
+        if not self._is_held_out or size > _MAX_STATE:
+            return DataStatistics()
+        scores = {self.score: torch.from_numpy(np.array(self.calibration_scores_))}
+        state = {key: value.detach().cpu() for key, value in self.scorer.state.items()}
+        return DataStatistics(None, scores, {self.score: state} if state else {})
+
     def decision_function(self, X: Any) -> Scores:
         """Scores of samples, larger is stranger, (N,)."""
         if not hasattr(self, "threshold_"):
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
         return self._scores(SampleSet.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
 
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:
-        """1 for samples above the threshold, 0 for the others, (N,)."""
-        return (self.decision_function(X) > self.threshold_).astype(np.int64)
+    def predict(self, X: Any, fdr: float | None = None) -> npt.NDArray[np.int64]:
+        """1 for samples above the threshold, 0 for the others, (N,).
+
+        Args:
+            X: samples.
+            fdr: flag as many of these samples as Benjamini and Hochberg's procedure on their p-values allows, of which
+                a share of at most fdr are normal, on average; then each decision depends on the other samples.
+
+        Raises:
+            AezooError: an fdr without calibration samples, or with too few of them.
+        """
+        scores = self.decision_function(X)
+        if fdr is None:
+            return (scores > self.threshold_).astype(np.int64)
+        return (scores > fdr_threshold(scores, self._held_out_scores("fdr"), fdr)).astype(np.int64)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Scores scaled to 0 at the least and 1 at the largest training score, (N, 2): normal, anomaly.
@@ -140,6 +197,24 @@ class Detector:
     def p_values(self, X: Any) -> Scores:
         """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
         return p_values(self.decision_function(X), self.calibration_scores_)
+
+    def anomaly_share(self, X: Any) -> AnomalyShare:
+        """The share of anomalies among samples, estimated from their p-values; see `AnomalyShare`.
+
+        Raises:
+            AezooError: there are no calibration samples.
+        """
+        return anomaly_share(self.decision_function(X), self._held_out_scores("a share of anomalies"))
+
+    def _held_out_scores(self, what: str) -> Scores:
+        if not self._is_held_out:
+            raise AezooError(f"{what} needs samples that the model was not trained on: call fit(X, calibrate_on=...)")
+        return self.calibration_scores_
+
+    def calibrate(self, scores: Scores) -> None:
+        """Take scores of samples that the model was not trained on for threshold and p-values, (M,)."""
+        self._is_held_out, self.calibration_scores_ = True, scores
+        self.threshold_ = threshold_of(scores, self.contamination)
 
     def _scores(self, samples: SampleSet) -> Scores:
         scores = np.empty(len(samples))
@@ -155,61 +230,6 @@ class Detector:
 
     def _title(self, what: str) -> str:
         return f"{self.score}: {what}" if self.progress else ""
-
-
-def threshold_of(
-    scores: Scores, contamination: float, quantile: float | None = None, *, held_out: bool = True
-) -> float:
-    """The threshold on normal samples' scores: their quantile, or else by the share of such samples to lie above.
-
-    Args:
-        scores: (M,).
-        contamination: the share.
-        quantile: between 0 and 1.
-        held_out: whether the model was not trained on them, see `held_out_threshold`.
-    """
-    if quantile is not None:
-        return float(np.quantile(scores, quantile))
-    if held_out:
-        return held_out_threshold(scores, contamination)
-    return float(np.percentile(scores, 100 * (1 - contamination)))
-
-
-def held_out_threshold(scores: Scores, contamination: float) -> float:
-    """The threshold that a new normal sample exceeds with a probability of `contamination`, from n held-out scores.
-
-    By Weibull's rule, the k-th largest of n scores is exceeded with a probability of k / (n + 1). Of a share below
-    1 / (n + 1) it is the largest score.
-    """
-    return float(np.quantile(scores, 1 - contamination, method="weibull"))
-
-
-def flagged_interval(n: int, contamination: float) -> tuple[float, float]:
-    """The 95 % interval of the share of normal samples above `held_out_threshold` of n scores.
-
-    The share above the k-th largest of n exchangeable scores has the distribution Beta(k, n + 1 - k).
-    """
-    from scipy.stats import beta
-
-    k = max(1.0, (n + 1) * contamination)
-    low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
-    return float(low), float(high)
-
-
-def p_values(scores: Scores, reference: Scores, among: bool = False) -> Scores:
-    """Conformal p-values, (1 + #{reference >= score}) / (n + 1).
-
-    If a sample and the n reference samples are normal, and no model was trained on them, its p-value is p or less with
-    a probability of at most p (Bates et al. 2023, https://doi.org/10.1214/22-AOS2244).
-
-    Args:
-        scores: scores of the samples.
-        reference: scores of normal samples.
-        among: whether the samples are the reference samples; each is then compared with the n - 1 others.
-    """
-    at_least = len(reference) - np.searchsorted(np.sort(reference), scores, side="left")
-    p: Scores = at_least / len(reference) if among else (1 + at_least) / (len(reference) + 1)
-    return p
 
 
 class Baseline:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import aezoo
 from aezoo.autoencoder import Autoencoder
@@ -23,9 +24,11 @@ from aezoo.io.exporters import graphs
 from aezoo.io.exporters.export_readme import Readme, section
 from aezoo.io.exporters.graphs import FORMATS, FUNCTIONS, Function
 from aezoo.security import values
+from aezoo.tasks.detect_calibration import clear_of_ties, threshold_of
+from aezoo.tasks.detect_combined import CombinedScore
 from aezoo.tasks.detect_labels import Protocol, Reference
-from aezoo.tasks.detect_scores import FunctionScorer, Scores
-from aezoo.tasks.detectors import Detector, threshold_of
+from aezoo.tasks.detect_scores import FunctionScorer, Mahalanobis
+from aezoo.tasks.detectors import Detector
 from aezoo.tasks.export_check import Check, drawn_samples, what_works
 from aezoo.tasks.result_store import CURE
 from aezoo.tasks.results import Result, takes_model
@@ -34,8 +37,6 @@ from aezoo.training.data_units import DataUnits
 from aezoo.training.model_names import display_name
 
 _UNITS = ("data", "model")
-# a threshold on the score of a sample is moved up by so much, relatively: onnxruntime rounds otherwise
-_TIE = 2e-6
 
 
 @dataclass(repr=False)
@@ -116,10 +117,11 @@ def export(
         anomaly: calibrate on samples of all other classes, as in detect.
         class_names: names of the classes for the file; by default those of the data.
         force: replace an earlier export of this name.
-        fit_on: normal samples for scores that must learn (mahalanobis, nap, deep_svdd): an array or a DataModule.
+        fit_on: normal samples for scores that must learn (mahalanobis, nap, combined, deep_svdd): an array or a
+            DataModule. By default what the weights bring.
         calibrate_on: normal samples that the model was not trained on, for the threshold and for the check; of a
-            DataModule its validation split. Without any, the threshold comes from the scores that pretrained weights
-            bring, and the check draws random samples.
+            DataModule its validation split. Without any, the threshold comes from the calibration that the weights
+            bring (pretrained ones, a run after `detect`), and the check draws random samples.
         out: folder for the files.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -148,8 +150,6 @@ def export(
         raise AezooError(f"{path} exists: choose another folder with --out DIR, or replace it with --force true")
     readme = Readme(path.parent, force)
 
-    if what == "score" and score == "combined":
-        raise AezooError("combined compares with training samples, which no file holds: take score deviance or nap")
     portable = graphs.portable_copy(model)
     detector = Detector(portable, score, contamination, batch_size=batch_size, seed=seed, progress=progress)
     calibration = _calibrated(detector, what, fit_on, calibrate_on, Protocol(normal, anomaly), quantile)
@@ -159,7 +159,7 @@ def export(
     known_units = model.data_units if units == "data" else None
     # weights have no graph that could scale: their metadata say how it is done
     data_units = None if format == "safetensors" else known_units
-    function = Function(portable, what, data_units, detector.scorer, calibration.threshold)
+    function = Function(portable, what, data_units, detector.scorer, calibration.threshold, calibration.reference)
     samples = calibration.samples or drawn_samples(portable, seed)
     cures = "take score deviance" if what == "score" and score != "deviance" else None
     with evaluation_mode(portable, seed):
@@ -209,10 +209,11 @@ def export(
 
 @dataclass
 class _Calibration:
-    """Normal samples and the threshold on their scores; of another function than score the samples alone."""
+    """Normal samples, and threshold and p-values by their scores; of another function than score the samples alone."""
 
     samples: SampleSet | None = None
     threshold: float | None = None
+    reference: Tensor | None = None
     score: str = ""
     about: str = ""
     rule: dict[str, str] = field(default_factory=dict)
@@ -238,36 +239,32 @@ def _calibrated(
     if what != "score":
         return _Calibration(None if known is None else known.samples)
     learns = not isinstance(detector.scorer, FunctionScorer)
-    stored = None if model.data_statistics is None else model.data_statistics.scores.get(detector.score)
     rule = {"contamination": repr(detector.contamination)} if quantile is None else {"quantile": repr(quantile)}
     share = f"the upper {100 * detector.contamination:g} %" if quantile is None else f"the {quantile:g} quantile"
     if known is None:
-        if learns:
-            raise AezooError(f"{detector.score} must learn from samples: give --data or, in Python, fit_on")
-        if stored is None:
+        if model.data_statistics is None or not detector.restore(model.data_statistics):
+            if learns:
+                raise AezooError(f"{detector.score} must learn from samples: give --data or, in Python, fit_on")
             return _Calibration(score=detector.score)
-        scores = stored.cpu().double().numpy()
-        threshold = _exact(threshold_of(scores, detector.contamination, quantile), scores)
+        scores = detector.calibration_scores_
+        threshold = _exact(threshold_of(scores, detector.contamination, quantile), detector)
         about = f"{share} of the scores of {len(scores):,} held-out samples that the weights bring"
-        return _Calibration(None, threshold, detector.score, about, rule)
+        return _Calibration(None, threshold, torch.from_numpy(scores), detector.score, about, rule)
     detector.fit((train if learns and train is not None else known).samples, calibrate_on=known.samples)
     scores = detector.decision_scores_ if learns and held_out is None else detector.calibration_scores_
     threshold = threshold_of(scores, detector.contamination, quantile, held_out=held_out is not None)
+    if held_out is None:
+        threshold = clear_of_ties(threshold, scores)
     kind = "held-out" if held_out is not None else "training"
     about = f"{share} of the scores of {len(scores):,} {kind} samples of {Path(known.samples.name).name}"
-    return _Calibration(known.samples, _exact(threshold, scores), detector.score, about, rule)
+    reference = None if held_out is None else torch.from_numpy(scores)
+    return _Calibration(known.samples, _exact(threshold, detector), reference, detector.score, about, rule)
 
 
-def _exact(threshold: float, scores: Scores) -> float:
-    """A number in float32 that the same scores exceed, also where another runtime rounds them otherwise.
-
-    If the threshold is the score of a sample, that sample lies on it; half the way to the next score, at most by
-    `_TIE`, is then above its rounding.
-    """
-    above = scores[scores > threshold]
-    gap = float(above.min()) - threshold if len(above) else np.inf
-    if (np.abs(scores - threshold) <= _TIE * abs(threshold)).any():
-        threshold += min(gap / 2, _TIE * abs(threshold))
+def _exact(threshold: float, detector: Detector) -> float:
+    """Of a score in float32, the largest number in float32 that is not above it: scores exceed both or none."""
+    if isinstance(detector.scorer, CombinedScore | Mahalanobis):  # in float64
+        return threshold
     found = np.float32(threshold)
     # as numbers of Python: numpy would round the threshold to float32 before it compares
     return float(found) if float(found) <= threshold else float(np.nextafter(found, np.float32(-np.inf)))

@@ -68,7 +68,7 @@ class Check:
                     raise RuntimeError(f"{name} has shape {tuple(value.shape)}, not {tuple(expected.shape)}")
                 if name == "indices":
                     others = [others[0] + int((value != expected).sum()), others[1] + value.numel()]
-                elif name != "is_anomaly":  # which follows from the score
+                elif name not in ("is_anomaly", "p_value"):  # which follow from the score
                     same = (value == expected) | (value.isnan() & expected.isnan())
                     off = (value.double() - expected.double()).abs().masked_fill(same, 0)
                     differences = max(differences, float(off.max()) if bool(off.isfinite().all()) else math.inf)
@@ -97,8 +97,7 @@ class Check:
             case "indices":
                 return (function.indices_of(x),)
             case "score":
-                score = function.score(x).float()
-                return (score, score > function.threshold) if function.threshold is not None else (score,)
+                return function.decided(function.score(x))
         x_hat = model(x) if function.name == "reconstruct" else None
         if x_hat is None:
             x_hat = model.decode(given) if function.name == "decode" else function.samples_of_indices(given)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
@@ -18,22 +19,38 @@ class DataStatistics:
             own.
         scores: (M,) scores of normal samples that the model was not trained on, by the name of the score, such as
             `deviance`: `detect` calibrates thresholds and p-values on them.
+        states: what a score has learnt from training samples, such as the mean code of `mahalanobis`: tensors by name,
+            by the name of the score, see `aezoo.tasks.detect_scores.Scorer.state`.
     """
 
     PREFIX: ClassVar[str] = "data_statistics."
 
     codes: Tensor | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    states: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def updated(self, new: "DataStatistics") -> "DataStatistics":
+        """The same with codes and scores of another one in place of its own; a score keeps no state of an older one."""
+        states = {name: state for name, state in self.states.items() if name not in new.scores}
+        codes = self.codes if new.codes is None else new.codes
+        return DataStatistics(codes, {**self.scores, **new.scores}, {**states, **new.states})
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The statistics as named tensors, which are kept beside the weights."""
         named = {f"scores.{name}": scores for name, scores in self.scores.items()}
         named |= {} if self.codes is None else {"codes": self.codes}
-        return {f"{self.PREFIX}{name}": value.contiguous() for name, value in named.items()}
+        named |= {
+            f"states.{score}.{key}": value for score, state in self.states.items() for key, value in state.items()
+        }
+        # copies, because safetensors rejects tensors that share memory
+        return {
+            f"{self.PREFIX}{name}": value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in named.items()
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], code_size: int, what: str) -> "DataStatistics":
-        """What `to_tensors` gave, codes in float32 and scores in float64.
+        """What `to_tensors` gave, codes in float32, scores in float64 and states in their own types.
 
         Args:
             tensors: the named tensors.
@@ -44,12 +61,18 @@ class DataStatistics:
             AezooError: they are something else.
         """
         own = {key.removeprefix(cls.PREFIX): value for key, value in tensors.items()}
+        states: dict[str, dict[str, Tensor]] = {}
+        for key in [key for key in own if key.startswith("states.")]:
+            _, score, name = [*key.split(".", 2), ""][:3]
+            states.setdefault(score, {})[name] = own.pop(key)
+        if any(value.isnan().any() for state in states.values() for value in state.values()):
+            raise AezooError(f"{what} is damaged: what its scores have learnt is not finite; save the model again")
         codes = own.pop("codes", None)
         if codes is not None and (codes.ndim != 2 or len(codes) < 2 or codes.shape[1] != code_size):
             raise AezooError(f"{what} is damaged: its codes are those of another model; save the model again")
         if any(not name.startswith("scores.") or value.ndim != 1 or not len(value) for name, value in own.items()):
             raise AezooError(f"{what} is damaged: it holds no scores of samples; save the model again")
-        if not all(value.isfinite().all() for value in tensors.values()):
+        if not all(value.isfinite().all() for value in (*own.values(), *(() if codes is None else (codes,)))):
             raise AezooError(f"{what} is damaged: its codes or scores are not finite; save the model again")
         scores = {name.removeprefix("scores."): value.double() for name, value in own.items()}
-        return cls(None if codes is None else codes.float(), scores)
+        return cls(None if codes is None else codes.float(), scores, states)

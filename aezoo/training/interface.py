@@ -11,6 +11,7 @@ from aezoo.training.traits import Traits
 if TYPE_CHECKING:
     from aezoo.corruptions import Corruption
     from aezoo.distributions.likelihoods import Likelihood
+    from aezoo.training.data_statistics import DataStatistics
 
 
 class ModelInterface(pl.LightningModule, Traits):
@@ -20,6 +21,7 @@ class ModelInterface(pl.LightningModule, Traits):
         compile_mode: str
         importance_samples: int
         takes_bytes: bool
+        data_statistics: DataStatistics | None
         steps_before: int
         input_shape: tuple[int, ...]
         likelihood: Likelihood

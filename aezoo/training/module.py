@@ -52,6 +52,7 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         return [] if exists else [CleanupOnException()]
 
     def on_fit_start(self) -> None:
+        self.data_statistics = None  # it is of the weights before
         self._train_means.reset()
         means, self._means_before = self._means_before, None
         if means is not None and self.trainer.ckpt_path is not None:

@@ -22,7 +22,9 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io.exporters import graphs
+from aezoo.sklearn import AutoencoderDetector
 from aezoo.tasks import export as export_task
+from aezoo.tasks.detect import Detector
 from aezoo.testing import subject_of
 from aezoo.training.data_units import DataUnits
 
@@ -82,7 +84,7 @@ def test_score_of_raw_bytes_agrees_with_detect_without_torch(bytes_home, tmp_pat
     saved = given + '\nnp.savez("found.npz", score=score, is_anomaly=is_anomaly, t=float(about["threshold"]))'
     subprocess.run([sys.executable, "-c", ALONE + saved], cwd=tmp_path, check=True, capture_output=True)
     found = np.load(tmp_path / "found.npz")
-    assert 0 < expected.sum() < len(expected) == 50
+    assert 0 < expected.sum() < len(expected) == 50 and "score, is_anomaly, p_value = session.run" in code
     assert (found["is_anomaly"] == expected).all()
     assert ((found["score"] > found["t"]) == expected).all()
     np.testing.assert_allclose(found["score"], scores, rtol=1e-5)
@@ -97,6 +99,8 @@ def test_score_of_raw_bytes_agrees_with_detect_without_torch(bytes_home, tmp_pat
     [
         ["--score", "mse", "--quantile", "0.6"],
         pytest.param(["--score", "nap", "--contamination", "0.4"], marks=slow),
+        pytest.param(["--score", "combined", "--contamination", "0.4"], marks=slow),
+        pytest.param(["--score", "mahalanobis", "--contamination", "0.4"], marks=slow),
         pytest.param(["--normal", "dog", "--contamination", "0.4"], marks=slow),
     ],
 )
@@ -105,7 +109,7 @@ def test_threshold_agrees_with_detect_by_every_rule(bytes_home, tmp_path, flags)
     main(["export", str(bytes_home / "model"), str(tmp_path), "--what", "score", *data, *flags])
     expected, _ = flags_of_detect(bytes_home, *data, *flags)
     x = np.load(bytes_home / "data.npz")["x_test"]
-    _, is_anomaly = onnx_session(tmp_path / "score.onnx").run(None, {"x": x})
+    (is_anomaly,) = onnx_session(tmp_path / "score.onnx").run(["is_anomaly"], {"x": x})
     assert 0 < expected.sum() < len(expected)
     assert (is_anomaly == expected).all()
 
@@ -126,7 +130,7 @@ def test_score_of_a_table_takes_its_own_units(tmp_path):
     main(["export", str(home / "model"), str(home / "out"), "--what", "score", *data, "--quantile", "0.75"])
     expected, scores = flags_of_detect(home, "--input", str(home / "table.csv"), *data, "--quantile", "0.75")
     session = onnx_session(home / "out" / "score.onnx")
-    score, is_anomaly = session.run(None, {"x": x})
+    score, is_anomaly, _ = session.run(None, {"x": x})
     assert expected.any() and not expected.all()
     assert (is_anomaly == expected).all()
     np.testing.assert_allclose(score, scores, rtol=1e-4)
@@ -236,15 +240,48 @@ def test_log_of_a_sigmoid_stays_finite(tmp_path):
     torch.testing.assert_close(torch.from_numpy(score), model.anomaly_score(x).detach())
 
 
-def test_threshold_on_a_score_is_above_its_rounding():
-    scores = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = export_task._exact(4.0, scores)
-    assert 4 < found < 4 * (1 + 1e-5) and np.float32(found) == found
-    near = np.array([1.0, 4.0, 4.000001])
-    assert 4 < export_task._exact(4.0, near) < 4.000001
+def test_threshold_in_float32_separates_the_same_scores():
+    model = aezoo.create_model("dense_ae", (6,), latent_dim=2)
     for threshold in np.random.default_rng(0).normal(50, 10, 100):
-        exact = export_task._exact(float(threshold), np.array([1.0, 99.0]))
+        exact = export_task._exact(float(threshold), Detector(model, "mse"))
         assert exact <= threshold < float(np.nextafter(np.float32(exact), np.float32(np.inf)))
+
+
+def test_estimator_detect_and_files_decide_alike(tmp_path):
+    """A default estimator, its model in a folder, and its model in ONNX, on training, calibration and new samples."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(900, 5)) * [1, 100, 1e-3, 1, 1] + [1e6, 5, 0, 0, 0]
+    x[600:700] += random.normal(size=(100, 5)) * x.std(0) * 3
+    # 99 of 500 samples are left out, so that the threshold is on the score of one of them
+    estimator = AutoencoderDetector(random_state=0, max_epochs=4, calibration_fraction=0.198).fit(x[:500])
+    model = aezoo.load_model(aezoo.save_model(estimator.autoencoder_, tmp_path / "model"))
+    np.save(tmp_path / "x.npy", x)
+    detected, scores = flags_of_detect(tmp_path, "--input", str(tmp_path / "x.npy"), "--score", "combined")
+    path = aezoo.export(model, what="score", score="combined", out=str(tmp_path)).path
+    score, is_anomaly, p_value = onnx_session(path).run(None, {"x": x})
+    assert score.dtype == np.float64 and 50 < is_anomaly.sum() < 300
+    assert (is_anomaly == (estimator.predict(x) == -1)).all() and (is_anomaly == detected).all()
+    np.testing.assert_allclose(score, scores, rtol=1e-4)
+    np.testing.assert_allclose(p_value[500:], estimator.p_values(x[500:]), rtol=1e-12)
+    threshold = float(onnx_session(path).get_modelmeta().custom_metadata_map["threshold"])
+    assert threshold == -estimator.offset_ and (is_anomaly == (score > threshold)).all()
+    with pytest.raises(AezooError, match="combined is learned from samples"):
+        aezoo.export(model, what="score", score="combined", format="safetensors", out=str(tmp_path))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 100])
+def test_bisection_counts_as_searchsorted(tmp_path, n):
+    values = torch.from_numpy(np.sort(np.random.default_rng(0).integers(0, 9, (3, n)).astype(np.float64)))
+
+    class Counts(torch.nn.Module):
+        def forward(self, x):
+            first = x[:, 0].contiguous()
+            lines = torch.searchsorted(values, x.T.contiguous(), right=True), torch.searchsorted(values[0], first)
+            return (lines[0].T, lines[1])
+
+    x = torch.from_numpy(np.random.default_rng(1).integers(-1, 11, (40, 3)).astype(np.float64))
+    run = graphs.write_onnx(Counts().eval(), x[:4], tmp_path / "counts.onnx")
+    assert all(torch.equal(found, wanted) for found, wanted in zip(run(x), Counts()(x), strict=True))
 
 
 def test_pretrained_weights_bring_their_threshold(tmp_path, capsys):
@@ -294,7 +331,7 @@ class Draws(broken_models.CorrectModel):
         ({"opset": 18, "format": "pt2"}, "opset is 18: for format onnx"),
         ({"quantile": 2.0}, "quantile is 2.0"),
         ({"what": "score", "score": "elbo"}, "vae draws random numbers in elbo.*take score deviance"),
-        ({"what": "score", "score": "combined"}, "combined compares with training samples.*take score deviance"),
+        ({"what": "score", "score": "combined"}, "combined must learn from samples: give --data or, in Python, fit_on"),
         ({"what": "score", "score": "typical"}, "unknown score 'typical'"),
         ({"what": "score", "score": "nap"}, "nap must learn from samples"),
         ({"what": "score", "contamination": 0.9}, "contamination is 0.9"),
@@ -387,7 +424,7 @@ def test_run_knows_its_data(tmp_path, capsys):
     with (run / "detect" / "scores.csv").open() as file:
         expected = np.array([row["is_anomaly"] == "True" for row in csv.DictReader(file)])
     session = onnx_session(run / "export" / "score.onnx")
-    _, is_anomaly = session.run(None, {"x": np.load(tmp_path / "data.npz")["x"]})
+    (is_anomaly,) = session.run(["is_anomaly"], {"x": np.load(tmp_path / "data.npz")["x"]})
     assert 0 < expected.sum() < 200 and (is_anomaly == expected).all()
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["a", "b"]
 
@@ -418,7 +455,7 @@ def test_score_of_every_likelihood(likelihood, tmp_path):
     model = aezoo.create_model("dense_ae", (1, 4, 4), latent_dim=2, likelihood=likelihood).eval()
     x = torch.from_numpy((drawn(30, 1, 4, 4) * 255).astype(np.uint8)) / 255
     aezoo.export(model, what="score", format="pt2", calibrate_on=x, out=str(tmp_path))
-    score, _ = torch.export.load(tmp_path / "score.pt2").module()(x)
+    score, *_ = torch.export.load(tmp_path / "score.pt2").module()(x)
     torch.testing.assert_close(score, model.anomaly_score(x).detach(), rtol=1e-4, atol=1e-3)
     if likelihood in NOT_IN_ONNX:
         with pytest.raises(AezooError, match=r"ONNX has no operator .*: take format pt2"):

@@ -115,6 +115,7 @@ def _meaning(name: str, metadata: Mapping[str, str]) -> str:
         "x_hat": "samples, in the units of the data" if "data_units" in metadata else "samples, as the model sees them",
         "score": "larger is stranger",
         "is_anomaly": "whether the score is above the threshold",
+        "p_value": "share of normal samples that are as strange, a conformal p-value",
         "indices": "indices into the codebooks",
     }[name]
 

@@ -61,7 +61,9 @@ class Function(nn.Module):
         name: one of `FUNCTIONS`, and of those that the model has.
         units: of the data that the model was trained on; None leaves samples in the scale that the model sees.
         score: for `score`, in place of `model.anomaly_score`.
-        threshold: for `score`: larger scores are anomalies, which a second output says.
+        threshold: for `score`: larger scores are anomalies, which a second output says. A score is compared in its own
+            type: float64 for those that detect computes so.
+        reference: for `score`: (n,) scores of calibration samples, for p-values as a third output.
 
     Attributes:
         input_name: name of the input.
@@ -74,6 +76,7 @@ class Function(nn.Module):
 
     _offset: Tensor
     _factor: Tensor
+    _reference: Tensor
 
     def __init__(
         self,
@@ -82,12 +85,16 @@ class Function(nn.Module):
         units: DataUnits | None = None,
         score: Callable[[Tensor], Tensor] | None = None,
         threshold: float | None = None,
+        reference: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model, self.name, self.threshold = model, name, threshold
         self.input_name, self.output_names = FUNCTIONS[name]
         if threshold is not None:
             self.output_names = (*self.output_names, "is_anomaly")
+        if reference is not None:
+            self.output_names = (*self.output_names, "p_value")
+            self.register_buffer("_reference", reference.double().sort().values, persistent=False)
         self.score = model.anomaly_score if score is None else score
         units = units or DataUnits()
         offset, factor = units.offset_and_factor
@@ -114,8 +121,17 @@ class Function(nn.Module):
                 return (self.indices_of(self._scaled(given)),)
             case "decode_indices":
                 return (self._in_units(self.samples_of_indices(given)),)
-        score = self.score(self._scaled(given)).float()
-        return (score,) if self.threshold is None else (score, score > self.threshold)
+        return self.decided(self.score(self._scaled(given)))
+
+    def decided(self, score: Tensor) -> tuple[Tensor, ...]:
+        """Scores, in float32 or float64, whether they are above the threshold, and their p-values."""
+        score = score if score.dtype == torch.float64 else score.float()
+        outputs = (score,) if self.threshold is None else (score, score > self.threshold)
+        if "p_value" not in self.output_names:
+            return outputs
+        n = len(self._reference)
+        at_least = n - torch.searchsorted(self._reference, score.double())
+        return (*outputs, (1 + at_least).double() / (n + 1))
 
     def input_of(self, samples: Tensor) -> Tensor:
         """The input for samples as the model sees them: (B, *model.input_shape) -> (B, *input_shape)."""
@@ -225,13 +241,30 @@ def write_onnx(
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """Operators whose translation by torch is not exact enough: its log(sigmoid(x)) is -inf below -88."""
-    from onnxscript import opset18 as op
+    """Operators that torch does not translate, or not exactly enough: its log(sigmoid(x)) is -inf below -88."""
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types are those of ONNX, not of Python
 
     def log_sigmoid(x: Any) -> Any:
         return op.Neg(op.Softplus(op.Neg(x)))
 
-    return {torch.ops.aten.log_sigmoid.default: log_sigmoid}
+    def searchsorted(
+        values: Any, x: Any, out_int32: bool = False, right: bool = False, side: str | None = None, sorter: Any = None
+    ) -> Any:
+        """How many of the last axis are less than x, or at most x, by bisection."""
+        n = int(values.shape[-1])
+        comes_before = op.LessOrEqual if right or side == "right" else op.Less
+        count = op.Expand(op.Constant(value_ints=[0]), op.Shape(x))
+        for step in (2**k for k in reversed(range(n.bit_length()))):
+            more = op.Add(count, op.Constant(value_ints=[step]))
+            last = op.Sub(op.Min(more, op.Constant(value_ints=[n])), op.Constant(value_ints=[1]))
+            found = op.GatherElements(values, last, axis=-1)
+            inside = op.LessOrEqual(more, op.Constant(value_ints=[n]))
+            count = op.Where(op.And(inside, comes_before(found, x)), more, count)
+        return count
+
+    return {torch.ops.aten.log_sigmoid.default: log_sigmoid, torch.ops.aten.searchsorted.Tensor: searchsorted}
 
 
 def write_pt2(function: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> Run:

@@ -1,0 +1,73 @@
+"""What `detect` found on calibration samples, in a file beside the weights: later calls need no training data.
+
+`calibration.safetensors` lies in the folder of a run or of a saved model, and holds `DataStatistics` and the SHA-256 of
+the weights that they belong to. `save_model` puts the same statistics into `model.safetensors`, which goes to the hub.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files
+from aezoo.training.data_statistics import DataStatistics
+
+NAME = "calibration.safetensors"
+_WEIGHTS = "weights_sha256"
+
+
+def write(folder: Path, model: Autoencoder) -> Path:
+    """Write the statistics of a model beside its weights; returns the file.
+
+    Raises:
+        AezooError: it cannot be written.
+    """
+    assert model.data_statistics is not None
+    content = save(model.data_statistics.to_tensors(), {_WEIGHTS: fingerprint(model)})
+    cure = f"later calls need the training data, unless {folder} can be written"
+    atomic_files.write(folder / NAME, lambda file: file.write(content), cure=cure)
+    return folder / NAME
+
+
+def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | None:
+    """The statistics that `write` has kept in a folder; None if there are none of these weights.
+
+    Args:
+        folder: of a run or of a saved model.
+        model: the model.
+        code_size: numbers in a code.
+
+    Raises:
+        AezooError: the file is damaged.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as content:
+            weights = (content.metadata() or {}).get(_WEIGHTS)
+            tensors: dict[str, Tensor] = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AezooError(f"cannot read {file}: {' '.join(str(error).split())[:100]}; delete it, and run aezoo detect "
+                         "with the training data again") from error  # fmt: skip
+    if weights != fingerprint(model):
+        print(f"aezoo: {file} is of other weights and is not used: aezoo detect with the training data renews it",
+              file=sys.stderr)  # fmt: skip
+        return None
+    return DataStatistics.from_tensors(tensors, code_size, str(file))
+
+
+def fingerprint(model: Autoencoder) -> str:
+    """SHA-256 of all parameters and buffers, in float32 whatever their type."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

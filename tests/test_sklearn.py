@@ -31,7 +31,7 @@ from aezoo.errors import AezooError
 from aezoo.models.classic.dense_ae import DenseAE
 from aezoo.sklearn import AutoencoderDenoiser, AutoencoderDetector, AutoencoderTransformer
 from aezoo.speed import fast_loop
-from aezoo.tasks.detectors import held_out_threshold
+from aezoo.tasks.detect_calibration import held_out_threshold
 
 ALL = (AutoencoderTransformer, AutoencoderDetector, AutoencoderDenoiser)
 FEW = {"max_epochs": 2, "latent_dim": 2, "random_state": 0}

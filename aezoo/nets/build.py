@@ -23,7 +23,7 @@ NETS = (
     "transformer",
 )
 TIMM = "timm:"
-WEIGHT_INITS = ("torch", "glorot")
+WEIGHT_INITS = ("default", "glorot")
 _WITH_FANS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # networks whose output is a single vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
@@ -69,7 +69,7 @@ def initialise(net: nn.Module, weight_init: str) -> None:
 
     Args:
         net: changed in place.
-        weight_init: torch leaves them as they are, from torch's own rule, U(-1/sqrt(n_in), 1/sqrt(n_in)). glorot is
+        weight_init: default leaves them as they are, from torch's own rule, U(-1/sqrt(n_in), 1/sqrt(n_in)). glorot is
             Keras' rule: weights from U(-a, a) with a = sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010,
             https://proceedings.mlr.press/v9/glorot10a.html), biases 0.
 
@@ -78,7 +78,7 @@ def initialise(net: nn.Module, weight_init: str) -> None:
     """
     if weight_init not in WEIGHT_INITS:
         raise AezooError(f"unknown weight_init {weight_init!r}: take one of {', '.join(WEIGHT_INITS)}")
-    if weight_init == "torch":
+    if weight_init == "default":
         return
     for layer in net.modules():
         if isinstance(layer, _WITH_FANS):

@@ -27,7 +27,7 @@ class DenseAE(Autoencoder, tags=("representation", "anomaly")):
         hidden_dims: widths of the encoder's hidden layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
         code_activation: also applied to the code, such as relu; identity leaves the code free.
-        weight_init: torch, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
+        weight_init: default, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
         **kwargs: see `Autoencoder`.
     """
 
@@ -39,7 +39,7 @@ class DenseAE(Autoencoder, tags=("representation", "anomaly")):
         hidden_dims: tuple[int, ...] = (128, 64),
         activation: str = "relu",
         code_activation: str = "identity",
-        weight_init: str = "torch",
+        weight_init: str = "default",
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)

@@ -26,7 +26,7 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
     Args:
         l1: lam, weight of the sum of activations; its effect fades as the decoder grows, see `weight_decay`.
         latent_dim: size of the code.
-        weight_init: torch, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
+        weight_init: default, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
         **kwargs: see `NetworkAutoencoder`.
     """
 
@@ -36,7 +36,7 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
         *,
         l1: float = 0.1,
         latent_dim: int = 256,
-        weight_init: str = "torch",
+        weight_init: str = "default",
         **kwargs: Unpack[NetworkArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)

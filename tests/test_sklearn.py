@@ -318,7 +318,7 @@ def test_combined_score_is_pickled_with_its_model():
     assert np.allclose(pickle.loads(pickle.dumps(found)).score_samples(X), found.score_samples(X), rtol=1e-6)
 
 
-def test_detector_gives_conformal_p_values_and_false_discovery_rate():
+def test_detector_p_values_are_conformal_and_control_fdr():
     X, new = np.split(gaussian(500), [300])
     new[180:] += 20
     model = AutoencoderDetector(**FEW).fit(X)

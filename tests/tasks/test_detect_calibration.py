@@ -131,6 +131,13 @@ def test_estimated_share_finds_more_anomalies():
     assert found[True] > 1.1 * found[False]
 
 
+def test_adaptive_level_flags_no_p_value_above_one_half():
+    scores, reference = np.linspace(-60.0, 60.0, 50), np.arange(99.0) - 49
+    # the level, fdr / normal_share, is 2
+    flagged = scores > fdr_threshold(scores, reference, 0.2, normal_share=0.1)
+    assert np.array_equal(flagged, p_values(scores, reference) <= 0.5) and 0 < flagged.sum() < 50
+
+
 def test_too_few_calibration_samples_are_refused():
     with pytest.raises(AezooError, match=r"fdr 0.1 needs at least 9 held-out samples; with 8 no p-value is below 0.11"):
         fdr_threshold(np.ones(3), np.arange(8.0), 0.1)

@@ -373,7 +373,7 @@ def test_share_of_new_samples_above_is_contamination(name, steps):
     # of each detector, 400 held-out samples and new ones are exchangeable
     low, high = stats.betabinom(2000, 40, 401 - 40).ppf([0.001, 0.999]) / 2000
     assert all(low <= row["flagged"] <= high for row in found.rows), found.rows
-    shares = "7.3 to 13 % of new normal samples exceed it, 95 % interval"
+    shares = "7.2 to 13 % of new normal samples exceed it, 95 % interval"
     assert f"the upper 10 % of the scores of 400 held-out samples ({shares})" in found.summary()
     by_class = Detector(model).fit(data)
     assert by_class.threshold_ == pytest.approx(found.threshold) and np.allclose(by_class.p_values(x), found.p_values)

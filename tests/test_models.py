@@ -70,11 +70,13 @@ def of_models():
 
 # an export has a copy of their operations for each place of the code; at a third stage there are 16 places, not 49
 UNROLLED = ("cheng2020", "joint_ar_hyperprior")
+# and for each unit that is chosen in turn
+GREEDY = ("omp_sae", "matching_pursuit_sae")
 
 
 def of_graphs(name):
     """The model with one stage of its networks, which repeat it; with all where it stands for the others."""
-    subject = subject_of(name)
+    subject = subject_of(name, k=3) if name in GREEDY else subject_of(name)
     dims = getattr(subject.build(), "hidden_dims", None) or ()
     if name in UNROLLED:
         return subject_of(name, hidden_dims=dims[:1] * 3)

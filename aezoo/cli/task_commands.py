@@ -368,7 +368,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         scaling = _scaling(known, 255 if image.dtype == torch.uint8 else 1, what)
         return SampleSet(ArrayDataset(image[None], None, [path]), *scaling, None, path)
     limit, label_column = given.get("max_bytes", 2**33), given.get("label_column", "auto")
-    window = given.get("window", 0)
+    window = given.get("window_length", 0)
     arrays = read_arrays(source, limit, label_column, not window, TIME_COLUMNS if window else ())
     columns = arrays.columns if isinstance(arrays, TableArrays) and not window else ()
     check_columns(what, columns, known.columns)
@@ -381,7 +381,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
     if window:
         parts = {"x_train": values} | ({} if labels is None else {"y_train": labels})
         series = TableArrays(parts, times=getattr(arrays, "times", ()))
-        cuts, by_stage = cut(series, (0.0, 0.0), window, given.get("step", 1), limit, f"{title}: ")
+        cuts, by_stage = cut(series, (0.0, 0.0), window, given.get("window_step", 1), limit, f"{title}: ")
         values, labels, spans = cuts["x_train"], cuts.get("y_train"), by_stage["train"]
         layout = "sequence"
     shape, is_bytes = tuple(values.shape), values.dtype in (np.uint8, torch.uint8)

@@ -15,8 +15,8 @@
                 has decimal points
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
-With --data.window, one array (T, C) is a time series, and samples are its windows, see `aezoo.data.windows`; a column
-of time stamps (timestamp, time, datetime, date, ds) is no channel.
+With --data.window_length, one array (T, C) is a time series, and samples are its windows, see `aezoo.data.windows`; a
+column of time stamps (timestamp, time, datetime, date, ds) is no channel.
 
 Values are scaled by `aezoo.data.in_memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
 already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers. A
@@ -70,7 +70,7 @@ class Array(InMemory):
         path = Path(options.root).expanduser()
         self.title = "" if arrays is not None else f"{path}: "
         wanted = options.label_column
-        times = TIME_COLUMNS if options.window else ()
+        times = TIME_COLUMNS if options.window_length else ()
         raw = read_arrays(path, options.max_bytes, wanted, time_columns=times) if arrays is None else arrays
         stamps = getattr(raw, "times", ())
         self.columns = raw.columns if isinstance(raw, TableArrays) else ()
@@ -87,7 +87,7 @@ class Array(InMemory):
                 f"{self.title or 'arrays: '}found {', '.join(sorted(raw)) or 'nothing'}: name the arrays x and y, or "
                 "x_train, y_train, x_val, y_val, x_test, y_test"
             )
-        if options.window:
+        if options.window_length:
             raw = self._cut(options, raw, stamps)
         self._x: dict[Stage, Any] = {stage: raw[f"x_{stage}"] for stage in STAGES if f"x_{stage}" in raw}
         labels = {stage: raw[f"y_{stage}"] for stage in STAGES if f"y_{stage}" in raw}
@@ -108,7 +108,7 @@ class Array(InMemory):
     def _cut(self, options: Options, raw: Mapping[str, Any], times: Sequence[str]) -> dict[str, Any]:
         """The windows of a series in place of its steps."""
         if options.layout not in ("auto", "sequence"):
-            raise AezooError(f"--data.window makes sequences of a series: drop --data.layout {options.layout}")
+            raise AezooError(f"--data.window_length makes sequences of a series: drop --data.layout {options.layout}")
         options.settings["layout"] = "sequence"
         series = {
             key: as_real_array(values, f"{self.title}{key}") if key.startswith("x") else values
@@ -116,7 +116,12 @@ class Array(InMemory):
         }
         fractions = options.val_fraction, options.test_fraction
         found, self.spans = cut(
-            TableArrays(series, times=times), fractions, options.window, options.step, options.max_bytes, self.title
+            TableArrays(series, times=times),
+            fractions,
+            options.window_length,
+            options.window_step,
+            options.max_bytes,
+            self.title,
         )
         # names are those of channels, and samples no rows of a table
         self.columns, self.per_channel = (), True

@@ -1,6 +1,6 @@
 """Windows of time series: samples of several steps, which a series (T, C) of T steps and C channels is cut into.
 
-    x_i = series[i S : i S + L].T      (C, L), of L = --data.window steps, S = --data.step steps after the one before
+    x_i = series[i S : i S + L].T      (C, L), L = --data.window_length, S = --data.window_step
 
 A series is split in time before it is cut, the first steps for training, then those for validation, then those for
 test, so that no two splits share a step. The label of a window is the largest one of its steps: 1 if any is an anomaly.
@@ -30,11 +30,11 @@ _WIDTH = 8
 class WindowArgs(TypedDict, total=False):
     """Settings of sources of arrays that may be time series."""
 
-    window: Annotated[int, Argument(
+    window_length: Annotated[int, Argument(
         0, "Read an array or a table as one time series, a step a row, of which samples are windows of this many "
         "steps, (columns, steps); 0 takes each row as a sample. Validation and test are the last steps.", 0, 2**24
     )]  # fmt: skip
-    step: Annotated[int, Argument(1, "Steps from the beginning of one window to that of the next.", 1, 2**31)]
+    window_step: Annotated[int, Argument(1, "Steps from the beginning of one window to that of the next.", 1, 2**31)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def windows(series: Any, length: int, step: int = 1) -> npt.NDArray[Any]:
         raise AezooError(f"a series of shape {values.shape}: give steps (T,) or steps and channels (T, C)")
     if len(values) < length:
         raise AezooError(f"a series of {len(values):,} steps has no window of {length:,}: give more steps, or a lower "
-                         "--data.window")  # fmt: skip
+                         "--data.window_length")  # fmt: skip
     return np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::step]
 
 
@@ -128,7 +128,7 @@ def cut(
         total += x.size * _WIDTH
         if total > max_bytes:
             raise AezooError(f"{what}windows of {length:,} steps take {total / 2**30:.3g} GiB or more: raise "
-                             "--data.step or --data.max_bytes")  # fmt: skip
+                             "--data.window_step or --data.max_bytes")  # fmt: skip
         found[f"x_{stage}"] = x
         spans[stage] = Spans(start + step * np.arange(len(x)), length, times if of == "train" else ())
         if f"y_{of}" in arrays:

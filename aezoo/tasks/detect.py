@@ -125,8 +125,8 @@ def detect(
     units, and the column of the largest error. With `explain` it writes why samples lie above the threshold:
     explanations.csv has a row for each of their values (value, reconstruction, contribution to the score, rank),
     neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
-    `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window`), scores.csv has their first and last
-    time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
+    `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window_length`), scores.csv has their first and
+    last time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
     protocol, `normal` or `anomaly`, and labels; samples without a label count in neither.
 
     Args:

@@ -95,7 +95,7 @@ FEWER = {
     ("Checkpoints", "every_n_epochs"): NEVER,
     ("Projector", "n"): OFF,
     ("data", "layout"): set(),
-    ("data", "window"): OFF,
+    ("data", "window_length"): OFF,
     ("ciwae", "beta"): OFF,
     ("deep_svdd", "nu"): OFF,
     ("k_sparse", "alpha"): {1.5},

@@ -30,7 +30,7 @@ def write_series(path, n=200, labels=True, time="Timestamp"):
 @pytest.mark.parametrize("step", [1, 3])
 def test_series_is_cut_within_its_splits(tmp_path, step):
     x, y, _ = write_series(tmp_path / "series.csv")
-    data = DataModule(str(tmp_path / "series.csv"), window=10, step=step, scale="none", val_fraction=0.2)
+    data = DataModule(str(tmp_path / "series.csv"), window_length=10, window_step=step, scale="none", val_fraction=0.2)
     assert data.input_shape == (2, 10)
     # 200 steps, of which the last 20 are for test and the 40 before for validation
     for stage, start, end in (("train", 0, 140), ("val", 140, 180), ("test", 180, 200)):
@@ -44,11 +44,11 @@ def test_series_is_cut_within_its_splits(tmp_path, step):
 
 def test_channels_have_scales_of_their_own(tmp_path):
     x, _, _ = write_series(tmp_path / "series.csv")
-    data = DataModule(str(tmp_path / "series.csv"), window=1, scale="standard", val_fraction=0, test_fraction=0)
+    data = DataModule(str(tmp_path / "series.csv"), window_length=1, scale="standard", val_fraction=0, test_fraction=0)
     found = data.tensors("train")[0][:, :, 0].numpy()
     assert np.allclose(found, (x - x.mean(0)) / x.std(0), atol=1e-5)
     assert data.units.scaling["offset"].shape == (2, 1)
-    unit = DataModule(str(tmp_path / "series.csv"), window=8).tensors("train")[0]
+    unit = DataModule(str(tmp_path / "series.csv"), window_length=8).tensors("train")[0]
     assert unit.amin((0, 2)).tolist() == [0, 0] and unit.amax((0, 2)).tolist() == [1, 1]
 
 
@@ -62,7 +62,7 @@ def test_series_of_other_kinds_of_files(tmp_path, kind):
         pd.DataFrame({"date": pd.to_datetime(stamps), "a": x[:, 0], "b": x[:, 1], "label": y}).to_parquet(path)
     else:
         np.save(path, x if kind == "npy" else x[:, 0])
-    data = DataModule(str(path), window=5, scale="none")
+    data = DataModule(str(path), window_length=5, scale="none")
     found = data.tensors("train")[0].numpy()
     expected = np.stack([x[i : i + 5].T for i in range(len(found))])
     assert np.allclose(found, expected if kind != "1-D" else expected[:, :1], rtol=1e-6)
@@ -75,7 +75,7 @@ def test_series_of_other_kinds_of_files(tmp_path, kind):
 
 def test_arrays_and_splits_of_their_own(tmp_path):
     x, x_test = np.random.default_rng(0).normal(size=(50, 3)), np.random.default_rng(1).normal(size=(20, 3))
-    data = DataModule.from_arrays(x, x_test=x_test, window=6, scale="none", val_fraction=0.2)
+    data = DataModule.from_arrays(x, x_test=x_test, window_length=6, scale="none", val_fraction=0.2)
     assert [len(data.tensors(stage)[0]) for stage in ("train", "val", "test")] == [35, 5, 15]
     assert np.allclose(data.tensors("test")[0][2], x_test[2:8].T)
 
@@ -93,11 +93,17 @@ def test_score_of_a_step_is_the_mean_over_its_windows():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"window": 30}, "val: a series of 20 steps has no window of 30: give more steps, or a lower --data.window"),
-        ({"window": 5, "layout": "image"}, "--data.window makes sequences of a series: drop --data.layout image"),
-        ({"window": 19, "max_bytes": 20_000}, "windows of 19 steps take"),
-        ({"window": -1}, "--data.window is -1: give a whole number of at least 0"),
-        ({"window": 5, "step": 0}, "--data.step is 0: give a whole number of at least 1"),
+        (
+            {"window_length": 30},
+            "val: a series of 20 steps has no window of 30: give more steps, or a lower --data.window_length",
+        ),
+        (
+            {"window_length": 5, "layout": "image"},
+            "--data.window_length makes sequences of a series: drop --data.layout image",
+        ),
+        ({"window_length": 19, "max_bytes": 20_000}, "windows of 19 steps take"),
+        ({"window_length": -1}, "--data.window_length is -1: give a whole number of at least 0"),
+        ({"window_length": 5, "window_step": 0}, "--data.window_step is 0: give a whole number of at least 1"),
     ],
 )
 def test_series_that_cannot_be_cut_are_refused(tmp_path, settings, line):
@@ -110,7 +116,7 @@ def test_series_that_cannot_be_cut_are_refused(tmp_path, settings, line):
 def test_labels_without_order_and_wrong_shapes_are_refused(tmp_path):
     x = np.random.default_rng(0).normal(size=(60, 2))
     with pytest.raises(AezooError, match="labels of the steps of a series are 0 and 1"):
-        DataModule.from_arrays(x, np.repeat(["bad", "good"], 30), window=4)
+        DataModule.from_arrays(x, np.repeat(["bad", "good"], 30), window_length=4)
     with pytest.raises(AezooError, match=r"a series of shape \(.*, 2, 3\): give steps"):
         windows(np.zeros((20, 2, 3)), 4)
     write_series(tmp_path / "t.csv")
@@ -120,9 +126,9 @@ def test_labels_without_order_and_wrong_shapes_are_refused(tmp_path):
 
 def test_input_file_is_cut_and_scaled_as_the_training_data(tmp_path):
     _, y, stamps = write_series(tmp_path / "series.csv")
-    data = DataModule(str(tmp_path / "series.csv"), window=10, step=2, scale="standard")
+    data = DataModule(str(tmp_path / "series.csv"), window_length=10, window_step=2, scale="standard")
     data.setup()
-    samples = read(str(tmp_path / "series.csv"), data.units, {"window": 10, "step": 2})
+    samples = read(str(tmp_path / "series.csv"), data.units, {"window_length": 10, "window_step": 2})
     train = data.tensors("train")[0]
     assert torch.allclose(samples.rows(range(len(train))), train, atol=1e-5) and len(samples) == 96
     assert samples.fields["start"][3] == stamps[6] and samples.fields["end"][3] == stamps[15]
@@ -133,7 +139,7 @@ def test_input_file_is_cut_and_scaled_as_the_training_data(tmp_path):
 
 def test_saved_model_knows_the_scale_of_each_channel(tmp_path):
     x, _, _ = write_series(tmp_path / "series.csv")
-    data = DataModule(str(tmp_path / "series.csv"), window=10, scale="standard")
+    data = DataModule(str(tmp_path / "series.csv"), window_length=10, scale="standard")
     data.setup()
     model = aezoo.create_model("dense_ae", data.input_shape, likelihood="gaussian", latent_dim=2, hidden_dims=(4,))
     model.data_units = data.units
@@ -147,7 +153,7 @@ def test_detect_finds_the_steps_of_a_burst(tmp_path):
     rng = np.random.default_rng(0)
     x = np.sin(0.4 * np.arange(1500)) + 0.05 * rng.normal(size=1500)
     x[1400:1410] += rng.normal(size=10)
-    data = DataModule.from_arrays(x, window=16, test_fraction=0.2, scale="standard", batch_size=32)
+    data = DataModule.from_arrays(x, window_length=16, test_fraction=0.2, scale="standard", batch_size=32)
     model = aezoo.create_model("dense_ae", data.input_shape, likelihood="gaussian", latent_dim=4, lr=3e-3)
     quiet_trainer(max_epochs=15).fit(model, data)
     found = aezoo.detect(model, data, contamination=0.01, baselines=False, out=str(tmp_path), explain=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
+from aezoo.metrics.localisation import per_region_overlap, pixel_auroc
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector, flagged_interval, p_values, threshold_of
@@ -97,7 +98,8 @@ def detect(
     file and the label), detect.csv with a row for each score and baseline, and a picture of the most anomalous samples
     with the error of each pixel. Of a table scores.csv also holds each sample's values and errors by column, in its
     units, and the column of the largest error. AUROC and AUPR need a protocol, `normal` or `anomaly`, and labels;
-    samples without a label count in neither.
+    samples without a label count in neither. If the data have masks of defects, see `aezoo.data.defect_folders`, the
+    first row says how well the model's map locates them: `pixel_auroc` and `pro`, see `aezoo.metrics.localisation`.
 
     Args:
         model: a trained model.
@@ -162,7 +164,7 @@ def detect(
 
     protocol = Protocol(normal, anomaly)
     samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
-    anomalous = protocol.anomalies(samples)
+    anomalous, masks = protocol.anomalies(samples), samples.pixel_masks
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
@@ -184,6 +186,8 @@ def detect(
             | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
             for detector, found in zip(detectors, results, strict=True)
         ]
+        if masks is not None and masks.any():
+            rows[0] |= _pixel_metrics(model, samples, masks.numpy(), batch_size, seed)
         columns = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
         rows = [{name: row.get(name) for name in columns} for row in rows]
         first = results[0]
@@ -262,6 +266,16 @@ def _run_detector(
     if len(own) == len(reference):
         p[own] = p_values(scores[own], reference, among=True)
     return _DetectorResult(scores, p, threshold)
+
+
+def _pixel_metrics(
+    model: Autoencoder, samples: SampleSet, masks: npt.NDArray[np.bool_], batch_size: int, seed: int
+) -> Row:
+    """How well the model's anomaly map, or its error, locates the defects in masks (N, H, W)."""
+    with evaluation_mode(model, seed) as like:
+        maps = [_reconstruction_errors(model, x, like)[1].mean(1).numpy() for x in samples.batches(batch_size)]
+    located = np.concatenate(maps)
+    return {"pixel_auroc": pixel_auroc(located, masks), "pro": per_region_overlap(located, masks)}
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":

@@ -66,6 +66,7 @@ _BITS = 8
 _MAPS = ("asymmetric_kl", "autoencoder_kl", "consistency_decoder", "eq_vae", "taesd", "va_vae")
 _MAP = "its code is a map or tokens of more numbers than that, with no setting for fewer"
 _WHOLE = "it has no bottleneck"
+_FROZEN = "its codes are features of a frozen network, and its decoder only shows them"
 _RATE = "the length of its code depends on the sample and on lam: see `tasks --verbs compress`"
 # models without a code of the requested size
 LEFT_OUT = {
@@ -79,6 +80,7 @@ LEFT_OUT = {
     "simmim": _MAP,
     "representation_ae": _MAP,
     "temporal_sae": "its samples are sequences: on samples of one position it equals topk_sae",
+    **dict.fromkeys(("fre", "padim", "patchcore", "student_teacher", "reverse_distillation"), _FROZEN),
     **dict.fromkeys(registry.list_models(family="compression"), _RATE),
 }
 

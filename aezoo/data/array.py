@@ -49,12 +49,16 @@ _COLOUR_CHANNELS = (1, 3, 4)
 
 
 class LayoutArgs(TypedDict, total=False):
-    """Setting of sources of arrays."""
+    """Setting of sources of arrays and of folders."""
 
-    layout: Annotated[Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last"], Argument(
-        "auto", "What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 or "
-        "square and else as sequences, four axes as images and five as volumes."
-    )]  # fmt: skip
+    layout: Annotated[
+        Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last", "mvtec", "visa"],
+        Argument(
+            "auto", "What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 "
+            "or square and else as sequences, four axes as images and five as volumes. Of a folder: mvtec or visa, "
+            "with good samples, defects and their masks."
+        ),
+    ]  # fmt: skip
 
 
 @accepts(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs, WindowArgs)
@@ -162,6 +166,8 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
     """Shape of one sample after `to_channels_first`, from shape and dtype alone."""
     values = as_real_array(values, what)
     shape = tuple(values.shape)
+    if layout != "auto" and layout not in _AXES:
+        raise AezooError(f"--data.layout {layout} is for folders of images, not for {what}: drop it")
     axes = (2, 3, 4, 5) if layout == "auto" else _AXES[layout]
     if len(shape) not in axes:
         hint = "give a vector as (N, D)" if len(shape) < 2 else "see --data.layout"

@@ -3,6 +3,7 @@
     root/*.png, root/any/depth/*.jpg     no labels
     root/cat/*.png, root/dog/*.png       two or more folders and every image in one of them: the folder is the class
     root/train/..., root/val/..., root/test/...     own splits (also training, valid, validation, testing)
+    --data.layout mvtec or visa          products with and without defects, see `aezoo.data.defect_folders`
 
 Without --data.size all images to train on must have the same size; with it each is resized and cropped to a square.
 Values of 16-bit files are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is
@@ -13,7 +14,7 @@ workers, and only its headers are read before.
 import math
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aezoo.data.array import LayoutArgs
+from aezoo.data.defect_folders import CLASSES, FINDERS, Masks, read_mask
 from aezoo.data.image_folders import find_images
 from aezoo.data.images import (
     GREY_MODES,
@@ -188,16 +191,32 @@ class ImageSource(Source):
             warnings.warn(f"{self.where}: {words}", stacklevel=2)
 
 
-@accepts(ImageArgs, ImageFileArgs)
+@accepts(ImageArgs, ImageFileArgs, LayoutArgs)
 class Folder(ImageSource):
-    """A folder of image files."""
+    """A folder of image files, maybe with masks of defects."""
 
     def __init__(self, options: Options) -> None:
         root = Path(options.root).expanduser()
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise AezooError(f"the image folder {root} {what}: give its path with --data.root")
-        super().__init__(options, str(root), *find_images(root))
+        self.masks: Masks = {}
+        if options.layout == "auto":
+            super().__init__(options, str(root), *find_images(root))
+            return
+        if options.layout not in FINDERS:
+            raise AezooError(f"--data.layout {options.layout} is for arrays: of a folder it is auto, mvtec or visa")
+        files, self.masks = FINDERS[options.layout](root)
+        super().__init__(options, str(root), files, CLASSES)
+
+    def pixel_masks(self, paths: Sequence[str]) -> Tensor | None:
+        if not self.masks:
+            return None
+        limit, found = self.options.max_pixels, torch.zeros(len(paths), *self.input_shape[1:], dtype=torch.bool)
+        for i, path in enumerate(map(Path, paths)):
+            if path in self.masks:
+                found[i] = read_mask(self.masks[path], path, self.size, limit)
+        return found
 
 
 def move_rows_to_front(x: Tensor, order: Tensor) -> None:

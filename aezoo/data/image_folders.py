@@ -35,16 +35,16 @@ def find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
 
 
 def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
-    named = {SPLITS[name.lower()]: root / name for name in _folders(root) if name.lower() in SPLITS}
+    named = {SPLITS[name.lower()]: root / name for name in folders(root) if name.lower() in SPLITS}
     homes: dict[Stage, Path] = named if "train" in named else {"train": root}
-    found = {stage: list(_walk_images(home, ())) for stage, home in homes.items()}
+    found = {stage: list(walk_images(home, ())) for stage, home in homes.items()}
     if not found["train"]:
         raise AezooError(
             f"no images in {homes['train']} (looked for {' '.join(sorted(EXTENSIONS))}, at any depth): "
             "give another folder"
         )
     if homes["train"] != root:
-        outside = [path for path, _ in _walk_images(root, (), {home.name for home in homes.values()})]
+        outside = [path for path, _ in walk_images(root, (), {home.name for home in homes.values()})]
         if outside:
             warnings.warn(
                 f"{root}: {len(outside)} images outside the folders of the splits are not used: {first_few(outside)}",
@@ -53,8 +53,8 @@ def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     top_folders = {top for images in found.values() for _, top in images}
     names = sorted(top_folders) if "" not in top_folders and len(top_folders) > 1 else []
     in_train = {top for _, top in found["train"]}
-    without_images = [name for name in _folders(homes["train"]) if name not in in_train] if names else []
-    empty = [name for name in without_images if next(_walk_images(homes["train"] / name, ()), None) is None]
+    without_images = [name for name in folders(homes["train"]) if name not in in_train] if names else []
+    empty = [name for name in without_images if next(walk_images(homes["train"] / name, ()), None) is None]
     if empty:
         warnings.warn(f"{root}: {len(empty)} class folders hold no images: {first_few(empty)}", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}
@@ -64,7 +64,8 @@ def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     return files, tuple(names)
 
 
-def _folders(folder: Path) -> list[str]:
+def folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, in order."""
     return [entry.name for entry in _entries(folder) if _entry_kind(entry) == "folder"]
 
 
@@ -89,7 +90,7 @@ def _entry_kind(entry: os.DirEntry[str]) -> str:
     return ""
 
 
-def _walk_images(
+def walk_images(
     folder: Path, above: tuple[Path, ...], excluded: Collection[str] = (), top: str = ""
 ) -> Iterator[tuple[Path, str]]:
     """Images at any depth, sorted by name, each with the top-level folder that it is in.
@@ -105,6 +106,6 @@ def _walk_images(
             continue
         kind = _entry_kind(entry)
         if kind == "folder":
-            yield from _walk_images(folder / entry.name, (*above, here), (), top or entry.name)
+            yield from walk_images(folder / entry.name, (*above, here), (), top or entry.name)
         elif kind and entry.name.lower().endswith(_ENDINGS):
             yield folder / entry.name, top

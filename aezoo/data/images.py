@@ -3,7 +3,8 @@
 import io
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple, TypedDict
 
@@ -145,19 +146,26 @@ def _open(path: Path | EncodedImage) -> Image.Image:
     return Image.open(io.BytesIO(path.content) if isinstance(path, EncodedImage) else path, formats=FORMATS)
 
 
-def read_image(path: Path | EncodedImage, size: int | None, channels: int, max_pixels: int) -> Tensor:
-    """A picture file as a tensor, after the EXIF rotation; an error names the file and the cure."""
+@contextmanager
+def open_picture(path: Path | EncodedImage, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture file, decoded, after the EXIF rotation; an error names the file and the cure."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             # which also decodes the file, so that a truncated one fails here
             ImageOps.exif_transpose(image, in_place=True)
-            return to_tensor(image, size, channels)
+            yield image
     except AezooError:
         raise
     # Pillow raises SyntaxError, ValueError, struct.error ... for broken files
     except Exception as error:
         raise _broken_image_error(path, error, max_pixels) from None
+
+
+def read_image(path: Path | EncodedImage, size: int | None, channels: int, max_pixels: int) -> Tensor:
+    """A picture file as a tensor; an error names the file and the cure."""
+    with open_picture(path, max_pixels) as image:
+        return to_tensor(image, size, channels)
 
 
 def read_header(path: Path | EncodedImage, max_pixels: int) -> Header:

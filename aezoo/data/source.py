@@ -124,6 +124,10 @@ class Source(ABC):
         """Whether values leave the range from 0 to 1 before any scaling; bytes count as shares of white."""
         return self.value_range is None
 
+    def pixel_masks(self, paths: Sequence[str]) -> Tensor | None:
+        """Which pixels of some of its files belong to a defect, (N, H, W) bool; None if the set does not say."""
+        return None
+
     @abstractmethod
     def split(self, stage: Stage) -> Dataset[Any] | None:
         """The samples of a split, (x,) or (x, y) each, x uint8 (of 255) or float32; None without this split."""

@@ -12,6 +12,9 @@ from torch.nn.modules import module as torch_module
 
 from aezoo.errors import AezooError
 
+# parameters and their number that a model may still have, by the thread that builds it
+_left: dict[int, list[int]] = {}
+
 
 def check_tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[str, Tensor]:
     """The weights, after checking that each is a named tensor with all the memory that its shape needs.
@@ -45,6 +48,8 @@ def limit_parameters(weights: Mapping[str, Tensor], reason: str = "") -> Iterato
     reason = reason or f"its hyperparameters ask for far more than the {len(weights)} tensors in the file"
     most = 2 * sum(weight.numel() for weight in weights.values()) + 10**7
     thread, left = threading.get_ident(), [most, 10 * len(weights) + 10_000]
+    outer = _left.get(thread)
+    _left[thread] = left
 
     def count(parent: Any, key: str, parameter: Any) -> None:
         if threading.get_ident() == thread and parameter is not None:
@@ -58,3 +63,25 @@ def limit_parameters(weights: Mapping[str, Tensor], reason: str = "") -> Iterato
         yield
     finally:
         hook.remove()
+        if outer is None:
+            del _left[thread]
+        else:
+            _left[thread] = outer
+
+
+@contextlib.contextmanager
+def separate_limit(most: int) -> Iterator[None]:
+    """Within `limit_parameters`, give what is built inside this context a limit of its own.
+
+    Args:
+        most: parameters of a network of a library, which is built whole although the model keeps only its first layers.
+    """
+    left = _left.get(threading.get_ident())
+    before = None if left is None else [*left]
+    if left is not None:
+        left[:] = [most, 10**6]
+    try:
+        yield
+    finally:
+        if left is not None and before is not None:
+            left[:] = before

@@ -15,6 +15,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.columns import Columns
 from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
+from aezoo.metrics.localisation import per_region_overlap, pixel_auroc
 from aezoo.tasks.detect_calibration import AnomalyShare, Drift, Rule, drift, flagged_interval, p_values
 from aezoo.tasks.detect_explain import Explainer, Explanation
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
@@ -127,7 +128,9 @@ def detect(
     neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
     `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window_length`), scores.csv has their first and
     last time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
-    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither.
+    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither. If the
+    data have masks of defects, see `aezoo.data.defect_folders`, the first row says how well the model's map locates
+    them: `pixel_auroc` and `pro`, see `aezoo.metrics.localisation`.
 
     Args:
         model: a trained model.
@@ -203,7 +206,7 @@ def detect(
 
     protocol = Protocol(normal, anomaly)
     samples = SampleSet.from_data(x, allow_missing=model.takes_missing).check(model)
-    anomalous = protocol.anomalies(samples)
+    anomalous, masks = protocol.anomalies(samples), samples.pixel_masks
     train = Reference.from_split(model, fit_on, x, "train", protocol, samples)
     train = train or Reference(samples, np.arange(len(samples)), 0)
     held_out = Reference.from_split(model, calibrate_on, x, "val", protocol, samples)
@@ -229,6 +232,8 @@ def detect(
             | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
             for detector, found in zip(detectors, results, strict=True)
         ]
+        if masks is not None and masks.any():
+            rows[0] |= _pixel_metrics(model, samples, masks.numpy(), batch_size, seed)
         columns = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
         rows = [{name: row.get(name) for name in columns} for row in rows]
         first = results[0]
@@ -342,6 +347,16 @@ def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:
         if isinstance(detector, Detector):
             found = found.updated(detector.statistics())
     return found
+
+
+def _pixel_metrics(
+    model: Autoencoder, samples: SampleSet, masks: npt.NDArray[np.bool_], batch_size: int, seed: int
+) -> Row:
+    """How well the model's anomaly map, or its error, locates the defects in masks (N, H, W)."""
+    with evaluation_mode(model, seed) as like:
+        maps = [_reconstruction_errors(model, x, like)[1].mean(1).numpy() for x in samples.batches(batch_size)]
+    located = np.concatenate(maps)
+    return {"pixel_auroc": pixel_auroc(located, masks), "pro": per_region_overlap(located, masks)}
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":

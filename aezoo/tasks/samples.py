@@ -67,6 +67,7 @@ class SampleSet:
         columns: those of a table; None for other samples.
         units: the units of the data that `dataset` was made of, if a model's may differ from them.
         spans: where samples lie in a time series; None for other samples.
+        read_masks: gives the masks of defects in some files, see `aezoo.data.source.Source.pixel_masks`.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class SampleSet:
         columns: Columns | None = None,
         units: DataUnits | None = None,
         spans: Spans | None = None,
+        read_masks: Callable[[Sequence[str]], Tensor | None] | None = None,
     ) -> None:
-        self.spans = spans
+        self.spans, self.read_masks = spans, read_masks
         self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
         self.columns, self.units = columns, units
         self.levels, self.scaling = levels, scaling
@@ -114,7 +116,7 @@ class SampleSet:
             dataset, spans = x.dataset(split), x.source.spans.get(split)
             # --data.train_classes takes some out
             spans = spans if spans is not None and len(spans.first) == len(cast(Any, dataset)) else None
-            return cls(dataset, byte_divisor(x.scale), None, *named, x.units, spans)
+            return cls(dataset, byte_divisor(x.scale), None, *named, x.units, spans, x.source.pixel_masks)
         if isinstance(x, list | tuple) and len({tuple(np.shape(part)) for part in x}) > 1:
             pictures = [cls.from_data(part[None], allow_missing=allow_missing).rows([0])[0] for part in x]
             if any(picture.ndim < 2 or len(picture) != len(pictures[0]) for picture in pictures):
@@ -164,6 +166,12 @@ class SampleSet:
         """Labels (N,); None without labels or with several per sample."""
         y = self.y
         return None if y is None or y.ndim != 1 else y
+
+    @property
+    def pixel_masks(self) -> Tensor | None:
+        """Which pixels belong to a defect, (N, H, W) bool; None if the data do not say."""
+        paths = paths_of(self.dataset)
+        return None if paths is None or self.read_masks is None else self.read_masks(paths)
 
     @property
     def notes(self) -> dict[str, Sequence[Any]]:

@@ -70,7 +70,7 @@ MEANING = {
     "top_beta": WEIGHT, "lam": WEIGHT, "hyper_hidden_dims": {"[]"}, "attention": ON,
     "table_width": OFF,
     "eta": WEIGHT, "neighbours": NEVER, "share": WEIGHT, "mean_weight": WEIGHT, "variance_weight": WEIGHT,
-    "quantised": OFF,
+    "quantised": OFF, "epsilon": {1.5},
     "places": NEVER, "dead_below": WEIGHT, "cosine": ON, "kl_steps": OFF | NEVER, "hard": ON, "top_dims": {"[]"},
     # data: digits needs no folder; one batch of all; limits that are raised
     "root": {"", "abc", "1"}, "batch_size": {HUGE}, "val_fraction": OFF, "test_fraction": OFF, "seed": {0, HUGE},
@@ -98,6 +98,12 @@ FEWER = {
     ("data", "window_length"): OFF,
     ("ciwae", "beta"): OFF,
     ("deep_svdd", "nu"): OFF,
+    # more than there are
+    **dict.fromkeys(
+        (("fre", "latent_dim"), ("fre", "pool"), ("padim", "n_features"), ("patchcore", "n_neighbors")), NEVER
+    ),
+    ("reverse_distillation", "latent_dim"): OFF,
+    **{(name, "sigma"): WEIGHT for name in ("padim", "patchcore", "reverse_distillation")},
     ("k_sparse", "alpha"): {1.5},
     ("beta_tcvae", "alpha"): WEIGHT,
     ("jmvae", "alpha"): WEIGHT,

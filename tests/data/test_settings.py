@@ -102,7 +102,7 @@ def test_plugin_accepts_all_or_its_declared_settings(factory, monkeypatch):
     if factory is Plain:
         assert DataModule("plugged", layout="vector", max_bytes=7).input_shape == (True, 7)
     else:
-        with pytest.raises(AezooError, match="layout vector is not for plugged, but for array, hf, stream"):
+        with pytest.raises(AezooError, match="layout vector is not for plugged, but for folder, array, hf, stream"):
             DataModule("plugged", layout="vector")
 
 

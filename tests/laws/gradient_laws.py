@@ -32,6 +32,8 @@ STOPPED: dict[str, dict[str, str]] = {
         "cycle_z": "discriminator",
     },
     "f_anogan": {"discriminator": "decoder", "features": "discriminator", "adversarial": "discriminator"},
+    "fre": {"nll": "W_DF b_D"},
+    "reverse_distillation": {"nll": "embedding fusions"},
     "sigma_vae": {"sigma": "decoder encoder"},
     "piwae": {"miwae": "decoder encoder"},
     "semi_supervised_m1": {"classifier": "encoder"},

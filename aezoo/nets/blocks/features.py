@@ -14,6 +14,7 @@ import torchmetrics
 from torch import Tensor, nn
 
 from aezoo.errors import AezooError
+from aezoo.nets import build
 from aezoo.nets.blocks.channel_norm import IMAGENET
 from aezoo.nets.blocks.pretrained import cached_file, cached_weights
 from aezoo.nets.blocks.timm_backbone import Backbone, Description, parse, plan
@@ -193,6 +194,14 @@ def has_feature_maps(name: str) -> bool:
     return name.startswith((TIMM, TORCHVISION))
 
 
+def without_weights(name: str) -> str:
+    """The same network for `feature_maps`, without asking for weights, since they come from elsewhere."""
+    if not name.startswith(TORCHVISION):
+        return build.without_weights(name)
+    kept = [part for part in name.split(",") if part.partition("=")[0].strip() != "pretrained"]
+    return ",".join([*kept, "pretrained=false"])
+
+
 def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """A frozen network that gives feature maps at several depths, from the largest to the smallest.
 
@@ -200,7 +209,8 @@ def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
         name: torchvision:NAME, a classifier with the weights that torch.hub has stored, such as resnet50, vgg16_bn,
             convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. The option
             out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has. Without the option
-            pretrained, a network of timm has fixed random weights.
+            pretrained, a network of timm has fixed random weights, one of torchvision with pretrained=false; with
+            pretrained=FILE both have the weights of a file.
         input_shape: (C, H, W), of 1 or 3 channels for torchvision.
 
     Raises:
@@ -211,8 +221,11 @@ def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
             torch.manual_seed(0)  # a loaded model must compare the same features
             return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
     net, stages, chosen = _torchvision(name, tuple(input_shape), "cpu")
-    with cached_weights(parse(name.removeprefix(TORCHVISION)).name, "take features random") as state:
-        net.load_state_dict(state)
+    description = parse(name.removeprefix(TORCHVISION))
+    if description.pretrained or "pretrained" not in name:
+        file = None if description.pretrained in (True, False) else Path(str(description.pretrained))
+        with cached_weights(description.name, "take features random", file) as state:
+            net.load_state_dict(state)
     return FeatureNet(stages, layer_indices=chosen, imagenet=True)
 
 
@@ -263,7 +276,8 @@ def _classifier(name: str) -> Any:
     """A network of torchvision whose layers do not work in place, which would overwrite a map."""
     from torchvision import models
 
-    with forked_rng(torch.device("cpu")):  # initial weights, which are replaced, must not use up random numbers
+    with forked_rng(torch.device("cpu")):
+        torch.manual_seed(0)  # a loaded model must compare the same features
         net = models.get_model(name, weights=None)
     for module in net.modules():
         if hasattr(module, "inplace"):

@@ -157,30 +157,10 @@ class Backbone(nn.Module):
         self.net = _build(description, input_shape[0], last_only, found.getter, description.pretrained)
         if self.frozen:
             self.requires_grad_(False)
+        # once, since training does not move them
         if not description.pretrained and next(self.net.parameters()).device.type != "meta":
-            self._start_statistics(input_shape)
+            start_statistics(self, self.size or input_shape[1:], input_shape[0])
         self.train()
-
-    @torch.no_grad()
-    def _start_statistics(self, input_shape: tuple[int, ...]) -> None:
-        """Set the statistics of BatchNorm to those of smooth random images, once, since training does not move them."""
-        norms: list[Any] = [part for part in self.modules() if isinstance(part, _BATCH_NORMS)]
-        if not norms:
-            return
-        self.eval()
-        momenta = [module.momentum for module in norms]
-        for module in norms:
-            module.train().momentum = 1.0
-        with forked_rng(torch.device("cpu")):
-            torch.manual_seed(0)
-            coarse = torch.rand(_IMAGES, input_shape[0], _COARSE, _COARSE)
-        # the number of threads changes the rounding of sums, which float32 then does not show
-        dtype = next(self.net.parameters()).dtype
-        self.double()(F.interpolate(coarse.double(), self.size or input_shape[1:], mode="bilinear"))
-        self.to(dtype)
-        for module, momentum in zip(norms, momenta, strict=True):
-            module.eval().momentum = momentum
-            module.num_batches_tracked.zero_()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode and not self.frozen)
@@ -191,6 +171,28 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return _channels_first(self.net, self.net(self.norm(resized(x, self.size))))
+
+
+@torch.no_grad()
+def start_statistics(net: nn.Module, size: tuple[int, ...], channels: int) -> None:
+    """Set the statistics of BatchNorm in a network of images to those of smooth random images of a size, (H, W)."""
+    norms: list[Any] = [part for part in net.modules() if isinstance(part, _BATCH_NORMS)]
+    if not norms:
+        return
+    net.eval()
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.train().momentum = 1.0
+    with forked_rng(torch.device("cpu")):
+        torch.manual_seed(0)
+        coarse = torch.rand(_IMAGES, channels, _COARSE, _COARSE)
+    # the number of threads changes the rounding of sums, which float32 then does not show
+    dtype = next(net.parameters()).dtype
+    net.double()(F.interpolate(coarse.double(), size, mode="bilinear"))
+    net.to(dtype)
+    for module, momentum in zip(norms, momenta, strict=True):
+        module.eval().momentum = momentum
+        module.num_batches_tracked.zero_()
 
 
 def _channels_first(net: nn.Module, maps: list[Tensor]) -> list[Tensor]:

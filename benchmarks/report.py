@@ -14,7 +14,16 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-from . import report_adbench, report_info, report_pca, report_scaling, report_tasks, report_zoo, targets
+from . import (
+    report_adbench,
+    report_image_anomalies,
+    report_info,
+    report_pca,
+    report_scaling,
+    report_tasks,
+    report_zoo,
+    targets,
+)
 from .common import PACKAGE, Spread, add_results_flag, base_parser, number, read_csv, run_script
 from .report_columns import BITS, DICTIONARIES, DISENTANGLE, GPU, QUALITY, Row, format_number, markdown, spread, words
 from .report_sections import SECTIONS, Section, is_of_fixed_budget
@@ -298,6 +307,8 @@ def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[
         rows = sorted(merge_seeds(rows), key=lambda row: number(row, "bits_per_place") or 0)
     if GPU in section.columns and "-cpu" not in stem:
         rows = [row | {"gpu": "this row"} for row in rows]
+    if section.columns is report_image_anomalies.COLUMNS:
+        rows = report_image_anomalies.merge_seeds(rows)
     if section.columns is report_scaling.COLUMNS:
         rows = report_scaling.merge_values(rows)
     after = section.after(shown)

@@ -176,9 +176,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._apply",
-        files=("bases/distillation.py", "models/sparse/batch_topk_sae.py", "models/variational/perceptual_vae.py",
-               "nets/blocks/channel_stats.py", "nets/blocks/jumprelu.py", "nets/blocks/split_diffusers.py",
-               "quantisers/base.py"),
+        files=("bases/distillation.py", "bases/frozen_features.py", "models/sparse/batch_topk_sae.py",
+               "models/variational/perceptual_vae.py", "nets/blocks/channel_stats.py", "nets/blocks/jumprelu.py",
+               "nets/blocks/split_diffusers.py", "quantisers/base.py"),
         why=(
             "overridden, so that a cast or a move does not reach, or also reaches, what a module holds outside of its "
             "parameters"
@@ -199,7 +199,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._buffers",
-        files=("training/buffers.py", "training/optimization.py", "training/steps.py"),
+        files=("bases/frozen_features.py", "training/buffers.py", "training/optimization.py", "training/steps.py"),
         why=(
             "the dict in which a buffer is replaced: looking each up by name in every step costs more than the step's "
             "copy"

@@ -23,8 +23,9 @@ from aezoo.nets.build import TIMM
 from aezoo.security.weights import separate_limit
 from aezoo.training.arguments import TrainingArgs
 
-# parameters of a network that a library names; with arguments of its own it may have any number
-_LARGEST = 10**9
+# parameters of a network that a library names, 800 MB, while a file is loaded; with arguments of its own none is built
+# beyond what the file holds
+_LARGEST = 2 * 10**8
 
 
 class FrozenFeatureArgs(TrainingArgs, total=False):

@@ -27,7 +27,6 @@ def test_calls_are_timed_one_by_one_in_turns(monkeypatch):
 
 @pytest.mark.slow
 def test_row_has_times_of_file_and_model_and_is_kept(tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
     words = ["--results", str(tmp_path), "--models", "dense_ae", "--features", "3", "--calls", "20"]
     latency.main(words)
     (path,) = tmp_path.glob("latency-*.csv")

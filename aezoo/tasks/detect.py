@@ -408,6 +408,10 @@ def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_ou
     if rule.fdr is not None:
         where = f" (scores above {found.threshold:.4g})" if np.isfinite(found.threshold) else ""
         lines = [f"{n_flagged} are flagged{where}: {rule} p-values among {calibrated}"]
+        smallest = 1 / (found.n_reference + 1)
+        if not found.is_anomaly.any() and (n_smallest := int((found.p_values <= smallest).sum())):
+            lines.append(f"{n_smallest:,} of the samples have the smallest p-value that these allow, {smallest:.2g}: "
+                         "with more held-out samples, they may be flagged")  # fmt: skip
         if share := found.anomaly_share:
             lines.append(f"about {100 * share.share:.3g} % of the samples are anomalies by their p-values "
                          f"({100 * share.low:.3g} to {100 * share.high:.3g} %, 95 % interval); there are more if some "

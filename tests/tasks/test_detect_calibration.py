@@ -259,6 +259,11 @@ def test_detect_flags_by_false_discovery_rate(tmp_path, samples):
     assert np.array_equal(same.is_anomaly, found.is_anomaly) and same.anomaly_share is None
     none = detect(model, x[:100], fdr=0.01, calibrate_on=held_out[:150], baselines=False)
     assert none.threshold == np.inf and not none.is_anomaly.any() and "0 of 100 samples are flagged: " in none.summary()
+    assert "allow, " not in none.summary()
+    few = detect(model, x, fdr=0.05, calibrate_on=held_out[:20], baselines=False)
+    n = (few.p_values == 1 / 21).sum()
+    assert n and not few.is_anomaly.any()
+    assert f"{n} of the samples have the smallest p-value that these allow, 0.048: with more held-out" in few.summary()
 
 
 def test_detect_estimates_the_share_of_anomalies(samples):

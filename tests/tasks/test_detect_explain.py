@@ -27,6 +27,7 @@ from aezoo.tasks.samples import evaluation_mode
 OTHER_SCORES = {
     *("ae1svm", "alad", "dagmm", "deep_svdd", "draem", "ganomaly", "mae", "simmim", "msssim_vae", "perceptual_vae"),
     *("conditional_vae", "semi_supervised_vae", "cmvae", "mmvae", "mmvae_plus", "mopoe_vae", "hvae", "rhvae"),
+    *("fre", "padim", "patchcore", "student_teacher", "reverse_distillation"),
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from aezoo.testing import subject_of
+
 # one for each way of looking at a sample, in the default run
 REPRESENTATIVE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 
@@ -20,3 +22,18 @@ SLOW_REPRESENTATIVE = (
 def others_slow(names: Iterable[str], kept: Iterable[str] = REPRESENTATIVE) -> list[Any]:
     """The names as parameters of a test that runs by default on those to be kept alone."""
     return [pytest.param(name, marks=[] if name in kept else [pytest.mark.slow]) for name in names]
+
+
+# an export has a copy of their operations for each place of the code; at a third stage there are 16 places, not 49
+UNROLLED = ("cheng2020", "joint_ar_hyperprior")
+# and for each unit that is chosen in turn
+GREEDY = ("omp_sae", "matching_pursuit_sae")
+
+
+def of_graphs(name):
+    """The model with one stage of its networks, which repeat it; with all where it stands for the others."""
+    subject = subject_of(name, k=3) if name in GREEDY else subject_of(name)
+    dims = getattr(subject.build(), "hidden_dims", None) or ()
+    if name in UNROLLED:
+        return subject_of(name, hidden_dims=dims[:1] * 3)
+    return subject if len(dims) < 2 or name in SLOW_REPRESENTATIVE else subject_of(name, hidden_dims=dims[:1])

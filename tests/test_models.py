@@ -9,7 +9,7 @@ import promises
 import pytest
 import torch
 from golden import VARIANTS, own_models
-from representative_models import REPRESENTATIVE, SLOW_REPRESENTATIVE
+from representative_models import REPRESENTATIVE, SLOW_REPRESENTATIVE, of_graphs
 
 import aezoo
 from aezoo import testing
@@ -66,21 +66,6 @@ def of_models():
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")
                 marks = [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
-
-
-# an export has a copy of their operations for each place of the code; at a third stage there are 16 places, not 49
-UNROLLED = ("cheng2020", "joint_ar_hyperprior")
-# and for each unit that is chosen in turn
-GREEDY = ("omp_sae", "matching_pursuit_sae")
-
-
-def of_graphs(name):
-    """The model with one stage of its networks, which repeat it; with all where it stands for the others."""
-    subject = subject_of(name, k=3) if name in GREEDY else subject_of(name)
-    dims = getattr(subject.build(), "hidden_dims", None) or ()
-    if name in UNROLLED:
-        return subject_of(name, hidden_dims=dims[:1] * 3)
-    return subject if len(dims) < 2 or name in SLOW_REPRESENTATIVE else subject_of(name, hidden_dims=dims[:1])
 
 
 @strict

@@ -15,6 +15,7 @@ import pytest
 import torch
 from golden import own_models
 from refusals import refused_in_one_line as refused
+from representative_models import of_graphs
 from safetensors import safe_open
 
 import aezoo
@@ -25,7 +26,6 @@ from aezoo.io.exporters import graphs
 from aezoo.sklearn import AutoencoderDetector
 from aezoo.tasks import export as export_task
 from aezoo.tasks.detect import Detector
-from aezoo.testing import subject_of
 from aezoo.training.data_units import DataUnits
 
 slow = pytest.mark.slow
@@ -485,7 +485,7 @@ def test_page_names_what_cannot_be_exported():
 @pytest.mark.parametrize("name", own_models())
 def test_every_model_exports_what_the_contract_does_not_check(name, tmp_path):
     """Scores, and codes and decoders if a reconstruction is more than both: the contract checks that and indices."""
-    subject = subject_of(name)
+    subject = of_graphs(name)
     model, batches = graphs.portable_copy(subject.build()), (subject.data(), subject.data(3, seed=1), subject.data(1))
     failed = set()
     for what in ("score",) if type(model).forward is Autoencoder.forward else ("encode", "decode", "score"):

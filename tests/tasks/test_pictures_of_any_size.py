@@ -128,7 +128,7 @@ def test_command_line_takes_a_folder_of_several_sizes(folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_files_keep_their_sizes_though_training_resized(folder, tmp_path, capsys, monkeypatch):
     model = made("lossy")
-    trained = {"settings": {"name": str(folder), "size": 8}, "folder": tmp_path}
+    trained = {"settings": {"name": str(folder), "size": 8}, "folder": tmp_path, "home": None}
     monkeypatch.setattr(checkpoint, "load_run", lambda path: (model, trained))
     argv = ["reconstruct", "--ckpt_path", "x", "--input", str(folder), "--out", str(tmp_path / "r"), "--n_shown", "0"]
     main(argv)

@@ -167,10 +167,11 @@ _LATE_THREAD = """
 import os, sys, threading, time
 from types import SimpleNamespace
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 import aezoo
 
 model = aezoo.create_model("dense_ae", input_shape=(4,))
-model._trainer = SimpleNamespace(world_size=2, strategy=None)
+model._trainer = SimpleNamespace(world_size=2, strategy=DDPStrategy(), callbacks=[])
 model.setup("fit")
 if sys.argv[1] == "group":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -33,6 +33,7 @@ shapes = st.one_of(
 TINY = float(np.nextafter(np.float32(0), np.float32(1)))
 values = st.sampled_from(["random", "zero", "one", "denormal", "edges", "constant"])
 DENOISERS = ("dncnn", "noise2noise", "noise2void")
+ON_FROZEN_FEATURES = ("fre", "padim", "patchcore", "student_teacher", "reverse_distillation")
 MASKED = ("mae", "simmim", "masked_conv_ae", "ijepa")
 SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5, "heads": 1}
 SMALL |= {"groups": (1, 2), "hyper_dim": 2, "hyper_hidden_dims": (3,)}
@@ -58,6 +59,7 @@ def small(name, shape):
     without_grid = len(shape) == 1 and name in ("conv_ae", "resnet_ae", "unet_ae", *DENOISERS, *ON_A_GRID)
     no_picture = name in ("draem", "msssim_vae") and (len(shape) != 3 or min(shape[1:]) < 3)
     no_picture |= name in ("vdvae", "eq_vae", "ijepa", "maetok") and len(shape) != 3
+    no_picture |= name in ON_FROZEN_FEATURES and len(shape) != 3
     no_picture |= name == "compressai" and len(shape) != 3
     no_picture |= name == "diffusers_ae" and (len(shape) != 3 or bool(shape[1] % 2 or shape[2] % 2))
     no_picture |= name == "noise2void" and math.prod(shape[1:]) == 1

@@ -22,6 +22,7 @@ from aezoo.nets.blocks.timm_backbone import parse
 from aezoo.nets.build import TIMM
 from aezoo.security.weights import separate_limit
 from aezoo.training.arguments import TrainingArgs
+from aezoo.training.precision import buffers_kept_in_float32
 
 # parameters of a network that a library names, 800 MB, while a file is loaded; with arguments of its own none is built
 # beyond what the file holds
@@ -49,7 +50,7 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
             pretrained=FILE, those of a file. See docs/networks.md.
     """
 
-    # statistics that a model in bfloat16 keeps in float32, where a step below 1/256 of the value would have no effect
+    # statistics that a model in bfloat16 keeps in float32
     exact_buffers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -79,12 +80,8 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        held = {name: self._buffers[name] for name in self.exact_buffers}
-        super()._apply(fn, recurse)
-        for name, value in held.items():
-            now = self._buffers[name]
-            if value is not None and now is not None and now.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = value.to(now.device)
+        with buffers_kept_in_float32(self, self.exact_buffers):
+            super()._apply(fn, recurse)
         return self
 
     def on_fit_start(self) -> None:

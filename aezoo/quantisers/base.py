@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
+from aezoo.training.precision import buffers_kept_in_float32
 
 
 @contextmanager
@@ -181,12 +182,8 @@ class Quantiser(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: getattr(self, name) for name in self._float32_buffers}
-        super()._apply(fn, recurse)
-        for name, values in before.items():
-            after = getattr(self, name)
-            if values is not None and after is not None and after.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, values.to(after.device))  # restores the bits that the cast has dropped
+        with buffers_kept_in_float32(self, self._float32_buffers):
+            super()._apply(fn, recurse)
         return self
 
 

@@ -199,7 +199,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module._buffers",
-        files=("bases/frozen_features.py", "training/buffers.py", "training/optimization.py", "training/steps.py"),
+        files=("training/buffers.py", "training/optimization.py", "training/steps.py"),
         why=(
             "the dict in which a buffer is replaced: looking each up by name in every step costs more than the step's "
             "copy"

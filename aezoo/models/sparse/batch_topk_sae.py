@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from aezoo.autoencoder import at_least_float32
 from aezoo.errors import AezooError
 from aezoo.models.sparse.topk_sae import TopKSAE, TopKVariantArgs
+from aezoo.training.precision import buffers_kept_in_float32
 
 
 class RunningMean(nn.Module):
@@ -51,10 +52,8 @@ class RunningMean(nn.Module):
         self.value.copy_(torch.where(seen, self.value.lerp(value.to(self.value), rate.to(self.value)), self.value))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        value = self.value
-        super()._apply(fn, recurse)
-        if self.value.dtype in (torch.bfloat16, torch.float16):
-            self.value = value.to(self.value.device)
+        with buffers_kept_in_float32(self, ("value",)):
+            super()._apply(fn, recurse)
         return self
 
 

@@ -6,6 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from aezoo.training.precision import buffers_kept_in_float32
+
 
 class Standardiser(nn.Module):
     """Scales codes so that channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
@@ -61,10 +63,8 @@ class Standardiser(nn.Module):
         return (z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)).to(z)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        mean_C, std_C = self.mean_C, self.std_C
-        super()._apply(fn, recurse)
-        if self.mean_C.dtype in (torch.bfloat16, torch.float16):
-            self.mean_C, self.std_C = mean_C.to(self.mean_C.device), std_C.to(self.std_C.device)
+        with buffers_kept_in_float32(self, ("mean_C", "std_C")):
+            super()._apply(fn, recurse)
         return self
 
 

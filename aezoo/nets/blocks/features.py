@@ -134,7 +134,7 @@ class FeatureNet(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.read:
-                features.append(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+                features.append(at_least_float32(x))
         return features
 
     def distance(self, features: list[Tensor], others: list[Tensor]) -> Tensor:
@@ -158,7 +158,7 @@ class BackboneFeatures(FeatureNet):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = self.backbone(x.to(self.mean.dtype))
-        return [found.float() if found.dtype in (torch.bfloat16, torch.float16) else found for found in maps]
+        return [at_least_float32(found) for found in maps]
 
 
 class LPIPS(FeatureNet):

@@ -251,8 +251,9 @@ def _samples(
     known = inspect.signature(DataModule).parameters
     data = {key: value for key, value in dict(config.data).items() if key in known}
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
-    splits_named = {key: name for key, name in named.items() if key in _SPLITS and name in STAGES}
-    splits_named = {key: name for key, name in splits_named.items() if not Path(name).exists()}
+    splits_named = {
+        key: name for key, name in named.items() if key in _SPLITS and name in STAGES and not Path(name).exists()
+    }
     files = {key: path for key, path in named.items() if key not in splits_named}
     found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in files.items()}
     if "x" in accepted and config.input is not None:
@@ -379,9 +380,9 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
     values, labels = as_real_array(arrays[name], title), arrays.get(name.replace("x", "y", 1))
     spans = None
     if window:
-        parts = {"x_train": values} | ({} if labels is None else {"y_train": labels})
-        series = TableArrays(parts, times=getattr(arrays, "times", ()))
-        cuts, by_stage = cut(series, (0.0, 0.0), window, given.get("window_step", 1), limit, f"{title}: ")
+        series = {"x_train": values} | ({} if labels is None else {"y_train": labels})
+        step, times = given.get("window_step", 1), getattr(arrays, "times", ())
+        cuts, by_stage = cut(series, (0.0, 0.0), window, step, limit, f"{title}: ", times)
         values, labels, spans = cuts["x_train"], cuts.get("y_train"), by_stage["train"]
         layout = "sequence"
     shape, is_bytes = tuple(values.shape), values.dtype in (np.uint8, torch.uint8)

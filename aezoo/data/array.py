@@ -119,14 +119,8 @@ class Array(InMemory):
             for key, values in raw.items()
         }
         fractions = options.val_fraction, options.test_fraction
-        found, self.spans = cut(
-            TableArrays(series, times=times),
-            fractions,
-            options.window_length,
-            options.window_step,
-            options.max_bytes,
-            self.title,
-        )
+        size, step, limit = options.window_length, options.window_step, options.max_bytes
+        found, self.spans = cut(series, fractions, size, step, limit, self.title, times)
         # names are those of channels, and samples no rows of a table
         self.columns, self.per_channel = (), True
         return found

@@ -87,7 +87,13 @@ def windows(series: Any, length: int, step: int = 1) -> npt.NDArray[Any]:
 
 
 def cut(
-    arrays: Mapping[str, Any], fractions: tuple[float, float], length: int, step: int, max_bytes: int, what: str
+    arrays: Mapping[str, Any],
+    fractions: tuple[float, float],
+    length: int,
+    step: int,
+    max_bytes: int,
+    what: str,
+    times: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[Stage, Spans]]:
     """The windows of the arrays x_train, y_train and the like, and where they lie.
 
@@ -98,13 +104,13 @@ def cut(
         step: from one window to the next.
         max_bytes: the most memory that windows may take.
         what: the series' name in messages.
+        times: the time stamp of each step of x_train; () without.
 
     Raises:
         AezooError: a split is too short, or windows take too much memory.
     """
     found: dict[str, Any] = {}
     spans: dict[Stage, Spans] = {}
-    times = getattr(arrays, "times", ())
     stop = len(arrays["x_train"])
     sizes = dict(zip(("val", "test"), (round(stop * share) for share in fractions), strict=True))
     # (of which array, first step, last step and one)

@@ -470,12 +470,16 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
             self.offset_ = float(np.percentile(-self.calibration_scores_, 100 * contamination))
         self._set_statistics()
 
+    @property
+    def _score_name(self) -> str:
+        """That of the fit, whatever the parameters are now."""
+        return "deviance" if self._combined is None else "combined"
+
     def _set_statistics(self) -> None:
         """Let the model bring its calibration, for `aezoo detect` and `aezoo export`."""
-        name = {"anomaly_score": self.anomaly_score, **self.chosen_}["anomaly_score"]
-        states = {} if self._combined is None else {name: self._combined.state}
+        states = {} if self._combined is None else {self._score_name: self._combined.state}
         if self.n_calibration_:
-            scores = {name: torch.from_numpy(np.array(self.calibration_scores_))}
+            scores = {self._score_name: torch.from_numpy(np.array(self.calibration_scores_))}
             self.autoencoder_.data_statistics = DataStatistics(None, scores, states)
 
     def _fit_combined(self, X: Array) -> CombinedScore:
@@ -531,8 +535,8 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         Raises:
             AezooError: the score is no sum over features, such as the distance of a deep_svdd.
         """
-        X, name = self._validated(X), "deviance" if self._combined is None else "combined"
-        return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, self._samples(X))
+        x, name = self._samples(self._validated(X)), self._score_name
+        return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, x)
 
     def predict(self, X: Any, fdr: float | None = None) -> npt.NDArray[np.int64]:
         """1 for normal samples, -1 for outliers, (n_samples,).

@@ -128,9 +128,9 @@ def detect(
     neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
     `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window_length`), scores.csv has their first and
     last time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
-    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither. If the
-    data have masks of defects, see `aezoo.data.defect_folders`, the first row says how well the model's map locates
-    them: `pixel_auroc` and `pro`, see `aezoo.metrics.localisation`.
+    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither. If the data have masks of
+    defects, see `aezoo.data.defect_folders`, the first row says how well the model's map locates them: `pixel_auroc`
+    and `pro`, see `aezoo.metrics.localisation`.
 
     Args:
         model: a trained model.
@@ -270,7 +270,7 @@ def detect(
         if draw is not None:
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
-    n_held_out = len(held_out.samples) if held_out is not None else restored[0] and first.n_reference
+    n_held_out = first.n_reference if held_out is not None or restored[0] else 0
     lines += _threshold_report(first, None if fits_on_itself else train, n_held_out, rule)
     if first.drift is not None:
         lines.append(first.drift.describe("held-out samples" if compared is None else f"samples of {compared.name}"))

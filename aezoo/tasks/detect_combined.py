@@ -117,9 +117,8 @@ class CombinedScore:
         z_BM, error_BD = self._code_and_error(x)
         x_BD = x.flatten(1).cpu().double()
         weights = (*self._terms(x_BD, error_BD), self._code_slopes(x))
-        columns = zip(self._parts(x_BD, error_BD, z_BM).T.contiguous(), self.state["sorted"], strict=True)
-        surprises = [_surprise(score_B, sorted_N) for score_B, sorted_N in columns]
-        parts = zip(PARTS, surprises, weights, strict=True)
+        surprises_KB = self._surprises(self._parts(x_BD, error_BD, z_BM))
+        parts = zip(PARTS, surprises_KB, weights, strict=True)
         return {name: surprise_B[:, None] * _shares(weight_BD) for name, surprise_B, weight_BD in parts}
 
     def _code_slopes(self, x: Tensor) -> Tensor:
@@ -152,8 +151,12 @@ class CombinedScore:
 
     def _combine(self, scores_BK: Tensor) -> Tensor:
         """-sum_k log p_k, (B, K) -> (B,)."""
+        return self._surprises(scores_BK).sum(0)
+
+    def _surprises(self, scores_BK: Tensor) -> Tensor:
+        """-log p_k of each score, (B, K) -> (K, B)."""
         columns = zip(scores_BK.T.contiguous(), self.state["sorted"], strict=True)
-        return torch.stack([_surprise(score_B, sorted_N) for score_B, sorted_N in columns]).sum(0)
+        return torch.stack([_surprise(score_B, sorted_N) for score_B, sorted_N in columns])
 
 
 def _variances(centred_ND: Tensor, mean_D: Tensor) -> Tensor:

@@ -89,6 +89,16 @@ class Explanation(Result):
     neighbour_values: Array
     text: str
 
+    @property
+    def sizes(self) -> Array:
+        """(*shape) what values are ranked by: contributions, or without these the distance to the reconstruction."""
+        return np.abs(self.values - self.reconstruction) if self.contributions is None else self.contributions
+
+    @property
+    def kind(self) -> str:
+        """What `sizes` are, in a word."""
+        return "difference" if self.contributions is None else "contribution"
+
     def about(self) -> str:
         side = "above" if self.score > self.threshold else "not above"
         return (
@@ -117,8 +127,7 @@ class Explanation(Result):
         values, expected = self.values.reshape(-1), self.reconstruction.reshape(-1)
         found = {} if self.contributions is None else {"contribution": self.contributions.reshape(-1)}
         parts = {name: part.reshape(-1) for name, part in self.parts.items()}
-        # without contributions, the values that are farthest from the reconstruction
-        order = _ranked(found.get("contribution", np.abs(expected - values)))
+        order = _ranked(self.sizes.reshape(-1))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(1, len(order) + 1)
         few = len(order) <= _MAX_ROWS
@@ -333,11 +342,11 @@ class Explainer:
     def _table(self, found: Explanation) -> str:
         """The values that contribute most, with bars."""
         values, expected = found.values.tolist(), found.reconstruction.tolist()
-        size = np.abs(found.values - found.reconstruction) if found.contributions is None else found.contributions
+        size = found.sizes
         order = _ranked(size)
         largest = max(float(np.abs(np.nan_to_num(size)).max()), *map(abs, found.terms.values()), 1e-300)
-        kind = "difference" if found.contributions is None else "contribution"
-        names = ["feature", "value", "reconstruction", *(f"normal {j}" for j in found.neighbours.tolist()), kind, ""]
+        near = [f"normal {j}" for j in found.neighbours.tolist()]
+        names = ["feature", "value", "reconstruction", *near, found.kind, ""]
         lines = [[f"<th>{html.escape(name)}</th>" for name in names]]
 
         def line(name: str, cells: Sequence[Any], total: float) -> list[str]:
@@ -347,8 +356,8 @@ class Explainer:
             return [f"<td class=name>{html.escape(name)}</td>", *numbers, f"<td class=bar>{bar}</td>"]
 
         for d in order[:_MAX_LINES].tolist():
-            near = found.neighbour_values[:, d].tolist()
-            lines.append(line(found.features[d], [values[d], expected[d], *near], float(size[d])))
+            cells = [values[d], expected[d], *found.neighbour_values[:, d].tolist()]
+            lines.append(line(found.features[d], cells, float(size[d])))
         empty = [None] * (len(names) - 3)
         if found.contributions is not None:
             if len(order) > _MAX_LINES:
@@ -371,8 +380,7 @@ class Explainer:
         """The sample, its reconstruction, what contributes, and its neighbours."""
         from aezoo.callbacks import plotting
 
-        size = np.abs(found.values - found.reconstruction) if found.contributions is None else found.contributions
-        kind = "difference" if found.contributions is None else "contribution"
+        size, kind = found.sizes, found.kind
         near = [f"normal {j}" for j in found.neighbours.tolist()]
         if not plotting.is_image(size.shape):
             if size.ndim == 1:

@@ -112,14 +112,12 @@ class Detector:
             self.scorer.fit((x.to(like) for x in batches), len(part))
         self.decision_scores_ = self._scores(samples)
         self.decision_scores_[chosen.numpy()] = self.scorer.leave_one_out(self.decision_scores_[chosen.numpy()])
-        self._is_held_out = calibrate_on is not None
         if calibrate_on is None:
-            self.calibration_scores_ = self.decision_scores_
+            self._is_held_out, self.calibration_scores_ = False, self.decision_scores_
             self.threshold_ = threshold_of(self.decision_scores_, self.contamination, held_out=False)
         else:
             held_out = SampleSet.from_data(calibrate_on, "val", self.model.takes_missing).check(self.model)
-            self.calibration_scores_ = self._scores(held_out)
-            self.threshold_ = threshold_of(self.calibration_scores_, self.contamination)
+            self.calibrate(self._scores(held_out))
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return self
 
@@ -148,9 +146,8 @@ class Detector:
             reason = " ".join(str(error).split())[:100]
             raise AezooError(f"the calibration that the weights bring is not one of {self.score} for this model "
                              f"({reason}): run detect with the training data again") from error  # fmt: skip
-        self._is_held_out, self.calibration_scores_ = True, scores.cpu().double().numpy()
+        self.calibrate(scores.cpu().double().numpy())
         self.decision_scores_ = self.calibration_scores_
-        self.threshold_ = threshold_of(self.calibration_scores_, self.contamination)
         self.labels_ = (self.decision_scores_ > self.threshold_).astype(np.int64)
         return True
 

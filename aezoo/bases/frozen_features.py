@@ -36,7 +36,9 @@ class FrozenFeatureArgs(TrainingArgs, total=False):
 
 
 class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"}):
-    """A model on the feature maps of a frozen network; a subclass sets `code_shape` and calls `build_image_decoder`.
+    """A model on the feature maps of a frozen network.
+
+    A subclass sets `code_shape`, calls `build_image_decoder` and defines `anomaly_map`.
 
     Attributes:
         backbone: the network, always in evaluation mode.
@@ -113,6 +115,14 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
     def decoder_nll(self, z: Tensor, x: Tensor) -> Tensor:
         """-log p(x | z) of the decoder that only shows codes, whose gradient stops at z: (B, *code_shape) -> ()."""
         return self.nll(self.decoder(z.detach().to(x.dtype)), x).mean()
+
+    def anomaly_map(self, x: Tensor) -> Tensor:
+        """How strange each pixel is, (B, C, H, W) -> (B, H, W)."""
+        raise NotImplementedError
+
+    def score(self, x: Tensor) -> Tensor:
+        """The largest value of `anomaly_map`, (B, *input_shape) -> (B,)."""
+        return self.anomaly_map(x).amax((1, 2))
 
     def enlarged(self, values: Tensor, align_corners: bool = False) -> Tensor:
         """Values of places as a map of pixels, by straight lines: (B, H', W') -> (B, H, W)."""

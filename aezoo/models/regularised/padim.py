@@ -113,7 +113,3 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
     def anomaly_map(self, x: Tensor) -> Tensor:
         """The distance of each pixel, (B, C, H, W) -> (B, H, W)."""
         return smoothed(self.enlarged(self.distances(self.embed(x))), self.sigma)
-
-    def score(self, x: Tensor) -> Tensor:
-        """The largest value of `anomaly_map`, (B, *input_shape) -> (B,)."""
-        return self.anomaly_map(x).amax((1, 2))

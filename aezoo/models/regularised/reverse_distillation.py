@@ -96,10 +96,6 @@ class ReverseDistillation(FrozenFeatureAutoencoder, tags=("anomaly",)):
         distances = self.distances(maps, self.restore(self.embed(maps)))
         return smoothed(torch.stack([self.enlarged(M, align_corners=True) for M in distances]).sum(0), self.sigma)
 
-    def score(self, x: Tensor) -> Tensor:
-        """The largest value of `anomaly_map`, (B, *input_shape) -> (B,)."""
-        return self.anomaly_map(x).amax((1, 2))
-
 
 def _convolution(channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(channels, out_channels, 3, stride, 1), nn.GroupNorm(1, out_channels), nn.ReLU()]

@@ -70,7 +70,3 @@ class StudentTeacher(FrozenFeatureAutoencoder, tags=("anomaly",)):
     def anomaly_map(self, x: Tensor) -> Tensor:
         """The product of all distances at each pixel, (B, C, H, W) -> (B, H, W)."""
         return torch.stack([self.enlarged(d) for d in self.distances(x, self.maps(x))]).prod(0)
-
-    def score(self, x: Tensor) -> Tensor:
-        """The largest value of `anomaly_map`, (B, *input_shape) -> (B,)."""
-        return self.anomaly_map(x).amax((1, 2))

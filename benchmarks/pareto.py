@@ -7,7 +7,7 @@ from . import common
 
 Row = dict[str, str]
 
-# named in each panel: the five that the first example of the README compares
+# named in each panel: what a reader has met in textbooks
 TEXTBOOK = ("dense_ae", "conv_ae", "denoising_ae", "sparse_ae_l1", "vae")
 # largest number of models in a panel that can all be named
 _MAX_NAMED = 20

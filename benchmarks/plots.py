@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY, _LIGHT = "0.35", "0.85"
 _HATCH = "////"
@@ -90,7 +90,7 @@ def pareto(rows: Sequence[Row]) -> "Figure | None":
     if not found:
         return None
     families = list(dict.fromkeys(point.row.get("family", "") for panel in found for point in panel.points))
-    style = {family: (_COLOURS[i % 7], _MARKERS[i % 7]) for i, family in enumerate(families)}
+    style = {family: (COLOURS[i % 7], _MARKERS[i % 7]) for i, family in enumerate(families)}
     figure, axes = _panels(len(found), 6.4, 5.2, xscale="log", yscale="log")
     for ax, panel in zip(axes, found, strict=True):
         ax.plot(*zip(*panel.front, strict=True), color=_LIGHT, linewidth=5, zorder=0, solid_capstyle="round")
@@ -153,8 +153,8 @@ def code_size(rows: Sequence[Row]) -> "Figure | None":
             group = sorted(group, key=lambda row: number(row, "code_size"))
             xs, ys = ([number(row, key) for row in group] for key in ("code_size", "mse"))
             i = names.index(name)
-            ax.plot(xs, ys, color=_COLOURS[i % 6], marker=_MARKERS[i // 6 % 7], markersize=6, linewidth=1.8)
-            ends.append((xs[-1], ys[-1], name, _COLOURS[i % 6]))
+            ax.plot(xs, ys, color=COLOURS[i % 6], marker=_MARKERS[i // 6 % 7], markersize=6, linewidth=1.8)
+            ends.append((xs[-1], ys[-1], name, COLOURS[i % 6]))
         floor = sorted({number(row, "code_size"): number(row, "pca_mse") for row in _positive(part, "pca_mse")}.items())
         if floor:
             ax.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1.8)
@@ -197,7 +197,7 @@ def scaling(rows: Sequence[Row]) -> "Figure | None":
     ax.plot(counts, counts, color=_GREY, linestyle="--", linewidth=1.4)
     ends = [(float(counts[-1]), float(counts[-1]), "ideal", _GREY)]
     for i, (title, curve) in enumerate(curves.items()):
-        colour = _COLOURS[i % 7]
+        colour = COLOURS[i % 7]
         multiples = [rate / curve[1] for rate in curve.values()]
         ax.plot([*curve], multiples, color=colour, marker=_MARKERS[i % 7], markersize=8, linewidth=1.8)
         last = max(curve)
@@ -238,7 +238,7 @@ def peers(files: Mapping[str, Sequence[Row]]) -> "Figure | None":
             ratio, low, high = (number(row, name) for name in ("ratio", "ratio_min", "ratio_max"))
             ours = row["party"].startswith("aezoo")
             hatch = None if _agrees(row) else _HATCH
-            ax.barh(i, ratio, height=0.68, color=_COLOURS[0] if ours else "0.72", hatch=hatch, edgecolor="white")
+            ax.barh(i, ratio, height=0.68, color=COLOURS[0] if ours else "0.72", hatch=hatch, edgecolor="white")
             edge = ratio
             if low > 0 and high > 0:
                 ax.plot([low, high], [i, i], color="black", linewidth=1.4, solid_capstyle="butt")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from . import labels
 from .labels import SIZE
-from .plots import _COLOURS, _MARKERS, Row, _group_by, _panels, _plain_ticks, _positive, number
+from .plots import _MARKERS, COLOURS, Row, _group_by, _panels, _plain_ticks, _positive, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,8 @@ def bits(rows: Sequence[Row]) -> "Figure | None":
             points = sorted((number(row, "bits"), number(row, "mse")) for row in part if variant_text(row) == name)
             if points:
                 xs, ys = zip(*points, strict=True)
-                ax.plot(xs, ys, color=_COLOURS[i % 6], marker=_MARKERS[i // 6 % 7], markersize=6, linewidth=1.4)
-                ends.append((xs[-1], ys[-1], name, _COLOURS[i % 6]))
+                ax.plot(xs, ys, color=COLOURS[i % 6], marker=_MARKERS[i // 6 % 7], markersize=6, linewidth=1.4)
+                ends.append((xs[-1], ys[-1], name, COLOURS[i % 6]))
         ax.set_xticks(
             [
                 statistics.median(number(row, "bits") for row in same)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.pareto import Panel, Point
+from benchmarks.plots import COLOURS
 from benchmarks.report_columns import format_number
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT, _TOP = 760, 460, 70, 50, 20, 20
-# Okabe and Ito's, which readers with any colour vision can distinguish
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c")
+# black would vanish on a dark page
+_COLOURS = (*COLOURS[:-1], "#8c8c8c")
 _FACTORS = (1, 2, 5)
 # width of a letter and height of a line, in pixels
 _LETTER, _LINE = 6.5, 13

@@ -69,14 +69,20 @@ def _process_state():
         logging.getLogger(name).propagate = True
 
 
+_parsers_kept = []
+
+
 @pytest.fixture(autouse=True)
 def _parse_translations_once():
     """Keep onnxscript's translations: parsing their source again for each export takes a third of its time."""
+    if _parsers_kept or "onnxscript" not in sys.modules:
+        return
+    # the module for this version of torch, once an export has imported it
     for name, module in [*sys.modules.items()]:
-        if name.startswith("onnxscript._framework_apis.torch_"):
-            parse = getattr(module, "get_torchlib_ops", None)
-            if parse is not None and not hasattr(parse, "cache_clear"):
-                module.get_torchlib_ops = functools.cache(parse)
+        parse = getattr(module, "get_torchlib_ops", None) if name.startswith("onnxscript._framework_apis") else None
+        if parse is not None:
+            module.get_torchlib_ops = functools.cache(parse)
+            _parsers_kept.append(name)
 
 
 @pytest.fixture

@@ -3,19 +3,16 @@
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from representative_models import others_slow
-from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision import models as torchvision_models
 from two_ranks import on_two_ranks
 
 import aezoo
-from aezoo.bases.frozen_features import smoothed
 from aezoo.metrics.localisation import per_region_overlap
 
 SHAPE = (1, 12, 13)
@@ -134,13 +131,6 @@ def test_bfloat16_keeps_statistics_in_float32(name: str) -> None:
     model = small(name).float().bfloat16()
     assert all(model.get_buffer(buffer).dtype == torch.float32 for buffer in model.exact_buffers)
     assert model.encode(images(2).bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.7, 2.5])
-def test_smoothed_map_matches_scipy(sigma: float) -> None:
-    maps = images(3)[:, 0]
-    wanted = np.stack([gaussian_filter(each, sigma, mode="mirror", truncate=4) for each in maps.numpy()])
-    np.testing.assert_allclose(smoothed(maps, sigma), wanted, rtol=1e-9)
 
 
 def products(n: int, seed: int, with_defects: bool = False) -> tuple[Tensor, Tensor]:

@@ -36,4 +36,4 @@ def of_graphs(name):
     dims = getattr(subject.build(), "hidden_dims", None) or ()
     if name in UNROLLED:
         return subject_of(name, hidden_dims=dims[:1] * 3)
-    return subject if len(dims) < 2 or name in SLOW_REPRESENTATIVE else subject_of(name, hidden_dims=dims[:1])
+    return subject if len(dims) < 2 or name in REPRESENTATIVE else subject_of(name, hidden_dims=dims[:1])

@@ -18,9 +18,9 @@ from aezoo.testing import CHECKS, SHAPES, SLOW_CHECKS, SharedNoise, check_ddp, c
 # a warning of the contract fails it, whatever pyproject.toml lets pass elsewhere
 strict = pytest.mark.filterwarnings("error")
 ALONE = [check for check in CHECKS if check is not check_ddp]
-# those that need a fit of their own, and hold by the class; check_resume and check_checkpoint fit variants, too
+# those that need a fit of their own, and hold by the class; check_checkpoint fits variants, too
 NOT_OF_VARIANTS = ("check_compile", "check_export", "check_onnx", "check_overfits", "check_state_dict", "check_ddp")
-NOT_OF_VARIANTS += ("check_loop", "check_seed", "check_deterministic_evaluation")
+NOT_OF_VARIANTS += ("check_loop", "check_seed", "check_deterministic_evaluation", "check_resume")
 
 
 def name_of_check(check):
@@ -82,10 +82,24 @@ def test_variant(variant, check):
     run(check, variant)
 
 
+def with_state():
+    """Variants that training changes beside their weights, or whose loss is no mean over samples."""
+    found = [variant for variant in VARIANTS if [*variant.build().buffers()] or variant.cls.compares_samples]
+    assert 10 < len(found) < len(VARIANTS)
+    return found
+
+
+@strict
+@pytest.mark.slow
+def test_variants_with_state_resume():
+    for variant in with_state():
+        run(testing.check_resume, variant)
+
+
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
-    run(check_ddp, *own_models(), *VARIANTS, broken_models.CorrectModel)
+    run(check_ddp, *own_models(), *with_state(), broken_models.CorrectModel)
 
 
 @pytest.mark.slow

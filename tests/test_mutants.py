@@ -177,6 +177,7 @@ def test_run_fails_below_90_percent_or_on_stale_fault():
     assert not mutants.summary([*caught, survived], ["t.py::test"])[1]
 
 
+@pytest.mark.slow
 def test_tests_failing_without_fault_are_excluded(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "COPIED", ("aezoo", "test_all.py"))

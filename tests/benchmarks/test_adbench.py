@@ -279,6 +279,7 @@ def test_a_run_that_was_ended_goes_on_where_it_stopped(folder, tmp_path, monkeyp
     assert [name for name, *_ in measured] == ["cover", "cover"]
 
 
+@pytest.mark.slow
 def test_rows_of_real_detectors_in_their_processes(folder, tmp_path):
     detectors = ["--detectors", "default:max_epochs=60", "dense_ae:max_epochs=0"]
     words = [str(folder), "--sets", "wine", "--seeds", "1", "--settings", "clean", "noise", *detectors]

@@ -42,6 +42,7 @@ def results(tmp_path_factory):
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_verb_has_model_and_baseline_rows(results):
     for verb in tasks.VERBS:
         rows = rows_of(results, verb)
@@ -59,6 +60,7 @@ def test_every_verb_has_model_and_baseline_rows(results):
     assert {"vae", "vae, -ELBO", "gzip", "PNG", "JPEG", "PCA 16 + the same coder"} <= methods["compress"]
 
 
+@pytest.mark.slow
 def test_pca_and_mean_baselines_use_training_samples(results):
     data = DataModule("digits")
     train, test = (SampleSet.from_data(data, "train").subsample(120), SampleSet.from_data(data, "test").subsample(40))
@@ -70,6 +72,7 @@ def test_pca_and_mean_baselines_use_training_samples(results):
     assert mse["mean sample"] == pytest.approx(np.square(centred).mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_memorised_samples_are_detected(results):
     rows = {row["method"]: row for row in rows_of(results, "generate")}
     assert "vae, prior gmm" in rows
@@ -79,6 +82,7 @@ def test_memorised_samples_are_detected(results):
     assert float(rows["vae, own prior"]["fid"]) > float(real["fid"])
 
 
+@pytest.mark.slow
 def test_existing_rows_are_kept(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     before = {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS}
@@ -388,6 +392,7 @@ def test_unreached_psnr_target_is_reported():
     assert found[0]["bytes"] == "3.0"  # and not what is lossy
 
 
+@pytest.mark.slow
 def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     ResultsCSV(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})

@@ -26,6 +26,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_seed_is_a_row_and_every_column_is_filled(results):
     rows = rows_of(results)
     assert [(row["model"], row["seed"], row["code_size"]) for row in rows] == [("vae", "0", "4"), ("vae", "1", "4")]

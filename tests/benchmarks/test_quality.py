@@ -172,6 +172,7 @@ def test_code_too_large_for_logistic_regression_is_not_probed(monkeypatch):
     assert "probe" not in quality_row._code_figures(model, data, 100)
 
 
+@pytest.mark.slow
 def test_existing_rows_are_kept_and_new_seed_is_added(results, capsys):
     before = rows_of(results)
     quality.main([*DIGITS, "--seeds", "1", "--results", str(results)])
@@ -185,6 +186,7 @@ def test_existing_rows_are_kept_and_new_seed_is_added(results, capsys):
     assert rows[2]["mse"] != same["mse"]
 
 
+@pytest.mark.slow
 def test_failed_run_is_a_row_with_error(results, tmp_path, monkeypatch):
     plan = quality.plan
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)

@@ -357,6 +357,7 @@ def test_rows_are_moved_in_place(shape, n):
     assert torch.equal(x[:n], wanted)
 
 
+@pytest.mark.slow
 def test_held_images_share_the_tensor_they_were_decoded_into(tmp_path):
     for name in ("a", "b"):
         pictures(tmp_path / name, 20)

@@ -154,6 +154,7 @@ def test_full_shared_memory_raises_error(monkeypatch):
     assert len(list(make_loader(ArrayDataset(numbers()), batch_size=8))) == 5
 
 
+@pytest.mark.slow
 def test_training_batches_do_not_depend_on_workers():
     runs = []
     for num_workers in (0, 2):

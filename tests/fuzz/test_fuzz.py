@@ -26,15 +26,10 @@ def fuzz(out, files, configs, seed, limit):
 
 
 @pytest.mark.slow
-def test_damaged_files_and_configs_are_read_or_refused(tmp_path):
-    kinds = fuzz(tmp_path / "counts.json", files=250, configs=20, seed=1, limit=120)
-    assert len(kinds) >= 29
-    # damage that is always refused at the door would test only the door
-    assert sum(count["read"] for count in kinds.values()) > 20
-
-
-@pytest.mark.slow
 def test_a_thousand_damaged_files_and_configurations(tmp_path):
     kinds = fuzz(tmp_path / "counts.json", files=1000, configs=200, seed=2, limit=900)
+    assert len(kinds) >= 29
+    # damage that is always refused at the door would test only the door
+    assert sum(count["read"] for count in kinds.values()) > 80
     assert kinds["ckpt, wrong types"]["read"] and sum(kinds["parquet, expanding"].values())
     assert kinds["yaml"]["read"] > 10 and all(count["read"] for key, count in kinds.items() if "inside" in key)

@@ -22,7 +22,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.commits, self.private, self.asked = {}, {}, []
         self.address = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # its default is to look for the end twice a second, and each test waits for that
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def put(self, name, files, branch="main", message="by hand"):
         """One more commit; files are bytes by their names, beside those of the commit before."""

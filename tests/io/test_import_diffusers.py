@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers_reference import CONSISTENCY, RAE, decoded, encoded, side_for
+from representative_models import others_slow
 from safetensors.torch import load_file, save_file
 
 import aezoo
@@ -51,7 +52,7 @@ def assert_same(model, net, x=None):
     assert z.std() > 0.01 and x_hat.std() > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, ("AutoencoderKL", "VQModel")))
 def test_folder_of_each_kind(tmp_path, kind):
     channels = {"in_channels": 3, "out_channels": 3} if kind == "AutoencoderKLHunyuanImage" else {}
     net = made(kind, **KINDS[kind], **channels, **side_for(kind, 16))
@@ -67,6 +68,7 @@ def test_folder_of_each_kind(tmp_path, kind):
     assert_same(aezoo.load_model(saved), net, x)
 
 
+@pytest.mark.slow
 def test_pipeline_with_a_consistency_decoder(tmp_path, hub):
     """As in a pipeline of Stable Diffusion, and by an address with a subfolder."""
     net = made(CONSISTENCY, **KINDS[CONSISTENCY])
@@ -154,7 +156,7 @@ FORMER = {
 }
 
 
-@pytest.mark.parametrize("kind", FORMER)
+@pytest.mark.parametrize("kind", others_slow(FORMER, ("mae",)))
 def test_names_of_earlier_transformers_are_read(tmp_path, kind):
     patch = 14 if kind == "dinov2" else 16
     config = {"encoder_type": kind, "encoder_patch_size": patch, "encoder_input_size": 4 * patch}
@@ -245,6 +247,7 @@ def test_autoencoder_of_a_pipeline_is_found(tmp_path):
         aezoo.import_model(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_addresses_with_subfolder_and_revision(hub, tmp_path):
     first, second = small(), small(latent_channels=3)
     commits = []
@@ -320,6 +323,7 @@ def test_single_file_without_config(tmp_path):
     assert_same(aezoo.load_model(tmp_path / "vq.pt"), vq)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
 def test_single_file_of_other_kinds_needs_its_config(tmp_path, kind):
     net = made(kind, **KINDS[kind], **side_for(kind, 16))
@@ -333,6 +337,7 @@ def test_single_file_of_other_kinds_needs_its_config(tmp_path, kind):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_stable_diffusions_layout_as_diffusers_reads_it(tmp_path):
     """The class converts the file, given our arguments, and computes the same."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}

@@ -219,7 +219,7 @@ def test_no_request_reaches_a_live_server(refused, canary, tmp_path):
             self.send_error(404)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/x.yaml"
     try:
         for argv in (["-c", address], ["--config", address], ["--ckpt_path", address], ["--data", address]):

@@ -627,6 +627,7 @@ print(faults() - before, made)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_fit_reduces_page_faults_of_large_tensors():
     """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to; a model takes few."""

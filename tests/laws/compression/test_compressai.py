@@ -117,6 +117,7 @@ def test_context_sees_places_before_alone(architecture: str) -> None:
         assert seen == {place for place in near if place < (i, j)}
 
 
+@pytest.mark.slow
 def test_quantiles_are_trained_to_those_of_the_distribution() -> None:
     model = of("bmshj2018-factorized")
     optimizer = torch.optim.Adam([model.quantiles_C3], 1.0)

@@ -7,14 +7,15 @@ last of the encoder and of the decoder. If the code is a map, as in https://kera
 convolution replaces the encoder's dense layers, and the decoder has no dense layer.
 
 For 1x28x28, channels (32, 64) and two codes (mean and variance), it has Keras' 69,076 and 65,089 parameters; for a map
-of 16 channels, the 19,856 and 28,033 of Keras' VQ-VAE. Keras pads strided convolutions only at the far side; these pad
+of 16 channels, the 19,856 and 28,033 of Keras' VQ-VAE. Initial weights are Keras', too: those of Glorot and Bengio
+(2010), with biases of 0. Keras pads strided convolutions only at the far side; these pad
 both sides, as `conv` does, so that every size is restored exactly.
 """
 
 from torch import nn
 
 from aezoo.errors import AezooError
-from aezoo.nets.build import activation
+from aezoo.nets.build import activation, initialise
 from aezoo.nets.conv import CONVS, TRANSPOSED, default_hidden_dims, grids, head, map_shape, rank_of
 
 __all__ = ["Decoder", "Encoder", "default_hidden_dims", "map_shape"]
@@ -40,6 +41,7 @@ class Encoder(nn.Sequential):
         else:
             down = head((_DENSE,), smallest, rank)[0]
             super().__init__(*layers, down, activation(act), nn.Linear(_DENSE, code_shape[0]))
+        initialise(self, "glorot")
 
 
 class Decoder(nn.Sequential):
@@ -66,3 +68,4 @@ class Decoder(nn.Sequential):
             layers += [up, activation(act)]
             channels = width
         super().__init__(*layers, CONVS[rank](channels, input_shape[0], 3, padding=1))
+        initialise(self, "glorot")

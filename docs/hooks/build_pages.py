@@ -11,6 +11,7 @@ import itertools
 import posixpath
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import gallery  # noqa: E402
 import pareto_page  # noqa: E402
 from typeset import latex  # noqa: E402
 
@@ -40,7 +42,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/RESULTS.md": "results/index.md",
 }
-PARETO = "results/pareto.md"
+PARETO, GALLERY = "results/pareto.md", "gallery.md"
 FOLDERS = {"benchmarks/results": "results/index.md"}
 # code, in which brackets are no links, or the text and the target of a link
 LINK = re.compile(
@@ -56,6 +58,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Complete the navigation: the models by family, and the pages of results."""
     for entry in config.nav or []:
         if "Models" in entry:
+            entry["Models"].append(GALLERY)
             for family, names in tables.families().items():
                 entry["Models"].append({family: [{name: f"models/{name}.md"} for name in names]})
         if "Results" in entry:
@@ -69,10 +72,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for origin, uri in PAGES.items():
         _add(files, config, uri, (ROOT / origin).read_text(encoding="utf-8"), origin)
     families = tables.families()
+    shipped = [tag.name for names in families.values() for name in names for tag in registry.tags_of(name)]
+    traversals = gallery.pictures(shipped)
+    _add(files, config, GALLERY, gallery.page(shipped, traversals), f"docs/{GALLERY}")
+    for name, picture in traversals.items():
+        files.append(File.generated(config, f"weights/{name}.traversal.png", content=picture))
     related = _relatives([name for names in families.values() for name in names])
     for family, names in families.items():
         for name in names:
-            _add(files, config, f"models/{name}.md", model_page(name, family, related[name]), f"docs/models/{name}.md")
+            page = model_page(name, family, related[name], traversals)
+            _add(files, config, f"models/{name}.md", page, f"docs/models/{name}.md")
     panels = pareto.panels(report.compared_models(ROOT / "benchmarks" / "results"))
     _add(files, config, PARETO, pareto_page.page(panels), f"docs/{PARETO}")
     katex = Path(importlib.util.find_spec("sphinxcontrib.katex").origin).parent / "katex.min.js"
@@ -154,7 +163,7 @@ def _link(file: File, text: str, target: str) -> str:
 # ---- pages of models ------------------------------------------------------------------------------------------------
 
 
-def model_page(name: str, family: str, related: dict[str, list[str]]) -> str:
+def model_page(name: str, family: str, related: dict[str, list[str]], traversals: Collection[str]) -> str:
     """The page of a model."""
     card = registry.card(name)
     uses = "".join(f"- **{use}**: {TAGS.get(use, '')}\n" for use in registry.uses_of(name))
@@ -163,7 +172,7 @@ def model_page(name: str, family: str, related: dict[str, list[str]]) -> str:
         f"# {name}\n\n{tables.paper(name)}, family {link}.\n\n{card.about}\n\n{uses}",
         _objective(name, card.text),
         _hyperparameters(name, card.parameters),
-        _weights(name),
+        _weights(name, traversals),
         "## Figures\n\n" + _text(measured.lines(name)),
         _laws(name, family),
         _recipes(name),
@@ -210,7 +219,7 @@ def _hyperparameters(name: str, parameters: tuple[tuple[str, str, str, str], ...
     return "\n".join(lines)
 
 
-def _weights(name: str) -> str:
+def _weights(name: str, traversals: Collection[str]) -> str:
     parts = []
     for tag in registry.tags_of(name):
         page = ROOT / "docs" / "weights" / f"{tag.name}.md"
@@ -220,6 +229,9 @@ def _weights(name: str) -> str:
             parts.append(f"[`{tag.name}`](../weights/{page.name}): {figures}; {size}")
             if page.with_suffix(".png").is_file():
                 parts.append(f"![samples and reconstructions of {tag.name}](../weights/{tag.name}.png)")
+            if tag.name in traversals:
+                parts.append("Each row moves one number of the code, see the [gallery](../gallery.md).")
+                parts.append(f"![one number of the code of {tag.name} a row](../weights/{tag.name}.traversal.png)")
     return "## Pretrained weights\n\n" + "\n\n".join(parts) if parts else ""
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import gallery  # noqa: E402
+import notebooks  # noqa: E402
 import pareto_page  # noqa: E402
 from typeset import latex  # noqa: E402
 
@@ -82,6 +83,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name in names:
             page = model_page(name, family, related[name], traversals)
             _add(files, config, f"models/{name}.md", page, f"docs/models/{name}.md")
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        content, pictures = notebooks.page(path, notebooks.colab(path, ROOT / "pyproject.toml"))
+        _add(files, config, f"tutorials/{path.stem}.md", content, f"docs/tutorials/{path.stem}.md")
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"tutorials/{name}", content=picture))
     panels = pareto.panels(report.compared_models(ROOT / "benchmarks" / "results"))
     _add(files, config, PARETO, pareto_page.page(panels), f"docs/{PARETO}")
     katex = Path(importlib.util.find_spec("sphinxcontrib.katex").origin).parent / "katex.min.js"
@@ -156,6 +162,9 @@ def _link(file: File, text: str, target: str) -> str:
         return text
     _, hash_sign, anchor = target.partition("#")
     uri = PAGES.get(path) or FOLDERS.get(path) or (path[5:] if path.startswith("docs/") else f"files/{path}")
+    # other pages lead to a tutorial's page, and that page to the notebook itself
+    if uri.startswith("tutorials/") and not file.src_uri.startswith("tutorials/"):
+        uri = uri.replace(".ipynb", ".md")
     place = posixpath.relpath(uri, posixpath.dirname(file.src_uri) or ".")
     return f"[{text}]({place}{hash_sign}{anchor})"
 

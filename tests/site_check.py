@@ -27,7 +27,11 @@ from urllib.parse import unquote, urlsplit
 
 WIDTHS = (360, 1280)
 # of mkdocs-material's own templates: a checkbox with autocomplete, an empty tabindex, a label of a list
-OF_THE_THEME = ('class="md-toggle"', 'class="md-nav__link" for="__nav_.*tabindex=""', 'class="md-nav__title" for="__')
+OF_THE_THEME = (
+    'class="md-toggle"',
+    'class="md-nav__link[^"]*" for="__nav_.*tabindex=""',
+    'class="md-nav__title" for="__',
+)
 OF_MEDIA = ("img", "script", "source", "iframe", "video", "audio")
 
 

@@ -4,10 +4,11 @@ document$.subscribe(() => {
     const found = /^[~<>≤≥]?\s*([+\-−]?[\d.,]*\d(?:e[+\-]?\d+)?)/i.exec(text);
     return found ? Number(found[1].replaceAll(",", "").replace("−", "-")) : NaN;
   };
-  for (const table of document.querySelectorAll("article table:not(.sortable)")) {
+  for (const table of document.querySelectorAll("article table:not([data-sortable])")) {
     const body = table.tBodies[0];
     if (!table.tHead || !body || body.rows.length < 3) continue;
-    table.classList.add("sortable");
+    // a class would take the theme's style from the table
+    table.dataset.sortable = "";
     for (const heading of table.tHead.rows[0].cells) {
       const column = heading.cellIndex;
       const sort = () => {

@@ -3,14 +3,16 @@
 import base64
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
 # pandas writes a style and attributes that are obsolete for each table, and the site has a style for all
-_OF_PANDAS = re.compile(r'<style scoped>.*?</style>|(?<=<table) border="1"|(?<=<tr) style="[^"]*"|\n\s*', re.DOTALL)
+_OF_PANDAS = re.compile(
+    r'<style scoped>.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<tr) style="[^"]*"|\n\s*', re.DOTALL
+)
 
 
 def colab(path: Path, pyproject: Path) -> str | None:
@@ -38,7 +40,7 @@ def page(path: Path, colab: str | None = None) -> tuple[str, dict[str, bytes]]:
             parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", cell.source))
             continue
         parts.append(f"```python\n{cell.source}\n```")
-        for j, output in enumerate(cell.outputs):
+        for j, output in enumerate(_joined(cell.outputs)):
             for kind, content in _shown(output):
                 if kind == "image/png":
                     name = f"{path.stem}_{i}_{j}.png"
@@ -49,6 +51,17 @@ def page(path: Path, colab: str | None = None) -> tuple[str, dict[str, bytes]]:
     links = [f"[Download this notebook]({path.name})", *([f"[Open in Colab]({colab})"] if colab else [])]
     heading, _, rest = parts[0].partition("\n")
     return "\n\n".join([heading, " · ".join(links), rest, *parts[1:]]) + "\n", pictures
+
+
+def _joined(outputs: Iterable[Any]) -> list[Any]:
+    """The outputs, with what was printed in several pieces as one."""
+    found: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and found and found[-1].get("name") == output.name:
+            found[-1] = nbformat.from_dict({**found[-1], "text": found[-1].text + output.text})
+        else:
+            found.append(output)
+    return found
 
 
 def _shown(output: Any) -> Iterator[tuple[str, str]]:

@@ -61,13 +61,11 @@ with torch.no_grad():
 #
 # `quality` measures the Fréchet distance (FID) of samples to held-out digits in the features of a small classifier
 # that is trained on the labels, the precision (do samples look like digits?) and the recall (are all kinds of digits
-# among them?), beside real digits as the best that is possible. It also shows the training digits nearest to the
-# samples: a model that copies would be found out.
+# among them?), beside real digits as the best that is possible. It also measures how near samples are to training
+# digits: a model that copies would be found out.
 
 # %%
-found = aezoo.generate(model, data, fit_on=data, quality=500)
-print(found.summary())
-found.table
+print(aezoo.generate(model, data, fit_on=data, quality=500).summary())
 
 # %% [markdown]
 # ## Priors

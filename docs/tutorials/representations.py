@@ -34,7 +34,7 @@ model = aezoo.load_model("conv_ae.mnist")
 # %%
 found = aezoo.embed(model, data, fit_on=data, nearest=5)
 print(found.summary())
-found.table
+found.table.iloc[:5, :8]
 
 # %%
 found.figure

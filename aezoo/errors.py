@@ -1,4 +1,4 @@
-"""The one error that a user can cause and mend."""
+"""The one error that a user can cause and mend, and how messages name optional packages."""
 
 
 class AezooError(ValueError):
@@ -6,3 +6,15 @@ class AezooError(ValueError):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+def install_hint(*extras: str) -> str:
+    """How to install aezoo with extras, as messages and model cards say it.
+
+    As long as no package index has aezoo, that is from a checkout.
+
+    Args:
+        extras: names in `[project.optional-dependencies]`; none for aezoo alone.
+    """
+    target = f"'.[{','.join(extras)}]'" if extras else "."
+    return f"pip install {target} in a checkout of aezoo"

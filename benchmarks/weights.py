@@ -242,7 +242,7 @@ def card(tag: str, folder: Path, found: Sequence["Figure"], rows: Sequence[str],
         made_by,
         "```",
     ]
-    return card_text(folder, tag, tag, LICENSE.lower(), values, "aezoo", lines)
+    return card_text(folder, tag, tag, LICENSE.lower(), values, sections=lines)
 
 
 def table() -> str:

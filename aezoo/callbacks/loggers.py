@@ -24,7 +24,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.io import atomic_files
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -236,7 +236,7 @@ class MLflow(MLFlowLogger):
             if kwargs.get("run_id"):
                 self.experiment.update_run(self.run_id, status="RUNNING")
         except (mlflow.exceptions.MlflowException, ImportError) as error:
-            local = "pip install 'aezoo[mlflow]', or " if self.is_local else ""
+            local = f"{install_hint('mlflow')}, or " if self.is_local else ""
             raise AezooError(
                 f"MLflow cannot use {address} ({_brief(error)}): {local}set MLFLOW_TRACKING_URI to another, or leave "
                 "mlflow out of --logger"

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from aezoo.callbacks import loggers
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 _PACKAGE = "lightning.pytorch.loggers"
 # what W&B calls a project and MLflow an experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says
@@ -66,12 +66,12 @@ def _mlflow(run_dir: Path, arguments: dict[str, Any], step: int | None) -> Logge
 KINDS = {
     "tensorboard": Kind(_tensorboard, "TensorBoardLogger", ("tensorboard", "tensorboardX"), "pip install tensorboard"),
     "csv": Kind(_csv, "CSVLogger", (), ""),
-    "wandb": Kind(_wandb, "WandbLogger", ("wandb",), "pip install 'aezoo[wandb]'", ("save_dir", "dir", "experiment")),
+    "wandb": Kind(_wandb, "WandbLogger", ("wandb",), install_hint("wandb"), ("save_dir", "dir", "experiment")),
     "mlflow": Kind(
         _mlflow,
         "MLFlowLogger",
         ("mlflow", "mlflow-skinny"),
-        "pip install 'aezoo[mlflow]'",
+        install_hint("mlflow"),
         defaults={"experiment_name": ""},
     ),
 }

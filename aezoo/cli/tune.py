@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from aezoo.cli.tune_search import FLAG, Search, search
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 _HELP = """\
 Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a process of its own.
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         import optuna  # noqa: F401
     except ModuleNotFoundError as error:
-        raise AezooError("aezoo tune needs optuna: pip install 'aezoo[tune]'") from error
+        raise AezooError(f"aezoo tune needs optuna: {install_hint('tune')}") from error
     from aezoo.cli import tune_study
 
     tune_study.run(options, searches, flags, [*argv])

@@ -38,7 +38,7 @@ from aezoo.data.images import EncodedImage, Header, ImageArgs, ImageFileArgs
 from aezoo.data.in_memory import InMemory, LabelledArrays, MissingArgs, to_real_tensor
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes, check_parquet
 from aezoo.data.source import DEFAULT_ROOT, Options, Source, Stage, accepts
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.security import yaml_text
 
 _LABELS = ("label", "labels", "class", "target", "y")
@@ -299,7 +299,7 @@ def _load(options: Options) -> Mapping[str, Any]:
     try:
         import datasets
     except ImportError:
-        raise AezooError("the data of --data hf needs the package datasets: pip install 'aezoo[hf]'") from None
+        raise AezooError(f"the data of --data hf needs the package datasets: {install_hint('hf')}") from None
     path, named = Path(options.root).expanduser(), _ON_HUB.fullmatch(options.root)
     if path.is_file():
         raise AezooError(f"{path} is a file: give the folder that holds it, or the file to --data array")

@@ -16,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.security.archives import check_tuples, unpacked_size
 from aezoo.security.values import check_extent
 from aezoo.training.keyword_groups import Argument
@@ -353,7 +353,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: pip install 'aezoo[parquet]'") from None
+        raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: {install_hint('parquet')}") from None
     with parquet.ParquetFile(path) as file:
         about, schema = file.metadata, file.schema_arrow
         index = (schema.pandas_metadata or {}).get("index_columns", ())

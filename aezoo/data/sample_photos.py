@@ -22,7 +22,7 @@ from torch import Tensor
 from aezoo.data.images import ImageArgs, read_image
 from aezoo.data.in_memory import InMemory, LabelledArrays
 from aezoo.data.source import Options, Stage, accepts
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 PHOTOGRAPHS: dict[Stage, tuple[str, ...]] = {
     "train": ("skimage/astronaut.png", "skimage/coffee.png", "skimage/rocket.jpg", "skimage/motorcycle_left.png",
@@ -47,9 +47,7 @@ class SamplePhotos(InMemory):
                 f"sample_photos has crops of at most {_MAX_SIZE} pixels a side, got --data.size {self.size}"
             )
         if find_spec("skimage") is None:
-            raise AezooError(
-                "the data sample_photos needs the photographs of scikit-image: pip install 'aezoo[images]'"
-            )
+            raise AezooError(f"the data sample_photos needs the photographs of scikit-image: {install_hint('images')}")
         super().__init__(options, (3, self.size, self.size), None)
 
     def load(self) -> dict[Stage, LabelledArrays]:

@@ -54,7 +54,7 @@ from aezoo.data.in_memory import to_real_tensor
 from aezoo.data.loaders import SHUFFLE_GROUP, collate
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
 from aezoo.data.source import Batch, Options, Source, Stage, accepts, split_missing
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 _LABELS = ("label", "labels", "class", "target", "y")
 _LABEL = int | float | str | np.integer | np.floating | np.bool_
@@ -271,7 +271,7 @@ class Stream(Source):
         try:
             import litdata  # noqa: F401
         except ImportError:
-            raise AezooError("--data stream needs the package litdata: pip install 'aezoo[stream]'") from None
+            raise AezooError(f"--data stream needs the package litdata: {install_hint('stream')}") from None
         self.options = options
         self.chunks = {stage: ChunkedItems(root, options.max_bytes) for stage, root in _folders(options.root).items()}
         self.class_names = _class_names(options.root)

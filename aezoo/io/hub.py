@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aezoo import registry
 from aezoo.autoencoder import Autoencoder
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.io import hub_files, tag_files
 from aezoo.io.checkpoint import load_model, save_model
 from aezoo.io.pretrained import Model, with_hyperparameters
@@ -142,8 +142,8 @@ def write_card(
     is_repository = hub_files.is_repository(name)
     address = f"{hub_files.SCHEME}{name}" + (f"@{revision}" if revision else "") if is_repository else name
     values = {key: f"{value:.6g}" for key, value in (metrics or {}).items()}
-    requirement = "aezoo[hub]" if is_repository else "aezoo"
-    text = card_text(folder, name.rpartition("/")[2], address, license, values, requirement, sections)
+    extras = ("hub",) if is_repository else ()
+    text = card_text(folder, name.rpartition("/")[2], address, license, values, extras, sections)
     (folder / hub_files.CARD).write_text(text, encoding="utf-8")
 
 
@@ -153,7 +153,7 @@ def card_text(
     address: str,
     license: str | None,
     figures: Mapping[str, str],
-    requirement: str,
+    extras: Sequence[str] = (),
     sections: Sequence[str] = (),
 ) -> str:
     """A model card.
@@ -164,7 +164,7 @@ def card_text(
         address: what `load_model` and `--ckpt_path` take.
         license: license of the weights.
         figures: names of metrics and their values.
-        requirement: what pip installs.
+        extras: extras of aezoo that loading needs.
         sections: lines in front of the code.
     """
     config = json.loads((folder / hub_files.FILES[0]).read_text())
@@ -175,7 +175,7 @@ def card_text(
     in_a_cell = str.maketrans("|", "/", "\\")
     rows = [f"| {' '.join(key.translate(in_a_cell).split())} | {value} |" for key, value in figures.items()]
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
-    quoted = f"'{requirement}'" if "[" in requirement else requirement
+    plugin = "" if entry.owner == "aezoo" else f"; pip install {entry.owner}"
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
@@ -188,7 +188,7 @@ def card_text(
         *sections,
         "",
         "```python",
-        f"import aezoo  # pip install {quoted} {entry.owner}".removesuffix(" aezoo"),
+        f"import aezoo  # {install_hint(*extras)}{plugin}",
         "",
         f"model = aezoo.load_model({address!r})  # in eval mode",
         "x_hat = model(x)  # x: (batch, " + ", ".join(map(str, config["hyperparameters"]["input_shape"])) + ")",

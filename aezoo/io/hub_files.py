@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aezoo
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 SCHEME = "hf://"
 CARD = "README.md"
@@ -269,7 +269,7 @@ def _errors_in_one_line(name: str, revision: str | None, writes: bool = False) -
     except AezooError:
         raise
     except ModuleNotFoundError as error:
-        raise AezooError("models on the hub need huggingface_hub: pip install 'aezoo[hub]'") from error
+        raise AezooError(f"models on the hub need huggingface_hub: {install_hint('hub')}") from error
     except Exception as error:  # from requests or httpx, depending on the version of huggingface_hub
         raise AezooError(_error_line(error, name, revision, writes)) from error
 

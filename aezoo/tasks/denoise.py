@@ -83,7 +83,7 @@ def denoise(
 
     Writes denoised.npy (of a table also denoised.csv, in the units of its columns) and a picture; with corrupt also
     denoise.csv: PSNR and SSIM against the clean originals, compared with a median filter, total variation and non-local
-    means (pip install 'aezoo[images]'). For PSNR and SSIM, the range of data between 0 and 1 is 1; that of other data
+    means (which need the extra images). For PSNR and SSIM, the range of data between 0 and 1 is 1; that of other data
     goes from the least to the largest clean value. Pictures of several sizes, which convolutional models whose code is
     a map take, give denoised/000000.png and so on in their sizes instead of denoised.npy.
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aezoo.errors import install_hint
+
 Arrays = npt.NDArray[np.float32]
 # (B, *shape) -> (B, *shape)
 Filter = Callable[[Arrays], Arrays]
@@ -20,7 +22,7 @@ Filter = Callable[[Arrays], Arrays]
 # lay from 0.5 to 3 and from 0.6 to 1.5
 _TV_WEIGHTS = (0.5, 0.75, 1, 1.5, 2, 3, 4)
 _NLM_H = (0.4, 0.6, 0.8, 1, 1.5)
-MISSING = "needs scikit-image: pip install 'aezoo[images]'"
+MISSING = f"needs scikit-image: {install_hint('images')}"
 
 
 def filters(shape: tuple[int, ...], sigma: float) -> dict[str, dict[str, Filter]]:

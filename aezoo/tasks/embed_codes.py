@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.tasks.result_store import write_batch
 from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
@@ -129,7 +129,7 @@ def umap() -> Any:
             warnings.filterwarnings("ignore", "Tensorflow not installed", ImportWarning)  # only ParametricUMAP needs it
             from umap import UMAP
     except ImportError as error:
-        raise AezooError("method umap needs umap-learn: pip install 'aezoo[umap]'") from error
+        raise AezooError(f"method umap needs umap-learn: {install_hint('umap')}") from error
     return UMAP
 
 

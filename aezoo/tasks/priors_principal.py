@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aezoo.distributions.gaussians import LOG_2PI
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.tasks.priors_base import Array, Density, Seed
 from aezoo.tasks.priors_riemannian import Riemannian
 from aezoo.tasks.priors_vamp import Kernel
@@ -227,5 +227,5 @@ def flows() -> Any:
     try:
         import zuko
     except ImportError as error:
-        raise AezooError("prior maf needs zuko: pip install 'aezoo[flows]'") from error
+        raise AezooError(f"prior maf needs zuko: {install_hint('flows')}") from error
     return zuko

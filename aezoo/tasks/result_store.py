@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.io import atomic_files
 from aezoo.io.terminal import printable
 from aezoo.training.data_units import DataUnits
@@ -290,7 +290,7 @@ def check_table(kind: str, kinds: Sequence[str]) -> None:
     if kind not in kinds:
         raise AezooError(f"table is {kind!r}: take {', '.join(kinds[:-1])} or {kinds[-1]}")
     if kind == "parquet" and find_spec("pyarrow") is None:
-        raise AezooError("writing .parquet needs pyarrow: pip install 'aezoo[parquet]'")
+        raise AezooError(f"writing .parquet needs pyarrow: {install_hint('parquet')}")
 
 
 def _write_parquet(file: IO[bytes], rows: Iterable[Row]) -> None:

@@ -132,7 +132,7 @@ def check_export(subject: Subject) -> None:
 
 @as_check
 def check_onnx(subject: Subject) -> None:
-    """What `check_export` checks, and ONNX files of these exports in onnxruntime, too; needs aezoo[onnx]."""
+    """What `check_export` checks, and ONNX files of these exports in onnxruntime, too; needs the extra onnx."""
     try:
         graphs.require_onnx()
     except AezooError as error:

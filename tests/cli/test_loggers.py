@@ -362,13 +362,13 @@ def test_missing_package_is_named_with_its_extra(capsys, monkeypatch, flag):
     monkeypatch.setattr(settings.metadata, "distribution", distribution)
     # left by another run, it is no package
     Path("wandb").mkdir()
-    assert "W&B is not installed: pip install 'aezoo[wandb]'" in refused(capsys, "fit", *FAST, flag)
+    assert "W&B is not installed: pip install '.[wandb]' in a checkout of aezoo" in refused(capsys, "fit", *FAST, flag)
 
 
 def test_extras_of_loggers_exist():
     extras = importlib.metadata.metadata("aezoo").get_all("Provides-Extra")
     for kind in settings.KINDS.values():
-        assert set(re.findall(r"aezoo\[(\w+)\]", kind.advice)) <= set(extras)
+        assert set(re.findall(r"\.\[(\w+)\]", kind.advice)) <= set(extras)
 
 
 def test_loggers_with_folders_of_their_own_stay_there():

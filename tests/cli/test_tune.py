@@ -172,7 +172,7 @@ def test_help_and_mistakes_need_neither_torch_nor_optuna():
 def test_missing_optuna_names_extra_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     ends(*BASE, LR)
-    assert "pip install 'aezoo[tune]'" in capsys.readouterr().err
+    assert "pip install '.[tune]' in a checkout of aezoo" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -640,5 +640,5 @@ def test_parquet_without_pandas(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pandas", None)
     (tmp_path / "t.parquet").write_bytes(b"")
-    with pytest.raises(AezooError, match=r"pip install 'aezoo\[parquet\]'"):
+    with pytest.raises(AezooError, match=r"pip install '\.\[parquet\]'"):
         DataModule(str(tmp_path / "t.parquet"))

@@ -347,7 +347,7 @@ def test_invalid_dataset_folders_are_refused(tmp_path):
 def test_missing_datasets_package_names_extra():
     code = "import sys; sys.modules['datasets'] = None\nfrom aezoo.data import DataModule\nDataModule('hf', root='x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "AezooError: " in done.stderr and "pip install 'aezoo[hf]'" in done.stderr
+    assert "AezooError: " in done.stderr and "pip install '.[hf]' in a checkout of aezoo" in done.stderr
 
 
 @pytest.mark.slow

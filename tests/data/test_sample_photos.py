@@ -54,5 +54,5 @@ def test_sizes_and_missing_packages_are_refused_in_one_line(monkeypatch):
     with pytest.raises(AezooError, match="at most 256 pixels a side"):
         DataModule("sample_photos", size=300)
     monkeypatch.setattr(sample_photos, "find_spec", lambda name: None)
-    with pytest.raises(AezooError, match=r"pip install 'aezoo\[images\]'"):
+    with pytest.raises(AezooError, match=r"pip install '\.\[images\]'"):
         DataModule("sample_photos")

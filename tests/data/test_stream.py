@@ -408,7 +408,7 @@ def test_missing_litdata_package_names_extra():
         "import sys; sys.modules['litdata'] = None\nfrom aezoo.data import DataModule\nDataModule('stream', root='x')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "AezooError: " in done.stderr and "pip install 'aezoo[stream]'" in done.stderr
+    assert "AezooError: " in done.stderr and "pip install '.[stream]' in a checkout of aezoo" in done.stderr
 
 
 # ---- packed items ---------------------------------------------------------------------------------------------------

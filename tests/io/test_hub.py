@@ -100,7 +100,10 @@ def test_plugin_model_card_names_package(model, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "find", lambda name: found)
     write_card(aezoo.save_model(model, tmp_path), "user/digits", metrics={"a|b\\": 2.5})
     card = (tmp_path / "README.md").read_text()
-    assert "`vae` of nice-ae, saved by aezoo" in card and "pip install 'aezoo[hub]' nice-ae\n" in card
+    assert (
+        "`vae` of nice-ae, saved by aezoo" in card
+        and "pip install '.[hub]' in a checkout of aezoo; pip install nice-ae\n" in card
+    )
     assert "| a/b | 2.5 |" in card
 
 
@@ -271,5 +274,5 @@ def test_subprocess_uses_cache_from_environment(hub, model, tmp_path):
 def test_missing_huggingface_hub_names_extra_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for use in (lambda: aezoo.load_model(ADDRESS), lambda: aezoo.push_to_hub(model, "user/digits")):
-        with pytest.raises(aezoo.AezooError, match=r"pip install 'aezoo\[hub\]'"):
+        with pytest.raises(aezoo.AezooError, match=r"pip install '\.\[hub\]'"):
             use()

@@ -507,7 +507,7 @@ def test_run_without_test_split_needs_input(tmp_path, capsys):
 )
 def test_missing_package_is_reported_first(monkeypatch, package, extra, verb, flags):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(AezooError, match=rf"pip install 'aezoo\[{extra}\]'"):
+    with pytest.raises(AezooError, match=rf"pip install '\.\[{extra}\]'"):
         getattr(aezoo, verb)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
 
 
@@ -534,7 +534,7 @@ def test_lack_of_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypat
 def test_missing_codec_is_reported_before_loading_model(monkeypatch, capsys, verb):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tables.constriction_stream.cache_clear()
-    assert "pip install 'aezoo[codec]'" in refused(capsys, verb, "--ckpt_path", "nowhere")
+    assert "pip install '.[codec]' in a checkout of aezoo" in refused(capsys, verb, "--ckpt_path", "nowhere")
     with pytest.raises(SystemExit) as ended:
         main([verb, "--ckpt_path", "nowhere", "--help"])
     assert ended.value.code == 0

@@ -401,7 +401,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     model = aezoo.create_model("dense_ae", (6,), latent_dim=2)
     monkeypatch.setattr(graphs, "find_spec", lambda name: None)
-    with pytest.raises(AezooError, match=r"ONNX needs onnx, onnxscript, onnxruntime: pip install 'aezoo\[onnx\]'"):
+    with pytest.raises(AezooError, match=r"ONNX needs onnx, onnxscript, onnxruntime: pip install '\.\[onnx\]'"):
         aezoo.export(model, out=str(tmp_path))
     assert aezoo.export(model, format="pt2", out=str(tmp_path)).path.is_file()
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aezoo.autoencoder import Autoencoder
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.training.data_units import DataUnits
 
 # what each function takes and gives, by the names in the file
@@ -176,7 +176,7 @@ def require_onnx() -> None:
         AezooError: they are not.
     """
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
-        raise AezooError(f"ONNX needs {', '.join(missing)}: pip install 'aezoo[onnx]'")
+        raise AezooError(f"ONNX needs {', '.join(missing)}: {install_hint('onnx')}")
 
 
 def program(function: nn.Module, example: Tensor) -> Any:

@@ -51,14 +51,14 @@ _N_LEVELS = 1008 // _STRIDE
 
 
 class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
-    """A model of the package diffusers, new or read from a folder: pip install 'aezoo[diffusers]'.
+    """A model of the package diffusers, new or read from a folder; needs the extra diffusers.
 
     Args:
         input_shape: (C, H, W), with sides that the model's stages divide. ConsistencyDecoderVAE takes 3 channels, and
             AutoencoderRAE 3 channels and equal sides.
         kind: its class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
             AutoencoderKLHunyuanImage, VQModel, AutoencoderDC, AutoencoderTiny, ConsistencyDecoderVAE or
-            AutoencoderRAE, which also needs aezoo[transformers].
+            AutoencoderRAE, which needs the extra transformers.
         config: arguments of that class, such as block_out_channels; the others are those of a small model.
         pretrained: none, or a folder written by its save_pretrained, which determines kind and config.
         beta: weight of the KL term, for a Gaussian code.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.nets.blocks.split_diffusers import (
     CONSISTENCY,
     RAE,
@@ -115,14 +115,14 @@ def kind_of(name: str) -> Any:
     try:
         cls = getattr(importlib.import_module("diffusers"), name)
     except ImportError as error:
-        raise AezooError("diffusers_ae needs diffusers: pip install 'aezoo[diffusers]'") from error
+        raise AezooError(f"diffusers_ae needs diffusers: {install_hint('diffusers')}") from error
     except (AttributeError, RuntimeError) as error:
-        raise AezooError(f"diffusers cannot give {name}, {_brief(error)}: pip install -U 'aezoo[diffusers]'") from error
+        raise AezooError(f"diffusers cannot give {name}, {_brief(error)}: {install_hint('diffusers')}") from error
     if name == RAE:
         try:
             importlib.import_module("transformers")
         except ImportError as error:
-            raise AezooError(f"the encoder of {name} needs transformers: pip install 'aezoo[transformers]'") from error
+            raise AezooError(f"the encoder of {name} needs transformers: {install_hint('transformers')}") from error
     return cls
 
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 from aezoo.nets.blocks import mae_layout
 from aezoo.nets.blocks.channel_norm import ChannelNorm
 from aezoo.nets.build import TIMM
@@ -212,7 +212,7 @@ def _timm() -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise AezooError("networks of timm need timm: pip install 'aezoo[timm]'") from error
+        raise AezooError(f"networks of timm need timm: {install_hint('timm')}") from error
 
 
 def _config(name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aezoo.errors import AezooError
+from aezoo.errors import AezooError, install_hint
 
 PRECISION = 24
 TOTAL = 1 << PRECISION
@@ -38,7 +38,7 @@ def constriction_stream() -> Any:
     try:
         import constriction
     except ImportError as error:
-        raise AezooError("compression needs constriction: pip install 'aezoo[codec]'") from error
+        raise AezooError(f"compression needs constriction: {install_hint('codec')}") from error
     coder = constriction.stream.stack.AnsCoder(np.array([1, 2], dtype=np.uint32))
     table = to_weights(np.array([[5, 1, TOTAL - 6], [1, TOTAL - 2, 1]]))
     coder.encode_reverse(np.array([1, 2], dtype=np.int32), constriction.stream.model.Categorical(perfect=False), table)

@@ -613,7 +613,9 @@ def test_invalid_model_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_missing_diffusers_names_extra_to_install(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(AezooError, match=r"^diffusers_ae needs diffusers: pip install 'aezoo\[diffusers\]'$"):
+    with pytest.raises(
+        AezooError, match=r"^diffusers_ae needs diffusers: pip install '\.\[diffusers\]' in a checkout of aezoo$"
+    ):
         aezoo.create_model("diffusers_ae", (1, 8, 8))
     main(["info", "diffusers_ae"])
     assert "AutoencoderKL" in capsys.readouterr().out
@@ -621,12 +623,18 @@ def test_missing_diffusers_names_extra_to_install(monkeypatch: Any, capsys: Any)
     with pytest.raises(SystemExit) as end:
         main(["fit", "--model", "diffusers_ae", "--data.name", "digits"])
     *_, line = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("aezoo: ") and line.endswith("pip install 'aezoo[diffusers]'")
+    assert (
+        end.value.code == 2
+        and line.startswith("aezoo: ")
+        and line.endswith("pip install '.[diffusers]' in a checkout of aezoo")
+    )
 
 
 def test_missing_transformers_names_extra_to_install(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    needed = r"^the encoder of AutoencoderRAE needs transformers: pip install 'aezoo\[transformers\]'$"
+    needed = (
+        r"^the encoder of AutoencoderRAE needs transformers: pip install '\.\[transformers\]' in a checkout of aezoo$"
+    )
     with pytest.raises(AezooError, match=needed):
         new(RAE)
     assert new("VQModel").code_shape == (4, 4, 4)
@@ -641,5 +649,5 @@ def test_diffusers_is_imported_lazily() -> None:
 
 def test_outdated_diffusers_suggests_upgrade(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", type(sys)("diffusers"))
-    with pytest.raises(AezooError, match=r"diffusers cannot give VQModel, .*pip install -U .aezoo\[diffusers\]"):
+    with pytest.raises(AezooError, match=r"diffusers cannot give VQModel, .*pip install '\.\[diffusers\]"):
         new("VQModel")

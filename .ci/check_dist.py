@@ -20,7 +20,7 @@ NEEDED = (
     "aezoo/results.json",
     "aezoo/weights/vae.mnist/model.safetensors",
 )
-UNWANTED = re.compile(r"(^|/)(__pycache__|\.venv\S*|runs|build|\.git|\.pytest_cache)/|\.(pyc|part|orig|rej|ckpt)$")
+UNWANTED = re.compile(r"(^|/)(__pycache__|\.venv\S*|runs|build|\.git|\.pytest_cache)/|\.(pyc|part|orig|rej)$")
 # folders of the wheel; everything else of the repository is only in the sdist
 ROOMS = re.compile(r"aezoo/|aezoo-[^/]+\.dist-info/")
 

@@ -38,6 +38,7 @@ from benchmarks import recipes as tables  # noqa: E402
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     "CONTRIBUTING.md": "contributing.md",
     "PROMISES.md": "promises.md",
     "SECURITY.md": "security.md",

@@ -33,8 +33,8 @@ def run(site, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_plugin_is_listed_without_import(run):
     listing = " ".join(run("aezoo", "list", "--family", "plugin").split())
-    assert "mirror_ae plugin Mirror autoencoder: tied weights" in listing
-    assert "broken_ae plugin" in listing
+    assert "mirror_ae plugin representation Mirror autoencoder: tied weights" in listing
+    assert "broken_ae plugin - " in listing
     assert "size of the code" in run("aezoo", "info", "mirror_ae")
 
 

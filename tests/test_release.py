@@ -119,6 +119,16 @@ def test_workflow_has_least_rights_and_pinned_actions(path):
             assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", step.get("uses", "a/b@v1"))
 
 
+def test_image_is_built_from_all_that_the_wheel_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    needed = {name.partition("/")[0] for name in needed | {*wheel["only-include"]} | {*wheel["force-include"]}}
+    copied = re.findall(r"(?m)^COPY (?!--from)(.+) /\S+$", (ROOT / "Dockerfile").read_text())
+    assert {name for line in copied for name in line.split()} == needed
+    assert {*re.findall(r"(?m)^!(\S+)$", (ROOT / ".dockerignore").read_text())} == needed
+
+
 @pytest.fixture
 def archives(tmp_path):
     """An sdist and two equal wheels."""

@@ -240,7 +240,7 @@ def _list(argv: list[str]) -> None:
         except AezooError as error:
             warnings.warn(str(error), stacklevel=1)
             summary = f"(broken plug-in of {entry.owner})"
-        rows.append((name, entry.family, ", ".join(registry.uses_of(name)), summary))
+        rows.append((name, entry.family, ", ".join(registry.uses_of(name)) or "-", summary))
     _table(rows)
 
 

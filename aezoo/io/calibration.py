@@ -28,7 +28,7 @@ def write(folder: Path, model: Autoencoder) -> Path:
         AezooError: it cannot be written.
     """
     assert model.data_statistics is not None
-    content = save(model.data_statistics.to_tensors(), {_WEIGHTS: fingerprint(model)})
+    content = save(model.data_statistics.to_tensors(), {_WEIGHTS: weights_sha256(model)})
     cure = f"later calls need the training data, unless {folder} can be written"
     atomic_files.write(folder / NAME, lambda file: file.write(content), cure=cure)
     return folder / NAME
@@ -55,14 +55,14 @@ def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | N
     except (SafetensorError, OSError, ValueError) as error:
         raise AezooError(f"cannot read {file}: {' '.join(str(error).split())[:100]}; delete it, and run aezoo detect "
                          "with the training data again") from error  # fmt: skip
-    if weights != fingerprint(model):
+    if weights != weights_sha256(model):
         print(f"aezoo: {file} is of other weights and is not used: aezoo detect with the training data renews it",
               file=sys.stderr)  # fmt: skip
         return None
     return DataStatistics.from_tensors(tensors, code_size, str(file))
 
 
-def fingerprint(model: Autoencoder) -> str:
+def weights_sha256(model: Autoencoder) -> str:
     """SHA-256 of all parameters and buffers, in float32 whatever their type."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

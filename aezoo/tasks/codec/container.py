@@ -55,7 +55,7 @@ class Header:
         mode: lossless; lossy; indices, of a model's own code, under tables; prior, under the model's prior; or learned,
             integers under distributions of the model. Readers that do not know a mode refuse it by name.
         model: registry name of the model.
-        fingerprint: SHA-256 of the model, see `machine.fingerprint`.
+        fingerprint: SHA-256 of the model, see `reproducibility.fingerprint`.
         n: number of samples.
         shape: shape of one sample.
         code_shape: shape of one code.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aezoo import Autoencoder
 
 
-class MirrorAE(Autoencoder):
+class MirrorAE(Autoencoder, tags=("representation",)):
     """One sigmoid layer whose decoder is its transpose.
 
     Args:

@@ -206,6 +206,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
                 self.prepare_data()
             # a caller may have set more for a later run
             self.source.processes = max(self.source.processes, local_processes(self.trainer))
+            self.source.reads_once = stage == "predict"
             splits = {part: self.source.split(part) for part in STAGES}
             self._splits = {part: dataset for part, dataset in splits.items() if dataset is not None}
             if self.train_classes is not None:
@@ -353,7 +354,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> LazyLoader | ResidentLoader:
-        return self._loader("test")
+        # nothing is averaged over ranks, so that these may differ by a batch
+        return self._loader("test", by_batch=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Bytes become floats here, on the device: a quarter of the traffic, and no work for the workers."""
@@ -444,10 +446,10 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             and getattr(trainer.lightning_module, "takes_bytes", False)
         )
 
-    def _loader(self, stage: Stage) -> LazyLoader | ResidentLoader:
+    def _loader(self, stage: Stage, by_batch: bool = False) -> LazyLoader | ResidentLoader:
         rank, world = self._rank_and_world()
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        dataset = self._stored_split(stage, device)
+        dataset = self._stored_split(stage, device, reads_once=by_batch)
         resident = isinstance(dataset, ArrayDataset) and self.memory != "off"
         shared: dict[str, Any] = {
             "batch_size": self.batch_size,
@@ -457,6 +459,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             "world": world,
             "drop_last": self.drop_last and stage == "train",
             "blocks": self._blocks[stage],
+            "by_batch": by_batch,
         }
         transform = self._transform(stage, device)
         if resident:
@@ -488,10 +491,10 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             parts.append(binarise_rules.resample_batches)
         return parts[0] if len(parts) == 1 else Transforms(*parts) if parts else None
 
-    def _stored_split(self, stage: Stage, device: torch.device) -> Dataset[Any]:
+    def _stored_split(self, stage: Stage, device: torch.device, reads_once: bool) -> Dataset[Any]:
         """The samples of a split, in memory or on the GPU where `memory` says so."""
         dataset = self._split(stage)
-        if self.memory == "off":
+        if self.memory == "off" or (self.memory == "auto" and reads_once and not isinstance(dataset, ArrayDataset)):
             return dataset
         if not isinstance(dataset, ArrayDataset):
             if self._exceeds_memory(stage, torch.device("cpu"), local_processes(self.trainer)):

@@ -114,7 +114,8 @@ class ImageSource(Source):
         mixed = len({header.shape for header in headers.values()}) > 1 and self.size is None
         memory = "off" if mixed else self.options.memory
         held: Tensor | None = None
-        if memory == "on" or (memory == "auto" and fits_in_memory(size, torch.device("cpu"), self.processes)):
+        is_worth_it = not self.reads_once and fits_in_memory(size, torch.device("cpu"), self.processes)
+        if memory == "on" or (memory == "auto" and is_worth_it):
             held = allocate(
                 self.options.name, len(headers), self.input_shape, torch.float32 if is_16_bit else torch.uint8
             )

@@ -28,7 +28,9 @@ SHUFFLE_GROUP = 16
 class EpochSampler(DistributedSampler[Any]):
     """Row indices of one rank, `order[rank::world]`, with order = f(seed, epoch).
 
-    With blocks, which are rows that share a file, rows are shuffled within groups of `SHUFFLE_GROUP` random blocks.
+    With `chunk`, ranks take turns by so many consecutive rows instead of by one, so that their batches are those that
+    one process would read, whatever the number of ranks. With blocks, which are rows that share a file, rows are
+    shuffled within groups of `SHUFFLE_GROUP` random blocks.
 
     Lightning replaces any sampler but a DistributedSampler by its own, hence the base class. Shuffled (training): every
     rank gets len // world rows; the up to world - 1 rows left out differ between epochs. Not shuffled: no row is left
@@ -43,17 +45,25 @@ class EpochSampler(DistributedSampler[Any]):
     """
 
     def __init__(
-        self, n: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1, blocks: Tensor | None = None
+        self,
+        n: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        blocks: Tensor | None = None,
+        chunk: int = 1,
     ) -> None:
         sized = cast(Dataset[Any], range(n))
         super().__init__(sized, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
-        self.n, self.blocks = n, blocks
+        self.n, self.blocks, self.chunk = n, blocks, chunk
         self.skip, self.first = (-1, 0), 0
         self.current = torch.empty(0, dtype=torch.int64)
         if shuffle:
             self.num_samples = n // world
         else:
-            self.num_samples = n if n < world else len(range(rank, n, world))
+            self.num_samples = n if n < world else int(self._is_own(torch.arange(n)).sum())
 
     def rows(self) -> Tensor:
         """The row indices of the current epoch, without those to skip."""
@@ -65,11 +75,16 @@ class EpochSampler(DistributedSampler[Any]):
                 order = order[group[self.blocks[order]].argsort(stable=True)]
         else:
             order = torch.arange(self.n)
-        mine = order if not self.shuffle and self.n < self.num_replicas else order[self.rank :: self.num_replicas]
+        everything = not self.shuffle and self.n < self.num_replicas
+        mine = order if everything else order[self._is_own(torch.arange(self.n))]
         epoch, done = self.skip
         self.skip, self.first = (-1, 0), done if epoch == self.epoch else 0
         self.current = mine[self.first : self.num_samples]
         return self.current
+
+    def _is_own(self, places: Tensor) -> Tensor:
+        """Which places of the order are this rank's, (N,) bool."""
+        return places // self.chunk % self.num_replicas == self.rank
 
     def __iter__(self) -> Iterator[int]:
         # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
@@ -218,6 +233,22 @@ def even_batch_size(n: int, world: int, batch_size: int) -> int:
     return next(size for size in sizes if (n // world) % size)
 
 
+def rank_batches(n: int, world: int, batch_size: int, shuffle: bool, by_batch: bool) -> tuple[int, int]:
+    """The batch size, and how many consecutive rows a rank takes at a time.
+
+    Args:
+        n: number of samples.
+        world: number of processes.
+        batch_size: the size asked for.
+        shuffle: whether the order is random.
+        by_batch: give whole batches to ranks in turn, at least one to each; ranks may then differ by a batch.
+    """
+    if by_batch:
+        size = min(batch_size, max(1, n // world))
+        return size, size
+    return (batch_size if shuffle else even_batch_size(n, world, batch_size)), 1
+
+
 def make_loader(
     dataset: Dataset[Any],
     *,
@@ -231,6 +262,7 @@ def make_loader(
     pin_memory: bool = False,
     labels: bool = True,
     blocks: Tensor | None = None,
+    by_batch: bool = False,
 ) -> LazyLoader:
     """The loader of one split for one rank.
 
@@ -246,12 +278,14 @@ def make_loader(
         pin_memory: page-locked batches, which reach a GPU faster.
         labels: keep the labels in the batches.
         blocks: (N,) see `sample_blocks`.
+        by_batch: see `rank_batches`.
     """
     n = len(cast(Any, dataset))
+    size, chunk = rank_batches(n, world, batch_size, shuffle, by_batch)
     return LazyLoader(
         dataset,
-        batch_size=batch_size if shuffle else even_batch_size(n, world, batch_size),
-        sampler=epoch_sampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world, blocks=blocks),
+        batch_size=size,
+        sampler=epoch_sampler(n, shuffle=shuffle, seed=seed, rank=rank, world=world, blocks=blocks, chunk=chunk),
         num_workers=num_workers,
         drop_last=drop_last,
         pin_memory=pin_memory,

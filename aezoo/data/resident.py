@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aezoo.data.classes import paths_of
-from aezoo.data.loaders import Transform, collate, epoch_sampler, even_batch_size, reads_whole_batches
+from aezoo.data.loaders import Transform, collate, epoch_sampler, rank_batches, reads_whole_batches
 from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 
@@ -39,6 +39,7 @@ class ResidentLoader:
         drop_last: leave out an incomplete last batch.
         pin_memory: page-locked batches, which reach a GPU faster.
         blocks: (N,) see `sample_blocks`.
+        by_batch: see `rank_batches`.
 
     Attributes:
         transform: transforms the batches of an epoch.
@@ -59,14 +60,15 @@ class ResidentLoader:
         drop_last: bool = False,
         pin_memory: bool = False,
         blocks: Tensor | None = None,
+        by_batch: bool = False,
     ) -> None:
         self.x, self.y = x, y
-        self.batch_size = batch_size if shuffle else even_batch_size(len(x), world, batch_size)
+        self.batch_size, chunk = rank_batches(len(x), world, batch_size, shuffle, by_batch)
         self.drop_last, self.pin_memory = drop_last, pin_memory
         # Lightning looks for a shuffling sampler in one and tells the epoch to the other
         self.batch_sampler = None
         of_rank = {"seed": seed, "rank": rank, "world": world}
-        self.sampler = epoch_sampler(len(x), shuffle=shuffle, blocks=blocks, **of_rank)
+        self.sampler = epoch_sampler(len(x), shuffle=shuffle, blocks=blocks, chunk=chunk, **of_rank)
 
     def __len__(self) -> int:
         rows = len(self.sampler)

@@ -103,6 +103,8 @@ class Source(ABC):
             rest of these. Set by the first `split` of arrays and folders.
         spans: where the samples of a split lie in a time series, see `aezoo.data.windows`; {} for other samples.
         processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
+        reads_once: whether each sample is used once, so that there is no use in holding decoded files; the DataModule
+            sets it.
     """
 
     input_shape: tuple[int, ...]
@@ -115,6 +117,7 @@ class Source(ABC):
     derived_splits: frozenset[Stage] = frozenset()
     spans: "Mapping[Stage, Spans]" = MappingProxyType({})
     processes: int = 1
+    reads_once: bool = False
 
     def prepare(self) -> None:
         """Download missing files; called by one process per machine."""

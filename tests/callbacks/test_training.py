@@ -1,4 +1,4 @@
-"""Callbacks that touch training: annealing, averaged weights, interrupts, the bar and predictions."""
+"""Callbacks that touch training: annealing, averaged weights, interrupts and the bar."""
 
 import inspect
 import io
@@ -8,10 +8,8 @@ import re
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from callback_fakes import Fake, FakeVAE, digits
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import aezoo
 from aezoo import callbacks as zoo
-from aezoo.callbacks import EMA, BetaAnnealing, Interrupt, PredictionWriter, ProgressBar, summary
+from aezoo.callbacks import EMA, BetaAnnealing, Interrupt, ProgressBar, summary
 from aezoo.callbacks.base import Picture
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
@@ -575,71 +573,6 @@ def test_disabled_progress_bar_prints_nothing(fit, capsys, monkeypatch):
     out = terminal(monkeypatch, 100)
     fit(Fake((4,)), ProgressBar(refresh_rate=0))
     assert out.getvalue() == ""
-
-
-# ---- PredictionWriter -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_predictions_are_written_in_order(fit, tmp_path, capsys, own):
-    writer = PredictionWriter(str(tmp_path / "here") if own else "")
-    model = Fake((1, 6, 6))
-    trainer = fit(model, writer)
-    data = digits((1, 6, 6))
-    capsys.readouterr()
-    trainer.predict(model, DataLoader(data, 20), return_predictions=False)
-    path = tmp_path / ("here" if own else "run/0") / "predictions.npz"
-    assert capsys.readouterr().out.startswith(f"Predictions: {path} (code (48, 4), reconstruction (48, 1, 6, 6)")
-    with np.load(path) as file:
-        found = dict(file)
-    with torch.no_grad():
-        z = model.eval().encode(data.tensors[0])
-    assert set(found) == {"code", "reconstruction", "score", "label"}
-    np.testing.assert_allclose(found["code"], z, rtol=1e-5)
-    np.testing.assert_array_equal(found["label"], data.tensors[1])
-    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".tmp")] == []
-
-
-def test_overwritten_predictions_are_reported(tmp_path, capsys):
-    trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
-    path = tmp_path / "predictions.npz"
-    for said in ("", f"aezoo: the earlier {path} is replaced; --predictions.folder DIR keeps both\n"):
-        writer = PredictionWriter(str(tmp_path))
-        writer.setup(trainer, None, "predict")
-        writer.on_predict_batch_end(trainer, None, {"score": torch.ones(3)}, None, 0)
-        writer.on_predict_end(trainer, None)
-        assert capsys.readouterr().err == said
-
-
-def test_bfloat16_predictions_become_float32(fit, tmp_path):
-    model, writer = Fake((4,)), PredictionWriter()
-    trainer = fit(model, writer, precision="bf16-true", max_epochs=1)
-    trainer.predict(model, DataLoader(digits((4,)), 20))
-    assert np.load(tmp_path / "run" / "0" / "predictions.npz")["code"].dtype == np.float32
-
-
-def test_unwritable_predictions_are_reported_in_one_line(tmp_path):
-    (tmp_path / "a").touch()
-    trainer = SimpleNamespace(world_size=1, global_rank=0, fast_dev_run=False)
-    writer = PredictionWriter(str(tmp_path / "a"))
-    writer.setup(trainer, None, "predict")
-    writer.on_predict_batch_end(trainer, None, {"score": torch.ones(3)}, None, 0)
-    with pytest.raises(AezooError, match=r"cannot write .*predictions\.npz.*--predictions\.folder$") as caught:
-        writer.on_predict_end(trainer, None)
-    assert "\n" not in str(caught.value)
-
-
-def test_each_rank_writes_its_own_file(tmp_path, capsys):
-    for rank in range(2):
-        trainer = SimpleNamespace(world_size=2, global_rank=rank, log_dir=str(tmp_path), fast_dev_run=False)
-        writer = PredictionWriter()
-        writer.setup(trainer, None, "predict")
-        writer.on_predict_batch_end(trainer, None, {"score": torch.full((3,), float(rank))}, None, 0)
-        writer.on_predict_end(trainer, None)
-    assert [np.load(tmp_path / f"predictions-rank{rank}.npz")["score"].tolist() for rank in range(2)] == [
-        [0] * 3,
-        [1] * 3,
-    ]
 
 
 # ---- all together ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,233 @@
+"""What a command has computed so far, in a folder from which the same command goes on after a kill.
+
+A command writes its arrays block by block, at the places that their samples have in the source, and from time to time
+what it has finished. Several processes fill the same arrays, each its own blocks. An array is on the disk before the
+record says so, and the record is replaced atomically, so a kill or a power cut costs the blocks of a few seconds.
+
+    folder/key.json           what was computed; another command removes the folder and begins anew
+    folder/NAME.npy           an array of its final size
+    folder/progress-RANK.npz  what a process has finished
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from aezoo.errors import AezooError
+from aezoo.io import atomic_files, run_folder
+
+Array = npt.NDArray[Any]
+
+# seconds of work that a kill may cost
+SECONDS = 5.0
+# bytes of an array that are in memory at a time
+_CHUNK = 2**24
+_KEY = "key.json"
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 of plain values and of the weights of modules among them."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for name, value in part.state_dict().items():
+                found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                found.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        else:
+            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+class Partial:
+    """The folder of an unfinished command.
+
+    Args:
+        folder: created if it does not exist.
+        key: what is computed, see `digest`; what another key has left is removed.
+        cure: what the user should do if nothing can be written there.
+        rank: this process. Rank zero must have made its `Partial` before the other ranks make theirs.
+
+    Raises:
+        AezooError: nothing can be written there, or another process does.
+    """
+
+    def __init__(self, folder: Path, key: str, cure: str, rank: int = 0) -> None:
+        self.folder, self.cure, self.rank = folder, cure, rank
+        self._saved, self._files = time.monotonic(), dict[str, RowFile]()
+        self._lock = contextlib.ExitStack()
+        if rank:
+            return
+        stays = run_folder.existing_parent(folder.parent)
+        with contextlib.suppress(OSError):  # reported below
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(run_folder.locked(folder, stays, "choose another folder"))
+        try:
+            known = json.loads((folder / _KEY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = None
+        if known != key:
+            self._empty()
+            atomic_files.write(folder / _KEY, lambda file: file.write(json.dumps(key).encode()), cure=cure, name=folder)
+
+    def rows(self, name: str, n: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> "RowFile":
+        """The array `name` of n rows, which other processes may open, too."""
+        if name not in self._files:
+            try:
+                self._files[name] = RowFile(self.folder / f"{name}.npy", n, shape, np.dtype(dtype))
+            except OSError as error:
+                raise self._failed(name, error) from error
+        return self._files[name]
+
+    def write(self, name: str, rows: Sequence[int], values: Array, n: int) -> None:
+        """Write rows of an array of n rows; they are ascending."""
+        try:
+            self.rows(name, n, values.shape[1:], values.dtype).write(rows, values)
+        except OSError as error:
+            raise self._failed(name, error) from error
+
+    def opened(self, name: str) -> "RowFile":
+        """An array that was begun, by any process or before a kill."""
+        if name not in self._files:
+            known = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            self.rows(name, len(known), known.shape[1:], known.dtype)
+        return self._files[name]
+
+    def progress(self) -> dict[str, Array]:
+        """What this process has saved last; empty at the beginning."""
+        try:
+            with np.load(self._record) as file:
+                return dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return {}
+
+    def save(self, state: Callable[[], Mapping[str, Any]], now: bool = False) -> None:
+        """Record what this process has finished, if the last time is some seconds ago or it must be now."""
+        if not now and time.monotonic() - self._saved < SECONDS:
+            return
+        for file in self._files.values():
+            file.flush()
+        arrays = {name: np.asarray(value) for name, value in state().items()}
+        atomic_files.write(self._record, lambda file: np.savez(file, **arrays), cure=self.cure)  # type: ignore[arg-type]
+        self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Close the arrays and let other processes write here."""
+        self._close_files()
+        self._lock.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def remove(self) -> None:
+        """Remove the folder with all it holds."""
+        self._close_files()
+        self._empty()
+        self._lock.close()
+
+    def _empty(self) -> None:
+        for path in self.folder.glob("[!.]*"):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / f"progress-{self.rank}.npz"
+
+    def _failed(self, name: str, error: OSError) -> AezooError:
+        return AezooError(f"cannot write {self.folder / name}.npy: {error.strerror or error}; {self.cure}")
+
+
+class RowFile:
+    """A .npy file of fixed size, whose rows are written at their places, by any process and in any order.
+
+    Args:
+        path: opened if it exists, as another process or an earlier run has made it.
+        n: number of rows.
+        shape: of a row.
+        dtype: of the values.
+    """
+
+    def __init__(self, path: Path, n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.path, self.n, self.shape, self.dtype = path, n, shape, dtype
+        self.row_bytes = dtype.itemsize * math.prod(shape)
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            # all processes write the same
+            write_header(self._file, (n, *shape), dtype)
+            self._start = self._file.tell()
+            reserve(self._file, self._start + n * self.row_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, rows: Sequence[int], values: Array) -> None:
+        """Write rows; each run of consecutive ones at once."""
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        starts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
+        for i, j in itertools.pairwise(starts):
+            self._file.seek(self._start + rows[i] * self.row_bytes)
+            part = content[i * self.row_bytes : j * self.row_bytes]
+            while part:
+                part = part[self._file.write(part) :]
+
+    def chunks(self) -> "Iterable[bytes]":
+        """The values, without the header, in parts."""
+        self._file.seek(self._start)
+        while part := self._file.read(_CHUNK):
+            yield part
+
+    def flush(self) -> None:
+        """Have everything on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Write the header of a .npy file."""
+    header = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Give a file its size on the disk: a full disk would otherwise end a process that has mapped the file.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if os.fstat(file.fileno()).st_size < size:
+        file.truncate(size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+
+def write_npz(file: IO[bytes], members: Mapping[str, tuple[tuple[int, ...], np.dtype[Any], Iterable[bytes]]]) -> None:
+    """Write a .npz as `numpy.savez` does, of arrays that are read in parts: shape, dtype and values of each."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, (shape, dtype, chunks) in members.items():
+            # the time of a file is no content
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            with archive.open(entry, "w", force_zip64=True) as member:
+                write_header(member, shape, dtype)
+                for chunk in chunks:
+                    member.write(chunk)

@@ -491,7 +491,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             parts.append(binarise_rules.resample_batches)
         return parts[0] if len(parts) == 1 else Transforms(*parts) if parts else None
 
-    def _stored_split(self, stage: Stage, device: torch.device, reads_once: bool) -> Dataset[Any]:
+    def _stored_split(self, stage: Stage, device: torch.device, reads_once: bool = False) -> Dataset[Any]:
         """The samples of a split, in memory or on the GPU where `memory` says so."""
         dataset = self._split(stage)
         if self.memory == "off" or (self.memory == "auto" and reads_once and not isinstance(dataset, ArrayDataset)):

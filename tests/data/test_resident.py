@@ -271,7 +271,7 @@ def test_log_line_explains_why_data_are_not_on_gpu(free, caplog, monkeypatch):
     data, gpu = DataModule("mnist5k"), torch.device("cuda", 0)
     free(2**20)
     assert isinstance(data._stored_split("train", gpu), ArrayDataset)
-    monkeypatch.setattr(data, "_stored_split", lambda stage, device: data.dataset(stage))
+    monkeypatch.setattr(data, "_stored_split", lambda stage, device, **rest: data.dataset(stage))
     text = "mnist5k: samples held in memory (3.0 MiB, uint8): 3.0 MiB, more than a quarter of 1.0 MiB free on cuda:0"
     assert line(caplog, data) == text
 

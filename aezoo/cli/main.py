@@ -57,6 +57,7 @@ Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or 
   decompress --input FILE.aez      back to .npy or .png
   export RUN --what score          an .onnx, .pt2 or .safetensors file that runs without aezoo; encode, decode,
                                    reconstruct, score with its threshold, indices
+  explore RUN_OR_TAG ...           a page of models in the browser: draw, encode, decode, walk through the codes
   import SOURCE [OUT]              weights of other libraries, from files or hf://owner/name, as a saved model
 
 Measure
@@ -181,6 +182,11 @@ def _run(argv: list[str], whole: bool = False) -> None:
                 from aezoo.cli import tune
 
             tune.main(rest)
+        case ["explore", *_]:
+            with import_errors_in_one_line(whole):
+                from aezoo.cli import explore
+
+            explore.main(argv)
         case [command, *rest] if command in LIGHTNING_COMMANDS and {"-h", "--help"} & {*rest}:
             from aezoo.cli import short_help
 

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
         settings["file"] = config.input
     else:
         any_size = verb in _ANY_SIZE and sizes.takes_any_size(model)
-        settings |= _samples(config, model.data_units, trained, argv, accepted, any_size)
+        settings |= samples_of_flags(config, model.data_units, trained, argv, accepted, any_size)
     if "columns" in accepted:
         settings["columns"] = Columns.of_model(model)
     out = Path(config.out) if config.out else trained["folder"] / verb
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
     try:
-        with _signals_as_exit(), nullcontext() if verb in _EXACT else speed.evaluating(model):
+        with signals_as_exit(), nullcontext() if verb in _EXACT else speed.evaluating(model):
             result: Result = function(model=model, out=str(out), **settings)
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
@@ -181,7 +181,7 @@ def _with_flags(argv: list[str]) -> list[str]:
 
 
 @contextmanager
-def _signals_as_exit() -> Iterator[None]:
+def signals_as_exit() -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, which removes half-written files."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install signal handlers
@@ -238,7 +238,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     return parser
 
 
-def _samples(
+def samples_of_flags(
     config: Any,
     units: DataUnits | None,
     trained: dict[str, Any],

@@ -336,6 +336,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         # torch 2.12 says so of the bytes of a program that it loads
         warnings.filterwarnings("ignore", "The given buffer is not writable")
+        # torch deep-copies its own deprecated class
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)

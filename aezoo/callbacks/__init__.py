@@ -17,6 +17,7 @@ from aezoo.callbacks.learning_curves import LearningCurves
 from aezoo.callbacks.predictions import PredictionWriter
 from aezoo.callbacks.progress import ProgressBar
 from aezoo.callbacks.reconstructions import Reconstructions
+from aezoo.callbacks.report import Report
 from aezoo.callbacks.samples import Samples
 from aezoo.callbacks.summary import Summary
 from aezoo.callbacks.throughput import Throughput
@@ -42,6 +43,7 @@ __all__ = [
     "ProgressBar",
     "Projector",
     "Reconstructions",
+    "Report",
     "Samples",
     "Summary",
     "Throughput",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from aezoo.callbacks.base import EpochEnd, Picture, is_dry_run, preserved_state, run_folder, warn_on_error
 from aezoo.callbacks.checkpoints import EarlyStop
-from aezoo.callbacks.diagnosis import Curves
 from aezoo.callbacks.loggers import StepLogger
 from aezoo.distributions.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian
 from aezoo.io import atomic_files
+from aezoo.report.diagnosis import Curves
 
 if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
@@ -41,7 +41,7 @@ class LearningCurves(EpochEnd, Picture):
     writes that file itself; that of the command line, `StepLogger`, does not.
 
     Attributes:
-        curves: the losses and what `aezoo.callbacks.diagnosis` needs beside them.
+        curves: the losses and what `aezoo.report.diagnosis` needs beside them.
     """
 
     def __init__(self) -> None:

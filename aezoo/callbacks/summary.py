@@ -14,10 +14,11 @@ from rich.table import Table
 from aezoo.bases.entropy_coded import EntropyCoded
 from aezoo.callbacks.base import BestLoss, is_dry_run, run_folder
 from aezoo.callbacks.checkpoints import checkpoint_callback
-from aezoo.callbacks.diagnosis import diagnose
 from aezoo.callbacks.learning_curves import LearningCurves
 from aezoo.callbacks.media import viewers
 from aezoo.data import DataModule
+from aezoo.report.diagnosis import diagnose
+from aezoo.report.writer import NAME
 
 # columns beside the longest name that a frame and a path take at least
 _MIN_WIDTH = 30
@@ -106,6 +107,9 @@ class Summary(pl.Callback):
         pictures = self._folder / "pictures"
         if pictures.is_dir():
             rows["pictures"] = _short(pictures)
+        report = self._folder / NAME
+        if report.is_file():
+            rows["report"] = _short(report)
         saver = checkpoint_callback(trainer)
         if saver and saver.best_model_path:
             rows["best checkpoint"] = _short(Path(saver.best_model_path))

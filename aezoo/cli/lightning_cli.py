@@ -63,9 +63,11 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "histograms": callbacks.Histograms,
     "dashboard": callbacks.Dashboard,
     "predictions": callbacks.PredictionWriter,
-    "summary": callbacks.Summary,
     "fault_guard": callbacks.FaultGuard,
     "interrupt": callbacks.Interrupt,
+    # a second signal is held while the report is written, and the summary says where it is
+    "report": callbacks.Report,
+    "summary": callbacks.Summary,
     "early_stopping": callbacks.EarlyStop,
     "checkpoints": callbacks.Checkpoints,
 }

@@ -44,6 +44,8 @@ Train and use
   fit ... --resume auto            the same, or continue the last run of that command if it was stopped
   fit --resume RUN                 continue a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
+  report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and what they say, pictures,
+                                   results of commands, settings that differ, time, environment
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
                                    search for the best settings of fit in many runs
 
@@ -174,6 +176,10 @@ def _run(argv: list[str], whole: bool = False) -> None:
             _cp(rest)
         case ["benchmark", *rest]:
             _benchmark(rest)
+        case ["report", *rest]:
+            from aezoo.cli import report
+
+            report.main(rest)
         case ["import", *rest]:
             with import_errors_in_one_line(whole):
                 _import(rest)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from aezoo.callbacks import plotting
-from aezoo.callbacks.diagnosis import Curves
+from aezoo.report.diagnosis import Curves
 
 DOCS = Path(__file__).parents[2] / "docs"
 

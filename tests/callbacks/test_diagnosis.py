@@ -6,7 +6,7 @@ import re
 import pytest
 from example_curves import DOCS, EXAMPLES, curves, falling
 
-from aezoo.callbacks.diagnosis import Curves, diagnose, docs_page
+from aezoo.report.diagnosis import Curves, diagnose, docs_page
 
 
 def sections(history, run="runs/vae/0"):

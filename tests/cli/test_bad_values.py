@@ -85,7 +85,8 @@ MEANING = {
     "decay": OFF, "every_n_steps": OFF | NEVER, "start_step": OFF | NEVER, "n_steps": OFF | NEVER,
     "max_capacity": WEIGHT, "gamma": WEIGHT, "save_top_k": ALL | OFF | NEVER, "every_n_epochs": OFF | NEVER,
     "every_n_minutes": WEIGHT, "dirpath": {"", "abc", "1", None}, "threshold": WEIGHT, "l0_threshold": WEIGHT,
-    "layout": ON, "text": ON, "hparams": ON, "patience": OFF | NEVER, "min_delta": WEIGHT, "folder": {"", "abc", "1"},
+    "layout": ON, "text": ON, "hparams": ON, "html": ON,
+    "patience": OFF | NEVER, "min_delta": WEIGHT, "folder": {"", "abc", "1"},
     "refresh_rate": OFF | NEVER, "leave": ON, "projector.n": OFF, "n_projected": OFF, "span": {1.5},
 }  # fmt: skip
 FEWER = {

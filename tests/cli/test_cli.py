@@ -62,9 +62,11 @@ def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "argv", [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"]]
+    "argv",
+    [["list"], ["recipes"], ["--help"], ["--version"], ["info", "vae"], ["cp", "vae", "v.yaml"], ["report", "run"]],
 )
 def test_light_commands_need_no_torch(argv):
+    Path("run/checkpoints").mkdir(parents=True)
     code = f"import sys; from aezoo.cli.main import main; main({argv!r}); assert 'torch' not in sys.modules"
     code += "; print('light')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

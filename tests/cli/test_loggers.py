@@ -192,7 +192,7 @@ def test_loggers_of_the_trainer_are_added(monkeypatch, tmp_path):
 def test_no_logger_still_gives_a_run_folder(flags):
     fit(*flags)
     assert sorted(path.name for path in RUN.iterdir() if path.name != ".lock") == [
-        "checkpoints", "config.yaml", "metrics.csv", "pictures",
+        "checkpoints", "config.yaml", "metrics.csv", "pictures", "report.html", "run.json",
     ]  # fmt: skip
 
 

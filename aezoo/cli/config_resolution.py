@@ -4,7 +4,6 @@ Settings come from these sources, and later ones override earlier ones: defaults
 in their order, flags.
 """
 
-import inspect
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.cli import LIGHTNING_COMMANDS, loggers
 from aezoo.cli.recipes import find_recipe
 from aezoo.data import DataModule
+from aezoo.data.datamodule import stored_settings
 from aezoo.data.identity import data_identity, data_set_name, other_data_message
 from aezoo.data.settings import settings_of_source
 from aezoo.deprecated import renamed
@@ -70,7 +70,7 @@ class Request:
 def expand(argv: list[str]) -> Request:
     """Expand names for LightningCLI: models to classes, recipes to files, runs to checkpoints and settings."""
     command = argv[0]
-    rest, allowed = policy.take_flags(name_data(argv[1:]))
+    rest, allowed = policy.take_flags(name_data(policy.allow_remote(argv[1:])))
     _import_models()  # only imported classes can be named in YAML
     registry.import_plugins()
     flags: list[str] = []
@@ -256,14 +256,15 @@ def _given_name(flags: list[str]) -> str | None:
 
 def _data_set(flags: list[str]) -> list[str]:
     """The data's name, root and of."""
-    defaults = inspect.signature(DataModule).parameters
+    defaults = stored_settings()
     return [setting(flags, "data", key) or str(defaults[key].default) for key in ("name", "root", "of")]
 
 
 def _is_of(content: dict[str, Any], flags: list[str]) -> bool:
     """Whether a checkpoint's run was trained on the data that the flags name; yes if it does not say."""
     trained_on = content.get(DataModule.__qualname__, {}).get("identity")
-    return trained_on is None or trained_on == data_identity(*_data_set(flags))
+    name, root, of = _data_set(flags)
+    return trained_on is None or trained_on == data_identity(name, root, of)
 
 
 def _run_folder_model_name(model: str) -> str:
@@ -413,7 +414,7 @@ def _settings(command: str, content: dict[str, Any], source: Path, run: Path | N
     data = _plain_values(
         values.check_plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
     )
-    known = inspect.signature(DataModule).parameters
+    known = stored_settings()
     return settings | {"data": {key: value for key, value in data.items() if key in known}}
 
 
@@ -455,7 +456,7 @@ def warn_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
 
 def print_differences(section: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
     """Report settings that flags and files have changed, except for those that do not affect results."""
-    ignored = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes"}
+    ignored = {"num_workers", "memory", "root", "download", "max_pixels", "max_bytes", "cache_dir", "cache_bytes"}
     for key in sorted((stored.keys() & now.keys()) - ignored):
         stored_value = (
             tuple(stored[key]) if isinstance(now[key], tuple) and isinstance(stored[key], list) else stored[key]

@@ -51,6 +51,9 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
     _add_documented_flag(
         parser, policy.FLAG, "PKG", "Let a configuration name classes of this package; can be given repeatedly."
     )
+    _add_documented_flag(
+        parser, policy.REMOTE_FLAG, None, "Open an s3:// address that is given as --data.root, see docs/data.md."
+    )
     words = _WORDS | {"ckpt_path": _FIT if command == "fit" else _USE, "weights_only": argparse.SUPPRESS}
     for action in parser._actions:
         if action.dest == "model":
@@ -64,6 +67,6 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
             group.title = "The checkpoint"
 
 
-def _add_documented_flag(parser: LightningArgumentParser, flag: str, metavar: str, text: str) -> None:
-    nowhere = argparse.SUPPRESS
-    parser.add_argument(flag, action=_ReadBefore, dest=nowhere, default=nowhere, metavar=metavar, help=text)
+def _add_documented_flag(parser: LightningArgumentParser, flag: str, metavar: str | None, text: str) -> None:
+    nowhere, n = argparse.SUPPRESS, 0 if metavar is None else None
+    parser.add_argument(flag, action=_ReadBefore, dest=nowhere, default=nowhere, metavar=metavar, nargs=n, help=text)

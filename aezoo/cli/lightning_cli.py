@@ -37,6 +37,7 @@ from aezoo.cli.config_resolution import (
 )
 from aezoo.cli.parsing import FROM_DATA, Parser, check_flags, plain_message
 from aezoo.data import DataModule
+from aezoo.data.datamodule import PERMISSIONS
 from aezoo.data.identity import data_set_name
 from aezoo.data.in_memory import InMemory
 from aezoo.data.loaders import local_processes
@@ -229,7 +230,8 @@ class AezooCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(Autoencoder, "model", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(DataModule, "data")
+        # as add_lightning_class_args does; no file may give a permission
+        parser.add_class_arguments(DataModule, "data", fail_untyped=False, sub_configs=True, skip={*PERMISSIONS})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in FROM_DATA:

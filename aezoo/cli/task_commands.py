@@ -31,6 +31,7 @@ from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
 from aezoo.data.array import check_length, encode_labels, to_channels_first
 from aezoo.data.columns import Columns
+from aezoo.data.datamodule import PERMISSIONS, stored_settings
 from aezoo.data.folder import ImageSource
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
 from aezoo.data.loaders import worker_failure
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
     verb = argv[0]
     function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    argv, allowed = policy.take_flags(name_data(_with_flags(argv)))
+    argv, allowed = policy.take_flags(name_data(policy.allow_remote(_with_flags(argv))))
     policy.enforce(allowed)
     parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
     check_flags(argv, None, parser)
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
         if verb in ("compress", "decompress"):
             tables.constriction_stream()  # what is not installed is said before anything is read
         model, trained = checkpoint.load_run(path)
-        known = inspect.signature(DataModule).parameters
+        known = stored_settings()
         recorded = trained["settings"] or trained.get("data", {})
         stored = {key: value for key, value in recorded.items() if key in known and key != "batch_size"}
         stored = for_data_set(drop_foreign_settings(stored, argv), argv)
@@ -232,7 +233,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
         parser.add_argument("--seed", type=int, default=0, help="Seed of everything that is random.")
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
-        parser.add_class_arguments(DataModule, "data", instantiate=False)
+        parser.add_class_arguments(DataModule, "data", instantiate=False, skip={*PERMISSIONS})
         # hidden, since the verb has its own --batch_size; a file of settings may still contain that of a fit
         parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
     return parser
@@ -248,7 +249,7 @@ def samples_of_flags(
 ) -> dict[str, Any]:
     """The samples for a verb, from `--input` or a split, and the splits for fitting."""
     # the parser adds the path of a file of settings
-    known = inspect.signature(DataModule).parameters
+    known = stored_settings()
     data = {key: value for key, value in dict(config.data).items() if key in known}
     named = {key: config[key] for key in _FILES & accepted.keys() if config[key] is not None}
     splits_named = {

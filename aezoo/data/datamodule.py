@@ -1,5 +1,6 @@
 """The DataModule: any source by name, the same batches for the same seed."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack, cast
@@ -45,6 +46,8 @@ from aezoo.training.seeding import mix
 # settings that no source reads
 _NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
 _NOT_OF_SOURCES |= {*augmentation.SETTINGS}
+# arguments that no file can give, and no file keeps
+PERMISSIONS = ("allow_remote",)
 
 
 class DataModule(ConstructorHyperparameters, LightningDataModule):
@@ -56,8 +59,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             hf (a Hugging Face set), stream (chunks of litdata, which need not fit into memory), a torchvision set
             such as fashion_mnist or cifar10, a name that a plug-in adds, or a path: a folder of images, a set that
             save_to_disk or litdata wrote, or a file of arrays.
-        root: Where the files are, or where downloads go. For `folder` and `stream` the folder, for `array` the file,
-            for `hf` a folder or a name on the hub.
+        root: Where the files are, or where downloads go. For `folder` and `stream` the folder, for `stream` also
+            s3://bucket/prefix, for `array` the file, for `hf` a folder or a name on the hub.
         batch_size: Samples in a batch of each process.
         val_fraction: Share of the training samples to validate on if the set has no validation split; 0 trains without
             validation.
@@ -86,6 +89,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             their size at a random place.
         color_jitter: Brightness, contrast and saturation of training images are multiplied by factors from 1 minus
             this to 1 plus this, such as 0.4.
+        allow_remote: Whether the root may be an address, which is then opened with boto3's credentials. It is no
+            hyperparameter: no file can give it, and `--allow_remote` on the command line does.
     """
 
     input_shape: tuple[int, ...]
@@ -114,14 +119,17 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         vflip: float = 0.0,
         crop_padding: int = 0,
         color_jitter: float = 0.0,
+        allow_remote: bool = False,
         **settings: Unpack[SourceArgs],
     ) -> None:
-        shared = {key: value for key, value in locals().items() if key not in ("self", "settings", "__class__")}
+        left_out = ("self", "settings", "__class__", *PERMISSIONS)
+        shared = {key: value for key, value in locals().items() if key not in (*left_out, "left_out")}
         super().__init__()
         given = shared | complete(SourceArgs, settings)
         # a Path would end up in checkpoints, which weights_only loading then refuses
-        given |= {key: str(given[key]) for key in ("name", "root", "network", "of")}
-        self.save_hyperparameters(given, logger=False)
+        given |= {key: str(given[key]) for key in ("name", "root", "network", "of", "cache_dir")}
+        self.save_hyperparameters(given, ignore=PERMISSIONS, logger=False)
+        self.allow_remote = allow_remote
         check_settings(given)
         self.name, self.batch_size, self.seed, self.drop_last = given["name"], batch_size, seed, drop_last
         self.scale, self.labels, self.memory, self.num_workers = scale, labels, memory, num_workers
@@ -129,7 +137,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         self.missing = given["missing"]
         reader = source_of_path(self.name)
         place = {"name": reader, "root": self.name} if reader else {}
-        self.source = self._open(Options(**{key: given[key] for key in given if key not in _NOT_OF_SOURCES} | place))
+        of_source = {key: given[key] for key in given if key not in _NOT_OF_SOURCES} | place
+        self.source = self._open(Options(**of_source, allow_remote=allow_remote))
         self.input_shape = tuple(self.source.input_shape)
         augmentation.check(given, self.input_shape)
         self.augmentation = {key: given[key] for key in augmentation.SETTINGS}
@@ -278,7 +287,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """What tells this set from others, see `data_identity`; empty for arrays in memory."""
         if self._arrays is not None:
             return ""
-        return data_identity(str(self.name), *(str(self.hparams[key]) for key in ("root", "of")))
+        root, of = (str(self.hparams[key]) for key in ("root", "of"))
+        return data_identity(str(self.name), root, of, self.allow_remote)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and the settings that fix the order of batches.
@@ -525,6 +535,12 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """Restore the trainer's limit: it may fit other data next, with a validation split."""
         if self._saved_val_limit is not None and self.trainer is not None:
             self.trainer.limit_val_batches, self._saved_val_limit = self._saved_val_limit, None
+
+
+def stored_settings() -> dict[str, inspect.Parameter]:
+    """The arguments of the DataModule that files may hold, in their order."""
+    parameters = inspect.signature(DataModule).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in PERMISSIONS}
 
 
 def _storage(loader: LazyLoader | ResidentLoader) -> str:

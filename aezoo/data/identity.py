@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from aezoo.data.object_store import ObjectFolder, is_address
 from aezoo.data.source import DEFAULT_ROOT
 from aezoo.data.source_registry import is_built_in, source_of_path
 from aezoo.deprecated import renamed
@@ -17,13 +18,14 @@ _WHOLE, _BLOCK, _BLOCKS = 2**26, 2**18, 64
 _READ = 64
 
 
-def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "") -> str:
+def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remote: bool = False) -> str:
     """A text that is the same for the same set, wherever its files are, and changes with them.
 
     Args:
         name: name of a source, or the path of a set, as in `DataModule`.
         root: the folder or file of the samples.
         of: the set whose samples go through a network, if the source is activations.
+        allow_remote: whether an address may be opened, see `ObjectFolder`.
 
     Returns:
         The source's name; with a digest for folders and files of samples, whose other content is another set.
@@ -31,10 +33,14 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "") -> str:
     reader = source_of_path(name)
     source, place = (reader, name) if reader else (name, root)
     if source == "activations":
-        return f"activations of {data_identity(of, root)}"
+        return f"activations of {data_identity(of, root, allow_remote=allow_remote)}"
     # a plug-in reads files of the user's if it is given a root
     if source not in _OF_FILES and (is_built_in(source) or place == DEFAULT_ROOT):
         return source
+    if source == "stream" and is_address(place):
+        objects = ObjectFolder(place, allow_remote)
+        sizes = [(path, found.size) for path, found in objects.objects.items()]
+        return f"{source} {_folder_digest(sizes, lambda paths: objects.first_bytes(paths, _BLOCK))}"
     path = Path(place).expanduser()
     # a set of the hub has only its name
     return f"{source} {_digest(path) if path.exists() else place}"
@@ -55,16 +61,27 @@ def data_set_name(name: str, root: str = DEFAULT_ROOT) -> str:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.blake2b(digest_size=8)
     if path.is_file():
-        _add_content(found, path, _WHOLE)
+        found = hashlib.blake2b(digest_size=8)
+        _add_content(found, path)
         return found.hexdigest()
-    files = sorted(_files(path))
+    return _folder_digest(sorted(_files(path)), lambda files: (_first_bytes(path / file) for file in files))
+
+
+def _folder_digest(files: Sequence[tuple[str, int]], first_bytes: Callable[[list[str]], Iterable[bytes]]) -> str:
+    """The digest of a folder, of the paths and sizes of its files and of the beginnings of some."""
+    found = hashlib.blake2b(digest_size=8)
     for relative, size in files:
         found.update(f"{relative}\0{size}\0".encode("utf-8", "surrogateescape"))
-    for relative, _ in files[:: max(1, len(files) // _READ)]:
-        _add_content(found, path / relative, _BLOCK)
+    some = files[:: max(1, len(files) // _READ)]
+    for (_, size), content in zip(some, first_bytes([relative for relative, _ in some]), strict=True):
+        found.update(str(size).encode() + content)
     return found.hexdigest()
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_BLOCK)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
@@ -77,16 +94,15 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield str(file.relative_to(folder)), file.stat().st_size
 
 
-def _add_content(found: "hashlib.blake2b", path: Path, whole: int) -> None:
+def _add_content(found: "hashlib.blake2b", path: Path) -> None:
     size = path.stat().st_size
     found.update(str(size).encode())
     with path.open("rb") as file:
-        if size <= whole:
-            found.update(file.read(whole))
+        if size <= _WHOLE:
+            found.update(file.read(_WHOLE))
             return
-        blocks = _BLOCKS if whole == _WHOLE else 1
-        for i in range(blocks):
-            file.seek((size - _BLOCK) * i // max(1, blocks - 1))
+        for i in range(_BLOCKS):
+            file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
             found.update(file.read(_BLOCK))
 
 

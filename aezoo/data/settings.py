@@ -9,6 +9,7 @@ from aezoo.data.activations import ActivationsArgs
 from aezoo.data.array import LayoutArgs
 from aezoo.data.images import ImageArgs, ImageFileArgs
 from aezoo.data.in_memory import MissingArgs
+from aezoo.data.object_store import ObjectStoreArgs
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs
 from aezoo.data.source import Options
 from aezoo.data.source_registry import settings_of, sources_with
@@ -33,6 +34,7 @@ class SourceArgs(
     ColumnArgs,
     MissingArgs,
     WindowArgs,
+    ObjectStoreArgs,
     total=False,
 ):
     """Settings that only some sources take; those name them by `accepts`."""

@@ -67,11 +67,12 @@ class Options:
         scale: str = "auto",
         memory: str = "auto",
         download: bool = True,
+        allow_remote: bool = False,
         **settings: Any,
     ) -> None:
         self.name, self.root, self.seed, self.download = name, root, seed, download
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.scale, self.memory = scale, memory
+        self.scale, self.memory, self.allow_remote = scale, memory, allow_remote
         self.settings = settings
 
     def __getattr__(self, name: str) -> Any:

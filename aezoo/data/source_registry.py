@@ -10,6 +10,7 @@ from typing import Any
 
 from aezoo.data.idx import FAMILIES
 from aezoo.data.image_folders import SPLITS
+from aezoo.data.object_store import SCHEME
 from aezoo.data.source import DEFAULTS, Options, Source
 from aezoo.data.vision import VISION_SETS
 from aezoo.deprecated import renamed
@@ -95,6 +96,8 @@ def source_of_path(name: str) -> str | None:
     """The source that reads a path given as the name; None for a plain name."""
     if name in _BUILT_IN or name in _plugins():
         return None
+    if name.startswith(SCHEME):
+        return "stream"
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder_kind(path)

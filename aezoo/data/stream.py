@@ -4,6 +4,9 @@
     root/train/..., root/val/..., root/test/...     own splits, each such a folder
     root/classes.json                      the names of the classes, ["cat", "dog"]; without it labels are numbers
 
+The root is a folder, or s3://bucket/prefix if the user allows it: `aezoo.data.object_store` then fetches chunks when
+items of them are read, and all that follows is the same.
+
 An item is a dict, a tuple, or the sample alone. The sample is its one image, or else its one array; the label its one
 number or text, or the one of several that is called label. `--data.column` and `--data.label_column` name others, those
 of a tuple by position. Encoded images follow the rules of `aezoo.data.folder` and arrays those of `aezoo.data.array`,
@@ -19,12 +22,13 @@ Pickled data are refused, since they could run code.
 """
 
 import bisect
+import contextlib
 import inspect
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,7 @@ from aezoo.data.images import (
 )
 from aezoo.data.in_memory import to_real_tensor
 from aezoo.data.loaders import SHUFFLE_GROUP, collate
+from aezoo.data.object_store import FileCache, ObjectFolder, ObjectStoreArgs, is_address
 from aezoo.data.readers import ColumnArgs, MemoryLimitArgs, check_bytes
 from aezoo.data.source import Batch, Options, Source, Stage, accepts, split_missing
 from aezoo.errors import AezooError, install_hint
@@ -74,6 +79,8 @@ _SAFE_KINDS = (
 )
 # containers of items; no defaultdict, as litdata imports the factory that an index names for it
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
+# of index.json and classes.json in an object store
+_MOST_JSON = 2**28
 _SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
 # litdata also reads the text after the colon as the name of a decoder
 _SAFE_KIND_PATTERN = re.compile(rf"({'|'.join(_SAFE_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
@@ -135,15 +142,25 @@ class ChunkedItems(Dataset[Any]):
     Args:
         root: the folder.
         max_bytes: the most memory that a packed item may take.
+        cache: fetches the chunks into the folder, which is one of its own; by default they are there.
 
     Attributes:
         names: the chunks.
         ends: the index after the last item of each chunk.
     """
 
-    def __init__(self, root: str, max_bytes: int = 2**33) -> None:
-        self.root, self.max_bytes, self._open = root, max_bytes, (0, None)
-        self.names, self.ends = _read_index(Path(root))
+    def __init__(self, root: str, max_bytes: int = 2**33, cache: FileCache | None = None) -> None:
+        self.root, self.max_bytes, self.cache, self._open = root, max_bytes, cache, (0, None)
+        self._below = ""
+        sizes = None
+        if cache is not None:
+            self._below = "" if Path(root) == cache.folder else f"{Path(root).relative_to(cache.folder)}/"
+            sizes = {path.removeprefix(self._below): found.size for path, found in cache.objects.objects.items()}
+        self._shown = root if cache is None else f"{cache.objects.address}/{self._below}".rstrip("/")
+        self.names, self.ends = _read_index(Path(root), self._shown, sizes)
+        if cache is not None:
+            # two groups, as workers are not all in the same one
+            cache.check([self._below + name for name in self.names], 2 * SHUFFLE_GROUP)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -153,18 +170,30 @@ class ChunkedItems(Dataset[Any]):
 
     def __getitem__(self, row: int) -> Any:
         """An item as it was written, with encoded images as bytes."""
-        try:
-            return self._reader()[row]
-        # the error of a damaged item depends on its decoder
-        except Exception as error:
-            reason = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
-            raise AezooError(
-                f"{self.place(row)} cannot be read ({' '.join(reason.split())[:200]}): write the folder again"
-            ) from None
+        with contextlib.nullcontext() if self.cache is None else self.cache.held(self._path(row)):
+            try:
+                return self._reader()[row]
+            # the error of a damaged item depends on its decoder
+            except Exception as error:
+                reason = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
+                raise AezooError(
+                    f"{self.place(row)} cannot be read ({' '.join(reason.split())[:200]}): write the folder again"
+                ) from None
 
     def place(self, row: int) -> str:
         """Where an item is, for a message."""
-        return f"{self.root}, item {row} ({self.names[bisect.bisect_right(self.ends, row)]})"
+        return f"{self._shown}, item {row} ({self._name(row)})"
+
+    def fetch(self, rows: Iterable[int]) -> None:
+        """Fetch the chunks of some items at once, if they are elsewhere."""
+        if self.cache is not None:
+            self.cache.fetch({self._path(row): None for row in rows})
+
+    def _name(self, row: int) -> str:
+        return self.names[bisect.bisect_right(self.ends, row)]
+
+    def _path(self, row: int) -> str:
+        return self._below + self._name(row)
 
     def _reader(self) -> Any:
         """The litdata reader, one per process, as it keeps files open."""
@@ -199,11 +228,17 @@ def _reader(root: str, max_bytes: int = 2**33) -> Any:
     return StreamingDataset(root, **settings)
 
 
-def _read_index(root: Path) -> tuple[list[str], list[int]]:
-    """The chunk names and the index of the item after each; all chunks must exist and be readable."""
-    path = root / "index.json"
+def _read_index(root: Path, shown: str, found: Mapping[str, int] | None) -> tuple[list[str], list[int]]:
+    """The chunk names and the index of the item after each; all chunks must exist and be readable.
+
+    Args:
+        root: the folder.
+        shown: the folder in messages.
+        found: the bytes of the files that exist; by default those in the folder.
+    """
+    path = f"{shown}/index.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads((root / "index.json").read_text())
         about, chunks = content["config"], content["chunks"]
         names = [str(chunk["filename"]) for chunk in chunks]
         sizes, lengths = [int(chunk["chunk_bytes"]) for chunk in chunks], [int(chunk["chunk_size"]) for chunk in chunks]
@@ -227,13 +262,16 @@ def _read_index(root: Path) -> tuple[list[str], list[int]]:
         raise AezooError(f"{path} lists chunks that are packed as a whole: write them without compression, or with "
                          "compression_level='batch'")  # fmt: skip
     for name, size, length in zip(names, sizes, lengths, strict=True):
-        file = root / name
         if Path(name).name != name:
             raise AezooError(f"{path} names {name!r}, which is not in its folder: write the folder again")
         # litdata waits for minutes for a file to become complete
-        if not file.is_file() or file.stat().st_size < size:
-            state = f"has {file.stat().st_size} of {size} bytes" if file.is_file() else "is missing"
-            raise AezooError(f"{file} {state}: copy it again, or write the folder again")
+        if found is not None:
+            held = found.get(name)
+        else:
+            held = (root / name).stat().st_size if (root / name).is_file() else None
+        if held is None or held < size:
+            state = "is missing" if held is None else f"has {held} of {size} bytes"
+            raise AezooError(f"{shown}/{name} {state}: copy it again, or write the folder again")
         # the position of each item takes four bytes
         if length < 0 or (length > size and not about.get("compression")):
             raise AezooError(f"{path} lists {length} items in the {size} bytes of {name}: write the folder again")
@@ -251,12 +289,12 @@ def _container_types(spec: Any) -> Iterator[str]:
         yield from _container_types(part)
 
 
-@accepts(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs)
+@accepts(ImageArgs, ImageFileArgs, LayoutArgs, ColumnArgs, MemoryLimitArgs, ObjectStoreArgs)
 class Stream(Source):
     """Chunks of litdata.
 
     Args:
-        options: the DataModule's arguments; root is the folder.
+        options: the DataModule's arguments; root is the folder or its address.
     """
 
     def __init__(self, options: Options) -> None:
@@ -273,8 +311,13 @@ class Stream(Source):
         except ImportError:
             raise AezooError(f"--data stream needs the package litdata: {install_hint('stream')}") from None
         self.options = options
-        self.chunks = {stage: ChunkedItems(root, options.max_bytes) for stage, root in _folders(options.root).items()}
-        self.class_names = _class_names(options.root)
+        folder, shown, cache = Path(options.root).expanduser(), options.root, None
+        if is_address(options.root):
+            cache = _cache_of(options)
+            folder, shown = cache.folder, cache.objects.address
+        parts = _folders(folder, shown)
+        self.chunks = {stage: ChunkedItems(root, options.max_bytes, cache) for stage, root in parts.items()}
+        self.class_names = _class_names(folder, shown)
         self.num_classes = len(self.class_names) if self.class_names else None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
         item, place = self.chunks["train"][0], self.chunks["train"].place(0)
@@ -401,6 +444,7 @@ class StreamDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch, read chunk by chunk."""
+        self.chunks.fetch(self.rows[torch.as_tensor(indices)].tolist())
         found = {index: self[index] for index in sorted(indices)}
         return collate([found[index] for index in indices], labels=True)
 
@@ -410,14 +454,23 @@ class StreamDataset(Dataset[Any]):
         return torch.bucketize(self.rows, torch.tensor(self.chunks.ends), right=True)
 
 
-def _folders(root: str) -> dict[Stage, str]:
-    if "://" in root:
-        raise AezooError(f"{root} is an address, and addresses are not opened (SECURITY.md): copy or mount the folder "
-                         "first, and give its path with --data.root")  # fmt: skip
-    path = Path(root).expanduser()
+def _cache_of(options: Options) -> FileCache:
+    """The folder that holds files of an address, with those that say what the chunks are."""
+    objects = ObjectFolder(options.root, options.allow_remote)
+    cache = FileCache(objects, options.cache_dir, options.cache_bytes)
+    for path in objects.objects:
+        *folder, name = path.split("/")
+        is_index = name == "index.json" and (not folder or (len(folder) == 1 and folder[0].lower() in SPLITS))
+        if is_index or path == "classes.json":
+            cache.keep(path, _MOST_JSON)
+    return cache
+
+
+def _folders(path: Path, shown: str) -> dict[Stage, str]:
+    """The folder of each split; `shown` stands for the path in messages."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise AezooError(f"the folder {path} {what}: give one that litdata.optimize wrote with --data.root")
+        raise AezooError(f"the folder {shown} {what}: give one that litdata.optimize wrote with --data.root")
     if (path / "index.json").is_file():
         return {"train": str(path)}
     found: dict[Stage, str] = {
@@ -426,16 +479,16 @@ def _folders(root: str) -> dict[Stage, str]:
         if child.name.lower() in SPLITS and (child / "index.json").is_file()
     }
     if "train" not in found:
-        raise AezooError(f"no index.json in {path}, nor in {path / 'train'}: give a folder that litdata.optimize wrote")
+        raise AezooError(f"no index.json in {shown}, nor in {shown}/train: give a folder that litdata.optimize wrote")
     return found
 
 
-def _class_names(root: str) -> tuple[str, ...] | None:
-    path = Path(root).expanduser() / "classes.json"
-    if not path.is_file():
+def _class_names(folder: Path, shown: str) -> tuple[str, ...] | None:
+    file, path = folder / "classes.json", f"{shown}/classes.json"
+    if not file.is_file():
         return None
     try:
-        names = json.loads(path.read_text())
+        names = json.loads(file.read_text())
     except ValueError as error:
         raise AezooError(f'{path} is no JSON ({error}): write a list of names, ["cat", "dog"]') from None
     if not isinstance(names, list) or len(names) < 2 or len({str(name) for name in names}) < len(names):

@@ -16,6 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.security import yaml_text
 
 FLAG, VARIABLE = "--allow", "AEZOO_ALLOW"
+REMOTE_FLAG = "--allow_remote"
 # parts of lightning with objects that a Trainer takes; not its cli, and not its utilities, which load pickles
 PACKAGES = (
     "aezoo",
@@ -33,6 +34,34 @@ PACKAGES = (
 _DENIED_MODULES = ("aezoo.cli", "aezoo.cli.lightning_cli", "aezoo.security", "aezoo.testing")
 _GROUPS = ("aezoo.models", "aezoo.data")
 _opened: set[str] = set()
+_remote = False
+
+
+def allow_remote(argv: Iterable[str]) -> list[str]:
+    """Arguments without `--allow_remote`, which lets sources of data open addresses until the next call.
+
+    Raises:
+        AezooError: the flag has another value than true or false.
+    """
+    global _remote
+    _remote, kept, rest = False, [], list(argv)
+    while rest:
+        flag, equals, value = rest[0].partition("=")
+        word = rest.pop(0)
+        if flag != REMOTE_FLAG:
+            kept.append(word)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        if value.lower() not in ("true", "false"):
+            raise AezooError(f"{REMOTE_FLAG} takes no value, got {value!r}")
+        _remote = value.lower() == "true"
+    return kept
+
+
+def allows_remote() -> bool:
+    """Whether `--allow_remote` stands on this process's command line."""
+    return _remote
 
 
 def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -80,7 +80,8 @@ MEANING = {
     # of the sources synthetic_dictionary, activations, hf and stream alone, which read them
     "dictionary_active": {1.5}, "dictionary_correlation": OFF, "dictionary_noise": WEIGHT, "normalise": ON,
     "network": {"", "abc", "1"}, "layer": {"", "abc", "1"}, "of": {"", "abc", "1"},
-    "column": {"", "abc", "1"}, "label_column": {"", "abc", "1"},
+    "column": {"", "abc", "1"}, "label_column": {"", "abc", "1"}, "cache_dir": {"", "abc", "1"}, "cache_bytes": NEVER,
+    "allow_remote": ON,
     # callbacks
     "decay": OFF, "every_n_steps": OFF | NEVER, "start_step": OFF | NEVER, "n_steps": OFF | NEVER,
     "max_capacity": WEIGHT, "gamma": WEIGHT, "save_top_k": ALL | OFF | NEVER, "every_n_epochs": OFF | NEVER,
@@ -207,6 +208,7 @@ WORDS = {"-1": -1, "0": 0, "1.5": 1.5, str(HUGE): HUGE, "null": None, "true": Tr
 FREE = (
     "name",
     *("data.root", "data.network", "data.layer", "data.of", "data.column", "data.label_column"),
+    "data.cache_dir",
     *("trainer.default_root_dir", "trainer.model_registry", "predictions.folder", "checkpoints.dirpath"),
 )
 UNSET, SWITCHED_ON, COUNT = {"null"}, {"true"}, {"0", "null"}

@@ -1,6 +1,5 @@
 """Settings of the DataModule: which source takes which."""
 
-import inspect
 import json
 
 import pytest
@@ -9,12 +8,13 @@ import torch
 from aezoo import AezooError
 from aezoo.__main__ import main
 from aezoo.data import DataModule, Options, list_data
+from aezoo.data.datamodule import stored_settings
 from aezoo.data.images import ImageArgs
 from aezoo.data.settings import SourceArgs, settings_of_source
 from aezoo.data.source import ArrayDataset, Source, accepts
 from aezoo.data.source_registry import settings_of
 
-DEFAULTS = {key: one.default for key, one in inspect.signature(DataModule).parameters.items()}
+DEFAULTS = {key: one.default for key, one in stored_settings().items()}
 
 
 @pytest.mark.slow

@@ -345,7 +345,7 @@ def test_columns_by_their_names(tmp_path):
 @pytest.mark.slow
 def test_invalid_or_missing_chunks_are_refused(tmp_path):
     refused("does not exist: give one that litdata.optimize wrote", tmp_path / "nowhere")
-    refused("is an address, and addresses are not opened", "s3://bucket/set")
+    refused("is an address, and only s3:// ones are opened", "gs://bucket/set")
     (tmp_path / "empty").mkdir()
     refused("no index.json in", tmp_path / "empty")
     root = tmp_path / "set"

@@ -1,10 +1,12 @@
 """What the picture callbacks share: when to draw, on which samples, and where a figure goes."""
 
 import random
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -32,6 +34,10 @@ _PICTURES = (
     "reconstructions", "samples", "latents", "latent_map", "traversal", "interpolation", "kl_per_dimension",
     "codebook_indices", "codebook_usage", "codebook_frequencies", "filters", "atoms",
 )  # fmt: skip
+# where no period is given, pictures are drawn every so many epochs, and take at most this share of a fit's time
+PERIOD, _SHARE = 5, 0.05
+# seconds that the pictures of an epoch are taken to need before the first have been drawn
+_FIRST_GUESS = 0.5
 # samples or panels in one picture
 MAX_DRAWN = 10_000
 
@@ -89,6 +95,44 @@ def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") 
     media.log_picture(trainer, f"{folder.name}/{picture_title(name)}", pixels)
 
 
+class DrawingTime:
+    """Decides when the pictures of a fit are drawn together, so that they take a small share of its time."""
+
+    _of: ClassVar["weakref.WeakKeyDictionary[pl.Trainer, DrawingTime]"] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._started, self._spent, self._before = time.monotonic(), 0.0, 0.0
+        self._cost, self._epoch, self._allowed = _FIRST_GUESS, -1, False
+
+    @classmethod
+    def start(cls, trainer: pl.Trainer) -> None:
+        """Begin to count for a fit; each callback does, before it begins."""
+        cls._of[trainer] = cls()
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> "DrawingTime":
+        """That of all callbacks of a trainer."""
+        return cls._of[trainer]
+
+    def allows(self, epoch: int) -> bool:
+        """Whether pictures of this epoch would keep to their share; all callbacks get the same answer."""
+        if epoch != self._epoch:
+            if self._allowed:
+                self._cost = self._spent - self._before
+            self._epoch, self._before = epoch, self._spent
+            self._allowed = self._spent + self._cost <= _SHARE * (time.monotonic() - self._started)
+        return self._allowed
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Count the time inside."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent += time.monotonic() - began
+
+
 def picture_title(name: str) -> str:
     """A picture's name in loggers; TensorBoard sorts by it, so a number puts those first that are looked at first.
 
@@ -111,8 +155,10 @@ def warn_on_error(owner: Any) -> Iterator[None]:
             rank_zero_warn(f"{type(owner).__name__} drew no picture: {type(error).__name__}: {error}")
 
 
-def check_period(owner: object, every_n_epochs: int) -> int:
-    """Refuse a negative period."""
+def check_period(owner: object, every_n_epochs: int | None) -> int:
+    """The period, `PERIOD` for None; a negative one is refused."""
+    if every_n_epochs is None:
+        return PERIOD
     if every_n_epochs < 0:
         raise AezooError(
             f"{type(owner).__name__}.every_n_epochs must be 0 (off) or the number of epochs between two pictures, "
@@ -144,13 +190,14 @@ class Picture(Checked, pl.Callback):
     Only rank zero draws. A picture that fails gives one warning and never ends the run.
 
     Args:
-        every_n_epochs: epochs between two pictures; 0 turns them off.
+        every_n_epochs: epochs between two pictures; 0 turns them off. None draws every 5 epochs, or less often where
+            all pictures would take more than 5 % of the fit's time.
         n_inputs: validation samples that `draw` needs.
     """
 
-    def __init__(self, every_n_epochs: int, n_inputs: int) -> None:
+    def __init__(self, every_n_epochs: int | None, n_inputs: int) -> None:
         super().__init__()
-        self.every_n_epochs = check_period(self, every_n_epochs)
+        self.every_n_epochs, self._limited = check_period(self, every_n_epochs), every_n_epochs is None
         self._n_inputs = n_inputs
         self._x: list[Tensor] = []
         self._y: list[Tensor] = []
@@ -193,6 +240,7 @@ class Picture(Checked, pl.Callback):
         if stage == "fit" and self.every_n_epochs and not is_dry_run(trainer):
             self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
             self._active = trainer.is_global_zero
+            DrawingTime.start(trainer)
 
     def on_validation_batch_end(
         self,
@@ -217,7 +265,10 @@ class Picture(Checked, pl.Callback):
         if self._active and not trainer.sanity_checking:
             self._complete = True
             self._epoch = trainer.current_epoch
-            if self.is_due(self._epoch + 1, self._epoch + 1 == trainer.max_epochs):
+            last = self._epoch + 1 == trainer.max_epochs
+            if self.is_due(self._epoch + 1, last) and (
+                last or not self._limited or DrawingTime.of(trainer).allows(self._epoch)
+            ):
                 self._draw(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,7 +291,7 @@ class Picture(Checked, pl.Callback):
             return
         x = torch.cat(self._x) if self._x else torch.empty(0)
         y = torch.cat(self._y) if self._y else None
-        with warn_on_error(self):
+        with warn_on_error(self), DrawingTime.of(trainer).measured():
             with preserved_state(pl_module):
                 figures = self.draw(cast("Autoencoder", pl_module), x, y)
             for name, figure in figures.items():

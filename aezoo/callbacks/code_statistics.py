@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from aezoo.callbacks.base import (
+    PERIOD,
+    DrawingTime,
     check_not_negative,
     check_period,
     is_dry_run,
@@ -26,7 +28,7 @@ class CodeStatistics(Checked, pl.Callback):
 
     For models with a Gaussian posterior and the prior N(0, I): `val/active_units`, the dimensions whose posterior mean
     varies by more than `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and
-    pictures/kl_per_dimension.png.
+    pictures/kl_per_dimension.png, which is drawn when other pictures are by default, and at the end.
     For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and `val/dead`,
     the share of entries that no sample uses. Metrics that the model logs itself are not logged again. Other models
     cost nothing.
@@ -44,12 +46,15 @@ class CodeStatistics(Checked, pl.Callback):
         self.l0_threshold = check_not_negative(self, "l0_threshold", l0_threshold)
         self._active = False
         self._terms: Collection[str] = ()
+        # the KL of each unit, whether it is active, and when that was, until they are drawn
+        self._undrawn: tuple[Tensor, Tensor, str] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         of_interest = getattr(pl_module, "normal_prior", False) or getattr(pl_module, "sparse_code", False)
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
         self._active, self._counting, self._warned = bool(of_interest and wanted), False, False
-        self._folder = run_folder(trainer) / "pictures"
+        self._folder, self._undrawn = run_folder(trainer) / "pictures", None
+        DrawingTime.start(trainer)
         distributed.release_collectives_at_exit(trainer)
 
     def on_train_batch_end(
@@ -105,21 +110,28 @@ class CodeStatistics(Checked, pl.Callback):
             active = variance > self.threshold
             self._log(pl_module, "active_units", active.sum())
             if trainer.is_global_zero:
-                with warn_on_error(self):
-                    self._draw(trainer, sums["kl"] / n, active)
+                epoch = trainer.current_epoch
+                self._undrawn = sums["kl"] / n, active, f"epoch {epoch + 1}, step {trainer.global_step}"
+                due = (epoch + 1) % PERIOD == 0 and DrawingTime.of(trainer).allows(epoch)
+                if due or trainer.state.fn != "fit":
+                    self._draw(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(trainer)
 
     def _log(self, pl_module: pl.LightningModule, name: str, value: Tensor) -> None:
         if name not in self._terms:  # two values under one name would be averaged
             pl_module.log(f"val/{name}", value.float(), sync_dist=True)
 
-    def _draw(self, trainer: pl.Trainer, kl: Tensor, active: Tensor) -> None:
+    def _draw(self, trainer: pl.Trainer) -> None:
         from aezoo.callbacks import plotting
 
-        title = (
-            f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in all; "
-            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
-        )
-        save_figure(trainer, self._folder, "kl_per_dimension", plotting.bar_figure(kl, "KL in nats", title, active))
+        if self._undrawn is None:
+            return
+        (kl, active, when), self._undrawn = self._undrawn, None
+        title = f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in all; {when}"
+        with warn_on_error(self), DrawingTime.of(trainer).measured():
+            save_figure(trainer, self._folder, "kl_per_dimension", plotting.bar_figure(kl, "KL in nats", title, active))
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class Codebook(Picture):
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off, and the projector.
+        every_n_epochs: epochs between two pictures; 0 turns them off, and the projector. None: every 5 epochs, but less
+            often where all pictures would take more than 5 % of the fit's time.
         n_projected: most codes that a projected codebook may have; 0 projects none.
     """
 
@@ -65,7 +66,7 @@ class Codebook(Picture):
     # of each codebook, of each of its Q indices, (K,)
     _counts: dict[str, list[Tensor]]
 
-    def __init__(self, n: int = 8, every_n_epochs: int = 5, n_projected: int = 10_000) -> None:
+    def __init__(self, n: int = 8, every_n_epochs: int | None = None, n_projected: int = 10_000) -> None:
         super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, maximum=_SAMPLES))
         self.n, self.n_projected = n, check_count(self, "n_projected", n_projected, 0, 1_000_000)
 

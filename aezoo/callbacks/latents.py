@@ -28,10 +28,11 @@ class LatentScatter(Picture):
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off.
+        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+            pictures would take more than 5 % of the fit's time.
     """
 
-    def __init__(self, n: int = 2000, every_n_epochs: int = 5) -> None:
+    def __init__(self, n: int = 2000, every_n_epochs: int | None = None) -> None:
         super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, 3, 1_000_000))
         self.n = n
 

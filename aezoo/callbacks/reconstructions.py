@@ -25,11 +25,12 @@ class Reconstructions(Picture):
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off.
+        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+            pictures would take more than 5 % of the fit's time.
         rows: what to show, of original, corrupted, output and error.
     """
 
-    def __init__(self, n: int = 10, every_n_epochs: int = 5, rows: tuple[str, ...] = _ROWS) -> None:
+    def __init__(self, n: int = 10, every_n_epochs: int | None = None, rows: tuple[str, ...] = _ROWS) -> None:
         super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, maximum=MAX_DRAWN))
         if not rows or set(rows) - set(_ROWS):
             raise AezooError(

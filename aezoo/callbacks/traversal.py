@@ -30,7 +30,8 @@ class Traversal(Picture):
         steps: pictures along each walk.
         span: how far the traversal goes, in standard deviations of the prior.
         side: pictures along each side of the map.
-        every_n_epochs: epochs between two pictures; 0 turns them off.
+        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+            pictures would take more than 5 % of the fit's time.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Traversal(Picture):
         steps: int = 9,
         span: float = 3.0,
         side: int = 20,
-        every_n_epochs: int = 5,
+        every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(every_n_epochs, n_inputs=max(_INPUTS, 2 * n_pairs))
         if not 0 < span <= 100:

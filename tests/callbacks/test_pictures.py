@@ -5,6 +5,7 @@ import copy
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -77,6 +78,55 @@ def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
     for tag in found.Tags()["images"]:
         # three steps an epoch; after epochs 2 and 4, and 5, the last
         assert [image.step for image in found.Images(tag)] == [6, 12, 15]
+
+
+class Clock:
+    """Time that passes by epochs and pictures alone."""
+
+    def __init__(self, monkeypatch, picture: float = 0.4) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("aezoo.callbacks.base.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("aezoo.callbacks.base.save_figure", lambda *_: self.wait(picture))
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Epochs(pl.Callback):
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.clock.wait(self.seconds)
+
+
+def drawn_in(fit, monkeypatch, picture: float, epochs: int, **options: int) -> list[int]:
+    """The epochs in which two callbacks draw, with epochs of 2 s."""
+    clock, epochs_of = Clock(monkeypatch, picture), ([], [])
+    callbacks = Reconstructions(n=2, **options), Samples(n=2, **options)
+    for callback, found in zip(callbacks, epochs_of, strict=True):
+
+        def draw(*args, own=callback, found=found, draw=callback.draw):
+            found.append(own._epoch + 1)
+            return draw(*args)
+
+        monkeypatch.setattr(callback, "draw", draw)
+    fit(FakeVAE((1, 8, 8), latent_dim=2), Epochs(clock, 2.0), *callbacks, max_epochs=epochs)
+    assert epochs_of[0] == epochs_of[1]
+    return epochs_of[0]
+
+
+def test_pictures_keep_to_a_twentieth_of_the_time(fit, monkeypatch):
+    # rounds of 0.8 s, which need 16 s each, on multiples of 5 epochs: 0.5 s are expected of the first
+    assert drawn_in(fit, monkeypatch, 0.4, 42) == [5, 20, 25, 35, 40, 42]
+
+
+def test_quick_pictures_are_drawn_every_five_epochs(fit, monkeypatch):
+    assert drawn_in(fit, monkeypatch, 0.1, 21) == [5, 10, 15, 20, 21]
+
+
+def test_a_period_that_is_given_is_kept(fit, monkeypatch):
+    assert drawn_in(fit, monkeypatch, 9.0, 5, every_n_epochs=2) == [2, 4, 5]
 
 
 def test_zero_turns_pictures_off(fit, tmp_path):

@@ -84,7 +84,7 @@ MEANING = {
     "allow_remote": ON,
     # callbacks
     "decay": OFF, "every_n_steps": OFF | NEVER, "start_step": OFF | NEVER, "n_steps": OFF | NEVER,
-    "max_capacity": WEIGHT, "gamma": WEIGHT, "save_top_k": ALL | OFF | NEVER, "every_n_epochs": OFF | NEVER,
+    "max_capacity": WEIGHT, "gamma": WEIGHT, "save_top_k": ALL | OFF | NEVER, "every_n_epochs": OFF | NEVER | NONE,
     "every_n_minutes": WEIGHT, "dirpath": {"", "abc", "1", None}, "threshold": WEIGHT, "l0_threshold": WEIGHT,
     "layout": ON, "text": ON, "hparams": ON, "html": ON,
     "patience": OFF | NEVER, "min_delta": WEIGHT, "folder": {"", "abc", "1"},
@@ -95,6 +95,7 @@ FEWER = {
     ("EMA", "every_n_steps"): NEVER,
     ("FaultGuard", "every_n_steps"): NEVER,
     ("Checkpoints", "every_n_epochs"): NEVER,
+    **dict.fromkeys((("CodeStatistics", "every_n_epochs"), ("Histograms", "every_n_epochs")), OFF | NEVER),
     ("Projector", "n"): OFF,
     ("data", "layout"): set(),
     ("data", "window_length"): OFF,

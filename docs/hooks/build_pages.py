@@ -76,7 +76,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     families = tables.families()
     shipped = [tag.name for names in families.values() for name in names for tag in registry.tags_of(name)]
     traversals = gallery.pictures(shipped)
-    _add(files, config, GALLERY, gallery.page(shipped, traversals), f"docs/{GALLERY}")
+    explorer = gallery.explorer(shipped, ROOT / "build" / "explorer")
+    for place, path in explorer.items():
+        files.append(File.generated(config, f"explorer/{place}", abs_src_path=str(path)))
+    _add(files, config, GALLERY, gallery.page(shipped, traversals, bool(explorer)), f"docs/{GALLERY}")
     for name, picture in traversals.items():
         files.append(File.generated(config, f"weights/{name}.traversal.png", content=picture))
     related = _relatives([name for names in families.values() for name in names])

@@ -1,7 +1,10 @@
 """The gallery: pictures of the shipped weights, and of what the numbers of their codes do."""
 
+import hashlib
 import io
+import logging
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +13,17 @@ from torch import Tensor
 
 import aezoo
 from aezoo.autoencoder import Autoencoder
+from aezoo.errors import AezooError
 
 ROWS, STEPS = 8, 11
 # samples of a prior whose codes stand in for those of the training data
 _DRAWN = 500
 _ZOOM, _GAP = 2, 2
+# Fashion-MNIST as Debian installs it; without it the page has no samples for the models of clothes
+_FASHION = Path("/usr/share/datasets")
+# what the graphs and codes of the explorer depend on
+_SOURCES = ("aezoo/weights/tags.json", "aezoo/tasks/explore.py", "aezoo/io/exporters/graphs.py", "aezoo/cli/explore.py")
+log = logging.getLogger("mkdocs.hooks.gallery")
 
 INTRODUCTION = """# Gallery
 
@@ -24,15 +33,25 @@ number of a code from the 1st to the 99th percentile of its values while the oth
 change the picture most.
 """
 
+EXPLORER = """
+## Try them here
 
-def page(names: Sequence[str], with_traversal: Collection[str]) -> str:
+The weights run in this page, in your browser: draw a digit, or drag the point over the plane. They are on
+[a page of their own](explorer/index.html), too, and [`aezoo explore`](explore.md) makes such a page of your own models.
+
+<iframe class="explorer" src="explorer/index.html?model=vae.mnist_2d" title="Weights to try" loading="lazy"></iframe>
+"""
+
+
+def page(names: Sequence[str], with_traversal: Collection[str], with_explorer: bool) -> str:
     """The page in Markdown: of weights with these names."""
-    parts = []
+    parts = [EXPLORER.strip()] if with_explorer else []
     for name in names:
         model = name.partition(".")[0]
+        explored = f", [try it](explorer/index.html?model={name})" if with_explorer else ""
         parts.append(
             f"## {name}\n\n[`{model}`](models/{model}.md), `aezoo.load_model({name!r})`, "
-            f"[figures and the command that trained it](weights/{name}.md).\n\n"
+            f"[figures and the command that trained it](weights/{name}.md){explored}.\n\n"
             f"![samples and reconstructions of {name}](weights/{name}.png)"
         )
         if name in with_traversal:
@@ -83,3 +102,35 @@ def pictures(names: Sequence[str]) -> dict[str, bytes]:
     """PNGs of the traversals of these weights, by name; of those that have one."""
     found = {name: traversals(aezoo.load_model(name)) for name in names}
     return {name: picture(rows) for name, rows in found.items() if rows is not None}
+
+
+def explorer(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The files of the page of `aezoo explore` for these weights, by their place on it.
+
+    They are written to `folder` where those of the same sources are not there. {} where the page cannot be made, for
+    want of onnxruntime-web, which is then said.
+    """
+    from aezoo.cli import explore as command
+    from aezoo.tasks.explore import PAGE, explore
+
+    key, mark = _digest(names), folder / "key.txt"
+    if not mark.is_file() or mark.read_text() != key:
+        mark.unlink(missing_ok=True)
+        clothes = ["--data.name", "fashion_mnist", "--data.root", str(_FASHION)]
+        fashion = [name for name in names if name.endswith(".fashion_mnist")]
+        found = command.subjects([name for name in names if name not in fashion], [])
+        found += command.subjects(fashion, clothes if (_FASHION / "fashion-mnist").is_dir() else [])
+        try:
+            explore(found, out=folder)
+        except AezooError as error:
+            log.info("the gallery has no explorer: %s", error)
+            return {}
+        mark.write_text(key)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path != mark}
+    return files | {path.name: path for path in PAGE.iterdir()}
+
+
+def _digest(names: Sequence[str]) -> str:
+    root = Path(__file__).parents[2]
+    content = [(root / name).read_bytes() for name in _SOURCES]
+    return hashlib.sha256(b"".join([repr((names, torch.__version__)).encode(), *content])).hexdigest()

@@ -60,6 +60,12 @@ def test_picture_holds_rows_and_columns():
 
 
 def test_page_shows_each_weights_once():
-    page = gallery.page(["vae.mnist", "vq_vae.mnist"], {"vae.mnist"})
+    page = gallery.page(["vae.mnist", "vq_vae.mnist"], {"vae.mnist"}, with_explorer=False)
     assert page.count("(weights/vae.mnist.png)") == page.count("(weights/vq_vae.mnist.png)") == 1
     assert page.count("traversal.png") == 1 and "(weights/vae.mnist.traversal.png)" in page
+
+
+def test_page_embeds_the_explorer_where_there_is_one():
+    without, page = (gallery.page(["vae.mnist"], (), with_explorer=flag) for flag in (False, True))
+    assert "explorer" not in without
+    assert 'src="explorer/index.html?model=' in page and "(explorer/index.html?model=vae.mnist)" in page

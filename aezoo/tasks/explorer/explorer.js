@@ -549,20 +549,21 @@ class Card {
     const which = shown.length < m.size ? `The ${shown.length} of ${m.size} numbers that vary most` : "The numbers of the code";
     parts["sliders-title"].textContent = which;
     this.sliders = shown.map(d => {
-      const label = document.createElement("label"), name = document.createElement("span");
+      const row = document.createElement("div"), name = document.createElement("span");
       const slider = document.createElement("input"), output = document.createElement("output");
-      label.className = "slider";
+      row.className = "slider";
       name.textContent = `z${d}`;
+      slider.setAttribute("aria-label", `z${d}`);
       Object.assign(slider, { type: "range", min: m.low[d], max: m.high[d], step: (m.high[d] - m.low[d]) / 200 });
       slider.addEventListener("input", () => {
         this.z[d] = Number(slider.value);
         this.codeChanged();
         this.gridChanged();
       });
-      label.append(name, slider, output);
-      return { d, slider, output, label };
+      row.append(name, slider, output);
+      return { d, slider, output, row };
     });
-    parts.sliders.replaceChildren(...this.sliders.map(({ label }) => label));
+    parts.sliders.replaceChildren(...this.sliders.map(({ row }) => row));
   }
 
   moveTo(z) {
@@ -690,12 +691,15 @@ class Card {
       });
       context.globalAlpha = 1;
     }
-    context.fillStyle = this.grid ? "#fff" : css("--soft");
     context.font = "12px system-ui, sans-serif";
-    context.textAlign = "right";
-    context.fillText(this.across.name, width - 6, height - 6);
-    context.textAlign = "left";
-    context.fillText(this.up.name, 6, 14);
+    context.strokeStyle = this.grid ? "#000" : css("--panel");
+    context.fillStyle = this.grid ? "#fff" : css("--text");
+    context.lineWidth = 4;
+    for (const [align, text, x, y] of [["right", this.across.name, width - 6, height - 6], ["left", this.up.name, 6, 14]]) {
+      context.textAlign = align;
+      context.strokeText(text, x, y);
+      context.fillText(text, x, y);
+    }
     const mark = (z, colour, radius, cross) => {
       const [x, y] = toScreen(this.place(z));
       for (const [line, style] of [[5, css("--panel")], [2.5, colour]]) {

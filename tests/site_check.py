@@ -116,6 +116,11 @@ def served(site: Path) -> Iterator[str]:
     """The address of a server of this machine that has the folder's files."""
 
     class Quiet(SimpleHTTPRequestHandler):
+        def handle(self) -> None:
+            # of a page that is left before all of it is there
+            with contextlib.suppress(ConnectionError):
+                super().handle()
+
         def log_message(self, *args: Any) -> None:
             pass
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -118,6 +118,11 @@ class _Handler(SimpleHTTPRequestHandler):
     """The files of a folder, for browsers of this machine alone."""
 
     timeout = _TIMEOUT
+
+    def handle(self) -> None:
+        # a browser that leaves the page has no use for the rest
+        with suppress(ConnectionError, TimeoutError):
+            super().handle()
 
     def guess_type(self, path: Any) -> str:
         return _TYPES.get(Path(path).suffix) or super().guess_type(path)

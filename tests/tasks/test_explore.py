@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import tarfile
 import threading
 import urllib.request
@@ -87,6 +88,18 @@ def test_server_gives_types_that_browsers_run(tmp_path):
         port = int(address.rpartition(":")[2])
         with pytest.raises(AezooError, match=f"cannot serve at port {port}"), command.server(tmp_path, port):
             pass
+
+
+def test_server_says_nothing_of_browsers_that_leave(tmp_path, capfd):
+    (tmp_path / "large.bin").write_bytes(bytes(2**23))
+    with served(tmp_path) as address:
+        port = int(address.rpartition(":")[2])
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(f"GET /large.bin HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                client.recv(100)
+        assert answer(f"{address}/large.bin").read(1) == b"\0"
+    assert capfd.readouterr().err == ""
 
 
 def test_runtime_is_read_from_package_folder_and_cache(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import aezoo
 from aezoo.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,11 @@ def test_workflow_has_least_rights_and_pinned_actions(path):
         assert {right for right, level in rights.items() if level != "read"} == writing.get(name, set())
         for step in job["steps"]:
             assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", step.get("uses", "a/b@v1"))
+
+
+def test_reference_lists_every_public_name():
+    listed = re.findall(r"(?m)^::: aezoo\.(?:\w+\.)*(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    assert set(aezoo.__all__) <= set(listed)
 
 
 def test_image_is_built_from_all_that_the_wheel_needs():

@@ -4,6 +4,7 @@ Names of files, classes and columns come from others, so every text goes through
 forbids the browser all but the style sheet and embedded pictures.
 """
 
+import ast
 import base64
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from aezoo.report.runs import Picture, Results, Run, Table
 
 # what is embedded of pictures: of one, and in all
 _MAX_PICTURE, _MAX_PICTURES = 2**21, 2**24
+# more would make a page of nothing else
+_MAX_CHARTS = 60
 # colours in the style sheet; of more runs, those after them repeat with a dash
 _N_COLOURS = 7
 # settings that say how a run was trained, beside those of the model
@@ -159,7 +162,7 @@ def _curves(runs: Sequence[Run]) -> str:
         key=lambda term: (term != "loss", not {f"train/{term}", f"val/{term}"} <= names.keys(), term),
     )
     charts = ""
-    for term in terms:
+    for term in terms[:_MAX_CHARTS]:
         lines = [line for i, run in enumerate(runs) for line in _lines(run, term, i, single)]
         unit = f", {_unit(term)}" if _unit(term) else ""
         svg, cut = chart(lines, f"{term} of each epoch")
@@ -323,7 +326,9 @@ def _differing(runs: Sequence[Run]) -> str:
     rows = []
     for name in names:
         values = [_value(run.settings[name]) if name in run.settings else None for run in runs]
-        if len(set(values)) > 1:
+        # a model may lack a setting; anything else that is missing is only not written down
+        lacking = None in values and not name.startswith("model.")
+        if len({*values} - ({None} if lacking else set())) > 1:
             cells = [
                 '<span class="light">–</span>' if value is None else
                 f'{text(value)} <span class="light">(default)</span>' if known.get(name) == value else text(value)
@@ -345,7 +350,15 @@ def _defaults(model: str) -> dict[str, str]:
         parameters = registry.card(model).parameters
     except AezooError:
         return {}
-    return {f"model.{name}": default.strip("'\"").replace("()", "[]") for name, _, default, _ in parameters if default}
+    return {f"model.{name}": _value(_literal(default)) for name, _, default, _ in parameters if default}
+
+
+def _literal(source: str) -> Any:
+    """The value of a default in a program's text, or that text."""
+    try:
+        return ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        return source
 
 
 def _value(value: Any) -> str:
@@ -362,13 +375,13 @@ def _environment(runs: Sequence[Run]) -> str:
 def _facts(run: Run) -> dict[str, str]:
     found: dict[str, str] = {}
     if (rate := _rate(run)) != "–":
-        found["training, samples/s"] = f"{rate} (median of the epochs)"
+        found["training samples/s, median of the epochs"] = rate
     seconds = _duration(run)
     if not math.isnan(seconds):
         found["time of the fit"] = _seconds(seconds)
         epochs = sum(int(_finite(fit.get("epochs"))) for fit in run.fits if "seconds" in fit)
         if epochs:
-            found["time of an epoch"] = f"{_seconds(seconds / epochs)}, with validation, pictures and checkpoints"
+            found["time of an epoch, with validation and files"] = _seconds(seconds / epochs)
     elif run.fits:
         found["time of the fit"] = "not known, as it did not end"
     if len(run.fits) > 1:
@@ -452,6 +465,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterab
             found.append(f"<{kind}{' class=n' * (i in right)}>{cell}</{kind.split()[0]}>")
         return f"<tr>{''.join(found)}</tr>"
 
-    head = row(list(map(text, header)), "th")
+    head = f"<thead>{row(list(map(text, header)), 'th')}</thead>" if any(header) else ""
     body = "".join(row(cells, "td") for cells in rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'

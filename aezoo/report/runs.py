@@ -28,6 +28,8 @@ _MAX_METRICS, _MAX_TABLE, _MAX_RECORD = 2**26, 2**22, 2**20
 _MAX_EPOCH = 10**9
 # a longer table has a row a sample, of which a few show what it holds
 _MAX_ROWS, _FEW_ROWS, _MAX_COLUMNS = 40, 5, 16
+# folders of results, tables and pictures in each
+_MAX_FILES = 50
 # what picture files begin with; SVG is none of them, because it may hold scripts
 _PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 # pictures that the report draws itself
@@ -252,7 +254,8 @@ def read_run(folder: Path, label: str) -> Run:
             run.notes.append(str(error))
     run.finished = (folder / "checkpoints" / "finished.json").is_file()
     run.pictures = _pictures(folder / "pictures")
-    run.results = [found for inner in _entries(folder) if (found := _results(inner)) is not None]
+    results = (_results(inner) for inner in _entries(folder))
+    run.results = list(islice((found for found in results if found is not None), _MAX_FILES))
     return run
 
 
@@ -392,13 +395,14 @@ def _pictures(folder: Path) -> list[Picture]:
     def place(picture: Picture) -> int:
         return next((at for name, at in places.items() if picture.path.stem.startswith(name)), len(places))
 
-    return sorted(found, key=place)
+    return sorted(found, key=place)[:_MAX_FILES]
 
 
 def _results(folder: Path) -> Results | None:
     if folder.name in _OWN or folder.name.startswith(".") or not folder.is_dir():
         return None
-    tables = [table for path in _entries(folder) if path.suffix == ".csv" and (table := _table(path)) is not None]
+    files = [path for path in _entries(folder) if path.suffix == ".csv"][:_MAX_FILES]
+    tables = [table for path in files if (table := _table(path)) is not None]
     # those that say most in few rows come first
     tables.sort(key=lambda table: table.n_rows > _MAX_ROWS)
     pictures = _pictures(folder)

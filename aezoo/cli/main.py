@@ -86,7 +86,7 @@ BENCHMARKS = {
     "quantisers": "speed and memory of quantisers, 512 to 65,536 codes, compared with vector-quantize-pytorch",
     "adbench": "anomaly detectors of the zoo and of PyOD on ADBench's tables: AUROC, AUPR, ranks, time of a fit",
     "kodak": "bits and errors of the Kodak photographs, compared with JPEG, WebP, AVIF and JPEG XL by BD-rates",
-    "scaling": "how time and memory grow with samples, code, width, image and codebook size, and for each verb",
+    "scaling": "how time and memory grow with samples, code, width, image and codebook size, and for each command",
     "latency": "microseconds that the anomaly score of one sample takes, by the exported file and by the model",
     "peers": "the same networks trained by aezoo, by hand-written loops and by other libraries",
     "report": "tables and pictures from the CSVs that the others wrote",

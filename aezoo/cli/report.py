@@ -22,9 +22,10 @@ def main(argv: Sequence[str]) -> None:
         "runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/vae/0, or a folder of runs"
     )
     parser.add_argument(
+        "--out",
         "--output",
         metavar="FILE",
         help="the file (default: report.html in the run's folder or, of several runs, in the working directory)",
     )
     arguments = parser.parse_args(argv)
-    print(write_report([Path(run) for run in arguments.runs], arguments.output))
+    print(write_report([Path(run) for run in arguments.runs], arguments.out))

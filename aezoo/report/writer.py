@@ -40,5 +40,5 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | N
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise AezooError(f"cannot write {path}: {error.strerror or error}; give another file with --output") from error
+        raise AezooError(f"cannot write {path}: {error.strerror or error}; give another file with --out") from error
     return path

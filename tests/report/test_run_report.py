@@ -308,7 +308,7 @@ def test_command_writes_into_the_run_or_the_working_folder(run, monkeypatch, cap
     assert capsys.readouterr().out == "vae/0/report.html\n" and (run / "report.html").is_file()
     write_run(run.parent / "1")
     main(["report", "vae/0", "vae/1"])
-    main(["report", "vae/1/metrics.csv", "--output", "new/folder/one.html"])
+    main(["report", "vae/1/metrics.csv", "--out", "new/folder/one.html"])
     assert capsys.readouterr().out == "report.html\nnew/folder/one.html\n"
     assert Page("report.html").text.startswith("Comparison of 2 runs")
     assert Page("new/folder/one.html").text.startswith("vae on mnist5k")
@@ -321,8 +321,8 @@ def test_command_writes_into_the_run_or_the_working_folder(run, monkeypatch, cap
         (["none"], "none does not exist: give the folder of a run, such as runs/vae/0"),
         (["empty"], "empty is no run and holds none: give the folder of a run, such as runs/vae/0"),
         (["empty/file"], "empty/file is no run and holds none"),
-        (["vae/0", "--output", "empty/file/x.html"], "cannot write empty/file/x.html: "),
-        (["vae/0", "--output", "empty"], "cannot write empty: Is a directory; give another file with --output"),
+        (["vae/0", "--out", "empty/file/x.html"], "cannot write empty/file/x.html: "),
+        (["vae/0", "--out", "empty"], "cannot write empty: Is a directory; give another file with --out"),
         (["many"], "21 runs are too many to compare in one report: give at most 20"),
     ],
 )

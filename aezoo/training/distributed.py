@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import os
 import re
+import secrets
 import signal
 import time
 from datetime import timedelta
@@ -26,6 +27,8 @@ from aezoo.errors import AezooError
 GRACE = 5.0
 # seconds for threads to release tensors; a thread needs microseconds once it has a core
 _RELEASE_SECONDS = 0.2
+# seconds after which a file of another machine is seen on a file system that both share
+_SHARED_SECONDS = 30.0
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_DEFAULT_TIMEOUT = timedelta(minutes=30)
 # of gloo and NCCL, when another process ends
@@ -60,14 +63,18 @@ def unsupported_strategy(name: str) -> str:
 
 
 def connect(trainer: Trainer) -> None:
-    """After a restart by torchrun, connect the processes under a new name; otherwise Lightning connects them.
+    """Under torchrun, connect the processes under a new name for each attempt; otherwise Lightning connects them.
 
     torch 2.13 assumes a new store for each attempt (`rendezvous._create_c10d_store`), but torchrun reuses the store. A
-    process that reads another's address before it is renewed would get that of a dead process.
+    process that reads another's address before it is renewed would get that of a dead process. The number of restarts
+    is no name: a machine that comes back begins at 0.
+
+    Raises:
+        AezooError: the machines do not share the folder of the run.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     strategy = trainer.strategy
-    if attempt == 0 or not isinstance(strategy, DDPStrategy) or strategy._timeout is None or dist.is_initialized():
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_torchrun or not isinstance(strategy, DDPStrategy) or strategy._timeout is None or dist.is_initialized():
         return
     from torch.distributed.rendezvous import rendezvous
 
@@ -76,7 +83,7 @@ def connect(trainer: Trainer) -> None:
     device = {"device_id": strategy.root_device} if strategy.root_device.type == "cuda" else {}
     dist.init_process_group(
         strategy.process_group_backend or dist.get_default_backend_for_device(strategy.root_device),
-        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]  # public, but not in __all__
+        store=dist.PrefixStore(attempt_name(store, rank, world, wait), store),  # type: ignore[attr-defined]  # public, but not in __all__
         rank=rank,
         world_size=world,
         timeout=wait,
@@ -85,6 +92,67 @@ def connect(trainer: Trainer) -> None:
     if device:
         # as Lightning does: NCCL warns about a group that is not destroyed
         atexit.register(disconnect)
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        check_shared_folder(Path(trainer.default_root_dir), rank)
+
+
+def attempt_name(store: Any, rank: int, world: int, wait: timedelta) -> str:
+    """A new name on which all ranks of an attempt agree, in a store with entries of earlier attempts.
+
+    Each rank leaves a word of its own, and rank 0 answers all words it finds, also those of dead processes, until all
+    living ones have its answer.
+
+    Raises:
+        TimeoutError: a rank is missing.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"aezoo-rank-{rank}", own)
+        store.wait([f"aezoo-answer-{own}"], wait)
+        name = store.get(f"aezoo-answer-{own}").decode()
+        store.add(f"aezoo-ready-{name}", 1)
+        return name
+    limit = time.monotonic() + wait.total_seconds()
+    while store.add(f"aezoo-ready-{own}", 0) < world - 1:
+        if time.monotonic() > limit:
+            raise TimeoutError(f"timed out after {wait.total_seconds():g} s: not all {world} processes have started")
+        for other in range(1, world):
+            if store.check([f"aezoo-rank-{other}"]):
+                store.set(f"aezoo-answer-{store.get(f'aezoo-rank-{other}').decode()}", own)
+        time.sleep(0.02)
+    return own
+
+
+def check_shared_folder(folder: Path, rank: int) -> None:
+    """Refuse machines that do not share the folder of the run, in which only rank 0 writes checkpoints.
+
+    Args:
+        folder: that of rank 0; others may not know it yet.
+        rank: this process.
+
+    Raises:
+        AezooError: rank 0 has written a file that another rank cannot see.
+    """
+    told: list[Any] = [None]
+    if not rank:
+        file = folder / f".shared-{secrets.token_hex(6)}"
+        with contextlib.suppress(OSError):  # said when the first checkpoint is written
+            file.touch()
+        told = [str(file) if file.exists() else None]
+    dist.broadcast_object_list(told)
+    # a network file system may be late by some seconds
+    limit = time.monotonic() + _SHARED_SECONDS
+    while not (seen := told[0] is None or Path(told[0]).exists()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, seen)
+    if not rank and told[0] is not None:
+        Path(told[0]).unlink(missing_ok=True)
+    if not all(found):
+        raise AezooError(
+            f"rank {found.index(False)} does not see {folder if not rank else Path(told[0]).parent}: give a folder "
+            "that all machines share with --trainer.default_root_dir"
+        )
 
 
 def disconnect() -> None:

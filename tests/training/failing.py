@@ -1,7 +1,8 @@
 """`python failing.py ARGV` is `aezoo ARGV` with a trace of each rank and, if FAULT says so, a rank that fails.
 
-FAULT=RANK:STEP:KIND: after that many batches rank RANK raises, is killed (SIGKILL) or is frozen (SIGSTOP), once in a
-folder. Works under Lightning's launcher, which starts this file again for the other ranks, and under torchrun.
+FAULT=RANK:STEP:KIND: after that many batches rank RANK raises, is killed (SIGKILL), is frozen (SIGSTOP), or kills the
+agent of torchrun that has started it, once in a folder. Works under Lightning's launcher, which starts this file again
+for the other ranks, and under torchrun.
 """
 
 import json
@@ -38,6 +39,9 @@ class Failing(pl.Callback):
             Path("failed").touch()
             if self.kind == "raise":
                 raise RuntimeError("the rank that raises")
+            if self.kind == "agent":
+                os.kill(os.getppid(), signal.SIGKILL)
+                signal.pause()  # it ends with the agent
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[self.kind])
 
     def on_validation_end(self, trainer, module):

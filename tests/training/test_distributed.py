@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
@@ -188,6 +189,32 @@ def test_threads_join_before_rank_interpreter_ends(group, said):
     assert done.returncode == 0 and done.stdout == said, done.stderr
 
 
+def test_ranks_of_an_attempt_agree_on_a_name_of_their_own():
+    store, wait, names = dist.HashStore(), timedelta(seconds=20), []
+    # what processes have left that were killed before all had an answer
+    store.set("aezoo-rank-2", "dead")
+    store.set("aezoo-answer-dead", "old")
+    for _ in range(3):
+        found = [""] * 3
+
+        def join(rank, found=found):
+            found[rank] = distributed.attempt_name(store, rank, 3, wait)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] and len({*found}) == 1
+        names.append(found[0])
+    assert len({*names, "old"}) == 4
+
+
+def test_missing_rank_ends_the_wait_for_a_name():
+    with pytest.raises(TimeoutError, match=r"timed out after .* s: not all 2 processes have started"):
+        distributed.attempt_name(dist.HashStore(), 0, 2, timedelta(seconds=0.05))
+
+
 @pytest.mark.parametrize("name", ["Checkpoints", "CodeStatistics", "Codebook", "FaultGuard", "Interrupt"])
 def test_callbacks_that_communicate_extend_rank_timeout(name, tmp_path, monkeypatch):
     asked = []
@@ -322,6 +349,65 @@ def test_torchrun_restart_resumes_exactly(tmp_path, whole, kind):
     assert code == 0 and not left and (tmp_path / "failed").exists(), log
     assert_same_run(tmp_path, whole)
     count(f"torchrun {kind}", runs=1, restarts=1)
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_killed_agent_comes_back_and_run_resumes_exactly(tmp_path, whole):
+    meet = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=run",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]  # fmt: skip
+    fit = [*FIT, *VAE, "--trainer.devices=1", "--trainer.num_nodes=2", "--resume=auto", f"--rank_timeout={TIMEOUT}"]
+    own = environment("1:10:agent") | {MARK: str(tmp_path), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    began, logs = [], []
+
+    def agent(host):
+        logs.append((tmp_path / f"log-{len(logs)}.txt").open("w+"))
+        conf = f"--rdzv-conf=is_host={host},keep_alive_interval=1"
+        began.append(subprocess.Popen(
+            command(*fit, torchrun=[*meet, conf]), cwd=tmp_path, stdout=logs[-1], stderr=logs[-1],
+            env=own, start_new_session=True,
+        ))  # fmt: skip
+        return began[-1]
+
+    try:
+        first, second = agent(1), agent(0)
+        # the agents' places in the group follow their addresses and process numbers
+        assert second.wait(ENDS) == -signal.SIGKILL and first.poll() is None
+        third = agent(0)
+        assert [one.wait(2 * ENDS) for one in (first, third)] == [0, 0]
+        assert_same_run(tmp_path, whole)
+        assert not [*tmp_path.rglob(".shared-*")]
+    except (AssertionError, subprocess.TimeoutExpired):
+        for log in logs:
+            log.seek(0)
+            print(log.read()[-5000:], "=" * 20)
+        raise
+    finally:
+        for pid in processes(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        for one in began:
+            one.wait()
+        for log in logs:
+            log.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_machines_without_a_shared_folder_are_refused(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr(distributed, "_SHARED_SECONDS", 0.2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, seen: found.__setitem__(slice(None), [seen, shared]))
+    if shared:
+        distributed.check_shared_folder(tmp_path, 0)
+    else:
+        with pytest.raises(AezooError, match=r"rank 1 does not see .*: give a folder that all machines share"):
+            distributed.check_shared_folder(tmp_path, 0)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

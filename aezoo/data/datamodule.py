@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Unpack, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -34,6 +34,7 @@ from aezoo.data.loaders import (
 from aezoo.data.readers import TableArrays, check_columns
 from aezoo.data.resident import ResidentLoader, dataset_bytes, load_into_memory, memory_excess, to_device
 from aezoo.data.settings import Binarising, Labels, Memory, Scaling, SourceArgs, check_settings, check_source_settings
+from aezoo.data.shared_arrays import share
 from aezoo.data.source import DEFAULT_ROOT, STAGES, ArrayDataset, Options, Source, Stage, byte_divisor, to_float32
 from aezoo.data.source_registry import open_source, source_of_path
 from aezoo.errors import AezooError
@@ -148,6 +149,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         self._on_gpu: dict[Stage, ArrayDataset] = {}
         self._binarised_train: ArrayDataset | None = None
         self._memory_reason: dict[Stage, str] = {}
+        self._shared: set[Stage] = set()
         self._position = (-1, 0)
         self._saved_val_limit: int | float | None = None
 
@@ -232,6 +234,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             if self.augmentation["color_jitter"] and "train" in self._splits:
                 first = self._splits["train"][0][0]
                 augmentation.check_values(first, self.source.value_range, str(self.name))
+        if stage is not None and self.trainer is not None:
+            self._hold_once_a_machine(stage)
         self._check(self._splits.get("train"))
         if stage == "fit" and isinstance(model, Autoencoder):
             model.data_units = self.units
@@ -240,6 +244,18 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             if self._saved_val_limit is None:
                 self._saved_val_limit = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
+
+    def _hold_once_a_machine(self, stage: str) -> None:
+        """Share samples in memory with the other processes of this machine; Lightning calls all of them."""
+        wanted: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        for part in wanted.get(stage, ("test",)):
+            if part in self._splits and local_processes(self.trainer) > 1:
+                self._stored_split(part, torch.device("cpu"))
+        held = {part: split for part, split in self._splits.items() if isinstance(split, ArrayDataset)}
+        new = {part: split for part, split in held.items() if part not in self._shared}
+        self._shared |= {*new}
+        arrays = {f"{part} {name}": getattr(split, name) for part, split in new.items() for name in ("x", "y")}
+        share({name: array for name, array in arrays.items() if array is not None}, cast(Trainer, self.trainer))
 
     def _binarise(self) -> None:
         for number, (stage, dataset) in enumerate(self._splits.items()):

@@ -5,12 +5,14 @@ Nothing here needs torch, so a mistake in a search is reported at once.
 
 import argparse
 import difflib
+import importlib
+import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
+from aezoo.cli import tune_storage
 from aezoo.cli.tune_search import FLAG, Search, search
 from aezoo.errors import AezooError, install_hint
 
@@ -27,8 +29,17 @@ Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a 
   A,B,C               one of these values
 
 All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study gets the
-runs, trials.csv and best.yaml, for `aezoo fit -c`. The same command continues a study that was stopped.
+runs, trials.csv, best.yaml, for `aezoo fit -c`, and study.html. The same command continues a study that was stopped.
+
+Many machines: the same command, started on any of them with the same --storage, is one more worker of the same study.
+
+  aezoo tune -c vae --search.model.lr log:1e-4:1e-2 --trials 100 --storage postgresql://me@db.example.org/sweeps
 """
+_TRIALS = 20
+# more combinations than anyone trains
+_LARGEST_GRID = 10_000
+# a busy machine may delay a sign of life by some seconds
+_LEAST_LOST_AFTER = 2.0
 
 
 def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[str]]:
@@ -39,9 +50,15 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     """
     parser = _Parser(prog="aezoo tune", allow_abbrev=False, description=_HELP, usage="aezoo tune --search... [FLAGS]",
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--trials", type=int, default=20, help="number of trials in the whole study (default 20)")
+    parser.add_argument(
+        "--trials", type=int, help="number of trials in the whole study, of all workers (default 20; the whole grid)"
+    )
     parser.add_argument("--monitor", default="val/loss", help="the metric, at its best epoch (default val/loss)")
     parser.add_argument("--direction", choices=["min", "max"], default="min", help="what is better (default min)")
+    parser.add_argument(
+        "--sampler", choices=["tpe", "cmaes", "grid", "random"], default="tpe",
+        help="optuna's TPE or CMA-ES, all combinations, or random settings (default tpe)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the search; the runs have --seed_everything")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after this time")
     parser.add_argument(
@@ -50,8 +67,14 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     )  # fmt: skip
     parser.add_argument("--study", metavar="FOLDER", help="folder for all files (default runs/RECIPE-tune)")
     parser.add_argument(
-        "--storage", metavar="FILE",
-        help="optuna's record of the study: SQLite if it ends in .db, else a journal (default FOLDER/study.log)",
+        "--storage", metavar="WHERE",
+        help="record of the study: postgresql://USER@HOST/DATABASE, an SQLite file if it ends in .db, or a journal on "
+        "a disk that all workers share (default FOLDER/study.log)",
+    )  # fmt: skip
+    parser.add_argument("--study_name", metavar="NAME", help="name in the storage (default the name of the folder)")
+    parser.add_argument(
+        "--lost_after", type=float, default=120.0, metavar="SECONDS",
+        help="run the trial of a worker again that has given no sign of life for this time (default 120)",
     )  # fmt: skip
     searches, rest = _searches(argv)
     own = re.findall(r"(?m)^  (--\w+)", parser.format_help())
@@ -65,13 +88,36 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
             raise AezooError(f"{flag} is not for tune, whose runs start anew; the same command goes on with a study")
     if not searches:
         raise AezooError("nothing is searched: give --search.SETTING, such as --search.model.lr log:1e-4:1e-2")
-    if options.trials < 1 or options.seed < 0 or (options.timeout is not None and not options.timeout > 0):
-        raise AezooError("--trials takes a number from 1, --seed one from 0, and --timeout seconds above 0")
+    if not (options.trials is None or options.trials >= 1) or options.seed < 0:
+        raise AezooError("--trials takes a number from 1, and --seed one from 0")
+    if options.timeout is not None and not options.timeout > 0:
+        raise AezooError("--timeout takes seconds above 0")
+    if not _LEAST_LOST_AFTER <= options.lost_after < math.inf:
+        raise AezooError(f"--lost_after takes seconds from {_LEAST_LOST_AFTER:g}")
     if not re.fullmatch(r"(val|train)/\w+", options.monitor):
         raise AezooError(f"--monitor {options.monitor}: give a metric as it is logged, like val/loss or train/nll")
-    if options.storage is not None and ("://" in options.storage or Path(options.storage).is_dir()):
-        raise AezooError(f"--storage {options.storage}: give a file on disk, study.db or study.log")
+    if options.study_name is not None and not options.study_name.strip():
+        raise AezooError("--study_name takes a name")
+    if options.storage is not None:
+        tune_storage.check(options.storage)
+    options.trials = _number_of_trials(options, searches)
     return options, searches, flags
+
+
+def _number_of_trials(options: argparse.Namespace, searches: Sequence[Search]) -> int:
+    """The number of trials of the study; refuses settings that the sampler cannot draw."""
+    if options.sampler == "cmaes":
+        for search_ in searches:
+            if search_.kind == "choice":
+                raise AezooError(f"{FLAG}{search_.name} {search_.text}: --sampler cmaes takes ranges of numbers only")
+        if len(searches) < 2:
+            raise AezooError("--sampler cmaes searches two or more settings: give another --search, or --sampler tpe")
+    if options.sampler != "grid":
+        return options.trials or _TRIALS
+    size = math.prod(len(search_.values()) for search_ in searches)
+    if size > _LARGEST_GRID:
+        raise AezooError(f"--sampler grid: {size} combinations are more than {_LARGEST_GRID}: give fewer values")
+    return min(options.trials or size, size)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,16 +127,22 @@ def main(argv: Sequence[str]) -> None:
         AezooError: an error that the user can fix.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 0 after help.
     """
-    options, searches, flags = read(argv)
-    if "LOCAL_RANK" in os.environ:
-        raise AezooError("aezoo tune starts its runs itself: call it without torchrun; --trainer.devices is for each")
     try:
-        import optuna  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise AezooError(f"aezoo tune needs optuna: {install_hint('tune')}") from error
-    from aezoo.cli import tune_study
+        options, searches, flags = read(argv)
+        if "LOCAL_RANK" in os.environ:
+            raise AezooError(
+                "aezoo tune starts its runs itself: call it without torchrun; --trainer.devices is for each"
+            )
+        for package in ("optuna", "plotly", *(["cmaes"] if options.sampler == "cmaes" else [])):
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError as error:
+                raise AezooError(f"aezoo tune needs {package}: {install_hint('tune')}") from error
+        from aezoo.cli import tune_study
 
-    tune_study.run(options, searches, flags, [*argv])
+        tune_study.run(options, searches, flags, [*argv])
+    except AezooError as error:
+        raise AezooError(tune_storage.hide_passwords(str(error))) from error
 
 
 def _searches(argv: Sequence[str]) -> tuple[list[Search], list[str]]:

@@ -38,6 +38,20 @@ class Search:
             return self.choices
         return tuple(str(int(end)) if self.kind == "int" else repr(end) for end in (self.low, self.high))
 
+    def values(self) -> tuple[Any, ...]:
+        """All values, for a grid.
+
+        Raises:
+            AezooError: they cannot be counted.
+        """
+        if self.kind == "choice":
+            return self.choices
+        if self.kind != "int" or not self.step:
+            raise AezooError(
+                f"{FLAG}{self.name} {self.text}: --sampler grid takes values, such as 0.001,0.01 or int:LOW:HIGH:STEP"
+            )
+        return tuple(range(int(self.low), int(self.high) + 1, self.step))
+
     def suggest(self, trial: Any) -> str:
         """The value for a trial of optuna, in the form that its flag takes."""
         if self.kind == "choice":

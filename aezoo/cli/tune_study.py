@@ -1,43 +1,48 @@
 """A search over the settings of fit: optuna proposes settings, and each trial is an ordinary run in its own process.
 
-If a trial crashes or runs out of memory, only this trial is lost. A trial that was stopped, or whose study was killed,
-is proposed again with the same settings and continues from its checkpoint. The sampler is seeded again for each trial,
-from the seed and the number of finished trials, so the study ends as if it had not been interrupted.
+If a trial crashes or runs out of memory, only this trial is lost. Any number of processes, on any machines, are workers
+of one study, which they share through its record alone. A trial whose worker was stopped or lost runs again with the
+same settings, and continues from its checkpoint if the worker that takes it up finds the folder of its run.
 """
 
 import argparse
 import contextlib
-import csv
+import copy
 import difflib
-import io
+import itertools
 import json
 import logging
 import math
 import os
+import secrets
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.pool import NullPool
 
+from aezoo.cli import tune_report, tune_storage
 from aezoo.cli.lightning_cli import AezooCLI
+from aezoo.cli.tune_samplers import WorkerSampler
 from aezoo.cli.tune_search import Search
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, run_folder, terminal
 from aezoo.security import yaml_text
-from aezoo.tasks.result_store import spreadsheet_cell
 from aezoo.training import launcher
-from aezoo.training.seeding import mix
 
 # the command that a trial runs
 FIT = (sys.executable, "-m", "aezoo", "fit")
@@ -48,9 +53,16 @@ _PATIENCE = 120.0
 # the median of fewer trials is unreliable, and the first epochs say little about the last
 _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
 _MAX_FAILED = 3
-# beginning of a line in optuna's journal
-_ENTRY = b'{"op_code":'
-_CURE = "make room, or choose a folder that can be written with --study"
+# a trial that has ended so many workers is likely to end the next one
+_MAX_LOST = 3
+# seconds between two looks at the trials of other workers, at most, and signs of life within --lost_after
+_WAIT, _BEATS = 1.0, 4
+# seconds for the process that has created a study to record its settings
+_CREATED = 5.0
+# file in the folder of a run that says which trial it is of
+_MARK = ".trial"
+# flags of fit that may differ between machines
+_LOCAL_FLAGS = ("--trainer.default_root_dir", "--trainer.accelerator", "--data.num_workers")
 
 
 class Stopped(BaseException):
@@ -81,30 +93,47 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; the study can be continued.
     """
     environment = {**os.environ, launcher.TRIAL: "1"}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # optuna's warnings do not concern the user; what ends a study is an exception
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     home = _check_searches(searches, flags)
     folder = Path(options.study) if options.study else home.with_name(f"{home.name}-tune")
     with contextlib.ExitStack() as exit_stack:
-        _lock_folder(folder, exit_stack)
+        exit_stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", ExperimentalWarning)
         received = exit_stack.enter_context(_signals())
         study = None
         try:
-            study = Study(folder, home.parent, options, searches, flags, argv, environment)
+            shared = exit_stack.enter_context(_share(folder))
+            study = Study(folder, home.parent, options, searches, flags, argv, environment, shared)
             study.run_trials()
         except Stopped:
-            left = f"; {study.done()} of {options.trials} trials are done" if study else ""
-            command = shlex.join(["aezoo", "tune", *argv])
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                print(f"aezoo: interrupted{left}\ncontinue with: {command}", file=sys.stderr)
+            _say_goodbye(study, options, argv)
             sys.exit(128 + received[0])
         except BrokenPipeError:
             raise
         except (OSError, optuna.exceptions.StorageInternalError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            why, cure = tune_storage.reason(error), "make room if there is none"
+            if options.storage and tune_storage.is_database(options.storage) and not isinstance(error, OSError):
+                cure = tune_storage.cure(why)
             raise AezooError(
-                f"the study in {folder} stopped: {reason}; what was recorded is kept: mend that, make room if there is "
-                "none, and give the same command again"
+                f"the study in {folder} stopped: {why}; what was recorded is kept: mend that, {cure}, and give the "
+                "same command again"
             ) from error
+
+
+def _say_goodbye(study: "Study | None", options: argparse.Namespace, argv: Sequence[str]) -> None:
+    left = ""
+    # neither the record nor the terminal may be there any more, and another signal ends this at once
+    with contextlib.suppress(Exception, Stopped):
+        if study:
+            left = f"; {study.done()} of {options.trials} trials are done"
+            study.write_files()
+    with contextlib.suppress(OSError, Stopped):
+        print(f"aezoo: interrupted{left}\ncontinue with: {_command(argv)}", file=sys.stderr)
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join(["aezoo", "tune", *map(tune_storage.hide_passwords, argv)])
 
 
 def _check_searches(searches: Sequence[Search], flags: list[str]) -> Path:
@@ -135,16 +164,13 @@ def _to_flags(values: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def _lock_folder(folder: Path, exit_stack: contextlib.ExitStack) -> None:
+def _share(folder: Path) -> run_folder.SharedFolder:
     parent = run_folder.existing_parent(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AezooError(f"cannot write {folder}: {error.strerror}; choose another with --study") from error
-    try:
-        exit_stack.enter_context(run_folder.locked(folder, parent))
-    except AezooError as error:
-        raise AezooError(f"{folder} is being tuned by another process: wait for it, or give another --study") from error
+    return run_folder.SharedFolder(folder, parent)
 
 
 @contextlib.contextmanager
@@ -167,16 +193,19 @@ def _signals() -> Iterator[list[int]]:
 
 
 class Study:
-    """One study and its folder.
+    """One study, as one of its workers sees it, and the folder of this worker.
+
+    A trial and those that run it again are its attempts; they count as one.
 
     Args:
-        folder: folder of the study.
+        folder: folder of the study, which workers may share.
         root: folder of all runs, for runs that are trained with the best settings.
         options: the flags of the search.
         searches: the settings to search.
         flags: all other flags of fit.
         argv: the whole command.
         environment: environment of the started processes.
+        shared: the lock of the folder.
 
     Raises:
         AezooError: its record cannot be read, or belongs to another study.
@@ -191,81 +220,107 @@ class Study:
         flags: list[str],
         argv: list[str],
         environment: dict[str, str],
+        shared: run_folder.SharedFolder,
     ) -> None:
         self.folder, self.options, self.searches, self.flags = folder, options, searches, flags
         self.root, self.environment = root, environment
+        self.host, self.watch = socket.gethostname(), _Watch(options.lost_after)
         self.asked = {f"--search.{search.name}": search.text for search in searches}
-        self.asked |= {f"--{name}": str(getattr(options, name)) for name in ("monitor", "direction", "seed", "prune")}
-        self.asked["flags of fit"] = shlex.join(flags)
-        record = Path(options.storage or folder / "study.log")
-        if not options.storage:
+        names = ("monitor", "direction", "sampler", "seed", "prune")
+        self.asked |= {f"--{name}": str(getattr(options, name)) for name in names}
+        self.asked["flags of fit"] = shlex.join(_without_local(flags))
+        record = options.storage or str(folder / "study.log")
+        if shared.alone and not options.storage:
             # no other process writes there, so the lock is from a killed process
-            record.with_name(f"{record.name}.lock").unlink(missing_ok=True)
+            Path(f"{record}.lock").unlink(missing_ok=True)
+        self.record = tune_storage.hide_passwords(record)
         try:
-            self.optuna = self._open_study(record, shlex.join(["aezoo", "tune", *argv]))
+            self.optuna = self._open_study(record, _command(argv), shared.alone)
         except AezooError:
             raise
-        except Exception as error:  # of SQLite, SQLAlchemy or JSON
-            text = " ".join(str(error).split())[:200]
-            raise AezooError(f"cannot use {record} as a study: {text}; give another --storage") from error
+        except Exception as error:  # of SQLite, psycopg, SQLAlchemy or JSON
+            why, cure = tune_storage.reason(error), "give another --storage"
+            if tune_storage.is_database(record):
+                cure = tune_storage.cure(why)
+            raise AezooError(f"cannot use {self.record} as a study: {why}; {cure}") from error
+        pruner = optuna.pruners.MedianPruner(_FULL_TRIALS, _FIRST_EPOCHS)
+        self.optuna.pruner = pruner if options.prune == "on" else optuna.pruners.NopPruner()
+        self.optuna.sampler = WorkerSampler(options.sampler, options.seed, searches, self._place)
+        shared.admit()
 
-    def _open_study(self, record: Path, command: str) -> optuna.Study:
-        storage: Any
-        record.parent.mkdir(parents=True, exist_ok=True)
-        if record.suffix in (".db", ".sqlite", ".sqlite3"):
-            storage = optuna.storages.RDBStorage(f"sqlite:///{record}", engine_kwargs={"poolclass": NullPool})
-        else:
-            # with a relative path optuna does not recognise the lock of a killed process and waits forever
-            backend = JournalFileBackend(str(record.absolute()))
-            _truncate_partial_line(record)
-            storage = optuna.storages.JournalStorage(backend)
-        name = self.folder.name
-        folder = str(self.folder.absolute())
+    def _open_study(self, record: str, command: str, alone: bool) -> optuna.Study:
+        storage = tune_storage.open_storage(record)
+        name = self.options.study_name or self.folder.name
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         existing = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
-        if not self.options.storage and len(existing) == 1:
+        if not self.options.storage and not self.options.study_name and len(existing) == 1:
             (name,) = existing  # the name from before the folder was renamed
         if name in existing:
             study = optuna.load_study(study_name=name, storage=storage)
-            if self.options.storage and (other := study.user_attrs.get("folder", folder)) != folder:
-                raise AezooError(f"{record} holds {name!r} of {other}: give --study a folder of another name, or "
-                                 "another --storage")  # fmt: skip
-            differ = _differences(study.user_attrs.get("asked", {}), self.asked)
-            if differ and any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.trials):
+            if alone:
+                self._end_own_trials(study)
+            asked = _asked(study)
+            differ = _differences(asked, self.asked) if asked else []
+            states = {trial.state for trial in study.get_trials(deepcopy=False)}
+            if differ and states & {TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING}:
                 raise AezooError(
-                    f"{record} holds a study with other {', '.join(differ)}: give another --study, or go on with it: "
+                    f"{self.record} holds a study with other {', '.join(differ)}: give another "
+                    f"{'--study_name' if self.options.storage else '--study'}, or go on with it: "
                     f"{study.user_attrs.get('command')}"
                 )
-            if not differ:
+            if asked and not differ:
                 return study
-            optuna.delete_study(study_name=name, storage=storage)
-        study = optuna.create_study(study_name=name, storage=storage, direction=direction)
-        study.set_user_attr("asked", self.asked)
+            if differ:
+                optuna.delete_study(study_name=name, storage=storage)
+        study = optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
         study.set_user_attr("command", command)
-        study.set_user_attr("folder", folder)
+        study.set_user_attr("asked", self.asked)
         return study
+
+    def _end_own_trials(self, study: optuna.Study) -> None:
+        """Hand back at once what processes that have used this folder were running when they were killed."""
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            place = trial.user_attrs.get("place")
+            # a record that only this folder holds can have no other workers
+            lost = not self.options.storage if place is None else place["host"] == self.host and self._is_here(trial)
+            if lost and _end(study, trial.number):
+                _queue(study, trial)
+
+    def attempts(self) -> dict[int, list[FrozenTrial]]:
+        """The attempts at each trial, by the number of the first, without those that were withdrawn before they ran."""
+        found: dict[int, list[FrozenTrial]] = defaultdict(list)
+        for trial in self.optuna.get_trials(deepcopy=False):
+            if "withdrawn" not in trial.user_attrs:
+                found[_first(trial)].append(trial)
+        return found
 
     def done(self) -> int:
         """Trials that have ended by themselves or were pruned; a stopped trial is run again."""
-        return sum(_is_finished(trial) for trial in self.optuna.get_trials(deepcopy=False))
+        return sum(map(_is_done, self.attempts().values()))
 
     def run_trials(self) -> None:
-        """Run trials until there are enough."""
-        options, started = self.options, time.monotonic()
-        pruner = optuna.pruners.MedianPruner(_FULL_TRIALS, _FIRST_EPOCHS)
-        self.optuna.pruner = pruner if options.prune == "on" else optuna.pruners.NopPruner()
-        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.optuna.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs.get("run")})
-            self.optuna.tell(trial.number, state=TrialState.FAIL)
+        """Run trials until the study has enough, or wait for those of other workers."""
+        options, started, waits = self.options, time.monotonic(), False
         print(f"study {self.folder}: {self.done()} of {options.trials} trials are done")
-        while self.done() < options.trials:
+        while True:
+            self._run_lost_again()
+            attempts = self.attempts()
+            done = sum(map(_is_done, attempts.values()))
+            if done >= options.trials:
+                break
             if options.timeout is not None and time.monotonic() - started >= options.timeout:
                 print(f"aezoo: {options.timeout:g} seconds are over: no further trial is started", file=sys.stderr)
                 break
-            seed = mix(options.seed, self.done()) % 2**32
-            self.optuna.sampler = optuna.samplers.TPESampler(seed=seed)
-            self._trial(self.optuna.ask())
-        self._write()
+            waiting = any(trial.state == TrialState.WAITING for trial in itertools.chain(*attempts.values()))
+            if waiting or len(attempts) < options.trials:
+                self._run_next()
+                waits = False
+                continue
+            if not waits:
+                print(f"waiting for {len(attempts) - done} trials of other workers, to run again what is lost")
+                waits = True
+            time.sleep(min(_WAIT, options.lost_after / (2 * _BEATS)))
+        self.write_files()
         best = self.best()
         if best is None:
             raise AezooError(f"no trial finished with {options.monitor}: see {self.folder / 'trials.csv'}")
@@ -273,7 +328,8 @@ class Study:
             f"best: trial {best.number}, {options.monitor} {best.user_attrs['value']:.6g}; "
             f"{_format_values(best.params)}"
         )
-        print(f"its run: {_trial_run(self._trial_root(best))}\nall trials: {self.folder / 'trials.csv'}")
+        where = _trial_run(Path(self._where(best))) if self._is_here(best) else self._where(best)
+        print(f"its run: {where}\nall trials: {self.folder / 'trials.csv'}, {self.folder / 'study.html'}")
         print(f"train it again: aezoo fit -c {shlex.quote(str(self.folder / 'best.yaml'))}")
 
     def best(self) -> FrozenTrial | None:
@@ -282,28 +338,100 @@ class Study:
         sign = 1 if self.options.direction == "min" else -1
         return min(whole, key=lambda trial: sign * trial.user_attrs["value"], default=None)
 
-    def _trial_root(self, trial: Trial | FrozenTrial) -> Path:
-        """The folder of a trial's run; the folder of the study may have been moved."""
-        return self.folder / Path(trial.user_attrs["run"]).name
+    def _place(self, trial: FrozenTrial) -> int:
+        return sum(first < _first(trial) for first in self.attempts())
 
-    def _trial(self, trial: Trial) -> None:
-        root = self._trial_root(trial) if trial.user_attrs.get("run") else run_folder.create_next(self.folder)
-        root.mkdir(exist_ok=True)
-        trial.set_user_attr("run", root.name)
+    def _run_lost_again(self, own: int | None = None) -> None:
+        """Queue the trials of lost workers."""
+        running = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in self.watch.lost(trial for trial in running if trial.number != own):
+            print(f"trial {trial.number} has given no sign of life for too long: its worker is lost")
+            _end(self.optuna, trial.number)
+            if _is_done(self.attempts()[_first(trial)]):
+                print(f"trial {trial.number} has been lost with {_MAX_LOST} workers and is not run again")
+        for attempts in self.attempts().values():
+            # a worker that ends a trial to have it run again may be lost between the two
+            if not _is_done(attempts) and all(trial.state == TrialState.FAIL for trial in attempts):
+                _queue(self.optuna, attempts[-1], lost=1)
+
+    def _root_of(self, trial: Trial) -> Path | None:
+        """The folder in which an earlier attempt at a trial has left its run, if this worker can go on with it."""
+        if not self._is_here(trial):
+            return None
+        root = self.folder / Path(trial.user_attrs["run"]).name
+        return None if any(run_folder.is_locked(lock.parent) for lock in root.glob("*/*/.lock")) else root
+
+    def _is_here(self, trial: Trial | FrozenTrial) -> bool:
+        """Whether the run of a trial is in the folder of this worker, which may have been moved."""
+        if "run" not in trial.user_attrs:
+            return False
+        root, place = self.folder / Path(trial.user_attrs["run"]).name, trial.user_attrs.get("place")
+        if place is None:
+            return root.is_dir()
+        try:
+            return (root / _MARK).read_text() == place["mark"]
+        except OSError:
+            return False
+
+    def _where(self, trial: FrozenTrial) -> str:
+        if self._is_here(trial):
+            return str(self.folder / Path(trial.user_attrs["run"]).name)
+        place = trial.user_attrs.get("place")
+        return f"{place['host']}:{place['folder']}" if place else ""
+
+    def _run_next(self) -> None:
+        """Run a queued trial or a new one, unless other workers have been faster."""
+        trial = self.optuna.ask()
+        with _Heartbeat(trial, self.options.lost_after) as heartbeat:
+            try:
+                if self._is_surplus(trial):
+                    trial.set_user_attr("withdrawn", True)
+                    self.optuna.tell(trial, state=TrialState.FAIL)
+                else:
+                    self._trial(trial, heartbeat)
+            except UpdateFinishedTrialError:
+                print(f"trial {trial.number} was taken up by another worker, which had not heard of it for too long")
+            except BaseException:
+                with contextlib.suppress(Exception):  # other workers will notice
+                    trial.set_user_attr("handed_back", True)
+                    if _end(self.optuna, trial.number):
+                        _queue(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
+                raise
+
+    def _is_surplus(self, trial: Trial) -> bool:
+        attempts = self.attempts()
+        first = next(first for first, these in attempts.items() if trial.number in [t.number for t in these])
+        if first == trial.number:
+            return sum(other < first for other in attempts) >= self.options.trials
+        return _is_done(attempts[first]) or any(
+            other.state == TrialState.RUNNING and other.number < trial.number for other in attempts[first]
+        )
+
+    def _trial(self, trial: Trial, heartbeat: "_Heartbeat") -> None:
+        root = self._root_of(trial)
+        if root is None:
+            root, mark = run_folder.create_next(self.folder), secrets.token_hex(8)
+            (root / _MARK).write_text(mark)
+            place = {"host": self.host, "folder": str(root.absolute()), "mark": mark}
+            trial.set_user_attr("place", place)
+            trial.set_user_attr("run", root.name)
         values = {search.name: search.suggest(trial) for search in self.searches}
         log = root / "log.txt"
         print(f"trial {trial.number} runs, its output is in {log}: {_format_values(trial.params)}", flush=True)
         started = time.monotonic()
-        state, error, epochs = self._fit(trial, root, values, log)
+        state, error, epochs = self._fit(trial, root, values, log, heartbeat)
         best = self._best_value(epochs)
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         trial.set_user_attr("epochs", len(epochs))
         if best is not None:
             trial.set_user_attr("value", best)
+            if self.options.storage and state == TrialState.COMPLETE and self._is_better(best):
+                # for workers that cannot read this folder
+                trial.set_user_attr("config", (_trial_run(root) / "config.yaml").read_text(encoding="utf-8"))
         if error is not None:
             trial.set_user_attr("error", error)
         self.optuna.tell(trial, best if state == TrialState.COMPLETE else None, state=state)
-        self._write()
+        self._write_tables()
         what = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned, "}.get(state, f"failed: {error}; ")
         figure = "" if best is None else f"{self.options.monitor} {best:.6g}, "
         print(f"trial {trial.number}: {what}{figure}{len(epochs)} epochs", flush=True)
@@ -312,20 +440,31 @@ class Study:
         if len(failed) >= _MAX_FAILED and len(failed) == sum(map(_is_finished, trials)):
             raise AezooError(f"the first {len(failed)} trials failed, the last with: {error}; see {log}")
 
+    def _is_better(self, value: float) -> bool:
+        best = self.best()
+        sign = 1 if self.options.direction == "min" else -1
+        return best is None or sign * value < sign * best.user_attrs["value"]
+
     def _fit(
-        self, trial: Trial, root: Path, values: dict[str, str], log: Path
+        self, trial: Trial, root: Path, values: dict[str, str], log: Path, heartbeat: "_Heartbeat"
     ) -> tuple[TrialState, str | None, dict[int, float]]:
         """How a run ended, why it failed, and the metric for each epoch."""
         again = ["--resume=auto"] if log.exists() else []
         command = [*FIT, *self.flags, *_to_flags(values), *again]
         command += [f"--trainer.default_root_dir={root}", f"--trainer.callbacks+={_CALLBACK}"]
         epochs: dict[int, float] = {}
+        looked = time.monotonic()
         with log.open("ab") as file, _process(command, file, self.environment) as process:
             running = True
             while running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL)
                 running = process.poll() is None
+                if heartbeat.taken:
+                    raise UpdateFinishedTrialError
+                if time.monotonic() - looked > self.options.lost_after / (2 * _BEATS):
+                    self._run_lost_again(trial.number)
+                    looked = time.monotonic()
                 for epoch, value in self._metric_values(root):
                     existing = epoch in epochs
                     epochs[epoch] = value
@@ -357,35 +496,179 @@ class Study:
         finite = [value for value in epochs.values() if math.isfinite(value)]
         return (min if self.options.direction == "min" else max)(finite) if finite else None
 
-    def _write(self) -> None:
-        """Write `trials.csv` and `best.yaml`."""
+    def write_files(self) -> None:
+        """Write `trials.csv`, `best.yaml` and `study.html`."""
+        self._write_tables()
+        best, options = self.best(), self.options
+        states = Counter(map(_state, self._listed()))
+        facts = {
+            "metric": f"{options.monitor}, {'smallest' if options.direction == 'min' else 'largest'} of all epochs",
+            "sampler": f"{options.sampler}, seed {options.seed}; pruning {options.prune}",
+            "trials": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
+        }
+        if best is not None:
+            figure = f"{options.monitor} {best.user_attrs['value']:.6g}"
+            facts["best"] = f"trial {best.number}: {figure}; {_format_values(best.params)}"
+        tune_report.write_page(self.folder / "study.html", self.optuna, options.monitor, facts)
+
+    def _listed(self) -> list[FrozenTrial]:
+        """All attempts by number, without those that two workers have queued for one trial."""
+        listed = []
+        for attempts in self.attempts().values():
+            done = _is_done(attempts)
+            listed += [trial for trial in attempts if not (done and trial.state == TrialState.WAITING)]
+        return sorted(listed, key=lambda trial: trial.number)
+
+    def _write_tables(self) -> None:
         names = [search.name for search in self.searches]
         head = ["trial", "state", self.options.monitor, "epochs", "seconds", "run", *names, "error"]
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(head)
-        for trial in self.optuna.get_trials(deepcopy=False):
-            attributes, state = trial.user_attrs, trial.state.name.lower()
-            if trial.state == TrialState.FAIL and "error" not in attributes:
-                state = "interrupted"
+        rows = []
+        for trial in self._listed():
+            attributes = trial.user_attrs
             figures = [attributes.get(key, "") for key in ("value", "epochs", "seconds")]
-            figures.append(str(self._trial_root(trial)) if attributes.get("run") else "")
             values = [trial.params.get(name, "") for name in names]
-            row = [trial.number, state, *figures, *values, attributes.get("error", "")]
-            table.writerow([spreadsheet_cell(cell) for cell in row])
-        content = text.getvalue().encode("utf-8", "backslashreplace")
-        atomic_files.write(self.folder / "trials.csv", lambda file: file.write(content), cure=_CURE)
+            error = attributes.get("error", "")
+            rows.append([trial.number, _state(trial), *figures, self._where(trial), *values, error])
+        tune_report.write_table(self.folder / "trials.csv", head, rows)
         best = self.best()
         if best is None:
             return
-        config = yaml_text.read(_trial_run(self._trial_root(best)) / "config.yaml")
+        if self._is_here(best):
+            config = yaml_text.read(_trial_run(Path(self._where(best))) / "config.yaml")
+        elif "config" in best.user_attrs:
+            try:
+                config = yaml_text.load(best.user_attrs["config"])
+            except yaml.YAMLError as error:
+                raise AezooError(f"{self.record}: the settings of trial {best.number} cannot be read") from error
+        else:
+            return
         trainer = config["trainer"]
         trainer["default_root_dir"] = None if self.root == Path("runs") else str(self.root)
         added = [item for item in trainer.get("callbacks") or [] if item.get("class_path") != _CALLBACK]
         trainer["callbacks"] = added or None
         figure = f"{self.options.monitor} {best.user_attrs['value']:.6g}"
         text_of = f"# trial {best.number} of {self.folder}: {figure}\n" + yaml.safe_dump(config, sort_keys=False)
-        atomic_files.write(self.folder / "best.yaml", lambda file: file.write(text_of.encode()), cure=_CURE)
+        atomic_files.write(self.folder / "best.yaml", lambda file: file.write(text_of.encode()), cure=tune_report.CURE)
+
+
+class _Heartbeat:
+    """Signs of life of a running trial in the study's record, while this context is open.
+
+    optuna's own heartbeat is for databases only, ends for good with the first one that cannot be written, and does not
+    find a trial whose worker was lost before the first one.
+
+    Attributes:
+        taken: whether another worker has ended the trial, to run it again.
+    """
+
+    def __init__(self, trial: Trial, lost_after: float) -> None:
+        self._trial, self._lost_after = trial, lost_after
+        self._stop = threading.Event()
+        # a server that does not answer must not keep the process
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self.taken = False
+
+    def __enter__(self) -> "_Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(1.0)
+
+    def _beat(self) -> None:
+        for count in itertools.count():
+            try:
+                self._trial.set_user_attr("heartbeat", [count, self._lost_after])
+            except UpdateFinishedTrialError:
+                self.taken = True
+                return
+            except Exception:  # the next may be written
+                pass
+            if self._stop.wait(self._lost_after / _BEATS):
+                return
+
+
+class _Watch:
+    """Finds lost workers by this process's clock alone: those of machines differ.
+
+    Args:
+        lost_after: seconds without a sign of life, for a worker that has given none.
+    """
+
+    def __init__(self, lost_after: float) -> None:
+        self._lost_after, self._looked = lost_after, -math.inf
+        self._seen: dict[int, tuple[Any, float]] = {}
+
+    def lost(self, running: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        """Those of the running trials whose workers are lost."""
+        now, lost = time.monotonic(), []
+        if now - self._looked > self._lost_after / 2:
+            self._seen.clear()  # this process, or the server for all of them, has stood still
+        self._looked = now
+        for trial in running:
+            beat = trial.user_attrs.get("heartbeat")
+            before, since = self._seen.get(trial.number, (None, now))
+            if trial.number not in self._seen or before != beat:
+                self._seen[trial.number] = beat, now
+            elif now - since > (beat[1] if beat else self._lost_after):
+                lost.append(trial)
+        return lost
+
+
+def _first(trial: FrozenTrial) -> int:
+    return int(trial.system_attrs.get("failed_trial", trial.number))
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and not {"error", "handed_back"} & trial.user_attrs.keys()
+
+
+def _is_done(attempts: Sequence[FrozenTrial]) -> bool:
+    given_up = _is_lost(attempts[-1]) and attempts[-1].user_attrs.get("lost", 0) + 1 >= _MAX_LOST
+    return given_up or any(map(_is_finished, attempts))
+
+
+def _state(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.FAIL and "handed_back" in trial.user_attrs:
+        return "interrupted"
+    return "lost" if _is_lost(trial) else trial.state.name.lower()
+
+
+def _end(study: optuna.Study, number: int) -> bool:
+    """End a running trial, unless another worker is faster; whether it was this one."""
+    try:
+        study.tell(number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):
+        return False
+    return True
+
+
+def _queue(study: optuna.Study, trial: FrozenTrial, lost: int = 0) -> None:
+    """Queue another attempt at a trial, which `lost` more workers have not survived."""
+    again = copy.deepcopy(trial)
+    kept = {key: trial.user_attrs[key] for key in ("run", "place") if key in trial.user_attrs}
+    again.user_attrs = kept | {"lost": trial.user_attrs.get("lost", 0) + lost}
+    RetryHeartbeatStaleTrialCallback()(study, again)
+
+
+def _asked(study: optuna.Study) -> dict[str, str]:
+    """The settings of a study; empty if the process that was creating it has ended before it recorded them."""
+    end = time.monotonic() + _CREATED
+    while not (asked := study.user_attrs.get("asked", {})) and time.monotonic() < end:
+        time.sleep(0.1)
+    return {"--sampler": "tpe", **asked} if asked else {}
+
+
+def _without_local(flags: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    words = iter(flags)
+    for word in words:
+        if word in _LOCAL_FLAGS:
+            next(words, None)
+        elif word.partition("=")[0] not in _LOCAL_FLAGS:
+            kept.append(word)
+    return kept
 
 
 @contextlib.contextmanager
@@ -410,22 +693,6 @@ def _process(command: list[str], log: Any, environment: dict[str, str]) -> Itera
                 process.wait()
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-
-
-def _truncate_partial_line(record: Path) -> None:
-    """Remove an incomplete line that a killed process or a full disk has left at the end of a journal.
-
-    Otherwise the next line would be appended to it, and neither could be read.
-    """
-    lock = JournalFileSymlinkLock(str(record.absolute()))
-    lock.acquire()
-    try:
-        with record.open("rb+") as file:
-            whole, end, partial = file.read().rpartition(b"\n")
-            if partial and (partial.startswith(_ENTRY) or _ENTRY.startswith(partial)):
-                file.truncate(len(whole + end))
-    finally:
-        lock.release()
 
 
 def _lines(root: Path) -> list[dict[str, Any]]:

@@ -173,13 +173,74 @@ def locked(
         try:
             yield
         finally:
+            _remove_if_empty(folder, keep)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process has locked a folder."""
+    try:
+        with (folder / _LOCK).open("r+b") as file:
+            _lock(file)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no lock, or no locks on this file system
+    return False
+
+
+class SharedFolder:
+    """A folder in which several processes write, on any machine; it is removed at the end if none of them did.
+
+    Args:
+        folder: the folder, which exists.
+        keep: the folder that existed before; empty folders below it are removed.
+
+    Attributes:
+        alone: whether no other process uses the folder; others wait until `admit` is called. False where this cannot
+            be found out.
+    """
+
+    def __init__(self, folder: Path, keep: Path) -> None:
+        self._folder, self._keep = folder, keep
+        self._file: IO[bytes] | None = None
+        self.alone = False
+
+    def __enter__(self) -> "SharedFolder":
+        self._file = (self._folder / _LOCK).open("a+b")
+        try:
+            _lock(self._file)
+            self.alone = sys.platform != "win32"
+        except BlockingIOError:
+            self.admit()
+        except OSError:
+            pass  # no locks on this file system
+        return self
+
+    def admit(self) -> None:
+        """Let other processes use the folder, too."""
+        self.alone = False
+        if sys.platform != "win32" and self._file is not None:
+            import fcntl
+
             with contextlib.suppress(OSError):
-                if all(path.name == _LOCK for path in folder.iterdir()):
-                    (folder / _LOCK).unlink(missing_ok=True)
-                    for path in (folder, *folder.parents):
-                        if path == keep:
-                            break
-                        path.rmdir()
+                fcntl.lockf(self._file, fcntl.LOCK_SH)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is None:
+            return
+        with self._file, contextlib.suppress(OSError):
+            _lock(self._file)
+            _remove_if_empty(self._folder, self._keep)
+
+
+def _remove_if_empty(folder: Path, keep: Path) -> None:
+    with contextlib.suppress(OSError):
+        if all(path.name == _LOCK for path in folder.iterdir()):
+            (folder / _LOCK).unlink(missing_ok=True)
+            for path in (folder, *folder.parents):
+                if path == keep:
+                    break
+                path.rmdir()
 
 
 def _lock(file: IO[bytes]) -> None:

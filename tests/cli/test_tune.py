@@ -140,9 +140,9 @@ def test_invalid_search_is_refused_in_one_line(capsys, text, words):
         ([LR, "--trials=x"], "invalid int value: 'x'"),
         ([LR, "--trials=0"], "--trials takes a number from 1"),
         ([LR, "--direction=up"], "invalid choice: 'up'"),
-        ([LR, "--timeout=nan"], "--timeout seconds above 0"),
+        ([LR, "--timeout=nan"], "--timeout takes seconds above 0"),
         ([LR, "--monitor=loss"], "like val/loss or train/nll"),
-        ([LR, "--storage=mysql://a/b"], "give a file on disk"),
+        ([LR, "--storage=mysql://a/b"], "give postgresql://USER@HOST/DATABASE, or a file"),
         ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path is not for tune"),
         ([LR, "--resume", "auto"], "--resume is not for tune"),
     ],
@@ -402,14 +402,19 @@ def test_renamed_study_folder_continues(fake):
 
 
 @pytest.mark.slow
-def test_studies_of_same_name_do_not_share_storage(fake, capsys):
+def test_study_name_not_folder_identifies_study_in_storage(fake, capsys):
     fake()
-    command = [*BASE, LR, "--trials=1", "--storage=all.db"]
-    main([*command, "--study=a/x"])
-    ends(*command, "--study=b/x")
-    assert "holds 'x' of " in capsys.readouterr().err and not Path("b").exists()
-    main([*command, "--study=b/y"])
-    main([*command, "--study=a/x"])
+    command = [*BASE, LR, "--storage=all.db"]
+    main([*command, "--trials=1", "--study=a/x"])
+    main([*command, "--trials=2", "--study=b/x"])  # as on another machine
+    first, second = rows(Path("b/x"))
+    assert first["run"].endswith(f"{Path.cwd()}/a/x/0") and second["run"] == "b/x/0"
+    main([*command, "--trials=1", "--study=b/x", "--study_name=y"])
+    assert [row["run"] for row in rows(Path("b/x"))] == ["b/x/1"]
+    capsys.readouterr()
+    ends(*command, "--study=c/x", "--direction=max")
+    assert "all.db holds a study with other --direction: give another --study_name, or" in capsys.readouterr().err
+    assert not Path("c").exists()
 
 
 @pytest.mark.slow
@@ -424,8 +429,6 @@ def test_ctrl_c_while_opening_storage_prints_continue_command(fake, capsys, monk
 
 @pytest.mark.slow
 def test_full_disk_is_reported_and_study_continues(fake, capsys, monkeypatch):
-    from aezoo.cli import tune_study
-
     fake()
     main([*BASE, LR, "--trials=1"])
 
@@ -433,7 +436,7 @@ def test_full_disk_is_reported_and_study_continues(fake, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tune_study.JournalFileBackend, "append_logs", full)
+        patch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", full)
         ends(*BASE, LR, "--trials=2")
     assert "No space left on device; what was recorded is kept" in capsys.readouterr().err
     main([*BASE, LR, "--trials=2"])

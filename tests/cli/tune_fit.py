@@ -25,6 +25,9 @@ if what == "die":
 if what == "interrupt" and not again:
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(600)
+if what == "hang" and not again:
+    (run / "hangs").touch()
+    time.sleep(600)
 callbacks = [{"class_path": "aezoo.callbacks.EMA"}, {"class_path": given["trainer.callbacks+"]}]
 settings = {"model": {"class_path": "vae", "init_args": {"lr": float(given["model.lr"])}}}
 settings["trainer"] = {"default_root_dir": str(root), "callbacks": callbacks, "words": sys.argv[1:]}

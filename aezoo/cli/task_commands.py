@@ -6,6 +6,7 @@ A verb is a function whose keyword arguments, with their types, defaults and doc
 import argparse
 import importlib
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import aezoo
 from aezoo.autoencoder import Autoencoder
 from aezoo.cli.config_resolution import (
     drop_foreign_settings,
@@ -34,7 +36,7 @@ from aezoo.data.columns import Columns
 from aezoo.data.datamodule import PERMISSIONS, stored_settings
 from aezoo.data.folder import ImageSource
 from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
-from aezoo.data.loaders import worker_failure
+from aezoo.data.loaders import available_cores, worker_failure
 from aezoo.data.npy import NpyDataset
 from aezoo.data.readers import TableArrays, check_columns, is_streamed, read_arrays
 from aezoo.data.resident import lacks_memory
@@ -42,8 +44,9 @@ from aezoo.data.settings import settings_of_source
 from aezoo.data.source import STAGES, ArrayDataset, Stage
 from aezoo.data.windows import TIME_COLUMNS, cut
 from aezoo.errors import AezooError
-from aezoo.io import calibration, checkpoint, terminal
+from aezoo.io import calibration, checkpoint, partial, terminal
 from aezoo.security import policy
+from aezoo.tasks import passes
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
@@ -68,6 +71,13 @@ _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
 _ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress", "export")
+# verbs that take one process, and why
+_ONE_PROCESS = {
+    "compress": "each file is one stream, whose bits depend on how its blocks follow one another",
+    "decompress": "each file is one stream, whose bits depend on how its blocks follow one another",
+    "export": "it computes nothing for many samples",
+}
+_MAX_PROCESSES = 64
 # verbs that also take the model and the folder for results as words without a flag
 _POSITIONAL = {"export": ("--ckpt_path", "--out")}
 _MAX_LINES = 20
@@ -113,7 +123,8 @@ def main(argv: list[str]) -> None:
         raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
     if not 0 <= config.get("seed", 0) < 2**32:
         raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
-    model = model.to(resolve_device(config.device)).float()  # samples are float32
+    rank, world = _processes(verb, config.devices)
+    model = model.to(_device(config.device, rank, world)).float()  # samples are float32
     settings = {key: config[key] for key in accepted.keys() - _GIVEN}
     if "file" in accepted:
         if config.input is None:
@@ -129,7 +140,11 @@ def main(argv: list[str]) -> None:
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
     try:
-        with signals_as_exit(), nullcontext() if verb in _EXACT else speed.evaluating(model):
+        with (
+            signals_as_exit(),
+            nullcontext() if verb in _EXACT else speed.evaluating(model),
+            nullcontext() if verb in _ONE_PROCESS else _passes(out, model, settings, argv, rank, world),
+        ):
             result: Result = function(model=model, out=str(out), **settings)
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
@@ -169,6 +184,58 @@ def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Pa
         print(f"aezoo: {error}", file=sys.stderr)
     else:
         print(f"{file} keeps the calibration, for calls without the training data")
+
+
+def _processes(verb: str, devices: int) -> tuple[int, int]:
+    """The rank of this process and the number of processes that share the samples."""
+    if not 1 <= devices <= _MAX_PROCESSES:
+        raise AezooError(f"devices takes a number from 1 to {_MAX_PROCESSES}, got {devices}")
+    if devices > 1 and (why := _ONE_PROCESS.get(verb)):
+        raise AezooError(f"{verb} runs in one process, since {why}: leave out --devices")
+    return (int(os.environ.get("LOCAL_RANK", "0")) if devices > 1 else 0), devices
+
+
+def _device(name: str, rank: int, world: int) -> torch.device:
+    """The device of this process: of several with GPUs, each has its own; on the CPU they share the cores."""
+    device = resolve_device(name)
+    if world == 1:
+        return device
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() // world)))
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise AezooError(f"--devices {world} takes the CPU or the first {world} GPUs: give --device cpu or cuda")
+    if world > torch.cuda.device_count():
+        raise AezooError(f"--devices is {world}, and there are {torch.cuda.device_count()} GPUs: give at most as many")
+    return resolve_device(f"cuda:{rank}")
+
+
+@contextmanager
+def _passes(
+    out: Path, model: Autoencoder, settings: Mapping[str, Any], argv: list[str], rank: int, world: int
+) -> Iterator[None]:
+    """Share the samples among the processes, and go on with what an earlier call of this command has computed."""
+    given = {key: value for key, value in settings.items() if key != "columns"}  # which the model or the data say
+    plain = {key: value.identity if isinstance(value, SampleSet) else value for key, value in given.items()}
+    run = world, model.device.type, torch.get_num_threads(), aezoo.__version__
+    key = partial.digest(argv[0], plain, run, type(model).__qualname__, dict(model.hparams), model)
+    folder = out / f".{argv[0]}"
+    running = passes.Passes(partial.Partial(folder, key, passes.CURE, rank), argv, rank, world)
+    token = passes.current.set(running)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if not rank and running.has_begun:
+            print(f"aezoo: the same command goes on with what is in {folder}", file=sys.stderr)
+        raise
+    except BaseException:
+        running.discard()
+        raise
+    else:
+        running.discard()
+    finally:
+        passes.current.reset(token)
+        running.close()
 
 
 def _with_flags(argv: list[str]) -> list[str]:
@@ -226,6 +293,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
             )
     parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--devices", type=int, default=1, help="Processes that share the samples, on GPUs one on each.")
     parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
     if "batch_size" in accepted:
         parser.add_argument("--batch_size", type=int, default=256, help="Samples that are processed at a time.")

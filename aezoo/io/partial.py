@@ -6,7 +6,7 @@ record says so, and the record is replaced atomically, so a kill or a power cut 
 
     folder/key.json           what was computed; another command removes the folder and begins anew
     folder/NAME.npy           an array of its final size
-    folder/progress-RANK.npz  what a process has finished
+    folder/progress-RANK.npz  what a process has finished, also of a part of the work that has a name
 """
 
 import contextlib
@@ -105,23 +105,28 @@ class Partial:
             self.rows(name, len(known), known.shape[1:], known.dtype)
         return self._files[name]
 
-    def progress(self) -> dict[str, Array]:
-        """What this process has saved last; empty at the beginning."""
+    def progress(self, name: str = "", rank: int | None = None) -> dict[str, Array]:
+        """What a process, by default this one, has saved last; empty at the beginning."""
         try:
-            with np.load(self._record) as file:
+            with np.load(self._record(name, self.rank if rank is None else rank)) as file:
                 return dict(file)
         except (OSError, ValueError, zipfile.BadZipFile):
             return {}
 
-    def save(self, state: Callable[[], Mapping[str, Any]], now: bool = False) -> None:
+    def save(self, state: Callable[[], Mapping[str, Any]], now: bool = False, name: str = "") -> None:
         """Record what this process has finished, if the last time is some seconds ago or it must be now."""
         if not now and time.monotonic() - self._saved < SECONDS:
             return
         for file in self._files.values():
             file.flush()
-        arrays = {name: np.asarray(value) for name, value in state().items()}
-        atomic_files.write(self._record, lambda file: np.savez(file, **arrays), cure=self.cure)  # type: ignore[arg-type]
+        arrays = {key: np.asarray(value) for key, value in state().items()}
+        path = self._record(name, self.rank)
+        atomic_files.write(path, lambda file: np.savez(file, **arrays), cure=self.cure)  # type: ignore[arg-type]
         self._saved = time.monotonic()
+
+    def forget(self) -> None:
+        """Have the next command begin anew."""
+        (self.folder / _KEY).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the arrays and let other processes write here."""
@@ -143,9 +148,8 @@ class Partial:
         for path in self.folder.glob("[!.]*"):
             path.unlink(missing_ok=True)
 
-    @property
-    def _record(self) -> Path:
-        return self.folder / f"progress-{self.rank}.npz"
+    def _record(self, name: str, rank: int) -> Path:
+        return self.folder / f"progress{name and f'-{name}'}-{rank}.npz"
 
     def _failed(self, name: str, error: OSError) -> AezooError:
         return AezooError(f"cannot write {self.folder / name}.npy: {error.strerror or error}; {self.cure}")

@@ -1,8 +1,11 @@
 """PSNR where data have a peak, errors by value, and SSIM in a memory layout that is fast on a CPU."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -63,6 +66,15 @@ class ValueErrors:
         x, error = (part.double().masked_fill(~known, 0) for part in (x, error))
         parts = (known.double(), x, x.square(), error.abs(), error.square())
         self._sums = self._sums + torch.stack([part.sum(0) for part in parts])
+
+    @property
+    def state(self) -> npt.NDArray[np.float64]:
+        """The sums, (5, *shape), or 0 without samples."""
+        return np.asarray(self._sums)
+
+    def merge(self, states: Sequence[npt.NDArray[np.float64]]) -> None:
+        """Take over the sums of several parts of the samples."""
+        self._sums = sum(torch.from_numpy(state) if state.ndim else 0 for state in states)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """The mean absolute error, the mean square error and the variance of each value; NaN if none is known."""

@@ -17,6 +17,7 @@ from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.metrics.similarity import has_peak
 from aezoo.tasks.denoise_filters import MISSING, Filter, best_setting, filters, missing
+from aezoo.tasks.passes import Range, current
 from aezoo.tasks.result_store import Row, Samples, Store, table_text, write_batch
 from aezoo.tasks.results import Result, count_of, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode, middles, rows_of
@@ -119,13 +120,13 @@ def denoise(
     n, shapes, batch_size = len(samples), samples.shapes, sized.batch_size(samples, batch_size)
     with Store(out, model.data_units) as store, evaluation_mode(model, seed) as like:
         x_hat: Samples = store.samples("denoised", (n, *samples.shape)) if shapes is None else store.separate(shapes)
-        start = 0
-        low, high = math.inf, -math.inf
-        for batch in samples.batches(batch_size, "denoise" if progress else ""):
+        limits, passes = Range(), current.get()
+        for start, batch in passes.blocks(samples, batch_size, seed, "denoise" if progress else "", (limits,)):
             noisy = _corrupted(batch, range(start, start + len(batch)), noise, seed)
             write_batch(x_hat, start, sized(tuple(batch.shape[1:]))(noisy.to(like)))
-            low, high = min(low, float(batch.min())), max(high, float(batch.max()))
-            start += len(batch)
+            limits.add(batch)
+        passes.finish()
+        low, high = limits.low, limits.high
         if shapes is not None:
             store.each_sample("denoised/", x_hat)
         if has_peak(low, high) or low == high or model.likelihood.unit_interval:

@@ -21,6 +21,7 @@ from aezoo.tasks.detect_explain import Explainer, Explanation
 from aezoo.tasks.detect_labels import Protocol, Reference, label_report, ranking_metrics
 from aezoo.tasks.detect_scores import Scores, describe_deviance
 from aezoo.tasks.detectors import BASELINES, Baseline, Detector
+from aezoo.tasks.passes import current
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
@@ -227,13 +228,17 @@ def detect(
             _run_detector(detector, samples, train, held_out, compared, is_restored, rule)
             for detector, is_restored in zip(detectors, restored, strict=True)
         ]
-        rows = [
+        has_masks = masks is not None and bool(masks.any())
+        errors = _value_errors(model, samples, store, maps, has_masks, batch_size, seed, progress)
+        current.get().finish()
+        rows: list[Row] = [
             {"method": detector.name}
             | ({"note": detector.note} if found is None else ranking_metrics(found.scores, anomalous) | found.figures())
             for detector, found in zip(detectors, results, strict=True)
         ]
-        if masks is not None and masks.any():
-            rows[0] |= _pixel_metrics(model, samples, masks.numpy(), batch_size, seed)
+        if errors.located is not None and masks is not None:
+            located, true = np.asarray(errors.located), masks.numpy()
+            rows[0] |= {"pixel_auroc": pixel_auroc(located, true), "pro": per_region_overlap(located, true)}
         columns = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
         rows = [{name: row.get(name) for name in columns} for row in rows]
         first = results[0]
@@ -243,7 +248,7 @@ def detect(
             for detector, found in zip(detectors[1:], results[1:], strict=True)
             if isinstance(detector, Detector) and found is not None
         }
-        tabulate = functools.partial(_score_rows, model, samples, first, other_models, batch_size, seed)
+        tabulate = functools.partial(_score_rows, samples, first, other_models, errors.by_column)
         draw = functools.partial(_draw, model, samples, first, n_shown, seed) if n_shown else None
         store.table("scores", tabulate(), table)
         store.table("detect", rows)
@@ -262,11 +267,6 @@ def detect(
         with evaluation_mode(model, seed) as like:
             if detectors[0].name == "deviance":
                 lines += [describe_deviance(model, samples.rows(range(min(len(samples), _MAX_DESCRIBED))).to(like))]
-            if maps:
-                errors, start = store.array("maps", (len(samples), *model.input_shape)), 0
-                for batch in samples.batches(batch_size, "maps" if progress else ""):
-                    write_batch(errors, start, _reconstruction_errors(model, batch, like)[1])
-                    start += len(batch)
         if draw is not None:
             store.picture("anomalies", draw)
     fits_on_itself = train.samples is samples
@@ -349,14 +349,46 @@ def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:
     return found
 
 
-def _pixel_metrics(
-    model: Autoencoder, samples: SampleSet, masks: npt.NDArray[np.bool_], batch_size: int, seed: int
-) -> Row:
-    """How well the model's anomaly map, or its error, locates the defects in masks (N, H, W)."""
+@dataclass
+class _ValueErrors:
+    """How strange each value of the samples is, as far as it is needed.
+
+    Attributes:
+        located: (N, *places), the mean over channels.
+        by_column: (N, D), of a table, x_hat - x.
+    """
+
+    located: npt.NDArray[Any] | None = None
+    by_column: npt.NDArray[Any] | None = None
+
+
+def _value_errors(
+    model: Autoencoder,
+    samples: SampleSet,
+    store: Store,
+    maps: bool,
+    masks: bool,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> _ValueErrors:
+    """Reconstruct all samples once, for maps.npy, the comparison with masks and the columns of a table."""
+    n, found = len(samples), _ValueErrors()
+    if not maps and not masks and samples.columns is None:
+        return found
+    written = store.array("maps", (n, *samples.shape)) if maps else None
+    found.located = store.scratch((n, *samples.shape[1:])) if masks else None
+    found.by_column = None if samples.columns is None else store.scratch((n, *samples.shape))
     with evaluation_mode(model, seed) as like:
-        maps = [_reconstruction_errors(model, x, like)[1].mean(1).numpy() for x in samples.batches(batch_size)]
-    located = np.concatenate(maps)
-    return {"pixel_auroc": pixel_auroc(located, masks), "pro": per_region_overlap(located, masks)}
+        for start, x in current.get().blocks(samples, batch_size, seed, "errors" if progress else ""):
+            output, error = _reconstruction_errors(model, x, like)
+            if written is not None:
+                write_batch(written, start, error)
+            if found.located is not None:
+                write_batch(found.located, start, error.mean(1))
+            if found.by_column is not None:
+                write_batch(found.by_column, start, output - x)
+    return found
 
 
 def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_shown: int, seed: int) -> "Figure":
@@ -368,29 +400,18 @@ def _draw(model: Autoencoder, samples: SampleSet, found: _DetectorResult, n_show
         return _picture(shown, *_reconstruction_errors(model, shown, like), titles, kind, samples.columns)
 
 
-def _errors_by_column(model: Autoencoder, samples: SampleSet, like: Tensor, batch_size: int) -> Iterator[Row]:
-    """The error of each column of a table, a row for each sample; nothing for other samples."""
-    if samples.columns is None:
-        return
-    for x in samples.batches(batch_size):
-        yield from map(samples.columns.error_row, (model(x.to(like)).float().cpu() - x).numpy())
-
-
 def _score_rows(
-    model: Autoencoder,
     samples: SampleSet,
     found: _DetectorResult,
     others: dict[str, _DetectorResult],
-    batch_size: int,
-    seed: int,
+    by_column: npt.NDArray[Any] | None,
 ) -> Iterator[Row]:
-    with evaluation_mode(model, seed) as like:
-        errors = iter([*_errors_by_column(model, samples, like, batch_size)])
-    fields = samples.fields
+    fields, columns = samples.fields, samples.columns
     for i, (score, p, flagged) in enumerate(zip(found.scores, found.p_values, found.is_anomaly, strict=True)):
         row = {"index": i, "score": float(score), "p_value": float(p), "is_anomaly": bool(flagged)}
         row |= {name: float(other.scores[i]) for name, other in others.items()}
-        yield row | row_of(fields, i) | next(errors, {})
+        row |= row_of(fields, i)
+        yield row if by_column is None or columns is None else row | columns.error_row(by_column[i])
 
 
 def _step_rows(spans: Spans, found: _DetectorResult) -> Iterator[Row]:

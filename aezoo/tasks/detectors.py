@@ -15,6 +15,7 @@ from aezoo.tasks.detect_calibration import AnomalyShare, anomaly_share, fdr_thre
 from aezoo.tasks.detect_deep_svdd import SVDDSettings
 from aezoo.tasks.detect_features import FrozenFeatures
 from aezoo.tasks.detect_scores import FunctionScorer, Scores, scorer
+from aezoo.tasks.passes import current
 from aezoo.tasks.samples import SampleSet, evaluation_mode, random_rows
 from aezoo.training.data_statistics import DataStatistics
 
@@ -214,12 +215,10 @@ class Detector:
         self.threshold_ = threshold_of(scores, self.contamination)
 
     def _scores(self, samples: SampleSet) -> Scores:
-        scores = np.empty(len(samples))
-        start = 0
         with evaluation_mode(self.model, self.seed) as like:
-            for x in samples.batches(self.batch_size, self._title("scores")):
-                scores[start : start + len(x)] = self.scorer(x.to(like)).cpu().double().numpy()
-                start += len(x)
+            scores = _computed(
+                samples, lambda x: self.scorer(x.to(like)), self.batch_size, self.seed, self._title("scores")
+            )
         if not np.isfinite(scores).all():
             max_score = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise AezooError(f"the score {self.score} of sample {max_score} is {scores[max_score]}: take another score")
@@ -306,17 +305,28 @@ class Baseline:
 
     def decision_function(self, samples: SampleSet) -> Scores:
         """Scores of samples, larger is stranger, (N,)."""
-        scores = []
-        for x in samples.batches(self.batch_size, f"{self.name}: scores" if self.progress else ""):
+
+        def score(x: Tensor) -> Tensor:
             if x.isnan().any():
                 raise AezooError(f"{self.name} takes no samples that lack values: give --baselines false")
-            scores.append(np.asarray(self._function(self._values(x)), np.float64))
-        return np.concatenate(scores)
+            return torch.from_numpy(np.asarray(self._function(self._values(x)), np.float64))
+
+        title = f"{self.name}: scores" if self.progress else ""
+        return _computed(samples, score, self.batch_size, self.seed, title)
 
     def _values(self, x: Tensor) -> "Rows":
         """The values or features of samples, (B, *shape) -> (B, D)."""
         values: Rows = (x if self._net is None else self._net(x.to(self.device)).cpu()).flatten(1).numpy()
         return values
+
+
+def _computed(samples: SampleSet, score: Callable[[Tensor], Tensor], batch_size: int, seed: int, title: str) -> Scores:
+    """The scores of all samples, (N,), by the processes of the command."""
+    passes = current.get()
+    scores = np.empty(len(samples)) if passes.parts is None else passes.array((len(samples),), np.float64)
+    for start, x in passes.blocks(samples, batch_size, seed, title):
+        scores[start : start + len(x)] = score(x).cpu().double().numpy()
+    return np.array(scores)  # which callers change
 
 
 Rows = npt.NDArray[np.float32]

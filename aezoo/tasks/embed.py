@@ -26,6 +26,7 @@ from aezoo.tasks.embed_codes import (
     same_classes,
     umap,
 )
+from aezoo.tasks.passes import current
 from aezoo.tasks.result_store import Row, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
@@ -141,11 +142,13 @@ def embed(
     labels = None if samples.labels is None else samples.labels.numpy()
     with Store(out) as store, evaluation_mode(model, seed) as like:
         shape = (n, *model.code_shape)
-        codes = store.array("codes", shape) if table == "npy" else np.empty(shape, np.float32)
-        start = 0
-        for batch in samples.batches(batch_size, "embed" if progress else ""):
+        codes, passes = store.array("codes", shape) if table == "npy" else store.scratch(shape), current.get()
+        for start, batch in passes.blocks(samples, batch_size, seed, "embed" if progress else ""):
             write_batch(codes, start, check_finite(model.encode(batch.to(like))))
-            start += len(batch)
+        known = codes.reshape(n, -1)
+        if nearest and train is not None:
+            known = encode_samples(model, train, None, batch_size, seed, progress, store=store)[0]
+        passes.finish()
         flat, notes = codes.reshape(n, -1), samples.notes
         if table == "npz":
             store.arrays("codes", {"x": codes} | ({} if labels is None else {"y": _samples_text(samples)}))
@@ -163,7 +166,6 @@ def embed(
             store.table("accuracies", accuracies, kind)
         neighbours, distances = np.empty((n, 0), np.int64), np.empty((n, 0))
         if nearest:
-            known = flat if train is None else encode_samples(model, train, None, batch_size, seed, progress)[0]
             neighbours, distances = nearest_codes(known, flat, nearest)
             store.table("neighbours", _neighbour_rows(neighbours, distances, samples.fields, library.fields), kind)
         draw = functools.partial(_plane_picture, plane, shown, method, samples)

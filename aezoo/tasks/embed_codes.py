@@ -15,7 +15,8 @@ from torch import Tensor
 from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError, install_hint
-from aezoo.tasks.result_store import write_batch
+from aezoo.tasks.passes import current
+from aezoo.tasks.result_store import Store, write_batch
 from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 
@@ -42,15 +43,22 @@ def encode_samples(
     seed: int,
     progress: bool,
     code: Callable[[Tensor], Tensor] | None = None,
+    store: Store | None = None,
 ) -> tuple[Array, Array]:
     """Codes, (N, D) float32, of at most `max_samples` samples, and their indices. Use inside `evaluation_mode`.
 
-    `code` replaces the encoder by another function with outputs of the same size.
+    `code` replaces the encoder by another function with outputs of the same size. All codes may be more than memory
+    holds; with a store they are in a file.
     """
     encode = code or model.encode
     rows = choose_rows(len(samples), max_samples, seed)
-    codes = np.empty((len(rows), math.prod(model.code_shape)), np.float32)
-    start = 0
+    shape = len(rows), math.prod(model.code_shape)
+    if store is not None and len(rows) == len(samples):
+        stored = store.scratch(shape)
+        for start, batch in current.get().blocks(samples, batch_size, seed, "codes" if progress else ""):
+            write_batch(stored, start, check_finite(encode(batch.to(reference_tensor(model))).flatten(1)))
+        return stored, rows
+    codes, start = np.empty(shape, np.float32), 0
     with progress_bar("codes" if progress else "", len(rows)) as advance:
         whole = len(rows) == len(samples)
         parts = [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]

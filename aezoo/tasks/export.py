@@ -30,7 +30,7 @@ from aezoo.tasks.detect_labels import Protocol, Reference
 from aezoo.tasks.detect_scores import FunctionScorer, Mahalanobis
 from aezoo.tasks.detectors import Detector
 from aezoo.tasks.export_check import Check, drawn_samples, what_works
-from aezoo.tasks.result_store import CURE
+from aezoo.tasks.passes import CURE
 from aezoo.tasks.results import Result, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode
 from aezoo.training.data_units import DataUnits

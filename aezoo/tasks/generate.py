@@ -19,6 +19,7 @@ from aezoo.errors import AezooError
 from aezoo.tasks import generate_walks, priors, priors_principal
 from aezoo.tasks.embed_codes import encode_samples
 from aezoo.tasks.generate_walks import GIVE_TRAINING
+from aezoo.tasks.passes import current
 from aezoo.tasks.priors_base import Prior
 from aezoo.tasks.result_store import Row, Store, concatenate, table_text, write_batch
 from aezoo.tasks.results import Result, sizes, takes_model
@@ -26,6 +27,7 @@ from aezoo.tasks.samples import SampleSet, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 from aezoo.training.limits import check_at_least
 from aezoo.training.model_names import display_name
+from aezoo.training.seeding import mix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,14 +199,19 @@ def generate(
             sampling_options["top_k"], source = top_k, f"{source}, from the {top_k} likeliest of each index"
         quality_samples = min(quality, len(held_out)) if held_out is not None and len(held_out) > 1 else quality
         samples = store.samples("samples", (n, *model.input_shape))
-        n_quality = np.empty((quality_samples, *model.input_shape), np.float32)
-        start = 0
-        with progress_bar("generate" if progress else "", max(n, quality_samples)) as advance:
-            for batch in _draws(model, fitted, max(n, quality_samples), batch_size, seed, sampling_options):
-                for array in (samples, n_quality):
-                    write_batch(array, start, batch[: max(0, len(array) - start)])
-                start += len(batch)
-                advance(len(batch))
+        n_quality, total = store.scratch((quality_samples, *model.input_shape)), max(n, quality_samples)
+        size, passes = batch_size if fitted is None else _DRAWN_AT_ONCE, current.get()
+        with progress_bar("generate" if progress else "", total) as advance:
+            for start, count in passes.blocks(total, size, seed):
+                at = start
+                for batch in _draws(
+                    model, fitted, count, batch_size, mix(seed, start) if start else seed, sampling_options
+                ):
+                    for array in (samples, n_quality):
+                        write_batch(array, at, batch[: max(0, len(array) - at)])
+                    at += len(batch)
+                    advance(len(batch))
+        passes.finish()
         if columns is not None:
             store.table("samples", columns.rows(samples))
         draw, tabulate = functools.partial(_picture, samples, columns), functools.partial(_rows, samples, columns, 1)
@@ -214,7 +221,7 @@ def generate(
             from aezoo.tasks.fidelity import evaluate_fidelity
 
             found.figures, found.features = evaluate_fidelity(
-                torch.from_numpy(n_quality), train, held_out, model.device, store,
+                torch.from_numpy(np.array(n_quality)), train, held_out, model.device, store,
                 batch_size=batch_size, seed=seed, progress=progress,
             )  # fmt: skip
     return found

@@ -14,9 +14,10 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.bases.multimodal import Multimodal
 from aezoo.data.columns import Columns
 from aezoo.errors import AezooError
-from aezoo.metrics.similarity import Limits, ValueErrors, has_peak, psnr
+from aezoo.metrics.similarity import ValueErrors, has_peak, psnr
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.embed_codes import has_class_labels
+from aezoo.tasks.passes import Range, current
 from aezoo.tasks.result_store import Row, Samples, Store, check_table, row_of, table_text, write_batch
 from aezoo.tasks.results import Result, count_of, takes_model
 from aezoo.tasks.samples import SampleSet, evaluation_mode, rows_of
@@ -145,15 +146,16 @@ def reconstruct(
         x_hat: Samples = (
             store.samples("reconstructions", (n, *samples.shape)) if shapes is None else store.separate(shapes)
         )
-        mse, mae, score = (np.empty(n, np.float32) for _ in range(3))
-        part_mse = {i: np.empty(n, np.float32) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
-        start, limits, by_value = 0, Limits(), ValueErrors()
-        for batch in samples.batches(batch_size, "reconstruct" if progress else ""):
+        mse, mae, score = (store.scratch((n,)) for _ in range(3))
+        part_mse = {i: store.scratch((n,)) for i in range(len(reconstructor.model.sizes) if reconstructor else 0)}
+        limits, by_value, passes = Range(), ValueErrors(), current.get()
+        title = "reconstruct" if progress else ""
+        for start, batch in passes.blocks(samples, batch_size, seed, title, (limits, by_value)):
             given, own = batch.to(like), sized(tuple(batch.shape[1:]))
             output = (reconstructor.reconstructed(given) if reconstructor else own(given)).float()
             difference = output - batch.to(output)
             write_batch(x_hat, start, output)
-            limits.update(batch[~batch.isnan()])
+            limits.add(batch[~batch.isnan()])
             if shapes is None:
                 by_value.add(batch, output)
             known = ~batch.to(like.device).isnan()
@@ -165,9 +167,11 @@ def reconstruct(
                 parts_known = reconstructor.model.split(known)
                 for i, part in enumerate(reconstructor.model.split(difference)):
                     write_batch(part_mse[i], start, _mean(part.square(), parts_known[i]))
-            start += len(batch)
+        passes.finish()
+        mse, mae, score = (np.array(errors) for errors in (mse, mae, score))
+        part_mse = {i: np.array(errors) for i, errors in part_mse.items()}
         found = Reconstruction(x_hat, mse, mae, None if reconstructor else score, part_mse)
-        if has_peak(*map(float, limits.compute())):
+        if has_peak(limits.low, limits.high):
             found.psnr = psnr(float(_drop_nan(mse).mean(dtype=np.float64)))
         if shapes is None:
             found.r2 = by_value.r2()

@@ -1,7 +1,6 @@
 """Output of results: arrays that may be larger than memory, tables, pictures; files are written atomically."""
 
 import csv
-import errno
 import io
 import math
 import mmap
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from aezoo.errors import AezooError, install_hint
 from aezoo.io import atomic_files
+from aezoo.io.partial import reserve
 from aezoo.io.terminal import printable
+from aezoo.tasks.passes import CURE, Passes, current
 from aezoo.training.data_units import DataUnits
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ Row = dict[str, Any]
 _TABLE_ROWS = 2**16
 # samples that are brought into their units at a time
 _ROWS = 2**10
-CURE = "make room, or choose a folder that can be written with --out"
 
 
 class SeparateArrays(Sequence[npt.NDArray[Any]]):
@@ -95,6 +95,8 @@ class Store:
         self._written: dict[Path, Path] = {}
         self._mapped: list[Any] = []
         self._units = units
+        # files that several processes fill, and that a later call goes on with
+        self._passes = Passes() if self.folder is None else current.get()
         # samples in the model's scale, and the files of the same samples in their units
         self._scaled: list[tuple[DataUnits, npt.NDArray[Any], npt.NDArray[Any]]] = []
         if self.folder is not None:
@@ -108,11 +110,12 @@ class Store:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._passes.rank:
                 self._commit()
         finally:
             for temporary in self._written.values():
-                temporary.unlink(missing_ok=True)
+                if temporary.parent == self.folder:  # others are parts, which a later call goes on with
+                    temporary.unlink(missing_ok=True)
             self._written.clear()
             self._mapped.clear()
             self._scaled.clear()
@@ -121,8 +124,12 @@ class Store:
         for units, scaled, in_units in self._scaled:
             for i in range(0, len(scaled), _ROWS):
                 in_units[i : i + _ROWS] = units.values(scaled[i : i + _ROWS])
+                release(scaled)
+                release(in_units)
         for array in self._mapped:
             array.flush()
+        if self._passes.parts is not None:
+            self._passes.parts.forget()  # files that are moved away could not be gone on with
         for path, temporary in self._written.items():
             try:
                 temporary.replace(path)
@@ -143,10 +150,16 @@ class Store:
             in_memory = np.empty(shape, dtype)
             self.write(path.name, lambda file: np.save(file, in_memory))
             return in_memory
+        if self._passes.parts is not None:
+            array = self._passes.array(shape, dtype, name)
+            self._mapped.append(array)
+            self._register(path, Path(array.filename))  # type: ignore[attr-defined]
+            return array
         temporary = self._temporary(path)
         try:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=shape)
-            _reserve(temporary)
+            with temporary.open("r+b") as file:
+                reserve(file, temporary.stat().st_size)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
@@ -197,6 +210,8 @@ class Store:
         """An empty array in a file without a name, or in memory."""
         if self.folder is None or math.prod(shape) == 0:
             return np.empty(shape, dtype)
+        if self._passes.parts is not None:
+            return self._passes.array(shape, dtype)
         with tempfile.TemporaryFile(dir=self.folder) as file:  # the memory map outlives it
             return np.memmap(file, dtype, "w+", shape=shape)
 
@@ -215,7 +230,7 @@ class Store:
 
     def write(self, name: str, write_content: Callable[[IO[bytes]], object]) -> int:
         """Write `folder/name`, whose content `write_content` writes into the open file; returns its size."""
-        if self.folder is None:
+        if self.folder is None or self._passes.rank:
             return 0
         path = self.folder / name
         temporary = self._temporary(path)
@@ -227,7 +242,7 @@ class Store:
         """Write the figure that is drawn as `folder/name.png`."""
         from aezoo.callbacks.plotting import render, save_png
 
-        if self.folder is not None:
+        if self.folder is not None and not self._passes.rank:
             pixels = render(draw())
             self.write(f"{name}.png", lambda file: save_png(file, pixels))
 
@@ -237,18 +252,6 @@ class Store:
     def _register(self, path: Path, temporary: Path) -> None:
         self._written[path] = temporary
         self.files.append(path)
-
-
-def _reserve(file: Path) -> None:
-    """Reserve disk space for a mapped file: a full disk would later end the process without a message."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with file.open("r+b") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
 
 
 def row_of(columns: Mapping[str, Sequence[Any]], i: int) -> Row:
@@ -340,8 +343,13 @@ def write_batch(array: Samples, start: int, values: Tensor) -> None:
     """Write a batch of results to its place; of a mapped file nothing stays in this process's memory."""
     values = values.detach()
     array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()
+    release(array)
+
+
+def release(array: Samples) -> None:
+    """Keep nothing of a mapped file in this process; what is not on the disk yet is in the system's cache."""
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array.base.madvise(mmap.MADV_DONTNEED)  # what is written stays in the system's cache until it is on the disk
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from aezoo.autoencoder import Autoencoder
 from aezoo.data import DataModule, binarise
@@ -24,10 +25,13 @@ from aezoo.data.resident import load_into_memory
 from aezoo.data.source import ArrayDataset, Stage, byte_divisor, to_float32
 from aezoo.data.windows import Spans
 from aezoo.errors import AezooError
+from aezoo.io import partial
 from aezoo.tasks.result_store import Samples, SeparateArrays
 from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng
 
+# samples that tell two sets apart
+_COMPARED = 64
 # samples whose values are checked before a task begins, and values that are then in memory at a time
 _MAX_CHECKED, _MAX_VALUES = 1024, 2**24
 # an array whose values are larger than this, and are not after scaling, is not scaled yet
@@ -200,6 +204,18 @@ class SampleSet:
         names = [f"{name}_value" if name in _OWN_NAMES else name for name in self.columns.names]
         return dict(zip(names, values, strict=True)) | self.notes
 
+    @property
+    def identity(self) -> str:
+        """A digest of the samples: of their files' names, sizes and times, or of some of their values."""
+        n, paths = len(self), paths_of(self.dataset)
+        scaling = {name: value.tolist() for name, value in (self.scaling or {}).items()}
+        about: list[Any] = [n, self.shape, self.levels, scaling]
+        if paths is None or not all(Path(path).exists() for path in paths):
+            values = [self.rows([i]) for i in sorted({n * i // _COMPARED for i in range(_COMPARED)} if n else ())]
+            return partial.digest(about, [float(part.double().nansum()) for part in values])
+        stats = [Path(path).stat() for path in paths]
+        return partial.digest(about, [*paths], [(found.st_size, found.st_mtime_ns) for found in stats])
+
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
         """The samples with these indices, (n, *shape), on the CPU; the middle that all have, if their sizes differ."""
         index = torch.as_tensor(list(index) if isinstance(index, range) else index)
@@ -219,25 +235,29 @@ class SampleSet:
             return ((x.to(self.scaling["offset"].dtype) - self.scaling["offset"]) / self.scaling["factor"]).float()
         return to_float32(x, self.levels)
 
-    def batches(self, size: int, title: str = "") -> Iterator[Tensor]:
-        """All samples in their order, on the CPU; with a title it shows a progress bar.
+    def batches(self, size: int, title: str = "", start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """All samples in their order, or those from `start` to before `stop`, on the CPU.
 
         Args:
             size: samples at a time; of pictures of several sizes it is one.
             title: that of the progress bar; none is shown without it.
+            start: the first sample.
+            stop: the end, by default that of the samples.
         """
-        size = size if self.shapes is None else 1
-        with progress_bar(title, len(self)) as advance:
-            for x in self._batches(size):
+        size, stop = size if self.shapes is None else 1, len(self) if stop is None else stop
+        with progress_bar(title, stop - start) as advance:
+            for x in self._batches(size, start, stop):
                 yield x
                 advance(len(x))
 
-    def _batches(self, size: int) -> Iterator[Tensor]:
+    def _batches(self, size: int, start: int, stop: int) -> Iterator[Tensor]:
         if isinstance(self.dataset, ArrayDataset):
-            yield from (self.rows(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
-        else:  # files, which several processes decode ahead
+            yield from (self.rows(range(i, min(i + size, stop))) for i in range(start, stop, size))
+        elif start < stop:  # files, which several processes decode ahead
             n_workers = default_num_workers(local_processes()) if self.num_workers is None else self.num_workers
-            loader = make_loader(self.dataset, batch_size=size, num_workers=n_workers, labels=False)
+            whole = (start, stop) == (0, len(self))
+            part = self.dataset if whole else Subset(self.dataset, range(start, stop))
+            loader = make_loader(part, batch_size=size, num_workers=n_workers, labels=False)
             yield from (self._as_float(batch[0]) for batch in loader)
 
     def subsample(self, n: int, seed: int = 0) -> "SampleSet":

@@ -411,7 +411,8 @@ def test_signal_leaves_no_partial_output(run, tmp_path, monkeypatch, number):
     try:
         with pytest.raises(SystemExit) as end:
             main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
-        assert end.value.code == 128 + number and list(tmp_path.iterdir()) == []
+        assert end.value.code == 128 + number and list(tmp_path.glob("[!.]*")) == []
+        assert [path.name for path in tmp_path.iterdir()] == [".reconstruct"]  # for the same command
         assert signal.getsignal(number) == afterwards
     finally:
         signal.signal(number, before)

@@ -1,0 +1,220 @@
+"""Passes of a model over samples: by one process or several, resumed after a kill, in the memory of a batch.
+
+A verb goes over samples in blocks of one batch each. On the command line the blocks are shared by the processes of
+`--devices`, each of which takes consecutive ones and runs the same verb, and arrays are files that all of them fill.
+What has been computed is recorded every few seconds (`aezoo.io.partial`), so the same command goes on after a kill.
+What a model draws in a block depends on the seed and the block alone. So results depend neither on the number of
+processes nor on a kill: bit for bit, if these have equal numbers of threads; totals are added up in another order.
+
+In Python there is one process, and nothing is recorded.
+"""
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aezoo.errors import AezooError
+from aezoo.io.partial import Partial
+from aezoo.training.seeding import mix
+
+if TYPE_CHECKING:
+    from aezoo.tasks.samples import SampleSet
+
+CURE = "make room, or choose a folder that can be written with --out"
+# seconds between two looks at what the other processes have done, and for them to end by themselves
+_WAIT, _GRACE = 0.1, 30.0
+
+
+class Total(Protocol):
+    """What a pass adds up over samples."""
+
+    @property
+    def state(self) -> npt.NDArray[Any]:
+        """What has been added up by this process."""
+        ...
+
+    def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
+        """Take over what all processes have added up, each in turn."""
+        ...
+
+
+class Range:
+    """The least and the largest of all values; infinite without values.
+
+    Attributes:
+        low, high: both.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+
+    def add(self, x: Tensor) -> None:
+        """Add values, of which none is NaN."""
+        if x.numel():
+            low, high = x.float().aminmax()
+            self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    @property
+    def state(self) -> npt.NDArray[Any]:
+        return np.array([self.low, self.high])
+
+    def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
+        self.low, self.high = min(float(state[0]) for state in states), max(float(state[1]) for state in states)
+
+
+class Passes:
+    """The passes of one call of a verb.
+
+    Args:
+        parts: where arrays and records are; None for neither.
+        argv: the command, which the other processes run.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(self, parts: Partial | None = None, argv: Sequence[str] = (), rank: int = 0, world: int = 1) -> None:
+        self.parts, self.rank, self.world = parts, rank, world
+        self._argv, self._n_passes, self._n_arrays = argv, 0, 0
+        self._others: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self._ends, self._launcher = contextlib.ExitStack(), os.getppid()
+
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, name: str = "scratch") -> npt.NDArray[Any]:
+        """A file that all processes fill, mapped into memory; for calls with parts, and at least one value."""
+        assert self.parts is not None
+        self._n_arrays += 1
+        file = self.parts.rows(f"{self._n_arrays}-{name}", shape[0], shape[1:], dtype)
+        return np.lib.format.open_memmap(file.path, "r+")
+
+    def blocks(
+        self, samples: "SampleSet | int", batch_size: int, seed: int, title: str = "", totals: Sequence[Total] = ()
+    ) -> Iterator[tuple[int, Any]]:
+        """The blocks that this process has to compute; the iteration ends when all processes have done theirs.
+
+        Args:
+            samples: the samples, or their number.
+            batch_size: samples in a block; of pictures of several sizes it is one.
+            seed: of what is drawn in the blocks.
+            title: that of a progress bar; none is shown without it.
+            totals: what the caller adds up; at the end they hold what all processes have added up.
+
+        Yields:
+            The index of the first sample, and the samples, (B, *shape), on the CPU, or how many they are.
+        """
+        self._n_passes += 1
+        name = f"pass{self._n_passes}"
+        n = samples if isinstance(samples, int) else len(samples)
+        size = batch_size if isinstance(samples, int) or samples.shapes is None else 1
+        n_blocks = math.ceil(n / size)
+        ends = [n_blocks * (rank + 1) // self.world for rank in range(self.world)]
+        done, last = n_blocks * self.rank // self.world, ends[self.rank]
+        if self.world > 1 and not self.rank and not self._others:
+            self._start_others()
+        if self.parts is not None and (state := self.parts.progress(name)):
+            done = int(state["blocks"])
+            for i, total in enumerate(totals):
+                total.merge([state[f"total{i}"]])
+
+        def record() -> Mapping[str, Any]:
+            return {"blocks": done} | {f"total{i}": total.state for i, total in enumerate(totals)}
+
+        start, stop = done * size, min(last * size, n)
+        batches: Iterator[Any]
+        if isinstance(samples, int):
+            batches = (min(size, stop - i) for i in range(start, stop, size))
+        else:
+            batches = samples.batches(size, "" if self.rank else title, start, stop)
+        self._seed(seed, done)
+        for batch in batches:
+            yield done * size, batch
+            done += 1
+            if self.parts is not None:
+                self.parts.save(record, name=name)
+            self._seed(seed, done)
+        if self.parts is not None:
+            self.parts.save(record, name=name, now=True)
+            for i, states in enumerate(zip(*self._records(name, ends, len(totals)), strict=True)):
+                totals[i].merge(states)
+        self._seed(seed, n_blocks)
+
+    def _seed(self, seed: int, block: int) -> None:
+        torch.manual_seed(mix(seed, self._n_passes, block) if block else seed)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something has been recorded for a later call."""
+        return self.parts is not None and any(self.parts.folder.glob("progress-*"))
+
+    def discard(self) -> None:
+        """Remove what was computed, which is of no use any more."""
+        if self.parts is not None and not self.rank:
+            self.parts.remove()
+
+    def finish(self) -> None:
+        """Say that no pass follows: the other processes end here, and rank zero writes the results."""
+        if self.rank:
+            raise SystemExit(0)
+
+    def close(self) -> None:
+        """End the other processes."""
+        limit = time.monotonic() + (0.0 if sys.exception() else _GRACE)
+        for other, _ in self._others:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                other.wait(max(0.0, limit - time.monotonic()))
+            other.kill()
+            other.wait()
+        self._others.clear()
+        self._ends.close()
+        if self.parts is not None:
+            self.parts.close()
+
+    def _records(self, name: str, ends: Sequence[int], n_totals: int) -> list[list[npt.NDArray[Any]]]:
+        """What each process has added up; waits until all have done their blocks."""
+        assert self.parts is not None
+        found = []
+        for rank, end in enumerate(ends):
+            while int((state := self.parts.progress(name, rank)).get("blocks", -1)) < end:
+                self._check_others()
+                time.sleep(_WAIT)
+            found.append([state[f"total{i}"] for i in range(n_totals)])
+        return found
+
+    def _start_others(self) -> None:
+        folder = self._ends.enter_context(tempfile.TemporaryDirectory())
+        for rank in range(1, self.world):
+            log = Path(folder, f"{rank}.log")
+            of_rank = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world)}
+            command = [sys.executable, "-m", "aezoo", *self._argv]
+            with log.open("wb") as file:
+                other = subprocess.Popen(command, env=os.environ | of_rank, stdout=subprocess.DEVNULL, stderr=file)
+            self._others.append((other, log))
+
+    def _check_others(self) -> None:
+        """Report a process that has ended before its work was done.
+
+        Raises:
+            AezooError: what it said last.
+            SystemExit: the process that started this one has ended.
+        """
+        if self.rank and os.getppid() != self._launcher:
+            raise SystemExit(1)
+        for rank, (other, log) in enumerate(self._others, start=1):
+            if (code := other.poll()) is not None:
+                said = log.read_text(errors="replace").strip().splitlines()
+                reason = said[-1].removeprefix("aezoo: ")[:300] if said else f"it ended with code {code}"
+                raise AezooError(f"process {rank} of --devices {self.world}: {reason}")
+
+
+current: ContextVar[Passes] = ContextVar("passes", default=Passes())  # noqa: B039

@@ -25,7 +25,7 @@ from aezoo.io.exporters import graphs
 from aezoo.io.exporters.graphs import Function, portable_copy
 from aezoo.tasks.detectors import Detector
 from aezoo.tasks.export import export
-from aezoo.tasks.result_store import CURE
+from aezoo.tasks.passes import CURE
 from aezoo.tasks.results import Result, sizes
 from aezoo.tasks.samples import SampleSet, evaluation_mode, progress_bar, random_rows
 from aezoo.training.data_units import DataUnits

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
         config = _parser().parse_args(argv[1:])
         if not 0 <= config.port < 2**16:
             raise AezooError(f"port takes a number from 0, any free one, to {2**16 - 1}, got {config.port}")
+        if not 0 <= config.seed < 2**32:
+            raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
         if not config.models:
             raise AezooError("explore needs trained models: give runs or tags, such as aezoo explore vae.mnist_2d")
         found = subjects(list(dict.fromkeys(config.models)), argv[1:])

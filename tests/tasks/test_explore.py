@@ -71,9 +71,10 @@ def test_data_without_a_known_white_are_refused(tmp_path):
         task.explore([Subject("one", model)], out=tmp_path / "page")
 
 
-def test_command_refuses_no_models_and_impossible_ports(capsys):
+def test_command_refuses_impossible_flags(capsys):
     assert "give runs or tags" in refused(capsys, "explore", "--serve", "false")
     assert "port takes a number from 0" in refused(capsys, "explore", "vae.mnist_2d", "--port", "70000")
+    assert "seed takes a number from 0" in refused(capsys, "explore", "vae.mnist_2d", "--seed", "-1")
     assert "unknown flag --prot, did you mean --port?" in refused(capsys, "explore", "vae.mnist_2d", "--prot", "1")
 
 

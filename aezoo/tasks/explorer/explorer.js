@@ -511,7 +511,7 @@ class Card {
     }
     place.replaceChildren(...nearest(codes, z, NEIGHBOURS).map(({ index, distance }) => {
       const label = data.train_labels ? `${data.classes?.[data.train_labels[index]] ?? data.train_labels[index]}\n` : "";
-      return thumbnail(train[index], `${label}${distance.toPrecision(3)}`);
+      return thumbnail(train[index], `${label}${distance && distance < 0.01 ? distance.toExponential(1) : distance.toPrecision(3)}`);
     }));
   }
 

@@ -213,6 +213,8 @@ def test_study_finds_best_trial_and_writes_its_config(fake, capsys):
     assert config["trainer"]["callbacks"] == [{"class_path": "aezoo.callbacks.EMA"}]
     assert config["trainer"]["default_root_dir"] is None
     assert {"--trainer.max_epochs=5", "--trainer.devices=1"} <= {*config["trainer"]["words"]}
+    page = (STUDY / "study.html").read_text()
+    assert page.count("plotly.js v") == 1 and page.count("Plotly.newPlot(") == 5 and "default-src 'none'" in page
     out = capsys.readouterr().out
     assert f"best: trial {best['trial']}, val/loss" in out and f"aezoo fit -c {STUDY / 'best.yaml'}" in out
     main([*BASE, LR, "--trials=12", "--trainer.max_epochs=5", "--trainer.devices=1"])

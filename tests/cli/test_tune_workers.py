@@ -22,6 +22,7 @@ from aezoo.cli.main import main
 from aezoo.cli.tune_search import search
 from aezoo.errors import AezooError, install_hint
 
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 BASE = ["tune", "--model=vae", "--data=digits"]
 LR = "--search.model.lr=log:1e-4:1e-1"
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
@@ -302,7 +303,6 @@ def test_lost_workers_trial_runs_again_elsewhere(fake, capsys, storage):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_trial_that_loses_three_workers_is_given_up(fake, capsys):
     fake()
     command = [*BASE, LR, "--storage=all.db", "--study_name=x", "--lost_after=2", "--study=one"]

@@ -303,6 +303,27 @@ def test_lost_workers_trial_runs_again_elsewhere(fake, capsys, storage):
 
 
 @pytest.mark.slow
+def test_folder_alone_takes_up_killed_workers_trial_at_once(fake, capsys):
+    fake()
+    command = [*BASE, LR, "--study=one"]
+    main([*command, "--trials=1"])
+    trial, root = load("one/study.log", "one").ask(), Path("one/1")
+    search("model.lr", "log:1e-4:1e-1").suggest(trial)
+    root.mkdir()
+    (root / ".trial").write_text("mark")
+    (root / "log.txt").touch()
+    trial.set_user_attr("heartbeat", [0, 120.0])
+    trial.set_user_attr("place", {"host": socket.gethostname(), "folder": str(root.absolute()), "mark": "mark"})
+    trial.set_user_attr("run", "1")
+    capsys.readouterr()
+    main([*command, "--trials=2"])
+    assert "no sign of life" not in capsys.readouterr().out
+    table = rows("one")
+    assert [row["state"] for row in table] == ["complete", "lost", "complete"]
+    assert table[1]["run"] == table[2]["run"] == "one/1" and table[1]["model.lr"] == table[2]["model.lr"]
+
+
+@pytest.mark.slow
 def test_trial_that_loses_three_workers_is_given_up(fake, capsys):
     fake()
     command = [*BASE, LR, "--storage=all.db", "--study_name=x", "--lost_after=2", "--study=one"]

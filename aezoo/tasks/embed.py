@@ -119,8 +119,7 @@ def embed(
             split) or `SampleSet`. Without it, or if it is x, there are no accuracies, and each sample is its own
             nearest neighbour.
         method: how codes are projected to the plane: pca, tsne or umap.
-        nearest: how many nearest training samples in code space to find for each sample, among all of their codes in
-            memory; 0 finds none.
+        nearest: how many nearest training samples in code space to find for each sample; 0 finds none.
         table: npy, npz (x, the codes, and y, the labels: what --data.name takes), csv or parquet, the format of the
             codes; that of the other tables is parquet or else csv.
         n_shown: samples in the picture of neighbours; 0 draws no pictures.

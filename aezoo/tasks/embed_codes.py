@@ -16,7 +16,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.data.classes import UNLABELLED
 from aezoo.errors import AezooError, install_hint
 from aezoo.tasks.passes import current
-from aezoo.tasks.result_store import Store, write_batch
+from aezoo.tasks.result_store import Store, release, write_batch
 from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as progress_bar
 
@@ -24,8 +24,8 @@ Array = npt.NDArray[Any]
 
 # 5 neighbours vote, as in `aezoo benchmark quality`
 _VOTES = 5
-# codes looked up at a time
-_QUERIES = 1024
+# codes looked up at a time, and those that they are looked up in
+_QUERIES, _LIBRARY = 1024, 2**16
 
 
 def choose_rows(n: int, max_rows: int | None, seed: int = 0) -> Array:
@@ -188,18 +188,28 @@ def probe_accuracies(train: Array, y_train: Array, test: Array, y_test: Array) -
 
 
 def nearest_codes(library: Array, codes: Array, k: int) -> tuple[Array, Array]:
-    """Row indices (N, k) of the codes of `library` (M, D) nearest to each of `codes` (N, D), and their distances."""
+    """Row indices (N, k) of the codes of `library` (M, D) nearest to each of `codes` (N, D), and their distances.
+
+    Parts of the library are searched one after the other, so neither needs to fit in memory.
+    """
     from sklearn.neighbors import NearestNeighbors
 
-    library = library.astype(np.float64)
-    search = NearestNeighbors(n_neighbors=k).fit(library)
-    neighbours, distances = np.empty((len(codes), k), np.int64), np.empty((len(codes), k))
-    for start in range(0, len(codes), _QUERIES):
-        z = codes[start : start + _QUERIES].astype(np.float64)
-        found = search.kneighbors(z, return_distance=False)
-        # for wide codes it computes |a|^2 - 2ab + |b|^2, which gives a code a small distance to itself
-        exact = np.stack([np.linalg.norm(library[found[:, j]] - z, axis=1) for j in range(k)], axis=1)
-        order = np.argsort(exact, axis=1, kind="stable")
-        neighbours[start : start + len(z)] = np.take_along_axis(found, order, 1)
-        distances[start : start + len(z)] = np.take_along_axis(exact, order, 1)
+    neighbours, distances = np.zeros((len(codes), k), np.int64), np.full((len(codes), k), np.inf)
+    for first in range(0, len(library), _LIBRARY):
+        part = library[first : first + _LIBRARY].astype(np.float64)
+        k_part = min(k, len(part))
+        search = NearestNeighbors(n_neighbors=k_part).fit(part)
+        for start in range(0, len(codes), _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            z = codes[rows].astype(np.float64)
+            found = search.kneighbors(z, return_distance=False)
+            # for wide codes it computes |a|^2 - 2ab + |b|^2, which gives a code a small distance to itself
+            exact = np.stack([np.linalg.norm(part[found[:, j]] - z, axis=1) for j in range(k_part)], axis=1)
+            indices = np.concatenate([neighbours[rows], found + first], axis=1)
+            exact = np.concatenate([distances[rows], exact], axis=1)
+            order = np.argsort(exact, axis=1, kind="stable")[:, :k]
+            neighbours[rows] = np.take_along_axis(indices, order, 1)
+            distances[rows] = np.take_along_axis(exact, order, 1)
+        release(library)
+        release(codes)
     return neighbours, distances

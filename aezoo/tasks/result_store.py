@@ -348,8 +348,11 @@ def write_batch(array: Samples, start: int, values: Tensor) -> None:
 
 def release(array: Samples) -> None:
     """Keep nothing of a mapped file in this process; what is not on the disk yet is in the system's cache."""
-    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array.base.madvise(mmap.MADV_DONTNEED)
+    base = array.base
+    while isinstance(base, np.ndarray):  # of a view
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def resolve_device(name: str) -> torch.device:

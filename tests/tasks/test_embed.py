@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 import aezoo
 from aezoo.data.source import ArrayDataset
 from aezoo.errors import AezooError
+from aezoo.tasks import embed_codes
 from aezoo.tasks.embed import Embedding, embed
 from aezoo.tasks.embed_codes import choose_rows, nearest_codes, probe_accuracies, project_to_plane
 from aezoo.tasks.samples import SampleSet
@@ -110,6 +111,16 @@ def test_interrupted_embed_keeps_earlier_results(tmp_path, model, digits, monkey
     with pytest.raises(KeyboardInterrupt):
         embed(model, SampleSet(ArrayDataset(x[:50], y[:50])), fit_on=digits, out=str(tmp_path))
     assert there() == before
+
+
+def test_neighbours_do_not_depend_on_parts_of_the_library(monkeypatch):
+    rng = np.random.default_rng(0)
+    library, codes = rng.normal(size=(53, 3)).astype(np.float32), rng.normal(size=(20, 3)).astype(np.float32)
+    whole = nearest_codes(library, codes, 5)
+    exact = np.linalg.norm(codes[:, None].astype(np.float64) - library[None], axis=2)
+    assert (whole[0] == np.argsort(exact, axis=1, kind="stable")[:, :5]).all()
+    monkeypatch.setattr(embed_codes, "_LIBRARY", 3)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, nearest_codes(library, codes, 5), strict=True))
 
 
 def test_linear_probe_needs_linear_separability_and_knn_does_not():

@@ -431,6 +431,23 @@ def test_trials_beyond_the_number_are_withdrawn(fake, monkeypatch):
     assert [row["trial"] for row in rows("x")] == ["0", "1", "3"]
 
 
+def test_stopped_trial_is_not_done_and_next_attempt_keeps_run():
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_float("lr", 0, 1)
+    place = {"host": "here", "folder": "/runs/3", "mark": "m"}
+    for key, value in {"run": "3", "place": place, "heartbeat": [4, 120.0], "handed_back": True}.items():
+        trial.set_user_attr(key, value)
+    study.tell(trial, state=TrialState.FAIL)
+    assert not tune_study._is_done(study.trials)
+    tune_study._queue(study, study.trials[0])
+    first, again = study.trials
+    assert again.state == TrialState.WAITING and again.params == first.params and tune_study._first(again) == 0
+    assert again.user_attrs == {"run": "3", "place": place, "lost": 0}
+    failed = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"error": "no memory left"})
+    assert tune_study._is_done([failed])
+
+
 def test_lost_workers_are_found_by_own_clock_alone(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(tune_study.time, "monotonic", lambda: clock[0])

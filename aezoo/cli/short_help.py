@@ -53,7 +53,7 @@ _FIT: Groups = {
     "What it writes, and how it goes on": (
         Flag("--name NAME", "of the run: runs/NAME/0", "recipe, or model-data"),
         Flag("--logger NAME,NAME", "of tensorboard, csv, wandb, mlflow; or none", "tensorboard"),
-        Flag("--samples.every_n_epochs N", "pictures; also --reconstructions, --latents, ...; 0: none", "5 or more"),
+        Flag("--samples.every_n_epochs N", "pictures; also --reconstructions, --latents, ...; 0: none", "auto"),
         Flag("--checkpoints.save_top_k N", "best checkpoints to keep, by --checkpoints.monitor", "1"),
         Flag("--resume RUN|auto", "go on with a run that was stopped, or the last of this command"),
         Flag("--ckpt_path RUN|FILE", "go on from a checkpoint with other flags"),

@@ -119,6 +119,7 @@ IN_WORDS = {
     "--trainer.precision": (None, "32-true"),
     "--name": (None, "recipe, or model-data"),
     "--logger": (None, "tensorboard"),
+    "--samples.every_n_epochs": (None, "auto"),
     "--predictions.folder": ("", "the run's folder"),
 }
 

@@ -1,5 +1,6 @@
 """Best and last checkpoints of a run, and when to stop it."""
 
+import contextlib
 import difflib
 import json
 import re
@@ -294,7 +295,12 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     def _gone_folder(self) -> Path | None:
         """A folder of the run that is lost; one that was moved is found again."""
-        return next((folder.path for folder in self._opened if folder.is_gone()), None)
+        lost = next((folder.path for folder in self._opened if folder.is_gone()), None)
+        if lost is not None:
+            # loggers write there until the state is saved
+            with contextlib.suppress(OSError):
+                lost.mkdir(parents=True, exist_ok=True)
+        return lost
 
     def _release_folders(self) -> None:
         for folder in self._opened:

@@ -115,6 +115,7 @@ def test_threshold_agrees_with_detect_by_every_rule(bytes_home, tmp_path, flags)
     assert (is_anomaly == expected).all()
 
 
+@slow
 def test_score_of_a_table_takes_its_own_units(tmp_path):
     """Values of about 1e9, which float32 would not tell apart."""
     x = drawn(120, 3) * [1, 100, 1e-3] + [1e9, 5, 0]
@@ -145,7 +146,8 @@ def test_score_of_a_table_takes_its_own_units(tmp_path):
     np.testing.assert_allclose((x_hat - offset) / factor, model.eval()(scaled).detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=slow), "pt2"])
+@slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_functions_of_a_discrete_model_fit_together(tmp_path, format):
     torch.manual_seed(0)
     model = aezoo.create_model("vq_vae", (1, 8, 8), latent_dim=4, codebook_size=16, net="mlp", hidden_dims=(8,)).eval()
@@ -174,6 +176,7 @@ def test_functions_of_a_discrete_model_fit_together(tmp_path, format):
     assert sections == sorted(f"{what}.{format}" for what in run)
 
 
+@slow
 def test_encode_of_a_variational_model_is_the_mean(tmp_path):
     model = aezoo.create_model("vae", (6,), latent_dim=2).eval()
     aezoo.export(model, what="encode", out=str(tmp_path))
@@ -286,6 +289,7 @@ def test_bisection_counts_as_searchsorted(tmp_path, n):
     assert all(torch.equal(found, wanted) for found, wanted in zip(run(x), Counts()(x), strict=True))
 
 
+@slow
 def test_pretrained_weights_bring_their_threshold(tmp_path, capsys):
     main(["export", "dense_ae.mnist", str(tmp_path), "--what", "score"])
     out = capsys.readouterr().out
@@ -353,7 +357,8 @@ def test_what_cannot_be_exported_is_named(tmp_path, settings, message):
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=slow), "pt2"])
+@slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_refusal_says_what_works(tmp_path, format):
     model = Branches((6,))
     with pytest.raises(AezooError, match=f"cannot export encode as {format} .*it can export decode$") as refusal:

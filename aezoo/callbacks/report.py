@@ -100,15 +100,16 @@ class Report(Checked, pl.Callback):
             if isinstance(callback, LearningCurves) and callback.curves.epochs:
                 facts = {k: v for k, v in vars(callback.curves).items() if k not in ("epochs", "train", "val")}
                 self._record["curves"] = _finite(facts)
-        self._save()
+        self._save(warn=end == "finished")  # else the error that ended the fit is what counts
 
-    def _save(self) -> None:
+    def _save(self, warn: bool = True) -> None:
         try:
             self._write()
             if self.html:
                 write_report(self._folder)
         except Exception as error:
-            self._warn(error)
+            if warn:
+                self._warn(error)
 
     def _write(self) -> None:
         text = json.dumps(self._record, indent=1)

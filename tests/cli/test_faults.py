@@ -165,7 +165,7 @@ def test_predictions_folder_that_is_a_file_is_refused(capsys):
     main(FIT)
     Path("a_file").touch()
     line = refused(capsys, "predict", "--ckpt_path", "runs/vae-digits/0", "--predictions.folder", "a_file")
-    assert "cannot write a_file/predictions.npz: File exists" in line and "--predictions.folder" in line
+    assert "cannot write a_file/.predictions: Not a directory" in line and "--predictions.folder" in line
 
 
 @pytest.mark.slow

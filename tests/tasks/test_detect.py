@@ -589,7 +589,7 @@ def test_every_kind_of_sample_is_judged_and_written(tmp_path, shape):
     generator = torch.Generator().manual_seed(0)
     train, x = torch.rand(30, *shape, generator=generator), torch.rand(6, *shape, generator=generator)
     found = detect(model, x, score="sap,nap", fit_on=train, maps=True, n_shown=4, out=str(tmp_path), batch_size=4)
-    assert [path.name for path in found.files] == ["scores.csv", "detect.csv", "maps.npy", "anomalies.png"]
+    assert [path.name for path in found.files] == ["maps.npy", "scores.csv", "detect.csv", "anomalies.png"]
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert list(rows[0]) == ["index", "score", "p_value", "is_anomaly", "nap"]
     nap = Detector(model, "nap", batch_size=4).fit(train).decision_function(x)

@@ -5,7 +5,7 @@ anything that a value names. Only the command line and the environment can exten
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -44,16 +44,10 @@ def allow_remote(argv: Iterable[str]) -> list[str]:
         AezooError: the flag has another value than true or false.
     """
     global _remote
-    _remote, kept, rest = False, [], list(argv)
-    while rest:
-        flag, equals, value = rest[0].partition("=")
-        word = rest.pop(0)
-        if flag != REMOTE_FLAG:
-            kept.append(word)
-            continue
-        if not equals:
-            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
-        if value.lower() not in ("true", "false"):
+    kept, values = _split(argv, REMOTE_FLAG, lambda rest: rest.pop(0) if _is_truth(rest[:1]) else "true")
+    _remote = False
+    for value in values:
+        if not _is_truth([value]):
             raise AezooError(f"{REMOTE_FLAG} takes no value, got {value!r}")
         _remote = value.lower() == "true"
     return kept
@@ -70,22 +64,31 @@ def take_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     Raises:
         AezooError: a flag without a package, or with another kind of value.
     """
-    kept: list[str] = []
-    allowed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    rest = list(argv)
-    while rest:
-        flag, equals, value = rest[0].partition("=")
-        word = rest.pop(0)
-        if flag != FLAG:
-            kept.append(word)
-            continue
-        if not equals:
-            value = rest.pop(0) if rest else ""
-        allowed.append(value)
+    kept, values = _split(argv, FLAG, lambda rest: rest.pop(0) if rest else "")
+    allowed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()] + values
     for name in allowed:
         if not _is_dotted_name(name) or name.partition(".")[0] == "jsonargparse":
             raise AezooError(f"{FLAG} takes an importable package such as my_package, got {name!r}")
     return kept, allowed
+
+
+def _split(argv: Iterable[str], flag: str, next_value: Callable[[list[str]], str]) -> tuple[list[str], list[str]]:
+    """Arguments without a flag, and its values; `next_value` takes one without = from the arguments after the flag."""
+    kept: list[str] = []
+    values: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name != flag:
+            kept.append(word)
+        else:
+            values.append(value if equals else next_value(rest))
+    return kept, values
+
+
+def _is_truth(words: list[str]) -> bool:
+    return [word.lower() for word in words] in (["true"], ["false"])
 
 
 def typed_class(path: str, base: type) -> str:

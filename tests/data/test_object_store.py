@@ -18,6 +18,7 @@ import boto3
 import numpy as np
 import pytest
 import torch
+from litdata_chunks import write_chunks
 from PIL import Image
 
 from aezoo.__main__ import main
@@ -68,18 +69,6 @@ def bucket(moto, environment, monkeypatch, request):
     name = re.sub(r"\W|_", "-", request.node.name.lower())[:50] + "-x"
     client.create_bucket(Bucket=name)
     return client, name
-
-
-def write(root, items, chunk_size=4):
-    from litdata.streaming.cache import Cache
-
-    root.mkdir(parents=True, exist_ok=True)
-    cache = Cache(str(root), chunk_size=chunk_size)
-    for i, item in enumerate(items):
-        cache[i] = item
-    cache.done()
-    cache.merge()
-    return root
 
 
 def dicts(n, side=8, seed=0):
@@ -184,8 +173,8 @@ def test_permission_is_no_hyperparameter():
 
 @pytest.mark.slow
 def test_batches_equal_those_of_the_local_folder(tmp_path, bucket):
-    root = write(tmp_path / "set" / "train", dicts(90), chunk_size=3).parent
-    write(root / "validation", dicts(5, seed=1))
+    root = write_chunks(tmp_path / "set" / "train", dicts(90), chunk_size=3).parent
+    write_chunks(root / "validation", dicts(5, seed=1))
     (root / "classes.json").write_text('["cat", "dog"]')
     address = upload(root, bucket)
     settings = {"batch_size": 8, "seed": 3}
@@ -205,7 +194,7 @@ def test_batches_equal_those_of_the_local_folder(tmp_path, bucket):
 
 @pytest.mark.slow
 def test_cache_stays_within_its_size_and_batches_stay_equal(tmp_path, bucket):
-    root = write(tmp_path / "set", dicts(3 * SHUFFLE_GROUP), chunk_size=1)
+    root = write_chunks(tmp_path / "set", dicts(3 * SHUFFLE_GROUP), chunk_size=1)
     address, size = upload(root, bucket), max(file.stat().st_size for file in root.glob("*.bin"))
     held = epochs(DataModule("stream", root=str(root), memory="off", num_workers=0, batch_size=8, **ALL), range(3))
     most, seen = 2 * SHUFFLE_GROUP * size, []
@@ -242,7 +231,7 @@ print(total.sum().item())
 @pytest.mark.slow
 def test_processes_share_a_cache_that_is_full(tmp_path, bucket):
     items = dicts(2 * SHUFFLE_GROUP + 8)
-    root = write(tmp_path / "set", items, chunk_size=1)
+    root = write_chunks(tmp_path / "set", items, chunk_size=1)
     address, size = upload(root, bucket), max(file.stat().st_size for file in root.glob("*.bin"))
     most = 2 * SHUFFLE_GROUP * size
     command = [sys.executable, "-c", _READ_ALL, address, str(most)]
@@ -267,7 +256,7 @@ def test_processes_share_a_cache_that_is_full(tmp_path, bucket):
 @pytest.mark.slow
 def test_killed_fit_resumes_bit_for_bit(tmp_path, bucket, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    root = write(tmp_path / "set", dicts(60), chunk_size=3)
+    root = write_chunks(tmp_path / "set", dicts(60), chunk_size=3)
     address = upload(root, bucket)
 
     def command(name):
@@ -313,7 +302,7 @@ def test_killed_fit_resumes_bit_for_bit(tmp_path, bucket, monkeypatch, capsys):
 @pytest.mark.slow
 def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monkeypatch):
     client, name = bucket
-    root = write(tmp_path / "set", dicts(9))
+    root = write_chunks(tmp_path / "set", dicts(9))
     address = upload(root, bucket)
     refused(
         "s3://no-such-bucket/set cannot be read: there is no such bucket", lambda: remote("s3://no-such-bucket/set")
@@ -348,7 +337,7 @@ def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monk
 
 @pytest.mark.slow
 def test_chunk_that_is_written_anew_is_refused(tmp_path, bucket):
-    address = upload(write(tmp_path / "set", dicts(9)), bucket)
+    address = upload(write_chunks(tmp_path / "set", dicts(9)), bucket)
     data = remote(address, **ALL)
     client, name = bucket
     size = (tmp_path / "set" / "chunk-0-2.bin").stat().st_size
@@ -361,7 +350,7 @@ def test_chunk_that_is_written_anew_is_refused(tmp_path, bucket):
 @pytest.mark.slow
 def test_hostile_chunks_are_refused(tmp_path, bucket):
     client, name = bucket
-    root = write(tmp_path / "set", [{"x": np.zeros(3, np.float32), "o": {1, 2}} for _ in range(4)])
+    root = write_chunks(tmp_path / "set", [{"x": np.zeros(3, np.float32), "o": {1, 2}} for _ in range(4)])
     address = upload(root, bucket)
     refused("lists items of pickle, which may be pickled and run code", lambda: remote(address))
     told = json.loads((root / "index.json").read_text())
@@ -531,7 +520,7 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
 def cut(moto, bucket, monkeypatch, tmp_path):
     """Uploads one chunk of 2 MiB and returns its items and a function that makes a proxy for it."""
     items = [{"x": np.random.default_rng(i).random(2**17).astype(np.float32)} for i in range(4)]
-    address = upload(write(tmp_path / "set", items), bucket)
+    address = upload(write_chunks(tmp_path / "set", items), bucket)
     proxies = []
     monkeypatch.setattr(object_store, "_BLOCK", 2**16)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")

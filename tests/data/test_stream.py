@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from litdata_chunks import write_chunks
 from PIL import Image
 from quiet_trainer import quiet_trainer
 
@@ -34,16 +35,7 @@ ALL = {"val_fraction": 0, "test_fraction": 0}
 
 
 def write(root, items, chunk_size=4):
-    """What litdata.optimize does in its processes, in this one."""
-    from litdata.streaming.cache import Cache
-
-    root.mkdir(parents=True, exist_ok=True)
-    cache = Cache(str(root), chunk_size=chunk_size)
-    for i, item in enumerate(items):
-        cache[i] = item
-    cache.done()
-    cache.merge()
-    return str(root)
+    return str(write_chunks(root, items, chunk_size))
 
 
 def images(n, shape=(8, 8, 3)):

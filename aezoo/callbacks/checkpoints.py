@@ -6,6 +6,7 @@ import json
 import re
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,10 +57,11 @@ class Checkpoints(Checked, ModelCheckpoint):
     """`best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
 
     `last.ckpt` is written at the end of an epoch and, on request, after a number of steps or minutes; the one before
-    is kept as `previous.ckpt`. Every file resumes exactly: nothing is written within a batch, between two batches
-    whose gradients are accumulated, or on the last batch of an epoch, where the end of the epoch follows at once. A
-    run that is interrupted between two batches writes `last.ckpt` at that step. Weights or optimiser moments that are
-    not finite end the run instead of replacing a good file.
+    is kept as `previous.ckpt`. If the end of an epoch is the best, both are names of one file, or copies where there
+    are no hard links. Every file resumes exactly: nothing is written within a batch, between two batches whose
+    gradients are accumulated, or on the last batch of an epoch, where the end of the epoch follows at once. A run that
+    is interrupted between two batches writes `last.ckpt` at that step. Weights or optimiser moments that are not finite
+    end the run instead of replacing a good file.
 
     Files are written by `aezoo.io.atomic_files` instead of Lightning's writer, unless the trainer has another one.
 
@@ -108,7 +110,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._requested_monitor, self._period = monitor, every_n_epochs
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
-        self._saved_at = 0.0
+        self._saved_at, self._n_saved = 0.0, 0
         self._validated = self._is_fit = False
         self._max_steps: int | None = None
         self._not_finite: set[str] = set()
@@ -213,11 +215,14 @@ class Checkpoints(Checked, ModelCheckpoint):
         if not (epoch % self._period == 0 or ends or requested):
             return
         _log_epoch(trainer)
-        metrics = self._monitor_candidates(trainer)
+        metrics, before = self._monitor_candidates(trainer), self._n_saved
+        if complete:
+            # a part of the state in both files, which may be one
+            self.last_model_path = self.format_checkpoint_name(metrics, self.CHECKPOINT_NAME_LAST)
         if self._validated or str(self.monitor).startswith("train/"):
             self._save_topk_checkpoint(trainer, metrics)
         self._validated = False
-        if complete:
+        if complete and not (self._n_saved > before and self._name_as_last(trainer)):
             self._save_last_checkpoint(trainer, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -286,12 +291,24 @@ class Checkpoints(Checked, ModelCheckpoint):
         if self.run is not None and trainer.is_global_zero and "://" not in filepath:
             run_folder.note_checkpoints(self.run, Path(filepath).parent)
         self._saved_at = time.monotonic()
+        self._n_saved += 1
         if gone is not None:
             self._release_folders()
             raise AezooError(
                 f"{gone} was removed, or moved to another disk, while the run trained: step {trainer.global_step} is "
                 f"saved in {filepath}, to go on from with --ckpt_path and the settings of that run"
             )
+
+    def _name_as_last(self, trainer: pl.Trainer) -> bool:
+        """Let the best checkpoint that has just been written be `last.ckpt`, too; returns whether it is."""
+        durable, done = trainer.strategy.checkpoint_io, False
+        if isinstance(durable, atomic_files.DurableIO) and trainer.is_global_zero:
+            done = durable.name_as_last()
+        done = bool(trainer.strategy.broadcast(done))
+        if done and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(weakref.proxy(self))
+        return done
 
     def _gone_folder(self) -> Path | None:
         """A folder of the run that is lost; one that was moved is found again."""
@@ -351,7 +368,8 @@ def _log_epoch(trainer: pl.Trainer) -> None:
 def _not_finite_names(state: Any, path: str = "") -> Iterator[str]:
     """Names of the tensors in a nested state that are not finite."""
     if isinstance(state, torch.Tensor):
-        if state.is_floating_point() and not bool(state.isfinite().all()):
+        # a finite sum, which takes a fraction of the time, has finite terms only; that of large ones may overflow
+        if state.is_floating_point() and not (bool(state.sum().isfinite()) or bool(state.isfinite().all())):
             yield path
     elif isinstance(state, dict | list | tuple):
         pairs = state.items() if isinstance(state, dict) else enumerate(state)

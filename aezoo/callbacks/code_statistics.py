@@ -1,6 +1,7 @@
 """How much of the code is in use."""
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -13,7 +14,6 @@ from aezoo.callbacks.base import (
     check_not_negative,
     check_period,
     is_dry_run,
-    preserved_state,
     run_folder,
     save_figure,
     unpack,
@@ -21,6 +21,7 @@ from aezoo.callbacks.base import (
 )
 from aezoo.training import distributed
 from aezoo.training.arguments import Checked
+from aezoo.training.seeding import forked_rng
 
 
 class CodeStatistics(Checked, pl.Callback):
@@ -82,7 +83,9 @@ class CodeStatistics(Checked, pl.Callback):
             return
         x, _ = unpack(batch)
         model = cast(Any, pl_module)
-        with preserved_state(pl_module), trainer.precision_plugin.forward_context():
+        # a model of this package has encoded the batch; the loop has set evaluation mode and switched gradients off
+        encoded = getattr(model, "computed_once", nullcontext)
+        with forked_rng(pl_module.device), encoded(), trainer.precision_plugin.forward_context():
             x = trainer.precision_plugin.convert_input(x)
             if model.normal_prior:
                 mu, log_var = (_exact(part) for part in model.posterior(x)[:2])

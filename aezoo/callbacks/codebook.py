@@ -5,7 +5,7 @@ Shapes: B batch, Q indices a place, K codes of a codebook, C channels of a code.
 
 import re
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -118,7 +118,8 @@ class Codebook(Picture):
         super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         if self._metrics and dataloader_idx == 0:
             with self._error_as_warning():
-                codebooks = self._read(pl_module, unpack(batch)[0])
+                with getattr(pl_module, "computed_once", nullcontext)():
+                    codebooks = self._read(pl_module, unpack(batch)[0])
                 for name, metric in self._metrics.items():
                     metric.update(codebooks[name][0])
 

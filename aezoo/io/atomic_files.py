@@ -12,8 +12,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -38,11 +40,30 @@ class DurableIO(TorchCheckpointIO):
     size and SHA-256.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: tuple[Path, dict[str, Any]] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        self._saved = None
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            save(checkpoint, Path(path))
+            self._saved = Path(path), save(checkpoint, Path(path))
+
+    def name_as_last(self) -> bool:
+        """Make the file saved last `last.ckpt`, too, without writing it again; returns whether there is such a file.
+
+        Raises:
+            AezooError: the name could not be given; an old `last.ckpt` is unchanged.
+        """
+        if self._saved is None or self._saved[0].name == LAST:
+            return False
+        path, record = self._saved
+        last = path.with_name(LAST)
+        add_name(path, last, path.with_name(PREVIOUS))
+        _write_record(last, record)
+        return True
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if "://" not in str(path):
@@ -50,8 +71,8 @@ class DurableIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint.
+def save(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a checkpoint; returns its step, its epoch, and the file's size and SHA-256.
 
     Raises:
         AezooError: it could not be written; an old file is unchanged.
@@ -59,9 +80,10 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     last = path.name == LAST
     writer = _DigestWriter({"step": int(checkpoint.get("global_step", -1)), "epoch": int(checkpoint.get("epoch", -1))})
     write(path, lambda file: writer.fill(file, checkpoint), path.with_name(PREVIOUS) if last else None)
+    record = {**writer.note, "size": path.stat().st_size, "sha256": writer.file_digest}
     if last:
-        record = {**writer.note, "size": path.stat().st_size, "sha256": writer.file_digest}
-        write(record_path(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
+        _write_record(path, record)
+    return record
 
 
 def write(
@@ -83,15 +105,45 @@ def write(
     Raises:
         AezooError: it could not be written; an old file is unchanged.
     """
+    with (
+        _replacing(path, keep, cure, name) as temporary,
+        # os.open respects the umask, unlike mkstemp
+        os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file,
+    ):
+        write_content(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def add_name(path: Path, name: Path, keep: Path | None = None) -> None:
+    """Give a file that `write` has written a second name in its folder; a copy, where there are no hard links.
+
+    Args:
+        path: the file.
+        name: its second name.
+        keep: path under which the current file of that name is kept.
+
+    Raises:
+        AezooError: it could not be done; an old file is unchanged.
+    """
+    with _replacing(name, keep, _CURE) as temporary:
+        try:
+            temporary.hardlink_to(path)
+        except OSError:
+            with path.open("rb") as file, temporary.open("xb") as copy:
+                shutil.copyfileobj(file, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+
+
+@contextmanager
+def _replacing(path: Path, keep: Path | None, cure: str, name: Path | None = None) -> Iterator[Path]:
+    """A temporary path, for a file that then takes the place of `path` at once."""
     temporary = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # os.open respects the umask, unlike mkstemp
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-                write_content(file)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             if keep is not None and path.exists():
                 _keep_as(path, keep)
             temporary.replace(path)
@@ -167,6 +219,10 @@ def check_intact(path: Path) -> None:
         raise AezooError(
             f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN"
         ) from missing
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    write(record_path(path), lambda file: file.write(json.dumps(record).encode() + b"\n"))
 
 
 def record_path(path: Path) -> Path:

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aezoo.metrics import Evaluation
 from aezoo.training.batches import BatchUnpacker
-from aezoo.training.seeding import forked_rng
+from aezoo.training.output_cache import OutputCache
+from aezoo.training.seeding import forked_rng, seed_all
 
 _EVALUATION_SEED = 20
 
@@ -20,6 +20,7 @@ class EvaluationSteps(BatchUnpacker):
     def __init__(self) -> None:
         super().__init__()
         self._evaluations: dict[int, Evaluation] = {}
+        self._outputs = OutputCache()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx)
@@ -44,7 +45,8 @@ class EvaluationSteps(BatchUnpacker):
         if loader not in self._evaluations:
             code_shape = self.code_shape if self.sparse_code else None
             self._evaluations[loader] = Evaluation(self.input_shape, self.device, code_shape, self.takes_missing)
-        with self._fixed_noise(batch_idx):
+        self._outputs.clear()
+        with self._fixed_noise(batch_idx), self.computed_once():
             terms = self.loss(x, y)
             read = x if self.corruption is None else self.corruption(x)
             x_hat, seen = self._reconstruct(read)
@@ -53,6 +55,12 @@ class EvaluationSteps(BatchUnpacker):
             if callable(log_likelihood) and trainer is not None and trainer.state.fn in ("validate", "test"):
                 terms["log_likelihood"] = log_likelihood(x, self.importance_samples).mean()
         self._evaluations[loader].add(terms, x, x_hat, **seen)
+
+    @contextmanager
+    def computed_once(self) -> Iterator[None]:
+        """Inside, encoder and decoder do not compute again what they computed for the batch evaluated last."""
+        with self._outputs.used_by(getattr(self, "encoder", None), getattr(self, "decoder", None)):
+            yield
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The reconstruction, and further arguments of `Evaluation.add`."""
@@ -68,10 +76,12 @@ class EvaluationSteps(BatchUnpacker):
             figures = {f"{group}/{name}": value for name, value in evaluation.compute().items()}
             self.log_dict(figures, sync_dist=True)
         self._evaluations.clear()
+        self._outputs.clear()
 
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:
         """The same noise for a batch in every evaluation, so that epochs are comparable; training's noise stays."""
         with forked_rng(self.device):
-            torch.manual_seed((_EVALUATION_SEED * 1_000_003 + self.global_rank) * 1_000_003 + batch_idx)
+            seed = (_EVALUATION_SEED * 1_000_003 + self.global_rank) * 1_000_003 + batch_idx
+            seed_all(seed, self.device, others=False)
             yield

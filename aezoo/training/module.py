@@ -12,6 +12,7 @@ from aezoo.training import compilation, distributed, input_checks, optimizers, s
 from aezoo.training.evaluation import EvaluationSteps
 from aezoo.training.model_names import name_of
 from aezoo.training.optimization import Optimization
+from aezoo.training.output_cache import OutputCache
 from aezoo.training.steps import TrainingSteps
 
 
@@ -27,7 +28,8 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
     def __getstate__(self) -> dict[str, Any]:
         # a copy belongs to no fit: a compiled function refers to this model's weights, and cannot be pickled
         of_fit: dict[str, Any] = {"_compiled": None, "takes_bytes": False, "_uses_only_torch_rng": False}
-        return {**super().__getstate__(), **of_fit, "_before_start": [], "_compiler_settings": ExitStack()}
+        of_fit |= {"_before_start": [], "_compiler_settings": ExitStack(), "_outputs": OutputCache()}
+        return {**super().__getstate__(), **of_fit}
 
     # ---- begin and end ----------------------------------------------------------------------------------------------
 
@@ -37,6 +39,7 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         # data may be others now, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
+        self._outputs.clear()
         if stage == "fit":
             if not self.training:
                 self.train()  # Lightning would leave it as load_model gives it

@@ -1,8 +1,10 @@
 """Files that are whole or not there, and which of them a run goes on from."""
 
+import hashlib
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,26 @@ def test_previous_checkpoint_is_kept_with_matching_record(tmp_path):
     assert step_of(tmp_path / "last.ckpt") == 2 and step_of(tmp_path / "previous.ckpt") == 1
     record = json.loads((tmp_path / "last.ckpt.json").read_text())
     assert record["step"] == 2 and record["size"] == (tmp_path / "last.ckpt").stat().st_size
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_best_checkpoint_becomes_last_without_second_write(tmp_path, monkeypatch, has_links):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    save(tmp_path, "last.ckpt", 1)
+    best, last, durable = tmp_path / "best.ckpt", tmp_path / "last.ckpt", atomic_files.DurableIO()
+    durable.save_checkpoint(checkpoint(2), best)
+    assert durable.name_as_last() and names(tmp_path) == ["best.ckpt", "last.ckpt", "last.ckpt.json", "previous.ckpt"]
+    assert last.read_bytes() == best.read_bytes() and last.samefile(best) == has_links
+    assert step_of(tmp_path / "previous.ckpt") == 1
+    record = json.loads((tmp_path / "last.ckpt.json").read_text())
+    assert (record["step"], record["sha256"]) == (2, hashlib.sha256(last.read_bytes()).hexdigest())
+    # the next last leaves the best alone
+    durable.save_checkpoint(checkpoint(3), last)
+    assert not durable.name_as_last() and [step_of(path) for path in (best, last)] == [2, 3]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "link"])

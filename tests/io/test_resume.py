@@ -620,16 +620,15 @@ def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys,
 
 
 def saves_of(monkeypatch, *flags):
-    """The steps at which `last.ckpt` is written."""
+    """The steps at which `last.ckpt` is written, or becomes another name of the best."""
     steps = []
-    true = atomic_files.save
+    true = atomic_files._write_record
 
-    def save(checkpoint, path):
-        if path.name == atomic_files.LAST:
-            steps.append(checkpoint["global_step"])
-        true(checkpoint, path)
+    def write_record(path, record):
+        steps.append(record["step"])
+        true(path, record)
 
-    monkeypatch.setattr(atomic_files, "save", save)
+    monkeypatch.setattr(atomic_files, "_write_record", write_record)
     main([*SHORT[:4], "--data.batch_size=200", *QUIET, "--trainer.max_epochs=2", *flags])
     return steps
 

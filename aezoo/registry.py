@@ -563,4 +563,4 @@ def card(name: str) -> Card:
     entry, cls = _defined(find(name))
     first, _, text = (ast.get_docstring(tree) or "").partition("\n")
     about = ((ast.get_docstring(cls) if cls else None) or "").partition("\n\n")[0]
-    return Card(first, text.strip(), about, _parameters(_ancestry(entry)) if cls else ())
+    return Card(first, text.strip("\n"), about, _parameters(_ancestry(entry)) if cls else ())

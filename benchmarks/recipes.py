@@ -135,7 +135,7 @@ def family_summary(family: str) -> str:
 
 def families_table() -> str:
     """The families as a Markdown table, with the weights that the package contains."""
-    lines = ["| family | what it holds | models | with weights |", "|---" * 4 + "|"]
+    lines = ["| family | description | models | with weights |", "|---" * 4 + "|"]
     for family, names in families().items():
         tags = [tag for name in names for tag in registry.list_models(name, pretrained=True)]
         pages = [
@@ -159,7 +159,7 @@ def models_tables() -> str:
     sections = []
     for family, names in families().items():
         lines = [f"## {family}\n\n{family_summary(family)}\n"]
-        lines += ["| model | paper | objective | laws | compared with |", "|---" * 5 + "|"]
+        lines += ["| model | paper | objective | tests | compared with |", "|---" * 5 + "|"]
         for name in names:
             formula = objective(name).replace("|", "\\|")
             own, shared = laws(name)

@@ -158,12 +158,12 @@ def add(run, case, counts):
 def page(counts):
     """The table as text."""
     lines = [
-        "# Promises",
+        "# Guarantees",
         "",
-        "Each row is a promise, the test that shows it, and what the last run of that test counted.",
+        "Each row states a guarantee, the test that checks it, and the counts of the last run of that test.",
         "`python -m tests.promises` writes this page; `--run` measures the figures again.",
         "",
-        "| promise | test | figure |",
+        "| guarantee | test | last run |",
         "|---|---|---|",
     ]
     for promise in PROMISES:

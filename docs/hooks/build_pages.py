@@ -1,6 +1,6 @@
 """The pages of the site that no file in `docs/` holds, and its links: a hook of MkDocs, see `mkdocs.yml`.
 
-- Each model has a page, made from its source, its laws, `aezoo/results.json`, recipes and pretrained weights.
+- Each model has a page, made from its source, its tests, `aezoo/results.json`, recipes and pretrained weights.
 - README, changelog and the like are pages, too. Links lead there, and files outside `docs/` are copied where one does.
 - The build fails if a page would load anything from another host.
 """
@@ -11,7 +11,7 @@ import itertools
 import posixpath
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import gallery  # noqa: E402
 import notebooks  # noqa: E402
 import pareto_page  # noqa: E402
-from typeset import latex  # noqa: E402
+import typeset  # noqa: E402
 
 from aezoo import registry  # noqa: E402
 from aezoo.cli import measured  # noqa: E402
@@ -196,23 +196,51 @@ def model_page(name: str, family: str, related: dict[str, list[str]], traversals
 
 
 def _objective(name: str, text: str) -> str:
-    formula = html.escape(latex(tables.objective(name).strip("`")))
-    return f'## Objective\n\n<div class="formula">{formula}</div>\n\n{_docstring(text)}'
+    return f"## Objective\n\n{_formula(tables.objective(name).strip('`'), 'div')}\n\n{_docstring(text)}"
+
+
+def _formula(text: str, tag: str) -> str:
+    """An element that the script of the pages typesets: a div as a line of its own, a span within a sentence."""
+    # Markdown would read what is special to it within a sentence
+    written = re.sub(r"[^\w\s]", lambda found: f"&#{ord(found[0])};", typeset.latex(text)).replace("_", "&#95;")
+    return f'<{tag} class="formula">{written}</{tag}>'
 
 
 def _docstring(text: str) -> str:
-    """The prose of a docstring as paragraphs, and its formulas, which are indented, as they are written."""
+    """The prose of a docstring as paragraphs, and its formulas, most of which are indented, typeset."""
     parts = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         for indented, group in itertools.groupby(paragraph.splitlines(), key=lambda line: line.startswith("    ")):
-            lines = [*group]
-            parts.append(_text([line[4:] for line in lines]) if indented else _prose("\n".join(lines)))
+            lines = [line.removeprefix("    ") for line in group]
+            parts.append(_formulas(lines) if indented else _prose("\n".join(lines)))
     return "\n\n".join(parts)
 
 
+def _formulas(lines: list[str]) -> str:
+    rows = [typeset.parts(line) for line in lines]
+    if not any(formula for row in rows for formula, _ in row):
+        return _text(lines)
+    cells = ["".join(_formula(text, "div") if formula else f"<div>{_words(text)}</div>" for formula, text in row)
+             for row in rows]  # fmt: skip
+    return '<div class="formulas">' + "".join(f"<div>{row}</div>" for row in cells) + "</div>"
+
+
 def _prose(text: str) -> str:
-    """Text in which only backticks mean something to Markdown."""
-    return re.sub(r"(`[^`]*`)|([*_<>\[\]#|~^\\])", lambda found: found[1] or f"&#{ord(found[2])};", text)
+    """Text in which only backticks mean something to Markdown, with its symbols typeset."""
+    special = re.compile(r"(`[^`]*`)|([*_<>\[\]#|~^\\])")
+    return _with_symbols(text, lambda plain: special.sub(lambda found: found[1] or f"&#{ord(found[2])};", plain))
+
+
+def _words(text: str) -> str:
+    """The HTML of words beside formulas."""
+    return _with_symbols(text, lambda plain: re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(plain)))
+
+
+def _with_symbols(text: str, written: Callable[[str], str]) -> str:
+    pieces = typeset.symbols(text)
+    done = "".join(_formula(piece, "span") if formula else written(piece) for formula, piece in pieces)
+    # browsers break lines between a formula and the punctuation after it
+    return re.sub(r'(<span class="formula">[^<]*</span>)([.,;:)]+)', r'<span class="unbroken">\1\2</span>', done)
 
 
 def _text(lines: list[str]) -> str:
@@ -227,7 +255,7 @@ def _hyperparameters(name: str, parameters: tuple[tuple[str, str, str, str], ...
     ]
     for key, kind, default, meaning in parameters:
         if key != "input_shape":
-            about = html.escape(meaning, quote=False).replace("|", "&#124;")
+            about = _words(meaning).replace("|", "&#124;")
             lines.append(f"| `{key}` | `{kind}` | `{default}` | {about} |")
     return "\n".join(lines)
 
@@ -253,9 +281,12 @@ def _laws(name: str, family: str) -> str:
     others = [*tables.compared_with().get(name, ()), *(repository for repository, _ in tables.repositories(name))]
     names = re.findall(r"^def test_(\w+)", tables.file_of_laws(name).read_text(encoding="utf-8"), re.MULTILINE)
     listed = "\n".join(f"- {law.replace('_', ' ')}" for law in names)
-    text = f"`tests/laws/{family}/test_{name}.py` holds {own} of its own and takes {shared} from models of its family."
+    text = (
+        f"`tests/laws/{family}/test_{name}.py` checks mathematical properties of the model: {own} tests "
+        f"written for it, and {shared} shared with models of its family."
+    )
     compared = f"\n\nCompared with {', '.join(others)}, see [parity](../parity.md)." if others else ""
-    return f"## Laws\n\n{text}{compared}\n\n{listed}"
+    return f"## Tests\n\n{text}{compared}\n\n{listed}"
 
 
 def _recipes(name: str) -> str:

@@ -2,10 +2,10 @@
 
 Its seven architectures, so that models trained by others can be measured, used and trained further here:
 
-    bmshj2018-factorized(-relu)  y = f(x)    P(y^) factorised, learned
-    bmshj2018-hyperprior         z = h(|y|)  P(y^ | z^) = N(0, s^2) * U    s = g_h(z^)
-    mbt2018-mean                 z = h(y)    P(y^ | z^) = N(mu, s^2) * U    s, mu = g_h(z^)
-    mbt2018, cheng2020-*         z = h(y)    P(y^_t | y^_<t, z^) = N(mu_t, s_t^2) * U
+    bmshj2018-factorized(-relu)   y = f(x)    P(y^) factorised, learned
+    bmshj2018-hyperprior          z = h(|y|)    P(y^ | z^) = N(0, s^2) * U    s = g_h(z^)
+    mbt2018-mean                  z = h(y)    P(y^ | z^) = N(mu, s^2) * U    s, mu = g_h(z^)
+    mbt2018, cheng2020-*          z = h(y)    P(y^_t | y^_<t, z^) = N(mu_t, s_t^2) * U
 
     z^ = m + round(z - m)    y^ = mu + round(y - mu)    U is uniform between -1/2 and 1/2
 

@@ -4,7 +4,7 @@ Each place of the encoder's output is replaced by the nearest of K codes. A tran
 codes (equations 4 to 7); in nats per sample:
 
     L = R + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2 + w_D lambda L_G     R = -log p(x | g(z_q)) + w_P X P(x, xhat)
-    P = LPIPS(x, xhat) if VGG-16's weights are at hand, else a distance in a random network, see autoencoder_kl
+    P = LPIPS(x, xhat)     with the weights of VGG-16, or else a distance in a random network, see autoencoder_kl
     L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4 X   W the weight of the decoder's last layer
 

@@ -58,7 +58,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see
             `enable_step_counter`.
         data_units: the units of the data that the model was trained on, if it was trained with `aezoo.DataModule`;
-            `load_model` reads them from a checkpoint. Verbs take DataFrames and write tables in these units.
+            `load_model` reads them from a checkpoint. Commands take DataFrames and write tables in these units.
         data_statistics: codes and scores of the training data, for `generate` and `detect`: pretrained weights, and
             runs after `detect`, have them. None for others; training removes them.
         takes_bytes: whether `training_step` scales bytes to [0, 1] itself, as part of the compiled function.

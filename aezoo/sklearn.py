@@ -193,7 +193,7 @@ class _Estimator(base.BaseEstimator):
         self._n_features_out = math.prod(model.code_shape)
 
     def _set_units(self) -> None:
-        """Let the model know the units of X, for `save_model`, `export` and the verbs."""
+        """Let the model know the units of X, for `save_model`, `export` and the commands."""
         model = self.autoencoder_
         parts = {"offset": self.offset_of_scale_, "factor": self.scale_}
         is_table = len(model.input_shape) == 1

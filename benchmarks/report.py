@@ -139,7 +139,7 @@ def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]
 def _shares(intro: str, parts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """The name of each page of a topic, and its parts: all, or of the verbs one each."""
     title = intro.partition("\n")[0]
-    if title == f"{_TOPIC}The verbs":
+    if title == f"{_TOPIC}Commands for trained models":
         yield from ((part.partition("\n")[0], [part]) for part in parts)
     else:
         yield title, list(parts)

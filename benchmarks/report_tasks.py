@@ -281,7 +281,7 @@ def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home
         home: folder of the text.
     """
     parts = [
-        "## The verbs",
+        "## Commands for trained models",
         "Uses of a trained model, compared with what a user would take otherwise (`baseline`). A `reference` is "
         "neither a model nor a baseline. Test split, median over seeds (lowest to highest); the best is in bold, and "
         "rows are sorted by the first figure.",

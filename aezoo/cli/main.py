@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import aezoo
 from aezoo import registry
-from aezoo.cli import LIGHTNING_COMMANDS, LIGHTWEIGHT_COMMANDS, VERBS, measured
+from aezoo.cli import LIGHTNING_COMMANDS, LIGHTWEIGHT_COMMANDS, TASK_COMMANDS, measured
 from aezoo.cli.recipes import find_recipe, recipes
 from aezoo.errors import AezooError
 from aezoo.io import terminal
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except BrokenPipeError:
         # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
-        if argv and argv[0] in (*LIGHTNING_COMMANDS, *VERBS, "benchmark", "tune"):
+        if argv and argv[0] in (*LIGHTNING_COMMANDS, *TASK_COMMANDS, "benchmark", "tune"):
             sys.exit(128 + 13)  # SIGPIPE, as shells have it
     except OSError as error:
         if error.filename is None:
@@ -158,7 +158,7 @@ def import_errors_in_one_line(whole: bool) -> Iterator[None]:
 
 def _run(argv: list[str], whole: bool = False) -> None:
     match argv:
-        case ["help", command, *_] if command in (*LIGHTWEIGHT_COMMANDS, *LIGHTNING_COMMANDS, *VERBS):
+        case ["help", command, *_] if command in (*LIGHTWEIGHT_COMMANDS, *LIGHTNING_COMMANDS, *TASK_COMMANDS):
             _run([command, "--help"], whole)
         case ["help", command, *_] if not command.startswith("-"):
             _run([command])
@@ -203,13 +203,13 @@ def _run(argv: list[str], whole: bool = False) -> None:
                 from aezoo.cli import lightning_cli
 
             lightning_cli.main(argv)
-        case [command, *_] if command in VERBS:
+        case [command, *_] if command in TASK_COMMANDS:
             with import_errors_in_one_line(whole):
-                from aezoo.cli import task_commands as verb
+                from aezoo.cli import task_commands
 
-            verb.main(argv)
+            task_commands.main(argv)
         case [command, *_]:
-            near = difflib.get_close_matches(command, [*LIGHTWEIGHT_COMMANDS, *LIGHTNING_COMMANDS, *VERBS], n=1)
+            near = difflib.get_close_matches(command, [*LIGHTWEIGHT_COMMANDS, *LIGHTNING_COMMANDS, *TASK_COMMANDS], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
             raise AezooError(f"unknown command {command!r}{hint} See `aezoo --help`.")
 

@@ -11,7 +11,7 @@ from aezoo import registry
 
 RESULTS = Path(__file__).parent.parent / "results.json"
 # what shows the first tag of a model that has been trained; reconstruct by default
-_VERBS = {
+_COMMANDS = {
     "anomaly": "detect",
     "generation": "generate",
     "compression": "compress",
@@ -31,8 +31,8 @@ def lines(name: str) -> list[str]:
 def command(name: str) -> str:
     """A command that trains the model on the set in the package and shows what it is for."""
     uses = registry.uses_of(name)
-    verb = _VERBS.get(uses[0] if uses else "", "reconstruct")
-    return f"aezoo fit --model {name} && aezoo {verb} --ckpt_path runs/{name}-mnist5k/0"
+    command = _COMMANDS.get(uses[0] if uses else "", "reconstruct")
+    return f"aezoo fit --model {name} && aezoo {command} --ckpt_path runs/{name}-mnist5k/0"
 
 
 def _figures(name: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""The verbs on the command line: a model and samples from files, results into a folder.
+"""Commands for trained models: a model and samples from files, results into a folder.
 
-A verb is a function whose keyword arguments, with their types, defaults and docstring, are its flags.
+A command is a function whose keyword arguments, with their types, defaults and docstring, are its flags.
 """
 
 import argparse
@@ -65,20 +65,20 @@ _FILES = {"around", "reference"}
 _SPLITS = {"reference"}
 # sources of which the setting root names the samples
 _PATHS = {"array", "folder"}
-# verbs whose results are samples
+# commands whose results are samples
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
-# verbs that process samples of any size with a model that takes them
+# commands that process samples of any size with a model that takes them
 _ANY_SIZE = {"reconstruct", "denoise", "compress"}
-# verbs whose results must not depend on how fast they were computed: what one process wrote, any other reads
+# commands whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress", "export")
-# verbs that take one process, and why
+# commands that take one process, and why
 _ONE_PROCESS = {
     "compress": "each file is one stream, whose bits depend on how its blocks follow one another",
     "decompress": "each file is one stream, whose bits depend on how its blocks follow one another",
     "export": "it computes nothing for many samples",
 }
 _MAX_PROCESSES = 64
-# verbs that also take the model and the folder for results as words without a flag
+# commands that also take the model and the folder for results by position
 _POSITIONAL = {"export": ("--ckpt_path", "--out")}
 _MAX_LINES = 20
 # samples in memory at a time
@@ -89,23 +89,23 @@ _UNSCALED = {"offset": torch.zeros(()), "factor": torch.ones(())}
 
 
 def main(argv: list[str]) -> None:
-    """Run one verb.
+    """Run one command.
 
     Raises:
         AezooError: what the user must correct.
     """
-    verb = argv[0]
-    function = getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
+    command = argv[0]
+    function = getattr(importlib.import_module(f"aezoo.tasks.{command}"), command)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     argv, allowed = policy.take_flags(name_data(policy.allow_remote(_with_flags(argv))))
     policy.enforce(allowed)
-    parser, accepted = parser_of(verb, function), inspect.signature(function).parameters
+    parser, accepted = parser_of(command, function), inspect.signature(function).parameters
     check_flags(argv, None, parser)
     path = _value(argv, "--ckpt_path")
     trained: dict[str, Any] = {"settings": {}}
     model = None
     if path is not None and not {"-h", "--help"} & set(argv):
-        if verb in ("compress", "decompress"):
+        if command in ("compress", "decompress"):
             tables.constriction_stream()  # what is not installed is said before anything is read
         model, trained = checkpoint.load_run(path)
         known = stored_settings()
@@ -118,32 +118,32 @@ def main(argv: list[str]) -> None:
     speed.choose(config.speed)
     speed.keep_memory()
     if model is None:
-        raise AezooError(f"{verb} needs a trained model: give --ckpt_path RUN_OR_FILE_OR_TAG, such as vae.mnist")
+        raise AezooError(f"{command} needs a trained model: give --ckpt_path RUN_OR_FILE_OR_TAG, such as vae.mnist")
     if config.get("batch_size", 1) < 1:
         raise AezooError(f"batch_size takes a number above 0, got {config.batch_size}")
     if not 0 <= config.get("seed", 0) < 2**32:
         raise AezooError(f"seed takes a number from 0 to {2**32 - 1}, got {config.seed}")
-    rank, world = _processes(verb, config.devices)
+    rank, world = _processes(command, config.devices)
     model = model.to(_device(config.device, rank, world)).float()  # samples are float32
     settings = {key: config[key] for key in accepted.keys() - _GIVEN}
     if "file" in accepted:
         if config.input is None:
-            raise AezooError(f"{verb} needs a file: give --input FILE")
+            raise AezooError(f"{command} needs a file: give --input FILE")
         settings["file"] = config.input
     else:
-        any_size = verb in _ANY_SIZE and sizes.takes_any_size(model)
+        any_size = command in _ANY_SIZE and sizes.takes_any_size(model)
         settings |= samples_of_flags(config, model.data_units, trained, argv, accepted, any_size)
     if "columns" in accepted:
         settings["columns"] = Columns.of_model(model)
-    out = Path(config.out) if config.out else trained["folder"] / verb
+    out = Path(config.out) if config.out else trained["folder"] / command
     common = {"batch_size": config.get("batch_size"), "seed": config.get("seed"), "progress": True}
     settings |= {key: value for key, value in common.items() if key in accepted}
     before = set(out.glob("*"))
     try:
         with (
             signals_as_exit(),
-            nullcontext() if verb in _EXACT else speed.evaluating(model),
-            nullcontext() if verb in _ONE_PROCESS else _passes(out, model, settings, argv, rank, world),
+            nullcontext() if command in _EXACT else speed.evaluating(model),
+            nullcontext() if command in _ONE_PROCESS else _passes(out, model, settings, argv, rank, world),
         ):
             result: Result = function(model=model, out=str(out), **settings)
     except (RuntimeError, MemoryError) as error:
@@ -156,12 +156,12 @@ def main(argv: list[str]) -> None:
     text = result.summary()
     print(f"{text}\n" if text else "", end="")
     _keep_calibration(model, getattr(result, "statistics", None), trained["home"])
-    arrays = [file for file in result.files if file.suffix == ".npy"] if verb in _OF_SAMPLES else []
+    arrays = [file for file in result.files if file.suffix == ".npy"] if command in _OF_SAMPLES else []
     if model.data_units is not None and model.data_units.scaling and arrays:
         names = ", ".join(file.name for file in arrays)
         print(f"values in {names} are in the units of the training data, errors and scores in the scale that the model "
               "sees (--data.scale)")  # fmt: skip
-    if model.data_units is None and verb in _OF_SAMPLES:
+    if model.data_units is None and command in _OF_SAMPLES:
         print(f"aezoo: {config.ckpt_path} does not say how its training data were scaled: samples are in the scale "
               "that the model sees", file=sys.stderr)  # fmt: skip
     if "force" not in accepted and (replaced := before.intersection(result.files)):
@@ -186,12 +186,12 @@ def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Pa
         print(f"{file} keeps the calibration, for calls without the training data")
 
 
-def _processes(verb: str, devices: int) -> tuple[int, int]:
+def _processes(command: str, devices: int) -> tuple[int, int]:
     """The rank of this process and the number of processes that share the samples."""
     if not 1 <= devices <= _MAX_PROCESSES:
         raise AezooError(f"devices takes a number from 1 to {_MAX_PROCESSES}, got {devices}")
-    if devices > 1 and (why := _ONE_PROCESS.get(verb)):
-        raise AezooError(f"{verb} runs in one process, since {why}: leave out --devices")
+    if devices > 1 and (why := _ONE_PROCESS.get(command)):
+        raise AezooError(f"{command} runs in one process, since {why}: leave out --devices")
     return (int(os.environ.get("LOCAL_RANK", "0")) if devices > 1 else 0), devices
 
 
@@ -239,13 +239,13 @@ def _passes(
 
 
 def _with_flags(argv: list[str]) -> list[str]:
-    """The same words, with flags before the first ones where a verb takes these without."""
-    verb, *rest = argv
+    """The same arguments, with their flags before those that a command also takes by position."""
+    command, *rest = argv
     given: list[str] = []
-    for flag in _POSITIONAL.get(verb, ()):
+    for flag in _POSITIONAL.get(command, ()):
         if rest and not rest[0].startswith("-"):
             given += [flag, rest.pop(0)]
-    return [verb, *given, *rest]
+    return [command, *given, *rest]
 
 
 @contextmanager
@@ -268,10 +268,10 @@ def signals_as_exit() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
-    """All flags of a verb."""
+def parser_of(command: str, function: Callable[..., Any]) -> Parser:
+    """All flags of a command."""
     about = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n\n")[0]
-    parser = Parser(prog=f"aezoo {verb}", description=about)
+    parser = Parser(prog=f"aezoo {command}", description=about)
     parser.add_argument(
         "--ckpt_path",
         type=str,
@@ -291,7 +291,9 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
             parser.add_argument(
                 "--split", type=Literal["train", "val", "test"], default="test", help="Which split of --data to use."
             )
-    parser.add_argument("--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{verb}.")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help=f"Folder for the results; by default RUN/{command}."
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--devices", type=int, default=1, help="Processes that share the samples, on GPUs one on each.")
     parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
@@ -302,7 +304,7 @@ def parser_of(verb: str, function: Callable[..., Any]) -> Parser:
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
         parser.add_class_arguments(DataModule, "data", instantiate=False, skip={*PERMISSIONS})
-        # hidden, since the verb has its own --batch_size; a file of settings may still contain that of a fit
+        # hidden, since the command has its own --batch_size; a file of settings may still contain that of a fit
         parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
     return parser
 
@@ -315,7 +317,7 @@ def samples_of_flags(
     accepted: Mapping[str, Any],
     any_size: bool,
 ) -> dict[str, Any]:
-    """The samples for a verb, from `--input` or a split, and the splits for fitting."""
+    """The samples for a command, from `--input` or a split, and the splits for fitting."""
     # the parser adds the path of a file of settings
     known = stored_settings()
     data = {key: value for key, value in dict(config.data).items() if key in known}

@@ -370,7 +370,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if self._splits and not self.units.has_scaling(trained) and (trained or white is not None):
             rank_zero_info(
                 f"{self.name}: values are scaled by what its own training split holds, otherwise than those that the "
-                "model was trained on (--data.scale); a verb scales what it is given as --input as these were"
+                "model was trained on (--data.scale); a command scales what it is given as --input as these were"
             )
 
     def val_dataloader(self) -> LazyLoader | ResidentLoader:

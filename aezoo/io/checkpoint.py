@@ -489,8 +489,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     text = str(path)
     if hub_files.is_address(text):
         raise AezooError(
-            f"{text} is a saved model, which has no checkpoint: verbs such as `aezoo reconstruct` and aezoo.load_model "
-            "take it"
+            f"{text} is a saved model, which has no checkpoint: commands such as `aezoo reconstruct` and "
+            "aezoo.load_model take it"
         )
     tag_files.refuse_tag(text)
     if "://" in text:
@@ -517,8 +517,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
             return chosen[0]
     if (path / CONFIG).is_file():
         raise AezooError(
-            f"{path} is a saved model, which has no checkpoint: give a .ckpt file or a run folder here; verbs such as "
-            "`aezoo reconstruct` and aezoo.load_model take it"
+            f"{path} is a saved model, which has no checkpoint: give a .ckpt file or a run folder here; commands "
+            "such as `aezoo reconstruct` and aezoo.load_model take it"
         )
     raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")
 

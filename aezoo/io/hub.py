@@ -51,7 +51,7 @@ def push_to_hub(
         token: token of the hub; by default the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
         license: license of the weights, such as `mit`, for the card; by default the card does not mention one.
         metrics: names and values for the card; by default it has none.
-        results: results of verbs, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`: the card shows the
+        results: results of commands, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`: the card shows the
             picture and the figures of each.
         scaling: as for `save_model`.
         replace_card: write the card and its pictures even if the repository has a card; by default that stays.
@@ -127,7 +127,7 @@ def write_card(
         revision: the branch for the upload.
         license: license of the weights.
         metrics: names and values.
-        results: results of verbs.
+        results: results of commands.
 
     Raises:
         AezooError: a result has no picture.
@@ -201,7 +201,7 @@ def card_text(
         _constructor_call(model, config["hyperparameters"]),
         "```",
         "",
-        f"In a shell, `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other verbs.",
+        f"In a shell, `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other commands.",
     ]
     return "\n".join(lines) + "\n"
 

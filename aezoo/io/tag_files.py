@@ -30,7 +30,7 @@ def refuse_tag(path: str | Path) -> None:
     """
     if (tag := tag_of(path)) is not None:
         raise AezooError(
-            f"{tag.name} are pretrained weights, which have no checkpoint: verbs such as `aezoo reconstruct` take "
+            f"{tag.name} are pretrained weights, which have no checkpoint: commands such as `aezoo reconstruct` take "
             f"them, and a Trainer in Python trains or tests aezoo.load_model({tag.name!r})"
         )
 

@@ -80,7 +80,7 @@ class Evaluation:
     Bernoulli, binarised data, not grey values. For a density, it may be below 0.
 
     PSNR and SSIM use a data range of 1, the range of data scaled to [0, 1]; outputs are not clipped. Other data, such
-    as standardised ones, have no PSNR: `aezoo.metrics.similarity.has_peak` decides, for the verbs, too.
+    as standardised ones, have no PSNR: `aezoo.metrics.similarity.has_peak` decides, for the commands, too.
 
     Args:
         input_shape: shape of one sample; ssim is reported for (C, H, W) with both sides above 5.

@@ -1,4 +1,4 @@
-"""Tasks for trained models: one file per verb, the same from Python and from the command line.
+"""Tasks for trained models: one file for each command, the same from Python and from the command line.
 
 `aezoo.reconstruct(model, x)` and its siblings take a model and samples; `aezoo reconstruct --ckpt_path RUN` reads both
 from files and writes the results to a folder.

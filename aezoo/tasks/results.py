@@ -1,4 +1,4 @@
-"""What the results of all verbs share: a table, a picture and a line that says what they are."""
+"""The interface of the results of all commands: a table, a figure and a summary."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def takes_model(verb: Callable[P, T]) -> Callable[P, T]:
-    """A verb that refuses in one line what is no model, such as the path of one."""
+def takes_model(command: Callable[P, T]) -> Callable[P, T]:
+    """Refuse, in one line, an argument that is not a model, such as a path."""
 
-    @wraps(verb)
+    @wraps(command)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         model = args[0] if args else kwargs.get("model")
         if not isinstance(model, Autoencoder):
             given = f"aezoo.load_model({str(model)!r})" if isinstance(model, str | Path) else "an aezoo.Autoencoder"
-            raise AezooError(f"{verb.__name__} takes a model, not a {type(model).__name__}: give {given}")
-        return verb(*args, **kwargs)
+            raise AezooError(f"{command.__name__} takes a model, not a {type(model).__name__}: give {given}")
+        return command(*args, **kwargs)
 
     return checked
 

@@ -21,14 +21,14 @@ _MAX_MEASURED = 10_000
 
 
 def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
-    """A picture: of the result of a verb, of a DataModule, or of samples.
+    """A picture: of the result of a command, of a DataModule, or of samples.
 
     Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, as long as a
     value lies above or below its column's mean, with their values. A notebook shows the figure that is returned;
     `figure.savefig(path)` writes it.
 
     Args:
-        x: a result of a verb, a DataModule, or samples (N, *shape): an array, a tensor, a DataFrame.
+        x: a result of a command, a DataModule, or samples (N, *shape): an array, a tensor, a DataFrame.
         n: number of samples, from the first on.
         split: which split of a DataModule.
 

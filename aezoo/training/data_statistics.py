@@ -1,4 +1,4 @@
-"""What verbs need of the training data, kept with a model's weights so that they work without these data."""
+"""Statistics of the training data that commands need, stored with a model's weights to work without these data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -15,7 +15,7 @@
 # # Your own model, and a plug-in
 #
 # A model is one class: it builds an encoder and a decoder, and says what its loss is. Training, metrics, pictures,
-# the verbs, checkpoints and the command line come from aezoo.
+# the task commands, checkpoints and the command line come from aezoo.
 #
 # This one is an autoencoder whose code is pulled towards the unit sphere. Its file goes into an empty folder:
 
@@ -163,5 +163,5 @@ aezoo_command("list", "sphere_ae")
 aezoo_command("info", "sphere_ae")
 
 # %% [markdown]
-# From here `aezoo fit --model sphere_ae`, `aezoo.load_model`, the verbs and `aezoo tune` work as they do for the
-# models of the zoo. [The page for developers of models](../extend.md) says how to prove a model.
+# From here `aezoo fit --model sphere_ae`, `aezoo.load_model`, the task commands and `aezoo tune` work as for the models
+# of the zoo. [Add a model](../extend.md) explains how to test one.

@@ -400,7 +400,7 @@ def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
     (tmp_path / "pictures" / "task-denoise.png").write_bytes(b"\x89PNG")
     report.main(["--results", str(tmp_path)])
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.index("[The verbs: ") < text.index("[Start-up]") and "Others" not in text
+    assert text.index("[Commands for trained models: ") < text.index("[Start-up]") and "Others" not in text
     text = "\n".join((tmp_path / f"{verb}.md").read_text() for verb in tasks.VERBS)
     for verb in tasks.VERBS:
         assert f"## {verb}\n\n`tasks-{verb}-fp32" in text, verb

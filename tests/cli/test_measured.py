@@ -9,7 +9,7 @@ from golden import own_models
 
 import aezoo
 from aezoo import registry
-from aezoo.cli import VERBS, measured
+from aezoo.cli import TASK_COMMANDS, measured
 from aezoo.cli.main import main
 from aezoo.testing import subject_of
 
@@ -60,7 +60,7 @@ def test_every_model_has_the_end_of_info_without_torch():
 @pytest.mark.parametrize("name", own_models())
 def test_command_of_every_model_can_be_run(name):
     fit, use = (part.split() for part in measured.command(name).split(" && "))
-    assert fit == ["aezoo", "fit", "--model", name] and use[:1] == ["aezoo"] and use[1] in VERBS
+    assert fit == ["aezoo", "fit", "--model", name] and use[:1] == ["aezoo"] and use[1] in TASK_COMMANDS
     assert use[-2:] == ["--ckpt_path", f"runs/{name}-mnist5k/0"]
     assert subject_of(name).takes((1, 28, 28))
 

@@ -1,4 +1,4 @@
-"""The verbs on the command line: models and samples from files, results into a folder, errors of one line."""
+"""Commands for trained models: models and samples from files, results into a folder, errors of one line."""
 
 import csv
 import os

@@ -11,7 +11,7 @@ import torch
 
 import aezoo
 from aezoo.cli import task_commands
-from aezoo.cli.main import VERBS
+from aezoo.cli.main import TASK_COMMANDS
 from aezoo.errors import AezooError
 
 VALUES = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1000000000000", "abc", "", "[]", "true", "null")
@@ -22,7 +22,7 @@ def function_of(verb):
 
 
 def options():
-    for verb in VERBS:
+    for verb in TASK_COMMANDS:
         for name in inspect.signature(function_of(verb)).parameters:
             if name not in task_commands._GIVEN:
                 yield pytest.param(verb, name, id=f"{verb}.{name}")

@@ -29,7 +29,7 @@ from aezoo.training.traits import TAGS
 HELP = """\
 usage: aezoo COMMAND ...
 
-Look around
+Information
   list [WORD] [--family F] [--tag T]
                                    models: name, family, tags, paper; a word is part of a name, a family or a tag
   list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence

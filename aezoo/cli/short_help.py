@@ -27,7 +27,7 @@ class Flag(NamedTuple):
 Groups = dict[str, tuple[Flag, ...]]
 
 _FIT: Groups = {
-    "What to train on what": (
+    "Model and data": (
         Flag("-c, --config NAME|FILE", "of `aezoo recipes`, or a YAML file; flags override it"),
         Flag("--model NAME", "of `aezoo list`; --model.KEY VALUE: its settings"),
         Flag("--data NAME|FOLDER|FILE", "digits, cifar10, folder, array, hf, stream, ...", "mnist5k"),
@@ -37,7 +37,7 @@ _FIT: Groups = {
         Flag("--data.hflip P", "augment images; also --data.crop_padding, --data.color_jitter", "0.0"),
         Flag("--data.val_fraction SHARE", "of the training samples, to validate on", "0.1"),
     ),
-    "How long, and how": (
+    "Training": (
         Flag("--trainer.max_epochs N", "and --trainer.max_steps N, --trainer.max_time D:H:M:S", "20 or more"),
         Flag("--early_stopping.patience N", "epochs without a lower loss of validation; 0: never stop", "20"),
         Flag("--model.lr RATE", "and --model.lr_schedule, --model.optimizer adamw", "the model's"),
@@ -45,12 +45,12 @@ _FIT: Groups = {
         Flag("--model.likelihood KIND", "bernoulli, gaussian:learned, laplace, ...", "the model's"),
         Flag("--seed_everything N", "initial weights and noise; --data.seed N: splits and order", "0"),
     ),
-    "Where it runs": (
+    "Hardware": (
         Flag("--trainer.devices N", "and --trainer.accelerator cpu|gpu|mps", "auto"),
         Flag("--trainer.precision KIND", "bf16-mixed, 16-mixed, 64-true, ...", "32-true"),
         Flag("--compile MODE", "off, default, reduce-overhead, max-autotune", "auto"),
     ),
-    "What it writes, and how it goes on": (
+    "Output and resuming": (
         Flag("--name NAME", "of the run: runs/NAME/0", "recipe, or model-data"),
         Flag("--logger NAME,NAME", "of tensorboard, csv, wandb, mlflow; or none", "tensorboard"),
         Flag("--samples.every_n_epochs N", "pictures; also --reconstructions, --latents, ...; 0: none", "auto"),

@@ -72,11 +72,7 @@ _ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # commands whose results must not depend on how fast they were computed: what one process wrote, any other reads
 _EXACT = ("compress", "decompress", "export")
 # commands that take one process, and why
-_ONE_PROCESS = {
-    "compress": "each file is one stream, whose bits depend on how its blocks follow one another",
-    "decompress": "each file is one stream, whose bits depend on how its blocks follow one another",
-    "export": "it computes nothing for many samples",
-}
+_ONE_PROCESS = {"export": "it computes nothing for many samples"}
 _MAX_PROCESSES = 64
 # commands that also take the model and the folder for results by position
 _POSITIONAL = {"export": ("--ckpt_path", "--out")}
@@ -217,6 +213,9 @@ def _passes(
     """Share the samples among the processes, and go on with what an earlier call of this command has computed."""
     given = {key: value for key, value in settings.items() if key != "columns"}  # which the model or the data say
     plain = {key: value.identity if isinstance(value, SampleSet) else value for key, value in given.items()}
+    if "file" in plain and Path(plain["file"]).is_file():  # another one may have its name
+        found = Path(plain["file"]).stat()
+        plain["file"] = plain["file"], found.st_size, found.st_mtime_ns
     run = world, model.device.type, torch.get_num_threads(), aezoo.__version__
     key = partial.digest(argv[0], plain, run, type(model).__qualname__, dict(model.hparams), model)
     folder = out / f".{argv[0]}"

@@ -6,6 +6,7 @@ record says so, and the record is replaced atomically, so a kill or a power cut 
 
     folder/key.json           what was computed; another command removes the folder and begins anew
     folder/NAME.npy           an array of its final size
+    folder/NAME-RANK.pieces   bytes of any length, in the order of what they are made of
     folder/progress-RANK.npz  what a process has finished, also of a part of the work that has a name
 """
 
@@ -16,11 +17,12 @@ import itertools
 import json
 import math
 import os
+import struct
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +68,7 @@ class Partial:
 
     def __init__(self, folder: Path, key: str, cure: str, rank: int = 0) -> None:
         self.folder, self.cure, self.rank = folder, cure, rank
-        self._saved, self._files = time.monotonic(), dict[str, RowFile]()
+        self._saved, self._files = time.monotonic(), dict[str, RowFile | PieceFile]()
         self._lock = contextlib.ExitStack()
         if rank:
             return
@@ -89,7 +91,7 @@ class Partial:
                 self._files[name] = RowFile(self.folder / f"{name}.npy", n, shape, np.dtype(dtype))
             except OSError as error:
                 raise self._failed(name, error) from error
-        return self._files[name]
+        return cast(RowFile, self._files[name])
 
     def write(self, name: str, rows: Sequence[int], values: Array, n: int) -> None:
         """Write rows of an array of n rows; they are ascending."""
@@ -98,12 +100,22 @@ class Partial:
         except OSError as error:
             raise self._failed(name, error) from error
 
+    def pieces(self, name: str, rank: int | None = None) -> "PieceFile":
+        """The pieces of bytes that a process, by default this one, writes one after the other."""
+        key = f"{name}-{self.rank if rank is None else rank}"
+        if key not in self._files:
+            try:
+                self._files[key] = PieceFile(self.folder / f"{key}.pieces")
+            except OSError as error:
+                raise AezooError(f"cannot write {self.folder / key}.pieces: {error.strerror}; {self.cure}") from error
+        return cast(PieceFile, self._files[key])
+
     def opened(self, name: str) -> "RowFile":
         """An array that was begun, by any process or before a kill."""
         if name not in self._files:
             known = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             self.rows(name, len(known), known.shape[1:], known.dtype)
-        return self._files[name]
+        return cast(RowFile, self._files[name])
 
     def progress(self, name: str = "", rank: int | None = None) -> dict[str, Array]:
         """What a process, by default this one, has saved last; empty at the beginning."""
@@ -196,6 +208,57 @@ class RowFile:
 
     def flush(self) -> None:
         """Have everything on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class PieceFile:
+    """Pieces of bytes with some numbers each, one after the other.
+
+    Args:
+        path: opened if it exists, as another process or an earlier run has made it.
+
+    Attributes:
+        size: bytes of the pieces that count; what follows is written anew.
+    """
+
+    _HEAD = struct.Struct("<QQ")
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+
+    def append(self, content: bytes, figures: Sequence[float]) -> None:
+        """Write one more piece.
+
+        Raises:
+            AezooError: the disk is full.
+        """
+        numbers = np.asarray(figures, "<f8").tobytes()
+        try:
+            self._file.seek(self.size)
+            self._file.write(self._HEAD.pack(len(content), len(numbers)) + content + numbers)
+            self._file.flush()
+        except OSError as error:
+            raise AezooError(f"cannot write {self.path}: {error.strerror or error}; make room") from error
+        self.size += self._HEAD.size + len(content) + len(numbers)
+
+    def read(self) -> Iterator[tuple[bytes, list[float]]]:
+        """All pieces, one at a time, with their numbers."""
+        at = 0
+        while at < self.size:
+            self._file.seek(at)
+            sizes = self._HEAD.unpack(self._file.read(self._HEAD.size))
+            content, numbers = (self._file.read(size) for size in sizes)
+            yield content, np.frombuffer(numbers, "<f8").tolist()
+            at += self._HEAD.size + sum(sizes)
+
+    def flush(self) -> None:
+        """Have everything on the disk."""
+        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from aezoo.tasks.codec import entropy_model, indices, lossless, lossy, rans, rep
 from aezoo.tasks.codec.autoregressive import Advance, AutoregressiveCoder
 from aezoo.tasks.codec.container import KINDS, Frame, Header, Reader
 from aezoo.tasks.codec.pictures import decode_places
-from aezoo.tasks.result_store import Row, Samples, SeparateArrays, Store
+from aezoo.tasks.passes import current
+from aezoo.tasks.result_store import Row, Samples, SeparateArrays, Store, release
 from aezoo.tasks.results import Result, count_of, takes_model
 from aezoo.tasks.samples import SampleSet, SeparateSamples, evaluation_mode, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
@@ -123,13 +124,21 @@ def decompress(
                 x = store.separate([frame.shape for frame in reader.samples], dtype)
             else:
                 x = store.samples("samples", shape, dtype) if kind == "npy" else store.scratch(shape, dtype)
-        start, same = 0, True
-        with bar("decompress" if progress else "", header.n) as advance:
-            for part, exact in _parts(model, reader, strict, advance):
-                x[start : start + len(part)] = part
-                start, same = start + len(part), same and exact
-                if header.mode != "prior":  # whose work is done token by token
-                    advance(len(part))
+        frames, sized = reader.samples, Sized(model, header.tile) if header.own_sizes else None
+        starts, exactness, passes = np.cumsum([0, *(frame.n for frame in frames)]).tolist(), _All(), current.get()
+        title = "decompress" if progress and not passes.rank else ""
+        with bar(title, header.n) as advance:
+            for i, _ in passes.blocks(len(frames), 1, 0, totals=(exactness,)):
+                start = starts[i]
+                for part, exact in _parts(model, sized, reader, frames[i], strict, advance):
+                    x[start : start + len(part)] = part
+                    release(x)
+                    start += len(part)
+                    exactness.add(exact)
+                    if header.mode != "prior":  # whose work is done token by token
+                        advance(len(part))
+        passes.finish()
+        same = exactness.value
         if kind == "png" or header.own_sizes:
             store.each_sample("", x, kind)
         if kind == "csv" and columns is not None and not isinstance(x, SeparateArrays):
@@ -192,18 +201,33 @@ def _readable_modes(model: Autoencoder) -> tuple[str, ...]:
 
 
 def _parts(
-    model: Autoencoder, reader: Reader, strict: bool, advance: Advance
+    model: Autoencoder, sized: Sized | None, reader: Reader, frame: Frame, strict: bool, advance: Advance
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """The samples in parts, and whether they equal those decoded when the file was written."""
-    if not reader.header.own_sizes:
-        yield from _decode_parts(model, reader, strict, advance)
-        return
-    sized, tables_of_all = Sized(model, reader.header.tile), reader.frames[: int(reader.header.tables)]
-    for frame in reader.samples:
-        own, one = sized(frame.shape), copy.copy(reader)
+    """The samples of a frame in parts, and whether they equal those decoded when the file was written."""
+    own, one = model, copy.copy(reader)
+    one.frames = [*reader.frames[: int(reader.header.tables)], frame]
+    if sized is not None:
+        own = sized(frame.shape)
         one.header = replace(reader.header, shape=frame.shape, code_shape=tuple(own.code_shape), n=1)
-        one.frames = [*tables_of_all, frame]
-        yield from _decode_parts(own, one, strict, advance)
+    return _decode_parts(own, one, strict, advance)
+
+
+class _All:
+    """Whether all that was added is true."""
+
+    def __init__(self) -> None:
+        self.value = True
+
+    def add(self, value: bool) -> None:
+        """Add one more."""
+        self.value = self.value and value
+
+    @property
+    def state(self) -> npt.NDArray[Any]:
+        return np.array([self.value])
+
+    def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
+        self.value = all(bool(state[0]) for state in states)
 
 
 def _decode_parts(

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aezoo.errors import AezooError
-from aezoo.io.partial import Partial
+from aezoo.io.partial import Partial, PieceFile
 from aezoo.training.seeding import mix
 
 if TYPE_CHECKING:
@@ -73,6 +73,26 @@ class Range:
 
     def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
         self.low, self.high = min(float(state[0]) for state in states), max(float(state[1]) for state in states)
+
+
+class _Size:
+    """The bytes of a file of pieces, which count from the beginning and after a kill up to what was recorded.
+
+    Attributes:
+        of_ranks: that of each process.
+    """
+
+    def __init__(self, file: PieceFile) -> None:
+        self._file, self.of_ranks = file, [0]
+
+    @property
+    def state(self) -> npt.NDArray[Any]:
+        return np.array([self._file.size])
+
+    def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
+        self.of_ranks = [int(state[0]) for state in states]
+        if len(states) == 1:  # what this process had recorded
+            self._file.size = self.of_ranks[0]
 
 
 class Passes:
@@ -149,6 +169,34 @@ class Passes:
                 totals[i].merge(states)
         self._seed(seed, n_blocks)
 
+    def pieces(
+        self,
+        samples: "SampleSet | int",
+        batch_size: int,
+        seed: int,
+        make: Callable[[int, Any], tuple[bytes, Sequence[float]]],
+        title: str = "",
+    ) -> Iterator[tuple[bytes, Sequence[float]]]:
+        """What `make` returns for each block, bytes and some numbers, in the order of the blocks; for rank zero alone.
+
+        Without parts, a block is computed when its piece is asked for, else all are before this returns.
+        """
+        if self.parts is None:
+            return (make(start, batch) for start, batch in self.blocks(samples, batch_size, seed, title))
+        name = f"pieces{self._n_passes + 1}"
+        written = self.parts.pieces(name)
+        size = _Size(written)
+        for start, batch in self.blocks(samples, batch_size, seed, title, (size,)):
+            written.append(*make(start, batch))
+        return iter(()) if self.rank else self._read_pieces(name, size.of_ranks)
+
+    def _read_pieces(self, name: str, sizes: Sequence[int]) -> Iterator[tuple[bytes, Sequence[float]]]:
+        assert self.parts is not None
+        for rank, size in enumerate(sizes):
+            of_rank = self.parts.pieces(name, rank)
+            of_rank.size = size
+            yield from of_rank.read()
+
     def _seed(self, seed: int, block: int) -> None:
         torch.manual_seed(mix(seed, self._n_passes, block) if block else seed)
 
@@ -166,19 +214,25 @@ class Passes:
         """Say that no pass follows: the other processes end here, and rank zero writes the results."""
         if self.rank:
             raise SystemExit(0)
+        # they may not have seen the last records yet, which go with the folder
+        self._wait_for_others()
 
     def close(self) -> None:
         """End the other processes."""
-        limit = time.monotonic() + (0.0 if sys.exception() else _GRACE)
+        self._wait_for_others(0.0 if sys.exception() else _GRACE)
         for other, _ in self._others:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                other.wait(max(0.0, limit - time.monotonic()))
             other.kill()
             other.wait()
         self._others.clear()
         self._ends.close()
         if self.parts is not None:
             self.parts.close()
+
+    def _wait_for_others(self, seconds: float = _GRACE) -> None:
+        limit = time.monotonic() + seconds
+        for other, _ in self._others:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                other.wait(max(0.0, limit - time.monotonic()))
 
     def _records(self, name: str, ends: Sequence[int], n_totals: int) -> list[list[npt.NDArray[Any]]]:
         """What each process has added up; waits until all have done their blocks."""

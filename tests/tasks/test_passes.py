@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refusals import refused_in_one_line as refused
 
 import aezoo
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io import partial
+from aezoo.tasks.codec import container
 from aezoo.tasks.passes import Passes, Range
 
 N, BATCH = 70, 8
@@ -26,7 +28,13 @@ VERBS = {
     "embed": ["--table=csv"],
     "detect": ["--score=deviance,mahalanobis", "--maps=true", "--contamination=0.1"],
     "generate": [f"--n={N}"],
+    "compress": ["--mode=lossy", "--compare=false"],
+    "decompress": [],
 }
+# of a model of pictures of any size
+MAP = {"latent_map": True, "hidden_dims": (4, 8), "latent_dim": 3}
+# values in a frame of an .aez file
+FRAME = 64 * 2 * BATCH
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +46,19 @@ def command(tmp_path_factory):
     np.save(home / "x.npy", np.random.default_rng(0).random((N, 1, 8, 8), np.float32))
 
     def words(verb: str, out: Path, *flags: str) -> list[str]:
+        common = [f"--ckpt_path={home / 'model'}", f"--out={out}", "--device=cpu"]
+        if verb == "decompress":
+            if not (home / "aez").exists():
+                main(words("compress", home / "aez"))
+            return [verb, *common, f"--input={home / 'aez' / 'samples.aez'}", *flags]
         given = [] if verb == "generate" else [f"--input={home / 'x.npy'}"]
-        common = [f"--ckpt_path={home / 'model'}", f"--out={out}", "--device=cpu", f"--batch_size={BATCH}"]
-        return [verb, *common, *given, *VERBS[verb], *flags]
+        return [verb, *common, f"--batch_size={BATCH}", *given, *VERBS[verb], *flags]
 
     return words
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def counted(monkeypatch, most: int = 10**6) -> list[int]:
@@ -68,12 +80,14 @@ def counted(monkeypatch, most: int = 10**6) -> list[int]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_interrupted_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch, capsys, verb):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
+    monkeypatch.setattr(container, "MAX_FRAME_VALUES", FRAME)
+    words = command(verb, tmp_path / "whole")
     with monkeypatch.context() as patch:
         seen = counted(patch)
-        main(command(verb, tmp_path / "whole"))
+        main(words)
         every = len(seen)
-    assert every >= -(-N // BATCH)
-    for most in (4, every - 1):
+    assert every >= -(-N // (2 * BATCH))
+    for most in (min(4, every - 2), every - 1):
         out = tmp_path / str(most)
         with monkeypatch.context() as patch:
             counted(patch, most)
@@ -86,6 +100,28 @@ def test_interrupted_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch, ca
             main(command(verb, out))
             assert len(seen) == every - most
         assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_coding_on_two_processes_gives_the_files_of_one(tmp_path):
+    model = aezoo.create_model("conv_ae", (1, 16, 16), **MAP)
+    aezoo.save_model(model, tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for i in range(7):
+        pixels = np.random.default_rng(i).integers(0, 256, (16 + 8 * (i % 2), 24), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
+    before = torch.get_num_threads()
+    common = [f"--ckpt_path={tmp_path / 'model'}", "--device=cpu"]
+    try:
+        for devices in (1, 2):
+            out = tmp_path / str(devices)
+            extra = [f"--devices={devices}", f"--out={out / 'aez'}", f"--input={tmp_path / 'in'}"]
+            main(["compress", *common, *extra, "--compare=false"])
+            main(["decompress", *common, *extra[:1], f"--out={out / 'png'}", f"--input={out / 'aez/samples.aez'}"])
+    finally:
+        torch.set_num_threads(before)
+    found = content(tmp_path / "1")
+    assert len(found) >= 9 and found == content(tmp_path / "2")
 
 
 @pytest.mark.slow
@@ -144,10 +180,9 @@ def test_other_settings_begin_anew(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["compress", "decompress", "export"])
-def test_verbs_of_one_process_refuse_devices(command, tmp_path, capsys, verb):
-    words = [word for word in command("reconstruct", tmp_path)[1:] if not word.startswith("--input")]
-    words = [word for word in words if verb == "compress" or not word.startswith("--batch_size")]
+def test_export_refuses_devices(command, tmp_path, capsys):
+    verb = "export"
+    words = [word for word in command("reconstruct", tmp_path)[1:] if not word.startswith(("--input", "--batch_size"))]
     assert f"{verb} runs in one process, since " in refused(capsys, verb, *words, "--devices=2")
 
 

@@ -14,7 +14,7 @@ import gzip
 import io
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Distortion:
 
     def __init__(self, shape: tuple[int, ...], limits: tuple[float, float]) -> None:
         self._sse, self._count = 0.0, 0
+        # SSIM and the number of samples that other parts have added up
+        self._similarity, self._n_similar = 0.0, 0.0
         self._has_peak = has_peak(*limits)
         width = 1.0 if self._has_peak else max(limits[1] - limits[0], 1e-12)
         self._ssim = StructuralSimilarity(data_range=width) if StructuralSimilarity.supports(shape) else None
@@ -68,11 +70,25 @@ class Distortion:
         if self._ssim is not None:
             self._ssim.update(x_hat, x)
 
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """What has been added up."""
+        own = (0.0, 0.0) if self._ssim is None else (float(self._ssim.similarity), float(self._ssim.total))
+        return self._sse, float(self._count), self._similarity + own[0], self._n_similar + own[1]
+
+    def add_sums(self, sums: Sequence[float]) -> None:
+        """Add what was added up over other samples."""
+        self._sse += sums[0]
+        self._count += int(sums[1])
+        self._similarity += sums[2]
+        self._n_similar += sums[3]
+
     def figures(self) -> dict[str, float]:
         """The figures over all samples; NaN where one is not defined, PSNR is infinite without any error."""
         mse = self._sse / max(1, self._count)
         error = {"psnr": psnr(mse)} if self._has_peak else {"mse": mse}
-        return {**error, "ssim": math.nan if self._ssim is None else float(torch.as_tensor(self._ssim.compute()))}
+        *_, similarity, n_similar = self.sums
+        return {**error, "ssim": similarity / n_similar if n_similar else math.nan}
 
 
 def table_row(

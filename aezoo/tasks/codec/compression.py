@@ -4,11 +4,12 @@ import functools
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from aezoo.bases.quantised import DiscreteAutoencoder
 from aezoo.errors import AezooError
 from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, rans, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
-from aezoo.tasks.codec.container import FRAME, Header, Writer, max_samples_per_frame
+from aezoo.tasks.codec.container import FRAME, Header, Writer, frame, max_samples_per_frame
 from aezoo.tasks.codec.levels import Levels, reason, to_levels
-from aezoo.tasks.result_store import Row, Store, table_text
+from aezoo.tasks.passes import Passes, Range, current
+from aezoo.tasks.result_store import Row, Store, release, table_text
 from aezoo.tasks.results import Result
 from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.tasks.samples import progress_bar as bar
@@ -29,6 +31,8 @@ from aezoo.tasks.samples import progress_bar as bar
 _MAX_SAMPLES, _MAX_VALUES = 20_000, 2**26
 # qualities of PCA next to a model that has its own rate
 _QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
+# rows of codes in memory at a time
+_ROWS = 2**14
 
 
 @dataclass(repr=False)
@@ -92,6 +96,10 @@ class Compression(Result):
         return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
 
 
+# a frame, and figures that are added up over frames
+_Piece = tuple[bytes, Sequence[float]]
+
+
 class _Coder(Protocol):
     """Encodes integers (n, D) as bytes, and checks whether bytes decode to them."""
 
@@ -108,12 +116,14 @@ class _Coding(NamedTuple):
         symbols: converts the output of a model, (n, D), to integers.
         coder: the coder of these integers.
         outputs: converts integers to outputs, (n, *input_shape).
+        bound: -log2 p of integers, (n, D), if the model gives one.
     """
 
     tables: bytes | None
     symbols: Callable[[Any], Any]
     coder: _Coder
     outputs: Callable[[Any], Any]
+    bound: Callable[[Any], float] = lambda symbols: 0.0
 
 
 @dataclass
@@ -129,30 +139,31 @@ class CompressionRun:
     title: str
     contents: list[bytes] = field(default_factory=list)
     overhead: int = 0
+    passes: Passes = field(default_factory=lambda: current.get())
+    advance: Callable[[float], object] = lambda n: None
 
     def code_lossless(self, precision: int, compare: bool) -> Compression:
         """Write one file."""
         chain = lossless.latent_chain(self.model)
         key = lossless.initial_seed(self.header["fingerprint"], self.seed)
         coder = lossless.BitsBack(chain, reference_tensor(self.model), self.batch_size, precision, key)
-        result = Compression("lossless", [])
+        header = Header(mode="lossless", levels=chain.levels, precision=precision, **self.header)
 
-        def fill(file: IO[bytes]) -> None:
-            header = Header(mode="lossless", levels=chain.levels, precision=precision, **self.header)
-            writer = Writer(file, header)
-            for levels in self._level_chunks(chain.levels):
-                coded = coder.encode(levels)
-                decoded = coder.decode(coded.words, len(levels))
-                if decoded is None or not np.array_equal(decoded, levels):
-                    raise AezooError("decoding did not give the samples back: this device does not compute the same "
-                                     "twice; compress on --device cpu with --threads 1")  # fmt: skip
-                result.net_bits += coded.net_bits
-                result.initial_bits += coded.initial_bits
-                result.bound_bits += coder.bound(levels)
-                writer.frame(len(levels), hashlib.sha256(levels.tobytes()).digest(), tables.to_bytes(coded.words))
-            writer.close()
+        def make(part: slice) -> _Piece:
+            levels = self._levels(part, chain.levels)
+            coded = coder.encode(levels)
+            decoded = coder.decode(coded.words, len(levels))
+            if decoded is None or not np.array_equal(decoded, levels):
+                raise AezooError("decoding did not give the samples back: this device does not compute the same "
+                                 "twice; compress on --device cpu with --threads 1")  # fmt: skip
+            digest = hashlib.sha256(levels.tobytes()).digest()
+            written = frame(len(levels), digest, tables.to_bytes(coded.words))
+            return written, (coded.net_bits, coded.initial_bits, coder.bound(levels))
 
-        size = self._write("samples", fill)
+        with bar(self._own_title, len(self.samples)) as self.advance:
+            size, sums = self._write("samples", header, None, self._frames(make), 3)
+        self.passes.finish()
+        result = Compression("lossless", [], int(sums[0]), int(sums[1]), float(sums[2]))
         shape = len(self.samples), math.prod(self.model.input_shape)
         result.rows = [baselines.table_row("-ELBO, the bound", result.bound_bits / 8, shape),
                       baselines.table_row("aezoo, net", result.net_bits / 8, shape),
@@ -178,16 +189,16 @@ class CompressionRun:
             else self._codes(fit.subsample(max_samples))[0]
         )
         shape, rows = (len(self.samples), math.prod(self.model.input_shape)), []
-        low, high = codes.min(0), codes.max(0)
+        low, high = _limits_by_column(codes)
         for q in qualities:
             quantiser = lossy.ScalarQuantiser.fit(fit_codes, self._decode, q, steps)
             codec = lossy.Codec.fit(fit_codes, quantiser, low, high, len(codes))
-            distortion = baselines.Distortion(self.model.input_shape, limits)
             file = "samples" if len(qualities) == 1 else f"samples-q{q:g}"
             header = Header(mode="lossy", quality=q, **self.header)
             coding = _Coding(codec.to_bytes(), quantiser.symbols, codec, functools.partial(self._restore, quantiser))
-            size = self._write(file, functools.partial(self._write_frames, header, coding, codes, distortion))
+            size, _, distortion = self._write_frames(file, header, coding, codes, limits)
             rows.append(baselines.table_row(f"aezoo {header.model}", size, shape, q, **distortion.figures()))
+        self.passes.finish()
         if compare:
             rows += self._baseline_rows(codes.shape[1], fit, qualities, limits, "the same coder")
         self._save_table(rows)
@@ -208,22 +219,19 @@ class CompressionRun:
             indices.model_codebooks(model), (np.asarray(stored_indices[part]) for part in parts)
         )
         stored, outputs = table_coder.to_bytes(), functools.partial(indices.decode, model, block=self.batch_size)
-        distortion = baselines.Distortion(model.input_shape, limits)
         prior = indices.lossy_mode(model) == "prior"
-        with bar(self.title if prior else "", len(stored_indices)) as advance:
+        with bar(self._own_title if prior else "", len(stored_indices)) as advance:
             if prior:
                 coder = AutoregressiveCoder(model, self.batch_size, advance)
-                result = Compression(
-                    "prior", [], bound_bits=sum(coder.bound(np.asarray(stored_indices[part])) for part in parts)
-                )
-                coding = _Coding(None, np.asarray, coder, outputs)
+                result = Compression("prior", [])
+                coding = _Coding(None, np.asarray, coder, outputs, coder.bound)
             else:
-                result = Compression("indices", [], bound_bits=table_coder.entropy_bits, table_bits=8 * len(stored))
+                result = Compression("indices", [], table_bits=8 * len(stored))
                 coding = _Coding(stored, np.asarray, table_coder, outputs)
             header = Header(mode=result.mode, **self.header)
-            size = self._write(
-                "samples", functools.partial(self._write_frames, header, coding, stored_indices, distortion)
-            )
+            size, bound, distortion = self._write_frames("samples", header, coding, stored_indices, limits)
+        self.passes.finish()
+        result.bound_bits = bound if prior else table_coder.entropy_bits
         result.net_bits = 8 * (size - self.overhead) - result.table_bits
         shape = len(stored_indices), math.prod(model.input_shape)
         figures, name = distortion.figures(), f"aezoo {header.model}"
@@ -246,18 +254,17 @@ class CompressionRun:
                 stored_symbols, limits = self._read(
                     self.samples, width, np.int64, lambda x: entropy_model.encode(model, x)
                 )
-                distortion = baselines.Distortion(model.input_shape, limits)
                 outputs = functools.partial(entropy_model.decode, model, block=self.batch_size)
-                coding = _Coding(None, np.asarray, coder, outputs)
+                coding = _Coding(None, np.asarray, coder, outputs, coder.bound)
                 header = Header(mode="learned", quality=q, **self.header)
-                fill = functools.partial(self._write_frames, header, coding, stored_symbols, distortion)
-                size = self._write("samples" if len(own) == 1 else f"samples-q{q:g}", fill)
-                for i in range(0, len(stored_symbols), self._samples_per_frame()):
-                    result.bound_bits += coder.bound(np.asarray(stored_symbols[i : i + self._samples_per_frame()]))
+                file = "samples" if len(own) == 1 else f"samples-q{q:g}"
+                size, bound, distortion = self._write_frames(file, header, coding, stored_symbols, limits)
+            result.bound_bits += bound
             result.net_bits += 8 * (size - self.overhead)
             name, shape = f"aezoo {header.model}", (len(stored_symbols), math.prod(model.input_shape))
             shown = q if model.max_quality else math.nan
             result.rows.append(baselines.table_row(name, size, shape, shown, **distortion.figures()))
+        self.passes.finish()
         return self._with_baselines(result, math.prod(model.code_shape), qualities, limits, compare, fit_on)
 
     def _with_baselines(
@@ -297,32 +304,41 @@ class CompressionRun:
             self.store.picture("rate_distortion", lambda: baselines.rate_distortion_figure(rows))
 
     def _write_frames(
-        self, header: Header, coding: _Coding, codes: Any, distortion: baselines.Distortion, file: IO[bytes]
-    ) -> None:
-        """Write the output of the model, (N, D), and measure the decoded samples."""
-        writer, coded = Writer(file, header), 0
-        if coding.tables is not None:
-            writer.frame(0, hashlib.sha256().digest(), coding.tables)
-            coded = len(coding.tables)
-        per_frame = self._samples_per_frame()
-        # under a prior, the slow work is before the outputs, token by token, and has its own progress bar
-        batches = self.samples.batches(self.batch_size, "" if header.mode == "prior" else self.title)
-        for start in range(0, len(codes), per_frame):
-            symbols = coding.symbols(np.asarray(codes[start : start + per_frame]))
+        self, name: str, header: Header, coding: _Coding, codes: Any, limits: tuple[float, float]
+    ) -> tuple[int, float, baselines.Distortion]:
+        """Write the output of the model, (N, D): the file's size, the bound, and the error of decoded samples."""
+
+        def make(part: slice) -> _Piece:
+            symbols = coding.symbols(np.asarray(codes[part]))
             payload = coding.coder.encode(symbols)
             if not coding.coder.decodes_to(payload, symbols):
                 raise AezooError("decoding did not give the codes back: this device does not compute the same twice; "
                                  "compress on --device cpu with --threads 1")  # fmt: skip
-            digest = hashlib.sha256()
-            for i in range(0, len(symbols), self.batch_size):
+            digest, distortion = hashlib.sha256(), baselines.Distortion(self.model.input_shape, limits)
+            batches = self.samples.batches(self.batch_size, "", part.start, part.stop)
+            for i, batch in zip(range(0, len(symbols), self.batch_size), batches, strict=True):
                 x_hat = coding.outputs(symbols[i : i + self.batch_size])
                 digest.update(reproducibility.little_endian_bytes(x_hat))
-                distortion.add(next(batches), torch.from_numpy(x_hat))
-            writer.frame(len(symbols), digest.digest(), payload)
-            coded += len(payload)
-        next(batches, None)  # completes the progress bar
-        writer.close()
-        self.overhead = writer.size - coded
+                distortion.add(batch, torch.from_numpy(x_hat))
+                self.advance(len(batch))
+            release(codes)
+            written = frame(len(symbols), digest.digest(), payload)
+            return written, (len(payload), coding.bound(symbols), *distortion.sums)
+
+        # under a prior, the slow work is before the outputs, token by token, and has its own progress bar
+        with bar("" if header.mode == "prior" else self._own_title, len(codes)) as self.advance:
+            size, sums = self._write(name, header, coding.tables, self._frames(make), 6)
+        self.overhead = size - int(sums[0]) - len(coding.tables or b"")
+        distortion = baselines.Distortion(self.model.input_shape, limits)
+        distortion.add_sums(sums[2:].tolist())
+        return size, float(sums[1]), distortion
+
+    def _frames(self, make: Callable[[slice], _Piece]) -> Iterator[_Piece]:
+        """The frames of a file, each computed by one process."""
+        n, step = len(self.samples), self._samples_per_frame()
+        return self.passes.pieces(
+            math.ceil(n / step), 1, self.seed, lambda i, _: make(slice(i * step, min(n, (i + 1) * step)))
+        )
 
     def _codes(self, samples: SampleSet | None = None) -> tuple[Any, tuple[float, float]]:
         """`_read` for codes (N, D), float32."""
@@ -340,16 +356,15 @@ class CompressionRun:
         self, samples: SampleSet, width: int, dtype: Any, encode: Callable[[Tensor], Any]
     ) -> tuple[Any, tuple[float, float]]:
         """Codes (N, width) of samples in an unnamed file, and the least and the largest value of the samples."""
-        n, start = len(samples), 0
-        codes = self.store.scratch((n, width), dtype)
-        low, high = math.inf, -math.inf
-        for batch in samples.batches(self.batch_size, self.title and "encode"):
+        codes, limits = self.store.scratch((len(samples), width), dtype), Range()
+        title = self.title and "encode"
+        for start, batch in self.passes.blocks(samples, self.batch_size, self.seed, title, (limits,)):
             if not bool(batch.isfinite().all()):
                 raise AezooError("the data hold NaN or infinite values: clean them first")
             codes[start : start + len(batch)] = encode(batch)
-            start += len(batch)
-            low, high = min(low, float(batch.min())), max(high, float(batch.max()))
-        return codes, (low, high)
+            release(codes)
+            limits.add(batch)
+        return codes, (limits.low, limits.high)
 
     def _decode(self, codes: lossy.Floats) -> Any:
         return reproducibility.decode_codes(self.model, codes, self.batch_size)
@@ -361,19 +376,15 @@ class CompressionRun:
         """Number of samples in a frame, a multiple of the batch size."""
         return max_samples_per_frame(self.model.input_shape) // self.batch_size * self.batch_size
 
-    def _level_chunks(self, levels: int) -> Iterator[Levels]:
-        """Samples as integers, a piece at a time."""
-        chunks: list[Levels] = []
-        for batch in self.samples.batches(self.batch_size, self.title):
-            part = to_levels(batch, levels)
-            if part is None:
+    def _levels(self, part: slice, levels: int) -> Levels:
+        """Samples as integers."""
+        found: list[Levels] = []
+        for batch in self.samples.batches(self.batch_size, "", part.start, part.stop):
+            if (values := to_levels(batch, levels)) is None:
                 raise AezooError(reason(levels))
-            chunks.append(part)
-            if sum(map(len, chunks)) == self._samples_per_frame():
-                yield np.concatenate(chunks)
-                chunks = []
-        if chunks:
-            yield np.concatenate(chunks)
+            found.append(values)
+            self.advance(len(batch))
+        return np.concatenate(found)
 
     def _subsample(self, samples: SampleSet) -> Tensor:
         """Samples in memory, as the other formats need them: only a part if they are many or large."""
@@ -385,14 +396,42 @@ class CompressionRun:
         """Number of samples of this size to hold in memory."""
         return max(1, min(_MAX_SAMPLES, _MAX_VALUES // dims))
 
-    def _write(self, name: str, fill: Callable[[IO[bytes]], object]) -> int:
-        """Write a file completely or not at all, and return its size."""
-        if self.store.folder is None:
-            memory = io.BytesIO()
-            fill(memory)
-            self.contents.append(memory.getvalue())
-            return len(self.contents[-1])
-        return self.store.write(f"{name}.aez", fill)
+    def _write(
+        self, name: str, header: Header, first: bytes | None, frames: Iterator[_Piece], n_figures: int
+    ) -> tuple[int, npt.NDArray[np.float64]]:
+        """Write a file completely or not at all: its size, and the sum of the figures of its frames in their order."""
+        sums = np.zeros(n_figures)
+
+        def fill(file: IO[bytes]) -> None:
+            writer = Writer(file, header)
+            if first is not None:
+                writer.frame(frame(0, hashlib.sha256().digest(), first))
+            for content, figures in frames:
+                writer.frame(content)
+                sums[:] += figures
+            writer.close()
+
+        if self.store.folder is not None:
+            return self.store.write(f"{name}.aez", fill), sums
+        memory = io.BytesIO()
+        fill(memory)
+        self.contents.append(memory.getvalue())
+        return len(self.contents[-1]), sums
+
+    @property
+    def _own_title(self) -> str:
+        """That of the progress bar, which rank zero shows."""
+        return "" if self.passes.rank else self.title
+
+
+def _limits_by_column(codes: Any) -> tuple[Any, Any]:
+    """The least and the largest value of each column of a file, (N, D) -> (D,), in the memory of a part."""
+    parts = []
+    for i in range(0, len(codes), _ROWS):
+        rows = codes[i : i + _ROWS]
+        parts.append((rows.min(0), rows.max(0)))
+        release(codes)
+    return np.min([low for low, _ in parts], 0), np.max([high for _, high in parts], 0)
 
 
 def _is_nan(value: Any) -> bool:

@@ -174,10 +174,9 @@ class Writer:
         text = json.dumps(content, separators=(",", ":")).encode()
         self._put(MAGIC + _HEAD.pack(VERSION, len(text)) + text)
 
-    def frame(self, n: int, digest: bytes, payload: bytes, sides: tuple[int, ...] = ()) -> None:
-        """Write n samples, or one that has sides of its own."""
-        payload = struct.pack(f"<{len(sides)}I", *sides) + payload
-        self._put(_FRAME.pack(len(payload), n, digest) + payload)
+    def frame(self, content: bytes) -> None:
+        """Write a frame, see `frame`."""
+        self._put(content)
 
     def close(self) -> None:
         """Write the checksum."""
@@ -187,6 +186,12 @@ class Writer:
         self._file.write(content)
         self._digest.update(content)
         self.size += len(content)
+
+
+def frame(n: int, digest: bytes, payload: bytes, sides: tuple[int, ...] = ()) -> bytes:
+    """A frame of n samples, or of one that has sides of its own."""
+    payload = struct.pack(f"<{len(sides)}I", *sides) + payload
+    return _FRAME.pack(len(payload), n, digest) + payload
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ is that of a sample to an independent error of each place, the root of their mea
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,10 @@ from aezoo.metrics.similarity import psnr
 from aezoo.tasks.codec import baselines, entropy_model, indices, lossless, lossy, rans, reproducibility, tables
 from aezoo.tasks.codec.autoregressive import AutoregressiveCoder
 from aezoo.tasks.codec.compression import Compression, CompressionRun
-from aezoo.tasks.codec.container import MAX_PICTURE, Header, Writer
+from aezoo.tasks.codec.container import MAX_PICTURE, Header, frame
 from aezoo.tasks.codec.levels import reason, to_levels
-from aezoo.tasks.result_store import Row
+from aezoo.tasks.passes import Range, Total
+from aezoo.tasks.result_store import Row, release
 from aezoo.tasks.samples import reference_tensor
 from aezoo.tasks.tiling import Sized
 from aezoo.training import sizes
@@ -44,10 +45,11 @@ _REPEAT = (
 
 
 class _Coded(NamedTuple):
-    """A picture: its bytes in the file, and what they decode to."""
+    """A picture: its bytes in the file, what they decode to, and figures that are added up over pictures."""
 
     payload: bytes
     x_hat: npt.NDArray[Any]
+    figures: tuple[float, ...] = (0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -67,6 +69,7 @@ class PictureRun(CompressionRun):
             self._lossy(result, qualities, steps)
         else:
             self._indices(result)
+        self.passes.finish()
         if compare:
             result.rows += self._other_formats(mode == "lossless")
         channels = self.samples.shape[0]
@@ -82,7 +85,7 @@ class PictureRun(CompressionRun):
         levels = lossless.latent_chain(self.model).levels
         key = lossless.initial_seed(self.header["fingerprint"], self.seed)
 
-        def code(model: Autoencoder, x: Tensor) -> _Coded:
+        def code(model: Autoencoder, x: Tensor, i: int) -> _Coded:
             coder = lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 1, precision, key)
             if (values := to_levels(x, levels)) is None:
                 raise AezooError(reason(levels))
@@ -90,13 +93,11 @@ class PictureRun(CompressionRun):
             decoded = coder.decode(coded.words, 1)
             if decoded is None or not np.array_equal(decoded, values):
                 raise AezooError(_REPEAT.format("samples"))
-            result.net_bits += coded.net_bits
-            result.initial_bits += coded.initial_bits
-            result.bound_bits += coder.bound(values)
-            return _Coded(tables.to_bytes(coded.words), values)
+            figures = float(coder.bound(values)), float(coded.net_bits), float(coded.initial_bits)
+            return _Coded(tables.to_bytes(coded.words), values, figures)
 
         header = self._header("lossless", levels=levels, precision=precision)
-        size = self._write("samples", functools.partial(self._write_pictures, header, None, code, None))
+        size, _ = self._write_pictures("samples", header, None, code, None, result)
         parts = {"-ELBO, the bound": result.bound_bits / 8, "aezoo, net": result.net_bits / 8}
         parts["aezoo, the file with initial bits"] = size
         result.rows = [self._row(method, part) for method, part in parts.items()]
@@ -107,91 +108,87 @@ class PictureRun(CompressionRun):
         limits = self._limits()
         for q in own:
 
-            def code(model: Autoencoder, x: Tensor, q: float = q) -> _Coded:
+            def code(model: Autoencoder, x: Tensor, i: int, q: float = q) -> _Coded:
                 sized = cast(EntropyCoded, model)
                 with entropy_model.at_quality(sized, q):
                     coder, symbols = rans.coder_of(sized, 1), entropy_model.encode(sized, x)
                     payload = coder.encode(symbols)
                     if not coder.decodes_to(payload, symbols):
                         raise AezooError(_REPEAT.format("codes"))
-                    result.bound_bits += coder.bound(symbols)
-                    result.net_bits += 8 * len(payload)
-                    return _Coded(payload, entropy_model.decode(sized, symbols, 1))
+                    figures = coder.bound(symbols), 8.0 * len(payload), 0.0
+                    return _Coded(payload, entropy_model.decode(sized, symbols, 1), figures)
 
-            distortion = baselines.Distortion(self.samples.shape, limits)
-            fill = functools.partial(self._write_pictures, self._header("learned", quality=q), None, code, distortion)
-            size = self._write("samples" if len(own) == 1 else f"samples-q{q:g}", fill)
+            file = "samples" if len(own) == 1 else f"samples-q{q:g}"
+            size, figures = self._write_pictures(file, self._header("learned", quality=q), None, code, limits, result)
             shown = q if whole.max_quality else math.nan
-            result.rows.append(self._row(self._name, size, shown, **distortion.figures()))
+            result.rows.append(self._row(self._name, size, shown, **figures))
 
     def _indices(self, result: Compression) -> None:
         models = [cast(DiscreteAutoencoder, self._model(shape)) for shape in self._distinct]
         shapes = {model.input_shape: (math.prod(model.index_shape),) for model in models}
         found = self.store.separate([shapes[shape] for shape in self._shapes], np.int64)
-        limits = self._limits()
-        for i, (model, x) in enumerate(self._pictures("encode")):
+        limits = Range()
+        for i, model, x in self._pictures("encode", limits):
             sized = cast(DiscreteAutoencoder, model)
             found[i][...] = indices.encode(sized, x, indices.index_sizes(sized))[0]
+            release(found)
         books = {model.input_shape: indices.model_codebooks(model) for model in models}
         parts = ((books[shape], found[i][None]) for i, shape in enumerate(self._shapes))
         fitted = indices.TableCoder.fit_sizes(books[self._shapes[0]], parts)
-        stored, number = fitted.to_bytes(), iter(range(len(found)))
+        stored = fitted.to_bytes()
         prior = result.mode == "prior"
 
-        def code(model: Autoencoder, x: Tensor) -> _Coded:
-            sized, symbols = cast(DiscreteAutoencoder, model), found[next(number)][None]
+        def code(model: Autoencoder, x: Tensor, i: int) -> _Coded:
+            sized, symbols, bound = cast(DiscreteAutoencoder, model), found[i][None], 0.0
             coder: Any = replace(fitted, codebooks=books[tuple(x.shape[1:])])
             if prior:
                 coder = AutoregressiveCoder(sized, 1)
-                result.bound_bits += coder.bound(symbols)
+                bound = coder.bound(symbols)
             payload = coder.encode(symbols)
             if not coder.decodes_to(payload, symbols):
                 raise AezooError(_REPEAT.format("codes"))
-            result.net_bits += 8 * len(payload)
-            return _Coded(payload, indices.decode(sized, symbols, 1))
+            return _Coded(payload, indices.decode(sized, symbols, 1), (bound, 8.0 * len(payload), 0.0))
 
+        first, header, ends = None if prior else stored, self._header(result.mode), (limits.low, limits.high)
+        size, figures = self._write_pictures("samples", header, first, code, ends, result)
         if not prior:
             result.bound_bits, result.table_bits = fitted.entropy_bits, 8 * len(stored)
-        distortion, first = baselines.Distortion(self.samples.shape, limits), None if prior else stored
-        fill = functools.partial(self._write_pictures, self._header(result.mode), first, code, distortion)
-        result.rows = [self._row(self._name, self._write("samples", fill), **distortion.figures())]
+        result.rows = [self._row(self._name, size, **figures)]
 
     def _lossy(self, result: Compression, qualities: tuple[float, ...], steps: str) -> None:
-        codes: list[Any] = []
-        limits, total, every = self._limits(), 0, 1
-        low, high = (np.full(self.model.code_shape[0], limit, np.float32) for limit in (math.inf, -math.inf))
-        crops: list[Tensor] = []
-        for model, x in self._pictures("encode"):
-            z = model.encode(x.to(reference_tensor(model))).float()
-            if not bool(z.isfinite().all()):
-                raise AezooError("the model gives codes that are NaN or infinite: train it again")
-            rows = _rows(z)
-            low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
-            total += len(rows)
-            codes.append(rows[::every])
-            if sum(part.size for part in codes) > _MAX_CODES:  # every second place of all is enough
-                every, codes = 2 * every, [part[::2] for part in codes]
-            if len(crops) < _PICTURES:
-                corner: list[Any] = [slice(0, _SIDE) for _ in z.shape[2:]]
-                crops.append(z[(..., *corner)].cpu())
-        fit = np.concatenate(codes)
+        channels, every = self.model.code_shape[0], 1
+        places = [math.prod(self._model(shape).code_shape[1:]) for shape in self._shapes]
+        total = sum(places)
+        while channels * sum(-(-count // every) for count in places) > _MAX_CODES and every < max(places):
+            every *= 2  # every second place of all is enough
+        starts = np.cumsum([0, *(-(-count // every) for count in places)]).tolist()
+        codes = self.store.scratch((starts[-1], channels))
+        limits, by_channel, crops = Range(), _ChannelRange(channels), list[Tensor]()
+        for i, model, x in self._pictures("encode", limits, by_channel):
+            rows = _rows(_codes(model, x))
+            by_channel.add(rows)
+            codes[starts[i] : starts[i + 1]] = rows[::every]
+            release(codes)
+        for x in self.samples.subset(torch.arange(min(_PICTURES, len(self.samples)))).batches(1):
+            z = _codes(self._model(tuple(x.shape[1:])), x)
+            corner: list[Any] = [slice(0, _SIDE) for _ in z.shape[2:]]
+            crops.append(z[(..., *corner)].cpu())
+        fit, ends = np.array(codes), (limits.low, limits.high)
         for q in qualities:
             slopes = functools.partial(self._slopes, crops)
             quantiser = lossy.ScalarQuantiser.fit(fit, lambda places: places, q, steps, slopes)
-            codec = lossy.Codec.fit(fit, quantiser, low, high, total)
+            codec = lossy.Codec.fit(fit, quantiser, by_channel.low, by_channel.high, total)
 
-            def code(model: Autoencoder, x: Tensor, codec: lossy.Codec = codec) -> _Coded:
-                symbols = codec.quantiser.symbols(_rows(model.encode(x.to(reference_tensor(model))).float()))
+            def code(model: Autoencoder, x: Tensor, i: int, codec: lossy.Codec = codec) -> _Coded:
+                symbols = codec.quantiser.symbols(_rows(_codes(model, x)))
                 payload = codec.encode(symbols)
                 if not codec.decodes_to(payload, symbols):
                     raise AezooError(_REPEAT.format("codes"))
                 return _Coded(payload, decode_places(model, codec.quantiser.codes(symbols)))
 
-            distortion = baselines.Distortion(self.samples.shape, limits)
-            header = self._header("lossy", quality=q)
-            fill = functools.partial(self._write_pictures, header, codec.to_bytes(), code, distortion)
-            size = self._write("samples" if len(qualities) == 1 else f"samples-q{q:g}", fill)
-            result.rows.append(self._row(self._name, size, q, **distortion.figures()))
+            file, header = "samples" if len(qualities) == 1 else f"samples-q{q:g}", self._header("lossy", quality=q)
+            size, figures = self._write_pictures(file, header, codec.to_bytes(), code, ends, result)
+            result.rows.append(self._row(self._name, size, q, **figures))
 
     def _slopes(
         self, crops: list[Tensor], _codes: lossy.Floats, _decode: lossy.Decode, deviation: npt.NDArray[np.float64]
@@ -235,21 +232,21 @@ class PictureRun(CompressionRun):
         assert self.sized is not None  # set by compress
         return self.sized(shape)
 
-    def _pictures(self, title: str) -> Iterator[tuple[Autoencoder, Tensor]]:
-        """Each picture, (1, C, H, W), with the model of its size."""
-        for x in self.samples.batches(1, self.title and title):
-            if x.numel() > MAX_PICTURE:
-                raise AezooError(f"a picture has {x.numel():,} values, more than the limit of {MAX_PICTURE:,}: cut it")
-            yield self._model(tuple(x.shape[1:])), x
+    def _pictures(self, title: str, limits: Range, *totals: Total) -> Iterator[tuple[int, Autoencoder, Tensor]]:
+        """The pictures of this process: number, the model of its size, (1, C, H, W); they must be finite."""
+        for i, x in self.passes.blocks(self.samples, 1, self.seed, self.title and title, (limits, *totals)):
+            _check_size(x)
+            if not bool(x.isfinite().all()):
+                raise AezooError("the data hold NaN or infinite values: clean them first")
+            limits.add(x)
+            yield i, self._model(tuple(x.shape[1:])), x
 
     def _limits(self) -> tuple[float, float]:
         """The least and the largest value of the samples, which must be finite."""
-        low, high = math.inf, -math.inf
-        for x in self.samples.batches(1):
-            if not bool(x.isfinite().all()):
-                raise AezooError("the data hold NaN or infinite values: clean them first")
-            low, high = min(low, float(x.min())), max(high, float(x.max()))
-        return low, high
+        limits = Range()
+        for _ in self._pictures("", limits):
+            pass
+        return limits.low, limits.high
 
     def _header(self, mode: str, **values: Any) -> Header:
         assert self.sized is not None
@@ -257,22 +254,34 @@ class PictureRun(CompressionRun):
 
     def _write_pictures(
         self,
+        name: str,
         header: Header,
         first: bytes | None,
-        code: Callable[[Autoencoder, Tensor], _Coded],
-        distortion: baselines.Distortion | None,
-        file: IO[bytes],
-    ) -> None:
-        writer = Writer(file, header)
-        if first is not None:
-            writer.frame(0, hashlib.sha256().digest(), first)
-        for model, x in self._pictures("compress"):
-            payload, x_hat = code(model, x)
+        code: Callable[[Autoencoder, Tensor, int], _Coded],
+        limits: tuple[float, float] | None,
+        result: Compression,
+    ) -> tuple[int, dict[str, float]]:
+        """Write a file, and add its bits to the result: its size, and with limits the error of decoded pictures."""
+
+        def make(i: int, x: Tensor) -> tuple[bytes, Sequence[float]]:
+            _check_size(x)
+            payload, x_hat, figures = code(self._model(tuple(x.shape[1:])), x, i)
             digest = hashlib.sha256(reproducibility.little_endian_bytes(x_hat)).digest()
-            writer.frame(1, digest, payload, tuple(x.shape[2:]))
-            if distortion is not None:
+            distortion = baselines.Distortion(self.samples.shape, limits or (0.0, 1.0))
+            if limits is not None:
                 distortion.add(x, torch.from_numpy(x_hat))
-        writer.close()
+            return frame(1, digest, payload, tuple(x.shape[2:])), (*figures, *distortion.sums)
+
+        pictures = self.passes.pieces(self.samples, 1, self.seed, make, self.title)
+        size, found = self._write(name, header, first, pictures, 7)
+        result.bound_bits += float(found[0])
+        result.net_bits += int(found[1])
+        result.initial_bits += int(found[2])
+        if limits is None:
+            return size, {}
+        total = baselines.Distortion(self.samples.shape, limits)
+        total.add_sums(found[3:].tolist())
+        return size, total.figures()
 
     def _row(self, method: str, size: float, quality: float = math.nan, **figures: float) -> Row:
         n = len(self._shapes)
@@ -298,6 +307,38 @@ class PictureRun(CompressionRun):
             baselines.table_row(method, size, (n, total / n), float(quality), psnr=psnr(error / total), ssim=ssim / n)
             for (method, quality), (size, total, error, ssim) in sums.items()
         ]
+
+
+class _ChannelRange:
+    """The least and the largest value of each channel, (C,)."""
+
+    def __init__(self, channels: int) -> None:
+        self.low, self.high = (np.full(channels, limit, np.float32) for limit in (math.inf, -math.inf))
+
+    def add(self, rows: lossy.Floats) -> None:
+        """Add places, (T, C)."""
+        self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
+
+    @property
+    def state(self) -> npt.NDArray[Any]:
+        return np.stack([self.low, self.high])
+
+    def merge(self, states: Sequence[npt.NDArray[Any]]) -> None:
+        self.low = np.min([state[0] for state in states], 0)
+        self.high = np.max([state[1] for state in states], 0)
+
+
+def _check_size(x: Tensor) -> None:
+    if x.numel() > MAX_PICTURE:
+        raise AezooError(f"a picture has {x.numel():,} values, more than the limit of {MAX_PICTURE:,}: cut it")
+
+
+def _codes(model: Autoencoder, x: Tensor) -> Tensor:
+    """(1, C, H, W) -> (1, C, *places), which must be finite."""
+    z = model.encode(x.to(reference_tensor(model))).float()
+    if not bool(z.isfinite().all()):
+        raise AezooError("the model gives codes that are NaN or infinite: train it again")
+    return z
 
 
 def _rows(z: Tensor) -> lossy.Floats:

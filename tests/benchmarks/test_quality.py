@@ -38,6 +38,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_run_is_a_row_with_filled_columns(results):
     rows = {row["model"]: row for row in rows_of(results)}
     assert rows.keys() == {"dense_ae", "vae"} and tuple(rows["vae"]) == (*quality.COLUMNS[:-1], "processor", "error")
@@ -54,6 +55,7 @@ def test_every_run_is_a_row_with_filled_columns(results):
     assert float(rows["vae"]["epochs"]) == int(rows["vae"]["steps"]) / math.ceil(1437 / 128)
 
 
+@pytest.mark.slow
 def test_pca_baseline_matches_svd_of_training_split(results):
     data = DataModule("digits")
     (train, _), (test, _) = ((x.flatten(1).double().numpy(), y) for x, y in map(data.tensors, ("train", "test")))

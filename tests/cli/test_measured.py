@@ -67,7 +67,7 @@ def test_command_of_every_model_can_be_run(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["memory_ae", "vae", "beta_vae", "topk_sae", "dncnn", "mvae", "factorized_prior"])
+@pytest.mark.parametrize("name", ["memory_ae", "vae", "beta_vae", "topk_sae", "dncnn", "mvae"])
 def test_command_of_each_use_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fit, use = (part.split()[1:] for part in measured.command(name).split(" && "))

@@ -75,7 +75,7 @@ def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
 @pytest.mark.parametrize("case", CASES if promises.is_recording() else ["annealing", "factor_vae", "vq_vae"])
 def test_many_kills_leave_no_trace(tmp_path, case):
     argv = [*CASES[case], "--trainer.max_epochs=40", "--checkpoints.every_n_steps=4"]
-    killed(tmp_path, argv, kills=20 if promises.is_recording() else 5, seed=1)
+    killed(tmp_path, argv, kills=20 if promises.is_recording() else 3, seed=1)
 
 
 # ---- runs of other data ---------------------------------------------------------------------------------------------

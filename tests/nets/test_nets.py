@@ -34,7 +34,7 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         ("dc", ()),
         pytest.param("ldm", (2, 3, 4), marks=pytest.mark.slow),
         pytest.param("ldm", (2, 4), marks=pytest.mark.slow),
-        ("ldm", ()),
+        pytest.param("ldm", (), marks=pytest.mark.slow),
     ],
 )
 def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:

@@ -256,8 +256,9 @@ _OF_CONTRACT = [("vq_vae", RESNET), ("vae", VIT), ("vae", f"{RESNET},frozen")]
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "net"), _OF_CONTRACT)
 def test_whole_contract_is_kept(name: str, net: str) -> None:
-    # check_onnx includes check_export
-    testing.check_model(name, exclude=["check_ddp", "check_export"], net=net)
+    # check_onnx includes check_export; the graphs of a frozen network are those of one that trains
+    graphs = ["check_onnx", "check_compile"] if "frozen" in net else []
+    testing.check_model(name, exclude=["check_ddp", "check_export", *graphs], net=net)
 
 
 @pytest.mark.slow
@@ -285,7 +286,7 @@ def test_feature_maps_are_those_of_timm() -> None:
     assert swin == [(12, 16, 16), (24, 8, 8), (48, 4, 4), (96, 2, 2)]
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("vgg11", marks=pytest.mark.slow), "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 def test_feature_maps_are_those_of_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import models
 

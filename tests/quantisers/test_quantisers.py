@@ -1067,7 +1067,7 @@ def test_aot_eager_graph_matches_eager(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_inductor_matches_eager(name):
     require_compiled_alike(name, "inductor")
 

@@ -88,15 +88,14 @@ def test_linear_ae_is_pca_on_fashion_mnist(
     values, few = found[1], rows_of_same_moments(x)
     for k, figure in FASHION_PCA.items():
         assert values[k:].sum() / 784 == pytest.approx(figure, abs=1e-6)
-    # k = 8 has the wide gap between eigenvalues that determines the subspace, 16 has none
-    for k, rounds in ((8, 400), (16, 400)):
-        model = centred(aezoo.create_model("linear_ae", input_shape=(1, 28, 28), latent_dim=k), x)
-        adam(model, x, steps=1000, lr=3e-3, batch=512)
-        torch.testing.assert_close(mse(model, few), mse(model, x), rtol=1e-9, atol=0)
-        lbfgs(model.double(), few, rounds)
-        ratio, angle = linear_ae_is_pca(x, k, model, lambda _: found)
-        assert ratio == pytest.approx(1, abs=1e-3)
-        assert k == 16 or angle < 1e-2
+    # 8 has the wide gap between eigenvalues that determines the subspace
+    model = centred(aezoo.create_model("linear_ae", input_shape=(1, 28, 28), latent_dim=8), x)
+    adam(model, x, steps=300, lr=3e-3, batch=512)
+    torch.testing.assert_close(mse(model, few), mse(model, x), rtol=1e-9, atol=0)
+    lbfgs(model.double(), few, 400)
+    ratio, angle = linear_ae_is_pca(x, 8, model, lambda _: found)
+    assert ratio == pytest.approx(1, abs=1e-3)
+    assert angle < 1e-2
 
 
 def test_linear_ae_minimises_the_plain_squared_error(shifted: Any) -> None:

@@ -702,11 +702,11 @@ def _samples_of(model: Autoencoder, X: Array, offset: Array, scale: Array) -> Te
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = ((X - offset) / scale).astype(np.float32)
     if not np.isfinite(scale).all() or np.isinf(scaled).any():
-        raise AezooError("X holds values that are too large for float32 once scaled: clean X, or take logarithms")
+        raise AezooError("X contains values that are too large for float32 once scaled: clean X, or take logarithms")
     x = torch.from_numpy(scaled).reshape(len(X), *model.input_shape)
     if model.invalid_mask(x).any():
         raise AezooError(
-            "rows of X hold NaN in some values of a part or in all parts: clean them; "
+            "rows of X contain NaN in some values of a part or in all parts: clean them; "
             "a part is missing where all its values are NaN"
         )
     return x

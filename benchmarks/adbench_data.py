@@ -58,9 +58,9 @@ def sets_in(folder: Path) -> dict[str, Path]:
             with np.load(path, allow_pickle=False) as arrays:
                 missing = {"X", "y"} - {*arrays.files}
         except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise AezooError(f"cannot read {path} as .npz: mend or remove it") from error
+            raise AezooError(f"cannot read {path} as .npz: fix or remove it") from error
         if missing:
-            raise AezooError(f"{path} holds no array {', '.join(sorted(missing))}: a set has X and y")
+            raise AezooError(f"{path} contains no array {', '.join(sorted(missing))}: a set has X and y")
         found[name] = path
     if not found:
         raise AezooError(f"no .npz in {folder}: give the folder of ADBench's sets, each with X and y")
@@ -82,7 +82,7 @@ def read_set(path: Path) -> tuple[Array, Array]:
         raise AezooError(f"{path.name}: X must be numbers (n, d) and y (n,), got {x.dtype} {x.shape} and {y.shape}")
     x = x.astype(np.float64)
     if not np.isfinite(x).all():
-        raise AezooError(f"{path.name}: X holds values that are not finite: clean it")
+        raise AezooError(f"{path.name}: X contains values that are not finite: clean it")
     if not np.isin(y, (0, 1)).all() or min(np.sum(y == 0), np.sum(y == 1)) < 2:
         raise AezooError(f"{path.name}: y must be 0 for normal rows and 1 for anomalies, at least two of each")
     return x, y.astype(np.int64)

@@ -288,9 +288,9 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise AezooError(f"cannot read {path} as CSV ({error}): mend or remove it") from error
+        raise AezooError(f"cannot read {path} as CSV ({error}): fix or remove it") from error
     if any(None in row or None in row.values() for row in rows):
-        raise AezooError(f"cannot read {path} as CSV: a row has more or fewer cells than the head; mend or remove it")
+        raise AezooError(f"cannot read {path} as CSV: a row has more or fewer cells than the head; fix or remove it")
     mark = "# command: "
     return [line.removeprefix(mark) for line in lines if line.startswith(mark)], rows
 

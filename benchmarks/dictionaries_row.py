@@ -41,7 +41,7 @@ def scores(model: aezoo.Autoencoder, x: Tensor, atoms: Tensor) -> dict[str, floa
     judged: Any = getattr(model, "predicted", lambda rows: rows)
     codes = torch.cat([model.encode(part.to(model.device)).flatten(1) for part in x.split(_CHUNK)])
     if not codes.isfinite().all():
-        raise FloatingPointError("the code holds values that are not finite: training diverged")
+        raise FloatingPointError("the code contains values that are not finite: training diverged")
     metrics = None
     for part, code in zip(x.to(model.device).split(_CHUNK), codes.split(_CHUNK), strict=True):
         wanted, given = judged(part), judged(model.decode(code.unflatten(1, model.code_shape)))

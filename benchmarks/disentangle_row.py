@@ -86,7 +86,7 @@ def evaluate(model: aezoo.Autoencoder, x: Tensor) -> tuple[Tensor, Tensor | None
             kls.append(0.5 * (mu**2 + log_var.exp() - 1 - log_var).float().cpu())
     code = torch.cat(means)
     if not code.isfinite().all():
-        raise FloatingPointError("the code holds values that are not finite: training diverged")
+        raise FloatingPointError("the code contains values that are not finite: training diverged")
     figures = {name: float(torch.cat(v).double().mean()) for name, v in (("mse", errors), ("elbo", bounds)) if v}
     return code, torch.cat(kls) if kls else None, figures
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     files = sorted(arguments.kodak.expanduser().glob("kodim*.png"))[: arguments.photographs]
     if not files:
-        raise AezooError(f"{arguments.kodak} holds no kodim01.png: give the folder of the photographs with --kodak")
+        raise AezooError(f"{arguments.kodak} contains no kodim01.png: give the folder of the photographs with --kodak")
     command = command_line("kodak", argv, left_out=("--runs",), folders=("--kodak",))
     table = ResultsCSV(arguments.results / f"kodak-{environment(arguments)}.csv", KEY, command, arguments.again)
     photographs = [read_photograph(file) for file in files]

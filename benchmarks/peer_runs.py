@@ -157,7 +157,7 @@ class RunsFile:
                     self.runs[run["party"], run["round"]] = run
             return
         if lines:
-            print(f"{path.name} holds runs with other settings: they are dropped", file=sys.stderr)
+            print(f"{path.name} contains runs with other settings: they are dropped", file=sys.stderr)
         with write_errors_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(head + "\n", encoding="utf-8")

@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.again != "all" and table.rows and not part_path.exists():
         if table.commands != [command]:
             raise AezooError(
-                f"{path} holds the rows of another command, {table.commands[0]}: give --again to replace them, or "
+                f"{path} contains the rows of another command, {table.commands[0]}: give --again to replace them, or "
                 "another folder by --results"
             )
         print(f"{path} is there already; --again measures it again")

@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     files = sorted(arguments.kodak.expanduser().glob("kodim*.png"))
     if not files:
-        raise AezooError(f"{arguments.kodak} holds no kodim01.png: give the folder of the photographs with --kodak")
+        raise AezooError(f"{arguments.kodak} contains no kodim01.png: give the folder of the photographs with --kodak")
     table = ResultsCSV(
         arguments.results / f"photos-{environment(arguments)}.csv",
         ("model",),
@@ -123,7 +123,7 @@ def _train(name: str, folder: Path) -> float:
         command = [sys.executable, "-m", "aezoo", "fit", *FITS[name], "--resume", "auto"]
         done = subprocess.run(command, cwd=folder, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
         if done.returncode:
-            raise AezooError(f"{name} ends with exit code {done.returncode}: mend it; the same command goes on")
+            raise AezooError(f"{name} ends with exit code {done.returncode}: fix it; the same command continues")
         seconds.write_text(f"{time.monotonic() - began:.0f}\n", encoding="utf-8")
     return float(seconds.read_text(encoding="utf-8"))
 

@@ -152,8 +152,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = common.build_parser("published", __doc__)
     add = parser.add_argument
     add("recipes", nargs="*", metavar="NAME", help="recipes to run; without it all that have a target")
-    add("--root", type=Path, default=Path("data"), help="folder that holds MNIST")
-    add("--seconds", type=common.seconds, help="end a run after so long; the next call goes on with it")
+    add("--root", type=Path, default=Path("data"), help="folder that contains MNIST")
+    add("--seconds", type=common.seconds, help="end a run after so long; the next call continues with it")
     add("--keep", type=Path, default=common.ROOT / "build" / "published", metavar="DIR", help="folder of the runs")
     add("--heads", action="store_true", help="run nothing, rewrite the recipes' heads from the CSV")
     common.add_run_flags(parser, "run", timeout=14 * 86400)

@@ -160,7 +160,7 @@ def _code_figures(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: 
     x_test, y_test = data.tensors("test")
     code = _encode(model, x_test)
     if not np.isfinite(code).all():
-        raise FloatingPointError("the code holds values that are not finite: training diverged")
+        raise FloatingPointError("the code contains values that are not finite: training diverged")
     active = codes.active_units(code, hasattr(model, "posterior"))
     row: dict[str, Any] = {"code_size": code.shape[1], "active_units": active, "active_share": active / code.shape[1]}
     if model.sparse_code:

@@ -59,7 +59,7 @@ def train(name: str, root: str | None) -> dict[str, str]:
         began = time.monotonic()
         done = subprocess.run(command, cwd=folder, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
         if done.returncode:
-            raise AezooError(f"recipe {name} ends with exit code {done.returncode}: mend it; the same command goes on")
+            raise AezooError(f"recipe {name} ends with exit code {done.returncode}: fix it; the same command continues")
         seconds = time.monotonic() - began
         run = Path(folder) / "runs" / name / "0"
         if name in PICTURES:
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument(
         "recipes", nargs="*", choices=[*trainable_recipes(), []], help="recipes to train; all if none is given"
     )
-    parser.add_argument("--root", help="folder that holds Fashion-MNIST")
+    parser.add_argument("--root", help="folder that contains Fashion-MNIST")
     parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
     add_again_flag(parser)
     arguments = parser.parse_args()

@@ -81,7 +81,7 @@ def parse_arguments(words: Sequence[str]) -> Namespace:
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     add("--devices", default="1", metavar="N,N", help="counts of devices, such as 1,2,4; training only")
     add("--threads", type=int, help="threads of a device on the CPU; by default its share of the cores")
-    add("--memory", choices=("auto", "on", "off"), help="whether the DataModule holds the samples")
+    add("--memory", choices=("auto", "on", "off"), help="whether the DataModule contains the samples")
     add("--interface", default="on", choices=("on", "off"), help="off: no bar, logger, checkpoints and guards")
     add("--steps", type=int, default=0, help="steps of a repeat, in place of --seconds")
     add("--seconds", type=float, default=2.0, help="length of a repeat")

@@ -189,6 +189,7 @@ def test_tests_failing_without_fault_are_excluded(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_importing_package_outside_copy_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="another aezoo"):
         mutants.pytest_in(tmp_path, ["--version"], 300)

@@ -664,7 +664,7 @@ def test_models_of_missing_parts_take_nan(estimator):
         wrong = X.copy()
         wrong[rows] = np.nan
         for method in (made.fit, made.score_samples):
-            with pytest.raises(AezooError, match="rows of X hold NaN in some values of a part or in all parts"):
+            with pytest.raises(AezooError, match="rows of X contain NaN in some values of a part or in all parts"):
                 method(wrong)
     with pytest.raises(ValueError, match="contains NaN"):
         estimator("vae", **FEW).fit(X)

@@ -181,7 +181,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         name = display_name(type(self.tokenizer))
         if self.frozen:
             if not self._has_weights:
-                raise AezooError(f"the tokenizer {name} is said to be trained and has no weights: {_CURE}")
+                raise AezooError(f"the tokenizer {name} should be trained, but has no weights: {_CURE}")
             # Lightning warns about this; the tokenizer is meant to be in eval mode
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
         elif not self._has_weights and self.trainer.is_global_zero:
@@ -326,7 +326,7 @@ def _load_tokenizer(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoenco
         loaded = load_model(local_path(path)).float()
     except AezooError as error:
         raise AezooError(
-            f"tokenizer {path}: {error}; {_CURE}; the run of a prior holds its tokenizer: --ckpt_path RUN continues it"
+            f"tokenizer {path}: {error}; {_CURE}; the run of a prior contains it: --ckpt_path RUN continues it"
         ) from error
     model = loaded.tokenizer if isinstance(loaded, IndexPrior) else loaded
     _check_tokenizer(type(model), path)

@@ -263,7 +263,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         if name is not None:
             raise AezooError(
                 f"{name} is not finite at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing is saved "
-                f"over {self.last_model_path or 'what was there'}; lower --model.lr, check the data, and go on from it"
+                f"over {self.last_model_path or 'what was there'}; lower --model.lr, check the data, and continue there"
             )
 
     def _due_within_epoch(self, trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -296,7 +296,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             self._release_folders()
             raise AezooError(
                 f"{gone} was removed, or moved to another disk, while the run trained: step {trainer.global_step} is "
-                f"saved in {filepath}, to go on from with --ckpt_path and the settings of that run"
+                f"saved in {filepath}, to continue from with --ckpt_path and the settings of that run"
             )
 
     def _name_as_last(self, trainer: pl.Trainer) -> bool:

@@ -60,7 +60,7 @@ def print_warning(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
         return
     parts = sorted({name.partition(".")[0] for name in fault.parameters})
     rows = _bad_samples(trainer, fault, batch)
-    samples = f"; training sample(s) {_list(rows)} hold NaN or infinite values" if rows else ""
+    samples = f"; training sample(s) {_list(rows)} contain NaN or infinite values" if rows else ""
     print(
         f"aezoo: step {fault.step} skipped (epoch {fault.epoch}, batch {fault.batch}): {', '.join(fault.terms)} not "
         f"finite{f' in {_list(parts)}' if parts else ''}{samples} ({fault.consecutive} in a row, {fault.total} in all)",

@@ -128,7 +128,7 @@ def expand(argv: list[str]) -> Request:
         checkpoint.note_version(content.get("aezoo"), source)
         stored = values.check_plain(content.get("hyper_parameters", {}), f"{source}: its hyperparameters")
         if command == "fit" and not {"optimizer_states", "lr_schedulers"} <= content.keys():
-            raise AezooError(f"{source} holds only weights, and no training state to continue from: give another "
+            raise AezooError(f"{source} contains only weights, and no training state to continue from: give another "
                              "checkpoint of its run, or fine-tune from Python with aezoo.load_model")  # fmt: skip
         if command == "fit" and run is not None and "--config" not in flags:
             _check_config_exists(content, run)
@@ -329,7 +329,7 @@ def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     path = Path(value) if Path(value).is_file() else find_recipe(value)
     content = yaml_text.read(path)
     if not isinstance(content, dict):
-        raise AezooError(f"{path} holds no settings: write sections such as model:, data: and trainer:")
+        raise AezooError(f"{path} contains no settings: write sections such as model:, data: and trainer:")
     for key in ("resume", "allow"):
         if key in content:
             raise AezooError(f"{key} is not read from a file: give --{key} on the command line, not in {path}")
@@ -387,7 +387,7 @@ def _check_config_exists(content: dict[str, Any], run: Path) -> None:
     noted = content.get("callbacks", {}).get("SaveConfig")
     file = noted.get("file") if isinstance(noted, dict) else None
     if isinstance(file, str) and not (run / file).is_file():
-        raise AezooError(f"{run} has lost its {file}, which holds the settings of its trainer and callbacks: put it "
+        raise AezooError(f"{run} has lost its {file}, which contains the settings of its trainer and callbacks: put it "
                          "back, or give them all with -c FILE")  # fmt: skip
 
 
@@ -438,7 +438,7 @@ def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resu
         )
     if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
         raise AezooError(
-            f"{source} holds the state of {stored['optimizer']}, which {model.optimizer} cannot go on with: keep "
+            f"{source} contains the state of {stored['optimizer']}, which {model.optimizer} cannot continue with: keep "
             f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
         )
     print_differences("model", stored, now)

@@ -390,7 +390,7 @@ def _import(argv: list[str]) -> None:
         arguments.out or Path("imported") / archives.safe_name(last if last != arguments.source else Path(last).stem)
     )
     if any((out / name).exists() for name in (checkpoint.CONFIG, checkpoint.WEIGHTS)) and not arguments.force:
-        raise AezooError(f"{out} holds a saved model: choose another folder, or replace it with --force")
+        raise AezooError(f"{out} contains a saved model: choose another folder, or replace it with --force")
     imported = importers.import_model(arguments.source)
     model = imported.model
     checkpoint.save_model(model, out)

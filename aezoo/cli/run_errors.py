@@ -79,8 +79,8 @@ def system_errors_in_one_line(command: str) -> Iterator[None]:
             raise
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         raise AezooError(
-            f"port {port} of {host} is in use, where the processes are to meet: end what holds it, or set MASTER_PORT "
-            "to another"
+            f"port {port} of {host}, at which the processes connect, is in use: stop the process that uses it, or set "
+            "MASTER_PORT to another"
         ) from error
     except (OSError, ValueError) as error:
         # Lightning's logger reports any error in TensorBoard's as a value that cannot be logged
@@ -105,7 +105,7 @@ def _lightning_error_line(error: BaseException) -> str | None:
     """One line for Lightning's errors about settings that do not fit data or packages, or torch's of a lost worker."""
     text = " ".join(str(error).split())
     if (line := worker_failure(error)) is not None:
-        return f"{line}; go on with --resume auto"
+        return f"{line}; continue with --resume auto"
     if isinstance(error, ModuleNotFoundError):
         return f"a package is missing, install it or leave out what asks for it: {text}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

@@ -55,8 +55,8 @@ _FIT: Groups = {
         Flag("--logger NAME,NAME", "of tensorboard, csv, wandb, mlflow; or none", "tensorboard"),
         Flag("--samples.every_n_epochs N", "pictures; also --reconstructions, --latents, ...; 0: none", "auto"),
         Flag("--checkpoints.save_top_k N", "best checkpoints to keep, by --checkpoints.monitor", "1"),
-        Flag("--resume RUN|auto", "go on with a run that was stopped, or the last of this command"),
-        Flag("--ckpt_path RUN|FILE", "go on from a checkpoint with other flags"),
+        Flag("--resume RUN|auto", "continue a run that was stopped, or the last run of this command"),
+        Flag("--ckpt_path RUN|FILE", "start from a checkpoint, with other flags"),
     ),
 }
 _EVALUATE: Groups = {

@@ -225,7 +225,7 @@ def _passes(
         yield
     except (KeyboardInterrupt, SystemExit):
         if not rank and running.has_begun:
-            print(f"aezoo: the same command goes on with what is in {folder}", file=sys.stderr)
+            print(f"aezoo: the same command continues from what is in {folder}", file=sys.stderr)
         raise
     except BaseException:
         running.discard()
@@ -445,7 +445,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
     check_columns(what, columns, known.columns)
     name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
     if name is None:
-        raise AezooError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
+        raise AezooError(f"{path} contains {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
     title, layout, missing = f"{path}: {name}", given.get("layout", "auto"), given.get("missing", "raise")
     values, labels = as_real_array(arrays[name], title), arrays.get(name.replace("x", "y", 1))
     spans = None

@@ -85,7 +85,9 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
         if flag.startswith("--") and near and ("." in flag) == (near[0] == "--search"):
             raise AezooError(f"unknown flag {flag}, did you mean {near[0]}? See `aezoo tune --help`.")
         if flag in ("--ckpt_path", "--resume"):
-            raise AezooError(f"{flag} is not for tune, whose runs start anew; the same command goes on with a study")
+            raise AezooError(
+                f"{flag} does not apply to tune, which starts every run anew; the same command continues a study"
+            )
     if not searches:
         raise AezooError("nothing is searched: give --search.SETTING, such as --search.model.lr log:1e-4:1e-2")
     if not (options.trials is None or options.trials >= 1) or options.seed < 0:

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
             if options.storage and tune_storage.is_database(options.storage) and not isinstance(error, OSError):
                 cure = tune_storage.cure(why)
             raise AezooError(
-                f"the study in {folder} stopped: {why}; what was recorded is kept: mend that, {cure}, and give the "
+                f"the study in {folder} stopped: {why}; what was recorded is kept: fix that, {cure}, and give the "
                 "same command again"
             ) from error
 
@@ -264,8 +264,8 @@ class Study:
             states = {trial.state for trial in study.get_trials(deepcopy=False)}
             if differ and states & {TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING}:
                 raise AezooError(
-                    f"{self.record} holds a study with other {', '.join(differ)}: give another "
-                    f"{'--study_name' if self.options.storage else '--study'}, or go on with it: "
+                    f"{self.record} contains a study with other {', '.join(differ)}: give another "
+                    f"{'--study_name' if self.options.storage else '--study'}, or continue it: "
                     f"{study.user_attrs.get('command')}"
                 )
             if asked and not differ:

@@ -81,7 +81,7 @@ class ActivationsArgs(TypedDict, total=False):
         "each", "For a feature map or a row of tokens, each makes a sample of every position; mean and max pool them."
     )]  # fmt: skip
     feature_axis: Annotated[Literal["auto", "first", "last"], Argument(
-        "auto", "The axis of a layer's output that holds its features, first or last after the batch; auto is first "
+        "auto", "The axis of a layer's output that contains its features, first or last after the batch; auto is first "
         "for maps and last for tokens, (B, T, D)."
     )]  # fmt: skip
     normalise: Annotated[bool, Argument(

@@ -221,7 +221,7 @@ def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise AezooError(f"{title}the labels hold NaN or infinity: fill or remove those rows")
+            raise AezooError(f"{title}the labels contain NaN or infinity: fill or remove those rows")
         if array.dtype.kind == "f" and (abs(array) >= 2**63).any():
             raise AezooError(f"{title}a label is {array[abs(array) >= 2**63][0]:.3g}: give integers or texts")
         arrays[stage] = array

@@ -355,7 +355,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             was = state_dict.get(key, now)
             if was != now and state_dict.get("batches") and trains:
                 raise AezooError(
-                    f"the checkpoint was saved within an epoch {words.format(was)}, which {now} cannot go on with: "
+                    f"the checkpoint was saved within an epoch {words.format(was)}, which {now} cannot continue with: "
                     f"take --{flag} {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
                 )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))

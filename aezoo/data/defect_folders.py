@@ -40,7 +40,9 @@ def find_mvtec(root: Path) -> tuple[Files, Masks]:
         hint = f"give one class, such as --data.root {root / classes[0]}" if classes else "see docs/data.md"
         raise AezooError(f"{root} has no folders train and test, as --data.layout mvtec needs: {hint}")
     if other := [name for name in folders(train) if name != CLASSES[0]]:
-        raise AezooError(f"{train} holds {other[0]} beside good: MVTec AD trains on good samples alone, move it away")
+        raise AezooError(
+            f"{train} contains {other[0]} beside good: MVTec AD trains on good samples alone, move it away"
+        )
     files: Files = {"train": [(path, 0) for path, _ in walk_images(train / CLASSES[0], ())], "test": []}
     masks: Masks = {}
     for kind in folders(test):

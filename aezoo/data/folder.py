@@ -65,7 +65,9 @@ class ImageSource(Source):
         self, options: Options, where: str, files: dict[Stage, list[tuple[Any, int]]], names: tuple[str, ...]
     ) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} is not for image files: use auto, or give a .npy file")
+            raise AezooError(
+                f"--data.scale {options.scale} does not apply to image files: use auto, or give a .npy file"
+            )
         self.options, self.where, self.files = options, where, files
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and options.max_pixels > limit:

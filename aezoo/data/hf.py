@@ -222,7 +222,7 @@ def _sample_column(features: Mapping[str, Any], options: Options) -> str:
     arrays = [name for name, feature in features.items() if _dtype(feature)]
     if options.column != "auto":
         if options.column not in images + arrays:
-            what = "is not there" if options.column not in features else "holds neither images nor arrays of numbers"
+            what = "is not there" if options.column not in features else "contains neither images nor arrays of numbers"
             raise AezooError(f"{options.root}: the column {options.column!r} {what}: there are "
                              f"{_listed(images + arrays)}")  # fmt: skip
         return options.column
@@ -270,7 +270,7 @@ def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Ten
         beyond = ((values < -1) | (values >= feature.num_classes)).nonzero()
         if len(beyond):
             row = int(beyond[0])
-            raise AezooError(f"{Row(where, stage, row)} has class {int(values[row])} of {feature.num_classes}: mend it")
+            raise AezooError(f"{Row(where, stage, row)} has class {int(values[row])} of {feature.num_classes}: fix it")
     return y, tuple(map(str, feature.names))
 
 
@@ -302,7 +302,7 @@ def _load(options: Options) -> Mapping[str, Any]:
         raise AezooError(f"the data of --data hf needs the package datasets: {install_hint('hf')}") from None
     path, named = Path(options.root).expanduser(), _ON_HUB.fullmatch(options.root)
     if path.is_file():
-        raise AezooError(f"{path} is a file: give the folder that holds it, or the file to --data array")
+        raise AezooError(f"{path} is a file: give the folder that contains it, or the file to --data array")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))

@@ -124,7 +124,7 @@ class Idx(InMemory):
         title, most = self.family.title, self.options.max_bytes
         x, y = read_idx(image_path, title, most), read_idx(label_path, title, most).long()
         if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != torch.uint8:
-            raise AezooError(f"{image_path} holds no 28 x 28 images but {tuple(x.shape)}: is it the right file?")
+            raise AezooError(f"{image_path} contains no 28 x 28 images but {tuple(x.shape)}: is it the right file?")
         # QMNIST labels have eight columns, the class first
         y = y[:, 0] if y.ndim == 2 else y
         if len(x) != len(y):

@@ -56,7 +56,7 @@ def _find_images(root: Path) -> tuple[Files, tuple[str, ...]]:
     without_images = [name for name in folders(homes["train"]) if name not in in_train] if names else []
     empty = [name for name in without_images if next(walk_images(homes["train"] / name, ()), None) is None]
     if empty:
-        warnings.warn(f"{root}: {len(empty)} class folders hold no images: {first_few(empty)}", stacklevel=2)
+        warnings.warn(f"{root}: {len(empty)} class folders contain no images: {first_few(empty)}", stacklevel=2)
     numbers = {name: i for i, name in enumerate(names)}
     files: Files = {
         stage: [(path, numbers.get(top, -1)) for path, top in images] for stage, images in found.items() if images

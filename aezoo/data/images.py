@@ -80,7 +80,7 @@ def ignored_content(headers: Mapping[Any, Header]) -> list[str]:
     return [
         *([f"transparency is dropped from {len(transparent)} images: {first_few(transparent)}"] if transparent else []),
         *(
-            [f"{len(paged)} files hold several images, and the first alone is read: {first_few(paged)}"]
+            [f"{len(paged)} files contain several images, and the first alone is read: {first_few(paged)}"]
             if paged
             else []
         ),

@@ -173,7 +173,7 @@ def as_real_array(values: object, what: str) -> Tensor | npt.NDArray[Any]:
     """The values unchanged, a tensor or an array, or the reason why they are not real numbers."""
     if isinstance(values, Tensor):
         if values.is_complex():
-            raise AezooError(f"{what} holds complex numbers: give the real and imaginary part as two channels")
+            raise AezooError(f"{what} contains complex numbers: give the real and imaginary part as two channels")
         if values.layout != torch.strided or values.is_quantized:
             raise AezooError(f"{what} is a sparse or quantised tensor: give a dense one (x.to_dense(), x.dequantize())")
         return values
@@ -185,8 +185,8 @@ def as_real_array(values: object, what: str) -> Tensor | npt.NDArray[Any]:
         kinds = {"O": "Python objects", "c": "complex numbers", "U": "text", "S": "text"}
         kind = kinds.get(array.dtype.kind, f"dtype {array.dtype}")
         if texts := text_columns(values):
-            raise AezooError(f"{what}: the columns {first_names(texts)} hold no numbers: encode or drop them")
-        raise AezooError(f"{what} holds {kind}: give an array of real numbers, uint8 or float")
+            raise AezooError(f"{what}: the columns {first_names(texts)} contain no numbers: encode or drop them")
+        raise AezooError(f"{what} contains {kind}: give an array of real numbers, uint8 or float")
     return array
 
 

@@ -55,7 +55,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
     is_import = not is_file and "." in name and all(part.isidentifier() for part in name.split("."))
     if options.weights == "random":
         if is_file or is_import:
-            raise AezooError(f"--data.weights random is not for {name}, which brings its weights: drop it")
+            raise AezooError(f"--data.weights random does not apply to {name}, which brings its weights: drop it")
         rank_zero_warn(f"{name} gets RANDOM weights, fixed by --data.seed {options.seed}: its activations are not "
                        "those of a trained network")  # fmt: skip
     with forked_rng(_CPU), torch.inference_mode(False):

@@ -41,7 +41,7 @@ _CAUSES = {
     "PartialCredentialsError": "half of the credentials is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "ProfileNotFound": "AWS_PROFILE names a profile that no file of AWS settings has: correct one of them",
     "AccessDenied": "access is denied: the credentials need s3:ListBucket and s3:GetObject there",
-    "PreconditionFailed": "it has been written anew since this command began: start again",
+    "PreconditionFailed": "it has been written again since this command began: start again",
     "NoSuchKey": "it has been deleted since this command began: start again",
     **dict.fromkeys(
         ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),

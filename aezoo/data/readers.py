@@ -45,7 +45,7 @@ class LabelColumnArgs(TypedDict, total=False):
     """Setting of sources whose labels are a column of a table."""
 
     label_column: Annotated[str, Argument(
-        "auto", "The column that holds the labels of hf, stream or a table (.csv, .parquet), by name; none leaves "
+        "auto", "The column that contains the labels of hf, stream or a table (.csv, .parquet), by name; none leaves "
         "labels out; auto takes the one of classes, or else the one called label."
     )]  # fmt: skip
 
@@ -54,8 +54,8 @@ class ColumnArgs(LabelColumnArgs, total=False):
     """Settings of sources whose samples are a column of a table, too."""
 
     column: Annotated[str, Argument(
-        "auto", "The column that holds the samples of hf or stream, by name, or by number in a tuple; auto takes the "
-        "one of images, or else the one of arrays."
+        "auto", "The column that contains the samples of hf or stream, by name, or by number in a tuple; auto takes "
+        "the one of images, or else the one of arrays."
     )]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _array_bytes(array: Any) -> int:
 def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
     if "pickle" in str(error) or "Python objects" in str(error):
         return AezooError(
-            f"{path} holds Python objects (pickle), which can run code, or is damaged: save plain numbers, "
+            f"{path} contains Python objects (pickle), which can run code, or is damaged: save plain numbers, "
             "np.save(path, array.astype('float32'))"
         )
     return AezooError(f"{path} is damaged or no NumPy file ({error}): write it again with np.save")
@@ -245,7 +245,7 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
     except Exception as error:
         reason = str(error).split("\n", 1)[0][:100]
         raise AezooError(
-            f"{path} is damaged or holds more than tensors ({reason}): torch.save a tensor, (x, y) or "
+            f"{path} is damaged or contains more than tensors ({reason}): torch.save a tensor, (x, y) or "
             "{'x': x, 'y': y}"
         ) from None
     check_extent(content, str(path))
@@ -256,7 +256,7 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
     if isinstance(content, Mapping):
         return _name_single_array({str(key): value for key, value in content.items()})
     if not isinstance(content, Tensor):
-        raise AezooError(f"{path} holds a {type(content).__name__}: save a tensor, (x, y) or {{'x': x, 'y': y}}")
+        raise AezooError(f"{path} contains a {type(content).__name__}: save a tensor, (x, y) or {{'x': x, 'y': y}}")
     return {"x": content}
 
 
@@ -265,7 +265,7 @@ def _check_list(path: Path, key: Any, value: Any) -> None:
     if isinstance(value, list | tuple):
         if any(isinstance(part, list | tuple | dict | set) for part in value):
             raise AezooError(
-                f"{path} holds lists of lists in {str(key)[:50]!r}: save them as a tensor, or leave it out"
+                f"{path} contains lists of lists in {str(key)[:50]!r}: save them as a tensor, or leave it out"
             )
         _check_texts([part for part in value if isinstance(part, str)])
 
@@ -334,7 +334,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Seque
         is_comma = separator != "," and _is_number(row[column].replace(",", "."))
         is_missing = row[column].strip().lower() in _MISSING
         cure = "write a point for its comma" if is_comma else "fill it" if is_missing else "encode or drop the column"
-        cure += ", or say by --data.label_column which column holds the classes" * (label is None and not is_comma)
+        cure += ", or say by --data.label_column which column contains the classes" * (label is None and not is_comma)
         place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
         raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
     x = np.frombuffer(values).reshape(number + 1, width)
@@ -365,12 +365,12 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         # lists and texts may take any amount of memory, whatever the file declares
         text = [name for name in names if name not in (label, time) and not _holds_numbers(schema.field(name).type)]
         if text or not {*names} - {label, time}:
-            raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} hold no numbers: drop or encode them, "
-                             "or say by --data.label_column which holds the classes")  # fmt: skip
+            raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} contain no numbers: drop or encode "
+                             "them, or say by --data.label_column which contains the classes")  # fmt: skip
         if time is not None and pyarrow.types.is_nested(schema.field(time).type):
-            raise AezooError(f"{path}: the column {time} holds lists, not time stamps: drop or rename it")
+            raise AezooError(f"{path}: the column {time} contains lists, not time stamps: drop or rename it")
         if label is not None and pyarrow.types.is_nested(schema.field(label).type):
-            raise AezooError(f"{path}: the column {label} holds lists, not classes: choose another with "
+            raise AezooError(f"{path}: the column {label} contains lists, not classes: choose another with "
                              "--data.label_column")  # fmt: skip
         declared = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         # a column that repeats one value takes no space in the file

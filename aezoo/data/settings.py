@@ -103,7 +103,9 @@ def check_source_settings(options: Options) -> None:
         if accepted is not None and key not in accepted and value != _ARGUMENTS[key].default:
             near = difflib.get_close_matches(key, accepted, n=1)
             cure = f"use --data.{near[0]}" if near else "drop it"
-            raise AezooError(f"--data.{key} {value} is not for {options.name}, but for {sources_with(key)}: {cure}")
+            raise AezooError(
+                f"--data.{key} {value} does not apply to {options.name}, only to {sources_with(key)}: {cure}"
+            )
 
 
 def settings_of_source(settings: Mapping[str, Any]) -> dict[str, Any]:

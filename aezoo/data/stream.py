@@ -100,7 +100,7 @@ class _RefusePickle(_RawBytes):
     """Replaces the decoder that would unpickle."""
 
     def deserialize(self, data: Any) -> bytes:
-        raise AezooError(f"it holds Python objects (pickle), which can run code: write {_SAFE} alone")
+        raise AezooError(f"it contains Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
 def _unpacked_size(data: bytes) -> int:
@@ -302,7 +302,7 @@ class Stream(Source):
             raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
         if options.on_error == "skip":
             raise AezooError(
-                "--data.on_error skip is not for stream, whose items are read when they are used: use raise"
+                "--data.on_error skip does not apply to stream, whose items are read when they are used: use raise"
             )
         # else early versions ask the registry for a newer one
         os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
@@ -350,7 +350,7 @@ class Stream(Source):
             found, first = ("x".join(map(str, shape)) for shape in (x.shape, self.input_shape))
             raise AezooError(f"{place} is {found}, the first item is {first}: give --data.size, or items of one shape")
         if (x.dtype == torch.uint8) != (self.white == 255):
-            raise AezooError(f"{place} holds {x.dtype} and the first item does not: give all items one dtype")
+            raise AezooError(f"{place} contains {x.dtype} and the first item does not: give all items one dtype")
         return (x,) if self._label is None else (x, self._number(fields[self._label], place))
 
     def _set_shape(self, first: Any, place: str) -> None:
@@ -393,7 +393,7 @@ class Stream(Source):
     def _array(self, value: Any, place: str) -> Tensor:
         if not isinstance(value, Tensor | np.ndarray):
             raise AezooError(
-                f"{place} holds a {type(value).__name__}, the first item an array: give all items one kind"
+                f"{place} contains a {type(value).__name__}, the first item an array: give all items one kind"
             )
         # a copy: litdata's tensors are views of a file that it may close
         x = to_real_tensor(value[None].clone() if isinstance(value, Tensor) else np.array(value)[None], place)

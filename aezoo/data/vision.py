@@ -284,5 +284,5 @@ def _missing_message(files: str, options: Options, reason: str, folder: Path | N
     tried = "cannot be downloaded" if options.download and options.name not in _NO_DOWNLOAD else "is not there"
     return (
         f"{options.name} {tried} ({reason[:250]}): put {files} into {folder or Path(options.root)}, "
-        "or name the folder that holds them with --data.root; --data.name mnist5k needs no files"
+        "or name the folder that contains them with --data.root; --data.name mnist5k needs no files"
     )

@@ -30,7 +30,7 @@ _MARK = b"aezoo-checkpoint "
 _NOTE = re.compile(re.escape(_MARK) + rb"(\{[^{}]*\}) ([0-9a-f]{64})\Z")
 _DIGEST = 64
 _CHUNK = 2**20
-_CURE = "make room or make the folder writable, then go on with aezoo fit --resume auto"
+_CURE = "make room or make the folder writable, then continue with aezoo fit --resume auto"
 
 
 class DurableIO(TorchCheckpointIO):
@@ -217,7 +217,7 @@ def check_intact(path: Path) -> None:
     if wrong is not None:
         missing = None if path.exists() else FileNotFoundError(errno.ENOENT, wrong, str(path))
         raise AezooError(
-            f"{path} cannot be used: {wrong}; give an older checkpoint, or go on with --resume RUN"
+            f"{path} cannot be used: {wrong}; give an older checkpoint, or continue with --resume RUN"
         ) from missing
 
 

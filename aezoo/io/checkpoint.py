@@ -408,7 +408,7 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
     except AezooError:
         raise
     except pickle.UnpicklingError as error:
-        raise AezooError(f"{path} is refused: it is damaged, or holds objects that could run code") from error
+        raise AezooError(f"{path} is refused: it is damaged, or contains objects that could run code") from error
     except Exception as error:  # one changed byte can cause any exception of the unpickler
         raise AezooError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):

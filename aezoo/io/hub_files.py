@@ -254,7 +254,7 @@ def upload(
         # the owner may have edited the card
         if not card and api.file_exists(name, CARD, revision=revision):
             files = [*FILES]
-            print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it anew", file=sys.stderr)
+            print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it again", file=sys.stderr)
         # one commit, which upload_folder does not guarantee, so weights and settings always belong together
         additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
         commit = api.create_commit(name, additions, commit_message=message, revision=revision, create_pr=create_pr)

@@ -58,7 +58,9 @@ def _read(path: Path) -> dict[str, bytes]:
             return {name: _member(archive, name) for name in FILES}
     except (OSError, KeyError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise AezooError(f"{path} does not hold {' and '.join(FILES)} of onnxruntime-web ({reason}): {_CURE}") from None
+        raise AezooError(
+            f"{path} does not contain {' and '.join(FILES)} of onnxruntime-web ({reason}): {_CURE}"
+        ) from None
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

@@ -72,7 +72,7 @@ def latest_run(
     for run in sorted(runs, key=lambda path: int(path.name), reverse=True):
         folder = run_folder.checkpoints_of(run)
         if folder == run / run_folder.CHECKPOINTS and not _has_saved(folder):
-            print(f"aezoo: {run} was stopped before its first checkpoint: starting it anew", file=sys.stderr)
+            print(f"aezoo: {run} was stopped before its first checkpoint: starting it again", file=sys.stderr)
             return None, run
         found = _newest(folder)
         if matches(found):

@@ -128,7 +128,7 @@ class OpenFolder:
         except OSError:
             return True
         atexit.register(_remove_link, self.path)
-        print(f"aezoo: {self.path} was moved to {now}, where the run goes on", file=sys.stderr)
+        print(f"aezoo: {self.path} was moved to {now}, where the run continues", file=sys.stderr)
         return False
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ def check_codes(codes: Tensor, name: str) -> Tensor:
     if codes.ndim < 2:
         raise AezooError(f"{name} must have shape (B, D), got {tuple(codes.shape)}")
     if not bool(codes.isfinite().all()):
-        raise AezooError(f"{name} hold NaN or infinity: the model diverged")
+        raise AezooError(f"{name} contain NaN or infinity: the model diverged")
     return codes
 
 

@@ -271,4 +271,4 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _continuation(run: str | None, limit: str) -> str:
-    return f"aezoo fit --ckpt_path {run} {limit} goes on" if run else f"{limit} goes on"
+    return f"aezoo fit --ckpt_path {run} {limit} continues" if run else f"{limit} continues"

@@ -224,7 +224,7 @@ def _folders(path: Path) -> list[Path]:
             return runs
     except OSError as error:
         raise AezooError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
-    raise AezooError(f"{path} is no run and holds none: give the folder of a run, such as runs/vae/0")
+    raise AezooError(f"{path} is no run and contains none: give the folder of a run, such as runs/vae/0")
 
 
 def _is_run(folder: Path) -> bool:
@@ -278,7 +278,7 @@ def _read_settings(run: Run) -> None:
         run.notes.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}")
         return
     if not isinstance(content, dict):
-        run.notes.append(f"{path.name} holds no settings")
+        run.notes.append(f"{path.name} contains no settings")
     elif path == config:
         run.command = next((line[2:] for line in text.splitlines()[:2] if line.startswith("# aezoo fit ")), "")
         run.settings = dict(_flat(content))

@@ -110,7 +110,7 @@ def _walk_tuples(file: IO[bytes], path: Path) -> None:
         if "TUPLE" not in code.name:
             size = 1
         if size > MAX_EXTENT:
-            raise AezooError(f"{path} holds more than {MAX_EXTENT:,} values: nothing that was trained needs that")
+            raise AezooError(f"{path} contains more than {MAX_EXTENT:,} values: nothing that was trained needs that")
         stack += [_MARK if code.name == "MARK" else size] * len(code.stack_after)
 
 

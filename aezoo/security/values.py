@@ -58,7 +58,9 @@ def _extent(value: object, what: str, known: dict[int, int], depth: int) -> int:
         for part in parts:
             total += _extent(part, what, known, depth + 1)
             if total > MAX_EXTENT:
-                raise AezooError(f"{what} holds more than {MAX_EXTENT:,} values: nothing that was trained needs that")
+                raise AezooError(
+                    f"{what} contains more than {MAX_EXTENT:,} values: nothing that was trained needs that"
+                )
         known[id(value)] = total
     if not known[id(value)]:
         raise AezooError(f"{what} contains itself: the file is damaged")
@@ -88,4 +90,4 @@ def _copy(value: object, what: str, budget: list[int], depth: int) -> Any:
         if not all(isinstance(key, str) for key in value):
             raise AezooError(f"{what} has a name that is no text: the file is damaged")
         return {key: _copy(part, what, budget, depth + 1) for key, part in value.items()}
-    raise AezooError(f"{what} is a {type(value).__name__}: saved models hold numbers and texts only")
+    raise AezooError(f"{what} is a {type(value).__name__}: saved models contain numbers and texts only")

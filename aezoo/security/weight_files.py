@@ -42,7 +42,7 @@ def read(path: Path, label: str, allowed: Sequence[Any] = ()) -> Any:
         raise
     except Exception as error:  # a damaged file can cause any exception of the readers
         if isinstance(error, pickle.UnpicklingError):
-            raise AezooError(f"{label} is refused: it is damaged, or holds objects that could run code") from error
+            raise AezooError(f"{label} is refused: it is damaged, or contains objects that could run code") from error
         reason = " ".join(str(error).split())[:200]
         raise AezooError(f"cannot read {label}: {reason}; download it again") from error
     return found

@@ -183,7 +183,7 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
         raise AezooError(f"{file} is refused: its samples have shape {header.shape}, the model's {model.input_shape}")
     if header.mode not in ("lossless", "lossy", *_readable_modes(model)):
         raise AezooError(
-            f"{file} is refused: it holds {header.mode}, and {reproducibility.model_name(model)} has no such thing"
+            f"{file} is refused: it contains {header.mode}, which {reproducibility.model_name(model)} does not use"
         )
     current = reproducibility.describe_device(model)
     if exact and (header.device, header.dtype) != (current["device"], current["dtype"]):

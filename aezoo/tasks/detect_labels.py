@@ -66,7 +66,7 @@ class Protocol:
         classes, labelled = known
         normal = np.flatnonzero(labelled & ((classes == str(self.class_name)) == self.normal_is_named))
         if not len(normal):
-            raise AezooError(f"{samples.name} holds no normal samples, {self}: give others to fit and calibrate on")
+            raise AezooError(f"{samples.name} contains no normal samples, {self}: give others to fit and calibrate on")
         return normal
 
 

@@ -50,7 +50,7 @@ class Walks:
 def interpolation(model: Autoencoder, starts: SampleSet, circle: bool, walks: int, steps: int, seed: int) -> Walks:
     """Walks between the first two samples, the next two, ...; between random ones if there are many."""
     if len(starts) < 2:
-        raise AezooError(f"interpolate needs two samples at least, {starts.name} holds one: give more")
+        raise AezooError(f"interpolate needs two samples at least, {starts.name} contains one: give more")
     x = _random_codes(starts, 2 * walks, seed)
     x = x[: len(x) // 2 * 2]
     a, b = _encoded(model, x).unflatten(0, (-1, 2)).unbind(1)

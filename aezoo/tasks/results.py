@@ -69,7 +69,7 @@ class Result:
         from aezoo.callbacks.plotting import displayable
 
         if self.draw is None:
-            raise AezooError("there is no picture of no samples: ask for some with n_shown")
+            raise AezooError("n_shown is 0, so there are no samples to draw: give at least 1")
         return displayable(self.draw())
 
     def about(self) -> str:

@@ -302,7 +302,7 @@ class SampleSet:
                 or an array in the units of the data instead of the model's scale.
         """
         if not len(self):
-            raise AezooError(f"{self.name} holds no samples")
+            raise AezooError(f"{self.name} contains no samples")
         if model.training:
             model.eval()
         # before scaling, which is of the training data's shape

@@ -42,12 +42,12 @@ def check_constructor(subject: Subject) -> None:
     plain = {p.name: p.default for p in parameters} | dict(subject.hyperparameters) | {"input_shape": subject.shape}
     lost, extra = sorted(plain.keys() - model.hparams.keys()), sorted(model.hparams.keys() - plain.keys())
     require(not lost, f"hparams lack {', '.join(lost)}, arguments of this class: do not ignore them")
-    require(not extra, f"hparams hold {', '.join(extra)} of a parent, which no argument of this class sets")
+    require(not extra, f"hparams contain {', '.join(extra)} of a parent, which no argument of this class sets")
     for name, value in plain.items():
         held = model.hparams[name]
         if value in (None, "auto") and name not in subject.hyperparameters:
             plain[name] = held  # a constructor records what it chooses
-        require(held == plain[name], f"hparams hold {name}={held!r} where {value!r} was given")
+        require(held == plain[name], f"hparams contain {name}={held!r} where {value!r} was given")
     buffer = io.BytesIO()
     torch.save(dict(model.hparams), buffer)
     buffer.seek(0)
@@ -153,7 +153,7 @@ def check_indices(subject: Subject) -> None:
         require_close("decode_indices(encode_indices(x))", model.decode_indices(indices), x_hat, 1e-5)
     codebooks = model.codebooks(indices)
     counted = sum(values.numel() for values, _ in codebooks.values())
-    require(counted == indices.numel(), f"codebooks hold {counted} of {indices.numel()} indices")
+    require(counted == indices.numel(), f"codebooks contain {counted} of {indices.numel()} indices")
 
 
 def _require_symbols(model: EntropyCoded, x: torch.Tensor) -> None:

@@ -210,7 +210,9 @@ def check_checkpoint(subject: Subject) -> None:
         trainer.fit(model, _loader([x, subject.data(seed=1)]))
         file = Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
         content = torch.load(file, weights_only=True)
-        require(dict(content["hyper_parameters"]) == dict(model.hparams), "the checkpoint holds other hyperparameters")
+        require(
+            dict(content["hyper_parameters"]) == dict(model.hparams), "the checkpoint contains other hyperparameters"
+        )
         torch.manual_seed(99)  # what is drawn in the constructor and not saved comes out differently
         if name is None:
             loaded = {"load_from_checkpoint": subject.cls.load_from_checkpoint(file, weights_only=True).eval()}
@@ -256,7 +258,7 @@ def check_resume(subject: Subject) -> None:
             ends[start] = snapshot(model)
     for step in resumed:
         different = sorted(name for name, value in ends[whole].items() if not torch.equal(value, ends[step][name]))
-        require(not different, f"a fit that goes on from step {step} of 6 ends with other {', '.join(different[:3])}")
+        require(not different, f"a fit that continues from step {step} of 6 ends with other {', '.join(different[:3])}")
 
 
 class _SaveEachBatch(pl.Callback):

@@ -71,7 +71,7 @@ class DataStatistics:
         if codes is not None and (codes.ndim != 2 or len(codes) < 2 or codes.shape[1] != code_size):
             raise AezooError(f"{what} is damaged: its codes are those of another model; save the model again")
         if any(not name.startswith("scores.") or value.ndim != 1 or not len(value) for name, value in own.items()):
-            raise AezooError(f"{what} is damaged: it holds no scores of samples; save the model again")
+            raise AezooError(f"{what} is damaged: it contains no scores of samples; save the model again")
         if not all(value.isfinite().all() for value in (*own.values(), *(() if codes is None else (codes,)))):
             raise AezooError(f"{what} is damaged: its codes or scores are not finite; save the model again")
         scores = {name.removeprefix("scores."): value.double() for name, value in own.items()}

@@ -82,11 +82,11 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
     if bool((bad := model.invalid_mask(x)).any()):
         if model.takes_missing:
             raise AezooError(
-                f"sample {int(bad.nonzero()[0])} of the batch holds infinite values, or NaN in some values of a part "
-                "or in all parts: clean it; a part is missing where all its values are NaN"
+                f"sample {int(bad.nonzero()[0])} of the batch contains infinite values, or NaN in some values of a "
+                "part or in all parts: clean it; a part is missing where all its values are NaN"
             )
         hint = ", or take a model of samples that lack whole parts, such as mvae" if x.isnan().any() else ""
-        raise AezooError(f"the data hold NaN or infinite values: clean them first{hint}")
+        raise AezooError(f"the data contain NaN or infinite values: clean them first{hint}")
     known = x.nan_to_num(0.5)  # of what is missing
     low, high = float(known.min()), float(known.max())
     slack = 1e-6 if model.training else 10.0

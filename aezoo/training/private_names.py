@@ -180,8 +180,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
                "models/variational/perceptual_vae.py", "nets/blocks/channel_stats.py", "nets/blocks/jumprelu.py",
                "nets/blocks/split_diffusers.py", "quantisers/base.py"),
         why=(
-            "overridden, so that a cast or a move does not reach, or also reaches, what a module holds outside of its "
-            "parameters"
+            "overridden, so that a cast or a move does not reach, or also reaches, what a module contains outside of "
+            "its parameters"
         ),
         without="such values stay on the old device, or lose digits, after `.to()`: a code change is needed",
     ),
@@ -311,7 +311,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.trainer.trainer.Trainer._logger_connector",
         files=("callbacks/checkpoints.py", "speed/fast_loop.py"),
-        why="logs the figures of a step or an epoch before the checkpoint that holds them",
+        why="logs the figures of a step or an epoch before the checkpoint that contains them",
         without=_RAISES,
     ),
     PrivateName(
@@ -583,7 +583,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.cli.LightningCLI._run_subcommand",
         files=("cli/lightning_cli.py", "cli/tune_study.py"),
-        why="overridden, to report how to go on after an interrupt or error",
+        why="overridden, to report how to continue after an interrupt or error",
         without="errors of Lightning end in a traceback",
     ),
     PrivateName(

@@ -148,7 +148,7 @@ def read(path: Path, owner: str) -> dict[str, Tag]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise AezooError(
-            f"{path} of {owner} does not list pretrained weights ({reason}): mend or uninstall it"
+            f"{path} of {owner} does not list pretrained weights ({reason}): fix or uninstall it"
         ) from error
 
 

@@ -51,10 +51,10 @@ def test_folders_and_files_that_are_no_sets_are_refused(tmp_path):
     with pytest.raises(AezooError, match=r"no \.npz in"):
         adbench_data.sets_in(tmp_path)
     np.savez(tmp_path / "a.npz", X=np.zeros((4, 2)))
-    with pytest.raises(AezooError, match="holds no array y"):
+    with pytest.raises(AezooError, match="contains no array y"):
         adbench_data.sets_in(tmp_path)
     (tmp_path / "a.npz").write_bytes(b"PK none")
-    with pytest.raises(AezooError, match=r"cannot read .*mend or remove"):
+    with pytest.raises(AezooError, match=r"cannot read .*fix or remove"):
         adbench_data.sets_in(tmp_path)
 
 

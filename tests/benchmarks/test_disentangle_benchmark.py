@@ -38,6 +38,7 @@ def test_every_seed_is_a_row_and_every_column_is_filled(results):
     assert rows[0]["elbo"] != rows[1]["elbo"]
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_failures_recorded_per_seed(results, capsys):
     before = rows_of(results)
     disentangle.main([*TINY, "--seeds", "2", "--results", str(results)])

@@ -66,5 +66,5 @@ def test_models_and_formats_become_points_and_rates(photographs, tmp_path):
 
 
 def test_missing_photographs_are_refused(tmp_path):
-    with pytest.raises(AezooError, match=r"holds no kodim01\.png"):
+    with pytest.raises(AezooError, match=r"contains no kodim01\.png"):
         kodak.main(["--kodak", str(tmp_path)])

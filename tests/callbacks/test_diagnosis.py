@@ -26,17 +26,17 @@ def test_example_curves_get_their_verdict(name):
 
 def test_verdicts_hold_the_figures_and_the_command():
     texts = {name: diagnose(history, "runs/vae/0")[0].text for name, history in EXAMPLES.items()}
-    assert texts["still-improving"].endswith("aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 120 goes on")
+    assert texts["still-improving"].endswith("aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 120 continues")
     assert texts["too-few-steps"].startswith(
         "80 steps only: aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 125 "
     )
     nearly = curves(falling(15), falling(15), steps_per_epoch=16, n=30)
-    assert "480 steps only: --trainer.max_epochs 60 goes on" in diagnose(nearly)[0].text
+    assert "480 steps only: --trainer.max_epochs 60 continues" in diagnose(nearly)[0].text
     assert re.search(r"risen since epoch 2\d: overfitting", texts["overfitting"])
     assert "20 epochs without improvement of val/loss after epoch 25" in texts["stopped-early"]
     steps = curves(falling(30), falling(30), limit="max_steps")
-    assert "goes on" in diagnose(steps)[0].text and "--ckpt_path" not in diagnose(steps)[0].text
-    assert "--trainer.max_steps 6000 goes on" in diagnose(steps)[0].text
+    assert "continues" in diagnose(steps)[0].text and "--ckpt_path" not in diagnose(steps)[0].text
+    assert "--trainer.max_steps 6000 continues" in diagnose(steps)[0].text
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_non_finite_step_is_skipped_and_counted(capsys, fault, optimizer, defers
     assert dict(made.by_part) == dict.fromkeys(parts, 1)
     line = next(line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
     assert "step 4 skipped (epoch 0, batch 3)" in line and all(term in line for term in terms)
-    assert ("sample(s) 5 hold NaN" in line) == (fault == "batch" and not defers)
+    assert ("sample(s) 5 contain NaN" in line) == (fault == "batch" and not defers)
 
 
 @pytest.mark.parametrize("ema", [True, False])

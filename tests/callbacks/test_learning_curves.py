@@ -123,9 +123,9 @@ def test_the_summary_has_notes_and_verbs(fit, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fit(Fake((4,), denoising=True), LearningCurves(), Checkpoints(), Summary(), enable_checkpointing=True)
     out = capsys.readouterr().out
-    assert "Note: 6 steps only: aezoo fit --ckpt_path run/0 --trainer.max_epochs 167 goes on" in out
+    assert "Note: 6 steps only: aezoo fit --ckpt_path run/0 --trainer.max_epochs 167 continues" in out
     assert "Next: aezoo denoise --ckpt_path" in out and "generate" not in out
     trainer = fit(Fake((4,)), LearningCurves(), Summary(), limit_val_batches=0)
-    assert "Note: 6 steps only: --trainer.max_epochs 167 goes on" in capsys.readouterr().out
+    assert "Note: 6 steps only: --trainer.max_epochs 167 continues" in capsys.readouterr().out
     trainer.test(Fake((4,)), DataLoader(digits((4,)), 16), verbose=False)
     assert "Note:" not in capsys.readouterr().out

@@ -121,6 +121,7 @@ def test_pictures_keep_to_a_twentieth_of_the_time(fit, monkeypatch):
     assert drawn_in(fit, monkeypatch, 0.4, 42) == [5, 20, 25, 35, 40, 42]
 
 
+@pytest.mark.slow
 def test_quick_pictures_are_drawn_every_five_epochs(fit, monkeypatch):
     assert drawn_in(fit, monkeypatch, 0.1, 21) == [5, 10, 15, 20, 21]
 

@@ -392,7 +392,7 @@ def test_setting_that_does_not_fit_data_is_refused(capsys, monkeypatch, flag, wo
     ("text", "words"),
     [
         ("model: [", "as YAML"),
-        ("just words", "holds no settings"),
+        ("just words", "contains no settings"),
         ("model: vea", "did you mean 'vae'"),
         ("model: {class_path: vae, init_args: {latent: 2}}", "did you mean 'latent_dim'"),
         ("model: vae\ntrainer: {max_epoch: 2}", "did you mean trainer.max_epochs"),
@@ -607,7 +607,7 @@ def test_weights_only_checkpoint_cannot_resume_training(capsys):
         "--trainer.callbacks.dirpath=lean")  # fmt: skip
     (lean,) = map(str, Path("lean").iterdir())
     line = refused(capsys, "fit", "--ckpt_path", lean, "--trainer.max_epochs=2")
-    assert f"{lean} holds only weights" in line and "aezoo.load_model" in line
+    assert f"{lean} contains only weights" in line and "aezoo.load_model" in line
     main(["test", "--ckpt_path", lean])
     out = capsys.readouterr().out
     assert "test/loss" in out and "run folder" not in out
@@ -622,7 +622,7 @@ def test_flags_override_checkpoint_with_notice(capsys):
     saved = torch.load("runs/dense_ae-digits/0/checkpoints/last.ckpt", weights_only=True)
     assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
     line = refused(capsys, "fit", "--ckpt_path", "runs/dense_ae-digits/0", "--model.optimizer", "sgd")
-    assert "holds the state of adam" in line
+    assert "contains the state of adam" in line
     line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--model.latent_dim", "7")
     assert "do not fit the model" in line
     line = refused(capsys, "test", "--ckpt_path", "runs/dense_ae-digits/0", "--data.name", "mnist5k")

@@ -87,7 +87,7 @@ def test_images_from_0_to_255_are_refused(training):
 def test_table_labels_may_be_any_integers_but_not_nan(capsys):
     x = np.random.default_rng(0).random((60, 4), dtype=np.float32)
     np.savez("x.npz", x_train=x, y_train=np.full(60, np.nan))
-    assert "labels hold NaN" in refused(capsys, "fit", "--model=vae", "--data.name=x.npz")
+    assert "labels contain NaN" in refused(capsys, "fit", "--model=vae", "--data.name=x.npz")
     np.savez("x.npz", x_train=x, y_train=np.resize([-5, 10**12], 60))
     data = DataModule("x.npz")
     assert data.num_classes == 2

@@ -143,8 +143,8 @@ def test_invalid_search_is_refused_in_one_line(capsys, text, words):
         ([LR, "--timeout=nan"], "--timeout takes seconds above 0"),
         ([LR, "--monitor=loss"], "like val/loss or train/nll"),
         ([LR, "--storage=mysql://a/b"], "give postgresql://USER@HOST/DATABASE, or a file"),
-        ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path is not for tune"),
-        ([LR, "--resume", "auto"], "--resume is not for tune"),
+        ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path does not apply to tune"),
+        ([LR, "--resume", "auto"], "--resume does not apply to tune"),
     ],
 )
 def test_invalid_tune_flag_is_refused_in_one_line(capsys, flags, words):
@@ -250,19 +250,19 @@ def test_failed_trials_do_not_end_study(fake, capsys):
     main([*BASE, LR, "--trials=4"])
     assert [row["state"] for row in rows()] == ["fail", "fail", "complete", "fail"]
     assert [row["error"] for row in rows()] == [
-        "it is broken, mend it",
+        "it is broken, fix it",
         "ended by SIGKILL (often: no memory left)",
         "",
         "no finite val/loss was logged",
     ]
-    assert "trial 0: failed: it is broken, mend it" in capsys.readouterr().out
+    assert "trial 0: failed: it is broken, fix it" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_study_ends_after_three_failed_trials(fake, capsys):
     fake(_0="crash", _1="crash", _2="crash")
     ends(*BASE, LR, "--trials=9")
-    assert "the first 3 trials failed, the last with: it is broken, mend it; see" in capsys.readouterr().err
+    assert "the first 3 trials failed, the last with: it is broken, fix it; see" in capsys.readouterr().err
     assert len(rows()) == 3
 
 
@@ -312,7 +312,7 @@ def test_changed_search_needs_new_study(fake, capsys):
     capsys.readouterr()
     ends(*BASE, "--search.model.lr=log:1e-5:1e-2", "--trials=2", "--seed=3")
     line = capsys.readouterr().err
-    assert "a study with other --direction, --search.model.lr, --seed: give another --study, or go on with it: " in line
+    assert "a study with other --direction, --search.model.lr, --seed: give another --study, or continue it: " in line
     assert f"aezoo {' '.join(BASE)} {LR} --trials=1 --direction=max" in line
 
 
@@ -415,7 +415,7 @@ def test_study_name_not_folder_identifies_study_in_storage(fake, capsys):
     assert [row["run"] for row in rows(Path("b/x"))] == ["b/x/1"]
     capsys.readouterr()
     ends(*command, "--study=c/x", "--direction=max")
-    assert "all.db holds a study with other --direction: give another --study_name, or" in capsys.readouterr().err
+    assert "all.db contains a study with other --direction: give another --study_name, or" in capsys.readouterr().err
     assert not Path("c").exists()
 
 

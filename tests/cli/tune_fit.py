@@ -18,7 +18,7 @@ run = root / "vae-digits" / "0"
 again = run.exists()
 run.mkdir(parents=True, exist_ok=True)
 if what == "crash":
-    print("something first\naezoo: it is broken, mend it")
+    print("something first\naezoo: it is broken, fix it")
     sys.exit(2)
 if what == "die":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -293,7 +293,7 @@ def test_pretrained_weights_are_found_or_refused(tmp_path, monkeypatch):
     first = expected.movedim(1, -1).reshape(-1, 64)
     assert torch.allclose(found[: len(first)], first, atol=1e-5) and float(found.min()) < 0
     file.write_bytes(b"no weights")
-    with pytest.raises(AezooError, match="holds no weights of squeezenet1_1"):
+    with pytest.raises(AezooError, match="contains no weights of squeezenet1_1"):
         activations(**wide)
 
 

@@ -185,7 +185,7 @@ def test_long_integer_labels_stay_distinct(tmp_path):
     data = DataModule(str(tmp_path / "d.csv"))
     assert data.source.class_names == tuple(sorted(map(str, numbers)))
     (tmp_path / "d.csv").write_text("a,label\n1,inf\n2,3\n")
-    with pytest.raises(AezooError, match="the labels hold NaN or infinity"):
+    with pytest.raises(AezooError, match="the labels contain NaN or infinity"):
         DataModule(str(tmp_path / "d.csv"))
     with pytest.raises(AezooError, match=r"^a label is 1e\+300: give integers or texts$"):
         DataModule.from_arrays(vectors(), np.array([1e300, 1.0] * 20))
@@ -493,14 +493,14 @@ def test_invalid_arrays_are_refused():
     refused("Python objects", np.array([{}, []], dtype=object))
     refused("complex numbers", vectors() * 1j)
     refused("complex numbers", torch.zeros(3, 2, dtype=torch.complex64))
-    refused("holds text", np.array([["a", "b"]]))
+    refused("contains text", np.array([["a", "b"]]))
     refused("rows of unequal shape", [[1.0, 2.0], [1.0]])
     refused("sparse", torch.eye(4).to_sparse())
     refused(r"x is empty \(shape \(0, 5\)\)", np.zeros((0, 5)))
     refused("takes .* axes", np.zeros(5))
     refused("layout vector takes", np.zeros((5, 3, 3)), layout="vector")
     refused("x has 40 samples but 39 labels", vectors(), np.zeros(39))
-    refused("labels hold NaN", vectors(), np.full(40, np.nan))
+    refused("labels contain NaN", vectors(), np.full(40, np.nan))
     refused("labels are given for train only", vectors(), np.arange(40) % 2, x_val=vectors())
     refused(r"x_val has samples of shape \(4,\)", vectors(), x_val=vectors(40, 4))
     refused("some splits are uint8", vectors(), x_val=np.zeros((5, 5), np.uint8))
@@ -527,7 +527,7 @@ def broken_files(folder):
     np.savez(folder / "objects.npz", x=np.array([Canary()], dtype=object))
     yield "objects.npz", "pickle"
     torch.save(Canary(), folder / "canary.pt")
-    yield "canary.pt", "holds more than tensors"
+    yield "canary.pt", "contains more than tensors"
     np.save(folder / "cut.npy", vectors())
     (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:-50])
     yield "cut.npy", "cut.npy"
@@ -540,7 +540,7 @@ def broken_files(folder):
     np.savez(folder / "names.npz", images=vectors(), other=vectors())
     yield "names.npz", "found images, other: name the arrays x and y"
     torch.save([1, 2, 3], folder / "list.pt")
-    yield "list.pt", "holds a list"
+    yield "list.pt", "contains a list"
     (folder / "empty.csv").write_text("")
     yield "empty.csv", "is empty"
     (folder / "header.csv").write_text("a,b\n")
@@ -588,7 +588,7 @@ def test_parquet_with_text(tmp_path):
     import pandas
 
     pandas.DataFrame({"a": [1.0, 2.0], "city": ["x", "y"]}).to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(AezooError, match="columns city hold no numbers"):
+    with pytest.raises(AezooError, match="columns city contain no numbers"):
         DataModule(str(tmp_path / "t.parquet"))
 
 
@@ -618,7 +618,7 @@ def test_parquet_of_several_kinds_of_numbers(tmp_path):
     for read in (lambda: DataModule(str(tmp_path / "d.parquet")), lambda: DataModule.from_arrays(frame)):
         with pytest.raises(AezooError, match="in 1 of 20 rows, the first is row 4, in 'c': fill or remove them"):
             read().setup()
-    with pytest.raises(AezooError, match="x: the columns 'b' hold no numbers: encode or drop them"):
+    with pytest.raises(AezooError, match="x: the columns 'b' contain no numbers: encode or drop them"):
         DataModule.from_arrays(frame.assign(b="text"))
 
 

@@ -110,7 +110,7 @@ def test_missing_files_are_named(tmp_path):
     (root / "ground_truth/dent/001_mask.png").unlink()
     refused("001_mask.png is missing: fetch the set again", root, "mvtec")
     (root / "train/dent").mkdir()
-    refused("holds dent beside good", root, "mvtec")
+    refused("contains dent beside good", root, "mvtec")
 
 
 def test_damaged_split_of_visa_is_refused(tmp_path):

@@ -198,7 +198,7 @@ def test_multi_image_file_reads_first_with_warning(tmp_path, suffix):
         first, *others = (Image.fromarray(np.full((8, 8), 40 * i + 9 * j, np.uint8)) for j in range(3))
         first.save(tmp_path / f"{i}.{suffix}", save_all=True, append_images=others)
     data = DataModule("folder", root=str(tmp_path), channels=1)
-    with pytest.warns(UserWarning, match="5 files hold several images, and the first alone is read"):
+    with pytest.warns(UserWarning, match="5 files contain several images, and the first alone is read"):
         data.setup()
 
 
@@ -411,7 +411,7 @@ def test_empty_missing_and_wrong_folders(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(AezooError, match="every file is broken"):
         DataModule("folder", root=str(tmp_path), on_error="skip")
-    refused("scale standard is not for image files", tmp_path, scale="standard")
+    refused("scale standard does not apply to image files", tmp_path, scale="standard")
 
 
 def test_empty_class_folders_warn(tmp_path):
@@ -419,7 +419,7 @@ def test_empty_class_folders_warn(tmp_path):
         pictures(tmp_path / name, 5)
     for name in (*"cdefg", ".git"):
         (tmp_path / name).mkdir()
-    with pytest.warns(UserWarning, match=r": 5 class folders hold no images: c, d, e, \.\.\.$"):
+    with pytest.warns(UserWarning, match=r": 5 class folders contain no images: c, d, e, \.\.\.$"):
         assert DataModule("folder", root=str(tmp_path)).num_classes == 2
 
 

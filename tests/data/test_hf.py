@@ -290,7 +290,7 @@ def test_columns_by_their_names(tmp_path):
     root, plain = saved(tmp_path / "set", {"train": rows}), {"val_fraction": 0, "test_fraction": 0}
     refused(r"2 column\(s\) of images, a, b: choose one with --data.column", root)
     refused(r"2 columns of classes, fine, coarse: choose one with --data.label_column", root, column="b")
-    refused("column 'text' holds neither", root, column="text")
+    refused("column 'text' contains neither", root, column="text")
     refused("column 'c' is not there: there are a, b", root, column="c")
     refused("no column of labels 'a'", root, column="b", label_column="a")
     data = DataModule("hf", root=root, column="b", label_column="fine", **plain)
@@ -339,7 +339,9 @@ def test_invalid_dataset_folders_are_refused(tmp_path):
     refused("cut cannot be read as a data set", root)
     refused("no column.* of images or arrays, text", saved(tmp_path / "text", {"train": table({"text": ["a"]})}))
     refused(
-        "scale standard is not for image files", saved(tmp_path / "x", {"train": pictures(images(4))}), scale="standard"
+        "scale standard does not apply to image files",
+        saved(tmp_path / "x", {"train": pictures(images(4))}),
+        scale="standard",
     )
 
 

@@ -28,14 +28,17 @@ def test_source_settings_cover_datamodule_settings():
     [
         (
             {"dictionary_atoms": 3},
-            "atoms 3 is not for mnist5k, but for synthetic_dictionary: drop it",
+            "atoms 3 does not apply to mnist5k, only to synthetic_dictionary: drop it",
         ),
-        ({"name": "array", "root": "x.npy", "column": "a"}, "for array, but for hf, stream: use --data.label_column"),
+        ({"name": "array", "root": "x.npy", "column": "a"}, "to array, only to hf, stream: use --data.label_column"),
         (
             {"name": "synthetic_dictionary", "size": 8},
-            "size 8 is not for synthetic_dictionary, but for mnist5k,",
+            "size 8 does not apply to synthetic_dictionary, only to mnist5k,",
         ),
-        ({"name": "activations", "of": "digits", "column": "a"}, "column a is not for activations, but for hf, stream"),
+        (
+            {"name": "activations", "of": "digits", "column": "a"},
+            "column a does not apply to activations, only to hf, stream",
+        ),
     ],
 )
 def test_setting_of_different_source_is_refused_with_suggestion(given, line):
@@ -45,7 +48,7 @@ def test_setting_of_different_source_is_refused_with_suggestion(given, line):
 
 
 def test_from_arrays_refuses_settings_of_other_sources():
-    with pytest.raises(AezooError, match="layer x is not for array"):
+    with pytest.raises(AezooError, match="layer x does not apply to array"):
         DataModule.from_arrays(torch.rand(20, 3), layer="x")
 
 
@@ -102,7 +105,9 @@ def test_plugin_accepts_all_or_its_declared_settings(factory, monkeypatch):
     if factory is Plain:
         assert DataModule("plugged", layout="vector", max_bytes=7).input_shape == (True, 7)
     else:
-        with pytest.raises(AezooError, match="layout vector is not for plugged, but for folder, array, hf, stream"):
+        with pytest.raises(
+            AezooError, match="layout vector does not apply to plugged, only to folder, array, hf, stream"
+        ):
             DataModule("plugged", layout="vector")
 
 
@@ -125,4 +130,4 @@ def test_config_with_all_data_settings_works_for_fit_and_verbs(tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         main(["fit", *run, "--data", "data.yaml", "--data.layer", "x"])
     assert end.value.code == 2
-    assert "--data.layer x is not for digits, but for activations: drop it" in capsys.readouterr().err
+    assert "--data.layer x does not apply to digits, only to activations: drop it" in capsys.readouterr().err

@@ -364,7 +364,7 @@ def test_invalid_or_missing_chunks_are_refused(tmp_path):
     ):
         index.write_text(change if isinstance(change, str) else json.dumps(change))
         refused(message, root)
-    refused("on_error skip is not for stream", root, on_error="skip")
+    refused("on_error skip does not apply to stream", root, on_error="skip")
 
 
 class Bomb:

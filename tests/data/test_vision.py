@@ -158,7 +158,7 @@ def test_mismatched_idx_files_are_refused(tmp_path):
     (home / "train-labels-idx1-ubyte").write_bytes(idx(np.full(60, 10, np.uint8)))
     refused("labels outside 0..9", "mnist", tmp_path)
     (home / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((60, 20, 20), np.uint8)))
-    refused("holds no 28 x 28 images", "mnist", tmp_path)
+    refused("contains no 28 x 28 images", "mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VISION_SETS])

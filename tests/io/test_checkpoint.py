@@ -297,7 +297,7 @@ def test_code_executing_file_is_refused(refused, tmp_path, monkeypatch, file, ho
         path.write_bytes(pickle.dumps({"state_dict": {}, "extra": Bomb(canary)}, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
-    refused(path, "is refused: it is damaged, or holds objects that could run code")
+    refused(path, "is refused: it is damaged, or contains objects that could run code")
     assert not canary.exists()
     if how != "pickle":
         torch.load(path, weights_only=False)

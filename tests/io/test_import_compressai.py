@@ -175,6 +175,7 @@ def with_old_names(state: dict[str, Tensor], list_names: bool) -> dict[str, Tens
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("list_names", [True, False])
 @pytest.mark.parametrize("name", ["bmshj2018-hyperprior", "cheng2020-attn"])
 def test_old_names_and_checkpoints_of_training_are_read(name, list_names, tmp_path):
@@ -325,7 +326,9 @@ class Unsafe:
 
 def test_code_in_a_file_is_refused(tmp_path, capsys):
     for content in (state_of("mbt2018") | {"more": Unsafe()}, {"state_dict": state_of("mbt2018"), "more": Unsafe()}):
-        with pytest.raises(aezoo.AezooError, match="is refused: it is damaged, or holds objects that could run code"):
+        with pytest.raises(
+            aezoo.AezooError, match="is refused: it is damaged, or contains objects that could run code"
+        ):
             aezoo.import_model(saved(tmp_path, content))
     (tmp_path / "plain.pth.tar").write_bytes(pickle.dumps(Unsafe(), 2))
     with pytest.raises(aezoo.AezooError, match="is refused"):

@@ -100,6 +100,7 @@ def statistics(*shape):
     return {"latents_mean": values, "latents_std": values, "scaling_factor": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1,), (64, 1, 1), (64, 4, 4)])
 def test_statistics_of_codes_are_read_from_the_weights(tmp_path, shape):
     """Those of published models have as many values as a code, in the config too, which is then large."""
@@ -199,6 +200,7 @@ def test_weights_in_several_files(tmp_path):
     assert re.search(r"weights from \d+ files, ", imported.notes[0])
 
 
+@pytest.mark.slow
 def test_half_precision_variant_and_pickled_weights(tmp_path):
     net = small()
     net.half().save_pretrained(tmp_path / "half", variant="fp16")
@@ -223,6 +225,7 @@ def pipeline(folder, net, name="vae", **others):
     (folder / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", type(net).__name__]}))
 
 
+@pytest.mark.slow
 def test_autoencoder_of_a_pipeline_is_found(tmp_path):
     net = small(scaling_factor=0.3, shift_factor=0.1)
     pipeline(tmp_path, net, safety_checker=[None, None], requires_aesthetics_score=False)
@@ -270,6 +273,7 @@ def test_addresses_with_subfolder_and_revision(hub, tmp_path):
 # ---- codes for diffusion models --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "scaled"),
     [
@@ -332,7 +336,7 @@ def test_single_file_of_other_kinds_needs_its_config(tmp_path, kind):
     x = images(1, (3, 16, 16))
     assert_same(aezoo.load_model(tmp_path / "other.safetensors"), net, x)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(AezooError, match=f"holds weights of {kind}, .* put its config.json beside it") as refusal:
+    with pytest.raises(AezooError, match=f"contains weights of {kind}, .* put its config.json beside it") as refusal:
         aezoo.import_model(tmp_path / "other.safetensors")
     assert "\n" not in str(refusal.value)
 
@@ -545,7 +549,7 @@ def test_wrong_indices_and_missing_files_are_refused(tmp_path):
     refused("has no no.safetensors, which its index names")
     index.write_text(json.dumps({"weight_map": places}))
     shutil.copy(tmp_path / one, tmp_path / other)
-    refused("holds .* a second time")
+    refused("contains .* a second time")
     index.unlink()
     for name in {*places.values()}:
         (tmp_path / name).unlink()

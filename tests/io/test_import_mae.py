@@ -188,5 +188,5 @@ def test_settings_of_a_script_are_values_and_never_code(tmp_path):
     # of 16 patches theirs leaves int(16 x 0.4) = 6 visible
     assert model.hparams["norm_pix"] and model.masked == 10
     torch.save({"model": state, "args": argparse.Namespace(lr=Bomb())}, tmp_path / "x.pth", pickle_module=pickle)
-    with pytest.raises(aezoo.AezooError, match="holds objects that could run code"):
+    with pytest.raises(aezoo.AezooError, match="contains objects that could run code"):
         aezoo.import_model(tmp_path / "x.pth")

@@ -114,7 +114,7 @@ def test_networks_that_are_code_are_never_run(tmp_path, monkeypatch):
     (folder / "encoders.pkl").write_bytes(pickle.dumps(Bomb()))
     assert_refused(folder, "it has networks of its own .* never run")
     FOLDERS.write("MVTCAE", folder, pickled={"model_state_dict": Bomb()})
-    assert_refused(folder, "holds objects that could run code")
+    assert_refused(folder, "contains objects that could run code")
     assert not (tmp_path / "executed").exists()
 
 
@@ -176,7 +176,7 @@ def test_wrong_settings_are_refused(tmp_path, case, settings, message):
             {"encoders.label.layers.1.0.weight": torch.ones(512, 8)},
             "encoders.label.layers.1.0 has the shapes",
         ),
-        ("MVTCAE", {"decoders.label.layers.1.0.bias": torch.full((3,), math.nan)}, "holds NaN or infinite values"),
+        ("MVTCAE", {"decoders.label.layers.1.0.bias": torch.full((3,), math.nan)}, "contains NaN or infinite values"),
         ("MVTCAE", {"encoders.image.layers.0.0.bias": torch.ones(())}, "encoders.image.layers.0.0 has the shapes"),
         ("MVTCAE", {"joint_encoder.fc1.bias": torch.ones(3)}, "joint_encoder.fc1.bias is unknown"),
     ],

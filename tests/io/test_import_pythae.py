@@ -167,7 +167,7 @@ def test_networks_that_are_code_are_never_run(tmp_path, monkeypatch, part):
     (folder / f"{part}.pkl").write_bytes(pickle.dumps(Bomb()))
     assert_refused(folder, f"its {part} is not pythae's default but code, {part}.pkl, which is never run")
     FOLDERS.write("VAE_mse", folder, pickled={"model_state_dict": Bomb()})
-    assert_refused(folder, "holds objects that could run code")
+    assert_refused(folder, "contains objects that could run code")
     assert not (tmp_path / "executed").exists()
 
 
@@ -227,7 +227,7 @@ def test_wrong_settings_are_refused(tmp_path, case, settings, message):
         ("VAE_mse", {"encoder.log_var.weight": torch.ones(4, 512)}, "encoder.log_var has the shapes"),
         ("VAE_mse", {"encoder.layers.0.0.bias": torch.ones(())}, "encoder.layers.0.0 has the shapes"),
         ("VAE_mse", {"encoder.embedding.bias": torch.ones(1)}, "encoder.embedding has the shapes"),
-        ("VAE_mse", {"decoder.layers.1.0.bias": torch.full((20,), math.nan)}, "holds NaN or infinite values"),
+        ("VAE_mse", {"decoder.layers.1.0.bias": torch.full((20,), math.nan)}, "contains NaN or infinite values"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.ones(20, dtype=torch.long)}, "int64, not floating-point"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.ones(1).expand(20)[:0]}, "decoder.layers.1.0 has the shapes"),
         ("VAE_mse", {"decoder.layers.1.0.bias": 3}, "is a int and no tensor"),
@@ -253,7 +253,8 @@ def test_wrong_weights_are_refused(tmp_path, case, change, message):
 def test_content_of_other_kinds_is_refused(tmp_path):
     for pickled in ([1, 2], {"model_state_dict": [1]}, {"model_state_dict": {3: torch.ones(1)}}):
         assert_refused(
-            FOLDERS.write("VAE_mse", tmp_path, pickled=pickled), "holds no weights by their names|there is no decoder"
+            FOLDERS.write("VAE_mse", tmp_path, pickled=pickled),
+            "contains no weights by their names|there is no decoder",
         )
     (tmp_path / "model.pt").write_bytes(b"\x80\x02damaged")
     assert_refused(tmp_path, "damaged")

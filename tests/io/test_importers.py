@@ -47,7 +47,7 @@ def test_some_tensors_are_read_by_their_names(tmp_path):
         found = source.some_tensors(name, ("a",))
         assert found.keys() == {"a"} and torch.equal(found["a"], WEIGHTS["a"])
     assert source.keys("list.pt") == ()
-    with pytest.raises(aezoo.AezooError, match="holds no weights by their names"):
+    with pytest.raises(aezoo.AezooError, match="contains no weights by their names"):
         source.some_tensors("list.pt", ("",))
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 100)
     for read in (WeightSource(tmp_path).keys, lambda name: WeightSource(tmp_path).some_tensors(name, ("",))):
@@ -114,12 +114,12 @@ def npz_of_zeros():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.pt", pickle.dumps(Bomb(), 2), "damaged, or holds objects"),
+        ("x.pt", pickle.dumps(Bomb(), 2), "damaged, or contains objects"),
         ("x.npz", npz_of_object(), "cannot read"),
         ("x.npz", npz_of_zeros(), "would unpack to 64 MiB"),
         ("x.safetensors", b"\xff" * 100, "cannot read"),
         ("x.json", b"[" * 100_000, "cannot read"),
-        ("x.json", b"[]", "holds a list"),
+        ("x.json", b"[]", "contains a list"),
         ("x.json", b" " * (2**24 + 1), "more than"),
     ],
 )

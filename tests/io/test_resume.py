@@ -151,6 +151,7 @@ def test_python_fits_refuse_other_data_and_tests_take_them(sets, tmp_path):
     trainer.test(model, other, ckpt_path="end.ckpt", weights_only=True, verbose=False)
 
 
+@pytest.mark.slow
 def test_run_without_its_config_is_not_continued(sets, capsys):
     fit_to("a", "--trainer.gradient_clip_val=0.5")
     config = Path("runs/vae-x/0/config.yaml")

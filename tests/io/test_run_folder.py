@@ -199,7 +199,7 @@ def test_a_run_moved_while_it_trains_goes_on_there(monkeypatch, capsys, hook):
     links = []
     monkeypatch.setattr(run_folder.atexit, "register", lambda *call: links.append(call))
     fit_while(monkeypatch, hook, lambda: RUN.rename(ELSEWHERE))
-    assert f"{RUN.absolute()} was moved to {ELSEWHERE.absolute()}, where the run goes on" in capsys.readouterr().err
+    assert f"{RUN.absolute()} was moved to {ELSEWHERE.absolute()}, where the run continues" in capsys.readouterr().err
     ((remove, link),) = [call for call in links if call[0] is run_folder._remove_link]
     assert link.is_symlink() and link == RUN.absolute()
     remove(link)

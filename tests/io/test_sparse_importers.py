@@ -242,7 +242,7 @@ WRONG_WEIGHTS = [
     ("sae_lens_standard", S, {"W_dec": torch.ones(N, 7)}, r"the decoder has shape \(10, 7\)"),
     ("sae_lens_standard", S, {"W_enc": torch.ones(6)}, "must be matrices"),
     ("sae_lens_standard", S, {"b_dec": torch.ones(7)}, "the decoder's bias has shape"),
-    ("sae_lens_standard", S, {"b_enc": torch.ones(N, dtype=torch.long)}, "b_enc holds int64"),
+    ("sae_lens_standard", S, {"b_enc": torch.ones(N, dtype=torch.long)}, "b_enc contains int64"),
     ("sae_lens_standard", S, {"b_enc": torch.full((N,), torch.nan)}, "NaN or infinite"),
     ("sae_lens_standard", S, {"W_enc": torch.ones(0, N), "W_dec": torch.ones(N, 0), "b_dec": torch.ones(0)}, "have 0"),
     ("sae_lens_jumprelu", S, {"threshold": None}, "there is no threshold"),
@@ -333,8 +333,8 @@ def test_wrong_configurations_are_refused(tmp_path, case, file, settings, messag
     [
         ("sae_lens_standard", "cfg.json", b"{", "cannot read .*cfg.json"),
         ("sae_lens_standard", S, b"\xff" * 64, "cannot read .*sae_weights"),
-        (f"{D}AutoEncoder", "ae.pt", pickle.dumps(Bomb(), 2), "damaged, or holds objects"),
-        ("openai_relu", "6.pt", pickle.dumps(Bomb(), 2), "damaged, or holds objects"),
+        (f"{D}AutoEncoder", "ae.pt", pickle.dumps(Bomb(), 2), "damaged, or contains objects"),
+        ("openai_relu", "6.pt", pickle.dumps(Bomb(), 2), "damaged, or contains objects"),
         ("gemma_scope", "params.npz", b"PK\x03\x04" + b"\0" * 90, "damaged|cannot read"),
     ],
 )

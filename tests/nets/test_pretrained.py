@@ -44,14 +44,14 @@ def test_missing_and_broken_weights_name_the_cure(tmp_path: Path) -> None:
     file = cached_file("resnet18")
     file.write_bytes(b"no weights")
     with pytest.raises(
-        AezooError, match=rf"resnet18-\w+\.pth holds no weights of resnet18 \(\w+\): remove it and {cure}"
+        AezooError, match=rf"resnet18-\w+\.pth contains no weights of resnet18 \(\w+\): remove it and {cure}"
     ):
         load(net, "resnet18")
     torch.save(nn.Linear(2, 4).state_dict(), file)
     with pytest.raises(AezooError, match=r"\(RuntimeError\): remove it and fetch") as refused:
         load(net, "resnet18")  # of another shape, which says so in many lines
     assert "\n" not in str(refused.value)
-    for content, said in ((None, "no weights of a line in"), (b"", r"holds no weights of a line \(\w+\)")):
+    for content, said in ((None, "no weights of a line in"), (b"", r"contains no weights of a line \(\w+\)")):
         own = tmp_path / "own.pth"
         if content is not None:
             own.write_bytes(content)

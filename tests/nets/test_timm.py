@@ -210,7 +210,7 @@ def test_file_without_all_weights_is_refused(tmp_path: Path) -> None:
         ({"a": torch.zeros(1)}, "it lacks conv1"),
         (state | {"layer2.0.conv1.weight": torch.zeros(1)}, "size mismatch"),
         (state | {"layer2.0.conv1.weight": "text"}, "is a str and no tensor"),
-        (torch.zeros(3), "holds a Tensor"),
+        (torch.zeros(3), "contains a Tensor"),
     ):
         torch.save(content, file)
         with pytest.raises(aezoo.AezooError, match=message) as raised:

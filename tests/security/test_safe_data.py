@@ -110,8 +110,8 @@ def test_parquet_columns_that_expand_are_refused_unread(kind):
         with pytest.raises(AezooError) as error:
             read_arrays(Path("x.parquet"), max_bytes=10**7, label_column=label)
         said.append(str(error.value))
-    assert "the columns b hold no numbers" in said[0]
-    assert ("holds lists" if kind == "lists" else "are no names of classes") in said[1]
+    assert "the columns b contain no numbers" in said[0]
+    assert ("contains lists" if kind == "lists" else "are no names of classes") in said[1]
     assert pool.bytes_allocated() - before < 10**7
 
 

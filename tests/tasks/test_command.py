@@ -130,7 +130,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
 def test_differently_scaled_data_are_reported(run, tmp_path, caplog, verb):
     with np.load(run.parents[2] / "data.npz") as file:
         np.savez(tmp_path / "new.npz", x=2 * file["x"], y=file["y"])
-    words = "values are scaled by what its own training split holds"
+    words = "values are scaled by what its own training split contains"
     for flags, said in ([], False), (["--data", str(tmp_path / "new.npz")], True):
         caplog.clear()
         place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
@@ -463,7 +463,7 @@ def test_input_file_settings_keep_training_data_available(run, tmp_path, capsys)
     command = ["detect", "--ckpt_path", str(run), "--input", str(tmp_path / "x.npy"), f"--out={tmp_path / 'out'}"]
     main([*command, "--data.on_error", "skip"])
     assert "not available" not in capsys.readouterr().err
-    assert "--data.on_error skip is not for array" in refused(capsys, *command[:3], "--data.on_error", "skip")
+    assert "--data.on_error skip does not apply to array" in refused(capsys, *command[:3], "--data.on_error", "skip")
 
 
 @pytest.mark.slow

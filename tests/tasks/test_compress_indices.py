@@ -534,7 +534,7 @@ def test_mismatched_modes_are_refused(held, tmp_path):
     _, other = written(nothing, torch.rand(4, 2, 3), tmp_path / "other", mode="lossy")
     head, rest = take_apart(other.read_bytes())
     for mode, frames in (("indices", rest), ("prior", rest[1:])):
-        assert "has no such thing" in refusal(nothing, other, put_together(head | {"mode": mode}, frames))
+        assert "does not use" in refusal(nothing, other, put_together(head | {"mode": mode}, frames))
 
 
 @pytest.mark.slow

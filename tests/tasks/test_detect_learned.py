@@ -380,7 +380,7 @@ def test_resnet_features_resize_and_normalise_images(channels, tmp_path, monkeyp
     pooled = nn.functional.adaptive_avg_pool2d(seen["features"], (1, 2)).flatten(1)
     assert torch.allclose(frozen(x), pooled, atol=1e-5)
     (tmp_path / "checkpoints" / name).write_bytes(b"no weights")
-    with pytest.raises(AezooError, match="holds no weights of resnet18"):
+    with pytest.raises(AezooError, match="contains no weights of resnet18"):
         FrozenFeatures("resnet18", (channels, 8, 8))
 
 

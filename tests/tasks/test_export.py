@@ -219,6 +219,7 @@ def test_program_holds_its_metadata(tmp_path):
     assert scope["is_anomaly"].dtype == torch.bool and scope["score"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_weights_beside_a_large_graph(tmp_path, monkeypatch):
     """A protobuf holds 2 GiB; beyond, the weights lie in a file of their own, which keeps its name."""
     monkeypatch.setattr(graphs, "_LARGE", 0)
@@ -376,6 +377,7 @@ def coarse(function, given):
     return ((given - function._offset) / function._factor).half().float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [unscaled, coarse])
 def test_file_that_gives_other_values_is_not_written(tmp_path, monkeypatch, scaled):
     model = aezoo.create_model("dense_ae", (6,), latent_dim=2, likelihood="gaussian")

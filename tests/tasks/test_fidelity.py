@@ -234,7 +234,7 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
 def test_broken_weights_of_inception_are_named_in_one_line(stored, content):
     stored.write_bytes(content)
     with pytest.raises(
-        AezooError, match=rf"{stored.name} holds no weights of inception_v3 \(\w+\): remove it"
+        AezooError, match=rf"{stored.name} contains no weights of inception_v3 \(\w+\): remove it"
     ) as caught:
         fidelity_features.choose_features(SampleSet.from_data(torch.rand(5, 3, 8, 8)), torch.device("cpu"), 0, False)
     assert "\n" not in str(caught.value)

@@ -227,7 +227,7 @@ def test_equal_training_samples_generate_same_sample(dense, prior):
         ({"traverse": True, "fit_on": None}, "walks start from samples: give x"),
         ({"around": torch.rand(1, 1, 8, 8), "fit_on": None}, "two at least: give them as fit_on"),
         ({"traverse": True, "fit_on": torch.rand(1, 1, 8, 8)}, "two at least: give them as fit_on"),
-        ({"interpolate": True, "fit_on": torch.rand(1, 1, 8, 8)}, "needs two samples at least, x holds one"),
+        ({"interpolate": True, "fit_on": torch.rand(1, 1, 8, 8)}, "needs two samples at least, x contains one"),
         ({"interpolate": True, "circle": True}, "has no prior: leave it out"),
         ({"circle": True}, "ask for interpolate as well"),
         ({"quality": 5, "fit_on": torch.rand(1, 1, 8, 8)}, "two training samples at least"),

@@ -94,7 +94,7 @@ def test_interrupted_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch, ca
             with pytest.raises(SystemExit):
                 main(command(verb, out))
         assert [path.name for path in out.iterdir()] == [f".{verb}"]
-        assert f"the same command goes on with what is in {out / f'.{verb}'}" in capsys.readouterr().err
+        assert f"the same command continues from what is in {out / f'.{verb}'}" in capsys.readouterr().err
         with monkeypatch.context() as patch:
             seen = counted(patch)
             main(command(verb, out))

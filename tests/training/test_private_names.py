@@ -21,11 +21,13 @@ def test_private_name_exists_in_installed_library(entry):
         pytest.fail(f"{error}, which {files} uses: {entry.why}. Without it: {entry.without}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
 def test_entry_lists_files_using_the_name(entry):
     assert entry.files == scan.files_of(entry.name), "run python tests/private_name_scan.py --write"
 
 
+@pytest.mark.slow
 def test_every_used_private_name_is_listed():
     assert not scan.unlisted(), "use a public name, or add an entry to aezoo/training/private_names.py"
 

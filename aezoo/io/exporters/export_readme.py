@@ -89,7 +89,7 @@ def section(name: str, metadata: Mapping[str, str], checked: str) -> str:
         name_and_type = f"`{part['name']}` | {part['dtype']} | {_shape(part['shape'])}"
         lines.append(f"| output | {name_and_type} | {_meaning(part['name'], metadata)} |")
     if not is_graph:
-        lines += ["", f"The file holds the {metadata['function']} weights alone, no graph: {_scaling(metadata)}."]
+        lines += ["", f"The file contains the {metadata['function']} weights alone, no graph: {_scaling(metadata)}."]
     elif "data_units" in metadata:
         lines += ["", f"Values are as in the data that the model was trained on: {_scaling(metadata)} inside."]
     else:

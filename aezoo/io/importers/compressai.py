@@ -112,7 +112,7 @@ def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         for pattern, new in _RENAMED:
             key = re.sub(pattern, new, key)
         if key in renamed:
-            raise AezooError(f"{what} holds {key} under two names: download it again")
+            raise AezooError(f"{what} contains {key} under two names: download it again")
         renamed[key] = value
     return renamed
 

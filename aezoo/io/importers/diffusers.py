@@ -66,7 +66,7 @@ def read(source: WeightSource) -> Imported:
     for file in files:
         part = source.tensors(file)
         if twice := sorted(state.keys() & part.keys()):
-            raise AezooError(f"{source.label(file)} holds {twice[0]} a second time: download the files again")
+            raise AezooError(f"{source.label(file)} contains {twice[0]} a second time: download the files again")
         state |= part
     model = host(name, arguments, state, source.label(files[0]))
     of = f"the {folder.rstrip('/')} of a pipeline of " if folder else ""
@@ -329,7 +329,7 @@ def _read_single(source: WeightSource) -> Imported:
     what = source.label(file)
     if kind := _needs_config(source.keys(file)):
         raise AezooError(
-            f"{what} holds weights of {kind}, which do not tell its arguments: put its config.json beside it"
+            f"{what} contains weights of {kind}, which do not tell its arguments: put its config.json beside it"
         )
     state = source.some_tensors(file, ("",))
     if (

@@ -168,6 +168,6 @@ def fill(net: nn.Module, layers: Sequence[Layer]) -> None:
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     for module, (weight, bias) in zip(linear, layers, strict=True):
         if module.weight.shape != weight.shape:  # copy_ would broadcast
-            raise ValueError(f"a layer of {tuple(module.weight.shape)} cannot hold {tuple(weight.shape)}")
+            raise ValueError(f"a layer of {tuple(module.weight.shape)} cannot contain {tuple(weight.shape)}")
         module.weight.copy_(weight)
         module.bias.copy_(bias)

@@ -355,7 +355,7 @@ def _vq_vae(folder: _Folder) -> Autoencoder:
 
 def _rae_l2(folder: _Folder) -> Autoencoder:
     folder.open()
-    folder.notes.append("the loss holds the term l2, which pythae leaves to the decoder's weight decay")
+    folder.notes.append("the loss contains the term l2, which pythae leaves to the decoder's weight decay")
     beta, weight = folder.settings.number("embedding_weight", 1e-4), folder.settings.number("reg_weight", 1e-7) / 2
     return folder.ae("rae", beta=beta, regulariser="l2", regulariser_weight=weight)
 

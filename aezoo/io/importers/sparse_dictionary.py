@@ -294,10 +294,10 @@ def float_tensors(
     for name, tensor in found.items():
         if tensor.dtype not in _WIDTHS:
             raise AezooError(
-                f"{label}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
+                f"{label}: {name} contains {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers"
             )
         if not bool(tensor.isfinite().all()):
-            raise AezooError(f"{label}: {name} holds NaN or infinite values: the file is damaged")
+            raise AezooError(f"{label}: {name} contains NaN or infinite values: the file is damaged")
     return {name: tensor.float() for name, tensor in found.items()}
 
 

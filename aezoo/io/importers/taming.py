@@ -104,7 +104,7 @@ def _prefix(keys: Iterable[str], what: str) -> str:
     found = sorted({key.removesuffix(_MARK) for key in keys if key.endswith(_MARK)})
     chosen = [prefix for prefix in ("", "first_stage_model.", "vae.") if prefix in found] or found
     if len(chosen) > 1 and "" not in chosen and len(found) > 1 and "first_stage_model." not in found:
-        raise AezooError(f"{what} holds several autoencoders: {', '.join(found)}")
+        raise AezooError(f"{what} contains several autoencoders: {', '.join(found)}")
     return chosen[0]
 
 
@@ -132,7 +132,7 @@ def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         for pattern, new in _NAMES:
             key = re.sub(pattern, new, key)
         if key in renamed:
-            raise AezooError(f"{what} holds {key} under two names: download it again")
+            raise AezooError(f"{what} contains {key} under two names: download it again")
         renamed[key] = value
     return renamed
 

@@ -290,8 +290,8 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
             )
         if value.is_floating_point() and found.dtype not in _FLOATS:
             raise AezooError(
-                f"{what} holds {key} as {str(found.dtype).removeprefix('torch.')}, whose scale is not in it: take the "
-                "file in float32, float16 or bfloat16"
+                f"{what} contains {key} as {str(found.dtype).removeprefix('torch.')}, whose scale is not in it: take "
+                "the file in float32, float16 or bfloat16"
             )
         with torch.no_grad():
             value.copy_(found)

@@ -39,4 +39,4 @@ def cached_weights(name: str, alternative: str, file: Path | None = None) -> Ite
         yield torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can end in any error
         reason = type(error).__name__
-        raise AezooError(f"{file} holds no weights of {name} ({reason}): {broken}, or {alternative}") from error
+        raise AezooError(f"{file} contains no weights of {name} ({reason}): {broken}, or {alternative}") from error

@@ -307,7 +307,7 @@ def _build(
         raise AezooError(f"timm cannot build {description.name}: {_brief(error)}") from error
     if pretrained and (absent := missing(net)):
         where = file or "what timm has downloaded"
-        raise AezooError(f"{where} holds no weights of {description.name}: it lacks {', '.join(absent[:3])}")
+        raise AezooError(f"{where} contains no weights of {description.name}: it lacks {', '.join(absent[:3])}")
     return net
 
 
@@ -366,7 +366,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     for key in _NESTED:
         found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
     if not isinstance(found, dict):
-        raise AezooError(f"{file} holds a {type(found).__name__} in place of named tensors")
+        raise AezooError(f"{file} contains a {type(found).__name__} in place of named tensors")
     state = weights.check_tensors(found, file, "a network of timm")
     if mae_layout.is_of_transformers(state):
         state = mae_layout.to_original(state)

@@ -360,7 +360,7 @@ class CompressionRun:
         title = self.title and "encode"
         for start, batch in self.passes.blocks(samples, self.batch_size, self.seed, title, (limits,)):
             if not bool(batch.isfinite().all()):
-                raise AezooError("the data hold NaN or infinite values: clean them first")
+                raise AezooError("the data contain NaN or infinite values: clean them first")
             codes[start : start + len(batch)] = encode(batch)
             release(codes)
             limits.add(batch)

@@ -248,7 +248,7 @@ class Reader:
             raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress makes them")
         if sum(counts) != self.header.n:
             raise AezooError(
-                f"{path} is refused: it says that it holds {self.header.n} samples, its parts {sum(counts)}"
+                f"{path} is refused: it says that it contains {self.header.n} samples, its parts {sum(counts)}"
             )
         if self.header.own_sizes and any(math.prod(frame.shape) > MAX_PICTURE for frame in frames):
             raise AezooError(f"{path} is refused: a picture would have more than {MAX_PICTURE:,} values")

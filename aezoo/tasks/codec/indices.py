@@ -91,7 +91,7 @@ def model_codebooks(model: DiscreteAutoencoder) -> list[IndexCodebook]:
     ]
     if not np.array_equal(np.sort(np.concatenate([codebook.columns for codebook in codebooks])), np.arange(d)):
         raise AezooError(
-            f"the codebooks of {display_name(type(model))} must hold each index of a sample once: mend its `codebooks`"
+            f"the codebooks of {display_name(type(model))} must hold each index of a sample once: fix its `codebooks`"
         )
     return codebooks
 

@@ -237,7 +237,7 @@ class PictureRun(CompressionRun):
         for i, x in self.passes.blocks(self.samples, 1, self.seed, self.title and title, (limits, *totals)):
             _check_size(x)
             if not bool(x.isfinite().all()):
-                raise AezooError("the data hold NaN or infinite values: clean them first")
+                raise AezooError("the data contain NaN or infinite values: clean them first")
             limits.add(x)
             yield i, self._model(tuple(x.shape[1:])), x
 

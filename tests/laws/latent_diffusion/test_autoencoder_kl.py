@@ -130,6 +130,7 @@ def test_lpips_matches_torchmetrics(channels: int, hub: Path, monkeypatch: pytes
     torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "network"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
 def test_smaller_networks_of_lpips_match_torchmetrics(
     kind: str, network: str, hub: Path, monkeypatch: pytest.MonkeyPatch

@@ -346,6 +346,7 @@ def test_first_step_of_consistency_is_compared_with_the_sample(monkeypatch: Any)
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_consistency_decoder_draws_what_diffusers_draws(tmp_path: Path) -> None:
     net, x = stored(CONSISTENCY, tmp_path), images()

@@ -175,7 +175,7 @@ def test_vgg_weights_load_from_any_path_others_are_refused(hub: Any, tmp_path: P
     x = images().float()
     assert (PerceptualVAE(SHAPE, features=str(file), hidden_dims=(4,)).nll(x, x) > 0).all()
     torch.save({"a": x}, file)
-    with pytest.raises(aezoo.AezooError, match="holds no weights of a VGG network"):
+    with pytest.raises(aezoo.AezooError, match="contains no weights of a VGG network"):
         PerceptualVAE(SHAPE, features=str(file), hidden_dims=(4,)).nll(x, x)
     with pytest.raises(
         aezoo.AezooError, match=r"no weights of a VGG network in .*: give another path, or take features random$"

@@ -128,7 +128,7 @@ FEWER = {
 
 
 # a setting of another source
-OF_OTHERS = "is not for digits, but for"
+OF_OTHERS = "does not apply to digits, only to"
 
 
 def constructors():

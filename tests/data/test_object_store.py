@@ -342,7 +342,7 @@ def test_chunk_that_is_written_anew_is_refused(tmp_path, bucket):
     client, name = bucket
     size = (tmp_path / "set" / "chunk-0-2.bin").stat().st_size
     client.put_object(Bucket=name, Key="set/chunk-0-2.bin", Body=bytes(size))
-    refused(f"{address}/chunk-0-2.bin cannot be read: it has been written anew", lambda: data.tensors("train"))
+    refused(f"{address}/chunk-0-2.bin cannot be read: it has been written again", lambda: data.tensors("train"))
     before, after = data.identity, remote(address, **ALL).identity
     assert before != DataModule("stream", root=str(tmp_path / "set"), **ALL).identity == after or before == after
 

@@ -59,11 +59,12 @@ def of_models():
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in SLOW_REPRESENTATIVE
-                # all are compiled by inductor in a run of the promises
-                if check is testing.check_compile and name not in SLOW_REPRESENTATIVE and not promises.is_recording():
+                # all are compiled, by inductor too, and written as ONNX in a run of the promises
+                all_graphs = name in SLOW_REPRESENTATIVE or promises.is_recording()
+                if check in (testing.check_compile, testing.check_onnx) and not all_graphs:
                     continue
                 # check_onnx includes it; those of dense_ae are the graphs of the default run
-                if check is testing.check_export and name != "dense_ae":
+                if check is testing.check_export and all_graphs and name != "dense_ae":
                     continue
                 # of those it takes long to overfit, too
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")

@@ -69,11 +69,11 @@ def test_runs_are_measured_and_continued(mnist, tmp_path, monkeypatch):
     argv = ["mnist_vae", "--root", str(mnist), "--keep", str(tmp_path / "kept"), "--results", str(tmp_path)]
     rows = []
     for _ in range(2):
-        published.main([*argv, "--seconds", "5"])
+        published.main([*argv, "--seconds", "15"])
         (path,) = tmp_path.glob("published-*.csv")
         commands, (row,) = common.read_csv(path)
         assert not row["error"] and row["data"] == published.DRAWN_ONCE
-        assert commands == ["python -m benchmarks.published mnist_vae --root FOLDER --seconds 5"]
+        assert commands == ["python -m benchmarks.published mnist_vae --root FOLDER --seconds 15"]
         assert float(row["reached"]) == float(row["test/log_likelihood"]) < -100
         rows.append((int(row["epochs"]), float(row["cpu_seconds"])))
     assert 0 < rows[0][0] < rows[1][0] <= 500 and rows[0][1] < rows[1][1]

@@ -10,7 +10,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from representative_models import others_slow
+from representative_models import SLOW_REPRESENTATIVE, others_slow
 from scipy.special import kl_div
 from scipy.stats import betabinom, false_discovery_control, loguniform, randint, spearmanr
 from sklearn.base import clone
@@ -80,6 +80,7 @@ def test_supervised_models_use_labels(digits):
     assert model.classes_.tolist() == list(range(10))
     guessed = model.transform(X)[:, 4:].argmax(1)  # a code is [z, one-hot y]
     assert (guessed == y)[half < 0].mean() > 0.85
+    settings["max_epochs"] = 2
     named = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, names[y])
     whole = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, y)
     assert named.classes_.tolist() == names.tolist()
@@ -594,8 +595,8 @@ def test_partial_fit_uses_current_learning_rate():
     assert np.abs(model.transform(X) - before).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", others_slow(aezoo.list_models()))
-def test_every_zoo_model_works_as_estimator(name):
+@pytest.mark.parametrize("name", others_slow(SLOW_REPRESENTATIVE))
+def test_models_of_each_kind_work_as_estimators(name):
     X = load_digits().data[:40]
     model = AutoencoderTransformer(name, 32, sample_shape=(1, 8, 8), max_epochs=1, random_state=0).fit(X)
     found = model.transform(X)

@@ -128,7 +128,7 @@ def test_missing_runtime_says_how_to_get_it(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "empty.tgz", "w:gz"):
         pass
     for name in ("other.tgz", "empty.tgz", "none.tgz"):
-        with pytest.raises(AezooError, match=f"{name} does not hold ort"):
+        with pytest.raises(AezooError, match=f"{name} does not contain ort"):
             onnxruntime_web.locate(tmp_path / name)
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'no network' >&2; exit 1\n")

@@ -63,7 +63,7 @@ def test_figures_show_in_a_notebook_and_need_samples(model, frame):
     )
     noisy = aezoo.denoise(model, frame, n_shown=0)
     assert noisy.rows == [] and list(noisy.table) == ["method", "mse", "psnr", "setting"] and len(noisy.table) == 1
-    with pytest.raises(AezooError, match="ask for some with n_shown"):
+    with pytest.raises(AezooError, match="n_shown is 0, so there are no samples to draw"):
         _ = aezoo.reconstruct(model, frame, n_shown=0).figure
     with pytest.raises(AezooError, match="n must be at least 1"):
         aezoo.show(frame, n=0)

@@ -485,7 +485,7 @@ def test_port_in_use_is_reported(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert (
         done.returncode == 2
-        and line.startswith(f"aezoo: port {port} of 127.0.0.1 is in use")
+        and line.startswith(f"aezoo: port {port} of 127.0.0.1, at which the processes connect, is in use")
         and "set MASTER_PORT" in line
     )
     assert "Traceback" not in done.stderr

@@ -1,22 +1,20 @@
-"""Play the first hour of five users with all defaults, and print what they meet: a CSV with one figure a row.
+"""Run what five users do in their first hour, with all defaults: a CSV with one figure per row.
 
     python -m benchmarks.first_hour                         all five
-    python -m benchmarks.first_hour --users table series    these alone
+    python -m benchmarks.first_hour --users table series    only these
     python -m benchmarks.first_hour --package ../before     another checkout of aezoo, into the column `before`
-    python -m benchmarks.first_hour --page                  write docs/design/first_hour.md from the CSV alone
+    python -m benchmarks.first_hour --page                  only write docs/design/first_hour.md from the CSV
 
-    student       trains the article's network on digits, and a model on threes alone, and looks for other digits
-    photographs   trains a convolutional VAE on 480 small photographs, and looks for photographs with a damaged square
-    table         trains a VAE on a table in its own units, and looks for ill patients; the same in scikit-learn
-    series        trains a VAE on windows of a time series, and looks for bursts
-    researcher    takes another network, writes a model of their own that leaves out what the contract asks for, and
-                  opens TensorBoard
+    student       trains the article's network on digits, and a model on threes only, and detects other digits
+    photographs   trains a convolutional VAE on 480 small photographs, and detects photographs with a damaged square
+    table         trains a VAE on a table that is not scaled, and detects ill patients; the same in scikit-learn
+    series        trains a VAE on windows of a time series, and detects bursts
+    researcher    uses another network, writes a plug-in that lacks attributes of the base class, and opens TensorBoard
 
-Users give commands of `aezoo` and calls of `aezoo.sklearn`, without a setting that is not part of their question. AUROC
-is of anomalies against normal samples that the model has not seen; `flagged` is the share of these normal samples above
-the default threshold, for which 10 % were asked, with the interval in which it lies with a probability of 95 % if the
-held-out samples that it was set by are like the new ones. `AUROC, nll` and `AUROC, mse` are those of --score nll and
-mse.
+Users run commands of `aezoo` and call `aezoo.sklearn`, with no other settings than their task needs. AUROC compares
+anomalies with normal samples that the model has not seen. `flagged` is the share of these normal samples above the
+default threshold, which is set for 10 %. Its interval contains it with a probability of 95 % if the held-out samples
+that set the threshold are like the new ones. `AUROC, nll` and `AUROC, mse` are those of --score nll and mse.
 """
 
 import csv
@@ -239,7 +237,7 @@ def series(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def researcher(user: User) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One epoch of a residual network, a loose plug-in, and what TensorBoard shows."""
+    """One epoch of a residual network, an incomplete plug-in, and groups in TensorBoard."""
     run, figures = user.fit("--model", "vae", "--model.net", "resnet", "--trainer.max_epochs", "1")
     yield "vae with net=resnet, 1 epoch", figures
     np.save(user.folder / "x.npy", np.random.default_rng(0).random((200, 30), dtype=np.float32))
@@ -261,13 +259,13 @@ USERS: dict[str, Callable[[User], Iterator[tuple[str, dict[str, Any]]]]] = {
 
 
 def main() -> None:
-    """Play the users, and write what they met."""
+    """Run the tasks of the users, and write the figures."""
     parser = build_parser("first_hour", __doc__)
     parser.add_argument("--users", nargs="+", choices=[*USERS], default=[*USERS], metavar="USER", help=", ".join(USERS))
     parser.add_argument(
         "--package", type=Path, default=ROOT, metavar="DIR", help="the checkout of aezoo that users have (this one)"
     )
-    parser.add_argument("--page", action="store_true", help=f"play nobody, and write {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--page", action="store_true", help=f"run nothing, only write {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
     package = arguments.package.resolve()
     column = "here" if package == ROOT else "before"
@@ -291,11 +289,12 @@ def page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# The first hour of five users",
         "",
-        "What users meet who take all defaults, before (revision 437258a) and after the changes of defaults that the",
-        "changelog lists: `python -m benchmarks.first_hour` plays them and writes this page. AUROC is of anomalies",
-        "against normal samples that the model has not seen, `flagged` the share of these normal samples above the",
-        "default threshold, for which 10 % were asked, with the interval in which it lies with a probability of 95 %",
-        "if the held-out samples that it was set by are like the new ones.",
+        "What users get with all defaults, before (revision 437258a) and after the changes of defaults that the",
+        "changelog lists. `python -m benchmarks.first_hour` runs their commands and writes this page.",
+        "",
+        "AUROC compares anomalies with normal samples that the model has not seen. `flagged` is the share of these",
+        "normal samples above the default threshold, which is set for 10 %. Its interval contains it with a",
+        "probability of 95 % if the held-out samples that set the threshold are like the new ones.",
     ]
     for user, play in USERS.items():
         own = [row for row in rows if row["user"] == user]

@@ -1,22 +1,23 @@
-"""Measure what each part of `aezoo.speed` gains: one CSV row a part and workload, with and without it in one run.
+"""Measure the gain of each part of `aezoo.speed`: one CSV row per part and workload, with and without it in one run.
 
     python -m benchmarks.speed_parts                               all workloads and parts
     python -m benchmarks.speed_parts --workloads dense_article --kinds train --precision fp32
-    python -m benchmarks.speed_parts --page                        write docs/design/speed.md from the CSVs alone
+    python -m benchmarks.speed_parts --page                        only write docs/design/speed.md from the CSVs
 
 The workloads are those of `benchmarks.speed`, trained and predicted on one thread. A process repeats all settings in
-rounds: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the process's own processor time
-of short epochs after a warm-up epoch. On a shared machine these only ever become longer, by half and more, so that the
-fastest epoch of a setting stands for it in a round. `gain` is the median, over the rounds, of that time without the
-part divided by that with it, `gain_low` and `gain_high` are the quartiles, and `rounds` is their number. Rows without
-`rounds` divide the fastest epochs of all rounds; their bounds are the lowest and the highest of three parts of the run.
-`malloc` cannot be taken back within a process: its rounds are pairs of processes.
+rounds: everything on, everything off, and each part left out (AEZOO_SPEED). Times are the processor time of the process
+for short epochs after a warm-up epoch. Other programs on the machine can make an epoch longer, by half and more, but
+never shorter, so the fastest epoch of each setting in a round is used. `gain` is the median, over the rounds, of this
+time without the part divided by the time with it; `gain_low` and `gain_high` are the quartiles, and `rounds` is the
+number of rounds. In rows without `rounds`, the fastest epochs of all rounds are divided; the bounds are the lowest and
+the highest value of three parts of the run. `malloc` cannot be switched off within a process: its rounds are pairs of
+processes.
 
-Kind `resume` is for `denormals`: fits that go on from weights which were trained on mnist5k without it. Units that have
-died by then have moments of Adam that no step makes smaller than the least denormal number; fresh weights have none.
+The kind `resume` is for `denormals`: fits that continue from weights that were trained on mnist5k without it. For units
+that are never active, Adam's moments have then shrunk to denormal numbers; new weights have none.
 
-A part earns its place if it gains MIN_GAIN on a workload; the program ends with the workloads of each part, with the
-reason where none was measured, and with the parts to delete.
+A part is kept if it gains MIN_GAIN on a workload. At its end the program prints the workloads of each part, the reason
+if none was measured, and the parts to delete.
 """
 
 import os
@@ -301,20 +302,22 @@ def _seconds(spec: dict[str, Any], folder: str, state: Path | None = None) -> li
 
 _HEAD = """# Optional optimisations
 
-Everything here changes only run time, never results. A fit swaps faster layers, likelihoods and loops of
-`aezoo/speed/` in at its start and takes them out at its end, however it ends; so does a prediction.
-`aezoo/training/speed.py` is the only call site and loads the package by name. `--speed off`, or the environment
-variable AEZOO_SPEED=off, does without, and so does a copy of aezoo from which the folder has been deleted. AEZOO_SPEED
-also takes a list of parts to leave out, such as `AEZOO_SPEED=fast_loop,denormals`.
+The optimisations on this page change only the run time, not the results. At the start of a fit or a prediction, layers,
+likelihoods and loops are replaced by faster ones of `aezoo/speed/`. At the end they are restored, also after an error.
+`aezoo/training/speed.py` is the only file that uses the folder, and loads it by name. `--speed off`, or the environment
+variable AEZOO_SPEED=off, switches all optimisations off. Without the folder, aezoo works in the same way as with `off`.
+AEZOO_SPEED also takes a list of parts to switch off, such as `AEZOO_SPEED=fast_loop,denormals`.
 
-A part is kept if it gains {percent} % or more on one of the workloads of `benchmarks.speed`, measured with and without
-it in one run by `python -m benchmarks.speed_parts`: processor time of a batch on one thread. A gain is the median, over
-rounds in which all settings have their turn, of the time without the part divided by that with it; its range is that of
-the quartiles. Rows without a number of rounds divide the fastest epochs of the whole run, and their range is that of
-three parts of it. Kind `resume` goes on from weights that were trained on digits without the part: of dead units, the
-moments of Adam end as denormal numbers, which fresh weights do not have. The row `all` compares with AEZOO_SPEED=off. A
-part that only the second table names gained less and was deleted. What corrects a wrong result of torch is not here:
-see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
+A part is kept if it gains {percent} % or more on one of the workloads of `benchmarks.speed`. `python -m
+benchmarks.speed_parts` measures the processor time of a batch on one thread, with and without the part in one run.
+The run consists of rounds, each of which measures all settings. A gain is the median, over the rounds, of the time
+without the part divided by the time with it; the range is that of the quartiles. In rows without a number of rounds, the
+gain compares the fastest epochs of the whole run, and the range is that of three parts of the run.
+
+The kind `resume` continues from weights that were trained on digits without the part: for units that are never active,
+Adam's moments have then shrunk to denormal numbers, which new weights do not have. The row `all` compares with
+AEZOO_SPEED=off. Parts that are only in the second table gained less and were deleted. Code that corrects wrong results of
+torch is elsewhere: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 """
 
@@ -333,7 +336,7 @@ def earning(part: str, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, s
 
 
 def verdict(part: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """Where a part earns its place, why it was not measured, or that it has to be deleted."""
+    """The workloads on which a part gains enough, why it was not measured, or that it has to be deleted."""
     if found := earning(part, rows):
         return "; ".join(f"{_gain_with_range(row)} {_where(row)}" for row in found)
     if any(row["part"] == part for row in rows):

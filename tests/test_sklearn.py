@@ -72,15 +72,16 @@ def test_uncalibrated_detector_flags_training_share(check):
 
 @pytest.mark.slow
 def test_supervised_models_use_labels(digits):
-    X, y = digits
+    X, y = (part[:900] for part in digits)
     names = np.array(list("abcdefghij"))
     half = np.where(np.arange(len(y)) % 2, y, -1)
-    settings = {"scale": "unit", "likelihood": "bernoulli", "max_epochs": 25, "random_state": 0}
+    settings = {"scale": "unit", "likelihood": "bernoulli", "lr": 3e-3, "batch_size": 100, "random_state": 0}
+    settings["max_epochs"] = 25
     model = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, half)
     assert model.classes_.tolist() == list(range(10))
     guessed = model.transform(X)[:, 4:].argmax(1)  # a code is [z, one-hot y]
     assert (guessed == y)[half < 0].mean() > 0.85
-    settings["max_epochs"] = 2
+    settings["max_epochs"], X, y = 1, X[:200], y[:200]
     named = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, names[y])
     whole = AutoencoderTransformer("semi_supervised_vae", 4, **settings).fit(X, y)
     assert named.classes_.tolist() == names.tolist()
@@ -199,10 +200,11 @@ def test_bernoulli_score_samples_is_unscaled():
 @pytest.mark.slow
 def test_transformer_works_in_pipeline_and_grid_search(digits):
     X, y = digits
-    codes = AutoencoderTransformer("dense_ae", 16, max_epochs=60, random_state=0)
+    codes = AutoencoderTransformer("dense_ae", 16, max_epochs=20, lr=5e-3, random_state=0)
     accuracy = cross_val_score(make_pipeline(codes, LogisticRegression(max_iter=2000)), X, y, cv=2).mean()
     assert accuracy > 0.85
-    search = GridSearchCV(AutoencoderTransformer(max_epochs=15, random_state=0), {"latent_dim": [1, 16]}, cv=2).fit(X)
+    few = AutoencoderTransformer(max_epochs=5, lr=5e-3, random_state=0)
+    search = GridSearchCV(few, {"latent_dim": [1, 16]}, cv=2).fit(X[:600])
     assert search.best_params_ == {"latent_dim": 16}
 
 
@@ -223,7 +225,7 @@ def test_search_accepts_numpy_scalars():
 def test_a_search_in_two_processes_finds_the_same(digits):
     grid = {"latent_dim": [1, 8], "model": ["dense_ae", "vae"]}
     one, two = (
-        GridSearchCV(AutoencoderTransformer(max_epochs=3, random_state=0), grid, cv=2, n_jobs=n).fit(digits[0])
+        GridSearchCV(AutoencoderTransformer(max_epochs=1, random_state=0), grid, cv=2, n_jobs=n).fit(digits[0][:200])
         for n in (1, 2)
     )
     assert np.array_equal(one.cv_results_["mean_test_score"], two.cv_results_["mean_test_score"])
@@ -264,10 +266,10 @@ def test_detector_finds_outliers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "epochs"), [("dense_ae", 10), ("memory_ae", 10), ("dense_ae", 80)])
+@pytest.mark.parametrize(("name", "epochs"), [("memory_ae", 10), ("dense_ae", 80)])
 def test_share_of_new_samples_flagged_is_contamination(name, epochs):
     X = np.random.default_rng(0).normal(size=(2400, 30))
-    model = AutoencoderDetector(name, max_epochs=epochs, lr=1e-2, random_state=0).fit(X[:400])
+    model = AutoencoderDetector(name, max_epochs=epochs, batch_size=64, lr=1e-2, random_state=0).fit(X[:400])
     assert model.n_calibration_ == 80
     flagged = (model.predict(X[400:]) == -1).sum()
     # 80 held-out samples and new ones are exchangeable, and so are those of partial_fit
@@ -351,7 +353,7 @@ def test_denoiser_reduces_noise(digits):
     X = digits[0] / 16
     noise = np.random.default_rng(0).normal(0, 0.3, X.shape)
     model = AutoencoderDenoiser(
-        latent_dim=32, corruption="gaussian:0.3", scale="none", max_epochs=40, random_state=0
+        latent_dim=32, corruption="gaussian:0.3", scale="none", max_epochs=20, random_state=0
     ).fit(X[:1500])
     clean = model.transform((X + noise)[1500:])
     assert ((clean - X[1500:]) ** 2).mean() < 0.5 * (noise[1500:] ** 2).mean()
@@ -479,8 +481,10 @@ def test_random_state_instance_and_none_follow_numpy():
 
 @pytest.mark.slow
 def test_parallel_threads_give_independent_results(digits):
+    X = digits[0][:300]
+
     def score(seed):
-        return AutoencoderTransformer("vae", max_epochs=3, random_state=seed).fit(digits[0]).score(digits[0])
+        return AutoencoderTransformer("vae", max_epochs=3, random_state=seed).fit(X).score(X)
 
     level = logging.getLogger("lightning.pytorch").level
     together = joblib.Parallel(2, backend="threading")(joblib.delayed(score)(seed) for seed in range(4))
@@ -563,9 +567,9 @@ def test_threshold_follows_a_drifting_stream():
     # a small part alone has few samples for a threshold
     follows, forgets = (AutoencoderDetector(**FEW, stream_window=n) for n in (400, 1))
     shares = {"follows": [], "forgets": []}
-    for step in range(40):
+    for step in range(25):
         mean = 0.1 * step
-        new = rng.normal(mean, 1, (2000, 4))
+        new = rng.normal(mean, 1, (1000, 4))
         if step > 10:
             shares["follows"].append((follows.predict(new) == -1).mean())
             shares["forgets"].append((forgets.predict(new) == -1).mean())

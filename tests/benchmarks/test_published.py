@@ -123,6 +123,8 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
     monkeypatch.setattr(recipes, "trainable_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
+    # which is compared with the page in tests/test_readme.py
+    monkeypatch.setattr(recipes, "models_tables", lambda: "the models")
     monkeypatch.setattr(recipes, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text("# reached: nothing\n")
@@ -138,6 +140,7 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     assert commands == [
         f"python -m benchmarks.recipes {words}" for words in ("b --root FOLDER", "--root FOLDER", "a --root FOLDER")
     ]
+    assert "the models" in (tmp_path / "docs" / "models.md").read_text()
     # what is there is kept, as after a crash
     assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "1", "2"), ("a", "3", "2")]
     assert "test/mse 3," in (tmp_path / "a.yaml").read_text()

@@ -73,18 +73,6 @@ def test_uncreatable_run_folder_is_refused_in_one_line():
 
 
 @pytest.mark.slow
-def test_concurrent_fits_use_separate_folders():
-    command = [sys.executable, "-m", "aezoo", *FIT, "--trainer.max_epochs=1", "--seed_everything"]
-    runs = [subprocess.Popen([*command, seed], stderr=subprocess.PIPE, text=True) for seed in "12"]
-    for run in runs:
-        assert "aezoo:" not in run.communicate()[1] and run.returncode == 0
-    assert sorted(path.name for path in HOME.iterdir()) == ["0", "1"]
-    seeds = {(HOME / name / "config.yaml").read_text().partition("seed_everything: ")[2][0] for name in "01"}
-    assert seeds == {"1", "2"}
-    assert all((HOME / name / "checkpoints" / atomic_files.FINISHED).is_file() for name in "01")
-
-
-@pytest.mark.slow
 def test_fast_dev_run_creates_no_folder():
     main([*FIT, "--trainer.fast_dev_run=1"])
     assert not Path("runs").exists()

@@ -311,13 +311,13 @@ AEZOO_SPEED also takes a list of parts to switch off, such as `AEZOO_SPEED=fast_
 A part is kept if it gains {percent} % or more on one of the workloads of `benchmarks.speed`. `python -m
 benchmarks.speed_parts` measures the processor time of a batch on one thread, with and without the part in one run.
 The run consists of rounds, each of which measures all settings. A gain is the median, over the rounds, of the time
-without the part divided by the time with it; the range is that of the quartiles. In rows without a number of rounds, the
-gain compares the fastest epochs of the whole run, and the range is that of three parts of the run.
+without the part divided by the time with it; the range is that of the quartiles. In rows without a number of rounds,
+the gain compares the fastest epochs of the whole run, and the range is that of three parts of the run.
 
 The kind `resume` continues from weights that were trained on digits without the part: for units that are never active,
 Adam's moments have then shrunk to denormal numbers, which new weights do not have. The row `all` compares with
-AEZOO_SPEED=off. Parts that are only in the second table gained less and were deleted. Code that corrects wrong results of
-torch is elsewhere: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
+AEZOO_SPEED=off. Parts that are only in the second table gained less and were deleted. Code that corrects wrong results
+of torch is elsewhere: see `aezoo/nets/narrow_conv.py` and `aezoo.training.compilation.consistent_compilation`.
 
 """
 

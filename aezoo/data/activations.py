@@ -2,25 +2,25 @@
 
     aezoo fit --model topk_sae --data.name activations --data.network resnet18 --data.layer layer3 --data.of cifar10
 
-The samples of `--data.of`, as any model would get them, go through the network once, in evaluation mode, in batches of
-a fixed size and on the GPU if there is one; the splits are those of that set. Layers have their names in
-`named_modules()`, and activations are what a forward hook there would see, copied before a later layer can change it in
-place. For a layer that is used several times the last use counts.
+The network is run once on the samples of `--data.of`, scaled as for any model, in evaluation mode, in batches of a
+fixed size and on the GPU if there is one. The splits are those of that set. Layers are named as in `named_modules()`,
+and activations are the outputs that a forward hook receives, copied before a later layer can change them in place. For
+a layer that is called several times, those of the last call are used.
 
-    a layer gives                                  samples (D,); of S layers (S, D)
+    output of a layer                              samples (D,); of S layers (S, D)
     (B, D)                                         one each
     (B, D, H, W) and other maps, (B, T, D) tokens  one for each position, or the mean or the largest over positions
                                                    (--data.positions)
 
     x = a / c     c^2 = E||a||^2 / D, over the training split, one c for each layer (--data.normalise)
 
-c stays in checkpoints, as the statistics of `--data.scale` do, so that tasks scale raw activations from files.
-`save_model` folds it into the weights of a trained model, which then works on raw activations anywhere:
+Checkpoints store c, like the statistics of `--data.scale`, so that tasks scale raw activations from files.
+`save_model` folds it into the weights of a trained model, which then takes raw activations:
 
     model, trained = aezoo.io.checkpoint.load_run("runs/topk_sae-activations/0")
     aezoo.save_model(model, "sae", trained["scaling"])
 
-Activations are held in memory or in a memory-mapped temporary file, by `--data.memory`.
+Activations are stored in memory or in a memory-mapped temporary file, as `--data.memory` says.
 
 Shapes: B batch, P positions, S layers, D features.
 """
@@ -101,7 +101,7 @@ class Normalisation:
         self.factor = factor
 
     def state(self) -> dict[str, Tensor]:
-        """What scales other activations in the same way."""
+        """Tensors with which other activations are scaled in the same way."""
         return {"offset": torch.zeros_like(self.factor), "factor": self.factor}
 
 
@@ -112,7 +112,7 @@ class Activations(Source):
     Attributes:
         of: that set.
         network: the network.
-        scaling: what divides the activations; None before they are computed, or without `normalise`.
+        scaling: divides the activations; None before they are computed, or without `normalise`.
     """
 
     value_range = None
@@ -188,7 +188,7 @@ class Activations(Source):
         few = torch.randperm(n, generator=torch.Generator().manual_seed(self.options.seed))[:_MAX_CLASSIFIER_SAMPLES]
         learnt = self._batches(subset(sets["train"], few.sort().values))
         x, y = (torch.cat(part) for part in zip(*learnt, strict=True))
-        x, y = x[y >= 0], y[y >= 0]  # -1 is no label
+        x, y = x[y >= 0], y[y >= 0]  # -1 means no label
         with forked_rng(_CPU), torch.enable_grad():
             torch.manual_seed(self.options.seed)
             module.standardise(x)
@@ -199,7 +199,7 @@ class Activations(Source):
             rank_zero_info(f"classifier of {self.options.of}: {float(right.float().mean()):.3f} right in validation")
 
     def _batches(self, dataset: Dataset[Any]) -> Iterator[Any]:
-        """Samples as a model sees them, with their labels if they have any."""
+        """Scaled samples as for a model, with their labels if they have any."""
         num_workers = 0 if reads_whole_batches(dataset) else default_num_workers(self.processes)
         for x, *y in make_loader(dataset, batch_size=_BATCH_SIZE, num_workers=num_workers):
             yield (to_float32(x, byte_divisor(self.options.scale)), *y)
@@ -231,7 +231,7 @@ class ActivationDataset(Dataset[Batch]):
         shape: shape of one.
         memory: on, off or auto, see `DataModule`.
         name: their name in messages.
-        processes: how many processes of this machine hold them.
+        processes: how many processes of this machine have a copy.
 
     Attributes:
         labels: (n,), None without labels.
@@ -276,7 +276,7 @@ class ActivationDataset(Dataset[Batch]):
             self.factor = factor
 
     def as_dataset(self) -> Dataset[Any]:
-        """Itself, or an `ArrayDataset` if its samples are in memory."""
+        """This object, or an `ArrayDataset` if its samples are in memory."""
         return self if self._x is None else ArrayDataset(self._x, self.labels)
 
     def __len__(self) -> int:
@@ -287,7 +287,7 @@ class ActivationDataset(Dataset[Batch]):
         return cast(Batch, tuple(part[0] for part in batch))
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
-        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        """A whole batch at once; torch's loader prefers this method to one call per sample."""
         at = torch.as_tensor(indices)
         x = torch.from_numpy(np.array(self._mapped("r")[at.numpy()]))
         x = x if self.factor is None else x / self.factor
@@ -299,7 +299,7 @@ class ActivationDataset(Dataset[Batch]):
 
 
 def _remove_folder(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # and not a process that reads ahead
+    if os.getpid() == owner:  # and not in a process that reads ahead
         shutil.rmtree(folder, ignore_errors=True)
 
 

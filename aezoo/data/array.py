@@ -1,4 +1,4 @@
-"""array: samples from one .npy, .npz, .pt, .csv or .parquet file, or from tensors and arrays of a Python program.
+"""array: samples from one .npy, .npz, .pt, .csv or .parquet file, or from tensors and arrays in Python.
 
     axes        read as (--data.layout auto)                                      layout names
     (N, D)      a vector of D features                                            vector
@@ -9,18 +9,18 @@
     (N, ..., 4 axes) a volume; channels found in the same way                     volume, volume_last
 
     .npz, .pt   x or x_train, y or y_train, x_val, y_val, x_test, y_test (or one array of any name; .pt also x alone
-                or a tuple (x, y)). Nothing pickled is ever run.
-    .csv        numbers, with or without a header; a column named label, or as --data.label_column says, holds the
-                classes, and none leaves them out. A first row of 0,1,2 ... is a header, as pandas writes it, unless it
-                has decimal points
+                or a tuple (x, y)). Pickled objects are never loaded.
+    .csv        numbers, with or without a header; the classes are in the column named label or --data.label_column
+                (none ignores them). A first row of 0,1,2 ... is a header, as pandas writes it, unless it has decimal
+                points
     .parquet    columns of numbers and an optional column of classes, as in .csv
 
 With --data.window_length, one array (T, C) is a time series, and samples are its windows, see `aezoo.data.windows`; a
-column of time stamps (timestamp, time, datetime, date, ds) is no channel.
+column of time stamps (timestamp, time, datetime, date, ds) is not a channel.
 
-Values are scaled by `aezoo.data.in_memory.Scale`. Class labels may be any integers or texts: unless they are 0..K-1
-already they are numbered in sorted order; `class_names` keeps the originals. Labels with fractions stay numbers. A
-sample whose label is empty in its table has none, -1.
+Values are scaled by `aezoo.data.in_memory.Scale`. Class labels may be any integers or texts: unless they are already
+0..K-1, they are numbered in sorted order, and `class_names` has the originals. Labels with fractions stay numbers. A
+sample with an empty label gets -1.
 """
 
 import math
@@ -63,7 +63,7 @@ class LayoutArgs(TypedDict, total=False):
 
 @accepts(ImageArgs, LayoutArgs, LabelColumnArgs, MemoryLimitArgs, MissingArgs, WindowArgs)
 class Array(InMemory):
-    """Arrays from a file under root, or handed in.
+    """Arrays from a file under root, or given as arguments.
 
     Args:
         options: the DataModule's arguments; root is the file.
@@ -110,7 +110,7 @@ class Array(InMemory):
         self.is_table = from_table and len(self.input_shape) == 1
 
     def _cut(self, options: Options, raw: Mapping[str, Any], times: Sequence[str]) -> dict[str, Any]:
-        """The windows of a series in place of its steps."""
+        """The windows of a series instead of its steps."""
         if options.layout not in ("auto", "sequence"):
             raise AezooError(f"--data.window_length makes sequences of a series: drop --data.layout {options.layout}")
         options.settings["layout"] = "sequence"
@@ -121,7 +121,7 @@ class Array(InMemory):
         fractions = options.val_fraction, options.test_fraction
         size, step, limit = options.window_length, options.window_step, options.max_bytes
         found, self.spans = cut(series, fractions, size, step, limit, self.title, times)
-        # names are those of channels, and samples no rows of a table
+        # names are those of channels, and samples are not rows of a table
         self.columns, self.per_channel = (), True
         return found
 
@@ -149,7 +149,7 @@ class Array(InMemory):
 
     def _build(self) -> dict[Stage, LabelledArrays]:
         splits = super()._build()
-        self._x.clear()  # else the arrays of the file would stay in memory beside the splits
+        self._x.clear()  # otherwise the arrays of the file would stay in memory in addition to the splits
         return splits
 
     def _what(self, stage: Stage) -> str:
@@ -169,7 +169,7 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
     if 0 in shape:
         raise AezooError(f"{what} is empty (shape {shape}): give at least one sample")
     is_bytes = str(values.dtype).removeprefix("torch.") == "uint8"
-    # a placeholder without data goes through the same rule as the samples
+    # the same function is applied to a placeholder without data
     stand_in = torch.empty(1, dtype=torch.uint8 if is_bytes else torch.float32).expand(1, *shape[1:])
     return tuple(to_channels_first(stand_in, layout).shape[1:])
 
@@ -205,10 +205,10 @@ def _is_label(label: Any) -> bool:
 
 
 def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Tensor], tuple[str, ...] | None]:
-    """Labels as int64 classes 0..K-1 with their names, or float32 without names where they have fractions.
+    """Labels as int64 classes 0..K-1 with their names, or float32 without names if they have fractions.
 
-    -1 beside at least two classes marks a sample without a label, as in scikit-learn; it stays -1, and masked labels
-    become -1.
+    If there are at least two other classes, -1 marks a sample without a label, as in scikit-learn, and stays -1; masked
+    labels become -1.
     """
     arrays: dict[Stage, Any] = {}
     given: dict[Stage, Any] = {}
@@ -216,7 +216,7 @@ def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
         if array.dtype.kind == "O" and array.ndim == 1 and all(map(_is_label, array)):
-            # as pandas holds texts
+            # the dtype of texts in pandas
             values = array = parse_labels(["" if _is_missing(label) else str(label) for label in array])
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")

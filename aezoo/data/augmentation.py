@@ -2,12 +2,12 @@
 
     hflip         mirrored left to right, with this probability
     vflip         mirrored top to bottom, with this probability
-    crop_padding  p: padded by p pixels on each side, which reflect the image, and cropped to its size at a random place
+    crop_padding  p: padded by p pixels on each side by reflection, and cropped to its size at a random position
     color_jitter  j: brightness, contrast and saturation, in this order, by factors from [max(0, 1 - j), 1 + j]
 
-What is drawn for a sample is a function of (seed, epoch, index), where the index is that in the training split. So the
-batch size, the number of workers and processes, and where a run is continued change nothing. Each setting has draws of
-its own: one setting does not change what another one does.
+The random values for a sample are a function of (seed, epoch, index), with its index in the training split. So they do
+not depend on the batch size, the number of workers and processes, and interruptions of a run. They are independent for
+each setting: one setting does not change the values of another one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,9 +23,9 @@ from aezoo.errors import AezooError
 from aezoo.training.seeding import uniform
 
 SETTINGS = ("hflip", "vflip", "crop_padding", "color_jitter")
-# draws of each setting
+# random numbers for each setting
 _HFLIP, _VFLIP, _TOP, _LEFT, _BRIGHTNESS, _CONTRAST, _SATURATION = range(7)
-# values of images that are computed together on a CPU
+# values of images that are processed together on a CPU
 _CACHED = 2**17
 
 
@@ -37,7 +37,7 @@ class Augmentation:
         vflip: from 0 to 1.
         crop_padding: pixels.
         color_jitter: at least 0.
-        device: where images are augmented; by default where they are.
+        device: on which images are augmented; by default the one they are on.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Augmentation:
     def __call__(self, batches: Iterator[Batch], sampler: EpochSampler) -> Iterator[Batch]:
         place, rows, epoch = 0, torch.empty(0), -1
         for x, *y in batches:
-            if not place:  # Lightning tells the epoch between iter() and the first next()
+            if not place:  # Lightning sets the epoch between iter() and the first next()
                 rows, epoch = sampler.current, sampler.epoch
             chosen = rows[place : place + len(x)]
             place += len(x)
@@ -83,7 +83,7 @@ class Augmentation:
 
 
 def _crop(x: Tensor, padding: int, corners_B2: Tensor) -> Tensor:
-    """Images of the same size from padded ones, each with an upper left corner of its own."""
+    """Crops of padded images, each at a different position."""
     height, width = x.shape[2:]
     padded = _reflect(_reflect(x, padding, 2), padding, 3)
     corners = corners_B2.tolist()
@@ -99,13 +99,13 @@ def _reflect(x: Tensor, padding: int, dim: int) -> Tensor:
 
 
 def _where(chosen: Tensor, change: Any, x: Tensor) -> Tensor:
-    """The images with a change of some of them."""
+    """The images, some of them changed."""
     rows = chosen.nonzero()[:, 0].to(x.device)
     return x.index_copy(0, rows, change(x.index_select(0, rows)))
 
 
 def jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Torchvision's adjust_brightness, adjust_contrast and adjust_saturation, with factors of their own for each image.
+    """Torchvision's adjust_brightness, adjust_contrast and adjust_saturation, with different factors for each image.
 
     Bytes are computed in floats and rounded once, at the end.
 
@@ -115,7 +115,7 @@ def jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) 
         contrast: the same.
         saturation: the same; does not change grey images.
     """
-    # a CPU's cache holds a part, a GPU takes all at once
+    # parts that fit into a CPU's cache; a GPU processes all at once
     n = max(1, _CACHED // x[0].numel()) if x.device.type == "cpu" else len(x)
     parts = zip(*(values.split(n) for values in (x, brightness, contrast, saturation)), strict=True)
     return torch.cat([_jitter(*part) for part in parts])
@@ -141,7 +141,7 @@ def check(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         shape: of a sample.
 
     Raises:
-        AezooError: the first setting that is wrong, and what to give.
+        AezooError: names the first setting that is wrong, and what to give.
     """
     for key in ("hflip", "vflip"):
         if not 0 <= given[key] <= 1:
@@ -169,7 +169,7 @@ def check(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
 
 
 def check_values(x: Tensor, value_range: tuple[float, float] | None, name: str) -> None:
-    """Refuse color_jitter of samples without a black and a white.
+    """Refuse color_jitter for samples without known values of black and white.
 
     Args:
         x: a sample.
@@ -177,7 +177,7 @@ def check_values(x: Tensor, value_range: tuple[float, float] | None, name: str) 
         name: the set, for the message.
 
     Raises:
-        AezooError: x is neither of bytes nor from 0 to 1.
+        AezooError: x has neither bytes nor values from 0 to 1.
     """
     if x.dtype != torch.uint8 and value_range != (0.0, 1.0):
         raise AezooError(f"{name}: --data.color_jitter needs values from 0 to 1: set --data.scale unit, or drop it")

@@ -1,11 +1,11 @@
-"""Images as zeros and ones, as the likelihoods of papers on binarised MNIST take them.
+"""Images as zeros and ones, as in papers on binarised MNIST.
 
     threshold   1 where a value is above 1/2
     static      1 with the value as its probability, drawn once (Salakhutdinov & Murray 2008, ICML)
-    dynamic     training draws its samples anew every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
+    dynamic     training samples are drawn again in every epoch (Burda et al. 2015, https://arxiv.org/abs/1509.00519,
                 section 5); samples of val and test, and of train outside training, are drawn once
 
-Draws depend on the seed, the split and, for dynamic, the epoch and the position in it; not on workers or earlier draws.
+Values depend on the seed, the split and, for dynamic, the epoch and the position in it, not on workers or other draws.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from aezoo.data.source import ArrayDataset, Batch
 from aezoo.errors import AezooError
 from aezoo.training.seeding import mix
 
-# samples drawn for at a time
+# samples that are binarised at a time
 _CHUNK = 4096
 
 
 def sample_bernoulli(x: Tensor, generator: torch.Generator) -> Tensor:
-    """0 or the largest value, with x as the probability of the latter: uint8 out of 255, or floats in [0, 1]."""
+    """0 or the largest value, which has the probability x: uint8 out of 255, or floats in [0, 1]."""
     if x.dtype == torch.uint8:
         # one of 255 equally likely thresholds below x: a probability of x / 255, exactly
         noise = torch.empty_like(x).random_(0, 255, generator=generator)
@@ -36,7 +36,7 @@ def check_probabilities(x: Tensor, name: str, cure: str = "set --data.scale unit
     """Refuse values that are not probabilities.
 
     Raises:
-        AezooError: values outside [0, 1]; the message ends with the cure.
+        AezooError: values outside [0, 1]; the message ends with what to do.
     """
     if x.dtype != torch.uint8 and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise AezooError(f"{name}: --data.binarise needs values from 0 to 1: {cure}")

@@ -13,7 +13,7 @@ from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.training.seeding import mix
 
-# what scikit-learn takes for a sample without a label
+# the label of a sample without one in scikit-learn
 UNLABELLED = -1
 
 
@@ -51,7 +51,7 @@ class Relabelled(Subset[Any]):
 
 
 def labels_of(dataset: Dataset[Any]) -> Tensor | None:
-    """All labels, (N,) on the CPU, without reading samples if the data set knows its labels; None without labels."""
+    """All labels, (N,) on the CPU; None without labels. Reads no samples if the data set has an attribute `labels`."""
     held = cast(Any, dataset)
     if isinstance(dataset, ArrayDataset):
         return dataset.y
@@ -72,7 +72,7 @@ def subset(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
 
 
 def paths_of(dataset: Dataset[Any]) -> Sequence[str] | None:
-    """The file of each sample, (N,); None unless each sample has its own."""
+    """The file of each sample, (N,); None unless each sample has a separate file."""
     if isinstance(dataset, Subset):
         paths = paths_of(dataset.dataset)
         return None if paths is None else [paths[i] for i in dataset.indices]
@@ -117,7 +117,7 @@ def restrict_training_classes(
         where: the data's name in messages.
 
     Raises:
-        AezooError: there are no labels, several per sample, or no sample of a wanted class.
+        AezooError: there are no labels, several per sample, or no sample of one of the classes.
     """
     kept = dict(splits)
     for stage in ("train", "val"):
@@ -141,7 +141,7 @@ def restrict_training_classes(
 def keep_labels(
     dataset: Dataset[Any], n: int, seed: int, class_names: tuple[str, ...] | None, where: str
 ) -> Dataset[Any]:
-    """The same samples, n of them with their labels, equally many per class, and all others with -1.
+    """The same samples: n of them keep their labels, equally many per class, and all others get -1.
 
     Args:
         dataset: the samples.
@@ -151,7 +151,7 @@ def keep_labels(
         where: the data's name in messages.
 
     Raises:
-        AezooError: there are no classes, n is no multiple of their number, or a class has too few samples.
+        AezooError: there are no classes, n is not a multiple of their number, or a class has too few samples.
     """
     y = labels_of(dataset)
     if y is None or y.ndim != 1 or y.is_floating_point():
@@ -162,7 +162,7 @@ def keep_labels(
         raise AezooError(f"--data.num_labels {n} cannot be shared evenly by the {len(classes)} classes of {where}: "
                          f"give a multiple of {len(classes)}")  # fmt: skip
     kept = torch.full((len(y),), UNLABELLED, dtype=torch.long)
-    generator = torch.Generator().manual_seed(mix(seed, len(y)))  # not by n: larger choices contain smaller ones
+    generator = torch.Generator().manual_seed(mix(seed, len(y)))  # without n: larger ones contain smaller ones
     for k in classes:
         rows = (y == k).nonzero()[:, 0]
         if len(rows) < each:

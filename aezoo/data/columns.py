@@ -1,4 +1,4 @@
-"""Tables in their own columns: the names and units that scaled samples had in the file or DataFrame."""
+"""Columns of tables: the names and units that scaled samples had in the file or DataFrame."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from aezoo.metrics.similarity import ValueErrors
 
 Row = dict[str, Any]
 Values = npt.NDArray[np.float64]
-# the file beside compressed samples that keeps their columns
+# the file next to compressed samples that stores their columns
 COLUMNS = "columns.json"
 
 
@@ -26,10 +26,10 @@ def column_names(x: Any) -> tuple[str, ...]:
 
 
 class Columns:
-    """The columns of a table, and the scaling by which samples (N, D) were made of them.
+    """The columns of a table, and the scaling that was applied to its samples (N, D).
 
     Args:
-        names: one a column; () numbers them, as pandas does.
+        names: one per column; () numbers them, as pandas does.
         scaling: `offset` and `factor` of the samples, as in `aezoo.data.in_memory.Scale`; {} if they are not scaled.
         width: number of columns.
     """
@@ -44,7 +44,7 @@ class Columns:
 
     @classmethod
     def of_model(cls, model: Autoencoder) -> "Columns | None":
-        """The columns of the table that a model was trained on; None if it was none."""
+        """The columns of the table that a model was trained on; None for other data."""
         units = model.data_units
         if units is None or not units.is_table or len(model.input_shape) != 1:
             return None
@@ -52,7 +52,7 @@ class Columns:
 
     @classmethod
     def from_bytes(cls, content: bytes, width: int, what: str) -> "Columns":
-        """What `to_bytes` wrote, for `width` columns.
+        """Read what `to_bytes` wrote, for `width` columns.
 
         Raises:
             AezooError: it is something else.
@@ -76,7 +76,7 @@ class Columns:
         return json.dumps(content, indent=1).encode()
 
     def values(self, x: Any) -> Values:
-        """Samples (..., D) in the units of the table, without digits that float32 does not hold."""
+        """Samples (..., D) in the units of the table, without digits beyond the precision of float32."""
         found = np.asarray(x, np.float64) * self._factor + self._offset
         return self._rounded(found)
 
@@ -92,14 +92,14 @@ class Columns:
                 yield place | dict(zip(self.names, values, strict=True))
 
     def error_row(self, difference: Any) -> Row:
-        """The errors (D,) of one sample, by column, and the column of the largest error in the model's own scale."""
+        """The errors (D,) of one sample, by column, and the column with the largest error in the scale of the model."""
         size = np.abs(np.asarray(difference, np.float64))
         largest = "" if np.isnan(size).all() else self.names[int(np.nanargmax(size))]
         errors = self.errors(difference).tolist()
         return {"largest_error": largest} | {f"error_{name}": e for name, e in zip(self.names, errors, strict=True)}
 
     def summary(self, by_value: ValueErrors) -> list[Row]:
-        """For each column its mean absolute and root mean square error, its deviation, and r2, the share explained."""
+        """For each column: mean absolute and root mean square error, standard deviation, r2 (the explained share)."""
         mae, square, variance = (part.numpy() for part in by_value.compute())
         r2 = 1 - square / np.where(variance > 0, variance, np.nan)
         size = np.abs(self._factor)
@@ -108,7 +108,7 @@ class Columns:
         return [dict(zip(("column", *found), row, strict=True)) for row in rows]
 
     def _rounded(self, values: Values) -> Values:
-        # float32, of which samples are, has 24 bits: of a range of 1 about seven decimals, the last one uncertain
+        # samples are float32, which has 24 bits: about seven decimals for a range of 1, the last one uncertain
         decimals = np.maximum(0, 6 - np.floor(np.log10(np.abs(self._factor))))
         step = 10.0**decimals
         return np.where(self._factor == 1, values, np.round(values * step) / step)

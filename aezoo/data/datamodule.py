@@ -44,10 +44,10 @@ from aezoo.training.keyword_groups import complete
 from aezoo.training.model_names import display_name
 from aezoo.training.seeding import mix
 
-# settings that no source reads
+# settings that are not passed to sources
 _NOT_OF_SOURCES = {"batch_size", "binarise", "labels", "train_classes", "num_labels", "num_workers", "drop_last"}
 _NOT_OF_SOURCES |= {*augmentation.SETTINGS}
-# arguments that no file can give, and no file keeps
+# arguments that cannot be given in a file and are not stored in files
 PERMISSIONS = ("allow_remote",)
 
 
@@ -71,32 +71,32 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             split's minimum and maximum (per feature for vectors, else over everything); unit always does the latter;
             standard subtracts the mean and divides by the standard deviation; none keeps the values.
         binarise: Turn values from 0 to 1 into zeros and ones. threshold compares with 1/2; static draws each value
-            once, with the value as the probability of a one; dynamic draws training values anew every epoch, and once
-            for `aezoo detect` and the like.
+            once, with the value as the probability of a one; dynamic draws training values again in every epoch, and
+            once for commands such as `aezoo detect`.
         labels: required refuses data without labels, ignore leaves them out of the batches.
         train_classes: Train and validate on these classes only, by name or number; the test split keeps all classes. A
-            model then learns what is normal, for `aezoo detect`. The statistics of `scale` are those of all classes.
+            model then learns normal samples, for `aezoo detect`. The statistics of `scale` are those of all classes.
         num_labels: Keep the labels of this many training samples, equally many of each class, and give all others -1,
             as for semi_supervised_vae; 0 keeps all labels. Validation and test keep theirs.
         download: Download missing files if there is a network.
-        memory: on holds the samples of a split in memory, or on the GPU that trains on them; off reads batches through
-            a DataLoader; auto holds a split if it needs at most a quarter of the free memory there. Arrays, sets whose
-            files are arrays and binarised sets are always read into memory, whatever their size.
+        memory: on loads the samples of a split into memory, or onto the GPU that trains on them; off reads batches
+            by a DataLoader; auto loads a split if it needs at most a quarter of the free memory there. Arrays, sets
+            whose files are arrays and binarised sets are always read into memory.
         num_workers: Processes that read ahead if samples are not in memory; by default one for each free core, up to 8.
         drop_last: Leave out the last training batch of an epoch if it is not full.
-        hflip: Training images are mirrored left to right with this probability, anew in every epoch.
+        hflip: Training images are mirrored left to right with this probability, drawn again in every epoch.
         vflip: The same, top to bottom.
-        crop_padding: Training images are padded by this many pixels on each side, which reflect them, and cropped to
-            their size at a random place.
+        crop_padding: Training images are padded by this many pixels on each side by reflection, and cropped to their
+            size at a random position.
         color_jitter: Brightness, contrast and saturation of training images are multiplied by factors from 1 minus
             this to 1 plus this, such as 0.4.
-        allow_remote: Whether the root may be an address, which is then opened with boto3's credentials. It is no
-            hyperparameter: no file can give it, and `--allow_remote` on the command line does.
+        allow_remote: Whether the root may be an address, which is then opened with boto3's credentials. It is not a
+            hyperparameter and cannot be given in a file; on the command line, give `--allow_remote`.
     """
 
     input_shape: tuple[int, ...]
     num_classes: int | None
-    # bytes go unscaled to a step that scales them itself
+    # bytes are not scaled here if the training step scales them
     leaves_bytes = True
 
     def __init__(
@@ -153,7 +153,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         self._position = (-1, 0)
         self._saved_val_limit: int | float | None = None
 
-    # arrays that `from_arrays` hands to its instance; a class attribute, so that `__init__` keeps plain arguments
+    # arrays from `from_arrays`; a class attribute, so that `__init__` only has plain arguments
     _arrays: dict[str, Any] | None = None
 
     def _open(self, options: Options) -> Source:
@@ -181,7 +181,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             y_val: their labels.
             x_test: test samples.
             y_test: their labels.
-            **plain: the arguments of `DataModule`, batch_size and the like.
+            **plain: the arguments of `DataModule`, such as batch_size.
         """
         if given := {"name", "root"} & set(plain):
             raise AezooError(f"from_arrays has its data already: drop {' and '.join(sorted(given))}")
@@ -196,7 +196,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return module
 
     def choose(self, **settings: Any) -> None:
-        """Set `batch_size` or, before the data are read, `scale`, where the user has given none."""
+        """Set `batch_size` or, before the data are read, `scale`, if the user has given none."""
         for key, value in settings.items():
             setattr(self, key, value)
         if "scale" in settings and isinstance(self.source, InMemory):
@@ -215,7 +215,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
-            # a caller may have set more for a later run
+            # a caller may have set a larger number for a later run
             self.source.processes = max(self.source.processes, local_processes(self.trainer))
             self.source.reads_once = stage == "predict"
             splits = {part: self.source.split(part) for part in STAGES}
@@ -240,7 +240,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if stage == "fit" and isinstance(model, Autoencoder):
             model.data_units = self.units
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
-            # with an empty loader Lightning would warn of what the user wanted
+            # with an empty loader Lightning would warn, although the user has asked for this
             if self._saved_val_limit is None:
                 self._saved_val_limit = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
@@ -266,7 +266,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             self._splits[stage] = held
 
     def _is_resampled(self, stage: Stage) -> bool:
-        """Whether a split is kept as probabilities, from which training draws every epoch."""
+        """Whether a split is stored as probabilities, from which values are drawn in every epoch."""
         return self.binarise == "dynamic" and stage == "train"
 
     def _check(self, train: Dataset[Any] | None) -> None:
@@ -300,7 +300,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
 
     @cached_property
     def identity(self) -> str:
-        """What tells this set from others, see `data_identity`; empty for arrays in memory."""
+        """Identifies this set, see `data_identity`; empty for arrays in memory."""
         if self._arrays is not None:
             return ""
         root, of = (str(self.hparams[key]) for key in ("root", "of"))
@@ -309,7 +309,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and the settings that fix the order of batches.
 
-        Also what a task needs to scale other samples in the same way, and the column names of a table.
+        Also the scaling, so that a task can scale other samples in the same way, and the column names of a table.
         """
         if self.trainer is None:
             return {}
@@ -327,14 +327,14 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
 
     @property
     def units(self) -> DataUnits:
-        """The units of the data, of which samples were made."""
+        """The units of the data before scaling."""
         scaling = getattr(self.source, "scaling", None)
         state = {} if scaling is None else scaling.state()
         levels = byte_divisor(self.scale)
         return DataUnits(state, self.source.white, tuple(self.source.columns), self.source.is_table, levels)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue there; Lightning calls this before it asks for the loader.
+        """Continue from that position; Lightning calls this before it asks for the loader.
 
         The seed fixes the order of an epoch, which is distributed over the processes in batches: with another seed,
         batch size or number of processes a run can begin an epoch, but not continue within one.
@@ -361,11 +361,11 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
     def report_other_scaling(self, trained: Mapping[str, Tensor], white: int | None) -> None:
-        """Say so if these data are scaled by other statistics than a model's training data.
+        """Warn if these data are scaled by other statistics than a model's training data.
 
         Args:
             trained: the scaling of the training data, as in `state_dict`.
-            white: their value of white; known if they needed no scaling.
+            white: their value of white; given if they needed no scaling.
         """
         if self._splits and not self.units.has_scaling(trained) and (trained or white is not None):
             rank_zero_info(
@@ -380,11 +380,11 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> LazyLoader | ResidentLoader:
-        # nothing is averaged over ranks, so that these may differ by a batch
+        # nothing is averaged over ranks, so their numbers of batches may differ by one
         return self._loader("test", by_batch=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Bytes become floats here, on the device: a quarter of the traffic, and no work for the workers."""
+        """Convert bytes to floats on the device: this transfers a quarter of the data, and workers do not have to."""
         x = batch[0]
         if x.dtype == torch.uint8:
             if self._step_takes_bytes():
@@ -411,7 +411,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return self._splits[stage]
 
     def tensors(self, stage: Stage, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
-        """A split, or these rows of it: x float32 as the model sees it, and the labels or None."""
+        """A split, or these rows of it: x float32, scaled for the model, and the labels or None."""
         dataset = self.dataset(stage)
         dataset = dataset if rows is None else Subset(dataset, rows)
         loader = make_loader(dataset, batch_size=1024, labels=self.labels != "ignore")
@@ -509,7 +509,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return lazy
 
     def _transform(self, stage: Stage, device: torch.device) -> Transform | None:
-        """What is drawn anew in every epoch of training."""
+        """The transforms with new random values in every epoch of training."""
         parts: list[Transform] = []
         if stage == "train" and any(self.augmentation.values()) and not self._overfits():
             parts.append(Augmentation(**self.augmentation, device=device if device.type == "cuda" else None))
@@ -518,7 +518,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return parts[0] if len(parts) == 1 else Transforms(*parts) if parts else None
 
     def _stored_split(self, stage: Stage, device: torch.device, reads_once: bool = False) -> Dataset[Any]:
-        """The samples of a split, in memory or on the GPU where `memory` says so."""
+        """The samples of a split, in memory or on the GPU if `memory` says so."""
         dataset = self._split(stage)
         if self.memory == "off" or (self.memory == "auto" and reads_once and not isinstance(dataset, ArrayDataset)):
             return dataset
@@ -533,7 +533,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return dataset
 
     def _exceeds_memory(self, stage: Stage, device: torch.device, processes: int) -> bool:
-        """Whether auto decides against holding a split in that memory; the log line at the start says why."""
+        """Whether auto decides not to load a split into that memory; the log line at the start says why."""
         self._memory_reason[stage] = (
             memory_excess(dataset_bytes(self._splits[stage]), device, processes) if self.memory == "auto" else ""
         )
@@ -554,13 +554,13 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
 
 
 def stored_settings() -> dict[str, inspect.Parameter]:
-    """The arguments of the DataModule that files may hold, in their order."""
+    """The arguments of the DataModule that files may contain, in their order."""
     parameters = inspect.signature(DataModule).parameters
     return {name: parameter for name, parameter in parameters.items() if name not in PERMISSIONS}
 
 
 def _storage(loader: LazyLoader | ResidentLoader) -> str:
-    """Where a loader's samples are, in a few words."""
+    """Where a loader's samples are, as a short text."""
     if isinstance(loader, ResidentLoader):
         place = "in memory" if loader.x.device.type == "cpu" else f"on {loader.x.device}"
         dtype = str(loader.x.dtype).removeprefix("torch.")

@@ -98,7 +98,7 @@ def _first_names(rows: list[list[str]]) -> list[str]:
 
 
 def _inside(home: Path, name: str, table: Path) -> Path:
-    """A file that the table names, which must not lead elsewhere."""
+    """A file that the table names; its path must stay within the folder."""
     path = home / (name or "")
     if not name or home not in path.resolve().parents:
         raise AezooError(f"{table} names the file {name!r}, which is not inside {home}: fetch it again")

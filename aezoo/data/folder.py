@@ -7,8 +7,8 @@
 
 Without --data.size all images to train on must have the same size; with it each is resized and cropped to a square.
 Values of 16-bit files are divided by 65535, others by 255. The EXIF rotation is applied. A set that fits into memory is
-decoded once, before training, which finds every broken file (see --data.memory); a larger one is decoded by the
-workers, and only its headers are read before.
+decoded once, before training, so that every broken file is found (see --data.memory); a larger set is decoded by the
+workers, and only headers are read before training.
 """
 
 import math
@@ -46,10 +46,10 @@ from aezoo.errors import AezooError
 
 
 class ImageSource(Source):
-    """Pictures from any container, decoded once, before training, or each when it is used.
+    """Pictures from any container, decoded once before training, or each time they are used.
 
     Attributes:
-        any_size: pictures of several sizes are not refused, but each is decoded when it is used.
+        any_size: pictures of different sizes are accepted, and each is decoded when it is used.
 
     Args:
         options: the DataModule's arguments.
@@ -71,7 +71,7 @@ class ImageSource(Source):
         self.options, self.where, self.files = options, where, files
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and options.max_pixels > limit:
-            # else Pillow's own limit would apply before ours
+            # otherwise Pillow's limit would apply before ours
             Image.MAX_IMAGE_PIXELS = options.max_pixels
         self.class_names, self.num_classes = names or None, len(names) or None
         self.value_range = (0.0, 1.0) if options.scale == "auto" else None
@@ -196,7 +196,7 @@ class ImageSource(Source):
 
 @accepts(ImageArgs, ImageFileArgs, LayoutArgs)
 class Folder(ImageSource):
-    """A folder of image files, maybe with masks of defects."""
+    """A folder of image files, with or without masks of defects."""
 
     def __init__(self, options: Options) -> None:
         root = Path(options.root).expanduser()

@@ -5,11 +5,11 @@
     --data hf --data.root owner/name      downloaded when the DataModule is made, which needs the shape;
                                           owner/name:config for one of several configurations
 
-The samples are the one column of images; without images, the one column of arrays or of lists of numbers, all of one
-shape. The labels are the one column of classes, or a plain one called label, labels, class, target or y.
+The samples are the only column of images; without images, the only column of arrays or of lists of numbers, all of one
+shape. The labels are the only column of classes, or a plain one called label, labels, class, target or y.
 `--data.column` and `--data.label_column` name others.
 
-Images follow the rules of `aezoo.data.folder`, and arrays, which are held in memory, those of `aezoo.data.array`.
+Images follow the rules of `aezoo.data.folder`, and arrays, which are loaded into memory, those of `aezoo.data.array`.
 Splits called train, validation and test (or any name that a folder may have) are those of the set; missing ones are
 taken from train. No code of a data set is ever run.
 """
@@ -43,7 +43,7 @@ from aezoo.security import yaml_text
 
 _LABELS = ("label", "labels", "class", "target", "y")
 _ON_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^/:]+))?")
-# all that any version of huggingface_hub takes for one
+# all values that any version of huggingface_hub reads as true
 _CARD = re.compile(r"^\s*---\s*?[\r\n]+([\S\s]*?)[\r\n]+---[ \t]*([\r\n]|$)")
 _NUMBER = re.compile(r"u?int\d+|float\d+|bool")
 _PART = 1024
@@ -99,7 +99,7 @@ class HfImages(ImageSource):
         if y and names is None:
             raise AezooError(f"{options.root}: the labels are not classes: give --data.label_column none, or another")
         self._column = column
-        # our own rules decide which files Pillow opens
+        # our rules decide which files Pillow opens
         encoded = Image(decode=False)
         self._sets = {stage: rows.select_columns([column]).cast_column(column, encoded) for stage, rows in sets.items()}
         files: dict[Stage, list[tuple[Any, int]]] = {}
@@ -198,7 +198,7 @@ def _is_feature(feature: Any, name: str) -> bool:
 
 
 def _describe_feature(feature: Any) -> str:
-    """What must agree between all splits."""
+    """Properties that must be equal for all splits."""
     if feature is None:
         return "missing"
     if _is_feature(feature, "ClassLabel"):
@@ -283,7 +283,7 @@ def _sets_by_split(sets: Mapping[str, Any], where: str) -> Sets:
     unused = [name for name in sets if name not in stages.values()]
     if unused:
         warnings.warn(f"{where}: the splits {_listed(unused)} are not used", stacklevel=2)
-    # a set keeps the format in which it was saved
+    # a set still has the format in which it was saved
     found = {stage: sets[name].with_format(None) for stage, name in stages.items() if len(sets[name])}
     if "train" not in found:
         raise AezooError(f"{where}: the training split is empty: give at least one row")
@@ -348,7 +348,7 @@ def _check_card(folder: Path) -> None:
 
 
 def _check_packed(folder: Path, max_bytes: int) -> None:
-    """Refuse files of more content than the limit: datasets unpacks them, and reads a line or row group as a whole."""
+    """Refuse files that exceed the limit when datasets decompresses them, or reads a line or row group at once."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".zip" and path.is_file():
             with zipfile.ZipFile(path) as archive:

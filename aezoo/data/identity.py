@@ -1,4 +1,4 @@
-"""What tells two sets of samples apart, so that no run goes on with the samples of another."""
+"""Identify sets of samples, so that a run is only continued with the same data."""
 
 import hashlib
 import os
@@ -10,16 +10,16 @@ from aezoo.data.source import DEFAULT_ROOT
 from aezoo.data.source_registry import is_built_in, source_of_path
 from aezoo.deprecated import renamed
 
-# built-in sources of the user's own files, which the name of the source does not tell
+# built-in sources of files of the user, which the name of the source does not identify
 _OF_FILES = ("folder", "array", "hf", "stream")
-# a larger file is represented by its size and by blocks of its content
+# for a larger file, only its size and blocks of its content are hashed
 _WHOLE, _BLOCK, _BLOCKS = 2**26, 2**18, 64
-# files of a folder whose content is read; the others count by their names and sizes
+# files of a folder whose content is hashed; of the others, only names and sizes
 _READ = 64
 
 
 def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remote: bool = False) -> str:
-    """A text that is the same for the same set, wherever its files are, and changes with them.
+    """A text that identifies a set: independent of the folder of its files, but different if the files change.
 
     Args:
         name: name of a source, or the path of a set, as in `DataModule`.
@@ -28,13 +28,13 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remot
         allow_remote: whether an address may be opened, see `ObjectFolder`.
 
     Returns:
-        The source's name; with a digest for folders and files of samples, whose other content is another set.
+        The source's name; for folders and files of samples, with a digest of their content.
     """
     reader = source_of_path(name)
     source, place = (reader, name) if reader else (name, root)
     if source == "activations":
         return f"activations of {data_identity(of, root, allow_remote=allow_remote)}"
-    # a plug-in reads files of the user's if it is given a root
+    # if a plug-in is given a root, it reads files of the user
     if source not in _OF_FILES and (is_built_in(source) or place == DEFAULT_ROOT):
         return source
     if source == "stream" and is_address(place):
@@ -42,12 +42,12 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remot
         sizes = [(path, found.size) for path, found in objects.objects.items()]
         return f"{source} {_folder_digest(sizes, lambda paths: objects.first_bytes(paths, _BLOCK))}"
     path = Path(place).expanduser()
-    # a set of the hub has only its name
+    # a set of the hub is identified by its name
     return f"{source} {_digest(path) if path.exists() else place}"
 
 
 def other_data_message(source: object) -> str:
-    """Why a fit does not go on from a checkpoint of another set."""
+    """The reason why a fit cannot continue from a checkpoint of another set."""
     return (
         f"{source} was trained on other data than these, or they have changed since: leave out --ckpt_path and "
         "--resume to train a run of their own, or fine-tune from Python with aezoo.load_model"
@@ -55,7 +55,7 @@ def other_data_message(source: object) -> str:
 
 
 def data_set_name(name: str, root: str = DEFAULT_ROOT) -> str:
-    """The name of a set in the name of its runs: that of its file or folder, or of the source."""
+    """The name of a set for the folders of its runs: that of its file or folder, or of the source."""
     own_files = name in _OF_FILES and root not in ("", DEFAULT_ROOT)
     return (Path(root).expanduser().resolve() if own_files else Path(name)).stem
 
@@ -69,7 +69,7 @@ def _digest(path: Path) -> str:
 
 
 def _folder_digest(files: Sequence[tuple[str, int]], first_bytes: Callable[[list[str]], Iterable[bytes]]) -> str:
-    """The digest of a folder, of the paths and sizes of its files and of the beginnings of some."""
+    """The digest of a folder, from the paths and sizes of its files and the beginnings of some."""
     found = hashlib.blake2b(digest_size=8)
     for relative, size in files:
         found.update(f"{relative}\0{size}\0".encode("utf-8", "surrogateescape"))

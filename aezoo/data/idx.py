@@ -79,7 +79,7 @@ FAMILIES = {
 
 @accepts(ImageArgs, MemoryLimitArgs)
 class Idx(InMemory):
-    """A set of the MNIST family: train and test files, val carved out of train."""
+    """A set of the MNIST family: train and test files; val is taken from train."""
 
     def __init__(self, options: Options) -> None:
         self.family = FAMILIES[options.name]
@@ -157,7 +157,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
             kind = np.dtype(_TYPES[head[2]])
             wanted = math.prod(shape) * kind.itemsize
             check_bytes(path, wanted, max_bytes)
-            # one byte more than the header declares reveals excess data, without unpacking a bomb
+            # one byte more than the header declares shows excess data, without decompressing all of them
             data = file.read(wanted + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise AezooError(f"{path} is no whole gzip file ({error}): {again}") from None
@@ -170,7 +170,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
 
 
 def _refuse_files_of_other_sets(path: Path, data: bytes, title: str) -> None:
-    """MNIST, FashionMNIST and KMNIST share their file names; the published checksums tell them apart."""
+    """MNIST, FashionMNIST and KMNIST have the same file names; the published checksums distinguish them."""
     from torchvision import datasets
 
     digest = hashlib.md5(data, usedforsecurity=False).hexdigest()

@@ -19,7 +19,7 @@ SPLITS: dict[str, Stage] = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _ENDINGS = tuple(EXTENSIONS)
-# seconds after which a scan says what it does
+# seconds after which a scan prints a message
 _QUIET_SECONDS = 2.0
 
 
@@ -80,7 +80,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _entry_kind(entry: os.DirEntry[str]) -> str:
-    """file, folder or link, one that leads nowhere; empty for a pipe and the like."""
+    """file, folder or link (a broken one); empty for pipes and other special files."""
     try:
         if found := "file" if entry.is_file() else "folder" if entry.is_dir() else "":
             return found

@@ -19,12 +19,12 @@ from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 
 EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"])
-# Pillow looks at the content, not the name, and would hand a PostScript file called x.png to an interpreter
+# Pillow looks at the content, not the name, and would pass a PostScript file called x.png to an interpreter
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 MODES_16_BIT = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 GREY_MODES = frozenset({"1", "L", "LA"}) | MODES_16_BIT
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
-# formats that hold several pictures of one kind; those after the first of a JPEG are for the camera's own use
+# formats with several pictures of one kind; in a JPEG, those after the first are only used by cameras
 _MULTI_FRAME_FORMATS = frozenset({"GIF", "TIFF", "PNG", "WEBP"})
 _WITH_ALPHA = {"P": "PA", "L": "LA", "RGB": "RGBA"}
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})
@@ -55,7 +55,7 @@ class ImageFileArgs(TypedDict, total=False):
 
 
 class Header(NamedTuple):
-    """What a picture file says without decoding its pixels.
+    """The properties of a picture file that are known without decoding its pixels.
 
     Attributes:
         shape: (height, width) after the EXIF rotation.
@@ -74,7 +74,7 @@ def first_few(paths: list[Any]) -> str:
 
 
 def ignored_content(headers: Mapping[Any, Header]) -> list[str]:
-    """What is ignored in some files, as text for a warning."""
+    """What is ignored in some files, as the text of a warning."""
     transparent = [path for path, header in headers.items() if header.mode in _ALPHA_MODES]
     paged = [path for path, header in headers.items() if header.pages > 1]
     return [
@@ -118,7 +118,7 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
             raise ValueError("it has 32 bits a value; save it with 16 or 8")
         return resize(torch.from_numpy(values)[None, None], size, channels)[0]
     mode = "L" if channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)  # which would copy it
+    image = image if image.mode == mode else image.convert(mode)  # (this would copy it)
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     values = np.array(image)
@@ -174,7 +174,7 @@ def read_header(path: Path | EncodedImage, max_pixels: int) -> Header:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
             width, height = image.size
-            # if a PNG has no note before its pixels, Pillow decodes them, since there may be one after them
+            # if a PNG has no text before its pixels, Pillow decodes them, because there may be one after them
             skips = isinstance(image, PngImageFile) and image.fp is not None and not _metadata_follows(image.fp)
             exif = Image.Image.getexif(image) if skips else image.getexif()
             if exif.get(_ORIENTATION) in _ROTATED:
@@ -192,7 +192,7 @@ def read_header(path: Path | EncodedImage, max_pixels: int) -> Header:
 
 
 def _metadata_follows(file: IO[bytes]) -> bool:
-    """Whether a PNG has chunks of metadata after its pixels; the file position stays."""
+    """Whether a PNG has chunks of metadata after its pixels; does not change the file position."""
     place, seen = file.tell(), False
     file.seek(8)
     try:

@@ -17,7 +17,7 @@ from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import Argument
 
-# values that are looked at together
+# values that are checked at a time
 _CHUNK = 2**22
 
 
@@ -46,7 +46,7 @@ class InMemory(Source):
         num_classes: number of classes, None without labels.
 
     Attributes:
-        per_channel: whether each channel of samples (C, L) has a scale of its own.
+        per_channel: whether each channel of samples (C, L) is scaled separately.
     """
 
     per_channel = False
@@ -68,7 +68,7 @@ class InMemory(Source):
 
     @abstractmethod
     def load(self) -> dict[Stage, LabelledArrays]:
-        """The set's own splits, at least "train", from which missing ones are taken."""
+        """The existing splits of the set, at least "train", from which missing ones are taken."""
 
     def split(self, stage: Stage) -> ArrayDataset | None:
         if self._splits is None:
@@ -96,7 +96,7 @@ class InMemory(Source):
         self.scaling = scale = Scale(splits["train"].x, options.scale, self.per_channel)
         self.white = scale.white
         for stage in list(splits):
-            # one at a time, so that its unscaled samples are freed
+            # one split at a time, so that its unscaled samples are freed
             splits[stage] = LabelledArrays(scale(splits[stage].x), splits[stage].y)
         return splits
 
@@ -109,8 +109,9 @@ class Scale:
     standard  (x - mean) / standard deviation
     none      unchanged values
 
-    Minimum, maximum, mean and deviation are taken over the values that are not missing, per feature for vectors (N, D),
-    else over all. A constant feature becomes 0. Values of val and test outside the training range are not clipped.
+    Minimum, maximum, mean and standard deviation are those of the values that are not missing, per feature for vectors
+    (N, D), otherwise over all. A constant feature becomes 0. Values of val and test outside the training range are not
+    clipped.
 
     Args:
         train: the training samples.
@@ -118,7 +119,7 @@ class Scale:
         per_channel: samples (C, L) have statistics for each channel.
 
     Attributes:
-        white: see `Source`; floats within [0, 1] count as shares of white, as for auto.
+        white: see `Source`; it is 1 for floats within [0, 1], as with auto.
     """
 
     def __init__(self, train: Tensor, rule: str, per_channel: bool = False) -> None:
@@ -150,7 +151,7 @@ class Scale:
             self.offset, self.factor = self.offset[:, None], self.factor[:, None]
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that scale other samples in the same way; empty if nothing depends on the training split."""
+        """Tensors with which other samples are scaled in the same way; {} if nothing depends on the training split."""
         return {} if self.offset is None or self.factor is None else {"offset": self.offset, "factor": self.factor}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -199,8 +200,8 @@ def to_real_tensor(
         values: samples (N, ...).
         what: their name in messages.
         columns: the column names of a table.
-        copy: never share the memory of floats, which the caller may change later.
-        missing: raise refuses NaN; keep accepts it as a missing value, but no row may lack all values.
+        copy: always copy floats, because the caller may change them later.
+        missing: raise refuses NaN; keep accepts it as a missing value, but no row may have only missing values.
 
     Raises:
         AezooError: they are not real, finite numbers.
@@ -229,14 +230,14 @@ def as_tensor(values: Tensor | npt.NDArray[Any], copy: bool = True) -> Tensor:
 
 
 def chunk_rows(shape: Sequence[int]) -> int:
-    """How many samples of this shape are looked at together."""
+    """How many samples of this shape are checked at a time."""
     return max(1, _CHUNK // max(1, math.prod(shape)))
 
 
 def check_values(
     parts: Iterable[Tensor], what: str, columns: Sequence[str] = (), missing: str = "raise"
 ) -> tuple[float, float]:
-    """The least and the largest value; infinity is refused, and NaN as `missing` says.
+    """The smallest and the largest value; infinity is refused, and NaN depending on `missing`.
 
     Args:
         parts: samples in their order, (n, *shape) each.
@@ -270,7 +271,7 @@ def check_values(
     if kept and first_empty >= 0:
         raise AezooError(f"{what} has no value at all in row {first_empty}: remove such rows")
     if n_bad:
-        # the user of a table corrects columns
+        # for a table, the message names columns
         place = f", in {first_names([columns[i] for i in sorted(wrong_columns)])}" if columns else ""
         cure = "fill or remove them"
         if not kept and has_nan:
@@ -283,7 +284,7 @@ def check_values(
 
 
 def _float_dtype(size: int, is_float: bool, wide: Any, narrow: Any) -> Any:
-    """float32 if it is exact: for floats of up to 4 bytes, integers of up to 2; else float64."""
+    """float32 if this is exact: for floats of up to 4 bytes and integers of up to 2; otherwise float64."""
     return narrow if size <= (4 if is_float else 2) else wide
 
 

@@ -1,6 +1,6 @@
-"""Batches in an order that depends on (seed, epoch) alone: not on workers or earlier draws.
+"""Batches in an order that depends only on (seed, epoch): not on workers or earlier draws.
 
-For samples that are not held in memory; `aezoo.data.resident` gives the same batches for those that are.
+For samples that are not in memory; `aezoo.data.resident` gives the same batches for those that are.
 """
 
 import os
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-# chunks of files that a shuffle mixes at a time, and that a process keeps open
+# chunks of files that are shuffled together, and that a process has open at a time
 SHUFFLE_GROUP = 16
 
 
 class EpochSampler(DistributedSampler[Any]):
     """Row indices of one rank, `order[rank::world]`, with order = f(seed, epoch).
 
-    With `chunk`, ranks take turns by so many consecutive rows instead of by one, so that their batches are those that
-    one process would read, whatever the number of ranks. With blocks, which are rows that share a file, rows are
-    shuffled within groups of `SHUFFLE_GROUP` random blocks.
+    With `chunk`, ranks take this many consecutive rows in turn instead of one, so that their batches are those that one
+    process would read, for any number of ranks. With blocks, which are rows of the same file, rows are shuffled within
+    groups of `SHUFFLE_GROUP` random blocks.
 
-    Lightning replaces any sampler but a DistributedSampler by its own, hence the base class. Shuffled (training): every
-    rank gets len // world rows; the up to world - 1 rows left out differ between epochs. Not shuffled: no row is left
-    out or read twice, unless there are fewer rows than ranks; then each rank reads all of them, and means over ranks
-    stay exact.
+    Lightning replaces all samplers except a DistributedSampler, hence the base class. Shuffled (training): every rank
+    gets len // world rows; up to world - 1 rows are left out, different ones in each epoch. Not shuffled: no row is
+    left out or read twice, unless there are fewer rows than ranks; then each rank reads all of them, so that means
+    over ranks are exact.
 
     Attributes:
-        skip: (epoch, rows): the next pass of that epoch leaves out this many of its first rows, which a resumed run has
-            already seen.
-        first: how many rows the current pass left out at its beginning.
+        skip: (epoch, rows): the next pass of that epoch skips this many of its first rows, on which a resumed run has
+            already trained.
+        first: how many rows the current pass skipped at its beginning.
         current: (n,) the rows of the current pass, in order.
     """
 
@@ -83,19 +83,19 @@ class EpochSampler(DistributedSampler[Any]):
         return self.current
 
     def _is_own(self, places: Tensor) -> Tensor:
-        """Which places of the order are this rank's, (N,) bool."""
+        """Which positions of the order belong to this rank, (N,) bool."""
         return places // self.chunk % self.num_replicas == self.rank
 
     def __iter__(self) -> Iterator[int]:
         # a generator: the epoch is read at the first next(), since Lightning calls set_epoch after iter()
-        for part in self.rows().split(2**16):  # a list of all would take 40 bytes a row
+        for part in self.rows().split(2**16):  # a list of all would take 40 bytes per row
             yield from part.tolist()
 
 
 class SequentialEpochSampler(EpochSampler, SequentialSampler):
-    """The sampler without shuffling; Lightning recognises that by the class SequentialSampler only.
+    """The sampler without shuffling; Lightning only recognises this by the class SequentialSampler.
 
-    With `overfit_batches` it replaces other loaders, with a sampler of its own that does not distribute rows to ranks.
+    With `overfit_batches`, Lightning replaces other loaders, with a sampler that does not distribute rows to ranks.
     """
 
 
@@ -133,7 +133,7 @@ class LazyLoader(DataLoader[Any]):
     transform: Transform | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""
+        """Nothing: the DataModule saves the position. Lightning warns of a loader without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class LazyLoader(DataLoader[Any]):
 
 def local_processes(trainer: "Trainer | None" = None) -> int:
     """Processes of the run on this machine, which share its memory and cores."""
-    # Lightning's own launchers set no variable for it; under torchrun a task without a trainer has nothing else
+    # Lightning's launchers set no variable for it; under torchrun a task without a trainer has no other information
     launched = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return launched if trainer is None else max(launched, trainer.num_devices)
 
@@ -172,8 +172,8 @@ def default_num_workers(processes: int) -> int:
 
 
 def worker_failure(error: BaseException) -> str | None:
-    """The line to say of a process that cannot read ahead or has died, if that is what torch's error is about."""
-    message = f"{error.__cause__}\n{error}"  # which of them knows the signal is chance
+    """The message if torch's error is about a worker process that has died or cannot start; otherwise None."""
+    message = f"{error.__cause__}\n{error}"  # it varies which of these errors contains the signal
     died = r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]*\w|exited unexpectedly)"
     found = re.search(rf"{died}|unable to allocate shared memory", message)
     return found and (
@@ -183,7 +183,7 @@ def worker_failure(error: BaseException) -> str | None:
 
 
 def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
-    """A batch (x,) or (x, y) from one that the data set gathered, or from a list of samples."""
+    """A batch (x,) or (x, y) from a batch of the data set, or from a list of samples."""
     if isinstance(samples, tuple):
         x, y = samples[0], samples[1] if len(samples) > 1 else None
     else:
@@ -192,7 +192,7 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
         y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
     batch = (x, cast(Tensor, y)) if labels and y is not None else (x,)
     if get_worker_info() is not None:
-        # the thread that would do it at last loses a batch for which /dev/shm has no room, and all wait for that
+        # the thread that would pin it loses a batch for which /dev/shm has no room, and all processes wait for it
         for part in batch:
             part.share_memory_()
     return batch
@@ -202,7 +202,7 @@ class DecodingDataset(Dataset[Any]):
     """Samples that are decoded one by one, when they are used; `__getitem__` gives (x,) or (x, label)."""
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        """A whole batch at once; torch's loader prefers this method to one call per sample."""
         return collate([self[i] for i in indices], labels=True)
 
 
@@ -222,7 +222,7 @@ def sample_blocks(dataset: Dataset[Any]) -> Tensor | None:
 
 
 def even_batch_size(n: int, world: int, batch_size: int) -> int:
-    """The largest size up to `batch_size` (else the next above it) that gives every rank the same number of batches.
+    """The largest size up to `batch_size` (or the next larger one) that gives every rank the same number of batches.
 
     DistributedDataParallel hangs if one rank evaluates more batches than another. Shares of n // world and
     n // world + 1 rows differ in their number of batches only if the size divides the smaller one.
@@ -234,7 +234,7 @@ def even_batch_size(n: int, world: int, batch_size: int) -> int:
 
 
 def rank_batches(n: int, world: int, batch_size: int, shuffle: bool, by_batch: bool) -> tuple[int, int]:
-    """The batch size, and how many consecutive rows a rank takes at a time.
+    """The batch size, and how many consecutive rows a rank gets at a time.
 
     Args:
         n: number of samples.
@@ -291,6 +291,6 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         collate_fn=partial(collate, labels=labels),
-        # its own generator: an iteration must not advance the global one, which draws the model's noise
+        # a separate generator: an iteration must not advance the global one, which draws the model's noise
         generator=torch.Generator().manual_seed(seed),
     )

@@ -34,7 +34,8 @@ class Mnist5k(InMemory):
 def split_by_digit(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.uint8]]:
     """The excerpt (500 of each digit, in the order of MNIST) as train, val and test, digits 0 to 9 in turn."""
     by_digit = np.argsort(y, kind="stable").reshape(10, 500)
-    # neighbours in MNIST share a writer: whole runs go to one split, so that val and test hold few known hands
+    # neighbours in MNIST have the same writer: consecutive digits go to one split, so that val and test share few
+    # writers with train
     order = np.concatenate([by_digit[:, start:stop].T.ravel() for start, stop in ((0, 400), (400, 450), (450, 500))])
     return {"images": x[order].reshape(-1, 28, 28).astype(np.uint8), "labels": y[order].astype(np.uint8)}
 

@@ -108,7 +108,7 @@ def _imported_network(path: str) -> nn.Module:
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not policy._opened:
-        # a program that has not gone through the command line: the same rule, and what the environment allows
+        # in a program that does not use the command line: the same rule, and what the environment allows
         policy.enforce(policy.take_flags([])[1])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--network", type=type[nn.Module] | Callable)
@@ -123,7 +123,7 @@ def _imported_network(path: str) -> nn.Module:
                          f"{_suggest_names(path)}") from error  # fmt: skip
     if isinstance(found, nn.Module):
         return copy.deepcopy(found)
-    # of what every configuration may name, which a stranger's may, no function is called: some start runs
+    # functions among what any configuration may name are not called: some of them start runs
     own = any(f"{path}.".startswith(f"{root}.") for root in policy.PACKAGES)
     if not (isinstance(found, type) and issubclass(found, nn.Module)) and (own or not inspect.isfunction(found)):
         raise AezooError(f"--data.network {path} is no torch.nn.Module and no function of yours that makes one")
@@ -139,7 +139,7 @@ def _imported_network(path: str) -> nn.Module:
 
 
 def _suggest_names(path: str) -> str:
-    """The nearest name in a module that is already imported, for a message."""
+    """The most similar name in a module that is already imported, for a message."""
     module, _, name = path.rpartition(".")
     known = vars(sys.modules[module]) if module in sys.modules else {}
     near = [] if name in known else difflib.get_close_matches(name, known, n=3)
@@ -153,7 +153,7 @@ def check_layers(module: nn.Module, layers: Sequence[str], what: str) -> None:
     """Refuse names that no layer has.
 
     Raises:
-        AezooError: names the nearest ones.
+        AezooError: names the most similar ones.
     """
     known = [name for name, _ in module.named_modules() if name]
     for layer in layers:
@@ -168,7 +168,7 @@ def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[T
     """The outputs of layers for a batch, one float32 tensor each.
 
     Raises:
-        AezooError: the network does not take the batch, or a layer's output is no tensor with one row per sample.
+        AezooError: the network refuses the batch, or a layer's output is not a tensor with one row per sample.
     """
     found: dict[str, Tensor] = {}
 
@@ -178,7 +178,7 @@ def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[T
             while isinstance(first, tuple | list) and first:
                 first = first[0]
             if isinstance(first, Tensor):
-                # a copy: the next layer may work in place
+                # a copy: the next layer may change it in place
                 found[name] = first.detach().clone()
 
         return hook
@@ -188,7 +188,7 @@ def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[T
         module(x)
     except AezooError:
         raise
-    except Exception as error:  # whatever a network raises that was made for other samples
+    except Exception as error:  # any error of a network that was made for other samples
         raise AezooError(f"the network does not take samples of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:200]}): give another --data.size, --data.channels or set") \
             from error  # fmt: skip

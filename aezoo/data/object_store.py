@@ -1,10 +1,10 @@
-"""A folder in an object store, s3://bucket/prefix, whose files are kept on this machine while they are in use.
+"""A folder in an object store, s3://bucket/prefix, whose files are cached on this machine.
 
-`ObjectFolder` lists and reads objects by boto3, whose settings decide everything else: AWS_ACCESS_KEY_ID, AWS_PROFILE,
-AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS and so on. `FileCache` holds files of such a folder in a folder of limited size that
-all processes of a machine share. A process that reads a file has a shared lock on it, one that writes a file has an
-exclusive lock on its unfinished `.part-NAME`, and one that makes room deletes only what nobody has locked, so nothing
-has to be cleaned up after a kill.
+`ObjectFolder` lists and reads objects by boto3, with boto3's settings: AWS_ACCESS_KEY_ID, AWS_PROFILE,
+AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS and so on. `FileCache` stores files of such a folder in a local folder of limited
+size that all processes of a machine share. A process that reads a file has a shared lock on it, and a process that
+writes a file has an exclusive lock on its unfinished `.part-NAME`. To make room, only files that nobody has locked are
+deleted. So nothing has to be cleaned up after a kill.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from aezoo.training.keyword_groups import Argument
 
 SCHEME = "s3://"
 _ADDRESS = re.compile(r"s3://([A-Za-z0-9][\w.-]{1,61}[A-Za-z0-9])(?:/([^\x00-\x1f]*?))?/*", re.ASCII)
-# of files: what any file system takes, and what never collides with the cache's own
+# names of files that any file system allows, and that differ from those of the cache itself
 _NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
 _MOST_OBJECTS = 10**6
 _BLOCK = 2**20
@@ -69,7 +69,7 @@ class Object(NamedTuple):
 
     Attributes:
         size: its bytes.
-        tag: what changes with its content.
+        tag: a text that changes with its content.
     """
 
     size: int
@@ -77,7 +77,7 @@ class Object(NamedTuple):
 
 
 def is_address(root: str) -> bool:
-    """Whether the place of a set is an address and no path."""
+    """Whether the location of a set is an address, not a path."""
     return "://" in root
 
 
@@ -94,7 +94,7 @@ class ObjectFolder:
         allow_remote: whether the user has said that addresses may be opened; `--allow_remote` does so, too.
 
     Attributes:
-        address: the address without a slash at its end.
+        address: the address without a slash at the end.
         objects: the objects by their paths below the prefix, in order, without hidden ones.
 
     Raises:
@@ -155,14 +155,14 @@ class ObjectFolder:
         raise AezooError(f"{self.address} has more than {_MOST_OBJECTS:,} objects: give the prefix of the set alone")
 
     def blocks(self, path: str, most: int | None = None) -> Iterator[bytes]:
-        """The content of an object in order; a dropped connection is taken up where it ended.
+        """The content of an object in order; after a lost connection, reading continues where it stopped.
 
         Args:
             path: its path below the prefix.
-            most: the bytes to read; by default all.
+            most: how many bytes to read; by default all.
 
         Raises:
-            AezooError: it cannot be read, as boto's number of attempts in a row has failed.
+            AezooError: it cannot be read: as many attempts in a row have failed as boto is set to make.
         """
         size, tag = self.objects[path]
         end = size if most is None else min(size, most)
@@ -170,7 +170,7 @@ class ObjectFolder:
         attempts = (client.meta.config.retries or {}).get("total_max_attempts", 5)
         while offset < end:
             try:
-                # without a range boto compares the whole with the checksum that the store has
+                # without a range, boto compares the whole object with the checksum in the store
                 part = {} if (offset, end) == (0, size) else {"Range": f"bytes={offset}-{end - 1}"}
                 key = self._prefix + path
                 response = client.get_object(Bucket=self.bucket, Key=key, IfMatch=tag, **part)
@@ -183,7 +183,7 @@ class ObjectFolder:
             except AezooError:
                 raise
             except Exception as error:
-                # a few bytes an attempt are no progress
+                # a few bytes per attempt are not progress
                 failures = 1 if offset - failed_at >= _BLOCK else failures + 1
                 failed_at = offset
                 if offset >= end or failures >= attempts or not _is_transient(error):
@@ -197,12 +197,12 @@ class ObjectFolder:
             return list(pool.map(lambda path: b"".join(self.blocks(path, most)), paths))
 
     def digest(self) -> str:
-        """A name for this content of the folder; another one when an object is written anew."""
+        """A name for this content of the folder; it changes when an object is replaced."""
         content = [self.client.meta.endpoint_url, self.address, *self.objects.items()]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def _refusal(self, error: Exception, path: str = "") -> AezooError:
-        """What to say of boto's error, whose own text may hold an address with credentials, or a stranger's words."""
+        """The message for boto's error, whose text may contain an address with credentials, or text from the server."""
         from botocore.exceptions import ClientError
 
         kind = type(error).__name__
@@ -222,7 +222,7 @@ def _next(page: dict[str, Any]) -> dict[str, str]:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether another attempt may succeed: not after an answer that says what is wrong."""
+    """Whether another attempt may succeed: not if the server has answered that the request is wrong."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
 
     if isinstance(error, ClientError):
@@ -231,7 +231,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 class FileCache:
-    """Files of an object folder in a folder on this machine, at most `most` bytes with those of other sets.
+    """Files of an object folder in a local folder, at most `most` bytes including those of other sets.
 
     Args:
         objects: the object folder.
@@ -260,7 +260,7 @@ class FileCache:
             raise self._unwritable(error) from None
 
     def keep(self, path: str, most: int) -> None:
-        """Fetch a small file, which stays.
+        """Download a small file, which is not deleted.
 
         Args:
             path: its path below the folder.
@@ -276,7 +276,7 @@ class FileCache:
             atomic_files.write(file, lambda opened: opened.write(content), cure="give another --data.cache_dir")
 
     def check(self, paths: Sequence[str], group: int) -> None:
-        """Refuse files that the cache cannot hold.
+        """Refuse files for which the cache is too small.
 
         Args:
             paths: the files, below the folder.
@@ -293,7 +293,7 @@ class FileCache:
                              f"{group} chunks are in use at a time: give at least {least}")  # fmt: skip
 
     def fetch(self, paths: Iterable[str]) -> None:
-        """Fetch those files that are missing, several at a time."""
+        """Download those files that are missing, several at a time."""
         missing = [path for path in paths if not (self.folder / path).exists()]
         if len(missing) < 2:
             return  # `held` does it
@@ -333,7 +333,7 @@ class FileCache:
         try:
             file.parent.mkdir(exist_ok=True)
             with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
-                _lock(opened)  # another process may be fetching it
+                _lock(opened)  # another process may be downloading it
                 if not _is_open_at(opened, part):
                     return
                 if file.exists():
@@ -345,7 +345,7 @@ class FileCache:
                         opened.write(block)
                     opened.flush()
                     os.fsync(opened.fileno())
-                    with self._locked():  # else one that makes room may see neither name
+                    with self._locked():  # otherwise a process that makes room may see neither name
                         part.replace(file)
                 except BaseException:
                     part.unlink(missing_ok=True)
@@ -361,7 +361,7 @@ class FileCache:
                 if self._make_room(size):
                     os.ftruncate(part.fileno(), size)
                     return
-            time.sleep(0.05)  # files that are being read are free in a moment
+            time.sleep(0.05)  # files that are being read will soon be unlocked
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -21,14 +21,14 @@ from aezoo.security.archives import check_tuples, unpacked_size
 from aezoo.security.values import check_extent
 from aezoo.training.keyword_groups import Argument
 
-# a cell and its comma, at least two bytes, become a double and a float, beside the whole text and its lines
+# a cell and its comma, at least two bytes, become a double and a float, in addition to the whole text and its lines
 _CSV_MEMORY_FACTOR = 8
-# as fixed-width texts, which NumPy holds them as
+# as texts of fixed width, as NumPy stores them
 _MOST_LABEL_BYTES = 2**30
 _PARQUET_ROWS = 2**16
 _PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 _MAX_EXACT_INTEGER = 2**53
-# texts that stand for a missing number
+# texts that mean a missing number
 _MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "none", "null", "missing", "unknown", "?", "-", "--", "."})
 Arrays = Mapping[str, Any]
 
@@ -90,8 +90,8 @@ def read_arrays(
         max_bytes: the most memory that its arrays may take.
         label_column: of a table, see `DataModule`.
         streamed: the array of a .npy file is for `NpyDataset`: a read-only map of any size, unless its order is
-            Fortran's, in which a sample lies all over the file.
-        time_columns: the first column of a table with one of these names, in any case, holds time stamps.
+            Fortran's, in which the values of a sample are spread over the file.
+        time_columns: the first column of a table with one of these names, in any case, contains time stamps.
 
     Raises:
         AezooError: the file cannot be read, or takes more memory.
@@ -118,7 +118,7 @@ def read_arrays(
         raise
     except PermissionError as error:
         raise AezooError(f"cannot read {path} ({error.strerror}): check its permissions") from None
-    # every format raises other exceptions for a truncated or foreign file
+    # every format raises other exceptions for a truncated or unknown file
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
         raise AezooError(
@@ -158,7 +158,7 @@ def _time_position(names: Sequence[str], time_columns: Sequence[str]) -> int | N
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first names, for a message."""
+    """The first few names, for a message."""
     return ", ".join([repr(name) for name in names[:5]] + ["..."] * (len(names) > 5))
 
 
@@ -192,7 +192,7 @@ def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
 
 
 def is_streamed(array: Any) -> bool:
-    """Whether `read_arrays` left the array in its file for `NpyDataset`."""
+    """Whether `read_arrays` has only mapped the array, for `NpyDataset`."""
     return isinstance(array, np.memmap) and not array.flags.writeable
 
 
@@ -216,7 +216,7 @@ def _read_npy(path: Path, max_bytes: int, streamed: bool = False) -> Arrays:
 def _read_npz(path: Path, max_bytes: int) -> Arrays:
     check_bytes(path, unpacked_size(path) or 0, max_bytes)
     try:
-        # opened here, since np.load leaves a damaged archive open
+        # opened here, because np.load does not close a damaged archive
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile) or file.zip is None:
                 raise AezooError(f"{path} is no archive of arrays: rename it to .npy if it is one array")
@@ -261,7 +261,7 @@ def _read_pt(path: Path, max_bytes: int) -> Arrays:
 
 
 def _check_list(path: Path, key: Any, value: Any) -> None:
-    """Refuse a list that NumPy would need far more time or memory for than its file has bytes."""
+    """Refuse a list for which NumPy would need far more time or memory than the file has bytes."""
     if isinstance(value, list | tuple):
         if any(isinstance(part, list | tuple | dict | set) for part in value):
             raise AezooError(
@@ -277,7 +277,7 @@ def _name_single_array(arrays: dict[str, Any]) -> Arrays:
 def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Sequence[str] = ()) -> Arrays:
     """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
 
-    A header is a first row with a text cell, or one that counts the columns, 0,1,2 and so on, as pandas writes for
+    A header is a first row with a text cell, or one that numbers the columns, 0,1,2 and so on, as pandas writes for
     columns without names; a 0 above a single column is a sample.
     """
     check_bytes(path, path.stat().st_size * _CSV_MEMORY_FACTOR, max_bytes)
@@ -297,7 +297,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Seque
     label = _label_position(first, label_column) if header else None
     time = _time_position(first, time_columns) if header else None
     time = None if time == label else time
-    # the text of the columns that are no features; the last one is taken out of a row first
+    # the text of the columns that are not features; the last one is removed from a row first
     texts: dict[int, list[str]] = {i: [] for i in sorted((i for i in (label, time) if i is not None), reverse=True)}
     columns = [name for i, name in enumerate(first) if i not in texts] if header else []
     # row by row, since the texts of all cells would take ten times the memory of their numbers
@@ -375,7 +375,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         declared = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         # a column that repeats one value takes no space in the file
         check_bytes(path, max(declared, 8 * about.num_rows * len(names)), max_bytes)
-    # each text once, not once a row
+    # each text once, not once per row
     with parquet.ParquetFile(path, read_dictionary=None if label is None else [label]) as file:
         batches, rows = [], 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
@@ -391,7 +391,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
 
 
 def check_parquet(path: Path, max_bytes: int) -> None:
-    """Refuse a .parquet file of which a row group, which `datasets` holds as a whole, takes more than the limit.
+    """Refuse a .parquet file with a row group larger than the limit; `datasets` reads a row group at once.
 
     Numbers and texts that repeat take hardly any space in the file, however many there are.
     """
@@ -407,7 +407,7 @@ def check_parquet(path: Path, max_bytes: int) -> None:
             if column.physical_type != "BYTE_ARRAY":
                 size += column.num_values * width
             elif column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:
-                repeated.append(column)  # of whole texts, or of their beginnings
+                repeated.append(column)  # statistics of whole texts, or of their beginnings
             else:
                 size += column.total_uncompressed_size
         check_bytes(path, size, max_bytes)
@@ -415,7 +415,7 @@ def check_parquet(path: Path, max_bytes: int) -> None:
             names = [column.path_in_schema for column in repeated]
             longest = max(column.total_uncompressed_size for column in repeated)
             rows = max(1, min(_PARQUET_ROWS, max_bytes // max(1, longest * len(names))))
-            # each text once, not once a row
+            # each text once, not once per row
             dictionaries = [column.path_in_schema for column in repeated if column.has_dictionary_page]
             with parquet.ParquetFile(path, read_dictionary=dictionaries) as file:
                 for batch in file.iter_batches(rows, row_groups=[i], columns=names):
@@ -440,7 +440,7 @@ def _labels(column: Any) -> Any:
     """The labels of a pandas column, (N,)."""
     missing, categories = column.isna().to_numpy(), getattr(column.dtype, "categories", None)
     if categories is not None and categories.dtype.kind not in "biuf":
-        names = [str(name) for name in categories]  # each once, whatever pandas would make of the column
+        names = [str(name) for name in categories]  # each text once, whatever dtype pandas would choose
         return parse_labels(["" if code < 0 else names[code] for code in column.cat.codes.to_numpy()])
     y = column.to_numpy()
     if missing.any() or y.dtype.kind not in "biuf":
@@ -464,7 +464,7 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
 
 
 def text_columns(values: Any) -> list[str]:
-    """The columns of a DataFrame that hold no numbers; [] of anything else."""
+    """The columns of a DataFrame that do not contain numbers; [] for anything else."""
     kinds: Any = getattr(values, "dtypes", {})
     if not (hasattr(values, "columns") and hasattr(kinds, "items")):
         return []
@@ -477,7 +477,7 @@ def parse_labels(texts: list[str]) -> Any:
     _check_texts(texts)
     missing = np.array([not text for text in texts])
     numbers = [float(text or 0) for text in texts] if all(_is_number(text) for text in texts if text) else []
-    # beyond, neighbouring integers are the same float
+    # larger integers are not exact as floats
     names = not numbers or any(_MAX_EXACT_INTEGER <= abs(number) < math.inf for number in numbers)
     labels = np.array(texts if names else numbers)
     return np.ma.array(labels, mask=missing) if missing.any() else labels

@@ -1,8 +1,8 @@
-"""The resident path: a split is one tensor, in memory or on the GPU, and a batch is one gather.
+"""Splits in memory: a split is one tensor, in memory or on the GPU, and a batch is one gather.
 
-A split is held if it takes at most a quarter of the free memory, shared by the processes of the machine. Data that are
-in memory anyway, such as arrays, stay there, and move to the GPU by the same rule. Samples keep their dtype, so bytes
-stay bytes until the step needs floats.
+A split is loaded into memory if it takes at most a quarter of the free memory, which the processes of the machine
+share. Data that are always in memory, such as arrays, are moved to the GPU by the same rule. Samples keep their dtype,
+so bytes are only converted to floats in the training step.
 """
 
 import math
@@ -65,7 +65,7 @@ class ResidentLoader:
         self.x, self.y = x, y
         self.batch_size, chunk = rank_batches(len(x), world, batch_size, shuffle, by_batch)
         self.drop_last, self.pin_memory = drop_last, pin_memory
-        # Lightning looks for a shuffling sampler in one and tells the epoch to the other
+        # Lightning looks for a shuffling sampler in one, and sets the epoch of the other
         self.batch_sampler = None
         of_rank = {"seed": seed, "rank": rank, "world": world}
         self.sampler = epoch_sampler(len(x), shuffle=shuffle, blocks=blocks, chunk=chunk, **of_rank)
@@ -79,10 +79,10 @@ class ResidentLoader:
         return batches if self.transform is None else self.transform(batches, self.sampler)
 
     def _batches(self) -> Iterator[Batch]:
-        # a generator, so that the epoch is read at the first next(): Lightning tells it after iter()
+        # a generator, so that the epoch is read at the first next(): Lightning sets it after iter()
         rows = self.sampler.rows().to(self.x.device)
         for chosen in rows.split(self.batch_size):
-            # split gives one part even without rows
+            # split returns one part even without rows
             if len(chosen) < (self.batch_size if self.drop_last else 1):
                 return
             x = self.x.index_select(0, chosen)
@@ -92,7 +92,7 @@ class ResidentLoader:
             yield (x,) if y is None else (x, y)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the DataModule keeps the position. Lightning warns of a loader without this method."""
+        """Nothing: the DataModule saves the position. Lightning warns of a loader without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class ResidentLoader:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on a GPU, or that the machine can give without swapping; 0 if unknown."""
+    """Free bytes on a GPU, or bytes that the machine has available without swapping; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -111,7 +111,7 @@ def free_memory(device: torch.device) -> int:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         except (AttributeError, ValueError, OSError):
             return 0
-    # a container may have less than its machine
+    # a container may have less memory than its machine
     group = Path("/sys/fs/cgroup")
     for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
         for folder in (group, group / "memory"):
@@ -133,12 +133,12 @@ def _reclaimable_cache(group: Path) -> int:
 
 
 def fits_in_memory(size: int, device: torch.device, processes: int) -> bool:
-    """Whether `size` bytes in each process that shares the memory are within the share."""
+    """Whether `size` bytes for each process that shares the memory are within the limit."""
     return not memory_excess(size, device, processes)
 
 
 def memory_excess(size: int, device: torch.device, processes: int) -> str:
-    """Why they are not, in a few words; empty if they are."""
+    """Why they are not, as a short text; empty if they are."""
     free = free_memory(device)
     if size * processes <= MEMORY_SHARE * free:
         return ""
@@ -201,14 +201,14 @@ def _too_large(name: str, n: int, size: int, where: str) -> AezooError:
 
 
 def load_into_memory(dataset: Dataset[Any], name: str) -> ArrayDataset:
-    """All samples of a data set that reads them one by one, in one tensor.
+    """All samples of a data set, which are read one by one, in one tensor.
 
     Args:
         dataset: gives (x,) or (x, y) for an index.
         name: its name in messages.
 
     Raises:
-        AezooError: there are none, or more than memory holds.
+        AezooError: there are none, or more than fit into memory.
     """
     n = len(cast(Any, dataset))
     if n == 0:

@@ -1,4 +1,4 @@
-"""sample_photos: square crops of seven photographs that come with scikit-image and scikit-learn.
+"""sample_photos: square crops of seven photographs that are part of scikit-image and scikit-learn.
 
     train   astronaut, coffee, rocket, motorcycle (scikit-image), china (scikit-learn)
     val     chelsea, a cat (scikit-image)

@@ -43,7 +43,7 @@ class SourceArgs(
 _ARGUMENTS = arguments_of(SourceArgs)
 _CHOICES: dict[str, Any] = {"scale": Scaling, "binarise": Binarising, "labels": Labels, "memory": Memory}
 _CHOICES |= {name: hint for name, hint in get_type_hints(SourceArgs).items() if get_origin(hint) is Literal}
-# the least and the most of whole numbers
+# smallest and largest values of integers
 _INTEGER_RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "seed": (0, math.inf),
@@ -61,7 +61,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     """Refuse arguments of the DataModule that cannot work, by name and value.
 
     Raises:
-        AezooError: the first of them, and what to give.
+        AezooError: names the first of them, and what to give.
     """
     if not given["name"]:
         raise AezooError("--data.name is empty: give a set, a folder or a file of arrays")
@@ -96,7 +96,7 @@ def check_source_settings(options: Options) -> None:
     """Refuse a setting that the source does not take, unless it has its default.
 
     Raises:
-        AezooError: names the setting, the sources that take it, and the nearest setting of this source.
+        AezooError: names the setting, the sources that have it, and the most similar setting of this source.
     """
     accepted = settings_of(options.name, options.settings)
     for key, value in options.settings.items():
@@ -109,7 +109,7 @@ def check_source_settings(options: Options) -> None:
 
 
 def settings_of_source(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the DataModule without those that only other sources take than the one that they name."""
+    """Settings of the DataModule without those that their source does not have."""
     try:
         accepted = settings_of(str(settings["name"]), settings)
     except (KeyError, AezooError):  # the DataModule says what is wrong with the name

@@ -1,8 +1,8 @@
-"""One copy a machine, not one a process, of samples that are held in memory.
+"""One copy of samples in memory per machine, not one per process.
 
-The first process of a machine puts its samples into memory without a name (memfd_create of Linux); the others map it by
-way of /proc, compare it with what they have read themselves, and free that. Nothing has to be cleaned up, not even
-after a kill: the kernel frees the memory with the last process.
+The first process of a machine puts its samples into anonymous memory (memfd_create of Linux). The others map it through
+/proc, compare it with the samples that they have read, and free these. Nothing has to be cleaned up, not even after a
+kill: the kernel frees the memory with the last process.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from torch import Tensor
 from aezoo.data.loaders import local_processes
 from aezoo.data.resident import free_memory
 
-# of an address in memory that any dtype may begin at
+# alignment in memory that suits any dtype
 _ALIGNMENT = 64
 _Layout = dict[str, tuple[int, tuple[int, ...], torch.dtype]]
 
 
 def share(tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
-    """Let the processes of each machine hold these tensors once; all processes of the run call it.
+    """Store these tensors once per machine; all processes of the run call this.
 
-    A process keeps a tensor of its own if the first one of its machine has none of this name and content. If memory
-    cannot be shared at all, one line says so, and all keep theirs.
+    A process keeps its own tensor if the first process of its machine has none with this name and content. If memory
+    cannot be shared at all, all keep their own tensors, and a message of one line says so.
 
     Args:
-        tensors: on the CPU, by name; their memory is replaced, their values stay.
+        tensors: on the CPU, by name; their memory is replaced, with the same values.
         trainer: of this process.
     """
     if local_processes(trainer) < 2 or not (dist.is_available() and dist.is_initialized()):
@@ -64,13 +64,13 @@ def share(tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
         if file >= 0:
             os.close(file)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # of glibc, which else keeps the memory for later
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would otherwise not return the memory to the system
     if reason := next(filter(None, told), ""):
         rank_zero_info(f"samples are held once in each process, as memory cannot be shared here: {reason}")
 
 
 def _adopt(tensors: Mapping[str, Tensor], process: int, file: int, layout: _Layout) -> str:
-    """Map the samples of another process in place of the same own ones; returns why it cannot be done."""
+    """Replace tensors by equal ones of another process; returns why if this cannot be done."""
     try:
         opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
         try:
@@ -109,7 +109,7 @@ def _replace(tensors: Mapping[str, Tensor], layout: _Layout, buffer: mmap.mmap, 
         shared = _view(layout[name], buffer)
         if fill:
             shared.copy_(tensor)
-        tensor.data = shared  # of all who hold this tensor
+        tensor.data = shared  # for all objects that refer to this tensor
 
 
 def _is_equal(own: Tensor, place: tuple[int, tuple[int, ...], torch.dtype], buffer: mmap.mmap) -> bool:

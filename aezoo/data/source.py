@@ -1,8 +1,8 @@
-"""What a data source is, and how a set without splits of its own is split.
+"""The interface of data sources, and how a set without splits is split.
 
 A factory takes `Options` and returns a `Source`, whose constructor is cheap and needs no network; `split` reads the
-data. It names its own settings by `accepts`. A plug-in registers its factory as an entry point of the group
-`aezoo.data`; without `accepts` it takes all settings of the built-in sources.
+data. It declares its settings by `accepts`. A plug-in registers its factory as an entry point of the group
+`aezoo.data`; without `accepts` it accepts all settings of the built-in sources.
 """
 
 from abc import ABC, abstractmethod
@@ -28,16 +28,16 @@ DEFAULT_ROOT = "data"
 
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
-# of every setting that `accepts` has named
+# all settings that `accepts` has declared
 DEFAULTS: dict[str, Any] = {}
 
 
 def accepts(*groups: type, nested_source: str = "") -> Callable[[Factory], Factory]:
-    """Name the settings of a source: `@accepts(ImageArgs)` above its class or factory.
+    """Declare the settings of a source: `@accepts(ImageArgs)` above its class or factory.
 
     Args:
         *groups: TypedDicts, see `aezoo.training.keyword_groups`.
-        nested_source: the setting that names another source, whose settings this one takes as well.
+        nested_source: the setting that names another source, whose settings this one accepts as well.
     """
     defaults = {name: argument.default for group in groups for name, argument in arguments_of(group).items()}
     DEFAULTS.update(defaults)
@@ -54,7 +54,7 @@ class Options:
 
     Attributes:
         name: name of the source.
-        settings: the source's own; each is also an attribute, which has its default if it is not given.
+        settings: those of this source; each is also an attribute, which has its default if it is not given.
     """
 
     def __init__(
@@ -92,20 +92,20 @@ class Source(ABC):
     """A set of samples in three splits.
 
     Attributes:
-        input_shape: shape of one sample, known from the constructor on.
-        num_classes: number of classes, None without labels; known from the constructor on.
+        input_shape: shape of one sample, set by the constructor.
+        num_classes: number of classes, None without labels; set by the constructor.
         class_names: names of the labels 0, 1, ..., if known.
         columns: column names of a table; () without names.
         is_table: whether samples are the rows of a table, vectors of its columns.
         value_range: the range of the training values, None if it has no bounds.
         white: value of white in its pictures before scaling: 255 for bytes, 1 for floats from 0 to 1; None if unknown.
             Set by the first `split`.
-        derived_splits: the splits that were taken from the training samples, as the set has none of its own, and the
-            rest of these. Set by the first `split` of arrays and folders.
+        derived_splits: the splits that were taken from the training samples because the set does not have them, and the
+            remaining training split. Set by the first `split` of arrays and folders.
         spans: where the samples of a split lie in a time series, see `aezoo.data.windows`; {} for other samples.
-        processes: how many processes of this machine read the set, each into its own memory; the DataModule sets it.
-        reads_once: whether each sample is used once, so that there is no use in holding decoded files; the DataModule
-            sets it.
+        processes: how many processes of this machine read the set, each into separate memory; the DataModule sets it.
+        reads_once: whether each sample is used only once, so that decoded files need not be kept in memory; the
+            DataModule sets it.
     """
 
     input_shape: tuple[int, ...]
@@ -125,11 +125,11 @@ class Source(ABC):
         return
 
     def is_unbounded(self) -> bool:
-        """Whether values leave the range from 0 to 1 before any scaling; bytes count as shares of white."""
+        """Whether values are outside the range from 0 to 1 before any scaling; bytes are divided by white first."""
         return self.value_range is None
 
     def pixel_masks(self, paths: Sequence[str]) -> Tensor | None:
-        """Which pixels of some of its files belong to a defect, (N, H, W) bool; None if the set does not say."""
+        """Which pixels of some files belong to a defect, (N, H, W) bool; None if the set has no masks."""
         return None
 
     @abstractmethod
@@ -138,12 +138,12 @@ class Source(ABC):
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Samples held in one tensor, read in batches.
+    """Samples in one tensor, read in batches.
 
     Args:
         x: (N, *input_shape), uint8 or float32.
         y: (N,) labels.
-        paths: (N,) the file of each sample; None unless each sample has its own.
+        paths: (N,) the file of each sample; None unless each sample has a separate file.
     """
 
     def __init__(self, x: Tensor, y: Tensor | None = None, paths: Sequence[str] | None = None) -> None:
@@ -164,12 +164,12 @@ class ArrayDataset(Dataset[Batch]):
 
 
 def byte_divisor(scale: str) -> int:
-    """The divisor of bytes under a rule of `--data.scale`: 255, or 1 if they keep their values."""
+    """The divisor of bytes for a rule of `--data.scale`: 255, or 1 if they are not scaled."""
     return 1 if scale == "none" else 255
 
 
 def to_float32(x: Tensor, levels: int) -> Tensor:
-    """Samples as a model sees them, in float32: bytes divided by `levels`, others unchanged."""
+    """Samples as input of a model, in float32: bytes divided by `levels`, others unchanged."""
     return x.float().div_(levels) if x.dtype == torch.uint8 else x.float()
 
 
@@ -202,7 +202,7 @@ def _take_evenly(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def split_missing(
     sizes: dict[Stage, int], labels: Tensor | None, fractions: tuple[float, float], seed: int
 ) -> dict[Stage, Tensor | None]:
-    """Rows of the training part that become val and test if the set has none of its own (not in `sizes`).
+    """Rows of the training part that become val and test if the set does not have these (not in `sizes`).
 
     Returns rows of the training part for each split taken from it, and None for a split of the set itself.
     """

@@ -19,7 +19,7 @@ from aezoo.registry import owner_of, unique_points
 
 Factory = Callable[[Options], Source]
 
-# the module is imported when its name is asked for
+# the module is imported when its name is used
 _BUILT_IN = {
     "mnist5k": "mnist5k:Mnist5k",
     "digits": "digits:Digits",
@@ -41,7 +41,7 @@ _MAX_NAMES = 8
 
 
 def is_built_in(name: str) -> bool:
-    """Whether a source is one of this package, and no plug-in."""
+    """Whether a source is part of this package, not a plug-in."""
     return name in _BUILT_IN
 
 
@@ -56,11 +56,11 @@ def open_source(options: Options) -> Source:
 
 
 def settings_of(name: str, settings: Mapping[str, Any]) -> Collection[str] | None:
-    """The settings that a source takes beside those of all sources; None for a plug-in that does not say.
+    """The settings of a source in addition to those of all sources; None for a plug-in that declares none.
 
     Args:
         name: the source.
-        settings: one may name another source, whose settings this one takes as well.
+        settings: one may name another source, whose settings this one accepts as well.
     """
     factory = _factory(source_of_path(name) or name)
     own: Collection[str] | None = getattr(factory, "settings", None)
@@ -73,7 +73,7 @@ def settings_of(name: str, settings: Mapping[str, Any]) -> Collection[str] | Non
 
 
 def sources_with(key: str) -> str:
-    """The sources that take a setting, one of each kind, for a message."""
+    """The sources that have a setting, one of each kind, for a message."""
     kinds = {target: name for name, target in reversed(_BUILT_IN.items())}
     names = [name for name in reversed(kinds.values()) if key in getattr(_factory(name), "settings", ())]
     return ", ".join([*names[:_MAX_NAMES], *["..."] * (len(names) > _MAX_NAMES)])
@@ -130,7 +130,7 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> Factory:
-    # a plug-in is imported only when its name is asked for, so a broken one leaves the rest alone
+    # a plug-in is only imported when its name is used, so a broken one does not affect the others
     try:
         factory: Factory = point.load()
     except Exception as error:

@@ -1,22 +1,22 @@
 """stream: a set of any size in chunks on disk, as `litdata.optimize` writes them; only what is used is read.
 
     root/index.json, root/chunk-*.bin      one set, from which val and test are taken
-    root/train/..., root/val/..., root/test/...     own splits, each such a folder
+    root/train/..., root/val/..., root/test/...     the splits, each a folder of this kind
     root/classes.json                      the names of the classes, ["cat", "dog"]; without it labels are numbers
 
-The root is a folder, or s3://bucket/prefix if the user allows it: `aezoo.data.object_store` then fetches chunks when
-items of them are read, and all that follows is the same.
+The root is a folder, or s3://bucket/prefix if the user allows it: `aezoo.data.object_store` then downloads chunks when
+their items are read, and everything else is the same.
 
-An item is a dict, a tuple, or the sample alone. The sample is its one image, or else its one array; the label its one
-number or text, or the one of several that is called label. `--data.column` and `--data.label_column` name others, those
-of a tuple by position. Encoded images follow the rules of `aezoo.data.folder` and arrays those of `aezoo.data.array`,
-except for `scale`: bytes are divided by 255, and floats must lie within 0 and 1, as statistics would need all samples
-(with none they may be any).
+An item is a dict, a tuple, or only the sample. The sample is its only image or, without images, its only array. The
+label is its only number or text, or the one of several that is called label. `--data.column` and `--data.label_column`
+name others; in a tuple, by position. Encoded images follow the rules of `aezoo.data.folder` and arrays those of
+`aezoo.data.array`, except for `scale`: bytes are divided by 255, and floats must lie within 0 and 1 (unless `scale` is
+none), because statistics would need all samples.
 
-The order of litdata's own loader depends on the number of workers. Here items are read by index, in the order of the
-zoo, f(seed, epoch): an epoch takes the chunks in random order, `GROUP` at a time, and the items of a group in random
-order. That mixes less than a full shuffle, so do not write items sorted by class. Each process maps the chunks of a
-group into memory, which the machine holds only once, and every rank reads all chunks.
+The order of litdata's loader depends on the number of workers. Here items are read by index, in an order that is a
+function of (seed, epoch): an epoch takes the chunks in random order, `GROUP` at a time, and the items of a group in
+random order. This shuffles less than a full permutation, so do not write items sorted by class. Each process maps the
+chunks of a group into memory, which the machine stores only once, and every rank reads all chunks.
 
 Pickled data are refused, since they could run code.
 """
@@ -97,14 +97,14 @@ class _RawBytes:
 
 
 class _RefusePickle(_RawBytes):
-    """Replaces the decoder that would unpickle."""
+    """Replaces the decoder that would unpickle objects."""
 
     def deserialize(self, data: Any) -> bytes:
         raise AezooError(f"it contains Python objects (pickle), which can run code: write {_SAFE} alone")
 
 
 def _unpacked_size(data: bytes) -> int:
-    """The size of its content that a frame of zstd declares (RFC 8878, section 3.1.1.1); -1 if it declares none."""
+    """The decompressed size that a frame of zstd declares (RFC 8878, section 3.1.1.1); -1 if it declares none."""
     if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 5:
         return -1
     descriptor = data[4]
@@ -118,10 +118,10 @@ def _unpacked_size(data: bytes) -> int:
 
 
 class _LimitedUnpacking:
-    """litdata's unpacking of items, for content within a limit: as much memory is taken as a packed item declares.
+    """litdata's decompression of items, within a limit of memory: it allocates the size that an item declares.
 
     Args:
-        unpacker: what litdata unpacks with.
+        unpacker: litdata's decompressor.
         max_bytes: the limit.
     """
 
@@ -141,8 +141,8 @@ class ChunkedItems(Dataset[Any]):
 
     Args:
         root: the folder.
-        max_bytes: the most memory that a packed item may take.
-        cache: fetches the chunks into the folder, which is one of its own; by default they are there.
+        max_bytes: the most memory that a compressed item may take.
+        cache: downloads the chunks into the folder, which belongs to it; by default they are already there.
 
     Attributes:
         names: the chunks.
@@ -159,7 +159,7 @@ class ChunkedItems(Dataset[Any]):
         self._shown = root if cache is None else f"{cache.objects.address}/{self._below}".rstrip("/")
         self.names, self.ends = _read_index(Path(root), self._shown, sizes)
         if cache is not None:
-            # two groups, as workers are not all in the same one
+            # two groups, because workers may be in different ones
             cache.check([self._below + name for name in self.names], 2 * SHUFFLE_GROUP)
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class ChunkedItems(Dataset[Any]):
         return f"{self._shown}, item {row} ({self._name(row)})"
 
     def fetch(self, rows: Iterable[int]) -> None:
-        """Fetch the chunks of some items at once, if they are elsewhere."""
+        """Download the chunks of some items at once, if they are in an object store."""
         if self.cache is not None:
             self.cache.fetch({self._path(row): None for row in rows})
 
@@ -208,9 +208,9 @@ def _reader(root: str, max_bytes: int = 2**33) -> Any:
     from litdata.streaming import item_loader
     from litdata.streaming.serializers import _SERIALIZERS
 
-    # litdata compares its name with that in the index
+    # litdata compares the name with that in the index
     class PyTreeLoader(item_loader.PyTreeLoader):
-        """litdata's loader with a limit to what it unpacks."""
+        """litdata's loader with a limit on decompressed sizes."""
 
         def _framed_compressor(self) -> Any:
             return _LimitedUnpacking(super()._framed_compressor(), max_bytes)
@@ -258,7 +258,7 @@ def _read_index(root: Path, shown: str, found: Mapping[str, int] | None) -> tupl
         raise AezooError(f"{path} lists items in a {', '.join(others)[:100]}, which may import code: write dicts, "
                          "lists and tuples alone")  # fmt: skip
     if whole:
-        # litdata puts the unpacked chunk into the folder and deletes the packed one
+        # litdata puts the decompressed chunk into the folder and deletes the compressed one
         raise AezooError(f"{path} lists chunks that are packed as a whole: write them without compression, or with "
                          "compression_level='batch'")  # fmt: skip
     for name, size, length in zip(names, sizes, lengths, strict=True):
@@ -282,7 +282,7 @@ def _read_index(root: Path, shown: str, found: Mapping[str, int] | None) -> tupl
 
 
 def _container_types(spec: Any) -> Iterator[str]:
-    """The types of containers that the form of an item names."""
+    """The types of containers in the structure of an item."""
     if isinstance(spec, Mapping) and spec.get("type") is not None:
         yield str(spec["type"])
     for part in spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list) else ():
@@ -304,7 +304,7 @@ class Stream(Source):
             raise AezooError(
                 "--data.on_error skip does not apply to stream, whose items are read when they are used: use raise"
             )
-        # else early versions ask the registry for a newer one
+        # otherwise early versions ask the package index for a newer one
         os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
         try:
             import litdata  # noqa: F401
@@ -427,7 +427,7 @@ class StreamDataset(Dataset[Any]):
     """Rows of a folder of chunks, as samples.
 
     Args:
-        source: what makes a sample of an item.
+        source: makes a sample of an item.
         chunks: the items.
         rows: the indices of this split's items, in ascending order.
     """
@@ -455,7 +455,7 @@ class StreamDataset(Dataset[Any]):
 
 
 def _cache_of(options: Options) -> FileCache:
-    """The folder that holds files of an address, with those that say what the chunks are."""
+    """The local folder for the files of an address, with its index and class files."""
     objects = ObjectFolder(options.root, options.allow_remote)
     cache = FileCache(objects, options.cache_dir, options.cache_bytes)
     for path in objects.objects:
@@ -467,7 +467,7 @@ def _cache_of(options: Options) -> FileCache:
 
 
 def _folders(path: Path, shown: str) -> dict[Stage, str]:
-    """The folder of each split; `shown` stands for the path in messages."""
+    """The folder of each split; messages show `shown` instead of the path."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise AezooError(f"the folder {shown} {what}: give one that litdata.optimize wrote with --data.root")

@@ -1,14 +1,14 @@
-"""synthetic_dictionary: sparse sums of known atoms, for models that are to find those atoms again.
+"""synthetic_dictionary: sparse sums of known atoms, for models that should recover these atoms.
 
     x = sum_i f_i d_i + noise     ||d_i|| = 1     f_i = 0, or uniform from 1/2 to 3/2 where atom i is active
 
     atoms         N, each drawn uniformly from the sphere; more atoms than dimensions make the dictionary overcomplete
     active        the mean number of active atoms: each is active with probability p = active / N
     correlation   rho between the supports of the atoms of a group of four (1 and 0 for active or not): with probability
-                  sqrt(rho) an atom is active if its group is drawn, and else if its own draw says so. So p does not
-                  change, and the correlation is exactly rho within groups and 0 between them
+                  sqrt(rho) an atom follows a draw for its group, otherwise a separate draw. So p does not change, and
+                  the correlation is exactly rho within groups and 0 between them
     noise         standard deviation of a Gaussian in every dimension
-    streams       S streams show the same f in S spaces, each with its own atoms, for crosscoders and transcoders
+    streams       S streams have the same f in S spaces, each with different atoms, for crosscoders and transcoders
 
 Every number is a function of the seed and the sample's index, by splitmix64: only the atoms are stored, a sample does
 not depend on which others are read, and the splits are ranges of indices, train first.
@@ -187,5 +187,5 @@ class DictionaryDataset(Dataset[Batch]):
         return (self.source.samples([self.numbers[index]])[0],)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
-        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        """A whole batch at once; torch's loader prefers this method to one call per sample."""
         return (self.source.samples(self.numbers.start + torch.as_tensor(indices)),)

@@ -1,4 +1,4 @@
-"""torchvision's image sets by name: read under root, downloaded if they are missing and there is a network.
+"""torchvision's image sets by name: read from root, downloaded if they are missing and there is a network.
 
 A set of pictures of many sizes is resized and cropped to squares of the size in its row, unless --data.size is given.
 """
@@ -29,10 +29,10 @@ Arguments = dict[str, Any]
 
 
 class VisionSet(NamedTuple):
-    """One set: torchvision's class, a sample's shape, the classes, what lies under root, its arguments by split.
+    """One set: torchvision's class, a sample's shape, the classes, its files under root, its arguments by split.
 
-    `array` marks the sets that torchvision holds in memory as one array. `test_offset` is added to the test labels
-    if they number classes separately.
+    `array` marks the sets that torchvision loads into memory as one array. `test_offset` is added to the test labels
+    if these number the classes separately.
     """
 
     title: str
@@ -103,7 +103,7 @@ VISION_SETS = {
 }
 # fmt: on
 
-# what a broken or hostile archive raises
+# errors of a broken or malicious archive
 _ARCHIVES = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 # torchvision offers no download for these
 _NO_DOWNLOAD = frozenset({"fer2013", "imagenet", "lfw_people", "stanford_cars"})
@@ -194,7 +194,7 @@ class VisionDataset(DecodingDataset):
 
     @property
     def labels(self) -> Tensor | None:
-        """The class of each sample, without reading the pictures if the set knows its labels."""
+        """The class of each sample; the pictures are not read if the set has a list of labels."""
         labels = _labels(self.dataset) if self.has_labels else None
         return None if labels is None else labels[self.rows] + self.offset
 
@@ -202,7 +202,7 @@ class VisionDataset(DecodingDataset):
         row = int(self.rows[index])
         try:
             image, label = self.dataset[row]
-        # Pillow raises SyntaxError, ValueError, DecompressionBombError ... for broken and hostile files
+        # Pillow raises SyntaxError, ValueError, DecompressionBombError ... for broken and malicious files
         except Exception as error:
             title = type(self.dataset).__name__
             raise AezooError(
@@ -215,14 +215,14 @@ class VisionDataset(DecodingDataset):
 def download(
     title: str, options: Options, calls: Sequence[Arguments], files: str = "", folder: Path | None = None
 ) -> None:
-    """Let torchvision download into root; without a network there is one clear line.
+    """Let torchvision download into root; without a network, raise an error of one line.
 
     Args:
         title: torchvision's class.
         options: the set's name and root.
         calls: arguments of the class, for each part of the set.
-        files: what to put where, without a network.
-        folder: where; root by default.
+        files: the files that the user needs without a network.
+        folder: where to put them; root by default.
     """
     with _one_line_errors(files, options, folder):
         for arguments in calls:
@@ -259,7 +259,7 @@ def _labels(dataset: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def _one_line_errors(files: str, options: Options, folder: Path | None = None) -> Iterator[None]:
-    """Turn torchvision's errors for missing, broken or unreachable files into one line with the cure."""
+    """Turn torchvision's errors for missing, broken or unreachable files into one line that says what to do."""
     timeout = socket.getdefaulttimeout()
     try:
         # torchvision sets no timeout, and a dropped packet would block for minutes

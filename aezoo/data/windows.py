@@ -61,7 +61,7 @@ class Spans:
         return {name: [self.times[i] for i in steps[name]] if self.times else steps[name].tolist() for name in steps}
 
     def step_scores(self, scores: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The steps that windows cover, and the mean score of the windows that cover each: (N,) -> (T',), (T',)."""
+        """The steps in any window, and for each the mean score of the windows that contain it: (N,) -> (T',), (T',)."""
         sums, counts = np.zeros((2, int(self.first.max()) + self.length))
         for k in range(self.length):
             np.add.at(sums, self.first + k, scores)
@@ -74,7 +74,7 @@ def windows(series: Any, length: int, step: int = 1) -> npt.NDArray[Any]:
     """The windows of a series, a view of its memory: (T,) or (T, C) -> (N, C, length).
 
     Raises:
-        AezooError: it is no series, or too short.
+        AezooError: it is not a series, or too short.
     """
     values = np.asarray(series)
     values = values[:, None] if values.ndim == 1 else values
@@ -95,11 +95,11 @@ def cut(
     what: str,
     times: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[Stage, Spans]]:
-    """The windows of the arrays x_train, y_train and the like, and where they lie.
+    """The windows of the arrays x_train, y_train and so on, and their positions.
 
     Args:
         arrays: series (T,) or (T, C), and labels (T,).
-        fractions: shares of the steps for validation and for test, if these have no series of their own.
+        fractions: shares of the steps for validation and for test, if there are no separate series for these.
         length: of a window.
         step: from one window to the next.
         max_bytes: the most memory that windows may take.
@@ -146,7 +146,7 @@ def label_of_windows(y: Any, length: int, step: int) -> Tensor:
     """The largest label of the steps of each window, (T,) -> (N,).
 
     Raises:
-        AezooError: labels are no numbers, which have no order.
+        AezooError: labels are not numbers, so they have no order.
     """
     labels = np.asarray(y)
     if labels.ndim != 1 or labels.dtype.kind not in "biuf":

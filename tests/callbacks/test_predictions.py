@@ -236,7 +236,7 @@ import lightning.pytorch as pl
 from aezoo.cli.main import main
 from aezoo.io import partial
 
-partial.SECONDS, argv, at = 0.0, json.loads(sys.argv[1]), int(sys.argv[2])
+partial.SECONDS, commands, at = 0.0, json.loads(sys.argv[1]), int(sys.argv[2])
 write, seen = partial.Partial.write, 0
 
 def counted(self, name, *rest):
@@ -247,15 +247,17 @@ def counted(self, name, *rest):
     write(self, name, *rest)
 
 partial.Partial.write = counted
-main(argv)
-peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
-print(json.dumps([seen, int(peak[1]) / 2**10 if peak else 0]))
+for argv in commands:
+    seen = 0
+    main(argv)
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps([seen, int(peak[1]) / 2**10 if peak else 0]))
 """
 
 
-def run(argv: list[str], at: int = -1) -> list[float]:
-    """Batches that the command computed, and the most memory it took, MiB; it is killed within batch `at`."""
-    command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(argv), str(at)]
+def run(*commands: list[str], at: int = -1) -> list[list[float]]:
+    """Batches that each command computed, and the most memory until its end, MiB; it is killed within batch `at`."""
+    command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(commands), str(at)]
     # one thread and one arena, of which others take memory by chance
     settings = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings)
@@ -263,29 +265,31 @@ def run(argv: list[str], at: int = -1) -> list[float]:
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         return []
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if re.fullmatch(r"\[\d+, [\d.]+\]", line)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
 def test_killed_prediction_resumes_in_little_memory(tmp_path):
-    """Of 320 photographs, whose reconstructions take 61 MiB, and of four times as many."""
+    """Of 160 photographs, whose reconstructions take 31 MiB, and of four times as many."""
     photos(tmp_path / "few", 1, 224)
     size = ["--model.latent_dim=4", "--model.hidden_dims=[4]", "--trainer.max_epochs=1"]
     size += [f"--trainer.default_root_dir={tmp_path / 'runs'}"]
     main(["fit", "--model=dense_ae", f"--data={tmp_path / 'few'}", *size])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
-    command, peaks = ["predict", f"--ckpt_path={checkpoint}", "--trainer.accelerator=cpu"], []
+    command = ["predict", f"--ckpt_path={checkpoint}", "--trainer.accelerator=cpu"]
     command += ["--data.batch_size=32", "--data.num_workers=0"]
-    for n in (320, 1280):
+    for n in (160, 640):
         photos(tmp_path / str(n), n, 224)
-        seen, peak = run([*command, f"--data={tmp_path / str(n)}", f"--predictions.folder={tmp_path / f'out{n}'}"])
-        assert seen == n // 32
-        peaks.append(peak)
-    assert peaks[1] - peaks[0] < 50, peaks
-    command += [f"--data={tmp_path / '320'}", f"--predictions.folder={tmp_path / 'again'}"]
-    run(command, at=7)
-    assert run(command)[0] == 320 // 32 - 6
-    again, whole = (tmp_path / folder / "predictions.npz" for folder in ("again", "out320"))
+    of_both = [
+        [*command, f"--data={tmp_path / n}", f"--predictions.folder={tmp_path / f'out{n}'}"] for n in ("160", "640")
+    ]
+    (few, peak), (many, later) = run(*of_both)
+    assert (few, many) == (160 // 32, 640 // 32)
+    assert later - peak < 50, (peak, later)
+    command += [f"--data={tmp_path / '160'}", f"--predictions.folder={tmp_path / 'again'}"]
+    run(command, at=4)
+    assert run(command)[0][0] == 160 // 32 - 3
+    again, whole = (tmp_path / folder / "predictions.npz" for folder in ("again", "out160"))
     assert again.read_bytes() == whole.read_bytes()
     assert re.fullmatch(r"\S+/test/a/\S+\.png", arrays(again)["file"][0])

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -25,9 +26,7 @@ from aezoo.errors import AezooError, install_hint
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 BASE = ["tune", "--model=vae", "--data=digits"]
 LR = "--search.model.lr=log:1e-4:1e-1"
-OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
-TINY = ["--model=vae", "--data=digits", "--model.hidden_dims=[8]", "--trainer.max_epochs=2", *OFF, "--projector.n=0",
-        "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]  # fmt: skip
+FIT = (sys.executable, str(Path(__file__).with_name("tune_fit.py")))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def port():
 @pytest.fixture
 def fake(monkeypatch):
     """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
-    monkeypatch.setattr(tune_study, "FIT", (sys.executable, str(Path(__file__).with_name("tune_fit.py"))))
+    monkeypatch.setattr(tune_study, "FIT", FIT)
     return lambda **what: monkeypatch.setenv("FAKE_FIT", json.dumps({key.lstrip("_"): what[key] for key in what}))
 
 
@@ -76,21 +75,35 @@ def until(condition, seconds=120):
 needs_server = pytest.mark.skipif(postgres.binaries() is None, reason="a PostgreSQL server")
 
 
+WORKER = f"""
+import sys
+from aezoo.cli import tune_study
+from aezoo.cli.main import main
+tune_study.FIT = {FIT!r}
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @needs_server
-def test_postgresql_workers_share_study_and_replace_killed_one(port):
+def test_postgresql_workers_share_study_and_replace_killed_one(port, fake):
     url = postgres.create_database(port, "sweeps")
     workers = {}
     for name, folder in (("a", "one"), ("b", "one"), ("c", "two")):
-        command = [sys.executable, "-m", "aezoo", "tune", *TINY, LR, "--trials=3", f"--storage={url}",
+        fake(_0="hang") if name == "a" else fake()
+        command = [sys.executable, "-c", WORKER, *BASE, LR, "--trials=3", f"--storage={url}",
                    "--study_name=sweep", f"--study={folder}", "--lost_after=5"]  # fmt: skip
         with Path(f"{name}.txt").open("wb") as log:
             workers[name] = subprocess.Popen(command, stdout=log, stderr=log)
+        if name == "a":
+            until(lambda: b" runs, its output" in Path("a.txt").read_bytes())
+            (hangs,) = until(lambda: [file for file in Path("one").glob("*/*/*/hangs") if file.read_text()])
     try:
-        until(lambda: b" runs, its output" in Path("a.txt").read_bytes())
+        until(lambda: b" runs, its output" in Path("b.txt").read_bytes() + Path("c.txt").read_bytes())
         workers["a"].kill()
         assert [workers[name].wait(400) for name in "abc"] == [-signal.SIGKILL, 0, 0]
     finally:
+        os.kill(int(hangs.read_text()), signal.SIGKILL)
         for worker in workers.values():
             worker.kill()
             worker.wait()

@@ -26,7 +26,7 @@ if what == "interrupt" and not again:
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(600)
 if what == "hang" and not again:
-    (run / "hangs").touch()
+    (run / "hangs").write_text(str(os.getpid()))
     time.sleep(600)
 callbacks = [{"class_path": "aezoo.callbacks.EMA"}, {"class_path": given["trainer.callbacks+"]}]
 settings = {"model": {"class_path": "vae", "init_args": {"lr": float(given["model.lr"])}}}

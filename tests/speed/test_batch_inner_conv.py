@@ -1,5 +1,6 @@
 """Convolutions with the samples of a batch batch_inner, against torch's own."""
 
+import random
 from itertools import product
 
 import pytest
@@ -86,12 +87,14 @@ def assert_same(mine, theirs, x, **near):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, kernel, bias, order):
+def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, kernel, order):
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
-    cases = 0
+    cases, draw = 0, random.Random(0)
     for stride, padding, h, w, weight_by_product in product(STRIDES, PADDINGS, (3, 4, 5), (4, 5), (False, True)):
+        if draw.random() < 0.5:
+            continue
+        bias = draw.random() < 0.5
         monkeypatch.setattr(conv2d, "use_products", lambda *_, weight_by_product=weight_by_product: weight_by_product)
         x = ORDERS[order](torch.randn(6, 3, h, w)).requires_grad_()
         if all(n + 2 * p >= k for n, p, k in zip((h, w), padding, kernel, strict=True)):
@@ -102,7 +105,7 @@ def test_same_values_and_gradients_as_torch_for_any_geometry(on, monkeypatch, ke
             if all((n - 1) * s - 2 * p + k + e > 1 for n, s, p, k, e in size):
                 assert_same(*twins(conv2d.ConvTranspose2d, 3, 5, kernel, stride, padding, extra, bias=bias), x)
                 cases += 1
-    assert cases > 150
+    assert cases > 75
 
 
 @needs_bf16

@@ -189,11 +189,11 @@ def test_constructor_refuses_invalid_values(build, name, parameter):
 
 
 @pytest.mark.parametrize("name", others_slow(own_models()))
-@pytest.mark.parametrize("shape", [(), (0,), (-1, 8), (1, 2, 3, 4, 5), (1.5,), (math.nan, 3), ("a",), (True,), (HUGE,)])
-def test_model_refuses_invalid_input_shapes(name, shape):
-    with pytest.raises(AezooError) as refusal:
-        aezoo.create_model(name, shape)
-    assert len(str(refusal.value).splitlines()) == 1
+def test_model_refuses_invalid_input_shapes(name):
+    for shape in [(), (0,), (-1, 8), (1, 2, 3, 4, 5), (1.5,), (math.nan, 3), ("a",), (True,), (HUGE,)]:
+        with pytest.raises(AezooError) as refusal:
+            aezoo.create_model(name, shape)
+        assert len(str(refusal.value).splitlines()) == 1, shape
 
 
 def test_path_object_is_accepted_as_root():

@@ -301,7 +301,7 @@ def test_rows_of_real_detectors_in_their_processes(folder, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_goes_on(folder, tmp_path):
     words = [str(folder), "--sets", "wine", "cover", "--seeds", "1", "--settings", "clean", "--detectors"]
-    words += ["default:max_epochs=1", "vae:max_epochs=1", "--results", str(tmp_path)]
+    words += ["default:max_epochs=1", "--results", str(tmp_path)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.adbench", *words], cwd=ROOT)
     until = time.monotonic() + 300
     while not [*tmp_path.glob("adbench-clean-*.csv")] and process.poll() is None and time.monotonic() < until:
@@ -310,10 +310,10 @@ def test_a_killed_process_goes_on(folder, tmp_path):
     process.wait()
     (path,) = tmp_path.glob("adbench-clean-*.csv")
     first = read_csv(path)[1]
-    assert 1 <= len(first) < 4
+    assert len(first) == 1
     adbench.main(words)
     rows = read_csv(path)[1]
-    assert rows[: len(first)] == first and len(rows) == 4 and not any(row["error"] for row in rows)
+    assert rows[:1] == first and len(rows) == 2 and not any(row["error"] for row in rows)
 
 
 @pytest.mark.slow

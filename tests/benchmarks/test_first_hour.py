@@ -28,4 +28,4 @@ def test_figures_are_those_of_the_run_and_of_its_scores(tmp_path):
     found = user.detect(run, normal[90:], normal[90:] + 30)
     assert found["AUROC"] == found["AUROC, mse"] == 1 and 0 <= found["flagged"] < 0.6
     with pytest.raises(first_hour.AezooError, match="no_such"):
-        user.aezoo("fit", "--model", "no_such")
+        user.aezoo("info", "no_such")

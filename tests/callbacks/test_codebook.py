@@ -188,7 +188,7 @@ class Fails(Indexed):
 
 def on_two_ranks(folder: Path, model: pl.LightningModule, shares: tuple[int, int]) -> list[list[list[list[int]]]]:
     settings = {"max_epochs": 1, "use_distributed_sampler": False, "default_root_dir": folder}
-    trainer = quiet_trainer(devices=2, strategy="ddp_spawn", **settings, callbacks=[Written(every_n_epochs=1)])
+    trainer = quiet_trainer(devices=2, strategy="ddp_fork", **settings, callbacks=[Written(every_n_epochs=1)])
     data = digits((1, 8, 8), 45)
     trainer.fit(model, DataLoader(data, 9), Shards(data, shares))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -211,6 +211,7 @@ def test_counts_are_summed_over_ranks_in_one_exchange(fit, monkeypatch, counted)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
 def test_two_processes_count_as_one(tmp_path):
     expected = [[counts.tolist() for counts in by_hand(digits((1, 8, 8), 45).tensors[0])]]
     # six batches and one
@@ -220,6 +221,7 @@ def test_two_processes_count_as_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
 def test_failing_rank_does_not_block_other_rank(tmp_path):
     assert on_two_ranks(tmp_path, Fails(), (25, 20)) == [[], []]
     assert {path.stem for path in (tmp_path / "pictures").glob("codebook*")} == {"codebook_indices"}

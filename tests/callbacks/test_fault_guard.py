@@ -627,7 +627,7 @@ class OneRank(Norms):
 
 @pytest.mark.slow
 def test_two_processes_skip_the_same_steps(tmp_path):
-    fit(OneRank(), guard(), Ranks(tmp_path), devices=2, strategy="ddp_spawn")
+    fit(OneRank(), guard(), Ranks(tmp_path), devices=2, strategy="ddp_fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["skipped"] == second["skipped"] == 1
     assert first["by_part"] == second["by_part"] == {"encoder": 1, "decoder": 1}

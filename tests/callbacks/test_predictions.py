@@ -224,7 +224,7 @@ def test_predictions_name_files(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_write_the_file_of_one(predict, tmp_path):
     predict("one")
-    predict("two", devices=2, strategy="ddp_spawn")
+    predict("two", devices=2, strategy="ddp_fork")
     one, two = (tmp_path / folder / "predictions.npz" for folder in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
 

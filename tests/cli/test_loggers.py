@@ -218,7 +218,8 @@ def test_two_processes_log_once():
     command = [sys.executable, "-m", "aezoo", "fit", *FAST, *flags, "--trainer.accelerator=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in Path().iterdir()] == ["runs"] and scalars(RUN)["val/loss"] == [2]
+    assert [path.name for path in Path().iterdir()] == ["runs"] and [*RUN.parent.iterdir()] == [RUN]
+    assert len([*RUN.glob("checkpoints/*.ckpt")]) == 2 and scalars(RUN)["val/loss"] == [2]
     assert [row["step"] for row in rows(RUN / "csv/metrics.csv") if row["val/loss"]] == ["2"]
     run = OfflineRun(RUN)
     assert len(run.files) == 1 and len(run.history["val/loss"]) == 1

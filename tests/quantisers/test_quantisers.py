@@ -1059,12 +1059,6 @@ def require_compiled_alike(name, backend):
         torch._dynamo.reset()
 
 
-@pytest.mark.slow  # the contract of models exports and compiles them too
-@pytest.mark.parametrize("name", COMPILED)
-def test_aot_eager_graph_matches_eager(name):
-    require_compiled_alike(name, "aot_eager")
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
 @pytest.mark.parametrize("name", ["vq", "fsq"])
@@ -1089,8 +1083,8 @@ class FromIndices(ToIndices):
 EXPORTED = ("vq", "fsq", "lfq", "residual_vq")
 
 
-@pytest.mark.slow  # the contract of models exports and compiles them too
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow  # those of EXPORTED are exported below
+@pytest.mark.parametrize("name", [name for name in ALL if name not in EXPORTED])
 def test_exported_program_matches_for_any_batch(name):
     quantiser, z = built(name), torch.randn(5, D, 2, 3)
     batch = torch.export.Dim("batch", min=1)

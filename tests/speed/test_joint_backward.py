@@ -225,8 +225,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guarded", [True, False])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "guarded"), [*((case, True) for case in CASES), ("plain", False), ("16 bits", False)])
 def test_fit_with_joint_step_matches_engine(graphs, taken, monkeypatch, case, guarded):
     settings, options = CASES[case]
     ends = []

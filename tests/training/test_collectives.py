@@ -45,7 +45,7 @@ def _rank(rank, store, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(_rank, (str(folder / "store"), str(folder)), WORLD)
+    multiprocessing.start_processes(_rank, (str(folder / "store"), str(folder)), WORLD, start_method="fork")
     return folder
 
 

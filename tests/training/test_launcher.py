@@ -43,8 +43,7 @@ def is_aezoo(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [TUNE, FIT], ids=["study", "ranks"])
-@pytest.mark.parametrize("after", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(("command", "after"), [(TUNE, 0.5), (FIT, 0.0), (FIT, 3.0)], ids=["study", "start", "ranks"])
 def test_launched_process_ends_when_its_launcher_is_killed(tmp_path, command, after):
     with subprocess.Popen(
         [sys.executable, "-m", "aezoo", *command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

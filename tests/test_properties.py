@@ -83,7 +83,7 @@ def batch(n, shape, kind, seed, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", others_slow(own_models()))
-@settings(bounded, max_examples=25)
+@settings(bounded, max_examples=12)
 @given(shape=shapes, n=st.integers(1, 5), kind=values, seed=st.integers(0, 99))
 def test_a_model_keeps_shape_dtype_and_finiteness(name, shape, n, kind, seed):
     model = small(name, shape)
@@ -104,7 +104,7 @@ def test_a_model_keeps_shape_dtype_and_finiteness(name, shape, n, kind, seed):
 
 
 @pytest.mark.parametrize("name", others_slow(own_models()))
-@settings(bounded, max_examples=10)
+@settings(bounded, max_examples=5)
 @given(shape=shapes, n=st.integers(2, 5), kind=values, seed=st.integers(0, 99))
 def test_evaluation_is_independent_of_batch(name, shape, n, kind, seed):
     model = small(name, shape)
@@ -133,7 +133,7 @@ def test_float64_model_keeps_float64(name, shape, n, kind, seed):
 
 
 @pytest.mark.parametrize("name", others_slow(own_models()))
-@settings(bounded, max_examples=10)
+@settings(bounded, max_examples=5)
 @given(
     shape=shapes,
     n=st.integers(1, 5),
@@ -178,7 +178,7 @@ kinds = st.sampled_from(["uint8", "uint16", "float32", "float64", "int64", "bool
 
 
 @pytest.mark.slow
-@settings(bounded, max_examples=60)
+@settings(bounded, max_examples=30)
 @given(
     shape=shapes,
     n=st.integers(6, 40),
@@ -249,7 +249,7 @@ def test_offline_sets_keep_range_and_disjoint_splits(name, fractions, batch_size
 
 
 @pytest.mark.slow
-@settings(bounded, max_examples=40)
+@settings(bounded, max_examples=20)
 @given(
     shape=shapes,
     fault=st.sampled_from(["nan", "inf", "text", "object", "complex", "empty", "one", "constant"]),

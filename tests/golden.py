@@ -222,7 +222,11 @@ VARIANTS = [
     subject_of("consistency_decoder", nll_weight=0.0, net="conv", hidden_dims=(8, 8), noise_levels=20, level_steps=2),
     subject_of("representation_ae", code_shape=(16,), tau=0.0, features="none", likelihood="gaussian:learned"),
     *(subject_of("diffusers_ae", kind=kind) for kind in ("VQModel", "AutoencoderDC", "AutoencoderTiny")),
-    subject_of("diffusers_ae", kind="ConsistencyDecoderVAE"),
+    subject_of(
+        "diffusers_ae",
+        kind="ConsistencyDecoderVAE",
+        config={"encoder_block_out_channels": [16, 16], "decoder_block_out_channels": [16, 16]},
+    ),
     subject_of("diffusers_ae", kind="AutoencoderRAE", config={"noise_tau": 0.5, "use_encoder_loss": True}),
 ]
 

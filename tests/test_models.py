@@ -50,6 +50,8 @@ LESS_OFTEN = (
     *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
     *(testing.check_constructor, testing.check_state_dict),
 )
+# graphs, and what check_resume and the golden values of each model show in part
+REPRESENTATIVE_ONLY = (*GRAPHS, testing.check_overfits, testing.check_seed)
 
 
 def of_models():
@@ -59,12 +61,12 @@ def of_models():
             if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in SLOW_REPRESENTATIVE
-                # all are compiled, by inductor too, and written as ONNX in a run of the promises
-                all_graphs = name in SLOW_REPRESENTATIVE or promises.is_recording()
-                if check in (testing.check_compile, testing.check_onnx) and not all_graphs:
+                # a run of the promises runs them on all models, see tests/promises.py
+                all_checks = name in SLOW_REPRESENTATIVE or promises.is_recording()
+                if check in REPRESENTATIVE_ONLY and not all_checks:
                     continue
                 # check_onnx includes it; those of dense_ae are the graphs of the default run
-                if check is testing.check_export and all_graphs and name != "dense_ae":
+                if check is testing.check_export and name != "dense_ae":
                     continue
                 # of those it takes long to overfit, too
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")
@@ -75,35 +77,62 @@ def of_models():
 @strict
 @pytest.mark.parametrize(("name", "check"), [*of_models()])
 def test_model(name, check):
-    run(check, of_graphs(name) if check in (*GRAPHS, testing.check_overfits) else name)
+    run(check, of_graphs(name) if check in (*GRAPHS, *FITS) else name)
+
+
+def of_variants():
+    for variant in VARIANTS:
+        for check in CHECKS:
+            discrete = check is not testing.check_indices or variant.cls.discrete_code
+            if check.__name__ not in NOT_OF_VARIANTS and discrete:
+                yield pytest.param(variant, check, id=f"{variant.label}-{name_of_check(check)}")
 
 
 @strict
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ not in NOT_OF_VARIANTS], ids=name_of_check)
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
+@pytest.mark.parametrize(("variant", "check"), [*of_variants()])
 def test_variant(variant, check):
     run(check, variant)
 
 
-def with_state():
-    """Variants that training changes beside their weights, or whose loss is no mean over samples."""
-    found = [variant for variant in VARIANTS if [*variant.build().buffers()] or variant.cls.compares_samples]
+def buffers(subject):
+    return {name for name, _ in subject.build().named_buffers()}
+
+
+def with_more_state():
+    """Variants that training changes beside their weights, where it does not change the model with its defaults."""
+    found = [variant for variant in VARIANTS if buffers(variant) - buffers(subject_of(variant.cls))]
     assert 10 < len(found) < len(VARIANTS)
+    return found
+
+
+def not_sample_means():
+    """Models that training changes beside their weights, or whose loss is no mean over samples, and representatives.
+
+    The gradient of others on two processes is the mean of two gradients, and check_batch_mean shows that theirs is one.
+    """
+    subjects = [subject_of(name) for name in own_models()]
+    found = [
+        subject.label
+        for subject in subjects
+        if buffers(subject) or subject.cls.compares_samples or subject.label in SLOW_REPRESENTATIVE
+    ]
+    assert len(SLOW_REPRESENTATIVE) < len(found) < len(subjects)
     return found
 
 
 @strict
 @pytest.mark.slow
 def test_variants_with_state_resume():
-    for variant in with_state():
+    for variant in with_more_state():
         run(testing.check_resume, variant)
 
 
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
-    run(check_ddp, *own_models(), *with_state(), broken_models.CorrectModel)
+    names = own_models() if promises.is_recording() else not_sample_means()
+    run(check_ddp, *map(of_graphs, names), *with_more_state(), broken_models.CorrectModel)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from aezoo.bases.multimodal import Multimodal
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.nets.blocks.dictionary import Dictionary
+from aezoo.tasks.impute import impute
 from aezoo.testing import subject_of
 from aezoo.testing.subject import quiet_and_isolated
 from aezoo.training.traits import TAGS
@@ -159,8 +160,11 @@ def test_imputation_ignores_what_is_missing(name):
         visible = torch.rand(len(x), 1, *model.input_shape[1:]) > 0.5
         one, two = (model.inpaint(samples, visible) for samples in (x, x.where(visible, torch.rand_like(x))))
         assert torch.equal(one.where(visible, 0), x.where(visible, 0))
+        lacking = x.where(visible, torch.nan)
     assert one.shape == x.shape and torch.isfinite(one).all()
     assert torch.equal(one, two)
+    found = torch.from_numpy(impute(model, lacking, n_shown=0).x_hat)
+    torch.testing.assert_close(found, one.where(lacking.isnan(), x))
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("disentanglement"), REPRESENTATIVES))

@@ -91,6 +91,7 @@ class Summary(pl.Callback):
         model: Any = pl_module
         suits = {
             "denoise": getattr(model, "corruption", None) is not None,
+            "impute --hide 0.2": "imputation" in getattr(model, "tags", ()),
             "generate": getattr(model, "has_prior", False),
             "compress": getattr(model, "discrete_code", False) or isinstance(model, EntropyCoded),
         }

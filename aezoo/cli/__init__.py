@@ -3,4 +3,4 @@
 # commands without torch, commands of LightningCLI, and commands that use a trained model
 LIGHTWEIGHT_COMMANDS = ("list", "info", "recipes", "cp", "benchmark", "import", "report", "tune", "explore")
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-TASK_COMMANDS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress", "export")
+TASK_COMMANDS = ("reconstruct", "generate", "denoise", "impute", "detect", "embed", "compress", "decompress", "export")

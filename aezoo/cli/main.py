@@ -53,6 +53,7 @@ Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or 
   reconstruct                      reconstructions, the error of each sample, the best and the worst
   generate                         new samples from the model's prior or a fitted one; walks, FID and KID
   denoise --corrupt gaussian:0.3   denoised samples, compared with filters
+  impute RUN FILE                  missing values (NaN, empty cells, --mask FILE) filled in; --hide 0.2 measures errors
   detect                           anomaly scores and p-values, compared with PCA, kNN and isolation forest
   embed                            codes, a picture of them, accuracy of classifiers on them; --nearest 5
   compress                         .aez files, lossless or lossy, compared with PNG, WebP, JPEG, xz, PCA

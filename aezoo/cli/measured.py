@@ -20,6 +20,7 @@ _COMMANDS = {
     "interpretability": "embed",
     "denoising": "denoise --corrupt gaussian:0.3",
     "multimodal": "reconstruct --parts 0",
+    "imputation": "impute --hide 0.2",
 }
 
 

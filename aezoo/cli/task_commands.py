@@ -31,11 +31,11 @@ from aezoo.cli.config_resolution import (
 )
 from aezoo.cli.parsing import Parser, check_flags
 from aezoo.data import DataModule, images
-from aezoo.data.array import check_length, encode_labels, to_channels_first
+from aezoo.data.array import SAMPLES, check_length, encode_labels, to_channels_first
 from aezoo.data.columns import Columns
 from aezoo.data.datamodule import PERMISSIONS, stored_settings
 from aezoo.data.folder import ImageSource
-from aezoo.data.in_memory import as_real_array, check_values, to_real_tensor
+from aezoo.data.in_memory import as_real_array, check_values, chunk_rows, to_real_tensor
 from aezoo.data.loaders import available_cores, worker_failure
 from aezoo.data.npy import NpyDataset
 from aezoo.data.readers import TableArrays, check_columns, is_streamed, read_arrays
@@ -50,7 +50,7 @@ from aezoo.tasks import passes
 from aezoo.tasks.codec import tables
 from aezoo.tasks.result_store import resolve_device
 from aezoo.tasks.results import Result
-from aezoo.tasks.samples import SampleSet, progress_bar
+from aezoo.tasks.samples import Origin, SampleSet, progress_bar
 from aezoo.training import sizes, speed
 from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
@@ -60,13 +60,13 @@ _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
 # arguments that the command line fills in
 _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "columns", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
-_FILES = {"around", "reference"}
+_FILES = {"around", "reference", "mask"}
 # flags that may name a split of the data in place of a file
 _SPLITS = {"reference"}
 # sources of which the setting root names the samples
 _PATHS = {"array", "folder"}
 # commands whose results are samples
-_OF_SAMPLES = {"reconstruct", "generate", "denoise", "decompress"}
+_OF_SAMPLES = {"reconstruct", "generate", "denoise", "impute", "decompress"}
 # commands that process samples of any size with a model that takes them
 _ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # commands whose results must not depend on how fast they were computed: what one process wrote, any other reads
@@ -74,8 +74,8 @@ _EXACT = ("compress", "decompress", "export")
 # commands that take one process, and why
 _ONE_PROCESS = {"export": "it computes nothing for many samples"}
 _MAX_PROCESSES = 64
-# commands that also take the model and the folder for results by position
-_POSITIONAL = {"export": ("--ckpt_path", "--out")}
+# flags that commands also take by position
+_POSITIONAL = {"export": ("--ckpt_path", "--out"), "impute": ("--ckpt_path", "--input")}
 _MAX_LINES = 20
 # samples in memory at a time
 _MAX_RESCALED = 1024
@@ -325,7 +325,14 @@ def samples_of_flags(
         key: name for key, name in named.items() if key in _SPLITS and name in STAGES and not Path(name).exists()
     }
     files = {key: path for key, path in named.items() if key not in splits_named}
-    found: dict[str, Any] = {key: read(str(path), units, data, key) for key, path in files.items()}
+    # a missing value is neither 0 nor 1
+    keeps_missing = "mask" in accepted and data.get("binarise") in (None, "none")
+    if keeps_missing:
+        data["missing"] = "keep"
+    found: dict[str, Any] = {
+        key: _read_mask(str(path), data) if key == "mask" else read(str(path), units, data, key)
+        for key, path in files.items()
+    }
     if "x" in accepted and config.input is not None:
         own = {key: value for key, value in data.items() if key != "size"}
         keeps = any_size and setting(argv, "data", "size") is None
@@ -356,7 +363,10 @@ def samples_of_flags(
         return found
     try:
         # with --input, settings of another source are those of that file
-        module = DataModule(**(data if needed else settings_of_source(data)))
+        of_source = settings_of_source(data)
+        if keeps_missing and "missing" not in of_source:
+            data.pop("missing", None)
+        module = DataModule(**(data if needed else of_source))
         known_units = units or DataUnits()
         check_columns(str(module.name), module.source.columns, known_units.columns)
         splits = module.splits()
@@ -413,6 +423,14 @@ def read(
     return samples if rule == "none" else samples.binarised(rule, mix(given.get("seed", 0), len(STAGES)))
 
 
+def _read_mask(path: str, data: dict[str, Any]) -> SampleSet:
+    """A mask in a file, or masks in a folder, as they are."""
+    kept = {key: value for key, value in data.items() if key not in ("binarise", "missing", "channels")}
+    source = Path(path)
+    return read(path, None, kept | {"channels": 1} if source.is_dir() or source.suffix.lower() in images.EXTENSIONS
+                else kept, "mask")  # fmt: skip
+
+
 def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str, any_size: bool) -> SampleSet:
     source, known = Path(path), units or DataUnits()
     if not source.exists():
@@ -443,7 +461,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
     arrays = read_arrays(source, limit, label_column, not window, TIME_COLUMNS if window else ())
     columns = arrays.columns if isinstance(arrays, TableArrays) and not window else ()
     check_columns(what, columns, known.columns)
-    name = next((key for key in ("x", "x_test", "x_val", "x_train") if key in arrays), None)
+    name = next((key for key in SAMPLES if key in arrays), None)
     if name is None:
         raise AezooError(f"{path} contains {', '.join(sorted(arrays)) or 'nothing'}: name the array of samples x")
     title, layout, missing = f"{path}: {name}", given.get("layout", "auto"), given.get("missing", "raise")
@@ -466,19 +484,21 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         if not is_bytes:
             _check_unscaled(path, shape, check_values(_all_values(streamed), title, missing=missing), units, scaling)
         # a batch is one read, for which no process is needed
-        return SampleSet(streamed, *scaling, None, path, num_workers=0)
+        return SampleSet(streamed, *scaling, None, path, num_workers=0, origin=Origin(source, layout))
     x = to_channels_first(to_real_tensor(values, title, columns, missing=missing), layout)
     x = images.resize(x, size, channels) if x.ndim == 4 else x
     numbered, names = encode_labels({} if labels is None else {"test": labels}, f"{path}: ")
     y = numbered.get("test")
     check_length(x, y, title)
     if not is_bytes:
-        _check_unscaled(path, shape, (float(x.min()), float(x.max())), units, scaling)
+        limits = check_values(x.split(chunk_rows(x.shape[1:])), title, missing=missing)
+        _check_unscaled(path, shape, limits, units, scaling)
     found = None
     if x.ndim == 2 and source.suffix.lower() in TABLES:
         state = scaling[1] or ({"offset": torch.zeros(()), "factor": torch.tensor(255.0)} if is_bytes else {})
         found = Columns(columns or known.columns, state, x.shape[1])
-    return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found, spans=spans)
+    origin = None if window else Origin(source, layout, label_column)
+    return SampleSet(ArrayDataset(x, y), *scaling, names, path, columns=found, spans=spans, origin=origin)
 
 
 def _all_values(dataset: NpyDataset) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ from aezoo.training.keyword_groups import Argument
 
 # of samples with channels first, by the number of their dimensions
 LAYOUTS = {1: "vector", 2: "sequence", 3: "image", 4: "volume"}
+# the names of samples in a file, the one to be read by itself first
+SAMPLES = ("x", "x_test", "x_val", "x_train")
 _AXES = {"vector": (2,), "sequence": (3,), "image": (3, 4), "image_last": (4,), "volume": (4, 5), "volume_last": (5,)}
 _COLOUR_CHANNELS = (1, 3, 4)
 
@@ -182,18 +185,29 @@ def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
 
 def to_channels_first(x: Tensor, layout: str) -> Tensor:
     """Samples with their channel axis in its place; see the table above."""
-    if layout == "auto":
-        square = x.ndim == 3 and x.shape[1] == x.shape[2]
-        if x.ndim == 3:
-            layout = "image" if x.dtype == torch.uint8 or square else "sequence"
-        elif x.ndim > 3:
-            last = x.shape[-1] in _COLOUR_CHANNELS and x.shape[1] not in _COLOUR_CHANNELS
-            layout = ("image" if x.ndim == 4 else "volume") + ("_last" if last else "")
+    layout = _layout_of(tuple(x.shape), x.dtype == torch.uint8, layout)
     if layout.endswith("_last"):
         return x.movedim(-1, 1).contiguous()
     if (layout, x.ndim) in (("image", 3), ("volume", 4)):
         return x[:, None]
     return x
+
+
+def from_channels_first(x: npt.NDArray[Any], shape: tuple[int, ...], is_bytes: bool, layout: str) -> npt.NDArray[Any]:
+    """The inverse of `to_channels_first`, for samples of an array of this shape and layout."""
+    if _layout_of(shape, is_bytes, layout).endswith("_last"):
+        return np.moveaxis(x, 1, -1)
+    return x.reshape(len(x), *shape[1:])
+
+
+def _layout_of(shape: tuple[int, ...], is_bytes: bool, layout: str) -> str:
+    """The layout of an array (N, ...) that auto stands for; auto itself for vectors."""
+    if layout != "auto" or len(shape) < 3:
+        return layout
+    if len(shape) == 3:
+        return "image" if is_bytes or shape[1] == shape[2] else "sequence"
+    last = shape[-1] in _COLOUR_CHANNELS and shape[1] not in _COLOUR_CHANNELS
+    return ("image" if len(shape) == 4 else "volume") + ("_last" if last else "")
 
 
 def _is_missing(label: Any) -> bool:

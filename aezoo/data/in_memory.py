@@ -275,7 +275,10 @@ def check_values(
         place = f", in {first_names([columns[i] for i in sorted(wrong_columns)])}" if columns else ""
         cure = "fill or remove them"
         if not kept and has_nan:
-            cure += ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae"
+            cure += (
+                ", or give --data.missing keep to a model of samples that lack whole parts, such as mvae; aezoo impute "
+                "fills them with a trained model"
+            )
         raise AezooError(
             f"{what} has {'infinity' if kept else 'NaN or infinity'} in {n_bad} of {n} rows, the first is row "
             f"{first_bad}{place}: {cure}"

@@ -4,9 +4,10 @@ import array
 import contextlib
 import csv
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -274,36 +275,63 @@ def _name_single_array(arrays: dict[str, Any]) -> Arrays:
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
 
 
+class CsvTable:
+    """The text of a CSV file, whose separator is a comma, semicolon or tab.
+
+    Args:
+        path: the file.
+        label_column: see `DataModule`.
+        time_columns: see `read_arrays`.
+
+    Attributes:
+        first: the cells of the first row.
+        header: whether these are names.
+        counts: whether they count the columns from 0 on.
+        label: the position of the labels; None without.
+        time: the position of the time stamps; None without.
+
+    Raises:
+        AezooError: it is empty, or no text.
+    """
+
+    def __init__(self, path: Path, label_column: str, time_columns: Sequence[str] = ()) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
+        self._lines = [line for line in lines if line.strip()]
+        if not self._lines:
+            raise AezooError(f"{path} is empty: give one row a sample")
+        self.separator = max(",;\t", key=self._lines[0].count)
+        self.first = first = [cell.strip() for cell in next(csv.reader(self._lines, delimiter=self.separator))]
+        # an empty cell is a missing value
+        self.counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
+        self.header = self.counts or not all(_is_number(cell) for cell in first if cell)
+        self.label = _label_position(first, label_column) if self.header else None
+        time = _time_position(first, time_columns) if self.header else None
+        self.time = None if time == self.label else time
+
+    def rows(self) -> Iterator[list[str]]:
+        """The cells of each row, without the header."""
+        return itertools.islice(csv.reader(self._lines, delimiter=self.separator), int(self.header), None)
+
+
 def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Sequence[str] = ()) -> Arrays:
-    """Features, and labels if the header names them; the separator is a comma, semicolon or tab.
+    """Features, and labels if the header names them.
 
     A header is a first row with a text cell, or one that numbers the columns, 0,1,2 and so on, as pandas writes for
     columns without names; a 0 above a single column is a sample.
     """
     check_bytes(path, path.stat().st_size * _CSV_MEMORY_FACTOR, max_bytes)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise AezooError(f"{path} is empty: give one row a sample")
-    separator = max(",;\t", key=lines[0].count)
-    rows = csv.reader(lines, delimiter=separator)
-    first = [cell.strip() for cell in next(rows)]
-    # an empty cell is a missing value
-    counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
-    header = counts or not all(_is_number(cell) for cell in first if cell)
-    label = _label_position(first, label_column) if header else None
-    time = _time_position(first, time_columns) if header else None
-    time = None if time == label else time
+    table = CsvTable(path, label_column, time_columns)
+    separator, first, header, label, time = table.separator, table.first, table.header, table.label, table.time
     # the text of the columns that are not features; the last one is removed from a row first
     texts: dict[int, list[str]] = {i: [] for i in sorted((i for i in (label, time) if i is not None), reverse=True)}
     columns = [name for i, name in enumerate(first) if i not in texts] if header else []
     # row by row, since the texts of all cells would take ten times the memory of their numbers
     values, beginnings, broken = array.array("d"), [], None
     number = -1
-    for number, row in enumerate(rows if header else csv.reader(lines, delimiter=separator)):
+    for number, row in enumerate(table.rows()):
         if len(row) != len(first):
             raise AezooError(
                 f"{path}, row {number}: {len(row)} columns, the first line has {len(first)}: correct the row"
@@ -333,12 +361,13 @@ def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Seque
         column = next(i for i, cell in enumerate(row) if cell.strip() and not _is_number(cell))
         is_comma = separator != "," and _is_number(row[column].replace(",", "."))
         is_missing = row[column].strip().lower() in _MISSING
-        cure = "write a point for its comma" if is_comma else "fill it" if is_missing else "encode or drop the column"
+        cure = "write a point for its comma" if is_comma else "encode or drop the column"
+        cure = "leave it empty for aezoo impute, or fill it" if is_missing and not is_comma else cure
         cure += ", or say by --data.label_column which column contains the classes" * (label is None and not is_comma)
         place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
         raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
     x = np.frombuffer(values).reshape(number + 1, width)
-    if counts and (x == np.floor(x)).all():
+    if table.counts and (x == np.floor(x)).all():
         warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
                       "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
     y = parse_labels(texts[label]) if label is not None and label_column != "none" else None
@@ -356,15 +385,11 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         raise AezooError(f"{path}: reading .parquet needs pandas and pyarrow: {install_hint('parquet')}") from None
     with parquet.ParquetFile(path) as file:
         about, schema = file.metadata, file.schema_arrow
-        index = (schema.pandas_metadata or {}).get("index_columns", ())
-        names = [name for name in schema.names if name not in index]
-        place = _label_position(names, label_column)
-        label = None if place is None else names[place]
-        place = _time_position(names, time_columns)
-        time = None if place is None or names[place] == label else names[place]
+        features, label, time = parquet_columns(schema, label_column, time_columns)
+        names = [name for name in schema.names if name in {*features, label, time}]
         # lists and texts may take any amount of memory, whatever the file declares
-        text = [name for name in names if name not in (label, time) and not _holds_numbers(schema.field(name).type)]
-        if text or not {*names} - {label, time}:
+        text = [name for name in features if not _holds_numbers(schema.field(name).type)]
+        if text or not features:
             raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} contain no numbers: drop or encode "
                              "them, or say by --data.label_column which contains the classes")  # fmt: skip
         if time is not None and pyarrow.types.is_nested(schema.field(time).type):
@@ -388,6 +413,19 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
     times = () if time is None else [str(stamp) for stamp in frame.pop(time)]
     names = [str(name) for name in frame.columns]
     return TableArrays({"x": frame_values(frame), "y": y}, names, label and str(label), times)
+
+
+def parquet_columns(
+    schema: Any, label_column: str, time_columns: Sequence[str] = ()
+) -> tuple[list[str], str | None, str | None]:
+    """The columns of features, of labels and of time stamps of a pyarrow schema, without the index of pandas."""
+    index = (schema.pandas_metadata or {}).get("index_columns", ())
+    names = [name for name in schema.names if name not in index]
+    place = _label_position(names, label_column)
+    label = None if place is None else names[place]
+    place = _time_position(names, time_columns)
+    time = None if place is None or names[place] == label else names[place]
+    return [name for name in names if name not in (label, time)], label, time
 
 
 def check_parquet(path: Path, max_bytes: int) -> None:

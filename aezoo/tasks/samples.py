@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +60,21 @@ class SeparateSamples(DecodingDataset):
         return (self.x[index],)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where samples come from whose `dataset` holds the values of the data, in the data's units.
+
+    Attributes:
+        path: the file of arrays; None of a DataFrame.
+        layout: how its axes were read, see `aezoo.data.array`.
+        label_column: how its labels were found, see `DataModule`.
+    """
+
+    path: Path | None = None
+    layout: str = "auto"
+    label_column: str = "auto"
+
+
 class SampleSet:
     """Samples, float32 as a model sees them, read on demand; of one shape, or pictures of several sizes.
 
@@ -72,6 +89,7 @@ class SampleSet:
         units: the units of the data that `dataset` was made of, if a model's may differ from them.
         spans: where samples lie in a time series; None for other samples.
         read_masks: gives the masks of defects in some files, see `aezoo.data.source.Source.pixel_masks`.
+        origin: for samples whose values are those of a file or a DataFrame; None if they were scaled before.
     """
 
     def __init__(
@@ -86,12 +104,15 @@ class SampleSet:
         units: DataUnits | None = None,
         spans: Spans | None = None,
         read_masks: Callable[[Sequence[str]], Tensor | None] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.spans, self.read_masks = spans, read_masks
         self.dataset, self.class_names, self.name, self.num_workers = dataset, class_names, name, num_workers
         self.columns, self.units = columns, units
         self.levels, self.scaling = levels, scaling
+        self.origin = origin
         self._y: Tensor | None = None
+        self._mask: SampleSet | None = None
 
     @classmethod
     def from_data(
@@ -138,7 +159,7 @@ class SampleSet:
             return cls(dataset, name="x")
         names = column_names(x)
         units = DataUnits(columns=names, is_table=True)
-        return cls(dataset, name="x", columns=Columns(names, {}, shape[1]), units=units)
+        return cls(dataset, name="x", columns=Columns(names, {}, shape[1]), units=units, origin=Origin())
 
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))
@@ -219,15 +240,48 @@ class SampleSet:
     def rows(self, index: Tensor | list[int] | range) -> Tensor:
         """The samples with these indices, (n, *shape), on the CPU; the middle that all have, if their sizes differ."""
         index = torch.as_tensor(list(index) if isinstance(index, range) else index)
-        dataset: Any = self.dataset
         if self.shapes is not None:
+            dataset: Any = self.dataset
             return middles([self._as_float(dataset[i][0]) for i in index.tolist()])
-        if hasattr(dataset, "__getitems__"):
-            items = dataset.__getitems__(index.tolist())
-            x = (items if isinstance(items, tuple) else collate(items, labels=False))[0]
-        else:
-            x = torch.stack([dataset[i][0] for i in index.tolist()])
-        return self._as_float(x)
+        return self._without_masked(self._as_float(self.raw_rows(index)), index)
+
+    def raw_rows(self, index: Tensor) -> Tensor:
+        """The samples of one shape with these indices as `dataset` holds them, before any scaling or mask."""
+        dataset: Any = self.dataset
+        if not hasattr(dataset, "__getitems__"):
+            return torch.stack([dataset[i][0] for i in index.tolist()])
+        items = dataset.__getitems__(index.tolist())
+        x: Tensor = (items if isinstance(items, tuple) else collate(items, labels=False))[0]
+        return x
+
+    def raw_values(self, x: Tensor) -> Tensor:
+        """Samples in the scale of the model as values of `dataset`, in float64; the inverse of what `rows` does."""
+        if not self.scaling:
+            return x.double() * (self.levels if self.raw_rows(torch.tensor([0])).dtype == torch.uint8 else 1)
+        return x.double() * self.scaling["factor"].double() + self.scaling["offset"].double()
+
+    def masked(self, mask: "SampleSet") -> "SampleSet":
+        """The same samples with NaN where a mask is not 0.
+
+        Args:
+            mask: one for each sample or one for all, of the shape of a sample, or of one channel that holds for all.
+
+        Raises:
+            AezooError: it has another shape, or is that of another number of samples.
+        """
+        shape, n = self.shape, len(self)
+        if mask.shapes is not None or mask.shape not in (shape, (1, *shape[1:]), shape[1:]) or len(mask) not in (1, n):
+            raise AezooError(f"the mask {mask.name} is {len(mask):,} of shape {mask.shape}, the samples are {n:,} of "
+                             f"shape {shape}: give one mask for each or one for all, of their shape")  # fmt: skip
+        found = copy(self)
+        found._mask = mask
+        return found
+
+    def _without_masked(self, x: Tensor, index: Tensor) -> Tensor:
+        if self._mask is None:
+            return x
+        mask = self._mask.rows(index if len(self._mask) > 1 else torch.zeros_like(index)) != 0
+        return x.masked_fill((mask if mask.ndim == x.ndim else mask[:, None]).expand_as(x), math.nan)
 
     def _as_float(self, x: Tensor) -> Tensor:
         if self.scaling:
@@ -258,7 +312,10 @@ class SampleSet:
             whole = (start, stop) == (0, len(self))
             part = self.dataset if whole else Subset(self.dataset, range(start, stop))
             loader = make_loader(part, batch_size=size, num_workers=n_workers, labels=False)
-            yield from (self._as_float(batch[0]) for batch in loader)
+            for batch in loader:
+                stop = start + len(batch[0])
+                yield self._without_masked(self._as_float(batch[0]), torch.arange(start, stop))
+                start = stop
 
     def subsample(self, n: int, seed: int = 0) -> "SampleSet":
         """At most n samples, drawn without replacement, in their order."""
@@ -301,6 +358,12 @@ class SampleSet:
             AezooError: no samples, another shape or other columns, values outside the range of the model's likelihood,
                 or an array in the units of the data instead of the model's scale.
         """
+        return self.in_model_scale(model, sized).check_values(model, sized)
+
+    def in_model_scale(
+        self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None
+    ) -> "SampleSet":
+        """What `check` returns, without a look at the values."""
         if not len(self):
             raise AezooError(f"{self.name} contains no samples")
         if model.training:
@@ -311,8 +374,8 @@ class SampleSet:
         elif other := [shape for shape in self.shapes or [self.shape] if shape != model.input_shape]:
             model.check_batch(torch.zeros(1, *other[0]))
         if model.data_units is not None and self._table_units is not None:
-            return self._in_units(model.data_units, self._table_units).check_values(model, sized)
-        return self.check_values(model, sized)
+            return self._in_units(model.data_units, self._table_units)
+        return self
 
     @property
     def _table_units(self) -> DataUnits | None:
@@ -328,18 +391,22 @@ class SampleSet:
         scaling = {"offset": (offset - own_offset) / own_factor, "factor": factor / own_factor}
         columns = Columns(trained.columns or own.columns, trained.scaling, self.shape[0])
         named = self.class_names, self.name, self.num_workers, columns
-        return SampleSet(self.dataset, self.levels, scaling, *named, trained)
+        return SampleSet(self.dataset, self.levels, scaling, *named, trained, origin=self.origin)
 
     def check_values(
-        self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None
+        self,
+        model: Autoencoder,
+        sized: Callable[[tuple[int, ...]], Autoencoder] | None = None,
+        fills_missing: bool = False,
     ) -> "SampleSet":
-        """The same samples, if their values are such as the model can use; see `check`."""
+        """The same samples, if their values, or with `fills_missing` those but NaN, are such as the model can use."""
         n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
         step = step if self.shapes is None else 1
         for start in range(0, n, step):
             x = self.rows(range(start, min(start + step, n)))
             if self.units is None and not start and not self.scaling:
                 self._check_scale(x, model)
+            x = x.masked_fill(x.isnan(), 0.5) if fills_missing else x  # which every likelihood takes
             (model if sized is None else sized(tuple(x.shape[1:]))).check_batch(x)
         return self
 

@@ -85,7 +85,8 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
                 f"sample {int(bad.nonzero()[0])} of the batch contains infinite values, or NaN in some values of a "
                 "part or in all parts: clean it; a part is missing where all its values are NaN"
             )
-        hint = ", or take a model of samples that lack whole parts, such as mvae" if x.isnan().any() else ""
+        hint = ", or take a model of samples that lack whole parts, such as mvae; aezoo impute fills missing values"
+        hint = hint if x.isnan().any() else ""
         raise AezooError(f"the data contain NaN or infinite values: clean them first{hint}")
     known = x.nan_to_num(0.5)  # of what is missing
     low, high = float(known.min()), float(known.max())

@@ -18,7 +18,7 @@ TAGS = {
     "multimodal": "samples that consist of parts, such as a picture and its text: --model.parts",
     "tokenizer": "codes as sequences or maps of tokens, for a model that learns to draw them",
     "latent diffusion": "codes on which a diffusion model is trained",
-    "imputation": "missing parts of a sample: aezoo reconstruct --parts, or inpaint in Python",
+    "imputation": "samples of which parts are missing: aezoo impute, or reconstruct --parts",
     "denoising": "samples without their noise: aezoo denoise",
 }
 

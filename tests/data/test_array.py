@@ -551,7 +551,8 @@ def broken_files(folder):
         "row 1, column 2 of the features, b: 'x' is no number: encode or drop the column, or say by",
     )
     (folder / "gap.csv").write_text("a,b\n1,2\n3,N/A\n")
-    yield "gap.csv", "row 1, column 2 of the features, b: 'N/A' is no number: fill it, or say by --data.label_column"
+    gap = "leave it empty for aezoo impute, or fill it, or say by --data.label_column"
+    yield "gap.csv", f"row 1, column 2 of the features, b: 'N/A' is no number: {gap}"
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
     yield "hole.csv", "x has NaN or infinity in 1 of 2 rows, the first is row 0: fill or remove them"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")

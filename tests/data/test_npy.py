@@ -114,8 +114,10 @@ from aezoo.cli.main import main
 
 folder = sys.argv[1]
 for file in ("few", "x"):
-    for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["reconstruct"]):
-        common = [f"--ckpt_path={folder}/model", f"--input={folder}/{file}.npy", f"--out={folder}", "--device=cpu"]
+    mask = ["--mask", f"{folder}/half.npy", "--steps", "1", "--n_shown", "0"]
+    for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["impute", *mask], ["reconstruct"]):
+        name = "some" if (file, verb) == ("x", "impute") else file
+        common = [f"--ckpt_path={folder}/model", f"--input={folder}/{name}.npy", f"--out={folder}", "--device=cpu"]
         main([verb, *common, *flags])
         # not ru_maxrss, which begins with that of the process before
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
@@ -133,9 +135,13 @@ def test_memory_of_verbs_does_not_grow_with_the_input(tmp_path):
     sparse(tmp_path / "x.npy", (n, 3, 64, 64), np.float32, rows=(n - 2,))
     # what the libraries take differs from release to release
     sparse(tmp_path / "few.npy", (300, 3, 64, 64), np.float32, rows=())
+    # impute keeps two arrays of this size in files, 200 MB
+    sparse(tmp_path / "some.npy", (2_000, 3, 64, 64), np.float32, rows=())
+    np.save(tmp_path / "half.npy", np.arange(64) > np.zeros((1, 1, 64, 1)) + 31)
     run = subprocess.run([sys.executable, "-c", PEAKS, tmp_path], capture_output=True, text=True, check=True)
     peaks = [float(line) for line in run.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
-    assert len(peaks) == 6 and peaks[5] < peaks[2] + 150 and peaks[5] < 1500, peaks
+    assert len(peaks) == 8 and peaks[6] < peaks[3] + 100, peaks
+    assert peaks[7] < peaks[3] + 150 and peaks[7] < 1500, peaks
     promises.record("input", {"samples": n, "peak": round(max(peaks))})
     with torch.no_grad():
         ones = torch.ones(1, 3, 64, 64)
@@ -148,4 +154,5 @@ def test_memory_of_verbs_does_not_grow_with_the_input(tmp_path):
         lines = (tmp_path / f"{name}.csv").read_text().splitlines()
         assert len(lines) == n + 1 and lines[-1].startswith(f"{n - 1},")
         assert lines[-2].split(",")[1] != lines[-1].split(",")[1]
+    (tmp_path / "imputed.npy").unlink()
     (tmp_path / "reconstructions.npy").unlink()  # which is not sparse, and pytest keeps its folders

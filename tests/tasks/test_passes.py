@@ -25,6 +25,7 @@ N, BATCH = 70, 8
 VERBS = {
     "reconstruct": [],
     "denoise": ["--corrupt=gaussian:0.1", "--baselines=false"],
+    "impute": ["--hide=0.3", "--draws=2", "--steps=3", "--baselines=false"],
     "embed": ["--table=csv"],
     "detect": ["--score=deviance,mahalanobis", "--maps=true", "--contamination=0.1"],
     "generate": [f"--n={N}"],
@@ -43,7 +44,9 @@ def command(tmp_path_factory):
     home = tmp_path_factory.mktemp("passes")
     torch.manual_seed(0)
     aezoo.save_model(aezoo.create_model("vae", (1, 8, 8), latent_dim=3, hidden_dims=(16,)), home / "model")
-    np.save(home / "x.npy", np.random.default_rng(0).random((N, 1, 8, 8), np.float32))
+    x = np.random.default_rng(0).random((N, 1, 8, 8), np.float32)
+    np.save(home / "x.npy", x)
+    np.save(home / "holes.npy", np.where(x < 0.3, np.nan, x))
 
     def words(verb: str, out: Path, *flags: str) -> list[str]:
         common = [f"--ckpt_path={home / 'model'}", f"--out={out}", "--device=cpu"]
@@ -51,7 +54,8 @@ def command(tmp_path_factory):
             if not (home / "aez").exists():
                 main(words("compress", home / "aez"))
             return [verb, *common, f"--input={home / 'aez' / 'samples.aez'}", *flags]
-        given = [] if verb == "generate" else [f"--input={home / 'x.npy'}"]
+        name = "holes" if verb == "impute" else "x"
+        given = [] if verb == "generate" else [f"--input={home / name}.npy"]
         return [verb, *common, f"--batch_size={BATCH}", *given, *VERBS[verb], *flags]
 
     return words
@@ -125,7 +129,7 @@ def test_coding_on_two_processes_gives_the_files_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["reconstruct", "detect"])
+@pytest.mark.parametrize("verb", ["reconstruct", "impute", "detect"])
 def test_two_processes_give_the_files_of_one(command, tmp_path, verb):
     main(command(verb, tmp_path / "one"))
     before = torch.get_num_threads()

@@ -21,7 +21,7 @@ from aezoo.training.hyperparameters import ConstructorHyperparameters
 from aezoo.training.model_names import display_name
 from aezoo.training.module import TrainingModule
 
-# models find these here, beside the contract
+# models import these from here, with the base class
 from aezoo.training.precision import at_least_float32 as at_least_float32
 from aezoo.training.precision import from_bytes as from_bytes
 from aezoo.training.traits import Traits as Traits
@@ -35,15 +35,15 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
     `(x, y)`; x is float, (B, *input_shape); labels y are optional.
 
     A subclass sets `encoder`, `decoder` and `code_shape`, or writes `encode` and `decode`. Its constructor takes
-    `input_shape` and plain keyword arguments with defaults, nothing else. It names its own arguments and hands the
-    others on:
+    `input_shape` and plain keyword arguments with defaults, nothing else. It names the arguments that it adds and
+    passes the others on:
 
         class MyAE(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True):
             def __init__(self, input_shape: tuple[int, ...], *, width: int = 8, **kwargs: Unpack[TrainingArgs]) -> None:
                 super().__init__(input_shape, **kwargs)
 
-    `defaults` are its own defaults of arguments that it hands on; what else stands there are `Traits`. All arguments
-    are hyperparameters, which checkpoints hold.
+    `defaults` changes defaults of arguments that it passes on; all other keywords there are `Traits`. All arguments
+    are hyperparameters, which are saved in checkpoints.
 
     Attributes:
         input_shape: shape of one sample.
@@ -55,7 +55,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
             of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
             more draws tighten the bound.
-        steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts anew, see
+        steps_before: optimiser steps of earlier fits, from which a fit continues; 0 starts from the beginning, see
             `enable_step_counter`.
         data_units: the units of the data that the model was trained on, if it was trained with `aezoo.DataModule`;
             `load_model` reads them from a checkpoint. Commands take DataFrames and write tables in these units.
@@ -152,16 +152,16 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         )
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | decoder(encode(x))) in nats, or a criterion of the model's own: (B, *input_shape) -> (B,).
+        """-log p(x | decoder(encode(x))) in nats, or another criterion of the model: (B, *input_shape) -> (B,).
 
-        Larger is stranger. `anomaly_score` compares samples with each other.
+        Larger is more anomalous. To compare samples with each other, use `anomaly_score`.
         """
         z = self.encode(x)
         params = self.decoder(z) if hasattr(self, "decoder") else self.likelihood.params_from_mean(self.decode(z))
         return self.nll(params, x)
 
     def anomaly_score(self, x: Tensor) -> Tensor:
-        """`score` with the deviance in place of -log p(x | z), larger is stranger: (B, *input_shape) -> (B,).
+        """`score` with the deviance instead of -log p(x | z), larger is more anomalous: (B, *input_shape) -> (B,).
 
         The deviance is -log p(x | z) less that of a perfect reconstruction, so that a grey sample is not strange only
         for being grey. Other terms, such as the KL, stay, and so does a criterion without -log p. For a likelihood of
@@ -184,7 +184,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         n = sum(parameter.numel() for parameter in self.parameters())
         try:
             code_shape = f"{self.code_shape}"
-        except AezooError:  # one that is not set and cannot be measured, as in a constructor
+        except AezooError:  # an attribute that is not set and cannot be measured, such as in a constructor
             code_shape = "unknown"
         return f"input_shape={self.input_shape}, code_shape={code_shape}, {n:,} parameters"
 

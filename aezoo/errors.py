@@ -2,7 +2,7 @@
 
 
 class AezooError(ValueError):
-    """A mistake in what was asked for; the message names the cause and the cure in one line.
+    """An error that the user can fix; the message says in one line what is wrong and what to do.
 
     The command line prints it without a traceback and ends with exit code 2.
     """

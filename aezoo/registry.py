@@ -95,7 +95,7 @@ def entries() -> dict[str, Entry]:
     """All registered models by name.
 
     Raises:
-        AezooError: two owners claim one name.
+        AezooError: two packages register the same name.
     """
     found: dict[str, Entry] = {}
 
@@ -198,7 +198,7 @@ def find_tag(text: str) -> tags.Tag | None:
 
 
 def suggest_tags(text: str) -> str:
-    """The tags nearest to a text that is none, as a question for an error message; empty if none is near.
+    """The tags most similar to a text, as a question for an error message; empty if none is similar.
 
     Of a registered model, all of its tags are near.
     """
@@ -313,8 +313,8 @@ def create_model(
             the pretrained weights.
         pretrained: the tag of weights to start from, such as `mnist`; `list_models(NAME, pretrained=True)` lists them.
             The model is then in eval mode, as `load_model` returns it.
-        **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them. With pretrained weights those
-            that are not given are the weights' own, and others must leave the weights their shapes.
+        **hyperparameters: the class's keyword arguments; `aezoo info NAME` lists them. With pretrained weights, those
+            that are not given are the ones of the weights, and others must not change the shapes of the weights.
 
     Raises:
         AezooError: an unknown model, tag or hyperparameter, or a value that the model or the weights reject.
@@ -348,7 +348,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(name: str) -> str:
-    """A one-line message that says what to do about a model that does not fit into memory."""
+    """A message of one line about a model that does not fit into memory, with advice."""
     return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
 

@@ -3,8 +3,8 @@
     from aezoo.sklearn import AutoencoderTransformer
     make_pipeline(AutoencoderTransformer("vae", latent_dim=8, random_state=0), LogisticRegression())
 
-X is (n_samples, n_features); `sample_shape=(1, 28, 28)` lets a convolutional model see its rows as images. A pickled
-estimator holds its fitted model as safetensors and plain values, from which only a model of the registry can be built.
+X is (n_samples, n_features); with `sample_shape=(1, 28, 28)`, a convolutional model gets its rows as images. A pickled
+estimator contains its fitted model as safetensors and plain values, from which only registered models can be built.
 """
 
 import inspect
@@ -179,7 +179,7 @@ class _Estimator(base.BaseEstimator):
                     raise KeyboardInterrupt from None
                 raise
             finally:
-                # the trainer holds the training data; a fitted estimator does not
+                # the trainer refers to the training data; a fitted estimator does not
                 model.trainer = None
                 model.cpu().eval()
         # at the end, so that a failed fit keeps the previous results
@@ -193,7 +193,7 @@ class _Estimator(base.BaseEstimator):
         self._n_features_out = math.prod(model.code_shape)
 
     def _set_units(self) -> None:
-        """Let the model know the units of X, for `save_model`, `export` and the commands."""
+        """Store the units of X in the model, for `save_model`, `export` and the commands."""
         model = self.autoencoder_
         parts = {"offset": self.offset_of_scale_, "factor": self.scale_}
         is_table = len(model.input_shape) == 1
@@ -258,8 +258,8 @@ class _Estimator(base.BaseEstimator):
     def score_samples(self, X: Any) -> Array:
         """Log-likelihood of each sample in nats, (n_samples,); larger is more normal.
 
-        It is log p(x | code), or the ELBO for a variational model. A density is that of X in its own units, whatever
-        the scale. A discrete likelihood such as bernoulli gives a probability, which has no units. For a model with
+        It is log p(x | code), or the ELBO for a variational model. A density is that of X in its units, for any
+        scale. A discrete likelihood such as bernoulli gives a probability, which has no units. For a model with
         another score, such as deep_svdd with a distance and dagmm with an energy, it is minus that score, up to a
         constant: it compares samples under one model, but not models with each other.
         """
@@ -299,7 +299,7 @@ class _Estimator(base.BaseEstimator):
 
 
 class _Transformer(base.TransformerMixin):
-    """A transformer that keeps the type: float32 for float32 input, float64 for everything else."""
+    """A transformer whose output has the dtype of the input: float32 for float32, float64 for everything else."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -315,11 +315,12 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         latent_dim: size of the code, if the model has such a hyperparameter; None chooses it by the number of features,
             as `aezoo fit` does.
         model_params: other hyperparameters of the model, e.g. {"hidden_dims": (256, 64)}.
-        likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1]. None is the
-            model's own, and gaussian in place of bernoulli for values that leave [0, 1].
+        likelihood: how outputs are compared with data; bernoulli needs scale "unit" or data in [0, 1]. None takes the
+            default of the model, but gaussian instead of bernoulli for values outside of [0, 1].
         scale: standard (mean 0, deviation 1), unit (0 to 1) or none; per feature, from the statistics of the first fit.
-            None keeps data in [0, 1], takes unit for a likelihood of [0, 1] and pictures, and standard for others.
-        sample_shape: shape of a sample as the model sees it; None for vectors.
+            None does not scale data in [0, 1]; for others it takes unit if the likelihood needs [0, 1] or samples are
+            pictures, otherwise standard.
+        sample_shape: shape of a sample as input of the model; None for vectors.
         max_epochs: passes over the training data; None makes at least 20, and about 2,000 steps of few samples.
         batch_size: samples per step; None takes 16 to 128, by the number of samples.
         lr: learning rate.
@@ -328,7 +329,7 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
         verbose: show a progress bar.
 
     Attributes:
-        autoencoder_: the trained model, which knows the units of X: `aezoo.save_model` and `aezoo.export` take it.
+        autoencoder_: the trained model with the units of X, for `aezoo.save_model` and `aezoo.export`.
         offset_of_scale_: (n_features,) the offset that is subtracted from X.
         scale_: (n_features,) the scale that X is divided by.
         n_epochs_: epochs trained so far.
@@ -356,44 +357,44 @@ class AutoencoderTransformer(base.ClassNamePrefixFeaturesOutMixin, _Transformer,
 
 
 class AutoencoderDetector(base.OutlierMixin, _Estimator):
-    """Outliers are samples that a model finds strange: `predict` gives 1 for normal samples and -1 for outliers.
+    """Outlier detection by the score of a model: `predict` gives 1 for normal samples and -1 for outliers.
 
-    The threshold comes from samples that training leaves out, some of those of the last `fit`, since a model scores
-    those that it was trained on as more normal than new ones. Other arguments and attributes are those of
-    `AutoencoderTransformer`.
+    `fit` does not train on a share of the samples and computes the threshold from their scores, because a model scores
+    training samples as more normal than new ones. Other arguments and attributes are those of `AutoencoderTransformer`.
 
-    Of a stream, `partial_fit` takes one part after the other. Each call trains on most of its samples and leaves out
-    the share `calibration_fraction`. The new model then scores all samples that the last calls left out, which gives
-    the threshold, and the score combined is fitted to those that they trained on; together they are `stream_window`
-    samples. What is older is forgotten, so that both follow a drift. The first call fixes the scale of the features.
+    For a stream, call `partial_fit` with one part after the other. Each call trains on its samples except for the share
+    `calibration_fraction`. The threshold is then computed from the scores, by the new model, of the samples that the
+    last calls did not train on, and the score combined is fitted to those that they trained on. Together these are the
+    last `stream_window` samples, so that both follow a drift. The first call determines the scale of the features.
 
     Args:
-        anomaly_score: what makes a sample strange. combined: its distance from the mean sample, the tail probabilities
-            of its values, the error of its reconstruction and the distance of its code from the mean code, as one by
+        anomaly_score: how samples are scored. combined: the distance from the mean sample, the tail probabilities of
+            the values, the error of the reconstruction and the distance of the code from the mean code, combined by
             Fisher's method, see `aezoo.tasks.detect_combined`. deviance: the model's `anomaly_score`; for most models
-            the log-likelihood less that of a perfect reconstruction, so that it compares samples, and not how likely
-            their values are by themselves; for detectors such as deep_svdd and dagmm their own criterion. auto:
-            combined for vectors and models with a narrow code that judge a sample by its reconstruction alone, such as
-            dense_ae and denoising_ae, else deviance.
-        latent_dim: size of the code; None takes 2 where auto takes combined, else the choice of
+            the log-likelihood less that of a perfect reconstruction, so that samples are compared by their errors and
+            not by how likely their values are; for detectors such as deep_svdd and dagmm their criterion. auto:
+            combined for vectors and models with a narrow code whose score is only the reconstruction error, such as
+            dense_ae and denoising_ae, otherwise deviance.
+        latent_dim: size of the code; None takes 2 if auto takes combined, otherwise the choice of
             `AutoencoderTransformer`. A wide code reconstructs outliers, too.
-        max_epochs: passes over the training data; None takes the choice of `AutoencoderTransformer`; where auto
-            takes combined, about 1,000 steps in 10 to 40 passes, since the network learns outliers later.
+        max_epochs: passes over the training data; None takes the choice of `AutoencoderTransformer`, or, if auto takes
+            combined, about 1,000 steps in 10 to 40 passes, because the network learns outliers later.
         contamination: share of normal samples that are treated as outliers, which sets the threshold.
-        calibration_fraction: share of the samples that is left out for the threshold, at least 1 / contamination - 1 of
-            them, at most half of all. With 0 training uses all, and contamination is the share of the training samples
-            that are treated as outliers; of new normal samples, there are more.
-        stream_window: samples of the last calls of `partial_fit` that the estimator keeps, at least those of the last.
+        calibration_fraction: share of the samples that is only used for the threshold, at least 1 / contamination - 1
+            samples, at most half of all. With 0, training uses all samples, and contamination is the share of the
+            training samples that are treated as outliers; the share of new normal samples is larger.
+        stream_window: number of samples of the last calls of `partial_fit` that the estimator stores, at least those of
+            the last call.
 
     Attributes:
         offset_: the threshold; samples with `score_samples` below it are outliers.
-        n_calibration_: samples that were left out for it; 0 if it comes from the training samples.
-        calibration_scores_: (n_calibration_,) their scores, minus `score_samples`; else those of the training samples.
+        n_calibration_: number of samples for the threshold; 0 if it comes from the training samples.
+        calibration_scores_: (n_calibration_,) their scores, minus `score_samples`, or those of the training samples.
     """
 
     calibration_scores_: Array
     _combined: CombinedScore | None
-    # the last samples of a stream: those that were trained on, and those that were left out
+    # the last samples of a stream: those that were trained on, and those for the threshold
     _recent: tuple[Array, Array]
 
     def __init__(
@@ -447,7 +448,7 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         n = min(max(round(fraction * len(X)), math.ceil(1 / contamination) - 1), len(X) // 2) if fraction else 0
         if n and y is not None:
             check_consistent_length(X, y)
-        # one seed for all, so that a second pass over the same samples leaves out the same ones
+        # one seed for all calls, so that a second pass over the same samples trains on the same ones
         left_out, trained = np.split(np.random.default_rng(0).permutation(len(X)), [n])
         trained.sort()
         super()._train(X[trained], None if y is None else np.asarray(y)[trained], from_scratch, epochs)
@@ -472,11 +473,11 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
 
     @property
     def _score_name(self) -> str:
-        """That of the fit, whatever the parameters are now."""
+        """The score of the fit, even if the parameter has been changed since."""
         return "deviance" if self._combined is None else "combined"
 
     def _set_statistics(self) -> None:
-        """Let the model bring its calibration, for `aezoo detect` and `aezoo export`."""
+        """Store the calibration in the model, for `aezoo detect` and `aezoo export`."""
         states = {} if self._combined is None else {self._score_name: self._combined.state}
         if self.n_calibration_:
             scores = {self._score_name: torch.from_numpy(np.array(self.calibration_scores_))}
@@ -529,11 +530,11 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     def contributions(self, X: Any) -> Array:
         """What each feature contributes to the score, (n_samples, n_features); a row of combined adds up to it.
 
-        The score is minus `score_samples`. What belongs to no feature, such as the KL of a variational model, is left
-        out of a row, see `aezoo.tasks.detect_contributions`.
+        The score is minus `score_samples`. Terms that belong to no feature, such as the KL of a variational model, are
+        not included, see `aezoo.tasks.detect_contributions`.
 
         Raises:
-            AezooError: the score is no sum over features, such as the distance of a deep_svdd.
+            AezooError: the score is not a sum over features, such as the distance of deep_svdd.
         """
         x, name = self._samples(self._validated(X)), self._score_name
         return self._apply(lambda x: contributions(self.autoencoder_, name, self._combined, x).values, x)
@@ -543,9 +544,9 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
 
         Args:
             X: (n_samples, n_features).
-            fdr: in place of `contamination`: treat as many samples of X as outliers as Benjamini and Hochberg's
-                procedure on their p-values allows, of which a share of at most fdr are normal, on average. The samples
-                of X are then judged together.
+            fdr: instead of `contamination`: treat those samples of X as outliers that Benjamini and Hochberg's
+                procedure on their p-values selects. On average, a share of at most fdr of these are normal. The result
+                for a sample then depends on all samples of X.
 
         Raises:
             AezooError: an fdr with too few calibration samples.
@@ -557,10 +558,10 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         return np.where(scores > threshold, -1, 1).astype(np.int64)
 
     def p_values(self, X: Any) -> Array:
-        """Probabilities that a normal sample is as strange as each of X, (n_samples,).
+        """Probabilities that a normal sample has at least the score of each sample of X, (n_samples,).
 
-        Conformal p-values, see `aezoo.tasks.detect_calibration`: of a new normal sample, at most t with a probability
-        of at most t. Without calibration samples they are too small.
+        Conformal p-values, see `aezoo.tasks.detect_calibration`: for a new normal sample, the probability of a value of
+        at most t is at most t. Without calibration samples they are too small.
         """
         return p_values(-self.score_samples(X), self.calibration_scores_)
 
@@ -642,7 +643,7 @@ def _choose(settings: dict[str, Any], X: Array) -> dict[str, Any]:
     if settings["scale"] is None:
         name = {**settings, **chosen, **settings["model_params"]}["likelihood"]
         rule = budgets.choose_scale(shape, unbounded, likelihood(name).unit_interval)
-        # auto keeps values from 0 to 1 and scales others to them
+        # auto does not scale values from 0 to 1, and scales others to this range
         chosen["scale"] = rule if rule != "auto" else "unit" if unbounded else "none"
     if settings["batch_size"] is None:
         chosen["batch_size"] = budgets.choose_batch_size(len(X))
@@ -661,7 +662,7 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
         grid = {} if len(shape) > 1 else {"net": "mlp"}
         common["tokenizer"] = {"model": "vq_vae", "likelihood": settings["likelihood"], **grid}
     try:
-        # samples are float32, whatever torch's default type is
+        # samples are float32 for any default dtype of torch
         return create_model(settings["model"], shape, **{**common, **settings["model_params"]}).float()
     except AezooError as error:
         # a hyperparameter that is not an argument of the estimator
@@ -672,7 +673,7 @@ def _build(settings: dict[str, Any], n_features: int) -> Autoencoder:
 
 
 def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
-    """The classes among the labels, or the known ones, and each label's index among them; -1 for none."""
+    """The classes among the labels, or the known ones, and each label's index among them; -1 without a label."""
     y = column_or_1d(y)
     check_classification_targets(y)
     given = y != -1 if np.issubdtype(y.dtype, np.number) else np.full(len(y), True)
@@ -698,7 +699,7 @@ def _statistics(X: Array, scale: str) -> tuple[Array, Array]:
 
 
 def _samples_of(model: Autoencoder, X: Array, offset: Array, scale: Array) -> Tensor:
-    """Rows of X as the model's samples; NaN stands for a missing part."""
+    """Rows of X as the model's samples; NaN marks a missing part."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = ((X - offset) / scale).astype(np.float32)
     if not np.isfinite(scale).all() or np.isinf(scaled).any():

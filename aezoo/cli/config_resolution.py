@@ -32,7 +32,7 @@ RUN_DIR = "AEZOO_RUN_DIR"
 RESUMED = "AEZOO_RESUMED"
 
 
-# the setting that a single word sets when it is given in place of a section
+# the setting that is meant if a single word is given instead of a section
 _SHORTHAND_KEY = {"model": "class_path", "data": "name"}
 # both add loggers to those of --logger
 _LOGGER = ("--trainer.logger", "--trainer.logger+")
@@ -160,7 +160,7 @@ def name_data(argv: list[str]) -> list[str]:
 
 
 def setting(flags: list[str], section: str, key: str) -> str | None:
-    """A setting as the parser will see it: the last value among the flags and files; None if there is none.
+    """A setting as the parser will read it: the last value among the flags and files; None if there is none.
 
     Args:
         flags: all flags, with recipes expanded.
@@ -198,7 +198,7 @@ def for_data_set(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
 
 
 def drop_foreign_settings(stored: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """Stored data settings without those that the source named by the flags, or else the stored one, does not take."""
+    """Stored data settings without those that the source (of the flags, or else the stored one) does not have."""
     chosen = {key: value for key in ("name", "of") if (value := setting(flags, "data", key)) is not None}
     taken = settings_of_source(stored | chosen)
     return {key: value for key, value in stored.items() if key in taken}
@@ -392,13 +392,13 @@ def _check_config_exists(content: dict[str, Any], run: Path) -> None:
 
 
 def _settings(command: str, content: dict[str, Any], source: Path, run: Path | None, optional: bool) -> dict[str, Any]:
-    """Settings of a checkpoint's run: for a fit the run's whole `config.yaml`, otherwise its own model and data."""
+    """Settings of a checkpoint's run: for a fit the run's whole `config.yaml`, otherwise only model and data."""
     config_file = (run or source.parent) / "config.yaml"
     if command == "fit" and run is not None and config_file.is_file():
         run_config = _config_file(str(config_file))[1]
         model, stored = run_config.get("model"), content.get("hyper_parameters")
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
-            # a path may no longer exist; the checkpoint holds the values that were read from it
+            # a path may no longer exist; the checkpoint contains the values that were read from it
             held = _plain_values(values.check_plain(stored, f"{source}: its hyperparameters"))
             model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
         return run_config

@@ -117,7 +117,7 @@ def _parser() -> Parser:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """The files of a folder, for browsers of this machine alone."""
+    """Serves the files of a folder, only for browsers on this machine."""
 
     timeout = _TIMEOUT
 
@@ -130,7 +130,7 @@ class _Handler(SimpleHTTPRequestHandler):
         return _TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def send_head(self) -> Any:
-        # another host's page may have led its own name to this address
+        # a page of another host may have resolved its name to this address
         if self.headers.get("Host", "").rpartition(":")[0] not in (_HOST, "localhost"):
             self.send_error(403, "for browsers of this machine")
             return None

@@ -66,7 +66,7 @@ DEFAULT_CALLBACKS: dict[str, type[Callback]] = {
     "predictions": callbacks.PredictionWriter,
     "fault_guard": callbacks.FaultGuard,
     "interrupt": callbacks.Interrupt,
-    # a second signal is held while the report is written, and the summary says where it is
+    # a second signal is delayed while the report is written, and the summary names its file
     "report": callbacks.Report,
     "summary": callbacks.Summary,
     "early_stopping": callbacks.EarlyStop,
@@ -82,10 +82,10 @@ _ATTEMPTS = 3
 
 
 class Budget:
-    """Sets batch size and epochs by the number of samples, where the user has given none; see `training.budgets`.
+    """Sets batch size and epochs by the number of samples if the user has given none; see `training.budgets`.
 
     Args:
-        config: the command's settings; they then hold what was chosen.
+        config: the command's settings, in which the chosen values are set.
         batch_size: whether to choose it.
         max_epochs: whether to choose them.
 
@@ -115,7 +115,7 @@ class Budget:
 class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the folder of a fit, with registry names for models; `aezoo fit -c` can read it.
 
-    Its second line is the command that began the run, which tells runs apart.
+    Its second line is the command that started the run.
 
     Args:
         args: as of Lightning's.
@@ -133,7 +133,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit" and self.budget is not None:
             self.budget.choose(trainer, trainer.datamodule)  # type: ignore[attr-defined]
         log_dir = trainer.log_dir  # this broadcasts, so every rank must read it
-        # a resumed run keeps its own file until the checkpoint is known to fit the current settings
+        # the file of a resumed run is not changed until the checkpoint has been checked with the current settings
         if stage == "fit" and log_dir is not None and not (Path(log_dir) / self.config_filename).exists():
             self._write(trainer, pl_module, log_dir)
 
@@ -162,7 +162,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunTrainer(Trainer):
-    """A Trainer whose folder is that of the run, whatever its loggers."""
+    """A Trainer whose folder is that of the run, with any loggers."""
 
     @property
     def log_dir(self) -> str | None:
@@ -197,7 +197,7 @@ class AezooCLI(LightningCLI):
             save_config_kwargs={"command": " ".join(shlex.join(["aezoo", *argv]).split())},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            # checkpoints hold the constructor's values: without class paths, including defaults
+            # checkpoints contain the constructor's values: without class paths, including defaults
             load_from_checkpoint_support=False,
             # the loaders shard by rank themselves, and one line replaces the table of layers
             trainer_defaults={
@@ -416,7 +416,7 @@ class AezooCLI(LightningCLI):
             # Lightning would ask the first logger
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run_dir / run_folder.CHECKPOINTS)
-        # an evaluation has no logger unless one is named: its events at step 0 would cut off the run's own curves
+        # an evaluation has no logger unless one is given: its events at step 0 would cut off the curves of the run
         config["logger"] = loggers.make(
             self._setting("logger"),
             config.get("logger"),
@@ -455,14 +455,14 @@ class AezooCLI(LightningCLI):
             self.exit_stack.enter_context(run_folder.locked(folder, stays, "give another --checkpoints.dirpath"))
 
     def _resumed_step(self, run_dir: Path) -> int | None:
-        """The step from which loggers go on in a folder that a fit has written to; None for others."""
+        """The step from which loggers continue in a folder that a fit has written to; None for others."""
         if self.subcommand != "fit" or not any(run_dir.glob("[!.]*")):
             return None
         dashboard.wait_for_new_timestamp(run_dir)
         return self.request.step
 
     def run_dir(self, root: Path, writes: bool) -> Path:
-        """The folder of this run: the checkpoint's own, or the next free number in `<root>/<recipe or model-data>`.
+        """The folder of this run: that of the checkpoint, or the next free number in `<root>/<recipe or model-data>`.
 
         Args:
             root: the folder of all runs.

@@ -15,7 +15,7 @@ from aezoo.callbacks import loggers
 from aezoo.errors import AezooError, install_hint
 
 _PACKAGE = "lightning.pytorch.loggers"
-# what W&B calls a project and MLflow an experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says
+# name of W&B's project and MLflow's experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 _PROJECT = "aezoo"
 
 
@@ -27,8 +27,8 @@ class Kind(NamedTuple):
         lightning: Lightning's class, which `--trainer.logger` names.
         packages: any one of these is required.
         advice: what to do if it is not installed.
-        elsewhere: the arguments that say where it writes; if one is given, it is another logger.
-        defaults: arguments that differ from Lightning's; what is empty follows from the run folder.
+        elsewhere: the arguments that set where it writes; if one is given, it is another logger.
+        defaults: arguments that differ from Lightning's; empty ones are set by the run folder.
     """
 
     make: Callable[[Path, dict[str, Any], int | None], Logger]
@@ -121,7 +121,7 @@ def names(setting: Any) -> list[str] | None:
 
 
 def named(spec: Any) -> tuple[str, dict[str, Any]] | None:
-    """The kind and the arguments of a logger of `--trainer.logger` that has no folder of its own; else None."""
+    """The kind and the arguments of a logger of `--trainer.logger` if no folder is set for it; otherwise None."""
     path = spec.get("class_path") if isinstance(spec, dict | Namespace) else spec
     if not isinstance(path, str):
         return None
@@ -138,7 +138,7 @@ def named(spec: Any) -> tuple[str, dict[str, Any]] | None:
 def with_folder(setting: Any) -> Any:
     """The setting `trainer.logger`, read from YAML, as a list in which loggers without a folder are marked so.
 
-    An empty `save_dir` stands for the run folder.
+    An empty `save_dir` means the run folder.
 
     Raises:
         AezooError: the package of a logger is missing.
@@ -171,7 +171,7 @@ def split(setting: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
 
 
 def check(setting: Any) -> None:
-    """Refuse `--logger` with a name that is not known, or a package that is missing.
+    """Refuse `--logger` with an unknown name or a missing package.
 
     Raises:
         AezooError: says which, and what to do.
@@ -187,8 +187,8 @@ def make(
 
     Args:
         setting: that of `--logger`.
-        foreign: of `--trainer.logger`, what Lightning has made: loggers with folders of their own, or false.
-        own: of `--trainer.logger`, arguments of loggers of the run folder, by kind.
+        foreign: from `--trainer.logger`, what Lightning has made: loggers with other folders, or false.
+        own: from `--trainer.logger`, arguments of loggers for the run folder, by kind.
         run_dir: the run folder.
         step: that of the checkpoint from which a run continues, or None.
         fit: whether TensorBoard is the default.

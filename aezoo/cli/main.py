@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"aezoo: {terminal.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # the reader has gone: of `aezoo list | head`, which loses nothing, or of a run that does not go on
+        # the reader of the pipe has ended: that of `aezoo list | head`, which loses nothing, or of a run, which ends
         if argv and argv[0] in (*LIGHTNING_COMMANDS, *TASK_COMMANDS, "benchmark", "tune"):
             sys.exit(128 + 13)  # SIGPIPE, as shells have it
     except OSError as error:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _shorten_warnings() -> None:
-    """Show a warning as one line without its place in the source; Lightning's import installs a format of its own."""
+    """Show a warning as one line without its source line; importing Lightning installs another format."""
     warnings.formatwarning = lambda message, *_, **__: f"aezoo: warning: {' '.join(str(message).split())}\n"
 
 
@@ -267,7 +267,7 @@ def _list_pretrained(words: Sequence[str], family: str | None, tag: str | None) 
 
 
 def _figure(tag: Tag) -> str:
-    """The most important figure: ours, or else the authors'."""
+    """The most important figure: ours, otherwise the authors'."""
     return str(next(iter((*tag.figures, tag.authors_figure)), None) or "")
 
 
@@ -309,7 +309,7 @@ def _info(argv: list[str]) -> None:
 
 
 def _info_tag(tag: Tag) -> None:
-    """What is known of pretrained weights."""
+    """The description of pretrained weights."""
     low, high = tag.input_range
     settings = ", ".join(f"{key} {value}" for key, value in tag.data.items() if key != "name")
     rows = [

@@ -27,7 +27,7 @@ class Parser(LightningArgumentParser):
 
 
 def check_flags(argv: list[str], model: str | None, parser: LightningArgumentParser) -> None:
-    """Reject an unknown flag and suggest the nearest known one, before jsonargparse does it in five lines."""
+    """Reject an unknown flag and suggest the most similar known one, before jsonargparse does it in five lines."""
     known = _flags(parser)
     for token, after in zip(argv[1:], [*argv[2:], "--"], strict=False):
         flag = token.partition("=")[0].rstrip("+")

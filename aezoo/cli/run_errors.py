@@ -1,4 +1,4 @@
-"""Errors of a run in one line, with cause and cure: what Lightning, torch and the system say, told as an AezooError."""
+"""Errors of Lightning, torch and the system in a run, as an AezooError of one line that says what to do."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ _DISK_ERRORS = {
 
 
 def one_line(error: BaseException, source: Path | None, batch_size: int) -> AezooError | None:
-    """The error of a fit or an evaluation as one that the user can fix; None if it is none, or one already.
+    """The AezooError for an error of a fit or an evaluation; None if there is none, or if it already is one.
 
     Args:
         error: what was raised.

@@ -1,11 +1,11 @@
 """What `--help` of fit, validate, test and predict shows: the most used flags on one screen, without torch.
 
-`--help_all` shows what the complete parser knows.
+`--help_all` shows the help of the complete parser.
 """
 
 from typing import NamedTuple
 
-# columns of a line, and of its flag
+# width of a line, and of its flag
 WIDTH = 100
 _FLAG = 32
 
@@ -16,7 +16,7 @@ class Flag(NamedTuple):
     Attributes:
         flag: the flag and its value.
         meaning: what it does.
-        default: its default; empty if the meaning says it.
+        default: its default; empty if it is part of the meaning.
     """
 
     flag: str

@@ -61,7 +61,7 @@ _MAX_PIXELS = inspect.signature(DataModule).parameters["max_pixels"].default
 _GIVEN = {"model", "x", "file", "fit_on", "calibrate_on", "columns", "out", "batch_size", "seed", "progress"}
 # flags that name a file or a folder of samples
 _FILES = {"around", "reference", "mask"}
-# flags that may name a split of the data in place of a file
+# flags that accept the name of a split of the data instead of a file
 _SPLITS = {"reference"}
 # sources of which the setting root names the samples
 _PATHS = {"array", "folder"}
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     model = None
     if path is not None and not {"-h", "--help"} & set(argv):
         if command in ("compress", "decompress"):
-            tables.constriction_stream()  # what is not installed is said before anything is read
+            tables.constriction_stream()  # missing packages are reported before anything is read
         model, trained = checkpoint.load_run(path)
         known = stored_settings()
         recorded = trained["settings"] or trained.get("data", {})
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
 
 
 def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Path | None) -> None:
-    """Put what was found on calibration samples beside the weights, if these are in a folder."""
+    """Store the calibration next to the weights, if these are in a folder."""
     if found is None or not found.scores or home is None:
         return
     model.data_statistics = (model.data_statistics or DataStatistics()).updated(found)
@@ -192,7 +192,7 @@ def _processes(command: str, devices: int) -> tuple[int, int]:
 
 
 def _device(name: str, rank: int, world: int) -> torch.device:
-    """The device of this process: of several with GPUs, each has its own; on the CPU they share the cores."""
+    """The device of this process: each of several processes has a different GPU; on the CPU they share the cores."""
     device = resolve_device(name)
     if world == 1:
         return device
@@ -210,8 +210,8 @@ def _device(name: str, rank: int, world: int) -> torch.device:
 def _passes(
     out: Path, model: Autoencoder, settings: Mapping[str, Any], argv: list[str], rank: int, world: int
 ) -> Iterator[None]:
-    """Share the samples among the processes, and go on with what an earlier call of this command has computed."""
-    given = {key: value for key, value in settings.items() if key != "columns"}  # which the model or the data say
+    """Distribute the samples over processes, and continue what an earlier call of this command has computed."""
+    given = {key: value for key, value in settings.items() if key != "columns"}  # which the model or the data determine
     plain = {key: value.identity if isinstance(value, SampleSet) else value for key, value in given.items()}
     if "file" in plain and Path(plain["file"]).is_file():  # another one may have its name
         found = Path(plain["file"]).stat()
@@ -303,7 +303,7 @@ def parser_of(command: str, function: Callable[..., Any]) -> Parser:
     parser.add_function_arguments(function, skip={name for name in accepted if name in _GIVEN})
     if "file" not in accepted:
         parser.add_class_arguments(DataModule, "data", instantiate=False, skip={*PERMISSIONS})
-        # hidden, since the command has its own --batch_size; a file of settings may still contain that of a fit
+        # hidden, because the command has another --batch_size; a file of settings may still contain that of a fit
         parser._option_string_actions.pop("--data.batch_size").help = argparse.SUPPRESS
     return parser
 
@@ -346,7 +346,7 @@ def samples_of_flags(
     wanted |= splits_named
     missing = [key for key in wanted if key in accepted and key not in found]
     needed = "x" in missing and accepted["x"].default is inspect.Parameter.empty
-    # the flags that name a file in place of a split that must be there
+    # the flags that accept a file instead of a split that must exist
     required = ({"x": "input"} if needed else {}) | {key: key for key in splits_named}
     settings: dict[str, Any] = trained["settings"]
     if not settings and setting(argv, "data", "name") is None:
@@ -409,8 +409,8 @@ def read(
     Args:
         path: a file of arrays, an image, or a folder of images.
         units: the units of the data that the model was trained on.
-        data: settings of the DataModule, of which size, channels, layout, binarise with its seed, on_error,
-            num_workers and the limits are used.
+        data: settings of the DataModule; only size, channels, layout, binarise with its seed, on_error, num_workers
+            and the limits are used.
         flag: the name of the path in messages.
         any_size: whether pictures of a folder may have several sizes.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MANY = 10**9
 # largest number of processes per CPU core: a few are useful to try out runs for other machines
 _ON_A_CORE = 4
-# key: least, most, description; a number of batches may also be a share, and None means not set
+# key: smallest value, largest value, description; a number of batches may also be a share, None means not set
 _INTEGER_RANGES: dict[str, tuple[int, int, str]] = {
     "accumulate_grad_batches": (1, _MANY, "batches whose gradients are summed"),
     "check_val_every_n_epoch": (1, _MANY, "epochs between two validations"),
@@ -113,14 +113,14 @@ def _has_gpu(accelerator: str) -> bool:
 
 
 def check_processes(trainer: "Trainer") -> None:
-    """Reject so many processes on the CPU that they would block each other.
+    """Reject a number of processes on the CPU that is so large that they would block each other.
 
     Raises:
         AezooError: states the largest number.
     """
     most = _ON_A_CORE * available_cores()
     on_cpu = trainer.strategy.root_device.type == "cpu"
-    # processes of torchrun or a cluster already exist and are bound to their own cores
+    # processes of torchrun or a cluster already exist and are bound to cores
     if trainer.strategy.launcher is not None and on_cpu and trainer.num_devices > most:
         raise AezooError(
             f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {available_cores()} "

@@ -21,7 +21,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 th { text-align: left; font-weight: 600; padding-right: 2em; vertical-align: top }
 .note { color: #666 }
 """
-# the page needs no network and reaches for none
+# the page does not use the network
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 

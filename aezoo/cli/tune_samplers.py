@@ -1,4 +1,4 @@
-"""optuna's samplers for a study with any number of workers: what a trial draws depends on its place in the study."""
+"""optuna's samplers for a study with any number of workers: the draws of a trial depend on its number in the study."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from aezoo.training.seeding import mix
 
 
 class WorkerSampler(BaseSampler):
-    """Seeds a sampler of optuna anew for each trial, from the seed of the study and the trial's place in it.
+    """Seeds a sampler of optuna again for each trial, by the seed of the study and the number of the trial.
 
     So no two workers draw the same numbers, and a study of one worker that was interrupted ends as if it had not been.
 
@@ -23,7 +23,7 @@ class WorkerSampler(BaseSampler):
         name: tpe, cmaes, grid or random.
         seed: seed of the study.
         searches: the settings to search.
-        place: the place of a trial among those of the study, from 0; a trial that runs again keeps its place.
+        place: the number of a trial in the study, from 0; a trial that runs again has the same number.
     """
 
     def __init__(self, name: str, seed: int, searches: Sequence[Search], place: Callable[[FrozenTrial], int]) -> None:
@@ -43,7 +43,7 @@ class WorkerSampler(BaseSampler):
         elif self._name == "random":
             self._sampler = RandomSampler(seed)
         else:
-            # trials that run elsewhere count as bad, so that workers do not all try the same settings
+            # trials that run on other workers count as bad, so that workers do not all try the same settings
             self._sampler = TPESampler(seed=seed, constant_liar=True)
         self._sampler.before_trial(study, trial)
 
@@ -67,7 +67,7 @@ class WorkerSampler(BaseSampler):
 
 
 class _Grid(RandomSampler):
-    """All combinations in an order drawn from the seed, each at one place of the study.
+    """All combinations in an order drawn from the seed, each for one trial of the study.
 
     optuna's GridSampler lets workers that start at the same time take the same combination and so miss another.
     """

@@ -1,8 +1,8 @@
-"""A search over the settings of fit: optuna proposes settings, and each trial is an ordinary run in its own process.
+"""A search over the settings of fit: optuna proposes settings, and each trial is an ordinary run in a new process.
 
-If a trial crashes or runs out of memory, only this trial is lost. Any number of processes, on any machines, are workers
-of one study, which they share through its record alone. A trial whose worker was stopped or lost runs again with the
-same settings, and continues from its checkpoint if the worker that takes it up finds the folder of its run.
+If a trial crashes or runs out of memory, only this trial is lost. Any number of processes, on any machines, can be
+workers of one study, which they only share through its storage. A trial whose worker was stopped or lost runs again
+with the same settings, and continues from its checkpoint if the next worker finds the folder of its run.
 """
 
 import argparse
@@ -53,13 +53,13 @@ _PATIENCE = 120.0
 # the median of fewer trials is unreliable, and the first epochs say little about the last
 _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
 _MAX_FAILED = 3
-# a trial that has ended so many workers is likely to end the next one
+# a trial that has ended this many workers is likely to end the next one
 _MAX_LOST = 3
 # seconds between two looks at the trials of other workers, at most, and signs of life within --lost_after
 _WAIT, _BEATS = 1.0, 4
 # seconds for the process that has created a study to record its settings
 _CREATED = 5.0
-# file in the folder of a run that says which trial it is of
+# file in the folder of a run that contains the number of its trial
 _MARK = ".trial"
 # flags of fit that may differ between machines
 _LOCAL_FLAGS = ("--trainer.default_root_dir", "--trainer.accelerator", "--data.num_workers")
@@ -193,7 +193,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 class Study:
-    """One study, as one of its workers sees it, and the folder of this worker.
+    """One study as seen by one worker, and the folder of this worker.
 
     A trial and those that run it again are its attempts; they count as one.
 
@@ -281,7 +281,7 @@ class Study:
         """Hand back at once what processes that have used this folder were running when they were killed."""
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             place = trial.user_attrs.get("place")
-            # a record that only this folder holds can have no other workers
+            # a storage in this folder can have no other workers
             lost = not self.options.storage if place is None else place["host"] == self.host and self._is_here(trial)
             if lost and _end(study, trial.number):
                 _queue(study, trial)
@@ -355,7 +355,7 @@ class Study:
                 _queue(self.optuna, attempts[-1], lost=1)
 
     def _root_of(self, trial: Trial) -> Path | None:
-        """The folder in which an earlier attempt at a trial has left its run, if this worker can go on with it."""
+        """The folder of the run of an earlier attempt at a trial, if this worker can continue it."""
         if not self._is_here(trial):
             return None
         root = self.folder / Path(trial.user_attrs["run"]).name
@@ -554,8 +554,8 @@ class Study:
 class _Heartbeat:
     """Signs of life of a running trial in the study's record, while this context is open.
 
-    optuna's own heartbeat is for databases only, ends for good with the first one that cannot be written, and does not
-    find a trial whose worker was lost before the first one.
+    optuna's heartbeat only works for databases, stops after the first one that cannot be written, and does not find a
+    trial whose worker was lost before the first one.
 
     Attributes:
         taken: whether another worker has ended the trial, to run it again.
@@ -590,7 +590,7 @@ class _Heartbeat:
 
 
 class _Watch:
-    """Finds lost workers by this process's clock alone: those of machines differ.
+    """Finds lost workers by the clock of this process only, because the clocks of machines differ.
 
     Args:
         lost_after: seconds without a sign of life, for a worker that has given none.
@@ -675,7 +675,7 @@ def _without_local(flags: Sequence[str]) -> list[str]:
 def _process(command: list[str], log: Any, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a run; if it is still running when the context ends, it is stopped and saves its state.
 
-    It has its own session, so that Ctrl-C does not reach it directly.
+    It runs in another session, so that Ctrl-C does not reach it directly.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -13,7 +13,7 @@ from typing import Any
 
 from aezoo.deprecated.paths import ATTRIBUTES, IN_PLACE, MODULES, MOVED
 
-# frames between the import statement and the warning, beside those of importlib, which `warnings` skips
+# frames between the import statement and the warning, without those of importlib, which `warnings` skips
 _STACK_LEVEL = 3
 
 
@@ -38,7 +38,7 @@ class _Loader(Loader):
 
 
 def spec(fullname: str) -> ModuleSpec | None:
-    """How to import a module by its old path, with a DeprecationWarning; None if it is no old path."""
+    """How to import a module by its old path, with a DeprecationWarning; None for other paths."""
     old = fullname.removeprefix("aezoo.")
     if old not in MODULES:
         return None

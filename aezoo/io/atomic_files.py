@@ -1,6 +1,6 @@
 """Files that are written atomically, and checkpoints that contain their own digest.
 
-A file is written under another name in its own folder, flushed to disk, and then renamed. A reader finds the old file
+A file is written under another name in the same folder, flushed to disk, and then renamed. A reader finds the old file
 or the new one, even after a kill or a power cut. A checkpoint ends with its step and the SHA-256 of everything before
 it, stored in the comment of the zip format: `head -c -64 FILE | sha256sum` prints what `tail -c 64 FILE` shows. Any
 loader of torch's files can read it. The digest is part of the file, so a kill cannot separate the two.
@@ -36,8 +36,8 @@ _CURE = "make room or make the folder writable, then continue with aezoo fit --r
 class DurableIO(TorchCheckpointIO):
     """Lightning's plug-in for reading and writing checkpoints, with this module's guarantees for local files.
 
-    When `last.ckpt` is replaced, the old file stays as `previous.ckpt`. `last.ckpt.json` holds the new file's step,
-    size and SHA-256.
+    When `last.ckpt` is replaced, the old file is kept as `previous.ckpt`. `last.ckpt.json` contains the new file's
+    step, size and SHA-256.
     """
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def record_path(path: Path) -> Path:
-    """The small file beside a checkpoint that describes what was saved there."""
+    """The small file next to a checkpoint that describes it."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -270,7 +270,7 @@ def _sort_key(path: Path) -> tuple[int, float]:
 def _keep_as(path: Path, keep: Path) -> None:
     link = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
-        # a second name, so that the file always has its own name too
+        # a second name, so that the file never loses its first one
         link.hardlink_to(path)
         link.replace(keep)
     except OSError:
@@ -306,7 +306,7 @@ class _DigestWriter:
         try:
             torch.save(checkpoint, cast(IO[bytes], self))
         except BaseException:
-            if self._error is not None:  # torch wraps it in a report about its own source
+            if self._error is not None:  # torch wraps it in a report about its source code
                 raise self._error from None
             raise
         # a zip file ends with the length of its comment

@@ -1,7 +1,7 @@
-"""What `detect` found on calibration samples, in a file beside the weights: later calls need no training data.
+"""The results of `detect` on calibration samples, in a file next to the weights: later calls need no training data.
 
-`calibration.safetensors` lies in the folder of a run or of a saved model, and holds `DataStatistics` and the SHA-256 of
-the weights that they belong to. `save_model` puts the same statistics into `model.safetensors`, which goes to the hub.
+`calibration.safetensors` is in the folder of a run or of a saved model. It contains `DataStatistics` and the SHA-256 of
+the weights that they belong to. `save_model` stores the same statistics in `model.safetensors`, also for the hub.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _WEIGHTS = "weights_sha256"
 
 
 def write(folder: Path, model: Autoencoder) -> Path:
-    """Write the statistics of a model beside its weights; returns the file.
+    """Write the statistics of a model next to its weights; returns the file.
 
     Raises:
         AezooError: it cannot be written.
@@ -35,7 +35,7 @@ def write(folder: Path, model: Autoencoder) -> Path:
 
 
 def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | None:
-    """The statistics that `write` has kept in a folder; None if there are none of these weights.
+    """The statistics that `write` has stored in a folder; None if there are none for these weights.
 
     Args:
         folder: of a run or of a saved model.
@@ -63,7 +63,7 @@ def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | N
 
 
 def weights_sha256(model: Autoencoder) -> str:
-    """SHA-256 of all parameters and buffers, in float32 whatever their type."""
+    """SHA-256 of all parameters and buffers, converted to float32."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         value = value.detach().cpu()

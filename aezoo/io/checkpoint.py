@@ -35,7 +35,7 @@ from aezoo.training.data_units import TABLES, DataUnits
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # 300,000 columns of a table
 _MAX_CONFIG = 2**24
-# dtypes of weights besides float32
+# dtypes of weights other than float32
 _DTYPES = {torch.float64, torch.float16, torch.bfloat16}
 # keys that LightningCLI adds to hyperparameters; it would import both values
 _CLASS, _MAKER = "_class_path", "_instantiator"
@@ -47,14 +47,14 @@ def save_model(
 ) -> Path:
     """Write a model as `config.json` and `model.safetensors`.
 
-    `config.json` also holds `model.data_units`: how the training data were scaled and, of a table, the columns' names.
-    `model.safetensors` also holds `model.data_statistics`, such as the calibration of a run after `detect`.
+    `config.json` also contains `model.data_units`: the scaling of the training data and, for a table, column names.
+    `model.safetensors` also contains `model.data_statistics`, such as the calibration of a run after `detect`.
 
     Args:
         model: a registered model.
         folder: created if it does not exist; each of its two files is replaced atomically.
         scaling: scaling of the activations that the model was trained on, as returned by `load_run`; the saved model
-            then works on raw activations, see `aezoo.io.scale_folding.fold`.
+            then takes raw activations, see `aezoo.io.scale_folding.fold`.
 
     Returns:
         The folder.
@@ -72,7 +72,7 @@ def save_model(
         )
     if "://" in str(folder):
         raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
-    # folded weights take and give samples in their own units
+    # input and output of folded weights are samples that are not scaled
     units = model.data_units if scaling is None else None
     if scaling is not None:
         model = fold(model, scaling)
@@ -127,8 +127,8 @@ def load_run(
     Returns:
         The model, and a dict. `settings` are those of the DataModule, empty for a saved model folder and for other data
         than aezoo's. `scaling`, `white` and `columns` are those of `model.data_units`, empty where that is None.
-        `folder` is the run's or the saved model's; for a model from the hub, whose files are in a cache, it is
-        `runs/user_name`, for a tag `runs/NAME.TAG`. `home` is the folder beside the weights, None for those of a hub or
+        `folder` is that of the run or the saved model; for a model from the hub, whose files are in a cache, it is
+        `runs/user_name`, for a tag `runs/NAME.TAG`. `home` is the folder of the weights, None for those of a hub or
         a tag. `data` are the settings of the data that a tag was trained on.
     """
     if (tag := tag_files.tag_of(path)) is not None:
@@ -144,7 +144,7 @@ def load_run(
     model = build(name, stored.hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
-        model = model.to(*kinds)  # except for values that the model keeps in float32
+        model = model.to(*kinds)  # except for values that are always float32 in the model
     if any(own.dtype != state[key].dtype for key, own in model.named_parameters() if key in state):
         model = model.float()
     try:
@@ -239,7 +239,7 @@ def _read_run(path: str | Path, max_bytes: int | None) -> _Stored | importers.Im
     atomic_files.check_intact(source)
     try:
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
-    except AezooError:  # such as weights alone, or classes of an old Lightning
+    except AezooError:  # such as weights without a description, or classes of an old Lightning
         if (imported := importers.import_if_known(source, lenient=True)) is None:
             raise
         return imported
@@ -435,7 +435,7 @@ def _check_types(found: dict[str, Any], kinds: dict[str, type], what: str) -> No
 
 
 def _check_progress(loop: Any, path: Path) -> None:
-    """Refuse counts of epochs and batches that are no numbers."""
+    """Refuse counts of epochs and batches that are not numbers."""
     for key, value in loop.items() if isinstance(loop, dict) else ():
         if key in _COUNTS and not isinstance(value, int):
             raise AezooError(f"{path} is damaged: a loop's count {key} is a {type(value).__name__}")
@@ -506,7 +506,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
         if len(chosen) > 1 and prefer == "best":
-            # if several are kept, the latest state records which of them is best
+            # if there are several, the latest state records which of them is best
             latest = next((file for file in files if file.stem == "last"), files[0])
             callbacks = read_checkpoint(latest).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, dict) else ()

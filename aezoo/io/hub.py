@@ -54,7 +54,7 @@ def push_to_hub(
         results: results of commands, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`: the card shows the
             picture and the figures of each.
         scaling: as for `save_model`.
-        replace_card: write the card and its pictures even if the repository has a card; by default that stays.
+        replace_card: write the card and its pictures even if the repository has a card; by default it is kept.
         create_pr: propose the commit to the repository's owner instead of making it.
 
     Returns:

@@ -1,8 +1,8 @@
 """Saved models on the Hugging Face hub: addresses such as `hf://user/name@revision`, upload and download.
 
-Only the two files that `aezoo.save_model` writes are ever downloaded. They pass the same checks as a saved model on
-disk, because the authors of a repository are not trusted. The hub, the cache, the token and offline mode follow
-huggingface_hub's own settings (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`).
+Only the two files that `aezoo.save_model` writes are downloaded. They pass the same checks as a saved model on disk,
+because the authors of a repository are not trusted. The hub, the cache, the token and offline mode are set as for
+huggingface_hub (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
 class NotAnAezooModelError(AezooError):
-    """A repository that exists and holds something else than a model of aezoo."""
+    """A repository that exists, but does not contain a model of aezoo."""
 
 
 def is_address(path: str | Path) -> bool:
@@ -104,7 +104,7 @@ def downloading(
         force_download: download files even if they are in the cache.
         token: token of the hub; None or True uses the one that huggingface_hub finds, False none.
         cache_dir: folder of the cache; None is huggingface_hub's.
-        local_files_only: take files from the cache alone.
+        local_files_only: only use files in the cache.
     """
     arguments = {
         "force_download": force_download,
@@ -126,7 +126,7 @@ def fetch(address: str) -> Path:
         address: `hf://user/name`, or `hf://user/name@revision` with a branch, a tag or a commit.
 
     Raises:
-        NotAnAezooModelError: the repository exists and has no aezoo model.
+        NotAnAezooModelError: the repository exists, but has no aezoo model.
         AezooError: the repository or revision does not exist, or is not in the cache and there is no network; or
             huggingface_hub is not installed.
     """
@@ -158,7 +158,7 @@ def fetch(address: str) -> Path:
 
 
 class Repository:
-    """The files of one commit of a repository, each downloaded when it is asked for.
+    """The files of one commit of a repository, each downloaded when it is needed.
 
     Attributes:
         files: names of all files; without a network, of those in huggingface_hub's cache.
@@ -202,7 +202,7 @@ class Repository:
         with _errors_in_one_line(self.name, self._revision):
             from huggingface_hub import hf_hub_download
 
-            # by the revision's own name, under which the cache is asked when there is no network
+            # by the name of the revision, by which files are found in the cache without a network
             own = _OWN | (_DOWNLOAD.get() or {})
             path = hf_hub_download(self.name, file, revision=self._revision, **own)
             if self._commit not in Path(path).parts:
@@ -227,7 +227,7 @@ def upload(
         folder: folder written by `save_model`, with a `README.md` and its pictures.
         name: `user/name`.
         revision: a branch, created if it does not exist; None is the default branch.
-        private: whether only the owner sees a new repository; None leaves it to the owner's settings.
+        private: whether only the owner sees a new repository; None uses the owner's settings.
         message: commit message.
         token: token of the hub; None uses the one that huggingface_hub finds.
         card: write the card and its pictures even if there is a card.

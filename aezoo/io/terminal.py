@@ -15,7 +15,7 @@ HANGUP = getattr(signal, "SIGHUP", None)
 def open_missing_streams() -> None:
     """Replace standard streams that are closed, as by `>&-`, by the null device.
 
-    Python sets them to None then, and the next file that is opened would get their number and whatever is printed.
+    Python sets them to None then, and the next file that is opened would get their number and all that is printed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -23,7 +23,7 @@ def open_missing_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """Line breaks and whatever else a terminal obeys, as names of files and versions may hold, written out."""
+    """Escape line breaks and other control characters, which names of files and versions may contain."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
@@ -52,7 +52,7 @@ def unwritable_output(after: OSError | None = None) -> str | None:
     """Why the standard output cannot be written though it has a reader, such as a full disk; None if it can.
 
     Args:
-        after: an error that may be its own. What could not be written is gone then, so an empty line is tried.
+        after: an error that may come from the stream. Unwritten text is lost then, so an empty line is tried.
     """
     try:
         if after is not None:

@@ -3,18 +3,18 @@
 Each metric collects codes and factor values as integers (`Shapes.factors`) and computes its score from all of them:
 
     MIG          Chen et al. 2018, https://arxiv.org/abs/1802.04942
-                 mean over factors of (I(z_1; v) - I(z_2; v)) / H(v), z_1 and z_2 the two dimensions that know most of v
+                 mean over factors of (I(z_1; v) - I(z_2; v)) / H(v), z_1 and z_2 those with most information on v
     SAP          Kumar et al. 2018, https://arxiv.org/abs/1711.00848
                  mean over factors of the gap between the two dimensions that predict v best
     DCI          Eastwood and Williams 2018, https://openreview.net/forum?id=By-7dz-AZ
                  from R (dimensions x factors), the importances of dimensions for predicting each factor
     Modularity   Ridgeway and Mozer 2018, https://arxiv.org/abs/1802.05312
-                 mean over dimensions of 1 - sum_k!=1 I(z; v_k)^2 / ((F - 1) I(z; v_1)^2), v_1 the one it knows most of
+                 mean over dimensions of 1 - sum_k!=1 I(z; v_k)^2 / ((F - 1) I(z; v_1)^2), v_1 that with the largest I
 
-For I, codes are binned into 20 equal parts of their range, as in disentanglement_lib; where a metric differs from it,
-its docstring says so. A dimension that never changes is always left out and has no effect; codes without any other
-dimension score 0. Ordered factors are ordered by their integers: the last value of an orientation is next to the first
-in the image, but not here.
+For I, codes are binned into 20 equal parts of their range, as in disentanglement_lib; docstrings of metrics say if they
+differ from it. A dimension that never changes is always left out and has no effect; codes without any other dimension
+score 0. Ordered factors are ordered by their integers: the last value of an orientation is next to the first in the
+image, but not here.
 
 Shapes: N samples, D dimensions of a code, F factors.
 """
@@ -30,7 +30,7 @@ from aezoo.metrics.disentanglement_base import FactorMetric, Floats, Ints, check
 class MIG(FactorMetric):
     """Mutual information gap, from 0 to 1, of the codes themselves; the paper samples them from q(z|x).
 
-    A score of 1 needs each factor in its own dimension, and bins that separate its values: at most `bins` values.
+    A score of 1 needs each factor in a separate dimension, and bins that separate its values: at most `bins` values.
 
     Args:
         bins: equal parts of a dimension's range.
@@ -171,7 +171,7 @@ def entropies(factors: Ints) -> Floats:
 
 
 def top_two(values: Floats) -> tuple[Floats, Floats]:
-    """The largest and the second largest of each column, 0 where there is none: (D, F) -> (F,), (F,)."""
+    """The largest and the second largest of each column, 0 if there is none: (D, F) -> (F,), (F,)."""
     ordered = np.sort(np.concatenate([values, np.zeros((2, values.shape[1]))]), axis=0)
     return ordered[-1], ordered[-2]
 

@@ -1,4 +1,4 @@
-"""The base of metrics of codes and known factors: collects both, checks them, and drops constant dimensions.
+"""Base class of metrics of codes and known factors: collects both, checks them, and removes constant dimensions.
 
 Shapes: B batch, N samples, D dimensions of a code, F factors.
 """
@@ -88,7 +88,7 @@ class FactorMetric(Metric):
 def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
     """The rows (N, D) of each rank, N = 0 for one without samples.
 
-    torchmetrics joins in there with an empty vector of floats, beside which gloo refuses matrices and integers.
+    In that case torchmetrics sends an empty vector of floats, which gloo refuses if others send matrices or integers.
     """
     own = torch.tensor([rows.shape[1] if rows.ndim == 2 else 0, not rows.is_floating_point()], device=rows.device)
     columns, whole = torch.stack(gather_all_tensors(own.long(), group)).amax(0).tolist()

@@ -1,7 +1,7 @@
 """How a code behaves while one factor is fixed (FactorVAE score, IRS), and how far models agree (UDR).
 
     FactorVAEScore   Kim and Mnih 2018, https://arxiv.org/abs/1802.05983
-                     how often the dimension that varies least tells which factor was held
+                     how often the dimension that varies least identifies the factor that was fixed
     IRS              Suter et al. 2019, https://arxiv.org/abs/1811.00007
                      mean over dimensions of 1 - its farthest deviation while its factor is held / its farthest at all
     UDR              Duan et al. 2020, https://arxiv.org/abs/1905.12614

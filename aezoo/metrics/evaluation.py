@@ -74,10 +74,10 @@ class Evaluation:
     For models with a sparse code it adds `aezoo.metrics.sparse_metrics`; for models whose code is indices, `usage` and
     `perplexity` of their codebooks, over all samples.
 
-    The nll of a deterministic model is no bound on log p(x), since its code costs nothing, so there are no bits per
-    dimension. Other models have -elbo / (D log 2), with the model's own bound, which is tighter for importance-weighted
-    models. This is a code length, as papers report it, if the likelihood is discrete and matches the data: for
-    Bernoulli, binarised data, not grey values. For a density, it may be below 0.
+    The nll of a deterministic model is not a bound on log p(x), because its code is not counted, so there are no bits
+    per dimension. Other models have -elbo / (D log 2), with the bound of the model, which is tighter for
+    importance-weighted models. This is a code length, as in papers, if the likelihood is discrete and matches the data:
+    for Bernoulli, binarised data, not grey values. For a density, it may be below 0.
 
     PSNR and SSIM use a data range of 1, the range of data scaled to [0, 1]; outputs are not clipped. Other data, such
     as standardised ones, have no PSNR: `aezoo.metrics.similarity.has_peak` decides, for the commands, too.

@@ -1,6 +1,6 @@
 """How well maps of anomaly locate defects: the area under the ROC curve of pixels, and per-region overlap (PRO).
 
-Of a threshold, PRO is the mean over the connected regions of all masks of the share of a region that lies above it. The
+For a threshold, PRO is the mean, over the connected regions of all masks, of the share of a region above it. The
 figure is the area under PRO over the false positive rate of pixels, from 0 to a limit, divided by the limit (Bergmann
 et al. 2020, https://arxiv.org/abs/1911.02357): a small region counts as much as a large one. Pixels that touch at a
 side or a corner are one region, as in the evaluation code of MVTec AD.

@@ -32,7 +32,7 @@ def psnr(mse: float) -> float:
 
 
 class Limits(Metric):
-    """The least and the largest value of all data."""
+    """The smallest and the largest value of all data."""
 
     low: Tensor
     high: Tensor
@@ -77,7 +77,7 @@ class ValueErrors:
         self._sums = sum(torch.from_numpy(state) if state.ndim else 0 for state in states)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean absolute error, the mean square error and the variance of each value; NaN if none is known."""
+        """The mean absolute error, the mean square error and the variance of each value; NaN without data."""
         count, total, squares, absolute, squared = self._sums
         variance = squares / count - (total / count).square()
         # rounding leaves a little of values that are all equal

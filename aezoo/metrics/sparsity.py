@@ -1,11 +1,11 @@
-"""How sparse a code is, what its reconstructions miss, and whether a dictionary contains known atoms.
+"""How sparse a code is, the errors of its reconstructions, and whether a dictionary contains known atoms.
 
     L0                   mean number of entries of a code that are not 0
     DeadShare            share of latents that are 0 for every sample
     FVU                  E||x - x_hat||^2 / (E||x||^2 - ||E x||^2), the fraction of variance unexplained: 1 - R^2
     Cosine               E[cos(x, x_hat)], 0 for a sample or a reconstruction of zeros
-    Shrinkage            E[||x_hat|| / ||x||], over the samples that are not zero; below 1 where penalties shrink codes
-    ReconstructionBias   E||x_hat||^2 / E<x, x_hat>: x_hat is so many times too large for the least error, gamma in
+    Shrinkage            E[||x_hat|| / ||x||], over the samples that are not zero; below 1 if penalties shrink codes
+    ReconstructionBias   E||x_hat||^2 / E<x, x_hat>: by this factor, x_hat is too large for the smallest error, gamma in
                          Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014
     Recovery             mcc: mean over atoms of |cos| to the latent that each is matched with, one to one and so that
                          the sum is largest; uniqueness: how many atoms are the nearest of some latent, over latents
@@ -192,7 +192,7 @@ class ReconstructionBias(_Ratio):
 
 
 class Recovery(_Sums):
-    """How well dictionaries have the atoms of a known one: mcc and uniqueness, means over the dictionaries added.
+    """How well dictionaries contain the atoms of a known one: mcc and uniqueness, means over the dictionaries added.
 
     An atom without a latent, because there are fewer latents, counts as 0 in mcc, and so does a latent of norm 0. Equal
     latents share their nearest atom, which lowers uniqueness.

@@ -1,4 +1,4 @@
-"""The report of runs: one HTML file from what their folders hold; reads files only and needs no torch."""
+"""The report of runs: one HTML file from the files in their folders; needs no torch."""
 
 from aezoo.report.writer import write_report
 

@@ -42,7 +42,7 @@ def chart(lines: Sequence[Line], title: str) -> tuple[str, bool]:
 
     Args:
         lines: the curves.
-        title: what it shows, for those who do not see it.
+        title: what it shows, for screen readers.
 
     Returns:
         The SVG, and whether the first epochs lie above or below it.
@@ -76,7 +76,7 @@ def chart(lines: Sequence[Line], title: str) -> tuple[str, bool]:
     epochs = [x for x in dict.fromkeys(map(round, _ticks(x_low, x_high))) if x_low <= x <= x_high]
     parts += [f'<text x="{at_x(x):.1f}" {below}>{x}</text>' for x in epochs]
     parts.append(f'<text x="{_LEFT + width / 2:.1f}" y="{HEIGHT - 4}" text-anchor="middle">epoch</text>')
-    # a box of its own cuts off what lies outside
+    # a separate box hides what is outside
     parts.append(
         f'<svg x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}" viewBox="{_LEFT} {_TOP} {width} {height}">'
     )

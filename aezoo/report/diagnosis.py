@@ -9,18 +9,18 @@ import numpy as np
 
 # One-sided normal quantile of 0.001: of a thousand level curves with independent noise, one seems to have a trend.
 _Z = 3.09
-# The least change that is worth a word: of what the whole run has gained, 1 %.
+# The smallest change that is reported: 1 % of the improvement over the whole run.
 _GAIN = 0.01
 # Epochs from which on the test for a trend has a normal approximation (Kendall 1970); fewer must all be in order.
 _MANY = 8
 _BLOCKS = 512
-# Adam at its usual learning rate of 0.001 moves a weight by at most 0.5 in so many steps.
+# Adam at its usual learning rate of 0.001 changes a weight by at most 0.5 in this number of steps.
 _FEW_STEPS = 500
 # Units that a code can lose without a word, as a share.
 _DEAD = 0.1
 # PCA is fitted to a few hundred validation samples; a model that is 10 % worse than that is worse than PCA.
 _PCA_MARGIN = 1.1
-# By so much may a mean leave [0, 1] in low precision.
+# In low precision, a mean may be outside of [0, 1] by this much.
 _ROUNDING = 0.01
 
 
@@ -30,19 +30,19 @@ class Curves:
 
     Attributes:
         epochs: the epochs that have ended, counted from 1.
-        train: the mean training loss of each; NaN where it is not known.
+        train: the mean training loss of each; NaN if unknown.
         val: the validation loss after each; NaN after an epoch without validation.
         steps: optimiser steps in all.
         limit: the setting that ended the run, max_epochs or max_steps.
         patience: epochs without improvement after which early stopping ended the run; 0 if it did not.
         stopped_by: the metric that early stopping watched.
-        dead_units: units of the code that hold no information.
+        dead_units: units of the code without information.
         units: the size of the code; 0 if its units cannot be counted.
-        mse: the best mean squared error on validation samples; NaN if there is none that PCA's can be compared with.
+        mse: the best mean squared error on validation samples; NaN if it cannot be compared with that of PCA.
         pca_mse: that of PCA with as many components as the code has units.
         has_posterior: whether codes have a distribution, which may collapse to the prior.
         has_beta: whether the model has a hyperparameter beta, the weight of its KL.
-        decoded: the least and the largest value that the model decodes, if its likelihood is one of values in [0, 1].
+        decoded: the smallest and the largest decoded value, if the likelihood is one of values in [0, 1].
     """
 
     epochs: Sequence[int]
@@ -78,7 +78,7 @@ class Verdict:
 
 
 def docs_page() -> Path:
-    """The page about these verdicts: inside the installed package, or beside it in a checkout."""
+    """The page about these diagnoses: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parent.parent
     found = [docs for docs in (package / "docs", package.parent / "docs") if docs.is_dir()]
     path = (found or [Path("docs")])[0] / "training.md"
@@ -93,7 +93,7 @@ def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
         run: the run's folder, for commands; None if it cannot be continued.
     """
     name, epochs, losses = _monitored(curves)
-    # where nothing is decoded from the code, or decoded into another space, more epochs are no advice
+    # if nothing is decoded from the code, or into another space, more epochs do not help
     broken = _logits(curves) or _collapsed(curves)
     found = [_overfitting(curves), _stopped_early(curves, name, epochs, losses)]
     if broken:
@@ -119,7 +119,7 @@ def _overfitting(curves: Curves) -> Verdict | None:
     best = val.index(min(val))
     later = pairs[best + 1 :]  # without the best epoch, which is below its neighbours in any noise
     rise = _mean([pair[2] for pair in later[-3:]]) - val[best] if later else 0.0
-    # a rise at the very end may be noise, so that a few epochs are not enough
+    # an increase at the very end may be noise, so a few epochs are not enough
     if len(later) < 5 or rise <= _GAIN * _range(val) or not _rises([pair[2] for pair in later]):
         return None
     if not _falls([pair[1] for pair in later]):
@@ -235,7 +235,7 @@ def _window(losses: Sequence[float]) -> int:
 
 
 def _gain(losses: Sequence[float]) -> float | None:
-    """By how much a loss fell in its last epochs, if that is no noise and worth a word."""
+    """By how much a loss fell in its last epochs, if this is significant and large enough to report."""
     last = losses[-_window(losses) :]
     if len(last) < 2 or not _falls(last):
         return None
@@ -250,7 +250,7 @@ def _falls(values: Sequence[float]) -> bool:
 
 
 def _rises(values: Sequence[float]) -> bool:
-    """Whether values rise by the test of Mann (1945), which takes no shape of the curve or the noise for granted."""
+    """Whether values rise by the test of Mann (1945), which does not assume a shape of the curve or the noise."""
     size = -(-len(values) // _BLOCKS)
     # the latest values in blocks of one size; all pairs of more would take long
     means_N = np.asarray(values[len(values) % size :], float).reshape(-1, size).mean(1)

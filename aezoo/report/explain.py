@@ -69,7 +69,7 @@ def _gap_sentences(run: Run) -> list[str]:
 
 
 def _after_best(run: Run, best: int) -> list[str]:
-    """How the losses went on after the best epoch, if it is not one of the last."""
+    """How the losses changed after the best epoch, if it is not one of the last."""
     later = len(run.epochs) - 1 - best
     train, val = (run.last(name) for name in ("train/loss", "val/loss"))
     rise, fall = val - run.at("val/loss", best), run.at("train/loss", best) - train
@@ -82,7 +82,7 @@ def _after_best(run: Run, best: int) -> list[str]:
 
 
 def _name(run: Run) -> str | None:
-    """The run's folder in commands; None if it has no checkpoint to go on from."""
+    """The run's folder in commands; None if it has no checkpoint to continue from."""
     return shlex.quote(str(run.folder)) if (run.folder / "checkpoints").is_dir() else None
 
 

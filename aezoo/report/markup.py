@@ -4,5 +4,5 @@ from html import escape
 
 
 def text(value: object) -> str:
-    """Any text for HTML; what is no character to be shown, as names of files may hold, becomes a replacement."""
+    """Escape a text for HTML; invalid characters, which names of files may contain, are replaced."""
     return escape("".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(value)))

@@ -1,7 +1,7 @@
 """The page: one HTML file without scripts that loads nothing, in light and dark, narrow and wide, and on paper.
 
-Names of files, classes and columns come from others, so every text goes through `text`, and a policy in the page
-forbids the browser all but the style sheet and embedded pictures.
+Names of files, classes and columns are not trusted, so every text is escaped by `text`, and a policy in the page
+only allows the style sheet and embedded pictures.
 """
 
 import ast
@@ -22,11 +22,11 @@ from aezoo.report.runs import Picture, Results, Run, Table
 
 # what is embedded of pictures: of one, and in all
 _MAX_PICTURE, _MAX_PICTURES = 2**21, 2**24
-# more would make a page of nothing else
+# more would fill the page
 _MAX_CHARTS = 60
 # colours in the style sheet; of more runs, those after them repeat with a dash
 _N_COLOURS = 7
-# settings that say how a run was trained, beside those of the model
+# settings of the training, in addition to those of the model
 _MAIN = (
     "data.name", "data.root", "data.batch_size", "data.scale", "data.binarise", "data.val_fraction",
     "data.test_fraction", "data.seed", "trainer.max_epochs", "trainer.max_steps", "trainer.precision",
@@ -156,7 +156,7 @@ def _unit(name: str) -> str:
 def _curves(runs: Sequence[Run]) -> str:
     single = len(runs) == 1
     names = dict.fromkeys(name for run in runs for name in run.metrics if name.startswith(("train/", "val/")))
-    # the loss, its terms, and then what is measured in validation alone
+    # the loss, its terms, and then metrics of validation only
     terms = sorted(
         {name.partition("/")[2] for name in names},
         key=lambda term: (term != "loss", not {f"train/{term}", f"val/{term}"} <= names.keys(), term),
@@ -190,7 +190,7 @@ def _lines(run: Run, term: str, place: int, single: bool) -> list[Line]:
         name = f"{stage}/{term}"
         if name in run.metrics:
             style = ("c1" if stage == "train" else "c0") if single else _style(place)
-            # a metric of training alone needs no dashes to be told from that of validation
+            # a metric that exists only for training is drawn without dashes
             beside = stage == "train" and f"val/{term}" in run.metrics
             title, marked = f"{name} of {run.label}", run.best if name == run.monitor else None
             style, label = style + " train" * beside, "" if single or beside else str(place + 1)
@@ -326,7 +326,7 @@ def _differing(runs: Sequence[Run]) -> str:
     rows = []
     for name in names:
         values = [_value(run.settings[name]) if name in run.settings else None for run in runs]
-        # a model may lack a setting; anything else that is missing is only not written down
+        # a model may not have a setting; other missing values are only not recorded
         lacking = None in values and not name.startswith("model.")
         if len({*values} - ({None} if lacking else set())) > 1:
             cells = [
@@ -345,7 +345,7 @@ def _differing(runs: Sequence[Run]) -> str:
 
 
 def _defaults(model: str) -> dict[str, str]:
-    """The defaults of a model's arguments, in the words of `_value`; empty if it is not installed here."""
+    """The defaults of a model's arguments, as texts of `_value`; empty if the model is not installed."""
     try:
         parameters = registry.card(model).parameters
     except AezooError:

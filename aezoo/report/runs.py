@@ -1,7 +1,7 @@
-"""What the folder of a run says: settings, metrics, pictures, results of commands, and where and how long it trained.
+"""The content of a run's folder: settings, metrics, pictures, results of commands, environment and time of training.
 
-Everything is read within limits, since a folder may come from others, and what cannot be read becomes a note: a run
-that was killed, or that an older version wrote, has a report too.
+Everything is read within limits, because a folder may come from others. What cannot be read becomes a note, so that
+a run that was killed, or that an older version wrote, also gets a report.
 """
 
 import csv
@@ -21,16 +21,16 @@ from aezoo.security import json_files, yaml_text
 # the file in which a fit leaves what the others in its folder do not say
 RECORD = "run.json"
 _MARKS = ("config.yaml", "hparams.yaml", "metrics.csv", "metrics.jsonl", RECORD, "checkpoints")
-# folders of a run that hold no results of commands
+# folders of a run that are not results of commands
 _OWN = {"best", "checkpoints", "csv", "mlflow", "pictures", "projector", "train", "val", "wandb"}
 _MAX_RUNS = 20
 _MAX_METRICS, _MAX_TABLE, _MAX_RECORD = 2**26, 2**22, 2**20
 _MAX_EPOCH = 10**9
-# a longer table has a row a sample, of which a few show what it holds
+# a longer table has one row per sample, and a few rows are enough
 _MAX_ROWS, _FEW_ROWS, _MAX_COLUMNS = 40, 5, 16
 # folders of results, tables and pictures in each
 _MAX_FILES = 50
-# what picture files begin with; SVG is none of them, because it may hold scripts
+# the first bytes of picture files; not SVG, because it may contain scripts
 _PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 # pictures that the report draws itself
 _DRAWN = {"curves.png"}
@@ -100,10 +100,10 @@ class Run:
         folder: where it is.
         label: a short name, unique among the runs of a report.
         settings: by the names of the flags, `model.lr`; the name of the model is `model`.
-        command: what began it, empty if that is not known.
+        command: the command that started it, empty if unknown.
         epochs: numbers of epochs, counted from 1.
         metrics: the values of each metric after these epochs; NaN where there is none.
-        record: what `RECORD` holds.
+        record: the content of `RECORD`.
         pictures: those of the training.
         results: those of commands.
         finished: whether the fit ended by itself.
@@ -129,7 +129,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The name of its data; empty if it is not known."""
+        """The name of its data; empty if unknown."""
         name, root = self.settings.get("data.name"), self.settings.get("data.root")
         has_root = name in ("array", "folder", "hf", "stream") and isinstance(root, str)
         return f"{name} {root}" if has_root else str(name or "")
@@ -200,7 +200,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs of some folders, each read: a run's folder or a file in it, or a folder of runs.
 
     Raises:
-        AezooError: a path is no run and holds none, or there are too many.
+        AezooError: a path is not a run and contains none, or there are too many.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _folders(path)))
     if len(folders) > _MAX_RUNS:
@@ -272,7 +272,7 @@ def _read_settings(run: Run) -> None:
         if path.stat().st_size > yaml_text.MAX_BYTES:
             raise AezooError(f"{path.name} is too large")
         text = path.read_text("utf-8", "replace")
-        # Lightning writes tuples under a tag that only unsafe loaders know
+        # Lightning writes tuples with a tag that only unsafe loaders read
         content = yaml_text.load(text.replace("!!python/tuple", ""))
     except Exception as error:  # yaml raises its own errors for each kind of mistake
         run.notes.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}")
@@ -336,7 +336,7 @@ def _read_metrics(run: Run) -> None:
 
 def _csv_rows(text: str) -> Iterator[dict[str, Any]]:
     try:
-        # a killed run may have left a part of a line
+        # the last line of a killed run may be incomplete
         for row in csv.DictReader(io.StringIO(text.replace("\0", "").rpartition("\n")[0])):
             if None not in row.values():
                 yield row

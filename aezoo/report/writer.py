@@ -12,11 +12,11 @@ NAME = "report.html"
 
 
 def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write one HTML file about a run, or about several in comparison; it loads nothing and needs no script.
+    """Write one HTML file about a run, or a comparison of several; it loads no other files and has no scripts.
 
     Args:
-        runs: folders of runs, files in them such as checkpoints, or folders that hold runs.
-        output: the file; by default `report.html` in the run's folder or, of several runs, in the working directory.
+        runs: folders of runs, files in them such as checkpoints, or folders that contain runs.
+        output: the file; by default `report.html` in the run's folder or, for several runs, in the working directory.
 
     Returns:
         The file.

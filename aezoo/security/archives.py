@@ -48,7 +48,7 @@ def check_growth(path: Path, max_bytes: int | None = None) -> None:
             size of the file plus 16 MiB.
 
     Raises:
-        AezooError: it would, or it is a damaged zip file, or the environment's value is no number.
+        AezooError: it would, or it is a damaged zip file, or the environment's value is not a number.
     """
     size = unpacked_size(path)
     if max_bytes is None and (given := os.environ.get(MAX_BYTES, "")):
@@ -85,7 +85,7 @@ def check_tuples(path: Path) -> None:
         raise
     except zipfile.BadZipFile as error:  # which torch may read all the same
         raise AezooError(f"{path} is a damaged zip file ({error}): save or download it again") from error
-    except Exception:  # what is no whole pickle is refused by torch
+    except Exception:  # torch refuses incomplete pickles
         return
 
 

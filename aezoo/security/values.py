@@ -1,4 +1,4 @@
-"""Plain values, the only ones that a constructor may get from a file."""
+"""Plain values: a constructor may not get any others from a file."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def check_plain(values: object, what: str) -> dict[str, Any]:
 def check_extent(content: object, what: str) -> None:
     """Refuse content that is nested too deep, or too large once each reference to a shared part is followed.
 
-    A file of a kilobyte can hold lists of lists whose walk would never end, since each list is stored once.
+    A file of a kilobyte can contain lists of lists whose traversal would never end, because each list is stored once.
 
     Args:
         content: what a file held: tensors, and lists, tuples, sets and dicts of any values.
@@ -46,7 +46,7 @@ def check_extent(content: object, what: str) -> None:
 
 
 def _extent(value: object, what: str, known: dict[int, int], depth: int) -> int:
-    """How many values a walk visits; 0 in `known` marks containers that are being counted."""
+    """How many values a traversal visits; 0 in `known` marks containers that are being counted."""
     if not isinstance(value, list | tuple | set | frozenset | dict):
         return 1
     if id(value) not in known:

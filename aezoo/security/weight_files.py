@@ -16,17 +16,17 @@ from aezoo.security import archives, values
 
 
 def read(path: Path, label: str, allowed: Sequence[Any] = ()) -> Any:
-    """What a `.pt`, `.pth`, `.bin` or `.ckpt` file holds, tensors and plain values; of others the tensors by name.
+    """The content of a `.pt`, `.pth`, `.bin` or `.ckpt` file, tensors and plain values; of others the tensors by name.
 
-    A file of torch's may also hold an `argparse.Namespace`, the settings of many training scripts: it only has values.
+    A file of torch may also contain an `argparse.Namespace`, the settings of many training scripts: it only has values.
 
     Args:
         path: a file on this disk; `.safetensors` and `.npz` are recognised by their names.
-        label: what messages call it.
-        allowed: further classes, without code of their own, as `torch.serialization.safe_globals` takes them.
+        label: its name in messages.
+        allowed: further classes that run no code when they are loaded, for `torch.serialization.safe_globals`.
 
     Raises:
-        AezooError: the file is damaged, unpacks to far more than its size, or holds objects that could run code.
+        AezooError: the file is damaged, decompresses to far more than its size, or has objects that could run code.
     """
     try:
         if path.suffix == ".safetensors":

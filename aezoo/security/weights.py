@@ -1,4 +1,4 @@
-"""Weights from a file: each tensor must hold the data that it claims, and the model must not be larger than these."""
+"""Weights from a file: each tensor must have the data that it declares, and the model must not be larger."""
 
 import contextlib
 import threading
@@ -71,7 +71,7 @@ def limit_parameters(weights: Mapping[str, Tensor], reason: str = "") -> Iterato
 
 @contextlib.contextmanager
 def separate_limit(most: int) -> Iterator[None]:
-    """Within `limit_parameters`, give what is built inside this context a limit of its own.
+    """Within `limit_parameters`, set another limit for what is built inside this context.
 
     Args:
         most: parameters of a network of a library, which is built whole although the model keeps only its first layers.

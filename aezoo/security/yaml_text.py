@@ -104,7 +104,7 @@ def _check(text: str, budget: list[int], level: int) -> None:
             if budget[0] < 0:
                 raise RefusedYAML(f"it has more than {MAX_ALIASES} aliases (*name): write the values out")
         elif isinstance(event, yaml.ScalarEvent) and level < 4 and "&" in event.value and "*" in event.value:
-            # jsonargparse reads strings in place of lists as YAML again
+            # if a list is expected, jsonargparse reads a string as YAML again
             try:
                 _check(event.value, budget, level + 1)
             except RefusedYAML:

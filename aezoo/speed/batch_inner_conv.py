@@ -34,7 +34,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
 
 def transpose(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """(B, O, h, w), (O, C, rows, columns), (C,) -> (B, C, H, W) in batch-inner layout; without derivatives."""
-    # oneDNN adds a bias number by number if the larger grid is not a whole number of strides
+    # oneDNN adds a bias value by value if the larger grid is not a whole number of strides
     if bias is not None and has_remainder(geometry.large, geometry.stride):
         return transpose(y, weight, None, geometry).add_(bias[:, None, None])
     padding, extra, stride = (*geometry.padding, 0), (*geometry.output_padding(), 0), (*geometry.stride, 1)

@@ -7,15 +7,15 @@ takes.
   without.
 - Transposed, to few channels: a sub-pixel convolution or overlapping products; up to 2.1 times.
 - Transposed, to a larger grid: the gradient of the bias is a separate sum; up to 1.5 times.
-- Transposed, to a grid that is no whole number of strides, as 7x7 from 4x4: a separate bias; up to 1.8 times, in
-  bfloat16 6.6 times.
+- Transposed, to a grid that is not a whole number of strides, such as 7x7 from 4x4: a separate bias; up to 1.8 times,
+  in bfloat16 6.6 times.
 - bfloat16 weights without AMX: their gradient is a matrix product; up to 1.2 times for a strided layer, up to 2.2 times
   for a transposed one with its bias.
 - An input that fills the caches: its gradient is computed after that of the weights, since it is needed next.
 - Consecutive layers on a Zen 5: the batch is the innermost spatial dimension (`aezoo.speed.batch_inner_conv`).
 
 `python -m benchmarks.convolutions` measures all of these. The rules come from measurements with one thread on three
-processors, with and without AMX. Other devices, exported graphs and torch.func use torch's own layers, and so do
+processors, with and without AMX. Other devices, exported graphs and torch.func use torch's layers, and so do
 compiled graphs, except for the bias of uneven grids.
 """
 
@@ -59,25 +59,25 @@ _LARGE_IN_16_BITS = 36
 _BETWEEN = 16
 # values per sample, over all channels, above which a separate bias is faster
 _MANY = 256
-# up to so many channels, the sum for the bias is too fast to matter
+# up to this many channels, the time of the sum for the bias does not matter
 _FEW = 16
 _FEW_IN_16_BITS = 4
-# batch-inner layout: fewest samples, fewer from so many (channels in x channels out) on; then fewest channels, and
-# fewest multiplications
+# batch-inner layout: smallest number of samples, and the smaller one from this many (channels in x channels out) on;
+# then smallest number of channels, and of multiplications
 _MIN_SAMPLES, _MIN_SAMPLES_WIDE, _WIDE_CHANNELS = 64, 16, 32768
 _MIN_CHANNELS, _MIN_PRODUCTS = 8, 2**21
-# a batch of so many values fills the caches: then the result that is needed next is better computed last
+# a batch of this many values fills the caches: then the result that is needed next is better computed last
 _CACHE = 2**21
 
 
 def _use_torch(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """Whether to use torch's own layer: in exported graphs, on GPUs, for inductor (which makes others slow loops)."""
+    """Whether to use torch's layer: in exported graphs, on GPUs, for inductor (which makes slow loops of others)."""
     return is_tracing() or linear.needs_torch_autograd() or not _is_plain(layer, x)
 
 
 def _is_plain(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    """Whether torch accepts the input, and its own layer is not needed."""
-    # parametrised weights are read only once, since their rule may change with every read
+    """Whether torch accepts the input, and torch's layer is not needed."""
+    # parametrised weights are read only once, because they may differ each time they are read
     if x.device.type != "cpu" or x.dim() != 4 or is_parametrized(layer):
         return False
     images = x.shape[1] == layer.in_channels and min(x.shape[2:]) > 0
@@ -130,7 +130,7 @@ def use_weight_grad_product(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geo
 def _has_few_channels(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     between = math.prod(layer.stride)
     few = 1 < between <= _BETWEEN // layer.out_channels
-    # points beyond see no point of the smaller grid
+    # points beyond do not depend on the smaller grid
     inside = all(extra <= p for extra, p in zip(layer.output_padding, geometry.padding, strict=True))
     return few and inside and math.prod(geometry.large) >= _LARGE
 
@@ -246,7 +246,7 @@ class Conv2d(Swapped, nn.Conv2d):
         return Geometry(self.kernel_size, self.stride, padding, smaller_grid(self, large), large)
 
     def with_products(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Products of the values that each point sees with the weights."""
+        """Products of the weights with the values in the window of each point."""
         return _channels_first(
             ConvForward.apply(_channels_last(input), _channels_last(self.weight), geometry), self.bias
         )
@@ -299,7 +299,7 @@ class ConvTranspose2d(Swapped, nn.ConvTranspose2d):
         return super().forward(input)
 
     def _compiled(self, input: Tensor) -> Tensor:
-        """The result of torch's own layer, with a separate bias if that is faster."""
+        """The result of torch's layer, with a separate bias if that is faster."""
         if has_slow_bias(self, self.geometry(input).large):
             padding = cast(Pair, self.padding)
             out = F.conv_transpose2d(input, self.weight, None, self.stride, padding, self.output_padding)
@@ -319,7 +319,7 @@ class ConvTranspose2d(Swapped, nn.ConvTranspose2d):
         )
 
     def with_overlap_add(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """Products of each point with the weights, overlaid, with torch's own derivatives."""
+        """Products of each point with the weights, added where they overlap, with torch's derivatives."""
         return _apply(OverlapAdd, self, input, geometry)
 
     def with_sub_pixels(self, input: Tensor, geometry: Geometry) -> Tensor:
@@ -331,7 +331,7 @@ class ConvTranspose2d(Swapped, nn.ConvTranspose2d):
         return _with_batch_inner(self, input, geometry)
 
     def with_separate_gradients(self, input: Tensor, geometry: Geometry) -> Tensor:
-        """The result of torch's own layer, with separate derivatives and, if that is faster, a separate bias."""
+        """The result of torch's layer, with separate derivatives and, if that is faster, a separate bias."""
         return _apply(SeparateGradients, self, input, geometry)
 
 

@@ -6,10 +6,10 @@ its transpose from y to x, and `conv_weight_grad` the gradient of <y, conv_forwa
 each is a derivative of the other two.
 
 There are three algorithms; `choose_algorithm` selects the fastest on the processor. `direct_products` multiplies the
-image itself, one kernel row at a time, without copies. `im2col` copies everything that points see for a single product,
-with the zeros beyond the border, which are 11 of 36 where a 3x3 kernel sees 4x4 points with stride 2. `block_products`
-copies everything but the zeros, for a few products. 16-bit numbers need sums with more bits than they have, so a
-point's value and a weight's gradient each come from one product.
+image itself, one kernel row at a time, without copies. `im2col` copies the windows of all points for a single product,
+with the zeros beyond the border, which are 11 of 36 for a 3x3 kernel on 4x4 points with stride 2. `block_products`
+copies everything but the zeros, for a few products. Sums of 16-bit numbers need more bits than these have, so each
+value of a point and each gradient of a weight comes from a single product.
 """
 
 import functools
@@ -28,17 +28,17 @@ from aezoo.speed import linear
 from aezoo.speed.memory_format import as_base_tensor
 
 Pair = tuple[int, ...]
-# taps, points, and what these points see through these taps
+# taps, points, and the values that these taps multiply at these points
 Block = tuple[slice, slice, slice]
 Grouping = Literal["taps", "points"]
-# `block_products` is faster for at most so many points and, with more than one, from so many products per point and tap
+# `block_products` is faster for at most this many points and, if more than one, this many products per point and tap
 _FEW_POINTS = 16
 _LARGE = 2**21
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which points of the larger grid a point of the smaller one sees: rows, then columns."""
+    """Which points of the larger grid are in the window of a point of the smaller one: rows, then columns."""
 
     kernel: Pair
     stride: Pair
@@ -47,7 +47,7 @@ class Geometry:
     large: Pair
 
     def overhang(self) -> Pair:
-        """How far the last point of the smaller grid sees beyond the larger one; negative if it does not."""
+        """How far the window of the last point of the smaller grid is beyond the larger one; negative if within."""
         parts = zip(self.kernel, self.stride, self.padding, self.small, self.large, strict=True)
         return tuple((n - 1) * s + k - p - m for k, s, p, n, m in parts)
 
@@ -189,13 +189,13 @@ def _blocks(geometry: Geometry, group_by: Grouping) -> tuple[list[Block], ...]:
 
 
 def all_taps_used(geometry: Geometry) -> bool:
-    """Whether each tap of the kernel sees a point of the larger grid."""
+    """Whether each tap of the kernel multiplies a point of the larger grid."""
     sides = zip(_blocks(geometry, "taps"), geometry.kernel, strict=True)
     return all(sum(taps.stop - taps.start for taps, *_ in blocks) == kernel for blocks, kernel in sides)
 
 
 def _along(kernel: int, stride: int, padding: int, small: int, large: int, group_by: Grouping) -> Iterator[Block]:
-    """Taps, points, and what these points see through these taps, along one axis."""
+    """Taps, points, and the values that these taps multiply at these points, along one axis."""
 
     def taps(point: int) -> slice:
         return slice(max(0, padding - point * stride), min(kernel, padding - point * stride + large))
@@ -214,7 +214,7 @@ def _along(kernel: int, stride: int, padding: int, small: int, large: int, group
 
 
 def im2col(x: Tensor, geometry: Geometry) -> Tensor:
-    """What each point of the smaller grid sees, with zeros beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
+    """The window of each point of the smaller grid, zero beyond the border: (B, H, W, C) -> (B, h, w, *kernel, C)."""
     (rows, columns), (down, right) = geometry.kernel, geometry.stride
     seen = F.pad(x, geometry.pad_sizes()).unfold(1, rows, down).unfold(2, columns, right)
     return seen.permute(0, 1, 2, 4, 5, 3).contiguous()
@@ -238,14 +238,14 @@ class _Bilinear(torch.autograd.Function):
     """Saves what its derivatives need.
 
     Attributes:
-        torch_reference: computes the same values by torch's own convolutions.
+        torch_reference: computes the same values by torch's convolutions.
     """
 
     torch_reference: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def save(ctx: Any, a: Tensor, b: Tensor, geometry: Geometry) -> None:
-        """Save what the derivatives need; torch requires Python's signature wherever this is a separate step."""
+        """Save tensors for the derivatives; torch requires Python's signature if this is a separate step."""
         of_a, of_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if of_b else None, b if of_a else None)
         ctx.geometry = geometry
@@ -253,7 +253,7 @@ class _Bilinear(torch.autograd.Function):
 
     @classmethod
     def apply_or_torch(cls, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
-        """The values, with derivatives of any order; by torch where only torch's own operators have the rules."""
+        """The values, with derivatives of any order; by torch if only torch's operators support them."""
         if linear.needs_torch_autograd(a, b):
             return cls.torch_reference(a, b, geometry)
         out: Tensor = cls.apply(a, b, geometry)
@@ -408,7 +408,7 @@ class SeparateGradients(Convolution):
         weight_by_product: bool,
         transposed: bool,
     ) -> Tensor:
-        """The values; oneDNN adds a bias number by number if the larger grid is not a whole number of strides."""
+        """The values; oneDNN adds a bias value by value if the larger grid is not a whole number of strides."""
         Convolution.save(ctx, x, weight, geometry, weight_by_product, transposed)
         if not transposed:
             return F.conv2d(x, weight, bias, geometry.stride, geometry.padding)

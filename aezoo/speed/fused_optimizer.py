@@ -1,4 +1,4 @@
-"""An optimiser's steps by its fused kernel alone.
+"""An optimiser's steps, only by its fused kernel.
 
 `Optimizer.step` collects parameters, gradients and moments in every step, sorts them by device and type, increments
 each parameter's step count separately and opens a record for torch's profiler. On a CPU that takes as long as the
@@ -62,12 +62,12 @@ def has_step_of_class(optimizer: torch.optim.Optimizer) -> bool:
 class FusedStep:
     """The same as `optimizer.step()`, bit for bit; for at most one epoch, since it caches its lookups.
 
-    It calls torch's step if the kernel alone would not do the same: for other optimisers than a fused Adam or AdamW on
-    the CPU, in the first step, and with hooks, a gradient scaler or missing gradients.
+    Torch's step is called if the kernel would not do the same: for optimisers other than a fused Adam or AdamW on the
+    CPU, in the first step, and with hooks, a gradient scaler or missing gradients.
 
     Args:
         optimizer: any of torch's.
-        alone: no foreign code runs between steps that could change more of the optimiser than its settings.
+        alone: no other code runs between steps that could change more of the optimiser than its settings.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, alone: bool = False) -> None:

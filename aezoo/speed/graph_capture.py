@@ -47,8 +47,8 @@ class CudaRecorder:
 class CapturedStep:
     """A step that first runs eagerly a few times, is then recorded, and is replayed from then on.
 
-    All of these are training steps. A batch of another size, such as the last of an epoch, runs eagerly. It must not
-    leave its own gradient tensors behind, so those that the recorded step writes to are put back.
+    All of these are training steps. A batch of another size, such as the last of an epoch, runs eagerly. Afterwards the
+    gradient tensors to which the recorded step writes are restored.
 
     Args:
         step: takes a batch and its labels, updates the parameters, and returns tensors.
@@ -83,7 +83,7 @@ class CapturedStep:
             self._drop_gradients()
             return self._recorder.warm_up(lambda: self._step(x, y))
         if self._replay is None:
-            # without gradients: the recording creates its own, and each replay overwrites them
+            # without gradients: the recording creates them, and each replay overwrites them
             self._drop_gradients()
             self._replay, self._result = self._recorder.record(lambda: self._step(self._x, self._y))  # type: ignore[arg-type]
             self._gradients = [parameter.grad for parameter in self._parameters]

@@ -1,8 +1,8 @@
 """Compiles the products of `aezoo.speed.linear` to direct calls of oneDNN, without Python, on suitable matrices.
 
 For an unknown operator, inductor writes another copy of a matrix for each order in which it is read, and oneDNN then
-writes a transposed matrix number by number. Here it is written once, and inductor's own vectorised loops write a
-transposed one. Together this is an eighth of the compiled step of 784-128-64-32-64-128-784.
+writes a transposed matrix value by value. Here it is written once, and inductor's vectorised loops write a transposed
+one. Together this saves an eighth of the compiled step of 784-128-64-32-64-128-784.
 
 No part of inductor used here is public. If a version lacks something, the operator is called like any other.
 """

@@ -31,7 +31,7 @@ def can_trace() -> bool:
 class JointStep(Compiled):
     """Terms of a loss whose gradients are set on the module's parameters; compiled as in `Compiled`.
 
-    A failure to compile is silent: the loss alone may still compile, and warns if it does not.
+    A failure to compile gives no warning: the loss without gradients may still compile, and warns if it does not.
 
     Args:
         module: all of its trained parameters get their gradients, and other parameters none.

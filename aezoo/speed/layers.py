@@ -26,7 +26,7 @@ def swap_in(module: nn.Module, input_shape: tuple[int, ...] = (), channels_last:
         channels_last: whether the model's images have channels last in memory.
 
     Returns:
-        The parts, to be swapped out by `swap_out`; those that another call has swapped are not among them.
+        The parts, to be restored by `swap_out`, without those that another call has swapped.
     """
     faster: dict[type[nn.Module], type[Swapped]] = {kind.plain: kind for kind in _CONVOLUTIONS}
     if linear.MKL_HALF_WIDTH and is_enabled("linear"):
@@ -49,7 +49,7 @@ def swap_in(module: nn.Module, input_shape: tuple[int, ...] = (), channels_last:
 def swap_out(parts: list[Swapped]) -> None:
     """Make these parts plain again."""
     for part in parts:
-        if isinstance(part, Swapped):  # not if something else has changed its class since
+        if isinstance(part, Swapped):  # not if other code has changed its class since
             part.swap_out()
 
 

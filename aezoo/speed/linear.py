@@ -2,7 +2,7 @@
 
 For float32 matrices on a CPU, torch calls MKL, which computes 256 bits at a time on AMD's processors. Since Zen 5 these
 have 512-bit units. oneDNN, torch's library for convolutions and 16-bit types, uses them: it is twice as fast, with sums
-in another order. On other processors, for other types and in traced or exported graphs, everything is torch's own.
+in another order. On other processors, for other types and in traced or exported graphs, torch's layers are used.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _mkl_uses_half_width() -> bool:
-    """Whether MKL uses only half of this processor's width; older versions of torch do not know the processor."""
+    """Whether MKL uses only half of this processor's width; older versions of torch do not recognise the processor."""
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     # all AMD processors that compute 512 bits at a time have vp2intersect, and none before them
     wide = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_vp2intersect"))
@@ -54,7 +54,7 @@ lowered_by_inductor = False
 HAS_AMX = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16"))
 
 
-# what tells of derivatives that only torch's operators have rules for; none of it has a public name
+# private functions of torch that detect derivatives for which only torch's operators have rules
 _signs: tuple[Any, ...]
 try:
     _signs = (
@@ -67,10 +67,10 @@ except AttributeError:
 
 
 def needs_torch_autograd(*tensors: Tensor) -> bool:
-    """Whether derivatives are being computed for which only torch's own operators have rules.
+    """Whether derivatives are being computed for which only torch's operators have rules.
 
     These are those of torch.func, forward-mode ones, and batched ones, as in
-    `torch.autograd.grad(is_grads_batched=True)`. True in a version of torch that does not tell.
+    `torch.autograd.grad(is_grads_batched=True)`. True in a version of torch without these functions.
     """
     if not _signs:
         return True
@@ -165,7 +165,7 @@ def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether it is a dense float32 tensor and not a subclass with its own product."""
+    """Whether it is a dense float32 tensor and not a subclass with another product."""
     mine = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32
     return mine and x.layout == torch.strided and not x.is_nested
 

@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # from Linux's mman.h: huge pages from now on, and for existing pages at once
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _HUGE = 2**21
-# less than malloc keeps
+# less than malloc does not return to the system
 _ROOM = 3 * 2**28
 
 
@@ -19,8 +19,8 @@ def expect_large_tensors() -> None:
     """Make glibc's malloc keep up to 64 MiB from step to step, as it does once a tensor of 32 MiB has been freed.
 
     malloc returns blocks to the system at once if they are larger than any freed before, up to 32 MiB: until a process
-    has freed such a tensor, each step pays for page faults. `keep_pages` keeps more. This changes no setting and never
-    touches the memory.
+    has freed such a tensor, each step causes page faults. `keep_pages` keeps more. This changes no setting and does not
+    write to the memory.
     """
     # not a tensor, which torch fills in deterministic mode
     torch.UntypedStorage(2**25 - 2**16, device="cpu")
@@ -49,7 +49,7 @@ def _ask_for_huge_pages() -> None:
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # a block that takes no memory until it is used, and that malloc keeps when it is freed
+    # a block that takes no memory until it is used; malloc keeps the space when it is freed
     room = libc.malloc(ctypes.c_size_t(_ROOM))
     for start, end in _heap():
         if room is not None and start <= room < end:

@@ -2,7 +2,7 @@
 
 A fit keeps images with channels last. Values and gradients of vectors have layout (C, H, W), and torch's operations
 take ten times as long if the layouts of their inputs differ: a third of a step of the convolutional VAE with one stage.
-Copying is faster. A compiled graph plans its own memory. Some layers use the batch-inner layout, see
+Copying is faster. A compiled graph chooses its layouts. Some layers use the batch-inner layout, see
 `aezoo.speed.batch_inner_conv`; channels are last in it, too.
 """
 
@@ -113,7 +113,7 @@ def to_channels_first(module: nn.Module) -> None:
 class _InMemoryOrder:
     """Takes both as (B, H, W, C) if channels are last in the parameters: torch copies or is slow where layouts differ.
 
-    A graph plans its own memory.
+    A graph chooses its layouts.
     """
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:

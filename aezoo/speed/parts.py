@@ -32,7 +32,7 @@ def is_enabled(part: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def disabled_parts(value: str) -> frozenset[str]:
-    """The parts that a value of AEZOO_SPEED leaves out: none for auto, else a list of names with commas.
+    """The parts that a value of AEZOO_SPEED switches off: none for auto, otherwise a list of names with commas.
 
     Raises:
         AezooError: there is no such part.

@@ -1,4 +1,4 @@
-"""A fast prediction loop: Lightning's own without unused features, like `aezoo.speed.fast_loop` for training.
+"""A fast prediction loop: Lightning's, without unused features, like `aezoo.speed.fast_loop` for training.
 
 Lightning 2.6 spends 0.1 ms per batch of a prediction, half of it on empty hooks, repeated inspection of signatures and
 transfers that move nothing. If one process predicts on one device, this loop looks up the implemented hooks once, at

@@ -22,7 +22,7 @@ from aezoo.training import compilation
 from aezoo.training.model_names import is_built_in
 from aezoo.training.module import TrainingModule
 
-# the swapped parts of models, by stage: a fit may evaluate its own model by another Trainer
+# the swapped parts of models, by stage: a fit may evaluate its model by another Trainer
 _SWAPPED: WeakKeyDictionary[nn.Module, dict[str, list[Swapped]]] = WeakKeyDictionary()
 
 
@@ -84,10 +84,10 @@ def begin_fit(model: TrainingModule, compile_arguments: dict[str, Any] | None) -
 
 
 def _refresh_participants(model: TrainingModule) -> None:
-    """Check who else takes part in a step: what others see and draw must not change."""
+    """Check what else is part of a step: values that other code reads or draws must not change."""
     trainer = model.trainer
     model._uses_only_torch_rng = fast_loop.uses_only_torch_rng(trainer) and is_built_in(type(model))
-    # bytes from other data are refused if the step is not compiled, so also if it is
+    # bytes from other data are refused as they are if the step is not compiled
     leaves = getattr(trainer.datamodule, "leaves_bytes", False)  # type: ignore[attr-defined]
     model.takes_bytes = leaves and model._compiled is not None and fast_loop.batch_is_private(trainer)
 

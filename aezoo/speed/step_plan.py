@@ -27,7 +27,7 @@ _LAYER_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 _AROUND_STEP = ("on_train_batch_start", "on_train_batch_end")
 _BEFORE_GRADIENTS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
 _WITHIN_STEP = (*_BEFORE_GRADIENTS, "on_before_optimizer_step")
-# hooks that a CUDA graph can hold
+# hooks that a CUDA graph can contain
 _RECORDED = ("on_before_backward", "on_before_optimizer_step")
 # if a module implements one of these, Lightning takes the step
 _OWN_STEP = ("optimizer_step", "configure_gradient_clipping", "lr_scheduler_step")
@@ -87,7 +87,7 @@ class Plan:
         self.joint: JointStep | None = None
         # called when another plan replaces this one
         self.on_change: Callable[[], None] | None = None
-        # callbacks within a step: a graph can hold those with `capturable`
+        # callbacks within a step: a graph can contain those with `capturable`
         self.recorded: list[Any] = list({_owner(hook): None for name in _RECORDED for hook, _ in self.hooks[name]})
         a_batch_is_a_step = (
             trainer.accumulate_grad_batches == 1
@@ -111,7 +111,7 @@ class Plan:
         others = [own for hook, own in self.hooks["on_before_optimizer_step"] if _owner(hook) not in guards]
         has_last_word = len(guards) == 1 and all(others)
         self.guard: Any = guards[0] if has_last_word and a_batch_is_a_step else None
-        # the hooks without the guard's, which are not called for a step that passes
+        # the hooks without the guard's, which are not called for a finite step
         self.hooks_without_guard = {
             name: [(hook, own) for hook, own in hooks if _owner(hook) is not self.guard]
             for name, hooks in self.hooks.items()
@@ -205,7 +205,7 @@ def hooks_of(name: str, trainer: pl.Trainer) -> list[tuple[Hook, bool]]:
 
 
 def resident_transform(trainer: pl.Trainer, loader: Any) -> Hook | None:
-    """The only transform of a batch that is already on the device as bytes or float32: the data's own hook.
+    """The only transform of a batch that is already on the device as bytes or float32: the hook of the data.
 
     None if a batch has to be moved, or if a transfer hook is implemented.
     """

@@ -1,4 +1,4 @@
-"""The contract that every model of the zoo keeps, as checks for our own tests and for those of a plug-in.
+"""The contract of every model of the zoo, as checks for the tests of this package and of plug-ins.
 
     from aezoo.testing import check_model
 
@@ -13,8 +13,8 @@ One test for each check, with a failure that names it:
     def test_my_ae(check):
         check("my_ae")
 
-A check raises AssertionError with one line that says what is wrong, and `unittest.SkipTest`, which pytest shows as a
-skip, where it cannot run. It leaves the global random state, the warning filters and the loggers as they were.
+A check raises AssertionError with one line that says what is wrong, or `unittest.SkipTest`, which pytest shows as a
+skip, if it cannot run. It restores the global random state, the warning filters and the loggers.
 """
 
 from collections.abc import Collection

@@ -52,7 +52,7 @@ def check_constructor(subject: Subject) -> None:
     torch.save(dict(model.hparams), buffer)
     buffer.seek(0)
     require(torch.load(buffer, weights_only=True) == plain, "hparams do not load with weights_only=True")
-    json.dumps(plain)  # fails on what a saved folder cannot hold
+    json.dumps(plain)  # fails on values that cannot be saved
 
     lists = {name: _with_lists(value) for name, value in plain.items()}
     given = copy.deepcopy(lists)
@@ -94,7 +94,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _with_lists(value: Any) -> Any:
-    """The value with lists for tuples, as it comes from a configuration file."""
+    """The value with lists instead of tuples, as in a configuration file."""
     if isinstance(value, dict):
         return {key: _with_lists(item) for key, item in value.items()}
     return [_with_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -104,7 +104,7 @@ def _with_lists(value: Any) -> Any:
 def check_shapes(subject: Subject) -> None:
     """Codes, reconstructions, scores and samples have their shapes for every input shape; others are rejected early."""
     for shape in SHAPES:
-        # asking for subject.shape fails where none is taken
+        # subject.shape fails for models that accept no shape
         if shape == subject.shape or subject.takes(shape):
             _require_shapes(subject, shape)
 
@@ -197,7 +197,7 @@ def check_batch_of_one(subject: Subject) -> None:
 
 @as_check
 def check_gradients(subject: Subject) -> None:
-    """Every parameter gets a gradient within a few steps, without labels or else with labels."""
+    """Every parameter gets a gradient within a few steps, without labels or with labels."""
     model = subject.build().train()
     without = {name for name, p in model.named_parameters() if p.requires_grad}
     for seed in range(4):

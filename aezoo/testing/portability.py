@@ -1,4 +1,4 @@
-"""Checks of what else runs the model: half precision, compilers, exporters."""
+"""Checks of other ways to run the model: half precision, compilers, exporters."""
 
 import copy
 import tempfile
@@ -106,7 +106,7 @@ def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], d
 
 
 def _joint(model: Autoencoder, x: Tensor, options: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The terms of the loss, whose gradients are the parameters' then; None if they are not taken at once."""
+    """The terms of the loss, with gradients in the parameters; None if they are not computed at once."""
     if not (model.automatic_optimization and type(model).training_step is Autoencoder.training_step):
         return None
     before = copy.deepcopy(model.state_dict())

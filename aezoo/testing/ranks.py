@@ -40,11 +40,11 @@ class SharedNoise(TorchFunctionMode):
     """Within it random numbers belong to samples, not to the process or batch that a sample is in.
 
     A draw with a dimension as long as the batch is made for `total` samples, from one seeded generator, and the rows
-    of this batch are handed out; any other draw is the same for everyone. So two processes, each with its own rows,
-    draw what one process draws for all rows.
+    of this batch are returned; any other draw is the same for all. So two processes with different rows together draw
+    what one process draws for all rows.
 
     Args:
-        rows: for each sample of the batch, its place among all samples.
+        rows: for each sample of the batch, its index among all samples.
         total: number of all samples.
     """
 
@@ -57,7 +57,7 @@ class SharedNoise(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("generator") is not None:  # draws from a generator are handled elsewhere
+        if kwargs.get("generator") is not None:  # draws from a generator are handled separately
             return func(*args, **kwargs)
         # of torch._standard_gamma, but not of Tensor.__eq__, which every object has
         draw = getattr(self, f"_{getattr(func, '__name__', '').lstrip('_')}", None)
@@ -105,7 +105,7 @@ class SharedNoise(TorchFunctionMode):
         return x.copy_(-torch.log1p(-self._draw(torch.rand, x)) / lambd)
 
     def _standard_gamma(self, func: Any, shape: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The quantile of uniform noise, since how many numbers torch's own sampler draws depends on the shape."""
+        """The quantile of uniform noise, because the number of draws of torch's sampler depends on the shape."""
         from scipy.special import gammaincinv
 
         alpha = shape.detach()
@@ -241,8 +241,8 @@ def _compare(one: dict[str, Any], first: dict[str, Any], second: dict[str, Any])
             require_close(f"{name} at step {step}, two processes against one,", both, value, 1e-5)
     for name, value in one["end"].items():
         require(torch.equal(first["end"][name], second["end"][name]), f"{name} differs between the two processes")
-        # relative to how far training took it, since what does not move agrees anyway; and as a norm, since Adam
-        # makes a step of full length from a gradient that is nothing but rounding
+        # relative to the change by training, since weights that do not change are equal anyway; and as a norm, since
+        # Adam makes a step of full length even if the gradient is only rounding
         moved = float((value.double() - one["start"][name].double()).norm())
         off = float((value.double() - first["end"][name].double()).norm())
         require(off <= 2e-4 * moved + 1e-7, f"{name} is off by {off:.2g} from one process, after moving {moved:.2g}")

@@ -27,7 +27,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (1, 12, 12, 12),
 )
 BATCH = 7
-# figures that an evaluation adds beside the loss terms, see aezoo.metrics
+# metrics that an evaluation adds to the loss terms, see aezoo.metrics
 _RESERVED_TERMS = {"mse", "psnr", "ssim", "bits_per_dim", "log_likelihood", "usage", "perplexity"}
 
 
@@ -94,7 +94,7 @@ Model = str | type[Autoencoder] | Subject
 
 
 def subject_of(model: Model, **hyperparameters: Any) -> Subject:
-    """The subject that a registry name or a class stands for, built with these hyperparameters."""
+    """The subject for a registry name or a class, built with these hyperparameters."""
     if isinstance(model, Subject):
         return Subject(model.cls, {**model.hyperparameters, **hyperparameters})
     return Subject(model_class(model) if isinstance(model, str) else model, hyperparameters)
@@ -104,7 +104,7 @@ def subject_of(model: Model, **hyperparameters: Any) -> Subject:
 
 
 def as_check(body: Callable[[Subject], None]) -> Check:
-    """The check that tells whether a subject passes `body`: it takes what `subject_of` takes, and names what fails."""
+    """A check that runs `body` on a subject: it takes the arguments of `subject_of`; errors name the subject."""
 
     def check(model: Model, /, **hyperparameters: Any) -> None:
         subject = subject_of(model, **hyperparameters)
@@ -133,7 +133,7 @@ def quiet_and_isolated() -> Iterator[None]:
         # raised inside lightning 2.6.6 and torch 2.13, not by the model
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit.script_method.*", category=DeprecationWarning)
-        # raised inside Dynamo for each gradient of a model's own
+        # raised inside Dynamo for each custom gradient of a model
         warnings.filterwarnings("ignore", message=".*Function'> should not be inst", category=DeprecationWarning)
         # advice on workers, logging intervals, missing validation data: none of it matters here
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
@@ -170,7 +170,7 @@ def require_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def require_terms(what: str, terms: dict[str, Tensor]) -> None:
-    """A loss as the contract has it: finite scalars by name; that "loss" is among them, the model has seen to."""
+    """A loss as the contract defines it: finite scalars by name; the model has checked that "loss" is one of them."""
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
         require(name not in _RESERVED_TERMS, f"{what} has a term {name!r}, which every evaluation reports by itself")

@@ -1,4 +1,4 @@
-"""Checks of training: fits and evaluations, seeds, and what a trained model keeps."""
+"""Checks of training: fits and evaluations, seeds, and what is saved of a trained model."""
 
 import inspect
 import tempfile
@@ -133,7 +133,7 @@ def _overfit(subject: Subject, **rate: Any) -> None:
 
 
 class _Overfit(pl.Callback):
-    """Ends a fit as soon as it reconstructs its samples, and says what it lacks."""
+    """Ends a fit as soon as it reconstructs its samples, and reports the remaining error."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.baseline = x, float((x.mean(0) - x).square().mean())
@@ -176,7 +176,7 @@ def check_seed(subject: Subject) -> None:
 
 @as_check
 def check_state_dict(subject: Subject) -> None:
-    """The state_dict keeps its keys and shapes in every mode, compiled and after a fit, and holds every tensor."""
+    """The state_dict has the same keys and shapes in every mode, compiled and after a fit, and has every tensor."""
     model = subject.build()
     keys = state_shapes(model)
     require(state_shapes(subject.build()) == keys, "two models of the same arguments have different state_dict keys")
@@ -213,7 +213,7 @@ def check_checkpoint(subject: Subject) -> None:
         require(
             dict(content["hyper_parameters"]) == dict(model.hparams), "the checkpoint contains other hyperparameters"
         )
-        torch.manual_seed(99)  # what is drawn in the constructor and not saved comes out differently
+        torch.manual_seed(99)  # values that are drawn in the constructor and not saved differ
         if name is None:
             loaded = {"load_from_checkpoint": subject.cls.load_from_checkpoint(file, weights_only=True).eval()}
         else:
@@ -244,7 +244,7 @@ def check_resume(subject: Subject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ends = {}
         for start in (whole, *resumed):
-            torch.manual_seed(start)  # what the checkpoint does not hold comes out differently
+            torch.manual_seed(start)  # values that are not in the checkpoint differ
             model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_SaveEachBatch(folder)])
             data = DataModule.from_arrays(
                 subject.data(3 * BATCH),

@@ -1,1 +1,1 @@
-"""What a training run needs beside Lightning: optimisers, compilation, precision, processes, seeds, checks."""
+"""Training in addition to Lightning: optimisers, compilation, precision, processes, seeds, checks."""

@@ -1,9 +1,8 @@
 """Constructor arguments: the groups that all models share, complete signatures, and checks against annotations.
 
-A constructor names only its own arguments and hands the others on, as `**kwargs: Unpack[SomeArgs]` (PEP 692), where
-SomeArgs lists the ones that it hands on, with their types. Their defaults and texts stand at the constructor that uses
-them, or in the group itself, see `keyword_groups`. `complete_signature` puts all of it together for whoever asks
-`inspect.signature`.
+A constructor only names the arguments that it adds and passes the others on, as `**kwargs: Unpack[SomeArgs]` (PEP 692),
+where SomeArgs lists the others with their types. Their defaults and descriptions are in the constructor that uses them,
+or in the group, see `keyword_groups`. `complete_signature` combines all of them for `inspect.signature`.
 """
 
 import difflib
@@ -21,7 +20,7 @@ from aezoo.training.model_names import display_name
 
 # what fits in the integers of torch and of a checkpoint
 _MAX_INTEGER = 2**63 - 1
-# no hyperparameter means more, and float32 loses every digit of a loss beside it
+# larger hyperparameters make no sense, and float32 would lose all digits of a loss in a sum with them
 _MAX_FLOAT = 1e9
 # of descriptions in a docstring
 _WIDTH = 112
@@ -54,7 +53,7 @@ def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
 
     Args:
         cls: a new class.
-        defaults: defaults of inherited arguments, in place of the parents'.
+        defaults: defaults of inherited arguments, instead of the parents'.
 
     Raises:
         AezooError: a default of an argument that the class does not have, or of another type.
@@ -155,7 +154,7 @@ def bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     try:
         given = signature.bind_partial(*args, **kwargs)
     except TypeError:
-        return {}  # the constructor's own message names the argument
+        return {}  # the message of the constructor names the argument
     given.apply_defaults()
     values = dict(given.arguments)
     for name, parameter in signature.parameters.items():
@@ -199,7 +198,7 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hint = f", did you mean {near[0]!r}?" if near else ""
             # not of the parent that gets **kwargs
             raise TypeError(f"{cls.__name__}.__init__() {error}{hint}") from None
-        return  # Python's own message names the argument
+        return  # Python's message names the argument
     for name, value in given.items():
         if name in hints and not _fits(value, hints[name]):
             takes_integers = tuple[int, ...] in (hints[name], *get_args(hints[name]))
@@ -226,7 +225,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if origin is Literal:
-        # a text that is none of the choices is refused by the constructor, which suggests the nearest
+        # if a text is not one of the choices, the constructor refuses it and suggests the most similar one
         return isinstance(value, tuple({type(choice) for choice in get_args(hint)}))
     if origin in (tuple, list):
         part = get_args(hint)[0] if get_args(hint) else Any

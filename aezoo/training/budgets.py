@@ -6,13 +6,13 @@ The command line and `aezoo.sklearn` choose by the same rules.
 import math
 from collections.abc import Sequence
 
-# of a sample of mnist5k, for which the models' own code sizes are meant
+# of a sample of mnist5k, for which the default code sizes of models are meant
 _USUAL_VALUES = 28 * 28
 # models whose latent_dim is the number of values in a code, fewer than those of a sample
 _FAMILIES = ("classic", "regularised", "variational")
 # codes grow by multiples of it; a smaller default, such as the 2 of a model that is drawn, is meant for all samples
 _UNIT = 8
-# batches that an epoch of few samples has at least
+# smallest number of batches in an epoch of few samples
 _BATCHES = 32
 _LEAST_BATCH, _LARGEST_BATCH = 16, 128
 # whichever a run of few samples reaches first
@@ -52,7 +52,7 @@ def choose_likelihood(default: str, input_shape: Sequence[int], unbounded: bool,
     Args:
         default: the default of the model.
         input_shape: shape of a sample.
-        unbounded: whether values leave this range before they are scaled.
+        unbounded: whether values are outside this range before they are scaled.
         scale: how they are scaled; None if `choose_scale` decides.
     """
     leaves = scale == "standard" or (unbounded and (scale == "none" or not _is_picture(input_shape)))
@@ -60,11 +60,11 @@ def choose_likelihood(default: str, input_shape: Sequence[int], unbounded: bool,
 
 
 def choose_scale(input_shape: Sequence[int], unbounded: bool, unit_interval: bool) -> str:
-    """Standard for tables and series whose values leave the range from 0 to 1, else auto.
+    """Standard for tables and series with values outside the range from 0 to 1, otherwise auto.
 
     Args:
         input_shape: shape of a sample.
-        unbounded: whether values leave this range.
+        unbounded: whether values are outside this range.
         unit_interval: whether the likelihood is one of values in this range.
     """
     return "standard" if unbounded and not unit_interval and not _is_picture(input_shape) else "auto"
@@ -82,7 +82,7 @@ def choose_batch_size(n_samples: int) -> int:
 
 
 def choose_max_epochs(n_samples: int, batch_size: int) -> int:
-    """Epochs: at least 20, and of few samples so many that the run takes 2,000 steps or sees 80,000 samples.
+    """Epochs: at least 20, and for few samples enough that the run takes 2,000 steps or trains on 80,000 samples.
 
     Args:
         n_samples: training samples of one process.
@@ -94,7 +94,7 @@ def choose_max_epochs(n_samples: int, batch_size: int) -> int:
 def choose_detector_epochs(n_samples: int, batch_size: int) -> int:
     """Epochs of a detector of anomalies in tables: 1,000 steps, at least 10 and at most 40 epochs.
 
-    Anomalies are among the samples, and a network that sees few samples for long learns them by heart.
+    The samples include anomalies, and a network that is trained on few samples for long also learns these.
 
     Args:
         n_samples: training samples.

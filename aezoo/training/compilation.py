@@ -14,7 +14,7 @@ from aezoo.errors import AezooError
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 # compiling may take this many seconds with an empty cache, and saves about this share of a step's arithmetic at this
-# many FLOP/s per thread, which is 0.51 ms of the dense step (measured 0.25 to 0.7 ms when gradients were a separate
+# many FLOP/s per thread, which are 0.51 ms of the dense step (measured 0.25 to 0.7 ms when gradients were a separate
 # graph, 1.3 ms on a Zen 5 since then, see benchmarks/results/speed-train-*.csv), or on a GPU this many seconds of
 # launches per step
 _COMPILE_SECONDS = 20.0
@@ -35,7 +35,7 @@ def check_mode(mode: str) -> str:
 
 
 def worth_compiling(parameters: int, batch_size: int, positions: int, steps: float, device: torch.device) -> bool:
-    """Whether a run of `steps` steps earns back what compiling its step costs.
+    """Whether a run of `steps` steps saves more time by a compiled step than compiling takes.
 
     The estimate uses sizes only, so the same command always decides the same: a resumed run must not differ.
     Convolutions on a CPU gain nothing.
@@ -72,7 +72,7 @@ def full_batch(loader: Any) -> int:
         return 0
     try:
         return min(size, len(loader.sampler))
-    except (AttributeError, TypeError, NotImplementedError):  # a stream, or a user's own loader
+    except (AttributeError, TypeError, NotImplementedError):  # a stream, or a loader of the user
         return size
 
 
@@ -99,13 +99,13 @@ class Compiled:
         compiles = self._size is None and len(x) >= self._least
         if compiles:
             self._size = len(x)
-        # an epoch's last batch is not worth a second compilation
+        # a second compilation for the last batch of an epoch takes more time than it saves
         if self._compiled is None or len(x) != self._size:
             return self._function(x, *rest)
         try:
             with consistent_compilation() if compiles else nullcontext():
                 return self._compiled(x, *rest)
-        except Exception as error:  # every back end fails in its own way, later too where a step is compiled anew
+        except Exception as error:  # every back end raises other errors, also later if a step is compiled again
             self._compiled = None
             self._before_retry()
             result = self._function(x, *rest)  # a fault of the model itself is raised here
@@ -126,7 +126,7 @@ def consistent_compilation() -> Iterator[None]:
     """Compile inside with the semantics of eager mode: no autocast in backward passes, and hooks added later run.
 
     Operations are not reordered for less memory either: torch 2.13 then reads an in-place sum before all is added, so
-    that a step as one graph has zero gradients behind layers that double a grid. These are settings of torch's
+    that a step as one graph has zero gradients before layers that double a grid. These are settings of torch's
     compilers, each of which may disappear. Checking for hooks costs no measurable time.
     """
     import torch._dynamo.config as of_graphs

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aezoo.training.interface import ModelInterface
 from aezoo.training.seeding import forked_rng
 
-# a fit of more than one of them is told how to be faster
+# if one of them is exceeded, the fit prints how to be faster
 MANY_PARAMETERS = 20_000_000
 LONG_STEP = 1.0  # seconds
 # FLOP/s of whole training steps in float32. Of a thread: the median of the networks of this package at their default
@@ -34,7 +34,7 @@ def seconds_per_step(model: ModelInterface, batch_size: int, device: torch.devic
     model = copy.deepcopy(model).train(not (dist.is_available() and dist.is_initialized()))
     try:
         few, more = (_flops(model, n, model.loss) for n in (_FEW, 2 * _FEW))
-    except (RuntimeError, AssertionError):  # of the counter, which does not follow a loss with its own gradients
+    except (RuntimeError, AssertionError):  # of the counter, which does not support a loss with custom gradients
         model.requires_grad_(False)  # it does not follow parameters that are inputs of a layer either
         few, more = (_flops(model, n, lambda x, _: model.forward(x)) for n in (_FEW, 2 * _FEW))
     per_sample = (more - few) / _FEW
@@ -64,7 +64,7 @@ def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str 
     parameters = sum(p.numel() for p in model.parameters())
     try:
         seconds = seconds_per_step(model, batch_size, device)
-    except Exception:  # a model that the first step will refuse with an error of its own
+    except Exception:  # a model that the first step will refuse with its error
         seconds = 0.0
     costs = [f"{parameters:,} parameters"] if parameters > MANY_PARAMETERS else []
     if seconds > LONG_STEP:

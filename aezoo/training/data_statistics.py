@@ -15,12 +15,11 @@ class DataStatistics:
     """Codes and scores of the data that a model was trained on.
 
     Attributes:
-        codes: (N, D) codes of training samples, which `generate` fits a prior to; None for a model with a prior of its
-            own.
+        codes: (N, D) codes of training samples, to which `generate` fits a prior; None for a model that has a prior.
         scores: (M,) scores of normal samples that the model was not trained on, by the name of the score, such as
             `deviance`: `detect` calibrates thresholds and p-values on them.
-        states: what a score has learnt from training samples, such as the mean code of `mahalanobis`: tensors by name,
-            by the name of the score, see `aezoo.tasks.detect_scores.Scorer.state`.
+        states: statistics of a score on training samples, such as the mean code of `mahalanobis`: tensors by name, by
+            the name of the score, see `aezoo.tasks.detect_scores.Scorer.state`.
     """
 
     PREFIX: ClassVar[str] = "data_statistics."
@@ -30,13 +29,13 @@ class DataStatistics:
     states: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def updated(self, new: "DataStatistics") -> "DataStatistics":
-        """The same with codes and scores of another one in place of its own; a score keeps no state of an older one."""
+        """A copy with codes and scores of another one; states of scores that these replace are removed."""
         states = {name: state for name, state in self.states.items() if name not in new.scores}
         codes = self.codes if new.codes is None else new.codes
         return DataStatistics(codes, {**self.scores, **new.scores}, {**states, **new.states})
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The statistics as named tensors, which are kept beside the weights."""
+        """The statistics as named tensors, which are stored with the weights."""
         named = {f"scores.{name}": scores for name, scores in self.scores.items()}
         named |= {} if self.codes is None else {"codes": self.codes}
         named |= {
@@ -50,12 +49,12 @@ class DataStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], code_size: int, what: str) -> "DataStatistics":
-        """What `to_tensors` gave, codes in float32, scores in float64 and states in their own types.
+        """Read what `to_tensors` returned: codes in float32, scores in float64, states in their dtypes.
 
         Args:
             tensors: the named tensors.
             code_size: D.
-            what: the file that holds them.
+            what: the file that contains them.
 
         Raises:
             AezooError: they are something else.

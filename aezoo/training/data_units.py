@@ -17,7 +17,7 @@ TABLES = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class DataUnits:
-    """How samples were made of data in their own units: (x - offset) / factor.
+    """The scaling of samples from the units of the data: (x - offset) / factor.
 
     Attributes:
         scaling: `offset` and `factor`, as in `aezoo.data.in_memory.Scale`; {} if nothing was scaled by statistics of
@@ -51,13 +51,13 @@ class DataUnits:
         return (x / 255 if x.dtype == np.uint8 else np.asarray(x, np.float64)) * factor + offset
 
     def shares_of_white(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Pictures as shares of white, in which those of the data were; as they are if white is unknown."""
+        """Pictures divided by the white of the data; unchanged if white is unknown."""
         if self.white is not None and (self.scaling or self.levels == 1):
             return self.values(x) / self.white
         return x / 255 if x.dtype == np.uint8 else x
 
     def to_plain(self) -> dict[str, Any]:
-        """The units as values that JSON holds exactly."""
+        """The units as values that JSON represents exactly."""
         scaling: dict[str, Any] = {key: self.scaling[key].tolist() for key in self.scaling}
         if scaling:
             scaling["dtype"] = "float32" if self.scaling["offset"].dtype == torch.float32 else "float64"

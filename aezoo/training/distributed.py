@@ -23,11 +23,11 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 
 from aezoo.errors import AezooError
 
-# seconds that a rank has for its own error message after another rank has failed
+# seconds that a rank has for its error message after another rank has failed
 GRACE = 5.0
 # seconds for threads to release tensors; a thread needs microseconds once it has a core
 _RELEASE_SECONDS = 0.2
-# seconds after which a file of another machine is seen on a file system that both share
+# seconds until a file of another machine is visible on a file system that both share
 _SHARED_SECONDS = 30.0
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -40,7 +40,7 @@ _LATE = ("timed out", "timeout", "time out")
 
 
 def limit_wait(trainer: Trainer, seconds: float) -> None:
-    """Set how long a collective waits for a rank, unless the strategy was built with its own timeout."""
+    """Set how long a collective waits for a rank, unless the strategy was built with a timeout."""
     if getattr(trainer.strategy, "_timeout", None) == _TORCH_DEFAULT_TIMEOUT:
         trainer.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
 
@@ -67,7 +67,7 @@ def connect(trainer: Trainer) -> None:
 
     torch 2.13 assumes a new store for each attempt (`rendezvous._create_c10d_store`), but torchrun reuses the store. A
     process that reads another's address before it is renewed would get that of a dead process. The number of restarts
-    is no name: a machine that comes back begins at 0.
+    cannot be used as a name: a machine that joins again begins at 0.
 
     Raises:
         AezooError: the machines do not share the folder of the run.
@@ -99,8 +99,8 @@ def connect(trainer: Trainer) -> None:
 def attempt_name(store: Any, rank: int, world: int, wait: timedelta) -> str:
     """A new name on which all ranks of an attempt agree, in a store with entries of earlier attempts.
 
-    Each rank leaves a word of its own, and rank 0 answers all words it finds, also those of dead processes, until all
-    living ones have its answer.
+    Each rank writes a file, and rank 0 answers all files that it finds, also those of dead processes, until all living
+    ones have its answer.
 
     Raises:
         TimeoutError: a rank is missing.
@@ -127,11 +127,11 @@ def check_shared_folder(folder: Path, rank: int) -> None:
     """Refuse machines that do not share the folder of the run, in which only rank 0 writes checkpoints.
 
     Args:
-        folder: that of rank 0; others may not know it yet.
+        folder: that of rank 0; it may be unknown to others.
         rank: this process.
 
     Raises:
-        AezooError: rank 0 has written a file that another rank cannot see.
+        AezooError: another rank cannot see a file that rank 0 has written.
     """
     told: list[Any] = [None]
     if not rank:
@@ -164,7 +164,7 @@ def disconnect() -> None:
 def release_collectives_at_exit(trainer: Trainer) -> None:
     """Before the interpreter of one of several processes exits, let threads release the last collective's tensors.
 
-    Call it wherever processes exchange something, because that may be their last exchange.
+    Call it after every exchange between processes, because it may be the last one.
 
     The threads answer a waiting caller before they release tensors. A thread that returns a tensor to an exiting
     interpreter aborts the process, which torchrun then reports as failed (torch 2.13, pytorch issue 190489). Destroying
@@ -184,7 +184,7 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
     """After an error, end the ranks that this one launched, or the launcher if it does not respond.
 
     Returns:
-        What to say in place of the error, if it only follows from the end of another rank: that rank's own error.
+        The message to show instead of the error, if this only follows from the end of another rank: that rank's error.
     """
     procs = getattr(trainer.strategy.launcher, "procs", [])
     rank, launched = trainer.global_rank, [*procs]

@@ -36,7 +36,7 @@ class HubMethods:
             force_download: download files even if they are in the cache.
             token: token of the hub; by default the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
             cache_dir: folder of downloaded files; by default huggingface_hub's.
-            local_files_only: take files from the cache alone.
+            local_files_only: only use files in the cache.
             revision: a branch, a tag or a commit of the repository.
             **model_kwargs: hyperparameters that shall differ from the saved ones and fit the weights.
 

@@ -1,4 +1,4 @@
-"""Constructor arguments recorded as hyperparameters, which checkpoints and loggers hold."""
+"""Constructor arguments recorded as hyperparameters, for checkpoints and loggers."""
 
 import copy
 import inspect

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aezoo.training.interface import ModelInterface
 
 _GUARDED = "_aezoo_guarded"
-# what is called from outside with data, and the attribute that says their shape
+# methods that users call with data, and the attribute with their shape
 _SHAPES = {
     "encode": "input_shape",
     "decode": "code_shape",
@@ -61,7 +61,7 @@ def warn_unused_parts(batch: Any) -> None:
 
 
 def not_finite(x: Tensor) -> Tensor:
-    """Which samples hold values that are not finite, (B, ...) -> (B,) bool."""
+    """Which samples have values that are not finite, (B, ...) -> (B,) bool."""
     return (~x.isfinite()).flatten(1).any(1)
 
 
@@ -131,7 +131,7 @@ def code_shape(model: "ModelInterface") -> tuple[int, ...]:
 
 
 def check_reconstruction(model: "ModelInterface") -> None:
-    """Refuse a model of the user's own that reconstructs samples in another shape; such a loss may even train.
+    """Refuse a model of the user that reconstructs samples in another shape; its loss may even decrease.
 
     Raises:
         AezooError: it does.
@@ -205,7 +205,7 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
 
 
 def _at_size_of(model: "ModelInterface", x: Any, shape: str) -> "ModelInterface | None":
-    """The model for inputs of another size; None if they have its own, or are none of its inputs."""
+    """The model for inputs of another size; None if they have its size, or are not valid inputs."""
     if not isinstance(x, Tensor) or tuple(x.shape[1:]) == getattr(model, shape):
         return None
     for_inputs = sizes.for_samples if shape == "input_shape" else sizes.for_codes

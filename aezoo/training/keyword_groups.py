@@ -1,6 +1,6 @@
 """Groups of constructor arguments: `**settings: Unpack[Group]` (PEP 692) as if each argument were written out.
 
-A group is a TypedDict whose annotations hold defaults and descriptions:
+A group is a TypedDict whose annotations contain defaults and descriptions:
 
     class ImageArgs(TypedDict, total=False):
         size: Annotated[int | None, Argument(None, "Resize images to this.")]
@@ -32,7 +32,7 @@ class Argument:
 
 
 def arguments_of(group: type) -> dict[str, Argument]:
-    """The arguments of a group by name, without those whose annotation holds no `Argument`."""
+    """The arguments of a group by name, without those whose annotation has no `Argument`."""
     hints = get_type_hints(group, include_extras=True).items()
     return {name: part for name, hint in hints for part in get_args(hint) if isinstance(part, Argument)}
 

@@ -14,7 +14,7 @@ def is_built_in(cls: type) -> bool:
 
 
 def display_name(cls: type) -> str:
-    """The registry name of a class as messages show it; its own name if it is not registered."""
+    """The registry name of a class as shown in messages; the name of the class if it is not registered."""
     return name_of(cls) or cls.__name__
 
 

@@ -1,4 +1,4 @@
-"""What a fit of every model does beside its steps: set up, compile, restore and write checkpoints, clean up."""
+"""What a fit does besides its steps: set up, compile, restore and write checkpoints, clean up."""
 
 from contextlib import ExitStack
 from typing import Any

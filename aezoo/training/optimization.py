@@ -16,10 +16,10 @@ class Optimization(TrainingSteps):
     """Builds the optimiser and schedule that a model's hyperparameters name."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of parameters for the optimiser, which may have their own settings.
+        """Groups of parameters for the optimiser, which may have different settings.
 
-        Each player of an adversarial model has a group: if every parameter gets the gradient of its own player's loss
-        only, one backward pass and one optimiser of disjoint groups are equivalent to several optimisers.
+        Each player of an adversarial model has a group: if every parameter only gets the gradient of the loss of its
+        player, one backward pass and one optimiser of disjoint groups are equivalent to several optimisers.
         """
         return [{"params": [*self.parameters()]}]
 
@@ -48,7 +48,7 @@ class Optimization(TrainingSteps):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def _hook_into(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook into the optimiser what a Trainer would call this module for, for steps of a user's own loop."""
+        """Add hooks to the optimiser for what a Trainer would call in this module, for a training loop of the user."""
 
         def after(*_: Any) -> None:
             if "steps" in self._buffers:
@@ -67,7 +67,7 @@ class Optimization(TrainingSteps):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _renew_optimizer(self) -> None:
-        """Let hyperparameters that were given anew to a resumed run replace those of its checkpoint."""
+        """Replace hyperparameters of the checkpoint by those that were given to the resumed run."""
         own = getattr(self.configure_optimizers, "__func__", None) is Optimization.configure_optimizers
         if self.trainer.ckpt_path is None or not own:
             return

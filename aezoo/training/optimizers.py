@@ -144,7 +144,7 @@ def build(
     if fused and has_kernel and devices <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters):
         settings["fused"] = True
         if name in ("adam", "adamw") and parameters and parameters[0].device.type == "cuda":
-            settings["capturable"] = True  # a CUDA graph can hold the step
+            settings["capturable"] = True  # a CUDA graph can contain the step
     return OPTIMIZERS[name](parameters, **settings)
 
 
@@ -161,7 +161,7 @@ def _has_adagrad(devices: set[str]) -> bool:
 def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, trainer: "Trainer") -> LambdaLR:
     """A schedule over optimiser steps: linear warm-up, then `name` until the trainer's last step.
 
-    The number of steps is read at the second step, when the loop knows it: reading
+    The number of steps is read at the second step, when the loop has counted it: reading
     `Trainer.estimated_stepping_batches` here would build the loaders before their state is restored (Lightning #20550).
 
     Raises:

@@ -27,7 +27,7 @@ class OutputCache:
 
     @contextmanager
     def used_by(self, *networks: Any) -> Iterator[None]:
-        """Inside, these networks give copies of their last outputs; what is no network is ignored.
+        """Inside, these networks return copies of their last outputs; other objects are ignored.
 
         Args:
             networks: in evaluation mode.

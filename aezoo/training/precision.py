@@ -16,7 +16,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 @contextmanager
 def buffers_kept_in_float32(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """For `nn.Module._apply`: within it, a cast to half precision leaves these buffers of a module as they are.
+    """For `nn.Module._apply`: within it, a cast to half precision does not change these buffers of a module.
 
     A step of a running mean below 1/256 of its value would have no effect in bfloat16.
     """

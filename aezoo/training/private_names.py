@@ -1,7 +1,7 @@
 """Names that libraries keep private and that aezoo uses all the same, each with its reason.
 
-`tests/training/test_private_names.py` looks for each in the installed versions, and for uses that are not listed. A
-public way is better: take it, and delete the entry.
+`tests/training/test_private_names.py` looks for each in the installed versions, and for uses that are not listed. If
+there is a public alternative, use it, and delete the entry.
 """
 
 from dataclasses import dataclass

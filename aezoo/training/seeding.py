@@ -27,9 +27,9 @@ def mix(*numbers: int) -> int:
 
 
 def uniform(rows: Tensor, n: int, *numbers: int) -> Tensor:
-    """Random numbers in [0, 1), n for each row, which depend on `numbers` and that row alone: (B,) -> (B, n), float64.
+    """Random numbers in [0, 1), n for each row, which depend only on `numbers` and that row: (B,) -> (B, n), float64.
 
-    Each row has a stream of splitmix64 of its own.
+    Each row has a separate stream of splitmix64.
 
     Args:
         rows: integers of at least 0, on the CPU.
@@ -63,7 +63,7 @@ def seed_all(seed: int, device: torch.device, *, others: bool = True) -> None:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Restore torch's random states at the end, whatever is drawn or seeded inside."""
+    """Restore torch's random states at the end, so that draws and seeds inside have no effect on them."""
     # torch's fork_rng covers the CPU and CUDA; manual_seed also seeds Apple's GPUs
     apple = torch.mps.get_rng_state() if device.type == "mps" else None
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aezoo.training.interface import ModelInterface
 
 Model = TypeVar("Model", bound="ModelInterface")
-# what is set on a model, beside its weights and hyperparameters
+# attributes that are set on a model, in addition to its weights and hyperparameters
 _SETTINGS = ("compile_mode", "importance_samples", "data_units", "takes_bytes", "quality")
 _FIXED = (
     "its weights belong to this size; resize the data (--data.size), or train a convolutional model whose code is a "
@@ -30,7 +30,7 @@ def at_size(model: Model, size: Sequence[int]) -> Model:
     """The same model for samples of another size; it shares the weights.
 
     The weights of convolutions do not depend on the size of a sample, so a convolutional model whose code is a map
-    takes any. Each side halves from stage to stage, rounded up, and the decoder gives exactly the sides that it came
+    accepts any. Each side halves from stage to stage, rounded up, and the decoder gives exactly the sides that it came
     from: nothing is padded or cropped.
 
     Args:
@@ -81,7 +81,7 @@ def takes_any_size(model: "ModelInterface") -> bool:
 
 
 def stride_of(model: "ModelInterface") -> tuple[int, ...] | None:
-    """Points of a sample that a place of the code stands for, along each side; None if the code is no such map."""
+    """Points of a sample for each position of the code, along each side; None if the code is not such a map."""
     if len(model.code_shape) != len(model.input_shape) or len(model.input_shape) < 2:
         return None
     sides = model.input_shape[1:]
@@ -99,17 +99,17 @@ def for_samples(model: Model, shape: tuple[int, ...]) -> Model | None:
     """The model for samples of this shape; None if they have other channels or dimensions.
 
     Raises:
-        AezooError: it takes no other size.
+        AezooError: it accepts no other size.
     """
     own = model.input_shape
     return at_size(model, shape[1:]) if len(own) == len(shape) > 1 and own[0] == shape[0] else None
 
 
 def for_codes(model: Model, shape: tuple[int, ...]) -> Model | None:
-    """The model whose codes have this shape: for samples of as many points as its places stand for.
+    """The model whose codes have this shape: for samples of the number of points of its positions.
 
     Raises:
-        AezooError: it takes no other size.
+        AezooError: it accepts no other size.
     """
     own = model.code_shape
     if len(own) != len(shape) or own[0] != shape[0] or (strides := stride_of(model)) is None:

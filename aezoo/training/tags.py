@@ -1,12 +1,12 @@
 """Tags: pretrained weights by name, such as `vae.mnist`, read from JSON files without torch.
 
-The package's own are in `aezoo/weights/tags.json`. A third-party package names such a file in an entry point:
+Those of this package are in `aezoo/weights/tags.json`. A third-party package names such a file in an entry point:
 
     [project.entry-points."aezoo.weights"]
     my_package = "my_package:pretrained.json"
 
 The file maps each tag, `NAME.TAG` with the name of a registered model, to an object with the fields of `Tag`. A source
-is a folder beside the file, as `aezoo.save_model` writes it, or an address `hf://owner/name[/path]`.
+is a folder next to the file, as `aezoo.save_model` writes it, or an address `hf://owner/name[/path]`.
 """
 
 import json
@@ -36,8 +36,8 @@ class Figure:
         metric: its name, e.g. `mse` or `log p(x)`.
         value: its value.
         split: the samples that it was measured on, e.g. `test`.
-        seeds: seeds of the trainings that it is the mean of; () where they are not known.
-        note: what else one must know to compare it.
+        seeds: seeds of the trainings over which it is the mean; () if unknown.
+        note: further information that is needed to compare it.
     """
 
     metric: str
@@ -56,18 +56,18 @@ class Tag:
 
     Attributes:
         name: `NAME.TAG`.
-        source: the folder that holds them, or an address on the hub without revision.
+        source: the folder that contains them, or an address on the hub without revision.
         sha256: SHA-256 of each file, by its name in the source.
         license: SPDX identifier of the weights' licence.
         input_shape: shape of one sample.
         input_range: smallest and largest value of a sample.
-        data: settings of the DataModule that gives the data: `name`, and what else changes the samples.
+        data: settings of the DataModule for the data: `name`, and others that change the samples.
         revision: commit of a source on the hub; None for a folder.
-        bytes: size of the files; 0 where it is not known.
+        bytes: size of the files; 0 if unknown.
         figures: what we measured, the most important one first.
-        authors_figure: what the authors state; None if they state nothing, or are ourselves.
-        recipe: settings of the training, or the paper's; empty where they are not known.
-        command: the command that made the weights; empty where it is not known.
+        authors_figure: what the authors state; None if they state nothing, or for our own weights.
+        recipe: settings of the training, or the paper's; empty if unknown.
+        command: the command that made the weights; empty if unknown.
         owner: the distribution that provides the entry.
     """
 
@@ -136,7 +136,7 @@ def read(path: Path, owner: str) -> dict[str, Tag]:
     """The tags in a JSON file.
 
     Args:
-        path: the file; folders are relative to its own.
+        path: the file; folders are relative to its folder.
         owner: the distribution that provides it.
 
     Raises:

@@ -9,5 +9,5 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether a graph is being exported, which should contain torch's own operators."""
+    """Whether a graph is being exported, which should only contain torch's operators."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a class of models says of itself."""
+"""Properties that a class of models declares."""
 
 import difflib
 import re
@@ -24,7 +24,7 @@ TAGS = {
 
 
 class Traits:
-    """What a class says of itself in its first line: `class MyVAE(Autoencoder, has_prior=True)`.
+    """Properties that a class declares in its first line: `class MyVAE(Autoencoder, has_prior=True)`.
 
     Subclasses inherit the values.
 
@@ -32,14 +32,14 @@ class Traits:
         has_prior: whether `sample` works.
         normal_prior: whether q(z|x) is the diagonal Gaussian of `posterior(x)`, its mean and log-variance, and p(z) is
             N(0, I).
-        sparse_code: whether most entries of a code should be zero; a constructor may say so of its instance.
+        sparse_code: whether most entries of a code should be zero; a constructor may set it for its instance.
         discrete_code: whether a code can be written as indices, see `aezoo.bases.quantised`.
         compares_samples: whether the loss compares the samples of a batch, and so depends on the batch size.
-        reads_labels: whether labels tell which samples of a batch belong together, whatever the number of labels.
-        not_averaged: names of buffers that hold single codes or samples, which must not be averaged over steps.
+        reads_labels: whether labels define which samples of a batch belong together, for any number of labels.
+        not_averaged: names of buffers that contain single codes or samples, which must not be averaged over steps.
         steps_differ: whether the computation of a training step depends on random draws, so that one graph does not
             fit all steps and a fit never compiles it.
-        takes_missing: whether samples may lack parts, whose values are then all NaN, see `aezoo.bases.multimodal`.
+        takes_missing: whether samples may have missing parts, whose values are all NaN, see `aezoo.bases.multimodal`.
         score_term: name of what `score` adds to -log p(x | z), such as kl, for explanations of `detect`; if empty,
             other terms.
         tags: what the model is for, some of `TAGS`, the most important first; `aezoo list --tag` finds it by them.
@@ -87,7 +87,7 @@ def check_tag(text: object, where: str = "") -> str:
         where: the beginning of the error message.
 
     Raises:
-        AezooError: it is none; the message suggests the nearest.
+        AezooError: it is not a tag; the message suggests the most similar one.
     """
     spelled = re.sub(r"[-_ ]+", " ", str(text)).strip().lower()
     if spelled in TAGS:

@@ -1,1 +1,1 @@
-"""Models of the zoo in the formats of other libraries, one format a file."""
+"""Models of the zoo in the formats of other libraries, one file for each format."""

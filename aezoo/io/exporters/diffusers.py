@@ -62,7 +62,7 @@ def save_diffusers(model: Autoencoder, folder: str | Path) -> Path:
     config = {"_class_name": name, "_diffusers_version": _VERSION, **config}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    metadata = {"format": "pt"}  # which diffusers asks for
+    metadata = {"format": "pt"}  # which diffusers needs
     atomic_files.write(folder / diffusers.WEIGHTS, lambda file: file.write(save(content, metadata)), cure=cure)
     atomic_files.write(folder / diffusers.CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return folder

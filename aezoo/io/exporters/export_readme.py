@@ -1,4 +1,4 @@
-"""The README.md beside exported files: for each file what it takes and gives, and how to run it."""
+"""The README.md in the folder of exported files: input, outputs and an example for each file."""
 
 import json
 import re
@@ -47,7 +47,7 @@ class Readme:
 
     Args:
         folder: the folder.
-        force: whether a README.md that is none of these may be replaced.
+        force: whether another README.md may be replaced.
 
     Raises:
         AezooError: there is such a file.
@@ -132,7 +132,7 @@ def _shape(shape: list[Any]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    # a name may hold anything, also line breaks and the signs of Markdown
+    # a name may contain anything, also line breaks and characters of Markdown
     shown = [re.sub(r"\s+", " ", str(name)).replace("`", "'") for name in names[:_MAX_COLUMNS]]
     more = f" and {len(names) - _MAX_COLUMNS:,} more, in the metadata" if len(names) > _MAX_COLUMNS else ""
     return ", ".join(f"`{name}`" for name in shown) + more

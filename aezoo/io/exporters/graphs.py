@@ -1,7 +1,7 @@
 """Functions of a model in files that run without aezoo: ONNX graphs, programs of torch.export, and plain weights.
 
 A graph takes samples in the units of the data that the model was trained on, in batches of any size: their scaling is
-part of it. What else a user needs is in the file's metadata, as strings.
+part of it. Other information for the user is in the file's metadata, as strings.
 
 Shapes: B batch.
 """
@@ -35,10 +35,10 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decode_indices": ("indices", ("x_hat",)),
 }
 FORMATS = ("onnx", "pt2", "safetensors")
-# a protobuf holds 2 GiB; weights beyond lie in a second file
+# a protobuf is limited to 2 GiB; larger weights are in a second file
 _LARGE = 2**30
 _METADATA = "metadata.json"
-# least and largest version of the operators that torch's exporter writes
+# smallest and largest version of the operators that torch's exporter writes
 OPSETS = (18, 23)
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -59,16 +59,16 @@ class Function(nn.Module):
     Args:
         model: see `portable_copy`.
         name: one of `FUNCTIONS`, and of those that the model has.
-        units: of the data that the model was trained on; None leaves samples in the scale that the model sees.
-        score: for `score`, in place of `model.anomaly_score`.
-        threshold: for `score`: larger scores are anomalies, which a second output says. A score is compared in its own
-            type: float64 for those that detect computes so.
+        units: of the data that the model was trained on; None does not scale samples.
+        score: for `score`, instead of `model.anomaly_score`.
+        threshold: for `score`: larger scores are anomalies, which is a second output. A score is compared in its dtype:
+            float64 for those that detect computes in float64.
         reference: for `score`: (n,) scores of calibration samples, for p-values as a third output.
 
     Attributes:
         input_name: name of the input.
         output_names: names of the outputs.
-        input_dtype: bytes (uint8) if the data were, indices int64, else float32, or float64 for data in float64.
+        input_dtype: uint8 if the data were bytes; int64 for indices; otherwise float32, or float64 for data in float64.
         input_shape: of one sample, code or array of indices.
         has_bytes: whether the data are bytes.
         score: the score that is exported.
@@ -134,7 +134,7 @@ class Function(nn.Module):
         return (*outputs, (1 + at_least).double() / (n + 1))
 
     def input_of(self, samples: Tensor) -> Tensor:
-        """The input for samples as the model sees them: (B, *model.input_shape) -> (B, *input_shape)."""
+        """The input of the graph for scaled samples: (B, *model.input_shape) -> (B, *input_shape)."""
         if self.input_name == "z":
             return self.model.encode(samples)
         if self.input_name == "indices":
@@ -185,7 +185,7 @@ def program(function: nn.Module, example: Tensor) -> Any:
     with _quiet():
         try:
             return torch.export.export(function, (example,), **settings)
-        except Exception:  # of any kind; Dynamo keeps some batch sizes free that plain tracing fixes
+        except Exception:  # of any kind; Dynamo allows any batch size in some cases in which plain tracing fixes it
             return torch.export.export(function, (example,), strict=True, **settings)
 
 
@@ -303,7 +303,7 @@ class _Recorder(TorchFunctionMode):
         self.read: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # an attribute, such as the dtype, is no value; a view of it, such as .T, has the same memory
+        # an attribute, such as the dtype, is not a value; a view of it, such as .T, has the same memory
         if getattr(func, "__name__", "") != "__get__":
             self._record([args, kwargs])
         return func(*args, **(kwargs or {}))
@@ -325,7 +325,7 @@ def _storages_read(function: nn.Module, example: Tensor) -> set[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says of its own ways to export."""
+    """Suppresses messages of torch about its export functions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.no_grad():
@@ -334,9 +334,9 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "_check_is_size will be removed")
         # of the likelihood, which is another one within `anomaly_score` and the same after it
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
-        # torch 2.12 says so of the bytes of a program that it loads
+        # torch 2.12 warns of this for the bytes of a program that it loads
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        # torch deep-copies its own deprecated class
+        # torch deep-copies one of its deprecated classes
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
         try:
             for logger in loggers:

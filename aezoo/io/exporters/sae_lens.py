@@ -53,15 +53,15 @@ def save_sae_lens(
         model: sae_l1, gated_sae, jumprelu_sae, topk_sae, abs_topk_sae, batch_topk_sae, matryoshka_sae, or a transcoder
             of one row into another with relu or jumprelu.
         folder: created if it does not exist; each of the two files is replaced atomically.
-        metadata: what SAELens and Neuronpedia want to know, plain values such as model_name and hook_name.
-        scaling: of the activations that the model was trained on, see `aezoo.save_model`; the folder then works on raw
-            activations.
+        metadata: plain values for SAELens and Neuronpedia, such as model_name and hook_name.
+        scaling: of the activations that the model was trained on, see `aezoo.save_model`; the saved model then takes
+            raw activations.
 
     Returns:
         The folder.
 
     Raises:
-        AezooError: SAELens has no such model, the metadata are no plain values, the scaling cannot be folded into the
+        AezooError: SAELens has no such model, the metadata are not plain values, the scaling cannot be folded into the
             weights, or the files cannot be written.
     """
     name = name_of(type(model)) or type(model).__name__

@@ -66,7 +66,7 @@ def find(source: WeightSource) -> Importer | None:
     """The importer whose format the files have; None if there is none.
 
     Raises:
-        AezooError: a file that must be read to tell is damaged or unsafe.
+        AezooError: a file that must be read to find the format is damaged or unsafe.
     """
     for name in IMPORTERS:
         importer = cast(Importer, importlib.import_module(f"{__name__}.{name}"))
@@ -82,7 +82,7 @@ def import_model(address: str | Path) -> Imported:
         address: a file or a folder, or `hf://owner/name[/path][@revision]` with a file or folder of the repository.
 
     Returns:
-        The model, what was found and what was done; `aezoo.save_model(imported.model, FOLDER)` keeps it.
+        The model, what was found and what was changed; `aezoo.save_model(imported.model, FOLDER)` saves it.
 
     Raises:
         AezooError: there is no such path; its format is not known; or it is damaged, unsafe or of a kind that no
@@ -97,7 +97,7 @@ def import_model(address: str | Path) -> Imported:
 
 
 def import_if_known(address: str | Path, lenient: bool = False) -> Imported | None:
-    """As `import_model`, but None for a format that is not known; if lenient, also where a file cannot be read."""
+    """As `import_model`, but None for an unknown format; if lenient, also if a file cannot be read."""
     source = WeightSource(address)
     try:
         importer = find(source)

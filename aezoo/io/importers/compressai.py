@@ -1,7 +1,7 @@
 """Checkpoints of CompressAI, https://github.com/InterDigitalInc/CompressAI, as the model `compressai`.
 
-They are the weights alone, as published, or beside other values as its training scripts save them. Names tell the
-architecture, shapes the channels. The names of older versions are known, and those of models in DataParallel.
+A file has only the weights, as published, or also other values, as the training scripts save them. The architecture is
+found from names and the number of channels from shapes. Names of older versions and of DataParallel are supported.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _NAMES = (
     (r"^quantiles_C3$", _QUANTILES),
 )
 _TAIL = math.log(2 / TAIL_MASS - 1)
-# what is the same in all files; with other values the networks would compute something else
+# values that are equal in all files; with others the networks would give other results
 _CONSTANTS: dict[str, tuple[float, ...]] = {
     "reparam.pedestal": (PEDESTAL,),
     "beta_reparam.lower_bound.bound": ((LEAST_BETA + PEDESTAL) ** 0.5,),
@@ -213,7 +213,7 @@ def _filled(
             raise AezooError(f"{what} has no {key}, which {settings['architecture']} has: it is damaged")
         if not value.is_floating_point():
             raise AezooError(f"{what}: {key} has {value.dtype} in place of real numbers")
-        # beside these, others have axes of length 1
+        # all others have axes of length 1 in addition
         if [n for n in value.shape if n != 1] != [n for n in parameter.shape if n != 1]:
             raise AezooError(
                 f"{what}: {key} has shape {tuple(value.shape)}, the others ask for {tuple(parameter.shape)}"

@@ -77,7 +77,7 @@ def _jumprelu(tensors: dict[str, Tensor], trainer: dict[str, Any], label: str) -
 
 def _topk(tensors: dict[str, Tensor], trainer: dict[str, Any], label: str) -> SparseDictionary:
     k = _k(tensors, trainer, label)
-    # the threshold is that of another way to encode, which is not the default
+    # the threshold is only used by another way to encode, which is not the default
     found = float_tensors(_without(tensors, "k"), label, (*_LINEAR, "b_dec"), ["threshold"])
     return _linear(found, found["b_dec"], activation="topk", k=k, centred=True)
 

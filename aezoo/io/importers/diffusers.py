@@ -1,10 +1,10 @@
 """Image autoencoders of Hugging Face's diffusers: folders, pipelines, weights in one or several files, single files.
 
-A folder has `config.json`, which names the class and its arguments, and weights beside it. A pipeline has
-`model_index.json`, which names the class of each component; the autoencoder is found there. A single file has weights
-alone, whose names and shapes tell the arguments: those of AutoencoderKL and VQModel, or of AutoencoderDC as in
-https://github.com/dc-ai-projects/DC-Gen, see https://github.com/mit-han-lab/efficientvit. The layout of latent
-diffusion is that of `aezoo.io.importers.taming`.
+A folder has weights and `config.json`, which names the class and its arguments. A pipeline has `model_index.json`,
+which names the class of each component, among them the autoencoder. A single file has only weights, and the arguments
+are found from their names and shapes: those of AutoencoderKL and VQModel, or of AutoencoderDC as in
+https://github.com/dc-ai-projects/DC-Gen, see https://github.com/mit-han-lab/efficientvit. For the layout of latent
+diffusion, see `aezoo.io.importers.taming`.
 
 Weights become `diffusers_ae`, with the class of diffusers inside.
 """
@@ -54,7 +54,7 @@ def read(source: WeightSource) -> Imported:
     """The model as `diffusers_ae`.
 
     Raises:
-        AezooError: its class, configuration, weights or files are not ones that can be read; or diffusers is missing.
+        AezooError: its class, configuration, weights or files are not supported; or diffusers is missing.
     """
     folder = _folder_of(source)
     if folder is None:
@@ -115,7 +115,7 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
 
 
 def _side_of_decoder(arguments: dict[str, Any]) -> int | None:
-    """Side of the samples that AutoencoderRAE returns; None if its arguments are no numbers that it takes."""
+    """Side of the samples that AutoencoderRAE returns; None if its arguments are not valid numbers."""
     keys = ("encoder_input_size", "encoder_patch_size", "patch_size")
     size, patch, patch_of_decoder = (arguments.get(key) for key in keys)
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(patch_of_decoder, int) and patch > 0):
@@ -206,7 +206,7 @@ def _numbers(keys: Iterable[str], pattern: str) -> list[int]:
 
 
 def _folder_of(source: WeightSource) -> str | None:
-    """Where a `config.json` of diffusers is: "", or "vae/" and the like in a pipeline; None if there is none."""
+    """Where a `config.json` of diffusers is: "", or a folder of a pipeline such as "vae/"; None if there is none."""
     if _names_a_class(source, diffusers.CONFIG):
         return ""
     if source.given not in (None, INDEX):
@@ -245,7 +245,7 @@ def _weight_files(source: WeightSource, folder: str) -> list[str]:
     """The files with the weights of a folder: one, or those that an index names.
 
     Raises:
-        AezooError: there are none, several variants, or the index names other files than such ones beside it.
+        AezooError: there are none, several variants, or the index names other files than weights in its folder.
     """
     if source.given is not None and source.given.endswith(SUFFIXES):
         return [source.given]
@@ -315,7 +315,7 @@ _DC_NAMES = (
 
 
 def _needs_config(keys: Iterable[str]) -> str | None:
-    """The class of weights that do not tell its arguments, such as a number of heads or of groups."""
+    """The class of weights from which its arguments, such as a number of heads or groups, cannot be found."""
     marks = {
         "decoder_unet.conv_in.weight": split_diffusers.CONSISTENCY,
         "decoder.trainable_cls_token": split_diffusers.RAE,
@@ -372,7 +372,7 @@ def _infer_dc(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
         for part, blocks in (("encoder", "down"), ("decoder", "up")):
             stages = range(max(_numbers(state, rf"{part}\.{blocks}_blocks\.(\d+)\.")) + 1)
             each = [_dc_stage(state, f"{part}.{blocks}_blocks.{i}") for i in stages]
-            # a first stage without layers is passed in one step, and its width is nowhere
+            # a first stage without layers is skipped, and its width is not in the file
             found[f"{part}_block_out_channels"] = [stage["width"] or each[1]["width"] for stage in each]
             for key, name in (("layers", "layers_per_block"), ("type", "block_types"), ("scales", "qkv_multiscales")):
                 found[f"{part}_{name}"] = [stage[key] for stage in each]

@@ -1,8 +1,8 @@
 """Gemma Scope's folders: `params.npz` with a JumpReLU SAE or transcoder (Lieberum et al. 2024).
 
-Source: https://arxiv.org/abs/2408.05147, https://huggingface.co/google/gemma-scope. The files do not say whether they
-hold a transcoder, nor whether it reads embeddings, whose scale of sqrt(d) must be folded in. Names of the repository
-and its folders do, e.g. `gemma-scope-2b-pt-transcoders` and `embedding/width_4k`.
+Source: https://arxiv.org/abs/2408.05147, https://huggingface.co/google/gemma-scope. The files do not state whether they
+contain a transcoder, nor whether its input are embeddings, whose scale of sqrt(d) must be folded in. This follows from
+names of the repository and its folders, e.g. `gemma-scope-2b-pt-transcoders` and `embedding/width_4k`.
 """
 
 import math

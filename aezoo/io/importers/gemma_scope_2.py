@@ -1,7 +1,7 @@
 """Gemma Scope 2's folders: `params.safetensors` with a JumpReLU SAE or transcoder, and `config.json`.
 
-Source: https://huggingface.co/google/gemma-scope-2 and SAELens' loader of them. `hf_hook_point_out` of the
-configuration, or the names of folders where there is none, say whether it is a transcoder.
+Source: https://huggingface.co/google/gemma-scope-2 and SAELens' loader. Whether it is a transcoder follows from
+`hf_hook_point_out` of the configuration or, without a configuration, from the names of folders.
 """
 
 from aezoo.errors import AezooError

@@ -101,7 +101,7 @@ def _in_raw_units(dictionary: SparseDictionary, config: dict[str, Any], label: s
 
 
 def _norms_of(tensors: dict[str, Tensor], config: dict[str, Any], label: str) -> dict[str, Any]:
-    """The mean norms of activations that newer files hold beside the weights."""
+    """The mean norms of activations, which newer files contain in addition to the weights."""
     read_at = config.get("hook_point_in")
     sides = {"in": read_at, "out": config.get("hook_point_out") or read_at}
     found = {side: tensors.get(f"{_NORM}.{hook}") for side, hook in sides.items()}

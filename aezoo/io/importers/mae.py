@@ -97,7 +97,7 @@ class _Reader:
         config: that of transformers, or the settings of a training script of the authors.
 
     Attributes:
-        notes: what is to be known of the model.
+        notes: notes for the user of the model.
     """
 
     def __init__(self, label: str, state: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ class _Reader:
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor, which must have as many values as the shape that it is given."""
+        """A tensor, reshaped to a shape with the same number of values."""
         tensor = self.state.pop(name, None)
         if tensor is None:
             raise AezooError(f"{self.label} has no {name}: it is damaged, or another model")

@@ -23,7 +23,7 @@ def shape_of(value: Any, what: str) -> tuple[int, ...]:
         what: its name with its file, for messages.
 
     Raises:
-        AezooError: it is no list of 1 to 4 whole numbers above 0 and below 2^31.
+        AezooError: it is not a list of 1 to 4 integers above 0 and below 2^31.
     """
     if (
         not isinstance(value, list)
@@ -37,7 +37,7 @@ def shape_of(value: Any, what: str) -> tuple[int, ...]:
 
 
 class Settings:
-    """Values of a configuration, each checked when it is asked for.
+    """Values of a configuration, each checked when it is read.
 
     Args:
         values: by their names.

@@ -2,13 +2,13 @@
 
 Source: https://github.com/AgatheSenellart/MultiVae, 1.0.3. Each modality has an encoder with one or two hidden layers
 of 512 units and a decoder with one, which ends in a sigmoid: a normal distribution becomes the likelihood
-`sigmoid_gaussian`. Networks of a user's own are code, in `encoders.pkl` and `decoders.pkl`, which are never opened.
+`sigmoid_gaussian`. Custom networks are code, in `encoders.pkl` and `decoders.pkl`, which are never opened.
 
-Modalities are the parts of a sample, in the order of the configuration. Parts that differ in no more than their first
+Modalities are the parts of a sample, in the order of the configuration. Parts that differ only in their first
 dimension, such as channels, are concatenated along it; others are flattened first.
 
-Codes of all subsets of the modalities, and samples from them, are the original's. Losses are, too, up to their sum over
-a batch in place of the mean, unless a note says what differs; docs/parity.md has the comparisons behind these notes.
+Codes of all subsets of the modalities, and samples from them, equal those of the original. So do losses, except that
+they are a mean over the batch and not a sum, unless a note says what differs; docs/parity.md has the comparisons.
 """
 
 import math
@@ -143,8 +143,8 @@ class _Folder:
         """Read and check the weights.
 
         Args:
-            private: P, size of each modality's own code.
-            others: tensors beside those of encoders and decoders.
+            private: P, size of the private code of each modality.
+            others: tensors other than those of encoders and decoders.
         """
         what, required, hidden = self.source.label(WEIGHTS), [*others], range(1 if private else 2)
         for part in self.parts:

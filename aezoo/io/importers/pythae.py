@@ -1,11 +1,11 @@
 """pythae's folders: `model_config.json` and `model.pt`, of models with its default perceptrons.
 
 Source: https://github.com/clementchadebec/benchmark_VAE, 0.1.2. The default networks have one hidden layer of 512 units
-with ReLU; decoders end in a sigmoid, so that a squared error becomes the likelihood `sigmoid_gaussian`. Networks of a
-user's own are code, in `encoder.pkl` and `decoder.pkl`, which are never opened.
+with ReLU; decoders end in a sigmoid, so that a squared error becomes the likelihood `sigmoid_gaussian`. Custom networks
+are code, in `encoder.pkl` and `decoder.pkl`, which are never opened.
 
-Codes (the mean of a posterior) and reconstructions are the original's. Losses are, too, up to the constant of a
-Gaussian density, unless a note says what differs; docs/parity.md has the comparisons behind these notes.
+Codes (the mean of a posterior) and reconstructions equal those of the original. So do losses, up to the constant of a
+Gaussian density, unless a note says what differs; docs/parity.md has the comparisons.
 """
 
 import math
@@ -97,7 +97,7 @@ class _Folder:
         """Read and check the weights.
 
         Args:
-            heads: the encoder's outputs beside the embedding.
+            heads: the encoder's outputs other than the embedding.
             layers: further linear layers.
             others: further tensors.
             ignored: how names of tensors begin that are not read.
@@ -142,11 +142,11 @@ class _Folder:
         return model
 
     def vae(self, name: str, **settings: Any) -> Any:
-        """A model with a posterior, with the likelihood that reconstruction_loss stands for."""
+        """A model with a posterior, with the likelihood for reconstruction_loss."""
         return self.model(name, likelihood=self.likelihood(), **settings)
 
     def ae(self, name: str, **settings: Any) -> Any:
-        """A model without a posterior, whose loss holds ||x - x_hat||^2."""
+        """A model without a posterior, whose loss contains ||x - x_hat||^2."""
         return self.model(name, code=("embedding",), **{"likelihood": "sigmoid_gaussian", **settings})
 
     def likelihood(self) -> str:
@@ -405,7 +405,7 @@ def _vae_lin_nf(folder: _Folder) -> Autoencoder:
 
 
 def _planar(w_D: Tensor, u_D: Tensor, b: Tensor, what: str) -> Tensor:
-    """Parameters u, w, b of a planar step of the zoo, which makes any u invertible, from one that is taken as it is."""
+    """Parameters u, w, b of a planar step of the zoo, which makes any u invertible, from one that does not."""
     w_u = w_D @ u_D
     if not w_u > -1 + FLOOR:
         raise AezooError(f"{what} is no invertible step, as w u = {w_u:g} is not above -1: no density is known of it")

@@ -17,7 +17,7 @@ _MAX_JSON = 2**24
 
 
 class _Callback:
-    """What stands for a class of Lightning."""
+    """Replaces a class of Lightning."""
 
 
 # checkpoints of Lightning before 1.5 have these classes as keys of the states of callbacks
@@ -67,7 +67,7 @@ class WeightSource:
     def names(self) -> tuple[str, ...]:
         """Names of the files, relative to the folder, in order; on this disk at most two folders deep.
 
-        Beside a file that is no JSON, they are those of its own folder.
+        For a file that is not JSON, they are those of its folder only.
         """
         if self._repository is not None:
             start = f"{self._inside}/" if self._inside else ""
@@ -75,7 +75,7 @@ class WeightSource:
         return tuple(sorted(path.relative_to(self._folder).as_posix() for path in self._files()))
 
     def _files(self) -> Iterator[Path]:
-        # beside weights, which may lie in a folder of anything, only their own folder is of interest
+        # weights may be in a folder with any other files, so only the folder itself is listed
         depth = 3 if self.given is None or self.given.endswith(".json") else 1
         for pattern in ("*", "*/*", "*/*/*")[:depth]:
             yield from filter(Path.is_file, self._folder.glob(pattern))
@@ -104,7 +104,7 @@ class WeightSource:
 
     @property
     def location(self) -> str:
-        """The whole address with the names of its folders, by which some libraries tell kinds of files apart."""
+        """The whole address with the names of its folders, by which some libraries distinguish kinds of files."""
         if self._repository is not None:
             return self.address
         return str(self._folder.resolve() / (self.given or ""))
@@ -130,27 +130,27 @@ class WeightSource:
         return found
 
     def content(self, name: str) -> Any:
-        """What a `.pt`, `.pth`, `.bin` or `.ckpt` file holds, tensors and plain values; of others as `tensors`.
+        """The content of a `.pt`, `.pth`, `.bin` or `.ckpt` file, tensors and plain values; for others as `tensors`.
 
         Raises:
-            AezooError: as `path`; or the file is damaged or holds objects that could run code.
+            AezooError: as `path`; or the file is damaged or contains objects that could run code.
         """
         if name not in self._read:
             self._read[name] = weight_files.read(self.path(name), self.label(name), _KEYS_OF_LIGHTNING)
         return self._read[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file that holds nothing else, by their names.
+        """The tensors of a file that contains nothing else, by their names.
 
         Raises:
-            AezooError: as `content`; or something in it is no dense tensor.
+            AezooError: as `content`; or something in it is not a dense tensor.
         """
         return self._dense(self.content(name), name)
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Names of the values of a file, or of its `state_dict` or `model_state_dict`; () if it holds something else.
+        """Names of the values of a file, or of its `state_dict` or `model_state_dict`; () if it has other content.
 
-        Those of safetensors are read from the header alone.
+        For safetensors, only the header is read.
 
         Raises:
             AezooError: as `content`.
@@ -166,7 +166,7 @@ class WeightSource:
         Of safetensors, only these are read.
 
         Raises:
-            AezooError: as `content`; or it holds no named values, or one of them is no dense tensor.
+            AezooError: as `content`; or it contains no named values, or one of them is not a dense tensor.
         """
         if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
             with self._header(name) as file:

@@ -32,7 +32,7 @@ UNKNOWN_SCALE = (
     "trained on activations scaled to a mean norm of sqrt(d), and the files lack their mean norm: divide them by c = "
     "mean norm / sqrt(d), or fold c into the weights with aezoo.io.scale_folding.fold"
 )
-# as if the running mean of thresholds had seen so many batches, so that further training moves it slowly
+# as if the running mean of thresholds had seen this many batches, so that further training changes it slowly
 _SEEN_STEPS = 1000
 
 
@@ -52,7 +52,7 @@ class SparseDictionary:
         b_mag: (N,), bias of a gated one's magnitudes.
         centred: whether b_dec is subtracted from x.
         input_norm: see `aezoo.nets.blocks.dictionary.InputNorm`.
-        transcoder: whether what is written is not what is read.
+        transcoder: whether the output is not a reconstruction of the input.
         W_skip: (Y, X), the linear map that a transcoder adds.
         prefixes: sizes of nested dictionaries.
         streams: number of streams of a crosscoder, in whose order X and Y are.
@@ -123,7 +123,7 @@ class SparseDictionary:
     def with_scale(self, read: float, written: float) -> "SparseDictionary":
         """The same for raw activations, if it was trained on activations times `read` and outputs times `written`.
 
-        Codes and thresholds keep their units, so b_enc stays as it is.
+        Codes and thresholds do not change their units, so b_enc does not change.
         """
         return replace(
             self.uncentred() if read != written else self,
@@ -220,7 +220,7 @@ class SparseDictionary:
         return Imported(model.eval(), found, notes)
 
     def _thresholds(self) -> dict[str, Tensor]:
-        # pi below 0 never passes the ReLU, whatever the threshold
+        # pi below 0 never passes the ReLU, for any threshold
         return {} if self.threshold is None else {"theta_N": self.threshold.clamp(min=0)}
 
     def _transcoder(self, unit_norm: bool) -> "_Parts":
@@ -283,7 +283,7 @@ def float_tensors(
         optional: names that it may have.
 
     Raises:
-        AezooError: a name is missing or not known; or a tensor holds no finite floating-point numbers.
+        AezooError: a name is missing or unknown; or a tensor does not contain finite floating-point numbers.
     """
     if missing := sorted(set(required) - set(found)):
         raise AezooError(f"{label}: there is no {_some(missing)}; it has {_some(found)}")
@@ -309,7 +309,7 @@ def value_of(config: Mapping[str, Any], key: str, kind: type, label: str, defaul
         key: its name.
         kind: bool, str, dict, list, int, or float, which an int is too.
         label: the file.
-        default: the value if there is none, or null; without it, there must be one.
+        default: the value if there is none, or null; without a default, there must be one.
 
     Raises:
         AezooError: it is missing or has another type.

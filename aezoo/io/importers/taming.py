@@ -1,9 +1,10 @@
 """First stages of taming-transformers and latent diffusion: VQGAN, KL and VQ autoencoders, Stable Diffusion's files.
 
 Their weights have the names of https://github.com/CompVis/taming-transformers: encoder.down.0.block.0.norm1.weight and
-so on, in the checkpoint of an autoencoder, or behind `first_stage_model.` in that of a diffusion model or transformer,
-of which nothing else is read. Shapes tell everything but the 32 groups of normalisation, which are fixed. A YAML file
-beside the checkpoint, if there is one, is compared with it, and tells the size of images and the scale of codes.
+so on, in the checkpoint of an autoencoder, or with the prefix `first_stage_model.` in that of a diffusion model or
+transformer, of which nothing else is read. Arguments are found from shapes, except for the 32 groups of normalisation,
+which are fixed. A YAML file next to the checkpoint, if there is one, is compared with it, and the size of images and
+the scale of codes are read from it.
 
 The networks are the same as those of AutoencoderKL and VQModel of diffusers, and become `diffusers_ae`.
 """
@@ -42,7 +43,7 @@ _NAMES = (
     (r"(\.attentions\.\d+\.)([qkv])\.", r"\1to_\2."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
-# what stands in a file beside the autoencoder -> factor and shift of codes
+# tensors in a file other than those of the autoencoder -> factor and shift of codes
 _DIFFUSION_MODELS = (
     ("conditioner.embedders.1.", "Stable Diffusion XL", 0.13025, 0.0),
     ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3", 1.5305, 0.0609),
@@ -62,7 +63,7 @@ def read(source: WeightSource) -> Imported:
     """The model as `diffusers_ae`.
 
     Raises:
-        AezooError: the weights, or the YAML file beside them, are not those of such an autoencoder, or are damaged;
+        AezooError: the weights, or the YAML file next to them, are not those of such an autoencoder, or are damaged;
             or diffusers is missing.
     """
     file = source.one_file(*of_diffusers.SUFFIXES)
@@ -183,7 +184,7 @@ def _check_config(dd: dict[str, Any], name: str, arguments: Mapping[str, Any], y
 def _scale(
     source: WeightSource, file: str, keys: tuple[str, ...], config: tuple[str, dict[str, Any]] | None
 ) -> tuple[float | None, float, str]:
-    """Factor and shift of codes, as far as a file states them or its diffusion model is known, and from where."""
+    """Factor and shift of codes, if a file contains them or its diffusion model is recognised, and their source."""
     stated: Any = None
     if "scale_factor" in keys:
         found = source.some_tensors(file, ("scale_factor",)).get("scale_factor")

@@ -24,9 +24,9 @@ _MAX_SAMPLES, _MAX_DRAWN = 2000, 1000
 def coherence(model: Multimodal, samples: SampleSet, x_hat: Array, seed: int, batch_size: int) -> list[Row]:
     """One row for each part, and one for samples from the prior; no rows if there are too few labels.
 
-    A classifier is a logistic regression on the raw values of a part. It learns from the real parts of four fifths of
-    the samples and judges the others. A row has its accuracy on the parts that the model makes, its accuracy on real
-    parts, which is the most that a perfect model would get, and the share of the most common class.
+    A classifier is a logistic regression on the raw values of a part. It is trained on the real parts of four fifths of
+    the samples and evaluated on the others. A row has its accuracy on the parts that the model generates, its accuracy
+    on real parts, which a perfect model would reach, and the share of the most common class.
 
     Args:
         model: in evaluation mode.

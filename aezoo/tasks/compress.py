@@ -50,12 +50,12 @@ def compress(
     Lossless (models with a posterior, a prior and likelihood bernoulli, discretised_logistic or beta_binomial):
     bits-back coding; writes samples.aez and comparison.csv. Lossy (any model): quantised codes; writes samples.aez, or
     samples-qQUALITY.aez for each of several qualities, and rate_distortion.csv and .png. If the code of a model
-    consists of indices, these are coded under its prior, if it has one, or else under tables of how often each occurs.
-    If a model is trained for the size of its file, whole numbers are coded under its learned distributions. Both write
-    one file at the model's own rate, or one for each quality of a model of several rates. The model that opens the
-    files again is written beside them, and for a table columns.json, the names and units of its columns. A
-    convolutional model whose code is a map compresses pictures of any size, of several into one file; each is coded
-    alone, with tables and steps for all of them.
+    consists of indices, these are coded with its prior, if it has one, otherwise with tables of their frequencies. If
+    a model is trained for the size of its file, integers are coded with its learned distributions. Both write one
+    file, because the rate of the model is fixed, or one for each quality of a model of several rates. The model,
+    which is needed to decode the files, is written to the same folder, and for a table columns.json, the names and
+    units of its columns. A convolutional model whose code is a map compresses pictures of any size, also of different
+    sizes into one file; each is coded separately, with the same tables and steps for all.
 
     Args:
         model: a trained model.
@@ -64,20 +64,20 @@ def compress(
         mode: lossless, lossy, or auto: lossless if the model and the data allow it.
         quality: lossy: approximate bits of the code's most important dimension, by default 3; one more halves all
             steps. Several, such as [1,2,3,4], give one file each and a curve. Indices are not quantised again; quality
-            then applies to PCA only. For a model of several rates it chooses a rate, by default the one that the model
-            is set to, at first its highest: see gained_hyperprior.
+            then only applies to PCA. For a model of several rates it chooses a rate, by default the one that is set in
+            the model, initially its highest: see gained_hyperprior.
         steps: lossy: fitted (to the decoder's sensitivity to a change) or deviation (of each dimension of the code).
         binarise: first set values above 0.5 to one and the others to zero, for likelihood bernoulli.
         precision: lossless: each latent variable has 2^precision bins, 1 to 16.
         compare: add other formats, PCA and the mean sample to the table, on at most 20,000 samples; for samples that
-            are not of the model's size, image formats alone.
-        tile: encode and decode samples with sides above this in tiles of this many points a side, in the memory that a
-            tile needs; 0 processes all as a whole. The file says it, and decompress does the same.
+            are not of the model's size, only image formats.
+        tile: encode and decode samples with sides larger than this in square tiles with this side, with the memory that
+            a tile needs; 0 processes all as a whole. The file records it, and decompress does the same.
         threads: threads of torch on the CPU; 0 keeps the current number. A file is decoded with the same number.
         fit_on: samples that lossy steps, tables, PCA and the mean are fitted to; by default those that are compressed.
             Tables of indices, and all of samples that are not of the model's size, are always fitted to those.
         out: folder for the results; None keeps them in memory.
-        batch_size: samples that the model sees at a time, here and when the file is decoded; at most 2^24 values.
+        batch_size: samples that the model processes at a time, here and when the file is decoded; at most 2^24 values.
         seed: seed of initial bits and subsamples.
         progress: show a bar on a terminal.
 
@@ -123,8 +123,8 @@ def compress(
 
 
 def store_model(model: Autoencoder, fingerprint: str, store: Store) -> None:
-    """Save the model beside its files, which only it can decode: further training of its run overwrites the weights."""
-    # a class that is not registered is its owner's to keep
+    """Save the model next to its files, which only it can decode: further training of the run changes its weights."""
+    # a class that is not registered cannot be saved
     if store.folder is not None and name_of(type(model)) is not None:
         store.files.append(save_model(model, store.folder / reproducibility.model_folder(fingerprint)))
 

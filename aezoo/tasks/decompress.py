@@ -43,9 +43,9 @@ class Decompression(Result):
     """The content of a file.
 
     Attributes:
-        x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other, in the scale that the model sees;
-            files are in the units of the data that the model was trained on. Of a file of pictures that have sizes of
-            their own, a sequence of (C, H, W).
+        x: (N, *shape): bytes of a lossless file, 255 for 1.0; float32 of any other, in the scale of the model; written
+            files are in the units of the data that the model was trained on. For a file of pictures of different sizes,
+            a sequence of (C, H, W).
         mode: lossless, lossy, indices, prior or learned.
         same: whether every sample equals to the bit what `compress` decoded when it checked the file.
     """
@@ -78,19 +78,19 @@ def decompress(
 ) -> Decompression:
     """Decompress an .aez file with the model that it was written with.
 
-    Writes what went in: a PNG for each image of a folder, samples.csv for a table, else samples.npy, or 000000.npy and
-    so on of samples that have sizes of their own. A file is refused
-    if it is truncated, altered or of another model, or if it decodes to other bytes on this machine.
+    Writes the kind of files that were compressed: a PNG for each image of a folder, samples.csv for a table, otherwise
+    samples.npy, or 000000.npy and so on for samples of different sizes. A file is refused if it is truncated, altered
+    or of another model, or if it decodes to other bytes on this machine.
 
     Args:
         model: the model that compressed it.
         file: the .aez file.
-        kind: what to write, npy, png or csv; auto takes what went in.
+        kind: what to write, npy, png or csv; auto writes the kind that was compressed.
         strict: refuse a file that is not lossless if its outputs are not the same to the last bit. Without it, outputs
-            may differ by the rounding of another machine or device, if what they are decoded from is the same.
+            may differ by the rounding of another machine or device, if their codes are the same.
         threads: threads of torch on the CPU; 0 takes the number with which the file was written.
         max_bytes: refuse a file that would decode to more than this, counted as float32.
-        columns: the columns of a table, if there is no columns.json beside the file; by default those
+        columns: the columns of a table, if there is no columns.json next to the file; by default those
             of the table that the model was trained on.
         out: folder for the results; None keeps them in memory.
         progress: show a bar on a terminal.
@@ -160,7 +160,7 @@ def _rows(x: npt.NDArray[Any], columns: Columns | None) -> Iterator[Row]:
 
 
 def _columns(file: str, header: Header) -> Columns | None:
-    """The columns that compress wrote beside the file; None without them."""
+    """The columns that compress wrote next to the file; None without them."""
     path = Path(file).with_name(COLUMNS)
     if not path.is_file():
         return None
@@ -195,7 +195,7 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
 
 
 def _readable_modes(model: Autoencoder) -> tuple[str, ...]:
-    """The modes that a model's own code may have; files from before it had a prior use tables."""
+    """The modes for the code of a model; files from before it had a prior use tables."""
     mode = indices.lossy_mode(model)
     return ("indices", "prior") if mode == "prior" else (mode,)
 
@@ -262,7 +262,7 @@ def _lossless(model: Autoencoder, reader: Reader) -> Iterator[tuple[npt.NDArray[
 
 def _lossy(model: Autoencoder, reader: Reader, strict: bool) -> Iterator[tuple[npt.NDArray[Any], bool]]:
     (first, *frames), shape, block = reader.frames, reader.header.code_shape, reader.header.block
-    # a channel at each place, if pictures have sizes of their own
+    # a channel at each position, if sizes of pictures differ
     places = math.prod(shape[1:]) if reader.header.own_sizes else 1
     with _one_line_errors(reader):
         codec = lossy.Codec.from_bytes(reader.payload(first), math.prod(shape) // places)
@@ -313,7 +313,7 @@ class _Decoder(Protocol):
 def _decode_frames(
     reader: Reader, frames: list[Frame], coder: _Decoder, what: str, decode: Callable[[Any], Any], strict: bool
 ) -> Iterator[tuple[npt.NDArray[Any], bool]]:
-    """The outputs of frames of integers, a model's own code."""
+    """The outputs of frames of integers, the code of a model."""
     for frame in frames:
         with _one_line_errors(reader):
             symbols = coder.decode(reader.payload(frame), frame.n)

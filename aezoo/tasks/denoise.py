@@ -44,7 +44,7 @@ class Denoising(Result):
     Attributes:
         x_hat: (N, *shape), the model's output, float32; of pictures of several sizes, a sequence of (C, H, W).
         rows: a row for the model, the noisy samples and each filter: mse, psnr of data in [0, 1], ssim of images,
-            the filter's setting; empty without `corrupt`, as there are no clean samples to compare with.
+            the filter's setting; empty without `corrupt`, because there are no clean samples to compare with.
         n_compared: number of samples in the comparison.
         text: how it was made, and its best row.
     """
@@ -99,7 +99,7 @@ def denoise(
         n_shown: samples in the picture; 0 draws none.
         tile: process samples with sides above this in tiles of this many points a side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
-        blend: let tiles overlap by this share of their sides and blend them, for networks that see the whole sample;
+        blend: let tiles overlap by this share of their sides and blend them, for networks that need the whole sample;
             the result then differs from that of the whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
@@ -159,7 +159,7 @@ def denoise(
         if draw is not None:
             store.picture("denoised", draw)
     n_compared = len(compared) if rows else 0
-    # without clean samples nothing is known of the errors
+    # without clean samples the errors are unknown
     unknown = dict.fromkeys(("mse", "psnr"), math.nan)
     shown_rows = rows or [{"method": display_name(type(model)), **unknown, "setting": ""}]
     return Denoising(x_hat, rows, n_compared, text, files=store.files, tabulate=lambda: shown_rows, draw=draw)
@@ -177,7 +177,7 @@ def _draw(
     clean = samples.rows(shown)
     given = noisy_rows(samples, shown, noise, seed)
     panels = {} if noise is None else {"original": clean}
-    # of samples as they are, nobody says that they are noisy
+    # without added noise it is unknown whether samples are noisy
     panels |= {
         "input" if noise is None else "noisy": given,
         "output": rows_of(x_hat, shown),

@@ -1,7 +1,7 @@
 """Baselines for denoising: filters without learning.
 
-Each filter comes in a few strengths, in units of the known noise. `best_setting` takes the one with the least squared
-error against the clean originals of a few samples, which are unknown in practice: the table favours the filters.
+Each filter has a few strengths, in units of the known noise. `best_setting` takes the one with the smallest squared
+error for the clean originals of a few samples, which are unknown in practice: the table favours the filters.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def non_local_means(x: Arrays, sigma: float, h: float) -> Arrays:
     options: dict[str, Any] = {
         "h": max(h, 1e-6), "sigma": sigma, "patch_size": 5, "patch_distance": 6, "fast_mode": True,
     }  # fmt: skip
-    if x.shape[1] == 1:  # with channel_axis=0 scikit-image 0.26 gives back images of one channel transposed
+    if x.shape[1] == 1:  # with channel_axis=0 scikit-image 0.26 returns images of one channel transposed
         return np.stack([denoise_nl_means(sample[0], **options)[None] for sample in x])
     return np.stack([denoise_nl_means(sample, channel_axis=0, **options) for sample in x])
 

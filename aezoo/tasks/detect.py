@@ -30,7 +30,7 @@ from aezoo.training.data_statistics import DataStatistics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# samples that tell whether a model has a criterion of its own
+# samples with which it is found whether a model has another criterion
 _MAX_DESCRIBED = 8
 
 __all__ = ["Detection", "Detector", "detect", "p_values"]
@@ -41,8 +41,8 @@ class Detection(Result):
     """The result of `detect`.
 
     Attributes:
-        scores: (N,) larger is stranger.
-        p_values: (N,) probability that a normal sample is as strange.
+        scores: (N,) larger is more anomalous.
+        p_values: (N,) probability that a normal sample has at least this score.
         is_anomaly: (N,) whether the score is above the threshold.
         threshold: of the scores.
         rows: a row for each score and each baseline: auroc and aupr if anomalies are known, the threshold, and the
@@ -52,7 +52,7 @@ class Detection(Result):
         anomaly_share: the estimated share of anomalies, with contamination estimated.
         drift: whether the scores have left those of the reference; None without a reference or held-out samples.
         statistics: the calibration, if there were held-out samples: with it as `model.data_statistics`, later calls
-            need neither these nor training samples, and `save_model` keeps it.
+            need neither these nor training samples, and `save_model` saves it.
         explainer: explains samples, see `explain`.
     """
 
@@ -123,36 +123,36 @@ def detect(
 
     Writes scores.csv (index, score, p_value, is_anomaly, a column for each further score and, if there are any, the
     file and the label), detect.csv with a row for each score and baseline, and a picture of the most anomalous samples
-    with the error of each pixel. Of a table scores.csv also holds each sample's values and errors by column, in its
-    units, and the column of the largest error. With `explain` it writes why samples lie above the threshold:
-    explanations.csv has a row for each of their values (value, reconstruction, contribution to the score, rank),
-    neighbours.csv the nearest normal samples, and explanations.html is a page of the strangest ones, see
-    `aezoo.tasks.detect_explain`. Of windows of a time series (`--data.window_length`), scores.csv has their first and
+    with the error of each pixel. For a table, scores.csv also has each sample's values and errors by column, in its
+    units, and the column of the largest error. `explain` explains samples above the threshold: explanations.csv has a
+    row for each of their values (value, reconstruction, contribution to the score, rank), neighbours.csv the nearest
+    normal samples, and explanations.html is a page of the samples with the largest scores, see
+    `aezoo.tasks.detect_explain`. For windows of a time series (`--data.window_length`), scores.csv has their first and
     last time stamp, and steps.csv the score of each step, the mean of the windows that cover it. AUROC and AUPR need a
-    protocol, `normal` or `anomaly`, and labels; samples without a label count in neither. If the data have masks of
-    defects, see `aezoo.data.defect_folders`, the first row says how well the model's map locates them: `pixel_auroc`
-    and `pro`, see `aezoo.metrics.localisation`.
+    protocol, `normal` or `anomaly`, and labels; samples without a label are ignored. If the data have masks of
+    defects, see `aezoo.data.defect_folders`, the first row has metrics of the model's map: `pixel_auroc` and `pro`, see
+    `aezoo.metrics.localisation`.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         score: deviance, nll, mse, elbo, iwae, mahalanobis, sap, nap, combined or deep_svdd; several, as in
             deviance,nap, are compared in the table, and the first one decides. deviance is -log p(x | z) less that of a
-            perfect reconstruction, with the KL of a variational model; for detectors it is their own criterion, such as
-            the distance of a deep_svdd or the energy of a dagmm. nll is the same without the subtraction: under a
-            Bernoulli likelihood it takes grey samples for strange. combined suits tables: the distance from the mean
-            sample, the error and the distance of the code as one.
+            perfect reconstruction, with the KL of a variational model; for detectors it is their criterion, such as the
+            distance of deep_svdd or the energy of dagmm. nll is the same without the subtraction: with a Bernoulli
+            likelihood, it is high for all grey samples. combined is meant for tables: the distance from the mean
+            sample, the error and the distance of the code in one score.
         contamination: share of normal samples that lies above the threshold, at most 0.5, by default 0.1: of held-out
             samples, those of the validation split or, in Python, of calibrate_on; without any, of the samples of
             fit_on. unknown: no share is assumed, and fdr decides. estimated: fdr decides, with the share of anomalies
             among the samples that their p-values show (Storey's estimate), which is reported with an interval.
         quantile: put the threshold at this quantile of the scores of held-out samples instead.
-        fdr: flag as many samples as Benjamini and Hochberg's procedure on their p-values allows, so that a share of at
-            most fdr of the flagged samples are normal, on average (0.1 if contamination is unknown or estimated). The
-            samples are judged together, and need held-out samples to compare with: with few of these, no p-value is
+        fdr: flag the samples that Benjamini and Hochberg's procedure on their p-values selects, so that on average a
+            share of at most fdr of the flagged samples is normal (0.1 if contamination is unknown or estimated). The
+            result for a sample depends on all samples, and needs held-out samples: with few of these, no p-value is
             small.
-        normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model on that class
-            alone, with --data.train_classes: a model that was trained on all classes knows the anomalies, too.
+        normal: one-vs-rest: samples of this class are normal, all others are anomalies. Train the model only on that
+            class, with --data.train_classes: a model that was trained on all classes has also learned the anomalies.
         anomaly: leave-one-out: samples of this class are anomalies, all others are normal. Train the model without that
             class, with --data.train_classes.
         baselines: also fit PCA of the code's size, the mean sample, kNN and an isolation forest.
@@ -160,9 +160,9 @@ def detect(
             torch.hub has the weights), or the path of VGG weights (.pth) or of a model of the zoo. On photographs of
             industrial goods, frozen features are better: image AUROC on MVTec AD .933 with resnet50 and .947 with
             wide_resnet50_2, .421 of GANomaly (anomalib's figures).
-        reference: samples that drift is told from, given like x (on the command line a file, or a split of the data:
-            train, val or test): a two-sample test says whether the scores have left those of the reference. By default
-            the held-out samples of the calibration.
+        reference: samples for the test of drift, given like x (on the command line a file, or a split of the data:
+            train, val or test): a two-sample test compares the scores with those of the reference. By default the
+            held-out samples of the calibration.
         n_draws: draws of the code for each sample, for elbo and iwae.
         svdd_epochs: passes over the training samples that deep_svdd makes.
         svdd_lr: learning rate of deep_svdd.
@@ -174,11 +174,11 @@ def detect(
             have contributions of values; samples of other scores have a reconstruction and neighbours.
         n_shown: samples in the picture and on the page of explanations; 0 makes none.
         table: csv or parquet, the format of the scores.
-        fit_on: normal samples for what scores and baselines must learn. By default, if x is a DataModule, its training
-            split without the samples whose labels make them anomalies; else x itself.
+        fit_on: normal samples to which scores and baselines are fitted. By default, if x is a DataModule, its training
+            split without the samples whose labels make them anomalies; otherwise x.
         calibrate_on: normal samples that the model was not trained on, for threshold and p-values; by default the
-            validation split if x is a DataModule, else the samples of fit_on, or without them the calibration that
-            the weights bring, see `aezoo.Autoencoder.data_statistics`.
+            validation split if x is a DataModule, otherwise the samples of fit_on, or without them the calibration that
+            is stored with the weights, see `aezoo.Autoencoder.data_statistics`.
         out: folder for the results; None writes nothing.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -351,7 +351,7 @@ def _statistics(detectors: Iterable[Detector | Baseline]) -> DataStatistics:
 
 @dataclass
 class _ValueErrors:
-    """How strange each value of the samples is, as far as it is needed.
+    """The anomaly map of the samples, as far as it is needed.
 
     Attributes:
         located: (N, *places), the mean over channels.
@@ -451,7 +451,7 @@ def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_ou
 
 
 def _reconstruction_errors(model: Autoencoder, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions, and how strange each value is: by the model's own map if it has one, else its absolute error."""
+    """Reconstructions and anomaly maps: those of the model if it has them, otherwise absolute errors."""
     given = x.to(like)
     output, anomaly_map = model(given).float().cpu(), getattr(model, "anomaly_map", None)
     if anomaly_map is not None:
@@ -462,7 +462,7 @@ def _reconstruction_errors(model: Autoencoder, x: Tensor, like: Tensor) -> tuple
 def _picture(
     given: Tensor, output: Tensor, error: Tensor, titles: list[str], kind: str, columns: Columns | None
 ) -> "Figure":
-    """The strangest samples, their reconstructions, and how strange each value is."""
+    """The samples with the largest scores, their reconstructions and anomaly maps."""
     from aezoo.callbacks import plotting
 
     if not plotting.is_image(given.shape[1:]):

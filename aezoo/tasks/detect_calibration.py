@@ -1,11 +1,11 @@
 """What the scores of calibration samples say of new ones: threshold, p-values, false discoveries, drift.
 
 n calibration samples are normal, and the model was not trained on them; m samples are scored. If a scored sample is
-normal, too, the n + 1 scores are exchangeable, whatever the model, and
+normal, too, the n + 1 scores are exchangeable for any model, and
 
     p(x) = (1 + #{i: s_i >= s(x)}) / (n + 1)       is at most t with a probability of at most t      (Vovk et al. 2005)
 
-    Benjamini-Hochberg: with p_(1) <= ... <= p_(m), the samples with the k least p-values are anomalies,
+    Benjamini-Hochberg: with p_(1) <= ... <= p_(m), the samples with the k smallest p-values are anomalies,
     k = max {j: p_(j) <= q j / m}                  share of normal ones among them at most q on average
 
 for the p-values of one calibration set have positive regression dependence (Bates et al. 2023,
@@ -28,7 +28,7 @@ from aezoo.errors import AezooError
 Scores = npt.NDArray[np.float64]
 # p-values above it are those of normal samples, for the share of anomalies
 _LAMBDA = 0.5
-# a threshold on the score of a sample is moved up by so much, relatively: two runtimes differ by half of it in combined
+# relative increase of a threshold that equals a score: twice the difference of two runtimes in combined
 _TIE = 5e-5
 DEFAULT_CONTAMINATION, DEFAULT_FDR = 0.1, 0.1
 # p-values of drift below it are taken for one
@@ -39,7 +39,7 @@ _MAX_EXACT = 10_000
 def threshold_of(
     scores: Scores, contamination: float, quantile: float | None = None, *, held_out: bool = True
 ) -> float:
-    """The threshold on normal samples' scores: their quantile, or else by the share of such samples to lie above.
+    """The threshold on normal samples' scores: their quantile, or by the share of such samples above it.
 
     Args:
         scores: (M,).
@@ -72,8 +72,8 @@ def _rank(n: int, contamination: float) -> int:
 def clear_of_ties(threshold: float, scores: Scores) -> float:
     """A threshold that the same scores exceed, also where they are rounded otherwise.
 
-    If it is the score of a sample, that sample would lie on either side, by the batch or the runtime that computes its
-    score: half the way to the next score, at most by `_TIE`, is above its rounding.
+    If it is the score of a sample, that sample could be on either side, depending on the batch or the runtime that
+    computes its score. Therefore it is increased by half the distance to the next score, at most by `_TIE`.
     """
     if not (np.abs(scores - threshold) <= _TIE * abs(threshold)).any():
         return threshold
@@ -115,10 +115,10 @@ class Rule:
     """What sets the threshold: a share of normal samples, a quantile, or a rate of false discoveries.
 
     Attributes:
-        contamination: share of normal samples that lies above it.
-        quantile: of the calibration scores, in place of contamination.
-        fdr: share of normal samples among the flagged ones, in place of both.
-        estimates_share: whether fdr makes use of the estimated share of anomalies.
+        contamination: share of normal samples above it.
+        quantile: of the calibration scores, instead of contamination.
+        fdr: share of normal samples among the flagged ones, instead of both.
+        estimates_share: whether fdr uses the estimated share of anomalies.
     """
 
     contamination: float = DEFAULT_CONTAMINATION
@@ -131,7 +131,7 @@ class Rule:
         """The rule that arguments of `detect` name.
 
         Args:
-            contamination: a share, unknown, estimated, or None where another argument decides.
+            contamination: a share, unknown, estimated, or None if another argument decides.
             quantile: see above.
             fdr: see above.
 
@@ -164,7 +164,7 @@ class Rule:
         """The threshold for samples, and the estimated share of anomalies among them if that decides.
 
         Args:
-            scores: (m,) of the samples, which a rate of false discoveries judges together.
+            scores: (m,) of the samples, all of which a false discovery rate uses together.
             reference: (n,) scores of calibration samples.
             held_out: see `threshold_of`.
         """
@@ -185,7 +185,7 @@ class Rule:
 
 
 def check_fdr(fdr: float) -> None:
-    """Refuse a level of false discoveries that is none.
+    """Refuse an invalid false discovery rate.
 
     Raises:
         AezooError: it is not between 0 and 1.
@@ -198,7 +198,7 @@ def fdr_threshold(scores: Scores, reference: Scores, fdr: float, normal_share: f
     """The threshold above which Benjamini and Hochberg's procedure flags samples; inf if it flags none.
 
     Args:
-        scores: (m,) scores of the samples that are judged together.
+        scores: (m,) scores of the samples that are tested together.
         reference: (n,) scores of calibration samples.
         fdr: share of normal samples among the flagged ones, on average, at most.
         normal_share: pi_0, below 1 for the adaptive procedure, which flags p-values of at most lambda.
@@ -232,7 +232,7 @@ class AnomalyShare:
 
     Attributes:
         share: 1 - pi_0.
-        low: lower limit of the 95 % interval; it holds whatever the anomalies are like.
+        low: lower limit of the 95 % interval; it is valid for any anomalies.
         high: upper limit; it assumes that no anomaly has a p-value above lambda. If some have, there are more.
     """
 

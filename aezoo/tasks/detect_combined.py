@@ -25,7 +25,7 @@ What a value of x contributes is its share of each -log p_k: of distance, tails 
 as its term is to their sum; of the code, as |dcode/dx_d (x_d - mean_d)| is to the sum of these, which for a linear
 encoder is how far the code moves with the value. Contributions are at least 0 and add up to the score.
 
-Shapes: B batch, N training samples, Q of them whose values are kept, D values of a sample, M numbers of a code, K = 4
+Shapes: B batch, N training samples, Q of them whose values are stored, D values of a sample, M numbers of a code, K = 4
 scores.
 """
 
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
 
-# a matrix of more rows is left out: each number of the code then counts by its own variance
+# a larger matrix is not used: each number of the code is then divided by its variance
 _MAX_CODE = 1024
 # training samples, and their values, that are held at a time: at most 256 MiB
 _MAX_SAMPLES, _MAX_VALUES = 100_000, 2**26
@@ -46,12 +46,12 @@ _MAX_SAMPLES, _MAX_VALUES = 100_000, 2**26
 _MIN_KEPT, _MAX_KEPT = 256, 2**22
 # a variance below this share of the mean square is rounding of float32
 _ROUNDING = 1e-12
-# the least mean squared error of a value, in units of its variance: a share of the mean of all values, and another one
-# for few samples that are learnt by heart
+# the smallest mean squared error of a value, in units of its variance: a share of the mean of all values, and another
+# one for few samples, which a network overfits
 _LEAST_ERROR, _LEAST_NOISE = 1e-2, 1e-4
-# the least variance of a direction of the code, as a share of the mean one
+# the smallest variance of a direction of the code, as a share of the mean one
 _LEAST_SHARE = 1e-8
-# the least width of the training scores as a share of the largest
+# the smallest width of the training scores as a share of the largest
 _LEAST_WIDTH = 1e-2
 _BATCH = 256
 PARTS = ("distance", "tails", "error", "code")

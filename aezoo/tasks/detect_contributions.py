@@ -6,7 +6,7 @@
     sap             (x_d - x_hat_d)^2, and the differences in the layers as one term
     combined        shares of its four terms, see `aezoo.tasks.detect_combined`
 
-Contributions and the other terms add up to the score. Other scores, such as distances of codes and energies, are no
+Contributions and the other terms add up to the score. Other scores, such as distances of codes and energies, are not
 sums over the values of a sample.
 
 Shapes: B batch, D values of a sample.
@@ -27,7 +27,7 @@ from aezoo.tasks.detect_scores import Scorer
 from aezoo.training.model_names import display_name
 
 EXPLAINED = ("deviance", "nll", "mse", "sap", "combined")
-# a power of 2 beside which the rest of a score is small, so that the weight of -log p is exact
+# a power of 2 compared with which the rest of a score is small, so that the weight of -log p is exact
 _PROBE = 2.0**20
 # by how much of its size a score may differ from the sum of its terms
 _ROUNDING = 1e-3
@@ -58,7 +58,7 @@ def contributions(model: Autoencoder, name: str, scorer: Scorer | None, x: Tenso
         x: (B, *input_shape), on the model's device.
 
     Raises:
-        AezooError: the score is no sum over the values of a sample.
+        AezooError: the score is not a sum over the values of a sample.
     """
     match name:
         case "deviance":

@@ -6,9 +6,9 @@ A copy of the encoder f, which the autoencoder has pre-trained, learns to map no
     soft boundary   min  R^2 + 1/(nu N) sum_i max(0, ||f(x_i) - c||^2 - R^2) + lambda/2 sum_l ||W_l||^2     (equation 3)
     score           ||f(x) - c||^2          c = mean of the initial codes, entries near 0 moved to -0.1 or 0.1
 
-R^2 is the 1 - nu quantile of the distances, found anew in every epoch. As in section 3.3, solutions in which f is the
-constant c, with score 0 for everything, are ruled out. Biases are set to 0 in the copy and stay there, before c is
-found (with them, weights of 0 would do: proposition 2). c is not 0, the output for weights of 0 (proposition 1).
+R^2 is the 1 - nu quantile of the distances, computed again in every epoch. As in section 3.3, solutions in which f is
+the constant c, with score 0 for everything, are excluded. Biases are set to 0 in the copy before c is computed, and are
+not trained (with them, weights of 0 would do: proposition 2). c is not 0, the output for weights of 0 (proposition 1).
 Activations that saturate at a value other than 0 would replace a bias and are refused (proposition 3), as are those
 that are not 0 at 0.
 
@@ -45,7 +45,7 @@ class SVDDSettings:
     """How the copy is trained.
 
     Attributes:
-        epochs: passes over the training samples; 0 keeps the initial codes, without biases.
+        epochs: passes over the training samples; 0 uses the initial codes, without biases.
         lr: Adam's learning rate.
         nu: share of the training samples that may lie outside a soft boundary; 0 is the one-class objective without it.
     """

@@ -1,11 +1,11 @@
-"""Why samples are strange, in a table and on a page.
+"""Explanations of anomalous samples, in a table and on a page.
 
 Of each sample:
 
     contributions      of its values to the score, see `aezoo.tasks.detect_contributions`
-    reconstruction     what the model makes of it, its counterfactual: the values that it expects in their place, and
+    reconstruction     its reconstruction as a counterfactual: the values that the model expects instead, and
                        their score
-    nearest normal     by the Euclidean distance of values as the model sees them, of samples that are not vectors by
+    nearest normal     by the Euclidean distance of scaled values, for samples that are not vectors by
     samples            that of their codes, among the training samples; if they are scored, too, among those that are
                        not above the threshold
 
@@ -53,7 +53,7 @@ _MAX_VALUES = 2**26
 
 @dataclass(repr=False)
 class Explanation(Result):
-    """Why one sample is strange; `table` has a row for each value and each other term, those of `explanations.csv`.
+    """Explanation of one sample; `table` has a row for each value and each other term, as `explanations.csv`.
 
     Attributes:
         index: of the sample.
@@ -62,15 +62,15 @@ class Explanation(Result):
         p_value: of the score.
         features: (D,) names of the values.
         values: (*shape) in the units of the data.
-        reconstruction: (*shape), the counterfactual: what the model expects in place of the values.
+        reconstruction: (*shape), the counterfactual: what the model expects instead of the values.
         reconstruction_score: the score of the reconstruction.
-        contributions: (*shape) in the units of the score; None if the score is no sum over values.
-        terms: what else the score consists of, by name; contributions and terms add up to it.
+        contributions: (*shape) in the units of the score; None if the score is not a sum over values.
+        terms: other terms of the score, by name; contributions and terms add up to the score.
         parts: (*shape) by name, the parts of contributions of the score combined.
         neighbours: indices of the normal samples nearest to it, nearest first.
         distances: their distances.
         neighbour_values: (k, *shape) in the units of the data.
-        text: where neighbours come from and why there may be no contributions.
+        text: where neighbours come from and, if there are no contributions, why.
     """
 
     index: int
@@ -162,8 +162,8 @@ class Explainer:
         scorer: computes it.
         samples: that were scored.
         found: their scores, p-values and the threshold.
-        normal: samples to look for neighbours in.
-        own: (N,) indices among `samples` of those of `normal`, if they are some of these; else (0,).
+        normal: samples in which neighbours are searched.
+        own: (N,) indices among `samples` of those of `normal`, if they are some of these; otherwise (0,).
         batch_size: samples at a time.
         seed: of random draws.
     """
@@ -184,7 +184,7 @@ class Explainer:
         self._scores, self._p_values, self._threshold = found.scores, found.p_values, found.threshold
         self._batch_size, self._seed, self._normal = batch_size, seed, normal
         self._by_code = len(model.input_shape) > 1
-        # samples that are strange themselves are no normal ones
+        # samples above the threshold are not normal neighbours
         chosen = np.flatnonzero(self._scores[own] <= found.threshold) if len(own) else np.arange(len(normal))
         width = math.prod(model.code_shape if self._by_code else model.input_shape)
         self._most = max(1, _MAX_VALUES // width)
@@ -194,7 +194,7 @@ class Explainer:
 
     @functools.cached_property
     def strangest(self) -> npt.NDArray[np.int64]:
-        """The samples above the threshold, the strangest first."""
+        """The samples above the threshold, the largest score first."""
         order = np.argsort(-self._scores, kind="stable")
         return order[self._scores[order] > self._threshold]
 
@@ -216,7 +216,7 @@ class Explainer:
         return "; ".join(filter(None, [near, self.note]))
 
     def report(self) -> str:
-        """What the files hold, in a line."""
+        """The content of the files, in one line."""
         n = len(self.strangest)
         return f"explanations of {n:,} samples above the threshold; {self.text()}"
 
@@ -250,7 +250,7 @@ class Explainer:
                 yield {"index": i, "rank": rank, "neighbour": j, "distance": distance} | row_of(notes, j)
 
     def page(self, n_shown: int) -> bytes:
-        """explanations.html: the `n_shown` strangest samples, in one file that loads nothing."""
+        """explanations.html: the `n_shown` samples with the largest scores, in one file that loads no others."""
         n = len(self.strangest)
         shown = self.strangest[:n_shown]
         left = f"; the {len(shown):,} strangest are shown" if len(shown) < n else ""
@@ -302,7 +302,7 @@ class Explainer:
 
     @functools.cached_property
     def _features(self) -> Sequence[str]:
-        """The name of each value: of a table its column, else its place."""
+        """The name of each value: its column in a table, otherwise its position."""
         if self._samples.columns is not None:
             return self._samples.columns.names
         return [",".join(map(str, place)) for place in np.ndindex(*self._model.input_shape)]
@@ -400,7 +400,7 @@ class Explainer:
 
 
 def _ranked(size: Array) -> npt.NDArray[np.int64]:
-    """Indices from the largest to the least, missing values last."""
+    """Indices from the largest to the smallest, missing values last."""
     return np.argsort(-np.nan_to_num(size, nan=-np.inf), kind="stable")
 
 

@@ -9,7 +9,7 @@
                      layer
 
 Images for a ResNet are enlarged until their shorter side has 224 values. Maps are averaged over 2 x 2 values until they
-hold at most 65,536, as many as FRE has in https://github.com/open-edge-platform/anomalib.
+have at most 65,536, as many as FRE has in https://github.com/open-edge-platform/anomalib.
 """
 
 import math

@@ -88,7 +88,7 @@ class Reference:
     def from_split(
         cls, model: Autoencoder, given: Any, x: Any, split: Stage, protocol: Protocol, scored: SampleSet | None = None
     ) -> "Reference | None":
-        """`given`, or else a split of x if that is a DataModule, or else None; `scored` may hold the same samples."""
+        """`given`, or a split of x if that is a DataModule, or None; `scored` may contain the same samples."""
         if given is None and isinstance(x, DataModule) and split in x.splits():
             given = x
         if given is None:

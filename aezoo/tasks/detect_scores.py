@@ -1,11 +1,11 @@
-"""Anomaly scores of a trained model, larger is stranger.
+"""Anomaly scores of a trained model, larger is more anomalous.
 
 x_hat is the reconstruction of x, z its code:
 
-    deviance     the model's own `anomaly_score`: for most -log p(x | z) less that of a perfect reconstruction, for
-                 variational models with the KL, for detectors their own criterion
-    nll          the model's own `score`, for most -log p(x | z), which under a Bernoulli likelihood is least for black
-                 and white values, whatever the reconstruction
+    deviance     the model's `anomaly_score`: for most -log p(x | z) less that of a perfect reconstruction, for
+                 variational models with the KL, for detectors their criterion
+    nll          the model's `score`, for most -log p(x | z), which with a Bernoulli likelihood is smallest for black
+                 and white values, for any reconstruction
     mse          ||x - x_hat||^2 / D
     elbo         -ELBO(x), the mean over draws of the code, for models whose loss has an ELBO
     iwae         -log p(x), importance-sampled (Burda et al. 2015, https://arxiv.org/abs/1509.00519)
@@ -15,7 +15,7 @@ x_hat is the reconstruction of x, z its code:
                      d(x) = [h_0(x) - h_0(x_hat), ..., h_l(x) - h_l(x_hat)]     h_0(x) = x
                      SAP(x) = ||d(x)||^2
                      NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
-    combined     distance from the mean sample, error and distance of the code as one, see `aezoo.tasks.detect_combined`
+    combined     distance from the mean sample, error and distance of the code in one, see `aezoo.tasks.detect_combined`
     deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
 
 NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, computes both. The paper has more
@@ -43,9 +43,9 @@ from aezoo.training.model_names import display_name
 Scores = npt.NDArray[np.float64]
 
 SCORES = ("deviance", "nll", "mse", "elbo", "iwae", "mahalanobis", "sap", "nap", "combined", "deep_svdd")
-# a matrix of so many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
+# a matrix of this many rows and columns takes 128 MiB, its eigenvectors half a minute of one core
 _MAX_FEATURES = 2**12
-# features of training samples, and values of copies of a sample, that are held at a time: at most 512 MiB
+# features of training samples, and values of copies of a sample, in memory at a time: at most 512 MiB
 _MAX_VALUES = 2**26
 
 
@@ -207,7 +207,7 @@ class Mahalanobis:
 
     def _keep(self, n: int, mean_M: Tensor, V_MR: Tensor, s2_R: Tensor, floor: float) -> None:
         numbers = {"n": torch.tensor(n), "floor": torch.tensor(floor, dtype=torch.float64)}
-        # contiguous, as it comes back from a file: another layout rounds otherwise
+        # contiguous, as when it is read from a file: with another layout, rounding differs
         self.restore({"mean": mean_M, "directions": V_MR.contiguous(), "squares": s2_R, **numbers})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -245,8 +245,8 @@ class Mahalanobis:
 
         Without sample i the mean moves away from it by the factor n / (n - 1), and the sum of squares loses
         n / (n - 1) (f_i - mu)(f_i - mu)'. So a squared distance h, in units of the sum of squares, becomes
-        n / (n - 1) h / (1 - 1/n - h). In many dimensions that is far from h, and with a threshold on h most new samples
-        would be strange.
+        n / (n - 1) h / (1 - 1/n - h). In many dimensions that is far from h, and most new samples would be above a
+        threshold on h.
         """
         n, h = self._n, scores / self._scale
         if n < 2:
@@ -258,7 +258,7 @@ class Mahalanobis:
 
 
 def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
-    """-ELBO of each sample: `loss` gives means over a batch, so each sample is a batch of its own of n_draws copies."""
+    """-ELBO of each sample: `loss` gives means over a batch, so n_draws copies of each sample are a separate batch."""
     most = max(1, _MAX_VALUES // x[0].numel())
     scores = at_least_float32(x).new_zeros(len(x))
     for i, sample in enumerate(x):

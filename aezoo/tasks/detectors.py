@@ -21,13 +21,13 @@ from aezoo.training.data_statistics import DataStatistics
 
 BASELINES = ("pca", "mean", "knn", "isolation_forest")
 _MAX_DRAWS = 10**6
-# floats that a baseline holds of the training samples, 256 MiB, of which most methods make copies
+# floats of the training samples for a baseline, 256 MiB, of which most methods make copies
 _MAX_VALUES = 2**26
 # floats of the training samples that are scored at a time
 _MAX_SCORED = 2**24
-# bytes of what a score has learnt that are kept with the weights
+# largest size in bytes of the statistics of a score that are stored with the weights
 _MAX_STATE = 2**28
-# directions that fre keeps, the proj_size of https://github.com/open-edge-platform/anomalib
+# directions of fre, the proj_size of https://github.com/open-edge-platform/anomalib
 _FRE_COMPONENTS = 220
 
 
@@ -123,16 +123,16 @@ class Detector:
         return self
 
     def restore(self, statistics: DataStatistics) -> bool:
-        """Take over the calibration of an earlier `fit` in place of a new one.
+        """Use the calibration of an earlier `fit` instead of a new one.
 
         Args:
             statistics: see `Autoencoder.data_statistics`.
 
         Returns:
-            Whether they hold this score, and what it has learnt.
+            Whether they contain this score and its statistics.
 
         Raises:
-            AezooError: what it has learnt is of another model.
+            AezooError: the statistics are of another model.
         """
         scores, state = statistics.scores.get(self.score), statistics.states.get(self.score, {})
         if scores is None or not (state or isinstance(self.scorer, FunctionScorer)):
@@ -162,7 +162,7 @@ class Detector:
         return DataStatistics(None, scores, {self.score: state} if state else {})
 
     def decision_function(self, X: Any) -> Scores:
-        """Scores of samples, larger is stranger, (N,)."""
+        """Scores of samples, larger is more anomalous, (N,)."""
         if not hasattr(self, "threshold_"):
             raise AezooError("this Detector is not fitted: call fit(X) with samples that are mostly normal first")
         return self._scores(SampleSet.from_data(X, allow_missing=self.model.takes_missing).check(self.model))
@@ -172,8 +172,8 @@ class Detector:
 
         Args:
             X: samples.
-            fdr: flag as many of these samples as Benjamini and Hochberg's procedure on their p-values allows, of which
-                a share of at most fdr are normal, on average; then each decision depends on the other samples.
+            fdr: flag those of these samples that Benjamini and Hochberg's procedure on their p-values selects; on
+                average a share of at most fdr of them is normal. Each decision then depends on the other samples.
 
         Raises:
             AezooError: an fdr without calibration samples, or with too few of them.
@@ -184,7 +184,7 @@ class Detector:
         return (scores > fdr_threshold(scores, self._held_out_scores("fdr"), fdr)).astype(np.int64)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """Scores scaled to 0 at the least and 1 at the largest training score, (N, 2): normal, anomaly.
+        """Scores scaled to 0 at the smallest and 1 at the largest training score, (N, 2): normal, anomaly.
 
         These follow PyOD and are not probabilities; `p_values` are.
         """
@@ -193,7 +193,7 @@ class Detector:
         return np.stack([1 - outlier, outlier], axis=1)
 
     def p_values(self, X: Any) -> Scores:
-        """Probabilities that a normal sample is as strange as each of these, (N,); see `p_values`."""
+        """Probabilities that a normal sample has at least the score of each of these, (N,); see `p_values`."""
         return p_values(self.decision_function(X), self.calibration_scores_)
 
     def anomaly_share(self, X: Any) -> AnomalyShare:
@@ -251,7 +251,7 @@ class Baseline:
 
     Attributes:
         fitted_on: indices of the training samples that it was fitted on.
-        decision_scores_: their scores; for knn no sample is its own neighbour.
+        decision_scores_: their scores; for knn a sample is not a neighbour of itself.
         threshold_: samples with larger scores are anomalies.
         note: why it cannot be fitted, if so.
     """
@@ -304,7 +304,7 @@ class Baseline:
         return self
 
     def decision_function(self, samples: SampleSet) -> Scores:
-        """Scores of samples, larger is stranger, (N,)."""
+        """Scores of samples, larger is more anomalous, (N,)."""
 
         def score(x: Tensor) -> Tensor:
             if x.isnan().any():
@@ -368,7 +368,7 @@ def _knn(x: Rows, n_components: int, seed: int) -> Fitted:
     def score(x: Rows) -> Any:
         return near.kneighbors(x)[0][:, -1]
 
-    # without samples to look up, none of the training samples counts as its own neighbour
+    # without other samples, no training sample counts as a neighbour of itself
     return score, near.kneighbors()[0][:, -1]
 
 

@@ -41,7 +41,7 @@ Notes = Mapping[str, Sequence[Any]]
 _METHODS = ("pca", "tsne", "umap")
 # points of the picture: t-SNE takes minutes beyond, and more hide each other
 _MAX_POINTS = 10_000
-# samples that classifiers see, and raw values in them: on pixels they take minutes beyond
+# limits of samples for classifiers, and of their raw values: with more pixels they would take minutes
 _MAX_PROBE_SAMPLES = 10_000
 _MAX_VALUES = 2**26
 
@@ -116,8 +116,8 @@ def embed(
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`.
         fit_on: training samples, for the classifiers and the nearest neighbours: an array, a DataModule (its training
-            split) or `SampleSet`. Without it, or if it is x, there are no accuracies, and each sample is its own
-            nearest neighbour.
+            split) or `SampleSet`. Without it, or if it is x, there are no accuracies, and the nearest neighbour of each
+            sample is the sample itself.
         method: how codes are projected to the plane: pca, tsne or umap.
         nearest: how many nearest training samples in code space to find for each sample; 0 finds none.
         table: npy, npz (x, the codes, and y, the labels: what --data.name takes), csv or parquet, the format of the
@@ -199,7 +199,7 @@ def _accuracies(
     """
     most = min(_MAX_PROBE_SAMPLES, max(100, _MAX_VALUES // math.prod(model.input_shape)))
     y_train, y_test = np.asarray(train.y), same_classes(test, train)
-    # -1 is no label, see --data.num_labels
+    # -1 means no label, see --data.num_labels
     known, known_test = (np.flatnonzero(y != UNLABELLED) for y in (y_train, y_test))
     rows, test_rows = (part[choose_rows(len(part), most, seed)] for part in (known, known_test))
     y_train, y_test = y_train[rows], y_test[test_rows]

@@ -47,8 +47,8 @@ def encode_samples(
 ) -> tuple[Array, Array]:
     """Codes, (N, D) float32, of at most `max_samples` samples, and their indices. Use inside `evaluation_mode`.
 
-    `code` replaces the encoder by another function with outputs of the same size. All codes may be more than memory
-    holds; with a store they are in a file.
+    `code` replaces the encoder by another function with outputs of the same size. With a store, codes are in a file, so
+    they may be larger than memory.
     """
     encode = code or model.encode
     rows = choose_rows(len(samples), max_samples, seed)
@@ -97,9 +97,9 @@ def same_classes(samples: SampleSet, known: SampleSet) -> Array:
 def project_to_plane(codes: Array, method: str, seed: int) -> Array:
     """Codes (N, D) as points (N, 2).
 
-    pca is the plane of largest variance. tsne (van der Maaten & Hinton 2008, https://jmlr.org/papers/v9/vandermaaten08a)
-    and umap (McInnes et al. 2018, https://arxiv.org/abs/1802.03426) keep neighbours together; distances between groups
-    mean nothing there.
+    pca is the plane of largest variance. tsne (van der Maaten & Hinton 2008,
+    https://jmlr.org/papers/v9/vandermaaten08a) and umap (McInnes et al. 2018, https://arxiv.org/abs/1802.03426) keep
+    neighbours together; distances between groups mean nothing there.
 
     Raises:
         AezooError: too few samples, or umap is not installed.
@@ -147,7 +147,7 @@ def pca(train: Array, test: Array, size: int) -> tuple[Array, Array]:
 
     parts = np.zeros((len(train), size)), np.zeros((len(test), size))
     found = min(size, *train.shape)
-    # sklearn picks an exact solver where it is quick, and else a randomised one
+    # sklearn takes an exact solver if it is fast, otherwise a randomised one
     fitted = PCA(found, random_state=0).fit(train)
     for part, values in zip(parts, (train, test), strict=True):
         part[:, :found] = fitted.transform(values)

@@ -1,6 +1,6 @@
 """explore: a folder of a page on which a browser runs encoders and decoders, with samples and codes to look at.
 
-The page is in `explorer/` beside this file. Shapes: N samples, P pixels of all channels, D numbers of a code.
+The page is in `explorer/` next to this file. Shapes: N samples, P pixels of all channels, D numbers of a code.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ MANIFEST = "manifest.json"
 _SHOWN, _TRAIN, _MOST_PIXELS = 60, 1000, 2**22
 # numbers of codes of a model, 1 MiB
 _MOST_CODES = 2**18
-# codes drawn from a prior where there are no training samples
+# codes drawn from a prior if there are no training samples
 _DRAWN = 500
 # weights that a browser should have to load
 _MOST_WEIGHTS = 2**28
@@ -53,9 +53,9 @@ class Subject:
         model: a trained model of images.
         test: samples to choose from.
         train: those that it was trained on, for points and nearest neighbours.
-        calibrate_on: normal samples that it was not trained on, for the threshold, if its weights bring no calibration.
+        calibrate_on: normal samples that it was not trained on, for the threshold, if its weights have no calibration.
         data: the name of the samples.
-        note: what is to know of them.
+        note: a note on them for the user.
         is_binary: whether the model was trained on pixels that are 0 or white.
     """
 
@@ -99,9 +99,9 @@ def explore(
 ) -> Exploration:
     """Write a folder with a page on which a browser runs models of images.
 
-    The folder needs a web server for files and nothing behind it. It holds the models' graphs (ONNX), up to 1,000
-    training samples with their codes, some samples to choose from, and the values of the models for a few inputs,
-    with which the page compares its own.
+    The folder only needs a web server for static files. It contains the models' graphs (ONNX), up to 1,000 training
+    samples with their codes, some samples to choose from, and the outputs of the models for a few inputs, with which
+    the page compares the outputs in the browser.
 
     Args:
         subjects: models that take samples of one shape.
@@ -196,7 +196,7 @@ class _Sets:
     """Samples as bytes, each set once however many models have it.
 
     Attributes:
-        found: what the page needs to know of each set.
+        found: the description of each set for the page.
         train: (N, *shape) bytes of training samples of each set, None without.
     """
 
@@ -257,7 +257,7 @@ class _Sets:
 
 
 def _model(files: _Files, subject: Subject, train: Array | None, check: Array, home: str, seed: int) -> dict[str, Any]:
-    """Write the graphs, codes and values of a model; what the page needs to know of it."""
+    """Write the graphs, codes and outputs of a model; returns its description for the page."""
     model, folder = subject.model, files.folder / home
     statistics, units = model.data_statistics, model.data_units
     brings_scores = statistics is not None and "deviance" in statistics.scores
@@ -273,7 +273,7 @@ def _model(files: _Files, subject: Subject, train: Array | None, check: Array, h
                     raise AezooError(f"{subject.label}: {error}") from None
                 no_score = f"No anomaly score: {error}"
     finally:
-        # what export says of each file is for other uses than the page's
+        # messages of export are for other uses of the files
         (folder / "README.md").unlink(missing_ok=True)
     files.written += [folder / f"{what}.onnx" for what in functions]
 
@@ -347,7 +347,7 @@ def _codes(
 
 
 def _principal_axes(codes: Tensor) -> Tensor:
-    """The two directions of largest variance, (2, D); zeros where there is none."""
+    """The two directions of largest variance, (2, D); zeros if there is none."""
     centred = codes.double() - codes.double().mean(0)
     axes = torch.zeros(2, codes.shape[1], dtype=torch.double)
     found = torch.linalg.svd(centred, full_matrices=False).Vh[:2]

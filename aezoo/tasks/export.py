@@ -45,7 +45,7 @@ class Export(Result):
 
     Attributes:
         path: the file.
-        metadata: what the file says of itself, see docs/export.md.
+        metadata: the metadata in the file, see docs/export.md.
         n_checked: samples that the file was checked with.
         difference: the largest difference from the model there, relative to the largest value; of indices their share.
         threshold: of scores, None for another function or without samples to calibrate on.
@@ -108,20 +108,20 @@ def export(
             (anomaly scores, with a threshold), indices or decode_indices (of models with discrete codes).
         format: onnx, pt2 (torch.export) or safetensors (the weights that the function reads, by their names in the
             state_dict, and no graph).
-        units: data, the values as they are in the user's files; or model, in the scale that the model sees.
+        units: data, the values as in the user's files; or model, scaled values.
         opset: version of the ONNX operators; the default is that of torch's exporter.
         score: which score, as in detect; elbo and iwae are random and refused.
-        contamination: share of normal samples that lies above the threshold, as in detect.
+        contamination: share of normal samples above the threshold, as in detect.
         quantile: put the threshold at this quantile of the calibration scores instead.
         normal: calibrate on samples of this class only, as in detect.
         anomaly: calibrate on samples of all other classes, as in detect.
         class_names: names of the classes for the file; by default those of the data.
         force: replace an earlier export of this name.
-        fit_on: normal samples for scores that must learn (mahalanobis, nap, combined, deep_svdd): an array or a
-            DataModule. By default what the weights bring.
+        fit_on: normal samples for scores that are fitted to data (mahalanobis, nap, combined, deep_svdd): an array or a
+            DataModule. By default the statistics that are stored with the weights.
         calibrate_on: normal samples that the model was not trained on, for the threshold and for the check; of a
-            DataModule its validation split. Without any, the threshold comes from the calibration that the weights
-            bring (pretrained ones, a run after `detect`), and the check draws random samples.
+            DataModule its validation split. Without any, the threshold comes from the calibration that is stored with
+            the weights (pretrained ones, a run after `detect`), and the check draws random samples.
         out: folder for the files.
         batch_size: samples at a time.
         seed: seed of everything that is random.
@@ -184,7 +184,7 @@ def export(
                         f"{name} cannot export {what} as {format}: the file gives other values than the model, off by "
                         f"{check.worst:.2g} of the largest; {cures or what_works(portable, what, samples)}"
                     )
-                # weights in a file of their own come first, so that no graph is ever without them
+                # weights in a separate file are written first, so that no graph is ever without them
                 parts = sorted(Path(folder).iterdir(), key=lambda part: part == written)
                 files = [path.parent / part.name for part in parts]
                 for part, file in zip(parts, files, strict=True):
@@ -209,7 +209,7 @@ def export(
 
 @dataclass
 class _Calibration:
-    """Normal samples, and threshold and p-values by their scores; of another function than score the samples alone."""
+    """Normal samples, and threshold and p-values by their scores; for functions other than score only the samples."""
 
     samples: SampleSet | None = None
     threshold: float | None = None
@@ -262,7 +262,7 @@ def _calibrated(
 
 
 def _exact(threshold: float, detector: Detector) -> float:
-    """Of a score in float32, the largest number in float32 that is not above it: scores exceed both or none."""
+    """The largest float32 that is not above a threshold: scores in float32 exceed both or none."""
     if isinstance(detector.scorer, CombinedScore | Mahalanobis):  # in float64
         return threshold
     found = np.float32(threshold)
@@ -281,7 +281,7 @@ def _metadata(
     class_names: list[str] | None,
     check: Check,
 ) -> dict[str, str]:
-    """All that a user of the file needs to know, as text; numbers and lists as JSON."""
+    """The metadata for a user of the file, as text; numbers and lists as JSON."""
     low, high, of = *check.limits, "the samples that it was checked with"
     if function.input_dtype == torch.uint8:
         low, high, of = 0, 255, "bytes"
@@ -322,7 +322,7 @@ def _metadata(
 
 
 def _reason(error: BaseException) -> str:
-    """What an exporter says of why it failed, which its outermost error hides, in a few words."""
+    """The reason why an exporter failed, which its outermost error hides, as a short text."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[\d*m", "", " ".join(str(error).split()))

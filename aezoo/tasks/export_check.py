@@ -14,7 +14,7 @@ from aezoo.tasks.samples import SampleSet
 from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng
 
-# outputs may be off by so much, relative to the largest one, as in aezoo.testing
+# largest difference of outputs, relative to the largest output, as in aezoo.testing
 _TOLERANCE = 1e-4
 # indices that may differ, where the distances to two codes are the same but for rounding
 _MAX_OTHER_INDICES = 1e-3
@@ -23,12 +23,12 @@ _MAX_CHECKED = 256
 
 
 class Check:
-    """Inputs of a function, and what the model gives for the samples that they stand for.
+    """Inputs of a function, and the outputs of the model for these samples.
 
     Attributes:
         example: a batch of inputs, at least 2.
         example_outputs: what the model gives for it.
-        limits: the least and the largest value of all inputs.
+        limits: the smallest and the largest value of all inputs.
         n: number of samples.
         is_random: whether the model draws random numbers.
         worst: the largest difference that `compare` has found.
@@ -78,7 +78,7 @@ class Check:
         return self.worst if self.worst <= (_MAX_OTHER_INDICES if is_index else _TOLERANCE) else None
 
     def _batches(self, rows: range | None = None, of: bool = True) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Inputs, and without `of` nothing else, of one sample, of three, and of the others."""
+        """Inputs (with outputs if `of` is given) of one sample, of three, and of the others."""
         starts = [0, 1, *range(4, self.n, self._batch_size)] if rows is None else [0]
         for start, end in zip(starts, [*starts[1:], self.n if rows is None else len(rows)], strict=True):
             if start >= self.n:
@@ -108,7 +108,7 @@ class Check:
 
 
 def drawn_samples(model: Autoencoder, seed: int) -> SampleSet:
-    """Random samples in the scale that a model sees."""
+    """Random samples in the scale of a model."""
     x = torch.rand(16, *model.input_shape, generator=torch.Generator().manual_seed(seed))
     return SampleSet(ArrayDataset(x), name="random samples")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-# real samples of the training set that the figures see: precision and recall compare all pairs
+# number of training samples for the metrics: precision and recall compare all pairs
 _MAX_REAL = 5_000
 # the neighbours that set the radius of precision and recall, as in the paper
 _K = 3
@@ -150,8 +150,8 @@ class _PrecomputedFeatures(nn.Module):
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eqs. (1) and (2), https://arxiv.org/abs/1904.06991).
 
-    The share of `fake` that lies within reach of `real`, and the share of `real` within reach of `fake`. A point is
-    within reach of a set if it is no farther from some member than that member's third nearest neighbour in the set.
+    The share of `fake` that is covered by `real`, and the share of `real` covered by `fake`. A point is covered by a
+    set if its distance from some member is at most that of the member's third nearest neighbour in the set.
     """
     return _share_within(fake, real), _share_within(real, fake)
 

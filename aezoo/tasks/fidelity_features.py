@@ -49,7 +49,7 @@ class Features:
 
 
 def choose_features(train: SampleSet, device: torch.device, seed: int, progress: bool) -> Features:
-    """The best available space: Inception for images, else a classifier of the set's labels, else principal components.
+    """The best available space: Inception for images, or a classifier of the set's labels, or principal components.
 
     Nothing is downloaded: Inception is used if torchvision's weights are already on this machine.
     """
@@ -59,7 +59,7 @@ def choose_features(train: SampleSet, device: torch.device, seed: int, progress:
         return Features("Inception-v3 of torchvision", _inception(device))
     most = min(_MAX_LEARNED, max(100, _MAX_VALUES // math.prod(shape)))
     if train.y is not None and has_class_labels(train) and len(torch.unique(train.y[train.y >= 0])) > 1:
-        labelled = torch.nonzero(train.y >= 0)[:, 0]  # -1 is no label, see --data.num_labels
+        labelled = torch.nonzero(train.y >= 0)[:, 0]  # -1 means no label, see --data.num_labels
         rows = labelled[choose_rows(len(labelled), most, seed)]
         return _classifier(train, train.y, rows, device, seed, progress)
     return _pca(train.rows(torch.from_numpy(choose_rows(len(train), most, seed))))
@@ -113,7 +113,7 @@ def _classifier(
         with progress_bar("classifier" if progress else "", STEPS) as advance:
             network.learn(x[held:], y[held:], advance)
     with torch.no_grad():
-        # of variance 1 on the average: how large activations are says nothing
+        # of variance 1 on average: the scale of activations has no meaning
         unit = torch.cat([network.activations(part.to(device)) for part in x.split(_BATCH)]).var(0).mean().sqrt()
 
     extract = partial(_scaled_activations, network, unit.clamp_min(1e-12), device)

@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 _MAX_CODES, _MAX_VALUES = 50_000, 2**24
 # codes drawn at a time; the draws depend on this number
 _DRAWN_AT_ONCE = 4096
-# samples of its own prior that a model walks among if no others are given
+# number of samples drawn from the model's prior for walks if no others are given
 _OWN = 1000
 # images and curves in the picture of samples
 _MAX_SHOWN, _MAX_PANELS = 256, 16
@@ -102,7 +102,7 @@ def generate(
     seed: int = 0,
     progress: bool = False,
 ) -> Generation:
-    """Generate samples from a model's own prior, or from a prior that is fitted to the codes of the training samples.
+    """Generate samples from the model's prior, or from a prior that is fitted to the codes of the training samples.
 
     Writes samples.npy and samples.png, for a table also samples.csv, in the names and units of its columns. With
     --interpolate, --traverse or --around it writes a walk through code space instead: interpolation, traversal or
@@ -116,15 +116,16 @@ def generate(
         prior: own (the model's), gaussian, gmm (Gaussian mixture), maf (masked autoregressive flow), knn (between a
             training code and one of its nearest neighbours), two_stage (a second VAE, of the codes), vamp (the mean of
             the posteriors of training samples), riemannian (by a metric that the codes give), sphere (for codes that
-            are unit vectors), poincare (for codes in a ball), or auto: the model's own if it has one, else gmm.
+            are unit vectors), poincare (for codes in a ball), or auto: the model's if it has one, otherwise gmm.
         label: draw samples of this class, by number, from a model trained with labels, such as conditional_vae.
         temperature: for a prior over indices, pixelcnn or index_transformer: below 1 gives more likely samples, towards
             0 the most likely index each time, above 1 less likely samples.
         top_k: for such a prior: draw each index only from this many of the most likely ones; 0 for all.
         fit_on: training samples that a prior is fitted to and quality is measured against: an array, a DataModule (its
             training split) or `SampleSet`. Without them a prior is fitted to the codes of training samples that
-            pretrained weights bring, see `aezoo.Autoencoder.data_statistics`.
-        n_components: Gaussians in the mixture of gmm; the summary says how much more likely it makes held-out codes.
+            are stored with pretrained weights, see `aezoo.Autoencoder.data_statistics`.
+        n_components: Gaussians in the mixture of gmm; the summary reports how much it increases the log-likelihood of
+            held-out codes.
         n_neighbours: neighbours that knn chooses from.
         interpolate: walk from sample to sample, on a straight line between their codes.
         circle: interpolate on a great circle about the origin instead, which suits codes from N(0, I), such as those of
@@ -134,11 +135,11 @@ def generate(
         around: samples to vary, given like x (on the command line a file or a folder, like --input): new samples are
             decoded from codes near theirs.
         spread: distance of these codes, as a share of the standard deviation of the training codes.
-        walks: number of walks. A model with its own prior that is given no samples walks among samples that it draws.
+        walks: number of walks. Without x, a model that has a prior draws samples to walk between.
         steps: samples of each walk.
         quality: number of samples to evaluate by FID, KID, precision, recall and closeness to training samples, at most
             as many as there are in x; use a thousand or more for reliable figures. 0 evaluates none.
-        columns: the columns of a table, which the samples are written in; by default those of x, of fit_on
+        columns: the columns of a table with which the samples are written; by default those of x, of fit_on
             or of the table that the model was trained on.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
@@ -162,7 +163,7 @@ def generate(
     known_columns = [part.columns for part in (given, train, varied) if part and part.columns]
     columns = next(iter(known_columns), None) if columns is None else columns
     columns = Columns.of_model(model) if columns is None else columns
-    # samples that the model has learned from are no reference
+    # training samples cannot be the reference
     held_out = None if given is None or (train is not None and given.dataset is train.dataset) else given
     if quality and (train is None or len(train) < 2):
         raise AezooError(f"quality needs two training samples at least to compare with: {GIVE_TRAINING}")
@@ -306,7 +307,7 @@ def _prior(
     seed: int,
     progress: bool,
 ) -> tuple[Prior | None, str]:
-    """The prior that is fitted to training codes, or None for the model's own, and its name."""
+    """The prior that is fitted to training codes, or None for the model's, and its name."""
     hint = ""
     if name == "auto":
         name = "own" if model.has_prior else "gmm"
@@ -360,7 +361,7 @@ def _draws(
     seed: int,
     sampling_options: dict[str, Any] | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of n samples, from the fitted prior, or the model's own if that is None."""
+    """Batches of n samples, from the fitted prior, or the model's if that is None."""
     if fitted is None:
         yield from (
             model.sample(min(batch_size, n - start), **(sampling_options or {})) for start in range(0, n, batch_size)

@@ -75,7 +75,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 def traversal(
     model: Autoencoder, starts: SampleSet, known: SampleSet, walks: int, steps: int, batch_size: int, seed: int
 ) -> Walks:
-    """One dimension of the first sample's code at a time, from the least to the largest value among codes of `known`.
+    """One dimension of the first sample's code at a time, from the smallest to the largest value in codes of `known`.
 
     Dimensions are in order of falling variance.
     """

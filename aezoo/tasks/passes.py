@@ -1,10 +1,10 @@
 """Passes of a model over samples: by one process or several, resumed after a kill, in the memory of a batch.
 
-A verb goes over samples in blocks of one batch each. On the command line the blocks are shared by the processes of
-`--devices`, each of which takes consecutive ones and runs the same verb, and arrays are files that all of them fill.
-What has been computed is recorded every few seconds (`aezoo.io.partial`), so the same command goes on after a kill.
-What a model draws in a block depends on the seed and the block alone. So results depend neither on the number of
-processes nor on a kill: bit for bit, if these have equal numbers of threads; totals are added up in another order.
+A command processes samples in blocks of one batch each. On the command line the blocks are distributed over the
+processes of `--devices`, each of which takes consecutive blocks and runs the same command, and arrays are files that
+all of them write. Finished blocks are recorded every few seconds (`aezoo.io.partial`), so that the same command
+continues after a kill. Random numbers in a block depend only on the seed and the block. So results do not depend on the
+number of processes or on a kill, bit for bit if numbers of threads are equal; only totals are summed in another order.
 
 In Python there is one process, and nothing is recorded.
 """
@@ -52,7 +52,7 @@ class Total(Protocol):
 
 
 class Range:
-    """The least and the largest of all values; infinite without values.
+    """The smallest and the largest of all values; infinite without values.
 
     Attributes:
         low, high: both.
@@ -96,7 +96,7 @@ class _Size:
 
 
 class Passes:
-    """The passes of one call of a verb.
+    """The passes of one call of a command.
 
     Args:
         parts: where arrays and records are; None for neither.
@@ -112,7 +112,7 @@ class Passes:
         self._ends, self._launcher = contextlib.ExitStack(), os.getppid()
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike, name: str = "scratch") -> npt.NDArray[Any]:
-        """A file that all processes fill, mapped into memory; for calls with parts, and at least one value."""
+        """A file that all processes write, mapped into memory; for calls with parts, and at least one value."""
         assert self.parts is not None
         self._n_arrays += 1
         file = self.parts.rows(f"{self._n_arrays}-{name}", shape[0], shape[1:], dtype)
@@ -125,10 +125,10 @@ class Passes:
 
         Args:
             samples: the samples, or their number.
-            batch_size: samples in a block; of pictures of several sizes it is one.
-            seed: of what is drawn in the blocks.
-            title: that of a progress bar; none is shown without it.
-            totals: what the caller adds up; at the end they hold what all processes have added up.
+            batch_size: samples in a block; one for pictures of several sizes.
+            seed: of random numbers in the blocks.
+            title: title of a progress bar; without it, none is shown.
+            totals: values that the caller adds up; at the end they are the sums over all processes.
 
         Yields:
             The index of the first sample, and the samples, (B, *shape), on the CPU, or how many they are.
@@ -177,9 +177,9 @@ class Passes:
         make: Callable[[int, Any], tuple[bytes, Sequence[float]]],
         title: str = "",
     ) -> Iterator[tuple[bytes, Sequence[float]]]:
-        """What `make` returns for each block, bytes and some numbers, in the order of the blocks; for rank zero alone.
+        """What `make` returns for each block, bytes and some numbers, in the order of the blocks; only on rank zero.
 
-        Without parts, a block is computed when its piece is asked for, else all are before this returns.
+        Without parts, a block is computed when its piece is needed; otherwise all are computed before this returns.
         """
         if self.parts is None:
             return (make(start, batch) for start, batch in self.blocks(samples, batch_size, seed, title))
@@ -214,7 +214,7 @@ class Passes:
         """Say that no pass follows: the other processes end here, and rank zero writes the results."""
         if self.rank:
             raise SystemExit(0)
-        # they may not have seen the last records yet, which go with the folder
+        # they may not have read the last records yet, which are removed with the folder
         self._wait_for_others()
 
     def close(self) -> None:

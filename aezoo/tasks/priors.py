@@ -4,7 +4,7 @@
     gmm         mixture of Gaussians with full covariances, as Ghosh et al. 2020 fit it after training, 10 of them
                 (section 4, https://arxiv.org/abs/1903.12436)
     maf         masked autoregressive flow (Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057)
-    two_stage   a second VAE, of codes, with its own scale of noise (Dai & Wipf 2019, section 4,
+    two_stage   a second VAE, of codes, with a separate scale of noise (Dai & Wipf 2019, section 4,
                 https://arxiv.org/abs/1903.05789)
     vamp        the mean of the posteriors of training samples, the optimal prior for a VAE's bound (Tomczak & Welling
                 2017, https://arxiv.org/abs/1705.07120); for codes without posteriors, kernels of one width,

@@ -3,7 +3,7 @@
     z = R tanh(|v| / 2R) v / |v|     v = 2 R artanh(|z| / R) z / |z|     v ~ sum_k w_k N(m_k, C_k)
 
 v are normal coordinates at the ball's centre, see `manifolds.poincare`, in which hyperbolic distances from the centre
-are Euclidean; R is the ball's radius, 1 / sqrt(c) for the curvature -c. One Gaussian N(0, I) is the model's own prior.
+are Euclidean; R is the ball's radius, 1 / sqrt(c) for the curvature -c. One Gaussian N(0, I) is the model's prior.
 """
 
 from typing import Any

@@ -132,8 +132,8 @@ class Mixture:
         # discrete codes may repeat
         n_components = min(n_components, len(np.unique(t.round(6), axis=0)))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that still improves after 500 rounds will do
-            # the variance added keeps a Gaussian from collapsing to a single code; those of t are 1
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 500 rounds are enough
+            # the added variance prevents a Gaussian from collapsing to a single code; those of t are 1
             self.mixture = GaussianMixture(n_components, reg_covar=1e-4, max_iter=500, random_state=seed).fit(t)
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:

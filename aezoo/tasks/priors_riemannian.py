@@ -60,7 +60,7 @@ class Riemannian:
         spreads = []
         for i in range(k):
             own = t[found.labels_ == i]
-            # as many codes of the whole set as dimensions keep the covariance of a small cluster at full rank
+            # adding as many codes of the whole set as dimensions gives the covariance of a small cluster full rank
             near = (own - found.cluster_centers_[i]).T @ (own - found.cluster_centers_[i])
             spreads.append((near + t.shape[1] * overall / k) / (len(own) + t.shape[1]))
         # so that equal codes have a determinant, too
@@ -104,7 +104,7 @@ class Riemannian:
         for i in range(_BURN_IN):
             z, accepted = self._move(z, step)
             self.accepted = accepted
-            # only in the first half, since the draws that are kept must come from a chain that does not adapt
+            # only in the first half, because the returned draws must come from a chain that does not adapt
             if i < _BURN_IN // 2 and accepted < _ACCEPTED:
                 step /= 2
         return z, step

@@ -20,7 +20,7 @@ from aezoo.tasks.priors_base import Seed
 
 Array = npt.NDArray[Any]
 
-# codes left out in turn, and the range of h where t has variance 1: at less, copies of a code would ask for 0
+# codes left out in turn, and the range of h if t has variance 1: with smaller values, copies of a code would give 0
 _LEFT_OUT, _LEAST, _MOST = 500, 1e-2, 2.0
 # numbers of differences held at a time
 _MAX_VALUES = 2**24

@@ -36,8 +36,8 @@ class Reconstruction(Result):
     """The result of `reconstruct`; x_hat is a memory-mapped file if a folder was given.
 
     Attributes:
-        x_hat: (N, *shape), reconstructions in the scale that the model sees, float32; files are in the data's units.
-            Of pictures of several sizes, a sequence of (C, H, W).
+        x_hat: (N, *shape), reconstructions in the scale of the model, float32; files are in the data's units. For
+            pictures of several sizes, a sequence of (C, H, W).
         mse: (N,) squared error of each sample, the mean over its values that are not missing.
         mae: (N,) absolute error of each sample, the mean over the same values.
         score: (N,) the model's `anomaly_score` in nats per sample, by which `detect` ranks, too: the deviance, -log
@@ -110,22 +110,22 @@ def reconstruct(
 
     Writes reconstructions.npy, errors.csv (index, mse, mae, score and, if known, file and label; with `parts` the mse
     of each instead of the score) and a picture of the best, the median and the worst samples. With `parts` and labels
-    also coherence.csv: whether the parts that are made have the class of their sample. Of a table also, in the names
-    and units of its columns, reconstructions.csv, and columns.csv with the error by column; errors.csv then holds the
-    values and errors of each sample by column, too. Pictures of several sizes, which convolutional models whose code is
+    also coherence.csv: whether the generated parts have the class of their sample. For a table also, with the names
+    and units of its columns, reconstructions.csv, and columns.csv with the error by column; errors.csv then also has
+    the values and errors of each sample by column. Pictures of several sizes, which convolutional models whose code is
     a map take, give reconstructions/000000.png and so on in their sizes instead of reconstructions.npy.
 
     Args:
         model: a trained model.
         x: samples (N, *input_shape), a DataModule (its test split) or `SampleSet`; a convolutional model whose code is
             a map takes samples of another size, too, and a list of pictures of several sizes.
-        parts: reconstruct whole samples from this part alone, or from these, numbered from 0; the other parts are
+        parts: reconstruct whole samples only from this part, or from these, numbered from 0; the other parts are
             ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
         table: format of the errors, csv or parquet.
         tile: process samples with sides above this in tiles of this many points a side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
-        blend: let tiles overlap by this share of their sides and blend them, for networks that see the whole sample;
+        blend: let tiles overlap by this share of their sides and blend them, for networks that need the whole sample;
             the result then differs from that of the whole.
         out: folder for the results; None keeps them in memory.
         batch_size: samples at a time.
@@ -248,7 +248,7 @@ def _picture(
     n_shown: int,
     reconstructor: _PartReconstructor | None = None,
 ) -> "Figure":
-    """Originals above reconstructions, with the encoded parts between, for the least, median and largest errors."""
+    """Originals above reconstructions, with the encoded parts between, for the smallest, median and largest errors."""
     from aezoo.callbacks import plotting
 
     order = torch.from_numpy(np.argsort(mse, kind="stable")[: len(_drop_nan(mse))])  # NaN comes last

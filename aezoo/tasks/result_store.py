@@ -63,7 +63,7 @@ class SeparateArrays(Sequence[npt.NDArray[Any]]):
         self[index.start][...] = values[0]
 
     def min(self) -> Any:
-        """The least value."""
+        """The smallest value."""
         return self.flat.min()
 
     def max(self) -> Any:
@@ -82,7 +82,7 @@ class Store:
 
     Args:
         folder: created if it does not exist; None keeps arrays in memory and writes nothing.
-        units: the units in which files of samples are written; None for samples as they are.
+        units: the units in which files of samples are written; None does not convert samples.
 
     Attributes:
         files: the files written, in order.
@@ -95,7 +95,7 @@ class Store:
         self._written: dict[Path, Path] = {}
         self._mapped: list[Any] = []
         self._units = units
-        # files that several processes fill, and that a later call goes on with
+        # files that several processes write, and that a later call continues
         self._passes = Passes() if self.folder is None else current.get()
         # samples in the model's scale, and the files of the same samples in their units
         self._scaled: list[tuple[DataUnits, npt.NDArray[Any], npt.NDArray[Any]]] = []
@@ -114,7 +114,7 @@ class Store:
                 self._commit()
         finally:
             for temporary in self._written.values():
-                if temporary.parent == self.folder:  # others are parts, which a later call goes on with
+                if temporary.parent == self.folder:  # others are parts, which a later call continues
                     temporary.unlink(missing_ok=True)
             self._written.clear()
             self._mapped.clear()
@@ -185,10 +185,10 @@ class Store:
         return SeparateArrays(self.scratch((sum(map(math.prod, shapes)),), dtype), shapes)
 
     def each_sample(self, name: str, x: Samples, kind: str = "png") -> None:
-        """Write each sample as `folder/name000000.png`, or as .npy if it is no picture or kind says so.
+        """Write each sample as `folder/name000000.png`, or as .npy if it is not a picture or kind is npy.
 
-        PNGs have the values of the training data. If these are scaled and do not say what white is, it is drawn from
-        the least to the largest value.
+        PNGs have the values of the training data. If these are scaled and their white is unknown, black and white are
+        the smallest and the largest value.
         """
         from PIL import Image
 
@@ -269,7 +269,7 @@ def write_csv(file: IO[bytes], rows: Iterable[Row]) -> None:
     writer.writerow({name: spreadsheet_cell(name) for name in names})
     while True:
         writer.writerows({name: spreadsheet_cell(cell) for name, cell in row.items()} for row in part)
-        # names of files may hold bytes that are no text
+        # names of files may contain bytes that are not valid text
         file.write(text.getvalue().encode("utf-8", "backslashreplace"))
         text.seek(0)
         text.truncate()
@@ -340,14 +340,14 @@ def _cell(value: Any) -> str:
 
 
 def write_batch(array: Samples, start: int, values: Tensor) -> None:
-    """Write a batch of results to its place; of a mapped file nothing stays in this process's memory."""
+    """Write a batch of results to its position; a mapped file does not stay in this process's memory."""
     values = values.detach()
     array[start : start + len(values)] = (values.float() if values.is_floating_point() else values).cpu().numpy()
     release(array)
 
 
 def release(array: Samples) -> None:
-    """Keep nothing of a mapped file in this process; what is not on the disk yet is in the system's cache."""
+    """Free the memory of a mapped file in this process; what is not on the disk yet is in the system's cache."""
     base = array.base
     while isinstance(base, np.ndarray):  # of a view
         base = base.base

@@ -61,7 +61,7 @@ class Result:
 
     @cached_property
     def figure(self) -> "Figure":
-        """The picture, a matplotlib Figure, which a notebook shows; drawn when it is first asked for.
+        """The picture, a matplotlib Figure, which a notebook shows; drawn when it is first used.
 
         Raises:
             AezooError: no samples are to be shown.

@@ -1,4 +1,4 @@
-"""Samples as a model sees them, read a batch at a time."""
+"""Samples as input of a model, read one batch at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +32,11 @@ from aezoo.tasks.result_store import Samples, SeparateArrays
 from aezoo.training.data_units import DataUnits
 from aezoo.training.seeding import forked_rng
 
-# samples that tell two sets apart
+# samples by which two sets are distinguished
 _COMPARED = 64
 # samples whose values are checked before a task begins, and values that are then in memory at a time
 _MAX_CHECKED, _MAX_VALUES = 1024, 2**24
-# an array whose values are larger than this, and are not after scaling, is not scaled yet
+# an array with larger values than this, which scaling would make smaller, is not scaled yet
 _OUTSIDE = 10.0
 # columns of tables of results
 _OWN_NAMES = {"index", "file", "label", "mse", "mae", "score", "p_value", "is_anomaly", "largest_error"}
@@ -76,7 +76,7 @@ class Origin:
 
 
 class SampleSet:
-    """Samples, float32 as a model sees them, read on demand; of one shape, or pictures of several sizes.
+    """Samples in float32, scaled for a model, read on demand; of one shape, or pictures of several sizes.
 
     Args:
         dataset: gives (x,) or (x, y), x of uint8 or float32; with `__getitems__` it is read in batches.
@@ -87,8 +87,8 @@ class SampleSet:
         num_workers: processes that decode files ahead; None for one per free core, up to 8.
         columns: those of a table; None for other samples.
         units: the units of the data that `dataset` was made of, if a model's may differ from them.
-        spans: where samples lie in a time series; None for other samples.
-        read_masks: gives the masks of defects in some files, see `aezoo.data.source.Source.pixel_masks`.
+        spans: positions of samples in a time series; None for other samples.
+        read_masks: returns the masks of defects in some files, see `aezoo.data.source.Source.pixel_masks`.
         origin: for samples whose values are those of a file or a DataFrame; None if they were scaled before.
     """
 
@@ -125,10 +125,10 @@ class SampleSet:
 
         Args:
             x: samples; a DataModule, of which `split` is taken; a DataFrame, in the units of its columns; or a tensor
-                or an array (N, *shape) as a model sees it: bytes are scaled to [0, 1], floats stay unchanged. (N, H, W)
+                or an array (N, *shape), scaled for the model: bytes are divided by 255, floats do not change. (N, H, W)
                 bytes become images of one channel. A list of such pictures, (C, H, W) each, may have several sizes.
             split: train, val or test.
-            allow_missing: whether a tensor or an array may hold NaN for missing values.
+            allow_missing: whether a tensor or an array may contain NaN for missing values.
 
         Raises:
             AezooError: not numbers, or no samples.
@@ -211,7 +211,7 @@ class SampleSet:
 
     @property
     def kind(self) -> str:
-        """What `decompress` gives back of them: csv for a table, png for pictures in files of their own, else npy."""
+        """The kind of files that `decompress` writes for them: csv for a table, png for picture files, or npy."""
         pictures = len(self.shape) == 3 and self.shape[0] in (1, 3) and paths_of(self.dataset) is not None
         return "png" if pictures else "npy" if self.columns is None else "csv"
 
@@ -348,11 +348,11 @@ class SampleSet:
     def check(self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None) -> "SampleSet":
         """The same samples in the scale of the model's training data, if the model can use them.
 
-        A table is scaled as the table that the model was trained on; an array is taken as it is.
+        A table is scaled like the table that the model was trained on; an array is not scaled.
 
         Args:
             model: the model.
-            sized: gives the model for samples of another shape; without it they must have the model's own.
+            sized: returns the model for samples of another shape; without it they must have the model's shape.
 
         Raises:
             AezooError: no samples, another shape or other columns, values outside the range of the model's likelihood,
@@ -382,7 +382,7 @@ class SampleSet:
         return self.units if self.units is not None and self.units.is_table else None
 
     def _in_units(self, trained: DataUnits, own: DataUnits) -> "SampleSet":
-        """Samples of a table with units of its own, scaled as those that a model was trained on."""
+        """Samples of a table that is not scaled, scaled like those that a model was trained on."""
         check_columns(self.name, own.columns, trained.columns)
         if not trained.is_table or own.has_scaling(trained.scaling):
             return self
@@ -399,7 +399,7 @@ class SampleSet:
         sized: Callable[[tuple[int, ...]], Autoencoder] | None = None,
         fills_missing: bool = False,
     ) -> "SampleSet":
-        """The same samples, if their values, or with `fills_missing` those but NaN, are such as the model can use."""
+        """The same samples, if the model can use their values, except NaN with `fills_missing`."""
         n, step = min(len(self), _MAX_CHECKED), max(1, _MAX_VALUES // math.prod(self.shape))
         step = step if self.shapes is None else 1
         for start in range(0, n, step):

@@ -23,8 +23,8 @@ _MAX_MEASURED = 10_000
 def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
     """A picture: of the result of a command, of a DataModule, or of samples.
 
-    Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, as long as a
-    value lies above or below its column's mean, with their values. A notebook shows the figure that is returned;
+    Images form a mosaic, sequences and vectors are curves, and the rows of a table are bars by column, with their
+    values; the length of a bar is the distance from the column's mean. A notebook shows the figure that is returned;
     `figure.savefig(path)` writes it.
 
     Args:
@@ -33,7 +33,7 @@ def show(x: Any, n: int = 16, split: Stage = "train") -> "Figure":
         split: which split of a DataModule.
 
     Raises:
-        AezooError: these are no samples, or n is below 1.
+        AezooError: these are not samples, or n is below 1.
     """
     from aezoo.callbacks import plotting
 

@@ -1,16 +1,16 @@
 """Samples that do not fit into memory with all feature maps of a network: encoder and decoder work in tiles.
 
-A tile is cut out with a margin as wide as the network sees, and only its middle is kept, so that the result is that of
-the whole sample, without seams, up to the rounding of sums. How far a network sees is measured: a place of its input
-becomes NaN, which every sum and product of the network hands on, and the places of its output that are NaN are those
-that depend on it. A network in which each place depends on all others, by attention or by a normalisation over places,
+A tile is cut out with a margin as wide as the receptive field, and only its middle is kept, so that the result is that
+of the whole sample, without seams, up to the rounding of sums. The receptive field is measured: one position of the
+input is set to NaN, which every sum and product propagates, and the positions of the output that are NaN are those that
+depend on it. A network in which each position depends on all others, by attention or by a normalisation over positions,
 cannot work in tiles and is refused.
 
-What lies between encoder and decoder, such as a quantiser or the distributions of an entropy coder, sees the whole
-code. If nothing lies between them, a tile passes both, and the code is never held as a whole.
+Modules between encoder and decoder, such as a quantiser or the distributions of an entropy coder, are applied to the
+whole code. If there are none, a tile passes both networks, and the whole code is never in memory.
 
-If asked, tiles overlap and are blended instead, as diffusers' `enable_tiling` does: the weight of a tile rises from 0
-to 1 over its overlap with the one before. Each tile is then a sample of its own, so any network works in tiles, and the
+With `blend`, tiles overlap and are blended instead, as by diffusers' `enable_tiling`: the weight of a tile rises from 0
+to 1 over its overlap with the one before. Each tile is then a separate sample, so this works for any network, and the
 result differs from that of the whole sample.
 """
 
@@ -28,9 +28,9 @@ from aezoo.tasks.samples import SampleSet, reference_tensor
 from aezoo.training import sizes
 from aezoo.training.model_names import display_name
 
-# blocks of the samples with which it is measured how far a network sees
+# blocks of the samples with which the receptive field is measured
 _BLOCKS = (16, 64, 256)
-# sizes whose models `Sized` keeps
+# number of sizes for which `Sized` stores models
 _MOST_KEPT = 8
 # values in a batch of samples that are not of the model's size
 _MOST_VALUES = 2**22
@@ -47,10 +47,10 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float
         size: (L,), (H, W) or (D, H, W).
         tile: the sides of a tile in points, rounded up to a multiple of the strides; each gets a margin in addition.
         blend: share of a tile's sides, up to 1/2, that overlaps with the next tile, where both are blended; tiles then
-            have no margin. For networks that see the whole sample; 0.25 in diffusers.
+            have no margin. For networks that need the whole sample; 0.25 in diffusers.
 
     Raises:
-        AezooError: the model takes no other size, or, without blend, its networks see the whole sample.
+        AezooError: the model accepts no other size, or, without blend, its networks need the whole sample.
     """
     if tile < 1:
         raise AezooError(f"tile takes a number of points above 0, got {tile}")
@@ -98,7 +98,7 @@ class Sized:
         """The model for samples of a shape.
 
         Raises:
-            AezooError: it takes no such samples.
+            AezooError: it does not accept such samples.
         """
         if shape not in self._kept:
             own = self.model.input_shape
@@ -115,7 +115,7 @@ class Sized:
         return self._kept[shape]
 
     def batch_size(self, samples: SampleSet, batch_size: int) -> int:
-        """How many samples to process at a time: fewer than `batch_size` of samples larger than the model's own."""
+        """How many samples to process at a time: fewer than `batch_size` if samples are larger than the model's."""
         if samples.shapes is None and samples.shape == self.model.input_shape:
             return batch_size
         return min(batch_size, max(1, _MOST_VALUES // math.prod(samples.shape)))
@@ -143,9 +143,9 @@ class _Tiled(nn.Module):
         size: that of the samples.
         tile: points of a tile along each axis.
         blend: see `tiled`.
-        apply: what the networks of the model for a tile do with their part of the input.
-        scales: points of a sample, of the input and of the output to a block, along each axis; a block is what a place
-            of the code stands for.
+        apply: applies the networks of the model for a tile to their part of the input.
+        scales: points of a sample, of the input and of the output in a block, along each axis; a block is the part of a
+            sample for one position of the code.
         channels: of the input.
         network: the network of the samples' size, for its weights.
 

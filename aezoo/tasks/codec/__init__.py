@@ -4,9 +4,9 @@
     tables.py      integer tables of probabilities and the two entropy coders that use them
     levels.py      data values as integers, and their probabilities
     lossless.py    bits-back coding for likelihood models
-    lossy.py       quantised codes under histograms
-    indices.py     a model's own indices under tables
-    autoregressive.py   the same under the model's prior
+    lossy.py       quantised codes, coded with histograms
+    indices.py     indices of a model's code, coded with tables
+    autoregressive.py   the same, coded with the model's prior
     entropy_model.py     integers of a code under entropy models that the model has learned
     pictures.py    pictures of several sizes in one file, in each of these ways
     reproducibility.py   what the arithmetic depends on: the model's fingerprint, threads, deterministic kernels

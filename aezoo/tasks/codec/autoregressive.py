@@ -1,4 +1,4 @@
-"""Indices of a model's own code, entropy-coded under the model's prior.
+"""Indices of a model's code, entropy-coded with the model's prior.
 
     p(indices) = prod_t p(token_t | tokens before t)    in as many bits as -log2 p(indices)
 
@@ -30,11 +30,11 @@ DIGEST = 8  # bytes
 
 
 class AutoregressiveCoder:
-    """Codes indices under a model's own prior.
+    """Codes indices with a model's prior.
 
     Args:
         model: a model with a prior.
-        block: samples that it sees at a time.
+        block: samples that it processes at a time.
         advance: is called with the number of coded samples, a T-th of a block after each token.
 
     Raises:
@@ -106,7 +106,7 @@ class AutoregressiveCoder:
             yield self._prior.from_tokens(tokens).flatten(1).cpu().numpy()
 
     def bound(self, indices: Indices) -> float:
-        """-log2 p(indices) of (n, D), by the prior's own `log_prob`."""
+        """-log2 p(indices) of (n, D), by the `log_prob` of the prior."""
         parts = (indices[start : start + self._block] for start in range(0, len(indices), self._block))
         return -sum(
             float(self._prior.log_prob(on_device(self._model, part)).cpu().double().sum()) for part in parts
@@ -126,7 +126,7 @@ class AutoregressiveCoder:
         return tokens
 
     def _table(self, logits: Tensor, k: int) -> tables.Rows:
-        """The tables of one token, from its logits (n, at least k); codes outside its codebook are left out."""
+        """The tables of one token, from its logits (n, at least k) without codes outside its codebook."""
 
         def rows(part: slice) -> npt.NDArray[np.float32]:
             selected = logits[part, :k].cpu().double().numpy()

@@ -6,7 +6,7 @@ General compressors get the bytes of all samples or, for binary data and where t
 use their strongest settings.
 
 Decoders are not counted: neither the model's weights nor PCA's components nor the mean sample, which needs no file at
-all. Everything else is, headers and tables too.
+all. Everything else is counted, headers and tables included.
 """
 
 import bz2
@@ -43,7 +43,7 @@ _QUALITIES = (5, 25, 50, 75, 95)
 MEAN = "mean sample"
 # methods that the verdict names, and the difference of two rates that count as equal
 _MAX_AHEAD, _SAME_RATE = 6, 1.01
-# smaller differences are not worth an axis of their own
+# for smaller differences, no separate axis is drawn
 _LEAST_RANGE = {"psnr": 1.0, "ssim": 0.05, "mse": 1e-6}
 
 
@@ -84,7 +84,7 @@ class Distortion:
         self._n_similar += sums[3]
 
     def figures(self) -> dict[str, float]:
-        """The figures over all samples; NaN where one is not defined, PSNR is infinite without any error."""
+        """The figures over all samples; NaN if one is not defined, infinite PSNR without any error."""
         mse = self._sse / max(1, self._count)
         error = {"psnr": psnr(mse)} if self._has_peak else {"mse": mse}
         *_, similarity, n_similar = self.sums

@@ -29,7 +29,7 @@ from aezoo.tasks.samples import progress_bar as bar
 
 # limits of samples, and of their values, for fitting steps, tables and baselines: more would change these little
 _MAX_SAMPLES, _MAX_VALUES = 20_000, 2**26
-# qualities of PCA next to a model that has its own rate
+# qualities of PCA for a model whose rate is fixed
 _QUALITIES = (0.0, 1.0, 2.0, 3.0, 4.0)
 # rows of codes in memory at a time
 _ROWS = 2**14
@@ -40,8 +40,8 @@ class Compression(Result):
     """The result of `compress`.
 
     Attributes:
-        mode: lossless, lossy, indices (of a model's own code, under tables), prior (under the model's prior) or learned
-            (integers under the model's distributions).
+        mode: lossless, lossy, indices (of a model's code, with tables), prior (indices, with the model's prior) or
+            learned (integers, with the model's distributions).
         rows: methods with their bytes, bits per dimension and, for lossy ones, PSNR, or the mean squared error of data
             that are not scaled to [0, 1], and SSIM.
         net_bits: lossless: size of the samples; its expectation is -ELBO. Otherwise size of the indices or integers,
@@ -205,7 +205,7 @@ class CompressionRun:
         return Compression("lossy", rows, contents=self.contents, files=self.store.files)
 
     def code_indices(self, qualities: tuple[float, ...], compare: bool, fit_on: SampleSet | None) -> Compression:
-        """Write one file of the model's own indices; several qualities apply to the quantisation of PCA."""
+        """Write one file of the model's indices; several qualities apply to the quantisation of PCA."""
         model = cast(DiscreteAutoencoder, self.model)
         sizes = indices.index_sizes(model)
         stored_indices, limits = self._read(
@@ -271,7 +271,7 @@ class CompressionRun:
         self, result: Compression, width: int, qualities: tuple[float, ...], limits: tuple[float, float], compare: bool,
         fit_on: SampleSet | None,
     ) -> Compression:  # fmt: skip
-        """Add the baselines to the result of a model that has its own rate, and write the tables."""
+        """Add the baselines to the result of a model whose rate is fixed, and write the tables."""
         dims = math.prod(self.model.input_shape)
         if compare:
             fit = self.samples if fit_on is None else fit_on
@@ -325,7 +325,7 @@ class CompressionRun:
             written = frame(len(symbols), digest.digest(), payload)
             return written, (len(payload), coding.bound(symbols), *distortion.sums)
 
-        # under a prior, the slow work is before the outputs, token by token, and has its own progress bar
+        # with a prior, the slow work is before the outputs, token by token, and has a separate progress bar
         with bar("" if header.mode == "prior" else self._own_title, len(codes)) as self.advance:
             size, sums = self._write(name, header, coding.tables, self._frames(make), 6)
         self.overhead = size - int(sums[0]) - len(coding.tables or b"")
@@ -355,7 +355,7 @@ class CompressionRun:
     def _read(
         self, samples: SampleSet, width: int, dtype: Any, encode: Callable[[Tensor], Any]
     ) -> tuple[Any, tuple[float, float]]:
-        """Codes (N, width) of samples in an unnamed file, and the least and the largest value of the samples."""
+        """Codes (N, width) of samples in an unnamed file, and the smallest and the largest value of the samples."""
         codes, limits = self.store.scratch((len(samples), width), dtype), Range()
         title = self.title and "encode"
         for start, batch in self.passes.blocks(samples, self.batch_size, self.seed, title, (limits,)):
@@ -393,7 +393,7 @@ class CompressionRun:
 
     @staticmethod
     def _max_samples(dims: int) -> int:
-        """Number of samples of this size to hold in memory."""
+        """Number of samples of this size to have in memory at a time."""
         return max(1, min(_MAX_SAMPLES, _MAX_VALUES // dims))
 
     def _write(
@@ -425,7 +425,7 @@ class CompressionRun:
 
 
 def _limits_by_column(codes: Any) -> tuple[Any, Any]:
-    """The least and the largest value of each column of a file, (N, D) -> (D,), in the memory of a part."""
+    """The smallest and the largest value of each column of a file, (N, D) -> (D,), read in parts."""
     parts = []
     for i in range(0, len(codes), _ROWS):
         rows = codes[i : i + _ROWS]

@@ -1,6 +1,6 @@
 """The file format `.aez`, version 1; all numbers are little-endian.
 
-    8 bytes     89 41 45 5A 0D 0A 1A 0A: no text file, and altered by whatever alters line ends
+    8 bytes     89 41 45 5A 0D 0A 1A 0A: not a text file, and changed by transfers that convert line endings
     2, 4        version of the format; H, the size of the header
     H           header: plain JSON, the fields of `Header`
     frames      each 8 bytes L, the size of its payload; 4 bytes n, the samples in it; 32 bytes SHA-256 of the samples
@@ -30,7 +30,7 @@ MAGIC = b"\x89AEZ\r\n\x1a\n"
 VERSION = 1
 _HEAD = struct.Struct("<HI")
 _FRAME = struct.Struct("<QI32s")
-FRAME = _FRAME.size  # bytes of a frame besides its payload
+FRAME = _FRAME.size  # bytes of a frame without its payload
 _DIGEST = 32
 _CHUNK = 2**20
 MAX_HEADER = 2**16
@@ -38,7 +38,7 @@ MAX_BLOCK = 2**20
 MAX_THREADS = 1024
 # values of samples in a frame, which can be decoded without other frames; a single sample may have more
 MAX_FRAME_VALUES = 2**24
-# values of a picture that has a size of its own: 89 million pixels of three channels, as a folder's may have
+# values of a picture if sizes differ: 89 million pixels of three channels, the limit for a folder
 MAX_PICTURE = 2**28
 QUALITIES = (-8.0, 20.0)
 KINDS = ("npy", "png", "csv")
@@ -49,11 +49,11 @@ _OPTIONAL = {"kind": "npy", "own_sizes": 0, "tile": 0}
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself.
+    """The header of a file.
 
     Attributes:
-        mode: lossless; lossy; indices, of a model's own code, under tables; prior, under the model's prior; or learned,
-            integers under distributions of the model. Readers that do not know a mode refuse it by name.
+        mode: lossless; lossy; indices (of a model's code, with tables); prior (indices, with the model's prior); or
+            learned (integers, with distributions of the model). Readers refuse unknown modes by name.
         model: registry name of the model.
         fingerprint: SHA-256 of the model, see `reproducibility.fingerprint`.
         n: number of samples.
@@ -69,10 +69,10 @@ class Header:
         seed: lossless: determines the initial bits.
         quality: lossy: the quality that the steps were fitted for; learned: the quality of the file, for a model with
             several rates.
-        kind: what the samples were: png, pictures in files of their own; csv, the rows of a table; npy, anything else,
-            which files do not name.
-        own_sizes: 1 if each frame is one picture and names its size; shape and code_shape are then the model's own.
-        tile: points a side of the tiles that the networks worked in, for samples with sides above it; 0 for none.
+        kind: what the samples were: png, picture files; csv, the rows of a table; npy, anything else (not written to
+            files).
+        own_sizes: 1 if each frame is one picture with its size; shape and code_shape are then those of the model.
+        tile: side of the tiles in which the networks processed samples with larger sides; 0 for none.
     """
 
     mode: str
@@ -101,7 +101,7 @@ class Header:
 
     @property
     def tables(self) -> bool:
-        """Whether the first frame holds tables."""
+        """Whether the first frame contains tables."""
         return self.mode in ("lossy", "indices")
 
     @property
@@ -144,7 +144,7 @@ class Header:
 
 
 def max_samples_per_frame(shape: tuple[int, ...]) -> int:
-    """The number of samples of a shape that a frame may hold."""
+    """The number of samples of a shape that a frame may contain."""
     return max(1, MAX_FRAME_VALUES // math.prod(shape))
 
 
@@ -189,7 +189,7 @@ class Writer:
 
 
 def frame(n: int, digest: bytes, payload: bytes, sides: tuple[int, ...] = ()) -> bytes:
-    """A frame of n samples, or of one that has sides of its own."""
+    """A frame of n samples, or of one picture with its size."""
     payload = struct.pack(f"<{len(sides)}I", *sides) + payload
     return _FRAME.pack(len(payload), n, digest) + payload
 

@@ -1,4 +1,4 @@
-"""Integers of a model's code, entropy-coded under learned distributions; see `aezoo.bases.entropy_coded`.
+"""Integers of a model's code, entropy-coded with learned distributions; see `aezoo.bases.entropy_coded`.
 
     v^ = m + k    P(k) = F(m + k + 1/2) - F(m + k - 1/2)    in as many bits as -log2 P
 
@@ -60,7 +60,7 @@ class _SymbolTable(NamedTuple):
     rows: npt.NDArray[np.float32] | None = None
 
 
-# integers under one table or under their own tables: those to encode, or as many zeros to decode
+# integers with one table or with a table each: those to encode, or as many zeros to decode
 Code = Callable[[_SymbolTable, Symbols], Symbols]
 
 
@@ -100,7 +100,7 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
         AezooError: codes are not finite, or too large.
     """
     result: Symbols = model.encode_symbols(x.to(reference_tensor(model))).cpu().numpy()
-    if not ((result > -_MAX_SYMBOL) & (result < _MAX_SYMBOL)).all():  # -2^40 stands for NaN
+    if not ((result > -_MAX_SYMBOL) & (result < _MAX_SYMBOL)).all():  # -2^40 means NaN
         raise AezooError(
             f"{display_name(type(model))} gives codes that are NaN, infinite or above 2^31: train it again"
         )
@@ -108,7 +108,7 @@ def encode(model: EntropyCoded, x: Tensor) -> Symbols:
 
 
 def decode(model: EntropyCoded, symbols: Symbols, block: int) -> Any:
-    """Outputs (n, *input_shape), float32, from integers (n, T); the model sees `block` samples at a time."""
+    """Outputs (n, *input_shape), float32, from integers (n, T); the model processes `block` samples at a time."""
     parts = []
     for start in range(0, len(symbols), block):
         z = model.codes(torch.from_numpy(symbols[start : start + block]).to(model.device))
@@ -121,7 +121,7 @@ class EntropyModelCoder:
 
     Args:
         model: a model with distributions.
-        block: samples that it sees at a time.
+        block: samples that it processes at a time.
     """
 
     mode: ClassVar[str] = "learned"

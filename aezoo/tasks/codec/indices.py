@@ -1,17 +1,17 @@
-"""Indices of a model's own code, entropy-coded under tables that are stored in the file.
+"""Indices of a model's code, entropy-coded with tables that are stored in the file.
 
-A model whose code consists of indices has its own rate: nothing is quantised again, and the file decodes to
-decode_indices(encode_indices(x)). autoregressive.py codes indices under a prior if the model has one.
+A model whose code consists of indices has a fixed rate: nothing is quantised again, and the file decodes to
+decode_indices(encode_indices(x)). autoregressive.py codes indices with a prior if the model has one.
 
-There is one table for each codebook, over all places of the codebook in all samples. With c_k of N indices equal to k,
-such a table needs at least N H bits, H = -sum_k (c_k / N) log2 (c_k / N). The file holds a level for every k,
+There is one table for each codebook, over all its positions in all samples. With c_k of N indices equal to k, such a
+table needs at least N H bits, H = -sum_k (c_k / N) log2 (c_k / N). The file contains a level for every k,
 
     l_k = 1 + round(r (24 + log2 (c_k / N)))    r in {1, 2, 4, 8}    l_k = 0 where k never occurs
 
 packed by DEFLATE. Integer powers 2^(l_k / r) give the table of 2^24ths. A coarse r makes a small table and costs little
 otherwise, since a share that is wrong by a factor 1 + e costs e^2 / 2 nats: 0.03 bits per index for r = 1, 0.0005 for
 r = 8. The smallest total is used, which can also be no table and log2 K bits per index. With more than 2^16 codes in a
-codebook, indices are written as digits of at most 16 bits, lowest first, each with its own table.
+codebook, indices are written as digits of at most 16 bits, lowest first, with one table for each digit.
 """
 
 import math
@@ -117,7 +117,7 @@ def encode(model: DiscreteAutoencoder, x: Tensor, sizes: Indices) -> Indices:
 
 
 def decode(model: DiscreteAutoencoder, indices: Indices, block: int) -> Any:
-    """Outputs (n, *input_shape), float32, from indices (n, D); the model sees `block` samples at a time."""
+    """Outputs (n, *input_shape), float32, from indices (n, D); the model processes `block` samples at a time."""
     parts = [
         model.decode_indices(on_device(model, indices[start : start + block])).float().cpu().numpy()
         for start in range(0, len(indices), block)
@@ -242,7 +242,7 @@ class TableCoder:
     def fit_sizes(
         cls, codebooks: list[IndexCodebook], parts: Iterable[tuple[list[IndexCodebook], Indices]]
     ) -> "TableCoder":
-        """Fit tables to indices of samples of several sizes: each part with the same codebooks at its own places."""
+        """Fit tables to indices of samples of several sizes: each part has the same codebooks at other positions."""
         counts = [np.zeros(base, dtype=np.int64) for codebook in codebooks for base in digit_sizes(codebook.size)]
         for places, part in parts:
             for count, digit in zip(counts, _digits(places, part), strict=True):

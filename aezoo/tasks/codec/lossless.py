@@ -10,11 +10,11 @@ To decode, z and x are taken from the stack, and encoding z under q(z|x) gives t
 mass of N(mu, sigma^2) there. The latent variables may form layers, as in HiLLoC (Townsend et al. 2020,
 https://arxiv.org/abs/1912.09953): all are taken from the top down, and put back in reverse.
 
-The network sees blocks of samples: single samples at first, then an eighth of the number of earlier samples, up to
+The network processes blocks of samples: single samples at first, then an eighth of the number of earlier samples, up to
 `block`. So initial bits are needed for one sample only: each sample takes about b bits per latent variable before it
-adds -ELBO bits, which may be a fraction of that. The top of the stack holds earlier z, which are far from random bits
-if codes do not follow the prior. Drawing z from such "dirty bits" costs more than the ELBO says. Therefore the index of
-a bin is stored after an exclusive or with bits from the seed, which costs nothing.
+adds -ELBO bits, which may be a fraction of that. At the top of the stack are earlier z, which are far from random bits
+if codes do not follow the prior. Drawing z from such "dirty bits" would need more bits than the ELBO. Therefore the
+index of a bin is stored after an exclusive or with bits from the seed, which needs no additional bits.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class _SingleLayer:
 
 
 def latent_chain(model: Autoencoder) -> LatentChain:
-    """How to code with a model: its own `latent_chain()`, or its Gaussian posterior and N(0, I).
+    """How to code with a model: its `latent_chain()` if it has one, or its Gaussian posterior and N(0, I).
 
     Raises:
         AezooError: the model gives samples no probability; the message says what to do.
@@ -103,7 +103,7 @@ class BitsBack:
     Args:
         chain: the model.
         like: an empty tensor on the model's device and of its dtype.
-        block: maximal number of samples that the network sees at a time.
+        block: maximal number of samples that the network processes at a time.
         precision: a latent variable has 2^precision bins.
         seed: determines the initial bits.
     """

@@ -11,9 +11,9 @@ error (reverse water-filling, Cover & Thomas, Elements of Information Theory, 10
 At quality 0, the step of the most important dimension is its standard deviation. A dimension that the decoder ignores
 gets a large step and hence no bits. One more unit of quality adds one bit to each dimension that matters.
 
-Histograms: the values of q in the codes used for fitting, in bins between their quantiles; a frequent value has its own
-bin. The probability of a bin is an integer number of 4096ths; within a bin all values are equally likely. So a table
-stays small however fine the steps are. Tables are stored in the file as integers.
+Histograms: the values of q in the codes used for fitting, in bins between their quantiles; a frequent value has a bin
+of one value. The probability of a bin is an integer number of 4096ths; within a bin all values are equally likely. So a
+table stays small however fine the steps are. Tables are stored in the file as integers.
 """
 
 import math

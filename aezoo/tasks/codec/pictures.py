@@ -1,10 +1,10 @@
-"""The work of `compress` for pictures that are not of the model's size: each is a piece of the file, with its size.
+"""`compress` for pictures that are not of the model's size: each is a piece of the file, with its size.
 
-The model of each picture's size codes it, alone; tables are those of all pictures. A code without indices is a map, of
-which each channel has a step and a histogram, over all places of all pictures; see `lossy.py`. A channel's sensitivity
-is that of a sample to an independent error of each place, the root of their mean square:
+Each picture is coded separately by the model for its size; tables are fitted to all pictures. A code without indices is
+a map; each channel has a step and a histogram for all positions of all pictures; see `lossy.py`. A channel's
+sensitivity is that of a sample to an independent error at each position, the root of their mean square:
 
-    s_c^2 = E ||g(z + h e) - g(z)||^2 / (h^2 T)    e = +-1 at each of T places of channel c, 0 elsewhere
+    s_c^2 = E ||g(z + h e) - g(z)||^2 / (h^2 T)    e = +-1 at each of T positions of channel c, 0 in other channels
 """
 
 import functools
@@ -242,7 +242,7 @@ class PictureRun(CompressionRun):
             yield i, self._model(tuple(x.shape[1:])), x
 
     def _limits(self) -> tuple[float, float]:
-        """The least and the largest value of the samples, which must be finite."""
+        """The smallest and the largest value of the samples, which must be finite."""
         limits = Range()
         for _ in self._pictures("", limits):
             pass
@@ -310,7 +310,7 @@ class PictureRun(CompressionRun):
 
 
 class _ChannelRange:
-    """The least and the largest value of each channel, (C,)."""
+    """The smallest and the largest value of each channel, (C,)."""
 
     def __init__(self, channels: int) -> None:
         self.low, self.high = (np.full(channels, limit, np.float32) for limit in (math.inf, -math.inf))

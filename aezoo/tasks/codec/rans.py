@@ -31,7 +31,7 @@ from aezoo.tasks.codec.entropy_model import EntropyModelCoder, Symbols
 from aezoo.tasks.samples import evaluation_mode
 from aezoo.training.model_names import display_name
 
-_LOW = 1 << 31  # least state between two integers
+_LOW = 1 << 31  # smallest state between two integers
 _WORD, _WORD_BITS = (1 << 32) - 1, 32
 _DIGIT_BITS = 4
 _DIGIT = (1 << _DIGIT_BITS) - 1
@@ -127,7 +127,7 @@ class Decoder:
 
 
 class RansCoder(EntropyModelCoder):
-    """Codes the integers of a model as CompressAI does, each sample alone.
+    """Codes the integers of a model as CompressAI does, each sample separately.
 
     Args:
         model: a model with `frequency_tables`.
@@ -226,7 +226,7 @@ def coder_of(model: EntropyCoded, block: int) -> EntropyModelCoder:
 def encode_strings(model: EntropyCoded, x: Tensor) -> list[list[bytes]]:
     """The streams of pictures, (n, C, H, W), as `strings` in what CompressAI's `compress` returns.
 
-    Each picture is coded alone, so that they are also those of a CompressAI that got it alone.
+    Each picture is coded separately, so that strings equal those of CompressAI for a batch of one.
 
     Args:
         model: a `compressai`, of the pictures' size.
@@ -248,7 +248,7 @@ def encode_strings(model: EntropyCoded, x: Tensor) -> list[list[bytes]]:
 def decode_strings(model: EntropyCoded, strings: Sequence[Sequence[bytes]]) -> Tensor:
     """The pictures, (n, C, H, W), of `strings` from CompressAI's `compress` or from `encode_strings`.
 
-    Values are not limited to [0, 1], as those of CompressAI's `decompress` are.
+    Unlike those of CompressAI's `decompress`, values are not limited to [0, 1].
 
     Args:
         model: a `compressai`, of the pictures' size.

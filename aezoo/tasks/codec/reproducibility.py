@@ -55,7 +55,7 @@ def deterministic_kernels(threads: int) -> Iterator[int]:
     Sums are split among threads, so their last bits depend on the number of threads.
 
     Args:
-        threads: number of torch's threads on the CPU; 0 leaves it as it is.
+        threads: number of torch's threads on the CPU; 0 does not change it.
 
     Raises:
         AezooError: not a number of threads.
@@ -81,7 +81,7 @@ def little_endian_bytes(values: npt.NDArray[Any]) -> bytes:
 
 
 def decode_codes(model: Autoencoder, codes: npt.NDArray[np.float32], block: int) -> Any:
-    """Outputs (n, *input_shape), float32, from codes (n, D); the model sees `block` samples at a time."""
+    """Outputs (n, *input_shape), float32, from codes (n, D); the model processes `block` samples at a time."""
     parts = []
     for start in range(0, len(codes), block):
         z = torch.from_numpy(codes[start : start + block]).unflatten(1, model.code_shape)

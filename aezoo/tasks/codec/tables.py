@@ -49,7 +49,7 @@ def constriction_stream() -> Any:
 
 
 def to_weights(frequencies: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Frequencies as constriction takes them, see above."""
+    """Frequencies as constriction needs them, see above."""
     return (frequencies - 1).astype(np.float32)
 
 
@@ -111,14 +111,14 @@ class Stack:
             self.untouched += missing
 
     def push(self, symbols: npt.NDArray[np.int32], table: Rows, k: int) -> None:
-        """Encode symbols (M,), each under its own table of k frequencies."""
+        """Encode symbols (M,), each with a table of k frequencies."""
         family, size = constriction_stream().model.Categorical(perfect=False), max(1, MAX_ENTRIES // k)
         for start in reversed(range(0, len(symbols), size)):
             rows = slice(start, min(start + size, len(symbols)))
             self._coder.encode_reverse(symbols[rows], family, table(rows))
 
     def pop(self, m: int, table: Rows, k: int) -> npt.NDArray[np.int32]:
-        """Decode m symbols, each under its own table of k frequencies."""
+        """Decode m symbols, each with a table of k frequencies."""
         family, size = constriction_stream().model.Categorical(perfect=False), max(1, MAX_ENTRIES // k)
         parts = [self._coder.decode(family, table(slice(i, min(i + size, m)))) for i in range(0, m, size)]
         self._note()
@@ -140,7 +140,7 @@ class Stack:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether less is left than `encode` ever leaves: what is taken from now on is not one of its symbols."""
+        """Whether less is left than after any `encode`: then decoding would not return encoded symbols."""
         return bool(self._coder.num_words() < 2)
 
     @property

@@ -52,7 +52,7 @@ STARTED_WITHIN, ENDS_WITHIN = 600, 1800
 
 
 def environment(**more):
-    paths = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LITDATA_DISABLE_VERSION_CHECK": "1", **more}
 
 

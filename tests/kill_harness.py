@@ -60,8 +60,9 @@ class Trace(pl.Callback):
 
 def train(argv, folder, trace, saves):
     """One command of the command line in this process, with a trace; ends the process, at the latest after `saves`."""
+    from extra_callbacks import add_callbacks
+
     from aezoo.callbacks.checkpoints import Checkpoints
-    from aezoo.cli import lightning_cli
     from aezoo.cli.main import main
 
     save, left = Checkpoints._save_last_checkpoint, iter(range(saves - 1, -1, -1))
@@ -78,10 +79,7 @@ def train(argv, folder, trace, saves):
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    made = lightning_cli.AezooCLI._instantiate_trainer
-    lightning_cli.AezooCLI._instantiate_trainer = lambda self, config, callbacks: made(
-        self, config, [*callbacks, Trace(trace)]
-    )
+    add_callbacks(Trace(trace))
     code = 1
     try:
         code = main(argv) or 0

@@ -11,9 +11,9 @@ from threading import Barrier
 import lightning.pytorch as pl
 import pytest
 import torch
+from extra_callbacks import add_callbacks
 from kill_harness import curves
 
-from aezoo.cli import lightning_cli
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 from aezoo.io import atomic_files, resume, run_folder
@@ -174,10 +174,8 @@ class Meanwhile(pl.Callback):
 
 
 def fit_while(monkeypatch, hook, act):
-    made = lightning_cli.AezooCLI._instantiate_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(lightning_cli.AezooCLI, "_instantiate_trainer", lambda self, config, callbacks: made(
-            self, config, [*callbacks, Meanwhile(hook, act)]))  # fmt: skip
+        add_callbacks(Meanwhile(hook, act), setattr=patch.setattr)
         main(MORE)
 
 

@@ -20,6 +20,7 @@ import promises
 import pytest
 import torch
 import torch.distributed as dist
+from extra_callbacks import add_callbacks
 from kill_harness import MARK, processes
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -28,7 +29,7 @@ from refusals import refused
 from torch.utils.data import DataLoader
 
 from aezoo import callbacks, create_model
-from aezoo.cli import lightning_cli, trainer_settings
+from aezoo.cli import trainer_settings
 from aezoo.cli.main import main
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
@@ -81,15 +82,6 @@ def run(folder, *argv, fault="", torchrun=(), ends=ENDS):
         for pid in processes(folder):
             os.kill(pid, signal.SIGKILL)
         process.wait()
-
-
-def with_callbacks(monkeypatch, *more):
-    """Commands in this process have these callbacks besides their own."""
-    made = lightning_cli.AezooCLI._instantiate_trainer
-    monkeypatch.setattr(
-        lightning_cli.AezooCLI, "_instantiate_trainer",
-        lambda self, config, callbacks: made(self, config, [*callbacks, *more]),
-    )  # fmt: skip
 
 
 def lines(path):
@@ -445,7 +437,7 @@ def test_uneven_shards_finish_and_count_samples_once(tmp_path, monkeypatch):
     (best,) = tmp_path.glob("runs/*/0/checkpoints/best-*.ckpt")
     epoch = torch.load(best, weights_only=True)["epoch"]
     monkeypatch.chdir(tmp_path)
-    with_callbacks(monkeypatch, failing.Failing())
+    add_callbacks(failing.Failing(), setattr=monkeypatch.setattr)
     for stage, of_two in (("val", figures[epoch]), ("test", figures[-1])):
         main(["validate" if stage == "val" else "test", f"--ckpt_path={best}", "--trainer.accelerator=cpu"])
         of_one = {name: value for name, value in lines(Path("figures.jsonl"))[-1].items() if name.startswith(stage)}

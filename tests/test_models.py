@@ -54,11 +54,15 @@ LESS_OFTEN = (
 REPRESENTATIVE_ONLY = (*GRAPHS, testing.check_overfits, testing.check_seed)
 
 
+def applies(check, cls):
+    return check is not testing.check_indices or cls.discrete_code
+
+
 def of_models():
     """Every model with every check that it has something for: another would count as a proof of it."""
     for name in own_models():
         for check in ALONE:
-            if check is not testing.check_indices or aezoo.model_class(name).discrete_code:
+            if applies(check, aezoo.model_class(name)):
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in SLOW_REPRESENTATIVE
                 # a run of the promises runs them on all models, see tests/promises.py
@@ -83,8 +87,7 @@ def test_model(name, check):
 def of_variants():
     for variant in VARIANTS:
         for check in CHECKS:
-            discrete = check is not testing.check_indices or variant.cls.discrete_code
-            if check.__name__ not in NOT_OF_VARIANTS and discrete:
+            if check.__name__ not in NOT_OF_VARIANTS and applies(check, variant.cls):
                 yield pytest.param(variant, check, id=f"{variant.label}-{name_of_check(check)}")
 
 

@@ -426,9 +426,9 @@ def read(
 def _read_mask(path: str, data: dict[str, Any]) -> SampleSet:
     """A mask in a file, or masks in a folder, as they are."""
     kept = {key: value for key, value in data.items() if key not in ("binarise", "missing", "channels")}
-    source = Path(path)
-    return read(path, None, kept | {"channels": 1} if source.is_dir() or source.suffix.lower() in images.EXTENSIONS
-                else kept, "mask")  # fmt: skip
+    if Path(path).is_dir() or Path(path).suffix.lower() in images.EXTENSIONS:
+        kept["channels"] = 1
+    return read(path, None, kept, "mask")
 
 
 def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str, any_size: bool) -> SampleSet:

@@ -83,7 +83,8 @@ def _parts(samples: SampleSet, x_hat: Arrays) -> Iterator[_Part]:
     for rows in _slices(x_hat):
         part, index = np.array(x_hat[rows]), torch.arange(rows.start, rows.stop)
         release(x_hat)
-        missing, raw = samples.rows(index).isnan().numpy(), samples.raw_rows(index).numpy()
+        given = samples.raw_rows(index)
+        missing, raw = samples.from_raw(given, index).isnan().numpy(), given.numpy()
         values = samples.raw_values(torch.from_numpy(part)).numpy() if columns is None else columns.values(part)
         if samples.origin is None:
             yield _Part(values, missing)

@@ -243,7 +243,7 @@ class SampleSet:
         if self.shapes is not None:
             dataset: Any = self.dataset
             return middles([self._as_float(dataset[i][0]) for i in index.tolist()])
-        return self._without_masked(self._as_float(self.raw_rows(index)), index)
+        return self.from_raw(self.raw_rows(index), index)
 
     def raw_rows(self, index: Tensor) -> Tensor:
         """The samples of one shape with these indices as `dataset` holds them, before any scaling or mask."""
@@ -253,6 +253,14 @@ class SampleSet:
         items = dataset.__getitems__(index.tolist())
         x: Tensor = (items if isinstance(items, tuple) else collate(items, labels=False))[0]
         return x
+
+    def from_raw(self, x: Tensor, index: Tensor) -> Tensor:
+        """What `rows` gives for these indices, of what `raw_rows` gives for them."""
+        x = self._as_float(x)
+        if self._mask is None:
+            return x
+        mask = self._mask.rows(index if len(self._mask) > 1 else torch.zeros_like(index)) != 0
+        return x.masked_fill((mask if mask.ndim == x.ndim else mask[:, None]).expand_as(x), math.nan)
 
     def raw_values(self, x: Tensor) -> Tensor:
         """Samples in the scale of the model as values of `dataset`, in float64; the inverse of what `rows` does."""
@@ -276,12 +284,6 @@ class SampleSet:
         found = copy(self)
         found._mask = mask
         return found
-
-    def _without_masked(self, x: Tensor, index: Tensor) -> Tensor:
-        if self._mask is None:
-            return x
-        mask = self._mask.rows(index if len(self._mask) > 1 else torch.zeros_like(index)) != 0
-        return x.masked_fill((mask if mask.ndim == x.ndim else mask[:, None]).expand_as(x), math.nan)
 
     def _as_float(self, x: Tensor) -> Tensor:
         if self.scaling:
@@ -313,9 +315,8 @@ class SampleSet:
             part = self.dataset if whole else Subset(self.dataset, range(start, stop))
             loader = make_loader(part, batch_size=size, num_workers=n_workers, labels=False)
             for batch in loader:
-                stop = start + len(batch[0])
-                yield self._without_masked(self._as_float(batch[0]), torch.arange(start, stop))
-                start = stop
+                yield self.from_raw(batch[0], torch.arange(start, start + len(batch[0])))
+                start += len(batch[0])
 
     def subsample(self, n: int, seed: int = 0) -> "SampleSet":
         """At most n samples, drawn without replacement, in their order."""

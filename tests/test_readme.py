@@ -39,7 +39,7 @@ def test_tables_and_headers_match_newest_results():
 
 
 def test_figures_of_performance_match_result_files():
-    """Sentences that a report does not write: measured anew, they are to be written anew."""
+    """The figures of sentences that no script writes: when they are measured again, edit the sentences."""
     rows = {path.stem: read_csv(path)[1] for path in (ROOT / "benchmarks" / "results").glob("*.csv")}
     performance = rest = " ".join(page("performance").split())
 
@@ -61,11 +61,11 @@ def test_figures_of_performance_match_result_files():
     compiled = figures("peers-dense", "ratio", party="aezoo_compiled")
     convolutional = figures("peers-conv", "ratio", party="aezoo")
     states(f"a dense network trains at {compiled[0]:.2f} to {compiled[-1]:.2f} times the loop's speed")
-    states(f"uncompiled, at {convolutional[0]:.2f} to {convolutional[-1]:.2f} times the loop's speed")
+    states(f"not compiled and train at {convolutional[0]:.2f} to {convolutional[-1]:.2f} times the loop's speed")
     intel = [ratio("dense", precision, "cpu2") for precision in ("fp32", "bf16")]
     zen5 = [ratio("dense", precision, "zen5") for precision in ("fp32", "bf16")]
     states(f"slower than the loop on an Intel processor ({intel[0]} in float32, {intel[1]} in bfloat16)")
-    states(f"on a Zen 5 it is faster in float32 ({zen5[0]}) and slower in bfloat16 ({zen5[1]})")
+    states(f"on a Zen 5 processor it is faster in float32 ({zen5[0]}) and slower in bfloat16 ({zen5[1]})")
 
     def most(end, chosen="products"):
         by_precision = (
@@ -80,7 +80,7 @@ def test_figures_of_performance_match_result_files():
     ).format(*best)
     states(sentence)
 
-    states("side by side in memory, up to {} times ({}) as fast as torch's".format(*most("zen5", "batch_inner")))
+    states("up to {} times (in bfloat16 {} times) as fast as torch's layers".format(*most("zen5", "batch_inner")))
 
     def by_torch(precision):
         def found(row):
@@ -89,11 +89,13 @@ def test_figures_of_performance_match_result_files():
         return f"{figures(f'convolutions-{precision}-', found, layer='transposed_odd')[-1]:.1f}"
 
     longer = by_torch("fp32"), by_torch("bf16")
-    states("torch's layer takes up to {} times as long, in bfloat16 {} times (on a Zen 5)".format(*longer))
+    states("On a Zen 5, torch's layer takes up to {} times as long, in bfloat16 {} times.".format(*longer))
 
     *_, each = figures("speed-train-", "guard_share", "zen5")
     intel = figures("speed-train-", lambda row: float(row["guard_share"] or 0), "cpu2")
-    states(f"takes up to {100 * each:.0f} % of a step on a Zen 5 and up to {100 * intel[-1]:.1f} % on an Intel")
+    states(
+        f"takes up to {100 * each:.0f} % of a step on a Zen 5 and up to {100 * intel[-1]:.1f} % on an Intel processor"
+    )
 
     def by_two(name):
         two, one = (
@@ -103,12 +105,13 @@ def test_figures_of_performance_match_result_files():
         return f"{two / one:.2f}"
 
     sentence = (
-        "two processes train `conv_vae_64` at {} and `conv_vae_28` at {} times the speed of one, and `dense_article`, "
-        "whose steps are shorter than the exchange of its gradients, at {} times"
-    ).format(*map(by_two, ("conv_vae_64", "conv_vae_28", "dense_article")))
+        "two processes train `conv_vae_64` at {} and `conv_vae_28` at {} times the speed of one process. They train "
+        "`dense_article` at {} times that speed"
+    )
+    sentence = sentence.format(*map(by_two, ("conv_vae_64", "conv_vae_28", "dense_article")))
     states(sentence)
 
-    # shares and ratios that no CSV holds
+    # no other share or ratio is stated
     assert re.findall(r"\d+ %|\d\.\d", rest) == []
 
     runs = [part for stem, part in rows.items() if stem.startswith("quality-") and "-recipes-" not in stem]

@@ -122,10 +122,10 @@ class User:
             "checkpoints, MB": sum(path.stat().st_size for path in run.rglob("*.ckpt")) / 1e6,
         }
 
-    def verdict(self, run: Path, verb: str, *words: str) -> dict[str, str]:
-        """What a verb says of the methods that it compares a model with."""
+    def verdict(self, run: Path, command: str, *words: str) -> dict[str, str]:
+        """What a command prints about the comparison of a model with other methods."""
         try:
-            output, _ = self.aezoo(verb, "--ckpt_path", str(run), *words)
+            output, _ = self.aezoo(command, "--ckpt_path", str(run), *words)
         except AezooError as error:
             return {"comparison": str(error)}
         said = re.findall(r"^(?:ahead of|no other method|smaller than|a baseline) .*$", output, re.MULTILINE)

@@ -67,7 +67,7 @@ _MAPS = ("asymmetric_kl", "autoencoder_kl", "consistency_decoder", "eq_vae", "ta
 _MAP = "its code is a map or tokens of more numbers than that, with no setting for fewer"
 _WHOLE = "it has no bottleneck"
 _FROZEN = "its codes are features of a frozen network, and its decoder only shows them"
-_RATE = "the length of its code depends on the sample and on lam: see `tasks --verbs compress`"
+_RATE = "the length of its code depends on the sample and on lam: see `tasks --commands compress`"
 # models without a code of the requested size
 LEFT_OUT = {
     "diffusers_ae": "a frame for weights of diffusers, whose settings fix the code",

@@ -137,7 +137,7 @@ def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]
 
 
 def _shares(intro: str, parts: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The name of each page of a topic, and its parts: all, or of the verbs one each."""
+    """The name of each page of a topic, with its parts; each command for trained models has its own page."""
     title = intro.partition("\n")[0]
     if title == f"{_TOPIC}Commands for trained models":
         yield from ((part.partition("\n")[0], [part]) for part in parts)
@@ -181,7 +181,7 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     # these have a page of their own
     left = {stem: content for stem, content in read.items() if not stem.startswith(report_adbench.PREFIX)}
     parts: list[str] = []
-    verbs = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
+    task_files = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
     for section in SECTIONS:
         stems = [stem for stem in left if stem.startswith(section.prefix)]
         found = {stem: left.pop(stem) for stem in stems}
@@ -197,8 +197,8 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
     quality = quality_rows({stem: rows for stem, (_, rows) in read.items()})
     quality = [row for row in quality if is_of_fixed_budget(row)]
     parts += filter(None, [report_pca.section(comparable(quality), quality)])
-    if verbs:
-        parts.insert(0, report_tasks.section(verbs, folder, home))
+    if task_files:
+        parts.insert(0, report_tasks.section(task_files, folder, home))
     return "\n\n".join(parts), {stem: rows for stem, (_, rows) in read.items()}
 
 

@@ -132,7 +132,7 @@ def _quality(files: Mapping[str, Sequence[Row]]) -> Iterable[Entry]:
 
 
 def _mean_by_method(prefix: str, column: str) -> Callable[[Mapping[str, Sequence[Row]]], Iterable[Entry]]:
-    """Rows of a verb: the mean over classes of the median over seeds."""
+    """Rows of a command: the mean over classes of the median over seeds."""
 
     def read(files: Mapping[str, Sequence[Row]]) -> Iterable[Entry]:
         groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
@@ -142,7 +142,7 @@ def _mean_by_method(prefix: str, column: str) -> Callable[[Mapping[str, Sequence
                     key = row["dataset"], _budget(row), row["code_size"], row["method"], row["kind"]
                     groups.setdefault(key, {}).setdefault(row.get("class", ""), []).append(value)
         for (data, budget, size, method, kind), values in groups.items():
-            # the score that the verb takes by default stands for the model
+            # the default score of the command represents the model
             own = method.removesuffix(", deviance") if kind == "ours" else ""
             mean = statistics.mean(map(statistics.median, values.values()))
             setting = _words(("{}", budget), ("codes of {} numbers", size))

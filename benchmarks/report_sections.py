@@ -188,10 +188,10 @@ SECTIONS = (
     Section(
         "scaling-",
         "Scaling",
-        "One thread. Time and peak memory beyond what the process held before, along each axis with everything else "
-        "fixed: an epoch of `samples`, a training step of the other axes of a model, a whole call of a verb with its "
-        "defaults. `image_size` is the side of images with 3 channels, `width` that of two hidden layers. An exponent "
-        "a is that of c n^a, fitted to the three largest values.",
+        "One thread. Time and additional peak memory along each axis, with everything else fixed: of an epoch for "
+        "`samples`, of a training step for the other axes of a model, and of a whole call with defaults for a command. "
+        "`image_size` is the side of images with 3 channels, `width` that of two hidden layers. An exponent is the a "
+        "of c n^a, fitted to the three largest values.",
         report_scaling.COLUMNS,
     ),
     Section(

@@ -1,7 +1,8 @@
-"""The part of RESULTS.md on the verbs: a table for each, and above it a sentence that says which method is ahead.
+"""The pages of results on the commands: tables, and above each table a sentence that says which method is ahead.
 
-Methods are compared within a comparison: a verb, or a part of a verb whose figures have a different meaning. Rows are
-merged over seeds; `reference` rows, such as real samples or a bound, are never counted as ahead.
+A comparison is a command, or a part of a command whose figures have a different meaning; only methods of the same
+comparison are compared. Rows are merged over seeds. `reference` rows, such as real samples or a bound, never count as
+ahead.
 """
 
 import os
@@ -40,15 +41,15 @@ class Comparison(NamedTuple):
     """A comparison of methods.
 
     Attributes:
-        verb: the verb of the CSV.
-        task: prefix of the rows' column `task`, if a verb has several.
+        command: the command of the CSV.
+        task: prefix of the rows' column `task`, if a command has several.
         text: explanation of the figures.
         figures: columns.
         n_summarised: number of first figures that get a sentence; methods are sorted by the first.
         each_seed: computes the figures of a method and a seed from their rows.
     """
 
-    verb: str
+    command: str
     task: str
     text: str
     figures: tuple[Figure, ...]
@@ -273,25 +274,25 @@ def _best_of_all(rows: Sequence[Row], figure: Figure) -> Row | None:
 
 
 def section(files: Mapping[str, tuple[list[str], list[Row]]], folder: Path, home: Path) -> str:
-    """The whole part of RESULTS.md.
+    """The text of all pages on the commands.
 
     Args:
-        files: commands and rows of the CSVs by stem, `tasks-VERB-...`.
+        files: command lines and rows of the CSVs by stem, `tasks-COMMAND-...`.
         folder: folder of the CSVs, with the pictures below it.
         home: folder of the text.
     """
     parts = [
         "## Commands for trained models",
-        "Uses of a trained model, compared with what a user would take otherwise (`baseline`). A `reference` is "
-        "neither a model nor a baseline. Test split, median over seeds (lowest to highest); the best is in bold, and "
-        "rows are sorted by the first figure.",
+        "Uses of a trained model, compared with what a user would use without one (`baseline`). A `reference` is "
+        "neither a model nor a baseline. Figures are of the test split, as the median over seeds (lowest to highest); "
+        "the best is in bold, and rows are sorted by the first figure.",
     ]
-    for stem, (commands, rows) in files.items():
-        verb = stem.split("-")[1]
-        comparisons = [comparison for comparison in COMPARISONS if comparison.verb == verb]
-        parts += [f"### {verb}", f"`{stem}.csv`", "\n".join(["```bash", *commands, "```"])]
-        picture = folder / "pictures" / f"task-{verb}.png"
-        parts += [f"![{verb}]({os.path.relpath(picture, home)})"] if picture.is_file() else []
+    for stem, (command_lines, rows) in files.items():
+        command = stem.split("-")[1]
+        comparisons = [comparison for comparison in COMPARISONS if comparison.command == command]
+        parts += [f"### {command}", f"`{stem}.csv`", "\n".join(["```bash", *command_lines, "```"])]
+        picture = folder / "pictures" / f"task-{command}.png"
+        parts += [f"![{command}]({os.path.relpath(picture, home)})"] if picture.is_file() else []
         for comparison in comparisons:
             groups = merge_rows(comparison, rows)
             if groups:

@@ -1,15 +1,15 @@
-"""How time and memory grow: with samples, code size, width, image size and codebook size, and for each of the verbs.
+"""How time and memory grow with samples, code size, width, image size and codebook size, and those of each command.
 
     python -m benchmarks.scaling                                  all axes on the CPU, one thread
     python -m benchmarks.scaling --axes image_size codebook
     python -m benchmarks.scaling --axes reconstruct detect --most 10000
 
-A row is one process that trains a model, or applies a verb, at one value of an axis with everything else fixed. Of
-`samples` it times an epoch, of the other axes of a model a training step (forward, backward, optimiser), of a verb its
-whole call with the defaults of the Python function, results written to a folder. memory_mb is the peak of the process
-beyond what it held before the work. Samples are random bytes of the shape; those of the verbs are handwritten digits
-(mnist5k) moved by up to two pixels, so that there can be 100,000. The report fits c n^a to
-time and memory at the three largest values of an axis and shows the exponents a.
+A row is one process that trains a model or runs a command, at one value of an axis with everything else fixed. The
+time is that of an epoch (axis `samples`), of a training step (forward, backward and optimiser; other axes of models),
+or of a whole call of a command's Python function with its defaults, which writes its results into a folder. memory_mb
+is the peak memory of the process minus its memory before the measurement. Models are trained on random bytes; commands
+run on handwritten digits (mnist5k) that are moved by up to two pixels, so that there are 100,000 different ones. The
+report fits c n^a to time and memory at the three largest values of an axis and shows the exponents a.
 
 Existing rows are kept; --again measures them again.
 """
@@ -23,16 +23,16 @@ from .processes import run_row
 
 KEY = ("axis", "value", "model", "threads", "device")
 COLUMNS = (*KEY, "unit", "milliseconds", "low", "high", "memory_mb", "repeats", "error")
-VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress")
+COMMANDS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress", "decompress")
 
 
 class Axis(NamedTuple):
-    """What grows, with everything else fixed.
+    """The quantity that is varied, with everything else fixed.
 
     Attributes:
         values: from the smallest to the largest.
         models: names in the registry, each with its hyperparameters.
-        setting: the hyperparameter that takes the value; empty for another meaning.
+        setting: the hyperparameter that takes the value; empty for other quantities.
         shape: shape of a sample.
         batch: samples of a step.
     """
@@ -51,22 +51,22 @@ AXES: dict[str, Axis] = {
     "width": Axis((64, 128, 256, 512, 1024, 2048), {"vae": {"latent_dim": 16}}, "hidden_dims"),
     "image_size": Axis((32, 64, 128, 256), {"vae": _CONV, "vq_vae": {}}, "side", (3, 32, 32), 16),
     "codebook": Axis((64, 256, 1024, 4096, 16384, 65536), {"vq_vae": {}, "sim_vq_vae": {}}, "codebook_size", batch=32),
-    **{verb: Axis((1_000, 10_000, 100_000), {"vae": {"latent_dim": 10}}) for verb in VERBS},
+    **{command: Axis((1_000, 10_000, 100_000), {"vae": {"latent_dim": 10}}) for command in COMMANDS},
 }
 
 
 def plan(axes: Sequence[str], most: int, arguments: Any) -> list[dict[str, Any]]:
-    """The runs: a spec for each row; values of `samples` and the verbs above `most` are left out."""
+    """A spec for each row; for `samples` and the commands, values above `most` are left out."""
     specs = []
     for name in axes:
         axis = AXES[name]
-        counted = name == "samples" or name in VERBS
+        counted = name == "samples" or name in COMMANDS
         for model, hyperparameters in axis.models.items():
             for value in axis.values:
                 if counted and value > most:
                     continue
                 row = {"axis": name, "value": value, "model": model, "threads": arguments.threads, "device": "cpu"}
-                row["unit"] = "epoch" if name == "samples" else "call" if name in VERBS else "step"
+                row["unit"] = "epoch" if name == "samples" else "call" if name in COMMANDS else "step"
                 settings = dict(hyperparameters)
                 shape = [*axis.shape]
                 if axis.setting == "side":
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.build_parser("scaling", __doc__)
     add, count = parser.add_argument, common.at_least(1)
     add("--axes", nargs="+", choices=[*AXES], default=[*AXES], metavar="NAME", help=f"of {', '.join(AXES)}")
-    add("--most", type=count, default=100_000, help="most samples of an epoch and of a verb (default 100000)")
+    add("--most", type=count, default=100_000, help="most samples of an epoch and of a command (default 100000)")
     add("--threads", type=count, default=1, help="threads (default 1)")
-    add("--repeats", type=count, default=5, help="timed repeats after the warm-up; of a verb at most 3 (default 5)")
+    add("--repeats", type=count, default=5, help="timed repeats after the warm-up; of a command at most 3 (default 5)")
     add("--seed", type=int, default=0)
     add("--timeout", type=common.seconds, default=1800.0, help="give up a row after this many seconds (default 1800)")
     arguments = parser.parse_args(argv)

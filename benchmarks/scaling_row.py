@@ -22,7 +22,7 @@ from .quality_row import limited_split, open_data, quiet_trainer
 
 _CPU = {"accelerator": "cpu"}
 _WARM_STEPS, _STEPS = 3, 8
-_MOST_REPEATS_OF_VERBS = 3
+_MOST_REPEATS_OF_COMMANDS = 3
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     speed.keep_memory()  # as the command line does
     axis, value, unit = (spec["row"][name] for name in ("axis", "value", "unit"))
     before = peak_memory_mb(torch.device("cpu"))
-    took = _verb(spec, axis, value) if unit == "call" else _training(spec, value if unit == "epoch" else None)
+    took = _command(spec, axis, value) if unit == "call" else _training(spec, value if unit == "epoch" else None)
     after = peak_memory_mb(torch.device("cpu"))
     spread = Spread.from_data([1e3 * seconds for seconds in took])
     row = {"milliseconds": spread.median, "low": spread.low, "high": spread.high, "repeats": len(took)}
@@ -64,14 +64,14 @@ def _training(spec: dict[str, Any], samples: int | None) -> list[float]:
     return steps.seconds[_WARM_STEPS:]
 
 
-def _verb(spec: dict[str, Any], verb: str, count: int) -> list[float]:
-    """Seconds of calls of a verb on that many samples."""
+def _command(spec: dict[str, Any], command: str, count: int) -> list[float]:
+    """Seconds of calls of a command on that many samples."""
     model = build(spec)
     x, train = _digits(count), _digits(5_000, seed=1)
     quiet_trainer(_CPU, max_epochs=2).fit(model, aezoo.DataModule.from_arrays(train))
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        if verb == "decompress":
+        if command == "decompress":
             aezoo.compress(model, x, fit_on=train, compare=False, out=folder)
             file = next(Path(folder).glob("*.aez"))
         calls: dict[str, Callable[[], object]] = {
@@ -84,10 +84,10 @@ def _verb(spec: dict[str, Any], verb: str, count: int) -> list[float]:
             "decompress": lambda: aezoo.decompress(model, str(file), out=str(Path(folder, "out"))),
         }
         took: list[float] = []
-        # the first call of a short one also imports what it needs
-        for _ in range(min(spec["repeats"], _MOST_REPEATS_OF_VERBS) + 1):
+        # the first call is not counted, because it also imports modules
+        for _ in range(min(spec["repeats"], _MOST_REPEATS_OF_COMMANDS) + 1):
             began = time.perf_counter()
-            calls[verb]()
+            calls[command]()
             took.append(time.perf_counter() - began)
     return took[1:]
 

@@ -1,25 +1,27 @@
-"""Measure the verbs of trained models, compared with the usual alternatives: one CSV for each verb, one row a method.
+"""Compare the commands for trained models with the usual alternatives: a CSV for each command, a row for each method.
 
-    python -m benchmarks.tasks                                   every verb on mnist5k, digits and fashion_mnist
+    python -m benchmarks.tasks                                   every command on mnist5k, digits and fashion_mnist
     python -m benchmarks.tasks --root /usr/share/datasets --seeds 3 --jobs 2
-    python -m benchmarks.tasks --verbs detect embed --data digits --models vae --steps 200
+    python -m benchmarks.tasks --commands detect embed --data digits --models vae --steps 200
 
 A model is trained once for each data set and seed, until its validation loss has stopped improving (the rule of
-`benchmarks.quality`), and then runs all verbs that it is used for. One process does both; a verb that fails loses its
-rows, which record the reason. detect is one-vs-rest: for each class a model is trained on that class alone, and a row
-of its CSV is a class. On a data set all codes have the same number of values: 32, or a quarter of a sample's where that
-is less. A seed fixes training and the random draws of a verb. The splits, and the network whose features judge
-generated samples, are the same for all. Baselines are those of the verb's own table, computed once for each data set
-and seed; those of compress are computed once, because no seed changes them. reconstruct adds PCA and the mean sample.
-generate adds held-out real samples (the score of perfect samples), unchanged training samples (which the copy check
-must detect), and two generators on pixels without a network.
+`benchmarks.quality`). The same process then runs all commands for which `MODELS` lists the model. If a command fails,
+one row records the reason. detect is one-vs-rest: for each class, a model is trained on the samples of that class, and
+the class has its own row. All codes of a data set have the same number of values: 32, or a quarter of the number of
+values of a sample if that is less. The seed determines training and the random draws of a command. The splits do not
+depend on it, and neither does the network whose features measure the quality of generated samples. Baselines are those
+of the command's table, computed once for each data set and seed; those of compress are computed once, because no seed
+changes them. reconstruct also measures PCA and the mean sample. generate also measures held-out real samples (the score
+of perfect samples), unchanged training samples (which the check for copies must detect), and two generators on pixels
+without a network.
 
-Settings of the script limit the time: the seconds of a training, or its steps, the test samples (--test-rows), and the
-training samples for fitting priors, probes, detectors and tables (--fit-rows). detect uses dense models only, and
-leaves out elbo and iwae. The bytes of compressed files do not include the model, which the reader must have.
+Options limit the run time: the seconds of a training, or its steps, the test samples (--test-rows), and the training
+samples for fitting priors, probes, detectors and tables (--fit-rows). detect uses dense models only, and omits the
+scores elbo and iwae. The sizes of compressed files do not include the model, which the reader must have.
 
-Existing verbs of a data set, model, seed and settings are kept; --again measures them again. If baselines are missing
-because the model that should have measured them failed, another model measures them, and its own rows stay.
+Existing results of a command, data set, model, seed and settings are kept; --again measures them again. If baselines
+are missing because the model that should have measured them failed, another model measures them and keeps its own rows.
+--verbs, in the commands above older CSVs, is an old name of --commands.
 """
 
 import argparse
@@ -35,10 +37,10 @@ from . import common
 from .parallel import run_rows
 from .quality import code_size_arguments
 from .quality_table import dataset_name
-from .tasks_table import KEY, Row, VerbTable, is_baseline
+from .tasks_table import KEY, CommandTable, Row, is_baseline
 
-VERBS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
-# models under other names, where a verb does not work with the registry's defaults
+COMMANDS = ("reconstruct", "generate", "denoise", "detect", "embed", "compress")
+# models under other names, where a command does not work with the registry's defaults
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv_vae": ("vae", {"net": "conv", "hidden_dims": [32, 64]}),
     "conv_denoising_ae": ("denoising_ae", {"net": "conv", "hidden_dims": [32, 64]}),
@@ -73,18 +75,18 @@ QUALITIES = (-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...], tables: Any) -> list[Row]:
-    """Specs of a data set, without the existing verbs. What a model rejects is skipped with a message."""
+    """Specs of a data set, without existing results; a model that rejects its settings is skipped with a message."""
     size = arguments.code_size or min(32, max(1, math.prod(input_shape) // 4))
     dataset = dataset_name(data)
-    # the models' verbs, in the order of the verbs
+    # for each model, its commands in the given order
     wanted: dict[str, list[str]] = {}
-    for verb in arguments.verbs:
-        for name in arguments.models or MODELS[verb]:
-            wanted.setdefault(name, []).append(verb)
+    for command in arguments.commands:
+        for name in arguments.models or MODELS[command]:
+            wanted.setdefault(name, []).append(command)
     specs = []
     for seed in range(arguments.seeds):
         runs: list[tuple[Row, list[tuple[str, str]]]] = []  # specs, and the baselines that their models can measure
-        for name, verbs in wanted.items():
+        for name, commands in wanted.items():
             registered, hyperparameters = VARIANTS.get(name, (name, {}))
             hyperparameters = hyperparameters | code_size_arguments(registered, size)
             try:
@@ -95,27 +97,28 @@ def plan(arguments: argparse.Namespace, data: Row, input_shape: tuple[int, ...],
                 continue
             head = {"dataset": dataset, "model": name, "seed": seed, "code_size": math.prod(model.code_shape)}
             head |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows}
-            left = [verb for verb in verbs if tables[verb].needs(verb_head(head, verb, arguments))]
+            left = [command for command in commands if tables[command].needs(command_head(head, command, arguments))]
             lossy = name != "bytes_vae"
             spec = {"model": name, "registered": registered, "hyperparameters": hyperparameters, "seed": seed}
-            spec |= {"data": data, "head": head, "verbs": left, "accelerator": arguments.accelerator}
+            spec |= {"data": data, "head": head, "commands": left, "accelerator": arguments.accelerator}
             spec |= {"steps": arguments.steps, "seconds": arguments.seconds, "classes": arguments.classes}
             spec |= {"detect_seconds": arguments.detect_seconds}
             spec |= {"fit_rows": arguments.fit_rows, "test_rows": arguments.test_rows, "corrupt": CORRUPT}
             spec |= {"qualities": QUALITIES, "lossless_only": not lossy, "baselines": {}, "repairs": []}
-            spec |= {"pictures": [verb for verb in left if not seed and PICTURES[verb] == (name, dataset)]}
+            spec |= {"pictures": [command for command in left if not seed and PICTURES[command] == (name, dataset)]}
             spec |= {"folder": str((arguments.results / "pictures").resolve())}
-            runs.append((spec, [(verb, task) for verb in verbs for task in parts(verb, model, lossy, seed)]))
+            tasks = [(command, task) for command in commands for task in parts(command, model, lossy, seed)]
+            runs.append((spec, tasks))
         _share_baselines(runs, tables, arguments)
-        specs += [spec for spec, _ in runs if spec["verbs"]]
+        specs += [spec for spec, _ in runs if spec["commands"]]
     return specs
 
 
-def parts(verb: str, model: Any, lossy: bool, seed: int) -> list[str]:
-    """Tasks of a verb whose baselines a model can measure; those of compress do not depend on the seed."""
-    from .tasks_verbs import compress_tasks
+def parts(command: str, model: Any, lossy: bool, seed: int) -> list[str]:
+    """Tasks of a command whose baselines a model can measure; those of compress do not depend on the seed."""
+    from .tasks_commands import compress_tasks
 
-    if verb != "compress":
+    if command != "compress":
         return [""]
     return [] if seed else compress_tasks(model, lossy)
 
@@ -125,31 +128,31 @@ def _share_baselines(runs: list[tuple[Row, list[tuple[str, str]]]], tables: Any,
     given: set[tuple[str, str, int]] = set()  # all codes of a setting have one size
     for runs_anyway in (True, False):
         for spec, possible in runs:
-            for verb, task in possible:
-                head, measured = verb_head(spec["head"], verb, arguments), verb in spec["verbs"]
-                part = verb, task, head["code_size"]
-                if part in given or not tables[verb].needs_baselines(head, task):
+            for command, task in possible:
+                head, measured = command_head(spec["head"], command, arguments), command in spec["commands"]
+                part = command, task, head["code_size"]
+                if part in given or not tables[command].needs_baselines(head, task):
                     continue
-                if measured if runs_anyway else tables[verb].can_measure_baselines(head, task):
+                if measured if runs_anyway else tables[command].can_measure_baselines(head, task):
                     given.add(part)
-                    spec["baselines"].setdefault(verb, []).append(task)
-                    spec["repairs"] += [] if measured else [verb]
-                    spec["verbs"] += [] if measured else [verb]
+                    spec["baselines"].setdefault(command, []).append(task)
+                    spec["repairs"] += [] if measured else [command]
+                    spec["commands"] += [] if measured else [command]
 
 
-def verb_head(head: Row, verb: str, arguments: argparse.Namespace) -> Row:
-    """The columns that identify a measurement of a verb."""
-    own = {"classes": arguments.classes} if verb == "detect" else {}
-    return head | {"budget": budget(arguments, verb)} | own
+def command_head(head: Row, command: str, arguments: argparse.Namespace) -> Row:
+    """The columns that identify a measurement of a command."""
+    own = {"classes": arguments.classes} if command == "detect" else {}
+    return head | {"budget": budget(arguments, command)} | own
 
 
-def budget(arguments: argparse.Namespace, verb: str) -> str:
-    """The training budget of a verb's models, as the text of a CSV's column."""
+def budget(arguments: argparse.Namespace, command: str) -> str:
+    """The training budget of a command's models, as the text of a CSV's column."""
     if arguments.steps:
         return f"steps={arguments.steps}"
     from .convergence import Budget
 
-    seconds = arguments.detect_seconds if verb == "detect" else arguments.seconds
+    seconds = arguments.detect_seconds if command == "detect" else arguments.seconds
     return f"{Budget().as_text()}, at most {seconds:g} s"
 
 
@@ -157,17 +160,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = common.build_parser("tasks", __doc__)
     add, count = parser.add_argument, common.at_least(1)
-    add("--verbs", nargs="+", choices=VERBS, default=VERBS, metavar="VERB", help=f"of {', '.join(VERBS)}; else all")
+    add(
+        *("--commands", "--verbs"), nargs="+", choices=COMMANDS, default=COMMANDS, metavar="COMMAND",
+        help=f"of {', '.join(COMMANDS)} (default: all)",
+    )  # fmt: skip
     add("--data", nargs="+", default=["mnist5k", "digits", "fashion_mnist"], metavar="NAME", help="data sets")
     add("--root", default="data", help="folder of the data sets' files or of their downloads")
     add(
-        "--models", nargs="+", metavar="NAME", help=f"for all verbs: of the registry, {', '.join(VARIANTS)}; else a few"
-    )
+        "--models", nargs="+", metavar="NAME",
+        help=f"models for all commands, of the registry or {', '.join(VARIANTS)} (default: a few for each command)",
+    )  # fmt: skip
     add("--seconds", type=common.seconds, default=300.0, metavar="S", help="most seconds of a training (default 300)")
-    add("--detect-seconds", type=common.seconds, default=60.0, metavar="S", help="of each class's model (default 60)")
+    add(
+        "--detect-seconds",
+        type=common.seconds,
+        default=60.0,
+        metavar="S",
+        help="most seconds of a training for detect (default 60)",
+    )
     add("--steps", type=count, metavar="N", help="train each model for N steps; by default until it has converged")
-    add("--code-size", type=count, metavar="N", help="numbers in a code; else 32 or a quarter of a sample's values")
-    add("--classes", type=count, metavar="N", help="detect takes the first classes only; else all")
+    add("--code-size", type=count, metavar="N", help="numbers in a code (default: at most 32)")
+    add("--classes", type=count, metavar="N", help="detect uses only the first N classes (default: all)")
     add("--fit-rows", type=count, default=10_000, metavar="N", help="most training samples to fit to (default 10000)")
     add("--test-rows", type=count, default=2_000, metavar="N", help="most test samples (default 2000)")
     common.add_run_flags(parser, "run", timeout=7200)
@@ -178,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the requested rows that do not exist yet."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
-    command, where = common.command_line("tasks", argv), common.environment(arguments)
+    command_line, where = common.command_line("tasks", argv), common.environment(arguments)
     tables = {
-        verb: VerbTable(arguments.results / f"tasks-{verb}-{where}.csv", KEY, command, arguments.again)
-        for verb in arguments.verbs
+        command: CommandTable(arguments.results / f"tasks-{command}-{where}.csv", KEY, command_line, arguments.again)
+        for command in arguments.commands
     }
     specs: list[Row] = []
     for name in arguments.data:
@@ -198,18 +211,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for i, (spec, found) in enumerate(run(), start=1):
         head = spec["head"]
         print(f"[{i}/{len(specs)}] {head['dataset']}, {head['model']}, seed {head['seed']}", flush=True)
-        for verb in spec["verbs"]:
+        for command in spec["commands"]:
             failed = {"method": head["model"], "kind": "ours", "error": found.get("error")}
-            rows, head_of_verb = found.get("verbs", {}).get(verb) or [failed], verb_head(head, verb, arguments)
+            rows = found.get("commands", {}).get(command) or [failed]
+            head_of_command = command_head(head, command, arguments)
             rows = [row | {"processor": common.processor_name()} for row in rows]
-            if verb in spec["repairs"]:
+            if command in spec["repairs"]:
                 baseline_rows = [row for row in rows if is_baseline(head | row)]
-                tables[verb].replace(head_of_verb, tables[verb].model_rows(head_of_verb) + baseline_rows)
+                tables[command].replace(head_of_command, tables[command].model_rows(head_of_command) + baseline_rows)
             else:
-                tables[verb].replace(head_of_verb, rows)
+                tables[command].replace(head_of_command, rows)
             for row in rows:
                 if row.get("error"):
-                    print(f"    {verb}, {row['method']}: {row['error']}", flush=True)
+                    print(f"    {command}, {row['method']}: {row['error']}", flush=True)
     for table in tables.values():
         print(table.path)
 

@@ -1,7 +1,7 @@
-"""The rows of one model for every verb: train it once and call the verbs. Run by `benchmarks.tasks`.
+"""The rows of one model for all commands: train it once and run the commands. Run by `benchmarks.tasks`.
 
-A row has a `method`, its `kind` (ours; baseline: what a user would take otherwise; reference: neither of them, such as
-real samples or a bound) and the verb's figures.
+A row has a `method`, its `kind` (ours; baseline: what a user would use without a model; reference: neither of them,
+such as real samples or a bound) and the command's figures.
 """
 
 import shutil
@@ -20,47 +20,47 @@ from aezoo.tasks.samples import SampleSet
 from . import processes
 from .convergence import Budget
 from .quality_row import open_data, quiet_trainer, train_to_convergence
-from .tasks_verbs import BASELINE, OURS, VERBS, Row, VerbInputs
+from .tasks_commands import BASELINE, COMMANDS, OURS, CommandInputs, Row
 
 # largest number of features for nap; beyond it the covariance takes seconds for each class
 _MAX_NAP_FEATURES = 2_000
 
 
 def measure(spec: Row) -> Row:
-    """Rows of each verb, `{"verbs": {verb: rows}}`; a verb that fails has one row, which records the reason.
+    """Rows of each command, `{"commands": {command: rows}}`; a failed command has one row, which records the reason.
 
     Args:
         spec: model (its name in the tables), registered (its name in the registry), hyperparameters, data (arguments of
-            the DataModule), seed, steps, seconds, detect_seconds, verbs, fit_rows, test_rows, accelerator; baselines,
-            the parts of verbs that should give baselines; pictures, the verbs that should draw pictures; folder,
-            where the pictures go.
+            the DataModule), seed, steps, seconds, detect_seconds, commands, fit_rows, test_rows, accelerator; baselines
+            (the parts of commands whose baselines are requested), pictures (the commands that should draw pictures)
+            and folder (where the pictures go).
     """
     data = open_data(spec["data"], spec["seed"])
     test, train = (
         SampleSet.from_data(data, "test").subsample(spec["test_rows"]),
         SampleSet.from_data(data, "train").subsample(spec["fit_rows"]),
     )
-    verbs = list(spec["verbs"])
+    commands = list(spec["commands"])
     # detect trains on one class at a time
-    model = train_model(spec, data, spec["seconds"]) if {*verbs} - {"detect"} else None
+    model = train_model(spec, data, spec["seconds"]) if {*commands} - {"detect"} else None
     found: dict[str, list[Row]] = {}
-    for verb in verbs:
+    for command in commands:
         with tempfile.TemporaryDirectory() as folder:
-            out = folder if verb in spec["pictures"] else None
+            out = folder if command in spec["pictures"] else None
             try:
-                if verb == "detect":
-                    found[verb] = _detect(spec, data, test, out)
+                if command == "detect":
+                    found[command] = _detect(spec, data, test, out)
                 else:
                     assert model is not None
-                    found[verb] = VERBS[verb](
-                        VerbInputs(spec, model, train, test, spec["baselines"].get(verb, []), out)
+                    found[command] = COMMANDS[command](
+                        CommandInputs(spec, model, train, test, spec["baselines"].get(command, []), out)
                     )
             except Exception as error:
                 traceback.print_exc()
-                found[verb] = [{"method": spec["model"], "kind": OURS, **processes.error_columns(error)}]
+                found[command] = [{"method": spec["model"], "kind": OURS, **processes.error_columns(error)}]
             if out is not None:
-                _copy_picture(verb, Path(folder), Path(spec["folder"]))
-    return {"verbs": found}
+                _copy_picture(command, Path(folder), Path(spec["folder"]))
+    return {"commands": found}
 
 
 def train_model(spec: Row, data: aezoo.DataModule, seconds: float) -> aezoo.Autoencoder:
@@ -125,7 +125,7 @@ def _scores(model: aezoo.Autoencoder) -> list[str]:
 
 # ---- help -----------------------------------------------------------------------------------------------------------
 
-# for each verb, the one of its pictures that shows what it does
+# for each command, the picture that is shown in the report
 PICTURES = {
     "reconstruct": "reconstructions",
     "generate": "samples",
@@ -136,11 +136,11 @@ PICTURES = {
 }
 
 
-def _copy_picture(verb: str, folder: Path, home: Path) -> None:
-    source = folder / f"{PICTURES[verb]}.png"
+def _copy_picture(command: str, folder: Path, home: Path) -> None:
+    source = folder / f"{PICTURES[command]}.png"
     if source.is_file():
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, home / f"task-{verb}.png")
+        shutil.copyfile(source, home / f"task-{command}.png")
 
 
 if __name__ == "__main__":

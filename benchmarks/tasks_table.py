@@ -1,7 +1,8 @@
-"""The CSVs of `benchmarks.tasks`: rows of a model and a verb, which are replaced together, and rows of baselines.
+"""The CSVs of `benchmarks.tasks`: rows of a model and a command, which are replaced together, and rows of baselines.
 
-Baselines belong to a setting, which is KEY without the model, and to a part of the verb, its `task`. They have the name
-of the model with which they were measured, but they outlive its rows until another model measures them.
+Baselines belong to a setting, which is KEY without the model, and to a part of the command (column `task`). They have
+the name of the model with which they were measured. If the rows of that model are removed, the baselines stay until
+another model measures them.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from .common import ResultsCSV, as_text
 
 Row = dict[str, Any]
 KEY = ("dataset", "model", "seed", "budget", "code_size", "fit_rows", "test_rows", "classes")
-# columns of every CSV; the verb's own columns follow
+# columns of every CSV; the command's own columns follow
 FIRST_COLUMNS = ("dataset", "model", "code_size", "seed", "budget", "fit_rows", "test_rows", "method", "kind")
 
 
-class VerbTable(ResultsCSV):
-    """The CSV of a verb: several rows for a key."""
+class CommandTable(ResultsCSV):
+    """The CSV of a command, with several rows for each key."""
 
     def rows_of(self, head: Row, key: Sequence[str] = KEY) -> list[dict[str, str]]:
         """All rows that agree with the head in the columns of a key."""
@@ -48,7 +49,7 @@ class VerbTable(ResultsCSV):
         return not existing or self.again == "all" or (self.again == "failed" and failed)
 
     def can_measure_baselines(self, head: Row, task: str) -> bool:
-        """Whether a model has finished this part of the verb, so that it can run again for the baselines."""
+        """Whether a model has finished this part of the command, so that it can run again for the baselines."""
         return any(row.get("task", "") == task and not row.get("error") for row in self.model_rows(head))
 
     def replace(self, head: Row, rows: Sequence[Row]) -> None:

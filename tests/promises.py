@@ -24,7 +24,7 @@ RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
     "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
     "bad_values": (*SLOW, "tests/cli/test_bad_values.py"),
-    "input": (*SLOW, "tests/data/test_npy.py", "-k", "memory_of_verbs"),
+    "input": (*SLOW, "tests/data/test_npy.py", "-k", "memory_of_commands"),
     "inductor": (*SLOW, "tests/test_models.py", "-k", "slowly or compile or onnx or overfits or seed or two_proc"),
     "soak": (*SLOW, "tests/test_soak.py"),
     "ranks": (*SLOW, "tests/training/test_distributed.py"),

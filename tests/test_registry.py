@@ -423,7 +423,7 @@ def test_documented_old_paths_keep_working():
 def test_public_names_exist():
     assert all(getattr(aezoo, name) is not None for name in aezoo.__all__)
     assert set(aezoo.__all__) <= set(dir(aezoo))
-    assert len(aezoo.__all__) <= 21  # the core, import_model, show, a function for each verb, at_size and tiled
+    assert len(aezoo.__all__) <= 21  # the core, import_model, show, a function for each command, at_size and tiled
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         aezoo.create_modle  # noqa: B018
 

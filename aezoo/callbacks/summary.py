@@ -68,7 +68,7 @@ class Summary(pl.Callback):
             # only aezoo's data say which splits they have
             testable = saver and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
-            then = test + self._verbs(trainer, pl_module) * bool(saver) + _viewers(trainer)
+            then = test + self._task_commands(trainer, pl_module) * bool(saver) + _viewers(trainer)
             print_summary("Trained", {**rows, **self._places(trainer)}, then, self._notes)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,7 +76,7 @@ class Summary(pl.Callback):
             return
         trained = self._trained if self.test_follows else {}
         title = "Trained and tested" if trained else "Tested"
-        then = self._verbs(trainer, pl_module) if trained else []
+        then = self._task_commands(trainer, pl_module) if trained else []
         rows = {**trained, **_metrics(trainer, "test/"), **self._places(trainer)}
         print_summary(title, rows, then + _viewers(trainer), self._notes if trained else [])
 
@@ -86,7 +86,7 @@ class Summary(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best.load_state_dict(state_dict)
 
-    def _verbs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    def _task_commands(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Commands that use the model, those for which it was made first."""
         model: Any = pl_module
         suits = {
@@ -95,12 +95,12 @@ class Summary(pl.Callback):
             "generate": getattr(model, "has_prior", False),
             "compress": getattr(model, "discrete_code", False) or isinstance(model, EntropyCoded),
         }
-        verbs = [*(verb for verb, is_suited in suits.items() if is_suited), "reconstruct", "detect", "embed"]
+        names = [*(name for name, is_suited in suits.items() if is_suited), "reconstruct", "detect", "embed"]
         data: Any = getattr(trainer, "datamodule", None)
         splits = data.splits() if isinstance(data, DataModule) else ["test"]
         # they read the test split; generate needs no samples
         other = "" if "test" in splits else f" --split {'val' if 'val' in splits else 'train'}"
-        return [_command(f"aezoo {verb} --ckpt_path", self._folder) + other * (verb != "generate") for verb in verbs]
+        return [_command(f"aezoo {name} --ckpt_path", self._folder) + other * (name != "generate") for name in names]
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
         # testing a checkpoint outside a run folder creates none

@@ -1,4 +1,4 @@
-"""The benchmark of the verbs: what it measures, what it does not do twice, and what its report says of who is ahead."""
+"""The benchmark of the commands: what it measures, what it skips, and which method its report says is ahead."""
 
 import csv
 import shutil
@@ -25,8 +25,8 @@ SMALL = ["--data", "digits", "--seeds", "1", "--steps", "2", "--classes", "1"]
 SMALL += ["--fit-rows", "120", "--test-rows", "40", "--accelerator", "cpu"]
 
 
-def rows_of(folder, verb):
-    (path,) = folder.glob(f"tasks-{verb}-fp32-pt*-cpu*.csv")
+def rows_of(folder, command):
+    (path,) = folder.glob(f"tasks-{command}-fp32-pt*-cpu*.csv")
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# command: python -m benchmarks.tasks --data digits --seeds 1 --steps 2")
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
@@ -43,16 +43,16 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_verb_has_model_and_baseline_rows(results):
-    for verb in tasks.VERBS:
-        rows = rows_of(results, verb)
+def test_every_command_has_model_and_baseline_rows(results):
+    for command in tasks.COMMANDS:
+        rows = rows_of(results, command)
         optional = {"BM3D"}  # takes no 8 x 8 images
-        assert not [row["error"] for row in rows if row["error"] and row["method"] not in optional], verb
-        assert {"ours", "baseline"} <= {row["kind"] for row in rows}, verb
+        assert not [row["error"] for row in rows if row["error"] and row["method"] not in optional], command
+        assert {"ours", "baseline"} <= {row["kind"] for row in rows}, command
         steps = {"steps=2"}
-        assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, verb
-        assert {row["processor"] for row in rows} == {as_text(processor_name())}, verb
-    methods = {verb: {row["method"] for row in rows_of(results, verb)} for verb in tasks.VERBS}
+        assert {row["budget"] for row in rows} == steps and {row["code_size"] for row in rows} == {"16"}, command
+        assert {row["processor"] for row in rows} == {as_text(processor_name())}, command
+    methods = {command: {row["method"] for row in rows_of(results, command)} for command in tasks.COMMANDS}
     assert {"vae", "the noisy samples", "median filter"} <= methods["denoise"]
     assert {"vae, nll", "vae, nap", "isolation forest", "5th-nearest neighbour"} <= methods["detect"]
     others = {"UMAP, 16 numbers", "t-SNE, 16 numbers, transductive"}
@@ -85,9 +85,11 @@ def test_memorised_samples_are_detected(results):
 @pytest.mark.slow
 def test_existing_rows_are_kept(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
-    before = {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS}
+    before = {command: rows_of(tmp_path, command) for command in tasks.COMMANDS}
     tasks.main([*SMALL, "--models", "vae", "--results", str(tmp_path)])
-    assert {verb: rows_of(tmp_path, verb) for verb in tasks.VERBS} == before and "seed" not in capsys.readouterr().out
+    assert {
+        command: rows_of(tmp_path, command) for command in tasks.COMMANDS
+    } == before and "seed" not in capsys.readouterr().out
 
 
 # ---- what is planned ------------------------------------------------------------------------------------------------
@@ -96,7 +98,8 @@ def test_existing_rows_are_kept(results, tmp_path, capsys):
 def plan_of(folder, *words):
     arguments = tasks.parse_arguments([*words, "--results", str(folder)])
     tables = {
-        verb: tasks.VerbTable(folder / f"{verb}.csv", tasks.KEY, "it", arguments.again) for verb in arguments.verbs
+        command: tasks.CommandTable(folder / f"{command}.csv", tasks.KEY, "it", arguments.again)
+        for command in arguments.commands
     }
     data = {"name": "mnist5k", "root": "", "batch_size": 128, "size": None}
     return tasks.plan(arguments, data, (1, 28, 28), tables), tables
@@ -106,18 +109,18 @@ def test_model_trains_once_and_baselines_run_once_per_seed(tmp_path):
     specs, _ = plan_of(tmp_path, "--seeds", "2")
     runs = [(spec["model"], spec["seed"]) for spec in specs]
     assert len(runs) == len({*runs}) and {seed for _, seed in runs} == {0, 1}
-    for verb, models in tasks.MODELS.items():
-        assert {spec["model"] for spec in specs if verb in spec["verbs"]} == {*models}
-        bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(verb, [])]
+    for command, models in tasks.MODELS.items():
+        assert {spec["model"] for spec in specs if command in spec["commands"]} == {*models}
+        bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(command, [])]
         # those of compress depend on no seed; codes of another size have their own
         once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes"), (0, "lossy")]
-        assert bringing == (once if verb == "compress" else [(0, ""), (1, "")]), verb
+        assert bringing == (once if command == "compress" else [(0, ""), (1, "")]), command
     sizes = {spec["head"]["code_size"] for spec in specs if ":" not in spec["model"]}
     assert sizes == {32} and {spec["head"]["code_size"] for spec in specs} == {32, 32 * 7 * 7}
 
 
 def test_rate_models_form_one_curve(tmp_path):
-    specs, _ = plan_of(tmp_path, "--verbs", "compress", "--seeds", "1")
+    specs, _ = plan_of(tmp_path, "--commands", "compress", "--seeds", "1")
     curves = {}
     for spec in specs:
         name, colon, lam = spec["model"].partition(":")
@@ -127,8 +130,12 @@ def test_rate_models_form_one_curve(tmp_path):
     assert len(curves) == 2 and all(len({*lams}) == 3 for lams in curves.values())
 
 
+def test_old_name_of_the_option_is_accepted():
+    assert tasks.parse_arguments(["--verbs", "embed"]).commands == ["embed"]
+
+
 def test_failed_rows_are_retried_on_request(tmp_path):
-    words = ("--verbs", "embed", "--models", "vae", "--seeds", "1")
+    words = ("--commands", "embed", "--models", "vae", "--seeds", "1")
     (spec,), tables = plan_of(tmp_path, *words)
     head = spec["head"] | {"budget": tasks.budget(tasks.parse_arguments([]), "embed")}
     tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "error": "it broke"}])
@@ -143,7 +150,9 @@ def test_failed_rows_are_retried_on_request(tmp_path):
 
 
 def test_refused_models_are_skipped_with_a_reason(tmp_path, capsys):
-    specs, _ = plan_of(tmp_path, "--verbs", "embed", "--models", "topk_sae", "vae", "--seeds", "1", "--code-size", "8")
+    specs, _ = plan_of(
+        tmp_path, "--commands", "embed", "--models", "topk_sae", "vae", "--seeds", "1", "--code-size", "8"
+    )
     assert [spec["model"] for spec in specs] == ["vae"]
     assert "topk_sae is left out on mnist5k: k must lie" in capsys.readouterr().err
     with pytest.raises(AezooError, match="did you mean 'dense_ae'"):
@@ -167,13 +176,13 @@ def fake(monkeypatch, tmp_path):
                 continue
             rows = [{"method": name, "kind": "ours", "probe": 0.5}]
             raw = {"method": "raw values", "kind": "baseline", "probe": 0.25, "error": notes[0] if notes else ""}
-            yield spec, {"verbs": {"embed": rows + [raw] * bool(brings)}}
+            yield spec, {"commands": {"embed": rows + [raw] * bool(brings)}}
 
     monkeypatch.setattr(tasks, "run_rows", run_rows)
 
     def run(*words):
         asked.clear()
-        few = ["--verbs", "embed", "--data", "digits", "--models", "linear_ae", "dense_ae", "--seeds", "1"]
+        few = ["--commands", "embed", "--data", "digits", "--models", "linear_ae", "dense_ae", "--seeds", "1"]
         tasks.main([*few, "--results", str(tmp_path), *words])
         (path,) = tmp_path.glob("tasks-embed-*.csv")
         return [*asked], [(row["model"], row["method"], row["error"]) for row in read_csv(path)[1]]
@@ -196,18 +205,21 @@ def test_rows_are_keyed_by_settings_with_own_baselines(fake):
 
 
 def test_class_limit_affects_only_detect_settings(tmp_path):
-    (spec,), tables = plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")
-    for verb in ("detect", "embed"):
-        head = tasks.verb_head(spec["head"], verb, tasks.parse_arguments([]))
-        tables[verb].replace(head, [{"method": m, "kind": k} for m, k in (("vae, nll", "ours"), ("knn", "baseline"))])
-    words = ("--verbs", "detect", "embed", "--models", "vae", "--seeds", "1", "--classes", "2")
+    (spec,), tables = plan_of(tmp_path, "--commands", "detect", "embed", "--models", "vae", "--seeds", "1")
+    for command in ("detect", "embed"):
+        head = tasks.command_head(spec["head"], command, tasks.parse_arguments([]))
+        tables[command].replace(
+            head, [{"method": m, "kind": k} for m, k in (("vae, nll", "ours"), ("knn", "baseline"))]
+        )
+    words = ("--commands", "detect", "embed", "--models", "vae", "--seeds", "1", "--classes", "2")
     (spec,), tables = plan_of(tmp_path, *words)
-    assert spec["verbs"] == ["detect"] and spec["baselines"] == {"detect": [""]}
+    assert spec["commands"] == ["detect"] and spec["baselines"] == {"detect": [""]}
     tables["detect"].replace(
-        tasks.verb_head(spec["head"], "detect", tasks.parse_arguments(words)), [{"method": "vae, nll", "kind": "ours"}]
+        tasks.command_head(spec["head"], "detect", tasks.parse_arguments(words)),
+        [{"method": "vae, nll", "kind": "ours"}],
     )
     assert [row.get("classes", "") for row in tables["detect"].rows] == ["", "", "2"]
-    assert plan_of(tmp_path, "--verbs", "detect", "embed", "--models", "vae", "--seeds", "1")[0] == []
+    assert plan_of(tmp_path, "--commands", "detect", "embed", "--models", "vae", "--seeds", "1")[0] == []
 
 
 def test_missing_baselines_are_added_by_next_run(fake):
@@ -253,12 +265,12 @@ def test_failed_baseline_is_measured_again_on_request(fake):
 
 
 def test_each_compress_mode_has_its_own_baselines(tmp_path):
-    words = ("--verbs", "compress", "--models", "vae", "conv_vae", "bytes_vae", "--seeds", "1")
+    words = ("--commands", "compress", "--models", "vae", "conv_vae", "bytes_vae", "--seeds", "1")
     specs, tables = plan_of(tmp_path, *words)
     assert [spec["baselines"] for spec in specs] == [
         {"compress": ["lossy", "lossless, binarised"]}, {}, {"compress": ["lossless, bytes"]},
     ]  # fmt: skip
-    heads = [tasks.verb_head(spec["head"], "compress", tasks.parse_arguments(words)) for spec in specs]
+    heads = [tasks.command_head(spec["head"], "compress", tasks.parse_arguments(words)) for spec in specs]
     for head, kinds in zip(
         heads, ({"lossy": 1}, {"lossy": 0, "lossless, binarised": 0}, {"lossless, bytes": 0}), strict=True
     ):
@@ -285,8 +297,8 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
 # ---- what the report says -------------------------------------------------------------------------------------------
 
 
-def comparison_of(verb, task=""):
-    return next(comparison for comparison in COMPARISONS if (comparison.verb, comparison.task) == (verb, task))
+def comparison_of(command, task=""):
+    return next(comparison for comparison in COMPARISONS if (comparison.command, comparison.task) == (command, task))
 
 
 def made(method, kind, seed, **cells):
@@ -393,7 +405,7 @@ def test_unreached_psnr_target_is_reported():
 
 
 @pytest.mark.slow
-def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
+def test_report_lists_task_commands_first_with_pictures(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path, dirs_exist_ok=True)
     ResultsCSV(tmp_path / "speed-startup-x.csv", ("what",), "it").put({"what": "imports", "seconds": 3.0})
     (tmp_path / "pictures").mkdir()
@@ -401,9 +413,9 @@ def test_report_lists_task_verbs_first_with_pictures(results, tmp_path, capsys):
     report.main(["--results", str(tmp_path)])
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.index("[Commands for trained models: ") < text.index("[Start-up]") and "Others" not in text
-    text = "\n".join((tmp_path / f"{verb}.md").read_text() for verb in tasks.VERBS)
-    for verb in tasks.VERBS:
-        assert f"## {verb}\n\n`tasks-{verb}-fp32" in text, verb
+    text = "\n".join((tmp_path / f"{command}.md").read_text() for command in tasks.COMMANDS)
+    for command in tasks.COMMANDS:
+        assert f"## {command}\n\n`tasks-{command}-fp32" in text, command
     assert "![denoise](pictures/task-denoise.png)" in text and "![embed]" not in text
     assert "- digits (codes of 16 numbers, steps=2): a baseline, PCA, 16 numbers (" in text
     assert "### lossless" in text and "| digits | vae | ours | 1 |" in text

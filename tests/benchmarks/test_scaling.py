@@ -1,4 +1,4 @@
-"""Scaling: exponents of time and memory, and rows of an axis of a model and of a verb."""
+"""Scaling: exponents of time and memory, and rows of an axis of a model and of a command."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_fixed_costs_and_failed_rows_leave_the_exponent():
 
 
 @pytest.mark.slow
-def test_axes_and_verbs_are_measured_and_reported(tmp_path, capsys):
+def test_axes_and_commands_are_measured_and_reported(tmp_path, capsys):
     given = [
         "--axes",
         "samples",

@@ -113,13 +113,13 @@ def test_dead_units_and_pca_are_found_at_the_end_of_a_fit(fit):
 
 
 @pytest.mark.slow
-def test_the_summary_has_notes_and_verbs(fit, capsys, monkeypatch, tmp_path):
+def test_the_summary_has_notes_and_commands(fit, capsys, monkeypatch, tmp_path):
     stop = EarlyStop(patience=1, min_delta=1e9)
     fit(FakeVAE((4,)), LearningCurves(), stop, Summary(), enable_checkpointing=True, max_epochs=5)
     out = capsys.readouterr().out
     assert "Note: stopped early: 1 epoch without improvement of val/loss after epoch " in out
-    verbs = [line.split()[2] for line in out.splitlines() if line.startswith("Next: aezoo")]
-    assert verbs == ["test", "generate", "reconstruct", "detect", "embed"]
+    commands = [line.split()[2] for line in out.splitlines() if line.startswith("Next: aezoo")]
+    assert commands == ["test", "generate", "reconstruct", "detect", "embed"]
     monkeypatch.chdir(tmp_path)
     fit(Fake((4,), denoising=True), LearningCurves(), Checkpoints(), Summary(), enable_checkpointing=True)
     out = capsys.readouterr().out

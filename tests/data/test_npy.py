@@ -115,10 +115,10 @@ from aezoo.cli.main import main
 folder = sys.argv[1]
 for file in ("few", "x"):
     mask = ["--mask", f"{folder}/half.npy", "--steps", "1", "--n_shown", "0"]
-    for verb, *flags in (["embed"], ["detect", "--n_fit", "200"], ["impute", *mask], ["reconstruct"]):
-        name = "some" if (file, verb) == ("x", "impute") else file
+    for command, *flags in (["embed"], ["detect", "--n_fit", "200"], ["impute", *mask], ["reconstruct"]):
+        name = "some" if (file, command) == ("x", "impute") else file
         common = [f"--ckpt_path={folder}/model", f"--input={folder}/{name}.npy", f"--out={folder}", "--device=cpu"]
-        main([verb, *common, *flags])
+        main([command, *common, *flags])
         # not ru_maxrss, which begins with that of the process before
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
 """
@@ -126,7 +126,7 @@ for file in ("few", "x"):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
-def test_memory_of_verbs_does_not_grow_with_the_input(tmp_path):
+def test_memory_of_commands_does_not_grow_with_the_input(tmp_path):
     """On 250 MB, or on 10 GB in a run of the promises."""
     n = 204_000 if promises.is_recording() else 5_000
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def test_options_fall_back_to_setting_defaults():
 
 
 @pytest.mark.slow
-def test_config_with_all_data_settings_works_for_fit_and_verbs(tmp_path, monkeypatch, capsys):
+def test_config_with_all_data_settings_works_for_all_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.yaml").write_text(json.dumps(DEFAULTS | {"name": "digits"}))
     run = ["--model", "linear_ae", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]

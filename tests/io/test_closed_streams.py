@@ -50,7 +50,7 @@ def test_full_output_is_reported_in_one_line(tmp_path, command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirections", CLOSED[-1:])
-def test_fits_and_verbs_run_with_closed_streams(tmp_path, redirections):
+def test_fits_and_commands_run_with_closed_streams(tmp_path, redirections):
     code, error = shell(FIT, redirections, tmp_path, "reconstruct --ckpt_path runs/vae-digits/0")
     assert code == 0 and "Traceback" not in error
     assert (tmp_path / "runs/vae-digits/0/checkpoints/last.ckpt").is_file()
@@ -74,8 +74,8 @@ def test_class_folder_with_undecodable_name_is_usable(tmp_path):
         folder.mkdir(parents=True)
         for i in range(20):
             Image.new("L", (8, 8), i * 10).save(folder / f"{i}.png")
-    verbs = [f"{verb} --ckpt_path runs/vae-photos/0" for verb in ("detect", "reconstruct")]
-    code, error = shell(FIT.replace("--data digits", "--data photos"), "", tmp_path, *verbs)
+    commands = [f"{command} --ckpt_path runs/vae-photos/0" for command in ("detect", "reconstruct")]
+    code, error = shell(FIT.replace("--data digits", "--data photos"), "", tmp_path, *commands)
     assert code == 0, error
     assert (tmp_path / "runs/vae-photos/0/detect/scores.csv").is_file()
     assert (tmp_path / "runs/vae-photos/0/reconstruct/errors.csv").is_file()

@@ -127,7 +127,7 @@ def test_scaling_is_folded_in_as_save_model_does(hub):
 
 
 @pytest.mark.slow
-def test_verbs_accept_hub_address_and_write_to_runs(hub, model, capsys):
+def test_commands_accept_hub_address_and_write_to_runs(hub, model, capsys):
     aezoo.push_to_hub(model, "user/digits")
     np.save("new.npy", np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32))
     assert load_run(ADDRESS)[1]["folder"] == Path("runs/user_digits")

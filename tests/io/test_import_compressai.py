@@ -215,7 +215,7 @@ def test_tables_are_made_if_the_file_has_none(tmp_path):
     same_pictures(rans.decode_strings(model, rans.encode_strings(model, expected["x"])), expected["x_hat"])
 
 
-def test_verbs_work_with_an_imported_model(tmp_path, monkeypatch, capsys):
+def test_commands_work_with_an_imported_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path, state_of("mbt2018"))
     main(["import", "model-1-abcdef.pth.tar", "out"])

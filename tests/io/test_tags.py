@@ -337,17 +337,17 @@ def test_list_and_info_show_tags(tag, capsys):
     assert "did you mean 'vae.tiny'?" in capsys.readouterr().err
 
 
-def test_verbs_take_a_tag(tag, tmp_path, capsys):
+def test_commands_take_a_tag(tag, tmp_path, capsys):
     np.save("x.npy", np.random.default_rng(0).random((6, *SHAPE), np.float32))
     main(["generate", "--ckpt_path", "dense_ae.tiny", "--n", "2", "--n_components", "2"])
     main(["reconstruct", "--ckpt_path", "variational.tiny", "--input", "x.npy"])
     main(["detect", "--ckpt_path", "dense_ae.tiny", "--input", "x.npy", "--baselines", "false"])
     assert "1,000 held-out samples" in capsys.readouterr().out
-    for verb, name in (("generate", "dense_ae.tiny"), ("reconstruct", "vae.tiny"), ("detect", "dense_ae.tiny")):
-        assert any((tmp_path / "runs" / name / verb).iterdir())
+    for command, name in (("generate", "dense_ae.tiny"), ("reconstruct", "vae.tiny"), ("detect", "dense_ae.tiny")):
+        assert any((tmp_path / "runs" / name / command).iterdir())
 
 
-def test_verb_without_samples_says_what_the_tag_was_trained_on(tag, capsys):
+def test_command_without_samples_names_training_data_of_tag(tag, capsys):
     with pytest.raises(SystemExit):
         main(["reconstruct", "--ckpt_path", "vae.tiny"])
     assert "vae.tiny was trained on digits: give --data digits, or --input FILE" in capsys.readouterr().err

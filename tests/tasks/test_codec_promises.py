@@ -276,9 +276,9 @@ def test_missing_constriction_names_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tables.constriction_stream.cache_clear()
     try:
-        for verb in (lambda: compress(vae(), bits(2)), lambda: decompress(vae(), str(tmp_path / "none.aez"))):
+        for command in (lambda: compress(vae(), bits(2)), lambda: decompress(vae(), str(tmp_path / "none.aez"))):
             with pytest.raises(AezooError, match=r"constriction: pip install '\.\[codec\]'"):
-                verb()
+                command()
     finally:
         tables.constriction_stream.cache_clear()
 

@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_verb_needs_only_a_run_folder(run, capsys):
+def test_command_needs_only_a_run_folder(run, capsys):
     main(["reconstruct", "--ckpt_path", str(run)])
     out = capsys.readouterr().out
     assert "8 samples" in out and str(run / "reconstruct" / "errors.csv") in out
@@ -51,11 +51,11 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     expected = (model(given).detach().double() * state["factor"] + state["offset"]).numpy()
     assert 90 < expected.mean() < 110
     ckpt, out = ["--ckpt_path", str(run)], ["--out", str(tmp_path)]
-    for verb, name in (("reconstruct", "reconstructions"), ("denoise", "denoised"), ("generate", "samples")):
-        main([verb, *ckpt, *out])
+    for command, name in (("reconstruct", "reconstructions"), ("denoise", "denoised"), ("generate", "samples")):
+        main([command, *ckpt, *out])
         said, found = capsys.readouterr().out, np.load(tmp_path / f"{name}.npy")
         assert f"values in {name}.npy are in the units of the training data" in said
-        assert np.allclose(found, expected, atol=1e-3) if verb != "generate" else 90 < found.mean() < 110
+        assert np.allclose(found, expected, atol=1e-3) if command != "generate" else 90 < found.mean() < 110
     main(["compress", *ckpt, *out, "--quality", "12", "--compare", "false"])
     (saved,) = tmp_path.glob("model-*")
     for path in (run, saved):
@@ -126,25 +126,25 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["reconstruct", "test"])
-def test_differently_scaled_data_are_reported(run, tmp_path, caplog, verb):
+@pytest.mark.parametrize("command", ["reconstruct", "test"])
+def test_differently_scaled_data_are_reported(run, tmp_path, caplog, command):
     with np.load(run.parents[2] / "data.npz") as file:
         np.savez(tmp_path / "new.npz", x=2 * file["x"], y=file["y"])
     words = "values are scaled by what its own training split holds"
     for flags, said in ([], False), (["--data", str(tmp_path / "new.npz")], True):
         caplog.clear()
-        place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
-        main([verb, "--ckpt_path", str(run), *flags, *place])
+        place = [f"--out={tmp_path}"] if command == "reconstruct" else []
+        main([command, "--ckpt_path", str(run), *flags, *place])
         assert (words in caplog.text) == said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["reconstruct", "test"])
-def test_changed_split_settings_are_reported(run, tmp_path, capsys, verb):
-    place = [f"--out={tmp_path}"] if verb == "reconstruct" else []
+@pytest.mark.parametrize("command", ["reconstruct", "test"])
+def test_changed_split_settings_are_reported(run, tmp_path, capsys, command):
+    place = [f"--out={tmp_path}"] if command == "reconstruct" else []
     words = "aezoo: --data.seed and --data.test_fraction: the set is split differently than for training"
     for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
-        main([verb, "--ckpt_path", str(run), *flags, *place])
+        main([command, "--ckpt_path", str(run), *flags, *place])
         assert (words in capsys.readouterr().err) == said
 
 
@@ -159,8 +159,8 @@ def test_training_classes_are_not_required_in_other_data(tmp_path, capsys):
     main(["fit", "--model", "dense_ae", *flags])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     for name in ("new.npy", "new.npz"):
-        for verb in ("test", "reconstruct"):
-            main([verb, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
+        for command in ("test", "reconstruct"):
+            main([command, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
     capsys.readouterr()
     # those of the set itself stay
     main(["reconstruct", "--ckpt_path", str(run), "--split=train"])
@@ -418,7 +418,7 @@ def test_signal_leaves_no_partial_output(run, tmp_path, monkeypatch, number):
         signal.signal(number, before)
 
 
-def test_help_lists_verb_flags_without_model(capsys):
+def test_help_lists_command_flags_without_model(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["reconstruct", "--help"])
     out = capsys.readouterr().out
@@ -437,7 +437,7 @@ def test_scaling_is_saved_only_where_needed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "flags", "files"),
+    ("command", "flags", "files"),
     [
         ("generate", ["--n", "5"], {"samples.npy", "samples.png"}),
         ("generate", ["--prior", "gaussian", "--interpolate", "true"], {"interpolation.npy", "interpolation.png"}),
@@ -447,10 +447,10 @@ def test_scaling_is_saved_only_where_needed(tmp_path):
         ("compress", ["--quality", "2"], {"samples.aez", "rate_distortion.csv", "rate_distortion.png"}),
     ],
 )
-def test_each_verb_runs_from_a_run_alone(run, tmp_path, verb, flags, files):
-    main([verb, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
+def test_each_command_needs_only_a_run(run, tmp_path, command, flags, files):
+    main([command, "--ckpt_path", str(run), f"--out={tmp_path}", *flags])
     assert files <= {path.name for path in tmp_path.iterdir()}
-    if verb == "compress":
+    if command == "compress":
         back = ["decompress", "--ckpt_path", str(run), "--input", str(tmp_path / "samples.aez")]
         main([*back, f"--out={tmp_path / 'back'}"])
         assert np.load(tmp_path / "back" / "samples.npy").shape == (8, 4)
@@ -497,7 +497,7 @@ def test_run_without_test_split_needs_input(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("package", "extra", "verb", "flags"),
+    ("package", "extra", "command", "flags"),
     [
         ("pyarrow", "parquet", "reconstruct", {"table": "parquet"}),
         ("pyarrow", "parquet", "detect", {"table": "parquet"}),
@@ -506,10 +506,10 @@ def test_run_without_test_split_needs_input(tmp_path, capsys):
         ("zuko", "flows", "generate", {"prior": "maf"}),
     ],
 )
-def test_missing_package_is_reported_first(monkeypatch, package, extra, verb, flags):
+def test_missing_package_is_reported_first(monkeypatch, package, extra, command, flags):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(AezooError, match=rf"pip install '\.\[{extra}\]'"):
-        getattr(aezoo, verb)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
+        getattr(aezoo, command)(aezoo.create_model("dense_ae", (4,)), torch.ones(1), **flags)
 
 
 def test_dead_data_worker_is_reported_in_one_line(run, tmp_path, capsys, monkeypatch):
@@ -531,13 +531,13 @@ def test_lack_of_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypat
     assert f"out of memory ({error}): lower --batch_size" in line and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("verb", ["compress", "decompress"])
-def test_missing_codec_is_reported_before_loading_model(monkeypatch, capsys, verb):
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_missing_codec_is_reported_before_loading_model(monkeypatch, capsys, command):
     monkeypatch.setitem(sys.modules, "constriction", None)
     tables.constriction_stream.cache_clear()
-    assert "pip install '.[codec]' in a checkout of aezoo" in refused(capsys, verb, "--ckpt_path", "nowhere")
+    assert "pip install '.[codec]' in a checkout of aezoo" in refused(capsys, command, "--ckpt_path", "nowhere")
     with pytest.raises(SystemExit) as ended:
-        main([verb, "--ckpt_path", "nowhere", "--help"])
+        main([command, "--ckpt_path", "nowhere", "--help"])
     assert ended.value.code == 0
 
 

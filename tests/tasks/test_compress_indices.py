@@ -608,7 +608,7 @@ def test_books_too_large_for_a_prior_are_refused():
         autoregressive.AutoregressiveCoder(model, 8)
 
 
-# ---- the verb --------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_old_lossy_file_without_indices_is_read(tmp_path):

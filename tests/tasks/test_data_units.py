@@ -1,4 +1,4 @@
-"""Verbs in Python on models that were trained on scaled tables: in the units of the table, or refused."""
+"""Commands in Python on models that were trained on scaled tables: in the units of the table, or refused."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""detect: scores that train a copy of the encoder, frozen features, and what models of anomalies say in the verb."""
+"""detect: scores that train a copy of the encoder, frozen features, and what models of anomalies say in the command."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Odd values for every flag of every verb: each works or is refused in one line, at once and by name."""
+"""Odd values for every flag of every command: each works or is refused in one line, at once and by name."""
 
 import contextlib
 import importlib
@@ -17,15 +17,15 @@ from aezoo.errors import AezooError
 VALUES = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1000000000000", "abc", "", "[]", "true", "null")
 
 
-def function_of(verb):
-    return getattr(importlib.import_module(f"aezoo.tasks.{verb}"), verb)
+def function_of(command):
+    return getattr(importlib.import_module(f"aezoo.tasks.{command}"), command)
 
 
 def options():
-    for verb in TASK_COMMANDS:
-        for name in inspect.signature(function_of(verb)).parameters:
+    for command in TASK_COMMANDS:
+        for name in inspect.signature(function_of(command)).parameters:
             if name not in task_commands._GIVEN:
-                yield pytest.param(verb, name, id=f"{verb}.{name}")
+                yield pytest.param(command, name, id=f"{command}.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def packed(model, x, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("verb", "option"), [*options()])
+@pytest.mark.parametrize(("command", "option"), [*options()])
 @pytest.mark.filterwarnings("ignore")
-def test_option_value_is_accepted_or_refused_in_one_line(verb, option, model, x, packed, tmp_path):
-    function = function_of(verb)
-    parser = task_commands.parser_of(verb, function)
+def test_option_value_is_accepted_or_refused_in_one_line(command, option, model, x, packed, tmp_path):
+    function = function_of(command)
+    parser = task_commands.parser_of(command, function)
     accepted = inspect.signature(function).parameters
     # nothing that takes long beside the option in question
     quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2, "format": "safetensors"}

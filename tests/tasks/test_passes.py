@@ -1,4 +1,4 @@
-"""Verbs on several processes and after a kill: the files of one undisturbed process, bit for bit."""
+"""Commands on several processes and after a kill: the files of one undisturbed process, bit for bit."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from aezoo.tasks.codec import container
 from aezoo.tasks.passes import Passes, Range
 
 N, BATCH = 70, 8
-VERBS = {
+COMMANDS = {
     "reconstruct": [],
     "denoise": ["--corrupt=gaussian:0.1", "--baselines=false"],
     "impute": ["--hide=0.3", "--draws=2", "--steps=3", "--baselines=false"],
@@ -39,8 +39,8 @@ FRAME = 64 * 2 * BATCH
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """The words of a verb's command for a model and samples."""
+def words_of(tmp_path_factory):
+    """The command line of a command for a model and samples, as a list of words."""
     home = tmp_path_factory.mktemp("passes")
     torch.manual_seed(0)
     aezoo.save_model(aezoo.create_model("vae", (1, 8, 8), latent_dim=3, hidden_dims=(16,)), home / "model")
@@ -48,15 +48,15 @@ def command(tmp_path_factory):
     np.save(home / "x.npy", x)
     np.save(home / "holes.npy", np.where(x < 0.3, np.nan, x))
 
-    def words(verb: str, out: Path, *flags: str) -> list[str]:
+    def words(command: str, out: Path, *flags: str) -> list[str]:
         common = [f"--ckpt_path={home / 'model'}", f"--out={out}", "--device=cpu"]
-        if verb == "decompress":
+        if command == "decompress":
             if not (home / "aez").exists():
                 main(words("compress", home / "aez"))
-            return [verb, *common, f"--input={home / 'aez' / 'samples.aez'}", *flags]
-        name = "holes" if verb == "impute" else "x"
-        given = [] if verb == "generate" else [f"--input={home / name}.npy"]
-        return [verb, *common, f"--batch_size={BATCH}", *given, *VERBS[verb], *flags]
+            return [command, *common, f"--input={home / 'aez' / 'samples.aez'}", *flags]
+        name = "holes" if command == "impute" else "x"
+        given = [] if command == "generate" else [f"--input={home / name}.npy"]
+        return [command, *common, f"--batch_size={BATCH}", *given, *COMMANDS[command], *flags]
 
     return words
 
@@ -81,11 +81,11 @@ def counted(monkeypatch, most: int = 10**6) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
-def test_interrupted_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch, capsys, verb):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
     monkeypatch.setattr(container, "MAX_FRAME_VALUES", FRAME)
-    words = command(verb, tmp_path / "whole")
+    words = words_of(command, tmp_path / "whole")
     with monkeypatch.context() as patch:
         seen = counted(patch)
         main(words)
@@ -96,12 +96,12 @@ def test_interrupted_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch, ca
         with monkeypatch.context() as patch:
             counted(patch, most)
             with pytest.raises(SystemExit):
-                main(command(verb, out))
-        assert [path.name for path in out.iterdir()] == [f".{verb}"]
-        assert f"the same command continues from what is in {out / f'.{verb}'}" in capsys.readouterr().err
+                main(words_of(command, out))
+        assert [path.name for path in out.iterdir()] == [f".{command}"]
+        assert f"the same command continues from what is in {out / f'.{command}'}" in capsys.readouterr().err
         with monkeypatch.context() as patch:
             seen = counted(patch)
-            main(command(verb, out))
+            main(words_of(command, out))
             assert len(seen) == every - most
         assert content(out) == content(tmp_path / "whole")
 
@@ -129,12 +129,12 @@ def test_coding_on_two_processes_gives_the_files_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["reconstruct", "impute", "detect"])
-def test_two_processes_give_the_files_of_one(command, tmp_path, verb):
-    main(command(verb, tmp_path / "one"))
+@pytest.mark.parametrize("command", ["reconstruct", "impute", "detect"])
+def test_two_processes_give_the_files_of_one(words_of, tmp_path, command):
+    main(words_of(command, tmp_path / "one"))
     before = torch.get_num_threads()
     try:
-        main(command(verb, tmp_path / "two", "--devices=2"))
+        main(words_of(command, tmp_path / "two", "--devices=2"))
     finally:
         torch.set_num_threads(before)
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -159,35 +159,35 @@ main(json.loads(sys.argv[1]))
 
 
 @pytest.mark.slow
-def test_killed_verb_goes_on_bit_for_bit(command, tmp_path, monkeypatch):
-    argv = command("reconstruct", tmp_path / "again")
+def test_killed_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch):
+    argv = words_of("reconstruct", tmp_path / "again")
     settings = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(argv)], capture_output=True, env=settings)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     seen = counted(monkeypatch)
     main(argv)
     assert seen == [*range(4 * BATCH, N, BATCH)]
-    main(command("reconstruct", tmp_path / "whole"))
+    main(words_of("reconstruct", tmp_path / "whole"))
     assert content(tmp_path / "again") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_other_settings_begin_anew(command, tmp_path, monkeypatch):
+def test_other_settings_begin_anew(words_of, tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
     with monkeypatch.context() as patch:
         counted(patch, 4)
         with pytest.raises(SystemExit):
-            main(command("reconstruct", tmp_path))
+            main(words_of("reconstruct", tmp_path))
     seen = counted(monkeypatch)
-    main(command("reconstruct", tmp_path, "--seed=1"))
+    main(words_of("reconstruct", tmp_path, "--seed=1"))
     assert len(seen) == -(-N // BATCH)
 
 
 @pytest.mark.slow
-def test_export_refuses_devices(command, tmp_path, capsys):
-    verb = "export"
-    words = [word for word in command("reconstruct", tmp_path)[1:] if not word.startswith(("--input", "--batch_size"))]
-    assert f"{verb} runs in one process, since " in refused(capsys, verb, *words, "--devices=2")
+def test_export_refuses_devices(words_of, tmp_path, capsys):
+    command = "export"
+    words = [word for word in words_of("reconstruct", tmp_path)[1:] if not word.startswith(("--input", "--batch_size"))]
+    assert f"{command} runs in one process, since " in refused(capsys, command, *words, "--devices=2")
 
 
 def test_blocks_of_all_processes_are_the_samples(tmp_path, monkeypatch):
@@ -218,8 +218,8 @@ def test_blocks_of_all_processes_are_the_samples(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_failed_process_is_reported_in_one_line(tmp_path):
     parts = partial.Partial(tmp_path / "parts", "key", "")
-    passes = Passes(parts, ["no-such-verb"], world=2)
-    with pytest.raises(AezooError, match=r"^process 1 of --devices 2: unknown command 'no-such-verb'"):
+    passes = Passes(parts, ["no-such-command"], world=2)
+    with pytest.raises(AezooError, match=r"^process 1 of --devices 2: unknown command 'no-such-command'"):
         list(passes.blocks(10, 2, 0))
     passes.close()
     parts.remove()

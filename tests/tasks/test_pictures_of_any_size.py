@@ -1,4 +1,4 @@
-"""Verbs on pictures of several sizes: each is processed in its own size and comes back in it."""
+"""Commands on pictures of several sizes: each is processed in its own size and comes back in it."""
 
 import csv
 

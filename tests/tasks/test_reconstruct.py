@@ -50,7 +50,7 @@ def test_every_kind_of_sample_is_written(tmp_path, shape):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.02, 1.05), (-1.0, 2.0)])
-def test_psnr_of_all_verbs_is_the_same_or_of_none(tmp_path, low, high):
+def test_psnr_uses_the_same_range_in_all_commands(tmp_path, low, high):
     x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * (high - low) + low
     model = aezoo.create_model("linear_ae", (1, 8, 8), latent_dim=4).eval()
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)

@@ -11,7 +11,7 @@ import aezoo
 from aezoo.errors import AezooError
 from aezoo.tasks.samples import SampleSet
 
-VERBS = {
+COMMANDS = {
     "reconstruct": ({}, "30 samples of 3, mse ", ["index", "mse", "mae", "score", "a", "b", "c"], 30),
     "detect": (
         {"baselines": False},
@@ -40,10 +40,10 @@ def frame():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
-def test_results_have_a_line_a_table_and_a_figure(model, frame, monkeypatch, verb):
-    settings, line, names, n = VERBS[verb]
-    found = getattr(aezoo, verb)(model, frame, **settings)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_results_have_a_line_a_table_and_a_figure(model, frame, monkeypatch, command):
+    settings, line, names, n = COMMANDS[command]
+    found = getattr(aezoo, command)(model, frame, **settings)
     assert repr(found).startswith(f"{type(found).__name__}({line}") and "\n" not in repr(found)
     assert list(found.table)[: len(names)] == names and len(found.table) == n and found.table is found.table
     assert isinstance(found.figure, Figure) and aezoo.show(found) is found.figure and found.files == []

@@ -22,7 +22,7 @@ def all_of(samples, size=7):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_verbs_support_every_model_dtype(dtype):
+def test_commands_support_every_model_dtype(dtype):
     x, narrow = torch.rand(20, 6), aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(8,)).eval()
     wide = copy.deepcopy(narrow).to(dtype)
     calls = {
@@ -36,8 +36,8 @@ def test_verbs_support_every_model_dtype(dtype):
         "traverse": lambda model: aezoo.generate(model, x, traverse=True, walks=2, steps=3).samples,
         "around": lambda model: aezoo.generate(model, x, around=x[:2], steps=3).samples,
     }
-    for verb, call in calls.items():
-        np.testing.assert_allclose(call(wide), call(narrow), rtol=0.05, atol=0.05, err_msg=verb)
+    for command, call in calls.items():
+        np.testing.assert_allclose(call(wide), call(narrow), rtol=0.05, atol=0.05, err_msg=command)
 
 
 def test_bytes_are_divided_by_255_and_floats_kept():

@@ -1,4 +1,4 @@
-"""The results of each verb for a trained model, as rows of `benchmarks.tasks`."""
+"""The results of each command for a trained model, as rows of `benchmarks.tasks`."""
 
 import math
 from collections.abc import Callable
@@ -32,16 +32,16 @@ _MOST_NEIGHBOURS = 2000
 
 
 @dataclass
-class VerbInputs:
-    """The inputs for a verb's rows.
+class CommandInputs:
+    """The inputs for a command's rows.
 
     Attributes:
         spec: see `tasks_row.measure`.
         model: the trained model.
         train: at most `fit_rows` training samples.
         test: at most `test_rows` test samples.
-        baselines: parts of the verb, as in the column `task`, whose baselines are requested; "" is the whole verb.
-        out: folder for the verb's pictures, or None.
+        baselines: requested baselines, as parts of the command (column `task`); "" stands for the whole command.
+        out: folder for the command's pictures, or None.
     """
 
     spec: Row
@@ -58,7 +58,7 @@ class VerbInputs:
 
     @property
     def seed(self) -> int:
-        """The seed of training and of the verbs' random draws."""
+        """The seed of training and of the commands' random draws."""
         return int(self.spec["seed"])
 
     @property
@@ -67,7 +67,7 @@ class VerbInputs:
         return math.prod(self.model.code_shape)
 
 
-def _reconstruct(work: VerbInputs) -> list[Row]:
+def _reconstruct(work: CommandInputs) -> list[Row]:
     found = reconstruct(work.model, work.test, out=work.out, seed=work.seed)
     outputs = {(work.name, OURS): torch.from_numpy(np.array(found.x_hat))}
     if work.baselines:
@@ -86,7 +86,7 @@ def _reconstruct(work: VerbInputs) -> list[Row]:
     return rows
 
 
-def _generate(work: VerbInputs) -> list[Row]:
+def _generate(work: CommandInputs) -> list[Row]:
     quality, n = _SampleQuality(work), len(work.test)
     rows: list[Row] = []
     for name in ("own", "gmm") if work.model.has_prior else priors.NAMES:
@@ -109,7 +109,7 @@ def _generate(work: VerbInputs) -> list[Row]:
 class _SampleQuality:
     """The figures of `generate --quality`; the feature network is trained once, from seed 0, for all samples."""
 
-    def __init__(self, work: VerbInputs) -> None:
+    def __init__(self, work: CommandInputs) -> None:
         self.train = work.train
         self.features = fidelity_features.choose_features(work.train, torch.device("cpu"), 0, False)
         self.real = self.features.all(work.train, 256)
@@ -126,7 +126,7 @@ class _SampleQuality:
         }
 
 
-def _denoise(work: VerbInputs) -> list[Row]:
+def _denoise(work: CommandInputs) -> list[Row]:
     noise = work.spec["corrupt"]
     found = denoise(
         work.model, work.test, corrupt=noise, baselines=bool(work.baselines) or work.out is not None,
@@ -141,7 +141,7 @@ def _denoise(work: VerbInputs) -> list[Row]:
     return [row | {"method": names.get(row["method"], row["method"]), "corrupt": noise} for row in rows]
 
 
-def _bm3d(work: VerbInputs, noise: str) -> Row:
+def _bm3d(work: CommandInputs, noise: str) -> Row:
     """Errors of BM3D (Dabov et al. 2007, https://doi.org/10.1109/TIP.2007.901238), which is told the noise's sigma."""
     height, width = work.test.shape[-2:]
     if len(work.test.shape) != 3 or min(height, width) < _LEAST_SIDE_OF_BM3D:
@@ -160,7 +160,7 @@ def _bm3d(work: VerbInputs, noise: str) -> Row:
     return {name: float(value) for name, value in evaluation.compute().items()} | {"setting": f"sigma {sigma:.3g}"}
 
 
-def _embed(work: VerbInputs) -> list[Row]:
+def _embed(work: CommandInputs) -> list[Row]:
     method = "tsne" if work.out else "pca"
     found = embed(work.model, work.test, fit_on=work.train, method=method, out=work.out, seed=work.seed)
     names = {"codes": work.name, "raw values": "raw values", "pca": f"PCA, {work.size} numbers"}
@@ -173,7 +173,7 @@ def _embed(work: VerbInputs) -> list[Row]:
     ]
 
 
-def _neighbour_embeddings(work: VerbInputs) -> list[Row]:
+def _neighbour_embeddings(work: CommandInputs) -> list[Row]:
     """Classifiers on UMAP and t-SNE of as many numbers as a code, of at most 2,000 training samples.
 
     t-SNE cannot map further samples, so that it is fitted to training and test samples together, without labels.
@@ -216,7 +216,7 @@ def compress_tasks(model: aezoo.Autoencoder, lossy: bool) -> list[str]:
     return tasks
 
 
-def _compress(work: VerbInputs) -> list[Row]:
+def _compress(work: CommandInputs) -> list[Row]:
     """Lossy compression, and lossless if the model supports it."""
     rows = []
     for task in compress_tasks(work.model, not work.spec["lossless_only"]):
@@ -245,7 +245,7 @@ def _compress(work: VerbInputs) -> list[Row]:
 
 
 def _method_and_kind(method: str, model: str) -> Row:
-    """Method and kind of a row of the verb's lossless table."""
+    """Method and kind of a row of the command's lossless table."""
     match method:
         case "-ELBO, the bound":
             return {"method": f"{model}, -ELBO", "kind": REFERENCE}
@@ -256,7 +256,7 @@ def _method_and_kind(method: str, model: str) -> Row:
     return {"method": method.removesuffix(" (lossless)"), "kind": BASELINE}
 
 
-VERBS: dict[str, Callable[[VerbInputs], list[Row]]] = {
+COMMANDS: dict[str, Callable[[CommandInputs], list[Row]]] = {
     "reconstruct": _reconstruct,
     "generate": _generate,
     "denoise": _denoise,

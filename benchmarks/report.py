@@ -284,7 +284,7 @@ def target_table(files: Mapping[str, list[Row]]) -> str:
         "whose losses do not agree is not compared. Compile time is not counted for any party. The zoo's dense step "
         "is compiled, as `--compile auto` does in runs of about 40,000 steps or more. Its convolutional steps are not "
         "compiled, as `--compile auto` does on a CPU. 'Compiled otherwise' shows the opposite choice. The "
-        "measurements come from several processors. Older files do not name theirs; the table then shows, in "
+        "measurements come from several processors. Older files do not name the processor; the table then shows, in "
         "brackets, the processors of the other files from the same machine. Compare rates only within one file of "
         "peers, or among rows of one command. Variant: which of several variants the figure describes. A negative "
         "share of the fault guard is noise.\n\n" + markdown(columns, rows)
@@ -317,9 +317,9 @@ def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[
 
 _HEAD = (
     "# Results\n\n`python -m benchmarks.report` writes this file and its pages from the CSVs in this repository; do "
-    "not edit them. The commands that wrote a CSV stand above its table. A command of `benchmarks.speed` whose rows "
-    "are not all there says how many are. Other commands may also ask for more rows than are there, for example for "
-    "models that were added later. No GPU has been measured yet."
+    "not edit them. The commands that wrote a CSV are above its table. If the rows of a command of "
+    "`benchmarks.speed` are incomplete, a note says how many exist. Other commands may also request more rows than "
+    "exist, for example for models that were added later. No GPU has been measured yet."
 )
 
 

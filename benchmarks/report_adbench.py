@@ -31,8 +31,8 @@ _LEAST_SETS = 2
 # of fits by the clock as a multiple of processor time, beyond which the machine was not idle
 _MOST_SLOWDOWN = 1.5
 _SETTINGS = {
-    "unsupervised": "Training on all rows of the training part, anomalies among them.",
-    "clean": "Training on the normal rows of the training part alone.",
+    "unsupervised": "Training on all rows of the training part, including anomalies.",
+    "clean": "Training on only the normal rows of the training part.",
     "contamination": "Normal rows of the training part, and anomalies that are resampled until they are 10, 20 and "
     "30 % of the training rows. Values are means over the levels.",
     "noise": "Irrelevant uniform columns, 10 and 50 % of all columns; training as in unsupervised. Values are means "

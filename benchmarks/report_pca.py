@@ -10,14 +10,14 @@ NOT_EXPLAINED = "not explained: a defect until it is"
 _RATE = "the ELBO switches off latent numbers whose KL costs more nats than they save in error"
 _L1 = "the L1 penalty shrinks active latents"
 _CORRUPTED = "its error is measured from corrupted inputs"
-_PRIVATE = "shared numbers must come from one part alone, and private ones are drawn at random for the other parts"
+_PRIVATE = "shared numbers must come from a single part, and private ones are drawn at random for the other parts"
 REASONS = {
     "ae1svm": "codes lie between 0 and 1, and a one-class SVM pulls them together",
     "aae": "the encoder also serves the discriminator",
     "alad": "encoder and decoder also serve three discriminators",
     "annealed_vae": "the KL is held at a capacity, which limits the information in a code",
-    "beta_tcvae": "a weight above 1 trades reconstruction for independent numbers",
-    "beta_vae": "a weight above 1 trades reconstruction for a smaller KL",
+    "beta_tcvae": "a weight above 1 favours independent numbers over reconstruction",
+    "beta_vae": "a weight above 1 favours a small KL over reconstruction",
     "categorical_vae": "its numbers are one-hot: 20 variables of 4 classes are 40 bits",
     "cmvae": _PRIVATE,
     "contractive_ae": "one sigmoid layer, and a penalty on the code's sensitivity to the input",
@@ -25,19 +25,19 @@ REASONS = {
     "crmvae": f"{_RATE}, its posterior is pulled towards those of single parts, which are decoded as well",
     "dagmm": "the code must also fit a small mixture",
     "deep_svdd": "an encoder without biases pulls all codes to one point",
-    "dense_ae": "its layers of 128 and 64 ReLUs hold less than a linear code of as many numbers",
+    "dense_ae": "its layers of 128 and 64 ReLUs pass on less than a linear code of as many numbers",
     "denoising_ae": _CORRUPTED,
     "dip_vae_ii": "a penalty on the covariance of codes trades against reconstruction",
     "denoising_vae": _CORRUPTED,
-    "dmvae": f"{_RATE}, and decoders serve shared codes of one part alone as well",
+    "dmvae": f"{_RATE}, and decoders must also work with the shared code of a single part",
     "draem": "it repairs damaged samples as well, and structure and segmentation weigh as much as the error",
     "f_anogan": "the generator also serves the critic, and its weight on the error is a tenth of the encoder's",
-    "factor_vae": "a weight on the total correlation trades reconstruction for independence",
+    "factor_vae": "a weight on the total correlation favours independence over reconstruction",
     "gamma_vae": _RATE,
     "gated_sae": "the L1 penalty keeps gates closed if opening them saves little error",
     "hierarchical_vae": _RATE,
-    "hyperspherical_vae": "a direction has one degree of freedom less than coordinates, and its own kind of noise",
-    "jmvae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
+    "hyperspherical_vae": "a direction has one degree of freedom less than coordinates, and a different kind of noise",
+    "jmvae": f"{_RATE}, and its posterior is pulled to what each single part can tell",
     "jnf": _RATE,
     "jumprelu_sae": "its penalty counts active numbers and keeps trading error for fewer of them",
     "joint_vae": "both KL terms are held at capacities, which limit the information in a code",
@@ -45,13 +45,13 @@ REASONS = {
     "linear_ae": "PCA is its optimum; the optimiser has not fully reached it",
     "maetok": "a transformer handles its 512 numbers as a sequence of tokens and needs more training than this",
     "masked_conv_ae": "it learns to fill in masked parts and never sees whole samples in training",
-    "mhvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
+    "mhvae": f"{_RATE}, and decoders must also work with codes of only some parts",
     "mine_vae": _RATE,
-    "mmvae": "each code comes from one part alone, and the whole sample is decoded from it",
+    "mmvae": "each code comes from a single part, and the whole sample is decoded from it",
     "mmvae_plus": _PRIVATE,
     "mopoe_vae": "most of its codes come from some of the parts, and the whole sample is decoded from them",
-    "mvae": f"{_RATE}, and decoders serve codes of some parts alone as well",
-    "mvtcae": f"{_RATE}, and its posterior is pulled to what each part can tell alone",
+    "mvae": f"{_RATE}, and decoders must also work with codes of only some parts",
+    "mvtcae": f"{_RATE}, and its posterior is pulled to what each single part can tell",
     "nexus": f"{_RATE}, and no number of a part's code may describe another part",
     "ra_sae": "its directions stay within a distance of 1 of mixtures of 128 samples",
     "sae_l1": _L1,
@@ -96,7 +96,8 @@ def section(compared: Sequence[Row], rows: Sequence[Row]) -> str:
         of = [(row, found) for row, found in ratios if row["dataset"] == dataset]
         ahead = sum(found <= 1 for _, found in of)
         lines.append(
-            f"- {dataset}, {of[0][0].get('budget', '')}: {ahead} of {len(of)} models and code sizes are ahead of PCA."
+            f"- {dataset}, {of[0][0].get('budget', '')}: {ahead} of {len(of)} models and code sizes have at most "
+            "PCA's error."
         )
     behind = sorted(
         ((row, found) for row, found in ratios if found > 1), key=lambda of: (of[0]["model"], of[0]["dataset"], -of[1])
@@ -109,11 +110,11 @@ def section(compared: Sequence[Row], rows: Sequence[Row]) -> str:
         )
     return "\n\n".join(
         [
-            "## Beside PCA",
+            "## Comparison with PCA",
             "PCA with as many numbers as a code has (for a sparse code: as many as are active) gives the lowest error "
-            "that a linear code can reach. A model that is ahead with more steps or on another data set has no defect "
-            "of its own. Either its budget is too short here or, for variational models, samples with few values do "
-            "not justify many nats of KL.",
+            "that a linear code can reach. The table lists the models with a larger error. If a model is better than "
+            "PCA with more steps or on another data set, the model is not at fault: either its budget is too short "
+            "here or, for variational models, samples with few values do not justify many nats of KL.",
             "\n".join(lines),
             *(["\n".join(table)] if behind else []),
         ]
@@ -128,7 +129,7 @@ def reason(row: Row, rows: Sequence[Row]) -> str:
             found, same = ratio(other), other["dataset"] == row["dataset"]
             longer = not same or (number(other, "steps") or 0) > (number(row, "steps") or 0)
             if found is not None and found <= 1 and same == here and longer:
-                where = "the budget: {0:.2f} at {1}" if here else "ahead elsewhere: {0:.2f} on {2}, {1}"
+                where = "the budget: {0:.2f} at {1}" if here else "better on other data: {0:.2f} on {2}, {1}"
                 return where.format(found, other.get("budget"), other["dataset"])
     epochs, asked = number(row, "epochs"), row.get("budget", "").partition("epochs=")[2]
     if epochs is not None and asked and epochs < float(asked):

@@ -34,16 +34,17 @@ def _is_notable_layer(row: Row) -> bool:
 
 
 def is_of_fixed_budget(row: Row) -> bool:
-    """Whether a row of `quality` is from before trainings ended by convergence; the others have pages of their own."""
+    """Whether a row of `quality` was trained for a fixed budget; rows trained to convergence are on other pages."""
     return not row.get("kind")
 
 
 SECTIONS = (
     Section(
         "peers-quality-",
-        "Bounds beside pythae",
-        "Both parties train the same networks from the same weights, with the same batches and budget. One estimator "
-        "judges both parties' trained weights. Tighter by: the zoo's log p(x) minus pythae's for the same seed.",
+        "Bounds compared with pythae",
+        "Both parties train the same networks from the same weights, with the same batches and budget. The same "
+        "estimator evaluates the trained weights of both. Tighter by: the zoo's log p(x) minus pythae's for the same "
+        "seed.",
         of.BOUNDS,
     ),
     Section(
@@ -67,7 +68,7 @@ SECTIONS = (
     ),
     Section(
         "probe-",
-        "What codes hold",
+        "Classification of codes",
         "Codes are learned without labels; simple classifiers then predict the class from them. The figures are the "
         "shares of test samples classified correctly; median over seeds (lowest to highest). Pooled: averaged over "
         "the places of a map or over the tokens.",
@@ -77,34 +78,35 @@ SECTIONS = (
         "bits-",
         "Errors at equal bits",
         "Quantised models with the same networks, grid and bits per sample. Test split, median over seeds (lowest to "
-        "highest). Usage: the share of a codebook's entries that are chosen at all. Perplexity: the number of equally "
-        "likely entries that would be as hard to guess. Bits used: the bits that an ideal entropy code needs, given "
-        "how often each entry is chosen.",
+        "highest). Usage: the share of a codebook's entries that are chosen at least once. Perplexity: the number of "
+        "equally likely entries that would be as hard to guess. Bits used: the bits that an ideal entropy code needs, "
+        "given how often each entry is chosen.",
         of.BITS,
     ),
     Section(
         "kodak-",
         "Photographs",
-        "The Kodak photographs as files: bits of all files divided by all pixels, errors of what is read back, mean "
-        "over the photographs. Models are trained on two other photographs (`sample_photos`). BD-rate: bits relative "
-        "to a reference at equal quality, averaged over the qualities that both curves reach; below 0 is fewer.",
+        "The Kodak photographs as files: bits of all files divided by all pixels, and errors of the decoded pictures, "
+        "as means over the photographs. Models are trained on two other photographs (`sample_photos`). BD-rate: bits "
+        "relative to a reference at equal quality, averaged over the qualities that both curves reach; below 0 is "
+        "fewer.",
         report_kodak.COLUMNS,
         after=report_kodak.bd_table,
     ),
     Section(
         "image-anomalies-",
         "Image anomalies",
-        "Detectors that have seen normal samples alone; median over seeds (lowest to highest). CV_by: one vector for "
-        "each picture of a class of MVTec AD, from a network trained on ImageNet; the split of the good pictures is "
-        "not that of MVTec AD. Other data: models trained on one class, against all others; those on frozen features "
-        "have random weights there. Of 400 samples, five epochs are 35 steps: too few for those that learn by "
-        "gradients, which is what a small budget gives, not what the models can reach.",
+        "Detectors that were fitted to normal samples only; median over seeds (lowest to highest). CV_by: one vector "
+        "for each picture of a class of MVTec AD, from a network trained on ImageNet; the split of the good pictures "
+        "is not that of MVTec AD. Other data: models trained on one class, against all others; those on frozen "
+        "features have random weights there. Five epochs of 400 samples are 35 steps, which are too few for models "
+        "that learn by gradients: the figures show what a small budget gives, not what the models can reach.",
         report_image_anomalies.COLUMNS,
         after=report_image_anomalies.tables,
     ),
     Section(
         "quantisers-",
-        "Quantisers beside vector-quantize-pytorch",
+        "Quantisers compared with vector-quantize-pytorch",
         "Both sides quantise the same maps with the same sets of codes, in training mode and in turns. A ratio above 1 "
         "means that the zoo is faster; median over rounds (lowest to highest). Places: the points of the maps; each "
         "gets a code. Memory: the peak memory of a step beyond what was allocated before it. Same codes: the share of "
@@ -128,8 +130,8 @@ SECTIONS = (
         "run as a convolution on the smaller grid (`sub_pixels_ms`) or as overlapping products (`overlap_add_ms`). "
         "`side` is the side of the smaller grid, `channels` is the channel count of the larger grid, and `chosen` is "
         "the way that a layer picks by itself. `speedup` is torch's time divided by the time of the chosen way; "
-        "`lost` is the time of the chosen way divided by the time of the fastest way. The CSVs hold all layers. The "
-        "tables omit those that torch computes in its own way and where no other way is a tenth faster.",
+        "`lost` is the time of the chosen way divided by the time of the fastest way. The CSVs contain all layers. "
+        "The tables omit layers for which torch's way was chosen and no other way is a tenth faster.",
         (),
         _is_notable_layer,
     ),
@@ -137,8 +139,8 @@ SECTIONS = (
         "deviations-",
         "Deviations from authors' code",
         "Small trainings of models as they are (`aezoo`) and with what their authors' code does otherwise; figures of "
-        "held-out samples, losses in nats. `benchmarks/deviations.py` has the formulas. They show how large an effect "
-        "is, not which formula is better.",
+        "held-out samples, losses in nats. `benchmarks/deviations.py` has the formulas. The figures show how large an "
+        "effect is, not which formula is better.",
         (),
     ),
     Section(
@@ -146,12 +148,12 @@ SECTIONS = (
         "Published figures",
         "Recipes of published figures, on all of MNIST. `reached` is `metric` on the test split (or in the last epoch "
         "of training) after `epochs` of `max_epochs`. Losses and likelihoods are in nats. `data` says how grey images "
-        "are turned into zeros and ones; drawn once stands in for Larochelle's files.",
+        "are turned into zeros and ones; `drawn once` replaces Larochelle's files.",
         (),
     ),
     Section(
         "peers-",
-        "Beside others",
+        "Comparison with other libraries",
         "All parties train the same network on the same data with the same losses. A party's ratio is its speed "
         "divided by that of a compiled, hand-written PyTorch loop in the same rounds. Samples/s: during training, "
         "without the first epoch. Wall: includes what happens between epochs, such as validation and pictures. First "
@@ -173,7 +175,7 @@ SECTIONS = (
         "step they add; a negative share is noise. Compile: how much longer the first step takes than the others; the "
         "next column says what the compiler's cache held (unknown if the cell is empty). Cold start: from the start "
         "of the process to the end of the first step. Scaling efficiency: the rate divided by the combined rate of as "
-        "many devices that each work alone.",
+        "many devices that each work independently.",
         of.TRAIN,
     ),
     Section(
@@ -205,8 +207,8 @@ SECTIONS = (
         "latency-",
         "One sample",
         "The anomaly score of one sample, a batch of one, on a CPU: the file of `aezoo export --what score` in "
-        "onnxruntime, with scaling and threshold, and the model itself in torch, without. Median and 99th percentile "
-        "of single calls in microseconds; the latter depends on what else the machine does.",
+        "onnxruntime, with scaling and threshold, and the model itself in torch, without them. Median and 99th "
+        "percentile of single calls in microseconds; the latter depends on what else the machine does.",
         of.LATENCY,
     ),
     Section(
@@ -224,7 +226,7 @@ SECTIONS = (
         "samples whose class is predicted correctly from the code, by logistic regression and by the 5 nearest "
         "neighbours. Both learn from at most as many training codes as 'probe rows' says. PCA's code and raw pixels "
         "are measured in the same way. Epochs marked 'cut': `--most-seconds` ended a run before it reached its budget "
-        "of epochs. Processor: given where a row names it. Rates, and results of budgets in seconds, compare only on "
+        "of epochs. Processor: given if the CSV contains it. Rates, and results of budgets in seconds, compare only on "
         "the same processor.",
         of.QUALITY,
         is_of_fixed_budget,

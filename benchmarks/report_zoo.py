@@ -1,4 +1,4 @@
-"""The pages of the zoo: every model trained until it converges, by data set and kind of code, and beside PCA."""
+"""The pages of the zoo: every model trained until it converges, by data set and kind of code, and compared with PCA."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -140,17 +140,17 @@ def _overview(sets: Mapping[str, Sequence[Row]]) -> str:
         [
             "# The zoo at convergence",
             "Every model is trained until its validation loss has stopped falling; the weights of the lowest loss are "
-            "measured on the test split. Codes of different kinds do not compare with each other, so each kind has "
-            "tables of its own: 16 numbers, as many bits as 16 bytes, or 16 active latents. All other settings are "
-            "the models' defaults. `python -m benchmarks.quality --help` says how a run ends and what each figure is; "
-            "the CSVs in `benchmarks/results` hold all of them.",
-            f"{capped} of {shares} trainings ended at the limit of time ({100 * capped / shares:.0f} %; at most 10 % "
-            "are wanted). No GPU was at hand: the columns for one say so until "
+            "measured on the test split. Codes of different kinds cannot be compared, so each kind has separate "
+            "tables: 16 numbers, as many bits as 16 bytes, or 16 active latents. All other settings are the models' "
+            "defaults. `python -m benchmarks.quality --help` says how a run ends and what each figure means; the CSVs "
+            "in `benchmarks/results` contain all figures.",
+            f"{capped} of {shares} trainings ended at the time limit ({100 * capped / shares:.0f} %; the target is at "
+            "most 10 %). No GPU was available: the columns for GPUs say so until "
             "`python -m benchmarks.quality --accelerator cuda` has run.",
             markdown(columns, lines),
-            "[Beside PCA](zoo-pca.md) lists the models with a larger error than PCA, with the reasons that have been "
-            "checked.",
-            f"Left out, since their codes have no such size:\n\n{left}",
+            "[Comparison with PCA](zoo-pca.md) lists the models with a larger error than PCA, with the reasons that "
+            "have been checked.",
+            f"Models that are left out because their codes cannot have this size:\n\n{left}",
         ]
     )
 
@@ -173,9 +173,9 @@ def _page(dataset: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
         f"[All data sets](zoo.md). Samples (training, validation, test): {'; '.join(splits)}. Budget: "
         f"{rows[0]['budget']} (of the fall of the loss), at most {' or '.join(limits)} s of one core; batches of "
         f"{rows[0]['batch_size']}. Seeds: {' or '.join(seeds)}; median "
-        f"(lowest to highest). Processor: {'; '.join(processors)}. No GPU was at hand. FID and rFID in the space of "
-        f"{'; '.join(spaces)}. Textbook models are bold. Lines are sorted by error; the CSV has those that are not "
-        "here.",
+        f"(lowest to highest). Processor: {'; '.join(processors)}. No GPU was available. FID and rFID in the feature space of "
+        f"{'; '.join(spaces)}. Textbook models are bold. Lines are sorted by error; the CSV also contains the lines "
+        "that are not shown here.",
         "\n".join(["```bash", *commands, "```"]),
     ]
     for kind, title in KINDS.items():
@@ -221,7 +221,9 @@ def _beside_pca(sets: Mapping[str, Sequence[Row]]) -> str:
     ahead = {
         dataset: (sum(ratio(row) is not None for row in rows), len(behind(rows))) for dataset, rows in sets.items()
     }
-    counts = [f"- {dataset}: {total - late} of {total} are ahead of PCA." for dataset, (total, late) in ahead.items()]
+    counts = [
+        f"- {dataset}: {total - late} of {total} have at most PCA's error." for dataset, (total, late) in ahead.items()
+    ]
     missing = unexplained(row for rows in sets.values() for row in rows)
     columns = (
         *(words("code", "kind"), words("model", "model"), *(words(dataset, dataset) for dataset in sets)),
@@ -229,10 +231,10 @@ def _beside_pca(sets: Mapping[str, Sequence[Row]]) -> str:
     )
     return "\n\n".join(
         [
-            "# Beside PCA",
-            "PCA gives the lowest error that a linear code can reach. It gets as many numbers as a code has; for "
-            "indices, as many numbers of 8 bits as they have bits together; for sparse codes, as many numbers as are "
-            "active. The table has the models with a larger error: their error divided by PCA's.",
+            "# Comparison with PCA",
+            "PCA gives the lowest error that a linear code can reach. It has as many numbers as the code; for "
+            "indices, as many numbers of 8 bits as make the same total of bits; for sparse codes, as many numbers as "
+            "are active. The table lists the models with a larger error, as their error divided by PCA's.",
             "\n".join(counts),
             f"Not explained: {len(missing)}{': ' if missing else ''}{', '.join(missing)}.",
             *([markdown(columns, lines)] if lines else []),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .common import number
 from .report_columns import Row
 
-NOT_EXPLAINED = "not explained: a defect until it is"
+NOT_EXPLAINED = "not explained, and therefore regarded as a defect"
 # reasons why models are behind PCA, where the cause is the model and not the budget
 _RATE = "the ELBO switches off latent numbers whose KL costs more nats than they save in error"
 _L1 = "the L1 penalty shrinks active latents"

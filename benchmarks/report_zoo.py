@@ -173,9 +173,9 @@ def _page(dataset: str, rows: Sequence[Row], commands: Sequence[str]) -> str:
         f"[All data sets](zoo.md). Samples (training, validation, test): {'; '.join(splits)}. Budget: "
         f"{rows[0]['budget']} (of the fall of the loss), at most {' or '.join(limits)} s of one core; batches of "
         f"{rows[0]['batch_size']}. Seeds: {' or '.join(seeds)}; median "
-        f"(lowest to highest). Processor: {'; '.join(processors)}. No GPU was available. FID and rFID in the feature space of "
-        f"{'; '.join(spaces)}. Textbook models are bold. Lines are sorted by error; the CSV also contains the lines "
-        "that are not shown here.",
+        f"(lowest to highest). Processor: {'; '.join(processors)}. No GPU was available. FID and rFID in the feature "
+        f"space of {'; '.join(spaces)}. Textbook models are bold. Lines are sorted by error; the CSV also contains the "
+        "lines that are not shown here.",
         "\n".join(["```bash", *commands, "```"]),
     ]
     for kind, title in KINDS.items():

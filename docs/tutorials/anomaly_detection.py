@@ -12,16 +12,17 @@
 # ---
 
 # %% [markdown]
-# # Find what is strange
+# # Detect anomalies
 #
-# A model that has only seen normal samples reconstructs those well and others badly. How badly is a score; a
-# threshold on the score decides. Two examples: a table with `scikit-learn`'s interface, and pictures.
+# A model that was trained on normal samples only reconstructs normal samples well and other samples badly. The
+# reconstruction error therefore gives an anomaly score, and samples with a score above a threshold are reported as
+# anomalies. This notebook has two examples: a table with `scikit-learn`'s interface, and pictures.
 #
 # ## A table
 #
-# `AutoencoderDetector` is an outlier detector as scikit-learn has them: `fit`, `predict` (1 is normal, -1 is not),
-# `score_samples`. The data: 30 measurements of the nuclei of cells of benign and of malignant tumours. The detector
-# is trained on benign ones alone.
+# `AutoencoderDetector` has the interface of scikit-learn's outlier detectors: `fit`, `predict` (1 is normal, -1 is an
+# anomaly) and `score_samples`. The data are 30 measurements of cell nuclei in benign and malignant tumours. The
+# detector is trained on benign tumours only.
 
 # %%
 import logging
@@ -54,8 +55,8 @@ for name, fitted in (("autoencoder", detector), ("isolation forest", forest)):
     print(f"{name}: AUROC {roc_auc_score(is_malignant, -fitted.score_samples(X.iloc[test])):.3f}")
 
 # %% [markdown]
-# `contamination=0.05` puts the threshold where at most 5 % of new normal samples are above it, judged on samples that
-# the network was not trained on.
+# `contamination=0.05` sets the threshold so that at most 5 % of new normal samples are expected to exceed it. It is
+# estimated on samples that the network was not trained on.
 
 # %%
 flagged = detector.predict(X.iloc[test]) == -1
@@ -64,7 +65,7 @@ print(
 )
 
 # %% [markdown]
-# **Why?** The contributions of the columns add up to the score.
+# To see why a sample has a high score, look at the contributions of the columns, which add up to the score.
 
 # %%
 strangest = int(np.argmax(-detector.score_samples(X.iloc[test])))
@@ -76,8 +77,9 @@ for i in order:
 # %% [markdown]
 # ## Pictures
 #
-# A model of ones only. Everything else should be strange. `normal="1"` names the class that is normal, so that the
-# area under the ROC curve can be measured, and the table has detectors beside it that train no network.
+# This model is trained only on the digit 1, so all other digits should be anomalies. `normal="1"` names the normal
+# class, so that the area under the ROC curve can be measured. The table also contains detectors that do not train a
+# network, for comparison.
 
 # %%
 pl.seed_everything(0, verbose=False)
@@ -116,11 +118,11 @@ plt.close(figure)
 figure
 
 # %% [markdown]
-# ## Many samples at once
+# ## Limit the share of false alarms
 #
-# If nobody knows how many anomalies there are, one can bound the share of false alarms among what is flagged instead:
-# the procedure of Benjamini and Hochberg on conformal p-values. It needs many held-out normal samples to flag few of
-# many.
+# If the number of anomalies is unknown, the share of false alarms among the flagged samples can be limited instead, by
+# the procedure of Benjamini and Hochberg on conformal p-values. To find a few anomalies among many samples, it needs
+# many held-out normal samples.
 
 # %%
 normal = x[labels == 1]
@@ -130,5 +132,5 @@ of_ones, of_others = flags[labels_test == 1].mean(), flags[labels_test != 1].mea
 print(f"flagged: {of_others:.0%} of the other digits, {of_ones:.0%} of the ones")
 
 # %% [markdown]
-# On the command line: `aezoo fit`, then `aezoo detect RUN --input new.npy --fdr 0.1`; `aezoo export RUN --what score`
-# writes score and threshold as an ONNX file. `aezoo list --tag anomaly` lists the models made for this.
+# On the command line, use `aezoo fit` and then `aezoo detect RUN --input new.npy --fdr 0.1`. `aezoo export RUN --what
+# score` writes the score and the threshold as an ONNX file. `aezoo list --tag anomaly` lists the models for this task.

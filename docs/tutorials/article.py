@@ -14,13 +14,13 @@
 # %% [markdown]
 # # What an autoencoder does
 #
-# An autoencoder is two networks. The encoder makes a short code of a sample, `z = f(Wx + b)`; the decoder makes the
-# sample again from the code, `x_hat = g(W'z + b')`. Both are trained together so that what comes out is like what
-# went in: they minimise a reconstruction error such as `L = ||x - x_hat||^2`. A code with fewer numbers than the
-# sample cannot hold everything, so it has to hold what samples have in common.
+# An autoencoder consists of two networks. The encoder maps a sample to a short code, `z = f(Wx + b)`, and the decoder
+# maps the code back to a sample, `x_hat = g(W'z + b')`. Both are trained together so that the output is close to the
+# input: they minimise a reconstruction error such as `L = ||x - x_hat||^2`. A code with fewer numbers than the sample
+# cannot contain all of its information, so the network has to learn what samples have in common.
 #
-# This notebook trains one on 4,000 handwritten digits that come with the package, and looks at its code, at
-# underfitting and at overfitting.
+# This notebook trains an autoencoder on 4,000 handwritten digits that are part of the package. It then examines the
+# code, underfitting and overfitting.
 
 # %%
 import logging
@@ -43,8 +43,8 @@ aezoo.show(data)
 # %% [markdown]
 # ## 784 pixels in 32 numbers
 #
-# The layers have 784, 128, 64, 32, 64, 128 and 784 units. A digit of 784 grey values has to pass through the 32 in
-# the middle.
+# The layers have 784, 128, 64, 32, 64, 128 and 784 units, so the 784 grey values of a digit are represented by the 32
+# numbers in the middle.
 
 
 # %%
@@ -86,7 +86,8 @@ losses = train(model, 60, data)
 print(model)
 
 # %% [markdown]
-# Test digits above, their reconstructions below: `aezoo.reconstruct` chooses the best, the median and the worst ones.
+# The picture shows test digits with their reconstructions below them. `aezoo.reconstruct` selects the digits with the
+# smallest, the median and the largest errors.
 
 # %%
 found = aezoo.reconstruct(model, data)
@@ -94,8 +95,8 @@ print(found.summary())
 found.figure
 
 # %% [markdown]
-# Is that good? Principal component analysis (PCA) with as many numbers is the best that any *linear* code can do, so
-# it is the first thing to compare with.
+# Principal component analysis (PCA) with the same number of components gives the lowest error of all *linear* codes,
+# so it is the natural baseline.
 
 # %%
 x_train, _ = data.tensors("train")
@@ -114,9 +115,9 @@ with torch.no_grad():
 print(f"mean squared error: {error:.4f} with 32 numbers of the autoencoder, {pca_error(32):.4f} with 32 of PCA")
 
 # %% [markdown]
-# ## Ten numbers, two numbers
+# ## Codes of ten and of two numbers
 #
-# The fewer numbers, the more has to be left out. With ten, digits are still read easily:
+# The fewer numbers a code has, the more information is lost. With ten numbers, the digits are still easy to read:
 
 # %%
 small = dense(10)
@@ -127,8 +128,8 @@ print(f"mean squared error: {error:.4f} with 10 numbers of the autoencoder, {pca
 aezoo.reconstruct(small, data).figure
 
 # %% [markdown]
-# A code of two numbers can be drawn. Each point is a test digit, and its colour is the digit that it shows. Nobody
-# told the network what the digits are.
+# A code of two numbers can be drawn in a plane. Each point is a test digit, and its colour shows its class. The network
+# was trained without the classes.
 
 # %%
 plane = dense(2)
@@ -145,9 +146,9 @@ figure
 # %% [markdown]
 # ## Underfitting and overfitting
 #
-# The loss on the training samples says how well the network does what it was trained for, and the loss on validation
-# samples, which it has never seen, says what that is worth. Three runs: the one from above, one of three epochs, and
-# one of a large network on 200 samples. A model is a LightningModule, so it takes DataLoaders, too.
+# The training loss says how well the network fits the training samples. The validation loss says how well it works on
+# samples that it was not trained on. Three runs are compared: the one above, one with only three epochs, and one with a
+# large network and only 200 samples. A model is a LightningModule, so it can also be trained with DataLoaders.
 
 # %%
 few = DataLoader(TensorDataset(x_train[:200]), batch_size=64, shuffle=True)
@@ -168,10 +169,12 @@ plt.close(figure)
 figure
 
 # %% [markdown]
-# On the left both losses still fall: train longer, or take a larger network. On the right the training loss falls on
-# while the validation loss has stopped falling or rises: take more samples, a smaller network, noise on the input
-# (`denoising_ae`), a penalty on the code (`sparse_ae_l1`), or stop earlier. `aezoo fit` stops when the validation
-# loss no longer falls, keeps the best weights, and says at the end which of the cases the curves show.
+# On the left, both losses are still falling (underfitting): train longer or use a larger network. On the right, the
+# training loss continues to fall, but the validation loss has stopped falling or rises (overfitting): use more samples,
+# a smaller network, noise on the input (`denoising_ae`) or a penalty on the code (`sparse_ae_l1`), or stop earlier.
+# `aezoo fit` stops when the validation loss no longer falls, keeps the best weights, and says at the end which of these
+# cases the curves show.
 #
-# Next: [remove noise](denoising.ipynb), [make new digits](generation.ipynb), [find what is
-# strange](anomaly_detection.ipynb), [make files small](compression.ipynb), [search and sort](representations.ipynb).
+# Next: [remove noise](denoising.ipynb), [generate new samples](generation.ipynb), [detect
+# anomalies](anomaly_detection.ipynb), [compress files](compression.ipynb), [search and classify with
+# codes](representations.ipynb).

@@ -12,11 +12,11 @@
 # ---
 
 # %% [markdown]
-# # Make files small
+# # Compress files
 #
-# A code is short, so it can be stored in place of the sample. How many bytes that takes depends on how the code is
-# written down: numbers are rounded, and frequent values get few bits. aezoo writes real files (`.aez`), which the
-# same model opens again.
+# A code is shorter than its sample, so it can be stored instead of the sample. The size of the file depends on how the
+# code is stored: its numbers are rounded, and frequent values are written with few bits. aezoo writes files (`.aez`)
+# that the same model decompresses.
 
 # %%
 import tempfile
@@ -32,10 +32,10 @@ x, _ = data.tensors("test")
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
-# ## Trained for the size of the file
+# ## A model that is trained for compression
 #
-# `mean_scale_hyperprior` (Minnen and others 2018) is trained for the sum of the error and of the bits, and codes its
-# whole numbers with the distributions that it has learnt.
+# `mean_scale_hyperprior` (Minnen and others 2018) minimises a weighted sum of the error and the number of bits. Its
+# codes are integers, which are stored by entropy coding with the distributions that the model has learned.
 
 # %%
 model = aezoo.load_model("mean_scale_hyperprior.mnist")
@@ -52,10 +52,10 @@ print(f"mean squared error {mse:.5f}, PSNR {-10 * np.log10(mse):.1f} dB")
 aezoo.show(torch.cat([x[:8], restored[:8]]))
 
 # %% [markdown]
-# ## Beside JPEG, WebP and PCA
+# ## Comparison with JPEG, WebP and PCA
 #
-# Any model can be used: the numbers of its code are rounded, more or less finely. Each point of the picture is a
-# file.
+# Any model can be used: the numbers of its code are rounded with the precision that `quality` sets. Each point in the
+# picture is a file.
 
 # %%
 model = aezoo.load_model("conv_ae.mnist")
@@ -64,10 +64,10 @@ print(found.summary())
 found.figure
 
 # %% [markdown]
-# ## Without loss
+# ## Lossless compression
 #
-# A model with a likelihood for each pixel can store samples exactly, in about as many bits as its negative evidence
-# lower bound says (bits-back coding, Townsend and others 2019). Black and white digits:
+# A variational model with a likelihood for each pixel can store samples exactly. This takes about as many bits as its
+# negative evidence lower bound (bits-back coding, Townsend and others 2019). The example uses black and white digits:
 
 # %%
 model = aezoo.load_model("vae.mnist_binary")
@@ -81,5 +81,5 @@ print(opened.summary())
 print("the same pixels:", bool(((np.asarray(opened.x) > 0) == (x.numpy() > 0.5)).all()))
 
 # %% [markdown]
-# On the command line: `aezoo compress --ckpt_path mean_scale_hyperprior.mnist --input folder_of_images`, and `aezoo
-# decompress` for the way back. [The format of .aez files](../aez.md) is documented.
+# On the command line, use `aezoo compress --ckpt_path mean_scale_hyperprior.mnist --input folder_of_images`, and `aezoo
+# decompress` to restore the samples. A separate page documents [the format of .aez files](../aez.md).

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Remove noise
 #
-# A denoising autoencoder (Vincent and others 2008) sees a noisy sample and is trained to give the clean one. It can
-# only do that by knowing what clean samples look like.
+# A denoising autoencoder (Vincent and others 2008) receives a noisy sample and is trained to return the clean sample.
+# To do so, it has to learn what clean samples look like.
 
 # %%
 import logging
@@ -41,8 +41,8 @@ model = model.eval()
 
 # %% [markdown]
 # `aezoo.denoise` adds the same kind of noise to the test digits, removes it, and measures the peak signal-to-noise
-# ratio (PSNR, in decibels, more is better) and the structural similarity (SSIM, 1 is perfect). Beside the model stand
-# filters that know nothing of digits, each with the strength that is best on training samples.
+# ratio (PSNR, in decibels, higher is better) and the structural similarity (SSIM, 1 is perfect). The model is compared
+# with general filters, each with the strength that is best on training samples.
 
 # %%
 found = aezoo.denoise(model, data, corrupt="gaussian:0.3")
@@ -53,10 +53,10 @@ found.figure
 found.table
 
 # %% [markdown]
-# ## The weights that come with the package
+# ## Pretrained weights
 #
-# A filter was ahead in PSNR above: 4,000 digits and a minute are little. `denoising_ae.mnist` was trained on all 60,000
-# digits of MNIST, and needs no training here.
+# In the comparison above, a filter has a higher PSNR than the model, which was trained on only 4,000 digits for about a
+# minute. `denoising_ae.mnist` is part of the package and was trained on all 60,000 digits of MNIST.
 
 # %%
 found = aezoo.denoise(aezoo.load_model("denoising_ae.mnist"), data, corrupt="gaussian:0.3")
@@ -66,8 +66,8 @@ found.figure
 # %% [markdown]
 # ## Other noise than in training
 #
-# A network removes the noise that it was trained on. Pixels that are set to 0 or 1 at random are another kind, for
-# which a median filter is made:
+# A network learns to remove the kind of noise that it was trained with. Other kinds are, for example, pixels that are
+# set to 0 or 1 at random, for which a median filter is well suited:
 
 # %%
 for corruption in ("gaussian:0.3", "gaussian:0.6", "salt_and_pepper:0.2", "masking:0.5"):
@@ -75,5 +75,6 @@ for corruption in ("gaussian:0.3", "gaussian:0.6", "salt_and_pepper:0.2", "maski
     print(corruption, *(f"{method} {psnr:.1f} dB" for method, psnr in table["psnr"].items()), sep=", ")
 
 # %% [markdown]
-# Where no clean samples are at hand, `noise2noise` learns from pairs of noisy ones and `noise2void` from single noisy
-# ones. On the command line: `aezoo denoise --ckpt_path denoising_ae.mnist --data mnist5k --corrupt gaussian:0.3`.
+# If no clean samples are available, `noise2noise` can be trained on pairs of noisy samples and `noise2void` on single
+# noisy samples. On the command line, use `aezoo denoise --ckpt_path denoising_ae.mnist --data mnist5k --corrupt
+# gaussian:0.3`.

@@ -12,10 +12,11 @@
 # ---
 
 # %% [markdown]
-# # Make new samples
+# # Generate new samples
 #
-# A variational autoencoder (Kingma and Welling 2013) is trained so that the codes of all samples together look like
-# draws from a standard normal distribution. New samples are then decoded draws.
+# A variational autoencoder (Kingma and Welling 2013) is trained so that the codes of all samples together are
+# distributed approximately like a standard normal distribution. To generate a new sample, a code is drawn from this
+# distribution and decoded.
 
 # %%
 import logging
@@ -47,8 +48,8 @@ model = train(aezoo.create_model("vae", data.input_shape, latent_dim=10, hidden_
 aezoo.generate(model, n=64).figure
 
 # %% [markdown]
-# The loss is the negative evidence lower bound (ELBO): how well samples are reconstructed (`nll`) plus how far their
-# codes are from the prior (`kl`), both in nats.
+# The loss is the negative evidence lower bound (ELBO). It is the sum of the reconstruction error (`nll`) and the
+# distance of the codes' distributions from the prior (`kl`), both in nats.
 
 # %%
 x, y = data.tensors("test")
@@ -57,12 +58,13 @@ with torch.no_grad():
     print(f"log p(x) by importance sampling: {float(model.log_likelihood(x, n=100).mean()):.2f} nats")
 
 # %% [markdown]
-# ## How good are they?
+# ## Measure the quality of samples
 #
-# `quality` measures the Fréchet distance (FID) of samples to held-out digits in the features of a small classifier
-# that is trained on the labels, the precision (do samples look like digits?) and the recall (are all kinds of digits
-# among them?), beside real digits as the best that is possible. It also measures how near samples are to training
-# digits: a model that copies would be found out.
+# `quality` measures three figures in the feature space of a small classifier that is trained on the labels: the
+# Fréchet distance (FID) between generated samples and held-out digits, the precision (do the samples look like
+# digits?) and the recall (do the samples cover all kinds of digits?). The same figures of real digits show the best
+# possible values. `quality` also measures how close the samples are to training digits, which reveals models that copy
+# them.
 
 # %%
 print(aezoo.generate(model, data, fit_on=data, quality=500).summary())
@@ -70,15 +72,16 @@ print(aezoo.generate(model, data, fit_on=data, quality=500).summary())
 # %% [markdown]
 # ## Priors
 #
-# The codes of a plain autoencoder are nowhere near a normal distribution, but one can fit a distribution to them
-# afterwards and draw from that. `prior` names it: `gmm` is a Gaussian mixture.
+# The codes of an autoencoder that is not variational are not normally distributed. After training, however, a
+# distribution can be fitted to its codes, and new codes can be drawn from that distribution. `prior` names the kind of
+# distribution; `gmm` is a Gaussian mixture.
 
 # %%
 plain = train(aezoo.create_model("dense_ae", data.input_shape, latent_dim=10, hidden_dims=(400, 200)), epochs=20)
 aezoo.generate(plain, n=32, prior="gmm", fit_on=data).figure
 
 # %% [markdown]
-# ## Between two digits, and along each number of the code
+# ## Interpolate between digits, and vary single numbers of the code
 
 # %%
 aezoo.generate(model, data, interpolate=True, walks=4).figure
@@ -87,9 +90,10 @@ aezoo.generate(model, data, interpolate=True, walks=4).figure
 aezoo.generate(model, data, traverse=True, fit_on=data, walks=5).figure
 
 # %% [markdown]
-# ## A map of two numbers
+# ## A plane of codes
 #
-# The pretrained `vae.mnist_2d` has a code of two numbers. Decoding a grid of them shows the whole space of digits.
+# The pretrained model `vae.mnist_2d` has a code of two numbers. Decoding a grid of codes shows which digit belongs to
+# which part of the plane.
 
 # %%
 plane = aezoo.load_model("vae.mnist_2d")
@@ -104,7 +108,7 @@ plt.close(figure)
 figure
 
 # %% [markdown]
-# `conditional_vae` draws a digit that you name: `aezoo.generate(aezoo.load_model("conditional_vae.mnist"), label=7)`.
+# `conditional_vae` generates digits of a chosen class:
 
 # %%
 aezoo.generate(aezoo.load_model("conditional_vae.mnist"), n=16, label=7).figure

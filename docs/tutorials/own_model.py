@@ -12,12 +12,13 @@
 # ---
 
 # %% [markdown]
-# # Your own model, and a plug-in
+# # Write a model and a plug-in
 #
-# A model is one class: it builds an encoder and a decoder, and says what its loss is. Training, metrics, pictures,
-# the task commands, checkpoints and the command line come from aezoo.
+# A model is one class that builds an encoder and a decoder and defines a loss. aezoo adds training, metrics, pictures,
+# the commands for trained models, checkpoints and the command line.
 #
-# This one is an autoencoder whose code is pulled towards the unit sphere. Its file goes into an empty folder:
+# The model of this example is an autoencoder with a penalty that pulls its codes towards the unit sphere. Its file is
+# written into an empty folder:
 
 # %%
 import os
@@ -70,7 +71,7 @@ class SphereAE(Autoencoder):
 
 
 # %% [markdown]
-# Each term that `loss` returns is logged as `train/...` and `val/...`. Train it like any other:
+# Each term that `loss` returns is logged as `train/...` and `val/...`. The model is trained like any other model:
 
 # %%
 import logging
@@ -107,11 +108,11 @@ print(found.summary())
 found.figure
 
 # %% [markdown]
-# ## Is it right?
+# ## Check the model
 #
-# `aezoo.testing` has the checks that every model of the zoo passes: shapes, gradients, one code for each sample
-# whatever the batch, checkpoints, resumed training, and more. Here are three of them; `testing.check_model(SphereAE)`
-# runs all, in about a minute.
+# `aezoo.testing` contains the checks that all built-in models pass: shapes, gradients, codes that do not depend on the
+# other samples of a batch, checkpoints, resumed training, and more. The next cell runs three of them;
+# `testing.check_model(SphereAE)` runs all of them in about a minute.
 
 # %%
 for check in (testing.check_shapes, testing.check_gradients, testing.check_batch_independence):
@@ -121,8 +122,8 @@ for check in (testing.check_shapes, testing.check_gradients, testing.check_batch
 # %% [markdown]
 # ## A plug-in
 #
-# To use it by name, in Python and on the command line, put it into a package with an entry point. Three lines matter:
-# the group `aezoo.models`, the name, and where the class is.
+# To use the model by its name, in Python and on the command line, put it into a package with an entry point. The entry
+# point states the group `aezoo.models`, the name of the model, and the location of the class.
 
 # %%
 _ = Path("pyproject.toml").write_text("""
@@ -142,8 +143,8 @@ py-modules = ["my_ae"]
 """)
 
 # %% [markdown]
-# `pip install .` is all that is left. Here the package goes into a folder of its own, so that this notebook leaves
-# your environment as it is.
+# Then install the package with `pip install .`. This notebook installs it into a separate folder, so that your
+# environment is not changed.
 
 # %%
 subprocess.run(
@@ -163,5 +164,5 @@ aezoo_command("list", "sphere_ae")
 aezoo_command("info", "sphere_ae")
 
 # %% [markdown]
-# From here `aezoo fit --model sphere_ae`, `aezoo.load_model`, the task commands and `aezoo tune` work as for the models
-# of the zoo. [Add a model](../extend.md) explains how to test one.
+# Now `aezoo fit --model sphere_ae`, `aezoo.load_model`, the commands for trained models and `aezoo tune` work as for
+# built-in models. [Add a model](../extend.md) explains how to test a model.

@@ -12,10 +12,10 @@
 # ---
 
 # %% [markdown]
-# # Search and sort: what a code knows
+# # Search and classify with codes
 #
-# A code that is good for reconstruction is often good for other things: similar samples have similar codes. This
-# notebook measures how much of the class of a digit is in its code, which no model here has been told.
+# Similar samples usually have similar codes, so codes are useful for other tasks than reconstruction. This notebook
+# measures how well the class of a digit can be predicted from its code. The models were trained without labels.
 
 # %%
 import torch
@@ -29,7 +29,7 @@ model = aezoo.load_model("conv_ae.mnist")
 
 # %% [markdown]
 # `aezoo.embed` writes codes, draws them in a plane, and classifies test samples by a linear classifier (probe) and by
-# the nearest training codes, beside the same with PCA of the same size and with the raw pixels.
+# the nearest training codes. It does the same with PCA of the same size and with the raw pixels, for comparison.
 
 # %%
 found = aezoo.embed(model, data, fit_on=data, nearest=5)
@@ -42,8 +42,8 @@ found.figure
 # %% [markdown]
 # ## Several models
 #
-# Which of the pretrained models has the most useful code? The best code for a linear classifier is not the one with
-# the least reconstruction error.
+# This cell compares the codes of several pretrained models. The best code for a linear classifier is not the one with
+# the lowest reconstruction error.
 
 # %%
 x, _ = data.tensors("test")
@@ -67,8 +67,8 @@ for name in (
 # %% [markdown]
 # ## In a pipeline of scikit-learn
 #
-# `AutoencoderTransformer` trains a model in `fit` and gives codes in `transform`. Here with few labels: all 4,000
-# digits for the codes, but labels for 100 of them alone.
+# `AutoencoderTransformer` trains a model in `fit` and returns codes in `transform`. In this example the model is
+# trained on all 4,000 digits, but only 100 of them have labels.
 
 # %%
 x_train, y_train = (t.numpy() for t in data.tensors("train"))
@@ -81,18 +81,18 @@ print(f"100 labels: accuracy {with_codes.score(codes.transform(x_test.reshape(-1
       f"{with_pixels.score(x_test.reshape(-1, 784), y_test):.3f} from pixels")  # fmt: skip
 
 # %% [markdown]
-# Sixteen numbers do about as well as 784 pixels here. A code need not be better than the samples for a classifier, so
-# measure both: `aezoo.embed` always does.
+# Here, sixteen numbers are about as good as 784 pixels. A code is not always better for a classifier than the samples,
+# so measure both, as `aezoo.embed` does.
 #
 # ## Disentangled codes
 #
-# `beta_vae` and others of its family aim at one number for each cause of variation; [the
-# results](../results/disentanglement.md) measure how far they get, on drawn shapes whose causes are known. In the
-# picture below, each row moves one number of the code.
+# `beta_vae` and related models try to represent each factor of variation by one number of the code. [The
+# results](../results/disentanglement.md) show how well they succeed on drawn shapes whose factors are known. In the
+# picture below, each row varies one number of the code.
 
 # %%
 aezoo.generate(aezoo.load_model("vae.mnist"), data, traverse=True, fit_on=data, walks=6).figure
 
 # %% [markdown]
-# On the command line: `aezoo embed --ckpt_path conv_ae.mnist --data mnist5k --nearest 5`, and `--table parquet` for a
-# table of the codes.
+# On the command line, use `aezoo embed --ckpt_path conv_ae.mnist --data mnist5k --nearest 5`. `--table parquet` writes
+# a table of the codes.

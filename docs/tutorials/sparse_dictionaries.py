@@ -14,11 +14,12 @@
 # %% [markdown]
 # # Sparse dictionaries
 #
-# A sparse autoencoder has a code with *more* numbers than the sample, of which only a few are not zero. Each number
-# stands for one direction, an atom of a dictionary, and a sample is a sum of few atoms. Such codes can be read, which
-# is why they are used to look into neural networks: the samples are then the activations of a layer.
+# The code of a sparse autoencoder has *more* numbers than the sample, but only a few of them are not zero. Each number
+# belongs to one direction, an atom of a dictionary, and a sample is a sum of a few atoms. Such codes are easier to
+# interpret than dense codes. They are therefore used to analyse neural networks; the samples are then the activations
+# of a layer.
 #
-# First a case in which the right answer is known: samples are sums of a few of 64 known directions.
+# In the first example the right answer is known: samples are sums of a few of 64 known directions.
 
 # %%
 import logging
@@ -62,7 +63,8 @@ z = model.encode(x[:2000]).detach()
 print(f"numbers that are not zero: {float((z != 0).sum(1).float().mean()):.1f} of {z.shape[1]}")
 
 # %% [markdown]
-# Does it find the directions? For each true atom, the cosine to the nearest learnt one: 1 is found.
+# To see whether the model finds the directions, compute the cosine between each true atom and the nearest learned atom.
+# It is 1 if the directions are the same.
 
 # %%
 with torch.no_grad():
@@ -79,8 +81,8 @@ figure
 # %% [markdown]
 # ## Digits
 #
-# The pretrained `topk_sae.mnist` describes a digit by few of 256 atoms. The atoms that most test digits use are
-# strokes:
+# The pretrained model `topk_sae.mnist` represents a digit by a few of 256 atoms. The atoms that most test digits use
+# are strokes:
 
 # %%
 digits = aezoo.DataModule("mnist5k", batch_size=64)
@@ -94,7 +96,8 @@ print(f"numbers that are not zero: {float((z != 0).sum(1).float().mean()):.1f} o
 aezoo.show(strokes, n=32)
 
 # %% [markdown]
-# One digit as a sum of its atoms: the sample, its reconstruction, and the sample with one atom after the other.
+# The next picture shows one digit as a sum of its atoms: the sample, its reconstruction, and partial sums with one, two
+# and more atoms.
 
 # %%
 with torch.no_grad():
@@ -108,5 +111,6 @@ aezoo.show(pictures[:16])
 # ## Activations of a network
 #
 # `--data activations` reads the activations of a layer of a language model of `transformers`, and `aezoo fit --model
-# topk_sae` trains on them; see [the page on data](../data.md). `aezoo import` reads dictionaries of SAELens and
-# others. How well each of the sparse models finds known directions is [measured](../results/known-dictionaries.md).
+# topk_sae` trains on them; see [the page on data](../data.md). `aezoo import` reads dictionaries of SAELens and other
+# libraries. [The results](../results/known-dictionaries.md) show how well each of the sparse models finds known
+# directions.

@@ -30,9 +30,9 @@ Each process is bound to as many cores as it has threads, because JAX would othe
     samples_per_s       rows divided by the seconds from the start of an epoch to the end of its last step. This
                         includes loading, training, the bar and logging between steps, but not validation, pictures or
                         checkpoints of any party
-    wall_samples_per_s  rows divided by the seconds from one epoch to the next. For the zoo this adds validation on up
-                        to 500 rows (no other party validates), pictures, event files and checkpoints; for Lightning's
-                        parties it adds checkpoints
+    wall_samples_per_s  rows divided by the seconds from one epoch to the next, the mean over time. For the zoo this
+                        adds validation on up to 500 rows (no other party validates), pictures, event files and
+                        checkpoints; for Lightning's parties it adds checkpoints
     ratio               samples_per_s divided by that of the loop in the same round, median over rounds
     round_rates         samples_per_s of each round
     first_step_s        from the start of the process to its first update, with compilers' caches as they are
@@ -41,10 +41,11 @@ Each process is bound to as many cores as it has threads, because JAX would othe
     peak_rss_mb         of the whole process on the host, including imports and everything after the last epoch
     cores_used          CPU seconds per second of the whole process
 
-Both rates are medians over epochs without the first, then over rounds; _min and _max are the lowest and highest round.
-Neither includes the time before the first epoch or after the last. The zoo runs at a pseudo terminal, where its bar is
-drawn as for a user. The output of the others goes to a file; Keras and pythae still draw their bars there, and
-Lightning draws its bar only at the end.
+Rates are medians over epochs without the first, and the wall's is their mean, as the zoo does not validate each of
+short epochs; then follow medians over rounds. _min and _max are the lowest and highest round. The time before the first
+epoch and after the last does not count. The zoo runs at a pseudo terminal, where its bar is drawn as for a user. The
+output of the others goes to a file; Keras and pythae still draw their bars there, and Lightning draws its bar only at
+the end.
 
 Finished runs stay in a .part file beside the CSV: the same command without --again continues where it was stopped and
 repeats failed runs. Environments that parties need are made once, with pip, in --envs.
@@ -228,9 +229,14 @@ def build_job(party: str, arguments: argparse.Namespace, workload: Workload, fol
     )
 
 
-def rate(result: dict[str, Any], key: str = "rates") -> float:
+def rate(result: dict[str, Any]) -> float:
     """Samples per second of a run: the median over its epochs without the first, unless there is only one."""
-    return statistics.median(result[key][1:] or result[key])
+    return statistics.median(result["rates"][1:] or result["rates"])
+
+
+def wall_rate(result: dict[str, Any]) -> float:
+    """Samples per second by the clock, of all epochs without the first together, unless there is only one."""
+    return statistics.harmonic_mean(result["turns"][1:] or result["turns"])
 
 
 def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, Any]:
@@ -257,7 +263,7 @@ def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, 
     if ratios:
         ratio = Spread.from_data(ratios)
         figures |= {"ratio": ratio.median, "ratio_min": ratio.low, "ratio_max": ratio.high}
-    walls = [rate(run, "turns") for run in finished if run["turns"]]
+    walls = [wall_rate(run) for run in finished if run["turns"]]
     figures["wall_samples_per_s"] = statistics.median(walls) if walls else None
     for name in ("first_step_s", "peak_rss_mb", "cores_used"):
         values = [run[name] for run in finished if run[name] is not None]

@@ -84,6 +84,7 @@ def flags(tag: str, setting: dict[str, Any]) -> list[str]:
     given = {f"model.{key}": value for key, value in model.items()}
     data = data_settings(tag, setting) | {"batch_size": BATCH_SIZE}
     given |= {f"data.{key}": value for key, value in data.items()}
+    given |= {f"trainer.{key}": value for key, value in setting.get("trainer", {}).items()}
     given |= {"trainer.max_epochs": setting["epochs"], "early_stopping.patience": 5, "name": tag}
     words = {key: value if isinstance(value, str) else _inline(value) for key, value in given.items()}
     return [f"--model={tag.partition('.')[0]}", *(f"--{key}={value}" for key, value in words.items())]

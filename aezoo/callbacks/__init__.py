@@ -22,6 +22,7 @@ from aezoo.callbacks.samples import Samples
 from aezoo.callbacks.summary import Summary
 from aezoo.callbacks.throughput import Throughput
 from aezoo.callbacks.traversal import Traversal
+from aezoo.callbacks.validation_schedule import ValidationSchedule
 from aezoo.deprecated import renamed
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Summary",
     "Throughput",
     "Traversal",
+    "ValidationSchedule",
     "checkpoint_callback",
     "is_enabled",
 ]

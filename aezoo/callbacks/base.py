@@ -191,13 +191,18 @@ class Picture(Checked, pl.Callback):
 
     Args:
         every_n_epochs: epochs between two pictures; 0 turns them off. None draws every 5 epochs, or less often where
-            all pictures would take more than 5 % of the fit's time.
+            all pictures would take more than 5 % of the fit's time. An epoch without validation leaves its picture to
+            the next validation.
         n_inputs: validation samples that `draw` needs.
+
+    Attributes:
+        requested_period: the epochs that the user has asked for; 0 if there are none.
     """
 
     def __init__(self, every_n_epochs: int | None, n_inputs: int) -> None:
         super().__init__()
         self.every_n_epochs, self._limited = check_period(self, every_n_epochs), every_n_epochs is None
+        self.requested_period = every_n_epochs or 0
         self._n_inputs = n_inputs
         self._x: list[Tensor] = []
         self._y: list[Tensor] = []
@@ -222,7 +227,7 @@ class Picture(Checked, pl.Callback):
 
     def is_due(self, epoch: int, last: bool) -> bool:
         """Whether to draw after the validation of this epoch, counted from 1; `last` if max_epochs ends with it."""
-        return last or epoch % self.every_n_epochs == 0
+        return last or epoch // self.every_n_epochs > self._looked_at // self.every_n_epochs
 
     @property
     def columns(self) -> Columns | None:
@@ -241,6 +246,14 @@ class Picture(Checked, pl.Callback):
             self._trainer, self._folder = trainer, run_folder(trainer) / "pictures"
             self._active = trainer.is_global_zero
             DrawingTime.start(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._looked_at = self._looking_at = trainer.current_epoch
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if not trainer.sanity_checking and epoch != self._looking_at:
+            self._looked_at, self._looking_at = self._looking_at, epoch
 
     def on_validation_batch_end(
         self,
@@ -282,6 +295,8 @@ class Picture(Checked, pl.Callback):
     def _reset(self) -> None:
         self._active, self._complete, self._warned = False, self._n_inputs == 0, False
         self._epoch, self._drawn_at = 0, -1
+        # epochs, counted from 1, of the validation before and of the current one
+        self._looked_at = self._looking_at = 0
         self._x.clear()
         self._y.clear()
 

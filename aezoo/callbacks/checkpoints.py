@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
+from aezoo.callbacks import validation_schedule
 from aezoo.callbacks.base import check_count, check_not_negative, is_dry_run
 from aezoo.callbacks.interrupt import SYNC_EVERY, Interrupt
 from aezoo.errors import AezooError
@@ -26,6 +27,10 @@ from aezoo.training import distributed
 from aezoo.training.arguments import Checked
 
 _Metric = TypeVar("_Metric")
+# validations without improvement that end a run, however many epochs lie between them
+_LEAST_CHECKS = 3
+# seconds after which an epoch is saved although it is not validated
+_LONGEST_GAP = 300.0
 
 
 def _resolve_monitor(requested: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
@@ -56,38 +61,41 @@ def _check_logged(metric: str | None, owner: object, trainer: pl.Trainer) -> Non
 class Checkpoints(Checked, ModelCheckpoint):
     """`best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
 
-    `last.ckpt` is written at the end of an epoch and, on request, after a number of steps or minutes; the one before
-    is kept as `previous.ckpt`. If the end of an epoch is the best, both are names of one file, or copies where there
-    are no hard links. Every file resumes exactly: nothing is written within a batch, between two batches whose
-    gradients are accumulated, or on the last batch of an epoch, where the end of the epoch follows at once. A run that
-    is interrupted between two batches writes `last.ckpt` at that step. Weights or optimiser moments that are not finite
-    end the run instead of replacing a good file.
+    `last.ckpt` is written at the end of an epoch and, on request, after a number of steps or minutes; the one before is
+    kept as `previous.ckpt`. Where `ValidationSchedule` skips epochs, it is written at the end of those that are
+    validated, and of others 5 minutes after the last save. If the end of an epoch is the best, both are names of one
+    file, or copies where there are no hard links. Every file resumes exactly:
+    nothing is written within a batch, between two batches whose gradients are accumulated, or on the last batch of an
+    epoch, where the end of the epoch follows at once. A run that is interrupted between two batches writes `last.ckpt`
+    at that step. Weights or optimiser moments that are not finite end the run instead of replacing a good file.
 
     Files are written by `aezoo.io.atomic_files` instead of Lightning's writer, unless the trainer has another one.
 
     Args:
         monitor: the metric whose lowest value is best.
         save_top_k: how many of the best to keep; -1 keeps all, 0 none.
-        every_n_epochs: epochs between two saves, each of which checks the metric; the last epoch is always saved.
+        every_n_epochs: epochs between two saves, each of which checks the metric; the last epoch is always saved. None
+            saves at the end of each epoch, or of those that `ValidationSchedule` validates.
         every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
         every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
         dirpath: another folder for the files. The run folder of the command line keeps its name.
 
     Attributes:
         run: the run folder, set by the command line.
+        requested_period: the epochs that the user has asked for; 0 if there are none.
     """
 
     def __init__(
         self,
         monitor: str = "val/loss",
         save_top_k: int = 1,
-        every_n_epochs: int = 1,
+        every_n_epochs: int | None = None,
         every_n_steps: int = 0,
         every_n_minutes: float = 0.0,
         dirpath: str | None = None,
     ) -> None:
         _check_metric(self, monitor)
-        check_count(self, "every_n_epochs", every_n_epochs)
+        check_count(self, "every_n_epochs", 1 if every_n_epochs is None else every_n_epochs)
         check_count(self, "every_n_steps", every_n_steps, 0)
         if not 0 <= every_n_minutes < float("inf"):
             raise AezooError(f"Checkpoints.every_n_minutes must be at least 0 and finite, got {every_n_minutes}")
@@ -101,13 +109,13 @@ class Checkpoints(Checked, ModelCheckpoint):
             monitor=monitor,
             mode="min",
             save_top_k=save_top_k,
-            every_n_epochs=every_n_epochs,
+            every_n_epochs=every_n_epochs or 1,
             save_last=True,
             save_on_exception=True,
             enable_version_counter=False,
         )
         self.run: Path | None = None
-        self._requested_monitor, self._period = monitor, every_n_epochs
+        self._requested_monitor, self.requested_period = monitor, every_n_epochs or 0
         self._every_n_steps, self._seconds = every_n_steps, 60 * every_n_minutes
         self._within_epochs = bool(every_n_steps or every_n_minutes)
         self._saved_at, self._n_saved = 0.0, 0
@@ -212,7 +220,11 @@ class Checkpoints(Checked, ModelCheckpoint):
         epoch, complete = trainer.current_epoch + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         ends = trainer.should_stop or epoch == trainer.max_epochs or _reached(trainer.max_steps, trainer)
         requested = any(callback.requested for callback in _interrupts(trainer))
-        if not (epoch % self._period == 0 or ends or requested):
+        if self.requested_period:
+            due = epoch % self.requested_period == 0
+        else:
+            due = validation_schedule.is_save_due(trainer) or self._is_late(trainer, _LONGEST_GAP)
+        if not (due or ends or requested):
             return
         _log_epoch(trainer)
         metrics, before = self._monitor_candidates(trainer), self._n_saved
@@ -276,11 +288,14 @@ class Checkpoints(Checked, ModelCheckpoint):
         ends = _reached(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         if ends or (self._every_n_steps and step % self._every_n_steps == 0):
             return True
-        # clocks differ between ranks, which must save together
+        # ranks must save together, and asking costs time
         if not self._seconds or (trainer.world_size > 1 and batch_idx % SYNC_EVERY):
             return False
-        late = time.monotonic() - self._saved_at >= self._seconds
-        return bool(late if trainer.world_size == 1 else trainer.strategy.broadcast(late))
+        return self._is_late(trainer, self._seconds)
+
+    def _is_late(self, trainer: pl.Trainer, seconds: float) -> bool:
+        """Whether the last save is as long ago, by the clock of rank zero."""
+        return bool(trainer.strategy.broadcast(time.monotonic() - self._saved_at >= seconds))
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         gone = self._gone_folder()
@@ -386,9 +401,13 @@ def checkpoint_callback(trainer: pl.Trainer) -> ModelCheckpoint | None:
 class EarlyStop(Checked, EarlyStopping):
     """Ends the run when the metric has not improved for `patience` epochs.
 
+    Where `ValidationSchedule` skips epochs, these count as well, and at least 3 validations (fewer for a smaller
+    patience) must have brought no improvement.
+
     Args:
         monitor: the metric that should fall.
-        patience: epochs of validation without improvement; 0 never stops.
+        patience: epochs without improvement, or validations if the Trainer's settings say how often to validate; 0
+            never stops.
         min_delta: what counts as an improvement.
 
     Attributes:
@@ -402,6 +421,9 @@ class EarlyStop(Checked, EarlyStopping):
         check_not_negative(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
         self.settings: dict[str, Any] = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
+        # the epoch of the last check, counted from 1 (unknown: -1), and the checks without improvement since the best
+        self._checked_epoch, self._checks = -1, 0
+        self._validated = False
 
     @property
     def has_stopped(self) -> bool:
@@ -414,7 +436,8 @@ class EarlyStop(Checked, EarlyStopping):
         return f"{type(self).__qualname__}{ {'monitor': self.settings['monitor'], 'mode': self.mode}!r}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "monitor": self.monitor}
+        own = {"monitor": self.monitor, "checked_epoch": self._checked_epoch, "checks": self._checks}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("monitor", self.monitor) != self.monitor:
@@ -422,12 +445,24 @@ class EarlyStop(Checked, EarlyStopping):
         # the current settings count, and a continued run has not been stopped
         now = {"patience": self.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
         super().load_state_dict(state_dict | now)
+        self._checked_epoch = int(state_dict.get("checked_epoch", -1))
+        self._checks = int(state_dict.get("checks", self.wait_count))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         monitored = _resolve_monitor(self.settings["monitor"], self.monitor, trainer, stage)
         if monitored != self.monitor:
             self.monitor, self.best_score, self.wait_count = monitored, torch.tensor(torch.inf), 0
+            self._checks = 0
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = False
+        if not 0 <= self._checked_epoch <= trainer.current_epoch:
+            self._checked_epoch = trainer.current_epoch
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
+        super().on_validation_end(trainer, pl_module)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _check_logged(self.monitor, self, trainer)
@@ -435,5 +470,26 @@ class EarlyStop(Checked, EarlyStopping):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # an epoch that --trainer.max_steps cuts off is not validated, so a missing metric is no mistake
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if whole or self.monitor in trainer.callback_metrics:
-            super().on_train_epoch_end(trainer, pl_module)
+        is_new = self._validated or not self.monitor.startswith("val/")
+        # nor is one between two validations, whose metric a continued run may not know yet
+        is_missing = self.monitor not in trainer.callback_metrics
+        self._validated = False
+        if (whole and trainer.check_val_every_n_epoch == 1) if is_missing else is_new:
+            # by other settings of the Trainer, Lightning counts validations as soon as they end
+            is_each = trainer.check_val_every_n_epoch == 1 and getattr(trainer, "val_check_interval", None) == 1.0
+            count = self._check if is_each else super().on_train_epoch_end
+            count(trainer, pl_module)
+
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the epochs since the last check, of which Lightning counts one."""
+        epoch, least = trainer.current_epoch + 1, min(_LEAST_CHECKS, self.patience)
+        waited = self.wait_count + max(0, epoch - self._checked_epoch - 1)
+        self.wait_count = before = waited if self._checks + 1 >= least else min(waited, self.patience - 2)
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.wait_count > before:
+            self._checks += 1
+        elif self.wait_count < before or not before:
+            self._checks = 0
+        if self._checks:
+            self.wait_count += waited - before
+        self._checked_epoch = epoch

@@ -35,7 +35,7 @@ class CodeStatistics(Checked, pl.Callback):
     cost nothing.
 
     Args:
-        every_n_epochs: epochs between two counts; 0 turns them off.
+        every_n_epochs: epochs between two counts; 0 turns them off, 1 counts in each validation.
         threshold: least variance of the posterior mean in an active unit.
         l0_threshold: least absolute value of an entry in use.
     """
@@ -43,6 +43,7 @@ class CodeStatistics(Checked, pl.Callback):
     def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
         super().__init__()
         self.every_n_epochs = check_period(self, every_n_epochs)
+        self.requested_period = self.every_n_epochs if self.every_n_epochs > 1 else 0
         self.threshold = check_not_negative(self, "threshold", threshold)
         self.l0_threshold = check_not_negative(self, "l0_threshold", l0_threshold)
         self._active = False
@@ -55,6 +56,7 @@ class CodeStatistics(Checked, pl.Callback):
         wanted = stage in ("fit", "validate") and self.every_n_epochs > 0 and not is_dry_run(trainer)
         self._active, self._counting, self._warned = bool(of_interest and wanted), False, False
         self._folder, self._undrawn = run_folder(trainer) / "pictures", None
+        self._looked_at = 0  # the epoch of the last count, counted from 1
         DrawingTime.start(trainer)
         distributed.release_collectives_at_exit(trainer)
 
@@ -115,7 +117,8 @@ class CodeStatistics(Checked, pl.Callback):
             if trainer.is_global_zero:
                 epoch = trainer.current_epoch
                 self._undrawn = sums["kl"] / n, active, f"epoch {epoch + 1}, step {trainer.global_step}"
-                due = (epoch + 1) % PERIOD == 0 and DrawingTime.of(trainer).allows(epoch)
+                due = (epoch + 1) // PERIOD > self._looked_at // PERIOD and DrawingTime.of(trainer).allows(epoch)
+                self._looked_at = epoch + 1
                 if due or trainer.state.fn != "fit":
                     self._draw(trainer)
 

@@ -11,6 +11,7 @@ from aezoo.callbacks.base import EpochEnd, is_dry_run, run_folder
 class EpochMetrics(EpochEnd):
     """`metrics.jsonl` in the run's folder: one line of JSON per epoch, with its number, the step and all metrics.
 
+    The line of an epoch without validation has those of training only.
     The validation batches before training, if any, give a first line with epoch -1. An epoch that a resumed run repeats
     has a second line.
     """
@@ -18,19 +19,23 @@ class EpochMetrics(EpochEnd):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._file = run_folder(trainer) / "metrics.jsonl"  # every rank must ask
         self._writes = stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer)
-        self._ended = None
+        self._ended, self._validated = None, False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = True
         if trainer.sanity_checking:
-            self._write(trainer, -1)
+            self.on_epoch_logged(trainer, -1)
 
     def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
         self._write(trainer, epoch)
+        self._validated = False
 
     def _write(self, trainer: pl.Trainer, epoch: int) -> None:
         if self._writes:
             line: dict[str, Any] = {"epoch": epoch, "step": trainer.global_step}
-            line |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+            # metrics of an earlier validation stay among those that are logged
+            logged = trainer.callback_metrics.items()
+            line |= {name: float(value) for name, value in logged if self._validated or not name.startswith("val")}
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -42,10 +42,10 @@ class Interrupt(pl.Callback):
         super().__init__()
         self.signum: int | None = None
         self.requested = False
-        self._stopping = False
+        self._stopping = self._has_trained = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.signum, self.requested, self._stopping = None, False, False
+        self.signum, self.requested, self._stopping, self._has_trained = None, False, False, False
         distributed.release_collectives_at_exit(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,11 +55,14 @@ class Interrupt(pl.Callback):
         self._install_handlers(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_requested(trainer)
+        # the epoch before may only have been saved if the request was known at its end; a later one waits for a batch
+        if self.requested or not self._has_trained:
+            self._stop_if_requested(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._has_trained = True
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.world_size == 1 or batch_idx % SYNC_EVERY == 0:

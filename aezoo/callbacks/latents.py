@@ -55,6 +55,7 @@ class Projector(Picture):
 
     def __init__(self, n: int = 500) -> None:
         super().__init__(every_n_epochs=int(n > 0), n_inputs=check_count(self, "n", n, 0, 1_000_000))
+        self.requested_period = 0
         self.n = n
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":

@@ -46,6 +46,7 @@ class LearningCurves(EpochEnd, Picture):
 
     def __init__(self) -> None:
         super().__init__(every_n_epochs=1, n_inputs=_SAMPLES)
+        self.requested_period = 0
         self.curves = Curves((), (), ())
         self._begin()
 

@@ -17,7 +17,8 @@ from aezoo.training.arguments import Checked
 class ProgressBar(Checked, RichProgressBar):
     """A rich bar with the loss terms of the last batch, val/loss and samples per second.
 
-    Between two refreshes a batch costs next to nothing. If the output is not a terminal it prints one line per epoch.
+    Between two refreshes a batch costs next to nothing. If the output is not a terminal it prints one line per epoch,
+    with val/loss if the epoch has been validated.
 
     Args:
         refresh_rate: refreshes a second; 0 turns the bar off.
@@ -29,6 +30,7 @@ class ProgressBar(Checked, RichProgressBar):
         super().__init__(refresh_rate, leave, RichProgressBarTheme(metrics_format=".4g"))
         self._plain_lines = False
         self._finished: int | None = None
+        self._validated = False
         self._terms: dict[str, Tensor] = {}
         self._rate: float | None = None
         self._counting_since: float | None = None
@@ -78,6 +80,7 @@ class ProgressBar(Checked, RichProgressBar):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._counting_since = None
+        self._validated = not trainer.sanity_checking
         super().on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -134,12 +137,14 @@ class ProgressBar(Checked, RichProgressBar):
         """Print one line on the epoch before, once its means are logged: the model does that after all callbacks."""
         if self._plain_lines and self._finished is not None:
             logged = trainer.callback_metrics
-            named = [f"{name} {float(logged[name]):.4g}" for name in ("train/loss", "val/loss") if name in logged]
+            # the loss of an earlier validation stays among the metrics
+            names = ("train/loss", "val/loss") if self._validated else ("train/loss",)
+            named = [f"{name} {float(logged[name]):.4g}" for name in names if name in logged]
             if "train/samples_per_s" in logged:
                 named.append(f"{float(logged['train/samples_per_s']):,.0f} samples/s")
             last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else "?"
             print(f"epoch {self._finished + 1}/{last}", *named, sep="  ", flush=True)
-        self._finished = None
+        self._finished, self._validated = None, False
 
 
 def _scalars(outputs: Any) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -202,6 +202,7 @@ class AezooCLI(LightningCLI):
             # the loaders shard by rank themselves, and one line replaces the table of layers
             trainer_defaults={
                 "max_epochs": 20,
+                "check_val_every_n_epoch": trainer_settings.SCHEDULED,
                 "log_every_n_steps": 1,
                 "use_distributed_sampler": False,
                 "enable_model_summary": False,
@@ -430,8 +431,13 @@ class AezooCLI(LightningCLI):
             self.exit_stack.callback(loggers.close, config["logger"])
         if config.get("logger") and self.model.lr_schedule != "constant":
             extra.append(LearningRateMonitor(logging_interval="step"))
+        scheduled = trainer_settings.take_schedule(config) and self.subcommand == "fit"
         config.update(kwargs)
         trainer = self._instantiate_trainer(config, [callback for callback in extra if callbacks.is_enabled(callback)])
+        if scheduled:
+            # after Lightning's timer, which may stop the run, and before checkpoints
+            others = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
+            trainer.callbacks.insert(len(others), callbacks.ValidationSchedule())  # type: ignore[attr-defined]
         trainer_settings.check_processes(trainer)
         distributed.limit_wait(trainer, self._setting("rank_timeout"))
         return trainer

@@ -23,7 +23,7 @@ _ON_A_CORE = 4
 # key: smallest value, largest value, description; a number of batches may also be a share, None means not set
 _INTEGER_RANGES: dict[str, tuple[int, int, str]] = {
     "accumulate_grad_batches": (1, _MANY, "batches whose gradients are summed"),
-    "check_val_every_n_epoch": (1, _MANY, "epochs between two validations"),
+    "check_val_every_n_epoch": (0, _MANY, "epochs between two validations, 0 to choose them by the length of epochs"),
     "fast_dev_run": (0, _MANY, "batches of a trial run"),
     "limit_predict_batches": (0, _MANY, "batches, or a share of them from 0.0 to 1.0"),
     "limit_test_batches": (0, _MANY, "batches, or a share of them from 0.0 to 1.0"),
@@ -40,6 +40,8 @@ _INTEGER_RANGES: dict[str, tuple[int, int, str]] = {
     "reload_dataloaders_every_n_epochs": (0, _MANY, "epochs"),
     "val_check_interval": (1, _MANY, "batches, or a share of an epoch above 0.0 and up to 1.0"),
 }
+# of check_val_every_n_epoch: `callbacks.ValidationSchedule` chooses
+SCHEDULED = 0
 _MINUS_ONE = ("max_epochs", "max_steps", "num_sanity_val_steps")
 _TEXTS = ("default_root_dir", "model_registry", "profiler", "accelerator", "strategy", "devices")
 
@@ -55,6 +57,14 @@ def parse_int_before_float(trainer_class: type) -> None:
         kinds = get_args(kind)
         if {int, float} <= set(kinds):
             annotations[name] = reduce(or_, sorted(kinds, key=lambda one: one is not int))
+
+
+def take_schedule(trainer: dict[str, Any]) -> bool:
+    """Whether no setting says when to validate, so that a schedule may; replaces `SCHEDULED`, unknown to Lightning."""
+    if trainer.get("check_val_every_n_epoch") != SCHEDULED:
+        return False
+    trainer["check_val_every_n_epoch"] = 1
+    return trainer.get("val_check_interval") is None
 
 
 def check(trainer: Mapping[str, Any]) -> None:

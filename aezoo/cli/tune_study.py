@@ -420,9 +420,10 @@ class Study:
         print(f"trial {trial.number} runs, its output is in {log}: {_format_values(trial.params)}", flush=True)
         started = time.monotonic()
         state, error, epochs = self._fit(trial, root, values, log, heartbeat)
-        best = self._best_value(epochs)
+        # not every epoch of a run is validated, but its last is
+        best, n_epochs = self._best_value(epochs), max(epochs, default=-1) + 1
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
-        trial.set_user_attr("epochs", len(epochs))
+        trial.set_user_attr("epochs", n_epochs)
         if best is not None:
             trial.set_user_attr("value", best)
             if self.options.storage and state == TrialState.COMPLETE and self._is_better(best):
@@ -434,7 +435,7 @@ class Study:
         self._write_tables()
         what = {TrialState.COMPLETE: "", TrialState.PRUNED: "pruned, "}.get(state, f"failed: {error}; ")
         figure = "" if best is None else f"{self.options.monitor} {best:.6g}, "
-        print(f"trial {trial.number}: {what}{figure}{len(epochs)} epochs", flush=True)
+        print(f"trial {trial.number}: {what}{figure}{n_epochs} epochs", flush=True)
         trials = self.optuna.get_trials(deepcopy=False)
         failed = [t for t in trials if "error" in t.user_attrs]
         if len(failed) >= _MAX_FAILED and len(failed) == sum(map(_is_finished, trials)):

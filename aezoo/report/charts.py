@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from aezoo.report.explain import number
 from aezoo.report.markup import text
@@ -22,7 +23,7 @@ class Line:
 
     Attributes:
         x: epochs.
-        y: values; it has a gap where one is not finite.
+        y: values; it has a gap where one is not finite, unless that is so every few epochs.
         style: classes of the style sheet.
         title: shown where the pointer rests.
         marked: the index of a point to mark.
@@ -111,7 +112,8 @@ def _path(x: Sequence[float], y: Sequence[float]) -> str:
     """A line through points, in pieces where a value is missing; a lone point is a dot."""
     known = [i for i in range(len(x)) if _is_drawn(y[i])]
     # values of a validation every few epochs are missing all the time
-    if 2 * len(known) < len(y) + 1:
+    gaps = sum(after - before > 1 for before, after in pairwise(known))
+    if 2 * len(known) < len(y) + 1 or (gaps > 1 and 2 * gaps >= len(known) - 2):
         x, y = [x[i] for i in known], [y[i] for i in known]
     # the last point always stands
     kept = sorted({*range(0, len(x), -(-len(x) // _MAX_POINTS) or 1), *range(len(x))[-1:]})

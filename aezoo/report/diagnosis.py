@@ -173,7 +173,8 @@ def _trend(curves: Curves, name: str, epochs: list[int], losses: list[float], ru
     level = losses[-_window(losses) :]
     if _rises(level):
         return Verdict("rising", f"{name} rises, training loss does not fall: try a smaller --model.lr")
-    return Verdict("level", f"{name} has been level for {len(level)} epochs: more of the same will hardly help")
+    n_epochs = epochs[-1] - epochs[-len(level)] + 1
+    return Verdict("level", f"{name} has been level for {n_epochs} epochs: more of the same will hardly help")
 
 
 def _worse_than_pca(curves: Curves) -> Verdict | None:

@@ -53,7 +53,7 @@ def fake(monkeypatch, tmp_path):
         losses = state.losses.get(job.party, [200.0, 150.0, 140.0])
         return {
             "rates": [1.0, rate, rate],
-            "turns": [rate],
+            "turns": [1.0, rate, rate / 3],
             "losses": losses,
             "first_step_s": 1.5,
             "parameters": state.parameters.get(job.party, 10),
@@ -82,6 +82,8 @@ def test_ratios_are_taken_within_a_round(fake):
     assert [rows["aezoo"][name] for name in ("ratio", "ratio_min", "ratio_max")] == ["0.95"] * 3
     assert (rows["aezoo"]["samples_per_s"], rows["aezoo"]["samples_per_s_min"]) == ("950", "475")
     assert rows["aezoo"]["round_rates"] == "950 475 950"
+    # twice the samples in four times the seconds of one epoch
+    assert rows["aezoo"]["wall_samples_per_s"] == "475"
     assert {row["agrees"] for row in rows.values()} == {"yes"}
     # every second round in the opposite order
     assert [call[0] for call in fake.calls[3:5]] == ["keras_jax", "keras_jax"]

@@ -50,6 +50,16 @@ def test_noisy_plateaus_raise_no_alarm(n):
     assert alarms <= 5
 
 
+def test_epochs_without_validation_count_as_level():
+    level = curves(falling(5), falling(5), 0.5)
+    counts = []
+    for period in (1, 3):
+        epochs = [period * epoch for epoch in level.epochs]
+        text = diagnose(Curves(epochs, level.train, level.val, steps=3000))[0].text
+        counts.append(int(re.search(r"level for (\d+) epochs", text)[1]))
+    assert counts[1] == 3 * (counts[0] - 1) + 1
+
+
 def test_code_and_pca_are_compared():
     level = curves(falling(5), falling(5), 0.5)
     values = {"epochs": level.epochs, "train": level.train, "val": level.val, "steps": 3000, "units": 16}

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import csv
 import gc
 import inspect
 import os
@@ -681,6 +682,36 @@ def test_resume_with_validation_forgets_training_scores():
     (stopper,) = (found for key, found in state.items() if key.startswith("EarlyStop"))
     assert saver["monitor"] == stopper["monitor"] == "val/loss"
     assert saver["best_model_score"] == stopper["best_score"] == saver["current_score"]
+
+
+def validated(run):
+    """The epochs of a run that have a validation loss, counted from 1, and its setting of them."""
+    with (Path("runs") / run / "metrics.csv").open() as file:
+        epochs = [int(row["epoch"]) + 1 for row in csv.DictReader(file) if row["val/loss"]]
+    settings = yaml.safe_load((Path("runs") / run / "config.yaml").read_text())
+    return epochs, settings["trainer"]["check_val_every_n_epoch"]
+
+
+@pytest.mark.slow
+def test_short_epochs_are_not_all_validated_by_default(capsys):
+    few = [
+        *("--model=dense_ae", "--model.hidden_dims=[4]", "--trainer.max_epochs=20", "--trainer.limit_train_batches=1"),
+        *("--trainer.limit_val_batches=1", "--trainer.limit_test_batches=0", "--logger=none", "--report.html=false"),
+    ]
+    fit(*few, "--name=run")
+    found = validated("run/0")
+    assert found == ([1, *range(2, 21, 2)], 0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [int(line[6:].partition("/")[0]) for line in lines if "val/loss" in line] == found[0] and len(lines) == 20
+    # its own settings give the same run
+    main(["fit", "-c", "runs/run/0/config.yaml", "--name=again"])
+    assert validated("again/0") == found
+    fit(*few, "--name=each", "--trainer.check_val_every_n_epoch=1")
+    assert validated("each/0") == ([*range(1, 21)], 1)
+    # a share of an epoch needs none that is skipped; the time limit ends the run after a validation
+    fit(*few, "--name=share", "--trainer.val_check_interval=1.0", "--trainer.max_time=00:00:00:01")
+    epochs = validated("share/0")[0]
+    assert epochs == [*range(1, len(epochs) + 1)]
 
 
 @pytest.mark.slow

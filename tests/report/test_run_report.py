@@ -288,10 +288,22 @@ def test_long_curve_keeps_few_points_and_its_last():
     y = [math.sin(i) for i in range(20_000)]
     svg, _ = charts.chart([charts.Line(range(1, 20_001), y, "c0", "x")], "x")
     assert len(svg) < 20_000
-    # a validation every tenth epoch is a line, not dots
-    y = [float(i) if i % 10 == 0 else math.nan for i in range(101)]
-    svg, _ = charts.chart([charts.Line(range(101), y, "c0", "x")], "x")
-    assert re.search(r'<path d="(M[^"]*)"/></g>', svg)[1].count("M") == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "n", "pieces"),
+    [
+        (range(0, 101, 10), 101, 1),
+        # the first epoch of 20, the even ones and the last
+        ([0, *range(1, 20, 2)], 20, 1),
+        ([*range(5), *range(8, 12), *range(14, 20)], 20, 3),
+    ],
+    ids=["every tenth", "every second", "two gaps"],
+)
+def test_validation_every_few_epochs_is_a_line_not_dots(known, n, pieces):
+    y = [float(i) if i in known else math.nan for i in range(n)]
+    svg, _ = charts.chart([charts.Line(range(n), y, "c0", "x")], "x")
+    assert re.search(r'<path d="(M[^"]*)"/></g>', svg)[1].count("M") == pieces
 
 
 def test_no_finite_value_gives_no_chart():

@@ -26,14 +26,14 @@ ROOT = HERE.parent.parent
 ROWS, PAGE = ROOT / "tests" / "parity.json", ROOT / "docs" / "parity.md"
 HEAD = """# Parity
 
-Models beside code that others wrote, on equal weights, batch and noise, in float64. A difference is the greatest
-absolute difference of a quantity relative to its greatest absolute value; gradients by the worst parameter. `equal`
-is at most 1e-6. `python tests/parity` writes this page from the last run of
-[tests/parity](../tests/parity); `.ci/run` runs it.
+This page compares the models with implementations of other authors, on equal weights, batch and noise, in float64. A
+difference is the largest absolute difference of a quantity, divided by its largest absolute value; for gradients it is
+that of the worst parameter. `equal` means at most 1e-6. `python tests/parity` writes this page from the last run of
+[tests/parity](../tests/parity), which `.ci/run` repeats.
 """
-REPOSITORIES = """Models that no package was found to implement, and some others, were compared with the code of a
-repository. The docstring of a model's laws names the files and quantities, and says what deviates and which of the two
-follows the paper. Code that could not be run was read line by line; the docstring says so.
+REPOSITORIES = """These models, for most of which no package with an implementation was found, were compared with the code of a
+repository. The docstring of a model's laws names the files and quantities, the deviations, and which of the two follows
+the paper. Code that could not be run was read line by line; the docstring says so.
 """
 
 
@@ -86,7 +86,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             text.append(f"| {name} | {links} | [{file.name}](../{file.relative_to(ROOT).as_posix()}) |")
     alone = [f"`{name}`" for name in names if name not in models and not found_in[name]]
     if alone:
-        text += ["", f"Checked by their laws alone: {', '.join(alone)}."]
+        text += ["", f"Checked only by their laws: {', '.join(alone)}."]
     return "\n".join(text) + "\n"
 
 

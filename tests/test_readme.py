@@ -137,11 +137,13 @@ def test_parity_page_is_that_of_its_rows():
     text = parity.page(rows)
     assert parity.PAGE.read_text(encoding="utf-8") == text, "run python tests/parity"
     # the README says that every model was compared
-    assert "only by their laws" not in text, "give the docstring of its laws the repository and commit it was compared with"
+    assert "only by their laws" not in text, (
+        "give the docstring of its laws the repository and commit it was compared with"
+    )
     assert {row["model"] for row in rows} <= set(aezoo.list_models())
 
 
-def test_every_model_has_laws_of_its_own():
+def test_every_model_has_its_own_law_file():
     built_in = [name for name in aezoo.list_models() if registry.find(name).owner == "aezoo"]
     assert not [name for name in built_in if sum(benchmark.laws(name)) < 3]
 

@@ -375,7 +375,7 @@ def test_copies_of_estimators_are_equal(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_a_pickle_holds_safetensors_and_comes_back_the_same(cls):
+def test_pickle_contains_safetensors_and_restores_the_estimator(cls):
     X = gaussian(50)
     model = cls(**FEW).fit(X)
     content = pickle.dumps(model)

@@ -90,7 +90,7 @@ def test_list_and_info_show_tags(capsys):
     assert stop.value.code == 2 and "did you mean 'generation'?" in capsys.readouterr().err
 
 
-def test_a_class_inherits_tags_or_gives_its_own():
+def test_a_class_inherits_tags_or_declares_them():
     parent = type("Parent", (aezoo.Autoencoder,), {}, tags=("anomaly",))
     assert type("Child", (parent,), {}).tags == ("anomaly",)
     assert type("Other", (parent,), {}, tags=("generation",)).tags == ("generation",)

@@ -209,7 +209,7 @@ def test_models_of_anomaly_detection_are_among_the_detectors():
         assert registry.create_model(name, (6,)).input_shape == (6,)
 
 
-def test_a_missing_pyod_is_one_line_that_says_what_to_install(folder, monkeypatch):
+def test_missing_pyod_is_reported_with_the_install_command(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(AezooError, match=r'pip install "pyod>=3\.6,<4", or give --detectors zoo'):
         adbench.main([str(folder), "--detectors", "pyod.KNN"])

@@ -337,7 +337,7 @@ def test_out_of_memory_errors_are_recognised(error, is_memory):
 
 
 @pytest.mark.parametrize("batch_inner", [False, True])
-def test_recorded_matrix_products_can_be_run_alone(batch_inner, monkeypatch):
+def test_recorded_matrix_products_can_be_run_separately(batch_inner, monkeypatch):
     from aezoo.speed import conv2d
 
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda layer, *_: batch_inner and layer.feeds_convolutions)

@@ -32,7 +32,7 @@ def test_formulas_stand_in_for_ours_and_are_taken_out(name):
         assert variant.options or before
 
 
-def test_values_of_auxk_that_differ_in_gradient_alone_are_equal():
+def test_values_of_auxk_are_equal_if_only_gradients_differ():
     torch.manual_seed(0)
     model = aezoo.create_model("topk_sae", (1, 8, 8), latent_dim=64, k=4, likelihood="gaussian")
     model.dead_N[:40] = True

@@ -146,7 +146,7 @@ def test_different_parameter_count_disagrees(fake):
     assert code == 1 and rows["aezoo"]["agrees"] == "no"
 
 
-def test_failed_run_is_kept_and_retried_alone(fake):
+def test_failed_run_is_kept_and_only_it_is_retried(fake):
     fake.fail = {("aezoo", 2)}
     code, rows = fake.run()
     assert code == 1 and rows["aezoo"]["error"] == "killed by SIGKILL"

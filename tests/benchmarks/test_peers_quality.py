@@ -69,7 +69,7 @@ def test_both_peers_get_equal_jobs_per_seed(fake, capsys):
 
 
 @pytest.mark.slow
-def test_failed_run_is_reported_and_retried_alone(fake):
+def test_failed_run_is_reported_and_only_it_is_retried(fake):
     fake.failing.add(2)
     code, rows = fake("--models", "vae", "--seeds", "1")
     assert code == 1 and rows[1]["error"] == "killed by SIGKILL"

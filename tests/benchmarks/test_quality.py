@@ -247,7 +247,7 @@ def test_rows_are_keyed_by_what_changes_their_figures(fake):
     assert len(rows) == 8 and len({(row["model"], row["budget"], row["importance_samples"]) for row in rows}) == 8
 
 
-def test_run_that_was_cut_is_measured_anew_with_more_time(fake):
+def test_run_that_was_cut_is_measured_again_with_more_time(fake):
     assert [row["stopped"] for row in fake("--most-seconds", "7")[1]] == ["capped"] * 2
     assert fake("--most-seconds", "7")[0] == fake("--most-seconds", "5")[0] == []
     asked, rows = fake("--most-seconds", "20")

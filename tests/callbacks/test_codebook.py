@@ -453,7 +453,7 @@ def test_indices_are_drawn_at_their_positions(fit, rows, tmp_path, shape, places
 
 
 @pytest.mark.slow
-def test_samples_and_outputs_are_drawn_beside_indices(fit, rows):
+def test_samples_and_outputs_are_drawn_next_to_indices(fit, rows):
     model = Indexed()
     fit(model, Codebook(n=5, every_n_epochs=1), max_epochs=1)
     x = digits((1, 8, 8)).tensors[0][:5]

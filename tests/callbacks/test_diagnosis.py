@@ -24,7 +24,7 @@ def test_example_curves_get_their_verdict(name):
     assert str(verdict).endswith(f"training.md#{name}") and "\n" not in str(verdict)
 
 
-def test_verdicts_hold_the_figures_and_the_command():
+def test_verdicts_contain_the_figures_and_the_command():
     texts = {name: diagnose(history, "runs/vae/0")[0].text for name, history in EXAMPLES.items()}
     assert texts["still-improving"].endswith("aezoo fit --ckpt_path runs/vae/0 --trainer.max_epochs 120 continues")
     assert texts["too-few-steps"].startswith(

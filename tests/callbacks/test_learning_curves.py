@@ -60,7 +60,7 @@ def test_a_resumed_run_goes_on_with_its_curves(fit, tmp_path):
     assert found[:2] == lines and [row["step"] for row in found] == ["3", "6", "9", "12"]
 
 
-def test_a_table_is_written_anew_only_if_it_must(tmp_path):
+def test_table_is_rewritten_only_if_necessary(tmp_path):
     path = tmp_path / "metrics.csv"
     table = MetricsCSV(path)
     table.add({"epoch": 0, "step": 3, "b": 1.5})

@@ -116,7 +116,7 @@ def drawn_in(fit, monkeypatch, picture: float, epochs: int, **options: int) -> l
     return epochs_of[0]
 
 
-def test_pictures_keep_to_a_twentieth_of_the_time(fit, monkeypatch):
+def test_pictures_take_at_most_a_twentieth_of_the_time(fit, monkeypatch):
     # rounds of 0.8 s, which need 16 s each, on multiples of 5 epochs: 0.5 s are expected of the first
     assert drawn_in(fit, monkeypatch, 0.4, 42) == [5, 20, 25, 35, 40, 42]
 

@@ -126,7 +126,7 @@ def test_resumed_prediction_equals_undisturbed_one(predict, tmp_path, at):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "batch_size", "data"])
-def test_another_prediction_begins_anew(predict, tmp_path, what):
+def test_other_prediction_starts_from_the_beginning(predict, tmp_path, what):
     with pytest.raises(KeyError, match="killed"):
         predict("here", Stop(4))
     other = {"weights": {"model": Noisy((4,))}, "batch_size": {"batch_size": 9}, "data": {}}[what]

@@ -123,7 +123,7 @@ class Clocked(Fake):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}], ids=["after", "within"])
-def test_throughput_counts_training_alone(fit, events, monkeypatch, options):
+def test_throughput_counts_only_training(fit, events, monkeypatch, options):
     model = Clocked((4,))
     monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
     fit(model, Throughput(), n=320, max_epochs=2, **options)
@@ -212,7 +212,7 @@ def test_train_and_val_share_a_chart(fit, events, tmp_path):
         assert all(sum(bool(re.match(pattern, tag)) for tag in written) == 1 for pattern in patterns)
 
 
-def test_text_tab_holds_the_config_of_the_run(fit, events, tmp_path):
+def test_text_tab_contains_the_config_of_the_run(fit, events, tmp_path):
     class Config(pl.Callback):
         def setup(self, trainer, pl_module, stage):
             Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def test_text_tab_holds_the_config_of_the_run(fit, events, tmp_path):
     assert event.tensor_proto.string_val[0].decode() == "```yaml\nmodel: fake\nwidth: 3\n\n```"
 
 
-def test_text_tab_without_a_config_holds_the_hyperparameters(fit, events, tmp_path):
+def test_text_tab_without_config_contains_hyperparameters(fit, events, tmp_path):
     fit(FakeVAE((4,)), Dashboard(), logger=logger(tmp_path))
     text = events().Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     values = yaml.safe_load(text.strip("`").removeprefix("yaml"))
@@ -266,7 +266,7 @@ class Loose(aezoo.Autoencoder):
         super().__init__(input_shape, **kwargs)
 
 
-def test_hparams_are_what_tells_runs_apart():
+def test_hparams_contain_the_settings_that_differ_between_runs():
     data = DataModule(name="digits", batch_size=64, num_workers=2, num_labels=50)
     model = aezoo.create_model("vae", input_shape=(1, 8, 8), beta=4.0, hidden_dims=(3, 4))
     trainer = SimpleNamespace(datamodule=data, max_epochs=7, world_size=1)

@@ -574,7 +574,7 @@ def test_importance_samples_tighten_the_log_likelihood(capsys):
 
 
 @pytest.mark.slow
-def test_checkpoint_alone_serves_validate_test_predict_resume(capsys):
+def test_checkpoint_suffices_to_validate_test_predict_resume(capsys):
     fit("--model", "vae", "--model.latent_dim", "3", "--data.batch_size", "100")
     for path in ("runs/vae-digits/0", "runs/vae-digits", "runs/vae-digits/0/checkpoints/last.ckpt"):
         main(["test", "--ckpt_path", path])

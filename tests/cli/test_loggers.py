@@ -92,7 +92,7 @@ def names_of(client, run_id, folder):
 
 
 @pytest.mark.slow
-def test_all_loggers_hold_a_run_and_what_continues_it():
+def test_all_loggers_contain_a_run_and_its_continuation():
     main(["fit", *FAST, ALL, "--histograms.every_n_epochs=1", "--projector.n=20"])
     assert [path.name for path in Path().iterdir()] == ["runs"] and list(RUN.parent.iterdir()) == [RUN]
     assert {"config.yaml", "checkpoints", "pictures", "metrics.csv", "csv", "wandb", "mlflow", "loggers.json"} <= {
@@ -372,7 +372,7 @@ def test_extras_of_loggers_exist():
         assert set(re.findall(r"\.\[(\w+)\]", kind.advice)) <= set(extras)
 
 
-def test_loggers_with_folders_of_their_own_stay_there():
+def test_loggers_with_given_folders_are_not_moved():
     ours = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(save_dir="", prefix="p"))
     theirs = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(save_dir="there"))
     assert settings.split([ours, theirs]) == ([theirs], {"csv": {"save_dir": "", "prefix": "p"}})

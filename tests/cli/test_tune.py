@@ -153,7 +153,7 @@ def test_invalid_tune_flag_is_refused_in_one_line(capsys, flags, words):
     assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
 
 
-def test_fit_flags_keep_order_beside_similar_names():
+def test_fit_flags_keep_order_with_similar_names():
     words = ["-c", "vae", "--model.k", "-1", "--rank_timeout=3", "--model", "vae", "--data.seed", "2"]
     options, searches, flags = tune.read([*words[:3], LR, *words[3:6], "--seed", "4", *words[6:], "--trials=2"])
     assert flags == words and options.seed == 4 and options.trials == 2 and searches[0].name == "model.lr"

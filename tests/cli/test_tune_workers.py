@@ -316,7 +316,7 @@ def test_lost_workers_trial_runs_again_elsewhere(fake, capsys, storage):
 
 
 @pytest.mark.slow
-def test_folder_alone_takes_up_killed_workers_trial_at_once(fake, capsys):
+def test_single_worker_resumes_killed_trial_immediately(fake, capsys):
     fake()
     command = [*BASE, LR, "--study=one"]
     main([*command, "--trials=1"])
@@ -461,7 +461,7 @@ def test_stopped_trial_is_not_done_and_next_attempt_keeps_run():
     assert tune_study._is_done([failed])
 
 
-def test_lost_workers_are_found_by_own_clock_alone(monkeypatch):
+def test_lost_workers_are_detected_by_the_local_clock_only(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(tune_study.time, "monotonic", lambda: clock[0])
     watch = tune_study._Watch(10.0)

@@ -90,7 +90,7 @@ def test_pt_file_contents_are_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_any_column_of_a_table_can_hold_the_labels(tmp_path, kind):
+def test_any_column_of_a_table_can_contain_the_labels(tmp_path, kind):
     import pandas
 
     x = vectors(20, 2)

@@ -59,7 +59,7 @@ def test_draws_are_uniform_and_independent():
     assert np.abs(correlation).max() < 5 / np.sqrt(len(rows))
 
 
-def test_draws_of_a_row_depend_on_that_row_alone():
+def test_draws_of_a_row_depend_only_on_that_row():
     whole = uniform(torch.arange(100), 7, 1, 2)
     assert torch.equal(uniform(torch.tensor([7, 99, 0]), 7, 1, 2), whole[[7, 99, 0]])
     assert torch.equal(uniform(torch.arange(100), 3, 1, 2), whole[:, :3])

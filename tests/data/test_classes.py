@@ -29,7 +29,7 @@ def test_train_and_val_are_filtered_and_test_is_not():
     assert module.num_classes == 10 and "1437 train" not in module.describe()
 
 
-def test_batches_of_training_hold_the_classes_alone():
+def test_training_batches_contain_only_the_given_classes():
     module = DataModule("digits", train_classes=[5], batch_size=32)
     y = torch.cat([y for _, y in module.train_dataloader()])
     assert set(y.tolist()) == {5} and len(y) == len(module.dataset("train"))
@@ -54,7 +54,7 @@ def test_folder_classes_can_be_chosen(tmp_path, memory):
     assert labels_of(module.dataset("train")).tolist() == y.tolist()
 
 
-def test_a_small_val_split_may_lack_one_class_but_not_all():
+def test_small_val_split_may_miss_one_class_but_not_all():
     x, y = RNG.random((30, 4)), np.repeat([0, 1, 2], 10)
     splits = {"x_val": x[:4], "y_val": y[:4], "x_test": x, "y_test": y}
     assert labels(DataModule.from_arrays(x, y, train_classes=[0, 1], **splits), "val") == {0}

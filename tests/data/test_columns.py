@@ -154,7 +154,7 @@ def test_the_command_line_writes_tables_in_their_units(tmp_path, capsys):
     assert list(rows_of(tmp_path / "out" / "samples.csv")[2]) == list(NAMES)
 
 
-def test_pictures_of_training_know_the_columns():
+def test_training_pictures_have_the_column_names():
     picture = Samples()
     picture._trainer = SimpleNamespace(datamodule=aezoo.DataModule.from_arrays(_frame()))
     assert picture.columns.names == NAMES

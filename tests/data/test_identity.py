@@ -81,7 +81,7 @@ def test_sets_without_files_are_known_by_name():
     assert data_identity("activations", of="digits") == "activations of digits"
 
 
-def test_run_names_tell_files_and_folders_apart(array, photos):
+def test_run_names_distinguish_files_and_folders(array, photos):
     assert data_set_name("array", str(array)) == data_set_name(str(array)) == "x"
     assert data_set_name("folder", str(photos)) == "photos"
     assert data_set_name("mnist5k", "elsewhere") == "mnist5k"

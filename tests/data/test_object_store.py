@@ -336,7 +336,7 @@ def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monk
 
 
 @pytest.mark.slow
-def test_chunk_that_is_written_anew_is_refused(tmp_path, bucket):
+def test_rewritten_chunk_is_refused(tmp_path, bucket):
     address = upload(write_chunks(tmp_path / "set", dicts(9)), bucket)
     data = remote(address, **ALL)
     client, name = bucket

@@ -67,7 +67,7 @@ def test_indices_and_factors_roundtrip(channels, colours):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SQUARE, ELLIPSE, HEART])
 @pytest.mark.parametrize(("size", "off"), [(64, 0.015), (28, 0.04)])
-def test_pixels_hold_the_covered_share(shape, size, off):
+def test_pixel_values_are_the_covered_share(shape, size, off):
     source = shapes(size)
     dice = torch.Generator().manual_seed(0)
     for _ in range(12):

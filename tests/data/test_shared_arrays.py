@@ -40,7 +40,7 @@ def private_bytes():
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def test_values_and_holders_of_a_tensor_stay(alone):
+def test_values_and_references_of_a_tensor_are_unchanged(alone):
     x, y = torch.rand(50, 3), torch.arange(50)
     x[3, 1] = float("nan")
     held, wanted = [x], x.clone()
@@ -83,7 +83,7 @@ def share_in_group(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_samples_once(tmp_path):
+def test_two_processes_store_samples_once(tmp_path):
     torch.multiprocessing.start_processes(share_in_group, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert sum(one["shared"] for one in found) == pytest.approx(SIZE, rel=0.02)

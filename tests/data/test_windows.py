@@ -137,7 +137,7 @@ def test_input_file_is_cut_and_scaled_as_the_training_data(tmp_path):
     assert part.fields["start"] == [stamps[10], stamps[6]]
 
 
-def test_saved_model_knows_the_scale_of_each_channel(tmp_path):
+def test_saved_model_contains_the_scale_of_each_channel(tmp_path):
     x, _, _ = write_series(tmp_path / "series.csv")
     data = DataModule(str(tmp_path / "series.csv"), window_length=10, scale="standard")
     data.setup()

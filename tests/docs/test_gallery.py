@@ -49,7 +49,7 @@ def test_a_prior_stands_in_for_codes():
     assert rows.shape == (gallery.ROWS, gallery.STEPS, 3, 8, 8)
 
 
-def test_picture_holds_rows_and_columns():
+def test_picture_has_the_given_rows_and_columns():
     rows = torch.zeros(2, 3, 3, 4, 5)
     rows[1, 2, 0] = 2.0
     image = Image.open(io.BytesIO(gallery.picture(rows)))

@@ -55,7 +55,7 @@ def formulas(name):
         yield from (typeset.latex(text) for formula, text in pieces if formula)
 
 
-def test_words_stay_words():
+def test_words_are_not_typeset_as_formulas():
     text = "With a beta of 0.1, A of input_shape and beta-VAE (see https://a.org/x_1, `x_1`) I take x~ and q(z|x)."
     assert [piece for formula, piece in typeset.symbols(text) if formula] == ["beta", "x~", "q(z|x)"]
     assert typeset.parts("    L = a + b     of the paper, section 3   http://a.org/x=1") == [

@@ -97,7 +97,7 @@ def encoder_alone() -> dict[str, Tensor]:
     return {k: v for k, v in state_of("authors").items() if not k.startswith(("decoder", "mask"))}
 
 
-def test_encoder_alone_is_read(tmp_path):
+def test_file_with_only_an_encoder_is_read(tmp_path):
     file = tmp_path / "mae_pretrain_vit_base.pth"
     torch.save({"model": encoder_alone()}, file)
     found = aezoo.import_model(file)

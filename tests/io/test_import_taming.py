@@ -94,7 +94,7 @@ def test_trained_scale_is_read_from_the_weights(tmp_path):
     assert any("moving averages" in note for note in imported.notes)
 
 
-def test_configuration_beside_a_file_tells_size_and_scale(tmp_path):
+def test_configuration_next_to_a_file_sets_size_and_scale(tmp_path):
     torch.save({"state_dict": state_of("kl")}, tmp_path / "last.ckpt")
     first = {"target": "evil.Model", "params": {"embed_dim": 5, "ddconfig": {**DD, "double_z": True}}}
     config = {"model": {"target": "evil.Diffusion", "params": {"scale_factor": 0.25, "first_stage_config": first}}}

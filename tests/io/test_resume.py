@@ -105,7 +105,7 @@ def trained(run):
 
 
 @pytest.mark.slow
-def test_auto_starts_a_run_of_its_own_for_another_file(sets, capsys):
+def test_auto_starts_a_new_run_for_another_file(sets, capsys):
     fit_to("a")
     first = trained("runs/vae-x/0")
     fit_to("b", *AUTO, epochs=2)

@@ -51,7 +51,7 @@ def test_written_folder_is_read_as_the_same_model(tmp_path, name, settings, back
     assert config["metadata"] == {"sae_lens_version": "6.0.0", "hook_name": "blocks.3.hook_resid_post"}
 
 
-def test_threshold_that_is_reached_passes_there_too(tmp_path):
+def test_values_equal_to_the_threshold_stay_active(tmp_path):
     model, _ = build("batch_topk_sae", k=3)
     with torch.no_grad():
         model.encoder.weight.zero_()

@@ -104,7 +104,7 @@ def test_imported_model_is_saved_and_loaded(case, tmp_path, monkeypatch, capsys)
         assert all(map(torch.equal, computed(model, x), direct))
 
 
-def test_scale_that_the_file_lacks_is_stated_and_folds(tmp_path):
+def test_scale_missing_in_the_file_can_be_given_and_folded(tmp_path):
     folder = copied("sae_lens_standard", tmp_path)
     change_config(folder, normalize_activations="expected_average_only_in")
     imported = aezoo.import_model(folder)
@@ -160,7 +160,7 @@ def test_negative_threshold_is_that_of_the_relu_before_it(tmp_path):
     torch.testing.assert_close(computed(aezoo.load_model(folder), x)[0], f, rtol=1e-5, atol=1e-5)
 
 
-def test_old_sparsify_keeps_signs_if_it_says_so(tmp_path):
+def test_old_sparsify_keeps_signs_if_configured(tmp_path):
     folder = copied("sparsify", tmp_path)
     change_config(folder, signed=True)
     imported = aezoo.import_model(folder)

@@ -107,7 +107,7 @@ def test_means_weigh_by_samples_carry_no_gradient_and_reset() -> None:
     assert means.compute() == {}
 
 
-def test_means_of_many_batches_keep_their_digits() -> None:
+def test_means_of_many_batches_keep_precision() -> None:
     means = Means()
     for _ in range(10_000):
         means.add({"a": torch.tensor(0.1)}, 1000)

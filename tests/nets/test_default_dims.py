@@ -125,7 +125,7 @@ def test_classes_with_networks_of_any_kind_choose_sizes():
         ("cheng2020", {}, (64, 64)),
     ],
 )
-def test_hyperparameters_hold_the_chosen_dims(name, given, chosen):
+def test_hyperparameters_contain_the_chosen_dims(name, given, chosen):
     model = aezoo.create_model(name, (1, 28, 28), **given)
     assert model.hidden_dims == model.hparams["hidden_dims"] == model.hparams_initial["hidden_dims"] == chosen
 

@@ -111,7 +111,7 @@ def step(model: Any) -> dict[str, Tensor]:
     return before
 
 
-def test_frozen_backbone_stays() -> None:
+def test_frozen_backbone_does_not_change() -> None:
     model: Any = aezoo.create_model("vae", (3, 32, 32), net=f"{RESNET},frozen,drop_path_rate=0.5")
     backbone = model.encoder.backbone
     assert not backbone.training and not any(part.training for part in backbone.modules())

@@ -31,9 +31,9 @@ difference is the largest absolute difference of a quantity, divided by its larg
 that of the worst parameter. `equal` means at most 1e-6. `python tests/parity` writes this page from the last run of
 [tests/parity](../tests/parity), which `.ci/run` repeats.
 """
-REPOSITORIES = """These models, for most of which no package with an implementation was found, were compared with the code of a
-repository. The docstring of a model's laws names the files and quantities, the deviations, and which of the two follows
-the paper. Code that could not be run was read line by line; the docstring says so.
+REPOSITORIES = """No package that implements these models was found, with a few exceptions. They were compared with code
+of repositories. The docstring of a model's laws names the files and quantities, the deviations, and which of the two
+follows the paper. Code that could not be run was read line by line; the docstring says so.
 """
 
 

@@ -75,7 +75,7 @@ def test_gaussian_feature_maps(compare, name):
     with_reference.equal("score", model.score(x), expected)
 
 
-def test_decoder_that_sees_what_stays(compare):
+def test_decoder_that_receives_the_visible_values(compare):
     model = ours(
         "asymmetric_kl", hidden_dims=(8, 8), likelihood="laplace", discriminator_weight=0.0, features="none",
         activation="relu",

@@ -399,7 +399,7 @@ def gradients(value, *of):
         lambda: SimVQ(D, K),
     ],
 )
-def test_commitment_moves_z_alone_and_codebook_the_codes_alone(build):
+def test_commitment_moves_only_z_and_codebook_loss_only_codes(build):
     quantiser, z = build().train(), torch.randn(9, D, 2, requires_grad=True)
     (parameter,) = quantiser.parameters()
     terms = quantiser(z).terms

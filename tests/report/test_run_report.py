@@ -66,7 +66,7 @@ def run(tmp_path):
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
-def test_report_holds_what_the_run_folder_says(run):
+def test_report_contains_the_figures_of_the_run_folder(run):
     text = Page(write_report(run)).text
     train, val = overfitted()
     best = val.index(min(val))
@@ -192,7 +192,7 @@ def test_comparison_shows_only_settings_that_differ(tmp_path):
     ]  # fmt: skip
 
 
-def test_comparison_says_if_losses_do_not_compare(tmp_path):
+def test_comparison_reports_losses_that_cannot_be_compared(tmp_path):
     first, second = (write_run(tmp_path / name / "0") for name in "ab")
     write_run(second, likelihood="gaussian")
     text = Page(write_report([first, second], tmp_path / "two.html")).text

@@ -397,7 +397,7 @@ def test_wrong_types_in_training_state_are_refused_in_one_line(run, refused, pat
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.parametrize("name", ["model.safetensors", "x.png", "images-idx3-ubyte"])
-def test_pipes_in_place_of_files_are_refused_at_once(run, name):
+def test_pipes_in_place_of_files_are_refused_immediately(run, name):
     folder = aezoo.save_model(aezoo.load_model(run), "saved")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -409,7 +409,7 @@ def test_pipes_in_place_of_files_are_refused_at_once(run, name):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_pipes_and_devices_are_refused_at_once(run, refused):
+def test_pipes_and_devices_are_refused_immediately(run, refused):
     os.mkfifo("pipe.ckpt")
     os.mkfifo("pipe.npy")
     os.mkfifo("pipe.aez")

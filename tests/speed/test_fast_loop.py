@@ -407,7 +407,7 @@ def test_the_trace_sees_the_hooks_of_a_step(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_checkpoints_in_an_epoch_hold_the_same(both, tmp_path, accumulate):
+def test_checkpoints_within_an_epoch_have_the_same_content(both, tmp_path, accumulate):
     def saver():
         # one folder after another: it is the light run that finds the other's there
         folder = tmp_path / str(len([*tmp_path.glob("saved*")]))

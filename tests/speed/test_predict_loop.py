@@ -214,7 +214,7 @@ def test_reused_trainer_predicts_with_other_module():
     assert kinds == [False] * 4
 
 
-def test_other_lightning_version_uses_its_own_predict_loop(monkeypatch):
+def test_other_lightning_version_uses_lightnings_predict_loop(monkeypatch):
     found, light = predict()
     assert light
     monkeypatch.setattr(predict_loop, "_PRIVATE", (*predict_loop._PRIVATE, "_no_such"))

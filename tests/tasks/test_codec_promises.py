@@ -154,7 +154,7 @@ def test_device_without_float64_widens_on_cpu():
         assert geometric_median(rows).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_file_with_too_many_samples_is_refused_at_once():
+def test_file_with_too_many_samples_is_refused_immediately():
     model, calls = vae(), []
     coder = lossless.BitsBack(lossless.latent_chain(model), reference_tensor(model), 16, 10, b"seed")
     with torch.no_grad():

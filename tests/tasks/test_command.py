@@ -522,7 +522,7 @@ def test_dead_data_worker_is_reported_in_one_line(run, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("error", [MemoryError("4 GiB"), torch.OutOfMemoryError("CUDA out of memory")])
-def test_lack_of_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypatch, error):
+def test_insufficient_memory_is_reported_in_one_line(run, tmp_path, capsys, monkeypatch, error):
     def batches(*_):
         raise error
 

@@ -149,7 +149,7 @@ def test_too_few_calibration_samples_are_refused():
 
 
 @pytest.mark.parametrize(("n", "m", "share"), [(50, 30, 0.2), (200, 400, 0.0), (201, 1000, 0.35), (30, 2000, 0.9)])
-def test_interval_holds_the_share_of_anomalies(n, m, share):
+def test_interval_contains_the_share_of_anomalies(n, m, share):
     random, trials = np.random.default_rng(6), 300
     missed, estimates = 0, []
     true = round(m * share) / m
@@ -163,7 +163,7 @@ def test_interval_holds_the_share_of_anomalies(n, m, share):
     assert np.mean(estimates) == pytest.approx(true, abs=0.03 + 3 / np.sqrt(m * n))
 
 
-def test_lower_limit_holds_for_inconspicuous_anomalies():
+def test_lower_limit_is_valid_for_inconspicuous_anomalies():
     """Anomalies with large p-values count as normal, so that the estimate is too small, and the lower limit as well."""
     random = np.random.default_rng(7)
     above = 0
@@ -211,7 +211,7 @@ def test_false_alarms_of_drift_are_at_most_its_level():
         assert drift(move(random.normal(size=100)), random.normal(size=100)).has_left
 
 
-def test_detect_tells_drift_from_reference(samples, tmp_path):
+def test_detect_reports_drift_from_reference(samples, tmp_path):
     model, train, held_out, x = samples
     given = {"fit_on": train, "calibrate_on": held_out, "n_shown": 0, "baselines": False}
     found, same = detect(model, x + np.float32(1.5), out=str(tmp_path), **given), detect(model, x[:200], **given)

@@ -63,7 +63,7 @@ def flags(home, *more):
     return [(row["score"], row["p_value"], row["is_anomaly"]) for row in rows]
 
 
-def test_command_line_keeps_calibration_beside_the_weights(tmp_path, capsys):
+def test_command_line_stores_calibration_next_to_the_weights(tmp_path, capsys):
     x = drawn(400, 1)
     np.savez(tmp_path / "data.npz", x_train=x[:200], x_val=x[200:300], x_test=x[300:])
     np.save(tmp_path / "new.npy", x[300:])

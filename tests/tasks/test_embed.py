@@ -311,7 +311,7 @@ def test_degenerate_labels_give_no_accuracies(model):
         assert embed(model, data, fit_on=data).accuracies == []
 
 
-def test_parquet_holds_the_same_numbers(tmp_path, model):
+def test_parquet_contains_the_same_numbers(tmp_path, model):
     import pandas as pd
 
     found = embed(model, torch.rand(4, 1, 8, 8), table="parquet", nearest=1, out=str(tmp_path))

@@ -91,7 +91,7 @@ def test_server_gives_types_that_browsers_run(tmp_path):
             pass
 
 
-def test_server_says_nothing_of_browsers_that_leave(tmp_path, capfd):
+def test_server_prints_nothing_if_browsers_disconnect(tmp_path, capfd):
     (tmp_path / "large.bin").write_bytes(bytes(2**23))
     with served(tmp_path) as address:
         port = int(address.rpartition(":")[2])
@@ -218,7 +218,7 @@ def picture(page, part, card=0):
 
 
 @slow
-def test_folder_holds_all_that_the_page_reads(home):
+def test_folder_contains_all_files_that_the_page_reads(home):
     page = home / "page"
     manifest = json.loads((page / "manifest.json").read_text())
     assert [model["label"] for model in manifest["models"]] == ["vae.mnist_2d", "vq_vae.mnist", str(home / "<b>odd")]

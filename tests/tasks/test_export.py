@@ -116,7 +116,7 @@ def test_threshold_agrees_with_detect_by_every_rule(bytes_home, tmp_path, flags)
 
 
 @slow
-def test_score_of_a_table_takes_its_own_units(tmp_path):
+def test_score_of_a_table_uses_the_units_of_the_table(tmp_path):
     """Values of about 1e9, which float32 would not tell apart."""
     x = drawn(120, 3) * [1, 100, 1e-3] + [1e9, 5, 0]
     home = tmp_path
@@ -208,7 +208,7 @@ def test_weights_are_those_that_the_function_reads(tmp_path):
     exec(example_of(tmp_path / "README.md", "encode.safetensors").replace("encode.safetensors", str(found.path)), {})
 
 
-def test_program_holds_its_metadata(tmp_path):
+def test_program_contains_its_metadata(tmp_path):
     model = aezoo.create_model("dense_ae", (6,), latent_dim=2)
     aezoo.export(model, what="score", format="pt2", calibrate_on=torch.rand(40, 6), out=str(tmp_path))
     scope = {}
@@ -220,7 +220,7 @@ def test_program_holds_its_metadata(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_beside_a_large_graph(tmp_path, monkeypatch):
+def test_weights_are_stored_next_to_a_large_graph(tmp_path, monkeypatch):
     """A protobuf holds 2 GiB; beyond, the weights lie in a file of their own, which keeps its name."""
     monkeypatch.setattr(graphs, "_LARGE", 0)
     model = aezoo.create_model("dense_ae", (64,), latent_dim=2).eval()
@@ -420,7 +420,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @slow
-def test_run_knows_its_data(tmp_path, capsys):
+def test_export_uses_the_data_of_the_run(tmp_path, capsys):
     """Scaling, classes and calibration samples come from the run; `detect` says the same of its test split."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=rng.normal(100, 5, (200, 4)), y=np.array(["a", "b"])[np.arange(200) % 2])

@@ -172,7 +172,7 @@ def test_killed_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_other_settings_begin_anew(words_of, tmp_path, monkeypatch):
+def test_other_settings_start_from_the_beginning(words_of, tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
     with monkeypatch.context() as patch:
         counted(patch, 4)

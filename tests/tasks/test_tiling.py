@@ -70,7 +70,7 @@ def test_a_margin_too_small_by_one_shows():
         ("conv_ae", {}, "its weights belong to this size"),
     ],
 )
-def test_what_cannot_work_in_tiles_says_so_in_one_line(name, settings, said):
+def test_models_that_cannot_be_tiled_are_refused_in_one_line(name, settings, said):
     model = aezoo.create_model(name, (3, 16, 16), hidden_dims=(8, 8), **settings).eval()
     with pytest.raises(AezooError, match=said) as refused:
         aezoo.tiled(model, (64, 64), 32)

@@ -245,7 +245,7 @@ def test_code_shape_is_measured_without_a_trace():
     assert loose.code_shape == (6,)
 
 
-def test_code_shape_that_no_sample_tells_is_named():
+def test_code_shape_is_named_if_no_sample_determines_it():
     class Broken(Methods):
         def encode(self, x):
             return self.down(x).unflatten(1, self.code_shape)
@@ -256,7 +256,7 @@ def test_code_shape_that_no_sample_tells_is_named():
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 1)])
-def test_decode_of_another_shape_is_refused_at_once(shape):
+def test_decode_of_another_shape_is_refused_immediately(shape):
     class Flat(Methods):
         def decode(self, z):
             return self.up(z.flatten(1)).sigmoid()[:, : math.prod(shape)].unflatten(1, shape)
@@ -275,7 +275,7 @@ def test_missing_decoder_is_named(method):
 
 
 @pytest.mark.slow
-def test_model_of_methods_alone_serves_all_tasks():
+def test_model_without_networks_works_with_all_tasks():
     torch.manual_seed(0)
     x = torch.rand(40, 1, 8, 8)
     loose, data = Methods((1, 8, 8)), DataLoader(TensorDataset(x), 20)

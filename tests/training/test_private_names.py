@@ -44,7 +44,7 @@ def test_fit_runs_without_any_name_that_only_speed_needs():
     assert json.loads(run.stdout[run.stdout.index("{") :]) == {}
 
 
-def test_names_that_only_speed_needs_are_used_there_alone():
+def test_names_that_only_speed_needs_are_used_only_there():
     uses = {file for entry in PRIVATE_NAMES if entry.without == private_names._SLOWER for file in entry.files}
     assert all(file.startswith("speed/") for file in uses), sorted(uses)
 

@@ -224,6 +224,6 @@ class Sighted(Noise2Void):
 
 
 @pytest.mark.slow
-def test_training_on_noisy_images_alone_denoises() -> None:
+def test_training_on_only_noisy_images_denoises() -> None:
     assert error_after_training(Noise2Void) < 0.4
     assert error_after_training(Sighted) > 0.6  # it learns the identity

@@ -83,7 +83,7 @@ def test_unlabelled_samples_do_not_change_triplet_term(shifted: Any) -> None:
         torch.testing.assert_close(model.triplet_loss(z, y), model.triplet_loss(z[:6], y[:6]), rtol=1e-12, atol=1e-12)
 
 
-def test_the_triplet_term_trains_the_encoder_alone(shifted: Any) -> None:
+def test_the_triplet_term_trains_only_the_encoder(shifted: Any) -> None:
     model, x = small("triplet_ae", shifted), images()
     term = model.loss(x, LABELS)["triplet"]
     of_encoder = torch.autograd.grad(term, [*model.encoder.parameters()], retain_graph=True)

@@ -107,7 +107,7 @@ def test_places_in_turn_have_the_rate_of_all_at_once(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", IN_TURN)
-def test_context_sees_places_before_alone(architecture: str) -> None:
+def test_context_depends_only_on_earlier_positions(architecture: str) -> None:
     model = of(architecture)
     y = torch.randn(1, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     for i, j in itertools.product(range(5), range(6)):

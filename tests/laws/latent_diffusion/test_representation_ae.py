@@ -100,7 +100,7 @@ def test_fit_does_not_change_encoder(name: str, tmp_path: Path, shifted: Any, qu
         assert not any(module.training for module in model.train().load_teacher().modules())
 
 
-def test_the_optimiser_holds_decoder_and_discriminator_alone(teacher: tuple[Any, dict[str, Any]]) -> None:
+def test_the_optimiser_has_only_decoder_and_discriminator(teacher: tuple[Any, dict[str, Any]]) -> None:
     for how in ({}, teacher[1]):
         model = small(**how, discriminator_lr=3e-3, likelihood="laplace:learned")
         model.loss(images())
@@ -237,7 +237,7 @@ def test_tau_0_gives_equal_training_and_evaluation_loss(name: str, tmp_path: Pat
     assert torch.equal(model.noised(z), z)
 
 
-def test_the_decoder_sees_noise_in_training_alone(teacher: tuple[Any, dict[str, Any]], shifted: Any) -> None:
+def test_the_decoder_receives_noise_only_in_training(teacher: tuple[Any, dict[str, Any]], shifted: Any) -> None:
     model, x = shifted(small(**teacher[1], tau=0.7)), images()
     seen: list[Tensor] = []
     model.decoder.register_forward_hook(lambda module, given, out: seen.append(given[0].detach()))

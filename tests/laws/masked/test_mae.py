@@ -90,7 +90,7 @@ def test_normalised_targets_are_standardised_patches(shifted: Any) -> None:
     assert terms["loss"].item() == pytest.approx(terms["nll"].item() + terms["scale"].item())
 
 
-def test_reconstruction_depends_on_code_alone(shifted: Any) -> None:
+def test_reconstruction_depends_only_on_the_code(shifted: Any) -> None:
     """MAE-pytorch shows patches with the mean and deviation of the target: decode has the code alone."""
     model, x = build("mae_norm", shifted), data(4)
     z = model.encode(x)

@@ -112,7 +112,7 @@ class NothingForTheValues(QLAE):
         return terms | {"loss": terms["nll"] + codebook + self.beta * terms["commitment"]}
 
 
-def test_beta_weighs_the_commitment_alone(shifted: Any) -> None:
+def test_beta_weights_only_the_commitment(shifted: Any) -> None:
     beta_law(QLAE, shifted)
 
 

@@ -91,7 +91,7 @@ class BetaOnBoth(TiTok):
         return terms | {"loss": terms["nll"] + self.beta * (terms["commitment"] + terms["codebook"])}
 
 
-def test_beta_weighs_the_commitment_alone(shifted: Any) -> None:
+def test_beta_weights_only_the_commitment(shifted: Any) -> None:
     beta_law(TiTok, shifted)
 
 

@@ -194,7 +194,7 @@ def commitment_gradient_law(model: VQVAE2) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_beta_weights_the_commitment_alone(shifted: Any) -> None:
+def test_beta_weights_only_the_commitment(shifted: Any) -> None:
     commitment_gradient_law(two_levels(shifted, beta=0.7, update="gradient"))
     wrong = two_levels(shifted, beta=0.7, update="gradient")
     wrong.__class__ = BetaOnTheCodebook

@@ -73,7 +73,7 @@ def weights_of(kind: str, path: Any) -> str:
 
 @pytest.mark.parametrize("kind", ["timm", "torchvision"])
 @pytest.mark.parametrize("name", others_slow(NAMES, ("padim",)))
-def test_saved_model_holds_the_weights_of_its_network(name: str, kind: str, tmp_path: Any) -> None:
+def test_saved_model_contains_the_weights_of_its_network(name: str, kind: str, tmp_path: Any) -> None:
     features = weights_of(kind, tmp_path / "weights.pth")
     torch.manual_seed(0)
     model = aezoo.create_model(name, (3, 32, 32), features=features, **SMALL[name]).train()

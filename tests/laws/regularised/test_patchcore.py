@@ -13,7 +13,7 @@ from frozen_feature_laws import (  # noqa: F401
     test_fitted_model_finds_and_locates_defects,
     test_image_decoder_changes_no_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
-    test_saved_model_holds_the_weights_of_its_network,
+    test_saved_model_contains_the_weights_of_its_network,
     test_training_leaves_frozen_network_as_it_is,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
@@ -64,7 +64,7 @@ def test_memory_of_batches_covers_all_patches() -> None:
     assert cdist(memory, every).min(1).max() < 1e-9
 
 
-def test_large_memory_holds_every_patch() -> None:
+def test_large_memory_contains_every_patch() -> None:
     model, x = small("patchcore", memory_size=500).train(), images(4)
     for part in x.split(1):
         model.loss(part)

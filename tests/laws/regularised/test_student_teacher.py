@@ -10,7 +10,7 @@ from frozen_feature_laws import (  # noqa: F401
     test_fitted_model_finds_and_locates_defects,
     test_image_decoder_changes_no_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
-    test_saved_model_holds_the_weights_of_its_network,
+    test_saved_model_contains_the_weights_of_its_network,
     test_training_leaves_frozen_network_as_it_is,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
@@ -50,7 +50,7 @@ def test_map_is_product_of_enlarged_distances() -> None:
 
 
 @pytest.mark.parametrize("features", ["timm:resnet18,out_indices=1:2", "torchvision:resnet18,pretrained=false"])
-def test_student_starts_from_weights_and_statistics_of_its_own(features: str) -> None:
+def test_student_starts_from_separate_weights_and_statistics(features: str) -> None:
     torch.manual_seed(0)
     model = aezoo.create_model("student_teacher", (3, 32, 32), features=features).train()
     pairs = zip(model.student.parameters(), model.backbone.parameters(), strict=True)

@@ -108,7 +108,7 @@ def test_prediction_uses_past_in_any_order(shifted: Any) -> None:
     torch.testing.assert_close(model.encode(mixed)[:, :, -1], model.encode(x)[:, :, -1])
 
 
-def test_the_first_position_is_predicted_by_the_bias_alone(shifted: Any) -> None:
+def test_the_first_position_is_predicted_only_by_the_bias(shifted: Any) -> None:
     model, x = shifted(build()), data(4)
     direction_N = model.context.out.bias.relu()
     of_data_X, r_BX = direction_N @ model.decoder.W_NX, x[:, 0] - model.decoder.b_X

@@ -104,7 +104,7 @@ def test_encode_returns_dense_relu_codes(shifted: Any) -> None:
         torch.testing.assert_close(model.encode(x)[2:3], model.encode(x[2:3]))
 
 
-def test_the_gradient_passes_through_the_winners_alone(shifted: Any) -> None:
+def test_the_gradient_passes_only_through_the_winners(shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=0.2, latent_dim=3)), data(10)
     with torch.no_grad():
         last_layer(model.encoder).bias += 5

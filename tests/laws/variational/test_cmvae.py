@@ -156,7 +156,7 @@ def test_mixture_kl_matches_numerical_integration(apart: float, shifted: Any) ->
     assert per_draw.mean().item() == pytest.approx(exact, abs=5 * per_draw.std().item() / math.sqrt(n))
 
 
-def test_the_prior_learns_from_the_kl_alone(shifted: Any) -> None:
+def test_the_prior_learns_only_from_the_kl(shifted: Any) -> None:
     model = small(shifted)
     terms, prior = model.loss(images()), [model.weight_K, model.mean_KD, model.log_var_KD]
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(terms["kl"], prior, retain_graph=True))

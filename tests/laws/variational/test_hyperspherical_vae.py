@@ -184,7 +184,7 @@ def test_draws_start_about_mu_and_never_ignore_it() -> None:
         assert along.mean().item() == pytest.approx(expected, abs=5 / math.sqrt(1000 * d))
 
 
-def test_weights_of_before_the_least_kappa_keep_it_at_zero() -> None:
+def test_weights_older_than_the_least_kappa_have_it_at_zero() -> None:
     model, other = sphere(3, "vmf"), sphere(3, "vmf")
     state = {key: value for key, value in model.state_dict().items() if key != "least_kappa"}
     other.load_state_dict(state)

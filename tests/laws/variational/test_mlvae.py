@@ -97,7 +97,7 @@ def test_averaged_precisions_are_detected() -> None:
         product_law(rooted)
 
 
-def test_groups_share_label_and_unlabelled_samples_are_alone() -> None:
+def test_groups_share_label_and_unlabelled_samples_form_no_group() -> None:
     found = small(MLVAE).members(labels(3, -1, 3, -1, 0))
     assert found.int().tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 

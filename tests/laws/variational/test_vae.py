@@ -374,7 +374,7 @@ def test_wrong_vae_formulas_are_detected(rival: Any, law: Any) -> None:
         law(make)
 
 
-def test_beta_weighs_kl_alone() -> None:
+def test_beta_weights_only_the_kl() -> None:
     x = torch.rand(6, 2, 3, 3, dtype=torch.float64)
     found = []
     for beta in (0.0, 1.0, 4.0):

@@ -52,9 +52,9 @@ def test_launched_process_ends_when_its_launcher_is_killed(tmp_path, command, af
         while not found and process.poll() is None and time.monotonic() < end:
             found = {pid for pid in children(process.pid) if is_aezoo(pid)}
             time.sleep(0.01)
-        assert found, "nothing was launched"
-        time.sleep(after)
+        time.sleep(after if found else 0)
         process.kill()
+    assert found, "nothing was launched"
     end = time.monotonic() + 10
     while any(map(is_running, found)) and time.monotonic() < end:
         time.sleep(0.05)

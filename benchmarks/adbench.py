@@ -5,25 +5,25 @@
     python -m benchmarks.adbench FOLDER --sets tuning --detectors default "default:scale=standard,max_epochs=50"
     python -m benchmarks.adbench --report                                   write the page and pictures from the CSVs
 
-FOLDER holds sets as ADBench publishes them (https://github.com/Minqi824/ADBench): .npz files with X (n, d) and y (n,),
-1 for an anomaly. At most --max-rows of a set are used, 70 % for training and 30 % for the test, stratified and
+FOLDER contains sets as ADBench publishes them (https://github.com/Minqi824/ADBench): .npz files with X (n, d) and y
+(n,), 1 for an anomaly. At most --max-rows of a set are used, 70 % for training and 30 % for the test, stratified and
 standardised on the training rows; a seed fixes the rows, the split and the detector. The settings are ADBench's:
 
-    unsupervised    training on all rows of the training part, anomalies among them
-    clean           training on its normal rows alone
+    unsupervised    training on all rows of the training part, including anomalies
+    clean           training on only its normal rows
     contamination   10, 20 and 30 % of the training rows are anomalies, drawn from those of the training part (again, if
-                    there are too few); normal rows stay; clean is 0 %
+                    there are too few); all normal rows are used; clean is 0 %
     noise           10 and 50 % of the columns are irrelevant: uniform, in the range of a random column
 
 The test rows of a seed are the same in all settings. Unlike ADBench, small sets are not filled up with copies of their
-rows, since copies of one row would be both in the training and in the test part.
+rows, since copies of a row could be in both the training and the test part.
 
 A detector is `default` (AutoencoderDetector()), a model of the registry (AutoencoderDetector(NAME)) or PyOD's, as
-pyod.IForest; `zoo`, `pyod` and `all` are groups. Settings may follow: NAME:KEY=VALUE,KEY=VALUE, those of the estimator
-or of the model; without, a detector has its own defaults. Detectors that need labels, or see images alone, are no part
-of this. PyOD is not part of aezoo: pip install "pyod>=3.6,<4".
+pyod.IForest; `zoo`, `pyod` and `all` are groups. Settings of the estimator or of the model may follow, as in
+NAME:KEY=VALUE,KEY=VALUE; all others are the detector's defaults. Detectors that need labels, or only accept images, are
+not included. PyOD is not part of aezoo: pip install "pyod>=3.6,<4".
 
-Hyperparameters may be chosen on ten sets, --sets tuning; the report judges on the others. The ten are every third of
+Hyperparameters may be chosen on ten sets, --sets tuning; the report evaluates on the others. The ten are every third of
 the 33 small sets at hand in alphabetical order, from the first on, fixed before anything was measured.
 
 A row has AUROC and AUPR (average precision) of the test rows, the seconds of fit and scores, and the processor time of
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.report:
         write_report(arguments.results)
         return
-    # the folder is of this machine; a Path has no slash at its end
+    # the folder depends on the machine; a Path has no slash at its end
     words = [word if Path(word) != arguments.folder else "FOLDER" for word in argv]
     command = common.command_line("adbench", words, left_out=("--jobs",))
     where = common.environment(arguments, accelerator="cpu")

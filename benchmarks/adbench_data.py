@@ -23,7 +23,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "noise": (0.1, 0.5),
 }
 TEST_SHARE = 0.3
-# a large set of few anomalies keeps so many of them; at their share, `smtp` would keep two of 6,000 rows
+# fewest anomalies of a large set; at their share, `smtp` would have only two among 6,000 rows
 LEAST_ANOMALIES = 20
 
 
@@ -44,10 +44,10 @@ class Split(NamedTuple):
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
-    """Sets of a folder by name, in alphabetical order; ADBench's number before a name is no part of it.
+    """Sets of a folder by name, in alphabetical order; without ADBench's number before the name.
 
     Raises:
-        AezooError: there is none, two have one name, or a file is no set.
+        AezooError: there is no set, two sets have the same name, or a file is not a set.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.expanduser().resolve().glob("*.npz")):
@@ -71,7 +71,7 @@ def read_set(path: Path) -> tuple[Array, Array]:
     """X, (n, d), in float64, and y, (n,), of 0 and 1.
 
     Raises:
-        AezooError: the arrays are no such set.
+        AezooError: the arrays are not such a set.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -102,8 +102,8 @@ def subsample(x: Array, y: Array, max_rows: int, seed: int) -> tuple[Array, Arra
 def contaminate(y: Array, share: float, generator: np.random.Generator) -> Array:
     """Indices of training rows of which this share are anomalies: all normal ones, and anomalies that are drawn.
 
-    As in ADBench, the number of normal rows stays and anomalies are resampled: without replacement if there are
-    enough, else with, so that some are there several times.
+    As in ADBench, all normal rows are used and anomalies are resampled: without replacement if there are enough,
+    otherwise with replacement.
     """
     normal, anomalies = np.flatnonzero(y == 0), np.flatnonzero(y == 1)
     n = round(share / (1 - share) * len(normal))
@@ -129,7 +129,7 @@ def split(x: Array, y: Array, setting: str, level: float, seed: int, max_rows: i
     Args:
         x: (n, d).
         y: (n,), 1 for an anomaly.
-        setting: one of `LEVELS`. unsupervised trains on normal rows and anomalies, clean on normal rows alone.
+        setting: one of `LEVELS`. unsupervised trains on normal rows and anomalies, clean on normal rows only.
         level: the share of anomalies (contamination) or of irrelevant columns (noise).
         seed: fixes all draws.
         max_rows: most rows of a set, before it is split.

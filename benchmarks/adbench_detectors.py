@@ -39,7 +39,7 @@ def parse_detector(text: str) -> dict[str, Any]:
     """What `adbench_row` builds: party, name and settings.
 
     Raises:
-        AezooError: there is no such detector, or no such setting of it.
+        AezooError: the detector or one of its settings does not exist.
     """
     name, _, given = text.partition(":")
     settings: dict[str, Any] = {}
@@ -52,16 +52,16 @@ def parse_detector(text: str) -> dict[str, Any]:
             # YAML reads 1e-3 as text
             settings[key] = yaml.safe_load(value) if (found := as_number(value)) is None or value.isdigit() else found
         except yaml.YAMLError as error:
-            raise AezooError(f"--detectors {text}: {value!r} is no value") from error
+            raise AezooError(f"--detectors {text}: {value!r} is not a value") from error
     if name.startswith(_OF_PYOD):
         if name.removeprefix(_OF_PYOD) not in PYOD:
-            raise AezooError(f"unknown detector {name!r}: of PyOD there are {', '.join(GROUPS['pyod'])}")
+            raise AezooError(f"unknown detector {name!r}: PyOD has {', '.join(GROUPS['pyod'])}")
         return {"party": "pyod", "name": name.removeprefix(_OF_PYOD), "settings": settings}
     return {"party": "aezoo", "name": name, "settings": _estimator_settings(name, settings)}
 
 
 def _estimator_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of AutoencoderDetector; settings that it has not are those of its model."""
+    """Arguments of AutoencoderDetector; settings that it does not have are passed to its model."""
     from aezoo import registry
     from aezoo.sklearn import AutoencoderDetector
 

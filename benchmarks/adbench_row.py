@@ -38,12 +38,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     Raises:
         FloatingPointError: scores are not finite.
     """
-    # PyOD takes a GPU where there is one; all detectors are measured on the processor
+    # PyOD uses a GPU if there is one; all detectors are measured on the CPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     seed = spec["row"]["seed"]
     x, y = adbench_data.read_set(Path(spec["file"]))
     data = adbench_data.split(x, y, spec["kind"], spec["level"], seed, spec["row"]["max_rows"])
-    np.random.seed(seed)  # detectors without a seed of their own draw from it
+    np.random.seed(seed)  # detectors without a seed argument draw from the global generator
     torch.manual_seed(seed)
     fit, version = detector(**spec["detector"], seed=seed)
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -52,7 +52,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     scores = score(data.test)
     scored = time.perf_counter()
     if scores.shape != data.test_labels.shape or not np.isfinite(scores).all():
-        raise FloatingPointError("the scores hold values that are not finite")
+        raise FloatingPointError("the scores contain values that are not finite")
     return {
         "train_rows": len(data.train),
         "train_anomalies": int(data.train_labels.sum()),
@@ -70,7 +70,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def detector(party: str, name: str, settings: dict[str, Any], seed: int) -> tuple[Fit, str]:
-    """A function that fits a detector and returns its scores, larger for stranger rows, and the library's version."""
+    """A function that fits a detector and returns its scores (larger is more anomalous), and the library's version."""
     if party == "pyod":
         import pyod
 

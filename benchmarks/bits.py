@@ -94,7 +94,7 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     names = [registry.find(name).name for name in arguments.models or dict(settings(6, 1))]
     other = next((name for name in names if name not in dict(settings(6, 1))), None)
     if other is not None:
-        raise AezooError(f"{other} is no quantised model, this benchmark is for {', '.join(dict(settings(6, 1)))}")
+        raise AezooError(f"{other} is not a quantised model; this benchmark is for {', '.join(dict(settings(6, 1)))}")
     places = math.prod(registry.create_model("vq_vae", input_shape, **NET).code_shape[1:])
     fixed = {"dataset": dataset_name(data | {"rows": None}), "budget": f"epochs={arguments.epochs}"}
     fixed |= {"batch_size": data["batch_size"], "rows": data["rows"] or "all"}

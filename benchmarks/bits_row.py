@@ -17,7 +17,7 @@ from .quality_row import open_data, quiet_trainer
 
 # test figures of `Evaluation` that become columns unchanged
 FIGURES = ("loss", "mse", "psnr", "ssim")
-# hyperparameters that hold the length of a schedule in steps
+# hyperparameters that set the length of a schedule in steps
 SCHEDULES = ("temperature_steps", "kl_steps")
 
 

@@ -1,6 +1,6 @@
-"""Code that the benchmarks share: file names that say where a number comes from, and CSVs that can be continued.
+"""Code that the benchmarks share: file names with the settings of the measurement, and CSVs that can be continued.
 
-Nothing here imports torch before it is needed, so a script that only reads its arguments answers at once.
+torch is imported only where it is needed, so that a script that only reads its arguments is fast.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def environment(
     """The settings that a number depends on, for a file name: precision, torch's version, cores or GPU, and machine.
 
     Args:
-        arguments: what `build_parser` has read: the machine's name, if given, and the accelerator if there is a flag.
+        arguments: the parsed arguments of `build_parser`: the machine's name, and the accelerator if there is a flag.
         precision: fp32 or bf16.
         accelerator: a fixed accelerator that the user cannot choose.
 
@@ -58,7 +58,7 @@ def environment(
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         device = "mps"
     elif accelerator not in ("auto", "cpu"):
-        raise AezooError(f"--accelerator {accelerator}: torch finds none here; take cpu, or auto for what there is")
+        raise AezooError(f"--accelerator {accelerator}: torch finds none on this machine; use cpu, or auto")
     return "-".join(filter(None, [precision, f"pt{version}", device, getattr(arguments, "machine", None)]))
 
 
@@ -96,7 +96,7 @@ def build_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         "--machine",
         type=_machine,
         metavar="NAME",
-        help="a name for this processor, such as zen4, at the end of the file's name; by default its cores alone",
+        help="a name for this processor, such as zen4, at the end of the file's name (default: only its cores)",
     )
     add_again_flag(parser)
     return parser
@@ -148,7 +148,7 @@ def add_run_flags(
 
 def _machine(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of small letters and digits alone")
+        raise argparse.ArgumentTypeError(f"{text!r} must consist of small letters and digits")
     return text
 
 
@@ -157,7 +157,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {minimum}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
         return int(text)
 
     return parse
@@ -170,16 +170,16 @@ def seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
 
 def download_data(
     name: str, root: str, batch_size: int, size: int | None = None
 ) -> tuple["DataModule", dict[str, Any]]:
-    """Download a data set once, before several processes would; return it and the arguments that open it.
+    """Download a data set once, before several processes use it; return it and the arguments that open it.
 
-    Paths are absolute because each row is measured in its own folder.
+    Paths are absolute because each row is measured in a separate folder.
     """
     from aezoo import DataModule
     from aezoo.data.source_registry import source_of_path

@@ -51,7 +51,7 @@ def monitored(terms: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """The name and value of what should fall.
 
     The loss, except for losses with an opponent: the negative ELBO of those that have one, otherwise the nll. The loss
-    of a perceptual model holds the opponent's gradient without its value.
+    of a perceptual model contains the opponent's gradient without its value.
     """
     if not _GAME & terms.keys() or "perceptual" in terms:
         return "loss", terms["loss"]

@@ -189,7 +189,7 @@ _DIGITS = {"name": "digits", "batch_size": 64}
 
 
 class Variant(NamedTuple):
-    """What the authors' code does otherwise: options of the model, and attributes to replace, each with its owner."""
+    """The differences of the authors' code: options of the model, and attributes to replace, each with its object."""
 
     options: Mapping[str, Any] = {}
     formulas: Sequence[tuple[Any, str, Any]] = ()

@@ -10,7 +10,7 @@ mean absolute cosine similarity of atoms and the latents matched with them one t
 that are the nearest atom of some latent, divided by the number of latents. l0 and dead_share count entries that are not
 0. fvu, cosine, shrinkage and reconstruction_bias are those of `aezoo.metrics`, best at 0, 1, 1 and 1. A latent's
 direction is the change that it makes in the decoder's output. Crosscoders and transcoders get two streams of one code,
-with equally many numbers; a transcoder reads the first and is judged by the second. temporal_sae is left out: on
+with equally many numbers; a transcoder reads the first and is evaluated on the second. temporal_sae is left out: on
 samples of one position it equals topk_sae.
 
 Existing rows of the same model, seed, data, budget and options are kept; --again measures them again.

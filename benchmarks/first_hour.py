@@ -9,7 +9,7 @@
     photographs   trains a convolutional VAE on 480 small photographs, and detects photographs with a damaged square
     table         trains a VAE on a table that is not scaled, and detects ill patients; the same in scikit-learn
     series        trains a VAE on windows of a time series, and detects bursts
-    researcher    uses another network, writes a plug-in that lacks attributes of the base class, and opens TensorBoard
+    researcher    uses another network, writes a plug-in without attributes of the base class, and opens TensorBoard
 
 Users run commands of `aezoo` and call `aezoo.sklearn`, with no other settings than their task needs. AUROC compares
 anomalies with normal samples that the model has not seen. `flagged` is the share of these normal samples above the

@@ -5,8 +5,8 @@
 
 A row is one decoding of a code's active latents, forward and backward; both ways take turns. `dense_ms` and
 `gather_ms` are medians over the repeats, and `ratio` is latents / k. The script ends by printing the smallest ratio
-from which gathering is faster in every row; `CROSSOVER` of `aezoo/nets/blocks/dictionary.py` holds it for the device's
-type.
+from which gathering is faster in every row, which `CROSSOVER` of `aezoo/nets/blocks/dictionary.py` stores for each type
+of device.
 """
 
 import itertools

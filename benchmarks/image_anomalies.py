@@ -1,19 +1,19 @@
-"""Detectors of strange images: on features of MVTec AD's pictures, and models on one class of a set against the rest.
+"""Detectors of image anomalies: on features of MVTec AD's pictures, and models on one class of a set against the rest.
 
-    python -m benchmarks.image_anomalies --features DIR                     the features alone
-    python -m benchmarks.image_anomalies --data mnist5k --classes 0 1       the models alone
+    python -m benchmarks.image_anomalies --features DIR                     only the features
+    python -m benchmarks.image_anomalies --data mnist5k --classes 0 1       only the models
     python -m benchmarks.image_anomalies --features DIR --data fashion_mnist --root /usr/share/datasets
 
-DIR holds a folder for each network, such as CV_by_ResNet18, with an .npz for each class of products: X (n, d), one
+DIR contains a folder for each network, such as CV_by_ResNet18, with an .npz for each class of products: X (n, d), one
 vector for each picture, and y (n,), 1 for a defect, as ADBench publishes them (https://github.com/Minqi824/ADBench).
-Training and test pictures are not told apart there: 70 % of the good ones, drawn by the seed, are for training, all
-others for the test. The methods are those of the zoo's models at a single place: gaussian (padim's Mahalanobis
+These files do not distinguish training and test pictures: 70 % of the good ones, drawn by the seed, are for training,
+all others for the test. The methods are those of the zoo's models at a single place: gaussian (padim's Mahalanobis
 distance), nearest (patchcore's distance to the nearest neighbour, with all vectors in memory), fre (principal
-components, 220 or half of the possible number), and as a simple rival mean (the distance to the mean).
+components, 220 or half of the possible number), and, for comparison, mean (the distance to the mean).
 
 With --data, models are trained on one class of a set with their defaults, for --epochs, and --trained limits the
 samples; the other classes of the test split are anomalies. Those on frozen features have a network with random weights
-here (`features=random`), since no others could be fetched: their figures on photographs need weights of ImageNet.
+here (`features=random`), since no others could be downloaded: good results on photographs need ImageNet weights.
 
 A row has AUROC and AUPR (average precision) of the test samples. Existing rows are kept.
 """

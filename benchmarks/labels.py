@@ -1,4 +1,4 @@
-"""Labels beside points and at the ends of curves that avoid the drawing; they are easier to read than a legend."""
+"""Labels next to points and at the ends of curves that avoid the drawing; they are easier to read than a legend."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ _SHIFTS = ((7, 0), (-7, 0), (0, 9), (0, -9), (6, 8), (6, -8), (-6, 8), (-6, -8),
 
 
 def label_points(ax: "Axes", points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write the text, if any, beside each point (x, y, text, colour), avoiding points and other labels if possible."""
+    """Write the text, if any, next to each point (x, y, text, colour), avoiding points and other labels if possible."""
     from matplotlib.transforms import Bbox
 
     figure: Any = ax.figure

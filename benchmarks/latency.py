@@ -1,12 +1,12 @@
-"""Microseconds that the anomaly score of one sample takes on one thread of a CPU: the exported file, and the model.
+"""Measure the microseconds of the anomaly score of one sample on one CPU thread, in the exported file and the model.
 
     python -m benchmarks.latency                                  dense_ae, vae and combined on 10 and 100 features
     python -m benchmarks.latency --models vae --features 32
 
-A row is one model with its default networks: `aezoo export --what score` writes it as an ONNX file, whose graph scales
-the sample, computes the score and compares it with the threshold, and onnxruntime runs that with a batch of one sample,
-as does the model itself in torch, with neither scaling nor threshold. Both are timed call by call, in turns, after a
-warm-up. `combined` is the default score of `AutoencoderDetector`, of a dense_ae with a code of two numbers.
+A row is one model with its default networks. `aezoo export --what score` writes it as an ONNX file, whose graph scales
+the sample, computes the score and compares it with the threshold. onnxruntime runs this graph with a batch of one
+sample; torch runs the model with the same sample, without scaling and threshold. Both are timed call by call, in turns,
+after a warm-up. `combined` is the default score of `AutoencoderDetector`, of a dense_ae with a code of two numbers.
 
 Existing rows are kept; --again measures them again.
 """

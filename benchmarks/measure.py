@@ -23,7 +23,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 _HEAVY = (*_GEMMS, torch.ops.aten.convolution, torch.ops.aten.convolution_backward, torch.ops.aten.mkldnn_convolution)
 if hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise"):
     _HEAVY = (*_HEAVY, torch.ops.mkldnn._convolution_transpose_pointwise)  # `aezoo.speed.batch_inner_conv`
-# CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it holds
+# CUDA's runtime and driver calls that start a kernel; a captured graph is one launch, however many kernels it contains
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 # names of copies between host and device in a trace; copies within the device do not count
 _COPIES = ("Memcpy HtoD", "Memcpy DtoH")
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
 def seconds_of_products(model: Any, x: Tensor, precision: str, repeats: int = 3) -> float:
     """Seconds that the matrix products and convolutions of a training step take when they run back to back.
 
-    Each runs in its own shape, unlike in the peak measurement, and in the model's memory layout.
+    Each is run with its shape, unlike in the peak measurement, and in the model's memory layout.
     """
     with autocast(x.device, precision), _Recorder() as recorder:
         model.train().loss(x)["loss"].backward()

@@ -1,4 +1,4 @@
-"""The models of each data set by error and training speed: what the picture of the report and that of the site show."""
+"""The models of each data set by error and training speed, for the picture of the report and that of the site."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from . import common
 
 Row = dict[str, str]
 
-# named in each panel: what a reader has met in textbooks
+# models of textbooks, which are named in each panel
 TEXTBOOK = ("dense_ae", "conv_ae", "denoising_ae", "sparse_ae_l1", "vae")
 # largest number of models in a panel that can all be named
 _MAX_NAMED = 20
@@ -52,8 +52,8 @@ class Panel(NamedTuple):
 def panels(rows: Sequence[Row]) -> list[Panel]:
     """A panel for each data set, of rows with `mse` and `samples_per_s`, at the most common code size.
 
-    If there are many models, only those on the front and five of textbooks are named. Codes that could hold the whole
-    sample are left out.
+    If there are many models, only those on the front and five of textbooks are named. Codes that could contain the
+    whole sample are left out.
     """
     sets: dict[str, list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Runs of `benchmarks.peers`: each has its own process, and a file keeps the finished ones."""
+"""Runs of `benchmarks.peers`: each is a separate process, and a file stores the finished ones."""
 
 import contextlib
 import json
@@ -77,7 +77,7 @@ def _output(log: Path, terminal: bool) -> Iterator[int]:
 
 
 def train(python: str, job: Job, timeout: float, pin: bool = False) -> dict[str, Any]:
-    """Run a job in its own process and a temporary folder.
+    """Run a job in a separate process and a temporary folder.
 
     The scripts are copied there, so that a separate environment does not see the files next to them here.
 

@@ -43,12 +43,12 @@ Each process is bound to as many cores as it has threads, because JAX would othe
 
 Rates are medians over epochs without the first, and the wall's is their mean, as the zoo does not validate each of
 short epochs; then follow medians over rounds. _min and _max are the lowest and highest round. The time before the first
-epoch and after the last does not count. The zoo runs at a pseudo terminal, where its bar is drawn as for a user. The
+epoch and after the last does not count. The zoo runs in a pseudo terminal, where its bar is drawn as for a user. The
 output of the others goes to a file; Keras and pythae still draw their bars there, and Lightning draws its bar only at
 the end.
 
-Finished runs stay in a .part file beside the CSV: the same command without --again continues where it was stopped and
-repeats failed runs. Environments that parties need are made once, with pip, in --envs.
+Finished runs are stored in a .part file next to the CSV: the same command without --again continues where it stopped
+and repeats failed runs. Environments that parties need are made once, with pip, in --envs.
 
 With --accelerator cuda, clocks are read after the GPU has finished its work, and the CSV has the GPU's name. CUDA has
 not been run yet; the code that leads up to it is tested on the CPU.
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{path} contains the rows of another command, {table.commands[0]}: give --again to replace them, or "
                 "another folder by --results"
             )
-        print(f"{path} is there already; --again measures it again")
+        print(f"{path} already exists; --again measures it again")
         return 0
     with file_lock(part_path):
         return _measured(arguments, table, part_path)

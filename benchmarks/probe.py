@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     data = DataModule(**specs[0]["data"])
     if not data.num_classes:
-        raise AezooError(f"{arguments.data} has no classes to tell apart: take a labelled set such as mnist5k")
+        raise AezooError(f"{arguments.data} has no classes: use a labelled set such as mnist5k")
     # once, so that several processes do not download the same files
     data.prepare_data()
     path = f"probe-{arguments.data}-{common.environment(arguments)}.csv"

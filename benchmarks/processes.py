@@ -1,4 +1,4 @@
-"""Rows in separate processes: a crash, a time-out or a lack of memory costs one row, which records the reason."""
+"""Rows in separate processes: after a crash, a time-out or insufficient memory, one row records the reason."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def error_columns(error: BaseException) -> dict[str, Any]:
 def run_measurement(measure: Callable[[dict[str, Any]], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
     """The main function of a row's process: `python -m MODULE SPEC FILE` measures a row and writes it as JSON to FILE.
 
-    The first of several ranks writes the row, and each rank that fails writes its failure beside it. With a third
+    The first of several ranks writes the row, and each rank that fails writes its failure next to it. With a third
     argument all ranks end when the requesting process closes their standard input, which also happens when it ends.
     """
     spec, file, *follows = sys.argv[1:] if argv is None else argv
@@ -76,7 +76,7 @@ def run_row(
     variables: Mapping[str, str] | None = None,
     warm: bool = False,
 ) -> dict[str, Any]:
-    """Measure a row with `python -m <this package>.<module>`; the result is a row, whatever happens there.
+    """Measure a row with `python -m <this package>.<module>`; the result is a row in any case.
 
     Args:
         module: a module of this package that calls `run_measurement` with its function `measure`.
@@ -174,7 +174,7 @@ def _measure(module: str, argv: list[str], log: Path, variables: dict[str, str])
 
 
 def _end_with_parent(wait: Callable[[], object]) -> None:
-    """Wait for the end of the requesting process, then end too; otherwise this one would run beside the next run."""
+    """Wait for the end of the requesting process, then end too, so that this process does not disturb the next run."""
     wait()
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)

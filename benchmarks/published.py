@@ -1,18 +1,18 @@
-"""Run the recipes of published figures on MNIST, to their ends: one CSV row per recipe and seed.
+"""Run the recipes of published figures on MNIST to their last epochs: one CSV row per recipe and seed.
 
     python -m benchmarks.published --root FOLDER                        all, the cheapest first
     python -m benchmarks.published mnist_vae mnist_hvae --root FOLDER --seeds 3
-    python -m benchmarks.published --root FOLDER --seconds 600          at most so long each; the same command goes on
+    python -m benchmarks.published --root FOLDER --seconds 600          at most so long each; the same command continues
     python -m benchmarks.published --heads                              only rewrite the recipes' heads from the CSV
 
 `python -m benchmarks.recipes --tables` writes the table of these recipes in `docs/recipes.md`.
 
-A recipe whose head has a line `# target:` holds the setting of a published figure, and a line `# test:` on what other
-data that was measured. FOLDER holds MNIST, and Larochelle's binary digits if they are at hand; recipes that need them
-take digits drawn once from the grey values elsewhere, with as many samples for training and validation, and `data` says
-so. Runs are kept in `build/published`: one that was ended in any way goes on from its last epoch. A run that has not
-reached its last epoch is measured, too; `epochs` says how far it came. Nothing is chosen on the test split: the weights
-are those with the lowest validation loss, or the last ones where the setting has no validation.
+A recipe whose head has a line `# target:` has the setting of a published figure; a line `# test:` names other data on
+which that figure was measured. FOLDER contains MNIST and, if available, Larochelle's binary digits. Without these, the
+recipes that need them use digits drawn once from the grey values, with as many samples for training and validation,
+and `data` says so. Runs are stored in `build/published`; a run that was interrupted continues from its last epoch. A
+run that has not reached its last epoch is measured as well; `epochs` says how many it has. Nothing is chosen on the
+test split: the weights are those with the lowest validation loss, or the last ones if the setting has no validation.
 """
 
 import argparse

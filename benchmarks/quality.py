@@ -6,10 +6,10 @@
     python -m benchmarks.quality --data fashion_mnist --root /usr/share/datasets --seeds 3 --top 10 --jobs 2
     python -m benchmarks.quality --data shapes --size 32 --rows 5000
 
-There are three kinds of codes, which do not compare with each other. With --code-sizes 16, a code of kind numbers has
-16 numbers; of kind bits, 128 bits, as indices (as many as 16 numbers of 8 bits, each); of kind active, 16 of its
-numbers differ from 0, where the model has a setting for it (otherwise l0 says how many its penalty leaves). Models
-whose codes have no such size are left out, with the reason. All other settings are the models' defaults.
+There are three kinds of codes, which cannot be compared with each other. With --code-sizes 16, a code of kind numbers
+has 16 numbers; of kind bits, 128 bits, as indices (as many as 16 numbers of 8 bits, each); of kind active, 16 of its
+numbers differ from 0, if the model has a setting for it (otherwise l0 says how many its penalty leaves). Models whose
+codes cannot have such a size are left out, with the reason. All other settings are the models' defaults.
 
 A run evaluates at most 4,000 validation samples every --interval steps, always with the same noise. It has converged
 if the monitored figure has not fallen for --patience evaluations by --least of its fall since the first step. The
@@ -28,10 +28,10 @@ the test samples' reconstructions with the test samples, in the space of `featur
 get no probe. A seed fixes the weights, the noise and the order of training; the splits are the same for all.
 
 Rows are written one by one, and existing rows of the same model, code, seed and settings are kept: a command that was
-interrupted goes on where it was. A longer --most-seconds measures only those anew that an earlier one cut off. --again
-measures all again. Every run has its own process, so a crash costs one row, which records the reason. --top 10 measures
-further seeds only for the ten models of each kind that have the lowest mse at seed 0. Compare speeds only for --jobs 1
-on a quiet machine.
+interrupted continues where it stopped. A longer --most-seconds only repeats runs that were cut off by a shorter one.
+--again repeats all. Every run is a separate process, so a crash affects one row, which records the reason. --top 10
+measures further seeds only for the ten models of each kind that have the lowest mse at seed 0. Compare speeds only for
+--jobs 1 on a quiet machine.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def code_settings(name: str, n: int, input_shape: tuple[int, ...]) -> tuple[str,
     """The kind of a model's code, and the hyperparameters that give it the size of n numbers of 8 bits.
 
     Raises:
-        AezooError: there are none; the message says why.
+        AezooError: no model is left; the message says why.
     """
     if name in LEFT_OUT:
         raise AezooError(LEFT_OUT[name])
@@ -299,7 +299,7 @@ def measure(
     shared = {"data": data, "probe_rows": arguments.probe_rows, "sizes": missing, "features": str(features)}
     for _, found in run([shared] if missing or specs else []):
         if found.get("error"):
-            print(f"there are no figures of raw pixels and PCA, and no FID: {found['error']}", file=sys.stderr)
+            print(f"figures of raw pixels and PCA, and FID, are missing: {found['error']}", file=sys.stderr)
         baselines |= {int(size): columns for size, columns in found.get("baselines", {}).items()}
     table.fill_baselines(baselines, arguments.probe_rows)
     specs = [spec | {"features": str(features) if features.exists() else ""} for spec in specs]

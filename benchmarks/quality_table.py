@@ -34,7 +34,7 @@ class QualityTable(ResultsCSV):
         return known
 
     def fill_baselines(self, baselines: Mapping[int, Mapping[str, Any]], probe_rows: int) -> None:
-        """Add baselines to rows that lack them, for example because they had failed."""
+        """Add baselines to rows without them, for example because they had failed."""
 
         def missing() -> list[tuple[dict[str, str], str, Any]]:
             return [

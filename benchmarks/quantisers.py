@@ -4,8 +4,8 @@
     python -m benchmarks.quantisers --kinds vq_ema rvq --codes 1024 --threads 2 --repeats 9
     pip install vector-quantize-pytorch                                     without it, its columns are empty
 
-Each row has its own process, in which both parties take turns on the same maps of 32x32 places with the same codes, in
-training mode. `forward` computes codes and loss terms of z, which requires a gradient; `step` adds the backward pass
+Each row is a separate process, in which both parties take turns on the same maps of 32x32 places with the same codes,
+in training mode. `forward` computes codes and loss terms of z, which requires a gradient; `step` adds the backward pass
 from both. Speeds are places per second, as medians over the rounds. A ratio is our speed divided by theirs within a
 round; its median, lowest and highest are given. memory_mb is the peak memory of a step beyond what was allocated
 before it. same_codes is the share of places at which both give the same code, before training.
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
-        raise AezooError("there is no CUDA device here: take --accelerator cpu")
+        raise AezooError("no CUDA device was found: use --accelerator cpu")
     device = "cuda" if arguments.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     path = f"quantisers-{common.environment(arguments)}.csv"
     table = common.ResultsCSV(arguments.results / path, KEY, common.command_line("quantisers", argv), arguments.again)

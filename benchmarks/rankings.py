@@ -60,7 +60,7 @@ def critical_difference(n_methods: int, n_sets: int, alpha: float = 0.05) -> flo
 def indistinct_groups(ranks: Sequence[float], difference: float) -> list[tuple[int, int]]:
     """Largest runs of methods whose ranks differ by less than a critical difference: first and last, of sorted ranks.
 
-    A run of one method, and one that is part of another, is left out.
+    Runs of a single method, and runs that are part of another run, are left out.
     """
     runs: list[tuple[int, int]] = []
     for first, low in enumerate(ranks):

@@ -192,13 +192,13 @@ def choice_tables() -> str:
 
 
 def file_of_laws(name: str) -> Path:
-    """The file that holds a model's laws."""
+    """The file that contains a model's laws."""
     (file,) = LAWS.glob(f"*/test_{name}.py")
     return file
 
 
 def laws(name: str) -> tuple[int, int]:
-    """How many laws a model's file of laws holds, and how many it shares with some other models, not with all."""
+    """How many laws are in a model's file of laws, and how many it shares with some other models, but not with all."""
     body = ast.parse(file_of_laws(name).read_text(encoding="utf-8")).body
     own = [node.name for node in body if isinstance(node, ast.FunctionDef)]
     imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module != LAWS_OF_ALL]
@@ -226,7 +226,7 @@ def objective(name: str) -> str:
     """The formula in a model's docstring for the loss that it minimises, or the bound that it maximises.
 
     Raises:
-        AezooError: there is no such formula.
+        AezooError: the formula does not exist.
     """
     parts = [part for line in registry.card(name).text.splitlines() for part in re.split(r"\s{3,}", line.strip())]
     formulas = [part for part in parts if re.match(r"(L|L\([^)]*\)|L_\w+|log p\(x\)) +(=|>=) ", part)]
@@ -293,7 +293,9 @@ def replace_table(text: str, mark: str, table: str) -> str:
     before, begin, rest = text.partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not end:
-        raise AezooError(f"a page lacks the lines <!-- {mark} --> and <!-- /{mark} -->, between which its table goes")
+        raise AezooError(
+            f"a page needs the lines <!-- {mark} --> and <!-- /{mark} -->, between which its table is written"
+        )
     return f"{before}{begin}{table}\n{end}{after}"
 
 
@@ -318,7 +320,7 @@ def main() -> None:
         if table.needs({"recipe": name}):
             table.put(train(name, arguments.root))
         else:
-            print(f"{name} is there already: --again trains it anew", file=sys.stderr)
+            print(f"{name} is already in the CSV: --again trains it again", file=sys.stderr)
     rows = read_rows(path)
     for name, file in trainable_recipes().items():
         if name in rows:

@@ -248,12 +248,12 @@ def adbench_pages(folder: Path, home: Path) -> dict[str, str]:
 
 
 def home_of(folder: Path) -> Path:
-    """Where the report of a folder of CSVs goes: this package for its own results, else that folder."""
+    """Folder of the report on a folder of CSVs: this package for its results, else that folder."""
     return PACKAGE if folder.resolve() == (PACKAGE / "results").resolve() else folder
 
 
 def pages_folder(home: Path) -> Path:
-    """The folder of the pages beside a RESULTS.md in `home`: docs/results in a checkout."""
+    """The folder of the pages that a RESULTS.md in `home` lists: docs/results in a checkout."""
     return home.parent / "docs" / "results" if home == PACKAGE else home
 
 
@@ -349,7 +349,7 @@ def write_pages(found: Mapping[str, str], pictures: Mapping[Path, str], home: Pa
     shown = [f"![{alt}]({os.path.relpath(path, home)})" for path, alt in pictures.items()]
     index = "\n\n".join([_HEAD, page_list(found, os.path.relpath(place, home)), *shown])
     write_texts({home / "RESULTS.md": index} | {place / name: page for name, page in found.items()})
-    # a folder of its own holds nothing else
+    # the folder contains nothing else
     for path in place.glob("*.md") if place != home else ():
         if path.name not in found:
             path.unlink()

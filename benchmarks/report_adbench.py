@@ -49,7 +49,7 @@ _TEXT = (
     "and the steps of `default` were chosen on these; three earlier versions of it (three scores in place of "
     "four, fewer and more steps) were run on all sets, too, so its judging sets are not quite unseen. AUROC and "
     "AUPR (average precision) are means over the judging sets; a set's value is the mean over its seeds. Rank: "
-    "average over the judging sets, 1 is best. p: Wilcoxon's signed-rank test of the AUROC beside `default`, with"
+    "average over the judging sets, 1 is best. p: Wilcoxon's signed-rank test of the AUROC against `default`, with"
     " Holm's correction for the number of detectors. A fit that failed counts as chance: AUROC 0.5 and an AUPR of"
     " the share of anomalies. Fit: processor time, median over the fits on all sets; seconds by the clock in "
     "brackets, which other work on the machine lengthens. Critical difference: ranks that differ by less are not "
@@ -66,7 +66,7 @@ class Table(NamedTuple):
         values: AUROC and AUPR, each (sets, detectors).
         rows: all rows, by detector.
         seeds: of each fit.
-        unfinished: detectors that are left out, with the number of rows that they lack.
+        unfinished: detectors that are left out, with the number of missing rows.
     """
 
     sets: list[str]
@@ -149,7 +149,7 @@ def summary(table: Table) -> str:
 
 
 def _p_values(table: Table, rows: Sequence[int]) -> dict[str, float]:
-    """p-values of each detector beside the default one."""
+    """p-values of each detector, compared with the default one."""
     if DEFAULT not in table.detectors or len(rows) < _LEAST_SETS:
         return {}
     values = table.values["auroc"][rows]
@@ -215,7 +215,7 @@ def _seeds(table: Table) -> str:
 
 
 def tables_of(files: Files) -> dict[str, Table]:
-    """Tables of the CSVs that hold at least one detector's rows in full, by their stems."""
+    """Tables of the CSVs that contain all rows of at least one detector, by their stems."""
     found = {stem: table_of(comparable(rows)) for stem, (_, rows) in files.items() if rows}
     stems = [stem for setting in _SETTINGS for stem in found if _setting(stem) == setting and found[stem].detectors]
     return {stem: found[stem] for stem in stems}

@@ -1,4 +1,4 @@
-"""Detectors of strange images beside published figures."""
+"""Detectors of image anomalies, compared with published figures."""
 
 import statistics
 from collections.abc import Sequence

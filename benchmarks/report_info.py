@@ -20,7 +20,7 @@ from .report_columns import Row
 
 # rivals that are named
 _MOST_NAMED = 3
-# models that learn from labels, which those beside them do not see
+# models that learn from labels, which the models they are compared with do not use
 WITH_LABELS = frozenset(
     ("ada_gvae", "conditional_vae", "mlvae", "semi_supervised_m1", "semi_supervised_vae", "triplet_ae", "triplet_vae")
 )

@@ -1,4 +1,4 @@
-"""Measure how fast the zoo trains and infers: one CSV row per setting, each measured in its own process.
+"""Measure how fast the zoo trains and infers: one CSV row per setting, each measured in a separate process.
 
     python -m benchmarks.speed                                     the three workloads, training and inference
     python -m benchmarks.speed train --models all --shapes 1x28x28 3x32x32 --precision fp32 bf16
@@ -10,8 +10,8 @@ Training uses a Trainer with the command line's bar, logger, checkpoints and gua
 `samples_per_s` is the median over its epochs after the first; `_low` and `_high` are the slowest and the fastest of
 these. `share_of_peak` is the share of the speed of the fastest matrix product in the same process and precision.
 `gemm_floor_share` counts only the step's matrix products. `products_alone_share` is the time that the step's products
-and convolutions take when they run alone, divided by the step's time. In inference, `network_` rows are the bare
-modules, `bare_predict` is encode, decode and score in a plain loop, and `predict` is the same through the Trainer;
+and convolutions take when they run by themselves, divided by the step's time. In inference, `network_` rows are the
+bare modules, `bare_predict` is encode, decode and score in a plain loop, and `predict` is the same through the Trainer;
 `step_ms` is the reconstruction of a batch. `compile_s` is measured with an empty compiler cache. Several devices train
 with DDP, each with the whole batch. On the CPU a device is an equal share of the cores, also for one device, so the
 report's scaling efficiency compares like with like.
@@ -213,7 +213,7 @@ def measure(spec: dict[str, Any], table: ResultsCSV, timeout: float) -> None:
     """Measure one row, unless it exists, and put it into its table."""
     row = _row_head(spec)
     if not table.needs(row):
-        print(f"{_title(spec)}: there already")
+        print(f"{_title(spec)}: already measured")
         return
     variables = {"OMP_NUM_THREADS": str(spec["threads"])} if spec["threads"] else {}
 

@@ -47,7 +47,7 @@ from .speed import KINDS, WORKLOADS
 KEY = ("part", "workload", "kind", "compile")
 PAGE = ROOT / "docs" / "design" / "speed.md"
 MIN_GAIN = 1.05
-# parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps alone
+# parts that take effect in the steps of a fit, and in those of a prediction; then those of compiled steps only
 _OF_FIT = ("fast_loop", "fused_optimizer", "denormals")
 _OF_RESUME = ("denormals",)
 # steps after which units have died and their first moments, a tenth smaller each step, have become denormal; and the
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--kinds", nargs="+", default=[*KINDS, "resume"], choices=(*KINDS, "resume"))
     add("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     add("--compile", nargs="+", default=["off", "default"], choices=("off", "default"), help="of dense training")
-    add("--parts", nargs="+", metavar="P", help="these alone")
+    add("--parts", nargs="+", metavar="P", help="only these")
     add("--steps", type=at_least(2), default=50, metavar="N", help="batches of an epoch")
     add("--repeats", type=at_least(3), default=15, metavar="N", help="times that each setting has its turn")
     add("--epochs", type=at_least(1), default=6, metavar="N", help="epochs of a turn that are measured")

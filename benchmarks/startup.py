@@ -52,7 +52,7 @@ def measure_startup(arguments: Namespace, command: str) -> None:
     fit = ["fit", "-c", "dense_article", "--compile", "off"]
     names = {"imports": "import torch, lightning, torchmetrics", "first step": f"aezoo {' '.join(fit)}"}
     if not any(table.needs({"what": name}) for name in names.values()):
-        print(f"{path}: there already")
+        print(f"{path}: already measured")
         return
     # the file name contains the accelerator
     where = [] if arguments.accelerator == "auto" else [f"--trainer.accelerator={arguments.accelerator}"]

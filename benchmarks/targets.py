@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
     Attributes:
         what: description for the reader.
-        file: prefix of the name of the CSV that holds the figure, up to torch's version.
+        file: prefix of the name of the CSV that contains the figure, up to torch's version.
         bound: the figure to reach.
         measure: computes the figure from that CSV's rows; None if they do not have it.
         at_most: whether less is better.
@@ -45,7 +45,7 @@ class Target(NamedTuple):
     gpu: bool | None = None
 
     def matches(self, stem: str) -> bool:
-        """Whether a CSV of that name holds the figure."""
+        """Whether a CSV of that name contains the figure."""
         on_gpu = not re.search(r"-pt[\d.]+-(cpu\d|mps)", stem)
         return stem.startswith(self.file) and self.gpu in (None, on_gpu)
 

@@ -76,7 +76,7 @@ def train_model(spec: Row, data: aezoo.DataModule, seconds: float) -> aezoo.Auto
 
 
 def _detect(spec: Row, data: aezoo.DataModule, test: SampleSet, out: str | None) -> list[Row]:
-    """One-vs-rest: one model for each class, trained on this class alone."""
+    """One-vs-rest: one model for each class, trained on this class only."""
     if not data.num_classes:
         raise AezooError(f"{data.name} has no classes for one-vs-rest")
     names = data.source.class_names or tuple(map(str, range(data.num_classes)))

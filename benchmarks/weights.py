@@ -1,13 +1,13 @@
 """Train the weights that the package contains, measure them, and write their files, entries and model cards.
 
     python -m benchmarks.weights                        all tags of `benchmarks/weights.yaml` that are missing
-    python -m benchmarks.weights vae.mnist --again      this one anew
+    python -m benchmarks.weights vae.mnist --again      train this one again
     python -m benchmarks.weights --train-only           only the trainings
-    python -m benchmarks.weights vae.mnist --as-is      measure a training that has not ended; a later call goes on
+    python -m benchmarks.weights vae.mnist --as-is      measure a training that has not ended; a later call continues it
     python -m benchmarks.weights --table                only rewrite the table of docs/pretrained.md
 
 MNIST is looked for in the folder that the environment variable `AEZOO_DATA` names, else in `data`; Fashion-MNIST also
-in /usr/share/datasets. Runs are kept in `build/weights`: one that was ended in any way goes on.
+in /usr/share/datasets. Runs are stored in `build/weights`; a run that was interrupted continues.
 
 Weights are stored in float16 if the loss and the squared error of reconstructions on the test split then change by at
 most 0.1 %, else in float32.
@@ -73,7 +73,7 @@ def data_settings(tag: str, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_root(name: str) -> Path:
-    """The folder that holds a data set's files."""
+    """The folder that contains a data set's files."""
     root = Path(os.environ.get("AEZOO_DATA", "data"))
     return FASHION_ROOT if name == "fashion_mnist" and FASHION_ROOT.is_dir() else root.resolve()
 
@@ -273,7 +273,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--as-is", action="store_true", help="train nothing, measure the best weights so far")
     add("--table", action="store_true", help="make nothing, rewrite the table")
     add("--keep", type=Path, default=common.ROOT / "build" / "weights", metavar="DIR", help="folder of the runs")
-    add("--again", action="store_true", help="measure what is there, too; remove its run to train anew")
+    add("--again", action="store_true", help="measure finished tags again; remove a run to train it again")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.tags) - set(settings()):
         raise AezooError(f"{SETTINGS.name} has no tag {min(unknown)!r}: take {', '.join(settings())}")

@@ -51,7 +51,7 @@ WORKLOADS = {
         batch=256,
         epochs=4,
         tolerance=0.01,
-        # at 1e-3, rounding alone separates the curves of the same loop, compiled and not compiled, by 3 %
+        # at 1e-3, rounding errors separate the curves of the same loop, compiled and not compiled, by 3 %
         lr=2e-4,
     ),
     "conv28": Workload(

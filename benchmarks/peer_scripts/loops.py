@@ -1,4 +1,4 @@
-"""Hand-written PyTorch loops: the yardstick, and the one that textbooks print."""
+"""Hand-written PyTorch loops: the reference, and the loop of textbooks."""
 
 import ctypes
 import sys
@@ -17,7 +17,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def keep_pages() -> bool:
-    """Let glibc keep freed memory: activations that are mapped anew each step cost page faults."""
+    """Let glibc keep freed memory: mapping activations again in each step causes page faults."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -38,7 +38,7 @@ def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
     network, data = Network(job).to(job.accelerator), training_rows(job).to(job.accelerator)
     channels_last = job.variational and "no-channels-last" not in job.options
     if channels_last:
-        # stubs of torch before 2.15 lack this overload
+        # stubs of torch before 2.15 do not have this overload
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     bf16 = job.precision == "bf16"
 
@@ -53,7 +53,7 @@ def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
 
 
 def compiled(job: Job) -> dict[str, Any]:
-    """As fast as a PyTorch loop by hand gets.
+    """The fastest hand-written PyTorch loop.
 
     Options, to measure what each is worth: no-compile, no-channels-last, no-malloc, compiled-optimizer.
     """
@@ -109,7 +109,7 @@ def graph(job: Job, record: Callable[[Step], Step] = capture_graph) -> dict[str,
     total, clock, n = torch.zeros((), device=data.device), build_clock(job), len(data)
 
     def recorded(size: int) -> tuple[Tensor, Step]:
-        """The buffer that holds a step's batch, and the step."""
+        """The buffer for a step's batch, and the step."""
         batch = data[:size].clone()
 
         def step() -> None:

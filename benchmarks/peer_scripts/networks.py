@@ -68,7 +68,7 @@ def kl(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def loss_on_logits(network: Network, x: Tensor, variational: bool) -> Tensor:
-    """Negative evidence lower bound, or cross-entropy alone, in nats a sample; stable and in one kernel."""
+    """Negative evidence lower bound, or only the cross-entropy, in nats per sample; stable and in one kernel."""
     extra: Tensor | float = 0.0
     if variational:
         mu, log_var = network.posterior(x)
@@ -89,7 +89,7 @@ def loss_on_probabilities(network: Network, x: Tensor, variational: bool) -> Ten
 
 
 def build_clock(job: Job) -> Clock:
-    """A clock for a party of PyTorch's: it waits for the GPU, if there is one."""
+    """A clock for parties that use PyTorch; it waits for the GPU, if there is one."""
     return Clock(job, torch.cuda.synchronize) if job.accelerator == "cuda" else Clock(job)
 
 
@@ -105,7 +105,7 @@ def epoch_order(job: Job, n: int, epoch: int) -> Tensor:
 
 
 class EpochOrderSampler(Sampler[int]):
-    """That order for torch's loader; as costly as its own random sampler.
+    """This order for torch's loader; as costly as torch's random sampler.
 
     Args:
         job: the run.

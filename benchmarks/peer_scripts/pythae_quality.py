@@ -1,4 +1,4 @@
-"""pythae's variational models on dense networks, by its own trainers; the trained weights go to a file."""
+"""pythae's variational models on dense networks, by pythae's trainers; the trained weights are written to a file."""
 
 import math
 from importlib.metadata import version

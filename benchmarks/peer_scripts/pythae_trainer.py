@@ -1,4 +1,4 @@
-"""pythae's AE and VAE with the job's encoder and decoder, in its own trainer."""
+"""pythae's AE and VAE with the job's encoder and decoder, in pythae's trainer."""
 
 from importlib.metadata import version
 from typing import Any
@@ -44,7 +44,7 @@ class Decoder(BaseDecoder):
 
 
 class BernoulliAE(AE):
-    """pythae's AE knows the squared error only; this is the cross-entropy of its VAE."""
+    """pythae's AE supports only the squared error; this is the cross-entropy of its VAE."""
 
     def loss_function(self, recon_x: Tensor, x: Tensor) -> Tensor:
         x_hat, x = recon_x.reshape(len(x), -1), x.reshape(len(x), -1)

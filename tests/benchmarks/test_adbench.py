@@ -186,10 +186,10 @@ def test_detectors_have_settings_of_estimator_or_model():
     ("text", "words"),
     [
         ("vea", "did you mean 'vae'"),
-        ("pyod.Forest", "there are pyod.AutoEncoder"),
+        ("pyod.Forest", "PyOD has pyod.AutoEncoder"),
         ("default:betta=1", "neither AutoencoderDetector nor dense_ae has betta"),
         ("vae:beta", "settings are KEY=VALUE"),
-        ("vae:hidden_dims=[1", "is no value"),
+        ("vae:hidden_dims=[1", "is not a value"),
     ],
 )
 def test_unknown_detectors_and_settings_are_refused(text, words):

@@ -51,7 +51,7 @@ def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsy
     before = [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))]
     capsys.readouterr()
     speed.main([*QUICK, "--results", str(tmp_path)])
-    assert capsys.readouterr().out.count("there already") == 2
+    assert capsys.readouterr().out.count("already measured") == 2
     assert [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))] == before
 
 

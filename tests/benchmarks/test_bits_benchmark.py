@@ -106,7 +106,7 @@ def test_plan_is_ordered_by_seed_and_checks_names():
     assert seeds == sorted(seeds) and len(seeds) == 2 * 2 * 8
     with pytest.raises(AezooError, match="did you mean 'fsq_vae'"):
         plan("--models", "fsq_vea")
-    with pytest.raises(AezooError, match="vae is no quantised model"):
+    with pytest.raises(AezooError, match="vae is not a quantised model"):
         plan("--models", "vae")
 
 

@@ -196,7 +196,7 @@ def test_different_command_does_not_replace_rows_without_flag(fake, capsys):
     fake.run()
     (path,) = fake.folder.glob("*.csv")
     before, calls = path.read_bytes(), len(fake.calls)
-    assert fake.run()[0] == 0 and "is there already" in capsys.readouterr().out
+    assert fake.run()[0] == 0 and "already exists" in capsys.readouterr().out
     with pytest.raises(AezooError, match=r"the rows of another command, python -m benchmarks.peers dense .* --again"):
         fake.run("--epochs", "2")
     assert path.read_bytes() == before and len(fake.calls) == calls
@@ -408,7 +408,7 @@ def test_unwritable_record_is_reported_in_one_line(tmp_path):
 def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         peers.parse_arguments(["dense", *wrong])
-    assert f"argument {wrong[0]}: '{wrong[1]}' is no " in capsys.readouterr().err
+    assert f"argument {wrong[0]}: '{wrong[1]}' is not a " in capsys.readouterr().err
 
 
 # ---- environments ---------------------------------------------------------------------------------------------------

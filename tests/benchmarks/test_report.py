@@ -92,7 +92,7 @@ def test_absent_accelerator_has_no_rows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("gpu", "cuda", "mps", "gpx"):
-        with pytest.raises(AezooError, match=f"--accelerator {name}: torch finds none here; take cpu, or auto"):
+        with pytest.raises(AezooError, match=f"--accelerator {name}: torch finds none on this machine; use cpu"):
             environment(SimpleNamespace(accelerator=name))
     assert "-cpu" in environment(SimpleNamespace(accelerator="auto"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

@@ -81,7 +81,7 @@ def broken_links(site: Path) -> list[str]:
 def invalid_markup(site: Path, jar: Path) -> list[str]:
     """Errors that the Nu HTML checker finds in the pages."""
     command = ["java", "-jar", str(jar), "--errors-only", "--skip-non-html", "--format", "json", str(site)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     try:
         messages = json.loads(done.stderr)["messages"]
     except ValueError:
@@ -97,9 +97,11 @@ def invalid_markup(site: Path, jar: Path) -> list[str]:
 
 # ---- the browser ----------------------------------------------------------------------------------------------------
 
+# Chromium may never resolve decode() of a picture, and evaluating has no time limit
 MISSING_PICTURES = """async () => {
+  const limit = new Promise(resolve => setTimeout(resolve, 30000));
   for (const i of document.images) i.loading = 'eager';
-  await Promise.all([...document.images].map(i => i.decode().catch(() => {})));
+  await Promise.race([limit, Promise.all([...document.images].map(i => i.decode().catch(() => {})))]);
   return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.getAttribute('src'));
 }"""
 # what reaches over the right edge is of no use where a phone cuts it off

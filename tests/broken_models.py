@@ -118,7 +118,7 @@ class MissingDefault(CorrectModel):
 
 
 class ModuleArgument(CorrectModel):
-    """Has a module as a hyperparameter, which no checkpoint can hold.
+    """Has a module as a hyperparameter, which no checkpoint can contain.
 
     Args:
         input_shape: shape of one sample.
@@ -358,7 +358,7 @@ class DifferentIndicesWhenExported(CorrectDiscreteModel):
 
 
 class NonCausalDistribution(EntropyCoded):
-    """The distribution depends on the symbol to be decoded, which a decoder does not know.
+    """The distribution depends on the symbol to be decoded, which is not available to a decoder.
 
     Args:
         input_shape: shape of one sample; any.
@@ -512,7 +512,7 @@ class LazyBuffer(CorrectModel):
 
 
 class UnregisteredBuffer(CorrectModel):
-    """Keeps state in a plain attribute, which no checkpoint holds.
+    """Keeps state in a plain attribute, which no checkpoint contains.
 
     Args:
         input_shape: shape of one sample.
@@ -551,7 +551,7 @@ class NonPersistentBuffer(CorrectModel):
 
 
 class CounterOutsideCheckpoint(CorrectModel):
-    """The weight of a term depends on a counter that no checkpoint holds."""
+    """The weight of a term depends on a counter that no checkpoint contains."""
 
     seen = 0
 

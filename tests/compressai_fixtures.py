@@ -5,7 +5,7 @@
 writes to `tests/fixtures/compressai` the weights of each architecture by their names in CompressAI, a picture of
 squares of 4 x 4, and for it code, likelihoods, every fourth place of the output, and strings. Codes are at least
 `MARGIN` away from where rounding changes an integer, and scales from where they change a table, so that another order
-of sums gives the same strings. The tables of Gaussians, which all share, are in a file of their own.
+of sums gives the same strings. The tables of Gaussians, which all share, are in a separate file.
 """
 
 import warnings

@@ -3,7 +3,7 @@
     python tests/kill_campaigns.py --kills 1000 --keep build/kills.jsonl [--out FILE.json]
 
 A campaign trains once undisturbed, then under some kills (SIGKILL), each followed by the same command, until the run
-ends; then the two are compared. A campaign that has ended is a line of the kept file, after which another call goes on.
+ends; then the two are compared. A finished campaign is a line of the kept file, and another call continues after it.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Small masked autoencoders with random weights, and what other libraries compute with them.
 
-    python tests/mae_fixtures.py        with transformers 5.24 or later and timm 1.0.31 or later beside torch
+    python tests/mae_fixtures.py        with transformers 5.24 or later and timm 1.0.31 or later in addition to torch
 
 writes to `tests/fixtures/mae` the folder of a model as transformers saves it, and a checkpoint with the names of the
 authors' code, whose blocks are timm's, each with the outputs in `expected.safetensors`.

@@ -1,7 +1,7 @@
 """Fits and predictions of conv_ae without one of the private names that only speed needs.
 
 `python tests/missing_private_names.py` prints a JSON object of the names without which something fails, each with the
-error. A name is hidden from aezoo alone, in a forked child: torch and Lightning go on finding what is their own.
+error. A name is hidden only from aezoo, in a forked child: torch and Lightning still find it.
 """
 
 import builtins

@@ -1,6 +1,6 @@
 """Settings of small models of MultiVae, and what MultiVae computes with them at weights that are drawn.
 
-    python tests/multivae_fixtures.py        with multivae 1.0.3 beside torch; aezoo is not imported
+    python tests/multivae_fixtures.py        with multivae 1.0.3 in addition to torch; aezoo is not imported
 
 writes to `tests/fixtures/multivae` for each case the `model_config.json` that MultiVae saves, and an `.npz` with the
 names and shapes of its weights, from which `tests/io/drawn_weights.py` makes the weights again, and with samples, the

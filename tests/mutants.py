@@ -1,11 +1,11 @@
 """The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
 
     python -m tests.mutants --draw 300         so many of the faults, drawn at random; --seed 1 draws others
-    python -m tests.mutants --keep FILE        all of them; goes on where it was ended
+    python -m tests.mutants --keep FILE        all of them; continues where it was ended
     python -m tests.mutants vae.py "drop log"  those with one of these in their identity
     python -m tests.mutants --list             only print them
     python -m tests.mutants --jobs 4           so many at a time
-    python -m tests.mutants --without-golden   by the laws alone, where golden values would notice most faults
+    python -m tests.mutants --without-golden   by the laws only, where golden values would notice most faults
 
 Faults of formulas are made from the code as it stands, see `tests/mutation_operators.py`, and are known by file,
 function, operator and ordinal. Those that detach one sub-expression (": detach " is in their identity) are those that
@@ -245,7 +245,7 @@ def _test_path(test: str) -> str:
 
 @cache
 def _test_texts() -> dict[str, str]:
-    # those of tests/parity need an environment of their own
+    # those of tests/parity need a separate environment
     paths = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.parent.name != "parity"]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
@@ -338,7 +338,7 @@ def _golden_test(label: str) -> str:
 
 @contextmanager
 def temporary_copy() -> Iterator[Path]:
-    """A folder of its own with the package and its tests."""
+    """A separate folder with the package and its tests."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve()
         for name in COPIED:
@@ -478,7 +478,7 @@ class VerdictFile:
     """Verdicts in a file, a line each, for as long as the package and its tests stay as they are.
 
     Args:
-        path: the file; one of another state is begun anew. None keeps nothing.
+        path: the file; one of another state is started again. None keeps nothing.
         digest: see `source_digest`.
     """
 

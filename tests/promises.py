@@ -1,7 +1,7 @@
 """The table of promises: what is promised, which test shows it, and the figure that the last run of it gave.
 
     python -m tests.promises                        write PROMISES.md from tests/promises.json
-    python -m tests.promises --run [NAME ...]       measure anew first, all or some of: fuzz, mutants, resume, ...
+    python -m tests.promises --run [NAME ...]       measure again first, all or some of: fuzz, mutants, resume, ...
 
 The figures are what the runs themselves count; none is typed.
 """
@@ -136,7 +136,7 @@ def results():
 
 
 def is_recording():
-    """Whether this program runs the tests: those that draw cases, or stop early, take them all then and go on."""
+    """Whether this program runs the tests: those that draw cases, or stop early, take them all then and continue."""
     return _SWITCH in os.environ
 
 

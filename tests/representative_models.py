@@ -20,7 +20,7 @@ SLOW_REPRESENTATIVE = (
 
 
 def others_slow(names: Iterable[str], kept: Iterable[str] = REPRESENTATIVE) -> list[Any]:
-    """The names as parameters of a test that runs by default on those to be kept alone."""
+    """The names as parameters of a test that runs by default on those to be kept only."""
     return [pytest.param(name, marks=[] if name in kept else [pytest.mark.slow]) for name in names]
 
 

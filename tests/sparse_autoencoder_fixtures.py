@@ -8,7 +8,7 @@
 
 Each environment holds the library (sae-lens 6.54, dictionary-learning 0.1.0, eai-sparsify 1.3.3); FORK is the file
 dictionary_learning/dictionary.py of https://github.com/science-of-finetuning/dictionary_learning at 088e5872957d, or
-its class CrossCoder alone; CHECKOUT is sparse_autoencoder/model.py of https://github.com/openai/sparse_autoencoder.
+its class CrossCoder only; CHECKOUT is sparse_autoencoder/model.py of https://github.com/openai/sparse_autoencoder.
 aezoo is not imported. A case is a folder of tests/fixtures/sparse_autoencoders with the original's files, and beside it
 a file with x, code and output. All weights are random, with a seed a case.
 """

@@ -64,7 +64,7 @@ def test_a_seed_decides_the_noise(name: str) -> None:
     torch.manual_seed(7)
     first, second = c(x), c(x)
     torch.manual_seed(7)
-    c(x, seeded(5))  # a generator leaves the global state alone
+    c(x, seeded(5))  # a generator does not change the global state
     assert torch.equal(c(x), first)
     assert not torch.equal(first, second)
 

@@ -554,7 +554,7 @@ def test_threshold_of_a_stream_is_that_of_its_last_samples(score):
         assert all(torch.equal(anew.state[name], value) for name, value in model._combined.state.items())
     again = pickle.loads(pickle.dumps(model))
     assert again.partial_fit(parts[0]).offset_ == copy.deepcopy(model).partial_fit(parts[0]).offset_
-    # a fit starts anew, and keeps no samples
+    # a fit starts again, and keeps no samples
     assert model.fit(parts[0]).n_calibration_ == 12 and not hasattr(model, "_recent")
     with pytest.raises(AezooError, match="stream_window must be at least 1, got 0"):
         model.set_params(stream_window=0).partial_fit(parts[0])

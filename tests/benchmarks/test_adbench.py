@@ -338,7 +338,7 @@ def test_a_score_that_is_not_finite_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(adbench_row, "detector", lambda **_: (fits, "x 1"))
     with pytest.raises(FloatingPointError, match="not finite"):
         adbench_row.measure(spec)
-    # equal scores tell nothing apart: chance, and the share of anomalies
+    # equal scores: AUROC of chance, and the share of anomalies as AUPR
     found = adbench_row.measure(spec)
     assert found["auroc"] == 0.5 and found["aupr"] == pytest.approx(0.1)
 

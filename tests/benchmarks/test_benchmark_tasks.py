@@ -159,7 +159,7 @@ def test_refused_models_are_skipped_with_a_reason(tmp_path, capsys):
         plan_of(tmp_path, "--models", "dens_ae")
 
 
-# ---- what a run that goes on finds and brings -----------------------------------------------------------------------
+# ---- runs that continue ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_missing_baselines_are_added_by_next_run(fake):
     fake.failing.add("linear_ae")
     lost = ("linear_ae", "linear_ae", "killed by SIGKILL")
     assert fake()[1] == [lost, OURS[1]]
-    # by a model that is there, whose own rows stay; the one that failed is tried again on demand alone
+    # by an existing model, which keeps its rows; the one that failed is only repeated on request
     fake.failing.add("dense_ae")
     assert fake() == ([("dense_ae", 0, True)], [lost, OURS[1]])
     fake.failing.remove("dense_ae")

@@ -1,4 +1,4 @@
-"""The speed benchmark: rows in processes of their own, CSVs that go on, batches that shrink, figures that add up."""
+"""The speed benchmark: rows in separate processes, CSVs that continue, batches that shrink, figures that add up."""
 
 import os
 import signal

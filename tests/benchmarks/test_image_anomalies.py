@@ -1,4 +1,4 @@
-"""The benchmark of image anomalies: its methods beside the zoo's models and SciPy, its rows, and its table."""
+"""The benchmark of image anomalies: its methods compared with the zoo's models and SciPy, its rows, and its table."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The peers benchmark: equal networks, losses that must agree, environments, runs that go on, and targets."""
+"""The peers benchmark: equal networks, losses that must agree, environments, runs that continue, and targets."""
 
 import contextlib
 import csv

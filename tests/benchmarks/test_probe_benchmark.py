@@ -25,7 +25,7 @@ def rows_of(folder):
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch):
-    """Rows are measured here: processes of their own are tested with the other benchmarks."""
+    """Rows are measured here: separate processes are tested with the other benchmarks."""
 
     def run_rows(module, specs, timeout, jobs, accelerator):
         assert module == "probe_row"

@@ -32,7 +32,7 @@ def _in_this_process(monkeypatch):
 
     monkeypatch.setattr(quantisers, "run_row", run_row)
     monkeypatch.setattr(quantisers, "SIDE", 4)
-    # it changes the allocator of the whole process, which goes on with other tests
+    # it changes the allocator of the whole process, which continues with other tests
     monkeypatch.setattr(quantisers_row, "_release_memory", lambda: None)
 
 
@@ -165,7 +165,7 @@ def test_equal_codes_are_counted_per_position():
 
 @pytest.mark.slow
 def test_peak_memory_counts_simultaneous_allocations():
-    """In a process of its own, as every row is."""
+    """In a separate process, as every row is."""
     script = """
 import torch
 from benchmarks import quantisers_row

@@ -1,4 +1,4 @@
-"""Ranks, Friedman's and Nemenyi's tests and Holm's correction, beside figures that Demsar (2006) printed."""
+"""Ranks, Friedman's and Nemenyi's tests and Holm's correction, compared with figures that Demsar (2006) printed."""
 
 import numpy as np
 import pytest

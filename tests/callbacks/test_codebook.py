@@ -216,7 +216,7 @@ def test_two_processes_count_as_one(tmp_path):
     expected = [[counts.tolist() for counts in by_hand(digits((1, 8, 8), 45).tensors[0])]]
     # six batches and one
     assert on_two_ranks(tmp_path, Indexed(), (42, 3)) == [expected, expected]
-    # pictures of rank zero alone
+    # pictures of rank zero only
     assert {path.stem for path in (tmp_path / "pictures").glob("codebook*")} == PICTURES
 
 
@@ -282,7 +282,7 @@ def test_training_is_the_same_with_and_without(fit):
         fit(model, *callbacks, max_epochs=2)
         weights.append(torch.cat([value.detach().flatten().float() for value in model.state_dict().values()]))
     assert torch.equal(*weights)
-    # nothing that a resumed run would have to go on from
+    # nothing that a resumed run would have to continue from
     assert not Codebook().state_dict()
 
 
@@ -400,7 +400,7 @@ def test_index_colours_are_distinct_and_stable():
 
 
 class Counting(Indexed):
-    """Each place of each sample, and of each of two indices, has an index of its own."""
+    """Each place of each sample, and of each of two indices, has a separate index."""
 
     def __init__(self, input_shape, places):
         super().__init__(input_shape, sizes=(4096, 4096))

@@ -604,7 +604,7 @@ def test_norms_are_taken_without_a_joint_kernel(monkeypatch):
 
 
 class Ranks(pl.Callback):
-    """What each rank has at the end, in a file of its own."""
+    """What each rank has at the end, in a separate file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -616,7 +616,7 @@ class Ranks(pl.Callback):
 
 
 class OneRank(Norms):
-    """Its loss is not finite on the second process alone."""
+    """Its loss is not finite on the second process only."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x, y)

@@ -81,7 +81,7 @@ def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
 
 
 class Clock:
-    """Time that passes by epochs and pictures alone."""
+    """Time that passes by epochs and pictures only."""
 
     def __init__(self, monkeypatch, picture: float = 0.4) -> None:
         self.now = 0.0

@@ -190,7 +190,7 @@ def test_second_prediction_into_a_folder_is_refused(predict, tmp_path):
 
 
 def photos(folder: Path, n: int, size: int = 8, n_train: int = 20) -> list[str]:
-    """A folder of pictures with a training split of its own."""
+    """A folder of pictures with a separate training split."""
     pixels = np.random.default_rng(0).integers(0, 256, (n_train, size, size), np.uint8)
     names: list[Path] = []
     for i in range(n + n_train):

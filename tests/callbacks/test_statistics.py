@@ -273,7 +273,7 @@ def test_hparams_contain_the_settings_that_differ_between_runs():
     found = differing(hyperparameters(trainer, model), trainer, model)
     changed = {"model.beta": 4.0, "model.hidden_dims": "(3, 4)", "trainer.max_epochs": 7, "data.batch_size": 64}
     assert found == {"model": "vae", "data.name": "digits", "data.num_labels": 50, **changed}
-    # what has its default, or follows from the network and the data, tells no runs apart
+    # what has its default, or follows from the network and the data, does not distinguish runs
     model, data = aezoo.create_model("vae", input_shape=(1, 8, 8)), DataModule(name="digits", batch_size=32)
     trainer = SimpleNamespace(datamodule=data, max_epochs=45, world_size=1)
     assert differing(hyperparameters(trainer, model), trainer, model) == {"model": "vae", "data.name": "digits"}

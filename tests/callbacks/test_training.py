@@ -642,7 +642,7 @@ def test_training_monitor_state_resets_between_fits(tmp_path, recwarn):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
 def test_all_callbacks_together_on_two_processes(tmp_path):
-    """Numbers of the whole set on both ranks, files of rank zero alone, no rank left waiting."""
+    """Numbers of the whole set on both ranks, files of rank zero only, no rank left waiting."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,

@@ -59,7 +59,7 @@ def validated(fit, *callbacks, model=None, **options):
         (10, 8, None, 12), (10, 8, 125, 12), (10, 8, 60, 6), (10, 8, 5, 1),
         (60, 8, None, 2), (60, 8, 20, 2), (60, 8, 19, 1),
         (500, 8, None, 1), (500, 80, None, 1), (469, 79, None, 1), (469, 200, None, 2),
-        # without validation, for the checkpoints alone
+        # without validation, for the checkpoints only
         (10, 0, None, 8), (1, 1, None, 85), (1, 1, 0, 1),
     ],
 )  # fmt: skip

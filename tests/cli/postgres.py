@@ -70,7 +70,7 @@ def server() -> Iterator[int]:
 
 
 def connect(port: int, database: str = "postgres") -> psycopg.Connection:
-    """A connection in which each statement is a transaction of its own."""
+    """A connection in which each statement is a separate transaction."""
     return psycopg.connect(host="127.0.0.1", port=port, user=USER, password=PASSWORD, dbname=database, autocommit=True)
 
 

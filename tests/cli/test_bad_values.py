@@ -77,7 +77,7 @@ MEANING = {
     "size": NONE, "channels": NONE, "download": ON, "max_pixels": NEVER, "max_bytes": NEVER, "drop_last": ON,
     "hflip": OFF, "vflip": OFF, "crop_padding": OFF, "color_jitter": OFF,
     "num_workers": OFF | NONE, "train_classes": NONE | {"[0]", "['a']"},  # read with the labels
-    # of the sources synthetic_dictionary, activations, hf and stream alone, which read them
+    # of the sources synthetic_dictionary, activations, hf and stream only, which read them
     "dictionary_active": {1.5}, "dictionary_correlation": OFF, "dictionary_noise": WEIGHT, "normalise": ON,
     "network": {"", "abc", "1"}, "layer": {"", "abc", "1"}, "of": {"", "abc", "1"},
     "column": {"", "abc", "1"}, "label_column": {"", "abc", "1"}, "cache_dir": {"", "abc", "1"}, "cache_bytes": NEVER,

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: light commands, short names, recipes, checkpoints alone, errors of one line."""
+"""The command line as a user meets it: fast commands, short names, recipes, runs from checkpoints, one-line errors."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""Models as Lightning's and torch's users take them: in a Trainer of their own, and in no Trainer at all."""
+"""Models as Lightning's and torch's users take them: in the user's Trainer, and in no Trainer at all."""
 
 from contextlib import nullcontext
 
@@ -109,7 +109,7 @@ def test_data_init_and_masking_support_any_precision(name, settings, precision):
     assert torch.isfinite(run.callback_metrics["train/loss"])
 
 
-# ---- in a loop of one's own -----------------------------------------------------------------------------------------
+# ---- in a separate loop -----------------------------------------------------------------------------------------
 
 
 def by_hand(own, fabric=None):

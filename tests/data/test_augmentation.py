@@ -1,4 +1,4 @@
-"""Augmentation: what torchvision does, with draws that depend on the seed, the epoch and the index alone."""
+"""Augmentation: what torchvision does, with draws that depend on the seed, the epoch and the index only."""
 
 import io
 

@@ -61,7 +61,7 @@ def test_errors_by_column_are_those_of_the_units():
     for part in range(0, len(x), 7):
         found.add(x[part : part + 7], x_hat[part : part + 7])
     rows = {row["column"]: row for row in columns.summary(found)}
-    # of the training split alone, so not to the last digit
+    # of the training split only, so not to the last digit
     assert rows["price"]["mae"] == pytest.approx(0.5 * deviation[0], rel=0.3)
     assert rows["price"]["r2"] == pytest.approx(1 - 0.25, abs=1e-5)
     assert rows["score"]["r2"] == pytest.approx(1 - 4, abs=1e-5) and np.isnan(rows["built"]["r2"])

@@ -395,7 +395,7 @@ def test_decoding_memory_is_that_of_the_samples(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
     run = subprocess.run([sys.executable, "-c", _PEAKS, tmp_path], capture_output=True, text=True, check=True)
     looked_at, held = map(float, run.stdout.split()[-2:])
-    assert looked_at < 40  # those that are being decoded alone
+    assert looked_at < 40  # those that are being decoded only
     assert 40 < held < 130
 
 

@@ -199,7 +199,7 @@ def test_overfit_batches_are_equal_in_every_epoch(memory, binarise, recwarn):
         assert torch.equal(labels, y[rows])
         if binarise == "none":
             assert torch.equal(images, x[rows])
-        else:  # drawn anew, of the same chances
+        else:  # drawn again, of the same chances
             assert images.unique().tolist() == [0, 1]
             assert not images[x[rows] == 0].any() and images[x[rows] == 1].all()
     assert not [str(one.message) for one in recwarn if "shuffling" in str(one.message)]

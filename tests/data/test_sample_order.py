@@ -1,4 +1,4 @@
-"""A run that is stopped between two batches and goes on sees the same batches as one that never was."""
+"""A run that is stopped between two batches and continues sees the same batches as one that never was."""
 
 import lightning.pytorch as pl
 import pytest

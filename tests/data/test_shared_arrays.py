@@ -21,7 +21,7 @@ SIZE = 2**26
 
 @pytest.fixture
 def alone():
-    """The first of two processes of a machine, in a group of its own."""
+    """The first of two processes of a machine, in a separate group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield SimpleNamespace(node_rank=0, local_rank=0, num_devices=2)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The fuzzing, small in every run and large in the slow one; in a process of its own, so that a crash is a failure."""
+"""The fuzzing, small in every run and large in the slow one; in a separate process, so that a crash is a failure."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and which of them a run goes on from."""
+"""Files that are whole or not there, and which of them a run continues from."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def test_bit_flips_and_truncation_are_detected(tmp_path):
         path.write_bytes(other)
         # as `newest` asks; what is no zip file at all is refused by the reader
         if atomic_files.find_damage(path) is None and zipfile.is_zipfile(path):
-            # the note at the end alone: each part of the zip still fits its own checksum
+            # the note at the end only: each part of the zip still fits its own checksum
             harmless += 1
             found = torch.load(path, weights_only=True)
             assert found["global_step"] == 7 and torch.equal(found["state_dict"]["w"], checkpoint(7)["state_dict"]["w"])
@@ -103,7 +103,7 @@ def test_best_checkpoint_becomes_last_without_second_write(tmp_path, monkeypatch
     assert step_of(tmp_path / "previous.ckpt") == 1
     record = json.loads((tmp_path / "last.ckpt.json").read_text())
     assert (record["step"], record["sha256"]) == (2, hashlib.sha256(last.read_bytes()).hexdigest())
-    # the next last leaves the best alone
+    # the next last checkpoint does not replace the best one
     durable.save_checkpoint(checkpoint(3), last)
     assert not durable.name_as_last() and [step_of(path) for path in (best, last)] == [2, 3]
 

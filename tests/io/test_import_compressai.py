@@ -1,4 +1,4 @@
-"""Checkpoints of CompressAI, beside what it computes with them, and its bit streams.
+"""Checkpoints of CompressAI, compared with what it computes with them, and its bit streams.
 
 `tests/compressai_fixtures.py` has written the files.
 """

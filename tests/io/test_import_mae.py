@@ -1,4 +1,4 @@
-"""Masked autoencoders of their authors and of transformers, beside the outputs of timm and transformers.
+"""Masked autoencoders of their authors and of transformers, compared with the outputs of timm and transformers.
 
 `tests/mae_fixtures.py` has written the files.
 """

@@ -1,4 +1,4 @@
-"""Folders of MultiVae, beside what MultiVae computed."""
+"""Folders of MultiVae, compared with what MultiVae computed."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Folders of pythae, beside what pythae computed."""
+"""Folders of pythae, compared with what pythae computed."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run goes on bit for bit as one that nobody touched."""
+"""A run that is killed at any moment and restarted continues bit for bit like an undisturbed one."""
 
 import contextlib
 import errno
@@ -168,7 +168,7 @@ def test_run_without_its_config_is_not_continued(sets, capsys):
     assert "gradient_clip_val: 0.5" in config.read_text()
 
 
-# ---- what a run goes on from ----------------------------------------------------------------------------------------
+# ---- what a run continues from --------------------------------------------------------------------------------------
 
 QUIET = [*OFF, "--code_statistics.every_n_epochs=0", "--projector.n=0", "--trainer.limit_test_batches=0"]
 SHORT = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=500", *QUIET]

@@ -1,4 +1,4 @@
-"""Each run has a folder of its own, and each folder one run that writes into it."""
+"""Each run has a separate folder, and each folder one run that writes into it."""
 
 import contextlib
 import shutil

@@ -106,7 +106,7 @@ def name_of(case: Any) -> str:
 
 
 class Solution:
-    """Probabilistic PCA of samples (N, D), by numpy alone."""
+    """Probabilistic PCA of samples (N, D), by numpy only."""
 
     def __init__(self, x: np.ndarray) -> None:
         self.x, self.mean = x, x.mean(0)
@@ -193,7 +193,7 @@ def test_bound_is_likelihood_in_mean_and_stationary(case: Any, solution: Solutio
         assert bound(model)[0] < exact - 5 * error
 
 
-# a share of ciwae is the ELBO with its closed-form KL, whose gradient is 0 in the mean alone
+# a share of ciwae is the ELBO with its closed-form KL, whose gradient is 0 in the mean only
 WITHOUT_NOISE = [case for case in ESTIMATORS if case[1]["estimator"] != "reparam" and case[0] != "ciwae"]
 
 

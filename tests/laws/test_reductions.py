@@ -56,7 +56,7 @@ ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior", "compres
 
 
 # trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own, or codes are
-# noisy in training alone
+# noisy in training only
 OWN_SCALE = (
     *("sigma_vae", "sq_vae", "representation_ae", "batch_topk_sae", "matryoshka_sae", "dagmm", "vp_vae", "fsp_vae"),
     *ROUNDED,

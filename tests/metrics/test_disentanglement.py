@@ -37,7 +37,7 @@ METRICS = {
     "completeness": DCI,
     "informativeness": DCI,
 }
-# a rotation keeps all information, and votes of a rotated code may still tell factors apart
+# a rotation keeps all information, and votes of a rotated code may still distinguish factors
 SAME_WHEN_MIXED = {"informativeness"}
 
 
@@ -110,7 +110,7 @@ def test_constant_dimensions_do_not_change_score(name):
 def test_duplicated_factor_has_no_gap():
     twice = torch.cat([PERFECT, PERFECT], 1)
     assert score("mig", twice) < 1e-6 and score("sap", twice) < 1e-6
-    # each dimension still knows one factor alone; but a factor is spread over two
+    # each dimension still knows one factor only; but a factor is spread over two
     assert score("modularity", twice) > 0.99 and score("disentanglement", twice) > 0.99
     assert score("completeness", twice) < 0.8
 

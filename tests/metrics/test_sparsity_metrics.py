@@ -64,7 +64,7 @@ def test_the_mean_over_batches_of_their_own_fvu_is_biased():
     exact = float(EXPECTED["fvu"])
     assert means[0] == pytest.approx(exact, rel=1e-5)
     assert means[1] > 1.2 * exact and means[2] > 1.3 * exact
-    # without the mean, E||x||^2 alone, it would look several times better
+    # without the mean, E||x||^2 only, it would look several times better
     assert float(((x - hat) ** 2).sum() / (x**2).sum()) < exact / 2
 
 

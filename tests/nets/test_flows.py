@@ -57,7 +57,7 @@ def test_planar_step_matches_paper() -> None:
     moved, log_det = flows.planar(z, torch.cat([u, w, b], 1))
     h = torch.tanh((w * z).sum(1, keepdim=True) + b)
     u_hat = (moved - z) / h
-    # u moves along w alone, to where w u' = m(w u) > -1
+    # u moves along w only, to where w u' = m(w u) > -1
     torch.testing.assert_close(u_hat - u, (u_hat - u) * w / w**2 * w)
     along = ((u_hat - u) * w).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True)
     torch.testing.assert_close(u_hat - u, along * w)

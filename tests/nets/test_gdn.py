@@ -46,7 +46,7 @@ def test_float16_gdn_handles_overflowing_squares(inverse: bool) -> None:
 
 @pytest.mark.parametrize("grid", [(7,), (4, 5), (2, 3, 4)])
 def test_inverse_gdn_undoes_gdn_for_zero_gamma(grid: tuple[int, ...]) -> None:
-    """Exact for gamma = 0 alone: with weights the mirror is one step of a fixed-point iteration."""
+    """Exact for gamma = 0 only: with weights the mirror is one step of a fixed-point iteration."""
     x = torch.randn(2, 3, *grid, dtype=torch.float64)
     layer, mirror = GDN(3).double(), GDN(3, inverse=True).double()
     with torch.no_grad():

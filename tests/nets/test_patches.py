@@ -85,7 +85,7 @@ def test_unshuffle_inverts_shuffle() -> None:
     assert torch.equal(vit.unshuffle(moved_BND, order_BN), tokens_BND)
     assert torch.equal(moved_BND[2, 5], tokens_BND[2, order_BN[2, 5]])
     assert torch.equal(vit.shuffle(tokens_BND, order_BN[:, :4]), moved_BND[:, :4])
-    # shuffling twice is the mistake: an order is its own inverse by chance alone
+    # shuffling twice is the mistake: an order is its own inverse by chance only
     assert not torch.equal(vit.shuffle(moved_BND, order_BN), tokens_BND)
 
 

@@ -110,7 +110,7 @@ class Comparison:
         left, right = zip(*pairs, strict=True)
         grads = [torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)
                  for loss, of in ((ours, left), (theirs, right))]  # fmt: skip
-        # some vanish in exact arithmetic, and by rounding on some processors alone
+        # some vanish in exact arithmetic, and by rounding on some processors only
         least = [_ROUNDING * max((float(g.abs().max()) for g in side if g is not None), default=0.0) for side in grads]
         differences = []
         for found, other in zip(*grads, strict=True):

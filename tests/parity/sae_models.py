@@ -14,7 +14,7 @@ DEAD_AFTER = 1000
 
 
 def build(name: str, shape: tuple[int, ...] = (X,), **settings: Any) -> Any:
-    """A model in training whose parameters, and no biases alone, are off their start."""
+    """A model in training whose parameters, not only biases, differ from their initial values."""
     model = aezoo.create_model(name, shape, latent_dim=N, **settings).double().train()
     with torch.no_grad():
         for p in model.parameters():

@@ -19,7 +19,7 @@ D, CODE, BATCH = 6, 3, 8
 
 
 def losses() -> Any:
-    """Its module of losses alone, which needs nothing but torch: the package loads all models and what they need."""
+    """Its module of losses only, which needs nothing but torch: the package loads all models and what they need."""
     path = metadata.distribution("anomalib").locate_file("anomalib/models/image/ganomaly/loss.py")
     spec = importlib.util.spec_from_file_location("anomalib_ganomaly_loss", str(path))
     assert spec is not None and spec.loader is not None

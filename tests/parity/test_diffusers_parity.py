@@ -85,7 +85,7 @@ def test_decoder_that_receives_the_visible_values(compare):
     decoder, first = copy.deepcopy(model.decoder), other.decoder
     first.conv_in, *stages = decoder.stages
     first.mid_block, first.up_blocks = Ignoring(nn.Identity()), nn.ModuleList(Ignoring(stage) for stage in stages)
-    # convolutions alone: theirs puts the activations between them
+    # convolutions only: theirs puts the activations between them
     convs = [decoder.condition[0], *(stage[-1] for stage in decoder.condition[1:])]
     first.condition_encoder.layers = nn.Sequential(*convs)
     first.conv_norm_out, first.conv_act, first.conv_out = nn.Identity(), decoder.last[0], decoder.last[1]

@@ -261,7 +261,7 @@ def test_batch_topk_saes_equal_batch_topk_saes(compare, name):
     fresh, other, _ = batch_pair(name)
     fresh.loss(x), step(other, x, dead_mask())
     comparison.deviates("threshold after a step", fresh.theta.value, other.topk_threshold, reason, follows="ours")
-    fresh.theta.value *= 0.9  # an activation that is equal to it fires here alone
+    fresh.theta.value *= 0.9  # an activation that is equal to it fires here only
     # in evaluation theirs is a JumpReLU SAE
     state = {key: value.detach().clone() for key, value in other.state_dict().items()}
     state["topk_threshold"] = fresh.theta.value.detach()

@@ -447,7 +447,7 @@ def test_rotation_trick_keeps_angle_and_scales_by_norms():
     rebuilt = torch.stack([torch.autograd.functional.jacobian(lambda one, to=to: rotation(one, to), one) @ one
                            for one, to in zip(z.detach(), q, strict=True)])  # fmt: skip
     torch.testing.assert_close(rebuilt, q, rtol=0, atol=1e-10)
-    # and on what is orthogonal to both it is the ratio alone
+    # and on what is orthogonal to both it is the ratio only
     other = torch.linalg.svd(torch.stack([z[0], q[0]])).Vh[-1].detach()
     (kept,) = gradients((other * rotation(z, q)[0]).sum(), z)
     torch.testing.assert_close(kept[0], ratio[0] * other, rtol=0, atol=1e-10)
@@ -855,7 +855,7 @@ def test_dropped_levels_are_not_updated():
         residual = (z - total)[kept]
         assert torch.equal(torch.cdist(residual, codebook).argmin(1), index[kept])
         hits = torch.bincount(index[kept], minlength=K).float()
-        assert torch.equal(level.count_K, hits)  # decay 0: those of this batch alone
+        assert torch.equal(level.count_K, hits)  # decay 0: those of this batch only
         sums = torch.zeros(K, D).index_add(0, index[kept], residual)
         torch.testing.assert_close(level.sum_KD, sums, rtol=1e-5, atol=1e-5)
         terms = terms + (residual - codebook[index[kept]]).square().sum() / 300

@@ -1,4 +1,4 @@
-"""The report of runs, from the files in their folders alone."""
+"""The report of runs, from the files in their folders only."""
 
 import json
 import math

@@ -73,7 +73,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
         main([*argv, *(["--allow", "evil"] if way == "flag" else ["--allow=evil"])])
     assert canary.exists()
     canary.rmdir()
-    # the permission ends with the command, although the process goes on
+    # the permission ends with the command, although the process continues
     del sys.modules["evil"]
     assert "--allow evil" in refused(*argv)
     assert "--allow evil" in refused(*argv, "--allow", "evi")
@@ -83,7 +83,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
 def test_class_path_after_model_needs_no_other_flag(refused, canary, capsys):
     main(["fit", "--model", "evil.Evil", "--model.latent_dim", "2", *QUICK])
     canary.rmdir()
-    # and allows that class alone
+    # and allows that class only
     Path("hostile.yaml").write_text(configs.CLASSES["look-alike"])
     assert "--allow lightning_evil" in refused("fit", "--model", "evil.Evil", "-c", "hostile.yaml", *QUICK)
     Path("hostile.yaml").write_text(configs.CLASSES["hook"].replace("evil.Evil", "evil.os.mkdir"))

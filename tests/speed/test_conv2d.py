@@ -425,7 +425,7 @@ def test_product_path_passes_gradgradcheck(always, taken):
 @pytest.mark.parametrize("ways", ["always", "between", "halved always"])
 @pytest.mark.parametrize("extra", [0, 1])
 def test_batched_gradients_match_torch(request, taken, ways, extra):
-    """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
+    """Torch's other way of many derivatives, of both orders, which knows its own operators only."""
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     made = [
@@ -678,7 +678,7 @@ def test_fastest_path_is_chosen_per_layer_and_grid(taken):
     assert taken == []
     up(large)
     assert taken.pop() == "with_separate_gradients"
-    with torch.no_grad():  # the bias costs in the backward pass alone
+    with torch.no_grad():  # the bias costs in the backward pass only
         up(large)
         assert taken == []
         out(large)

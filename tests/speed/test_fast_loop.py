@@ -153,7 +153,7 @@ class SometimesNone(DenseAE):
 
 
 class OtherResults(DenseAE):
-    """Returns a mapping that is not a dict of scalars alone, and takes its batch only."""
+    """Returns a mapping that is not a dict of scalars only, and takes its batch only."""
 
     def training_step(self, batch):
         terms = super().training_step(batch, self.trainer.fit_loop.epoch_loop.batch_idx)

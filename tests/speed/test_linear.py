@@ -65,7 +65,7 @@ def test_linear_matches_torch_to_second_order(taken, rows, bias):
 
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
 def test_batched_gradients_match_torch(taken, rows):
-    """Torch's other way of many derivatives, of both orders, which knows its own operators alone."""
+    """Torch's other way of many derivatives, of both orders, which knows its own operators only."""
     x, many = torch.randn(*rows, 4), torch.randn(5, *rows, 3)
     found, wanted = (
         [

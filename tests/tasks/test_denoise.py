@@ -1,4 +1,4 @@
-"""denoise: the Wiener filter's error in closed form, filters against scikit-image, noise of the seed alone."""
+"""denoise: the Wiener filter's error in closed form, filters against scikit-image, noise of the seed only."""
 
 import csv
 import sys

@@ -516,7 +516,7 @@ def test_split_scored_on_itself_leaves_one_out():
     nearest = np.sort(cdist(x, x), axis=1)[:, 5]  # without the sample itself
     expected = np.sort(nearest)[-12]  # of 121, new samples exceed it with a probability of 12 / 121
     assert knn["threshold"] == pytest.approx(expected, rel=1e-4) and knn["flagged"] == pytest.approx(11 / 120)
-    # of normal samples alone
+    # of normal samples only
     one = detect(model, SampleSet.from_data(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
     distances = cdist(x, x[y == 1])
     distances[np.flatnonzero(y == 1), np.arange(40)] = np.inf

@@ -76,7 +76,7 @@ def test_false_positive_rate_of_a_model_is_at_most_alpha(score, trained):
     detector = Detector(model, score).fit(train, calibrate_on=rest[:20])
     scores = detector.decision_function(rest)
     random, trials, alpha = np.random.default_rng(2), 2000, 0.1
-    # the model stays, the calibration set is drawn anew
+    # the model stays, the calibration set is drawn again
     found = 0
     for _ in range(trials):
         drawn = random.choice(scores, 51, replace=False)

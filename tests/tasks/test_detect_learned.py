@@ -91,7 +91,7 @@ def test_sap_without_hidden_layers_is_squared_error():
         assert np.allclose(scores["sap"], 6 * scores["mse"] + code, rtol=1e-5)
         for p in model.encoder.parameters():
             p.zero_()
-    # an encoder that sees nothing: the error of the sample alone
+    # an encoder that sees nothing: the error of the sample only
     scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
     assert np.allclose(scores["sap"], 6 * scores["mse"], rtol=1e-6) and scores["mse"].min() > 0
 

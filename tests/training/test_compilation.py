@@ -350,7 +350,7 @@ def test_missing_compiler_warns_once_and_runs_eagerly(monkeypatch, fault):
         fallen, _ = fit(model("default"))
     texts = [str(one.message) for one in caught if "not compiled" in str(one.message)]
     assert len(texts) == 1 and "\n" not in texts[0] and "no C++ compiler here" in texts[0]
-    assert fallen == plain  # noise of the first step drawn anew from its own seed
+    assert fallen == plain  # noise of the first step drawn again from its own seed
 
 
 def test_failed_compilation_restores_random_state(monkeypatch):
@@ -594,7 +594,7 @@ def test_fit_uses_channels_last_and_restores_layout(tmp_path):
     validator = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     validator.validate(module, DataModule("digits"), verbose=False)
     assert [p.stride() for p in module.parameters()] == strides
-    # goes on where the moments are in the other layout, as an unstopped run does
+    # continues where the moments are in the other layout, as an unstopped run does
     resumed = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
     part = {"source": DataModule("digits"), "limit_train_batches": 3, "max_epochs": 2}
     fit(resumed, ckpt_path=tmp_path / "a.ckpt", **part)
@@ -671,7 +671,7 @@ print(fault() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not malloc._heap(), reason="glibc's malloc on Linux")
 def test_malloc_keeps_heap_and_uses_huge_pages():
-    """In a process of its own, as what is set stays set."""
+    """In a separate process, as what is set stays set."""
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     *heaps, faults = [line.split() for line in run.stdout.splitlines()]
     sizes, huge = [int(line[0]) for line in heaps], [int(line[1]) for line in heaps]

@@ -1,4 +1,4 @@
-"""Several processes: one that fails ends all, a restart goes on bit for bit, and each sample counts once."""
+"""Several processes: one that fails ends all, a restart continues bit for bit, and each sample counts once."""
 
 import json
 import os

@@ -110,7 +110,7 @@ def test_the_schedule_ends_with_the_training(settings: dict[str, Any], steps: in
 def test_schedule_ends_with_changing_accumulation(
     scheduling: dict[int, int], settings: dict[str, Any], steps: int
 ) -> None:
-    """Counted by the batches of a step in the present epoch alone, it would be over with half of the steps to go."""
+    """Counted by the batches of a step in the present epoch only, it would be over with half of the steps to go."""
     found = rates(settings=settings, callbacks=(GradientAccumulationScheduler(scheduling),), lr_schedule="cosine")
     assert found == pytest.approx(expected("cosine", steps), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Seeds made of numbers, and noise that depends on (seed, rank, epoch, batch) alone."""
+"""Seeds made of numbers, and noise that depends on (seed, rank, epoch, batch) only."""
 
 import random
 
@@ -45,7 +45,7 @@ def test_mix_has_avalanche_property():
             changed = list(numbers)
             changed[place] ^= 1 << rng.randrange(40)
             moved.append((mix(*numbers) ^ mix(*changed)).bit_count())
-        # 63 bits: mean 31.5, standard error of 200 means 0.28; the last number gets one round alone
+        # 63 bits: mean 31.5, standard error of 200 means 0.28; the last number gets one round only
         assert 20 < sum(moved) / len(moved) < 40, place
 
 

@@ -26,7 +26,7 @@ class RecordingNoise(nn.Module):
 
 
 def noise_law(model: aezoo.Autoencoder, quiet: Any) -> None:
-    """Evaluation is corrupted too, by the same noise at every epoch; each training batch by noise of its own."""
+    """Evaluation is corrupted too, by the same noise at every epoch; each training batch by new noise."""
     loader = DataLoader(torch.rand(12, 1, 4, 4), batch_size=6)
     model.corruption = RecordingNoise(model)
     seen = model.corruption.seen

@@ -8,7 +8,7 @@ float64 on equal outputs of the network, batch and noise. Differences are relati
         train.py, AugmentPoisson, chi = 30  rate of the counts 0, noisy sample 0
 
 Their loss is a mean over the values of a sample, ours a sum; their data lie in [-0.5, 0.5]. Differs: they draw the
-strength of the noise anew for each sample, sigma in [0, 50] / 255 and chi in [0.001, 50], as in the paper; here it is
+strength of the noise again for each sample, sigma in [0, 50] / 255 and chi in [0.001, 50], as in the paper; here it is
 an argument. Their network is a U-Net, ours that of dncnn.
 """
 

@@ -74,7 +74,7 @@ def dense(module: nn.Module) -> nn.Linear:
 
 
 def phase_loss(model: Any, x: Tensor, i: int, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
-    """What phase i minimises, from the weights alone: cross-entropy of sigmoids, squared error of tanh."""
+    """What phase i minimises, from the weights only: cross-entropy of sigmoids, squared error of tanh."""
     act = torch.sigmoid if isinstance(model.encoder[0][-1], nn.Sigmoid) else torch.tanh
     h = x.flatten(1)
     for j in range(i):

@@ -113,7 +113,7 @@ def test_qualities_are_drawn_equally_often() -> None:
 
 
 def test_gains_learn_from_the_samples_of_their_quality() -> None:
-    """Those before rounding from rate and distortion, the inverse ones from distortion alone."""
+    """Those before rounding from rate and distortion, the inverse ones from distortion only."""
     model, x = small("gained_hyperprior", lams=LAMS).train(), data(2)
     torch.manual_seed(0)
     drawn = {*(3 * torch.rand(2)).long().tolist()}

@@ -335,7 +335,7 @@ def test_unmodulated_block_equals_residual_block() -> None:
         block.film.weight.zero_()
         block.film.bias.zero_()
         torch.testing.assert_close(block(x, level), plain(x))
-        # a scale of -1 leaves the shift alone
+        # a scale of -1 leaves the shift only
         block.film.bias[:8], block.film.bias[8:] = -1.0, torch.arange(8.0)
         h = F.silu(torch.arange(8.0, dtype=torch.float64)).view(1, 8, 1, 1).expand(3, 8, 5, 4)
         torch.testing.assert_close(block(x, level), x + plain.body[5](h))

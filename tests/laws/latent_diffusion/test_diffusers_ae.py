@@ -230,7 +230,7 @@ def test_the_loss_of_vqmodel_by_hand() -> None:
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
-    # each term moves its own side alone
+    # each term moves its own side only
     weights = [*model.encoder.parameters()]
     of_book = torch.autograd.grad(terms["codebook"], [codebook, *weights], retain_graph=True, allow_unused=True)
     assert of_book[0] is not None and of_book[0].any() and all(g is None for g in of_book[1:])
@@ -404,7 +404,7 @@ def test_the_loss_of_a_representation_autoencoder_by_hand(stats: dict[str, Any],
 @pytest.mark.parametrize("kind", ["dinov2", "siglip2", "mae"])
 @torch.no_grad()
 def test_each_encoder_of_a_representation_autoencoder(kind: str) -> None:
-    """Beside the network of transformers itself: patches alone, without a class token or registers."""
+    """Compared with the network of transformers: patches only, without a class token or registers."""
     import transformers
 
     patch = 14 if kind == "dinov2" else 16

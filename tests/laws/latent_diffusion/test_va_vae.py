@@ -127,7 +127,7 @@ def test_codes_parallel_to_features_have_zero_misalignment() -> None:
         model.alignment_loss(length * z, f), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0
     )
     assert model.alignment_loss(z.roll(1, 0), f) > 0.5
-    # an angle of all places alike is seen by the cosines alone
+    # an angle of all places alike is seen by the cosines only
     turned = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     rest = model.alignment_loss(torch.einsum("dc,bchw->bdhw", turned, z), f)
     cosines = F.cosine_similarity(torch.einsum("dc,bchw->bdhw", turned, z), z)

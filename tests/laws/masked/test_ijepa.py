@@ -100,7 +100,7 @@ def test_mask_scale_and_aspect_match_paper() -> None:
     for values, low, high, slack in ((share, 0.15, 0.2, 0.007), (aspect, 0.75, 1.5, 0.07)):
         assert low - slack < values.min() < low + slack and high - slack < values.max() < high + slack
         assert values.mean().item() == pytest.approx((low + high) / 2, rel=0.01)
-    # the two are drawn apart, of each block alone, and blocks reach every corner
+    # the two are drawn apart, of each block only, and blocks reach every corner
     assert abs(torch.corrcoef(torch.stack([share.flatten(), aspect.flatten()]))[0, 1]) < 0.1
     assert (h.double().std(1) > 0).double().mean() > 0.99
     edges = [blocks_BKSS[..., i, :].any(2).double().mean() for i in (0, -1)]

@@ -91,7 +91,7 @@ def test_normalised_targets_are_standardised_patches(shifted: Any) -> None:
 
 
 def test_reconstruction_depends_only_on_the_code(shifted: Any) -> None:
-    """MAE-pytorch shows patches with the mean and deviation of the target: decode has the code alone."""
+    """MAE-pytorch shows patches with the mean and deviation of the target: decode has the code only."""
     model, x = build("mae_norm", shifted), data(4)
     z = model.encode(x)
     torch.testing.assert_close(model(x), model.decode(z))

@@ -8,11 +8,11 @@ Differences are relative to the greatest value, those of gradients by the worst 
         pixelcnn_prior.py, train               loss 0, gradients of 29 parameters 7.3e-16
 
 Their loss is a mean over the T places of a sample, ours a sum. Ours has the vertical stack of a row one row lower and
-shifts it in each layer, theirs in the first layer alone; so for equal networks, the first row of our first kernel is 0.
+shifts it in each layer, theirs in the first layer only; so for equal networks, the first row of our first kernel is 0.
 Differs: above the first row of places, theirs has the biases of the vertical stack, ours zeros; the paper leaves it
 open, and the biases of `v` and `link` were 0. Our outputs begin with a ReLU, as in table 1 of van den Oord et al. 2016
 (https://arxiv.org/abs/1601.06759); the port leaves it out, and was given it. It has one index a place: several are in
-the laws alone.
+the laws only.
 """
 
 import itertools

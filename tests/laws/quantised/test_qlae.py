@@ -103,7 +103,7 @@ class BetaOnTheValues(QLAE):
 
 
 class NothingForTheValues(QLAE):
-    """vector-quantize-pytorch 1.32: both of its terms are of z_q as the estimator gives it, which passes to z alone."""
+    """vector-quantize-pytorch 1.32: both of its terms are of z_q as the estimator gives it, which passes to z only."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -224,7 +224,7 @@ def on_data(dim: int, **settings: Any) -> Any:
 
 @pytest.mark.slow
 def test_identity_nets_reach_k_means_per_latent() -> None:
-    """By their own term alone, from where k-means starts, too."""
+    """By their own term only, from where k-means starts, too."""
     x = torch.rand(2000, 8, dtype=torch.float64) ** torch.linspace(0.3, 4, 8)
     model = on_data(8, n_values=6).double()
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_identity_nets_reach_k_means_per_latent() -> None:
 
 
 def test_weight_decay_applies_to_matrices_and_kernels_only() -> None:
-    """A step of AdamW without gradients is the decay, 1 - lr weight_decay, alone."""
+    """A step of AdamW without gradients is the decay, 1 - lr weight_decay, only."""
     model: Any = aezoo.create_model("qlae", (1, 8, 8), net="conv", hidden_dims=(4,), likelihood="gaussian:learned")
     with torch.no_grad():
         for p in model.parameters():

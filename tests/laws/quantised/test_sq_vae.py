@@ -188,7 +188,7 @@ def test_variance_modes_scale_per_sample_or_position() -> None:
     for variance, log_factor in (("sample", own.mean(1, keepdim=True).expand(-1, P)), ("place", own)):
         quantiser, z = own_channel(variance, own)
         torch.testing.assert_close(quantiser.logits(z), one * (-log_factor).exp()[..., None])
-        # of a batch and alone
+        # of a batch, and of single samples
         torch.testing.assert_close(quantiser.logits(z[2:4]), quantiser.logits(z)[2:4])
         assert torch.equal(quantiser(z).indices, plain[0](plain[1]).indices)  # it orders no codes
     assert torch.equal(own_channel("place", own[:, :1])[0].logits(z[:, :, :1]), quantiser.logits(z)[:, :1])
@@ -362,7 +362,7 @@ def test_nll_is_computed_at_sampled_codes(
         found = model.train(training).loss(x)
         torch.testing.assert_close(found["sigma"], sigma)
         torch.testing.assert_close(found["nll"], -D.Normal(x_hat, sigma).log_prob(x).sum(1).mean())
-        # the running mean is of log sigma, and of training alone
+        # the running mean is of log sigma, and of training only
         step = 0.1 if training else 0.0
         wanted = (1 - step) * math.log(0.4) + step * math.log(sigma)
         assert float(model.likelihood.log_scale) == pytest.approx(wanted)
@@ -467,7 +467,7 @@ def test_reconstruction_takes_nearest_code_without_draws(variance: str, training
 
 @every_variance
 def test_likelihood_trains_all_terms_train_encoder_codes(variance: str, shifted: Any) -> None:
-    """No gradient is stopped: of VQ's the nll leaves the codes alone."""
+    """No gradient is stopped, unlike in VQ, where the nll does not change the codes."""
     model = tiny(shifted, variance=variance).train()
     terms, names = model.loss(vectors()), [name for name, _ in model.named_parameters()]
     moved = {}

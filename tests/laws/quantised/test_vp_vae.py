@@ -98,7 +98,7 @@ def test_distances_match_float64_sort_for_any_queue(size: int, k: int, shift: fl
 
 @pytest.mark.slow
 def test_moves_keep_the_estimated_density() -> None:
-    """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn anew."""
+    """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn again."""
     torch.manual_seed(0)
     quantiser = VectorPerturbation(1, 6, queue_size=60, neighbours=8, eta=1.5).double()
     quantiser.queue_SD.copy_(torch.randn(60, 1).abs().double() * torch.tensor([-1.0, 3.0]).repeat(30)[:, None])

@@ -53,7 +53,7 @@ def test_training_step_updates_code_counts_once() -> None:
     hits = np.bincount(model.eval().encode_indices(x).flatten().numpy(), minlength=7)
     model.train().loss(x)
     expected = 0.99 * before.numpy() + 0.01 * hits
-    moved = model.quantiser.count_K != len(x) * PLACES / 7  # a code that died has started anew
+    moved = model.quantiser.count_K != len(x) * PLACES / 7  # a code that died has been restarted
     assert int(moved.sum()) > 0
     np.testing.assert_allclose(model.quantiser.count_K[moved].numpy(), expected[moved.numpy()], rtol=1e-6)
 

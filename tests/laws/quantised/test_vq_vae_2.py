@@ -128,7 +128,7 @@ def test_each_term_trains_its_own_networks(update: str, shifted: Any) -> None:
 
 
 def by_hand(model: VQVAE2, x: Tensor) -> dict[str, Tensor]:
-    """The terms by distances and one-hot products, (), of nets and codes alone."""
+    """The terms by distances and one-hot products, (), of nets and codes only."""
 
     def nearest(z: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
         rows = z.movedim(1, -1)

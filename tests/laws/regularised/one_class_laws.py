@@ -1,4 +1,4 @@
-"""Laws of one-class models: AE-1SVM beside scikit-learn's one-class SVMs, Deep SVDD's centre, sphere and optimum."""
+"""Laws of one-class models: AE-1SVM and scikit-learn's one-class SVMs; Deep SVDD's centre, sphere and optimum."""
 
 import copy
 from typing import Any

@@ -108,7 +108,7 @@ def test_the_score_is_the_energy_of_code_distance_and_cosine(shifted: Any) -> No
     with torch.no_grad():
         score = model.score(x)
     torch.testing.assert_close(score, torch.from_numpy(-learn.score_samples(z)), rtol=1e-8, atol=1e-8)
-    # a score of the code alone, without the errors, is another one
+    # a score of the code only, without the errors, is another one
     alone = of_scikit_learn(phi, mu[:, :3], sigma[:, :3, :3])
     assert np.abs(alone.score_samples(z[:, :3]) + score.numpy()).max() > 0.1
 
@@ -309,7 +309,7 @@ def test_black_samples_have_a_finite_distance(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_dagmm_detects_malignant_tumours(adam: Any) -> None:
-    """Rows of a table, as in the paper; far above the reconstruction's relative error alone."""
+    """Rows of a table, as in the paper; far above the reconstruction's relative error only."""
     found = load_breast_cancer()
     benign, malignant = found.data[found.target == 1], found.data[found.target == 0]
     train, x = (

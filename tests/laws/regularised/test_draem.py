@@ -1,4 +1,4 @@
-"""Laws of DRAEM: its noise, its simulated anomalies, its loss beside torchvision's and torchmetrics', and its map."""
+"""Laws of DRAEM: its noise, its simulated anomalies, its loss against torchvision and torchmetrics, and its map."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of PaDiM (Defard et al. 2021): Gaussians from batches beside NumPy, distances beside SciPy, the map."""
+"""Laws of PaDiM (Defard et al. 2021): Gaussians from batches against NumPy, distances against SciPy, the map."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Laws of PatchCore (Roth et al. 2022): the coreset beside its definition, distances beside scikit-learn, the score."""
+"""Laws of PatchCore (Roth et al. 2022): the coreset, distances against scikit-learn, the score."""
 
 from typing import Any
 

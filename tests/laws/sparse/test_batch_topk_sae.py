@@ -134,7 +134,7 @@ def test_bf16_model_keeps_float32_threshold() -> None:
 def test_evaluation_codes_ignore_batch_mates(shifted: Any) -> None:
     model, x = positive("batch_topk_sae", shifted), data(6)
     model.theta.value.fill_(2.5)
-    for training in (True, False):  # a callback may ask for codes in training, of one rank alone
+    for training in (True, False):  # a callback may ask for codes in training, of one rank only
         found = model.train(training).encode(x)
         pi = model.pre_activations(x)
         assert torch.equal(found, pi * (pi >= 2.5))

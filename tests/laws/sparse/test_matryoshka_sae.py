@@ -35,7 +35,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_fractions_matryoshka_is_batch_topk(training: bool, shifted: Any) -> None:
-    """Its error is then the mean of BatchTopK's and that of the bias alone."""
+    """Its error is then the mean of BatchTopK's and that of the bias only."""
     x, found = data(6), []
     for name, extra in (("batch_topk_sae", {}), ("matryoshka_sae", {"fractions": ()})):
         torch.manual_seed(0)

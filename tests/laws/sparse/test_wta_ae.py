@@ -11,7 +11,7 @@ and batch. Differences are relative to the greatest value, those of gradients by
 
 Their loss is summed over the batch. Differs: they keep floor(p B) samples for each unit, ours ceil(p B), and of equal
 activations the first keeps all, which the paper leaves open. After training, the first reconstructs with spatial
-sparsity alone, ours with a threshold that stands for the winners.
+sparsity only, ours with a threshold that stands for the winners.
 """
 
 import math

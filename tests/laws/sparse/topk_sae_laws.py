@@ -99,7 +99,7 @@ def test_data_init_runs_once_and_only_if_enabled(name: str) -> None:
     torch.testing.assert_close(b, geometric_median(x.flatten(1)))
     model.begin_step(x + 1, 1)
     assert torch.equal(model.decoder.b_X, b)
-    again = build(name, data_init=True).train()  # a run that goes on
+    again = build(name, data_init=True).train()  # a run that continues
     again.load_state_dict(model.state_dict())
     again.begin_step(x + 1, 0)
     assert torch.equal(again.decoder.b_X, b)
@@ -124,7 +124,7 @@ def test_a_fit_keeps_unit_norm_and_starts_from_data(name: str, digits: Tensor, q
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_fit_equals_uninterrupted_fit(name: str, digits: Tensor, quiet: Any, tmp_path: Any) -> None:
-    """The start, the counts and the threshold are state: none is made anew."""
+    """The start, the counts and the threshold are state: none is made again."""
     samples: Any = digits[:150].float()
     loader, ends = torch.utils.data.DataLoader[Tensor](samples, batch_size=50), []
     for stops in (False, True):
@@ -166,7 +166,7 @@ def test_auxk_does_not_add_the_bias_a_second_time(name: str, shifted: Any) -> No
     torch.testing.assert_close(terms["aux"], (e - e_hat).square().sum(1).mean())
     twice = (e - e_hat - model.decoder.b_X).square().sum(1).mean()
     assert (twice - terms["aux"]).abs() > 1e-2
-    # b moves AuxK through the pre-activations of dead latents alone
+    # b moves AuxK through the pre-activations of dead latents only
     through = torch.autograd.grad((e.detach() - e_hat).square().sum(1).mean(), model.decoder.b_X)[0]
     torch.testing.assert_close(gradient, through)
 

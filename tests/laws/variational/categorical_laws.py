@@ -59,7 +59,7 @@ class Record:
 
 
 def steps_of(cls: Any, of: str, quiet: Any, tmp_path: Any, **settings: Any) -> tuple[list[float], list[float]]:
-    """What was in force at the 9 steps of 3 epochs: in one run, and in a run that is stopped after 2 and goes on."""
+    """What was in force at the 9 steps of 3 epochs: in one run, and in a run that is stopped after 2 and continues."""
     loader: Any = DataLoader(list(torch.rand(12, 6)), batch_size=4)
     whole, parted = Record(of), Record(of)
     quiet(max_epochs=3, log_every_n_steps=1).fit(whole.watch(cls((6,), **settings)), loader, loader)

@@ -174,7 +174,7 @@ def test_free_bits_cost_a_constant_without_gradient(name: str, shifted: Any) -> 
         for term in ("nll", "kl", "elbo", "kl_1", "kl_2", "kl_3"):
             assert torch.equal(found[term], terms[term])
     assert not torch.isclose(kl_BL.clamp(min=mixed).mean(0), kl.clamp(min=mixed)).all()  # a maximum of each sample
-    # pressure comes from the levels above theirs alone
+    # pressure comes from the levels above theirs only
     free = model.free_bits = middle
     weights = [*model.parameters()]
     torch.manual_seed(1)

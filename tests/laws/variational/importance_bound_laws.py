@@ -179,7 +179,7 @@ def test_importance_bound_satisfies_every_law(law: Any, name: str, estimator: st
 
 
 def at(model: Any, mu: Tensor, log_var: Tensor) -> Any:
-    """The model with a posterior of one's own choice."""
+    """The model with a given posterior."""
     model.posterior = lambda x: (mu, log_var)
     return model
 

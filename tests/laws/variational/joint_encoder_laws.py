@@ -1,4 +1,4 @@
-"""Laws of JMVAE: a VAE of whole samples, and encoders of parts which learn its posterior from one term alone."""
+"""Laws of JMVAE: a VAE of whole samples, and encoders of parts which learn its posterior from one term only."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Laws of learned priors: densities against torch.distributions and quadrature, neutral limits, rivals' mistakes.
 
-Models are in float64 and away from their initial weights; what a reference needs of them is their posterior alone.
+Models are in float64 and away from their initial weights; what a reference needs of them is their posterior only.
 """
 
 import math

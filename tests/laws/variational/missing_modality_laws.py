@@ -1,4 +1,4 @@
-"""Laws of samples that lack parts: what is computed of them is what a model of their other parts computes, and no more.
+"""Laws of samples with missing parts: all results are those of a model of the other parts.
 
 The smaller model is another object of the same class, with copies of the networks of the parts that are there.
 """

@@ -1,4 +1,4 @@
-"""Laws of the objectives beside the ELBO: neutral settings, closed forms of each penalty, schedules, rivals' slips."""
+"""Laws of the objectives other than the ELBO: neutral settings, closed forms of penalties, schedules, mistakes."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def posterior(n: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def at(model: Any, mu: Tensor, log_var: Tensor) -> Any:
-    """The model with a posterior of one's own choice for a batch of its size."""
+    """The model with a given posterior for a batch of its size."""
     model.posterior = lambda x: (mu, log_var)
     return model
 
@@ -135,7 +135,7 @@ def test_inference_equals_vae_for_every_objective(name: str, shifted: Any) -> No
 
 @pytest.mark.parametrize("name", ["dip_vae_i", "dip_vae_ii", "info_vae", "sigma_vae"])
 def test_beta_and_capacity_apply_to_kl_term(name: str, shifted: Any) -> None:
-    """BetaAnnealing sets `beta` and `capacity`: both count, beside the model's own terms."""
+    """BetaAnnealing sets `beta` and `capacity`: both count in addition to the model's terms."""
     model, x, found = shifted(small(name)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
         model.beta, model.capacity = beta, capacity

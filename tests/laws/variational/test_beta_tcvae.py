@@ -59,7 +59,7 @@ def weights(model: Any, n: int) -> Tensor:
 
 
 def terms_at(model: Any, mu: Tensor, log_var: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss with posteriors of one's own choice, and the codes that the decoder saw."""
+    """The loss with given posteriors, and the codes that the decoder saw."""
     model.posterior = lambda x: (mu, log_var)
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -250,7 +250,7 @@ def test_loaded_model_keeps_last_temperature(quiet: Any, tmp_path: Any) -> None:
 
 
 def sharpened(**settings: Any) -> Any:
-    """A model whose posterior is neither uniform nor one-hot and whose decoder tells codes apart."""
+    """A model whose posterior is neither uniform nor one-hot and whose decoder distinguishes codes."""
     model = small(**settings)
     with torch.no_grad():
         for p in model.parameters():

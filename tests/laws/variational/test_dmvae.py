@@ -96,7 +96,7 @@ def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_private_codes_joint_elbo_equals_mvae(training: bool, shifted: Any) -> None:
-    """The others are not: there each part is decoded from its own code alone."""
+    """The others are not: there each part is decoded from its own code only."""
     model, x = small(shifted, private_dim=0, beta=3.0), images()
     other = MVAE(SHAPE, parts=PARTS, latent_dim=CODE, hidden_dims=(8,), beta=3.0, n_subsets=0).double()
     other.load_state_dict(model.state_dict())

@@ -98,7 +98,7 @@ def test_every_permutation_of_a_column_is_as_likely() -> None:
 
 
 def at(model: Any, z: Tensor) -> Any:
-    """The model with codes of one's own choice for a batch of their size."""
+    """The model with given codes for a batch of their size."""
     model.posterior = lambda x: (z, torch.full_like(z, -60.0))
     return model
 

@@ -80,7 +80,7 @@ class Rejection(GammaVAE):
 
 
 def kl_law(make: Any) -> None:
-    """KL and its gradients are those of torch.distributions; 0 where q is the prior alone."""
+    """KL and its gradients are those of torch.distributions; 0 where q is the prior only."""
     for a, b in ((2.0, 1.0), (0.3, 0.3), (1.0, 4.0), (30.0, 0.5)):
         model = small(make, prior_shape=a, prior_rate=b)
         alpha, rho = (t.requires_grad_() for t in posteriors(40))

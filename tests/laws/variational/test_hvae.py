@@ -98,7 +98,7 @@ def test_leapfrog_is_reversible_and_nearly_conserves_energy(shifted: Any) -> Non
 
 
 def test_leapfrog_steps_match_paper(shifted: Any) -> None:
-    """Algorithm 1 and equation 6, written with autograd and a loop of one's own."""
+    """Algorithm 1 and equation 6, written with autograd and a separate loop."""
     model, x = shifted(small(n_leapfrog=3, beta_0=0.4, step_size=0.1)).double(), images(5)
     z, gamma = normals(5, 4), normals(5, 4)
     beta = [(((1 - 1 / 0.4**0.5) * (k / 3) ** 2 + 1 / 0.4**0.5) ** -1) ** 2 for k in range(4)]
@@ -139,7 +139,7 @@ def test_bound_matches_joint_density(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_bound_rises_with_steps_below_evidence() -> None:
-    """By the cooling alone: a flow that keeps p(x, z) N(rho) keeps the distance from it too."""
+    """By the cooling only: a flow that keeps p(x, z) N(rho) keeps the distance from it too."""
     x = normals(8, 6)
     gaps = []
     for k in (0, 2, 4, 8, 16):
@@ -164,7 +164,7 @@ def test_importance_weights_of_the_flow_are_unbiased() -> None:
     assert (low < top).all()
 
     class Forgetful(HVAE):
-        """Counts the momentum at the end alone."""
+        """Counts the momentum at the end only."""
 
         def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
             z_BD, rho_BD = self.leapfrog(x, z_BD, gamma_BD * self.cooling[0] ** -1)

@@ -189,7 +189,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
 
 
 def test_unimodal_posterior_is_a_minimum() -> None:
-    """Of all q_i(z|x_i) p(z|x_i) is the nearest to p(z|x) in the mean over x: the gradient there is of noise alone."""
+    """Of all q_i(z|x_i) p(z|x_i) is the nearest to p(z|x) in the mean over x: the gradient there is of noise only."""
     exact, model = exact_model()
     x = drawn(exact, 20_000)
     mu, log_var = (values.detach() for values in model.infer(x))

@@ -51,7 +51,7 @@ def test_piwae_gradients_are_miwae_encoder_iwae_decoder(estimator: str) -> None:
 
 
 def test_piwae_encoder_learns_from_low_weight_groups() -> None:
-    """Its gradient is a mean over groups, while the decoder sees the better group alone."""
+    """Its gradient is a mean over groups, while the decoder sees the better group only."""
     piwae, miwae = (small(name, n_groups=2, n_samples=3) for name in ("piwae", "miwae"))
     x, far, found = data(3), torch.tensor([0.0] * 3 + [2000.0] * 3).double(), []
     for model in (piwae, miwae):

@@ -86,7 +86,7 @@ def test_classifier_of_fixed_codes_is_logistic_regression() -> None:
 
 
 def test_undetached_classifier_code_is_detected() -> None:
-    """The slip: the code is not detached, so that the VAE is no longer the one of the data alone."""
+    """The slip: the code is not detached, so that the VAE is no longer the one of the data only."""
     model, _ = pair()
     x, y = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3
     F.nll_loss(model.log_q(model.posterior(x)[0]), y).backward()

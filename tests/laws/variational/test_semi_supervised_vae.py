@@ -128,7 +128,7 @@ def test_full_labels_equal_conditional_vae() -> None:
 
 
 def test_terms_train_expected_networks() -> None:
-    """Labels move the classifier through the cross-entropy alone, which moves nothing else; without, through U."""
+    """Labels move the classifier through the cross-entropy only, which moves nothing else; without, through U."""
     x, y, none = data(), torch.tensor([0, 2, 1, 1, 0]), torch.full((5,), -1)
 
     def reached(term: str, labels: Tensor) -> set[str]:
@@ -159,7 +159,7 @@ def accuracy(log_q: Tensor, y: Tensor) -> float:
 
 
 def supervised(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Accuracy of a classifier of the labelled samples alone: the model's own net at its best step, or a linear one."""
+    """Accuracy of a classifier of the labelled samples only: the model's own net at its best step, or a linear one."""
     rows = (y >= 0).nonzero()[:, 0]
     found = [LogisticRegression(max_iter=1000).fit(x[rows].flatten(1), y[rows]).score(x_test.flatten(1), y_test)]
     torch.manual_seed(0)

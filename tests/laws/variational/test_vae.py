@@ -196,7 +196,7 @@ def test_elbo_equals_evidence_at_true_posterior() -> None:
 
 
 def at(model: Any, mu: Tensor, log_var: Tensor) -> Any:
-    """The model with a posterior of one's own choice for a batch of zeros."""
+    """The model with a given posterior for a batch of zeros."""
     model.posterior = lambda x: (mu, log_var)
     return model
 
@@ -326,7 +326,7 @@ class PyOD(VAE):
 
 
 class PyTorchVAE(VAE):
-    """Logs -KL, and weighs it by 0.00025 in training alone."""
+    """Logs -KL, and weighs it by 0.00025 in training only."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -420,7 +420,7 @@ def test_posterior_samples_have_its_mean_and_deviation() -> None:
 
 
 def test_the_gradient_reaches_mean_and_variance_through_the_draw() -> None:
-    """d/dmu and d/dlog_var of the decoder's term alone: pathwise, 1 and eps exp(log_var / 2) / 2 times that in z."""
+    """d/dmu and d/dlog_var of the decoder's term only: pathwise, 1 and eps exp(log_var / 2) / 2 times that in z."""
     mu, log_var = (t.double().requires_grad_() for t in POSTERIORS["both"]())
     model, seen = small(), []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -21,7 +21,7 @@ from posterior_flow_laws import (  # noqa: F401
 
 
 def test_steps_are_the_encoder_s_output_for_the_sample() -> None:
-    """Amortised: two samples have two flows, and the encoder learns from the log-determinant alone."""
+    """Amortised: two samples have two flows, and the encoder learns from the log-determinant only."""
     for kind in KINDS:
         model, x = small(kind), data(2)
         steps = model.amortised(x)[2]

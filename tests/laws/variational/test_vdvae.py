@@ -31,7 +31,7 @@ def images(n: int = 5, shape: tuple[int, ...] = (1, 4, 6)) -> Tensor:
 
 
 def apply(net: Any, y: Tensor) -> Tensor:
-    """A bottleneck, by its weights alone."""
+    """A bottleneck, by its weights only."""
     weights = list(net.parameters())
     for weight, bias in zip(weights[::2], weights[1::2], strict=True):
         y = torch.nn.functional.conv2d(torch.nn.functional.gelu(y), weight, bias, padding=weight.shape[-1] // 2)

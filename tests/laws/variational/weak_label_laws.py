@@ -47,7 +47,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
 
 
 def terms_at(model: Any, mu: Tensor, log_var: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss with posteriors of one's own choice, and the codes that the decoder saw, at noise 0."""
+    """The loss with given posteriors, and the codes that the decoder saw, at noise 0."""
     model.posterior = lambda x: (mu, log_var)
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -127,7 +127,7 @@ def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
 
 @pytest.mark.parametrize("make", WEAK)
 def test_beta_weighs_distance_of_kl_from_capacity(make: Any, shifted: Any) -> None:
-    """On both sides of it (Burgess et al. 2018), beside the model's own terms."""
+    """On both sides of it (Burgess et al. 2018), in addition to the model's terms."""
     model, x, found = shifted(small(make)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
         model.beta, model.capacity = beta, capacity

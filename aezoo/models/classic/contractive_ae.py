@@ -10,8 +10,8 @@ the encoder's weights: W' is the transpose of W, as throughout the paper (sectio
 can shrink while the decoder grows by the same factor; the penalty then goes to 0 and nothing is learned (Goodfellow et
 al. 2016, "Deep Learning", section 14.7).
 
-If all sigmoid units act alike, the output reaches the mean of the data fastest. The units then saturate
-there, for a long time or, with separate decoder weights, for good. With data_init, the output biases therefore start at
+The output can approach the mean of the data fastest if all sigmoid units behave alike. The units then saturate there,
+for a long time or, with separate decoder weights, permanently. With data_init, the output biases therefore start at
 the mean of the first batch, as those of an RBM do (Hinton 2010, "A practical guide to training RBMs", section 8.1).
 
 Shapes: B batch, X data dimensions, D code.
@@ -36,7 +36,7 @@ class ContractiveAE(Autoencoder, tags=("representation",)):
         latent_dim: D, size of the code.
         contraction: lam, weight of the Jacobian's squared norm.
         tied: the decoder uses the encoder's weights, transposed; with separate weights, it can undo the penalty.
-        data_init: start the outputs' biases from the first batch of training.
+        data_init: initialise the output biases from the first training batch.
         **kwargs: see `Autoencoder`.
     """
 
@@ -64,7 +64,7 @@ class ContractiveAE(Autoencoder, tags=("representation",)):
             self.enable_data_init()
 
     def init_from_data(self, x: Tensor) -> None:
-        """Start the output biases at the mean of the samples, (N, *input_shape)."""
+        """Set the output biases to those of the mean of the samples (N, *input_shape)."""
         self.decoder.get_parameter("0.bias").copy_(self.likelihood.params_from_mean(x.mean(0)).flatten())
 
     def jacobian_norm(self, h_BD: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Minimises the reconstruction's negative log-likelihood in nats per sample throug
 
     L = -log p(x | g(f(x)))     f: stages of stride 2     g: transposed stages back to the exact size
 
-Takes sequences, images and volumes of any size, according to the rank of `input_shape`.
+Accepts sequences, images and volumes of any size, according to the rank of `input_shape`.
 """
 
 from aezoo.bases.convolutional import ConvolutionalAutoencoder

@@ -19,14 +19,14 @@ from aezoo.training.limits import check_at_least
 
 
 class DenseAE(Autoencoder, tags=("representation", "anomaly")):
-    """Encodes with fully connected layers to a short code and decodes back.
+    """Encodes with fully connected layers to a short code and decodes it with the mirrored layers.
 
     Args:
         input_shape: shape of one sample; any.
         latent_dim: size of the code.
         hidden_dims: widths of the encoder's hidden layers; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
-        code_activation: also applied to the code, such as relu; identity leaves the code free.
+        code_activation: activation of the code, such as relu; identity for none.
         weight_init: default, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
         **kwargs: see `Autoencoder`.
     """

@@ -11,9 +11,9 @@ so that a sample does not depend on its batch; the authors' released networks al
 (https://github.com/cszn/KAIR, main_test_dncnn.py). Weights are initialised as in He et al. 2015,
 https://arxiv.org/abs/1502.01852, which keeps the scale from layer to layer.
 
-The code is not a bottleneck. It is the input of the last convolution: a feature map on the data's own grid. In the
-residual form it follows the noisy sample, from which decode subtracts. Training draws new noise for every batch;
-evaluation draws it once, from a fixed seed. PSNR is computed on x_hat as it is, not clamped to [0, 1].
+The code is not a bottleneck. It is the input of the last convolution: a feature map on the same grid as the data. In
+the residual form, the code also contains the noisy sample, from which decode subtracts the noise. Training draws new
+noise for every batch; evaluation draws it once, from a fixed seed. PSNR is computed on x_hat, not clamped to [0, 1].
 
 Shapes: B batch, C channels of the data, H features.
 """
@@ -36,7 +36,7 @@ _LOCATIONS = ("gaussian", "laplace", "logcosh")
 
 
 class Features(nn.Module):
-    """All convolutions but the last: (B, C, *grid) -> (B, H, *grid); in the residual form (B, C + H, *grid), with y."""
+    """All convolutions but the last, (B, C, *grid) -> (B, H, *grid); y and these features in the residual form."""
 
     def __init__(self, input_shape: tuple[int, ...], width: int, depth: int, act: str, residual: bool) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Features(nn.Module):
 
 
 class SubtractNoise(nn.Module):
-    """The last convolution; in the residual form, y minus its output: a code -> (B, C, *grid)."""
+    """The last convolution, applied to a code; in the residual form, y minus its output: (B, C, *grid)."""
 
     def __init__(self, input_shape: tuple[int, ...], width: int, residual: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class DnCNNArgs(TrainingArgs, total=False):
 
 
 class DnCNN(Autoencoder, tags=("denoising",)):
-    """Removes Gaussian noise of a known strength; metrics in evaluation also start from noisy input.
+    """Removes Gaussian noise of known strength; metrics in evaluation also start from noisy input.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.

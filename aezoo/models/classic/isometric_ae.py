@@ -6,16 +6,16 @@ The decoder preserves lengths and angles, and the encoder is its pseudo-inverse,
     L_iso = E_z,u (||dg(z) u|| - 1)^2     L_piso = E_x,u (||u' df(x)|| - 1)^2     u uniform on the unit sphere
 
 L is in nats per sample, with one u per sample. g is the reconstruction, the likelihood's mean. z are the codes of the
-batch, which are held fixed, so that L_iso trains only the decoder and L_piso only the encoder. lambda = 0 gives the
-plain autoencoder.
+batch, detached, so that L_iso trains only the decoder and L_piso only the encoder. lambda = 0 gives the plain
+autoencoder.
 
-`distortion` relaxed preserves lengths up to a common scale and has no L_piso (Lee et al. 2022,
+`distortion` relaxed preserves lengths up to a common factor and has no L_piso (Lee et al. 2022,
 https://openreview.net/forum?id=mQxt8l7JL04):
 
     L_iso = E tr(G^2) / (E tr G)^2     G = dg(z)' dg(z)
 
 This L_iso is at least 1 / D, with equality if G is the same multiple of I everywhere. With v = sqrt(D) u, the traces
-are the means of v' G v and v' G^2 v. Unlike in that paper, the codes are not mixed.
+are the expectations of v' G v and v' G^2 v. Unlike in that paper, the codes are not mixed.
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -37,12 +37,12 @@ DISTORTIONS = ("isometric", "relaxed")
 
 
 class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
-    """Distances between codes equal distances along the data.
+    """Learns a code in which distances equal those along the data manifold.
 
     Args:
         latent_dim: D, size of the code.
         isometry: lambda, weight of the isometric terms.
-        distortion: how the decoder preserves lengths: isometric, or relaxed for up to a common scale.
+        distortion: how the decoder preserves lengths: isometric, or relaxed (up to a common factor).
         **kwargs: see `NetworkAutoencoder`.
     """
 
@@ -73,7 +73,7 @@ class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("repres
     def linearised(self, z_BD: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """The maps u -> dg(z) u, (B, D) -> (B, X), and w -> w' dg(z), (B, X) -> (B, D)."""
         x_hat_BX, pull, *_ = torch.func.vjp(self.reconstruct, z_BD)
-        # the transpose of the transpose: faster at this size than forward mode, whose rules torch scripts for a second
+        # vjp of the vjp: faster at this size than forward mode, whose rules take torch a second to script
         _, push, *_ = torch.func.vjp(lambda w_BX: pull(w_BX)[0], torch.zeros_like(x_hat_BX))
         return lambda u_BD: push(u_BD)[0], lambda w_BX: pull(w_BX.to(x_hat_BX.dtype))[0]
 

@@ -4,8 +4,8 @@ Minimises the squared error of a linear map through a narrow code:
 
     L = ||x - x_hat||^2     z = W x + b     x_hat = V z + c
 
-Every critical point that is not a saddle point spans the first D principal components, so the training error of PCA
-with D components can be reached but never beaten. The likelihood N(x_hat, 1/2) makes -log p = L + X/2 log(pi).
+Every critical point that is not a saddle point spans the first D principal components, so the training error is at
+best that of PCA with D components. The likelihood N(x_hat, 1/2) makes -log p = L + X/2 log(pi).
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -22,7 +22,7 @@ from aezoo.training.limits import check_at_least
 
 
 class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}, tags=("representation",)):
-    """One linear layer down, one up: principal component analysis by gradient descent.
+    """One linear encoder layer and one linear decoder layer: principal component analysis by gradient descent.
 
     Args:
         input_shape: shape of one sample; any.
@@ -37,7 +37,7 @@ class LinearAE(Autoencoder, defaults={"likelihood": "gaussian"}, tags=("represen
         x_dim = math.prod(self.input_shape)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(x_dim, latent_dim))
         self.decoder = nn.Sequential(nn.Linear(latent_dim, x_dim), nn.Unflatten(1, self.input_shape))
-        # W = V' and V'V = I from the start, as at an optimum: independent random layers linger at saddle points
+        # W = V' and V'V = I initially, as at an optimum: independent random layers stay near saddle points for long
         with torch.no_grad():
             V_XD = nn.init.orthogonal_(self.decoder.get_parameter("0.weight"))
             self.encoder.get_parameter("1.weight").copy_(V_XD.T)

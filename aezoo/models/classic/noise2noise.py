@@ -5,13 +5,13 @@ Learns to denoise without clean targets, from two noisy copies y1 and y2 of a sa
     L = E[ -log p(y2 | f(y1)) ]     with likelihood=gaussian  E ||f(y1) - y2||^2 + D/2 log(pi)
 
 Given y1, zero-mean noise in y2 adds Var(y2 | x) to the squared error and does not change the minimiser (section 2). The
-best f is therefore the same as with clean targets, E[x | y1]. This holds for Gaussian noise and for the Poisson noise
-of counts, y = Poisson(peak x) / peak. It does not hold for masked, replaced or clipped values, whose mean is not x, nor
-for likelihoods other than the squared error, except that the absolute error, laplace, finds medians.
+best f is therefore the same as with clean targets, E[x | y1]. This holds for Gaussian noise and for Poisson noise,
+y = Poisson(peak x) / peak. It does not hold for masked, replaced or clipped values, whose mean is not x, nor for
+likelihoods other than the squared error; with the absolute error (laplace), f estimates medians.
 
-The network and its code, which is not a bottleneck, are those of dncnn. Training draws both copies anew for every
-batch; evaluation draws them once, from a fixed seed. mse and psnr compare f(y1) with the clean sample. The paper's
-networks train on noise whose strength is drawn for each sample; here it is one value.
+The network and its code, which is not a bottleneck, are those of dncnn. Training draws new copies for every batch;
+evaluation draws them once, from a fixed seed. mse and psnr compare f(y1) with the clean sample. The paper's networks
+train on noise whose strength is drawn for each sample; here the strength is fixed.
 """
 
 import math
@@ -30,7 +30,7 @@ _MAX_PEAK = 1e6
 
 
 class PoissonNoise(Corruption):
-    """Poisson(amount x) / amount: counts, `amount` on average where x is 1, divided to have the scale of x."""
+    """Poisson noise, Poisson(amount x) / amount: counts with mean `amount` where x is 1, rescaled to the scale of x."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         rate = self.amount * at_least_float32(x).clamp(min=0)
@@ -38,7 +38,7 @@ class PoissonNoise(Corruption):
 
 
 def unbiased(name: str) -> Corruption:
-    """The corruption with mean x for a name, gaussian:STD or poisson:PEAK."""
+    """Return the corruption with mean x that a name, gaussian:STD or poisson:PEAK, stands for."""
     kind, _, argument = name.partition(":")
     if kind == "poisson":
         try:

@@ -1,19 +1,19 @@
 """Noise2Void (Krull et al. 2019), https://arxiv.org/abs/1811.10980
 
-Learns to denoise from single noisy samples y. Some pixels M, drawn anew for each sample, are replaced by the value of a
-neighbour and predicted from their surroundings:
+Learns to denoise from single noisy samples y. Some pixels M, drawn for each sample and step, are replaced by the value
+of a neighbour and predicted from their surroundings:
 
     L = P mean_{i in M} -log p(y_i | f(y~)_i)     y~_i = y_{j(i)} for i in M, else y_i     j(i) around i, not in M
 
 L is in nats per sample, scaled as if all P pixels had been predicted. f(y~)_i does not depend on y_i. If the noise has
-mean zero and is independent between pixels, it cannot be learned, and the best f is E[x_i | y around i] (section 3).
+zero mean and is independent between pixels, it cannot be learned, and the best f is E[x_i | y around i] (section 3).
 
 A pixel comprises all channels at one position. j(i) is uniform over the positions of the window around i that lie
-inside the grid and are not in M. If they were clipped to the grid instead, border values would repeat, and at a corner
-j(i) could be i itself. A drawn pixel without such a position is left unchanged and out of M. In evaluation, M is drawn
-from a fixed seed.
+inside the grid and are not in M. Clipping positions to the grid instead would repeat border values, and at a corner
+j(i) could be i itself. A drawn pixel without such a position is left unchanged and removed from M. In evaluation, M is
+drawn from a fixed seed.
 
-The network is that of dncnn, by default in its direct form. So is the code, which is not a bottleneck.
+The network and its code, which is not a bottleneck, are those of dncnn, by default in its direct form.
 
 Shapes: B batch, C channels, P pixels, M masked pixels, K positions of the window, R dimensions of the grid.
 """
@@ -34,10 +34,10 @@ _MOST_PLACES = 10_000
 
 
 class Noise2Void(DnCNN, defaults={"residual": False}, tags=("denoising",)):
-    """Learns from noisy samples alone, by blind spots; metrics compare with the data, or with clean data if known.
+    """Learns from single noisy samples, by blind spots; metrics compare with the data, or with clean data if known.
 
     Args:
-        input_shape: (C, L), (C, H, W) or (C, D, H, W), of at least two pixels.
+        input_shape: (C, L), (C, H, W) or (C, D, H, W), with at least two pixels.
         corruption: none for data that are already noisy; gaussian:STD and others first add noise to clean data.
         masked: share of pixels that are predicted, at least one per sample; above 0 and at most 0.5.
         radius: largest distance of a neighbour along each axis, in pixels; 2 is a window of 5 x 5.
@@ -72,7 +72,7 @@ class Noise2Void(DnCNN, defaults={"residual": False}, tags=("denoising",)):
         self.register_buffer("offsets_KR", torch.tensor(offsets), persistent=False)
 
     def blind(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y~ and M, (B, C, *grid) -> (B, C, *grid) and (B, P); M is 1 for the pixels that were replaced."""
+        """Return y~ and M, (B, C, *grid) -> (B, C, *grid) and (B, P); M is 1 for the pixels that were replaced."""
         y_BCP = y.flatten(2)
         drawn_BM = torch.rand(len(y), y_BCP.shape[2], device=y.device).topk(self.n_masked, 1).indices
         drawn_BP = torch.zeros_like(at_least_float32(y_BCP[:, 0])).scatter(1, drawn_BM, 1.0)

@@ -1,6 +1,6 @@
 """Semantic hashing (Salakhutdinov & Hinton 2009), https://doi.org/10.1016/j.ijar.2008.11.006
 
-Gaussian noise before the sigmoid of the code drives its units towards 0 or 1, where the noise has little effect:
+Gaussian noise before the code's sigmoid drives the code units towards 0 or 1, where the noise has little effect:
 
     L = E_eps[ -log p(x | g(sigmoid(a + s eps))) ]     a = f(x)     eps ~ N(0, I)     code = 1[a > 0]
 
@@ -9,12 +9,12 @@ reconstructions use bits. The gradient passes through the bits as if they were s
 
 `binarisation` improved is the improved semantic hashing of Kaiser & Bengio 2018, https://arxiv.org/abs/1801.09797,
 where s = 1. v = a + s eps passes through the saturating sigmoid s'(v) = max(0, min(1, 1.2 sigmoid(v) - 0.1)). For each
-unit, the decoder receives either s'(v) or the bit 1[v > 0], each half of the time; the gradient is always that of
-s'(v).
+unit, the decoder receives s'(v) or the bit 1[v > 0] with probability 1/2 each; the gradient is always that of s'(v).
 
 The paper pretrains a stack of RBMs, whose visible biases start at the mean of the data (Hinton 2010, "A practical guide
-to training RBMs", section 8.1). Without that start, the output reaches the mean of the data fastest if all code units
-act alike, and the units saturate there for good. data_init starts a bias of each output at the mean of the first batch.
+to training RBMs", section 8.1). Otherwise, the output can approach the mean of the data fastest if all code units
+behave alike, and the units saturate there permanently. data_init starts a bias of each output at the mean of the first
+batch.
 
 Shapes: B batch, D bits, X data dimensions.
 """
@@ -34,7 +34,7 @@ BINARISATIONS = ("noise", "improved")
 
 
 class VisibleBias(nn.Module):
-    """Adds a learned number to each output.
+    """Adds a learned bias to each output.
 
     Args:
         input_shape: shape of one sample.
@@ -49,13 +49,13 @@ class VisibleBias(nn.Module):
 
 
 class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
-    """A binary code: similar samples have codes at a small Hamming distance.
+    """Learns a binary code in which similar samples have a small Hamming distance.
 
     Args:
         latent_dim: D, number of bits.
         binarisation: how training makes the code's units binary: noise or improved.
         noise_std: s, standard deviation of the noise before the sigmoid.
-        data_init: start the bias of each output from the first batch of training.
+        data_init: initialise the bias of each output from the first training batch.
         **kwargs: see `NetworkAutoencoder`.
     """
 
@@ -86,11 +86,11 @@ class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("rep
             self.enable_data_init()
 
     def init_from_data(self, x: Tensor) -> None:
-        """Start the output biases at the mean of the samples, (N, *input_shape)."""
+        """Set the output biases to those of the mean of the samples (N, *input_shape)."""
         cast(VisibleBias, self.decoder[1]).b_X.copy_(self.likelihood.params_from_mean(x.mean(0)))
 
     def noisy_code(self, a_BD: Tensor) -> Tensor:
-        """The decoder's input in training, from the code's pre-activations: (B, D) -> (B, D)."""
+        """Return the decoder's input in training for the code's pre-activations, (B, D) -> (B, D)."""
         v_BD = a_BD + self.noise_std * torch.randn_like(a_BD)
         if self.binarisation == "noise":
             return v_BD.sigmoid()

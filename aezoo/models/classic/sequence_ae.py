@@ -4,15 +4,15 @@ Encodes a whole sequence into one code and decodes the sequence from it:
 
     L = - sum_{t < T} log p(x_t | g(z)_t)     z = f(x_0, ..., x_{T-1})
 
-L is in nats per sample, summed over the T steps of a sequence. All samples have one shape, and shorter sequences are
-padded. `pad_value` defines the padding: the run of steps at the end that hold only this value. The same value before
-the end is data. Padding affects neither the code nor the loss, whatever its length. With `pad_value`, the last entry of
-the code is T, so that decode knows where to stop: it writes `pad_value` from there on. A sequence of padding alone
-counts as one step.
+L is in nats per sample, summed over the T steps of a sequence. All samples have the same shape; shorter sequences are
+padded. `pad_value` defines the padding: all steps after the last one that contains another value. Steps before that
+which contain only this value are data. Padding affects neither the code nor the loss, whatever its length. With
+`pad_value`, the last entry of the code is T, so that decode can fill the steps from T on with `pad_value`. A sequence
+that is all padding counts as one step.
 
-The authors' decoder, https://github.com/mansimov/unsupervised-videos, starts from the states of all layers of the
-encoder, is given nothing else, and writes the last step first. Here it is given one vector, z, at each step, and keeps
-the order.
+The authors' decoder, https://github.com/mansimov/unsupervised-videos, starts from the states of all encoder layers, has
+no other input, and writes the last step first. Here the decoder receives one vector, z, at each step, and keeps the
+order.
 
 Steps run along the first axis after the channels: (C, L) has L steps of C values, (C, H, W) has H rows, (C, D, H, W)
 has D slices and (D,) has D steps of one value. The weights of both networks, `aezoo.nets.lstm` and
@@ -35,14 +35,14 @@ _NETS = ("lstm", "transformer")
 
 
 class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}, tags=("representation",)):
-    """Encodes a sequence step by step into a vector and decodes it again, for any length up to the shape's.
+    """Encodes a sequence of any length up to that of the shape into a vector and decodes it.
 
     Args:
         input_shape: (C, L) for L steps of C values; images are read by rows, volumes by slices, vectors by values.
         net: lstm or transformer.
-        pad_value: steps at the end that hold only this value are padding; None for sequences of full length.
-        latent_dim: D, size of the code; with pad_value, the length follows as one more entry.
-        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, where the network has none.
+        pad_value: steps at the end that contain only this value are padding; None for sequences of full length.
+        latent_dim: D, size of the code; with pad_value, the code has one more entry, the length.
+        activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, outside LSTM cells.
         likelihood: how outputs are compared with data: bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
             gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
         **kwargs: see `NetworkAutoencoder`.
@@ -74,7 +74,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}, tags=("representa
         self.from_steps = FromSteps(self.input_shape)
 
     def lengths(self, x: Tensor) -> Tensor | None:
-        """T of each sequence, (B, *input_shape) -> (B,); None if there is no padding."""
+        """Return T of each sequence, (B, *input_shape) -> (B,), or None if there is no padding."""
         if self.pad_value is None:
             return None
         steps_BLF = self.to_steps(x)
@@ -84,7 +84,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}, tags=("representa
     def encode(self, x: Tensor) -> Tensor:
         length_B = self.lengths(x)
         z_BD: Tensor = self.encoder(x, length_B)
-        # half precision cannot hold every length
+        # half precision cannot represent every length
         return z_BD if length_B is None else torch.cat([z_BD.to(x.dtype), length_B[:, None].to(x.dtype)], 1)
 
     def decode(self, z: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """Stacked denoising autoencoder (Vincent et al. 2010), https://jmlr.org/papers/v11/vincent10a.html
 
-Layers are trained one after the other: each undoes a corruption C of the features that the fixed layers below compute
-from a clean sample (figure 3). Then all layers are trained together, as one deep denoising autoencoder:
+Layers are trained one after the other: each learns to undo a corruption C of the features that the fixed layers below
+compute from a clean sample (figure 3). Then all layers are trained jointly, as one deep denoising autoencoder:
 
     L_i = E_C[ -log p(h_i | g_i(f_i(C(h_i)))) ]     phase i < N     h_0 = x     h_i = f_i-1(h_i-1)
     L_N = E_C[ -log p(x | g(f(C(x)))) ]             phase N         f = f_N-1 o .. o f_0     g = g_0 o .. o g_N-1
 
-L is in nats per sample. f_i(h) = s(W h + b), and g_i is likewise, with its own weights. p(x) is the likelihood; a
+L is in nats per sample. f_i(h) = s(W h + b), and g_i has the same form with separate weights. p(x) is the likelihood; a
 hidden layer of sigmoids uses the cross-entropy, any other the squared error. In phase i, the parameters of other layers
-have no gradient, so no optimiser moves them, not even by weight decay or moments. `train/loss` is the loss of the
+have no gradient, so no optimiser changes them, not even by weight decay or momentum. `train/loss` is the loss of the
 phase. Evaluation is in phase N, and so is training without a trainer, unless `phase` is set.
 
 Shapes: B batch, N layers, including the code.
@@ -31,7 +31,7 @@ from aezoo.training.optimizers import known_steps
 
 
 class StackedDAE(Autoencoder, tags=("representation", "denoising")):
-    """A deep denoising autoencoder that is trained layer by layer and then as a whole, in one fit.
+    """A deep denoising autoencoder that is trained layer by layer and then jointly, in one fit.
 
     Attributes:
         phase: the layer that `loss` trains; N for all layers.
@@ -39,8 +39,8 @@ class StackedDAE(Autoencoder, tags=("representation", "denoising")):
     Args:
         input_shape: shape of one sample; any.
         corruption: gaussian:STD, masking:SHARE, salt_and_pepper:SHARE or none, of each layer's input.
-        phase_epochs: epochs for each layer; 0 divides half of the fit's steps among the layers.
-        latent_dim: size of the code, the last layer's.
+        phase_epochs: epochs for each layer; with 0, the layers share half of the fit's steps equally.
+        latent_dim: size of the code, the output of the last layer.
         hidden_dims: widths of the layers before it; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, after every layer;
             sigmoid in the paper.
@@ -109,7 +109,7 @@ class StackedDAE(Autoencoder, tags=("representation", "denoising")):
                 p.grad = None  # with a gradient of 0, momentum and weight decay would still move p
 
     def current_phase(self) -> int:
-        """The phase of the trainer's current step."""
+        """Return the phase of the trainer's current step."""
         n_layers = len(self.encoder)
         if self.phase_epochs:
             return min(self.trainer.current_epoch // self.phase_epochs, n_layers)

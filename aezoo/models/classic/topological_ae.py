@@ -1,20 +1,21 @@
 """Topological autoencoder (Moor et al. 2020), https://arxiv.org/abs/1906.00722
 
-Preserves the connectivity of a batch's samples in its codes. Growing neighbourhoods merge components at certain edges,
+Preserves the connectivity of a batch's samples in its codes. As neighbourhoods grow, components merge at certain edges:
 the persistence pairing pi of dimension 0. These are the edges of the minimum spanning tree of the distances A:
 
     L = -log p(x | g(f(x))) + lambda / N (L_X->Z + L_Z->X)                                   (equations 1 and 2)
     L_X->Z = 1/2 ||A^X[pi^X] - A^Z[pi^X]||^2     L_Z->X = 1/2 ||A^Z[pi^Z] - A^X[pi^Z]||^2    (equations 3 and 4)
 
-L is in nats per sample. Distances are Euclidean. Distances between samples are in units of the largest one of the
-batch, those between codes in units of a learned number that starts at 1, as in the authors'
-https://github.com/BorgwardtLab/topological-autoencoders (there the largest distance that images can have replaces the
-batch's; here the logarithm is learned, so that the unit stays positive). The batch is that of all ranks. The pairing is
-constant nearly everywhere, so gradients pass through the distances alone. lambda = 0 gives the plain autoencoder.
+L is in nats per sample. Distances are Euclidean. Distances between samples are divided by the largest one in the batch,
+those between codes by a learned number that starts at 1, as in the authors'
+https://github.com/BorgwardtLab/topological-autoencoders (there, the first divisor is the largest distance that images
+can have, and the second one is learned directly; here its logarithm is learned, so that it stays positive). The batch
+is that of all ranks. The pairing is constant almost everywhere, so gradients pass only through the distances.
+lambda = 0 gives the plain autoencoder.
 
-The authors' code leaves out the 1/2 of equations 3 and 4, which doubles lambda. On 8x8 digits (D = 2, 1,500 steps,
-means of three seeds; `python -m benchmarks.deviations`) this gave a nll of 22.0 in place of 21.7, and (L_X->Z + L_Z->X)
-/ N of 0.087 in place of 0.082.
+The authors' code omits the 1/2 of equations 3 and 4, which doubles lambda. On 8x8 digits (D = 2, 1,500 steps, means of
+three seeds; `python -m benchmarks.deviations`) this gave a nll of 22.0 instead of 21.7, and (L_X->Z + L_Z->X) / N of
+0.087 instead of 0.082.
 
 Shapes: B batch on this rank, N samples on all ranks, E = N - 1 edges, X data dimensions, D code.
 """
@@ -32,19 +33,19 @@ from aezoo.training.limits import check_at_least
 
 
 def distances(points_ND: Tensor, unit: Tensor | None = None) -> Tensor:
-    """A, Euclidean distances in a unit, by default the largest distance, (N, D), () -> (N, N)."""
+    """Return A, Euclidean distances divided by `unit`, by default the largest one, (N, D), () -> (N, N)."""
     a_NN = divergences.distances(points_ND)
     return a_NN / (a_NN.amax().clamp(min=torch.finfo(a_NN.dtype).tiny) if unit is None else unit)
 
 
-# a custom operator, which a compiler calls as it is
+# a custom operator, which torch.compile does not trace into
 @torch.library.custom_op("aezoo::pairing", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def pairing(a_NN: Tensor) -> Tensor:
-    """pi, the edges of the minimum spanning tree of distances, (N, N) -> (E, 2)."""
+    """Return pi, the edges of the minimum spanning tree of distances, (N, N) -> (E, 2)."""
     a = a_NN.cpu().numpy()
     # Prim's algorithm: every pair has an edge, and sorting all edges would take longer
     edges = np.empty((len(a) - 1, 2), dtype=np.int64)
-    # the distance of each vertex from the tree, and the tree's vertex nearest to it
+    # the distance of each vertex from the tree, the nearest vertex of the tree, whether the tree contains the vertex
     far_N, near_N, within_N = a[0].copy(), np.zeros(len(a), dtype=np.int64), np.zeros(len(a), dtype=a.dtype)
     new = 0
     for edge in edges:
@@ -62,7 +63,7 @@ def _(a_NN: Tensor) -> Tensor:
 
 
 class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_samples=True, tags=("representation",)):
-    """Codes with the connectivity of the samples; a larger batch shows more of the data's shape.
+    """Learns codes with the connectivity of the samples, which larger batches represent better.
 
     Args:
         latent_dim: D, size of the code.
@@ -89,7 +90,7 @@ class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_sa
 
     @staticmethod
     def signature_loss(x_NX: Tensor, z_ND: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """L_X->Z and L_Z->X of a batch, each divided by N, with the unit of codes."""
+        """Return L_X->Z and L_Z->X of a batch, each divided by N, where `unit` divides distances of codes."""
         a_x_NN, a_z_NN = distances(x_NX), distances(z_ND, unit)
         gap_NN = 0.5 * (a_x_NN - a_z_NN).square()
         x_to_z_E, z_to_x_E = (gap_NN[tuple(pairing(a_NN.detach()).T)] for a_NN in (a_x_NN, a_z_NN))
@@ -104,5 +105,5 @@ class TopologicalAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, compares_sa
         return {"loss": nll + self.topology * (x_to_z + z_to_x), "nll": nll, "x_to_z": x_to_z, "z_to_x": z_to_x}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        # overridden so that the whole step is not captured as a CUDA graph: the tree grows on the host
+        # overridden so that the whole step is not captured as a CUDA graph: the spanning tree is computed on the CPU
         return super().training_step(batch, batch_idx)

@@ -3,8 +3,8 @@
     L = -log p(x | g(z)) + lambda T     z = f(x)
     T = mean over triplets of max(0, ||z_a - z_p|| - ||z_a - z_n|| + m)
 
-L is in nats per sample. An anchor a must be nearer, by the margin m, to each positive p (another sample with its label)
-than to a negative n (a sample with another label). The distance is not squared (Hermans et al. 2017,
+L is in nats per sample. An anchor a must be nearer, by the margin m, to each positive p (another sample with
+the same label) than to a negative n (a sample with another label). The distance is not squared (Hermans et al. 2017,
 https://arxiv.org/abs/1703.07737). Triplets are mined in the batch of all ranks:
 
     all         every triplet
@@ -28,12 +28,12 @@ from aezoo.training.limits import check_at_least
 
 
 class TripletAE(TripletAutoencoder, NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("representation",)):
-    """Codes of samples with the same label lie together; encoding and scores never use labels.
+    """Learns codes that are close for samples with the same label; encoding and scores do not use labels.
 
     Args:
         latent_dim: D, size of the code.
         triplet_weight: lambda, weight of the triplet loss.
-        margin: m, how much farther than the positives the negatives must be.
+        margin: m, by which negatives must be farther away than positives.
         mining: which triplets of a batch count: all, active or semi_hard.
         **kwargs: see `NetworkAutoencoder`.
     """

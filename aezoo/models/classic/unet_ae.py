@@ -2,11 +2,11 @@
 
 Minimises the reconstruction's negative log-likelihood in nats per sample:
 
-    L = -log p(x | g(f(x)))     f: stages of two convolutions and a pooling     g: stages of a doubling and the two
+    L = -log p(x | g(f(x)))     f: stages of two convolutions and a pooling     g: stages of upsampling and the same
 
-A U-Net with its usual skip connections has no code: feature maps of f reach g directly, and the finest of them holds
-all of x. Here skip connections stay within f and within g, see `aezoo.nets.unet`. Every stage of f feeds the code, and
-the code feeds every stage of g. Nothing bypasses the code, so decode needs the code alone.
+A U-Net with its usual skip connections has no code: feature maps of f reach g directly, and the finest of them contains
+all of x. Here skip connections stay within f and within g, see `aezoo.nets.unet`. Every stage of f contributes to the
+code, and every stage of g receives it. Nothing bypasses the code, so decode needs only the code.
 """
 
 from aezoo.bases.convolutional import ConvolutionalAutoencoder

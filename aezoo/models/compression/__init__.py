@@ -1,1 +1,1 @@
-"""Autoencoders trained for a small file size of their code and for the quality of the reconstruction."""
+"""Autoencoders trained for small files of their codes and for the quality of reconstructions."""

@@ -1,16 +1,16 @@
 """Learned compression with a checkerboard context (He et al. 2021), https://arxiv.org/abs/2103.15306
 
-The places of one colour of a checkerboard, the anchors, are coded first. With the side information, they predict the
-other places (section 3.2). This takes two passes instead of one pass per place:
+Positions of one colour of a checkerboard, the anchors, are coded first. With the side information, they predict the
+other positions (section 3.2). This takes two passes instead of one pass per position:
 
-    mu_t, s_t = p(g_h(z^)_t, 0) of anchors,    p(g_h(z^)_t, (W * y^)_t) of the others, W seeing anchors alone
+    mu_t, s_t = p(g_h(z^)_t, 0) of anchors,    p(g_h(z^)_t, (W * y^)_t) of the others, W masked to anchors
     y^_t = mu_t + round(y_t - mu_t)    P(y^_t | ...) = N(mu_t, s_t^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | ...)
 
-in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
+in nats per sample, for C channels of x; in training, noise replaces rounding, as in `factorized_prior`.
 
-Shapes: B batch, M channels of the code, N of the side information, T places.
+Shapes: B batch, M channels of the code, N of the side information, T positions.
 """
 
 from typing import Unpack
@@ -26,15 +26,15 @@ from aezoo.nets.blocks.context import Context, tap_offsets
 
 
 class Checkerboard(MeanScaleHyperprior, tags=("compression",)):
-    """Rounded codes: half of the places are predicted from side information, the other half also from the first half.
+    """Learns rounded codes, half of them predicted from side information, the other half also from the first half.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
-        reach: number of places that W sees to each side.
+        reach: number of positions that W covers on each side.
         net: gdn, conv, resnet, convnext, unet, dc, ldm, vit or mixer.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
-            of net gdn, between those of the side information alone.
+            with net gdn, only in the networks of the side information.
         **kwargs: see `MeanScaleHyperprior`.
     """
 
@@ -55,11 +55,11 @@ class Checkerboard(MeanScaleHyperprior, tags=("compression",)):
         self.contexts = nn.ModuleList([Context(self.latent_dim, 2 * self.latent_dim, self.kernel_mask(reach))])
 
     def kernel_mask(self, reach: int) -> Tensor:
-        """The taps of a kernel that lie on the other colour, (2 reach + 1, ...), bool."""
+        """Return which taps of a kernel lie on the other colour, (2 reach + 1, ...), bool."""
         return tap_offsets(reach, len(self.grid)).sum(0) % 2 == 1
 
     def two_passes(self, coder: Coder, y: Tensor | None, side: Tensor, group: int) -> Tensor:
-        """Code maps of a group of channels, anchors first: (B, C, *grid) or None, (B, S, *grid) -> (B, C, *grid)."""
+        """Code a group of channels, anchors first, (B, C, *grid) or None, (B, S, *grid) -> (B, C, *grid)."""
         context = self.contexts[group]
         assert isinstance(context, Context)
         y_BCT, side_BST = None if y is None else y.flatten(2), side.flatten(2)

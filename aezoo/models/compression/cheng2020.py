@@ -1,23 +1,25 @@
 """Learned compression with mixtures and attention (Cheng et al. 2020), https://arxiv.org/abs/2001.01568
 
-The distribution of each number is a mixture of Gaussians (section 3.2). Side information and earlier places give its
-weights, means and scales, as in `joint_ar_hyperprior`. With K = 1 only the transforms differ from that model:
+The distribution of each number is a mixture of Gaussians (section 3.2). Its weights, means and scales are computed from
+side information and earlier positions, as in `joint_ar_hyperprior`. With K = 1, only the transforms differ from that
+model:
 
     w_t, mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    m_t = sum_k w_tk mu_tk    y^_t = m_t + round(y_t - m_t)
     P(y^_t | y^_<t, z^) = sum_k w_tk N(mu_tk, s_tk^2) * U(-1/2, 1/2)    sum_k w_tk = 1
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
 
-in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper counts
-integers from 0 and not from m. f and g are residual blocks with attention (section 3.3).
+in nats per sample, for C channels of x; in training, noise replaces rounding, as in `factorized_prior`. The paper
+counts integers from 0 and not from m. f and g are residual blocks with attention (section 3.3).
 
 Their stages are two residual blocks, one of which halves or doubles the grid and has divisive normalisation as its
-second activation (figure 4). g doubles by sub-pixel convolutions: these output 2^R times the channels, which become the
-places of a grid with doubled sides (Shi et al. 2016, https://arxiv.org/abs/1609.05158); if a side was odd, the grid is
-cut to it. The attention of a place is a gate on the output of a second branch, x + trunk(x) sigmoid(mask(x)); it does
-not look at all places (figure 5). It is used in the middle of the stages and at the code, which is always a map here.
+second activation (figure 4). g doubles the grid by sub-pixel convolutions: these output 2^R times the channels, which
+become positions of a grid with doubled sides (Shi et al. 2016, https://arxiv.org/abs/1609.05158); if a side was odd,
+the grid is cropped. The attention is a gate at each position on the output of a second branch,
+x + trunk(x) sigmoid(mask(x)), and does not compare positions with each other (figure 5). It is used in the middle of
+the stages and at the code, which is always a map here.
 
-Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T places, C channels of
+Shapes: B batch, K Gaussians of a mixture, M channels of the code, N of the side information, T positions, C channels of
 a map, R grid dimensions.
 """
 
@@ -39,7 +41,7 @@ from aezoo.training.limits import check_at_least
 
 
 class Subpixel(nn.Module):
-    """A convolution to a grid with doubled sides: (B, C, *grid) -> (B, out, *larger).
+    """Sub-pixel convolution to a grid with doubled sides, (B, C, *grid) -> (B, out, *larger).
 
     Args:
         channels: C.
@@ -61,7 +63,7 @@ class Subpixel(nn.Module):
 
 
 class _Residual(nn.Module):
-    """skip(x) + body(x)."""
+    """Computes skip(x) + body(x)."""
 
     def __init__(self, body: nn.Module, skip: nn.Module | None = None) -> None:
         super().__init__()
@@ -89,12 +91,12 @@ def _up(channels: int, out: int, larger: tuple[int, ...], act: str) -> nn.Module
 
 
 class Attention(nn.Module):
-    """x + trunk(x) sigmoid(mask(x)): (B, C, *grid) -> (B, C, *grid).
+    """Computes x + trunk(x) sigmoid(mask(x)), (B, C, *grid) -> (B, C, *grid).
 
     Args:
         rank: R.
         channels: C.
-        act: an activation's name.
+        act: name of an activation.
     """
 
     def __init__(self, rank: int, channels: int, act: str) -> None:
@@ -140,7 +142,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` are listed from the smallest map."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class Decoder(nn.Sequential):
 
 
 class Cheng2020Args(TrainingArgs, total=False):
-    """Arguments of `JointARHyperprior` that leave the kind of network open."""
+    """Arguments of `JointARHyperprior` without the kind of network."""
 
     lam: float
     hyper_dim: int
@@ -177,10 +179,10 @@ class Cheng2020Args(TrainingArgs, total=False):
 
 
 class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}, tags=("compression",)):
-    """Rounded codes; side information and earlier places give a mixture of Gaussians for each number.
+    """Learns rounded codes with a mixture of Gaussians for each number, from side information and earlier positions.
 
     Args:
-        mixtures: K, Gaussians in the distribution of a number.
+        mixtures: K, number of Gaussians in each mixture.
         attention: whether to use attention in the middle of the stages and at the code.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `JointARHyperprior`.
@@ -198,7 +200,7 @@ class Cheng2020(JointARHyperprior, defaults={"activation": "leaky_relu"}, tags=(
         check_at_least(1, mixtures=mixtures)
         self.mixtures = mixtures
         code = self.code_shape
-        # these replace the encoder and decoder of net gdn, with the same grids
+        # replace the encoder and decoder of net gdn by ones with the same grids
         self.encoder = Encoder(self.input_shape, code, self.hidden_dims, self.activation, attention)
         self.decoder = Decoder(code, self.input_shape, self.hidden_dims[::-1], self.activation, attention)
         if mixtures > 1:

@@ -1,6 +1,6 @@
 """Learned image compression in the layout of the library CompressAI (Bégaint et al. 2020), https://arxiv.org/abs/2011.03029
 
-Its seven architectures, so that models trained by others can be measured, used and trained further here:
+Implements its seven architectures, so that models trained by others can be evaluated, used and trained further:
 
     bmshj2018-factorized(-relu)   y = f(x)    P(y^) factorised, learned
     bmshj2018-hyperprior          z = h(|y|)    P(y^ | z^) = N(0, s^2) * U    s = g_h(z^)
@@ -12,15 +12,15 @@ Its seven architectures, so that models trained by others can be measured, used 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2 + L_q    R = -log P(z^) - log P(y^ | z^)
     L_q = sum |logit F(q) - logit p|    for the quantiles q of P(z^) at p = 5e-10, 1/2 (m) and 1 - 5e-10
 
-in nats per sample; in training noise replaces rounding, and L_q trains nothing but the quantiles q. Scales are at least
-0.11. Sides are padded with zeros to multiples of 64, half on each side, and cut again.
+in nats per sample; in training, noise replaces rounding, and L_q trains only the quantiles q. Scales are at least 0.11.
+Sides are padded with zeros to multiples of 64, half on each side, and outputs are cropped.
 
-They are those of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, of Minnen et al. 2018,
-https://arxiv.org/abs/1809.02736, and of Cheng et al. 2020, https://arxiv.org/abs/2001.01568, here and there with one
-Gaussian for each number; `cheng2020` has the paper's mixtures. `aezoo compress` writes the integers with the tables
-and the bits of CompressAI's own coder, see `aezoo.tasks.codec.rans`.
+The architectures are those of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, of Minnen et al. 2018,
+https://arxiv.org/abs/1809.02736, and of Cheng et al. 2020, https://arxiv.org/abs/2001.01568; both here and in
+CompressAI, the latter have one Gaussian for each number; `cheng2020` has the paper's mixtures. `aezoo compress` writes
+the integers with the tables and the bits of CompressAI's coder, see `aezoo.tasks.codec.rans`.
 
-Shapes: B batch, C channels of x, M of the code, N of the layers and the side information, T places.
+Shapes: B batch, C channels of x, M of the code, N of the layers and the side information, T positions.
 """
 
 import itertools
@@ -69,7 +69,7 @@ _START = 10.0
 
 
 class Bottleneck(MonotonicNetwork):
-    """F(v) = sigmoid(f(v) + b), whose median is not part of it: (C, N) -> (C, N), the logit."""
+    """Logit of F(v) = sigmoid(f(v) + b), without the median, (C, N) -> (C, N)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, _WIDTHS)
@@ -85,7 +85,7 @@ class Bottleneck(MonotonicNetwork):
 
 @dataclass
 class BottleneckDistribution(FactorisedDistribution):
-    """The distribution of values whose F does not depend on the mean, which rounding alone uses."""
+    """Distribution whose F does not depend on the mean, which only rounding uses."""
 
     def log_mass(self, v: Tensor) -> Tensor:
         return FactorisedDistribution(self.density, torch.zeros_like(self.mean)).log_mass(v)
@@ -93,7 +93,7 @@ class BottleneckDistribution(FactorisedDistribution):
 
 @dataclass
 class TabulatedGaussians(Gaussians):
-    """N(mean, scale^2), coded under the next larger one of some scales."""
+    """N(mean, scale^2), coded with the table of the next larger scale."""
 
     scales: Tensor
 
@@ -103,7 +103,7 @@ class TabulatedGaussians(Gaussians):
 
 
 class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compression",)):
-    """Rounded codes, with the networks, distributions and bit streams of CompressAI.
+    """Learns rounded codes with the networks, distributions and bit streams of CompressAI.
 
     Args:
         input_shape: (C, H, W).
@@ -112,8 +112,8 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
         width: N, channels of the layers and of the side information.
         latent_dim: M, channels of the code; N for cheng2020.
         lam: weight of the distortion.
-        table_width: entries of the longest table of frequencies, if tables come with the weights, which
-            `aezoo import` sets; 0 computes tables from the weights.
+        table_width: entries of the longest table of frequencies if tables come with the weights, set by `aezoo import`;
+            0 computes tables from the weights.
         **kwargs: see `Autoencoder`.
     """
 
@@ -161,21 +161,21 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
             self.register_buffer("table_length", torch.zeros(n_tables, dtype=torch.int32))
             self.register_buffer("table_offset", torch.zeros(n_tables, dtype=torch.int32))
 
-    # ---- what is coded, and under which distributions ----------------------------------------------------------------
+    # ---- coding and distributions ------------------------------------------------------------------------------------
 
     def factorised(self, n: int, shape: tuple[int, ...]) -> BottleneckDistribution:
-        """The distribution of n maps of the channels that have a learned distribution each, (n, *shape)."""
+        """Return the distribution of n samples of the channels with learned distributions, (n, *shape)."""
         median_C11 = at_least_float32(self.quantiles_C3)[:, 1, None, None]
         return BottleneckDistribution(self.density, median_C11.expand(n, *shape))
 
     def gaussians(self, numbers: Tensor) -> TabulatedGaussians:
-        """The distribution of scales, or of scales and means, (n, M or 2 M, ...)."""
+        """Return the distribution with the given scales, or scales and means, (n, M or 2 M, ...)."""
         scale, *means = at_least_float32(numbers).split(self.latent_dim, 1)
         mean = means[0] if means else torch.zeros_like(scale)
         return TabulatedGaussians(mean, lower_bound(scale, MIN_SCALE), len(self.density.last_bias_C1), self.scales)
 
     def side(self, y: Tensor) -> Tensor:
-        """The side information before rounding, (n, *code_shape) -> (n, *z_shape)."""
+        """Return the side information before rounding, (n, *code_shape) -> (n, *z_shape)."""
         assert self.hyper_encoder is not None
         z: Tensor = self.hyper_encoder(y.abs() if self.architecture == "bmshj2018-hyperprior" else y)
         return z
@@ -203,7 +203,7 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
         return known[:, :, REACH:-REACH, REACH:-REACH]
 
     def fused(self, params: Tensor, context: Tensor) -> Tensor:
-        """Scales and means of places from side information and places before: (n, 2 M, ...) twice -> (n, 2 M, ...)."""
+        """Combine side information and context to scales and means, (n, 2 M, ...) twice -> (n, 2 M, ...)."""
         assert self.entropy_parameters is not None
         found: Tensor = self.entropy_parameters(torch.cat((params, context), 1))
         return found
@@ -217,7 +217,7 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
         return {"loss": loss, "nll": nll, "rate": rate, "bpp": self.bits_per_place(rate), "quantiles": quantiles}
 
     def quantile_loss(self) -> Tensor:
-        """L_q; F is a constant in it."""
+        """Return L_q, with F as a constant."""
         logit_C3 = call_frozen(self.density, at_least_float32(self.quantiles_C3))
         return (logit_C3 - logit_C3.new_tensor([-_TAIL_LOGIT, 0.0, _TAIL_LOGIT])).abs().sum()
 
@@ -230,14 +230,14 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.table_width:  # they are those of the weights before training
+        if self.table_width:  # they belong to the weights before training
             del self.table_cdf, self.table_length, self.table_offset
             self.table_width = 0
             self.update_hyperparameters(table_width=0)
 
     @torch.no_grad()
     def frequency_tables(self) -> FrequencyTables:
-        """The tables that came with the weights, or those of the weights; on the CPU."""
+        """Return the tables that came with the weights, or those computed from the weights; on the CPU."""
         if self.table_width and bool(self.table_length.any()):
             return FrequencyTables(self.table_cdf.cpu(), self.table_length.cpu(), self.table_offset.cpu())
         parts = [self._bottleneck_tables()]
@@ -256,7 +256,7 @@ class CompressAI(EntropyCoded, defaults={"likelihood": "gaussian"}, tags=("compr
         length = reaches[0] + reaches[1] + 1
         v_CN = torch.arange(int(length.max())) + (median_C - reaches[0])[:, None]
         lower, upper = density.logits(v_CN - 0.5), density.logits(v_CN + 0.5)
-        # the upper tail is that of the widest table, as in CompressAI
+        # the upper tail starts at the end of the widest table, as in CompressAI
         tails = lower[:, 0].sigmoid() + (-upper[:, -1]).sigmoid()
         return quantise(upper.sigmoid() - lower.sigmoid(), tails, length, -reaches[0])
 

@@ -1,17 +1,17 @@
-"""ELIC, learned compression in uneven groups of channels (He et al. 2022), https://arxiv.org/abs/2203.10886
+"""ELIC, learned compression with channel groups of different sizes (He et al. 2022), https://arxiv.org/abs/2203.10886
 
-Channels are coded group by group. The first groups are small, since they hold most of the information. Within a group,
-the places of one colour of a checkerboard come first (section 3.3, SCCTX):
+Channels are coded group by group. The first groups are small, since they contain most of the information. Within a
+group, positions of one colour of a checkerboard come first (section 3.3, SCCTX):
 
-    mu_kt, s_kt = p_k(g_h(z^)_t, h_k(y^_<k)_t, (W_k * y^_k)_t)    without the last term of anchors
+    mu_kt, s_kt = p_k(g_h(z^)_t, h_k(y^_<k)_t, (W_k * y^_k)_t)    without the last term for anchors
     y^_kt = mu_kt + round(y_kt - mu_kt)    P(y^_kt | ...) = N(mu_kt, s_kt^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_kt log P(y^_kt | ...)
 
-in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`. The paper's
+in nats per sample, for C channels of x; in training, noise replaces rounding, as in `factorized_prior`. The paper's
 transforms are residual blocks without divisive normalisation: net resnet.
 
-Shapes: B batch, M channels of the code in groups k, N of the side information, T places.
+Shapes: B batch, M channels of the code in groups k, N of the side information, T positions.
 """
 
 from typing import Unpack
@@ -28,12 +28,12 @@ from aezoo.training.limits import check_at_least
 
 
 class Elic(Checkerboard, hidden_dims={"resnet": (64, 64)}, defaults={"net": "resnet"}, tags=("compression",)):
-    """Rounded codes, coded group by group of channels, with two passes over the places of each group.
+    """Learns rounded codes, coded by groups of channels with two passes over the positions of each group.
 
     Args:
         groups: channels of each group of the code, M in total.
         lam: weight of the distortion.
-        reach: number of places that W sees to each side.
+        reach: number of positions that W covers on each side.
         net: resnet, gdn, conv, convnext, unet, dc, ldm, vit or mixer.
         **kwargs: see `Checkerboard`.
     """

@@ -1,14 +1,14 @@
 """Learned compression with a factorised prior (Ballé et al. 2017), https://arxiv.org/abs/1611.01704
 
-The code is rounded. A learned distribution for each channel determines how many bits its integers take:
+The code is rounded. A learned distribution for each channel determines the number of bits of its integers:
 
     y = f(x)    y^ = m + round(y - m)    R = -sum log P(y^)    D = ||x - g(y^)||^2
 
-    L = R + lam 255^2 log 2 / C  D     in nats per sample, C channels of x
+    L = R + lam 255^2 log 2 / C  D     in nats per sample, for C channels of x
 
-This is the paper's R + lam 255^2 MSE, in bits per pixel, times pixels and log 2. In training y~ = y + u replaces y^,
-u ~ U(-1/2, 1/2). Then R is -log of the density of y~, and L is the negative ELBO of a VAE with a uniform posterior.
-The prior is that of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, appendix 6.1.
+This is the paper's R + lam 255^2 MSE in bits per pixel, multiplied by the number of pixels and log 2. In training,
+y~ = y + u replaces y^, with u ~ U(-1/2, 1/2). Then R is -log of the density of y~, and L is the negative ELBO of a VAE
+with a uniform posterior. The prior is that of Ballé et al. 2018, https://arxiv.org/abs/1802.01436, appendix 6.1.
 
 `aezoo compress` writes these integers. With likelihood gaussian, the term `nll` is D up to a constant.
 
@@ -36,7 +36,7 @@ class FactorizedPrior(
     defaults={"net": "gdn", "likelihood": "gaussian"},
     tags=("compression",),
 ):
-    """Rounded codes with a learned distribution for each channel.
+    """Learns rounded codes with a learned distribution for each channel.
 
     Args:
         latent_dim: M, channels of the code.

@@ -1,4 +1,4 @@
-"""Learned compression of several rates in one model (Cui et al. 2021), https://arxiv.org/abs/2003.02012
+"""Learned compression with several rates in one model (Cui et al. 2021), https://arxiv.org/abs/2003.02012
 
 Each quality s has a vector of gains and one of inverse gains. The gains multiply the code before rounding, which makes
 the steps finer or coarser; the inverse gains multiply it afterwards (section 2.1):
@@ -7,13 +7,13 @@ the steps finer or coarser; the inverse gains multiply it afterwards (section 2.
 
     L = E_s [R_s + lam_s 255^2 log 2 / C  ||x - g(y^)||^2]    R_s = -log P(z^_s) - log P(y^_s / g'_s | z^_s)
 
-in nats per sample, C channels of x, s drawn for each sample; in training noise replaces rounding, as in
-`factorized_prior`. A fraction l of the way between two qualities, g = g_s^(1 - l) g_(s+1)^l, and likewise g' and lam
+in nats per sample, for C channels of x, with s drawn for each sample; in training, noise replaces rounding, as in
+`factorized_prior`. At a fraction l between two qualities, g = g_s^(1 - l) g_(s+1)^l, and likewise g' and lam
 (section 2.2). Initially, g_s is sqrt(lam_s / geometric mean of the lams), and g'_s is its inverse: the squared error of
-fine steps is proportional to their square, and -d||e||^2 / dR = 1 / lam. With g = g' = 1 the model is
-`mean_scale_hyperprior`, with the same distributions: the paper's asymmetric Gaussians are left out.
+fine steps is proportional to their square, and -d||e||^2 / dR = 1 / lam. With g = g' = 1, the model is
+`mean_scale_hyperprior`, with the same distributions: the paper's asymmetric Gaussians are not implemented.
 
-`quality` is the quality at which the model is evaluated, from 0 to the number of lams - 1; it starts at the highest.
+`quality` is the quality at which the model is evaluated, from 0 to the number of lams - 1; initially the highest.
 
 Shapes: B batch, S qualities, M channels of the code, N of the side information.
 """
@@ -33,7 +33,7 @@ from aezoo.models.compression.scale_hyperprior import HyperArgs
 
 
 class GainedHyperprior(MeanScaleHyperprior, tags=("compression",)):
-    """Rounded codes, Gaussian with means and scales from side information; a quality sets the step size.
+    """Learns rounded codes with means and scales from side information and a step size set by a quality.
 
     Args:
         latent_dim: M, channels of the code.
@@ -73,7 +73,7 @@ class GainedHyperprior(MeanScaleHyperprior, tags=("compression",)):
         self.weight = math.prod(weight**share for weight, share in zip(self._weights, self._shares, strict=True))
 
     def code_with_gains(self, coder: Coder, y: Tensor | None, n: int, shares: Sequence[float | Tensor]) -> Tensor:
-        """`code_latents` at a mixture of qualities: the share of each, for all samples or for each, (n, 1)."""
+        """Like `code_latents`, for a mixture of qualities with these shares, floats or tensors (n, 1)."""
 
         def mixed(log_SM: Tensor) -> Tensor:
             parts = [share * log_M for share, log_M in zip(shares, at_least_float32(log_SM), strict=True)]

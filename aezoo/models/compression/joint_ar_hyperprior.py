@@ -1,15 +1,15 @@
 """Learned compression with autoregressive context (Minnen et al. 2018), https://arxiv.org/abs/1809.02736
 
-Side information and the places before it, row by row, give the distribution of each place (section 2.1):
+Side information and previous positions, row by row, determine the distribution at each position (section 2.1):
 
-    mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    W a convolution that sees places before t alone (van den Oord et al. 2016)
+    mu_t, s_t = p(g_h(z^)_t, (W * y^)_t)    W a masked convolution of positions < t (van den Oord et al. 2016)
     y^_t = mu_t + round(y_t - mu_t)    P(y^_t | y^_<t, z^) = N(mu_t, s_t^2) * U(-1/2, 1/2)
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2    R = -log P(z^) - sum_t log P(y^_t | y^_<t, z^)
 
-In training, all places are known up to their noise, and W is one convolution; otherwise there is one step per place.
+In training, all positions are known up to noise, and W is one convolution; coding takes one step per position.
 
-Shapes: B batch, M channels of the code, N of the side information, T places.
+Shapes: B batch, M channels of the code, N of the side information, T positions.
 """
 
 import itertools
@@ -30,15 +30,15 @@ Index = tuple[Any, ...]
 
 
 class JointARHyperprior(MeanScaleHyperprior, tags=("compression",)):
-    """Rounded codes; side information and earlier places give a Gaussian for each place.
+    """Learns rounded codes with a Gaussian at each position, from side information and earlier positions.
 
     Args:
         input_shape: shape of one sample, (C, L), (C, H, W) or (C, D, H, W).
         hyper_hidden_dims: channels of the stages between y and z; mirrored on the way back.
-        reach: number of places that W sees to each side.
+        reach: number of positions that W covers on each side.
         net: gdn, conv, resnet, convnext, unet, dc, ldm, vit or mixer.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers;
-            of net gdn, between those of the side information alone.
+            with net gdn, only in the networks of the side information.
         **kwargs: see `MeanScaleHyperprior`.
     """
 

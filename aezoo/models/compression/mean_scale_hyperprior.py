@@ -1,6 +1,6 @@
 """Learned compression with a mean and scale hyperprior (Minnen et al. 2018), https://arxiv.org/abs/1809.02736
 
-Side information z also gives the expected value of the code, and the code is rounded relative to it (table 1):
+Side information z also determines the mean of the code, and the code is rounded relative to it (table 1):
 
     y = f(x)    z = h(y)    z^ = m + round(z - m)    mu, s = g_h(z^)    y^ = mu + round(y - mu)
 
@@ -8,7 +8,7 @@ Side information z also gives the expected value of the code, and the code is ro
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2
 
-in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
+in nats per sample, for C channels of x; in training, noise replaces rounding, as in `factorized_prior`.
 
 Shapes: B batch, M channels of the code, N of the side information.
 """
@@ -20,7 +20,7 @@ from aezoo.models.compression.scale_hyperprior import ScaleHyperprior
 
 
 class MeanScaleHyperprior(ScaleHyperprior, tags=("compression",)):
-    """Rounded codes, Gaussian with means and scales from side information."""
+    """Learns rounded codes that are Gaussian, with means and scales from side information."""
 
     per_channel = 2
 

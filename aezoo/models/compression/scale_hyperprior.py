@@ -1,6 +1,6 @@
 """Learned compression with a scale hyperprior (Ballé et al. 2018), https://arxiv.org/abs/1802.01436
 
-Side information z tells where the code is large. It is written first (section 3):
+Side information z contains the scales of the code and is written first (section 3):
 
     y = f(x)    z = h(|y|)    z^ = m + round(z - m)    s = scales(z^)    y^ = round(y)
 
@@ -8,7 +8,7 @@ Side information z tells where the code is large. It is written first (section 3
 
     L = R + lam 255^2 log 2 / C  ||x - g(y^)||^2
 
-in nats per sample, C channels of x; in training noise replaces rounding, as in `factorized_prior`.
+in nats per sample, for C channels of x; in training, noise replaces rounding, as in `factorized_prior`.
 
 Shapes: B batch, M channels of the code, N of the side information.
 """
@@ -35,7 +35,7 @@ from aezoo.training.limits import check_at_least
 
 
 class HyperArgs(NetworkArgs, total=False):
-    """Arguments of the hyperprior and of its networks."""
+    """Arguments of the hyperprior and its networks."""
 
     hyper_dim: int
     hyper_hidden_dims: tuple[int, ...]
@@ -46,13 +46,13 @@ class ScaleHyperpriorArgs(FactorizedPriorArgs, HyperArgs, total=False):
 
 
 class ScaleHyperprior(FactorizedPrior, tags=("compression",)):
-    """Rounded codes, Gaussian with scales from side information.
+    """Learns rounded codes that are Gaussian, with scales from side information.
 
     Args:
         hyper_dim: N, channels of the side information.
         hyper_hidden_dims: channels of the stages between y and z (net mlp: widths of layers); mirrored on the way back.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers;
-            of net gdn, between those of the side information alone.
+            with net gdn, only in the networks of the side information.
         **kwargs: see `FactorizedPrior`.
     """
 
@@ -78,21 +78,21 @@ class ScaleHyperprior(FactorizedPrior, tags=("compression",)):
         self.hyper_decoder = nets.decoder(
             hyper_net, self.z_shape, params_shape, hyper_hidden_dims[::-1], self.activation
         )
-        self.density = Factorised(hyper_dim)  # of z; y has none of its own
+        self.density = Factorised(hyper_dim)  # of z; y has no learned density
 
     def side(self, y: Tensor) -> Tensor:
-        """The side information before rounding, (B, *code_shape) -> (B, *z_shape)."""
+        """Return the side information before rounding, (B, *code_shape) -> (B, *z_shape)."""
         z: Tensor = self.hyper_encoder(y.abs())
         return z
 
     def code_side(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:
-        """Pass the side information through a coder and decode it to parameters of y, (n, per_channel M, *places)."""
+        """Code the side information and decode it to parameters of y, (n, per_channel M, *grid)."""
         z_hat = coder(None if y is None else self.side(y), self.density.distribution((n, *self.z_shape)))
         found: Tensor = self.hyper_decoder(z_hat.to(self.density.median_C))
         return at_least_float32(found)
 
     def distribution(self, mean: Tensor, raw_scale: Tensor) -> Distribution:
-        """The distribution of a part of the code, (n, C, ...) each."""
+        """Return the distribution of a part of the code with these parameters, (n, C, ...) each."""
         return Gaussians(at_least_float32(mean), scale_of(raw_scale), len(self.density.median_C))
 
     def code_latents(self, coder: Coder, y: Tensor | None, n: int) -> Tensor:

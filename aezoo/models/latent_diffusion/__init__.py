@@ -1,1 +1,1 @@
-"""First stages of latent diffusion: autoencoders whose maps of codes another model learns to draw."""
+"""First stages of latent diffusion: autoencoders for whose code maps a generative model is trained."""

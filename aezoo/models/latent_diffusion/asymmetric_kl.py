@@ -1,13 +1,14 @@
-"""Asymmetric autoencoder whose decoder sees what stays (Zhu et al. 2023), https://arxiv.org/abs/2306.04632
+"""Asymmetric autoencoder for inpainting (Zhu et al. 2023), https://arxiv.org/abs/2306.04632
 
-For inpainting: an AutoencoderKL with a larger decoder, which sees the visible part v of an image besides its code:
+An AutoencoderKL with a larger decoder, whose inputs are the code and the visible part v of an image:
 
     L = R(x, g(z, v x, v)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
     h_i = c_i where v is 1, stage_i(h_i-1) elsewhere     c_i = conv(act(c_i+1)) the map of v x on the grid of h_i
 
-R, L_G, L_D and lambda are as in autoencoder_kl, and so are codes, scores, samples, bounds and evaluation, where nothing
-is visible. In training, a share full_mask of images is hidden, and in others each patch with a probability drawn per
-image; elbo bounds log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN masks are strokes.
+R, L_G, L_D and lambda are as in autoencoder_kl. So are codes, scores, samples, bounds and evaluation, for which nothing
+is visible. In training, a share full_mask of the images is hidden completely, and in the others each patch is hidden
+with a probability drawn per image; elbo bounds log p(x | v x). In https://github.com/buxiangzhiren/Asymmetric_VQGAN
+masks are strokes.
 
 Shapes: B batch, C channels, N patches.
 """
@@ -28,14 +29,14 @@ from aezoo.nets.conv import CONVS, grids
 
 
 class ConditionalDecoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); also takes samples, and (B, 1, *grid), which of their places are visible."""
+    """Decodes (B, *code_shape) -> (B, C, *grid); optional inputs: samples and their visibility mask (B, 1, *grid)."""
 
     def __init__(
         self, net: str, code_shape: tuple[int, ...], input_shape: tuple[int, ...], dims: tuple[int, ...], act: str
     ) -> None:
         super().__init__()
         channels, conv = input_shape[0], CONVS[len(input_shape) - 1]
-        widths = (*(dims[-1:] or (channels,)), *dims[::-1])  # from the data inwards
+        widths = (*(dims[-1:] or (channels,)), *dims[::-1])  # from the data to the code
         maps = [(width, *grid) for width, grid in zip(widths, grids(input_shape, len(dims)), strict=True)]
         down = (nn.Sequential(nets.activation(act), conv(a, b, 3, stride=2, padding=1)) for a, b in pairwise(widths))
         self.condition = nn.ModuleList([conv(channels, widths[0], 3, padding=1), *down])
@@ -55,12 +56,13 @@ class ConditionalDecoder(nn.Module):
 
 
 class AsymmetricKL(AutoencoderKL, tags=("latent diffusion", "imputation")):
-    """A Gaussian feature map with a large decoder that keeps the visible part of an image.
+    """Learns a Gaussian feature map, with a large decoder that uses the visible part of an image.
 
     Args:
-        decoder_dims: channels of the decoder's stages, from the code outwards. Empty: 3/2 of hidden_dims, mirrored.
-        full_mask: share of training images of which the decoder sees nothing.
-        discriminator_start: optimiser steps before the discriminator counts.
+        decoder_dims: channels of the decoder's stages, from the code to the output. Empty: 3/2 of hidden_dims,
+            mirrored.
+        full_mask: share of training images that are hidden completely.
+        discriminator_start: optimiser steps before the adversarial loss is used.
         net: resnet, conv, convnext, conv_keras, unet or dc; also for each stage of the decoder.
         **kwargs: see `AutoencoderKL`.
     """
@@ -74,7 +76,7 @@ class AsymmetricKL(AutoencoderKL, tags=("latent diffusion", "imputation")):
         **kwargs: Unpack[AutoencoderKLArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # one stage is linear, or has layers around it
+        # a single stage of these networks is linear or needs layers around it
         if self.net in ("gdn", "ldm", "vit", "mixer") or nets.is_timm(self.net):
             raise AezooError(f"net {self.net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
@@ -92,18 +94,18 @@ class AsymmetricKL(AutoencoderKL, tags=("latent diffusion", "imputation")):
         return (x, z, x, self.visible(x)) if self.training else (x, z)
 
     def visible(self, x: Tensor) -> Tensor:
-        """Draw which places the decoder sees in a step: (B, *input_shape) -> (B, 1, *grid), boolean."""
+        """Draw the positions that are visible to the decoder in a step, (B, *input_shape) -> (B, 1, *grid), boolean."""
         full_B1, share_B1, of_patch_BN = (torch.rand(len(x), n, device=x.device) for n in (1, 1, self.patchify.n))
         seen_BN = of_patch_BN >= share_B1.where(full_B1 >= self.full_mask, 1)
         return self.patchify.inverse(seen_BN[..., None].expand(-1, -1, self.patchify.size))
 
     def inpaint(self, x: Tensor, visible: Tensor, z: Tensor | None = None) -> Tensor:
-        """Decode the hidden part of samples and keep the rest: (B, *input_shape) -> (B, *input_shape).
+        """Decode the hidden part of samples and keep the rest, (B, *input_shape) -> (B, *input_shape).
 
         Args:
-            x: samples; their values at hidden places are ignored.
+            x: samples; their values at hidden positions are ignored.
             visible: (B, 1, *grid), boolean.
-            z: codes of whole samples, e.g. from a diffusion model; by default those of x with 0 at hidden places.
+            z: codes of whole samples, e.g. from a diffusion model; by default those of x with 0 at hidden positions.
 
         Raises:
             AezooError: the mask or the codes have another type or shape.

@@ -4,25 +4,26 @@ The code is a feature map, on which a diffusion model can be trained; in nats pe
 
     L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G     R = E_q[-log p(x|z)] + w_P X P(x, xhat)
     q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)     KL and -log p are sums over all values
-    P = sum_l mean_i sum_c w_lc (u_lic(x) - u_lic(xhat))^2     LPIPS, u_li = F_li / ||F_li||: features of place i
-    L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D judges patches
+    P = sum_l mean_i sum_c w_lc (u_lic(x) - u_lic(xhat))^2     LPIPS, u_li = F_li / ||F_li||: features at position i
+    L_G = -E[D(xhat)]     L_D = 1/2 E[(1 - D(x))^+] + 1/2 E[(1 + D(xhat))^+]     D classifies patches
     lambda = ||dR / dW|| / (||dL_G / dW|| + 1e-4), at most 1e4     W the weight of the decoder's last layer
 
-From discriminator_start steps on, L_G and L_D enter the loss, through their gradients only: lambda changes from batch
-to batch, and L_D belongs to the other player. F are activations of a trained VGG-16 and w the weights of LPIPS (Zhang
-et al. 2018, https://arxiv.org/abs/1801.03924). If VGG-16's weights are not on this machine, or do not take the data, P
-is the distance of perceptual_vae in a network with random weights; `features` chooses.
+From step discriminator_start on, L_G and L_D enter the loss, through their gradients only: lambda changes from batch to
+batch, and L_D is the loss of the discriminator. F are activations of a trained VGG-16 and w the weights of LPIPS (Zhang
+et al. 2018, https://arxiv.org/abs/1801.03924). If VGG-16's weights are not on this machine, or do not fit the data, P
+is the distance of perceptual_vae in a network with random weights; `features` selects the network.
 
-Without L_G, L_D and P, and with beta = 1, L is -ELBO. beta = 1e-6 is meant for sums of values, as in
-https://github.com/CompVis/latent-diffusion, where P counts X times, as it is added to each of X values, and the
-likelihood's scale divides it. Such a small beta leaves q(z) far from p(z), which `elbo` and `log_likelihood` use.
-`standardiser` has mean and standard deviation of each channel over some 100 batches; `sample` rescales draws by it.
+Without L_G, L_D and P, and with beta = 1, L is -ELBO. beta = 1e-6 is meant for sums over values, as in
+https://github.com/CompVis/latent-diffusion, where P is added to each of the X values, hence counts X times, and is
+divided by the likelihood's scale. With such a small beta, q(z) is far from p(z), which `elbo` and `log_likelihood` use.
+`standardiser` stores the mean and standard deviation of each channel over about 100 batches; `sample` rescales draws by
+them.
 
-The authors' optimiser leaves out the scale b of the Laplace density (`logvar`), which stays at 1, as with likelihood
-laplace. laplace:learned trains it: as b falls towards the mean absolute error, -log p weighs 1 / b times more beside P
-and KL. In 400 steps on mnist5k (hidden_dims 8 and 16, no discriminator, means of three seeds; see
-`python -m benchmarks.deviations`) b fell to 0.67; absolute errors per value were 0.0496 in place of 0.0514 with b = 1,
-w_P X P 11.3 in place of 11.2, and the KL 1,107 nats in place of 1,118.
+The authors' optimiser does not train the scale b of the Laplace density (`logvar`), which stays at 1, as with
+likelihood laplace. laplace:learned trains it: as b falls towards the mean absolute error, -log p gets 1 / b times the
+weight relative to P and KL. In 400 steps on mnist5k (hidden_dims 8 and 16, no discriminator, means of three seeds; see
+`python -m benchmarks.deviations`), b fell to 0.67; absolute errors per value were 0.0496 instead of 0.0514 with b = 1,
+w_P X P 11.3 instead of 11.2, and the KL 1,107 nats instead of 1,118.
 
 Shapes: B batch, C channels of a code, K importance samples, D all values of a code.
 """
@@ -57,13 +58,13 @@ class AutoencoderKL(
     },
     tags=("latent diffusion",),
 ):
-    """A Gaussian feature map with a small KL weight, and a perceptual and an adversarial loss for sharp outputs.
+    """Learns a Gaussian feature map, with a small KL weight and perceptual and adversarial losses for sharp outputs.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: C, channels of the code.
-        discriminator_start: optimiser steps before the discriminator counts; 50001 in the authors' settings.
-        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer; ldm is the authors'.
+        discriminator_start: optimiser steps before the adversarial loss is used; 50001 in the authors' settings.
+        net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer; ldm is that of the authors.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         likelihood: how outputs are compared with data, see vae; laplace is the authors' absolute error, and
             laplace:learned also trains its scale.
@@ -108,11 +109,11 @@ class AutoencoderKL(
         return {"loss": loss, "kl": kl, "elbo": -(terms["nll"] + kl), **terms, **own}
 
     def decoder_inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        """What a step compares: samples, and the decoder's inputs for them, codes and any further ones."""
+        """Return the samples that a step compares and the decoder's inputs for them: codes and any further ones."""
         return x, z
 
     def extra_terms(self, x: Tensor, z: Tensor, mu: Tensor, g_R: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a subclass adds to the loss, and its terms; g_R is the gradient of R at the decoder's output."""
+        """Return the loss that a subclass adds, and its terms; g_R is the gradient of R at the decoder's output."""
         return g_R.new_zeros(()), {}
 
     @torch.no_grad()

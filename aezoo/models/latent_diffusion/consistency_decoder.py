@@ -1,6 +1,6 @@
 """Autoencoder with a consistency model as decoder (OpenAI 2023), https://github.com/openai/consistencydecoder
 
-f maps samples with any noise, given the code z = g(x), to samples without noise in one step; in nats per sample:
+f removes noise of any level from samples in one step, given the code z = g(x); in nats per sample:
 
     L = E[d(f(x + s_n+1 e, s_n+1, z), stopgrad f(x + s_n e, s_n, z)) / (s_n+1 - s_n)] + w R     e ~ N(0, I)
     f(x, s, z) = c_skip(s) x + c_out(s) F(x / sqrt(s^2 + s_d^2), log(s) / 4, z)     hence f(x, s_0, z) = x
@@ -11,10 +11,10 @@ f maps samples with any noise, given the code z = g(x), to samples without noise
 
 This is consistency training (Song et al. 2023, https://arxiv.org/abs/2303.01469), improved (Song & Dhariwal 2023,
 https://arxiv.org/abs/2310.14189): N doubles from start_noise_levels to noise_levels over level_steps, which in the
-paper is the whole run. R is not in the paper: it is what one step with N = 1 compares. With w = 0, images of short runs
-are worse. Images are decoded from the mean noise, which is zero. They are then the same for each code and, with either
-w, nearer to samples than those from drawn noise. z has no KL term, as L bounds no likelihood. F gets z as upsampled
-channels.
+paper is the whole run. R is not in the paper: it is the distance for one step with N = 1. Without it (w = 0), images of
+short runs are worse. Images are decoded from the mean of the noise, which is zero. Each code then has one image, and
+with any w these images are closer to the samples than those from drawn noise. z has no KL term, as L does not bound a
+likelihood. F receives z as upsampled channels.
 
 Shapes: B batch, X data dimensions.
 """
@@ -44,12 +44,12 @@ _WIDTH = 32
 
 
 class Block(ResidualBlock):
-    """A residual block whose second normalisation is scaled and shifted: (B, C, *grid), (B or 1, 32) -> same as first.
+    """A residual block whose second normalisation is scaled and shifted, (B, C, *grid), (B or 1, 32) -> (B, C, *grid).
 
     Args:
         rank: 1, 2 or 3 grid dimensions.
         channels: number of channels, in and out.
-        act: an activation's name.
+        act: name of an activation.
     """
 
     def __init__(self, rank: int, channels: int, act: str) -> None:
@@ -67,17 +67,17 @@ class Block(ResidualBlock):
 class Denoiser(nn.Module):
     """F, a U-Net: (B, *input_shape), (B or 1, 1), (B, channels, *any grid) -> (B, *input_shape).
 
-    It takes noisy samples, their noise level, and a map, which is upsampled to the samples' grid by nearest neighbours
-    and concatenated as channels (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597). The noise level, one
-    number, sets scale and shift of every block's second normalisation, as in diffusion models (Dhariwal & Nichol 2021,
-    https://arxiv.org/abs/2105.05233). The stages are those of resnet; the maps of the way down are added on the way up.
-    Unlike net unet it has no code.
+    Its inputs are noisy samples, their noise level, and a map, which is upsampled to the samples' grid by nearest
+    neighbours and concatenated as channels (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597). The noise
+    level, a scalar, determines scale and shift of every block's second normalisation, as in diffusion models (Dhariwal
+    & Nichol 2021, https://arxiv.org/abs/2105.05233). The stages are those of resnet; the maps of the downsampling path
+    are added in the upsampling path. Unlike net unet, it has no code.
 
     Args:
         input_shape: shape of one sample.
         channels: channels of the map.
-        dims: channels of the stages of stride 2, on the way down.
-        act: an activation's name.
+        dims: channels of the downsampling stages, each of stride 2.
+        act: name of an activation.
     """
 
     frequencies: Tensor
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         super().__init__()
         rank, data = rank_of(input_shape), input_shape[0]
         widths, conv = (*(dims[:1] or (data,)), *dims), CONVS[rank]
-        # the log noise level spans a few units: the slowest wave distinguishes its ends, the fastest tenths of a unit
+        # the log noise level spans a few units: the lowest frequency separates its ends, the highest tenths of a unit
         self.register_buffer("frequencies", torch.logspace(-1, 1, _WIDTH // 2), persistent=False)
         self.embed = nn.Sequential(
             nn.Linear(_WIDTH, _WIDTH), activation(act), nn.Linear(_WIDTH, _WIDTH), activation(act)
@@ -112,7 +112,7 @@ class Denoiser(nn.Module):
 
 
 class ConsistencyDecoder(nn.Module):
-    """(B, *code_shape) -> (B, *input_shape), by one step of f from s_N."""
+    """Decodes (B, *code_shape) -> (B, *input_shape) by one step of f from s_N."""
 
     def __init__(self, net: nn.Module, input_shape: tuple[int, ...], *sigmas: float) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class ConsistencyDecoder(nn.Module):
         self.sigma_min, self.sigma_max, self.sigma_data = sigmas
 
     def f(self, x: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """Remove noise of standard deviation s, (B or 1, 1, ..., 1), from samples: (B, *input_shape) -> the same."""
+        """Remove noise of standard deviation s, (B or 1, 1, ..., 1), from samples, (B, *input_shape) -> same shape."""
         s_0, s_d = self.sigma_min, self.sigma_data
         scale = (s.square() + s_d**2).sqrt()
         skip, out = s_d**2 / ((s - s_0).square() + s_d**2), s_d * (s - s_0) / scale
@@ -138,21 +138,21 @@ class ConsistencyDecoderAE(
     defaults={"net": "resnet", "activation": "silu"},
     tags=("latent diffusion",),
 ):
-    """A feature map as code, decoded in one step by a model that learns to remove any noise.
+    """Learns a feature map as code, decoded in one step by a model that learns to remove noise of any level.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
         latent_dim: channels of the code.
         nll_weight: w.
-        sigma_min: s_0, in the data's unit.
+        sigma_min: s_0, in units of the data.
         sigma_max: s_N, which must be large compared with the data.
         sigma_data: s_d, about the data's root mean square.
         start_noise_levels: N at the first step.
         noise_levels: N at the end; 1280 in the paper. A larger N makes gradients noisier and needs longer runs.
         level_steps: optimiser steps over which N rises; 0 keeps it at noise_levels.
         net: of the encoder: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit or mixer.
-        hidden_dims: channels of the encoder's stages; the decoder's U-Net has as many. None chooses them by net and
-            input_shape; `aezoo info consistency_decoder --shape C H W` shows the choice.
+        hidden_dims: channels of the encoder's stages; the decoder's U-Net has the same number. None chooses them by net
+            and input_shape; `aezoo info consistency_decoder --shape C H W` shows the choice.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `NetworkAutoencoder`.
     """
@@ -191,13 +191,13 @@ class ConsistencyDecoderAE(
         self.enable_step_counter()
 
     def n_levels(self) -> Tensor:
-        """N at the current step, ()."""
+        """Return N at the current step, ()."""
         doublings = math.log2(self.noise_levels / self.start_noise_levels) + 1
         risen = (doublings * self.step_fraction(self.level_steps)).floor()
         return (self.start_noise_levels * 2**risen).clamp(max=self.noise_levels)
 
     def pair(self, u: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-        """Adjacent levels s_n and s_n+1, with n by the inverse of its distribution function at u; all of one shape."""
+        """Return adjacent levels s_n and s_n+1 of the shape of u, where n is the quantile of P(n) at u."""
         s_0, s_N = self.decoder.sigma_min, self.decoder.sigma_max
         low, high = (math.erf((math.log(s) - LOG_MEAN) / (LOG_STD * math.sqrt(2))) for s in (s_0, s_N))
         s = torch.exp(LOG_MEAN + LOG_STD * math.sqrt(2) * torch.erfinv(low + (high - low) * u))
@@ -206,12 +206,12 @@ class ConsistencyDecoderAE(
         return (a + n / N * (b - a)) ** RHO, (a + (n + 1) / N * (b - a)) ** RHO
 
     def consistency(self, x: Tensor, z: Tensor) -> Tensor:
-        """Distance of samples denoised from adjacent levels, over the levels' own: (B, *input_shape), codes -> (B,)."""
+        """Return the first term of L, without R, for each sample, (B, *input_shape), codes -> (B,)."""
         x = at_least_float32(x)
         u = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype)
         (low, high), noise = self.pair(u, self.n_levels()), gaussians.standard_normal_like(x)
         found = self.decoder.f(x + high * noise, high, z)
-        with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
+        with torch.no_grad():  # second, since autocast would cache weights cast without gradients
             target = self.decoder.f(x + low * noise, low, z)
         return pseudo_huber(found, target) / (high - low).flatten()
 

@@ -1,7 +1,7 @@
 """Image autoencoders of the library diffusers (von Platen et al. 2022), https://github.com/huggingface/diffusers
 
-Encoder, decoder and codebook come from diffusers, so that models trained by others can be measured and trained further
-here. The objective is the zoo's, in nats per sample; it depends on the kind of code:
+Encoder, decoder and codebook come from diffusers, so that models trained by others can be evaluated and trained
+further. The objective is aezoo's, in nats per sample; it depends on the kind of code:
 
     L = -log p(x | g(z)) + beta KL(N(mu(x), diag sigma(x)^2) || N(0, I))          Gaussian; z ~ N(mu, diag sigma^2)
     L = the same + E[d(f(x_n, t_n, z), stopgrad f(x_n-1, t_n-1, z)) / (s_n - s_n-1)]         ConsistencyDecoderVAE
@@ -10,23 +10,23 @@ here. The objective is the zoo's, in nats per sample; it depends on the kind of 
     L = -log p(x | g(z + n)) + 1/2 ||z(g(z + n)) - z||^2                          AutoencoderRAE
 
 All terms are sums over the values of a sample or a code. `encode` gives the same as in diffusers: mu of a Gaussian
-code, and for VQModel the z that `decode` maps to e_k. `standardiser` gives the codes on which a diffusion model works,
-scale (z - shift) with the factors of the model's config, and `standardiser.restore` the way back; taesd learns these.
-With a small beta codes lie far from N(0, I), so there is no prior to sample from: `aezoo generate` fits one.
+code, and for VQModel the z that `decode` maps to e_k. `standardiser` maps codes to those of a diffusion model, scale (z
+- shift) with the factors of the model's config, and `standardiser.restore` inverts this; taesd learns these codes. With
+a small beta, codes are far from N(0, I), so they cannot be sampled from it: `aezoo generate` fits a prior.
 laplace:learned trains a scale that the authors of latent diffusion keep at 1, see autoencoder_kl.
 
 ConsistencyDecoderVAE (OpenAI 2023) has a consistency model f as decoder. x_n is x with the noise of step t_n = 16 n of
-1024, x_0 = x and f(x, 0, z) = x; n is uniform in 1 to 63, s_n is the noise's standard deviation over the sample's
-factor, and d is the distance of consistency_decoder, a model whose objective this is. g takes two steps, in training
-from noise that is drawn, otherwise from one noise for all, so that each code has one reconstruction; `decoder.draw`
-gives others.
+1024, x_0 = x and f(x, 0, z) = x; n is uniform in 1 to 63, s_n is the noise's standard deviation divided by the sample's
+factor, and d is the distance of consistency_decoder, a model with the same objective. g takes two steps: in training
+from random noise, otherwise from the same noise for all samples, so that each code has one reconstruction;
+`decoder.draw` uses other noise.
 
-The encoder of AutoencoderRAE (Zheng et al. 2025, https://arxiv.org/abs/2510.11690) is a network of transformers, and
-stays frozen. n is noise of a scale U(0, noise_tau) for each sample of a step of training, else 0; the second term is
-there with `use_encoder_loss`. The paper's perceptual and adversarial terms are those of representation_ae, which takes
-such a model as `teacher`.
+The encoder of AutoencoderRAE (Zheng et al. 2025, https://arxiv.org/abs/2510.11690) is a pretrained transformer from the
+package transformers and stays frozen. n is noise of scale U(0, noise_tau) for each sample of a training step, otherwise
+0; the second term is present if `use_encoder_loss` is set. The paper's perceptual and adversarial terms are in
+representation_ae, which accepts such a model as `teacher`.
 
-Shapes: B batch, D channels of a code, (H, W) its places.
+Shapes: B batch, D channels of a code, (H, W) its positions.
 """
 
 from pathlib import Path
@@ -45,22 +45,22 @@ from aezoo.nets.blocks.split_diffusers import CONSISTENCY, RAE, split_autoencode
 from aezoo.training.arguments import OptimizerArgs
 from aezoo.training.limits import check_at_least
 
-# of 1024 steps of noise those that samples are compared at, of which 512 and 1008 are those that it decodes from
+# samples are compared at every 16th of 1024 noise levels; decoding starts from levels 1008 and 512
 _STRIDE = 16
 _N_LEVELS = 1008 // _STRIDE
 
 
 class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
-    """A model of the package diffusers, new or read from a folder; needs the extra diffusers.
+    """Trains or loads an autoencoder of the package diffusers; needs the extra diffusers.
 
     Args:
-        input_shape: (C, H, W), with sides that the model's stages divide. ConsistencyDecoderVAE takes 3 channels, and
-            AutoencoderRAE 3 channels and equal sides.
-        kind: its class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
+        input_shape: (C, H, W), with sides that are divisible by the strides of the model. ConsistencyDecoderVAE
+            requires 3 channels, and AutoencoderRAE 3 channels and equal sides.
+        kind: class in diffusers: AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderKLFlux2, AutoencoderKLKVAE,
             AutoencoderKLHunyuanImage, VQModel, AutoencoderDC, AutoencoderTiny, ConsistencyDecoderVAE or
             AutoencoderRAE, which needs the extra transformers.
-        config: arguments of that class, such as block_out_channels; the others are those of a small model.
-        pretrained: none, or a folder written by its save_pretrained, which determines kind and config.
+        config: arguments of that class, such as block_out_channels; the others default to those of a small model.
+        pretrained: none, or a folder written by save_pretrained, which determines kind and config.
         beta: weight of the KL term, for a Gaussian code.
         commitment: w_C, for VQModel.
         likelihood: how outputs are compared with data, see vae; for a pretrained model gaussian, laplace or logcosh.
@@ -91,7 +91,7 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         elif config is not None:
             raise AezooError(f"config is that of {pretrained}: leave it out")
         elif not isinstance(self.likelihood, Gaussian | Laplace | LogCosh):
-            # with the others an output is not a value of a sample
+            # with the others, outputs are not on the scale of samples
             raise AezooError(f"a pretrained model takes likelihood gaussian, laplace or logcosh, got {likelihood!r}")
         else:
             net = diffusers.read(Path(pretrained))
@@ -103,7 +103,7 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         self.kind = kind
         self.gaussian = "KL" in kind or kind == CONSISTENCY
         if kind == "AsymmetricAutoencoderKL":
-            net.decoder.condition_encoder.requires_grad_(False)  # it reads a masked image, for inpainting
+            net.decoder.condition_encoder.requires_grad_(False)  # it encodes a masked image, for inpainting
         self.encoder, self.decoder = split_autoencoder(net)
         if kind == CONSISTENCY:
             self.decoder.fix_noise(self.input_shape[1:])
@@ -111,11 +111,11 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
 
     @property
     def standardiser(self) -> diffusers.LatentScaling:
-        """The map from codes to those of a diffusion model, and back."""
+        """The map from codes to those of a diffusion model, and its inverse."""
         return diffusers.LatentScaling(self.decoder)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of a Gaussian code: (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""
+        """Return mean and log-variance of a Gaussian code, (B, *input_shape) -> (B, D, H, W), (B, D, H, W)."""
         mu, log_var = at_least_float32(self.encoder(x)).chunk(2, dim=1)
         return mu, log_var.clamp(-30, 20)  # as in diffusers
 
@@ -137,7 +137,7 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         }
 
     def gaussian_loss(self, x: Tensor) -> dict[str, Tensor]:
-        """The terms of a Gaussian code."""
+        """Return the terms for a Gaussian code."""
         mu, log_var = self.moments(x)
         z = (mu + (0.5 * log_var).exp() * gaussians.standard_normal_like(mu)).to(x.dtype)
         drawn = self.kind == CONSISTENCY and self.training
@@ -149,19 +149,19 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         return {"loss": nll + self.beta * kl + consistency, "nll": nll, "kl": kl, "consistency": consistency}
 
     def consistency(self, x: Tensor, z: Tensor) -> Tensor:
-        """Distance of samples denoised from adjacent steps, over that of their noise: (B, 3, H, W), codes -> (B,)."""
+        """Return the consistency term of ConsistencyDecoderVAE, (B, 3, H, W), codes -> (B,)."""
         x, condition = 2 * at_least_float32(x) - 1, self.decoder.condition(z)
         n = (torch.rand(len(x), device=x.device, dtype=x.dtype) * _N_LEVELS).long().clamp(max=_N_LEVELS - 1)
         high, low = _STRIDE * (n + 1), _STRIDE * n
         noise, is_clean = gaussians.standard_normal_like(x), (n == 0)[:, None, None, None]
         found = self.decoder.f(self.decoder.noisy(x, noise, high), high, condition)
-        with torch.no_grad():  # second, as autocast caches the weights that it rounds, here without gradient
+        with torch.no_grad():  # second, since autocast would cache weights cast without gradients
             target = x.where(is_clean, self.decoder.f(self.decoder.noisy(x, noise, low), low, condition))
         step = self.decoder.level(high) - self.decoder.level(low).where(n > 0, 0)
         return pseudo_huber(found, target) / step
 
     def representation_loss(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """The terms of AutoencoderRAE: (B, 3, H, H), codes -> {name: ()}."""
+        """Return the terms for AutoencoderRAE, (B, 3, H, H), codes -> {name: ()}."""
         params = self.decoder(self.encoder.noised(z) if self.training else z)
         nll = self.nll(params, x).mean()
         if not self.decoder.net.use_encoder_loss:
@@ -171,9 +171,9 @@ class DiffusersAE(Autoencoder, tags=("latent diffusion",)):
         return {"loss": nll + features, "nll": nll, "features": features}
 
     def quantisation_terms(self, z: Tensor) -> dict[str, Tensor]:
-        """Codebook loss and commitment loss of codes and their nearest codebook entries: (B, D, H, W) -> {name: ()}.
+        """Return codebook and commitment losses of codes and their nearest entries, (B, D, H, W) -> {name: ()}.
 
-        In diffusers they are means over all values, and the commitment weight is on the other term.
+        In diffusers, they are means over all values, and the commitment weight multiplies the codebook loss.
         """
         quantise = self.decoder.net.quantize
         k = quantise(z)[2][2]  # (B H W)

@@ -1,16 +1,16 @@
 """EQ-VAE, equivariant codes (Kouzelis et al. 2025), https://arxiv.org/abs/2502.09509
 
-Rotating or shrinking an image should do the same to its map of codes, which is then easier to learn for a diffusion
-model. In a share p of the training steps, in nats per sample:
+Rotating or shrinking an image should transform its code map in the same way; a diffusion model learns such codes more
+easily. In a share p of the training steps, in nats per sample:
 
     L = R(tau x, D(tau z)) + beta KL(q(z|x) || p(z)) + w_D lambda L_G     z ~ q(z|x)
-    tau: a turn by 90, 180 or 270 degrees, then both sides by a factor between 1/4 and 1, bilinearly
+    tau: a rotation by 90, 180 or 270 degrees, then bilinear scaling by a factor between 1/4 and 1
 
-and the discriminator judges tau x and D(tau z). R, L_G, L_D and lambda are as in autoencoder_kl. In all other steps,
-for p = 0 and in evaluation, the model is autoencoder_kl. There is one tau for a batch, as in
-https://github.com/zelaki/eqvae, where a quarter of the other steps also reconstructs shrunken images. The code's size
-is the one nearest to the factor, in whole places, and the image has the size of the decoder's output; the loss of such
-a step is a sum over the values of tau x.
+and the discriminator classifies tau x and D(tau z). R, L_G, L_D and lambda are as in autoencoder_kl. In all other
+steps, for p = 0 and in evaluation, the model is autoencoder_kl. tau is the same for all samples of a batch, as in
+https://github.com/zelaki/eqvae, where a quarter of the other steps also reconstructs shrunken images. The code's sides
+are rounded to whole positions, and the image has the size of the decoder's output; the loss of such a step is a sum
+over the values of tau x.
 
 Shapes: B batch, C channels.
 """
@@ -28,12 +28,12 @@ from aezoo.nets.conv import grids
 
 
 class EQVAE(AutoencoderKL, steps_differ=True, tags=("latent diffusion",)):
-    """A Gaussian feature map that rotates and shrinks with its image.
+    """Learns a Gaussian feature map that is equivariant to rotations and scaling of the image.
 
     Args:
         input_shape: (C, H, W), of any size.
         equivariance: p, share of steps that compare a rotated, shrunken image with the decoding of its code under tau.
-        discriminator_start: optimiser steps before the discriminator counts.
+        discriminator_start: optimiser steps before the adversarial loss is used.
         net: resnet, conv, convnext, conv_keras, gdn or dc.
         **kwargs: see `AutoencoderKL`.
     """
@@ -70,7 +70,7 @@ class EQVAE(AutoencoderKL, steps_differ=True, tags=("latent diffusion",)):
         return F.interpolate(x, self.decoded(small), mode="bilinear"), F.interpolate(z, small, mode="bilinear")
 
     def decoded(self, grid: list[int]) -> list[int]:
-        """The decoder's output grid for a code's grid: each stage doubles a side, minus one if the full side is odd."""
+        """Return the decoder's output grid for a code grid; stages double sides, minus one if the full side is odd."""
         for larger in self.larger_grids:
             grid = [2 * side - full % 2 for side, full in zip(grid, larger, strict=True)]
         return grid

@@ -1,20 +1,20 @@
 """RAE, representation autoencoder (Zheng et al. 2025), https://arxiv.org/abs/2510.11690
 
 An encoder f that was trained for another purpose stays frozen. A vision transformer g learns to decode its codes z with
-noise added, and so to tolerate the errors of a diffusion model of these codes; in nats per sample:
+added noise, and is therefore robust to errors of a diffusion model of these codes; in nats per sample:
 
     L = R + w_D lambda L_G     R = -log p(x | g(z + n)) + w_P X P(x, xhat)     z = (f(x) - m) / s
-    n ~ N(0, sigma^2 I)     sigma ~ |N(0, tau^2)| for each sample of a step of training; else n = 0
+    n ~ N(0, sigma^2 I)     sigma ~ |N(0, tau^2)| for each sample of a training step; else n = 0
 
 P, L_G, the discriminator's L_D and lambda, which is at most 1e4 X, are as in vqgan: terms are sums over the X values of
-a sample, and P counts once for each; L_G and L_D enter through their gradients only, from discriminator_start steps on.
-With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. m and s are mean and standard deviation of each
-channel over all codes of training so far. In the authors' code and in diffusers, f ends in a layer norm without
-weights, m and s are applied after the noise, and sigma ~ U(0, tau).
+a sample, and P counts once for each of them; L_G and L_D enter through their gradients only, from step
+discriminator_start on. With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. m and s are mean and
+standard deviation of each channel over all codes of the training so far. In the authors' code and in diffusers, f ends
+with a layer norm without weights, m and s are applied after the noise, and sigma ~ U(0, tau).
 
-f is the encoder of a model of the zoo, the teacher, whose weights are not saved: encoding and scoring need its file,
-decoding does not. Without a teacher, f is a vision transformer with fixed random weights. The zoo's `rae` is another
-model, the regularised autoencoder of 2020. Shapes: B batch, C channels.
+f is the encoder of another model of aezoo, the teacher, whose weights are not saved: encoding and scoring need its
+file, decoding does not. Without a teacher, f is a vision transformer with fixed random weights. The model `rae` is
+unrelated: it is the regularised autoencoder of 2020. Shapes: B batch, C channels.
 """
 
 from typing import Any, Unpack
@@ -34,7 +34,7 @@ from aezoo.training.limits import check_at_least
 
 
 class RepresentationAEArgs(TrainingArgs, AdversarialArgs, total=False):
-    """Arguments that `RepresentationAE` hands on."""
+    """Arguments that `RepresentationAE` passes to its bases."""
 
 
 class RepresentationAE(
@@ -43,17 +43,17 @@ class RepresentationAE(
     defaults={"discriminator_weight": 0.75, "likelihood": "laplace"},
     tags=("latent diffusion",),
 ):
-    """A decoder for the codes of a frozen encoder.
+    """Learns a decoder for the codes of a frozen encoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes are decoded.
+        teacher: none, or the path of a run, checkpoint or saved model of aezoo, whose codes are decoded.
         code_shape: shape of the teacher's codes, a vector or a map; empty: that of mae, 64 channels for each patch.
         tau: scale of the noise in training, 0.8 in the paper.
-        discriminator_start: optimiser steps before the discriminator counts; half of all in the paper.
+        discriminator_start: optimiser steps before the adversarial loss is used; half of all in the paper.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: 32 and 64.
-        width: size of the decoder's tokens, one for each place of a code that is a map.
-        depth: blocks of the decoder.
+        width: size of the decoder's tokens, of which a code map has one for each position.
+        depth: number of blocks of the decoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
         likelihood: how outputs are compared with data, see vae; laplace is the paper's absolute error.
         lr: learning rate of the decoder.
@@ -102,7 +102,7 @@ class RepresentationAE(
         return [{**rest, "params": [p for p in rest["params"] if p.requires_grad]}, discriminator_group]
 
     def represent(self, x: Tensor) -> Tensor:
-        """The output of f, without a gradient for f: (B, *input_shape) -> (B, *code_shape)."""
+        """Return the output of f, without a gradient for f, (B, *input_shape) -> (B, *code_shape)."""
         f: Tensor = self.encoder(x if self.teacher == "none" else self.load_teacher().encode(x))
         return f
 
@@ -110,7 +110,7 @@ class RepresentationAE(
         return self.normaliser.forward(self.represent(x))
 
     def noised(self, z: Tensor) -> Tensor:
-        """The decoder's input in training, z + n: (B, *code_shape) -> (B, *code_shape)."""
+        """Return the decoder's input in training, z + n, (B, *code_shape) -> (B, *code_shape)."""
         one = [1] * (z.ndim - 1)
         sigma, n = (torch.randn(len(z), *rest, device=z.device, dtype=z.dtype) for rest in (one, z.shape[1:]))
         return z + self.tau * sigma.abs() * n

@@ -1,17 +1,17 @@
 """TAESD, a tiny copy of a latent diffusion model's autoencoder (Boer Bohan 2023), https://github.com/madebyollin/taesd
 
-The encoder learns the codes of another model T, the teacher, and the decoder the images of these codes:
+The encoder learns the codes of another model T, the teacher, and the decoder learns to decode them to images:
 
     L = -log p(x | g(z_T)) + 1/2 ||f(x) - z_T||^2     z_T = (T(x) - m) / s     xhat = g(f(x))
 
-in nats per sample. Neither half passes a gradient to the other or to the teacher. m and s are mean and standard
-deviation of each channel as kept by autoencoder_kl, so that the codes are those of a diffusion model; they are 0 and 1
-for a teacher without them. Codes, reconstructions and scores need no teacher, and its weights are not saved. Without a
-teacher, L = -log p(x | xhat).
+in nats per sample. No gradient passes between encoder and decoder or to the teacher. m and s are the mean and standard
+deviation of each channel that autoencoder_kl stores, so that the codes are those of a diffusion model; they are 0 and 1
+for a teacher without them. Codes, reconstructions and scores do not need the teacher, and its weights are not saved.
+Without a teacher, L = -log p(x | xhat).
 
 A stage has three blocks, each with three convolutions and a shortcut, and g begins with 3 tanh(z / 3). For three
-channels, hidden_dims of (64, 64, 64) and latent_dim 4, f and g have 1,222,532 and 1,222,531 weights like the original,
-whose decoder was also trained against a discriminator. Shapes: B batch.
+channels, hidden_dims of (64, 64, 64) and latent_dim 4, f and g have 1,222,532 and 1,222,531 weights, as in the
+original, whose decoder was also trained with a discriminator. Shapes: B batch.
 """
 
 from itertools import pairwise
@@ -29,14 +29,14 @@ from aezoo.training.limits import check_at_least
 
 
 class Clamp(nn.Module):
-    """3 tanh(z / 3): about z where z is small, and bounded by 3."""
+    """Computes 3 tanh(z / 3), which is about z for small z and bounded by 3."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
 
 
 class Block(nn.Module):
-    """act(x + three convolutions of x), channels and grid unchanged."""
+    """Computes act(x + three convolutions of x), with the same channels and grid."""
 
     def __init__(self, conv: type[nn.Module], width: int, act: str) -> None:
         super().__init__()
@@ -50,15 +50,15 @@ class Block(nn.Module):
 
 
 class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}, tags=("latent diffusion",)):
-    """A small deterministic autoencoder that learns codes and images of a larger one.
+    """Learns the codes and the decoding of a larger autoencoder with a small deterministic one.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        latent_dim: channels of the code; with a teacher, those of its codes.
-        teacher: none, or the path of a run, checkpoint or saved model of the zoo, whose codes lie on the same grid.
-        hidden_dims: channels of the encoder's stages, the decoder mirrors them; (64, 64, 64) in the original.
+        latent_dim: channels of the code; with a teacher, as many as its codes have.
+        teacher: none, or the path of a run, checkpoint or saved model of aezoo, whose codes have the same grid.
+        hidden_dims: channels of the encoder's stages, mirrored by the decoder; (64, 64, 64) in the original.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
-        likelihood: how outputs are compared with data, see vae; with gaussian they are the image, as in the original.
+        likelihood: how outputs are compared with data, see vae; with gaussian, they are the image, as in the original.
         **kwargs: see `Autoencoder`.
     """
 
@@ -104,7 +104,7 @@ class TAESD(DistilledAutoencoder, defaults={"likelihood": "gaussian"}, tags=("la
 
     @torch.no_grad()
     def teacher_codes(self, x: Tensor) -> Tensor:
-        """The teacher's codes z_T, in at least float32: (B, *input_shape) -> (B, *code_shape)."""
+        """Return the teacher's codes z_T, in at least float32, (B, *input_shape) -> (B, *code_shape)."""
         teacher = self.load_teacher()
         with torch.autocast(x.device.type, enabled=False):
             z = at_least_float32(teacher.encode(x.to(next(teacher.parameters()).dtype)))

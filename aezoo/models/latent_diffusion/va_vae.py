@@ -1,18 +1,18 @@
 """VA-VAE, codes aligned with the features of a trained network (Yao et al. 2025), https://arxiv.org/abs/2501.01423
 
-A diffusion model learns a code more easily if it resembles, place by place, what an image network sees, than if it is
-just the code of a good autoencoder; in nats per sample:
+A diffusion model learns codes more easily if they resemble, position by position, the features of a pretrained image
+network than if they only reconstruct well; in nats per sample:
 
     L = R + beta KL(q(z|x) || p(z)) + w_D lambda L_G + w_A lambda_A A     R, L_G, L_D and lambda as in autoencoder_kl
     A = mean_i (1 - m_c - cos(v_i, f_i))^+ + mean_ij (|cos(v_i, v_j) - cos(f_i, f_j)| - m_d)^+     v = W z
     lambda_A = ||dR / dW_e|| / (||dA / dW_e|| + 1e-4), at most 1e8     W_e the weight of the encoder's last layer
 
-for places i and j of a sample's code. f are the features F(x) on the code's grid, averaged over the area of each place.
-F is frozen; it is DINOv2 in the paper, and here one of the networks of perceptual losses. A enters the loss through its
-gradient only. w_A = 0 is autoencoder_kl. W is a linear map from codes to features. W and the constants are those of
-https://github.com/hustvl/LightningDiT, which has the margins in its last epochs only.
+for positions i and j of a sample's code. f are the features F(x) on the code's grid, averaged over the area of each
+position. F is frozen; it is DINOv2 in the paper, and here one of the networks of perceptual losses. A enters the loss
+through its gradient only. w_A = 0 gives autoencoder_kl. W is a linear map from codes to features. W and the constants
+are those of https://github.com/hustvl/LightningDiT, which uses the margins only in its last epochs.
 
-Shapes: B batch, C channels, F channels of features, P places.
+Shapes: B batch, C channels, F channels of features, P positions.
 """
 
 from typing import Unpack
@@ -32,14 +32,15 @@ from aezoo.training.limits import check_at_least
 
 
 class VAVAE(AutoencoderKL, tags=("latent diffusion",)):
-    """A Gaussian feature map that resembles the features of a frozen network.
+    """Learns a Gaussian feature map that resembles the features of a frozen network.
 
     Args:
-        foundation: network whose features the codes should resemble: random, vgg16, vgg19, a .pth file's, or the last
-            feature map of torchvision:NAME or timm:NAME, such as timm:vit_base_patch14_dinov2.lvd142m,pretrained.
+        foundation: network whose features the codes should resemble: random, vgg16, vgg19, a .pth file of such a
+            network, or the last feature map of torchvision:NAME or timm:NAME, such as
+            timm:vit_base_patch14_dinov2.lvd142m,pretrained.
         alignment_weight: w_A.
         cosine_margin: m_c, tolerated distance of a cosine from 1.
-        matrix_margin: m_d, tolerated difference between the cosines of two places.
+        matrix_margin: m_d, tolerated difference between the cosines of two positions.
         **kwargs: see `AutoencoderKL`.
     """
 
@@ -67,7 +68,7 @@ class VAVAE(AutoencoderKL, tags=("latent diffusion",)):
         self.foundation.read()
 
     def alignment_loss(self, z: Tensor, f: Tensor) -> Tensor:
-        """A, (B, C, *grid), (B, F, *grid) -> ()."""
+        """Return A, (B, C, *grid), (B, F, *grid) -> ()."""
         cosine_margin, matrix_margin = self.margins
         v_BFP, f_BFP = (F.normalize(at_least_float32(part).flatten(2), dim=1) for part in (self.projection(z), f))
         apart_BPP = (v_BFP.mT @ v_BFP - f_BFP.mT @ f_BFP).abs()
@@ -76,7 +77,7 @@ class VAVAE(AutoencoderKL, tags=("latent diffusion",)):
 
     @torch.no_grad()
     def features_on_grid(self, x: Tensor, grid: torch.Size) -> Tensor:
-        """f, (B, *input_shape) -> (B, F, *grid)."""
+        """Return f, (B, *input_shape) -> (B, F, *grid)."""
         net = self.foundation.move_to(x).read()
         assert net is not None
         with torch.autocast(x.device.type, enabled=False):

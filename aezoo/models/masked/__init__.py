@@ -1,1 +1,1 @@
-"""Models that fill in what was masked."""
+"""Models that predict masked parts of their input."""

@@ -1,22 +1,22 @@
 """I-JEPA, image-based joint-embedding predictive architecture (Assran et al. 2023), https://arxiv.org/abs/2301.08243
 
-An encoder f sees a context C, some patches of an image. A narrow predictor g predicts the codes of K target blocks T_k,
-which C leaves out. These codes come from the target encoder f', which sees the whole image and follows f as a moving
-average:
+An encoder f processes a context C, some patches of an image. A narrow predictor g predicts the codes of K target blocks
+T_k, which C excludes. The target codes come from the target encoder f', whose input is the whole image and whose
+weights are a moving average of those of f:
 
     L = N/K sum_k 1/|T_k| sum_{i in T_k} sum_d l(g_i(f(x_C), T_k)_d - s_id) - log p(x | h(sg f'(x)))    s = norm(f'(x))
     f' <- m f' + (1 - m) f before each step, m from 0.996 to 1
 
-l is the smooth L1 of the authors' code, where the paper says L2; norm is that code's normalisation of each patch's
-code, without weights. L is N D times their mean over patches and features, so that it is a sum over the code, as nll is
-a sum over the data. The decoder h is our addition, a probe of what a code contains: its gradient stops at the code, so
-no gradient from pixels reaches f.
+l is the smooth L1 loss of the authors' code, where the paper has the squared error; norm is that code's normalisation
+of each patch's code, without weights. L is N D times their mean over patches and features, so that it is a sum over the
+code, as nll is a sum over the data. The decoder h, which is not part of the paper, shows what a code contains: its
+gradient stops at the code, so no gradient from pixels reaches f.
 
 Blocks are drawn on the device for each sample, each with its own size. T_k covers a share of 0.15 to 0.2 of the grid,
 with an aspect ratio of 0.75 to 1.5 times the grid's; C covers 0.85 to 1, with the grid's aspect ratio. Sizes are
-rounded to patches. The authors' code has one size per batch and cuts masks to the smallest; here attention ignores
-unseen patches, so shapes do not depend on the masks. On a coarse grid, blocks T_k that would leave nothing of C are not
-predicted. Codes are those of f', as in the paper.
+rounded to patches. The authors' code uses one size per batch and truncates masks to the smallest; here, attention
+ignores patches outside the context, so shapes do not depend on the masks. On a coarse grid, blocks T_k that would leave
+C empty are not predicted. Codes are those of f', as in the paper.
 
 Shapes: B batch, N patches, D width of a token, K blocks.
 """
@@ -37,11 +37,11 @@ from aezoo.nets import vit
 from aezoo.training.limits import check_at_least
 from aezoo.training.optimizers import known_steps
 
-# each takes a pass of the predictor
+# each needs a pass through the predictor
 _MOST_TARGETS = 64
 
 
-# share of the grid, and aspect ratio as a multiple of the grid's
+# share of the grid, and aspect ratio relative to the grid's
 _TARGET, _TARGET_ASPECT = (0.15, 0.2), (0.75, 1.5)
 _CONTEXT, _CONTEXT_ASPECT = (0.85, 1.0), (1.0, 1.0)
 
@@ -49,7 +49,7 @@ Range = tuple[float, float]
 
 
 def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) -> Tensor:
-    """Rectangular masks of a grid, from uniform noise for share, aspect, row and column: (B, K, 4) -> (B, K, N).
+    """Return rectangular masks of a grid from uniform noise for share, aspect, row and column, (B, K, 4) -> (B, K, N).
 
     Share and aspect are independent, as in the paper. The authors' code draws both from one number, and none of its
     blocks reaches the last row or column.
@@ -65,10 +65,10 @@ def blocks(u_BK4: Tensor, grid: tuple[int, ...], share: Range, aspect: Range) ->
 
 
 def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The context, the target blocks, and which blocks count: (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
+    """Return the context, the target blocks, and which blocks are used, (B, K + 1, 4) -> (B, N), (B, K, N), (B, K).
 
-    The context contains no patch of a block that counts. On a coarse grid, the blocks may cover the whole context; then
-    the last ones do not count. The first block alone is smaller than the context on any grid of two patches or more.
+    The context contains no patch of a block that is used. On a coarse grid, the blocks may cover the whole context; the
+    last ones are then not used. A single block is smaller than the context on any grid of two patches or more.
     """
     target_BKN = blocks(u_BL4[:, 1:], grid, _TARGET, _TARGET_ASPECT)
     context_B1N = blocks(u_BL4[:, :1], grid, _CONTEXT, _CONTEXT_ASPECT)
@@ -78,12 +78,12 @@ def masks(u_BL4: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]
 
 
 class EMAEncoder(nn.Module):
-    """A network whose weights are moving averages of another's.
+    """A network whose weights are moving averages of those of another network.
 
-    They are buffers: saved, moved and restored with the model, and never trained.
+    The weights are buffers: saved, moved to devices and restored with the model, but not trained.
 
     Args:
-        source: the other network; both start with its weights.
+        source: the other network, whose weights are copied initially.
     """
 
     def __init__(self, source: nn.Module) -> None:
@@ -96,7 +96,7 @@ class EMAEncoder(nn.Module):
 
     @torch.no_grad()
     def update_from(self, source: nn.Module, rate: Tensor) -> None:
-        """Move the weights towards the source's by a share, `rate`, of the difference, ()."""
+        """Move the weights towards those of the source by a share `rate`, (), of the difference."""
         for name, weight in source.named_parameters():
             own = self.net.get_buffer(name)
             own.lerp_(weight, rate.to(own))
@@ -111,9 +111,9 @@ class Predictor(nn.Module):
 
     Args:
         grid: patches along each side.
-        dims: width of the encoder's tokens and of the predictor's own.
+        dims: widths of the encoder's and the predictor's tokens.
         depth: number of blocks.
-        act: an activation's name.
+        act: name of an activation.
     """
 
     def __init__(self, grid: tuple[int, ...], dims: tuple[int, int], depth: int, act: str) -> None:
@@ -123,7 +123,7 @@ class Predictor(nn.Module):
         self.blocks, self.out = vit.blocks((dims[1],) * depth, act), nn.Linear(dims[1], dims[0])
 
     def forward(self, tokens_BND: Tensor, context_BN: Tensor, target_BKN: Tensor) -> Tensor:
-        """Codes at each block's positions from the context's tokens: (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
+        """Predict codes at each block's positions from context tokens, (B, N, D), (B, N), (B, K, N) -> (B, K, N, D)."""
         given_BKND = torch.where(target_BKN[..., None], self.mask_token, self.embed(tokens_BND)[:, None])
         here_AN = (context_BN[:, None] | target_BKN).flatten(0, 1)
         found_AND = self.out(vit.attend_to_visible(self.blocks, self.positions(given_BKND.flatten(0, 1)), here_AN))
@@ -135,16 +135,16 @@ class IJEPA(
     defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"},
     tags=("representation",),
 ):
-    """A vision transformer that predicts the codes of patches it does not see, with a decoder as a probe.
+    """Learns to predict the codes of hidden patches from visible ones, with a decoder as a probe.
 
     Args:
         input_shape: (C, H, W), any size of at least two patches.
         n_targets: K, number of blocks to predict.
         momentum: m of the target encoder at the start.
-        momentum_steps: optimiser steps over which m rises to 1; 0 takes those of the run, if they are known.
+        momentum_steps: optimiser steps over which m rises to 1; 0 uses the number of steps of the run, if it is known.
         width: D, size of a token; the code has one token of the target encoder for each patch.
         predictor_width: size of the predictor's tokens.
-        predictor_depth: blocks of the predictor.
+        predictor_depth: number of blocks of the predictor.
         **kwargs: see `PatchTransformer`.
     """
 
@@ -191,7 +191,7 @@ class IJEPA(
         self.decoder = nn.Sequential(*layers, vit.Unpatchify(patchify))
 
     def current_momentum(self) -> Tensor:
-        """The momentum m at the current step, ()."""
+        """Return the momentum m at the current step, ()."""
         steps = self.momentum_steps or (math.inf if self._trainer is None else known_steps(self._trainer))
         return 1 - (1 - self.momentum) * (1 - self.step_fraction(steps))
 

@@ -1,18 +1,19 @@
 """Masked autoencoder (He et al. 2021), https://arxiv.org/abs/2111.06377
 
-The encoder sees only the visible patches V, a light decoder also mask tokens; the loss covers the masked patches, M:
+The encoder processes only the visible patches V, a small decoder also mask tokens; the loss covers masked patches M:
 
-    L = N/|M| sum_{i in M} -log p(x_i | g_i(f(x_V)))     |M| = floor(ratio N), drawn anew for each sample
+    L = N/|M| sum_{i in M} -log p(x_i | g_i(f(x_V)))     |M| = floor(ratio N), drawn for each sample
 
 L is in nats per sample: N/|M| makes it the mean over masks of a sum over all patches, whatever the ratio. The Gaussian
 of variance 1/2 gives the paper's squared error. With norm_pix, x_i is a patch minus its mean, divided by its unbiased
-deviation. A head estimates both for masked patches, with its own squared error (`scale`), whose gradient stops there.
-The code covers the whole sample, with a token for each patch. Visible places are not trained, so decode hides a part of
-the tokens at a time and takes each patch from where it was hidden. score likewise hides patches from the encoder.
+standard deviation. A separate layer estimates both for masked patches; its squared error (`scale`) has no gradient for
+other layers. The code covers the whole sample, with a token for each patch. Outputs at visible positions are not
+trained, so decode hides a part of the tokens at a time and takes each patch from the pass in which it was hidden. score
+likewise hides patches from the encoder.
 
 The layout of the authors' code has a class token, which all patches attend to, 12 or 16 heads, and images normalised by
-ImageNet's mean and standard deviation, in which L is computed. `aezoo import` reads their checkpoints and those of
-transformers' ViTMAE into it, to outputs within 1e-5.
+ImageNet's mean and standard deviation, for which L is computed. `aezoo import` reads their checkpoints and those of
+transformers' ViTMAE into this layout, with outputs equal within 1e-5.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token, V visible patches, K hidden parts.
 """
@@ -38,12 +39,12 @@ class LightDecoder(nn.Module):
     """A narrow, shallow transformer on tokens and mask tokens.
 
     Args:
-        patchify: the module that cuts the samples.
+        patchify: module that divides samples into patches.
         masked: number of masked patches.
-        dims: the encoder's width and its own.
-        make_blocks: makes its blocks, with a last normalisation.
+        dims: widths of the encoder and of the decoder.
+        make_blocks: returns new blocks with a final normalisation.
         norm_pix: whether targets are standardised patches.
-        class_token: whether a token of the whole sample comes before those of the patches.
+        class_token: whether a class token precedes those of the patches.
         input_norm: normalisation of the samples, if any.
     """
 
@@ -75,14 +76,14 @@ class LightDecoder(nn.Module):
         self.register_buffer("orders_KN", vit.fixed_orders(patchify.n, masked), persistent=False)
 
     def patches(self, x: Tensor) -> Tensor:
-        """The patches of normalised samples, (B, *input_shape) -> (B, N, P)."""
+        """Return the patches of normalised samples, (B, *input_shape) -> (B, N, P)."""
         patches_BNP: Tensor = self.patchify(x if self.input_norm is None else self.input_norm(x))
         return patches_BNP
 
     def hidden(self, visible_BVD: Tensor, order_BN: Tensor) -> Tensor:
-        """Features of all places from the tokens of the first V places of an order, (B, V, D), (B, N) -> (B, N, D').
+        """Compute features of all patches from tokens of the first V of an order, (B, V, D), (B, N) -> (B, N, D').
 
-        The class token, if there is one, comes before the V tokens.
+        The class token, if there is one, precedes the V tokens.
         """
         tokens_BVD = self.embed(visible_BVD)
         first_B1D, tokens_BVD = tokens_BVD[:, : self.first], tokens_BVD[:, self.first :]
@@ -114,19 +115,20 @@ class MAE(
     defaults={"decoder_width": 32, "decoder_depth": 1, "likelihood": "gaussian"},
     tags=("representation",),
 ):
-    """A vision transformer that predicts the larger, masked part of a sample.
+    """Learns to predict the masked patches of a sample, its larger part, with a vision transformer.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
         mask_ratio: share of the patches that are masked.
-        norm_pix: targets are each patch's values minus their mean, divided by their standard deviation.
+        norm_pix: normalise the target values of each patch by their mean and standard deviation.
         width: D, size of a token; the code has one for each patch.
-        class_token: add a token of the whole sample, the first of the code, whose shape then is (D, 1 + N), and order
-            positions as in the authors' code, columns before rows.
-        heads: attention heads of the encoder, a divisor of width; 0 for heads of about 32 numbers.
-        decoder_heads: the same of the decoder.
-        norm_eps: what layer normalisations add to the variance.
-        input_norm: none, or imagenet for samples of 3 channels in [0, 1], normalised by ImageNet's mean and deviation.
+        class_token: add a class token, the first of the code, whose shape then is (D, 1 + N), and order positions as in
+            the authors' code, columns before rows.
+        heads: attention heads of the encoder, a divisor of width; 0 for heads of about 32 dimensions.
+        decoder_heads: attention heads of the decoder, a divisor of decoder_width; 0 as for heads.
+        norm_eps: constant added to variances in layer normalisations.
+        input_norm: none, or imagenet for samples of 3 channels in [0, 1], normalised by ImageNet's mean and standard
+            deviation.
         **kwargs: see `PatchTransformer`.
     """
 
@@ -172,7 +174,7 @@ class MAE(
         self.decoder = LightDecoder(patchify, self.masked, dims, decoder_blocks, norm_pix, class_token, norm)
 
     def terms(self, x: Tensor, hidden_BND: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of each value of the patches, and the squared errors of each patch's scale: (B, N, P), (B, N, 2)."""
+        """Return -log p of each value of the patches, (B, N, P), and squared errors of patch scales, (B, N, 2)."""
         real_NP, x_BNP = self.decoder.patchify.real_NP, at_least_float32(self.decoder.patches(x))
         scale_BN2 = torch.zeros_like(x_BNP[..., :1])
         if self.decoder.scale is not None:
@@ -191,7 +193,7 @@ class MAE(
         return {"loss": nll + scale, "nll": nll} | ({"scale": scale} if self.norm_pix else {})
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p in nats, summed over patches, each while hidden from the encoder: (B, *input_shape) -> (B,)."""
+        """Return -log p in nats, summed over patches, each hidden from the encoder, (B, *input_shape) -> (B,)."""
         embed, blocks, _ = self.encoder.children()
         visible_BKVD, order_BKN = vit.mask_tokens(embed(x), self.decoder.orders_KN, self.masked)
         hidden_BKND = self.decoder.hidden(blocks(visible_BKVD), order_BKN)

@@ -1,18 +1,19 @@
 """MAETok, masked autoencoders as tokenizers (Chen et al. 2025), https://arxiv.org/abs/2502.03444
 
-A plain autoencoder whose code is a sequence of N tokens without a grid, like that of titok but not quantised. In
-training, a mask token replaces each patch in M, and a second, shallow decoder predicts the histogram of oriented
+A deterministic autoencoder whose code is a sequence of N tokens without a grid, like that of titok but not quantised.
+In training, a mask token replaces each patch in M, and a second, shallow decoder predicts the histogram of oriented
 gradients (HOG) of the masked patches:
 
     z = f(x with mask tokens at M, l)    L = -log p(x | g(z)) + w P/|M| sum_{i in M} |h_i(z) - HOG_i(x)|^2
 
 |M| = ceil(r P), with r uniform, by default in 0.4 to 0.6, for each sample. Codes, reconstructions and evaluation use no
 mask; the second term then covers all patches. P/|M| makes it a sum over patches, whatever r. The HOG of a patch (Dalal
-& Triggs 2005) has 9 unsigned directions and length 1. Each pixel is weighted by the size of its gradient, taken from
-the channel where it is largest. This is scikit-image's version with one cell per block, for any patch size.
+& Triggs 2005) has 9 unsigned directions and norm 1. Each pixel is weighted by the magnitude of its gradient, in the
+channel where it is largest. This is scikit-image's version with one cell per block, for any patch size.
 
 The paper also has decoders for features of DINOv2 and CLIP, a perceptual and an adversarial loss, rotary positions and
-a last stage that trains g alone, without a mask. None of these is here. Networks are initialised as in `nets.tokens`.
+a last stage that trains only g, without a mask. These are not implemented. Networks are initialised as in
+`nets.tokens`.
 
 Shapes: B batch, P patches, W width within the encoder, D channels of a token, N tokens, K directions.
 """
@@ -35,7 +36,7 @@ _DIRECTIONS = 9
 
 @torch.no_grad()
 def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
-    """Histograms of oriented gradients of image patches, (B, C, H, W) -> (B, K, rows, columns)."""
+    """Compute histograms of oriented gradients of image patches, (B, C, H, W) -> (B, K, rows, columns)."""
     down, right = torch.zeros_like(x), torch.zeros_like(x)
     down[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
     right[..., 1:-1] = x[..., 2:] - x[..., :-2]
@@ -49,18 +50,18 @@ def hog(x: Tensor, patchify: vit.Patchify) -> Tensor:
 
 
 class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}, tags=("tokenizer", "latent diffusion")):
-    """A sequence of tokens from partly masked patches.
+    """Learns a sequence of tokens from partly masked patches.
 
     Args:
         input_shape: (C, H, W), of any size.
-        n_tokens: N, tokens per sample.
+        n_tokens: N, number of tokens per sample.
         latent_dim: D, channels of a token.
         least_masked: smallest share of the patches that is masked in training.
         most_masked: largest share of the patches that is masked in training, below 1.
-        aux_weight: w, weight of the HOG decoder's loss; 0 leaves the decoder out.
+        aux_weight: w, weight of the HOG decoder's loss; 0 omits the decoder.
         decoder_width: size of a token in the decoders.
-        decoder_depth: blocks of the pixel decoder.
-        aux_depth: blocks of the HOG decoder.
+        decoder_depth: number of blocks of the pixel decoder.
+        aux_depth: number of blocks of the HOG decoder.
         **kwargs: see `PatchTransformer`.
     """
 
@@ -102,7 +103,7 @@ class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}, 
         self.aux = tokens.TokenDecoder(cells, self.code_shape, widths, self.activation) if aux_weight else None
 
     def draw_mask(self, x: Tensor) -> Tensor:
-        """Which patches are masked, drawn at random in training, none otherwise: (B, *input_shape) -> (B, P)."""
+        """Return which patches are masked, at random in training and none otherwise, (B, *input_shape) -> (B, P)."""
         n, place_BP = self.patchify.n, vit.random_order(len(x), self.patchify.n, x.device)
         share_B1 = torch.empty(len(x), 1, device=x.device).uniform_(self.least_masked, self.most_masked)
         masked_BP: Tensor = place_BP < (share_B1 * n - 1e-4).ceil().clamp(max=n - 1)

@@ -1,17 +1,17 @@
 """Masked convolutional autoencoder, context encoder (Pathak et al. 2016), https://arxiv.org/abs/1604.07379
 
-Fills in patches that are cut out of a sample, with convolutions through a narrow code:
+Predicts patches that are cut out of a sample, by convolutional networks with a code as bottleneck:
 
     L = N/|M| sum_{v in M} -log p(x_v | g(f(x~))_v)     x~ = t in the patches M, x elsewhere     |M| = floor(ratio N)
 
 L is in nats per sample: N/|M| makes it the mean over masks of a sum over all values v, whatever the ratio. t is a
 learned number for each channel, or 0. Patches are drawn at random, as in SparK (Tian et al. 2023,
-https://arxiv.org/abs/2301.03580, ratio 0.6). Unlike there, the convolutions are dense and see the cut-out patches as
-values t, and targets are not scaled to mean 0 and variance 1 in each patch. This is the paper's reconstruction loss;
-its adversarial loss is left out.
+https://arxiv.org/abs/2301.03580, ratio 0.6). Unlike in SparK, the convolutions are dense and their input has the value
+t in the cut-out patches, and targets are not normalised in each patch. This is the paper's reconstruction loss; its
+adversarial loss is not implemented.
 
-Code, reconstruction and score are those of the whole sample: the decoder does not know what was cut out, so every
-position of its output is trained.
+Code, reconstruction and score are those of the whole sample: the decoder has no information on which patches were cut
+out, so every position of its output is trained.
 
 Shapes: B batch, N patches, P values in a patch.
 """
@@ -30,7 +30,7 @@ from aezoo.training.limits import check_at_least
 class MaskedConvAE(
     NetworkAutoencoder, hidden_dims={"conv": (32, 64)}, defaults={"net": "conv"}, tags=("representation",)
 ):
-    """A convolutional autoencoder that learns to fill in missing patches.
+    """Learns to fill in missing patches with a convolutional autoencoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
@@ -39,7 +39,7 @@ class MaskedConvAE(
         learned_token: replace masked values by a learned number for each channel, instead of 0.
         net: conv, resnet, convnext, conv_keras, vit, mixer or mlp.
         latent_dim: size of the code, or its channels if `latent_map` is on.
-        latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
+        latent_map: use a feature map, on the grid after the last stage, as the code instead of a vector.
         **kwargs: see `NetworkAutoencoder`.
     """
 
@@ -67,7 +67,7 @@ class MaskedConvAE(
         self.decoder = self.build_decoder(self.code_shape)
 
     def mask(self, x: Tensor) -> Tensor:
-        """Which values of each sample are masked, in whole patches drawn at random: (B, *input_shape), boolean."""
+        """Return which values of each sample are masked, in patches drawn at random, (B, *input_shape), boolean."""
         order_BN = vit.random_order(len(x), self.patchify.n, x.device)
         masked_BN = vit.is_masked(order_BN, self.masked)
         return self.patchify.inverse(masked_BN[..., None].expand(-1, -1, self.patchify.size))

@@ -1,6 +1,6 @@
 """SimMIM, a simple framework for masked image modelling (Xie et al. 2021), https://arxiv.org/abs/2111.09886
 
-Mask tokens replace the masked patches M and pass through the encoder; one linear layer predicts the patches from them:
+Mask tokens replace the masked patches M and pass through the encoder; a linear layer predicts the patches from them:
 
     L = N/|M| sum_{i in M} -log p(x_i | W f(x with mask tokens at M)_i + b)     |M| = floor(ratio N), for each sample
 
@@ -8,12 +8,12 @@ L is in nats per sample: N/|M| makes it the mean over masks of a sum over all pa
 density of scale 1 gives the paper's |x - x_hat|, up to a constant.
 
 The code covers the whole sample, without mask tokens, with a token for each patch. W is trained only on masked patches
-and says little about what a visible token holds, so decode has a linear layer of its own. This layer learns to read
-visible patches from tokens of training (`readout`, -log p). Its gradient stops there and trains nothing else.
-score hides the patches from the encoder, one part at a time.
+and does not fit the tokens of visible ones, so decode has a separate linear layer. This layer learns to predict visible
+patches from their tokens in training (`readout`, -log p), without a gradient for other layers. score hides the patches
+from the encoder, one part at a time.
 
 The encoder is a transformer or an MLP-Mixer, whose layers over positions need all tokens, including mask tokens. A
-model that mixes samples before they are masked, as in https://github.com/tomouellette/autoencodersplz, reveals the
+model that mixes positions before they are masked, as in https://github.com/tomouellette/autoencodersplz, reveals the
 targets.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token, K hidden parts.
@@ -31,7 +31,7 @@ from aezoo.nets import mixer, vit
 
 
 class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}, tags=("representation",)):
-    """A vision transformer or MLP-Mixer that predicts masked patches by itself, without a decoder.
+    """Learns to predict masked patches with a vision transformer or MLP-Mixer, without a decoder.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size of at least two patches.
@@ -70,13 +70,13 @@ class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}, tags=("representa
         self.register_buffer("orders_KN", vit.fixed_orders(self.patchify.n, self.masked), persistent=False)
 
     def tokens(self, x: Tensor, masked_BN: Tensor) -> Tensor:
-        """The encoder's output tokens for samples with mask tokens, (B, *input_shape), (B, N) -> (B, N, D)."""
+        """Return the encoder's output tokens for samples with mask tokens, (B, *input_shape), (B, N) -> (B, N, D)."""
         embed, blocks, _ = self.encoder.children()
         tokens_BND: Tensor = blocks(torch.where(masked_BN[..., None], self.mask_token, embed(x)))
         return tokens_BND
 
     def nll_of(self, params_BNP: Tensor, x: Tensor) -> Tensor:
-        """-log p of each patch in nats, (B, N, P), (B, *input_shape) -> (B, N)."""
+        """Return -log p of each patch in nats, (B, N, P), (B, *input_shape) -> (B, N)."""
         x_BNP = at_least_float32(self.patchify(x))
         nll_BNP = self.nll(params_BNP.reshape(-1, 1), x_BNP.reshape(-1, 1)).reshape(x_BNP.shape)
         return (nll_BNP * self.patchify.real_NP).sum(2)
@@ -92,7 +92,7 @@ class SimMIM(PatchEncoder, defaults={"likelihood": "laplace"}, tags=("representa
         return {"loss": nll + readout, "nll": nll, "readout": readout}
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p in nats, summed over patches, each while it is hidden: (B, *input_shape) -> (B,)."""
+        """Return -log p in nats, summed over patches, each while it is hidden, (B, *input_shape) -> (B,)."""
         masked_KN = vit.is_masked(self.orders_KN, self.masked)
         x_BK = x.repeat_interleave(len(masked_KN), dim=0)
         nll_BKN = self.nll_of(self.head(self.tokens(x_BK, masked_KN.repeat(len(x), 1))), x_BK)

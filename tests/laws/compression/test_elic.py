@@ -1,4 +1,4 @@
-"""Laws of ELIC, learned compression in uneven groups of channels (He et al. 2022)."""
+"""Laws of ELIC, learned compression with channel groups of different sizes (He et al. 2022)."""
 
 import torch
 from compression_laws import (  # noqa: F401

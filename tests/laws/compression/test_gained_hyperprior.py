@@ -1,4 +1,4 @@
-"""Laws of Learned compression of several rates in one model (Cui et al. 2021)."""
+"""Laws of Learned compression with several rates in one model (Cui et al. 2021)."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of Asymmetric autoencoder whose decoder sees what stays (Zhu et al. 2023)."""
+"""Laws of Asymmetric autoencoder for inpainting (Zhu et al. 2023)."""
 
 import math
 from typing import Any

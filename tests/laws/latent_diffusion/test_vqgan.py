@@ -1,4 +1,4 @@
-"""Laws of VQGAN, a codebook of perceptually rich parts (Esser et al. 2020)."""
+"""Laws of VQGAN, VQ-VAE with perceptual and adversarial losses (Esser et al. 2020)."""
 
 from typing import Any
 

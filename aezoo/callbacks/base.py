@@ -91,8 +91,8 @@ def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") 
     from aezoo.callbacks.plotting import render, write_png
 
     pixels = render(figure)
-    write_png(folder / f"{name}.png", pixels)
-    media.log_picture(trainer, f"{folder.name}/{picture_title(name)}", pixels)
+    png = write_png(folder / f"{name}.png", pixels)
+    media.log_picture(trainer, f"{folder.name}/{picture_title(name)}", pixels, png)
 
 
 class DrawingTime:

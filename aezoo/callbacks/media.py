@@ -43,16 +43,21 @@ def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def log_picture(trainer: pl.Trainer, name: str, pixels: np.ndarray[Any, Any]) -> None:
+def log_picture(trainer: pl.Trainer, name: str, pixels: np.ndarray[Any, Any], png: bytes) -> None:
     """A picture.
 
     Args:
         trainer: of the run.
         name: such as `pictures/samples`.
         pixels: (H, W, 3), uint8.
+        png: the same as the contents of a PNG file, so that it is not encoded again.
     """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
     for writer in tensorboard_writers(trainer):
-        writer.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+        image = Summary.Image(height=len(pixels), width=pixels.shape[1], colorspace=3, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        writer.file_writer.add_summary(summary, trainer.global_step)
     _to_others(trainer, lambda logger: _add_picture(logger, name, pixels, trainer.global_step))
 
 

@@ -572,13 +572,17 @@ def displayable(figure: "Figure") -> "Figure":
     return figure
 
 
-def write_png(path: Path, pixels: Pixels) -> None:
-    """Write a PNG atomically.
+def write_png(path: Path, pixels: Pixels) -> bytes:
+    """Write a PNG atomically, and return what was written.
 
     Raises:
         AezooError: it could not be written; an existing file is unchanged.
     """
-    atomic_files.write(path, lambda file: save_png(file, pixels), cure="make room, or make the folder writable")
+    content = io.BytesIO()
+    save_png(content, pixels)
+    png = content.getvalue()
+    atomic_files.write(path, lambda file: file.write(png), cure="make room, or make the folder writable")
+    return png
 
 
 def save_png(file: IO[bytes], pixels: Pixels) -> None:

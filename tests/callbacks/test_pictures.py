@@ -70,14 +70,18 @@ def test_every_kind_of_sample_and_model_is_drawn(fit, tmp_path, fake, shape):
 
 
 @pytest.mark.slow
-def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events):
+def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events, tmp_path):
     fit(FakeVAE((1, 8, 8), latent_dim=2), *all_pictures(every_n_epochs=2), max_epochs=5)
     found = events()
     tags = {"reconstructions", "samples", "traversal", "interpolation", "latent_map", "latents", "filters"}
     assert set(found.Tags()["images"]) == {f"pictures/{picture_title(tag)}" for tag in tags}
-    for tag in found.Tags()["images"]:
+    for tag in tags:
+        images = found.Images(f"pictures/{picture_title(tag)}")
         # three steps an epoch; after epochs 2 and 4, and 5, the last
-        assert [image.step for image in found.Images(tag)] == [6, 12, 15]
+        assert [image.step for image in images] == [6, 12, 15]
+        file = tmp_path / "run" / "0" / "pictures" / f"{tag}.png"
+        assert images[-1].encoded_image_string == file.read_bytes()
+        assert Image.open(file).size == (images[-1].width, images[-1].height)
 
 
 class Clock:
@@ -194,7 +198,7 @@ def test_failing_picture_warns_once_and_training_continues(fit, tmp_path):
 def test_failed_write_keeps_old_picture_without_temporary_files(tmp_path, monkeypatch):
     path, pixels = tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8)
     write_png(path, pixels)
-    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(AezooError, match=r"cannot write .*a\.png: disk full.* make room"):
         write_png(path, pixels + 9)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -165,7 +165,7 @@ def test_files_of_a_moved_run_are_where_it_is():
     Path("runs/a").rename("moved")
     second = loggers.MLflow(Path("moved/0"), experiment_name="aezoo", run_name="moved/0")
     assert second.run_id == first.run_id
-    media.log_picture(trainer_of(second), "pictures/x", np.zeros((4, 6, 3), np.uint8))
+    media.log_picture(trainer_of(second), "pictures/x", np.zeros((4, 6, 3), np.uint8), b"")
     (picture,) = Path().rglob("*.png")
     assert picture.is_relative_to("moved/0/mlflow/artifacts")
     assert os.environ.get("MLFLOW_TRACKING_URI") is None
@@ -484,7 +484,7 @@ def trainer_of(*found, rank=0):
 
 
 def log_everything(trainer):
-    media.log_picture(trainer, "pictures/x", np.zeros((4, 6, 3), np.uint8))
+    media.log_picture(trainer, "pictures/x", np.zeros((4, 6, 3), np.uint8), b"")
     values = torch.arange(10.0)
     media.log_histogram(trainer, "weights/x", lambda writer: None, lambda: media.bars_of(values))
     media.log_text(trainer, "config", "a: 1")

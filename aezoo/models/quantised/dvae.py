@@ -2,18 +2,19 @@
 
 A Gumbel VQ-VAE (see `gumbel_vq_vae`) with the likelihood of appendix A.3 and the schedules of appendix A.2:
 
-    L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     summed over pixels and places: the paper divides by the pixels
+    L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     summed over pixels and positions: the paper divides by the pixels
     log p(x|z) = sum_i log 0.8 - |logit(y_i) - mu_i| / b_i - log(2 b_i y_i (1 - y_i))     y = 0.8 x + 0.1
 
 mu and log b are the decoder's output, two maps for each channel of x. beta rises from 0 (by default to 6.6) over
 `kl_steps`, and tau falls (by default to 1/16) over `temperature_steps`, both along half a period of a cosine. With beta
 above 1 or with relaxed codes, L is not a bound; `elbo` is one, as in `gumbel_vq_vae`.
 
-log b has a soft floor of -5: constant pixels have no maximum likelihood, and 1/255 is about exp(-4.4) in the logit of
-mid-grey. The reconstruction is the mean of x; the paper decodes to the median, sigmoid(mu). This likelihood suits
-photographs. On digits, which are mostly black, it learns black first and the codes collapse; use bernoulli for these.
+log b has a soft lower bound of -5: the likelihood of constant pixels has no maximum, and 1/255 is about exp(-4.4) in
+the logit of mid-grey. The reconstruction is the mean of x; the paper decodes to the median, sigmoid(mu). This
+likelihood suits photographs. On digits, which are mostly black, it fits black first and the codes collapse; use
+bernoulli for these.
 
-Shapes: B batch, C channels of a code, K codes, P places.
+Shapes: B batch, C channels of a code, K codes, P positions.
 """
 
 import math
@@ -41,19 +42,21 @@ class LogitLaplaceWithScale(LogitLaplace):
 
     def best_params(self, x: Tensor) -> Tensor:
         mu = super().best_params(x)
-        return torch.cat([mu, torch.full_like(mu, -100)], 1)  # the floor of log b
+        return torch.cat([mu, torch.full_like(mu, -100)], 1)  # the lower bound of log b
 
 
 class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperature_steps": 2000}, tags=("tokenizer",)):
-    """A map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.
+    """Learns a map of codes sampled from logits, with the schedules and the logit-Laplace likelihood of DALL-E.
 
     Args:
         beta: weight of the KL term after kl_steps.
         kl_steps: optimiser steps over which the weight rises from 0; 0 for beta from the start. The paper uses 5,000.
-        temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper has 150,000.
-        likelihood: how outputs are compared with data: logit_laplace, of which the decoder gives scales, too;
-            logit_laplace:learned with one for all values; bernoulli, continuous_bernoulli, gaussian, gaussian:0.1,
-            gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh, logit_laplace.
+        temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there. The paper uses
+            150,000.
+        likelihood: how outputs are compared with data: logit_laplace, for which the decoder also outputs scales;
+            logit_laplace:learned with one scale for all values; bernoulli, continuous_bernoulli, gaussian,
+            gaussian:0.1, gaussian:learned, sigmoid_gaussian, laplace, discretised_logistic, beta_binomial, logcosh,
+            logit_laplace.
         **kwargs: see `GumbelVQVAE`.
     """
 
@@ -85,5 +88,5 @@ class DVAE(GumbelVQVAE, defaults={"beta": 6.6, "temperature": 1 / 16, "temperatu
 
 
 def _half_cosine(share: Tensor) -> Tensor:
-    """Rises from 0 to 1 with its argument, flat at both ends."""
+    """Increase from 0 to 1 with `share`, with slope 0 at both ends."""
     return (1 - torch.cos(math.pi * share)) / 2

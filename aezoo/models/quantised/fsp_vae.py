@@ -7,9 +7,9 @@ rounding (`aezoo.quantisers.fsp`):
 
     L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - sigma_g^2||^2
 
-The last two terms use the mean and the variance of each channel of f(x) over all places of a batch, and are summed over
-places. sigma_g^2 is the variance of the distribution whose distribution function is g. With this variance, p is roughly
-uniform and all codes are in use.
+The last two terms use the mean and the variance of each channel of f(x) over all positions of a batch, and are summed
+over positions. sigma_g^2 is the variance of the distribution whose distribution function is g. With this variance, p is
+roughly uniform and all codes are in use.
 """
 
 from typing import Unpack
@@ -22,7 +22,7 @@ from aezoo.training.limits import check_at_least
 
 
 class FSPVAE(CodeMapAutoencoder, tags=("tokenizer",)):
-    """A map of channels with few values each; in training, noise of similar size replaces part of the rounding.
+    """Learns a map of channels with few values each; in training, noise of similar size replaces part of the rounding.
 
     Args:
         levels: number of values of each channel of a code; K is their product.

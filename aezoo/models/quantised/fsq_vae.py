@@ -6,8 +6,8 @@ Each channel of the encoder's output is bounded and rounded to one of its L valu
 
     L = -log p(x | g(z_q))
 
-No codebook can collapse, so there is no other term. The number of codes is the product of the levels. With depth above
-1, each further level rounds the remaining error to the L values of a cell that is L times as fine.
+There is no codebook that could collapse, hence no other term. The number of codes is the product of the levels. With
+depth above 1, each further step rounds the remaining error to the L values of a cell that is L times as fine.
 """
 
 from typing import Unpack
@@ -19,11 +19,11 @@ from aezoo.quantisers.residual_fsq import ResidualFSQ
 
 
 class FSQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
-    """A map of channels, each rounded to one of a few values.
+    """Learns a map of channels, each rounded to one of a few values.
 
     Args:
-        levels: number of values of each channel of a code, which the paper advises to be 5 or more; K is their product.
-        depth: how often a place is quantised: each time gives one index, with the same levels.
+        levels: number of values of each channel of a code, in the paper at least 5; K is their product.
+        depth: number of quantisation steps at each position, each of which gives one index, with the same levels.
         dropout: share of training samples that keep only their first indices.
         **kwargs: see `CodeMapAutoencoder`.
     """

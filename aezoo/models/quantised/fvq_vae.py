@@ -6,9 +6,9 @@ This is `sim_vq_vae` with trained codes C and, instead of the matrix, a transfor
 
     L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
 
-summed over places. Codes that are not chosen move with the chosen ones, each in its own way. The authors also decay the
-learning rate to a hundredth; without this, their rFID was twice as large: see `lr_schedule`. The bridge serves only
-training: `quantiser.codebook()` gives all the codes that indices stand for.
+summed over positions. The transformer also moves codes that are not chosen. The authors decay the learning rate to a
+hundredth; without this, their rFID was twice as large: see `lr_schedule`. The bridge is used only in training:
+`quantiser.codebook()` returns all codes of the indices.
 """
 
 from typing import Unpack
@@ -18,10 +18,10 @@ from aezoo.quantisers.fvq import FVQ
 
 
 class FVQVAE(SimVQVAE, tags=("tokenizer",)):
-    """A map of codes from one codebook, which a transformer moves as a whole.
+    """Learns a map of codes from one codebook that is the output of a transformer.
 
     Args:
-        group_size: P, codes in one token of the bridge.
+        group_size: P, number of codes in one token of the bridge.
         width: width of a token.
         depth: number of blocks of the bridge.
         **kwargs: see `SimVQVAE`.

@@ -1,18 +1,18 @@
-"""Gumbel VQ-VAE, a grid of codes drawn by their logits (Jang et al. 2016), https://arxiv.org/abs/1611.01144
+"""Gumbel VQ-VAE, a grid of codes sampled from logits (Jang et al. 2016), https://arxiv.org/abs/1611.01144
 
-The encoder outputs logits of K codes at each place. Codes are sampled from these logits, not compared by distance (as
-in taming-transformers, https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per sample:
+The encoder outputs logits of K codes at each position. Codes are sampled from these logits, not selected by distance
+(as in taming-transformers, https://github.com/CompVis/taming-transformers, and in DALL-E). In nats per sample:
 
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
     z_n = sum_k y_nk e_k                             y_n = softmax((log p_n + g_n) / tau)     g_n Gumbel noise
-    KL = sum_n sum_k p_nk log(K p_nk)                from 0 to P log K, summed over places
+    KL = sum_n sum_k p_nk log(K p_nk)                from 0 to P log K, summed over positions
 
 tau falls from `start_temperature` to `temperature` by a constant factor per step. In training, y is relaxed, or with
 `hard` one-hot with the gradient of the relaxed y. In evaluation, the loss samples c itself. There, and everywhere with
 `hard`, log p(x) >= E[elbo] with elbo = -(nll + kl), for any beta. `encode` takes the most likely codes and samples
 nothing; `score` is nll + kl of these codes, which is not the negative of a bound.
 
-Shapes: B batch, C channels of a code, K codes, P places, D = P K.
+Shapes: B batch, C channels of a code, K codes, P positions, D = P K.
 """
 
 from typing import Any, Unpack
@@ -43,12 +43,12 @@ class GumbelVQVAEArgs(FixedLikelihoodArgs, total=False):
 
 
 class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("tokenizer",)):
-    """A map of codes that are categorical variables with a uniform prior.
+    """Learns a map of categorical codes with a uniform prior.
 
     Args:
         latent_dim: C, channels of a code.
         codebook_size: K, number of codes.
-        beta: weight of the KL term; 1 gives the bound, but then short training leaves most of the code unused.
+        beta: weight of the KL term; 1 gives the bound, but short training then leaves most of the code unused.
         temperature: final tau, at least 0.01: near 0, codes are nearly one-hot and gradients are noisy.
         start_temperature: tau at the first step.
         temperature_steps: optimiser steps over which tau falls to temperature; 0 keeps it there.
@@ -85,12 +85,12 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("to
         self.quantiser = GumbelVQ(codebook_size, latent_dim, float(self.tau()), hard=hard)
 
     def tau(self) -> Tensor:
-        """The temperature at the current step, ()."""
+        """Return the temperature at the current step, ()."""
         share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def kl_weight(self) -> Tensor | float:
-        """The weight of the KL term at the current step."""
+        """Return the weight of the KL term at the current step."""
         return self.beta
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +99,7 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("to
         return x, y
 
     def draw(self, x: Tensor) -> Quantised:
-        """Codes sampled from q(c|x), relaxed in training; returns the same as `quantise`."""
+        """Sample codes from q(c|x), relaxed in training, and return a result like that of `quantise`."""
         logits = self.encoder(x)
         found = self.quantiser.quantise(logits)
         if self.training:
@@ -115,7 +115,7 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("to
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | code) + KL with the most likely codes in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return -log p(x | code) + KL for the most likely codes in nats, without noise, (B, *input_shape) -> (B,)."""
         logits = self.encoder(x)
         logits_BPK = _by_place(logits)
         codes = self.codes(logits_BPK.argmax(2).view(-1, *self.index_shape)).to(logits.dtype)
@@ -128,5 +128,5 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("to
 
 
 def _by_place(logits: Tensor) -> Tensor:
-    """Logits in at least float32, (B, K, *places) -> (B, P, K)."""
+    """Return logits in at least float32, (B, K, *places) -> (B, P, K)."""
     return at_least_float32(logits).flatten(2).movedim(1, 2)

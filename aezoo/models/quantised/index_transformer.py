@@ -1,15 +1,15 @@
 """Decoder-only Transformer, GPT-2 (Radford et al. 2019), https://openai.com/index/better-language-models/
 
-A prior over the indices k of a quantised model with any layout, by causal attention over their sequence:
+A prior over the indices k of a quantised model with indices of any shape, by causal attention over their sequence:
 
-    L = -sum_t log p(k_t | k_1 .. k_{t-1})        t place by place in raster order, in a place its Q indices in turn
+    L = -sum_t log p(k_t | k_1 .. k_{t-1})        positions in raster order, the Q indices of each in turn
 
     h_t = e(k_{t-1}) + position_t,  k_0 a learned start      h <- h + attention(norm(h))     h <- h + mlp(norm(h))
     p(k_t = j) = softmax_j(e_j . norm(h_t))
 
-e_j is the vector of code j, both as input and as output, from a separate table for each of the Q indices of a place.
+e_j is the vector of code j, both as input and as output, from a separate table for each of the Q indices of a position.
 
-Shapes: B batch, T indices of a sample, Q of a place, P places, K codes of the largest codebook, W width.
+Shapes: B batch, T indices of a sample, Q of a position, P positions, K codes of the largest codebook, W width.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from aezoo.nets.transformer import Block
 
 
 class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
-    """A small GPT over the indices of a quantised model.
+    """Learns a small GPT over the indices of a quantised model.
 
     Args:
-        input_shape: shape of one sample; any that the tokenizer takes.
-        width: W, channels of a token; heads have 16 channels where the width is a multiple of 16.
+        input_shape: shape of one sample; any that the tokenizer accepts.
+        width: W, channels of a token; heads have 16 channels if the width is a multiple of 16.
         depth: number of blocks.
         dropout: share of a token's channels that are dropped in training, after the embedding.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, within a block.
@@ -47,7 +47,7 @@ class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
     ) -> None:
         super().__init__(input_shape, **kwargs)
         self.check_net(width, depth, dropout)
-        # the standard deviation that GPT-2 uses for vectors
+        # the standard deviation that GPT-2 uses for embeddings
         self.book_QKW = nn.Parameter(0.02 * torch.randn(self.index_shape[0], self.n_codes, width))
         self.start_W = nn.Parameter(0.02 * torch.randn(width))
         self.position_TW = nn.Parameter(0.02 * torch.randn(self.n_tokens, width))
@@ -61,7 +61,7 @@ class IndexTransformer(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
         return logits_BPQK.flatten(1, 2)
 
     def embedded(self, before: Tensor) -> Tensor:
-        """The input vectors that predict each token from those before it: first t tokens (B, t) -> (B, t + 1, W)."""
+        """Return the input vectors that predict each token from those before it, (B, t) -> (B, t + 1, W)."""
         q, k, _ = self.book_QKW.shape
         offset_T = k * torch.arange(q, device=before.device).repeat(self.n_tokens // q)[: before.shape[1]]
         embedded_BTW = F.embedding(before + offset_T, self.book_QKW.flatten(0, 1))

@@ -1,16 +1,17 @@
 """LFQ autoencoder, lookup-free quantisation of MAGVIT-v2 (Yu et al. 2023), https://arxiv.org/abs/2310.05737
 
-Each channel of the encoder's output becomes its sign, so a place has one of 2^D codes:
+Each channel of the encoder's output is replaced by its sign, so each position has one of 2^D codes:
 
     z = f(x)    z_q = sign(z)    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + w (E H(p(c|z)) - gamma H(E p(c|z))) + beta ||z - sg(z_q)||^2
 
-summed over places. p(c|z) = softmax_c(2 z.c / temperature), and the second E is over the places of the whole batch. The
-first entropy keeps z away from 0, where its sign changes; the second brings all codes into use.
+summed over positions. p(c|z) = softmax_c(2 z.c / temperature), and the second E is over the positions of the whole
+batch. The first entropy keeps z away from 0, where its sign changes; the second makes the model use all codes.
 
-The paper weights means: 0.1 of the entropy per place against the error per value. For d values and P places, this is
-w = 0.1 d / P here: 1.6 for images of 28 x 28 with 7 x 7 places. The default gives more weight to the reconstruction.
+The paper weights means: 0.1 of the entropy per position against the error per value. For d values and P positions, this
+is w = 0.1 d / P here: 1.6 for images of 28 x 28 with 7 x 7 positions. The default gives more weight to the
+reconstruction.
 """
 
 from typing import ClassVar, Unpack
@@ -23,7 +24,7 @@ from aezoo.training.limits import check_at_least
 
 
 class LFQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
-    """A map of signs.
+    """Learns a map of binary codes, the signs of the encoder's output.
 
     Args:
         latent_dim: D, channels of a code and bits of its index.

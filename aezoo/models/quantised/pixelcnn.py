@@ -2,16 +2,18 @@
 
 A prior over the indices k of a quantised model, by masked convolutions over their grid:
 
-    L = -sum_t log p(k_t | k_1 .. k_{t-1})        t place by place in raster order, in a place its Q indices in turn
+    L = -sum_t log p(k_t | k_1 .. k_{t-1})        positions in raster order, the Q indices of each in turn
 
-    v <- gate(conv(v))                            vertical stack: of rows up to a place's own, all columns
-    h <- h + W gate(mask(conv(h)) + W' v_above)   horizontal stack: of the row up to a place, and v of the row above
+    v <- gate(conv(v))                            vertical stack: rows up to that of a position, all columns
+    h <- h + W gate(mask(conv(h)) + W' v_above)   horizontal stack: the row up to a position, and v of the row above
     gate(a, b) = tanh(a) sigmoid(b)
 
-The two stacks together see every earlier place, without the blind spot of a single stack of masked convolutions. Of the
-Q indices of its own place, index q sees those before q: the first layer has mask A, later ones mask B, as for R, G, B.
+Together, the two stacks cover every earlier position, without the blind spot of a single stack of masked convolutions.
+Among the Q indices of one position, index q depends on those before q: the first layer has mask A, later ones mask B,
+as for R, G, B.
 
-Shapes: B batch, Q indices of a place, K codes of the largest codebook, (H, W) grid of places, T = Q H W, F channels.
+Shapes: B batch, Q indices of a position, K codes of the largest codebook, (H, W) grid of positions, T = Q H W, F
+    channels.
 """
 
 from typing import Any, Unpack
@@ -25,13 +27,13 @@ from aezoo.errors import AezooError
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution over a place and those to its left, with channels in groups.
+    """A convolution over a position and those to its left, with channels in groups.
 
     Args:
         n_in, n_out: channels.
-        reach: how many places to the left it sees.
-        groups: number of channel groups; at its own place, an output sees the groups before its own.
-        own: whether it also sees its own group (mask B) or not (mask A).
+        reach: number of positions to the left.
+        groups: number of channel groups; at its own position, an output depends on the groups before its own.
+        own: whether it also depends on its own group (mask B) or not (mask A).
     """
 
     mask: Tensor
@@ -53,10 +55,10 @@ class GatedLayer(nn.Module):
     Args:
         width: F, divided into groups.
         groups: Q.
-        reach: places that it sees to each side, and above.
+        reach: number of positions that it covers to each side, and above.
         vertical: whether there are rows above.
-        dropout: dropout rate of what it adds to h.
-        first: whether it is the first layer, which has mask A and no h to add to.
+        dropout: dropout rate of the update of h.
+        first: whether it is the first layer, which has mask A and no input h.
     """
 
     def __init__(self, width: int, groups: int, reach: int, vertical: bool, dropout: float, first: bool) -> None:
@@ -91,11 +93,11 @@ def _rename_embedding(_: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
 
 
 class PixelCNN(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
-    """A gated PixelCNN over the maps or sequences of indices of a quantised model.
+    """Learns a gated PixelCNN over the maps or sequences of indices of a quantised model.
 
     Args:
-        input_shape: shape of one sample; any that the tokenizer takes to a map or a sequence of indices.
-        width: F, channels of both stacks, divided among the Q indices of a place.
+        input_shape: shape of one sample; any that the tokenizer encodes as a map or a sequence of indices.
+        width: F, channels of both stacks, divided among the Q indices of a position.
         depth: number of layers.
         kernel_size: size of the convolutions, odd; a layer reaches half of it to each side.
         dropout: share of a layer's output that is dropped in training.

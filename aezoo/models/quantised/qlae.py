@@ -1,13 +1,13 @@
 """QLAE, quantised-latent autoencoder (Hsu et al. 2023), https://arxiv.org/abs/2305.18378
 
-Each number of the code becomes the nearest of a few learned values, which are its own:
+Each number of the code is replaced by the nearest of a few learned values, with separate values for each number:
 
     z = f(x)    z_q,d = v_dk, k = argmin_j |z_d - v_dj|    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + ||sg(z) - z_q||^2 + beta ||z - sg(z_q)||^2
 
-Strong weight decay keeps the decoder simple, so that each value gets one meaning, whatever the other numbers are. Thus
-numbers come to represent the factors of the data. AdamW decays matrices and kernels only.
+Strong weight decay keeps the decoder simple, so that each value gets one meaning, independent of the other numbers. The
+numbers therefore tend to represent the factors of the data. Only matrices and kernels have weight decay.
 
 The paper weights both terms by 0.01, with means over the code and over the sample. For d values and D numbers, this is
 a beta of 0.01 d / D here: 10 for its 64 x 64 colour images and 12 numbers. With a much smaller beta, z moves away from
@@ -32,13 +32,13 @@ class QLAE(
     defaults={"optimizer": "adamw", "weight_decay": 0.1},
     tags=("disentanglement",),
 ):
-    """A vector of numbers with few values each, and weight decay.
+    """Learns a vector of numbers with few values each, with weight decay.
 
     Args:
-        latent_dim: D, numbers of a code; the paper takes twice the number of factors of the data.
+        latent_dim: D, number of numbers of a code; the paper uses twice the number of factors of the data.
         n_values: K, values of each number.
         beta: weight of the commitment loss.
-        weight_decay: the optimiser's weight decay, of matrices and kernels alone.
+        weight_decay: the optimiser's weight decay, of matrices and kernels only.
         **kwargs: see `NetworkAutoencoder`.
     """
 

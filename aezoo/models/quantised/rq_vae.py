@@ -1,14 +1,14 @@
 """RQ-VAE, residual-quantised autoencoder (Lee et al. 2022), https://arxiv.org/abs/2203.01941
 
-Each place of the encoder's output becomes a sum of codes, where each code is the nearest to the current residual:
+The encoder's output at each position becomes a sum of codes, each of which is the nearest to the current residual:
 
     z = f(x)    r_0 = z    r_l = r_(l-1) - e_l, e_l = the nearest code of codebook l    z_q = sum_l e_l
 
     L = -log p(x | g(z_q)) + sum_l ||sg(r_(l-1)) - e_l||^2 + beta sum_l ||z - sg(sum_(i<=l) e_i)||^2
 
-summed over places. K codes per level give K^levels sums: more levels, not larger codebooks, give more bits. Each level
-has its own codebook, as in SoundStream (Zeghidour et al. 2021, arXiv:2107.03312); in the paper, levels share one. The
-second term applies to update gradient; with ema, as in the paper, codes are moving averages. With SoundStream's
+summed over positions. K codes per level give K^levels sums: more levels, not larger codebooks, give more bits. Each
+level has its own codebook, as in SoundStream (Zeghidour et al. 2021, arXiv:2107.03312); in the paper, levels share one.
+The second term applies to update gradient; with ema, as in the paper, codes are moving averages. With SoundStream's
 quantiser dropout, a sample keeps its first n levels, n uniform, so that one model decodes at every rate.
 """
 
@@ -23,10 +23,10 @@ from aezoo.training.limits import check_at_least
 
 
 class RQVAE(VQAutoencoder, CodeMapAutoencoder, defaults={"codebook_size": 32}, tags=("tokenizer",)):
-    """A map of sums of codes, one code from each of several codebooks.
+    """Learns a map of sums of codes, one code from each of several codebooks.
 
     Args:
-        levels: codes per place, each from its own codebook.
+        levels: number of codes per position, each from a separate codebook.
         dropout: share of training samples that keep only their first levels.
         data_init: initialise the codes by k-means on the first training batch, each level on the residuals.
         **kwargs: see `VQAutoencoder` and `CodeMapAutoencoder`.

@@ -6,7 +6,7 @@ This is `vq_vae` with codes C_0 W: C_0 is drawn once and frozen, and W is a D x 
 
     L = -log p(x | g(z_q)) + ||sg(z) - e_k||^2 + beta ||z - sg(e_k)||^2
 
-summed over places. A chosen code moves all others with it, so no code is left behind and none needs to be revived.
+summed over positions. The update of a chosen code moves all others, so no code becomes unused or needs a restart.
 """
 
 from typing import Unpack
@@ -29,7 +29,7 @@ class SimVQVAEArgs(LatentArgs, total=False):
 
 
 class SimVQVAE(CodeMapAutoencoder, tags=("tokenizer",)):
-    """A map of codes from one codebook that moves as a whole.
+    """Learns a map of codes from one codebook, all of whose codes are updated jointly.
 
     Args:
         latent_dim: D, channels of a code.

@@ -1,7 +1,7 @@
 """SoftVQ-VAE, soft vector quantisation (Chen et al. 2024), https://arxiv.org/abs/2412.10958
 
-A row of tokens as in TiTok (`aezoo.nets.blocks.tokens`; the initialisation is our own). Each token is a mixture of all
-K codes C instead of the nearest code:
+A sequence of tokens as in TiTok (`aezoo.nets.blocks.tokens`; the initialisation is not that of the paper). Each token
+is a mixture of all K codes C instead of the nearest code:
 
     z = f(x)    p_k = softmax_k(-||z - e_k||^2 / temperature)    z_q = sum_k p_k e_k = p C
 
@@ -13,11 +13,11 @@ sample. `entropy` is smallest when each token is one code. `diversity` is larges
 equally over the tokens of all ranks; exp(diversity / N) is the number of codes in use. As the temperature falls to 0,
 z_q becomes the nearest code, as in VQ; as it rises, z_q becomes the mean of the codes.
 
-The authors' code, https://github.com/Hhhhhhao/continuous_tokenizer, detaches the codes in p, so that they learn only as
-what is mixed; here they get the gradient of the formula. It computes both entropies at a temperature of 0.02 (0.01 of
-cosines), and weights their means over tokens by 0.01 beside a mean over the X values of a sample, an entropy_weight of
-0.01 X / N here. On digits of 8 x 8 (N = 8, K = 64, 400 steps, means of three seeds; `python -m benchmarks.deviations`)
-the nll was 15.2 nats with both and 16.0 here, and E[H(p)] 15.1 nats per sample in place of 8.5.
+The authors' code, https://github.com/Hhhhhhao/continuous_tokenizer, detaches the codes in p, so that their only
+gradient is that of the mixture; here they get the gradient of the formula. It computes both entropies at a temperature
+of 0.02 (0.01 of cosines), and adds 0.01 times their means over tokens to a mean over the X values of a sample, which is
+an entropy_weight of 0.01 X / N here. On digits of 8 x 8 (N = 8, K = 64, 400 steps, means of three seeds; `python -m
+benchmarks.deviations`), the nll was 15.2 nats with both and 16.0 here, and E[H(p)] 15.1 nats per sample instead of 8.5.
 
 The code is a continuous mixture, so it cannot be written as indices. With cosine, z and the codes are projected to the
 unit sphere, where ||z - e||^2 = 2 - 2 z.e: cosines over a temperature t, as in the paper's code, are squared distances
@@ -42,17 +42,18 @@ from aezoo.training.limits import check_at_least
 
 
 class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}, tags=("tokenizer", "latent diffusion")):
-    """A row of mixtures of codes, without a grid.
+    """Learns a sequence of mixtures of codes, without a grid.
 
     Args:
-        n_tokens: N, tokens per sample.
+        n_tokens: N, number of tokens per sample.
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
         temperature: temperature of the mixtures, in squared distances; near 0 a mixture is its nearest code.
         entropy_weight: weight of both entropy terms.
         gamma: weight of `diversity` relative to that of `entropy`.
         cosine: compare directions, on the unit sphere.
-        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
+        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and initialise the codes by
+            k-means.
         **kwargs: see `PatchTransformer`.
     """
 
@@ -90,12 +91,12 @@ class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}, tags=("tokeniz
             self.enable_data_init()
 
     def project(self, rows: Tensor) -> Tensor:
-        """Where rows are compared with codes, in at least float32: unchanged, or projected to the unit sphere."""
+        """Return rows as they are compared with codes, in at least float32, on the unit sphere if `cosine`."""
         rows = at_least_float32(rows)
         return F.normalize(rows, dim=-1) if self.cosine else rows
 
     def mixtures(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z_q and p of samples, (B, *input_shape) -> (B, D, N), (B, N, K); p is in at least float32."""
+        """Return z_q and p of samples, (B, *input_shape) -> (B, D, N), (B, N, K); p is in at least float32."""
         z_BDN = self.encoder(x)
         with torch.autocast(x.device.type, enabled=False):
             code_KD, rows = self.project(self.code_KD), self.project(z_BDN.transpose(1, 2))

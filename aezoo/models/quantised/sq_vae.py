@@ -6,17 +6,17 @@ Codes are sampled by their distance, with a learned variance; this is the paper'
     q(c|x) = prod_n softmax_k(-||z_n - e_k||^2 / (2 s^2))                    c uniform, z_q,n = e_c_n
     p(x|z_q) = N(g(z_q), v),   v = argmin L = mean of (x - g(z_q))^2         the likelihood of `sigma_vae`
 
-L is a negative ELBO in which codes have noise N(z_q, s^2). q gives the same noise to z, N(z, s^2), but does not sample
-it. All weights are 1, and no gradient is stopped. All terms but the first are means over the codebook and fall as s
-grows. The first falls with s where other codes reconstruct worse, and faster for smaller v. So q is uncertain at first
-and anneals itself to the nearest code as reconstructions improve.
+L is a negative ELBO in which codes have noise N(z_q, s^2). q has the same noise around z, N(z, s^2), but it is not
+sampled. All weights are 1, and no gradient is stopped. All terms but the first are means over the codebook and fall as
+s grows. The first falls with s if other codes reconstruct worse, and faster for smaller v. So q is broad at first and
+concentrates on the nearest code as reconstructions improve.
 
 In training, codes are relaxed as in `gumbel_vq_vae`, with its temperature schedule, or one-hot (`hard`). In evaluation,
-the loss samples codes, and v is its running mean. There, and everywhere with `hard`, log p(x) >= E[elbo] with
-elbo = -(nll + kl), since p(x) is that of codes without noise. `encode` and all reconstructions take the nearest codes
-and sample nothing; `score` is L at these codes.
+the loss samples codes, and v is its running mean. There, and always with `hard`, log p(x) >= E[elbo] with elbo = -(nll
++ kl), since p(x) is that of codes without noise. `encode` and all reconstructions use the nearest codes without
+sampling; `score` is L at these codes.
 
-Shapes: B batch, X data dimensions, D channels of a code, K codes, P places.
+Shapes: B batch, X data dimensions, D channels of a code, K codes, P positions.
 """
 
 import math
@@ -36,19 +36,19 @@ from aezoo.training.limits import check_at_least
 
 
 class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tokenizer",)):
-    """A map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
+    """Learns a map of codes sampled by distance, with a learned variance that falls as reconstructions improve.
 
     Args:
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
-        variance: what shares s^2: one for all, or a factor of it that the encoder gives each sample or place.
+        variance: one s^2 for all, or with a factor from the encoder for each sample or place.
         start_variance: initial s^2, relative to codes of variance 1: if too small, one code takes all; if too large,
             no code matters. 8 suits 64 channels (the authors' code has 11), 0.5 the variance sample or place.
         temperature: final temperature of the relaxed codes, at least 0.01: near 0, gradients are noisy.
         start_temperature: temperature at the first step.
         temperature_steps: optimiser steps over which it falls to temperature; 0 keeps it there.
         hard: decode one-hot codes in training too, with the gradient of the relaxed codes.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
+        places: codes per sample with net mlp, lstm and transformer; others have a code at each position of their grid.
         **kwargs: see `CodeMapAutoencoder`.
     """
 
@@ -93,7 +93,7 @@ class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tok
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 
     def tau(self) -> Tensor:
-        """The temperature at the current step, ()."""
+        """Return the temperature at the current step, ()."""
         share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
@@ -103,7 +103,7 @@ class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tok
         return x, y
 
     def draw(self, x: Tensor) -> Quantised:
-        """Codes sampled from q(c|x), relaxed in training; returns the same as `quantise`."""
+        """Sample codes from q(c|x), relaxed in training, and return a result like that of `quantise`."""
         z = self.encoder(x)
         found = self.quantiser.quantise(z)
         if self.training:
@@ -129,7 +129,7 @@ class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tok
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """L with the nearest codes in nats, (B, *input_shape) -> (B,), no noise."""
+        """Return L with the nearest codes in nats, without noise, (B, *input_shape) -> (B,)."""
         z = self.encoder(x)
         with quantisers_in_eval_mode(self):
             z_q = self.quantiser(z).z_q

@@ -1,24 +1,24 @@
 """TiTok, a transformer-based 1-dimensional tokenizer (Yu et al. 2024), https://arxiv.org/abs/2406.07550
 
-The code has no grid. A vision transformer reads patches P together with N learned latent tokens l. Only the outputs of
-the latent tokens are kept, and each becomes the nearest of K codes. A second transformer reads these together with mask
-tokens m and outputs the patches:
+The code has no grid. The input of a vision transformer is patches P and N learned latent tokens l. Only the outputs of
+the latent tokens are kept, and each is replaced by the nearest of K codes. The input of a second transformer is these
+codes and mask tokens m, and its outputs are the patches:
 
     z = f(P, l)    u = z / ||z||    z_q = e_k / ||e_k||, k = argmin_j ||u - e_j / ||e_j|| ||    x_hat = g(m, z_q)
 
     L = -log p(x | x_hat) + ||sg(u) - z_q||^2 + beta ||u - sg(z_q)||^2
 
-summed over tokens. beta weights only the commitment loss. With update ema, codes are moving averages and there is no
-second term. N is a free choice, the same for every size of a sample.
+summed over tokens. beta multiplies only the commitment loss. With update ema, codes are moving averages and there is no
+second term. N does not depend on the size of a sample.
 
 The authors' code, https://github.com/bytedance/1d-tokenizer, has means over the X values of a sample and over the N D
 values of a code, so its beta, and its weight of the second term, are X / (N D) times as large here. On digits of 8 x 8,
 where this is 2 (moving averages, K = 64, 400 steps, means of three seeds; `python -m benchmarks.deviations`), the nll
-was 17.0 nats in place of 16.9.
+was 17.0 nats instead of 16.9.
 
 The paper first trains the decoder to predict the codes of a pretrained MaskGIT-VQGAN, and then trains only decoders
-with a perceptual and an adversarial loss. Here everything is trained in one stage on the likelihood of the data, which
-needs no other model; the paper's code has this too. The initialisation is our own as well, see
+with a perceptual and an adversarial loss. Here everything is trained in one stage on the likelihood of the data,
+without another model, which the paper's code also offers. The initialisation is not that of the paper, see
 `aezoo.nets.blocks.tokens`.
 
 Shapes: B batch, D channels of a token, N tokens, K codes.
@@ -36,15 +36,16 @@ from aezoo.training.limits import check_at_least
 
 
 class TiTokArgs(VQArgs, PatchTransformerArgs, total=False):
-    """Arguments that `TiTok` hands on."""
+    """Arguments that `TiTok` passes to its bases."""
 
 
 class TiTok(VQAutoencoder, PatchTransformer, defaults={"cosine": True, "depth": 1, "lr": 2e-3}, tags=("tokenizer",)):
-    """A row of codes from one codebook, without a grid.
+    """Learns a sequence of codes from one codebook, without a grid.
 
     Args:
-        n_tokens: N, codes per sample.
-        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and start the codes by k-means.
+        n_tokens: N, number of codes per sample.
+        data_init: on the first training batch, scale tokens to mean 0 and variance 1, and initialise the codes by
+            k-means.
         **kwargs: see `VQAutoencoder` and `PatchTransformer`.
     """
 

@@ -1,14 +1,15 @@
 """VP-VAE, vector perturbation autoencoder (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
 
-The model trains without a codebook. Each place of the encoder's output moves about as far as quantisation would move
-it, and the distribution of codes is preserved (`aezoo.quantisers.vector_perturbation`, a Metropolis-Hastings step):
+The model trains without a codebook. The encoder's output at each position is perturbed about as much as by
+quantisation, such that the distribution of codes is preserved (`aezoo.quantisers.vector_perturbation`, a
+Metropolis-Hastings step):
 
     z = f(x)    z_q = z + u, or z where u is rejected    gradient of z = gradient of z_q
 
     L = -log p(x | g(z_q)) + lam_1 ||mu||^2 + lam_2 ||sigma^2 - 1||^2
 
-The last two terms use the mean and the variance of each channel over all places of a batch, and are summed over places.
-Evaluation quantises to the nearest of K codes. These follow z as moving averages, and no loss depends on them. The
+The last two terms use the mean and the variance of each channel over all positions of a batch, and are summed over
+positions. Evaluation quantises to the nearest of K codes, which are moving averages of z and do not enter the loss. The
 authors weight means over channels by 0.1 and 0.07, relative to a mean over the data's dimensions.
 """
 
@@ -23,7 +24,7 @@ from aezoo.training.limits import check_at_least
 
 
 class VPVAE(CodebookAutoencoder, CodeMapAutoencoder, defaults={"latent_dim": 4}, tags=("tokenizer",)):
-    """A map of codes from one codebook, for which perturbations in training prepare the decoder.
+    """Learns a map of codes that is perturbed in training and quantised with one codebook afterwards.
 
     Args:
         eta: largest perturbation, relative to the distance to the S / K-th nearest row.

@@ -1,15 +1,16 @@
 """VQ-VAE-2, two levels of codes (Razavi et al. 2019), https://arxiv.org/abs/1906.00446
 
-A top grid holds global structure, and a finer bottom grid the rest. In nats per sample:
+A top grid represents global structure, and a finer bottom grid the rest. In nats per sample:
 
     h = f(x)                              features on the bottom grid
-    t = VQ_top(f_top(h))                  on a grid that f_top's strides leave
+    t = VQ_top(f_top(h))                  on the grid after f_top's strides
     b = VQ_bottom(W [h, g_top(t)])        on the bottom grid, given the top
     L = -log p(x | g([up(t), b])) + beta (||z_t - sg(t)||^2 + ||z_b - sg(b)||^2)
 
-summed over places. z_t and z_b are the inputs of the quantisers, g_top mirrors f_top, and up gives each bottom place
-the nearest code of t. Codes are moving averages; update gradient adds ||sg(z) - e||^2 of both. t depends on no code of
-b, so a prior is p(t) p(b | t). A sample's code is both grids in one row, top first, each row by row: (C, T).
+summed over positions. z_t and z_b are the inputs of the quantisers, g_top mirrors f_top, and up gives each bottom
+position the nearest code of t. Codes are moving averages; update gradient adds ||sg(z) - e||^2 of both. t does not
+depend on b, so a prior is p(t) p(b | t). A sample's code is the sequence of both grids, top first, each row by row: (C,
+T).
 
 Shapes: B batch, C channels of a code, F channels of h, K codes of each codebook, T codes of a sample.
 """
@@ -30,7 +31,7 @@ from aezoo.quantisers.base import Quantised
 class VQVAE2(
     VQAutoencoder, NetworkAutoencoder, hidden_dims={"resnet": (32, 64)}, defaults={"net": "resnet"}, tags=("tokenizer",)
 ):
-    """Two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
+    """Learns two grids of codes with one codebook each; the finer grid is conditioned on the coarser one.
 
     Args:
         input_shape: shape of one sample: (C, L), (C, H, W) or (C, D, H, W).
@@ -67,7 +68,7 @@ class VQVAE2(
         self.top, self.bottom = self.build_vq(), self.build_vq()
 
     def bottom_input(self, h: Tensor, top: Quantised) -> Tensor:
-        """The input of the bottom quantiser: (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
+        """Return the input of the bottom quantiser, (B, F, *grid), codes (B, C, *top grid) -> (B, C, *grid)."""
         return cast(Tensor, self.to_bottom(torch.cat([h, self.top_decoder(top.z_q)], 1)))
 
     def quantise(self, x: Tensor) -> Quantised:
@@ -97,7 +98,7 @@ class VQVAE2(
     def init_from_data(self, x: Tensor) -> None:
         h = self.encoder(x)
         self.top.init_from_data(z := self.top_encoder(h))
-        top = self.top.eval().quantise(z)  # in training mode it would learn from these rows a second time
+        top = self.top.eval().quantise(z)  # in training mode, these rows would update it twice
         self.top.train(self.training)
         self.bottom.init_from_data(self.bottom_input(h, top))
 

@@ -1,4 +1,4 @@
-"""Laws of Gumbel VQ-VAE, a grid of codes drawn by their logits (Jang et al. 2016)."""
+"""Laws of Gumbel VQ-VAE, a grid of codes sampled from logits (Jang et al. 2016)."""
 
 import math
 from typing import Any

@@ -181,7 +181,7 @@ def choice_tables() -> str:
     for key in sorted(rows, key=lambda key: (order.index(key[0]), key)):
         use, measure, data, setting = key
         text += [f"## {use.capitalize()}\n"] if use != before else []
-        text += [f"{measure} on {data}{setting and f' ({setting})'}\n", f"| model | {measure} | better rivals |"]
+        text += [f"{measure} on {data}{setting and f' ({setting})'}\n", f"| model | {measure} | better alternatives |"]
         text += ["|---" * 3 + "|"]
         text += [
             f"| `{name}` | {value:g} | {better} of {rivals} |" for better, name, value, rivals in sorted(rows[key])

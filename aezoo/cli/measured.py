@@ -45,18 +45,18 @@ def _figures(name: str) -> list[str]:
         seeds = f"median of {row['seeds']} seeds" if row["seeds"] > 1 else "one seed"
         figures = ", ".join(_written(label, value) for label, value in row["figures"].items())
         text += [f"Measured on {row['data']}: {row['setting']}; test split, {seeds}", f"  {figures}", ""]
-    text += ["What beats it, on the same data with the same budget and size of code"]
+    text += ["Better models and baselines, on the same data with the same budget and size of code"]
     return text + [line for of in found["compared"] for line in _comparison(of)]
 
 
 def _comparison(of: dict[str, Any]) -> list[str]:
-    named = ", ".join(f"{rival} {value:g}" for rival, value in of["better"])
-    rivals = f"{of['n_better']} of {of['n_rivals']} rivals: {named}" if named else f"none of {of['n_rivals']} rivals"
-    rivals = rivals if of["n_rivals"] else "no other has been measured like this"
+    named = ", ".join(f"{other} {value:g}" for other, value in of["better"])
+    others = f"{of['n_better']} of {of['n_rivals']} others: {named}" if named else f"none of {of['n_rivals']} others"
+    others = others if of["n_rivals"] else "no other was measured in the same setting"
     return [
         f"  {of['use']}: {_written(of['measure'], of['value'])} on {of['data']}",
         *([f"    {of['setting']}"] if of["setting"] else []),
-        f"    better: {rivals}",
+        f"    better: {others}",
     ]
 
 

@@ -24,7 +24,7 @@ def test_info_ends_with_command_figures_and_rivals(capsys):
     assert end[2] == f"Measured on mnist5k: {row['setting']}; test split, median of {row['seeds']} seeds"
     for label, value in row["figures"].items():
         assert label.format(f"{value:g}") in end[3]
-    assert end[5] == "What beats it, on the same data with the same budget and size of code"
+    assert end[5] == "Better models and baselines, on the same data with the same budget and size of code"
     for of in found["compared"]:
         figure = of["measure"].format(f"{of['value']:g}")
         at = end.index(f"  {of['use']}: {figure} on {of['data']}")
@@ -42,8 +42,8 @@ def test_info_says_what_has_no_figures_or_rivals(capsys, tmp_path, monkeypatch):
     assert measured.lines("conv_ae")[-1] == "Not measured yet: `aezoo benchmark` lists what measures models"
     text = "\n".join(measured.lines("vae"))
     assert "Measured on" not in text
-    assert "reconstruction: mse 0.1 on digits\n    better: no other has been measured like this" in text
-    assert "generation: mse 0.1 on digits\n    better: none of 7 rivals" in text
+    assert "reconstruction: mse 0.1 on digits\n    better: no other was measured in the same setting" in text
+    assert "generation: mse 0.1 on digits\n    better: none of 7 others" in text
 
 
 def test_every_model_has_the_end_of_info_without_torch():

@@ -98,7 +98,7 @@ def test_draws_are_unit_vectors_around_mu(family: str) -> None:
 
 
 def rejection_gradient(d: int, kappa: float, n: int) -> float:
-    """d/dkappa of the mean accepted draw of Wood's sampler, without a correction for who is accepted (rivals' slip)."""
+    """d/dkappa of the mean accepted draw of Wood's sampler, without a correction for who is accepted (a mistake)."""
     k = torch.full((n,), kappa, dtype=torch.float64, requires_grad=True)
     b = (-2 * k + torch.sqrt(4 * k**2 + (d - 1) ** 2)) / (d - 1)
     x = (1 - b) / (1 + b)

@@ -1,1 +1,1 @@
-"""Deterministic codes whose distribution is shaped, so that they can be drawn."""
+"""Deterministic autoencoders with a regularised distribution of codes, which can be sampled."""

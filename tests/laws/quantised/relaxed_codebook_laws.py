@@ -1,4 +1,4 @@
-"""Laws of VQ-VAE-2, the Gumbel VQ-VAE and DALL-E's dVAE: levels, bounds by enumeration, schedules, rivals' slips."""
+"""Laws of VQ-VAE-2, the Gumbel VQ-VAE and DALL-E's dVAE: levels, bounds by enumeration, schedules, known mistakes."""
 
 import itertools
 import math

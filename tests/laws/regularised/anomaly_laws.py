@@ -1,4 +1,4 @@
-"""Laws of the models of anomalies: DAGMM's energy and statistics, GANomaly's players and score, and rivals' slips."""
+"""Laws of the models of anomalies: DAGMM's energy and statistics, GANomaly's players and score, and known mistakes."""
 
 import pytest
 import torch

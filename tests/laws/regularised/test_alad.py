@@ -1,4 +1,4 @@
-"""Laws of ALAD: two players on one backward pass, cycles that are cycles, its score, and rivals' slips."""
+"""Laws of ALAD: two players on one backward pass, cycles that are cycles, its score, and known mistakes."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Laws of the adversarial models: who trains what, one optimiser as several, the density ratio, rivals' slips."""
+"""Laws of the adversarial models: who trains what, one optimiser as several, the density ratio, known mistakes."""
 
 import math
 import os

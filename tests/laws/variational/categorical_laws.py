@@ -1,4 +1,4 @@
-"""Laws of the categorical codes: their KL, their relaxation, exact evidence by enumeration, and rivals' slips."""
+"""Laws of the categorical codes: their KL, their relaxation, exact evidence by enumeration, and known mistakes."""
 
 import math
 from typing import Any

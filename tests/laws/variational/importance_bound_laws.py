@@ -1,4 +1,4 @@
-"""Laws of the importance weighted bounds: values, gradients of each estimator, the order of the bounds, rivals' slips.
+"""Laws of the importance weighted bounds: values, gradients of each estimator, the order of the bounds, known mistakes.
 
 Bernoulli models are compared with formulas written in torch.distributions and differentiated by autograd; on
 linear-Gaussian models log p(x) and the ELBO have a closed form, and the bounds of one code dimension an exact
@@ -385,7 +385,7 @@ def test_a_linear_model_becomes_probabilistic_pca(name: str, estimator: str, ada
     assert -0.005 < slack < 0.05
 
 
-# ---- rivals' mistakes ------------------------------------------------------------------------------------------------
+# ---- known mistakes -------------------------------------------------------------------------------------------------
 
 
 class PyTorchVAE(IWAE):

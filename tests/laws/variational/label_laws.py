@@ -1,4 +1,4 @@
-"""Laws of the models that read labels: sums over labels in a loop, exact evidence, training, and rivals' slips."""
+"""Laws of the models that read labels: sums over labels in a loop, exact evidence, training, and known mistakes."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Laws of learned priors: densities against torch.distributions and quadrature, neutral limits, rivals' mistakes.
+"""Laws of learned priors: densities against torch.distributions and quadrature, neutral limits, known mistakes.
 
 Models are in float64 and away from their initial weights; what a reference needs of them is their posterior only.
 """

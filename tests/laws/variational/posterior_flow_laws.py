@@ -1,4 +1,4 @@
-"""Laws of flow posteriors: determinants against autograd and areas, neutral limits, quadrature, rivals' mistakes.
+"""Laws of flow posteriors: determinants against autograd and areas, neutral limits, quadrature, known mistakes.
 
 Models are in float64 and away from their initial weights.
 """

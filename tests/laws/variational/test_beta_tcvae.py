@@ -1,4 +1,4 @@
-"""Laws of the beta-TCVAE: weights of the batch, the sum of the three terms, exact cases, ranks, and rivals' slips."""
+"""Laws of the beta-TCVAE: weights of the batch, the sum of the three terms, exact cases, ranks, and known mistakes."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Laws of the VAE with Gamma codes: its KL, exact gradients of draws, densities, bounds, limits, and rivals' slips."""
+"""Laws of the VAE with Gamma codes: its KL, exact gradients of draws, densities, bounds, limits, and known mistakes."""
 
 import math
 from itertools import pairwise

@@ -110,7 +110,7 @@ def test_the_quadrature_is_the_closed_form_for_one_sample() -> None:
     assert exact_bound(model, 2, OFF_MU, OFF_LOG_VAR).item() == pytest.approx(finer.item(), abs=1e-6)
 
 
-# ---- rivals' mistakes ------------------------------------------------------------------------------------------------
+# ---- known mistakes -------------------------------------------------------------------------------------------------
 
 
 def test_pytorch_vae_weighting_is_dominated_by_worst_sample() -> None:

@@ -16,7 +16,7 @@ class Corruption(nn.Module):
     """A random map from data to data of the same shape.
 
     Args:
-        amount: its strength, in the unit of the subclass.
+        amount: strength of the corruption, in the unit of the subclass.
     """
 
     def __init__(self, amount: float) -> None:
@@ -24,7 +24,7 @@ class Corruption(nn.Module):
         self.amount = amount
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """A corrupted copy of x, (B, *shape) -> (B, *shape); `generator` replaces the global random state."""
+        """Return a corrupted copy of x, (B, *shape) -> (B, *shape); `generator` replaces the global random state."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -35,7 +35,7 @@ class Corruption(nn.Module):
 
 
 class GaussianNoise(Corruption):
-    """x + amount * N(0, I), not clipped, so that its score is exact (Alain & Bengio 2014)."""
+    """Adds noise from amount * N(0, I), without clipping, so that its score is exact (Alain & Bengio 2014)."""
 
     def forward(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)

@@ -14,16 +14,16 @@ ESTIMATORS = ("mss", "mss_mean", "mws")
 
 
 def squared_distances(a_BD: Tensor, b_ND: Tensor) -> Tensor:
-    """||a - b||^2 between all pairs, (B, D), (N, D) -> (B, N); never negative."""
+    """Return ||a - b||^2 between all pairs, (B, D), (N, D) -> (B, N); never negative."""
     with torch.autocast(a_BD.device.type, enabled=False):  # autocast would round the product to half precision
         ab_BN = a_BD @ b_ND.T
     return ((a_BD**2).sum(1)[:, None] + (b_ND**2).sum(1) - 2 * ab_BN).clamp(min=0)
 
 
 def distances(points_ND: Tensor) -> Tensor:
-    """||a - b|| between all pairs of one set, computed from differences, (N, D) -> (N, N); 0 between equal points.
+    """Return ||a - b|| between all pairs of one set, computed from differences, (N, D) -> (N, N).
 
-    A matrix product would give equal points a distance above 0.
+    Equal points have distance 0; with a matrix product, their distance would be above 0.
     """
     if points_ND.device.type != "cpu":
         return torch.cdist(points_ND, points_ND, compute_mode="donot_use_mm_for_euclid_dist")
@@ -35,9 +35,9 @@ def distances(points_ND: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(||a - b||^2 + c^2) - c with c = 0.00054 sqrt(X), for X values in a sample: (B, ...), (B, ...) -> (B,).
+    """Return sqrt(||a - b||^2 + c^2) - c with c = 0.00054 sqrt(X) for samples of X values, (B, ...), (B, ...) -> (B,).
 
-    The distance of improved consistency training (Song & Dhariwal 2023, https://arxiv.org/abs/2310.14189).
+    This is the distance of improved consistency training (Song & Dhariwal 2023, https://arxiv.org/abs/2310.14189).
     """
     c, sse_B = 0.00054 * math.sqrt(a[0].numel()), (a - b).flatten(1).square().sum(1)
     return sse_B / ((sse_B + c**2).sqrt() + c)
@@ -51,19 +51,19 @@ def mmd(
     all_gather: Callable[[Tensor], Tensor] = lambda values: values,
     unbiased: bool = False,
 ) -> Tensor:
-    """The squared maximum mean discrepancy, E k(a, a') + E k(b, b') - 2 E k(a, b), (B, D), (B, D) -> ().
+    """Return the squared maximum mean discrepancy, E k(a, a') + E k(b, b') - 2 E k(a, b), (B, D), (B, D) -> ().
 
     Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html. Equation 5, the V-statistic, is never negative and
     does not change if both sets are duplicated. For equal distributions its mean is 2 (k(a, a) - E k(a, a')) / N.
-    Equation 3, the U-statistic, leaves out the pairs of a sample with itself. For equal distributions its mean is 0,
-    and it is below 0 as often as above.
+    Equation 3, the U-statistic, excludes the pairs of a sample with itself. For equal distributions, its mean is 0, so
+    it can be negative.
 
     Args:
         a_BD: codes of this rank.
-        b_BD: as many draws from the distribution that the codes are compared with.
+        b_BD: the same number of draws from the distribution that the codes are compared with.
         kernel: maps squared distances to values of k, elementwise.
         all_gather: gathers the rows of all ranks; the mean of the result over ranks is the value for all codes.
-        unbiased: use the U-statistic; for a single sample its first two terms are 0.
+        unbiased: use the U-statistic; for a single sample, its first two terms are 0.
     """
     a_ND, b_ND = all_gather(a_BD), all_gather(b_BD)
     k_aa, k_bb, k_ab = (kernel(squared_distances(x, y)).mean() for x, y in ((a_BD, a_ND), (b_BD, b_ND), (a_BD, b_ND)))
@@ -74,13 +74,13 @@ def mmd(
 
 
 def aggregate_log_weights(estimator: str, row_B: Tensor, n: int, n_data: Tensor) -> Tensor:
-    """Log W, so that log sum_j W_ij q(z_i|x_j) over a batch estimates log q(z_i), the density of all codes: (B, n).
+    """Return log W, (B, n), such that log sum_j W_ij q(z_i|x_j) over a batch estimates log q(z_i) of all data.
 
     Chen et al. 2018, https://arxiv.org/abs/1802.04942, for a data set of N, a batch of n over all ranks, and M = n - 1:
 
         mws        W_ij = 1 / (N n)                                                        (equation 5)
-        mss        W_ii = 1/N,  W_ij = 1/M but for one j, where it is (N - M) / (N M)      (appendix C.2)
-        mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over which j that is
+        mss        W_ii = 1/N,  W_ij = 1/M except for one j, with (N - M) / (N M)      (appendix C.2)
+        mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over the choice of that j
 
     Rows of mss and mss_mean sum to 1 and estimate q(z) without bias; rows of mws sum to n/N and are biased by about
     log(n/N) per factor. For n = N, mss_mean gives q(z) itself.

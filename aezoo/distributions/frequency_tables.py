@@ -1,9 +1,9 @@
-"""Tables of cumulative frequencies for an rANS coder of 16 bits, as the library CompressAI makes them.
+"""Tables of cumulative frequencies for a 16-bit rANS coder, equal to those of the library CompressAI.
 
-A table of L entries c_0 = 0 < c_1 < ... < c_{L-1} = 2^16 codes the L - 2 integers from its offset on: the k-th of them
-has frequency c_{k+1} - c_k, and the last frequency stands for all others, which are written behind it. Probabilities
-are computed in float32 in the order of operations that https://github.com/InterDigitalInc/CompressAI has, so that on
-the same machine the tables are the same.
+A table of L entries c_0 = 0 < c_1 < ... < c_{L-1} = 2^16 codes L - 2 consecutive integers, starting at its offset: the
+k-th of them has frequency c_{k+1} - c_k. The last frequency belongs to all other integers, which are written after it.
+Probabilities are computed in float32 in the same order of operations as in
+https://github.com/InterDigitalInc/CompressAI, so that on the same machine the tables are the same.
 
 Shapes: K tables, L entries of the longest.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 from aezoo.errors import AezooError
 
 PRECISION = 16
-# of values left out on both sides of a table
+# probability of the values outside of a table, on both sides together
 TAIL_MASS = 1e-9
-# what a table has room for: each entry takes a 2^16th or more
+# limit of a table: each entry has a probability of at least 2^-16
 MAX_ENTRIES = 2**15
 
 
 class FrequencyTables(NamedTuple):
-    """Tables, of which only the first `length` entries count.
+    """Tables of which only the first `length` entries are used.
 
     Attributes:
         cdf: (K, L), int32.
@@ -39,7 +39,7 @@ class FrequencyTables(NamedTuple):
     offset: Tensor
 
     def check(self) -> str | None:
-        """What is wrong with the tables, for a message; None if nothing is."""
+        """Return what is wrong with the tables, for a message, or None."""
         length, (rows, width) = self.length.long(), self.cdf.shape
         if rows != len(length) or rows != len(self.offset) or not rows:
             return f"there are {rows} tables, {len(length)} lengths and {len(self.offset)} offsets"
@@ -56,19 +56,19 @@ class FrequencyTables(NamedTuple):
 
 
 def join(parts: list[FrequencyTables]) -> FrequencyTables:
-    """Tables one after another, as wide as the widest."""
+    """Concatenate tables, padded to the width of the widest."""
     width = max(part.cdf.shape[1] for part in parts)
     wide = [torch.nn.functional.pad(part.cdf, (0, width - part.cdf.shape[1])) for part in parts]
     return FrequencyTables(*map(torch.cat, (wide, [part.length for part in parts], [part.offset for part in parts])))
 
 
 def quantise(mass: Tensor, tails: Tensor, length: Tensor, offset: Tensor) -> FrequencyTables:
-    """Tables of probabilities.
+    """Quantise probabilities to tables.
 
     Args:
         mass: probabilities of integers, (K, L), float32.
         tails: probability of all other integers, (K,), float32.
-        length: how many of the probabilities count, (K,), int32.
+        length: number of probabilities that are used, (K,), int32.
         offset: the first integer, (K,), int32.
     """
     cdf = torch.zeros(len(mass), int(length.max()) + 2, dtype=torch.int32)
@@ -78,9 +78,9 @@ def quantise(mass: Tensor, tails: Tensor, length: Tensor, offset: Tensor) -> Fre
 
 
 def quantised_cdf(mass: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """Cumulative frequencies of at least 1 with the sum 2^16: (K,) -> (K + 1,).
+    """Return cumulative sums of frequencies, each at least 1, with the sum 2^16, (K,) -> (K + 1,).
 
-    An event without a frequency takes 1 from the first of the rarest that have more (as in ryg_rans, Giesen 2014).
+    A frequency of 0 becomes 1, taken from the first of the smallest frequencies above 1 (ryg_rans, Giesen 2014).
 
     Raises:
         AezooError: probabilities are negative or not finite, or there are too many.
@@ -107,7 +107,7 @@ def quantised_cdf(mass: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 
 def scale_table(low: float, high: float, n: int) -> Tensor:
-    """Scales whose logarithms are equally far apart, (n,), float32."""
+    """Return scales with equally spaced logarithms, (n,), float32."""
     return torch.linspace(float(np.log(low)), float(np.log(high)), n, dtype=torch.float32).exp()
 
 
@@ -123,5 +123,5 @@ def _gaussian_tables(scales: tuple[float, ...]) -> FrequencyTables:
 
 
 def gaussian_tables(scale: Tensor) -> FrequencyTables:
-    """Tables of N(0, s^2) for scales s, (K,)."""
+    """Return the tables of N(0, s^2) for scales s, (K,)."""
     return _gaussian_tables(tuple(scale.tolist()))

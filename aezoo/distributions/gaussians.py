@@ -1,4 +1,4 @@
-"""Gaussians: draws with their density, and mixtures with full covariances.
+"""Gaussians: samples with their density, and mixtures with full covariances.
 
 Shapes: B batch, D code, K components.
 """
@@ -29,24 +29,24 @@ def rsample(mu: Tensor, log_var: Tensor, *n: int) -> tuple[Tensor, Tensor]:
 
 
 def product(mu: Tensor, log_var: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the normalised product of Gaussians; the means are weighted by the precisions.
+    """Return mean and log-variance of the normalised product of Gaussians; the means are weighted by the precisions.
 
     Args:
         mu: means, (..., M, D).
         log_var: logarithms of the variances, (..., M, D).
-        mask: which of the M Gaussians take part, at least one, (..., M) bool; all by default. Results are (..., D).
+        mask: which of the M Gaussians to multiply, at least one, (..., M) bool; all by default. Results are (..., D).
     """
     log_precision = -log_var if mask is None else torch.where(mask[..., None], -log_var, -torch.inf)
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
 
 
 def mixture_moments(mu: Tensor, log_var: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance, of each dimension, of a mixture of Gaussians.
+    """Return mean and log-variance of each dimension of a mixture of Gaussians.
 
     Args:
         mu: means, (B, S, D).
         log_var: logarithms of the variances, (B, S, D).
-        weight: S times the share of each, (B, S). What comes back is (B, D).
+        weight: S times the weight of each component, (B, S). Results are (B, D).
     """
     weight_BS1 = weight[..., None]
     mean_BD = (weight_BS1 * mu).mean(1)
@@ -54,7 +54,7 @@ def mixture_moments(mu: Tensor, log_var: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with p(z) = N(0, I); the prior counts once.
+    """Return mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with the prior p(z) = N(0, I).
 
     The precision is C^-1 = I + sum_i (C_i^-1 - I). Variances of C_i above 1, which no posterior has, are clamped to 1.
 
@@ -73,14 +73,14 @@ def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> Tensor:
-    """KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D) each -> (...)."""
+    """Return KL(N(mu, diag exp(log_var)) || N(other_mu, diag exp(other_log_var))) in nats: (..., D) each -> (...)."""
     d2 = (mu - other_mu) ** 2 * torch.exp(-other_log_var)
     log_ratio = log_var - other_log_var
     return 0.5 * (log_ratio.exp() + d2 - 1 - log_ratio).sum(-1)
 
 
 def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
-    """Log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 if the device has it.
+    """Return log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 if the device has it.
 
     The rounding error of Sigma_k is added to its diagonal, so that covariances of few samples have a Cholesky factor.
 

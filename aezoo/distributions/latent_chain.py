@@ -10,23 +10,23 @@ from aezoo.distributions.likelihoods import Bernoulli, Likelihood
 
 
 class Layer(Protocol):
-    """Gaussian latent variables, given those of the layers above; all tensors are (n, *its shape)."""
+    """Gaussian latent variables, given those of the layers above; all tensors are (n, *shape of the layer)."""
 
     def prior(self, above: list[Tensor], n: int) -> tuple[Tensor, Tensor]:
-        """The mean m and deviation s of p(z | above) for n samples."""
+        """Return the mean m and standard deviation s of p(z | above) for n samples."""
         ...
 
     def posterior(self, x: Tensor, above: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean mu and deviation sigma of q(z | x, above)."""
+        """Return the mean mu and standard deviation sigma of q(z | x, above)."""
         ...
 
 
 @dataclass(frozen=True)
 class LatentChain:
-    """A generative model as bits-back coding uses it.
+    """A generative model in the form used by bits-back coding.
 
     Attributes:
-        layers: layers from the top, whose prior depends on nothing, to the bottom.
+        layers: layers from the top, whose prior is unconditional, to the bottom.
         params: computes the likelihood's parameters from all z.
         likelihood: a discrete likelihood.
         input_shape: shape of one sample.

@@ -97,11 +97,12 @@ def invalid_markup(site: Path, jar: Path) -> list[str]:
 
 # ---- the browser ----------------------------------------------------------------------------------------------------
 
-# Chromium may never resolve decode() of a picture, and evaluating has no time limit
+# not decode(): Chromium sometimes never resolves it, and evaluating has no time limit
 MISSING_PICTURES = """async () => {
   const limit = new Promise(resolve => setTimeout(resolve, 30000));
   for (const i of document.images) i.loading = 'eager';
-  await Promise.race([limit, Promise.all([...document.images].map(i => i.decode().catch(() => {})))]);
+  const loaded = i => new Promise(resolve => i.complete ? resolve() : (i.onload = i.onerror = resolve));
+  await Promise.race([limit, Promise.all([...document.images].map(loaded))]);
   return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.getAttribute('src'));
 }"""
 # what reaches over the right edge is of no use where a phone cuts it off

@@ -5,7 +5,7 @@ and a class `Decoder(code_shape, input_shape, hidden_dims, activation)`, modules
 batches of the second. It also defines the functions `map_shape(input_shape, hidden_dims, channels)`, which returns the
 shape of a code that is a feature map, and `default_hidden_dims(input_shape)`.
 
-What several networks or models share is in `aezoo.nets.blocks`.
+Code that several networks or models share is in `aezoo.nets.blocks`.
 """
 
 from aezoo.nets.build import (

@@ -25,7 +25,7 @@ NETS = (
 TIMM = "timm:"
 WEIGHT_INITS = ("default", "glorot")
 _WITH_FANS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# networks whose output is a single vector
+# networks whose code is always a vector
 WITHOUT_GRID = ("mlp", "lstm", "transformer")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -41,24 +41,24 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def is_timm(name: str) -> bool:
-    """Whether a network is a backbone of timm, see `aezoo.nets.timm`."""
+    """Return whether a name is that of a timm backbone, see `aezoo.nets.timm`."""
     return name.startswith(TIMM)
 
 
 def without_weights(name: str) -> str:
-    """The same network, without asking for pretrained weights, since they come from elsewhere."""
+    """Remove the option `pretrained` from a network's name, for models whose weights are loaded afterwards."""
     parts = name.split(",")
     return ",".join(part for part in parts if not is_timm(name) or part.partition("=")[0].strip() != "pretrained")
 
 
 def activation(name: str) -> nn.Module:
-    """A fresh activation module by name.
+    """Create an activation module by name.
 
     Raises:
         AezooError: the name is not in `ACTIVATIONS`.
     """
     if name == "gated":
-        raise AezooError("activation 'gated' is one of layers in net='mlp' alone: take another, such as relu or silu")
+        raise AezooError("activation 'gated' is only available with net='mlp': take another, such as relu or silu")
     if name not in ACTIVATIONS:
         raise AezooError(f"unknown activation {name!r}: take one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()
@@ -68,13 +68,13 @@ def initialise(net: nn.Module, weight_init: str) -> None:
     """Draw the initial weights of a network's linear layers and convolutions.
 
     Args:
-        net: changed in place.
-        weight_init: default leaves them as they are, from torch's own rule, U(-1/sqrt(n_in), 1/sqrt(n_in)). glorot is
+        net: the network, changed in place.
+        weight_init: default keeps torch's initial weights, U(-1/sqrt(n_in), 1/sqrt(n_in)). glorot is
             Keras' rule: weights from U(-a, a) with a = sqrt(6 / (n_in + n_out)) (Glorot and Bengio 2010,
             https://proceedings.mlr.press/v9/glorot10a.html), biases 0.
 
     Raises:
-        AezooError: an unknown rule.
+        AezooError: the rule is unknown.
     """
     if weight_init not in WEIGHT_INITS:
         raise AezooError(f"unknown weight_init {weight_init!r}: take one of {', '.join(WEIGHT_INITS)}")
@@ -98,16 +98,16 @@ def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType | SimpleNamespac
 def default_hidden_dims(
     name: str, input_shape: tuple[int, ...], of_paper: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
-    """Widths or channels with which a network of samples of this shape trains at the cost that docs/networks.md states.
+    """Return widths or channels for samples of this shape, with the training cost stated in docs/networks.md.
 
     Args:
         name: a network's name.
         input_shape: shape of one sample.
-        of_paper: those of a model's paper for this network, if it has any. They are kept, but for mlp and samples of
-            so many values that its first layer would have more than 8 million weights.
+        of_paper: the values in the paper of a model for this network, if it has any. They are used unchanged, except in
+            an mlp whose first layer would have more than 8 million weights.
 
     Raises:
-        AezooError: an unknown name, or a shape that the network cannot take.
+        AezooError: the name is unknown, or the network does not support the shape.
     """
     module = _net(name, of_paper or ())
     dims: tuple[int, ...] = module.default_hidden_dims(input_shape) if of_paper is None else of_paper
@@ -121,20 +121,21 @@ def encoder(
     hidden_dims: tuple[int, ...],
     act: str = "relu",
 ) -> nn.Module:
-    """A network that maps (B, *input_shape) to (B, *code_shape).
+    """Create a network that maps (B, *input_shape) to (B, *code_shape).
 
     Args:
-        name: `mlp`, `lstm` and `transformer` take any shape, the last two as steps; `conv`, `resnet`, `convnext`,
-            `conv_keras`, `unet`, `gdn`, `dc`, `ldm`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H, W) of
-            any size; `timm:NAME`, see `aezoo.nets.timm`, takes images.
+        name: `mlp`, `lstm` and `transformer` take any shape, the last two as a sequence of steps; `conv`, `resnet`,
+            `convnext`, `conv_keras`, `unet`, `gdn`, `dc`, `ldm`, `vit` and `mixer` take (C, L), (C, H, W) or (C, D, H,
+            W) of any size; `timm:NAME`, see `aezoo.nets.timm`, takes images.
         input_shape: shape of one sample.
-        code_shape: (D,) for a vector; for all but mlp, lstm and transformer also a feature map, see `map_shape`.
-        hidden_dims: widths of the layers (mlp, lstm), of the blocks (transformer, vit, mixer) or channels of the
-            stages, of stride 2 (the others).
+        code_shape: (D,) for a vector; networks other than mlp, lstm and transformer also support feature maps, see
+            `map_shape`.
+        hidden_dims: widths of the layers (mlp, lstm) or blocks (transformer, vit, mixer), or channels of the stride-2
+            stages (all others).
         act: an activation's name; gated for mlp only.
 
     Raises:
-        AezooError: an unknown name, or shapes that the network cannot take.
+        AezooError: the name is unknown, or the network does not support the shapes.
     """
     module: nn.Module = _net(name, hidden_dims).Encoder(input_shape, code_shape, hidden_dims, act)
     return module
@@ -147,16 +148,16 @@ def decoder(
     hidden_dims: tuple[int, ...],
     act: str = "relu",
 ) -> nn.Module:
-    """The mirror of `encoder`: (B, *code_shape) to (B, *input_shape), `hidden_dims` in the decoder's own order."""
+    """Create the decoder for `encoder`, (B, *code_shape) to (B, *input_shape); `hidden_dims` in decoder order."""
     module: nn.Module = _net(name, hidden_dims).Decoder(code_shape, input_shape, hidden_dims, act)
     return module
 
 
 def map_shape(name: str, input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Shape of a code that is a feature map: `channels` on the encoder's smallest grid.
+    """Return the shape of a code that is a feature map, with `channels` channels on the encoder's smallest grid.
 
     Raises:
-        AezooError: the network has no grid (mlp), or its input has none.
+        AezooError: the network or its input has no grid.
     """
     shape: tuple[int, ...] = _net(name, hidden_dims).map_shape(input_shape, hidden_dims, channels)
     return shape

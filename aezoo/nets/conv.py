@@ -1,7 +1,7 @@
-"""Strided convolutions down, transposed ones up, in 1, 2 or 3 dimensions, for any size, odd ones too.
+"""Strided convolutions (encoder) and transposed convolutions (decoder) in 1, 2 or 3 dimensions, for any size.
 
-Each stage has kernel 3, stride 2, padding 1, which takes a side n to ceil(n / 2). On the way back the output padding
-is 0 for an odd side and 1 for an even one, so every size returns exactly, with no cropping.
+Each stage has kernel size 3, stride 2 and padding 1, which maps a side n to ceil(n / 2). In the decoder, the output
+padding is 0 for an odd side and 1 for an even side, so every size is restored exactly, without cropping.
 """
 
 import math
@@ -16,17 +16,17 @@ from aezoo.nets.build import activation
 from aezoo.nets.narrow_conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 
 CONVS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
-# of `stage_channels`
+# limits in `stage_channels`
 _LARGEST_LAST_SIDE, _MOST_CHANNELS = 8, 128
 _LEAST_FIRST, _MOST_FIRST = 4, 32
 TRANSPOSED: dict[int, type[nn.Module]] = {1: ConvTranspose1d, 2: ConvTranspose2d, 3: ConvTranspose3d}
 
 
 def rank_of(input_shape: tuple[int, ...]) -> int:
-    """Number of grid dimensions: 1 for (C, L), 2 for (C, H, W), 3 for (C, D, H, W).
+    """Return the number of grid dimensions: 1 for (C, L), 2 for (C, H, W), 3 for (C, D, H, W).
 
     Raises:
-        AezooError: another number of dimensions, a plain vector for example.
+        AezooError: the shape has another number of dimensions, such as a vector.
     """
     rank = len(input_shape) - 1
     if rank not in CONVS:
@@ -38,7 +38,7 @@ def rank_of(input_shape: tuple[int, ...]) -> int:
 
 
 def grids(input_shape: tuple[int, ...], stages: int) -> list[tuple[int, ...]]:
-    """Grid sizes from the input's to the smallest, one more than there are stages."""
+    """Return the grid sizes from the input's to the smallest, one more than the number of stages."""
     sizes = [tuple(input_shape[1:])]
     for _ in range(stages):
         sizes.append(tuple(math.ceil(n / 2) for n in sizes[-1]))
@@ -46,10 +46,11 @@ def grids(input_shape: tuple[int, ...], stages: int) -> list[tuple[int, ...]]:
 
 
 def stage_channels(input_shape: tuple[int, ...], budget: int) -> tuple[int, ...]:
-    """Channels of stages for samples of a size: at least 2 stages, which leave a grid of sides of at most 8.
+    """Return the channels of at least 2 stages, such that all sides of the last grid are at most 8.
 
-    Channels double from stage to stage, up to 128. The first stage has 32, fewer (but at least 4) if their square
-    times the points of the input's grid exceeds the budget, so that samples of more points cost as much.
+    Channels double from stage to stage, up to 128. The first stage has 32 channels, or fewer (but at least 4) if the
+    square of this number times the number of grid points of the input exceeds the budget, so that larger samples have
+    about the same cost.
     """
     rank_of(input_shape)
     width, stages = _MOST_FIRST, max(2, math.ceil(math.log2(max(input_shape[1:]) / _LARGEST_LAST_SIDE)))
@@ -59,7 +60,7 @@ def stage_channels(input_shape: tuple[int, ...], budget: int) -> tuple[int, ...]
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: 32 channels first for up to 64x64 points."""
+    """See `nets.default_hidden_dims`: the first stage has 32 channels for up to 64x64 points."""
     return stage_channels(input_shape, 2**22)
 
 
@@ -70,7 +71,7 @@ def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channe
 
 
 def head(code_shape: tuple[int, ...], grid_shape: tuple[int, ...], rank: int) -> tuple[nn.Module, nn.Module]:
-    """Layers between the last feature map and the code: linear for a vector, a 1x1 convolution for a map."""
+    """Create the layers between last feature map and code: linear for a vector, a 1x1 convolution for a map."""
     if len(code_shape) == 1:
         size = math.prod(grid_shape)
         down = nn.Sequential(nn.Flatten(), nn.Linear(size, code_shape[0]))
@@ -100,7 +101,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
@@ -117,7 +118,7 @@ class Decoder(nn.Sequential):
 
 
 class UpsampleConcat(nn.Module):
-    """Puts the codes of both levels side by side: each place of the bottom grid gets the nearest code of the top.
+    """Concatenate the codes of two levels: each place of the bottom grid gets the nearest code of the top grid.
 
     (B, C, T) -> (B, 2 C, *bottom grid).
     """

@@ -1,17 +1,17 @@
-"""The larger and the smaller grid of a convolution, in any number of dimensions."""
+"""Sizes of the larger and the smaller grid of a convolution, in any number of dimensions."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def smaller_grid(layer: Any, large: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a convolution makes from a larger one."""
+    """Return the output grid of a convolution for an input grid."""
     sides = zip(large, layer.padding, kernel_extents(layer), layer.stride, strict=True)
     return tuple((n + 2 * p - k) // s + 1 for n, p, k, s in sides)
 
 
 def larger_grid(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
-    """The grid that a transposed layer makes from a smaller one."""
+    """Return the output grid of a transposed convolution for an input grid."""
     sides = zip(
         small, layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True
     )
@@ -19,5 +19,5 @@ def larger_grid(layer: Any, small: Iterable[int]) -> tuple[int, ...]:
 
 
 def kernel_extents(layer: Any) -> tuple[int, ...]:
-    """How many points a kernel spans along each axis, from its first tap to its last."""
+    """Return how many points a kernel spans along each axis, from its first tap to its last."""
     return tuple(d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))

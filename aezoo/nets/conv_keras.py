@@ -1,15 +1,16 @@
 """The convolutional network of Keras' VAE (Chollet 2020), https://keras.io/examples/generative/vae/
 
-The encoder has stride-2 convolutions, a dense layer of 16 units, and the code. The decoder has a dense layer onto the
-smallest map, then one transposed convolution of stride 2 per stage from the smallest outwards, with that stage's
-channels, and finally a convolution of stride 1 onto the data's channels. The activation follows every layer except the
-last of the encoder and of the decoder. If the code is a map, as in https://keras.io/examples/generative/vq_vae/, a 1x1
-convolution replaces the encoder's dense layers, and the decoder has no dense layer.
+The encoder has stride-2 convolutions, a dense layer of 16 units, and a dense layer to the code. The decoder has a dense
+layer to the smallest map, then one transposed convolution of stride 2 per stage, from the smallest map to the largest,
+with the channels of that stage, and finally a convolution of stride 1 to the channels of the data. The activation
+follows every layer except the last layer of the encoder and of the decoder. If the code is a map, as in
+https://keras.io/examples/generative/vq_vae/, a 1x1 convolution replaces the encoder's dense layers, and the decoder has
+no dense layer.
 
-For 1x28x28, channels (32, 64) and two codes (mean and variance), it has Keras' 69,076 and 65,089 parameters; for a map
-of 16 channels, the 19,856 and 28,033 of Keras' VQ-VAE. Initial weights are Keras', too: those of Glorot and Bengio
-(2010), with biases of 0. Keras pads strided convolutions only at the far side; these pad
-both sides, as `conv` does, so that every size is restored exactly.
+For 1x28x28, channels (32, 64) and two codes (mean and variance), it has 69,076 and 65,089 parameters, as in Keras; for
+a map of 16 channels, it has 19,856 and 28,033, as Keras' VQ-VAE. Initial weights are also those of Keras: the rule of
+Glorot and Bengio (2010), with biases of 0. Keras pads strided convolutions only at the far side; here both sides are
+padded, as in `conv`, so that every size is restored exactly.
 """
 
 from torch import nn
@@ -45,7 +46,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

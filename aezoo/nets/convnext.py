@@ -1,7 +1,8 @@
 """ConvNeXt stages (Liu et al. 2022, https://arxiv.org/abs/2201.03545): each is a stride-2 convolution and a block.
 
-A block has a depthwise convolution of size 7, a normalisation over the channels of each place, and two pointwise layers
-with four times as many channels in between; its output is added to its input. In 1, 2 or 3 dimensions, for any size.
+A block has a depthwise convolution of size 7, a normalisation over the channels at each place, and two pointwise layers
+with four times as many channels between them; its output is added to its input. It works in 1, 2 or 3 dimensions, for
+any size.
 """
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class ConvNeXtBlock(nn.Module):
 
     Args:
         rank: 1, 2 or 3 grid dimensions.
-        channels: number of channels, in and out.
+        channels: number of input and output channels.
         act: an activation's name; GELU in the paper.
     """
 
@@ -44,6 +45,6 @@ class Encoder(resnet.Encoder):
 
 
 class Decoder(resnet.Decoder):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     block = ConvNeXtBlock

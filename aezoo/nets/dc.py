@@ -1,17 +1,20 @@
-"""Stages of the deep compression autoencoder, DC-AE (Chen et al. 2024), https://arxiv.org/abs/2410.10733
+"""Stages of the deep compression autoencoder DC-AE (Chen et al. 2024), https://arxiv.org/abs/2410.10733
 
-A stage down is a convolution followed by space to channels, in cells of two points per side; a stage up is a
-convolution followed by channels to space. Each has a parallel shortcut without parameters, in R = 1, 2 or 3 dimensions:
+An encoder stage is a convolution followed by a space-to-channels operation, in cells of two points per side; a decoder
+stage is a convolution followed by a channels-to-space operation. Each has a parallel shortcut without parameters, in
+R = 1, 2 or 3 dimensions:
 
-    down: average(unshuffle(x))     up: shuffle(duplicate(x))
+    encoder: average(unshuffle(x))     decoder: shuffle(duplicate(x))
 
-Too many channels are averaged in groups of neighbours; too few are duplicated; if neither number is a multiple of the
-other, both happen. So a stage learns only what a rearrangement of values lacks: with hidden_dims 2^R C, 4^R C, ... for
-data of C channels, the shortcuts alone restore every value. A code that is a map also has a shortcut past its 1x1
-convolution. Unlike in the authors' networks, the outermost stage has one as well.
+If there are too many channels, groups of adjacent channels are averaged; if there are too few, channels are duplicated;
+if neither number is a multiple of the other, both happen. So a stage only learns what a rearrangement of values cannot
+represent: with hidden_dims 2^R C, 4^R C, ... for data of C channels, the shortcuts restore every value without the
+convolutions. A code that is a map also has a shortcut parallel to its 1x1 convolution. Unlike in the authors' networks,
+the outermost stage also has a shortcut.
 
-A residual block follows each stage down and precedes each stage up; in the paper, those on small grids have linear
-attention instead. On the way down, the last point of an odd side is repeated; on the way up, it is cut off.
+A residual block follows each encoder stage and precedes each decoder stage; in the paper, the blocks on small grids
+have linear attention instead. In the encoder, the last point of an odd side is repeated; in the decoder, the additional
+point is cut off.
 
 Shapes: B batch, C channels.
 """
@@ -31,7 +34,7 @@ __all__ = ["Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 
 def unshuffle(x: Tensor) -> Tensor:
-    """Space to channels: (B, C, *even grid) -> (B, 2^R C, *half of it), with the values of a cell consecutive."""
+    """Space to channels: (B, C, *even grid) -> (B, 2^R C, *half the grid); the values of a cell are consecutive."""
     rank = x.dim() - 2
     if rank == 2:
         return F.pixel_unshuffle(x, 2)
@@ -68,7 +71,7 @@ class _Down(nn.Module):
         for axis, side in enumerate(x.shape[2:], start=2):
             if side % 2:
                 x = torch.cat([x, x.narrow(axis, side - 1, 1)], axis)
-        # if a last cell has more values than there are channels, the first values remain
+        # if a cell has more values than there are channels, only the first values are kept
         return unshuffle(self.conv(x)).narrow(1, 0, self.after) + match_channels(unshuffle(x), self.after)
 
 
@@ -109,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

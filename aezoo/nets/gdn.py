@@ -1,12 +1,13 @@
-"""Stages of generalised divisive normalisation, the transforms of learned compression, in 1, 2 or 3 dimensions.
+"""Stages with generalised divisive normalisation (GDN), for learned compression, in 1, 2 or 3 dimensions.
 
-GDN (Ballé et al. 2016, https://arxiv.org/abs/1511.06281) divides each channel by a weighted norm of all channels of its
-place. Its counterpart in a decoder multiplies by it (Ballé et al. 2017, https://arxiv.org/abs/1611.01704):
+GDN (Ballé et al. 2016, https://arxiv.org/abs/1511.06281) divides each channel by a weighted norm of all channels at the
+same place. The corresponding layer of a decoder multiplies by this norm (Ballé et al. 2017,
+https://arxiv.org/abs/1611.01704):
 
     y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2)      x_i = y_i sqrt(beta_i + sum_j gamma_ij y_j^2)
 
-The second is not an inverse of the first but one step towards it, which is exact for gamma = 0. A stage is a
-convolution of size 5 and stride 2, and GDN stands between stages. A 1x1 convolution or a linear layer connects the
+The second formula is not the inverse of the first, but one step towards the inverse, which is exact for gamma = 0. A
+stage is a convolution of size 5 and stride 2, with GDN between stages. A 1x1 convolution or a linear layer computes the
 code; together with the adjacent stage it is one linear map, as in Ballé et al. 2018, https://arxiv.org/abs/1802.01436.
 In the 2017 paper, GDN follows each stage. There is no other activation.
 
@@ -24,16 +25,16 @@ __all__ = ["GDN", "Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _LEAST_BETA = 1e-6
-# a weight is the square of a parameter, so it is never negative; a parameter of 0 could never grow
+# weights are squares of parameters, hence never negative; a parameter of 0 would have no gradient
 _OFF_DIAGONAL = 1e-2
 
 
 class GDN(nn.Module):
-    """Divide (or multiply) channels by their joint size at each place: (B, C, *grid) -> (B, C, *grid).
+    """Divide (or multiply) channels by a weighted norm of all channels at each place: (B, C, *grid) -> (B, C, *grid).
 
     Args:
         channels: C.
-        inverse: multiply instead, for a decoder.
+        inverse: multiply instead of dividing, for a decoder.
     """
 
     def __init__(self, channels: int, inverse: bool = False) -> None:
@@ -43,7 +44,7 @@ class GDN(nn.Module):
         self.root_gamma_CC = nn.Parameter(torch.full((channels, channels), _OFF_DIAGONAL).fill_diagonal_(0.1**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float16:  # its largest value is 65,504, about the square of 256
+        if x.dtype == torch.float16:  # squares of values above 256 would overflow
             with torch.autocast(x.device.type, enabled=False):
                 return self._scaled(x.float(), self.root_beta_C.float(), self.root_gamma_CC.float()).to(x.dtype)
         return self._scaled(x, self.root_beta_C, self.root_gamma_CC)
@@ -64,7 +65,7 @@ class Encoder(nn.Sequential):
         self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
     ) -> None:
         rank = rank_of(input_shape)
-        activation(act)  # refuses an unknown name
+        activation(act)  # raises an error for an unknown name
         layers: list[nn.Module] = []
         channels = input_shape[0]
         for width in hidden_dims:
@@ -75,7 +76,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards, `act` is not used."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest, `act` is not used."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

@@ -1,12 +1,13 @@
 """Networks of latent diffusion (Rombach et al. 2021), https://arxiv.org/abs/2112.10752, in 1, 2 or 3 dimensions.
 
-A convolution, two pre-activation residual blocks a stage, a convolution of stride 2 after each, two blocks more, then
-attention between two blocks on the smallest grid; the decoder mirrors this with three blocks a stage and convolutions
-of the doubled grid. These are AutoencoderKL and VQModel of https://github.com/huggingface/diffusers without attention
-elsewhere, into which `aezoo.io.exporters.diffusers` writes them. The values inside are 2 x - 1, as there.
+The encoder has a convolution, then for each stage two pre-activation residual blocks and a convolution of stride 2,
+then two more blocks, and finally attention between two blocks on the smallest grid. The decoder has the reverse order,
+with three blocks per stage and convolutions on the doubled grid. These are AutoencoderKL and VQModel of
+https://github.com/huggingface/diffusers without attention at other places; `aezoo.io.exporters.diffusers` exports to
+these classes. As there, the networks process values 2 x - 1.
 
-Stride 2 reads one point more on the right and none on the left, two more where a side is odd; on the way back the
-doubled grid is cut. Groups of channels are normalised over the whole grid.
+A convolution of stride 2 pads one point on the right and none on the left, or two on the right if a side is odd; in the
+decoder, the doubled grid is cropped. Groups of channels are normalised over the whole grid.
 
 Shapes: B batch, C channels, N places.
 """
@@ -23,26 +24,26 @@ from aezoo.nets.conv import CONVS, grids, head, map_shape, rank_of, stage_channe
 __all__ = ["Decoder", "Encoder", "default_hidden_dims", "map_shape"]
 
 EPS = 1e-6
-# blocks of a stage of the encoder; the decoder has one more
+# blocks per stage of the encoder; the decoder has one more
 LAYERS = 2
 _MOST_GROUPS = 32
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: 16 channels first for up to 32x32 points; the second stage has as many."""
+    """See `nets.default_hidden_dims`: the first two stages have 16 channels for up to 32x32 points."""
     dims = stage_channels(input_shape, 2**18)
     return (dims[0], *dims[:-1])
 
 
 def group_count(widths: tuple[int, ...]) -> int:
-    """Groups of channels that all stages have, of four channels or more if their widths allow: 32 from 128 on."""
+    """Return a number of groups that divides all widths, up to 32, with at least four channels each if possible."""
     common = math.gcd(*widths)
     most = min(_MOST_GROUPS, max(1, min(widths) // 4))
     return next(n for n in range(most, 0, -1) if common % n == 0)
 
 
 def stage_widths(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Channels on each grid, from the largest to the smallest, one more than there are stages."""
+    """Return the channels on each grid, from the largest to the smallest, one more than the number of stages."""
     return (*hidden_dims, *(hidden_dims[-1:] or (input_shape[0],)))
 
 
@@ -53,7 +54,7 @@ class Block(nn.Module):
         rank: 1, 2 or 3 grid dimensions.
         before: C.
         after: C'.
-        groups: of channels that are normalised together.
+        groups: number of groups of channels that are normalised together.
         act: an activation's name.
     """
 
@@ -71,12 +72,12 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of each place to all, with one head: (B, C, *grid) -> (B, C, *grid)."""
+    """x + attention between all places, with one head: (B, C, *grid) -> (B, C, *grid)."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=EPS)
-        # as in vit, a bias of keys has no effect, and one of values is that of `out`
+        # as in vit, a key bias has no effect, and the bias of `out` replaces a value bias
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(2))
 
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 
 
 class Down(nn.Module):
-    """A convolution of stride 2: (B, C, *grid) -> (B, C, *half of it, rounded up)."""
+    """A convolution of stride 2: (B, C, *grid) -> (B, C, *half the grid, rounded up)."""
 
     def __init__(self, rank: int, width: int) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """A convolution of the doubled grid: (B, C, *grid) -> (B, C, *larger)."""
+    """A convolution on the doubled grid: (B, C, *grid) -> (B, C, *larger)."""
 
     def __init__(self, rank: int, width: int, larger: tuple[int, ...]) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ def _middle(rank: int, width: int, groups: int, act: str) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages before they halve the grid."""
+    """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages, before each halves the grid."""
 
     def __init__(
         self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
@@ -146,7 +147,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

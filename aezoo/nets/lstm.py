@@ -1,12 +1,12 @@
-"""Long short-term memories (Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735), one per layer.
+"""Long short-term memory (Hochreiter & Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735).
 
-A sample is read as steps along its first axis after the channels: (C, L) is L steps of C values, (C, H, W) its H rows,
-(C, D, H, W) its D slices, and (D,) is D steps of one value. The encoder's code comes from the state after the last
-step. The decoder is given the code at each step, as in Cho et al. 2014 (https://arxiv.org/abs/1406.1078), but not its
-own output, as in the unconditional decoder of Srivastava et al. 2015 (https://arxiv.org/abs/1502.04681).
+A sample is a sequence of steps along its first axis after the channels: (C, L) is L steps of C values, (C, H, W) its H
+rows, (C, D, H, W) its D slices, and (D,) is D steps of one value. The encoder computes the code from the state after
+the last step. The decoder receives the code at each step, as in Cho et al. 2014 (https://arxiv.org/abs/1406.1078), but
+not its previous output, as in the unconditional decoder of Srivastava et al. 2015 (https://arxiv.org/abs/1502.04681).
 
-No weight depends on the number of steps, and no decoder step depends on a later one. If `forward` is given lengths,
-steps beyond a sample's length do not affect the code.
+No weight depends on the number of steps, and no step of the decoder depends on a later step. If `forward` is given
+lengths, steps beyond a sample's length do not affect the code.
 """
 
 import math
@@ -19,7 +19,7 @@ from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 from aezoo.training.precision import at_least_float32
 
-# oneDNN has no LSTM in bfloat16 for other processors, and torch raises instead of taking another
+# oneDNN has no bfloat16 LSTM for other processors, and torch raises an error without a fallback
 _HAS_BF16_LSTM = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -44,7 +44,7 @@ class FromSteps(nn.Module):
 
 
 def steps_of(input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """The number of steps of a sample, and the number of values per step."""
+    """Return the number of steps of a sample and the number of values per step."""
     steps = input_shape[0] if len(input_shape) == 1 else input_shape[1]
     return steps, math.prod(input_shape) // steps
 
@@ -55,24 +55,24 @@ def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_shapes(net: str, code_shape: tuple[int, ...], hidden_dims: tuple[int, ...]) -> None:
-    """Refuse shapes that a network of steps cannot have.
+    """Check the shapes of a network for sequences.
 
     Raises:
-        AezooError: a code that is not a vector, or no layer.
+        AezooError: the code is not a vector, or there is no layer.
     """
     if len(code_shape) != 1:
         raise AezooError(f"the code of net={net!r} is a vector, not {tuple(code_shape)}: leave latent_map off")
     if not hidden_dims:
-        raise AezooError(f"net={net!r} needs at least one layer: give hidden_dims a width")
+        raise AezooError(f"net={net!r} needs at least one layer: give hidden_dims at least one width")
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Raise an error: a network of steps has no grid."""
+    """Raise an error, because a network for sequences has no grid."""
     raise AezooError("lstm and transformer have no feature map: take net='conv' or net='resnet', or latent_map off")
 
 
 def sinusoids(n_steps: int, width: int) -> Tensor:
-    """sin(t / 10000^(2 i / width)) and cos of the same, side by side, (n_steps, width).
+    """Return sin(t / 10000^(2 i / width)) and the cosine of the same angle, interleaved, (n_steps, width).
 
     Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762.
     """
@@ -84,10 +84,10 @@ def sinusoids(n_steps: int, width: int) -> Tensor:
 class LSTM(nn.Module):
     """One layer, (B, L, F) -> (B, L, H): the output of torch.nn.LSTM, plus its input if F = H.
 
-    The sum is that of Wu et al. 2016, section 3.1, https://arxiv.org/abs/1609.08144; without it, a few hundred steps
-    hardly train the decoder. torch.nn.LSTM also keeps plain references to its weights, which cause errors in copies and
-    exports. The weights are initialised as in Keras: input weights uniform by Glorot & Bengio 2010, recurrent weights
-    orthogonal, and the forget gate's bias 1 (Jozefowicz et al. 2015,
+    The sum is that of Wu et al. 2016, section 3.1, https://arxiv.org/abs/1609.08144; without it, the decoder hardly
+    improves in a few hundred steps. torch.nn.LSTM also keeps plain references to its weights, which cause errors in
+    copies and exports. The weights are initialised as in Keras: input weights uniform (Glorot & Bengio 2010), recurrent
+    weights orthogonal, and the bias of the forget gate 1 (Jozefowicz et al. 2015,
     https://proceedings.mlr.press/v37/jozefowicz15.html).
     """
 
@@ -123,7 +123,7 @@ def _layers(hidden_dims: tuple[int, ...]) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """(B, *input_shape) -> (B, D) by layers of the widths `hidden_dims`."""
+    """(B, *input_shape) -> (B, D); `hidden_dims` are the widths of the layers."""
 
     def __init__(
         self, input_shape: tuple[int, ...], code_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, D) -> (B, *input_shape); `hidden_dims` from the code outwards."""
+    """(B, D) -> (B, *input_shape); `hidden_dims` from the code to the sample."""
 
     positions_LH: Tensor
 

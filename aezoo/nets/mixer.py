@@ -1,11 +1,12 @@
 """MLP-Mixer (Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601) on patches in 1, 2 or 3 dimensions.
 
-    U = X + W_2 act(W_1 norm(X))                 over the places, the same for each channel     (equation 1)
-    Y = U + act(norm(U) W_3) W_4                 over the channels, the same for each place
+    U = X + W_2 act(W_1 norm(X))                 over the places, with equal weights for each channel     (equation 1)
+    Y = U + act(norm(U) W_3) W_4                 over the channels, with equal weights for each place
 
-Each of `hidden_dims` is such a block of that width D; a linear layer connects blocks of different widths. As in table 1
-of the paper, the layers over channels have 4 D hidden units and those over places D/2. The latter distinguish places by
-their own weights, so there are no positions, and the number of patches is fixed. Patches are those of `vit`.
+Each entry of `hidden_dims` is such a block of that width D; a linear layer connects blocks of different widths. As in
+table 1 of the paper, the layers over channels have 4 D hidden units and those over places D/2. The latter have separate
+weights for each place, so there are no position embeddings, and the number of patches is fixed. Patches are those of
+`vit`.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token.
 """
@@ -25,14 +26,14 @@ __all__ = ["Block", "Decoder", "Encoder", "blocks", "default_hidden_dims", "map_
 
 def _branch(n: int, between: int, act: str) -> nn.Sequential:
     first, last = nn.Linear(n, between), nn.Linear(between, n)
-    for part, gain in ((first, 1.0), (last, 0.1)):  # initialised like the branches of `vit`
+    for part, gain in ((first, 1.0), (last, 0.1)):  # initialised as the branches of `vit`
         nn.init.xavier_uniform_(part.weight, gain)
         nn.init.zeros_(part.bias)
     return nn.Sequential(first, activation(act), last)
 
 
 class Block(nn.Module):
-    """Two linear layers over the places, then two over the channels. Each pair is added to its input, read normalised.
+    """Two linear layers over the places, then two over the channels, each pair with normalised input and residual sum.
 
     Args:
         n: N, number of places.
@@ -54,12 +55,12 @@ class Block(nn.Module):
 
 
 def blocks(n: int, widths: tuple[int, ...], act: str) -> nn.Sequential:
-    """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
+    """Create a block for each width and a final normalisation, with a linear layer where the width changes."""
     return vit.blocks(widths, act, partial(Block, n))
 
 
 def _heads(code_shape: tuple[int, ...], patchify: vit.Patchify, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Layers from tokens to the code, linear like those of a map, and the layers back."""
+    """Create the layers from tokens to the code, linear as for a map, and the layers from the code to tokens."""
     channels, *grid = code_shape
     if not grid:
         tokens = (patchify.n, width)
@@ -81,13 +82,13 @@ class Encoder(nn.Sequential):
         if hidden_dims:
             layers += [nn.Linear(patchify.size, hidden_dims[0]), *blocks(patchify.n, hidden_dims, act)]
         else:
-            activation(act)  # refuses an unknown name, without blocks too
+            activation(act)  # raises an error for an unknown name even if there are no blocks
         width = hidden_dims[-1] if hidden_dims else patchify.size
         super().__init__(*layers, *_heads(code_shape, patchify, width)[0])
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the code outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the code to the sample."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

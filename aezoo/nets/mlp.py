@@ -1,4 +1,4 @@
-"""Multi-layer perceptron: flatten, linear layers with an activation between them, unflatten.
+"""Multi-layer perceptron: linear layers on flattened samples, with an activation between them.
 
 Activation `gated`: each hidden layer is (W x + b) sigmoid(V x + c), the gated linear unit (Dauphin et al. 2016,
 https://arxiv.org/abs/1612.08083), as in the networks of the VampPrior paper.
@@ -12,24 +12,24 @@ from torch import nn
 from aezoo.errors import AezooError
 from aezoo.nets.build import activation
 
-# of the layer beside a sample
+# of the first layer of the encoder and the last layer of the decoder
 _MOST_WEIGHTS = 2**23
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: as in the experiments of the VAE's paper on images of the size of MNIST's."""
+    """See `nets.default_hidden_dims`: the width in the VAE paper's experiments on images of MNIST's size."""
     return (400,)
 
 
 def narrowed(hidden_dims: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The same widths, the first of them lowered until its layer has at most 2^23 weights, about 8 million."""
+    """Reduce the first width such that its layer has at most 2^23 weights, about 8 million."""
     most = max(1, _MOST_WEIGHTS // math.prod(input_shape))
     return (*(min(width, most) for width in hidden_dims[:1]), *hidden_dims[1:])
 
 
 def _layers(dims: tuple[int, ...], act: str) -> list[nn.Module]:
     if act != "gated":
-        activation(act)  # refuses an unknown name, with no hidden layer too
+        activation(act)  # raises an error for an unknown name even if there is no hidden layer
     layers: list[nn.Module] = []
     *hidden, last = pairwise(dims)
     for n_in, n_out in hidden:
@@ -61,5 +61,5 @@ class Decoder(nn.Sequential):
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Raise an error: an mlp has no grid."""
+    """Raise an error, because an mlp has no grid."""
     raise AezooError("an mlp has no feature map: take net='conv' or net='resnet', or leave latent_map off")

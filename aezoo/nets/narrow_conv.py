@@ -1,10 +1,10 @@
-"""torch's convolutions, right also where oneDNN is wrong in 16 bits with AVX-512 (torch 2.13).
+"""torch's convolutions, correct also where oneDNN is wrong in 16 bits with AVX-512 (torch 2.13).
 
-On a grid of few points, the gradient of a kernel column through which no point sees the image is uninitialised memory:
-numbers of any size and NaN. If the smaller grid is one point wide, the values are sometimes wrong in the same way. In
-three dimensions, other axes behave like columns, with any stride, and memory is overwritten. An encoder has such layers
-if it continues when its grid is already 1x1. These layers are computed in float32, until a torch is required that
-computes them right: `tests/nets/test_narrow_conv.py` compares both with float64.
+On a small grid, if a kernel column never overlaps the image at any point, its gradient is uninitialised memory: numbers
+of any size and NaN. If the smaller grid is one point wide, the values are sometimes wrong in the same way. In three
+dimensions, the error also occurs along other axes, with any stride, and memory is overwritten. An encoder has such
+layers if it has further stages after its grid is 1x1. These layers are computed in float32 until the minimum required
+version of torch computes them correctly: `tests/nets/test_narrow_conv.py` compares both with float64.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from aezoo.training.tracing import is_exporting
 
 
 def needs_float32(layer: Any, x: Tensor) -> bool:
-    """Whether a layer, transposed or not, would be wrong for this input."""
+    """Return whether the result of a layer, transposed or not, would be wrong for this input."""
     if is_exporting():
         return False
     rank = len(layer.stride)
@@ -36,18 +36,18 @@ def needs_float32(layer: Any, x: Tensor) -> bool:
 
 
 def has_narrow_axis(*sides: tuple[int, ...]) -> bool:
-    """Whether a layer is affected along an axis, given the sides of its kernel, padding, smaller and larger grid."""
+    """Return whether a layer is affected along any axis; arguments: kernel, padding, smaller and larger grid."""
     return any(_is_narrow(*axis) for axis in zip(*sides, strict=True))
 
 
 def _is_narrow(kernel: int, padding: int, small: int, large: int) -> bool:
-    """Whether the smaller grid is one point wide, or a tap of the kernel is beyond the border for all points."""
-    # with less padding, every tap sees a point, unless the kernel is larger than the grid
+    """Return whether the smaller grid is one point wide, or a kernel tap is outside of the image at all points."""
+    # with less padding, every tap overlaps the image at some point, unless the kernel is larger than the grid
     return small == 1 or large < kernel or 2 * padding > kernel
 
 
 def in_float32(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
-    """The output of a layer, computed in float32 by torch's function of its kind."""
+    """Compute the output of a layer in float32 by the given function of torch.nn.functional."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     settings = [layer.stride, layer.padding, layer.dilation, layer.groups]
     if layer.transposed:

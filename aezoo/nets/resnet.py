@@ -1,6 +1,7 @@
 """Residual stages: each is a stride-2 convolution and a pre-activation residual block (He et al. 2016, 1603.05027).
 
-They use group normalisation instead of batch normalisation, so samples do not depend on their batch, even in training.
+They use group normalisation instead of batch normalisation, so the output for a sample does not depend on its batch,
+even in training.
 """
 
 import math
@@ -15,7 +16,7 @@ __all__ = ["Decoder", "Encoder", "ResidualBlock", "default_hidden_dims", "map_sh
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: 32 channels first for up to 32x32 points."""
+    """See `nets.default_hidden_dims`: the first stage has 32 channels for up to 32x32 points."""
     return stage_channels(input_shape, 2**20)
 
 
@@ -24,7 +25,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         rank: 1, 2 or 3 grid dimensions.
-        channels: number of channels, in and out.
+        channels: number of input and output channels.
         act: an activation's name.
     """
 
@@ -63,7 +64,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     block: ClassVar[type[nn.Module]] = ResidualBlock
 

@@ -1,11 +1,11 @@
-"""Backbones of timm as encoders, with a decoder of the zoo: net="timm:NAME,OPTION,..".
+"""Backbones of timm as encoders, with a decoder of aezoo: net="timm:NAME,OPTION,..".
 
-`aezoo.nets.blocks.timm_backbone` says what NAME and OPTION are.
-The encoder is the backbone up to its last feature map, or to the one that `out_indices` names, and a linear layer (for
-a vector) or a convolution of 1 x 1 (for a map) to the code. The decoder is that of net conv, or with `decoder=KIND` of
-resnet, convnext or mlp; `hidden_dims` are its widths, from the sample inwards as for other networks. By default it has
-as many stages as lead from the feature map's grid to the sample's. Where sizes do not match, because a grid is no half
-of halves of the sample's, a map is resized before the first stage.
+`aezoo.nets.blocks.timm_backbone` describes NAME and OPTION.
+The encoder is the backbone up to its last feature map, or to the feature map that `out_indices` selects, followed by a
+linear layer (for a vector) or a 1x1 convolution (for a map) to the code. The decoder is that of net conv, or with
+`decoder=KIND` that of resnet, convnext or mlp; `hidden_dims` are its widths, ordered from the sample to the code as for
+other networks. By default, it has as many stages as there are halvings between the sample's grid and the feature map's.
+If a grid cannot be reached by halving the sample's grid, the map is resized before the first stage.
 """
 
 import importlib
@@ -24,10 +24,10 @@ _DECODERS = (*_STAGED, "mlp")
 
 
 def described(text: str) -> SimpleNamespace:
-    """What a network's file defines, for the backbone of a text.
+    """Return what the file of a network defines, for the backbone that a text describes.
 
     Raises:
-        AezooError: the text cannot be read.
+        AezooError: the text is invalid.
     """
     description = parse(text)
     if description.decoder not in _DECODERS or len(description.out_indices) > 1:
@@ -60,7 +60,7 @@ def default_hidden_dims(description: Description, input_shape: tuple[int, ...]) 
 def map_shape(
     description: Description, input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int
 ) -> tuple[int, ...]:
-    """(channels, *grid) of the backbone's last map."""
+    """Return (channels, *grid) for the grid of the backbone's last map."""
     return (channels, *plan(description, tuple(input_shape), last_only=True).shapes[-1][1:])
 
 
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         act: str,
     ) -> None:
         super().__init__()
-        activation(act)  # refuses an unknown name
+        activation(act)  # raises an error for an unknown name
         self.backbone = Backbone(description, tuple(input_shape), last_only=True)
         self.head = conv.head(code_shape, self.backbone.shapes[-1], 2)[0]
 
@@ -92,7 +92,7 @@ def decoder(
     hidden_dims: tuple[int, ...],
     act: str,
 ) -> nn.Module:
-    """(B, *code_shape) -> (B, *input_shape); `hidden_dims` from the code outwards."""
+    """(B, *code_shape) -> (B, *input_shape); `hidden_dims` from the code to the sample."""
     module, before = _decoder(description), []
     if description.decoder in _STAGED and len(code_shape) > 1:
         grid = conv.grids(input_shape, len(hidden_dims))[-1]

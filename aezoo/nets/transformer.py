@@ -1,9 +1,9 @@
 """Pre-norm Transformer blocks (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Xiong et al. 2020, 2002.04745).
 
-Steps are those of `aezoo.nets.lstm`. Positions are the sinusoids of section 3.5, so any number of steps works. The
-encoder's code comes from the mean over the steps; steps beyond given lengths are masked and excluded from the mean. The
-decoder starts each step from the code and its position. A step does not see later ones, so the first steps are the same
-however many follow.
+A sample is a sequence of steps as in `aezoo.nets.lstm`. Positions are the sinusoids of section 3.5, so any number of
+steps works. The encoder computes the code from the mean over the steps; steps beyond given lengths are masked and
+excluded from the mean. The decoder's input at each step is the code and the position. A step does not attend to later
+steps, so the first steps do not depend on the number of steps.
 """
 
 import math
@@ -22,21 +22,21 @@ _MANY_STEPS = 256
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: attention costs the square of the number of steps."""
+    """See `nets.default_hidden_dims`: the cost of attention is quadratic in the number of steps."""
     return (64, 64) if steps_of(input_shape)[0] <= _MANY_STEPS else (32,)
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels where the width allows.
+    """h + attention(norm(h)), then h + mlp(norm(h)); heads of 16 channels if the width allows.
 
     A causal block can process a sequence in parts. Each part is given the same list `kept`, initially empty, which
-    holds the keys and values of earlier parts.
+    contains the keys and values of earlier parts.
     """
 
     def __init__(self, width: int, act: str, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = math.gcd(width, max(1, width // _HEAD_DIM)), causal
-        # no bias: the softmax cancels that of the keys, so its gradient is only rounding error, which Adam amplifies
+        # no bias: the softmax cancels a key bias, so its gradient is only rounding error, which Adam amplifies
         self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, D) -> (B, *input_shape); `hidden_dims` from the code outwards."""
+    """(B, D) -> (B, *input_shape); `hidden_dims` from the code to the sample."""
 
     positions_LW: Tensor
 

@@ -1,14 +1,14 @@
-"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that is cut in two at the code.
+"""A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that is split into two parts at the code.
 
-A stage down has two convolutions and a pooling; a stage up doubles the grid and has two convolutions. Any size works,
-odd ones too. The skip connections of a U-Net copy maps from the encoder to the decoder, past the code, which is then
-not a code of the sample. Here they stay within their half. In the encoder, the map of every stage is also pooled and
-passed to the code's layer. In the decoder, the code's map is enlarged and passed to every stage. So the decoder gets
-only the code.
+An encoder stage has two convolutions and a pooling; a decoder stage doubles the grid and has two convolutions. Any size
+works. The skip connections of a U-Net copy maps from the encoder to the decoder, so that the code does not contain all
+information about the sample. Here they stay within the encoder and within the decoder. In the encoder, the map of every
+stage is also pooled and passed to the code's layer. In the decoder, the code's map is enlarged and passed to every
+stage. So the decoder's only input is the code.
 
-`UNet` is a complete U-Net, for models that process their outputs: it has no code of the sample.
+`UNet` is a complete U-Net without a code, for models that process their outputs.
 
-Group normalisation is as in resnet: samples do not depend on their batch.
+Group normalisation is used as in resnet, so the output for a sample does not depend on its batch.
 """
 
 import math
@@ -26,7 +26,7 @@ _POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.Ma
 
 
 def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `nets.default_hidden_dims`: 16 channels first for up to 32x32 points, where its first stage works."""
+    """See `nets.default_hidden_dims`: the first stage has 16 channels for up to 32x32 points."""
     return stage_channels(input_shape, 2**18)
 
 
@@ -41,7 +41,7 @@ class _TwoConvolutions(nn.Sequential):
 
 
 class _DoubleChannels(nn.Module):
-    """Repeats each value 2^R times and cuts the result to the grid: the reverse of a pooling that rounds up."""
+    """Repeat each value 2^R times and crop the result to the grid, as the reverse of a pooling that rounds up."""
 
     def __init__(self, grid: tuple[int, ...]) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class _DoubleChannels(nn.Module):
 class Encoder(nn.Module):
     """(B, C, *grid) -> (B, *code_shape); `hidden_dims` are the channels of the stages, each of which halves the grid.
 
-    A stage's map has two paths: pooled into the next stage, and pooled repeatedly, together with earlier maps, to the
-    code.
+    The map of a stage has two paths: it is pooled as the input of the next stage, and it is pooled repeatedly, together
+    with earlier maps, as an input of the code's layer.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the smallest map to the largest."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         channels = hidden_dims[0] if hidden_dims else input_shape[0]
         self.head = head(code_shape, (channels, *sizes[0]), rank)[1]
         self.act = activation(act)
-        # the first stage has only the code's map
+        # the input of the first stage is only the code's map
         before = [channels, *(width + channels for width in hidden_dims)]
         self.ups = nn.ModuleList(_DoubleChannels(size) for size in sizes[1:])
         self.stages = nn.ModuleList(
@@ -119,8 +119,8 @@ class UNet(nn.Module):
     Args:
         input_shape: (C, *grid), any size.
         outputs: channels of the output.
-        hidden_dims: channels of the stages, each but the first on half the grid of the one before; at least one.
-        act: the activation.
+        hidden_dims: channels of the stages, at least one; each stage after the first halves the grid.
+        act: an activation's name.
     """
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int, hidden_dims: tuple[int, ...], act: str) -> None:

@@ -1,8 +1,8 @@
 """Vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) on patches in 1, 2 or 3 dimensions.
 
-Each of `hidden_dims` is a block of that width; a linear layer connects blocks of different widths. Positions are fixed
-sines and cosines of a patch's place in the grid, so any grid works; there is no class token. A side that is not a
-multiple of the patch is padded with zeros at its far end, and the output is cut to size, so every size is restored
+Each entry of `hidden_dims` is a block of that width; a linear layer connects blocks of different widths. Positions are
+fixed sines and cosines of a patch's place in the grid, so any grid works; there is no class token. If a side is not a
+multiple of the patch size, it is padded with zeros at its far end and the output is cropped, so every size is restored
 exactly.
 
 Shapes: B batch, C channels, N patches, P values in a patch, D width of a token, H heads, E width of a head.
@@ -25,17 +25,17 @@ _HEAD_DIM = 32
 
 
 def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int, ...]:
-    """Sides of a patch, none longer than the sample's; for size 0 the smallest power of two that gives few patches.
+    """Return the sides of a patch, at most those of the sample; for size 0 the smallest power of two with few patches.
 
     Few means at most 64, as for 28x28 with side 4 or 64x64 with side 8; but the side is at most 16, as in ViT-B/16.
 
     Raises:
-        AezooError: the input has no grid, or the size is negative.
+        AezooError: the input has no grid, or the patch size is negative.
     """
     if not 2 <= len(input_shape) <= 4:
         raise AezooError(
-            f"patches are of (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: for a vector take a model "
-            f"with net='mlp', such as dense_ae or denoising_ae, or give it as a sequence, {(1, *input_shape)}"
+            f"patches need samples (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: for a vector take a "
+            f"model with net='mlp', such as dense_ae or denoising_ae, or give it as a sequence, {(1, *input_shape)}"
         )
     if patch_size < 0:
         raise AezooError(f"patch_size must be at least 1, or 0 to choose it from the input, got {patch_size}")
@@ -47,17 +47,17 @@ def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int,
 
 
 class Patchify(nn.Module):
-    """Cut samples into patches: (B, C, *grid of values) -> (B, N, P), the values of a patch channel by channel.
+    """Split samples into patches, (B, C, *grid of values) -> (B, N, P), with the values of a patch channel by channel.
 
     Attributes:
-        grid: patches along each side.
+        grid: number of patches along each side.
         n: N, number of patches.
         size: P, values in a patch.
         real_NP: 1 for values of a sample, 0 for padding at its far end.
 
     Args:
-        input_shape: shape of one sample.
-        patch_size: side of a patch; 0 chooses it from the input.
+        input_shape: shape of a sample.
+        patch_size: side of a patch; 0 selects it from the input shape.
     """
 
     real_NP: Tensor
@@ -80,9 +80,10 @@ class Patchify(nn.Module):
         return x.permute(0, *places, 1, *within).flatten(1, rank).flatten(2)
 
     def standardise(self, patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches minus their mean, divided by their deviation, and these two: (B, N, P) -> (B, N, P), (B, N, 2).
+        """Return standardised patches, and their means and standard deviations, (B, N, P) -> (B, N, P), (B, N, 2).
 
-        The variance is the unbiased one of the sample's own values, plus 1e-6; for a single value it is only 1e-6.
+        The variance is the unbiased variance of a patch's values without padding, plus 1e-6; for a single value it is
+        1e-6.
         """
         n_N1 = self.real_NP.sum(1, keepdim=True)
         mean_BN1 = (patches_BNP * self.real_NP).sum(2, keepdim=True) / n_N1
@@ -91,7 +92,7 @@ class Patchify(nn.Module):
         return (patches_BNP - mean_BN1) / deviation_BN1, torch.cat([mean_BN1, deviation_BN1], dim=2)
 
     def inverse(self, patches_BNP: Tensor) -> Tensor:
-        """The samples from which patches were cut, (B, N, P) -> (B, C, *grid of values)."""
+        """Restore the samples from patches, (B, N, P) -> (B, C, *grid of values)."""
         rank = len(self.grid)
         x = patches_BNP.unflatten(2, (self.input_shape[0], *self.sides)).unflatten(1, self.grid)
         x = x.permute(0, rank + 1, *(i for axis in range(rank) for i in (1 + axis, rank + 2 + axis)))
@@ -104,7 +105,7 @@ class Unpatchify(nn.Module):
     """`Patchify.inverse` as a layer.
 
     Args:
-        patchify: the module that cuts the samples.
+        patchify: the module that splits samples into patches.
     """
 
     def __init__(self, patchify: Patchify) -> None:
@@ -116,12 +117,12 @@ class Unpatchify(nn.Module):
 
 
 def sinusoids(grid: Sequence[int], width: int, last_side_first: bool = False) -> Tensor:
-    """Positions of a grid as sines and cosines, (N, D), with a part of the width for each side of the grid.
+    """Return the positions of a grid as sines and cosines, (N, D), with a part of the width for each side of the grid.
 
-    The parts are in the order of the sides, or in the reverse one, which is that of MAE's code for images.
+    The parts are in the order of the sides, or in reverse order as in the MAE authors' code for images.
 
     The frequencies are 10000^(-i/n), i < n (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the n that
-    fills D; the excess of the last part is left out.
+    fills D; the last part is truncated to fit.
     """
     n = -(-width // (2 * len(grid)))
     frequency_n = 10_000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
@@ -131,12 +132,12 @@ def sinusoids(grid: Sequence[int], width: int, last_side_first: bool = False) ->
 
 
 class Positions(nn.Module):
-    """Add its fixed position to each token.
+    """Add a fixed position embedding to each token.
 
     Args:
-        grid: patches along each side.
+        grid: number of patches along each side.
         width: D.
-        authors: those of MAE's authors: the last side first, see `sinusoids`, and saved with the weights.
+        authors: use the positions of MAE's authors: the last side first, see `sinusoids`, and saved with the weights.
     """
 
     table_ND: Tensor
@@ -150,9 +151,9 @@ class Positions(nn.Module):
 
 
 def embedding(size: int, width: int) -> nn.Linear:
-    """The linear map of patches to tokens, (B, N, P) -> (B, N, D).
+    """Create the linear map from patches to tokens, (B, N, P) -> (B, N, D).
 
-    It is initialised so large that data in [0, 1] outweigh the positions, which have size 1. With the usual
+    Its initial weights are large enough for data in [0, 1] to outweigh the positions, which have size 1. With the usual
     initialisation, a short training only learns the mean of each place.
 
     Args:
@@ -166,7 +167,7 @@ def embedding(size: int, width: int) -> nn.Linear:
 
 
 class ClassToken(nn.Module):
-    """Put a trained token before the others, (B, N, D) -> (B, 1 + N, D).
+    """Prepend a trained token, (B, N, D) -> (B, 1 + N, D).
 
     Args:
         width: D.
@@ -181,14 +182,14 @@ class ClassToken(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens in heads, (B, N, D) -> (B, N, D), to all or to those seen, (B, N).
+    """Multi-head self-attention, (B, N, D) -> (B, N, D), to all tokens or only to visible tokens, (B, N).
 
     Args:
         width: D.
         heads: H, a divisor of D; 0 for heads of about 32 numbers.
 
     Raises:
-        AezooError: the heads do not divide the width.
+        AezooError: the number of heads does not divide the width.
     """
 
     def __init__(self, width: int, heads: int = 0) -> None:
@@ -196,7 +197,7 @@ class Attention(nn.Module):
         if heads < 0 or (heads and width % heads):
             raise AezooError(f"{heads} heads do not divide a token of {width} numbers: take a divisor, or 0")
         self.heads = heads or next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
-        # only queries have a bias: one of keys shifts all scores of a query equally, and one of values is that of `out`
+        # only queries have a bias: the softmax cancels a key bias, and a value bias adds nothing to the bias of `out`
         self.qkv, self.bias_q = nn.Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
 
@@ -210,13 +211,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers for each token. Each is added to its input and reads it normalised (pre-norm).
+    """Attention, then two linear layers for each token, each with residual sum and normalised input (pre-norm).
 
     Args:
         width: D.
         act: an activation's name.
         heads: see `Attention`.
-        eps: added to the variance by the normalisations.
+        eps: added to the variance in the normalisations.
     """
 
     def __init__(self, width: int, act: str, heads: int = 0, eps: float = 1e-6) -> None:
@@ -226,7 +227,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(act), nn.Linear(4 * width, width))
         for part in self.modules():
             if isinstance(part, nn.Linear):
-                # both branches start small: at full size, a short training stays at the mean sample for long
+                # small initial weights: with full-size weights, a short training only learns the mean sample
                 branch_ends = part in (self.attention.out, self.mlp[2])
                 nn.init.xavier_uniform_(part.weight, 0.1 if branch_ends else 1.0)
                 if part.bias is not None:
@@ -241,7 +242,7 @@ class Block(nn.Module):
 def blocks(
     widths: Sequence[int], act: str, block: Callable[[int, str], nn.Module] = Block, eps: float = 1e-6
 ) -> nn.Sequential:
-    """A block for each width and a last normalisation, with a linear layer between blocks of different widths."""
+    """Create a block for each width and a final normalisation, with a linear layer where the width changes."""
     layers: list[nn.Module] = []
     for i, width in enumerate(widths):
         layers += [nn.Linear(widths[i - 1], width)] if i and widths[i - 1] != width else []
@@ -250,9 +251,9 @@ def blocks(
 
 
 def attend_to_visible(layers: nn.Module, tokens_BND: Tensor, visible_BN: Tensor) -> Tensor:
-    """Apply `blocks` with attention only to the tokens that are seen, so that the others have no influence on them.
+    """Apply `blocks` with attention only to visible tokens, so that the other tokens have no influence on them.
 
-    The number of tokens stays the same, so masks of any size do not change shapes.
+    The number of tokens stays the same, so shapes do not depend on the mask.
     """
     for layer in layers.children():
         tokens_BND = layer(tokens_BND, visible_BN) if isinstance(layer, Block) else layer(tokens_BND)
@@ -260,10 +261,10 @@ def attend_to_visible(layers: nn.Module, tokens_BND: Tensor, visible_BN: Tensor)
 
 
 class ToMap(nn.Module):
-    """Tokens as a feature map, (B, N, D) -> (B, D, *grid).
+    """Reshape tokens to a feature map, (B, N, D) -> (B, D, *grid).
 
     Args:
-        grid: patches along each side.
+        grid: number of patches along each side.
     """
 
     def __init__(self, grid: tuple[int, ...]) -> None:
@@ -275,7 +276,7 @@ class ToMap(nn.Module):
 
 
 class ToTokens(nn.Module):
-    """A feature map as tokens, (B, D, *grid) -> (B, N, D)."""
+    """Reshape a feature map to tokens, (B, D, *grid) -> (B, N, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)
@@ -285,10 +286,10 @@ class ToTokens(nn.Module):
 
 
 def count_masked(n: int, ratio: float) -> int:
-    """How many of n patches are masked, floor(ratio n).
+    """Return how many of n patches are masked, floor(ratio n).
 
     Raises:
-        AezooError: none of them, or all.
+        AezooError: the ratio is not between 0 and 1, or no patch would be masked.
     """
     if not 0 < ratio < 1:
         raise AezooError(f"mask_ratio must lie between 0 and 1, got {ratio}")
@@ -299,34 +300,34 @@ def count_masked(n: int, ratio: float) -> int:
 
 
 def random_order(samples: int, n: int, device: torch.device) -> Tensor:
-    """A random order of n patches for each sample, (B, N); the last of each order are those to mask."""
+    """Return a random order of n patches for each sample, (B, N); the last patches of an order are masked."""
     return torch.rand(samples, n, device=device).argsort(dim=1)
 
 
 def fixed_orders(n: int, masked: int) -> Tensor:
-    """K fixed orders of n patches: each patch is among the last `masked` in one order and not among them in another."""
+    """Return K fixed orders of n patches, where each patch is in the last `masked` of some orders, but not of all."""
     order_N = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     step = min(masked, n - masked)
     return torch.stack([order_N.roll(-start) for start in range(0, n, step)])
 
 
 def is_masked(order_BN: Tensor, masked: int) -> Tensor:
-    """Which patches are among the last `masked` of an order, (B, N) -> (B, N)."""
+    """Return which patches are among the last `masked` of an order, (B, N) -> (B, N)."""
     return order_BN.argsort(dim=1) >= order_BN.shape[1] - masked
 
 
 def shuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
-    """Tokens in a new order, or the first of them where the order is cut."""
+    """Reorder tokens, (B, N, D), (B, V) -> (B, V, D), where the order may contain only some of them."""
     return tokens_BND.gather(1, order_BN[..., None].expand(-1, -1, tokens_BND.shape[2]))
 
 
 def unshuffle(tokens_BND: Tensor, order_BN: Tensor) -> Tensor:
-    """Tokens that `shuffle` has moved, back in their places."""
+    """Return tokens to their order before `shuffle`."""
     return shuffle(tokens_BND, order_BN.argsort(dim=1))
 
 
 def mask_tokens(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Tensor, Tensor]:
-    """The tokens that each of K orders leaves visible, and the orders, for each sample: (B K, V, D), (B K, N)."""
+    """Return the visible tokens of each of K orders, and the orders, for each sample: (B K, V, D), (B K, N)."""
     k, n = orders_KN.shape
     order_BKN = orders_KN.expand(tokens_BND.shape[0], -1, -1).flatten(0, 1)  # len() would fix an export's batch size
     tokens_BKND = tokens_BND[:, None].expand(-1, k, -1, -1).flatten(0, 1)
@@ -334,7 +335,7 @@ def mask_tokens(tokens_BND: Tensor, orders_KN: Tensor, masked: int) -> tuple[Ten
 
 
 def average_masked(values_BKNP: Tensor, orders_KN: Tensor, masked: int) -> Tensor:
-    """Mean for each patch over the orders that hide it, (B K, N, P) -> (B, N, P)."""
+    """Average each patch over the orders in which it is masked, (B K, N, P) -> (B, N, P)."""
     hidden_KN = is_masked(orders_KN, masked).to(values_BKNP)
     share_KN = hidden_KN / hidden_KN.sum(0)
     return (values_BKNP.unflatten(0, (-1, len(orders_KN))) * share_KN[..., None]).sum(1)
@@ -347,7 +348,7 @@ def default_hidden_dims(input_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """(channels, *grid of patches), for any blocks."""
+    """Return (channels, *grid of patches), which does not depend on the blocks."""
     return (channels, *Patchify(input_shape).grid)
 
 
@@ -363,14 +364,14 @@ class Encoder(nn.Sequential):
             embed = embedding(patchify.size, hidden_dims[0])
             layers += [embed, Positions(patchify.grid, hidden_dims[0]), *blocks(hidden_dims, act)]
         else:
-            activation(act)  # refuses an unknown name, without blocks too
+            activation(act)  # raises an error for an unknown name even if there are no blocks
         width = hidden_dims[-1] if hidden_dims else patchify.size
         down = head(code_shape, (width, *patchify.grid), len(patchify.grid))[0]
         super().__init__(*layers, ToMap(patchify.grid), down)
 
 
 class Decoder(nn.Sequential):
-    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the code outwards."""
+    """(B, *code_shape) -> (B, C, *grid); `hidden_dims` from the code to the sample."""
 
     def __init__(
         self, code_shape: tuple[int, ...], input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], act: str

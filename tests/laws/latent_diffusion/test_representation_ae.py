@@ -345,7 +345,7 @@ def test_default_code_shape_matches_mae() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"input_shape": (30,)}, "patches are of"),
+        ({"input_shape": (30,)}, "patches need samples"),
         ({"code_shape": (4, 3)}, r"code_shape takes \(C,\), or C and 2 sides"),
         ({"code_shape": (4, 0, 3)}, "code_shape takes"),
         ({"code_shape": (4, 4, 4)}, "a code of shape .* does not fit"),

@@ -1,1 +1,1 @@
-"""Parts of networks that several builders or models share, one file each."""
+"""Components that several networks or models share."""

@@ -1,12 +1,12 @@
-"""Players of an adversarial game that step together, with one backward pass.
+"""Adversarial training of several players by one backward pass and one optimiser step.
 
-Each player has its own loss, which passes no gradient to the parameters of the others: these are constants in it
-(`call_frozen`) or detached. One backward pass through the sum of all losses then gives the gradients of every player.
-An optimiser with one parameter group per player is equivalent to several optimisers. `gradient_only` makes a loss that
-trains but does not count in the value of the sum.
+Each player has a separate loss, which passes no gradient to the parameters of the other players: these are constants in
+it (`call_frozen`) or detached. One backward pass through the sum of all losses then computes the gradients of all
+players. An optimiser with one parameter group per player is equivalent to several optimisers. `gradient_only` returns a
+loss that is trained but has the value 0 in the sum.
 
-If one loss is weighted against another by their gradients at one layer, `last_layer_vjp` and `value_and_grad` compute
-these gradients in passes that training needs anyway.
+If the weight of a loss depends on the gradients of two losses at one layer, `last_layer_vjp` and `value_and_grad`
+compute these gradients in passes that training needs anyway.
 """
 
 import math
@@ -27,7 +27,7 @@ from aezoo.training.precision import at_least_float32
 
 
 def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> None:
-    """Refuse invalid values of discriminator_dims, discriminator_lr and discriminator_start.
+    """Check the values of discriminator_dims, discriminator_lr and discriminator_start.
 
     Raises:
         AezooError: a width below 1, a learning rate that is not above 0 and at most 1000, or a start below 0.
@@ -40,23 +40,23 @@ def check_discriminator(dims: tuple[int, ...], lr: float, start: int = 0) -> Non
 
 
 def call_frozen(module: nn.Module, *inputs: Tensor) -> Any:
-    """module(*inputs) with the module's parameters as constants: gradients go to the inputs only."""
+    """Compute module(*inputs) with the module's parameters as constants: only the inputs get gradients."""
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
 
 
 def gradient_only(loss: Tensor) -> Tensor:
-    """A term with value 0 and the gradient of a loss."""
+    """Return a term with value 0 and the gradient of a loss."""
     return loss - loss.detach()
 
 
 def discriminator_parameter_groups(
     model: nn.Module, betas: tuple[float, float], for_all: bool = False
 ) -> list[dict[str, Any]]:
-    """Parameter groups: all parameters but the discriminator's, and the discriminator's, with its own learning rate.
+    """Return two parameter groups, the second with the discriminator's parameters and a separate learning rate.
 
     Args:
-        model: has a module `discriminator`, that module's learning rate `discriminator_lr`, and `optimizer`.
-        betas: for the discriminator's optimiser, if it has moments and the user sets no others.
+        model: has attributes `discriminator`, `discriminator_lr` (its learning rate) and `optimizer`.
+        betas: betas of the discriminator's group, if the optimiser has them and the user sets no others.
         for_all: whether the other group also uses these betas.
     """
     others = [p for name, p in model.named_parameters() if not name.startswith("discriminator.")]
@@ -69,7 +69,7 @@ def discriminator_parameter_groups(
 
 
 class Generator(nn.Module):
-    """A decoder and the mean of its likelihood as one module: codes to data, (B, *code_shape) -> (B, *input_shape)."""
+    """A decoder followed by the mean of its likelihood, from codes to data, (B, *code_shape) -> (B, *input_shape)."""
 
     def __init__(self, decoder: nn.Module, likelihood: Likelihood) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class Generator(nn.Module):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """How real each patch of a sample looks (Isola et al. 2016, https://arxiv.org/abs/1611.07004, section 2.2.2).
+    """Scores how real each patch of a sample is (Isola et al. 2016, https://arxiv.org/abs/1611.07004, section 2.2.2).
 
-    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2 for any size. Uses group normalisation, since the
+    (B, C, *grid) -> (B, 1, *smaller grid), by stages of stride 2, for any size. It uses group normalisation, since the
     paper's batch normalisation would make samples depend on each other.
 
     Args:
@@ -98,7 +98,7 @@ class PatchDiscriminator(nn.Sequential):
         layers: list[nn.Module] = []
         for i, width in enumerate(dims):
             layers.append(conv(channels, width, 3, stride=2, padding=1))
-            if i:  # not after the first, as in the paper's appendix 6.1.2
+            if i:  # not after the first stage, as in the paper's appendix 6.1.2
                 layers.append(nn.GroupNorm(math.gcd(width, max(1, width // 4)), width))
             layers.append(nn.LeakyReLU(0.2))
             channels = width
@@ -109,7 +109,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(t_real: Tensor, t_fake: Tensor) -> Tensor:
-    """The discriminator's loss, E[(1 - t_real)^+] / 2 + E[(1 + t_fake)^+] / 2, of any shapes -> ().
+    """Return the discriminator's loss, E[(1 - t_real)^+] / 2 + E[(1 + t_fake)^+] / 2, of any shapes -> ().
 
     Lim & Ye 2017, https://arxiv.org/abs/1705.02894; halved as in https://github.com/CompVis/taming-transformers.
     """
@@ -117,31 +117,31 @@ def hinge_loss(t_real: Tensor, t_fake: Tensor) -> Tensor:
 
 
 def last_layer_vjp(net: nn.Module, *inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A network's output, and a map from gradients of the output to gradients of the last layer's weight W.
+    """Return a network's output, and a function from gradients of the output to gradients of the last weight W.
 
-    One forward pass serves both: (B, ...) -> (B, ...) and the map (B, ...) -> (*W.shape), whose results are constants.
+    Both use one forward pass. Shapes: (B, ...) -> (B, ...); the function (B, ...) -> (*W.shape) returns constants.
     """
     name, weight = [(name, p) for name, p in net.named_parameters() if p.ndim > 1][-1]
     if not torch.compiler.is_compiling():
         out, vjp_fn, *_ = vjp(lambda w: functional_call(net, {name: w}, inputs), weight)
         return out, lambda gradient: vjp_fn(gradient)[0].detach()
-    # on constants, with a second forward pass: inductor (torch 2.13) fails if something is differentiated from outside
-    # through a transform of torch.func, "Cannot access storage of TensorWrapper"; it merges passes that are the same
+    # on constants, with a second forward pass: inductor (torch 2.13) fails if tensors inside a transform of
+    # torch.func are differentiated from outside, "Cannot access storage of TensorWrapper"; it merges equal passes
     fixed, constants = {name: p.detach() for name, p in net.named_parameters()}, tuple(x.detach() for x in inputs)
     _, vjp_fn, *_ = vjp(lambda w: functional_call(net, {**fixed, name: w}, constants), weight.detach())
     return net(*inputs), lambda gradient: vjp_fn(gradient)[0].detach()
 
 
 def value_and_grad(loss: Callable[[Tensor], Tensor], params: Tensor) -> tuple[Tensor, Tensor]:
-    """loss(params), differentiable, and its gradient with respect to `params`, a constant: (B, ...) -> (), (B, ...)."""
-    compiling = torch.compiler.is_compiling()  # then do as in `last_layer_vjp`
+    """Return loss(params), differentiable, and its gradient in `params`, a constant: (B, ...) -> (), (B, ...)."""
+    compiling = torch.compiler.is_compiling()  # then handled as in `last_layer_vjp`
     value, vjp_fn, *_ = vjp(loss, params.detach() if compiling else params)
     gradient = vjp_fn(torch.ones_like(value))[0].detach()
     return loss(params) if compiling else value, gradient
 
 
 def input_gradient(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient at a network's input for a given gradient at its output, a constant: (B, ...) -> (B, ...)."""
+    """Return the gradient at a network's input for a gradient at its output, as a constant: (B, ...) -> (B, ...)."""
     _, vjp_fn, *_ = vjp(lambda at: call_frozen(net, at), x.detach())
     return vjp_fn(gradient)[0].detach()
 
@@ -149,9 +149,9 @@ def input_gradient(net: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
 def adaptive_weight(g_rec: Tensor, g_gan: Tensor, *, max_weight: float = 1e4) -> Tensor:
     """||g_rec|| / (||g_gan|| + 1e-4), at most `max_weight`, of the gradients at the decoder's last layer -> ().
 
-    With this weight, the adversarial loss moves that layer as far as the reconstruction does, whatever its scale (Esser
-    et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code). The gradients must be
-    averaged over ranks, because the mean of the weights of single ranks would differ.
+    With this weight, the adversarial loss changes that layer as much as the reconstruction does, for any scale of the
+    losses (Esser et al. 2020, https://arxiv.org/abs/2012.09841, equation 7, with the constants of their code). The
+    gradients must be averaged over ranks, because the mean of each rank's weight would differ.
     """
     ratio = at_least_float32(g_rec).norm() / (at_least_float32(g_gan).norm() + 1e-4)
     return ratio.clamp(0, max_weight)

@@ -1,22 +1,22 @@
-"""Normalisation of a sample's channels by fixed numbers, as networks trained by others expect."""
+"""Normalisation of a sample's channels by fixed numbers, as expected by pretrained networks."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-# mean and standard deviation of ImageNet's values in [0, 1], as all of torchvision and most of timm use them
+# mean and standard deviation of ImageNet's values in [0, 1], as used by all networks of torchvision and most of timm
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class ChannelNorm(nn.Module):
     """(x - mean) / std of each channel, (B, C, ...) -> (B, C, ...).
 
-    Its numbers belong to the configuration of a model and are not saved with its weights.
+    The numbers are part of a model's configuration and are not saved with its weights.
 
     Args:
-        mean: of each channel.
-        std: of each channel.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
     """
 
     mean: Tensor
@@ -31,5 +31,5 @@ class ChannelNorm(nn.Module):
         return (x - self.mean.to(x)) / self.std.to(x)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """The sample that was normalised, (B, C, ...) -> (B, C, ...)."""
+        """Restore the sample before normalisation, (B, C, ...) -> (B, C, ...)."""
         return x * self.std.to(x) + self.mean.to(x)

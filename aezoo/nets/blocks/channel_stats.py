@@ -12,8 +12,8 @@ from aezoo.training.precision import buffers_kept_in_float32
 class Standardiser(nn.Module):
     """Scales codes so that channels have mean 0 and standard deviation 1, and back, (B, C, *grid) -> (B, C, *grid).
 
-    Both moments are over a batch's samples and grid. Over the steps, they are plain means at first and then moving
-    averages. These stay in float32 in a bf16 model, where a step below 1/256 of the value would have no effect.
+    Both moments are over a batch's samples and grid. In the first steps they are plain means over the steps, later
+    moving averages. They stay float32 in a bf16 model, where a step below 1/256 of the value would have no effect.
 
     Attributes:
         mean_C: mean of each channel, 0 before training.
@@ -55,11 +55,11 @@ class Standardiser(nn.Module):
         self.std_C.copy_(var_C.clamp(min=1e-12).sqrt())  # equal codes have no variance
 
     def forward(self, z: Tensor) -> Tensor:
-        """Standardised codes."""
+        """Return standardised codes."""
         return ((z - _over_grid(self.mean_C, z)) / _over_grid(self.std_C, z)).to(z)
 
     def restore(self, z: Tensor) -> Tensor:
-        """The inverse of `forward`."""
+        """Invert `forward`."""
         return (z * _over_grid(self.std_C, z) + _over_grid(self.mean_C, z)).to(z)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:

@@ -1,4 +1,4 @@
-"""The zoo's own classifier: a small network that learns a data set's labels in seconds, for its activations."""
+"""A small classifier that is trained on a data set's labels in seconds and provides activations of its samples."""
 
 from collections.abc import Callable
 
@@ -32,12 +32,12 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def activations(self, x: Tensor) -> Tensor:
-        """The input of the layer of logits, (B, *input_shape) -> (B, 64)."""
+        """Return the input of the last layer, (B, *input_shape) -> (B, 64)."""
         found: Tensor = self.features(self.body((x - self.low) / self.scale))
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (B, *input_shape) -> (B, classes)."""
+        """Return logits, (B, *input_shape) -> (B, classes)."""
         found: Tensor = self.head(self.activations(x))
         return found
 

@@ -1,8 +1,8 @@
 """Networks of learned compression in the layout of the library CompressAI (Bégaint et al. 2020).
 
-Layers have the places, and operations the order, that they have in https://github.com/InterDigitalInc/CompressAI, so
-that its weights give the same numbers to the last bit. Names of the networks there: encoder g_a, decoder g_s,
-hyper-encoder h_a, hyper-decoder h_s, context context_prediction, entropy parameters entropy_parameters.
+Layers and operations have the same order as in https://github.com/InterDigitalInc/CompressAI, so that its weights give
+bitwise equal results. The networks have these names there: encoder g_a, decoder g_s, hyper-encoder h_a, hyper-decoder
+h_s, context context_prediction, entropy parameters entropy_parameters.
 
 Shapes: B batch, C channels of a sample, N channels of layers, M of the code, (H, W) places.
 """
@@ -22,10 +22,10 @@ ARCHITECTURES = (
     "bmshj2018-factorized", "bmshj2018-factorized-relu", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018",
     "cheng2020-anchor", "cheng2020-attn",
 )  # fmt: skip
-# sides are padded to a multiple of this: four halvings to the code, two more to its side information
+# sides are padded to a multiple of this: four halvings for the code, two more for its side information
 MULTIPLE = 64
 CODE_STRIDE, SIDE_STRIDE = 16, 64
-# places that the context sees to each side
+# number of places on each side that the context covers
 REACH = 2
 PEDESTAL = 2.0**-36
 LEAST_BETA = 1e-6
@@ -35,7 +35,7 @@ Padding = tuple[int, int, int, int]
 
 
 def passes_bound(x: Tensor, gradient: Tensor, bound: float) -> Tensor:
-    """Whether the gradient of each value passes: of those that are not below the bound, and where it moves them up."""
+    """Return where the gradient passes: for values not below the bound, and where it moves values up."""
     return (x >= bound) | (gradient < 0)
 
 
@@ -55,7 +55,7 @@ class _LowerBound(torch.autograd.Function):
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
-    """max(x, bound), element by element, with a gradient that moves values below the bound up but not down."""
+    """Return max(x, bound), elementwise, with a gradient that moves values below the bound up but not down."""
     bounded: Tensor = _LowerBound.apply(x, bound) if x.requires_grad else x.clamp_min(bound)
     return bounded
 
@@ -73,7 +73,7 @@ class _Bounded(torch.autograd.Function):
 
 
 class GDN(gdn.GDN):
-    """As `aezoo.nets.gdn.GDN`, with beta and gamma as squares, less a pedestal, of parameters with a lower bound."""
+    """`aezoo.nets.gdn.GDN` whose beta and gamma are squares of bounded parameters, minus a small constant."""
 
     def __init__(self, channels: int, inverse: bool = False) -> None:
         super().__init__(channels, inverse)
@@ -86,14 +86,14 @@ class GDN(gdn.GDN):
         return beta_C, _Bounded.apply(root_gamma_CC, _LEAST_ROOT_GAMMA) ** 2 - PEDESTAL
 
     def bounded(self) -> tuple[tuple[nn.Parameter, float], ...]:
-        """The parameters with their lower bounds."""
+        """Return the parameters with their lower bounds."""
         return (self.root_beta_C, _LEAST_ROOT_BETA), (self.root_gamma_CC, _LEAST_ROOT_GAMMA)
 
     @torch.no_grad()
     def drop_gradients(self) -> None:
         """Drop gradients that would move parameters below their bound further down.
 
-        `lower_bound` does so with those of each process, whose signs may differ from that of their mean.
+        `lower_bound` drops them in each process, where their sign may differ from that of the mean over processes.
         """
         for root, bound in self.bounded():
             if root.grad is not None:
@@ -101,12 +101,12 @@ class GDN(gdn.GDN):
 
 
 class Padded(nn.Sequential):
-    """Layers after zeros around their input, or before a margin of their output is cut off.
+    """Layers whose input is padded with zeros, or whose output is cropped.
 
     Args:
         layers: the layers.
         before: zeros to add to the left, right, top and bottom of the input.
-        after: the same of the output; negative numbers cut off.
+        after: the same for the output; negative numbers crop it.
     """
 
     def __init__(self, layers: Iterable[nn.Module], before: Padding = (0,) * 4, after: Padding = (0,) * 4) -> None:
@@ -118,7 +118,7 @@ class Padded(nn.Sequential):
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution that sees the places before each, row by row: (B, M, H, W) -> (B, 2 M, H, W)."""
+    """A convolution over the previous places in row-major order: (B, M, H, W) -> (B, 2 M, H, W)."""
 
     mask: Tensor
 
@@ -132,11 +132,11 @@ class MaskedConv(nn.Conv2d):
         return F.conv2d(x, self.masked_weight(), self.bias, padding=REACH)
 
     def masked_weight(self) -> Tensor:
-        """The weight as the convolution uses it, for `at`."""
+        """Return the masked weight, for `at`."""
         return self.weight * self.mask
 
     def at(self, patch: Tensor, masked_weight: Tensor) -> Tensor:
-        """One place, from the places around it: (B, M, 5, 5) -> (B, 2 M, 1, 1)."""
+        """Compute the output at one place from the places around it: (B, M, 5, 5) -> (B, 2 M, 1, 1)."""
         return F.conv2d(patch, masked_weight, self.bias)
 
 
@@ -152,7 +152,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualBlockWithStride(nn.Module):
-    """Two convolutions and GDN beside one of size 1: (B, C, H, W) -> (B, N, H/2, W/2)."""
+    """Two convolutions and GDN plus a parallel 1x1 convolution: (B, C, H, W) -> (B, N, H/2, W/2)."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class ResidualBlockWithStride(nn.Module):
 
 
 class ResidualBlockUpsample(nn.Module):
-    """Convolutions and inverse GDN beside another sub-pixel convolution: (B, N, H, W) -> (B, N, 2 H, 2 W)."""
+    """Convolutions and inverse GDN plus a parallel sub-pixel convolution: (B, N, H, W) -> (B, N, 2 H, 2 W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -204,22 +204,22 @@ class AttentionBlock(nn.Module):
 
 
 def conv3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution of size 3."""
+    """Create a convolution of size 3."""
     return nn.Conv2d(channels, out, 3, stride=stride, padding=1)
 
 
 def conv5(channels: int, out: int) -> nn.Conv2d:
-    """A convolution of size 5 that halves the grid."""
+    """Create a convolution of size 5 that halves the grid."""
     return nn.Conv2d(channels, out, 5, stride=2, padding=2)
 
 
 def deconv5(channels: int, out: int) -> nn.ConvTranspose2d:
-    """A transposed convolution of size 5 that doubles the grid."""
+    """Create a transposed convolution of size 5 that doubles the grid."""
     return nn.ConvTranspose2d(channels, out, 5, stride=2, padding=2, output_padding=1)
 
 
 def subpixel(channels: int, out: int) -> nn.Sequential:
-    """A convolution whose channels become the places of a doubled grid."""
+    """Create a convolution with pixel shuffle, which doubles the grid."""
     return nn.Sequential(conv3(channels, 4 * out), nn.PixelShuffle(2))
 
 
@@ -235,13 +235,13 @@ class Networks(NamedTuple):
 
 
 def padding(height: int, width: int) -> Padding:
-    """Zeros to the left, right, top and bottom with which both sides become multiples of `MULTIPLE`."""
+    """Return the padding on the left, right, top and bottom that makes both sides multiples of `MULTIPLE`."""
     (left, right), (top, bottom) = ((n // 2, n - n // 2) for n in (-width % MULTIPLE, -height % MULTIPLE))
     return left, right, top, bottom
 
 
 def build(architecture: str, input_shape: tuple[int, ...], n: int, m: int) -> Networks:
-    """New networks for samples (C, H, W).
+    """Create the networks for samples (C, H, W).
 
     Args:
         architecture: one of `ARCHITECTURES`.
@@ -250,13 +250,13 @@ def build(architecture: str, input_shape: tuple[int, ...], n: int, m: int) -> Ne
         m: M.
 
     Raises:
-        AezooError: there is no such architecture, or cheng2020 is asked to have M other than N.
+        AezooError: the architecture is unknown, or M differs from N with cheng2020.
     """
     if architecture not in ARCHITECTURES:
         raise AezooError(f"unknown architecture {architecture!r}: take one of {', '.join(ARCHITECTURES)}")
     cheng = architecture.startswith("cheng2020")
     if cheng and n != m:
-        raise AezooError(f"{architecture} has a code of as many channels as layers, got width {n} and latent_dim {m}")
+        raise AezooError(f"{architecture} needs a latent_dim equal to width, got width {n} and latent_dim {m}")
     channels, around = input_shape[0], padding(*input_shape[1:])
     layers = _residual_layers if cheng else _plain_layers
     encoder, decoder = layers(architecture, channels, n, m)
@@ -318,5 +318,5 @@ def _hyper_residual(n: int, m: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def _activated(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Layers with leaky ReLU between them."""
+    """Insert leaky ReLU between layers."""
     return [module for layer in layers for module in (layer, nn.LeakyReLU())][:-1]

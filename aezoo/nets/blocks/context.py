@@ -1,4 +1,4 @@
-"""Predictions for a map from its known places: a masked convolution, and a network at each place.
+"""Prediction of a map from its known places by a masked convolution and a network at each place.
 
 Masked taps of the kernel are always 0, as in PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1601.06759
 
@@ -18,10 +18,10 @@ _MAX_REACH = 15
 
 
 def tap_offsets(reach: int, rank: int) -> Tensor:
-    """Offsets of the taps of a kernel, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
+    """Return the offsets of a kernel's taps, from -reach to reach along each axis: (rank, 2 reach + 1, ...).
 
     Raises:
-        AezooError: a reach below 1, or above the width of any code.
+        AezooError: the reach is below 1 or above the width of any code.
     """
     if not 1 <= reach <= _MAX_REACH:
         raise AezooError(f"reach must be from 1 to {_MAX_REACH}, got {reach}")
@@ -29,13 +29,13 @@ def tap_offsets(reach: int, rank: int) -> Tensor:
 
 
 class Context(nn.Module):
-    """Parameters of the distributions of a map's places, from known places and side information.
+    """Computes the distribution at each place of a map from known places and side information.
 
     Args:
         channels: M.
         side_channels: S.
         kernel_mask: which taps of the kernel are not masked, (2 reach + 1, ...), bool.
-        n_params: P, parameters of the distribution of one channel: mean and raw scale.
+        n_params: P, number of parameters per channel: mean and raw scale.
     """
 
     kernel_mask: Tensor
@@ -57,15 +57,15 @@ class Context(nn.Module):
         return self.weight * self.kernel_mask
 
     def masked_conv(self, y: Tensor) -> Tensor:
-        """The context of every place: (B, M, *grid) -> (B, 2 M, *grid)."""
+        """Return the context of every place: (B, M, *grid) -> (B, 2 M, *grid)."""
         return _CONV[self.kernel_mask.dim()](y.to(self.weight), self._masked_weight(), self.bias, padding=self.reach)
 
     def masked_conv_at(self, patch: Tensor) -> Tensor:
-        """The context of one place, from the places around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
+        """Return the context of one place from the places around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
         return F.linear(patch.to(self.weight).flatten(1), self._masked_weight().flatten(1), self.bias)
 
     def forward(self, side: Tensor, context: Tensor) -> tuple[Tensor, ...]:
-        """P parameters of each distribution: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
+        """Return P parameters of each distribution: (B, S, ...), (B, 2 M, ...) -> P times (B, M, ...)."""
         joined = torch.cat([side.to(self.weight), context.to(self.weight)], 1).movedim(1, -1)
         params: Tensor = self.fuse(joined).movedim(-1, 1)
         return params.split(self.channels, 1)

@@ -1,13 +1,13 @@
-"""Dictionaries: decoders of sparse codes, and their training.
+"""Dictionaries, which decode sparse codes, and their training.
 
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
 
 `UnitNorm` keeps the norm during training. It removes the gradient along each direction before the optimiser's step, so
-that Adam's moments hold none of it, and normalises the directions after the step (Bricken et al. 2023, Gao et al. 2024,
-section A.1).
+that it does not enter Adam's moments, and normalises the directions after the step (Bricken et al. 2023, Gao et al.
+2024, section A.1).
 
-Directions may have any norm instead (https://transformer-circuits.pub/2024/april-update). `InputNorm` normalises each
-sample before it is encoded.
+Alternatively, directions may have any norm (https://transformer-circuits.pub/2024/april-update). `InputNorm` normalises
+each sample before it is encoded.
 
 Shapes: B batch, X data dimensions, N latents, k active ones.
 """
@@ -26,22 +26,23 @@ from aezoo.training.projected_weights import Constrained
 
 DECODES = ("auto", "dense", "gather")
 INPUT_NORMS = ("none", "layer_norm", "rms_norm")
-# latents per active latent from which gathering rows beats the dense product, forward and backward, by device: the
-# output of `python -m benchmarks.gather` (benchmarks/results/gather-*.csv); dense on devices that are not measured
+# number of latents per active latent above which gathering rows is faster than the dense product, forward and
+# backward, by device: the output of `python -m benchmarks.gather` (benchmarks/results/gather-*.csv); unmeasured devices
+# use dense
 CROSSOVER = {"cpu": 32}
 _MEDIAN_STEPS = 1000
-# of the authors' code of Gao et al. 2024, https://github.com/openai/sparse_autoencoder
+# as in the code of Gao et al. 2024, https://github.com/openai/sparse_autoencoder
 _LAYER_NORM_EPS = 1e-5
 
 
 class Dictionary(nn.Module):
-    """f -> W f + b with directions d_i, the rows of W_NX, which start with norm 1.
+    """f -> W f + b, where the directions d_i are the rows of W_NX, with initial norm 1.
 
     Args:
         latent_dim: N, number of directions.
         input_shape: shape of one sample and of the output.
-        decode: how `decode_sparse` sums: dense multiplies the whole code by the whole dictionary, gather reads only the
-            rows of active latents, auto takes the faster one for their number.
+        decode: how `decode_sparse` computes the sum: dense multiplies the whole code by the whole dictionary, gather
+            reads only the rows of active latents, auto selects the faster one for their number.
         unit_norm: keep norm 1 in training; otherwise the norm is trained. In the April update it starts at 0.1; with
             Adam at a learning rate of 3e-3, all latents would then die within five steps.
     """
@@ -59,11 +60,11 @@ class Dictionary(nn.Module):
         self.b_X = nn.Parameter(torch.zeros(x_dim))
 
     def directions(self) -> Tensor:
-        """d_i, the rows, (N, X)."""
+        """Return the directions d_i as rows, (N, X)."""
         return self.W_NX
 
     def forward(self, f_BN: Tensor) -> Tensor:
-        """x_hat of a whole code, (B, N) -> (B, *input_shape), in the units of a sample if `InputNorm` appended them."""
+        """Decode whole codes, (B, N) -> (B, *input_shape), and undo a normalisation by `InputNorm`."""
         n = self.latent_dim
         if f_BN.shape[1] == n:
             return self.with_bias(F.linear(f_BN, self.directions().t()))
@@ -72,7 +73,7 @@ class Dictionary(nn.Module):
         return (x_hat_BX * scale_B1 + offset_B1).unflatten(1, self.input_shape)
 
     def decode_sparse(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
-        """x_hat of a code given as its active latents, (B, k), (B, k) -> (B, *input_shape)."""
+        """Decode codes given by their active latents, (B, k), (B, k) -> (B, *input_shape)."""
         return self.with_bias(self.sum_of_directions(values_Bk, index_Bk))
 
     def with_bias(self, sum_BX: Tensor) -> Tensor:
@@ -80,11 +81,11 @@ class Dictionary(nn.Module):
         return (sum_BX + self.b_X).unflatten(1, self.input_shape)
 
     def sum_of_directions(self, values_Bk: Tensor, index_Bk: Tensor) -> Tensor:
-        """sum_j values_j d_{index_j} without b, as for a residual, (B, k), (B, k) -> (B, X)."""
+        """Return sum_j values_j d_{index_j}, without b, (B, k), (B, k) -> (B, X)."""
         d_NX = self.directions()
         if not self.uses_gather(index_Bk.shape[1]):
             return F.linear(scatter_code(values_Bk, index_Bk, len(d_NX)), d_NX.t())
-        # half precision lacks a backward on some devices, and k small numbers must be added exactly
+        # some devices have no backward pass in half precision, and sums of k small numbers must be exact
         dtype = torch.promote_types(d_NX.dtype, torch.float32)
         sum_BX = nn.functional.embedding_bag(
             index_Bk, d_NX.to(dtype), per_sample_weights=values_Bk.to(dtype), mode="sum"
@@ -92,14 +93,14 @@ class Dictionary(nn.Module):
         return sum_BX.to(d_NX.dtype)
 
     def uses_gather(self, k: int) -> bool:
-        """Whether rows are gathered for k active latents."""
+        """Return whether rows are gathered for k active latents."""
         if self.decode == "auto":
             return len(self.W_NX) >= CROSSOVER.get(self.W_NX.device.type, math.inf) * k
         return self.decode == "gather"
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Remove the gradient along each direction: the normalisation would undo a step along it."""
+        """Remove the gradient along each direction, since the normalisation would undo a step along it."""
         grad_NX, d_NX = self.W_NX.grad, self.W_NX
         if grad_NX is not None and self.unit_norm:
             grad_NX -= (grad_NX * d_NX).sum(1, keepdim=True) * d_NX
@@ -112,11 +113,11 @@ class Dictionary(nn.Module):
 
 
 class UnitNorm(Constrained):
-    """Mixin, placed before `Autoencoder`, for models with a `Dictionary` as decoder: unit norm and dead latents.
+    """Mixin, before `Autoencoder`, for models with a `Dictionary` as decoder: unit norm and dead latents.
 
     Attributes:
         decoder: the dictionary.
-        since_fired_N: samples of all ranks since each latent fired.
+        since_fired_N: number of samples, on all ranks, since each latent was last active.
     """
 
     decoder: Dictionary
@@ -128,7 +129,7 @@ class UnitNorm(Constrained):
 
         Args:
             latent_dim: N, number of latents.
-            dead_after: a latent is dead when it has not fired for this many samples.
+            dead_after: a latent is dead if it has been inactive for this many samples.
             data_init: whether the first training batch initialises the parameters.
         """
         self.dead_after = dead_after
@@ -137,17 +138,17 @@ class UnitNorm(Constrained):
             self.enable_data_init()  # type: ignore[operator]
 
     def target_shape(self) -> tuple[int, ...]:
-        """Shape of the data that one code explains: a sample, unless a sample holds several codes."""
+        """Return the shape that one code reconstructs: a sample, unless a sample has several codes."""
         return self.input_shape
 
     @property
     def dead_N(self) -> Tensor:
-        """Which latents are dead."""
+        """Return which latents are dead."""
         return self.since_fired_N >= self.dead_after
 
     @torch.no_grad()
     def update_firing(self, f_BN: Tensor) -> None:
-        """In training, add this batch of all ranks to the samples since each latent fired."""
+        """In training, update the number of samples, on all ranks, since each latent was last active."""
         if self.training:
             fired_N = (f_BN != 0).any(0).long()
             samples = len(f_BN)
@@ -157,7 +158,7 @@ class UnitNorm(Constrained):
             self.since_fired_N.add_(samples).mul_(1 - fired_N)
 
     def usage_terms(self, f_BN: Tensor) -> dict[str, Tensor]:
-        """Count the batch; return the mean number of active latents per sample and the share of dead ones."""
+        """Update the counters; return the mean number of active latents per sample and the fraction of dead latents."""
         self.update_firing(f_BN)
         return {"l0": (f_BN != 0).sum(1).float().mean(), "dead_latents": self.dead_N.float().mean()}
 
@@ -171,10 +172,10 @@ class UnitNorm(Constrained):
             self.check_averages()
 
     def check_averages(self) -> None:
-        """Refuse averages of the weights that do not project them: a mean of directions is shorter than 1.
+        """Check that weights are not averaged without a projection: a mean of unit vectors has a norm below 1.
 
         Raises:
-            AezooError: a callback of the trainer or a schedule-free optimiser averages so.
+            AezooError: a callback of the trainer or a schedule-free optimiser averages in this way.
         """
         averaging = [
             type(callback).__name__
@@ -205,12 +206,12 @@ class UnitNorm(Constrained):
 class InputNorm(nn.Module):
     """Mixin, before `UnitNorm`, for models that may normalise each sample (Gao et al. 2024, section 2.1).
 
-    The loss compares normalised samples. A code then holds the latents, and after them the offset and the scale of its
-    sample, from which `Dictionary` makes a reconstruction in the sample's own units.
+    The loss compares normalised samples. A code then consists of the latents, followed by the offset and the scale of
+    its sample, with which `Dictionary` computes a reconstruction in the units of the sample.
 
     Attributes:
-        input_norm: none; layer_norm: less the mean of a sample's values, divided by their standard deviation; or
-            rms_norm: divided by the root of their mean square.
+        input_norm: none; layer_norm: subtract the mean of a sample's values and divide by their standard deviation; or
+            rms_norm: divide by the root of their mean square.
     """
 
     input_norm: str = "none"
@@ -223,10 +224,10 @@ class InputNorm(nn.Module):
         Args:
             input_norm: see above.
             latent_dim: N, number of latents.
-            bounded: whether the likelihood has outputs in an interval, in which normalised samples do not lie.
+            bounded: whether the likelihood's outputs lie in an interval that does not contain normalised samples.
 
         Raises:
-            AezooError: there is no such kind, or the likelihood does not allow it.
+            AezooError: the kind is unknown, or the likelihood does not support it.
         """
         if input_norm not in INPUT_NORMS:
             raise AezooError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, got {input_norm!r}")
@@ -238,23 +239,23 @@ class InputNorm(nn.Module):
         self.code_shape = (latent_dim if input_norm == "none" else latent_dim + 2,)
 
     def latents(self, x: Tensor) -> Tensor:
-        """The latents f of samples that are normalised, (B, *input_shape) -> (B, N)."""
+        """Return the latents f of normalised samples, (B, *input_shape) -> (B, N)."""
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
-        """f, with input_norm followed by offset and scale, (B, *input_shape) -> (B, *code_shape)."""
+        """Return f, followed by offset and scale if there is an input_norm, (B, *input_shape) -> (B, *code_shape)."""
         if self.input_norm == "none":
             return self.latents(x)
         x_n, units_B2 = normalise_samples(x, self.input_norm)
         return torch.cat([self.latents(x_n), units_B2], 1)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """What the loss compares, (B, *input_shape) -> (B, *input_shape)."""
+        """Return samples as the loss compares them, (B, *input_shape) -> (B, *input_shape)."""
         return x if self.input_norm == "none" else normalise_samples(x, self.input_norm)[0]
 
 
 def normalise_samples(x: Tensor, input_norm: str) -> tuple[Tensor, Tensor]:
-    """Normalised samples, and the offset and scale of each, (B, ...) -> (B, ...), (B, 2).
+    """Return normalised samples and the offset and scale of each, (B, ...) -> (B, ...), (B, 2).
 
     Args:
         x: samples.
@@ -273,14 +274,14 @@ def normalise_samples(x: Tensor, input_norm: str) -> tuple[Tensor, Tensor]:
 
 
 def top_k(pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row after a ReLU, and their indices, (B, N) -> (B, k), (B, k)."""
+    """Return the k largest values of each row after a ReLU, and their indices, (B, N) -> (B, k), (B, k)."""
     values_Bk, index_Bk = pi_BN.topk(k, dim=1)
     return values_Bk.relu(), index_Bk
 
 
 def scatter_code(values_Bk: Tensor, index_Bk: Tensor, latent_dim: int) -> Tensor:
-    """The whole code for given active latents, zero elsewhere, (B, k), (B, k) -> (B, N)."""
-    zeros_BN = values_Bk.new_zeros(values_Bk.shape[0], latent_dim)  # len would fix the batch in an export
+    """Return the whole code for given active latents, zero elsewhere, (B, k), (B, k) -> (B, N)."""
+    zeros_BN = values_Bk.new_zeros(values_Bk.shape[0], latent_dim)  # len would fix an export's batch size
     return zeros_BN.scatter(1, index_Bk, values_Bk)
 
 
@@ -295,16 +296,16 @@ def resample_dead(
 ) -> None:
     """Restart n dead latents, each from one sample (Bricken et al. 2023, "neuron resampling").
 
-    The direction of a latent becomes that of its sample. So does its encoder row, with a fifth of the live rows' norm.
-    Its encoder bias and the optimiser's moments become 0.
+    The direction of a latent becomes that of its sample. Its encoder row gets the same direction, with one fifth of the
+    norm of live rows. Its encoder bias and the optimiser's moments become 0.
 
     Args:
-        encoder: the layer that reads samples.
+        encoder: the layer applied to samples.
         decoder: the dictionary.
         dead_N: which latents are dead, n of them.
         x_nX: the encoder's inputs for the samples.
-        y_nX: the decoder's targets.
-        optimizer: the optimiser of both.
+        y_nX: the decoder's targets for the samples.
+        optimizer: the optimiser of encoder and decoder.
     """
     W, b, D = encoder.weight, encoder.bias, decoder.W_NX
     live_N = ~dead_N if len(x_nX) < len(dead_N) else dead_N
@@ -318,7 +319,7 @@ def resample_dead(
 
 
 def project_to_simplex(v_NP: Tensor) -> Tensor:
-    """The nearest rows that are at least 0 and sum to 1 (Duchi et al. 2008), (N, P) -> (N, P)."""
+    """Return the nearest rows that are nonnegative and sum to 1 (Duchi et al. 2008), (N, P) -> (N, P)."""
     v_NP = v_NP.to(torch.promote_types(v_NP.dtype, torch.float32))
     rank_P = torch.arange(1, v_NP.shape[1] + 1, device=v_NP.device)
     excess_NP = (v_NP.sort(1, descending=True).values.cumsum(1) - 1) / rank_P
@@ -327,10 +328,10 @@ def project_to_simplex(v_NP: Tensor) -> Tensor:
 
 @torch.no_grad()
 def geometric_median(x_BX: Tensor) -> Tensor:
-    """The point with the least summed distance to the rows, (B, X) -> (X,).
+    """Return the point with the smallest sum of distances to the rows, (B, X) -> (X,).
 
-    Uses Weiszfeld's iteration, with Vardi & Zhang's step (2000) at the rows themselves, where the plain iteration
-    divides by 0 or stalls. Runs in float64 on the CPU, so that all ranks get the same bits.
+    Uses Weiszfeld's iteration, with the step of Vardi & Zhang (2000) at the rows themselves, where the plain iteration
+    divides by 0 or stalls. Runs in float64 on the CPU, so that the result is bitwise equal on all ranks.
     """
     x_NX = x_BX.cpu().double()
     m_X = x_NX.mean(0)
@@ -343,7 +344,7 @@ def geometric_median(x_BX: Tensor) -> Tensor:
         weight_N = torch.where(apart_N, 1 / distance_N, 0.0)
         pull_X = weight_N @ (x_NX - m_X)
         here, pull = float((~apart_N).sum()), float(pull_X.norm())
-        if pull <= here:  # no other point is better
+        if pull <= here:  # the current point is the median
             break
         step_X = (1 - here / pull) * pull_X / weight_N.sum()
         m_X = m_X + step_X

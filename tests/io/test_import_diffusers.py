@@ -493,7 +493,7 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
             "does not take config|ask",
         ),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised"),
-        ({"auto_map": {"AutoModel": "evil.Evil"}}, "names code of its own"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "names code to run instead of"),
         ({"down_block_types": ["evil.Evil"] * 2}, "does not take config"),
         ({"block_out_channels": {"class_path": "evil.Evil"}}, "names a class to import"),
         ({"block_out_channels": [4096, 4096]}, "ask for far more than the"),

@@ -318,7 +318,7 @@ def test_feature_maps_are_those_of_torchvision(name: str, tmp_path: Path, monkey
     ("name", "message"),
     [
         ("torchvision:resnet81", "did you mean"),
-        ("torchvision:vit_b_16", "no stages to read: take timm:NAME"),
+        ("torchvision:vit_b_16", "no feature maps: take timm:NAME"),
         ("torchvision:resnet18,out_indices=5", "feature maps 0 to 4"),
     ],
 )

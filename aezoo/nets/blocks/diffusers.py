@@ -1,4 +1,4 @@
-"""Image autoencoders of Hugging Face's `diffusers`: kinds, configs, weights and codes for diffusion models.
+"""Image autoencoders of Hugging Face `diffusers`: kinds, configs, weights and codes for diffusion models.
 
 diffusers is imported when a model is built.
 """
@@ -31,12 +31,12 @@ from aezoo.nets.blocks.split_diffusers import (
 from aezoo.security import json_files, values, weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-# of AutoencoderRAE's config, which may list statistics of each value of a code as text
+# bytes of AutoencoderRAE's config, which may contain statistics for each value of a code
 MAX_CONFIG = 2**26
-# places of its codes along each axis: a table of their positions is built before any weight
+# limit on the places of its codes along each axis, since a table of their positions is built first
 _MOST_PLACES = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# layers of attention in earlier versions of diffusers
+# names in attention layers of earlier versions of diffusers
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _NAMES_OF_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
@@ -47,7 +47,7 @@ _BLOCKS_OF_CONSISTENCY = {
 }
 _TWO_BLOCKS: dict[str, Any] = {key: [block] * 2 for key, block in _BLOCKS.items()} | {"norm_num_groups": 8}
 _TWO_STAGES = {**_TWO_BLOCKS, "block_out_channels": [32, 64]}
-# a small model of each kind, for settings that the user leaves out: the classes' defaults have 1 stage or 10^8 weights
+# a small model of each kind, for omitted settings: the classes' defaults have 1 stage or 10^8 weights
 KINDS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {**_TWO_STAGES, "mid_block_add_attention": False},
     "AsymmetricAutoencoderKL": {
@@ -99,11 +99,11 @@ REFUSED = {
 
 
 def kind_of(name: str) -> Any:
-    """The class of a kind.
+    """Return the class of a kind.
 
     Raises:
-        AezooError: no such kind, a kind that is not an autoencoder of images, or diffusers, for AutoencoderRAE also
-            transformers, is not installed.
+        AezooError: the kind does not exist or is not an image autoencoder; or diffusers (for AutoencoderRAE also
+            transformers) is not installed.
     """
     if name in REFUSED:
         raise AezooError(f"{name} of diffusers {REFUSED[name]}: take one of {', '.join(KINDS)}")
@@ -127,16 +127,16 @@ def kind_of(name: str) -> Any:
 
 
 def build(name: str, config: dict[str, Any], input_shape: tuple[int, ...]) -> Any:
-    """A model with its initial weights.
+    """Create a model with initial weights.
 
     Args:
-        name: its kind.
-        config: arguments of its class; other arguments are taken from `input_shape` and `KINDS`, then from the class's
-            defaults.
+        name: the kind.
+        config: arguments of the class; all others are derived from `input_shape` and `KINDS`, or are the defaults of
+            the class.
         input_shape: (C, H, W).
 
     Raises:
-        AezooError: as `kind_of`, or the class does not take the arguments.
+        AezooError: as `kind_of`, or the class does not accept the arguments.
     """
     cls = kind_of(name)
     given = values.check_plain(config, f"config of {name}: its arguments")
@@ -164,17 +164,17 @@ def build(name: str, config: dict[str, Any], input_shape: tuple[int, ...]) -> An
         if name == CONSISTENCY:
             _check_steps(settings)
         return cls(**settings)
-    except AezooError:  # it has grown too large
+    except AezooError:  # the model is too large
         raise
     except Exception as error:  # a class can fail in any way on unexpected values
         raise AezooError(f"{name} does not take config {_brief(given)}: {_brief(error)}") from error
 
 
 def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...]) -> None:
-    """Let the encoder of AutoencoderRAE resize samples so that its decoder returns their size.
+    """Set the input size of AutoencoderRAE's encoder such that the decoder returns samples of the given size.
 
     Raises:
-        AezooError: there would be far too many places.
+        AezooError: a code would have too many places.
     """
     defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
     sides = defaults | settings
@@ -187,7 +187,7 @@ def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...
 
 
 def _check_steps(settings: dict[str, Any]) -> None:
-    """Refuse a table of steps without those at which samples are drawn, which no shape would show."""
+    """Check that the table of steps includes those at which samples are drawn."""
     if settings.get("decoder_time_embedding_type", "learned") == "learned":
         steps = settings.get("decoder_num_train_timesteps", ConsistencyDecoding.N_STEPS)
         if steps < ConsistencyDecoding.N_STEPS:
@@ -196,7 +196,7 @@ def _check_steps(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _siglip_of_earlier_transformers() -> Iterator[None]:
-    """Let diffusers 0.42 find `vision_model`, which transformers merged into its owner after 5.4."""
+    """Provide `vision_model` for diffusers 0.42, which transformers merged into the parent module after 5.4."""
     siglip: Any = importlib.import_module("transformers").SiglipVisionModel
     merged = "vision_model" not in inspect.getsource(siglip.__init__)
     if merged:
@@ -209,10 +209,10 @@ def _siglip_of_earlier_transformers() -> Iterator[None]:
 
 
 def read(folder: Path) -> Any:
-    """A model that `save_pretrained` has written, only from safetensors, which limit its size.
+    """Load a model that `save_pretrained` has written, only from safetensors files, which limit its size.
 
     Raises:
-        AezooError: as `check_config` and `copy_weights`; or the folder has no such files of one model.
+        AezooError: as `check_config` and `copy_weights`; or the folder has no safetensors file of one model.
     """
     name, config = check_config(_read_config(folder), str(folder))
     if (folder / f"{WEIGHTS}.index.json").exists():
@@ -227,7 +227,7 @@ def read(folder: Path) -> Any:
         )
     try:
         state = load_file(folder / WEIGHTS)
-    except Exception as error:  # a damaged file can end in any error
+    except Exception as error:  # a damaged file can cause any error
         raise AezooError(f"cannot read {folder / WEIGHTS} as {name}: {_brief(error)}; save it again") from error
     with weights.limit_parameters(state):
         net = build(name, config, (0, 0, 0))
@@ -238,22 +238,22 @@ def read(folder: Path) -> Any:
 
 
 def check_config(config: object, what: str) -> tuple[str, dict[str, Any]]:
-    """Kind and all arguments that a model's `config.json` describes, those that it leaves out as the class has them.
+    """Return the kind and all arguments in a model's `config.json`, with the class's defaults for omitted arguments.
 
     Args:
         config: content of the file.
         what: the file or its folder, for messages.
 
     Raises:
-        AezooError: as `kind_of`; it names no model, or needs code of others; or an argument is no plain value.
+        AezooError: as `kind_of`; or it names no model or needs third-party code; or an argument is not a plain value.
     """
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(name, str):
         raise AezooError(f"{what} names no model: it was not written by a model of diffusers")
     if config.get("quantization_config"):
-        raise AezooError(f"{what} is quantised, which needs code of others: give the model that it was made from")
+        raise AezooError(f"{what} is quantised, which needs third-party code: give the model from which it was made")
     if config.get("auto_map"):
-        raise AezooError(f"{what} is refused: its auto_map names code of its own to run in the place of {name}")
+        raise AezooError(f"{what} is refused: its auto_map names code to run instead of {name}")
     parameters = inspect.signature(kind_of(name).__init__).parameters
     known = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     given = {key: value for key, value in config.items() if key in parameters}
@@ -263,7 +263,7 @@ def check_config(config: object, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Copy weights from a file into a model.
+    """Copy weights from a file to a model.
 
     Args:
         own: state dict of the model.
@@ -271,7 +271,7 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
         what: the file, for messages.
 
     Raises:
-        AezooError: a name, a shape or a type of numbers does not fit.
+        AezooError: a name, shape or data type does not fit.
     """
     if "decoder.decoder_embed.weight" in own:  # AutoencoderRAE
         given = {name: given[key] for key, name in own_names(own, given).items()}
@@ -282,7 +282,7 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
         if names:
             raise AezooError(f"{what} does not fit its {CONFIG}: it {problem} {_brief(', '.join(sorted(names)))}")
     for key, value in own.items():
-        # layers of attention were convolutions of one point
+        # attention layers used to be 1x1 convolutions
         found = given[key].squeeze((2, 3)) if value.ndim == 2 and given[key].shape[2:] == (1, 1) else given[key]
         if found.shape != value.shape:
             raise AezooError(
@@ -298,10 +298,10 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
 
 
 def _read_config(folder: Path) -> object:
-    """The content of a folder's `config.json`.
+    """Return the content of a folder's `config.json`.
 
     Raises:
-        AezooError: there is no such file, or it is not JSON.
+        AezooError: the file does not exist or is not JSON.
     """
     if not (folder / CONFIG).is_file():
         raise AezooError(
@@ -312,11 +312,11 @@ def _read_config(folder: Path) -> object:
 
 
 class LatentScaling:
-    """Codes as a diffusion model takes them, and back: (B, D, H, W) -> (B, D, H, W).
+    """Scales codes for a diffusion model, and back: (B, D, H, W) -> (B, D, H, W).
 
-    scale (z - shift), with the factors of the model's config: `scaling_factor` and `shift_factor`, or, channel by
+    scale (z - shift), with the factors in the model's config: `scaling_factor` and `shift_factor`, or, for each
     channel, `scaling_factor` / `latents_std` and `latents_mean`. AutoencoderKLFlux2 has the mean and variance of each
-    value of a patch instead, as buffers of its weights. AutoencoderRAE gives such codes by itself.
+    value of a patch instead, as buffers. Codes of AutoencoderRAE are already scaled.
 
     Args:
         decoder: the decoder of a model, which has these buffers.
@@ -342,12 +342,12 @@ class LatentScaling:
         return ((z - _on_grid(self.shift, z)) * _on_grid(self.scale, z)).to(z)
 
     def restore(self, z: Tensor) -> Tensor:
-        """The inverse: codes as `decode` takes them."""
+        """Return the codes for `decode`, the inverse of `__call__`."""
         return (z / _on_grid(self.scale, z) + _on_grid(self.shift, z)).to(z)
 
 
 def _on_grid(patch: Tensor, z: Tensor) -> Tensor:
-    """Repeat a patch over the grid of codes, (D or 1, h, w) -> (D or 1, H, W); one value of each channel stays."""
+    """Repeat a patch over the grid of codes, (D or 1, h, w) -> (D or 1, H, W); unchanged for one value per channel."""
     if patch.shape[1:] == (1, 1):
         return patch.to(z.device)
     repeats = [-(-n // m) for n, m in zip(z.shape[2:], patch.shape[1:], strict=True)]
@@ -355,13 +355,13 @@ def _on_grid(patch: Tensor, z: Tensor) -> Tensor:
 
 
 def config_of(net: Any) -> dict[str, Any]:
-    """All arguments of a model's class, as plain values from which `build` can recreate it."""
+    """Return all arguments of a model's class as plain values, from which `build` can recreate it."""
     config: dict[str, Any] = json.loads(json.dumps({key: net.config[key] for key in _arguments(type(net))}))
     return config
 
 
 def whole_config(net: Any) -> dict[str, Any]:
-    """`config_of` with the statistics of codes, from which diffusers takes the shapes of weights."""
+    """Return `config_of` with the statistics of codes, from which diffusers derives shapes of weights."""
     config = config_of(net)
     if type(net).__name__ == RAE:
         config |= {argument: net.get_buffer(name).tolist() for argument, name in STATISTICS.items()}
@@ -371,7 +371,7 @@ def whole_config(net: Any) -> dict[str, Any]:
 def code_shape(
     encoder: SplitModule, decoder: SplitModule, input_shape: tuple[int, ...], gaussian: bool
 ) -> tuple[int, ...]:
-    """Shape of a code, computed from shapes only.
+    """Return the shape of a code, computed from shapes only.
 
     Args:
         encoder: the encoder of a model.
@@ -380,7 +380,7 @@ def code_shape(
         gaussian: whether half of the encoder's channels are log-variances.
 
     Raises:
-        AezooError: the model does not take such samples, or returns another shape.
+        AezooError: the model does not accept such samples, or returns another shape.
     """
     name = type(encoder.net).__name__
     if name in (RAE, CONSISTENCY) and input_shape[0] != 3:

@@ -1,4 +1,4 @@
-"""Frozen networks whose activations are compared in feature losses, and whose feature maps detectors read."""
+"""Frozen networks for feature losses and for anomaly detection on feature maps."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from aezoo.training.seeding import forked_rng
 
 VGG = ("vgg16", "vgg19")
 TORCHVISION = "torchvision:"
-# torchvision's network, torchmetrics' file of its channels' weights, the layers that are read, and the smallest side
+# torchvision's network, torchmetrics' file of channel weights, indices of the feature layers, the smallest side
 _LPIPS: dict[str, tuple[str, str, tuple[int, ...], int]] = {
     "lpips": ("vgg16", "vgg", (3, 8, 15, 22, 29), 16),
     "lpips:alex": ("alexnet", "alex", (1, 4, 7, 9, 11), 31),
@@ -35,9 +35,9 @@ RANDOM_WIDTHS = {"conv": (16, 32, 64), "mlp": (512, 512)}
 
 
 class FeatureDistance:
-    """The distance of two batches in the features of a network that is not part of the model.
+    """The distance between two batches in the features of a network that is not part of the model.
 
-    The model holds it as a plain object, so it is not saved, trained or synchronised between ranks. It moves to the
+    The model stores it as a plain object, so it is not saved, trained or synchronised between ranks. It moves to the
     device of the data.
 
     Args:
@@ -47,7 +47,7 @@ class FeatureDistance:
         argument: the network's name in the model's arguments.
 
     Raises:
-        AezooError: no such network.
+        AezooError: the network does not exist.
     """
 
     def __init__(self, features: str, input_shape: tuple[int, ...], argument: str = "features") -> None:
@@ -62,17 +62,17 @@ class FeatureDistance:
 
     @property
     def channels(self) -> int:
-        """Channels of the last feature layer, for samples with a grid."""
+        """Return the number of channels of the last feature layer, for samples with a grid."""
         if has_feature_maps(self.features):
             return feature_map_shapes(self.features, self.input_shape)[-1][0]
         known = {"random": RANDOM_WIDTHS["conv"][-1], "lpips": 512, "lpips:squeeze": 512}
         return known.get(self.features, 256)
 
     def read(self) -> "FeatureNet | None":
-        """The network, loaded from its file on the first call, so that a model can be loaded without the file.
+        """Return the network, loaded on the first call, so that a model can be loaded without the network's file.
 
         Raises:
-            AezooError: there is no such file, or it does not fit the data.
+            AezooError: the file does not exist, or the network does not fit the data.
         """
         if self.net is None and self.features != "none":
             if has_feature_maps(self.features):
@@ -94,7 +94,7 @@ class FeatureDistance:
         return self
 
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """The network's distance, 0 without one: (B, *shape), (B, *shape) -> (B,)."""
+        """Return the network's distance, or 0 without a network: (B, *shape), (B, *shape) -> (B,)."""
         x_hat, x = at_least_float32(x_hat), at_least_float32(x)
         net = self.move_to(x).read()
         if net is None:
@@ -104,7 +104,7 @@ class FeatureDistance:
 
 
 class FeatureNet(nn.Module):
-    """A sequence of layers, the outputs of some of which are features.
+    """A sequence of layers; the outputs of some layers are features.
 
     Args:
         layers: the network up to its last feature layer.
@@ -126,7 +126,7 @@ class FeatureNet(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The outputs of the feature layers, (B, ...) each."""
+        """Return the outputs of the feature layers, (B, ...) each."""
         x = x.to(next(self.parameters()).dtype)
         if self.imagenet:
             x = (x - self.mean) / self.std
@@ -144,7 +144,7 @@ class FeatureNet(nn.Module):
 
 
 class BackboneFeatures(FeatureNet):
-    """Feature maps of a backbone of timm, which is not trained.
+    """Feature maps of a frozen backbone of timm.
 
     Args:
         description: the backbone.
@@ -164,10 +164,10 @@ class BackboneFeatures(FeatureNet):
 class LPIPS(FeatureNet):
     """Learned perceptual similarity (Zhang et al. 2018), https://arxiv.org/abs/1801.03924
 
-    Features have length 1 at each place, and weights of their channels agree with human judgements.
+    Features are normalised at each place, and the weights of their channels are fitted to human judgements.
 
     Args:
-        layers: those of VGG-16, AlexNet or SqueezeNet.
+        layers: the layers of VGG-16, AlexNet or SqueezeNet.
         channel_weights: w_l, the weights of the channels of each feature layer.
         layer_indices: indices of the feature layers.
     """
@@ -180,22 +180,22 @@ class LPIPS(FeatureNet):
             self.register_buffer(f"weight_{i}", weight.flatten()[:, None, None])
 
     def distance(self, features: list[Tensor], others: list[Tensor]) -> Tensor:
-        """Sum over layers of the mean over places of sum_c w_c (F_c / ||F|| - F'_c / ||F'||)^2."""
+        """Return the sum over layers of the mean over places of sum_c w_c (F_c / ||F|| - F'_c / ||F'||)^2."""
         total = []
         for i, pair in enumerate(zip(features, others, strict=True)):
-            # 1e-8 as in torchmetrics: where all activations are 0, the root has no slope
+            # 1e-8 as in torchmetrics: the root is not differentiable at 0
             a, b = (f / (f.square().sum(1, keepdim=True) + 1e-8).sqrt() for f in pair)
             total.append((self.get_buffer(f"weight_{i}") * (a - b).square()).sum(1).mean((1, 2)))
         return torch.stack(total).sum(0)
 
 
 def has_feature_maps(name: str) -> bool:
-    """Whether `feature_maps` takes a name."""
+    """Return whether `feature_maps` accepts a name."""
     return name.startswith((TIMM, TORCHVISION))
 
 
 def without_weights(name: str) -> str:
-    """The same network for `feature_maps`, without asking for weights, since they come from elsewhere."""
+    """Remove the option for weights from a name for `feature_maps`, for models whose weights are loaded afterwards."""
     if not name.startswith(TORCHVISION):
         return build.without_weights(name)
     kept = [part for part in name.split(",") if part.partition("=")[0].strip() != "pretrained"]
@@ -203,22 +203,22 @@ def without_weights(name: str) -> str:
 
 
 def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
-    """A frozen network that gives feature maps at several depths, from the largest to the smallest.
+    """Return a frozen network with feature maps at several depths, from the largest to the smallest.
 
     Args:
         name: torchvision:NAME, a classifier with the weights that torch.hub has stored, such as resnet50, vgg16_bn,
-            convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. The option
-            out_indices=1:2:3 chooses maps in both; all by default, one for each size that a map has. Without the option
-            pretrained, a network of timm has fixed random weights, one of torchvision with pretrained=false; with
-            pretrained=FILE both have the weights of a file.
+            convnext_tiny or efficientnet_b0; or timm:NAME,OPTION,.. as in `aezoo.nets.blocks.timm_backbone`. In both,
+            the option out_indices=1:2:3 selects maps; by default all are used, one for each size of map. Without the
+            option pretrained, a network of timm has fixed random weights, as has a network of torchvision with
+            pretrained=false; pretrained=FILE loads weights from a file in both.
         input_shape: (C, H, W), of 1 or 3 channels for torchvision.
 
     Raises:
-        AezooError: no such network, missing weights, or samples that the network cannot take.
+        AezooError: the network does not exist, its weights are missing, or it does not support the samples.
     """
     if name.startswith(TIMM):
         with forked_rng(torch.device("cpu")):
-            torch.manual_seed(0)  # a loaded model must compare the same features
+            torch.manual_seed(0)  # a loaded model must use the same features
             return BackboneFeatures(dataclasses.replace(parse(name), frozen=True), tuple(input_shape))
     net, stages, chosen = _torchvision(name, tuple(input_shape), "cpu")
     description = parse(name.removeprefix(TORCHVISION))
@@ -230,7 +230,7 @@ def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
 
 
 def feature_map_shapes(name: str, input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """(C, H, W) of each of these maps, without the weights."""
+    """Return (C, H, W) of each map of `feature_maps`, without loading weights."""
     if name.startswith(TIMM):
         return [*plan(dataclasses.replace(parse(name), frozen=True), tuple(input_shape), last_only=False).shapes]
     _, stages, chosen = _torchvision(name, tuple(input_shape), "meta")
@@ -244,7 +244,7 @@ def feature_map_shapes(name: str, input_shape: tuple[int, ...]) -> list[tuple[in
 def _torchvision(
     name: str, input_shape: tuple[int, ...], device: str
 ) -> tuple[nn.Module, list[nn.Module], tuple[int, ...]]:
-    """A network, its stages, each of which ends before a map shrinks, and the indices of the stages that are read."""
+    """Return a network, its stages, each of which ends before a smaller map, and the indices of the selected stages."""
     from torchvision import models
 
     description = parse(name.removeprefix(TORCHVISION))
@@ -264,7 +264,7 @@ def _torchvision(
         stages = _split_before_smaller_maps([*net.features])
     else:
         raise AezooError(
-            f"torchvision's {description.name} has no stages to read: take timm:NAME, which has more networks"
+            f"torchvision's {description.name} has no feature maps: take timm:NAME, which has more networks"
         )
     chosen = description.out_indices or tuple(range(len(stages)))
     if not all(-len(stages) <= i < len(stages) for i in chosen):
@@ -273,11 +273,11 @@ def _torchvision(
 
 
 def _classifier(name: str) -> Any:
-    """A network of torchvision whose layers do not work in place, which would overwrite a map."""
+    """Return a network of torchvision without in-place layers, which would overwrite maps."""
     from torchvision import models
 
     with forked_rng(torch.device("cpu")):
-        torch.manual_seed(0)  # a loaded model must compare the same features
+        torch.manual_seed(0)  # a loaded model must use the same features
         net = models.get_model(name, weights=None)
     for module in net.modules():
         if hasattr(module, "inplace"):
@@ -299,7 +299,7 @@ def _split_before_smaller_maps(layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def default_features(input_shape: tuple[int, ...]) -> str:
-    """What `features=auto` means: lpips for its images if torch.hub has VGG-16's weights here, else random."""
+    """Return the value of `features=auto`: lpips for supported images if torch.hub has stored VGG-16, else random."""
     fits = len(input_shape) == 3 and input_shape[0] in (1, 3) and min(input_shape[1:]) >= _LPIPS["lpips"][3]
     # only then import torchvision
     stored = fits and any(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth"))
@@ -307,10 +307,10 @@ def default_features(input_shape: tuple[int, ...]) -> str:
 
 
 def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
-    """Strided convolutions for data with a grid, else an MLP, with He-normal weights from a fixed seed."""
+    """Create strided convolutions for data with a grid, else an MLP, with He-normal weights from a fixed seed."""
     rng = np.random.RandomState(0)  # NumPy guarantees its stream (NEP 19)
     kind = "conv" if len(input_shape) > 1 else "mlp"
-    with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, must not use up random numbers
+    with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced, must not consume random numbers
         net = FeatureNet([*encoder(kind, input_shape, (1,), RANDOM_WIDTHS[kind]).children()])
     for p in net.parameters():
         fan_in = p[0].numel()
@@ -320,7 +320,7 @@ def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
 
 
 def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
-    """The first layers of VGG-16 or VGG-19, which differ only in their weights."""
+    """Return the first layers of VGG-16 or VGG-19, which differ only in their weights."""
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
         raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
     layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256)
@@ -331,7 +331,7 @@ def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
 
 
 def lpips_features(input_shape: tuple[int, ...], name: str = "lpips") -> LPIPS:
-    """The network of a name in `_LPIPS` with the channels' weights that torchmetrics has."""
+    """Return the network of a name in `_LPIPS`, with the channel weights of torchmetrics."""
     network, weights, indices, side = _LPIPS[name]
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < side:
         raise AezooError(
@@ -349,7 +349,7 @@ def lpips_features(input_shape: tuple[int, ...], name: str = "lpips") -> LPIPS:
 
 
 def _vgg_layers(*widths: int) -> list[nn.Module]:
-    """Convolutions of these widths, and a pooling for each 0."""
+    """Create convolutions of these widths, and a pooling layer for each 0."""
     layers: list[nn.Module] = []
     before = 3
     for width in widths:
@@ -365,12 +365,12 @@ def _load_layers(layers: list[nn.Module], known: str, file: Path | None) -> None
 
 
 def named_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet | None:
-    """The network that a setting `features` names: random, a VGG, its file, torchvision:NAME or timm:NAME.
+    """Return the network for a value of `features`: random, a VGG, a file, torchvision:NAME or timm:NAME.
 
-    None for any other name, such as the path to a model of the zoo.
+    Returns None for any other name, such as the path to a model of aezoo.
 
     Raises:
-        AezooError: as in the functions for each of them.
+        AezooError: as the functions for each kind of network.
     """
     if has_feature_maps(name):
         return feature_maps(name, input_shape)

@@ -1,8 +1,8 @@
-"""Normalising flows: invertible maps of codes that know the log|det| of their Jacobian.
+"""Normalising flows: invertible maps of codes with a known log|det| of the Jacobian.
 
     u = f(z)     log q(u) = log q(z) - log|det df/dz|
 
-`FLOWS` maps names to steps whose parameters are given for each sample, as an encoder's output:
+`FLOWS` maps names to steps whose parameters are given for each sample, as the output of an encoder:
 
     planar      f(z) = z + u' tanh(w z + b)                 u' = u + (m(w u) - w u) w / ||w||^2
     radial      f(z) = z + b' (z - c) / (a + ||z - c||)     a > 0, b' = a m(b)
@@ -30,12 +30,12 @@ from aezoo.training.precision import at_least_float32
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MAX_FLOWS = 256
-# minimum distance from -1 of values that must stay above it: softplus and tanh reach their limits in float32
+# minimum distance from -1, or from the limits of tanh, since softplus and tanh reach their limits in float32
 FLOOR = 1e-3
 
 
 def check_n_flows(n_flows: int) -> None:
-    """Refuse a number of steps or layers that no model supports.
+    """Check the number of steps or layers.
 
     Raises:
         AezooError: the number is below 0 or above 256.
@@ -45,12 +45,12 @@ def check_n_flows(n_flows: int) -> None:
 
 
 def above_minus_one(t: Tensor) -> Tensor:
-    """An increasing function m with m(0) = 0 and values of at least -1 + 1e-3."""
+    """Return m(t), an increasing function with m(0) = 0 and values of at least -1 + 1e-3."""
     return F.softplus(t + math.log(math.expm1(1 - FLOOR))) - (1 - FLOOR)
 
 
 def inverse_above_minus_one(m: Tensor) -> Tensor:
-    """The t of which a value above -1 + 1e-3 is `above_minus_one`."""
+    """Invert `above_minus_one` for values above -1 + 1e-3."""
     y = m + (1 - FLOOR)
     return y + torch.log(-torch.expm1(-y)) - math.log(math.expm1(1 - FLOOR))
 
@@ -61,7 +61,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def planar(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Step with parameters u, w, b: (..., D), (..., 2 D + 1) -> codes after the step, (..., D), and log|det|, (...)."""
+    """Apply a step with parameters u, w, b: (..., D), (..., 2 D + 1) -> new codes, (..., D), and log|det|, (...)."""
     d = z.shape[-1]
     u, w, b = parameters.split([d, d, 1], -1)
     w_u = above_minus_one(dot(w, u))
@@ -71,7 +71,7 @@ def planar(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Step with parameters c, a, b: (..., D), (..., D + 2) -> codes after the step, (..., D), and log|det|, (...)."""
+    """Apply a step with parameters c, a, b: (..., D), (..., D + 2) -> new codes, (..., D), and log|det|, (...)."""
     d = z.shape[-1]
     centre, a, b = parameters.split([d, 1, 1], -1)
     a = F.softplus(a) + FLOOR
@@ -83,7 +83,7 @@ def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sylvester(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Step with R, S, b, Q: (..., D), (..., D^2 + 2 D + H D) -> codes after the step, (..., D), and log|det|, (...).
+    """Apply a step with R, S, b, Q: (..., D), (..., D^2 + 2 D + H D) -> new codes, (..., D), and log|det|, (...).
 
     Q is the product of H Householder reflections; the diagonals of R and S lie within (-1, 1).
     """
@@ -107,7 +107,7 @@ def sylvester(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reflect(z: Tensor, axis: Tensor) -> Tensor:
-    """(I - 2 v v^T / ||v||^2) z."""
+    """Return (I - 2 v v^T / ||v||^2) z."""
     return z - 2 * axis * dot(axis, z) / dot(axis, axis).clamp_min(1e-12)
 
 
@@ -120,7 +120,7 @@ FLOWS: dict[str, tuple[Step, Callable[[int], int]]] = {
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without the weights that a mask excludes.
+    """A linear layer with masked weights.
 
     Args:
         mask: whether an output, by row, may depend on an input, by column.
@@ -137,10 +137,10 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    """Shift and gate of each element of a code, given the elements before it and a context, from one hidden layer.
+    """Computes shift and gate of each element of a code from previous elements and a context, with one hidden layer.
 
     Germain et al. 2015, https://arxiv.org/abs/1502.03509: hidden units have degrees from 0 to D - 1; units of degree 0
-    see only the context.
+    depend only on the context.
 
     Args:
         size: D.
@@ -155,7 +155,7 @@ class MADE(nn.Module):
         self.gate = MaskedLinear(degree_D[:, None] >= degree_H)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and gate, before a sigmoid: (..., B, D), (B, H) -> (..., B, D), (..., B, D)."""
+        """Return shift and gate, before a sigmoid: (..., B, D), (B, H) -> (..., B, D), (..., B, D)."""
         dtype = self.first.weight.dtype
         hidden = F.elu(self.first(z.to(dtype)) + context.to(dtype))
         return at_least_float32(self.shift(hidden)), at_least_float32(self.gate(hidden))
@@ -179,7 +179,7 @@ class AffineLayer(nn.Module):
     def __init__(self, rank_D: Tensor, fixed: bool, width: int) -> None:
         super().__init__()
         self.n_ranks = int(rank_D.max()) + 1
-        # a hidden unit of rank r reads elements below rank r and feeds elements from rank r on (Germain et al. 2015)
+        # a hidden unit of rank r has inputs of rank below r and outputs of rank r or more (Germain et al. 2015)
         rank_H = 1 + torch.arange(width) * max(1, self.n_ranks - 1) // width
         self.net = nn.Sequential(
             MaskedLinear(rank_H[:, None] > rank_D),
@@ -192,18 +192,18 @@ class AffineLayer(nn.Module):
         self.register_buffer("moves_D", moves_D, persistent=False)
 
     def shift_and_log_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The m and a of the formula: (..., D) -> (..., D), (..., D)."""
+        """Return m and a of the formula: (..., D) -> (..., D), (..., D)."""
         m, a = at_least_float32(self.net(z.to(next(self.net.parameters()).dtype))).chunk(2, -1)
-        # the scale stays within a factor of 1000, as in zuko
+        # the scale is limited to a factor of 1000, as in zuko
         return m * self.moves_D, a / (1 + a.abs() / math.log(1000)) * self.moves_D
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The moved elements and log|det|: (..., D) -> (..., D), (...)."""
+        """Return f(z) and log|det|: (..., D) -> (..., D), (...)."""
         m, a = self.shift_and_log_scale(z)
         return z * a.exp() + m, a.sum(-1)
 
     def inverse(self, u: Tensor) -> Tensor:
-        """Invert f rank by rank, each rank from the elements found before: (..., D) -> (..., D)."""
+        """Invert f rank by rank, each rank from the elements of lower rank: (..., D) -> (..., D)."""
         z = torch.zeros_like(u)
         for _ in range(self.n_ranks):
             m, a = self.shift_and_log_scale(z)
@@ -212,7 +212,7 @@ class AffineLayer(nn.Module):
 
 
 class AutoregressiveFlow(nn.ModuleList):
-    """f(z) of masked autoregressive layers with alternating order of the elements; without layers the identity.
+    """Masked autoregressive layers with alternating order of the elements; without layers the identity.
 
     Args:
         size: D.
@@ -225,7 +225,7 @@ class AutoregressiveFlow(nn.ModuleList):
         super().__init__(AffineLayer(order_D.flip(0) if t % 2 else order_D, False, width) for t in range(n_flows))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """f(z) and log|det df/dz|: (..., D) -> (..., D), (...)."""
+        """Return f(z) and log|det df/dz|: (..., D) -> (..., D), (...)."""
         log_det = torch.zeros_like(z[..., 0])
         for layer in self:
             z, log_det_t = layer(z)
@@ -233,7 +233,7 @@ class AutoregressiveFlow(nn.ModuleList):
         return z, log_det
 
     def inverse(self, u: Tensor) -> Tensor:
-        """The z for which f(z) = u: (..., D) -> (..., D)."""
+        """Return z such that f(z) = u: (..., D) -> (..., D)."""
         layer: nn.Module
         for layer in reversed(self):
             u = layer.inverse(u)  # type: ignore[operator]

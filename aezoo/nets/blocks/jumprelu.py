@@ -1,9 +1,9 @@
-"""JumpReLU with thresholds that are trained (Rajamanoharan et al. 2024), https://arxiv.org/abs/2407.14435
+"""JumpReLU with trained thresholds (Rajamanoharan et al. 2024), https://arxiv.org/abs/2407.14435
 
     f = pi H(pi - theta)
 
-H is the unit step and theta >= 0. A step has no slope in theta, so the slope is estimated (section 4) with a rectangle
-of width eps, K(u) = 1 for |u| < 1/2:
+H is the unit step and theta >= 0. The derivative of a step in theta is 0, so it is estimated (section 4) with a
+rectangle of width eps, K(u) = 1 for |u| < 1/2:
 
     df / dtheta = -theta / eps K((pi - theta) / eps)     dH(pi - theta) / dtheta = -1 / eps K((pi - theta) / eps)
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 
 class JumpReLU(nn.Module):
-    """Mixin, before `Autoencoder`, for models with thresholds; without `init_thresholds` it does nothing.
+    """Mixin, before `Autoencoder`, for models with thresholds; it has no effect without `init_thresholds`.
 
     Attributes:
-        theta_N: the thresholds, which stay float32 in a model of bf16.
+        theta_N: the thresholds, which stay float32 in a bf16 model.
         bandwidth: eps.
     """
 
@@ -33,7 +33,7 @@ class JumpReLU(nn.Module):
 
         Args:
             latent_dim: N, number of latents.
-            threshold: theta at the start.
+            threshold: initial theta.
             bandwidth: eps.
         """
         self.bandwidth = bandwidth
@@ -48,18 +48,18 @@ class JumpReLU(nn.Module):
         return self
 
     def step(self, pi_BN: Tensor) -> Tensor:
-        """H(pi - theta), with its slope in theta estimated by the rectangle, (B, N) -> (B, N)."""
+        """Return H(pi - theta), with its estimated derivative in theta, (B, N) -> (B, N)."""
         above_BN = (pi_BN > self.theta_N).to(pi_BN.dtype)
         near_BN = ((pi_BN - self.theta_N).abs() < self.bandwidth / 2).to(pi_BN.dtype)
         slope_BN = -near_BN / self.bandwidth
         return above_BN + slope_BN * (self.theta_N - self.theta_N.detach())
 
     def jump(self, pi_BN: Tensor) -> Tensor:
-        """Compute pi H(pi - theta), with its estimated slope in theta, (B, N) -> (B, N)."""
+        """Return pi H(pi - theta), with its estimated derivative in theta, (B, N) -> (B, N)."""
         step_BN = self.step(pi_BN)
         return pi_BN * step_BN.detach() + self.theta_N.detach() * (step_BN - step_BN.detach())
 
     @torch.no_grad()
     def clamp_thresholds(self) -> None:
-        """Keep thresholds at 0 or above, after a step of the optimiser."""
+        """Clamp thresholds to at least 0, after a step of the optimiser."""
         self.theta_N.clamp_(min=0)

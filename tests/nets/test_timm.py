@@ -176,8 +176,8 @@ def test_file_put_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("timm:test_resnet.nothing", r"no weights 'test_resnet.nothing': take one of test_resnet\.r160_in1k"),
         ("timm:test_resnet,frozen=7", "frozen cannot be '7'"),
         ("timm:test_resnet,frozen,frozen", "'frozen' is given twice"),
-        ("timm:test_resnet,num_classes=3", "'num_classes' is given twice, or is not one to be given"),
-        ("timm:test_resnet,checkpoint_path=x.pth", "not one to be given"),
+        ("timm:test_resnet,num_classes=3", "'num_classes' is given twice, or is not allowed"),
+        ("timm:test_resnet,checkpoint_path=x.pth", "not allowed"),
         ("timm:test_resnet,bogus=1", "unexpected keyword argument 'bogus'"),
         ("timm:test_resnet,pretrained=nowhere", "names 0 files of weights"),
         ("timm:test_resnet,out_indices=1:2", "out_indices one number"),
@@ -206,8 +206,8 @@ def test_file_without_all_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, file)
     nets.encoder(f"{RESNET},pretrained={file}", (3, 32, 32), (2,), ())
     for content, message in (
-        ({k: v for k, v in state.items() if not k.startswith("layer2")}, "it lacks layer2.0.conv1.weight"),
-        ({"a": torch.zeros(1)}, "it lacks conv1"),
+        ({k: v for k, v in state.items() if not k.startswith("layer2")}, "it has no layer2.0.conv1.weight"),
+        ({"a": torch.zeros(1)}, "it has no conv1"),
         (state | {"layer2.0.conv1.weight": torch.zeros(1)}, "size mismatch"),
         (state | {"layer2.0.conv1.weight": "text"}, "is a str and no tensor"),
         (torch.zeros(3), "contains a Tensor"),

@@ -1,4 +1,4 @@
-"""Labels of samples: a label is an integer from 0 to K - 1, and -1 means no label.
+"""Labels of samples: integers from 0 to K - 1, or -1 for unlabelled samples.
 
 Shapes: B batch, D latent, K labels, E = D + K code.
 """
@@ -14,10 +14,10 @@ from aezoo.errors import AezooError
 
 
 def check_num_classes(num_classes: int | None) -> int:
-    """The number of classes, for labelled data.
+    """Return the number of classes of labelled data.
 
     Raises:
-        AezooError: none, or fewer than one.
+        AezooError: it is None or below 1.
     """
     if num_classes is None:
         raise AezooError("the data have no classes, which this model needs: give data with labels, or take vae")
@@ -27,10 +27,10 @@ def check_num_classes(num_classes: int | None) -> int:
 
 
 def check_labels(y: Tensor) -> Tensor:
-    """Check labels that are only compared with each other, (B,), and return them unchanged.
+    """Check labels that are only compared with each other, (B,), and return them.
 
     Raises:
-        AezooError: another shape.
+        AezooError: the labels have another shape.
     """
     if y.ndim != 1:
         raise AezooError(f"labels must be one number a sample, got {y.dtype} of shape {tuple(y.shape)}")
@@ -39,10 +39,10 @@ def check_labels(y: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def all_labelled(y: Tensor, num_classes: int) -> bool:
-    """Whether all samples have a label.
+    """Return whether all samples have a label.
 
     Raises:
-        AezooError: values that are not labels of this number of classes.
+        AezooError: values are not labels for this number of classes.
     """
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a graph cannot wait for values, and the code for missing labels is correct in all cases
@@ -59,10 +59,10 @@ def all_labelled(y: Tensor, num_classes: int) -> bool:
 
 
 def resolve_labels(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
-    """The labels of n samples to draw, (n,): y for all, one y for each, or labels drawn uniformly.
+    """Return labels of n samples to draw, (n,): y for all, one y for each, or labels drawn uniformly.
 
     Raises:
-        AezooError: the number of labels differs from that of samples, or values are not labels.
+        AezooError: the numbers of labels and samples differ, or values are not labels.
     """
     labels = torch.randint(num_classes, (n,)) if y is None else torch.as_tensor(y)
     labels = labels.expand(n) if labels.ndim == 0 else labels
@@ -72,12 +72,12 @@ def resolve_labels(y: Tensor | int | None, n: int, num_classes: int) -> Tensor:
 
 
 def one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
-    """Labels as vectors of another tensor's type: (...) -> (..., K)."""
+    """Return one-hot labels with the data type of another tensor: (...) -> (..., K)."""
     return F.one_hot(y.long(), num_classes).to(like.dtype)
 
 
 def repeat_for_each_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """All samples with the first label, then all with the second, ...: (B, *shape) -> (K B, *shape), (K B, K)."""
+    """Repeat all samples with the first label, then the second, and so on: (B, *shape) -> (K B, *shape), (K B, K)."""
     y_KK = torch.eye(num_classes, device=x.device, dtype=x.dtype)
     # torch.export would treat len(x) as a constant
     y_KBK = y_KK[:, None].expand(-1, x.shape[0], -1)
@@ -85,7 +85,7 @@ def repeat_for_each_label(x: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def select_label(y: Tensor, values_BK: Tensor, default_B: Tensor) -> Tensor:
-    """The value of each sample at its label, or the other value without a label: (B,), (B, K), (B,) -> (B,)."""
+    """Select the value at each sample's label, or the default without a label: (B,), (B, K), (B,) -> (B,)."""
     return torch.where(y >= 0, values_BK.gather(1, y.long().clamp(min=0)[:, None])[:, 0], default_B)
 
 
@@ -98,7 +98,7 @@ class ConcatLabel(nn.Linear):
 
     Attributes:
         label_shape: shape of the label's map.
-        joint_shape: shape of both together.
+        joint_shape: shape of sample and label together.
     """
 
     def __init__(self, num_classes: int, input_shape: tuple[int, ...]) -> None:
@@ -114,7 +114,7 @@ class ConcatLabel(nn.Linear):
 
 
 class LabelledCode(pl.LightningModule):
-    """Mixin, before `VAE`, for models with codes [z, one-hot y]: a prior of z and a uniform one of labels.
+    """Mixin, before `VAE`, for models with codes [z, one-hot y] and a uniform prior over labels.
 
     Attributes:
         latent_dim: D, size of z.
@@ -126,7 +126,7 @@ class LabelledCode(pl.LightningModule):
     decoder: nn.Module
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """The density log p(z) p(y) of codes in nats, (..., E) -> (...)."""
+        """Return the log-density log p(z) p(y) of codes in nats, (..., E) -> (...)."""
         log_p: Tensor = super().log_prior(z[..., : self.latent_dim])  # type: ignore[misc]
         return log_p - math.log(self.num_classes)
 

@@ -2,9 +2,9 @@
 
     p(z) = prod_l p(z_l | levels above)     q(z | x) = prod_l q(z_l | x, levels above)     all Gaussian and diagonal
 
-`Level` holds one level with its densities and its KL. `ConditionalGaussian` is a network that outputs such a
-distribution. `GaussianChain` is a prior in which each level depends only on the one above. `Conditional` is a level in
-the form that bits-back coding needs.
+`Level` contains one level with its densities and its KL. `ConditionalGaussian` is a network that outputs such a
+distribution. `GaussianChain` is a prior in which each level depends only on the level above. `Conditional` is a level
+in the form that bits-back coding needs.
 
 Shapes: B batch, D_l values of a level; ... are the batch dimensions.
 """
@@ -24,13 +24,13 @@ GaussianParams = tuple[Tensor, Tensor]
 
 
 def gaussian(values: Tensor) -> GaussianParams:
-    """Mean and log-variance in at least float32, the latter in the VAE's interval: (..., 2 n) -> (..., n), (..., n)."""
+    """Mean and log-variance in at least float32, the latter clamped as in the VAE: (..., 2 n) -> (..., n), (..., n)."""
     mu, log_var = at_least_float32(values).chunk(2, -1)
     return mu, log_var.clamp(-30, 20)
 
 
 class Level(NamedTuple):
-    """A level: z = mu + sigma eps, mean and log-variance of its q, and m and log s^2 of its p: (..., D_l)."""
+    """A level: z = mu + sigma eps, mean and log-variance of q, and m and log s^2 of p: (..., D_l)."""
 
     z: Tensor
     eps: Tensor
@@ -41,12 +41,12 @@ class Level(NamedTuple):
 
     @property
     def q(self) -> GaussianParams:
-        """Mean and log-variance of the posterior."""
+        """Return mean and log-variance of the posterior."""
         return self.mu, self.log_var
 
     @property
     def p(self) -> GaussianParams:
-        """Mean and log-variance of the prior."""
+        """Return mean and log-variance of the prior."""
         return self.m, self.log_s2
 
     @classmethod
@@ -58,7 +58,7 @@ class Level(NamedTuple):
         Args:
             q: the posterior.
             p: the prior.
-            z: the latent variables, if they are known.
+            z: the latent variables, if known.
             draw: if z is not given, draw it from q instead of taking the mean.
         """
         mu, log_var = q
@@ -68,23 +68,23 @@ class Level(NamedTuple):
         return cls(z, eps, mu, log_var, *p)
 
     def kl(self) -> Tensor:
-        """KL(N(mu, sigma^2) || N(m, s^2)) in nats, in closed form: (...)."""
+        """Return KL(N(mu, sigma^2) || N(m, s^2)) in nats, in closed form: (...)."""
         return kl(self.mu, self.log_var, self.m, self.log_s2)
 
     def log_q(self) -> Tensor:
-        """Density log N(z; mu, sigma^2) in nats, from the noise, which avoids the rounding error of z - mu: (...)."""
+        """Return log N(z; mu, sigma^2) in nats, computed from the noise to avoid rounding errors of z - mu: (...)."""
         return -0.5 * (self.eps**2 + self.log_var + LOG_2PI).sum(-1)
 
     def log_p(self) -> Tensor:
-        """Density log N(z; m, s^2) in nats: (...)."""
+        """Return log N(z; m, s^2) in nats: (...)."""
         return -0.5 * ((self.z - self.m) ** 2 * torch.exp(-self.log_s2) + self.log_s2 + LOG_2PI).sum(-1)
 
 
 class ConditionalGaussian(nn.Sequential):
-    """A net with one hidden layer for mean and log-variance of a level: (..., n_in) -> (..., n_out), (..., n_out).
+    """A network with one hidden layer for mean and log-variance of a level: (..., n_in) -> (..., n_out), (..., n_out).
 
     Args:
-        n_in: size of the input, in one or more tensors.
+        n_in: total size of the inputs.
         width: size of the hidden layer.
         n_out: size of the level.
         act: name of the activation.
@@ -120,7 +120,7 @@ class GaussianChain(nn.ModuleList):
         return self[-len(above)](above[-1])
 
     def log_prob(self, z: Sequence[Tensor]) -> Tensor:
-        """Log-density in nats of levels, ordered from the bottom up, (..., D_l) -> (...)."""
+        """Return the log-density in nats of levels, ordered from the bottom up, (..., D_l) -> (...)."""
         log_p = -0.5 * (z[-1] ** 2 + LOG_2PI).sum(-1)
         for (below, above), link in zip(pairwise(z), self, strict=True):
             p = link(above)
@@ -128,7 +128,7 @@ class GaussianChain(nn.ModuleList):
         return log_p
 
     def kl(self, mu: Sequence[Tensor], log_var: Sequence[Tensor]) -> Tensor:
-        """KL(q || p) in nats, each level given the mean of the one above, from the bottom up: (..., D_l) -> (...)."""
+        """Return KL(q || p) in nats, bottom up, each level given the mean of the level above: (..., D_l) -> (...)."""
         priors = [self.prior_params(mu[i + 1 :][::-1]) for i in range(len(mu))]
         kls = [
             Level.from_distributions((m, v), p, draw=False).kl() for m, v, p in zip(mu, log_var, priors, strict=True)
@@ -145,7 +145,7 @@ class GaussianChain(nn.ModuleList):
 
 
 class Conditional(NamedTuple):
-    """Mean and standard deviation of a level, given those above in order from the top down: (n, D_l) each.
+    """The distributions of a level, given the levels above in order from the top down: (n, D_l) each.
 
     Attributes:
         p: (levels above, n) -> mean and log-variance of p for n samples.
@@ -156,11 +156,11 @@ class Conditional(NamedTuple):
     q: Callable[[Tensor, list[Tensor]], GaussianParams]
 
     def prior(self, above: list[Tensor], n: int) -> GaussianParams:
-        """Mean and standard deviation of p for n samples."""
+        """Return mean and standard deviation of p for n samples."""
         m, log_s2 = self.p(above, n)
         return m, torch.exp(0.5 * log_s2)
 
     def posterior(self, x: Tensor, above: list[Tensor]) -> GaussianParams:
-        """Mean and standard deviation of q for n samples x."""
+        """Return mean and standard deviation of q for n samples x."""
         mu, log_var = self.q(x, above)
         return mu, torch.exp(0.5 * log_var)

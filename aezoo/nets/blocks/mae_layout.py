@@ -3,8 +3,8 @@
     cls_token, pos_embed, patch_embed.proj, blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}, norm
     mask_token, decoder_embed, decoder_pos_embed, decoder_blocks.i, decoder_norm, decoder_pred
 
-The encoder is a vision transformer of timm. The library transformers names the same weights otherwise, and has queries,
-keys and values apart.
+The encoder is a vision transformer of timm. The library transformers uses other names for the same weights, and
+separate weights for queries, keys and values.
 """
 
 import re
@@ -40,17 +40,17 @@ _EMBEDDING = re.compile(r"(?:vit\.)?embeddings\.(.+?)(\.weight|\.bias)?")
 
 
 def is_of_transformers(keys: Mapping[str, object]) -> bool:
-    """Whether these are the names of transformers' ViTMAEForPreTraining or ViTMAEModel."""
+    """Return whether keys are those of transformers' ViTMAEForPreTraining or ViTMAEModel."""
     return any(f"{start}embeddings.patch_embeddings.projection.weight" in keys for start in ("", "vit."))
 
 
 def encoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the encoder alone, by the authors' names."""
+    """Return only the weights of the encoder, with the authors' names."""
     return {key: tensor for key, tensor in state.items() if not key.startswith(("decoder_", "mask_token"))}
 
 
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of transformers' ViTMAE by the authors' names; names that are not known stay."""
+    """Rename weights of transformers' ViTMAE to the authors' names; unknown names stay unchanged."""
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if match := _DECODER_LAYER.fullmatch(key):

@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 
 
 def cached_file(name: str) -> Path:
-    """The path of the default weights of a torchvision network, once they have been fetched."""
+    """Return the path where torch.hub stores the default weights of a torchvision network."""
     from torchvision import models
 
     url = cast(Any, models.get_model_weights(name)).DEFAULT.url
@@ -20,15 +20,15 @@ def cached_file(name: str) -> Path:
 
 @contextmanager
 def cached_weights(name: str, alternative: str, file: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Weights by parameter, to be loaded inside the context, so that an error names a file that does not fit.
+    """Provide weights by parameter, to be loaded inside the context, so that errors name the file.
 
     Args:
         name: name of a torchvision network, or of a kind of networks if a file is given.
-        alternative: what to do without the weights, for the message.
-        file: the user's own file; None for torchvision's.
+        alternative: what the user can do without the weights, for the message.
+        file: the user's file; None for torchvision's file.
 
     Raises:
-        AezooError: there is no such file, or it does not contain these weights.
+        AezooError: the file does not exist or does not contain these weights.
     """
     fetch = f"fetch them once, python -c \"import torchvision; torchvision.models.{name}(weights='DEFAULT')\""
     absent, broken = ("give another path",) * 2 if file else (fetch, f"remove it and {fetch}")
@@ -37,6 +37,6 @@ def cached_weights(name: str, alternative: str, file: Path | None = None) -> Ite
         raise AezooError(f"no weights of {name} in {file}: {absent}, or {alternative}")
     try:
         yield torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file can end in any error
+    except Exception as error:  # a damaged file, or a file of another kind, can cause any error
         reason = type(error).__name__
         raise AezooError(f"{file} contains no weights of {name} ({reason}): {broken}, or {alternative}") from error

@@ -1,7 +1,7 @@
-"""Models of Hugging Face's `diffusers` split into an encoder and a decoder of samples in [0, 1].
+"""Models of Hugging Face `diffusers` split into an encoder and a decoder of samples in [0, 1].
 
-Their samples are in [-1, 1], except for AutoencoderRAE. Shapes: B batch, D channels of a code, C those of a sample,
-(H, W) their places.
+Samples of diffusers are in [-1, 1], except for AutoencoderRAE. Shapes: B batch, D channels of a code, C channels of a
+sample, (H, W) their places.
 """
 
 import copy
@@ -17,9 +17,9 @@ from aezoo.distributions import gaussians
 from aezoo.training.precision import at_least_float32
 
 RAE, CONSISTENCY = "AutoencoderRAE", "ConsistencyDecoderVAE"
-# mean and standard deviation of each value of a code: in files their shape is that of a code
+# mean and standard deviation of each value of a code; in files they have the shape of a code
 STATISTICS = {"latents_mean": "_latents_mean", "latents_std": "_latents_std"}
-# names of an encoder's weights in versions 4 and 5 of transformers, each replaced by one for all
+# names of an encoder's weights in versions 4 and 5 of transformers, replaced by common names
 _NAMES_OF_TRANSFORMERS = (
     (r"^encoder\.vision_model\.", "encoder."),
     (r"^encoder\.(?:encoder\.)?layers?\.(?=\d)", "encoder.layers."),
@@ -34,8 +34,8 @@ class SplitModule(nn.Module):
     """A diffusers model with only some of its modules.
 
     Args:
-        net: the whole model, which keeps all.
-        parts: names of the modules.
+        net: the whole model, which is not changed.
+        parts: names of the modules to keep.
     """
 
     def __init__(self, net: Any, parts: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class SplitModule(nn.Module):
 
 
 class Encoding(SplitModule):
-    """Samples to codes, or to means and log-variances of Gaussian codes, concatenated along the channels."""
+    """Maps samples to codes, or to means and log-variances of Gaussian codes, concatenated along the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.net.encode(2 * x - 1, return_dict=False)[0]
@@ -54,7 +54,7 @@ class Encoding(SplitModule):
 
 
 class Decoding(SplitModule):
-    """Codes to samples."""
+    """Maps codes to samples."""
 
     def forward(self, z: Tensor) -> Tensor:
         x: Tensor = self.net.decode(z, return_dict=False)[0]
@@ -62,9 +62,9 @@ class Decoding(SplitModule):
 
 
 class RepresentationEncoding(SplitModule):
-    """Samples to codes of AutoencoderRAE, by a frozen network of transformers: (B, 3, H, W) -> (B, D, h, w).
+    """Maps samples to codes of AutoencoderRAE by a frozen network of transformers: (B, 3, H, W) -> (B, D, h, w).
 
-    They are normalised, and scaled for a diffusion model. Without `reshape_to_2d` they are (B, h w, D).
+    Codes are normalised and scaled for a diffusion model. Without `reshape_to_2d`, they are (B, h w, D).
     """
 
     def __init__(self, net: Any, parts: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class RepresentationEncoding(SplitModule):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.net.eval()  # it is frozen, and does not add noise by itself
+        self.net.eval()  # it is frozen, and adds no noise in evaluation mode
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,17 +82,17 @@ class RepresentationEncoding(SplitModule):
         return z
 
     def noised(self, z: Tensor) -> Tensor:
-        """Codes with noise as in the training of AutoencoderRAE, before normalisation: s e, s ~ U(0, noise_tau)."""
+        """Add noise as in the training of AutoencoderRAE, before normalisation: s e, s ~ U(0, noise_tau)."""
         s = self.net.noise_tau * torch.rand(len(z), *[1] * (z.ndim - 1), device=z.device, dtype=z.dtype)
-        # the same that `encode` divides by
+        # the divisor in `encode`
         scale = self.net.config.scaling_factor / (self.net.get_buffer(STATISTICS["latents_std"]) + 1e-5)
-        # places first, so that a seed gives the noise of diffusers
+        # places first, so that a seed gives the same noise as in diffusers
         e = gaussians.standard_normal_like(z.flatten(2).mT).mT.reshape(z.shape) if z.ndim == 4 else torch.randn_like(z)
         return z + s * scale.to(z) * e
 
 
 class RepresentationDecoding(SplitModule):
-    """Codes of AutoencoderRAE to samples of its size: (B, D, h, w) -> (B, 3, H, H)."""
+    """Maps codes of AutoencoderRAE to samples of its size: (B, D, h, w) -> (B, 3, H, H)."""
 
     def forward(self, z: Tensor) -> Tensor:
         x: Tensor = self.net.decode(z, return_dict=False)[0]
@@ -100,13 +100,13 @@ class RepresentationDecoding(SplitModule):
 
 
 class ConsistencyDecoding(SplitModule):
-    """Codes of ConsistencyDecoderVAE to samples, by two steps of a consistency model: (B, 4, h, w) -> (B, 3, H, W).
+    """Maps codes of ConsistencyDecoderVAE to samples by two steps of a consistency model: (B, 4, h, w) -> (B, 3, H, W).
 
         x = f(a_t f(s_T e, T) + s_t e', t)     T = 1008     t = 512     e, e' ~ N(0, I)
         f(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, t, z)
 
-    a_t and s_t are the factors of a sample and of noise after t of 1024 steps; x here is in [-1, 1]. `forward` takes
-    the same e and e' for each sample in each call, so that a code has one reconstruction; `draw` draws them.
+    a_t and s_t are the factors of sample and noise after t of 1024 steps; x is in [-1, 1] here. `forward` uses the same
+    e and e' for each sample in each call, so that a code has one reconstruction; `draw` draws them.
     """
 
     STEPS, N_STEPS = (1008, 512), 1024
@@ -128,22 +128,22 @@ class ConsistencyDecoding(SplitModule):
         return self
 
     def fix_noise(self, grid: Sequence[int]) -> None:
-        """Keep the noise for samples of a grid, which is otherwise drawn in each call."""
+        """Store the noise for samples of a grid, which is otherwise generated in each call."""
         self.noise = _fixed_noise(grid)
 
     def forward(self, z: Tensor) -> Tensor:
         condition = self.condition(z)
         grid = condition.shape[2:]
         e = self.noise if self.noise.shape[2:] == grid else _fixed_noise(grid)
-        e = e.to(z)[:, None].expand(-1, z.shape[0], -1, -1, -1)  # len(z) would fix it in an export
+        e = e.to(z)[:, None].expand(-1, z.shape[0], -1, -1, -1)  # len(z) would fix the batch size in an export
         return self._sample(condition, (e[0], e[1])).to(z.dtype)
 
     def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Samples from noise that is drawn: (B, 4, h, w) -> (B, 3, H, W).
+        """Decode with random noise: (B, 4, h, w) -> (B, 3, H, W).
 
         Args:
             z: codes.
-            generator: random numbers; None takes torch's. The result is that of diffusers' `decode`.
+            generator: random number generator; None is torch's. The result equals that of diffusers' `decode`.
         """
         condition = self.condition(z)
         like = condition[:, :3]
@@ -151,23 +151,23 @@ class ConsistencyDecoding(SplitModule):
         return self._sample(condition, e).to(z.dtype)
 
     def condition(self, z: Tensor) -> Tensor:
-        """Codes on the grid of samples, as F takes them: (B, 4, h, w) -> (B, 4, H, W)."""
+        """Return codes on the grid of samples, as input of F: (B, 4, h, w) -> (B, 4, H, W)."""
         z = (z * self.net.config.scaling_factor - self.net.means) / self.net.stds
         return F.interpolate(z, mode="nearest", scale_factor=2 ** (len(self.net.config.block_out_channels) - 1))
 
     def noisy(self, x: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """a_t x + s_t e, of samples in [-1, 1]; t a number or (B,)."""
+        """Return a_t x + s_t e for samples in [-1, 1], where t is a number or (B,)."""
         a, s = self._coefficients(t)[:2]
         return a * x + s * noise
 
     def f(self, x: Tensor, t: int | Tensor, condition: Tensor) -> Tensor:
-        """Samples without noise, in [-1, 1] and at least float32: (B, 3, H, W), a number or (B,), (B, 4, H, W)."""
+        """Return denoised samples in [-1, 1], in at least float32: (B, 3, H, W), a number or (B,), (B, 4, H, W)."""
         skip, out, scale = self._coefficients(t)[2:]
         found = self.net.decoder_unet(torch.cat([(scale * x).to(condition), condition], 1), t, return_dict=False)[0]
         return skip * x + out * at_least_float32(found[:, :3])
 
     def level(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise in units of the sample, s_t / a_t."""
+        """Return the standard deviation of the noise in units of the sample, s_t / a_t."""
         return self.schedule[1, t] / self.schedule[0, t]
 
     def _sample(self, condition: Tensor, noise: Sequence[Tensor]) -> Tensor:
@@ -192,21 +192,21 @@ class _OnDoubledGrid(nn.Conv2d):
 
 
 def _for_any_batch(net: nn.Module) -> None:
-    """Let layers that double the sides compute the same without depending on the batch size.
+    """Make upsampling layers independent of the batch size, with the same results.
 
-    Theirs copies inputs of 64 or more samples, a workaround for old versions of torch, so an export would hold only for
-    fewer samples.
+    These layers of diffusers copy inputs of 64 or more samples, a workaround for old versions of torch, so that an
+    export would only work for fewer samples.
     """
     for layer in net.modules():
         known: Any = layer if type(layer).__name__ == "Upsample2D" else None
         if known and known.use_conv and known.interpolate and known.name == "conv" and type(known.conv) is nn.Conv2d:
             known.conv.__class__ = _OnDoubledGrid
-            known.use_conv_transpose = True  # then the layer is only the convolution, after the norm
+            known.use_conv_transpose = True  # then the layer only applies the norm and the convolution
     blocks: list[Any] = [layer for layer in net.modules() if type(layer).__name__ == "ResnetBlock2D"]
     for block in blocks:
         up = block.upsample
         if type(up).__name__ == "Upsample2D" and not up.use_conv and up.interpolate:
-            # both are called alike, and only before the one that doubles the sides samples are counted
+            # both are called in the same way, but only upsampling depends on the batch size
             block.upsample, block.downsample = None, nn.Upsample(scale_factor=2.0, mode="nearest")
 
 
@@ -217,7 +217,7 @@ _KINDS: dict[str, tuple[type[SplitModule], type[SplitModule]]] = {
 
 
 def split_autoencoder(net: Any) -> tuple[SplitModule, SplitModule]:
-    """Encoder and decoder; every module of the model is in one of them."""
+    """Return encoder and decoder; every module of the model is in one of them."""
     _for_any_batch(net)
     encoding, decoding = _KINDS.get(type(net).__name__, (Encoding, Decoding))
     parts = ("encoder", "quant_conv")
@@ -225,7 +225,7 @@ def split_autoencoder(net: Any) -> tuple[SplitModule, SplitModule]:
 
 
 def own_names(own: Iterable[str], given: Iterable[str]) -> dict[str, str]:
-    """For names of AutoencoderRAE's weights those under which the installed transformers has them, as far as known."""
+    """Map names of AutoencoderRAE's weights to those in the installed version of transformers; keep unknown names."""
     known = {_common_name(name): name for name in own}
     return {name: known.get(_common_name(name), name) for name in given}
 
@@ -239,9 +239,9 @@ def _common_name(name: str) -> str:
 
 
 def fit_statistics(net: Any, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Give the statistics of codes in AutoencoderRAE the shapes that they have in a file.
+    """Reshape the statistics of codes in AutoencoderRAE to their shapes in a file.
 
-    A config may leave them out, since they have as many values as a code.
+    A config may omit them, since they have as many values as a code.
     """
     config, side = net.config, int(net.num_patches**0.5)
     places = (side, side) if net.reshape_to_2d else (net.num_patches,)
@@ -250,12 +250,12 @@ def fit_statistics(net: Any, state: Mapping[str, Tensor], prefix: str = "") -> N
         found, own = state.get(f"{prefix}{name}"), net.get_buffer(name)
         if isinstance(found, Tensor) and config.get(argument) is None and found.shape != own.shape:
             fits = found.ndim <= 3 and all(n in (1, m) for n, m in zip(found.shape[::-1], code[::-1], strict=False))
-            if fits:  # otherwise it is refused when it is loaded
+            if fits:  # otherwise loading raises an error
                 net.register_buffer(name, own.new_empty(found.shape))
 
 
 def _fit_state(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before weights are loaded: statistics of any shape, and names of another version of transformers."""
+    """Prepare for loading: statistics of any shape, and names from another version of transformers."""
     fit_statistics(module.net, state, f"{prefix}net.")
     inside = f"{prefix}net."
     given = [name.removeprefix(inside) for name in state if name.startswith(inside)]

@@ -10,7 +10,7 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def blur(x: Tensor, window: int) -> Tensor:
-    """Means under a Gaussian window, wherever it fits: (B, C, H, W) -> (B, C, H - window + 1, W - window + 1)."""
+    """Return means under a Gaussian window, without padding: (B, C, H, W) -> (B, C, H - window + 1, W - window + 1)."""
     # products with banded matrices: a convolution with so few channels is a hundred times slower on a CPU, and on a
     # GPU it may round to TF32, with errors larger than the variance of a smooth patch
     sigma = 1.5 * window / 11
@@ -24,7 +24,7 @@ def blur(x: Tensor, window: int) -> Tensor:
 
 
 def similarity(x: Tensor, y: Tensor, window: int, luminance: bool = True) -> Tensor:
-    """SSIM of images in [0, 1] under each window, with or without the luminance factor (the factor of local means).
+    """Return the SSIM of images in [0, 1] under each window, with or without the luminance factor (local means).
 
     (B, C, H, W), (B, C, H, W) -> (B, C, H - window + 1, W - window + 1), equations 12 and 13.
     """

@@ -1,4 +1,4 @@
-"""A decoder without its own weights: the transpose of the encoder, whichever of the two is trained or loaded.
+"""A decoder whose weight is the transpose of the encoder's, with one shared parameter.
 
 Shapes: B batch, X data dimensions, N units.
 """
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class Transposed(nn.Module):
-    """z -> W' z + c, with the weight W_NX of another layer.
+    """z -> W' z + c, where W_NX is the weight of another layer.
 
     Args:
-        layer: the layer that has W, (N, X).
-        input_shape: shape of one sample, that of the output.
+        layer: the layer with the weight W, (N, X).
+        input_shape: shape of a sample, which is the output shape.
     """
 
     def __init__(self, layer: nn.Linear, input_shape: tuple[int, ...]) -> None:

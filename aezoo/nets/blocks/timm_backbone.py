@@ -1,22 +1,22 @@
-"""Backbones of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models) by a text that describes one.
+"""Backbones of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models), described by a text.
 
     timm:NAME[,OPTION][,OPTION=VALUE] ...       timm:resnet18.a1_in1k,pretrained,frozen
 
 NAME is one of `timm.list_models(pretrained=True)` or of `timm.list_models()`. Options:
 
     pretrained          start from the weights of the name's tag, which timm downloads once
-    pretrained=PATH     from a file of weights, or a folder that has one: timm's, or those of the authors of a network
+    pretrained=PATH     start from a file of weights, or a folder with such a file, of timm or a network's authors
     frozen              do not train the backbone
-    img_size=N          resize samples to N x N; backbones with a fixed size take their own one if none is given
-    out_indices=I:J     the feature maps that are used, from 0, or from -1 for the last
+    img_size=N          resize samples to N x N; backbones with a fixed size use it by default
+    out_indices=I:J     indices of the feature maps, from 0, or from -1 for the last
     decoder=KIND        see `aezoo.nets.timm`
 
-All others are arguments of timm's model, such as patch_size=4 or norm_layer=groupnorm. timm is imported when a backbone
-is built.
+All other options are arguments of timm's model, such as patch_size=4 or norm_layer=groupnorm. timm is imported when a
+backbone is built.
 
-BatchNorm uses stored statistics in training too, and only its scale and shift are trained, as is usual when backbones
-are fine-tuned: so samples do not depend on their batch, nor results on the number of processes. In a new backbone they
-are those of smooth random images.
+BatchNorm uses stored statistics in training too, and only its scale and shift are trained, as usual in fine-tuning, so
+samples do not depend on their batch, and results do not depend on the number of processes. In a new backbone, the
+statistics are those of smooth random images.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ from aezoo.training.seeding import forked_rng
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FLAGS = {"true": True, "false": False, "": True}
-# what is set here, or would read or fetch something
+# arguments that are set here, or would read or download files
 _REFUSED = (
     *("features_only", "feature_cls", "in_chans", "num_classes", "global_pool", "pretrained_cfg", "cache_dir"),
     *("pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "scriptable", "exportable", "no_jit"),
     *("device", "dtype"),
 )
-# to start the statistics of BatchNorm: their number and the places of their random values
+# images for the initial statistics of BatchNorm: their number and the side of their random grid
 _IMAGES, _COARSE = 16, 7
 _FILES = (".safetensors", ".bin", ".pth", ".pt")
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -57,14 +57,14 @@ _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 @dataclass(frozen=True)
 class Description:
-    """What a text says of a backbone.
+    """The description of a backbone in a text.
 
     Attributes:
         name: timm's name, with or without a tag.
-        pretrained: True for timm's weights, or the path of others.
+        pretrained: True for timm's weights, or the path of other weights.
         frozen: whether the backbone is not trained.
-        img_size: side to which samples are resized; 0 for their own, or for that of a backbone with a fixed one.
-        out_indices: the feature maps that are used; empty for those that timm chooses.
+        img_size: side to which samples are resized; 0 to keep it, or to use the fixed size of a backbone.
+        out_indices: indices of the feature maps; empty for timm's default.
         decoder: kind of the decoder.
         arguments: further arguments of timm's model.
     """
@@ -79,10 +79,10 @@ class Description:
 
 
 def parse(text: str) -> Description:
-    """Read a text.
+    """Parse a description.
 
     Raises:
-        AezooError: an option is not known or has a wrong value.
+        AezooError: an option is unknown or has an invalid value.
     """
     name, *options = text.removeprefix(TIMM).split(",")
     found: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def parse(text: str) -> Description:
     for option in options:
         key, _, value = (part.strip() for part in option.partition("="))
         if key in found or key in arguments or not key or key in _REFUSED:
-            raise AezooError(f"net {text!r}: option {key!r} is given twice, or is not one to be given")
+            raise AezooError(f"net {text!r}: option {key!r} is given twice, or is not allowed")
         if key == "pretrained":
             found[key] = _FLAGS.get(value.lower(), value)
         elif key == "frozen" and value.lower() in _FLAGS:
@@ -119,12 +119,12 @@ def _value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a backbone before it is built.
+    """Properties of a backbone, known before it is built.
 
     Attributes:
         shapes: (C', H', W') of each map.
-        size: (H, W) to which samples are resized; None for their own.
-        getter: what takes the maps out of the backbone after its last normalisation; None without that.
+        size: (H, W) to which samples are resized; None to keep their size.
+        getter: the class that extracts maps after the backbone's last normalisation; None without it.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -135,18 +135,18 @@ class Plan:
 class Backbone(nn.Module):
     """Feature maps of images in [0, 1], from the shallowest to the deepest: (B, C, H, W) -> [(B, C', H', W'), ...].
 
-    Samples are resized, if the backbone has a fixed size or one is given, and normalised as its weights ask for.
+    Samples are resized if the backbone has a fixed size or a size is given, and normalised as its weights require.
 
     Attributes:
         shapes: (C', H', W') of each map.
 
     Args:
-        description: what `parse` gives.
+        description: the result of `parse`.
         input_shape: (C, H, W).
-        last_only: compute the last map alone, after the backbone's last normalisation.
+        last_only: compute only the last map, after the backbone's last normalisation.
 
     Raises:
-        AezooError: timm is not installed, it has no such model or weights, or the model does not take such samples.
+        AezooError: timm is not installed or has no such model or weights, or the model does not accept such samples.
     """
 
     def __init__(self, description: Description, input_shape: tuple[int, ...], last_only: bool = False) -> None:
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
         self.net = _build(description, input_shape[0], last_only, found.getter, description.pretrained)
         if self.frozen:
             self.requires_grad_(False)
-        # once, since training does not move them
+        # once, since training does not update them
         if not description.pretrained and next(self.net.parameters()).device.type != "meta":
             start_statistics(self, self.size or input_shape[1:], input_shape[0])
         self.train()
@@ -186,7 +186,7 @@ def start_statistics(net: nn.Module, size: tuple[int, ...], channels: int) -> No
     with forked_rng(torch.device("cpu")):
         torch.manual_seed(0)
         coarse = torch.rand(_IMAGES, channels, _COARSE, _COARSE)
-    # the number of threads changes the rounding of sums, which float32 then does not show
+    # float64, so that differences in rounding between numbers of threads vanish in float32
     dtype = next(net.parameters()).dtype
     net.double()(F.interpolate(coarse.double(), size, mode="bilinear"))
     net.to(dtype)
@@ -196,13 +196,13 @@ def start_statistics(net: nn.Module, size: tuple[int, ...], channels: int) -> No
 
 
 def _channels_first(net: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    """Maps as (B, C, H, W), which Swin and others give as (B, H, W, C)."""
+    """Return maps as (B, C, H, W); some networks, such as Swin, return (B, H, W, C)."""
     last = getattr(getattr(net, "output_fmt", None), "value", "NCHW") == "NHWC"
     return [found.permute(0, 3, 1, 2) for found in maps] if last else maps
 
 
 def resized(x: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images of another size, (B, C, H, W) -> (B, C, *size); as they are for None."""
+    """Resize images, (B, C, H, W) -> (B, C, *size); None returns them unchanged."""
     if size is None or x.shape[2:] == size:
         return x
     return F.interpolate(x, size, mode="bilinear", antialias=size[0] < x.shape[2] or size[1] < x.shape[3])
@@ -216,10 +216,10 @@ def _timm() -> Any:
 
 
 def _config(name: str) -> Any:
-    """The configuration of timm's weights of this name.
+    """Return the configuration of timm's weights with this name.
 
     Raises:
-        AezooError: there is no such model, or no such weights of it.
+        AezooError: the model or its weights do not exist.
     """
     timm = _timm()
     architecture, _, tag = name.partition(".")
@@ -235,7 +235,7 @@ def _config(name: str) -> Any:
 
 
 def _data_config(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that a backbone's weights expect, for images of any number of channels."""
+    """Return the mean and standard deviation that a backbone's weights expect, for any number of channels."""
     config = _config(name)
     if channels == 1:
         return (sum(config.mean) / len(config.mean),), (sum(config.std) / len(config.std),)
@@ -244,7 +244,7 @@ def _data_config(name: str, channels: int) -> tuple[tuple[float, ...], tuple[flo
 
 @lru_cache(maxsize=64)
 def plan(description: Description, input_shape: tuple[int, ...], last_only: bool) -> Plan:
-    """What can be known of a `Backbone`, computed from shapes alone.
+    """Return the properties of a `Backbone`, computed from shapes only.
 
     Raises:
         AezooError: as `Backbone`.
@@ -281,7 +281,7 @@ def plan(description: Description, input_shape: tuple[int, ...], last_only: bool
 def _build(
     description: Description, channels: int, last_only: bool, getter: type | None, pretrained: bool | str
 ) -> nn.Module:
-    """The network for feature maps, with the weights that are asked for."""
+    """Build the network for feature maps, with the requested weights."""
     timm = _timm()
     config = _config(description.name)
     arguments: dict[str, Any] = {**dict(description.arguments), "features_only": True, "in_chans": channels}
@@ -307,13 +307,13 @@ def _build(
         raise AezooError(f"timm cannot build {description.name}: {_brief(error)}") from error
     if pretrained and (absent := missing(net)):
         where = file or "what timm has downloaded"
-        raise AezooError(f"{where} contains no weights of {description.name}: it lacks {', '.join(absent[:3])}")
+        raise AezooError(f"{where} contains no weights of {description.name}: it has no {', '.join(absent[:3])}")
     return net
 
 
 def _normalised(getter: Any) -> type:
     class NormalisedGetter(getter):
-        """timm's, with the last normalisation."""
+        """The class of timm with the last normalisation."""
 
         def __init__(self, model: nn.Module, **kwargs: Any) -> None:
             super().__init__(model, norm=True, **kwargs)
@@ -325,7 +325,7 @@ def _normalised(getter: Any) -> type:
 
 
 def _stored_file(config: Any) -> Path | None:
-    """The place where a user puts timm's weights by hand, if there is a file."""
+    """Return the file of timm's weights that a user has stored manually, if it exists."""
     file = _place(config)
     return file if file.is_file() else None
 
@@ -347,10 +347,10 @@ def _cure(config: Any, error: Exception) -> str:
 
 
 def _file_in(path: Path) -> Path:
-    """The file of weights that a path names.
+    """Return the file of weights at a path, which may be a folder.
 
     Raises:
-        AezooError: there is none, or there are several in a folder.
+        AezooError: there is no file, or a folder contains several.
     """
     if path.is_file():
         return path
@@ -366,7 +366,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     for key in _NESTED:
         found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
     if not isinstance(found, dict):
-        raise AezooError(f"{file} contains a {type(found).__name__} in place of named tensors")
+        raise AezooError(f"{file} contains a {type(found).__name__} instead of named tensors")
     state = weights.check_tensors(found, file, "a network of timm")
     if mae_layout.is_of_transformers(state):
         state = mae_layout.to_original(state)
@@ -377,15 +377,15 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _missing_weights() -> Iterator[Any]:
-    """Gives a function that says which weights of a network a `load_state_dict` inside this context has left as is.
+    """Provide a function that returns which weights of a network were not loaded by `load_state_dict` in this context.
 
-    timm loads the weights of a network without its classifier from any file, whatever the file lacks.
+    timm loads a network without its classifier from any file without an error for missing weights.
     """
     loaded: list[tuple[nn.Module, Any]] = []
     known: set[nn.Module] = set()
 
     def note(module: nn.Module, keys: Any) -> None:
-        loaded[:] = [(module, keys)]  # the whole network is the last
+        loaded[:] = [(module, keys)]  # the last call is for the whole network
 
     def watch(parent: nn.Module, name: str, part: Any) -> None:
         if parent not in known:

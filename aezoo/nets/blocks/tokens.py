@@ -1,20 +1,20 @@
-"""Networks between samples and a row of tokens that has no grid (TiTok, Yu et al. 2024), https://arxiv.org/abs/2406.07550
+"""Networks between samples and sequences of tokens without grid (TiTok, Yu et al. 2024), https://arxiv.org/abs/2406.07550
 
-    encoder   [latent tokens, patches] -> blocks -> the latent tokens alone -> linear: (B, C, *grid) -> (B, D, N)
-    decoder   [tokens, mask tokens] -> blocks -> the mask tokens alone -> patches: (B, D, N) -> (B, C, *grid)
+    encoder   [latent tokens, patches] -> blocks -> only the latent tokens -> linear: (B, C, *grid) -> (B, D, N)
+    decoder   [tokens, mask tokens] -> blocks -> only the mask tokens -> patches: (B, D, N) -> (B, C, *grid)
 
-Latent tokens are learned and equal for every sample; they read information from the patches of a sample by attention.
-One mask token stands for each patch; mask tokens differ only in their positions. So N is a free choice for any sample
-size. Blocks and patches are those of `vit`; positions are learned.
+Latent tokens are learned and equal for every sample; they attend to the patches of a sample. There is one mask token
+for each patch; mask tokens differ only in their positions. So N can be chosen freely for any sample size. Blocks and
+patches are those of `vit`; positions are learned.
 
-The initialisation is our own. With random queries and keys, all tokens read about the same mean of the patches, all
-patches read the same mean of the tokens, and hundreds of steps end at the mean sample. So positions start as random
-directions. The first attention of either network starts such that each token attends to its share of the patches, a run
-in their order:
+The initialisation is not from the paper. With random queries and keys, all tokens have about the same mean of the
+patches as input, all patches have the same mean of the tokens as input, and after hundreds of steps the output is still
+the mean sample. So positions start as random directions, and the first attention of each network starts such that each
+token attends to a run of consecutive patches:
 
     W_q l_n = W_k a_n (encoder)    W_k t_n = W_q a_n (decoder)    a_n = sum of the run's positions / sqrt(their number)
 
-for latent tokens l and the positions t of the decoder's tokens, where W_q and W_k are multiples of orthogonal matrices.
+for latent tokens l and positions t of the decoder's tokens, where W_q and W_k are multiples of orthogonal matrices.
 
 Shapes: B batch, C channels of a sample, P patches, D channels of a token, N tokens, W width of a block.
 """
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from aezoo.nets import vit
 
-# standard deviation over samples below which there is only rounding error, or a single sample
+# a smaller standard deviation over samples is rounding error, or that of a single sample
 _LEAST = 1e-4
-# scale of queries and keys, such that a token's own patches outweigh all others
+# scale of queries and keys, such that the patches of a token outweigh all others
 _SHARP = 1.5
 
 
 def _blocks(widths: tuple[int, ...], act: str) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """`vit.blocks` whose attention starts at full size, since all information between patches and tokens passes there.
+    """Create `vit.blocks` with full-size initial attention weights, since tokens and patches interact only there.
 
     Returns:
         The blocks, and W_q and W_k of the first one, both orthogonal, before scaling, (W, W).
@@ -50,7 +50,7 @@ def _blocks(widths: tuple[int, ...], act: str) -> tuple[nn.Sequential, Tensor, T
 
 
 def token_positions(n: int, positions_PW: Tensor) -> Tensor:
-    """a_n from the positions of each of N runs of patches, (P, W) -> (N, W); if N > P, tokens share a patch."""
+    """Return a_n from the positions of N runs of patches, (P, W) -> (N, W); if N > P, tokens share a patch."""
     patches = len(positions_PW)
     step = torch.arange(max(n, patches))
     share_NP = torch.zeros(n, patches).index_put((step * n // len(step), step * patches // len(step)), torch.ones(()))
@@ -58,10 +58,10 @@ def token_positions(n: int, positions_PW: Tensor) -> Tensor:
 
 
 class TokenEncoder(nn.Module):
-    """Samples to tokens, (B, C, *grid) -> (B, D, N).
+    """Maps samples to tokens, (B, C, *grid) -> (B, D, N).
 
     Args:
-        patchify: cuts samples into patches.
+        patchify: splits samples into patches.
         code_shape: D and N.
         widths: widths of the blocks.
         act: an activation's name.
@@ -78,7 +78,7 @@ class TokenEncoder(nn.Module):
         self.out, self.bias_DN = nn.Linear(widths[-1], dim, bias=False), nn.Parameter(torch.zeros(code_shape))
 
     def read(self, patches_BPW: Tensor) -> Tensor:
-        """Tokens from embedded patches, all or some of them, (B, P, W) -> (B, D, N)."""
+        """Compute tokens from all or some embedded patches, (B, P, W) -> (B, D, N)."""
         latent_BNW = self.latent_NW.expand(patches_BPW.shape[0], -1, -1).to(patches_BPW)
         read_BNW = self.blocks(torch.cat([latent_BNW, patches_BPW], dim=1))[:, : self.n]
         code_BDN: Tensor = self.out(read_BNW).transpose(1, 2) + self.bias_DN
@@ -86,7 +86,7 @@ class TokenEncoder(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor) -> None:
-        """Scale tokens to mean 0 over samples and channels to variance 1, (B, *input_shape), so that samples differ."""
+        """Scale tokens to mean 0 over samples and channels to variance 1, so that samples differ, (B, *input_shape)."""
         code_BDN = self(x)
         mean_DN = code_BDN.mean(0)
         deviation_D1 = (code_BDN - mean_DN).square().mean((0, 2)).sqrt()[:, None]
@@ -99,10 +99,10 @@ class TokenEncoder(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Tokens to samples, (B, D, N) -> (B, C, *grid).
+    """Maps tokens to samples, (B, D, N) -> (B, C, *grid).
 
     Args:
-        patchify: cuts samples into patches.
+        patchify: splits samples into patches.
         code_shape: D and N.
         widths: widths of the blocks.
         act: an activation's name.

@@ -1,11 +1,11 @@
 """Residual networks with latent variables at every resolution of an image, as in very deep VAEs.
 
-Child 2021, https://arxiv.org/abs/2011.10650; the details are those of https://github.com/openai/vdvae. Bottleneck nets
-have 1x1, 3x3, 3x3 and 1x1 convolutions, with a GELU before each and a quarter of the channels inside; on grids up to
-2x2, all are 1x1. The way up uses average pooling, the way down nearest-neighbour upsampling. The stream has a learned
-initial value at each resolution: per place up to 64x64, per channel above. The last layer of a block's p starts at 0,
-so that p is N(0, I) and f is 0. The last layer of its net and the projection of z start at 1/sqrt(N) of the usual
-scale, where N is the number of blocks of a path.
+Child 2021, https://arxiv.org/abs/2011.10650; details as in https://github.com/openai/vdvae. Bottleneck networks have
+1x1, 3x3, 3x3 and 1x1 convolutions, with a GELU before each and a quarter of the channels inside; on grids up to 2x2,
+all convolutions are 1x1. The bottom-up path uses average pooling, the top-down path nearest-neighbour upsampling. The
+stream has a learned initial value at each resolution: per place up to 64x64, per channel above. The last layer of a
+block's p starts at 0, so that p is N(0, I) and f is 0. The last layer of its net and the projection of z start at
+1/sqrt(N) of the usual scale, where N is the number of blocks of a path.
 
 Shapes: B batch, W channels of the stream, Z of the latent variables, D values of all of them.
 """
@@ -25,12 +25,12 @@ Grid = tuple[int, int]
 
 
 def grids(input_shape: Sequence[int], n: int) -> list[Grid]:
-    """Grids of n resolutions: that of the image (C, H, W), then half of the previous one each time, rounded up."""
+    """Return the grids of n resolutions: that of the image (C, H, W), then halved each time, rounded up."""
     return [(-(-input_shape[1] // 2**i), -(-input_shape[2] // 2**i)) for i in range(n)]
 
 
 def conv(n_in: int, n_out: int, kernel: int) -> nn.Conv2d:
-    """A convolution that keeps the grid; its bias starts at 0."""
+    """Create a convolution that preserves the grid; its bias starts at 0."""
     layer = nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2)
     nn.init.zeros_(cast(Tensor, layer.bias))
     return layer
@@ -57,12 +57,12 @@ class Bottleneck(nn.Sequential):
 
 
 class BottomUp(nn.Module):
-    """(B, *input_shape) -> activations (B, W, *grid) of each resolution, from the image's down.
+    """(B, *input_shape) -> activations (B, W, *grid) of each resolution, starting with the image's.
 
     Args:
         input_shape: (C, H, W) of the image.
         width: W.
-        blocks: residual blocks at each resolution.
+        blocks: number of residual blocks at each resolution.
     """
 
     def __init__(self, input_shape: tuple[int, ...], width: int, blocks: Sequence[int]) -> None:
@@ -87,14 +87,14 @@ class BottomUp(nn.Module):
 
 
 class TopDownBlock(nn.Module):
-    """One group of latent variables and its update of the stream y; a comes from the bottom-up path.
+    """One group of latent variables and its update of the stream y, with activations a of the bottom-up path.
 
         q = q_net([y; a])     p, f = p_net(y)     y <- y + f + W z     y <- y + net(y)
 
     Args:
         width: W.
         channels: Z.
-        grid: size of the resolution.
+        grid: size of the grid.
         scale: factor of the initial weights of the projection of z and of the last layer of net.
     """
 
@@ -118,19 +118,19 @@ class TopDownBlock(nn.Module):
 
 
 def gaussian(values: Tensor) -> GaussianParams:
-    """Mean and log-variance from means and log standard deviations: (B, 2 Z, *grid) -> (B, Z, *grid) twice."""
+    """Return mean and log-variance from means and log standard deviations: (B, 2 Z, *grid) -> (B, Z, *grid) each."""
     mu, log_std = at_least_float32(values).chunk(2, 1)
     return mu, (2 * log_std).clamp(-30, 20)
 
 
 class TopDown(nn.Module):
-    """(B, D) -> the likelihood's parameters (B, *input_shape); a code has all groups, the lowest resolution first.
+    """(B, D) -> the likelihood's parameters (B, *input_shape); a code contains all groups, lowest resolution first.
 
     Args:
         input_shape: (C, H, W) of the image.
         width: W.
         channels: Z.
-        blocks: number of blocks of each resolution, from the image's down.
+        blocks: number of blocks of each resolution, starting with the image's.
 
     Attributes:
         sizes: number of values of each group.
@@ -153,11 +153,11 @@ class TopDown(nn.Module):
         return self.decode_levels(z)[0]
 
     def decode_levels(self, z: Tensor) -> tuple[Tensor, list[Level]]:
-        """Parameters and groups of whole codes: (B, D) -> (B, *input_shape), (B, D_i) each."""
+        """Return parameters and groups of whole codes: (B, D) -> (B, *input_shape), (B, D_i) each."""
         return self.forward_levels(z.shape[0], codes=z.split(self.sizes, 1))
 
     def conditional(self, bottom_up: Callable[[Tensor], Sequence[Tensor]]) -> Conditional:
-        """The group below any given ones; `bottom_up` gives the activations of x for q."""
+        """Return the distributions of each group given those above; `bottom_up` computes the activations of x for q."""
         return Conditional(
             lambda above, n: self.forward_levels(n, codes=above)[1][len(above)].p,
             lambda x, above: self.forward_levels(len(x), bottom_up(x), above)[1][len(above)].q,
@@ -166,13 +166,13 @@ class TopDown(nn.Module):
     def forward_levels(
         self, n: int, a: Sequence[Tensor] | None = None, codes: Sequence[Tensor] = (), draw: bool = False
     ) -> tuple[Tensor, list[Level]]:
-        """Parameters and groups of n samples; z is given for the first groups, then from q, or from p without a.
+        """Return parameters and groups of n samples; after the given groups, z is from q, or from p without a.
 
         Args:
             n: number of samples.
             a: the output of `BottomUp`.
             codes: the first groups of the code, (n, D_i) each.
-            draw: draw the other groups instead of taking means.
+            draw: draw the other groups instead of using means.
         """
         levels: list[Level] = []
         y = torch.zeros(())

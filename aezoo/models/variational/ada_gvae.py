@@ -5,17 +5,18 @@
     delta_d = KL(q(z_d|x) || q(z_d|x')) / 2 + KL(q(z_d|x') || q(z_d|x)) / 2
     tau = (least + largest delta of the dimensions) / 2     (section 4)
 
-in nats per sample. A pair differs in few factors, so the dimensions that differ least are made common to both. The
-average of two posteriors has the mean of their means and of their variances (gvae, Hosoya 2019), or is the normalised
+in nats per sample. A pair differs in few factors, so the dimensions that differ least are shared. The average of two
+posteriors has the average of their means and the average of their variances (gvae, Hosoya 2019), or is the normalised
 square root of the product of the two densities (mlvae, the Ada-ML-VAE).
 
-Both samples of a pair share the same dimensions. The paper's delta is the first KL only, with x the first of the pair,
-and the authors' code uses it for the second as well. No sample of a batch comes first, so here delta is the mean over
-both orders. For equal variances it is the paper's delta.
+Both samples of a pair share the same dimensions. The paper's delta is only the first KL, where x is the first sample of
+the pair; the authors' code uses this delta for both samples. A batch defines no order within a pair, so delta here is
+the mean over both orders. It equals the paper's delta if the variances are equal.
 
-Labels define the pairs: x' is the next sample of the batch with the label of x, and the first one follows the last; two
-samples of a label are the paper's pair. The batch is that of all ranks. A sample without a label (-1), or with a label
-that no other sample has, is paired with itself, which gives the VAE. Codes and scores never use labels.
+Labels define the pairs: x' is the next sample in the batch with the same label as x, and for the last such sample it is
+the first. A label with two samples gives the paper's pair. The batch contains the samples of all ranks. A sample
+without a label (-1), or with a label that no other sample has, is paired with itself, which gives the VAE. Codes and
+scores never use labels.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -57,7 +58,7 @@ class AdaGVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglem
 
     @staticmethod
     def shared(mu_BD: Tensor, log_var_BD: Tensor, mu2_BD: Tensor, log_var2_BD: Tensor) -> Tensor:
-        """Which dimensions a pair shares, in either order: four (B, D) -> (B, D) bool."""
+        """Return which dimensions a pair shares, independent of its order: four (B, D) -> (B, D) bool."""
         square_BD = 0.25 * (mu_BD - mu2_BD) ** 2 * (torch.exp(-log_var_BD) + torch.exp(-log_var2_BD))
         delta_BD = square_BD + torch.sinh(0.5 * (log_var_BD - log_var2_BD)) ** 2
         tau_B1 = 0.5 * (delta_BD.amin(1, keepdim=True) + delta_BD.amax(1, keepdim=True))

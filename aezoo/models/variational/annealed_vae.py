@@ -3,8 +3,8 @@
     L = E_q[-log p(x|z)] + gamma |KL(q(z|x) || p(z)) - C|     (equation 8, with the sign of a loss)
     C = max_capacity min(1, t / capacity_steps)     t optimiser steps taken
 
-in nats per sample. The code may carry C nats, and C rises during training. KL is the mean over the batch of all ranks,
-so that single samples may use more or less than C; with per_sample it is each sample's own. gamma = 1 and
+in nats per sample. The capacity C of the code increases during training. KL is the mean over the batch of all ranks, so
+single samples may use more or less than C; with per_sample it is computed for each sample separately. gamma = 1 and
 max_capacity = 0 give the VAE.
 
 C is part of the model: a resumed run continues with it, evaluation uses the value of the last training step, and the
@@ -24,13 +24,13 @@ from aezoo.training.limits import check_at_least
 
 
 class AnnealedVAE(VAE, tags=("disentanglement",)):
-    """A VAE whose code is kept at an amount of information that rises during training.
+    """A VAE whose KL term is kept near a target that increases during training.
 
     Args:
-        gamma: weight of the distance between the KL term and C; the paper uses 1000, for much longer runs.
-        max_capacity: C in nats at the end of its rise; the paper uses 25 on dSprites.
-        capacity_steps: optimiser steps over which C rises from 0; the paper uses 100,000.
-        per_sample: hold the KL term of each sample at C instead of the batch's mean.
+        gamma: weight of the distance between the KL term and C; the paper uses 1000, with much longer training.
+        max_capacity: final C in nats; the paper uses 25 on dSprites.
+        capacity_steps: number of optimiser steps over which C increases from 0; the paper uses 100,000.
+        per_sample: keep the KL term of each sample near C, instead of the mean over the batch.
         **kwargs: see `VAE`.
     """
 
@@ -53,7 +53,7 @@ class AnnealedVAE(VAE, tags=("disentanglement",)):
         self.per_sample = per_sample
         self.max_capacity = max_capacity
         self.capacity_steps = capacity_steps
-        # BetaAnnealing would change these without an effect: it refuses a model that lacks them
+        # BetaAnnealing would change these without effect; it refuses a model without them
         del self.beta, self.capacity
         self.enable_step_counter()
 

@@ -5,18 +5,19 @@
     TC = E[log q(z) - sum_d log q(z_d)]          total correlation of the code's dimensions
     DW = E[sum_d (log q(z_d) - log p(z_d))]      KL of each dimension from the prior
 
-in nats per sample. With alpha = beta = gamma = 1 the three sum to E[log q(z|x) - log p(z)], the VAE's KL term at the
-drawn z. q(z), the density of the codes of all N data samples, is estimated from a batch of n over all ranks:
+in nats per sample. With alpha = beta = gamma = 1 the three terms sum to E[log q(z|x) - log p(z)], the VAE's KL term at
+the sampled z. q(z), the density of the codes of all N data samples, is estimated from a batch of n samples over all
+ranks:
 
     log q(z_i) = log sum_j W_ij q(z_i|x_j)
     mws        W_ij = 1 / (N n)                                                        (equation 5)
-    mss        W_ii = 1/N,  W_ij = 1/M but for one j, where it is (N - M) / (N M),  M = n - 1     (appendix C.2)
-    mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over which j that is
+    mss        W_ii = 1/N,  W_ij = 1/M except for one j, where it is (N - M) / (N M),  M = n - 1     (appendix C.2)
+    mss_mean   W_ii = 1/N,  W_ij = (N - 1) / (N M): the mean of mss over the choice of this j
 
-The authors' code (https://github.com/rtqichen/beta-tcvae) fills the first two columns of the W of mss in the place of
-two diagonals.
+The authors' code (https://github.com/rtqichen/beta-tcvae) fills the first two columns of W for mss, instead of two
+diagonals.
 
-Shapes: B batch on this rank, n batch over all ranks, D code; N samples of data.
+Shapes: B batch on this rank, n batch over all ranks, D code; N data samples.
 """
 
 import math
@@ -39,9 +40,10 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disen
     Args:
         alpha: weight of the mutual information.
         beta: weight of the total correlation.
-        gamma: weight of the dimensions' KL from the prior.
+        gamma: weight of the dimension-wise KL from the prior.
         estimator: how q(z) is estimated from a batch: mss, mss_mean or mws.
-        dataset_size: N, number of training samples; 0: that of the training data, or without any that of the batch.
+        dataset_size: N, number of training samples; 0 uses the size of the training data, or of the batch if there is
+            none.
         **kwargs: see `VAE`.
     """
 
@@ -61,31 +63,31 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disen
         if estimator not in ESTIMATORS:
             raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
         super().__init__(input_shape, **kwargs)
-        del self.capacity  # BetaAnnealing raises beta, but there is no one KL term to hold at a capacity
+        del self.capacity  # BetaAnnealing may increase beta, but no single KL term has a capacity
         self.alpha = alpha
         self.gamma = gamma
         self.estimator = estimator
         self.dataset_size = dataset_size
         self._counted = False
         self._samples = 0
-        self.register_buffer("n_data", torch.tensor(dataset_size))  # saved: a loaded model evaluates as it was trained
+        self.register_buffer("n_data", torch.tensor(dataset_size))  # saved, so that evaluation uses the N of training
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # keeps its count
+        resumed = self.trainer.ckpt_path is not None and bool(self.n_data)  # keeps the saved N
         self._counted = self.dataset_size > 0 or resumed
         self._samples = 0
 
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         x, y = super().begin_step(batch, batch_idx)
         if not self._counted and self._trainer is not None:
-            # at each step, as the fault guard restores the buffers after a step that was not finite
+            # at each step, because the fault guard restores the buffers after a non-finite step
             self._samples = self._samples or self.training_samples(len(x))
             self.n_data.fill_(self._samples)
         return x, y
 
     def training_samples(self, batch_size: int) -> int:
-        """Samples per epoch of all ranks, from the loader's sampler or its number of batches; 0 if unknown."""
+        """Return the samples per epoch over all ranks, from the loader's sampler or number of batches; 0 if unknown."""
         loader = self.trainer.train_dataloader
         sampler = getattr(loader, "sampler", None)
         if isinstance(getattr(loader, "batch_size", None), int) and isinstance(sampler, Sized):
@@ -94,7 +96,7 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disen
         return 0 if math.isinf(batches) else int(batches) * batch_size * self.trainer.world_size
 
     def log_weights(self, z_BD: Tensor, n: int) -> Tensor:
-        """Log W of this rank's codes against the posteriors of all n samples, (B, n)."""
+        """Return log W for this rank's codes and the posteriors of all n samples, (B, n)."""
         n_data = self.n_data.clamp(min=n).to(z_BD.dtype)
         return aggregate_log_weights(self.estimator, self.local_rows(z_BD), n, n_data)
 
@@ -110,7 +112,7 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disen
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.kl(mu_BD, log_var_BD).mean()
-        # small differences of large logarithms: float32 leaves three digits of a total correlation
+        # small differences of large logarithms: in float32, a total correlation has three correct digits
         z_BD = z_BD if z_BD.device.type == "mps" else z_BD.double()
         eps_BD = (z_BD - mu_BD) * torch.exp(-0.5 * log_var_BD)
         log_qx_B = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1)

@@ -1,14 +1,15 @@
 """Categorical variational autoencoder (Jang et al. 2016), https://arxiv.org/abs/1611.01144
 
-The code has N independent categorical variables of K classes, trained through a relaxation; in nats per sample:
+The code has N independent categorical variables of K classes, trained with a relaxation; in nats per sample:
 
     L = E[-log p(x|z)] + beta KL(q(c|x) || p(c))     q(c|x) = prod_n Cat(p_n)     p(c) uniform
     z_n = softmax((log p_n + g_n) / tau)             g_n Gumbel noise: z_n -> one-hot of arg max (log p_n + g_n) ~ q
-    KL = sum_n sum_k p_nk log(K p_nk)                from 0, of the uniform, to N log K
+    KL = sum_n sum_k p_nk log(K p_nk)                from 0, for the uniform, to N log K
 
-tau is `temperature`, or falls to it from `start_temperature` by a constant factor per step. In evaluation, codes are
-one-hot draws from q (Maddison et al. 2016). Then, and always with `straight_through`, log p(x) >= E[elbo] with
-elbo = -(nll + kl) for any beta. `encode` gives the probabilities p, which decode better than one-hot codes.
+tau is `temperature`, or decreases to it from `start_temperature` by a constant factor per step. In evaluation, codes
+are one-hot samples from q (Maddison et al. 2016). In this case, and always with `straight_through`, log p(x) >= E[elbo]
+with elbo = -(nll + kl) for any beta. `encode` returns the probabilities p, whose reconstructions are better than those
+of one-hot codes.
 
 Shapes: B batch, N variables, K classes, D = N K code, S importance samples, M = K^N possible codes.
 """
@@ -36,15 +37,17 @@ class CategoricalVAEArgs(NetworkArgs, total=False):
 
 
 class CategoricalVAE(VAE, normal_prior=False, tags=("generation",)):
-    """Categorical code with a uniform prior, trained through a relaxation.
+    """Categorical code with a uniform prior, trained with a relaxation.
 
     Args:
-        n_variables: N, categorical variables of the code.
-        n_classes: K, classes of each; the code has N K entries. The paper has 10, which need longer training.
-        temperature: tau, at least 0.01: near 0 codes are nearly one-hot and gradients noisy.
-        start_temperature: tau at the first step, if it falls.
-        temperature_steps: optimiser steps over which tau falls exponentially to temperature; 0 keeps it there.
-        straight_through: decode one-hot codes in training as well, with the gradient of the relaxed ones.
+        n_variables: N, number of categorical variables in the code.
+        n_classes: K, number of classes of each variable; the code has N K entries. The paper uses 10, which needs
+            longer training.
+        temperature: tau, at least 0.01; near 0, codes are nearly one-hot and gradients are noisy.
+        start_temperature: tau at the first step, if temperature_steps is above 0.
+        temperature_steps: number of optimiser steps over which tau decreases exponentially to temperature; 0 uses
+            temperature from the start.
+        straight_through: decode one-hot codes in training as well, with the gradient of the relaxed codes.
         **kwargs: see `VAE`.
     """
 
@@ -76,12 +79,12 @@ class CategoricalVAE(VAE, normal_prior=False, tags=("generation",)):
         self.enable_step_counter()
 
     def tau(self) -> Tensor:
-        """The temperature at the current step, ()."""
+        """Return the temperature at the current step, ()."""
         share = self.step_fraction(self.temperature_steps)
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def log_probs(self, x: Tensor) -> Tensor:
-        """Logarithms of the p of q(c|x): (B, *input_shape) -> (B, N, K)."""
+        """Return the logarithms of the probabilities p of q(c|x): (B, *input_shape) -> (B, N, K)."""
         return at_least_float32(self.encoder(x)).unflatten(1, self.variables).log_softmax(2)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +121,7 @@ class CategoricalVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
-        """Log p(x) in nats, exact if there are at most n codes, else importance-sampled: (B, *shape) -> (B,)."""
+        """Return log p(x) in nats, exact if there are at most n codes, else importance-sampled: (B, *shape) -> (B,)."""
         n_variables, k = self.variables
         if k**n_variables > n:
             return super().log_likelihood(x, n)

@@ -7,7 +7,7 @@ Maximises a mixture of the evidence lower bound and the importance weighted boun
 
 beta = 0 is the IWAE; beta = 1 is a VAE with K samples and a sampled KL. With v_k = w_k / sum_j w_j, the encoder's
 gradient is sum_k c_k d log w_k with c_k = beta/K + (1 - beta) v_k. stl uses only the path through z. dreg uses this
-path with beta/K + (1 - beta) v_k^2 instead; its mean is that of reparam (Tucker et al. 2018).
+path with beta/K + (1 - beta) v_k^2 instead; it has the mean of reparam (Tucker et al. 2018).
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -23,10 +23,10 @@ from aezoo.models.variational.iwae import IWAE, IWAEArgs
 
 
 class CIWAE(IWAE, tags=("generation",)):
-    """Gaussian code with a standard normal prior, trained between the VAE's bound and the IWAE's.
+    """Gaussian code with a standard normal prior, trained with a mixture of the VAE's bound and the IWAE's bound.
 
     Args:
-        beta: share of the ELBO, from 0 to 1.
+        beta: weight of the ELBO, from 0 to 1.
         **kwargs: see `IWAE`.
     """
 

@@ -1,4 +1,4 @@
-"""CMVAE, whose parts share a code in clusters (Palumbo et al. 2024), https://openreview.net/forum?id=k5THrhXDV3
+"""CMVAE, the clustering multimodal VAE (Palumbo et al. 2024), https://openreview.net/forum?id=k5THrhXDV3
 
 A sample consists of parts x = (x_1, ..., x_M), its modalities. The model is `mmvae_plus`, with u in one of K clusters:
 
@@ -9,13 +9,15 @@ A sample consists of parts x = (x_1, ..., x_M), its modalities. The model is `mm
                         + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]     p(u) = sum_c p(c) p(u|c)
 
 in nats per sample, a bound if L of `mmvae_plus` is one. The paper's mean over q(c|u) of log p(c, u) - log q(c|u) equals
-log p(u). The estimate is that of `mmvae_plus`, plus log N(u; 0, I) - log p(u) at each draw; K = 1 with m = 0 and s = 1
-is `mmvae_plus`. The paper's diffusion is left out. MultiVae (https://github.com/AgatheSenellart/MultiVae) has s = 1.
+log p(u). The estimate is the same as in `mmvae_plus`, plus log N(u; 0, I) - log p(u) at each sample; K = 1 with m = 0
+and s = 1 gives `mmvae_plus`. The paper's diffusion model is not implemented. MultiVae
+(https://github.com/AgatheSenellart/MultiVae) uses s = 1.
 
-The probability of a cluster is the mean over parts of q_i(c|x_i), proportional to exp E_q_i[log p(c) p(u|c)] as in VaDE
-(https://arxiv.org/abs/1611.05148); the paper draws a u from each part and takes the majority of their clusters. After
-training, `prune` chooses the number of clusters: it removes the cluster with the least sum_x q(c|x), one by one, and of
-the sets of 2 to K keeps the one with the least penalised normalised entropy, averaged over parts and samples,
+The probability of a cluster is the mean over parts of q_i(c|x_i), which is proportional to exp E_q_i[log p(c) p(u|c)]
+as in VaDE (https://arxiv.org/abs/1611.05148); the paper samples one u from each part and takes the most frequent of
+their clusters. After training, `prune` chooses the number of clusters: it repeatedly removes the cluster with the
+smallest sum_x q(c|x), and of the sets of 2 to K clusters it keeps the one with the smallest penalised normalised
+entropy, averaged over parts and samples,
 
     beta H(q_i(c|x_i)) / log K - 1/D log sum_c exp E_q_i[log p(c) p(u|c)]
 
@@ -34,7 +36,7 @@ from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.errors import AezooError
 from aezoo.models.variational.mmvae_plus import MMVAEPlus, MMVAEPlusArgs
 
-_LOG_ZERO = -1e4  # its exponential is 0, and weights stay finite
+_LOG_ZERO = -1e4  # its exponential is 0, and weights remain finite
 
 
 class CMVAE(MixturePrior, MMVAEPlus, tags=("multimodal", "imputation", "generation")):
@@ -43,7 +45,7 @@ class CMVAE(MixturePrior, MMVAEPlus, tags=("multimodal", "imputation", "generati
     Args:
         latent_dim: D, size of the code that all parts share.
         private_dim: P, size of each part's private code.
-        n_components: K, number of clusters, the Gaussians of the shared code's prior.
+        n_components: K, number of clusters, each a Gaussian component of the shared code's prior.
         beta: weight of the KL term.
         **kwargs: see `MMVAEPlus`.
     """
@@ -83,13 +85,13 @@ class CMVAE(MixturePrior, MMVAEPlus, tags=("multimodal", "imputation", "generati
 
     @torch.no_grad()
     def prune(self, x: Tensor) -> dict[int, float]:
-        """Keep the number of clusters that suits these samples best; p(c) of the others becomes 0.
+        """Choose the best number of clusters for these samples, and set p(c) of the other clusters to 0.
 
         Args:
-            x: samples to choose by, (B, *input_shape).
+            x: samples on which the numbers of clusters are compared, (B, *input_shape).
 
         Returns:
-            The penalised normalised entropy of each number of clusters.
+            The penalised normalised entropy for each number of clusters.
 
         Raises:
             AezooError: there is only one cluster.
@@ -97,7 +99,7 @@ class CMVAE(MixturePrior, MMVAEPlus, tags=("multimodal", "imputation", "generati
         log_w_K, log_BMK, share_BM = self.weight_K.log_softmax(0), self.log_clusters(x), self.weights(x)
         kept = (log_w_K > _LOG_ZERO / 2).nonzero().flatten().tolist()
         if len(kept) < 2:
-            raise AezooError("prune needs at least 2 clusters: there is one alone")
+            raise AezooError("prune needs at least 2 clusters, but there is only one")
         found = {}
         while len(kept) > 1:
             own_BMK = log_BMK[..., kept] - log_w_K[kept].logsumexp(0)

@@ -1,13 +1,14 @@
 """Conditional variational autoencoder (Sohn et al. 2015), https://papers.nips.cc/paper/5775
 
-Encoder and decoder are given the label y of a sample; in nats per sample:
+The encoder and the decoder receive the label y of a sample; in nats per sample:
 
     L(x, y) = E_q(z|x,y)[-log p(x|z, y)] + KL(q(z|x, y) || p(z)) >= -log p(x|y)
     L(x)    = -E[log sum_y p(y) w_y] >= -log p(x)     w_y = p(x|z_y, y) p(z_y) / q(z_y|x, y)     z_y ~ q(z|x, y)
 
-p(z) = N(0, I), and p(y) is uniform. A sample without a label (y None or -1) has the loss L(x), with one draw of z per
-label; the log of a sum needs the weights w_y: with a closed-form KL it would not be a bound. The code contains the
-label, [z, one-hot y]. `encode` without labels takes the most likely one, arg max_y of log p(x|mu_y, y) - KL_y.
+p(z) = N(0, I), and p(y) is uniform. A sample without a label (y None or -1) has the loss L(x), with one sample of z per
+label; the logarithm of the sum needs the weights w_y, since it would not be a bound with a closed-form KL. The code
+contains the label, [z, one-hot y]. Without labels, `encode` uses the most likely one, arg max_y of log p(x|mu_y, y) -
+KL_y.
 
 Shapes: B batch, D latent, K labels, E = D + K code, S importance samples.
 """
@@ -38,7 +39,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False, tags=("genera
 
     Args:
         latent_dim: D, size of the code without the label.
-        num_classes: K, number of labels; from the data on the command line.
+        num_classes: K, number of labels; the command line reads it from the data.
         **kwargs: see `VAE`.
     """
 
@@ -68,7 +69,7 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False, tags=("genera
         return nll_B, self.kl(mu_BD, log_var_BD), 0.5 * (z_BD**2 - eps_BD**2 - log_var_BD).sum(1)
 
     def terms_per_label(self, x: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same terms, with the same noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
+        """Return `terms` for each label, with the same noise for all labels of a sample: -> (B, K), (B, K), (B, K)."""
         k = self.num_classes
         nll, kl, log_ratio = self.terms(*labels.repeat_for_each_label(x, k), eps_BD.repeat(k, 1))
         return nll.unflatten(0, (k, -1)).T, kl.unflatten(0, (k, -1)).T, log_ratio.unflatten(0, (k, -1)).T
@@ -89,16 +90,16 @@ class ConditionalVAE(labels.LabelledCode, VAE, normal_prior=False, tags=("genera
         return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def bounds(self, x: Tensor) -> Tensor:
-        """The log p(x|mu_y, y) - KL_y of each label, without noise: (B, *input_shape) -> (B, K)."""
+        """Return log p(x|mu_y, y) - KL_y for each label, without noise: (B, *input_shape) -> (B, K)."""
         nll_BK, kl_BK, _ = self.terms_per_label(x, x.new_zeros(x.shape[0], self.latent_dim))
         return -(nll_BK + kl_BK)
 
     def classify(self, x: Tensor) -> Tensor:
-        """The log-probability of each label under the bounds, without noise: (B, *input_shape) -> (B, K)."""
+        """Return the log-probability of each label under the bounds, without noise: (B, *input_shape) -> (B, K)."""
         return self.bounds(x).log_softmax(1)
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The code's mean and log-variance; the label, by default the most likely, has the least log-variance."""
+        """Return the code's mean and log-variance; the label (default: most likely) has the smallest log-variance."""
         if y is None or not labels.all_labelled(y, self.num_classes):
             likely = self.classify(x).argmax(1)
             y = likely if y is None else torch.where(y < 0, likely, y)

@@ -1,7 +1,7 @@
-"""CRMVAE, which decodes what each part says as well (Suzuki & Matsuo 2023), https://openreview.net/forum?id=Rn8u4MYgeNJ
+"""CRMVAE, with reconstructions from each expert (Suzuki & Matsuo 2023), https://openreview.net/forum?id=Rn8u4MYgeNJ
 
 A sample consists of parts x = (x_1, ..., x_M), its modalities. As in `mvtcae`, the posterior is the product of the
-encoders' Gaussians, the experts, and is kept near each of them. In addition, x_i is decoded from the code of its own
+encoders' Gaussians, the experts, and is kept near each of them. In addition, each x_i is decoded from a code of its
 expert:
 
     q(z|x) proportional to prod_i q_i(z|x_i)     q_i = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
@@ -9,23 +9,23 @@ expert:
     L = (1 - alpha / M) E_q[-log p(x|z)] + alpha / M sum_i E_q_i[-log p(x_i|z)] + beta R
     R = (1 - alpha) KL(q || p) + alpha / M sum_i KL(q || q_i)     alpha: M / (M + 1) by default
 
-in nats per sample. L is (1 - alpha) L_0 + alpha / M sum_i L_i. Each of these terms has every part once, and by default
-all have the same weight:
+in nats per sample. L is (1 - alpha) L_0 + alpha / M sum_i L_i. Each of these terms contains every part once, and by
+default all have the same weight:
 
     L_0 = E_q[-log p(x|z)] + beta KL(q || p)
     L_i = E_q[-sum_(j != i) log p(x_j|z)] + E_q_i[-log p(x_i|z)] + beta KL(q || q_i)
 
-Without the E_q_i, L is that of `mvtcae`; with alpha = 0, it is that of a VAE. For beta = 1, -L_0 is a bound on log
-p(x), the term elbo. -L_i is a bound on the log-evidence of x_i plus that of the other parts, each with q_i in place of
-the prior. The log-evidence of x_i may then exceed log p(x_i), since KL(q_i || p) is left out, so -L is no bound on log
-p(x): if q and q_i are the posteriors of x and of x_i,
+Without the E_q_i, L is the loss of `mvtcae`; with alpha = 0, it is the loss of a VAE. For beta = 1, -L_0 is a bound on
+log p(x); it is the term elbo. -L_i is a bound on the log-evidence of x_i plus that of the other parts, each with q_i
+instead of the prior. The log-evidence of x_i may then exceed log p(x_i), since KL(q_i || p) is missing, so -L is not a
+bound on log p(x): if q and q_i are the posteriors of x and of x_i,
 
     -L = log p(x) + alpha / M sum_i KL(q_i || p)
 
-MultiVae (https://github.com/AgatheSenellart/MultiVae) weights E_q by 1 / (M + 1), like the E_q_i, and in its code both
-by half of that, so a part counts less the more parts there are. Relative to E_q, its KLs weigh as much as here if its
-beta is 1 / (2 M) of the beta here, and its E_q_i weigh M times as much. If a sample lacks parts, L is computed from its
-other parts.
+MultiVae (https://github.com/AgatheSenellart/MultiVae) weights E_q by 1 / (M + 1), like the E_q_i, and its code weights
+both by half of that, so the weight of a part decreases with the number of parts. Relative to E_q, its KLs have the same
+weight as here if its beta is 1 / (2 M) of the beta here, and its E_q_i have M times the weight. If parts of a sample
+are missing, L is computed from its other parts.
 
 Shapes: B batch, D code, M parts.
 """
@@ -43,7 +43,7 @@ class CRMVAE(MVTCAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is near each expert, and whose experts also reconstruct their parts.
 
     Args:
-        alpha: share of the L_i, from 0 to 1; that of L_0 is 1 - alpha; None for M / (M + 1).
+        alpha: total weight of the L_i, from 0 to 1; L_0 has the weight 1 - alpha; None for M / (M + 1).
         **kwargs: see `MVTCAE`.
     """
 

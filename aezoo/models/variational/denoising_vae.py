@@ -2,12 +2,12 @@
 
     L = E_C[ E_q[-log p(x|z)] + beta KL(q(z|x~) || p(z)) ]     x~ ~ C(x~|x), z ~ q(z|x~)
 
-in nats per sample. The code is computed from a corrupted sample, and the likelihood from the clean one. The posterior
-is in effect the mixture q~(z|x) = E_C[q(z|x~)], which is richer than a Gaussian. For it, L at beta = 1 is an upper
-bound of the negative ELBO (section 3). Without corruption this is the VAE.
+in nats per sample. The code is computed from a corrupted sample, and the likelihood from the clean one. The effective
+posterior is the mixture q~(z|x) = E_C[q(z|x~)], which is more flexible than a Gaussian. With this posterior, L at beta
+= 1 is an upper bound on the negative ELBO (section 3). Without corruption this is the VAE.
 
-Noise is drawn anew for every training batch, and once, from a fixed seed, for evaluation. Samples that are encoded or
-scored are not corrupted: the q(z|x) of log_likelihood is the encoder's.
+Training draws new noise for every batch; evaluation always uses the same noise, from a fixed seed. Samples that are
+encoded or scored are not corrupted: q(z|x) in `log_likelihood` is the encoder's output for the clean sample.
 """
 
 from typing import Unpack
@@ -20,7 +20,7 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 
 
 class DenoisingVAE(VAE, tags=("generation", "denoising")):
-    """A VAE that learns to undo a corruption; reconstructions and metrics in evaluation start from corrupted input too.
+    """A VAE that learns to remove a corruption; in evaluation, reconstructions and metrics also use corrupted inputs.
 
     Args:
         corruption: gaussian:STD, masking:SHARE, salt_and_pepper:SHARE or none.

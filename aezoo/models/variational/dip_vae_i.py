@@ -3,8 +3,8 @@
     L = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) + l_od sum_{i != j} C_ij^2 + l_d sum_i (C_ii - 1)^2     (equation 6)
     C = Cov[mu(x)]
 
-in nats per sample. The posterior means should be uncorrelated, with variance 1. C is the covariance, with 1/B, of the
-whole batch over all ranks. l_od = l_d = 0 is the VAE.
+in nats per sample. The penalties push the posterior means towards no correlation and variance 1. C is the covariance,
+with 1/B, of the whole batch over all ranks. l_od = l_d = 0 is the VAE.
 
 Shapes: B batch, D code.
 """
@@ -20,11 +20,11 @@ from aezoo.training.limits import check_at_least
 
 
 class DIPVAEI(VAE, tags=("disentanglement",)):
-    """A VAE whose posterior means have the identity as covariance.
+    """A VAE that penalises the difference between the covariance of its posterior means and the identity.
 
     Args:
         off_diagonal: l_od, weight of the squared covariances; usually 1 to 50.
-        diagonal: l_d, weight of the squared distances of the variances from 1; usually 10 l_od.
+        diagonal: l_d, weight of the squared differences between the variances and 1; usually 10 l_od.
         **kwargs: see `VAE`.
     """
 
@@ -43,7 +43,8 @@ class DIPVAEI(VAE, tags=("disentanglement",)):
 
     def covariance(self, mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:
         """Cov[mu(x)] over the batch, (B, D), (B, D) -> (D, D)."""
-        # from centred means, as E[mu mu'] - E[mu] E[mu]' would cancel; without matmul, which autocast would round
+        # from centred means, because E[mu mu'] - E[mu] E[mu]' loses digits; without matmul, which autocast would
+        # round
         centred_BD = mu_BD - self.batch_mean(mu_BD)
         return self.batch_mean(centred_BD[:, :, None] * centred_BD[:, None, :])
 
@@ -53,7 +54,7 @@ class DIPVAEI(VAE, tags=("disentanglement",)):
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
         cov_DD = self.covariance(mu_BD, log_var_BD)
-        # with a mask, as inductor warns about a name of its own when it reads a diagonal
+        # with a mask, because inductor emits a warning about its internals when it reads a diagonal
         eye_DD = torch.eye(len(cov_DD), device=cov_DD.device, dtype=cov_DD.dtype)
         var_D = (cov_DD * eye_DD).sum(1)
         off_diagonal = ((cov_DD * (1 - eye_DD)) ** 2).sum()

@@ -3,8 +3,8 @@
     L = E_q[-log p(x|z)] + KL(q(z|x) || p(z)) + l_od sum_{i != j} C_ij^2 + l_d sum_i (C_ii - 1)^2     (equation 7)
     C = Cov[z] = Cov[mu(x)] + E[diag sigma(x)^2]     by the law of total covariance
 
-in nats per sample. The codes themselves, not only the posterior means, should have the prior's covariance. C is the
-covariance of the whole batch over all ranks. l_od = l_d = 0 is the VAE.
+in nats per sample. The penalties push the covariance of the codes themselves, not only of the posterior means, towards
+the prior's covariance. C is the covariance of the whole batch over all ranks. l_od = l_d = 0 is the VAE.
 
 Shapes: B batch, D code.
 """
@@ -16,10 +16,10 @@ from aezoo.models.variational.dip_vae_i import DIPVAEI
 
 
 class DIPVAEII(DIPVAEI, defaults={"diagonal": 10.0}, tags=("disentanglement",)):
-    """A VAE whose codes have the identity as covariance.
+    """A VAE that penalises the difference between the covariance of its codes and the identity.
 
     Args:
-        diagonal: l_d, weight of the squared distances of the variances from 1; usually l_od.
+        diagonal: l_d, weight of the squared differences between the variances and 1; usually l_od.
     """
 
     def covariance(self, mu_BD: Tensor, log_var_BD: Tensor) -> Tensor:

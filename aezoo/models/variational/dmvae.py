@@ -10,21 +10,21 @@ A sample consists of parts x = (x_1, ..., x_M), its modalities. Each is decoded 
     ELBO_S(x) = E_(q(u|x_S) q(w|x))[sum_j log p(x_j|u, w_j)]
                 - beta (KL(q(u|x_S) || p(u)) + sum_j KL(q_j(w_j|x_j) || p(w_j)))
 
-in nats per sample. With beta = 1, each ELBO is a bound on log p(x) of all parts. The first infers u from all parts, the
-others from a single part. All parts are decoded from this u, each with its own w_j, so u must hold what they share. The
-terms nll, kl and elbo are those of the first ELBO; `cross_nelbo` is what the others add to L. With M = 1 there are no
-others, and this is a VAE whose posterior of u includes the prior.
+in nats per sample. With beta = 1, each ELBO is a bound on log p(x) of all parts. The first ELBO infers u from all
+parts, each of the others from a single part. All parts are decoded from this u, each with its w_j, so u must contain
+what they share. The terms nll, kl and elbo are those of the first ELBO; `cross_nelbo` is the contribution of the others
+to L. With M = 1 there are no others, and the model is a VAE whose posterior of u includes the prior.
 
-The posterior of u given one part includes the prior, like that given several. So if the q_i are the likelihoods
-p(x_i|u), all posteriors of u are exact. For one part, the authors' code (https://github.com/seqam-lab/DMVAE) and
-MultiVae (https://github.com/AgatheSenellart/MultiVae) take q_i alone; no q_i that is exact in a product is exact alone.
-The authors' code also counts the KL of u once for each part that is decoded, and leaves out the likelihoods of
-ELBO_all.
+The posterior of u given one part includes the prior, as does the posterior given several parts. Therefore, if the q_i
+are the likelihoods p(x_i|u), all posteriors of u are exact. For one part, the authors' code
+(https://github.com/seqam-lab/DMVAE) and MultiVae (https://github.com/AgatheSenellart/MultiVae) use only q_i; a q_i that
+is exact as a factor of a product is not exact as the posterior given one part. The authors' code also adds the KL of u
+once for each decoded part, and omits the likelihoods of ELBO_all.
 
-The code is (u, w_1, ..., w_M); for a part that is not used, w_i is the mean of p.
+The code is (u, w_1, ..., w_M); for a part that is not used, w_i is the mean of p(w_i).
 
-Shapes: B batch, D shared code, P private code, E = D + P, C = D + M P, M parts, S posteriors of u: of all parts, of
-each alone.
+Shapes: B batch, D shared code, P private code, E = D + P, C = D + M P, M parts, S posteriors of u: given all parts,
+    then given each single part.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class DMVAE(Multimodal, VAE, tags=("multimodal", "imputation")):
         return found[0], found[1]
 
     def posteriors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log-variances of q(u|x_S) q(w|x) for S all parts and each alone: -> (B, S, C), (B, S, C)."""
+        """Means and log-variances of q(u|x_S) q(w|x) for all parts and each single part: -> (B, S, C), (B, S, C)."""
         m, d = len(self.sizes), self.latent_dim
         mu_BME, log_var_BME = self.experts(x)
         every_1M = torch.ones(1, m, dtype=torch.bool, device=x.device)

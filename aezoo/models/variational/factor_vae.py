@@ -5,11 +5,11 @@
     L_D = -1/2 E_q(z)[log D(z)] - 1/2 E_prod[log(1 - D(z'))]
 
 in nats per sample. The discriminator D distinguishes the codes z of a batch from z', the same codes with each dimension
-permuted separately over the batch. The z' are draws from the product of the marginals (algorithm 1). At D's optimum, t
-is the log ratio of the two densities, and L_D is log 2 if they are equal. gamma = 0 is the VAE.
+permuted separately over the batch. The z' are samples from the product of the marginals (algorithm 1). For the optimal
+D, t is the log ratio of the two densities, and L_D is log 2 if they are equal. gamma = 0 is the VAE.
 
-Each of the two losses trains only its own parameters. Both players take their steps together on one batch, as in
-https://github.com/google-research/disentanglement_lib; algorithm 2 draws z' from a second batch. L is the value of
+Each of the two losses trains only its own parameters. Both are minimised together on the same batch, as in
+https://github.com/google-research/disentanglement_lib; in algorithm 2, z' comes from a second batch. L is the value of
 `loss`; L_D is the term `discriminator`.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
@@ -35,7 +35,7 @@ from aezoo.training.limits import check_at_least
 
 
 class FactorVAE(VAE, tags=("disentanglement",)):
-    """A VAE whose codes, as an aggregate, are pushed to have independent dimensions.
+    """A VAE whose aggregate posterior is trained to have independent dimensions.
 
     Args:
         gamma: weight of the total correlation; usually 6 to 40.
@@ -69,7 +69,7 @@ class FactorVAE(VAE, tags=("disentanglement",)):
         return discriminator_parameter_groups(self, betas=(0.5, 0.9))  # appendix A
 
     def permute_dims(self, z_BD: Tensor) -> Tensor:
-        """This rank's rows of the codes after permuting each dimension separately over all ranks (algorithm 1)."""
+        """Return this rank's codes after permuting each dimension separately over all ranks (algorithm 1)."""
         z_ND, keys_ND = self.all_gather_batch(z_BD), self.all_gather_batch(torch.rand_like(z_BD))
         return z_ND.gather(0, keys_ND.argsort(0))[self.local_rows(z_BD)]
 
@@ -78,7 +78,8 @@ class FactorVAE(VAE, tags=("disentanglement",)):
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
-        # the VAE's step treats the discriminator as constant, the discriminator's step the codes
+        # the VAE's step treats the discriminator as constant, and the discriminator's step treats the codes as
+        # constant
         tc = at_least_float32(call_frozen(self.discriminator, z_BD.to(x.dtype))).mean()
         codes = torch.cat([z_BD.detach(), self.permute_dims(z_BD.detach())])
         t_joint, t_product = at_least_float32(self.discriminator(codes.to(x.dtype))).chunk(2)

@@ -5,14 +5,14 @@
     log p(z) = log N(u | 0, I) + sum_t sum_i a_ti              u = f_T(... f_1(z)), learned with the rest
     f_t(z)_i = z_i exp(a_ti(z)) + m_ti(z)                      a and m depend on elements of z that f_t inverts before i
 
-in nats per sample. In a coupling layer (realnvp), those elements are every other one, and they stay unchanged. In a
-masked autoregressive flow (maf: Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057), they are all that precede
-i. Layers alternate between two orders. Sampling inverts the layers, z = f^-1(u) with u ~ N(0, I), in two passes through
-the networks of a realnvp and in D passes of a maf. Both are implemented here: zuko's coupling layers wait for the GPU
-at every step and break the compiled graph. a = m = 0 is the VAE.
+in nats per sample. In a coupling layer (realnvp), these elements are every second one, and they remain unchanged. In a
+masked autoregressive flow (maf: Papamakarios et al. 2017, https://arxiv.org/abs/1705.07057), they are all elements
+before i. Layers alternate between two orders. Sampling inverts the layers, z = f^-1(u) with u ~ N(0, I), which takes
+two passes through the networks of a realnvp and D passes through those of a maf. Both are implemented here, because
+zuko's coupling layers wait for the GPU at every step and break the compiled graph. a = m = 0 is the VAE.
 
-The second form of L is computed, which is the VAE's if f is the identity. The score, which has no noise, uses it at
-z = mu.
+The second form of L is computed; it is the VAE's loss if f is the identity. The score, which has no noise, uses this
+form at z = mu.
 
 Shapes: B batch, D code, H hidden units.
 """
@@ -36,7 +36,7 @@ class FlowPriorVAE(VAE, normal_prior=False, tags=("generation",)):
 
     Args:
         prior: realnvp or maf; the first draws samples faster, the second is more flexible.
-        n_flows: layers of the flow; 0 is the VAE, and a realnvp needs two to move all elements.
+        n_flows: number of layers in the flow; 0 is the VAE, and a realnvp needs two to transform all elements.
         flow_width: hidden units of each layer's network, in each of its two hidden layers.
         **kwargs: see `VAE`.
     """
@@ -51,7 +51,7 @@ class FlowPriorVAE(VAE, normal_prior=False, tags=("generation",)):
         **kwargs: Unpack[VAEArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # the sampled KL may be negative, so there is no distance from a capacity
+        # the sampled KL may be negative, so its distance from a capacity would be meaningless
         del self.capacity
         if prior not in PRIORS:
             raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
@@ -86,7 +86,7 @@ class FlowPriorVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | mu) plus the KL as above, in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return -log p(x | mu) plus the KL in the second form of L, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
         kl_B = self.kl(mu_BD, log_var_BD) + super().log_prior(mu_BD) - self.log_prior(mu_BD)
         return self.nll(self.decoder(mu_BD.to(x.dtype)), x) + kl_B

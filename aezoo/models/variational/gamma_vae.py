@@ -5,13 +5,14 @@ Codes are positive; in nats per sample:
     L = E_q[-log p(x|z)] + beta KL(q(z|x) || p(z))     q(z|x) = Gamma(alpha(x), rho(x))     p(z) = Gamma(a, b)
     KL = sum_d (alpha - a) psi(alpha) - log Gamma(alpha) + log Gamma(a) + a log(rho / b) + alpha (b / rho - 1)
 
-alpha and a are shapes, rho and b rates: the mean of Gamma(alpha, rho) is alpha / rho, its variance alpha / rho^2. The
+alpha and a are shapes, rho and b rates: Gamma(alpha, rho) has the mean alpha / rho and the variance alpha / rho^2. The
 rate b only sets the unit of the codes.
 
-Gradients pass through a draw by implicit reparameterisation, dz/dalpha = -(dF/dalpha) / q(z) with the distribution
-function F, which torch's Gamma implements. They are unbiased, and not those of a rejection sampler (Naesseth et al.
-2017, https://arxiv.org/abs/1610.05683), whose accepted draws depend on alpha, too. Independent Gammas of one rate,
-divided by their sum, are a Dirichlet, the code of Joo et al. 2019 (https://arxiv.org/abs/1901.02739).
+Gradients of samples are computed by implicit reparameterisation, dz/dalpha = -(dF/dalpha) / q(z) with the cumulative
+distribution function F, which torch's Gamma implements. They are unbiased, and differ from those of a rejection sampler
+(Naesseth et al. 2017, https://arxiv.org/abs/1610.05683), whose accepted samples also depend on alpha. Independent Gamma
+variables with the same rate, divided by their sum, have a Dirichlet distribution, which is the code of Joo et al. 2019
+(https://arxiv.org/abs/1901.02739).
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -28,7 +29,7 @@ from aezoo.autoencoder import at_least_float32
 from aezoo.models.variational.vae import VAE, VAEArgs
 from aezoo.training.limits import check_at_least
 
-# for a smaller shape, float32 rounds one draw in 10,000 or more to 0
+# with a smaller shape, float32 rounds one sample in 10,000 or more to 0
 LEAST_SHAPE, LEAST_RATE, MOST = 0.1, 1e-3, 1e6
 
 
@@ -37,7 +38,7 @@ class GammaVAE(VAE, normal_prior=False, tags=("generation",)):
 
     Args:
         prior_shape: a, shape of the prior, at least 0.1: sparse below 1, exponential at 1, nearly normal when large.
-        prior_rate: b, rate of the prior, at least 0.001: codes have the mean a / b.
+        prior_rate: b, rate of the prior, at least 0.001: the mean of the codes is a / b.
         **kwargs: see `VAE`.
     """
 
@@ -56,7 +57,7 @@ class GammaVAE(VAE, normal_prior=False, tags=("generation",)):
         self.prior_rate = prior_rate
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shape alpha and rate rho of q(z|x): (B, *input_shape) -> (B, D), (B, D)."""
+        """Return shape alpha and rate rho of q(z|x): (B, *input_shape) -> (B, D), (B, D)."""
         shape_BD, rate_BD = F.softplus(at_least_float32(self.encoder(x))).chunk(2, dim=1)
         alpha_BD = (LEAST_SHAPE + shape_BD).clamp(max=MOST)
         return alpha_BD, self.prior_rate * (LEAST_RATE + rate_BD).clamp(max=MOST)
@@ -81,7 +82,7 @@ class GammaVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @staticmethod
     def log_density(z: Tensor, alpha: Tensor, rho: Tensor) -> Tensor:
-        """The log-density of Gamma(alpha, rho) in nats, three (..., D) -> (...)."""
+        """Return the log-density of Gamma(alpha, rho) in nats, three (..., D) -> (...)."""
         exact = Gamma(alpha.double(), rho.double(), validate_args=False)
         return exact.log_prob(z.double()).sum(-1).to(z.dtype)
 
@@ -101,6 +102,6 @@ class GammaVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | mean of q) + KL in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return -log p(x | mean of q) + KL in nats: (B, *input_shape) -> (B,), no noise."""
         alpha_BD, rho_BD = self.posterior(x)
         return self.nll(self.decoder((alpha_BD / rho_BD).to(x.dtype)), x) + self.kl(alpha_BD, rho_BD)

@@ -7,10 +7,11 @@ L levels of Gaussian latent variables, z_1 (bottom) to z_L (top), are inferred f
     KL_l = E_q[KL(q(z_l | x, z_{l+1}) || p(z_l | z_{l+1}))]     log p(x) >= ELBO = E_q[log p(x|z)] - sum_l KL_l
     L = E_q[-log p(x|z)] + beta |sum_l max(free_bits, KL_l) - C|
 
-KL_l is the mean over the batch: a level that carries less than its free bits is not pushed to carry nothing (paper's
-appendix on free bits). All conditionals are diagonal Gaussians from nets of one hidden layer; level l sees x through
-the encoder's output h_l. L = 1 is the VAE; C is 0 unless the callback BetaAnnealing raises it. vae_iaf has their flows.
-The code has all levels from the bottom up; encode gives the top's mean, then the next level's given it, and so on.
+KL_l is the mean over the batch, and a level whose KL is below its free bits is not pushed towards 0 (paper's appendix
+on free bits). All conditionals are diagonal Gaussians, computed by networks with one hidden layer; level l depends on x
+through the encoder's output h_l. L = 1 is the VAE; C is 0 unless the callback BetaAnnealing increases it. The paper's
+flows are in `vae_iaf`. The code contains all levels from the bottom up; `encode` returns the mean of the top level,
+then the mean of the next level given it, and so on.
 
 Shapes: B batch, D code, D_l level l, L levels.
 """
@@ -42,12 +43,12 @@ class HierarchicalVAEArgs(LevelsArgs, total=False):
 
 
 class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
-    """Levels of Gaussian codes, each the prior of the one below.
+    """Several levels of Gaussian codes, where each level determines the prior of the level below.
 
     Args:
         latent_dims: D_1, ..., D_L, sizes of the levels from the bottom up.
-        level_dim: width of the hidden layer of the nets between levels.
-        free_bits: nats of each level's KL, on average over the batch, below which the loss does not change.
+        level_dim: width of the hidden layer of the networks between levels.
+        free_bits: KL of each level in nats, averaged over the batch, below which it does not change the loss.
         **kwargs: see `VAE`.
     """
 
@@ -61,7 +62,7 @@ class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
         **kwargs: Unpack[BetaArgs],
     ) -> None:
         if min(latent_dims, default=0) < 1:
-            raise AezooError(f"latent_dims must be one size or more, each at least 1, got {tuple(latent_dims)}")
+            raise AezooError(f"latent_dims must have at least one size, each at least 1, got {tuple(latent_dims)}")
         check_at_least(1, level_dim=level_dim)
         check_at_least(0, free_bits=free_bits)
         super().__init__(input_shape, latent_dim=sum(latent_dims), **kwargs)
@@ -73,7 +74,7 @@ class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
         self.posteriors = nn.ModuleList(nets)
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
-        """h_1, ..., h_L; the last holds the top's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
+        """Return h_1, ..., h_L, where h_L is the top level's mean and log-variance: (B, *input_shape) -> (B, 2 D_l)."""
         return [*self.encoder(x).split([2 * d for d in self.latent_dims], 1)]
 
     def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> tuple[GaussianParams, GaussianParams]:
@@ -82,7 +83,7 @@ class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
         return self.posteriors[-len(above)](h, above[-1]) if above else gaussian(h), p
 
     def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
-        """The levels from the bottom up, with z ~ q(z|x) or, without noise, z at the means of q."""
+        """Return the levels from the bottom up, with z ~ q(z|x) if `draw`, otherwise z at the means of q."""
         levels: list[Level] = []
         for _ in h_L:
             levels.append(Level.from_distributions(*self.q_and_p(h_L, [level.z for level in levels]), draw=draw))
@@ -110,7 +111,7 @@ class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
         return self.priors.log_prob(z.split(self.latent_dims, -1))
 
     def sample_prior(self, n: int) -> Tensor:
-        """Draw n codes, z_L ~ p(z_L) and then downwards z_l ~ p(z_l | z_{l+1}): (n, D)."""
+        """Draw n codes from the top down, first z_L ~ p(z_L), then z_l ~ p(z_l | z_{l+1}): (n, D)."""
         return torch.cat(self.priors.sample(n, like=next(self.decoder.parameters())), 1)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ class HierarchicalVAE(VAE, normal_prior=False, tags=("generation",)):
         return torch.cat([level.z for level in levels], -1), torch.stack([level.log_q() for level in levels]).sum(0)
 
     def latent_chain(self) -> LatentChain:
-        """The levels from the top down, in the form that bits-back coding needs."""
+        """Return the levels from the top down, in the form that bits-back coding needs."""
         layer = Conditional(self.priors.prior_params, lambda x, above: self.q_and_p(self.bottom_up(x), above)[0])
         layers = [layer for _ in self.latent_dims]
         return LatentChain([*layers], lambda z: self.decoder(torch.cat(z[::-1], 1)), self.likelihood, self.input_shape)

@@ -1,20 +1,21 @@
 """Hamiltonian VAE (Caterini et al. 2018), https://arxiv.org/abs/1805.11328
 
-K leapfrog steps along the decoder's gradient move a draw of the encoder towards the true posterior. Each step preserves
-volume and cools the momentum rho by a known factor, so that the bound on log p(x) is exact, in nats:
+K leapfrog steps along the decoder's gradient move a sample from the encoder's posterior towards the true posterior.
+Each step preserves volume and cools the momentum rho by a known factor, so that the bound on log p(x) is exact, in
+nats:
 
     L = E[-log p(x|z_K) + KL]     KL = log q(z_0|x) - log p(z_K) + (|rho_K|^2 - |gamma|^2) / 2
     z_0 ~ q(z|x) = N(mu(x), diag sigma(x)^2)     gamma ~ N(0, I)     rho_0 = gamma / sqrt(beta_0)
     rho' = rho - eps/2 dU(z)     z := z + eps rho'     rho := sqrt(beta_(k-1) / beta_k) (rho' - eps/2 dU(z))
     U(z) = -log p(x|z) - log p(z)     1 / sqrt(beta_k) = 1 / sqrt(beta_0) + (1 - 1 / sqrt(beta_0)) k^2 / K^2
 
-The product of the factors is sqrt(beta_0)^D, which cancels the density of rho_0. beta_0 < 1 tightens the bound: steps
-without cooling keep the distance from p(x, z) N(rho). eps is learned, one number per dimension. K = 0 is the VAE, with
-a sampled KL instead of the closed form.
+The product of the factors is sqrt(beta_0)^D, which cancels with the density of rho_0. beta_0 < 1 tightens the bound:
+steps without cooling do not change the distance from p(x, z) N(rho). eps is learned, with one value per dimension. K =
+0 is the VAE, with a sampled KL instead of the closed form.
 
-The cooling is equation 6. The authors' code (https://github.com/anthonycaterini/hvae-nips) has 1 / beta_k in the place
-of 1 / sqrt(beta_k), learns beta_0, and takes means over gamma and over the noise of z_0 in the KL. On 8x8 digits (1,000
-steps, means of three seeds; `python -m benchmarks.deviations`) the ELBO is -24.95 nats with such a cooling and -24.94
+The cooling is equation 6. The authors' code (https://github.com/anthonycaterini/hvae-nips) uses 1 / beta_k instead of 1
+/ sqrt(beta_k), learns beta_0, and takes means over gamma and over the noise of z_0 in the KL. On 8x8 digits (1,000
+steps, means of three seeds; `python -m benchmarks.deviations`) the ELBO is -24.95 nats with this cooling and -24.94
 with that of equation 6.
 
 Shapes: B batch, D code, K leapfrog steps or importance samples.
@@ -50,9 +51,9 @@ class HVAE(VAE, normal_prior=False, tags=("generation",)):
     """Gaussian code with a standard normal prior, whose posterior is refined by Hamiltonian dynamics.
 
     Args:
-        n_leapfrog: K, leapfrog steps; each costs a forward and a backward pass through the decoder.
+        n_leapfrog: K, number of leapfrog steps; each requires a forward and a backward pass through the decoder.
         step_size: initial eps, above 0 and below 0.5, the upper limit of the learned eps.
-        beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 is no tempering.
+        beta_0: initial inverse temperature of the momentum, above 0 and at most 1; 1 disables tempering.
         **kwargs: see `VAE`.
     """
 
@@ -68,7 +69,7 @@ class HVAE(VAE, normal_prior=False, tags=("generation",)):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
+        # the bound has no KL weight, so BetaAnnealing would change these without effect
         del self.beta, self.capacity
         if not 0 <= n_leapfrog <= _MOST_STEPS:
             raise AezooError(f"n_leapfrog must be from 0 to {_MOST_STEPS}, got {n_leapfrog}")
@@ -87,7 +88,7 @@ class HVAE(VAE, normal_prior=False, tags=("generation",)):
 
     def bound(self, x: Tensor, mu_BD: Tensor, log_var_BD: Tensor) -> dict[str, Tensor]:
         """The terms of the loss for a posterior: (B, *input_shape), (B, D), (B, D)."""
-        # in one draw, as torch.compile may change the order of two
+        # in one call, because torch.compile may change the order of two
         eps_BD, gamma_BD = torch.randn_like(mu_BD.repeat(1, 2)).chunk(2, dim=1)
         log_q_B = -0.5 * (eps_BD**2 + log_var_BD + LOG_2PI).sum(1)
         z_BD, momentum_B = self.flow(x, mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD, gamma_BD)
@@ -96,29 +97,29 @@ class HVAE(VAE, normal_prior=False, tags=("generation",)):
         return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The code z_K and (|rho_K|^2 - |gamma|^2) / 2 from z_0 and gamma: -> (B, D), (B,)."""
+        """Compute the code z_K and (|rho_K|^2 - |gamma|^2) / 2 from z_0 and gamma: -> (B, D), (B,)."""
         z_BD, rho_BD = self.leapfrog(x, z_BD, gamma_BD * self.cooling[0] ** -1)
         return z_BD, 0.5 * (rho_BD**2 - gamma_BD**2).sum(1)
 
     def leapfrog(
         self, x: Tensor, z_BD: Tensor, rho_BD: Tensor, by: Integrator = hamiltonian.leapfrog
     ) -> tuple[Tensor, Tensor]:
-        """K steps of z and rho: (B, *input_shape), (B, D), (B, D) -> (B, D), (B, D)."""
+        """Apply K leapfrog steps to z and rho: (B, *input_shape), (B, D), (B, D) -> (B, D), (B, D)."""
         if not self.n_leapfrog:
             return z_BD, rho_BD
         return by(z_BD, rho_BD, partial(self.potential_gradient, x), self.step(), self.cooling)
 
     def step(self) -> Tensor:
-        """The step sizes eps, (D,)."""
+        """Return the step sizes eps, (D,)."""
         return _LONGEST_STEP * torch.sigmoid(at_least_float32(self.step_D))
 
     def potential_gradient(self, x: Tensor, z_BD: Tensor) -> Tensor:
-        """The gradient of U, itself differentiable: (B, *input_shape), (B, D) -> (B, D)."""
+        """Return the gradient of U, which is differentiable: (B, *input_shape), (B, D) -> (B, D)."""
         # with torch.func, which also works where gradients are disabled
         return torch.func.grad(lambda z: (self.nll(self.decoder(z.to(x.dtype)), x) - self.log_prior(z)).sum())(z_BD)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Draw n codes z_K for each sample, and log q(z_0|x) plus the momentum's change: -> (n, B, D), (n, B)."""
+        """Draw n codes z_K for each sample, and log q(z_0|x) plus the momentum term: -> (n, B, D), (n, B)."""
         z_KBD, log_q_KB = super().sample_posterior(x, n)
         x_KB = x.expand(n, *x.shape).flatten(0, 1)
         z, momentum = self.flow(x_KB, z_KBD.flatten(0, 1), torch.randn_like(z_KBD).flatten(0, 1))
@@ -126,7 +127,7 @@ class HVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-ELBO from the posterior's mean and no momentum, in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return -ELBO from the posterior's mean with zero momentum, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD = self.posterior(x)
         z_BD, momentum_B = self.flow(x, mu_BD, torch.zeros_like(mu_BD))
         return self.nll(self.decoder(z_BD.to(x.dtype)), x) + self.kl(z_BD, log_var_BD) + momentum_B

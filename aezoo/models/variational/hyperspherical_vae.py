@@ -1,6 +1,6 @@
 """Hyperspherical VAE (Davidson et al. 2018), https://arxiv.org/abs/1804.00891
 
-Codes are unit vectors, and the prior is uniform on the sphere, so that no code is favoured; in nats per sample:
+Codes are unit vectors, and the prior is uniform on the sphere, so that no direction is preferred; in nats per sample:
 
     L = E_q[-log p(x|z)] + beta KL(q(z|x) || U(S^(D-1)))
     q(z|x) = exp(kappa h(theta)) / (Z |S^(D-2)|)     theta the angle between z and mu(x), kappa(x) the concentration
@@ -8,15 +8,16 @@ Codes are unit vectors, and the prior is uniform on the sphere, so that no code 
     h = cos theta - 1              vmf               von Mises-Fisher, the paper's
     KL = kappa E_q[h] - log Z + log Z_0     Z = integral of exp(kappa h) sin(theta)^(D-2) over theta     Z_0: kappa = 0
 
-A draw is the quantile of theta at uniform noise, reflected to lie about mu. Its gradient in kappa is therefore exact
-for both families: see `manifolds.sphere`, which also computes E_q[h] and Z.
+A sample is the quantile of theta at uniform noise, reflected so that it is centred at mu. Its gradient in kappa is
+therefore exact for both families: see `manifolds.sphere`, which also computes E_q[h] and Z.
 
-kappa = D softplus(a) + 1 of an output a of the encoder that starts near 8, so that draws tend towards mu from the start
-in any dimension. Without the 1, kappa can fall to 0 before the decoder has learned to read z. Then z says nothing of
-mu, and no gradient brings it back. The authors' code (https://github.com/nicola-decao/s-vae-pytorch) has softplus(a) +
-1, of an a that starts near 0. With vmf and D = 5 (1,000 steps, means of three seeds; `python -m benchmarks.deviations`)
-the ELBO on 8x8 digits is -24.4 nats here, -24.5 there and -27.0 with D softplus(a) alone, whose KL falls to 0.0001
-nats; on mnist5k it is -144.5, -145.7 and -145.0. Weights that were trained with D softplus(a) keep it.
+kappa = D softplus(a) + 1, where a is an output of the encoder that starts near 8, so that samples are close to mu from
+the start in any dimension. Without the 1, kappa can fall to 0 before the decoder has learned to use z. Then z does not
+depend on mu, and no gradient increases kappa again. The authors' code (https://github.com/nicola-decao/s-vae-pytorch)
+has softplus(a) + 1, where a starts near 0. With vmf and D = 5 (1,000 steps, means of three seeds; `python -m
+benchmarks.deviations`) the ELBO on 8x8 digits is -24.4 nats here, -24.5 with the authors' kappa and -27.0 with D
+softplus(a) without the 1, whose KL falls to 0.0001 nats; on mnist5k it is -144.5, -145.7 and -145.0. Weights that were
+trained with D softplus(a) continue to use it.
 
 power_spherical has density 0 opposite mu, so the variance of importance weights may not exist: use vmf to report
 log p(x).
@@ -45,10 +46,10 @@ def _without_least_kappa(_: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False, tags=("representation", "generation")):
-    """Unit vectors as codes with a uniform prior.
+    """Codes that are unit vectors, with a uniform prior.
 
     Args:
-        latent_dim: D, length of a code, at least 2; the paper found gains over the VAE up to about 10, not at 40.
+        latent_dim: D, length of a code, at least 2; the paper reports gains over the VAE up to about 10, but not at 40.
         posterior: the family of q(z|x): power_spherical or vmf.
         kappa_scale: factor of the softplus in kappa: None for D, or 1 as in the authors' code.
         **kwargs: see `VAE`.
@@ -66,7 +67,7 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False, tag
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if self.latent_dim < 2:
-            raise AezooError(f"latent_dim must be at least 2, the plane that a circle lies in, got {self.latent_dim}")
+            raise AezooError(f"latent_dim must be at least 2, got {self.latent_dim}")
         if posterior not in FAMILIES:
             raise AezooError(f"unknown posterior {posterior!r}: take one of {', '.join(FAMILIES)}")
         self.kappa_scale = float(self.latent_dim) if kappa_scale is None else kappa_scale
@@ -97,7 +98,7 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False, tag
 
     def kl(self, mu_BD: Tensor, kappa_BD: Tensor) -> Tensor:  # type: ignore[override]
         """KL(q(z|x) || U) in nats: (B, D), (B, D) -> (B,)."""
-        kappa_B = kappa_BD[:, 0].double()  # differences of large logarithms
+        kappa_B = kappa_BD[:, 0].double()  # in float64, because of differences of large logarithms
         log_z_B, mean_h_B = self.family.normaliser(kappa_B)
         return (kappa_B * mean_h_B - log_z_B + self.family.log_z_0).to(mu_BD.dtype)
 

@@ -4,14 +4,14 @@
     MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
     k(a, b) = sum_c 1 / (1 + t / c) or sum_c exp(-t / c)     t = ||a - b||^2 / (2 D s^2)
 
-in nats per sample. q(z), the aggregate of the codes of all data, is kept close to the prior, while a single code may
-carry more information about its sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
+in nats per sample. q(z), the aggregate posterior over all data, is kept close to the prior, while a single code may
+contain more information about its sample. alpha = 0, lam = 1 is the VAE; alpha = 1 is the MMD-VAE.
 
-The MMD is the biased V-statistic (Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html, equation 5) of the
-codes drawn for the batch, over all ranks, and as many draws from the prior. It is never negative, is defined for one
-sample, and does not change if the batch is duplicated. If q(z) = p(z), it is about 2 (1 - E[k]) / B instead of 0, for
-every code that follows the prior, so values are comparable at one batch size only. With `unbiased`, it is the
-U-statistic, without the pairs of a sample with itself. For two draws from the prior, t is 1 / s^2 on average.
+The MMD is the biased V-statistic (Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html, equation 5) between
+the codes sampled for the batch, over all ranks, and the same number of samples from the prior. It is never negative, is
+defined for one sample, and does not change if the batch is duplicated. If q(z) = p(z), it is about 2 (1 - E[k]) / B
+instead of 0, so values are only comparable at the same batch size. With `unbiased`, it is the U-statistic, which
+excludes the pairs of a sample with itself. For two samples from the prior, t is 1 / s^2 on average.
 
 Shapes: B batch on this rank, N samples on all ranks, D code.
 """
@@ -32,16 +32,16 @@ KERNELS = ("inverse_multiquadratic", "rbf")
 
 
 class InfoVAE(VAE, tags=("representation", "generation")):
-    """A VAE whose codes match the prior as an aggregate instead of one by one.
+    """A VAE whose aggregate posterior, instead of each posterior, is matched to the prior.
 
     Args:
-        alpha: preference for informative codes, at most 1: 0 keeps the whole KL term, 1 drops it.
-        mmd_weight: lam, weight of the distance between all codes and the prior, 1000 in the paper; the MMD counts
-            alpha + lam - 1 times.
+        alpha: preference for informative codes, at most 1: 0 keeps the whole KL term, 1 removes it.
+        mmd_weight: lam, weight of the distance between all codes and the prior, 1000 in the paper; the MMD has the
+            weight alpha + lam - 1.
         kernel: inverse_multiquadratic or rbf.
-        bandwidth: s, width of the kernel, in units of the distance between two draws from the prior.
+        bandwidth: s, width of the kernel, in units of the distance between two samples from the prior.
         kernel_scales: c, relative squared widths of the summed kernels.
-        unbiased: use the U-statistic; off uses the V-statistic.
+        unbiased: use the U-statistic instead of the V-statistic.
         **kwargs: see `VAE`.
     """
 
@@ -75,13 +75,13 @@ class InfoVAE(VAE, tags=("representation", "generation")):
         self.unbiased = unbiased
 
     def k(self, squared: Tensor) -> Tensor:
-        """The kernel at squared distances, elementwise."""
+        """Return the kernel at squared distances, elementwise."""
         widths = [2 * self.code_shape[0] * c * self.bandwidth**2 for c in self.kernel_scales]
         t_C = torch.stack([squared / width for width in widths])
         return (1 / (1 + t_C) if self.kernel == "inverse_multiquadratic" else torch.exp(-t_C)).sum(0)
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """MMD of codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is that of all codes."""
+        """MMD of codes and samples of the prior, (B, D), (B, D) -> (); its mean over ranks is the MMD of all codes."""
         return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch, unbiased=self.unbiased)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

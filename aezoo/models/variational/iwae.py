@@ -6,7 +6,7 @@ Maximises a bound on log p(x) that tightens with the number K of importance samp
 
 With v_k = w_k / sum_j w_j the decoder's gradient is sum_k v_k d log w_k for every `estimator`. The encoder's is
 
-    reparam   sum_k v_k d log w_k                    of all of q; its signal drowns in noise as K grows
+    reparam   sum_k v_k d log w_k                    through all of q; its signal-to-noise ratio falls as K grows
     stl       sum_k v_k (d log w_k / dz_k) dz_k      Roeder et al. 2017, https://arxiv.org/abs/1703.09194
     dreg      sum_k v_k^2 (d log w_k / dz_k) dz_k    Tucker et al. 2018, https://arxiv.org/abs/1810.04152
 

@@ -1,4 +1,4 @@
-"""Laws of CMVAE, whose parts share a code in clusters (Palumbo et al. 2024)."""
+"""Laws of CMVAE, the clustering multimodal VAE (Palumbo et al. 2024)."""
 
 import copy
 import math
@@ -328,7 +328,7 @@ def test_training_finds_clusters_and_pruning_their_number() -> None:
 
 
 def test_cluster_count_must_stay_positive() -> None:
-    with pytest.raises(AezooError, match="prune needs at least 2 clusters: there is one alone"):
+    with pytest.raises(AezooError, match="prune needs at least 2 clusters, but there is only one"):
         CMVAE((4,), n_components=1).prune(torch.rand(3, 4))
     with pytest.raises(AezooError, match="n_components must be at least 1, got 0"):
         CMVAE((4,), n_components=0)

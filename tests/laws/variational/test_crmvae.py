@@ -1,4 +1,4 @@
-"""Laws of CRMVAE, which decodes what each part says as well (Suzuki & Matsuo 2023)."""
+"""Laws of CRMVAE, with reconstructions from each expert (Suzuki & Matsuo 2023)."""
 
 import itertools
 import math

@@ -27,7 +27,7 @@ from aezoo.errors import AezooError
 from aezoo.models.variational.vae import VAE
 
 ESTIMATORS = ("reparam", "stl", "dreg")
-# most importance samples of a data sample, each of which is decoded
+# maximum number of importance samples per data sample, each of which is decoded
 MOST_SAMPLES = 10_000
 
 
@@ -42,7 +42,7 @@ class IWAE(VAE, tags=("generation",)):
     """Gaussian code with a standard normal prior, trained on the importance weighted bound.
 
     Args:
-        n_samples: K, importance samples of each data sample; each is decoded.
+        n_samples: K, number of importance samples per data sample; each is decoded.
         estimator: the encoder's gradient: reparam, stl or dreg; the last two are less noisy.
         **kwargs: see `VAE`.
     """
@@ -56,7 +56,7 @@ class IWAE(VAE, tags=("generation",)):
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # the bound has no KL weight, so BetaAnnealing must not find these: changing them would have no effect
+        # the bound has no KL weight, so BetaAnnealing would change these without effect
         del self.beta, self.capacity
         if not 1 <= n_samples <= MOST_SAMPLES:
             raise AezooError(f"n_samples must be from 1 to {MOST_SAMPLES}, got {n_samples}")
@@ -92,13 +92,13 @@ class IWAE(VAE, tags=("generation",)):
         return z_BKD, nll_BK, log_q_BK - self.log_prior(z_BKD)
 
     def nll_given(self, x: Tensor, z_BKD: Tensor) -> Tensor:
-        """-log p(x|z) of several codes for each sample: (B, *input_shape), (B, K, D) -> (B, K)."""
+        """Return -log p(x|z) for several codes of each sample: (B, *input_shape), (B, K, D) -> (B, K)."""
         b, k, _ = z_BKD.shape
         x_BK = x[:, None].expand(b, k, *x.shape[1:]).flatten(0, 1)
         return self.nll(self.decoder(z_BKD.flatten(0, 1).to(x.dtype)), x_BK).unflatten(0, (b, k))
 
     @staticmethod
     def scale_gradient(z_BKD: Tensor, factor_BK: Tensor) -> None:
-        """Scale the gradient that z passes to the encoder; the decoder's gradient and all values do not change."""
+        """Scale the gradient with respect to z for the encoder; the decoder's gradient and all values do not change."""
         if z_BKD.requires_grad:
             z_BKD.register_hook(lambda gradient: gradient * factor_BK[..., None])

@@ -1,26 +1,26 @@
 """JMVAE, the joint multimodal VAE (Suzuki et al. 2016), https://arxiv.org/abs/1611.01891
 
-A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
-own encoder, which learns to imitate the joint one:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder encodes all parts together. Each part
+also has a separate encoder, which is trained to approximate the joint one:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
 
     L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + alpha sum_i KL(q(z|x) || q_i(z|x_i))
 
-in nats per sample. This is the paper's JMVAE-kl, with a weight beta on its first KL. The parts' encoders learn only
-from the last term, the decoders only from the first, and q(z|x) from all three. With alpha = 0, it is a VAE of whole
-samples.
+in nats per sample. This is the paper's JMVAE-kl, with a weight beta on its first KL. The encoders of the parts are
+trained only by the last term, the decoders only by the first, and q(z|x) by all three. With alpha = 0, it is a VAE of
+whole samples.
 
 The code of one part comes from its encoder, and the code of all parts from q(z|x). The paper does not define the code
-of several parts. Each q_i approximates p(z|x_i), which includes the prior, and in a product of several the prior must
-count once:
+of several parts. Each q_i approximates p(z|x_i), which includes the prior, and a product of several must include the
+prior only once:
 
     q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i) / p(z)     S: some of the parts
     1 / sigma_S^2 = 1 + sum_i (1 / sigma_i^2 - 1)     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2
 
 This equals p(z|x_S) if the q_i are the p(z|x_i), since the parts are independent given z. In that case no sigma_i is
-above 1; a larger one counts as 1. MultiVae (https://github.com/AgatheSenellart/MultiVae) multiplies the q_i themselves.
-That product includes the prior once for each part, so it is overconfident about codes near 0.
+above 1; a larger value is replaced by 1. MultiVae (https://github.com/AgatheSenellart/MultiVae) multiplies the q_i
+without this correction. Its product includes the prior once for each part, so it is overconfident about codes near 0.
 
 Shapes: B batch, D code, M parts.
 """
@@ -39,11 +39,11 @@ from aezoo.training.limits import check_at_least
 
 
 class JMVAE(Multimodal, VAE, tags=("multimodal", "imputation")):
-    """A VAE of whole samples, and encoders of their parts that learn its posterior.
+    """A VAE of whole samples, with encoders of their parts that approximate its posterior.
 
     Args:
         beta: weight of the KL term between the posterior and the prior.
-        alpha: weight of the KL terms between the posterior and those of the parts.
+        alpha: weight of the KL terms between the posterior and the posteriors of the parts.
         **kwargs: see `VAE`.
     """
 

@@ -1,7 +1,7 @@
 """JNF, the joint VAE with normalising flows for its parts (Senellart et al. 2023), https://arxiv.org/abs/2305.11832
 
-A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
-own encoder, followed by a flow, which learns to imitate the joint one:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder encodes all parts together. Each part
+also has a separate encoder, followed by a flow, which is trained to approximate the joint one:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     p(z) = N(0, I)
     log q_i(z|x_i) = log N(f_i(z); mu_i, diag sigma_i^2) + log|det df_i/dz|     f_i: a masked autoregressive flow
@@ -9,20 +9,21 @@ own encoder, followed by a flow, which learns to imitate the joint one:
     L = E_q(z|x)[-sum_i log p(x_i|z)] + beta KL(q(z|x) || p(z)) + sum_i E_sg(q)[log q(z|x) - log q_i(z|x_i)]
 
 in nats per sample. In `jmvae`, q_i is Gaussian and pulls the joint VAE towards posteriors that q_i can match. Here the
-last term trains only the q_i: sg stops gradients. The paper has two stages: the joint VAE first, then, with it frozen,
--E_q[log q_i(z|x_i)], which has the same gradient for q_i. In a single run, the joint VAE learns what it would learn
-alone, and the q_i follow it: a stationary point of the run is one of both stages. Without flow layers, q_i is that of
-`jmvae`.
+last term trains only the q_i: sg stops gradients. The paper has two stages: first the joint VAE, then, with the joint
+VAE frozen, -E_q[log q_i(z|x_i)], which has the same gradient for q_i. In a single run, the joint VAE is trained as
+without the q_i, and the q_i follow it: a stationary point of the run is one of both stages. Without flow layers, q_i is
+the same as in `jmvae`.
 
-The code of all parts is the mean of q(z|x), and the code of one part is f_i^-1(mu_i). The code of several is the mean
-of p(z) prod_i q_i(z|x_i) / p(z), with the prior once, where each q_i is approximated by a Gaussian N(m_i, C_i):
+The code of all parts is the mean of q(z|x), and the code of one part is f_i^-1(mu_i). The code of several parts is the
+mean of p(z) prod_i q_i(z|x_i) / p(z), which includes the prior once, where each q_i is approximated by a Gaussian
+N(m_i, C_i):
 
     m_i = f_i^-1(mu_i)     C_i = sum_d a_d a_d^T     2 a_d = f_i^-1(mu_i + sigma_id e_d) - f_i^-1(mu_i - sigma_id e_d)
-    C_S^-1 = I + sum_i (C_i^-1 - I)     m_S = C_S sum_i C_i^-1 m_i     variances of C_i above 1 count as 1
+    C_S^-1 = I + sum_i (C_i^-1 - I)     m_S = C_S sum_i C_i^-1 m_i     variances of C_i above 1 are set to 1
 
-This equals p(z|x_S) if the q_i are the p(z|x_i) and the f_i are affine. The paper draws from the density itself by
-Hamiltonian Monte Carlo. MultiVae (https://github.com/AgatheSenellart/MultiVae) divides it by p(z) once, whatever the
-number of parts, which is right for two.
+This equals p(z|x_S) if the q_i are the p(z|x_i) and the f_i are affine. The paper draws samples from the exact density
+by Hamiltonian Monte Carlo. MultiVae (https://github.com/AgatheSenellart/MultiVae) divides it by p(z) once for any
+number of parts, which is correct only for two.
 
 Shapes: B batch, D code, M parts, S of them that are used.
 """
@@ -42,10 +43,10 @@ from aezoo.training.limits import check_at_least
 
 
 class JNF(JMVAE, tags=("multimodal", "imputation")):
-    """A VAE of whole samples, and flows that learn its posterior from each of their parts.
+    """A VAE of whole samples, with flows that approximate its posterior given each of their parts.
 
     Args:
-        n_flows: layers of each part's flow; 0 for Gaussians.
+        n_flows: number of layers in each part's flow; 0 gives Gaussians.
         flow_width: hidden units of each layer's network, in each of two hidden layers.
         beta: weight of the KL term.
         **kwargs: see `JMVAE`.
@@ -66,14 +67,14 @@ class JNF(JMVAE, tags=("multimodal", "imputation")):
         self.flows = nn.ModuleList(AutoregressiveFlow(self.latent_dim, n_flows, flow_width) for _ in self.sizes)
 
     def log_experts(self, z_BD: Tensor, x: Tensor) -> Tensor:
-        """Log q_i(z|x_i) in nats for every part: (B, D), (B, *input_shape) -> (B, M)."""
+        """Return log q_i(z|x_i) in nats for every part: (B, D), (B, *input_shape) -> (B, M)."""
         u_MBD, log_det_MB = zip(*(flow(z_BD) for flow in self.flows), strict=True)
         mu_BMD, log_var_BMD = self.experts(x)
         d2_BMD = (torch.stack(u_MBD, 1) - mu_BMD) ** 2 * torch.exp(-log_var_BMD)
         return torch.stack(log_det_MB, 1) - 0.5 * (d2_BMD + log_var_BMD + LOG_2PI).sum(2)
 
     def gaussian(self, i: int, mu_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """m_i and the a_d as rows: (B, D), (B, D) -> (B, D), (B, D, D)."""
+        """Return m_i, and the a_d as rows: (B, D), (B, D) -> (B, D), (B, D, D)."""
         d, std_BDD = mu_BD.shape[1], torch.diag_embed(torch.exp(0.5 * log_var_BD))
         u_BND = mu_BD[:, None] + torch.cat([torch.zeros_like(std_BDD[:, :1]), std_BDD, -std_BDD], 1)
         flow: Any = self.flows[i]

@@ -4,13 +4,14 @@
     KL_z = KL(q(z|x) || N(0, I))        C_z = max_capacity min(1, t / capacity_steps)
     KL_c = KL(q(c|x) || uniform)        C_c = min(max_discrete_capacity, N log K) min(1, t / capacity_steps)
 
-in nats per sample, after t optimiser steps. z is Gaussian; c are N variables of K classes, as in categorical_vae,
-one-hot in evaluation. gamma = 1 and capacities of 0 minimise the negative ELBO; n_variables = 0 is annealed_vae.
+in nats per sample, after t optimiser steps. z is Gaussian; c consists of N variables with K classes, as in
+categorical_vae, and is one-hot in evaluation. gamma = 1 and capacities of 0 minimise the negative ELBO; n_variables = 0
+is annealed_vae.
 
-The authors' code lets C_c rise to max_discrete_capacity and bounds it by N log K on the way, so that it gets there
-earlier where that is less. On 8x8 digits (gamma 30, 2,500 steps, means of three seeds; see
-`python -m benchmarks.deviations`) theirs ended at a nll of 21.3 and ours at 20.8, and the normalised mutual information
-of the most probable c and the digit at 0 and at 0.44.
+The authors' code increases C_c to max_discrete_capacity and limits it to N log K during the increase, so that it
+reaches N log K earlier if that is smaller. On 8x8 digits (gamma 30, 2,500 steps, means of three seeds; see `python -m
+benchmarks.deviations`) the nll ended at 21.3 with the authors' schedule and at 20.8 here, and the normalised mutual
+information of the most probable c and the digit at 0 and at 0.44.
 
 Shapes: B batch, D Gaussian part of the code, N variables, K classes, E = D + N K code, S importance samples.
 """
@@ -29,18 +30,18 @@ from aezoo.training.limits import check_at_least
 
 
 class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}, tags=("disentanglement",)):
-    """A code with a Gaussian and a categorical part, each kept at an amount of information that rises during training.
+    """A code with a Gaussian and a categorical part; the KL term of each is kept near a target that increases.
 
     Args:
         latent_dim: D, size of the Gaussian part.
-        n_variables: N, categorical variables; 0 leaves them out.
-        n_classes: K, classes of each.
+        n_variables: N, number of categorical variables; may be 0.
+        n_classes: K, number of classes of each variable.
         gamma: weight of the distance between each KL term and its capacity; the paper uses 30 on digits.
-        max_capacity: C_z in nats at the end of its rise.
-        max_discrete_capacity: the same for C_c, which is at most N log K.
-        capacity_steps: optimiser steps over which both rise from 0; the paper uses 25,000.
-        temperature: tau of the relaxed classes, at least 0.01: near 0 they are nearly one-hot and gradients noisy.
-        straight_through: decode one-hot classes in training as well, with the gradient of the relaxed ones.
+        max_capacity: final C_z in nats.
+        max_discrete_capacity: final C_c in nats; at most N log K is used.
+        capacity_steps: number of optimiser steps over which both increase from 0; the paper uses 25,000.
+        temperature: tau of the relaxed classes, at least 0.01; near 0, they are nearly one-hot and gradients are noisy.
+        straight_through: decode one-hot classes in training as well, with the gradient of the relaxed classes.
         **kwargs: see `CategoricalVAE`.
     """
 
@@ -111,7 +112,7 @@ class JointVAE(CategoricalVAE, defaults={"temperature": 0.67}, tags=("disentangl
         return torch.cat([torch.randn(n, self.sizes[0], device=c.device, dtype=c.dtype), c], 1)
 
     def sample_posterior(self, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Draw n codes for each sample, their classes one-hot, and log q in nats: -> (n, B, E), (n, B)."""
+        """Draw n codes with one-hot classes for each sample, and log q in nats: -> (n, B, E), (n, B)."""
         mu_BD, log_var_BD, log_p_BNK = self.parts(x)
         z_SBD, log_q_z_SB = gaussians.rsample(mu_BD, log_var_BD, n)
         c_SBNK, log_q_c_SB = categorical.sample_categorical(log_p_BNK.expand(n, -1, -1, -1))

@@ -9,13 +9,14 @@ There are L levels of Gaussian latent variables, z_1 at the bottom to z_L at the
 
     L = E_q[-log p(x|z_1)] + beta |sum_l max(free_bits, KL_l) - C|
 
-So q is the product of two Gaussians, the estimate from below and the prior from above, each weighted by its precision.
-L = 1 is the VAE. The paper's deterministic warm-up of beta from 0 to 1 is the callback BetaAnnealing in linear mode.
-The paper's batch normalisation is left out: it would make a sample's loss depend on its batch, and one level alone
-would not be the VAE. Log-variances are linear in d_l; the paper takes the softplus of a linear function as the
+So q is the product of two Gaussians, the bottom-up estimate and the top-down prior, each weighted by its precision. L =
+1 is the VAE. The paper's deterministic warm-up of beta from 0 to 1 is the callback BetaAnnealing in linear mode. The
+paper's batch normalisation is not used: it would make the loss of a sample depend on its batch, and a model with one
+level would not be the VAE. Log-variances are linear in d_l; the paper uses the softplus of a linear function as the
 variance.
 
-The code has all levels from the bottom up, D = D_1 + ... + D_L; decode reads the bottom level, as x depends on it only.
+The code contains all levels from the bottom up, D = D_1 + ... + D_L; `decode` reads only z_1, since x depends only on
+it.
 
 Shapes: B batch, D code, L levels.
 """
@@ -33,7 +34,7 @@ from aezoo.nets.blocks.levels import GaussianParams, gaussian
 
 
 def product(estimate: GaussianParams, prior: GaussianParams) -> GaussianParams:
-    """Mean and log-variance of the normalised product of two Gaussians, given by means and log-variances."""
+    """Return mean and log-variance of the normalised product of two Gaussians, each given as (mean, log-variance)."""
     (mu, log_var), (m, log_s2) = estimate, prior
     share = torch.sigmoid(log_s2 - log_var)  # share of the estimate in the sum of both precisions
     return torch.lerp(m, mu, share), log_var - F.softplus(log_var - log_s2)
@@ -53,17 +54,17 @@ class BottomDecoder(nn.Module):
 
 
 class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}, tags=("generation",)):
-    """Levels of Gaussian codes, whose posteriors combine the data with the level above.
+    """Several levels of Gaussian codes, whose posteriors combine the data with the level above.
 
     Args:
-        level_dim: size of the features d_l, and of the hidden layer of the nets between levels.
+        level_dim: size of the features d_l, and of the hidden layer of the networks between levels.
         **kwargs: see `HierarchicalVAE`.
     """
 
     def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[HierarchicalVAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         del self.posteriors
-        # outputs of each level's net: an estimate, and the features for the level above
+        # outputs of each level's network: an estimate, and the features for the level above
         sizes = [2 * d + self.level_dim for d in self.latent_dims[:-1]] + [2 * self.latent_dims[-1]]
         self.rungs = nn.ModuleList(
             nn.Sequential(
@@ -80,7 +81,7 @@ class LadderVAE(HierarchicalVAE, defaults={"activation": "leaky_relu"}, tags=("g
             self.decoder = BottomDecoder(bottom[0], self.build_decoder(bottom))
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
-        """mu^_l and log sigma^_l^2 of all levels: (B, *input_shape) -> (B, 2 D_l)."""
+        """Return mu^_l and log sigma^_l^2 of all levels: (B, *input_shape) -> (B, 2 D_l)."""
         found = self.encoder(x)
         h_L = [found[:, : 2 * self.latent_dims[0]]]
         for rung, d, below in zip(self.rungs, self.latent_dims[1:], self.latent_dims[:-1], strict=True):

@@ -2,10 +2,10 @@
 
     L = E_q[sum_x log cosh(a (x - xhat)) + X log(pi / a)] + beta KL(q(z|x) || p(z))     xhat = g(z)
 
-in nats per sample. Small errors count by their squares and large ones by their size, so that outliers pull no harder
-than other values. The first term is the negative log-density a / (pi cosh(a (x - xhat))), the likelihood `logcosh:S`
-with S = 1/a, and L is a bound on -log p(x). The paper weights log cosh by 1/a and leaves out the constant: its loss is
-L / a for beta = a, and a = 10.
+in nats per sample. The penalty is quadratic for small errors and linear for large ones, so the gradient of outliers is
+bounded. The first term is the negative log-density a / (pi cosh(a (x - xhat))), the likelihood `logcosh:S` with S =
+1/a, and L is a bound on -log p(x). The paper weights log cosh by 1/a and omits the constant: its loss is L / a for beta
+= a, and a = 10.
 
 Shapes: X data dimensions.
 """
@@ -22,7 +22,7 @@ class LogCoshVAE(VAE, tags=("generation",)):
 
     Args:
         latent_dim: D, size of the code.
-        a: errors well below 1/a count by their square, those well above by their size.
+        a: the penalty is quadratic for errors well below 1/a, and linear for errors well above.
         beta: weight of the KL term.
         **kwargs: see `VAE`.
     """

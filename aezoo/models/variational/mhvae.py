@@ -10,19 +10,22 @@ the top. Given some of the parts, S, the posterior of a level is the product of 
     L = 1 / (2^M - 1) sum_S (E_q[-log p(x | z_1)] + beta sum_l E_q[KL(q(z_l | x_S, z_{l+1}) || p(z_l | z_{l+1}))])
 
 in nats per sample, over all non-empty S. Each S decodes all parts, also those not in it, so with beta = 1 each term is
-a bound on -log p(x). MultiVae (https://github.com/AgatheSenellart/MultiVae) takes this mean; the authors' code
-(https://github.com/ReubenDo/MHVAE), for two parts, takes the sum of the three terms. nll, kl, kl_l and elbo are those
-of all parts; `subset_nelbo` is what the other S add to L.
+a bound on -log p(x). MultiVae (https://github.com/AgatheSenellart/MultiVae) also uses this mean; the authors' code
+(https://github.com/ReubenDo/MHVAE), for two parts, uses the sum of the three terms. nll, kl, kl_l and elbo are those of
+all parts; `subset_nelbo` is the contribution of the other S to L.
 
-The authors' code weights means by 1 / sigma_i and takes the sum of these weights as 1 / sigma, which is no product of
-Gaussians; here it is one. As there, all parts share the networks of q_i below the top, which get z_{l+1} and the output
-of the part's own encoder for the level. Unlike there, codes are vectors, not maps, and there is no adversarial loss.
-Its warm-up of the KL, without which levels easily stay unused, is the callback BetaAnnealing in linear mode.
+The authors' code weights means by 1 / sigma_i and uses the sum of these weights as 1 / sigma, which is not a product of
+Gaussians; here q is one. As in that code, all parts share the networks of q_i below the top, whose inputs are z_{l+1}
+and the output of the part's encoder for the level. Unlike in that code, codes are vectors, not maps, and there is no
+adversarial loss. Its warm-up of the KL, without which levels easily remain unused, is the callback BetaAnnealing in
+linear mode.
 
-Given z_1, the parts are independent: at the bottom the product can be the true posterior. Above it they are not: the
-product of several is an approximation, overconfident in a linear model. L = 1 is an MVAE whose subsets decode all.
+Given z_1, the parts are independent, so the product can be the true posterior at the bottom level. At higher levels
+they are not independent: the product of several parts is an approximation, which is overconfident in a linear model. L
+= 1 is an MVAE in which each subset decodes all parts.
 
-The code is all levels from the bottom up, D = D_1 + ... + D_L; decode reads z_1, the only level that x depends on.
+The code contains all levels from the bottom up, D = D_1 + ... + D_L; `decode` reads only z_1, since x depends only on
+it.
 
 Shapes: B batch, D code, L levels, M parts, S subsets of them.
 """
@@ -48,7 +51,7 @@ class MHVAEArgs(LevelsArgs, PartsArgs, total=False):
 
 
 class MHVAE(Multimodal, HierarchicalVAE, tags=("multimodal", "imputation")):
-    """A VAE of several modalities with a hierarchy of codes; each level gives the prior of the level below it.
+    """A VAE of several modalities with a hierarchy of codes; each level determines the prior of the level below.
 
     Args:
         parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
@@ -69,12 +72,12 @@ class MHVAE(Multimodal, HierarchicalVAE, tags=("multimodal", "imputation")):
             )
 
     def subsets(self) -> list[tuple[int, ...]]:
-        """All non-empty subsets of the parts, the set of all parts first."""
+        """Return all non-empty subsets of the parts, the set of all parts first."""
         m = len(self.sizes)
         return [chosen for size in range(m, 0, -1) for chosen in combinations(range(m), size)]
 
     def bottom_up(self, x: Tensor, parts: Sequence[int] | None = None) -> list[Tensor]:
-        """h_1, ..., h_L of some parts, all by default; the last are mean and log-variance: -> (B, M, 2 D_l)."""
+        """Return h_1, ..., h_L of some parts (default: all); h_L is mean and log-variance: -> (B, M, 2 D_l)."""
         return [*self.encode_parts(x, parts).split([2 * d for d in self.latent_dims], 2)]
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

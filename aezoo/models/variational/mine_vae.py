@@ -4,14 +4,15 @@
     I(x; z) >= E_q(x,z)[T(x, z)] - log E_q(x)q(z)[exp T(x, z)]     (Donsker & Varadhan, equations 10 and 11)
 
 in nats per sample. The statistics network T maximises the bound, which is tight if T is log q(z|x) / q(z) plus a
-constant. As KL = I + KL(q(z) || p(z)), an mi_weight of beta leaves only the second term, and a larger one rewards codes
-with more information about their samples (InfoMax VAE, Rezaabad & Vishwanath 2020, https://arxiv.org/abs/1912.13361).
-mi_weight = 0 is the beta-VAE with an estimate of its codes' information.
+constant. Since KL = I + KL(q(z) || p(z)), mi_weight = beta leaves only the second term, and a larger weight rewards
+codes with more information about their samples (InfoMax VAE, Rezaabad & Vishwanath 2020,
+https://arxiv.org/abs/1912.13361). mi_weight = 0 is the beta-VAE with an estimate of the mutual information.
 
-Pairs from q(x) q(z) are samples and the codes of the next ones in the batch of all ranks, the last with the first's. In
-a random batch these are independent; a random order would leave some samples with their own codes. The gradient of the
-logarithm is that of exp(T) divided by the moving average M of its mean, instead of by the mean over the batch, whose
-error biases it (section 3.2). T has the names of a discriminator: it recognises pairs that belong together.
+Pairs from q(x) q(z) combine each sample with the code of the next sample in the batch of all ranks, and the last sample
+with the code of the first. In a random batch these are independent; a random permutation would leave some samples with
+their codes. The gradient of the logarithm is the gradient of exp(T) divided by the moving average M of its mean,
+instead of by the mean over the batch, whose error biases it (section 3.2). T is named `discriminator` because it
+distinguishes the two kinds of pairs.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, X data dimensions.
 """
@@ -31,11 +32,13 @@ from aezoo.training.limits import check_at_least
 
 
 class MineVAE(VAE, tags=("representation",)):
-    """A VAE that is rewarded for the mutual information of samples and codes, which a network estimates.
+    """A VAE that maximises an estimate of the mutual information between samples and codes.
 
     Args:
-        mi_weight: weight of the mutual information; from beta on, a code costs at most its distance from the prior.
-        decay: decay of the moving average M, below 1; 0 uses only the batch mean, which is the bound's own gradient.
+        mi_weight: weight of the mutual information; from beta on, information in the code has no cost except the
+            distance from the prior.
+        decay: decay of the moving average M, below 1; 0 uses only the batch mean, which gives the gradient of the
+            bound.
         discriminator_dims: widths of the hidden layers of the statistics network T.
         discriminator_lr: learning rate of T.
         lr: learning rate of encoder and decoder.
@@ -79,10 +82,10 @@ class MineVAE(VAE, tags=("representation",)):
         t_joint_B, t_product_B = at_least_float32(self.discriminator(pairs))[:, 0].chunk(2)
         t_B = t_product_B.detach()
         peak = self.all_gather_batch(t_B.amax(0, keepdim=True)).amax()
-        from_peak = self.batch_mean(torch.expm1(t_B - peak)).log1p()  # so that a small bound is not lost to rounding
+        from_peak = self.batch_mean(torch.expm1(t_B - peak)).log1p()  # avoids rounding errors in a small bound
         log_mean = log_average = peak + from_peak
         if self.training and self.decay:
-            # as M includes this batch, no exp(T) / M exceeds N / (1 - decay)
+            # since M includes this batch, no exp(T) / M exceeds N / (1 - decay)
             old, new = self.log_average + math.log(self.decay), log_mean + math.log1p(-self.decay)
             log_average = torch.logaddexp(old.to(new), new)
             self.log_average.copy_(log_average)
@@ -94,7 +97,8 @@ class MineVAE(VAE, tags=("representation",)):
         z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * torch.randn_like(mu_BD)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
-        # T maximises the bound, the encoder mi_weight times it, in one pass: this is z with its gradient so scaled
+        # T maximises the bound, and the encoder mi_weight times the bound, in one pass: this is z with its gradient
+        # scaled
         weighted_BD = z_BD.detach() + self.mi_weight * gradient_only(z_BD)
         mi = self.mutual_information(x.flatten(1), weighted_BD)
         elbo_loss = nll + self.beta * (kl - self.capacity).abs()

@@ -4,8 +4,8 @@ Maximises the mean of M importance weighted bounds of K samples each, in nats pe
 
     log p(x) >= E[1/M sum_m log 1/K sum_k w_mk]     w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)     z_mk ~ q(z|x) independently
 
-M averages noise out of the encoder's gradient, and K tightens the bound. M = 1 is the IWAE; K = 1 is a VAE with M
-samples. The estimators are those of the IWAE, applied in each group of K samples.
+Averaging over M reduces the noise in the encoder's gradient, and K tightens the bound. M = 1 is the IWAE; K = 1 is a
+VAE with M samples. The estimators are those of the IWAE, applied in each group of K samples.
 
 Shapes: B batch, D code, M groups, K importance samples in a group.
 """
@@ -21,11 +21,11 @@ from aezoo.models.variational.iwae import IWAE, MOST_SAMPLES, IWAEArgs
 
 
 class MIWAE(IWAE, defaults={"n_samples": 8}, tags=("generation",)):
-    """Gaussian code with a standard normal prior, trained on a mean of importance weighted bounds.
+    """Gaussian code with a standard normal prior, trained on the mean of several importance weighted bounds.
 
     Args:
-        n_groups: M, bounds that are averaged; M K codes are decoded for each data sample.
-        n_samples: K, importance samples of each bound.
+        n_groups: M, number of bounds that are averaged; M K codes are decoded for each data sample.
+        n_samples: K, number of importance samples per bound.
         **kwargs: see `IWAE`.
     """
 

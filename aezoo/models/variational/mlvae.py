@@ -4,13 +4,13 @@
     q(c|G) = N(mu_G, diag sigma_G^2), proportional to prod_{x' in G} q(c|x')
     1 / sigma_G^2 = sum 1 / sigma(x')^2     mu_G = sigma_G^2 sum mu(x') / sigma(x')^2     (section 3.3)
 
-in nats per sample. G is the group of x. The content c = z_1..z_g is common to all samples of a group; the style
-s = z_g+1..z_D is each sample's own. The content's KL counts once per group, and each sample draws its own c from
-q(c|G).
+in nats per sample. G is the group of x. The content c = z_1..z_g is shared by all samples of a group; the style s =
+z_g+1..z_D is specific to each sample. The KL of the content is counted once per group, and each sample draws a separate
+c from q(c|G).
 
-Labels define the groups: a group is all samples of a label in the batch, over all ranks. A sample without a label (-1)
-is a group of its own. Without labels, or with g = 0, the model is the VAE. Codes and scores never use labels: they are
-those of a single sample.
+Labels define the groups: a group consists of all samples with the same label in the batch, over all ranks. A sample
+without a label (-1) forms a separate group. Without labels, or with g = 0, the model is the VAE. Codes and scores never
+use labels: they are those of a single sample.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, G its first g dimensions.
 """
@@ -27,10 +27,10 @@ from aezoo.nets.blocks.labels import check_labels
 
 
 class MLVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglement",)):
-    """A VAE whose first dimensions are shared by all samples of a label.
+    """A VAE whose first code dimensions are shared by all samples with the same label.
 
     Args:
-        group_dim: g, size of the content, the part of a code that its group shares; half of the code by default.
+        group_dim: g, size of the content, the part of the code that a group shares; half of the code by default.
         **kwargs: see `VAE`.
     """
 
@@ -44,7 +44,7 @@ class MLVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglemen
         self.group_dim = group_dim
 
     def members(self, y_B: Tensor) -> Tensor:
-        """Which samples of all ranks are in each sample's group, including itself: (B,) -> (B, N) bool."""
+        """Return which samples of all ranks are in each sample's group, including itself: (B,) -> (B, N) bool."""
         y_N = self.all_gather_batch(check_labels(y_B))
         itself_BN = self.local_rows(y_B)[:, None] == torch.arange(len(y_N), device=y_B.device)
         return (y_B[:, None] == y_N) & (y_B[:, None] != -1) | itself_BN

@@ -8,11 +8,11 @@ Gaussians:
     L = 1/M sum_i E_q_i[-log p(x|z) + beta (log q(z|x) - log p(z))]     (section 3)
       = 1/M sum_i (E_q_i[-log p(x|z)] + beta (KL(q_i || p) - E_q_i[log q_i(z|x_i) - log q(z|x)]))
 
-in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper trains on. Stratified sampling estimates
-it without bias: each expert draws one z, from which all parts are decoded (x_i from z ~ q_j, too), and q(z|x) is the
-density of the whole mixture at that z. The term subtracted in the second form is at most log M. Without it, the mean of
-the experts' KLs would replace the KL of the mixture, which is never larger. M = 1 is the VAE. If a sample lacks parts,
-L is computed from its other parts.
+in nats per sample. This is the ELBO, not the tighter IWAE bound that the paper uses for training. Stratified sampling
+estimates it without bias: each expert draws one z, from which all parts are decoded (x_i also from z ~ q_j), and q(z|x)
+is the density of the whole mixture at that z. The term subtracted in the second form is at most log M. Without it, the
+KL of the mixture would be replaced by the mean of the experts' KLs, which is never smaller. M = 1 is the VAE. If parts
+of a sample are missing, L is computed from its other parts.
 
 The code is the mixture's mean, the mean of the mu_i. The score is the second form for beta = 1 with z at the mu_i.
 
@@ -50,11 +50,11 @@ class MMVAE(MissingModalities, VAE, normal_prior=False, tags=("multimodal", "imp
         return self.experts(x, parts)
 
     def present_components(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """Which components belong to parts that the sample has: (B, *input_shape) -> (B, S) bool."""
+        """Return which components belong to parts that the sample has: (B, *input_shape) -> (B, S) bool."""
         return self.present_mask(x, parts)
 
     def weights(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """S times each component's weight in the mixture, 1 for complete samples: (B, *input_shape) -> (B, S)."""
+        """S times the weight of each component in the mixture, 1 for complete samples: (B, *input_shape) -> (B, S)."""
         there_BS = self.present_components(x, parts).to(torch.promote_types(x.dtype, torch.float32))
         return there_BS * there_BS.shape[1] / there_BS.sum(1, keepdim=True)
 
@@ -100,6 +100,6 @@ class MMVAE(MissingModalities, VAE, normal_prior=False, tags=("multimodal", "imp
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """The loss's terms with z_s at the components' means, in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return the loss's terms with z_s at the components' means, in nats: (B, *input_shape) -> (B,), no noise."""
         nll_BS, kl_BS = self.bound(x, noise=False)
         return (nll_BS + kl_BS).mean(1)

@@ -8,14 +8,15 @@ A sample consists of parts x = (x_1, ..., x_M), its modalities. Each is decoded 
     L = 1/M sum_i E_q_i[-log p(x_i|u, w_i) - sum_(j != i) E_r_j[log p(x_j|u, w)]
                         + beta (log q(u|x) - log p(u) + KL(q_i(w_i|x_i) || p(w_i)))]
 
-in nats per sample, estimated as in `mmvae`. With a u from another part, x_j is decoded with a w from r_j, so that
-shared information cannot hide in private codes; s_j is learned. If r_j is p, -L for beta = 1 is a bound on log p(x), in
-which the posterior of w_j is q_j for a u from x_j, and the prior for a u from another part. If a sample lacks parts, L
-is computed from its other parts. L is that of MultiVae (https://github.com/AgatheSenellart/MultiVae) with one draw of
-each. There, too, r_j has the mean of p, but distributions are Laplace by default; here they are Gaussian.
+in nats per sample, estimated as in `mmvae`. If u comes from another part, x_j is decoded with a w from r_j, so that
+private codes cannot contain shared information; s_j is learned. If r_j is p, -L for beta = 1 is a bound on log p(x), in
+which the posterior of w_j is q_j for a u from x_j, and the prior for a u from another part. If parts of a sample are
+missing, L is computed from its other parts. L is that of MultiVae (https://github.com/AgatheSenellart/MultiVae) with
+one sample of each code. In MultiVae, r_j also has the mean of p, but distributions are Laplace by default; here they
+are Gaussian.
 
-The code is (u, w_1, ..., w_M): the mean of the mu_i of u, and each part's own w_i. If a part is missing or not used,
-its w_i is the mean of p.
+The code is (u, w_1, ..., w_M): the mean of the mu_i of u, and the w_i of each part. If a part is missing or not used,
+its w_i is the mean of p(w_i).
 
 Shapes: B batch, D shared code, P private code, E = D + P, M parts, S of them that are used, K importance samples.
 """
@@ -82,13 +83,13 @@ class MMVAEPlus(MMVAE, tags=("multimodal", "imputation", "generation")):
         return found[0], found[1]
 
     def draws(self, x: Tensor, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """The shared codes that are decoded, their -log p(x|u, w) and KL terms: -> (B, M, D), (B, M), (B, M)."""
+        """Return the decoded shared codes, and their -log p(x|u, w) and KL terms: -> (B, M, D), (B, M), (B, M)."""
         mu_BME, log_var_BME = self.experts(x)
         draw = torch.randn_like if noise else torch.zeros_like
         z_BME = mu_BME + torch.exp(0.5 * log_var_BME) * draw(mu_BME)
         u_BMD, w_BMP = z_BME[..., : self.latent_dim], z_BME[..., self.latent_dim :]
         std_MP = torch.exp(0.5 * at_least_float32(self.r_log_var_MP))
-        # drawn at once, since a graph may reorder separate draws
+        # in one call, because a compiled graph may reorder separate draws
         r_BMMP = std_MP * draw(w_BMP[:, :, None].expand(-1, -1, len(self.sizes), -1))
         nll_MBM = []
         for i, x_i in enumerate(self.split(x)):

@@ -8,10 +8,10 @@ A sample consists of parts x = (x_1, ..., x_M), its modalities. The posterior is
     L = 1 / (2^M - 1) sum_S E_q_S[-log p(x|z) + beta (log q(z|x) - log p(z))]     p(z) = N(0, I)
 
 in nats per sample, estimated as in `mmvae`: each q_S draws one z, from which all parts are decoded, and q(z|x) is the
-density of the whole mixture there. The authors' code (https://github.com/thomassutter/MoPoE) takes the mean of the
+density of the whole mixture at that z. The authors' code (https://github.com/thomassutter/MoPoE) uses the mean of the
 KL(q_S || p) instead, which is never less than the KL of the mixture. As in the paper, no product includes the prior; in
 that code, the product of all parts does. With only the single-part subsets, this would be MMVAE; with only the set of
-all parts, a product of experts. M = 1 is the VAE. If a sample lacks parts, L is computed from its other parts.
+all parts, a product of experts. M = 1 is the VAE. If parts of a sample are missing, L is computed from its other parts.
 
 Shapes: B batch, D code, M parts, S subsets of them.
 """
@@ -32,7 +32,7 @@ MOST_PARTS = 6
 
 
 class MoPoEVAE(MMVAE, tags=("multimodal", "imputation")):
-    """A VAE of several modalities whose posterior is the mixture of the products of experts of all their subsets.
+    """A VAE of several modalities whose posterior is a mixture over all subsets, each with a product of experts.
 
     Args:
         parts: sizes of at most 6 parts along the first dimension of input_shape that is longer than 1, channels of
@@ -46,7 +46,7 @@ class MoPoEVAE(MMVAE, tags=("multimodal", "imputation")):
             raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
 
     def subsets(self, m: int, device: torch.device) -> Tensor:
-        """All non-empty subsets of m parts, (S, m) bool."""
+        """Return all non-empty subsets of m parts, (S, m) bool."""
         numbers_S1 = torch.arange(1, 2**m, device=device)[:, None]
         return numbers_S1 // 2 ** torch.arange(m, device=device) % 2 == 1  # ONNX cannot shift signed numbers
 

@@ -5,12 +5,12 @@
     l cs = mean of (2 mu_x mu_y + c1) / (mu_x^2 + mu_y^2 + c1) times that     at the coarsest scale M
 
 (Wang et al. 2003, https://doi.org/10.1109/ACSSC.2003.1292216), with local means mu and covariances under a Gaussian
-window. Images are in [0, 1], and are halved from scale to scale. Of the five scales, those whose images hold the window
-are used, and their exponents a_m are normalised to sum to 1; a window larger than the image shrinks to it. So 28 x 28
-has two scales with 11 x 11 windows or three with 7 x 7, and 192 x 192 has all five. Windows lie inside the image, and
-at scale M on its reflection, too.
+window. Images are in [0, 1], and their size is halved at each scale. Of the five scales, those whose images are at
+least as large as the window are used, and their exponents a_m are normalised to sum to 1; a window larger than the
+image is reduced to the image's size. For example, 28 x 28 has two scales with 11 x 11 windows or three with 7 x 7, and
+192 x 192 has all five. Windows lie inside the image, and at scale M also on its reflection.
 
-exp(-weight (1 - MS-SSIM)) is a density up to an unknown constant: no ELBO or log-likelihood is reported.
+exp(-weight (1 - MS-SSIM)) is a density up to an unknown constant, so no ELBO or log-likelihood is reported.
 
 Shapes: B batch, C channels, H height, W width, D code.
 """
@@ -28,7 +28,7 @@ from aezoo.nets.blocks.ssim import similarity
 from aezoo.training.limits import check_above
 
 EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 4
-_LEAST = 0.01  # similarity from which on the root is taken unchanged
+_LEAST = 0.01  # minimum similarity for which the root is used unchanged
 
 
 class MSSSIMVAE(VAE, tags=("generation",)):
@@ -37,8 +37,9 @@ class MSSSIMVAE(VAE, tags=("generation",)):
     Args:
         input_shape: (C, H, W), both sides at least 3.
         weight: nats for a reconstruction that has nothing in common with the image.
-        scales: most scales, each half as large as the one before; fewer if the window does not fit into the image.
-        window: largest width of the Gaussian window in pixels, odd.
+        scales: maximum number of scales, each half as large as the one before; fewer if the window does not fit into
+            the image.
+        window: maximum width of the Gaussian window in pixels, odd.
         likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
             outside of [0, 1] need gaussian.
         **kwargs: see `VAE`.
@@ -70,7 +71,7 @@ class MSSSIMVAE(VAE, tags=("generation",)):
         self.scales = sum(side // 2**m >= self.window for m in range(scales))
 
     def ms_ssim(self, x: Tensor, y: Tensor) -> Tensor:
-        """MS-SSIM of each pair of images, (B, C, H, W), (B, C, H, W) -> (B,); 1 for equal ones."""
+        """MS-SSIM of each pair of images, (B, C, H, W), (B, C, H, W) -> (B,); 1 for equal images."""
         exponents = [a / sum(EXPONENTS[: self.scales]) for a in EXPONENTS[: self.scales]]
         product = x.new_ones(len(x))
         for m, a in enumerate(exponents):
@@ -82,7 +83,7 @@ class MSSSIMVAE(VAE, tags=("generation",)):
         return product
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """The weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        """Return the weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
         with torch.autocast(x.device.type, enabled=False):  # variances are small differences
             x_hat = self.likelihood.mean(at_least_float32(params))
             return self.weight * (1 - self.ms_ssim(x_hat, at_least_float32(x)))
@@ -96,6 +97,6 @@ class MSSSIMVAE(VAE, tags=("generation",)):
 
 
 def _positive(similarity: Tensor) -> Tensor:
-    """The value down to 0.01, below it a hyperbola: a root of a negative mean is undefined, one of 0 has no slope."""
+    """Replace values below 0.01 by a hyperbola: the root of a negative value and its gradient at 0 are undefined."""
     far = _LEAST**2 / (2 * _LEAST - similarity.clamp(max=_LEAST))
     return torch.where(similarity > _LEAST, similarity, far)

@@ -1,6 +1,6 @@
 """MVAE, the multimodal VAE (Wu & Goodman 2018), https://arxiv.org/abs/1802.05335
 
-A sample consists of parts x = (x_1, ..., x_M), its modalities. Each encoder is an expert on z, and so is the prior:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each encoder is an expert for z, and so is the prior:
 
     q(z|x_S) = N(mu_S, diag sigma_S^2), proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts
     1 / sigma_S^2 = 1 + sum_i 1 / sigma_i^2     mu_S = sigma_S^2 sum_i mu_i / sigma_i^2     (section 2.1)
@@ -8,14 +8,14 @@ A sample consists of parts x = (x_1, ..., x_M), its modalities. Each encoder is 
     L = -ELBO(x) - sum_i ELBO(x_i) - sum_j ELBO(x_Sj)     (section 2.2)
     ELBO(x_S) = E_q(z|x_S)[sum_(i in S) log p(x_i|z)] - beta KL(q(z|x_S) || p(z))
 
-in nats per sample. The first ELBO is of all parts, the next are of single parts, and the last k are of random subsets
-of 2 to M - 1 parts. Each sample draws its own subsets: first the size, uniformly, as in the authors' code
-(https://github.com/mhw32/multimodal-vae-public, celeba19), then the members. The terms nll, kl and elbo are those of
-all parts; `subset_nelbo` is what the other ELBOs add to L. With M = 1, this is a VAE whose posterior is q_1 times the
-prior. If a sample lacks parts, L is computed from the parts that it has. With a single part, only ELBO(x_i) remains, as
-in the paper's weakly supervised runs.
+in nats per sample. The first ELBO is that of all parts, the next ones are those of single parts, and the last k are
+those of random subsets of 2 to M - 1 parts. Subsets are drawn separately for each sample: first the size, uniformly, as
+in the authors' code (https://github.com/mhw32/multimodal-vae-public, celeba19), then the members. The terms nll, kl and
+elbo are those of all parts; `subset_nelbo` is the contribution of the other ELBOs to L. With M = 1, this is a VAE whose
+posterior is q_1 times the prior. If parts of a sample are missing, L is computed from its other parts. With a single
+part, only ELBO(x_i) remains, as in the paper's weakly supervised experiments.
 
-Shapes: B batch, D code, M parts, S subsets: all, each alone, k random ones.
+Shapes: B batch, D code, M parts, S subsets: all parts, each single part, k random ones.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class MVAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
     """A VAE of several modalities whose posterior is the product of the prior and one expert for each modality.
 
     Args:
-        n_subsets: k, random subsets of the parts whose ELBO is added at each step; of two parts there are none.
+        n_subsets: k, number of random subsets of the parts whose ELBO is added at each step; none for two parts.
         beta: weight of the KL terms of all subsets.
         **kwargs: see `VAE`.
     """
@@ -69,7 +69,7 @@ class MVAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
         return self.product(*self.experts(x, parts), self.present_mask(x, parts))
 
     def subsets(self, present_BM: Tensor) -> Tensor:
-        """The parts in each subset, (B, S, M): all parts that the sample has, each of them alone, and random ones.
+        """The parts in each subset, (B, S, M): all parts that the sample has, each single part, and random ones.
 
         If a sample has fewer than 2 parts, its single-part subsets are empty; with fewer than 3, so are its random
         ones. Empty subsets add nothing to the loss.
@@ -93,7 +93,7 @@ class MVAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
         z_BSD = mu_BSD + torch.exp(0.5 * log_var_BSD) * torch.randn_like(mu_BSD)
         nll = rest_nll = mu_BSD.new_zeros(())
         for i, x_i in enumerate(self.split(x)):
-            # part i is decoded only for the subsets that can contain it: all parts, part i alone, and random ones
+            # part i is decoded only for the subsets that can contain it: all parts, only part i, and random ones
             z_BsD, member_BsM = (
                 torch.cat([v[:, :1], v[:, 1 + i : 2 + i], v[:, 1 + m :]], 1) for v in (z_BSD, member_BSM)
             )

@@ -12,9 +12,10 @@ in nats per sample. The total correlation of the parts that z explains is
 
     sum_i I(x_i; z) - I(x; z) = (M - 1) / M sum_i I(x_i; z) - 1 / M sum_i I(x; z | x_i)
 
-where I(x; z | x_i), what z knows of x beyond x_i, is at most E KL(q || q_i). L is alpha times the resulting bound plus
-1 - alpha times the loss of a VAE whose posterior does not include the prior. With alpha = 1, the prior is in no term; M
-= 1 is 1 - alpha times the VAE. If a sample lacks parts, L is computed from those that it has, and M is their number.
+where I(x; z | x_i), the information in z about x beyond x_i, is at most E KL(q || q_i). L is alpha times the resulting
+bound plus 1 - alpha times the loss of a VAE whose posterior does not include the prior. With alpha = 1, no term
+contains the prior; M = 1 is 1 - alpha times the VAE. If parts of a sample are missing, L is computed from the others,
+and M is their number.
 
 This follows the authors' code (https://github.com/gr8joo/MVTCAE, where alpha is tc_ratio, 5 / 6, and beta is 2.5 on
 PolyMNIST), except for the 1e-8 that it adds to variances in the product. The posterior given only some parts is the
@@ -40,7 +41,7 @@ class MVTCAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
 
     Args:
         beta: weight of all KL terms.
-        alpha: share of the KL terms between the posterior and the parts, from 0 to 1; the prior's is 1 - alpha.
+        alpha: weight of the KL terms between the posterior and the parts, from 0 to 1; that of the prior is 1 - alpha.
         **kwargs: see `VAE`.
     """
 
@@ -58,14 +59,14 @@ class MVTCAE(MissingModalities, VAE, tags=("multimodal", "imputation")):
         if not 0 <= alpha <= 1:
             raise AezooError(f"alpha must be from 0 to 1, got {alpha}")
         if alpha == len(self.sizes) == 1:
-            raise AezooError("alpha must be less than 1 for samples of one part: no KL of their loss is left")
+            raise AezooError("alpha must be less than 1 for samples of one part: their loss would have no KL term")
         self.alpha = alpha
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         return gaussians.product(*self.experts(x, parts), self.present_mask(x, parts))
 
     def shares(self, n_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and alpha / M for samples with these numbers of parts: (B,) -> (B,), (B,)."""
+        """Return alpha and alpha / M for samples with these numbers of parts: (B,) -> (B,), (B,)."""
         return torch.full_like(n_B, self.alpha), self.alpha / n_B
 
     def terms(self, x: Tensor, mu_BMD: Tensor, log_var_BMD: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Nexus, the hierarchical multimodal VAE (Vasco et al. 2022), https://doi.org/10.1016/j.neunet.2021.11.019
 
-A sample consists of parts x = (x_1, ..., x_M), its modalities. Each part has a VAE with its own code z_i. Another VAE,
-above these, has a shared code u, to which each z_i sends a message; the messages are averaged:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. Each part has a VAE with a separate code z_i. Another
+VAE, above these, has a shared code u, to which each z_i sends a message; the messages are averaged:
 
     p(x, z, u) = p(u) prod_i p(z_i|u) p(x_i|z_i)     p(u) = N(0, I)     p(z_i|u) = N(m_i(u), diag s_i^2)
     q(z, u|x) = q(u|z) prod_i q_i(z_i|x_i)     q_i = N(mu_i, diag sigma_i^2)
@@ -10,16 +10,18 @@ above these, has a shared code u, to which each z_i sends a message; the message
     L = sum_i (E_q_i[-log p(x_i|z_i)] + beta KL(q_i(z_i|x_i) || N(0, I)))
         + E_sg(q_i)[E_q(u|z_S)[-sum_i log p(z_i|u)] + top_beta KL(q(u|z_S) || p(u))]
 
-in nats per sample. sg stops gradients: each part's VAE learns as if alone, and the higher level does not change the
-z_i. S is all parts, except under forced perceptual dropout: for a share of the training samples only some parts send
-messages (first their number is drawn, uniformly from 1 to M - 1, then which), but u must predict the codes of all. elbo
-bounds log p(x), with p(z_i|u) as the prior of z_i. The code is (u, z_1, ..., z_M), the means, with m_i(u) for parts
-that are not used. If a sample lacks parts, L is computed from its other parts.
+in nats per sample. sg stops gradients: each part's VAE is trained as if it were the only one, and the higher level does
+not change the z_i. S is all parts, except under forced perceptual dropout: for a share of the training samples only
+some parts send messages (first their number is drawn, uniformly from 1 to M - 1, then the parts), but u must predict
+the codes of all parts. elbo is a bound on log p(x), with p(z_i|u) as the prior of z_i. The code is (u, z_1, ..., z_M),
+the means, with m_i(u) for parts that are not used. If parts of a sample are missing, L is computed from its other
+parts.
 
-The paper also weights each p(x_i|z_i) and p(z_i|u). The authors' code (https://github.com/miguelsvasco/nexus_pytorch)
-has s_i^2 = 1/2, or for one part the optimum for the batch; here s_i is learned. It also has batch normalisation, and KL
-weights that rise over epochs. MultiVae (https://github.com/AgatheSenellart/MultiVae), which says that its results are
-not the paper's, has s_i = 1, and dropout in evaluation too but none by default.
+The paper also weights each p(x_i|z_i) and p(z_i|u). In the authors' code
+(https://github.com/miguelsvasco/nexus_pytorch), s_i^2 is 1/2, or for one part the optimum for the batch; here s_i is
+learned. That code also uses batch normalisation, and KL weights that increase over epochs. MultiVae
+(https://github.com/AgatheSenellart/MultiVae), which states that its results are not those of the paper, uses s_i = 1,
+and dropout also in evaluation but none by default.
 
 Shapes: B batch, D shared code, P code of a part, M parts, S of them that are used, K importance samples.
 """
@@ -43,17 +45,17 @@ from aezoo.training.limits import check_at_least
 
 
 class MessageLevel(nn.Module):
-    """A Gaussian code above M others, which send it messages.
+    """A Gaussian code above M others, from which it receives messages.
 
-    The c_i are linear; mu, sigma and m_i have a hidden layer.
+    The c_i are linear; mu, sigma and m_i have one hidden layer.
 
     Args:
-        n: M, codes below.
-        size: P, size of each of them.
+        n: M, number of codes below.
+        size: P, size of each code below.
         above: D, size of the code above.
         width: size of a message, and of the hidden layers.
-        act: name of their activation.
-        dropout: share of training samples of which only some codes send messages.
+        act: name of the activation of the hidden layers.
+        dropout: share of training samples for which only some codes send messages.
     """
 
     def __init__(self, n: int, size: int, above: int, width: int, act: str, dropout: float) -> None:
@@ -69,13 +71,13 @@ class MessageLevel(nn.Module):
         self.s_log_var_MP = nn.Parameter(torch.zeros(n, size))
 
     def senders(self, present_BM: Tensor) -> Tensor:
-        """Which codes of training samples send messages, (B, M) bool: all known ones or, for some samples, a subset.
+        """Which codes of training samples send messages, (B, M) bool: all known codes or, for some samples, a subset.
 
         For a share `dropout` of the samples, the number of senders is drawn first, uniformly from 1 to all but one,
-        then which.
+        then the senders.
         """
         (n, m), device = present_BM.shape, present_BM.device
-        # drawn at once, since a graph may reorder separate draws
+        # in one call, because a compiled graph may reorder separate draws
         of_some_B1, size_B1, order_BM = torch.rand(n, 2 + m, device=device).split([1, 1, m], 1)
         rank_BM = order_BM.masked_fill(~present_BM, 1).argsort(1).argsort(1)
         some_BM = rank_BM < 1 + (size_B1 * (present_BM.sum(1, keepdim=True) - 1)).long()
@@ -86,8 +88,8 @@ class MessageLevel(nn.Module):
 
         Args:
             z: codes below.
-            which: their numbers, in this order.
-            sent: whose messages count, at least one, (..., S) bool; all by default.
+            which: the indices of these codes, in this order.
+            sent: which messages are used, at least one, (..., S) bool; all by default.
         """
         z = z.to(self.s_log_var_MP.dtype)
         c = at_least_float32(torch.stack([self.messages[i](z[..., k, :]) for k, i in enumerate(which)], -2))
@@ -113,7 +115,7 @@ class MessageLevel(nn.Module):
     ) -> GaussianParams:
         """Mean and log-variance of u and all z_i, given those of some z_i: (B, S, P), (B, S, P) -> (B, D + M P), twice.
 
-        An unknown z_i gets those of p(z_i|u) at the mean of u.
+        For an unknown z_i, they are those of p(z_i|u) at the mean of u.
         """
         u = self.up(mu_BSP, which, present_BS)
         both = []
@@ -124,9 +126,9 @@ class MessageLevel(nn.Module):
         return both[0], both[1]
 
     def sample_present(self, z: Tensor, log_q: Tensor, present_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws of u and all z_i in one row, and their log-density, from those of z_i: (K, B, M, P), (K, B, M).
+        """Concatenated samples of u and all z_i, and their log-density, from those of z_i: (K, B, M, P), (K, B, M).
 
-        For missing codes, draws from N(0, I) become draws from p(z_i|u): (K, B, D + M P), (K, B).
+        For missing codes, samples from N(0, I) are transformed to samples from p(z_i|u): (K, B, D + M P), (K, B).
         """
         u, log_q_u = rsample(*self.up(z, range(len(self.messages)), present_BM))
         missing_BM1 = ~present_BM[..., None]
@@ -145,12 +147,12 @@ class MessageLevel(nn.Module):
 
 
 class Nexus(MissingModalities, VAE, normal_prior=False, score_term="", tags=("multimodal", "imputation")):
-    """A VAE for each of several modalities, and a VAE of their codes that infers the codes of missing parts.
+    """A VAE for each of several modalities, and a VAE of their codes, which infers the codes of missing parts.
 
     Args:
         latent_dim: D, size of the code that all parts share.
-        part_dim: P, size of each part's own code.
-        level_dim: size of a message, and width of the hidden layer of the nets between the levels.
+        part_dim: P, size of each part's code.
+        level_dim: size of a message, and width of the hidden layer of the networks between the levels.
         dropout: share of training samples whose shared code is inferred from only some of their parts.
         beta: weight of the KL terms of the parts.
         top_beta: weight of the KL term of the shared code.
@@ -186,10 +188,10 @@ class Nexus(MissingModalities, VAE, normal_prior=False, score_term="", tags=("mu
         return self.top.impute_missing(*self.experts(x, parts), which, self.present_mask(x, parts))
 
     def bound(self, x: Tensor, noise: bool = True) -> dict[str, Tensor]:
-        """The terms of the loss, each (B,); without noise, codes are means and all parts send messages."""
+        """Return the terms of the loss, each (B,); without noise, codes are means and all parts send messages."""
         (mu_BMP, log_var_BMP), present_BM = self.experts(x), self.present_mask(x)
         d, zero_BF = self.latent_dim, F.pad(torch.zeros_like(mu_BMP).flatten(1), (0, self.latent_dim))
-        # drawn at once, since a graph may reorder separate draws
+        # in one call, because a compiled graph may reorder separate draws
         eps_BF = torch.randn_like(zero_BF) if noise else zero_BF
         z_BMP = mu_BMP + torch.exp(0.5 * log_var_BMP) * eps_BF[:, :-d].unflatten(1, mu_BMP.shape[1:])
         top_nll_B, top_kl_B = self.top.bound(z_BMP.detach(), eps_BF[:, -d:], noise and self.training, present_BM)

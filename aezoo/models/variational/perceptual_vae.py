@@ -2,7 +2,8 @@
 
     L = E_q[weight sum_l ||F_l(x) - F_l(xhat)||^2 / (2 n_l)] + beta KL(q(z|x) || p(z))     xhat = g(z)
 
-F_l are the n_l activations of layer l of a frozen network: samples that look alike to it count as alike.
+F_l are the n_l activations of layer l of a frozen network, so that samples with similar activations have a small
+distance.
 
     random          a convolutional network with random weights, the same everywhere (NumPy's RandomState(0), He et al.
                     2015 scale): no download, and known to see as trained ones do (He, Wang & Hopcroft 2016,
@@ -12,7 +13,7 @@ F_l are the n_l activations of layer l of a frozen network: samples that look al
     a path          of such a file of weights (.pth), or of a run, checkpoint or saved model of the zoo: its encoder
 
 The network is always in evaluation mode, gets no gradient and is not saved: a loaded model needs it only for losses and
-scores. exp(-distance) is a density up to an unknown constant: no ELBO, bits or log-likelihood are reported.
+scores. exp(-distance) is a density up to an unknown constant, so no ELBO, bits or log-likelihood are reported.
 
 Shapes: B batch, D code.
 """
@@ -74,7 +75,7 @@ class PerceptualVAE(VAE, tags=("generation",)):
             )
         self.features = features
         self.weight = weight
-        # a tuple keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
+        # the tuple excludes the network from the state_dict, the optimiser, train() and the exchange between ranks
         self.frozen: tuple[FeatureNet, ...] = (random_features(self.input_shape),) if features == "random" else ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -87,7 +88,7 @@ class PerceptualVAE(VAE, tags=("generation",)):
         self.feature_net()
 
     def feature_net(self) -> FeatureNet:
-        """The network, read from its file at the first call; not in the constructor, so that a model loads without it.
+        """The network, read from its file at the first call, so that a model can be loaded without the file.
 
         Raises:
             AezooError: there is no such file, or it does not fit the data.
@@ -99,7 +100,7 @@ class PerceptualVAE(VAE, tags=("generation",)):
         return self.frozen[0]
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """The weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
+        """Return the weighted distance, which replaces -log p(x|z): (B, *shape), (B, *shape) -> (B,)."""
         net = self.feature_net()
         with torch.autocast(x.device.type, enabled=False):
             x_hat = self.likelihood.mean(at_least_float32(params))
@@ -116,7 +117,7 @@ class PerceptualVAE(VAE, tags=("generation",)):
 
 
 def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
-    """The encoder of a trained model of the zoo."""
+    """Return the encoder of a trained model of the zoo."""
     model = load_model(local_path(path)).float()
     if model.input_shape != input_shape:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")

@@ -1,19 +1,19 @@
 """Partially importance weighted autoencoder (Rainforth et al. 2018), https://arxiv.org/abs/1802.04537
 
-The decoder maximises the IWAE's bound over all M K samples, the encoder the MIWAE's on the same samples; in nats:
+The decoder maximises the IWAE's bound over all M K samples, and the encoder the MIWAE's bound on them; in nats:
 
     decoder   log p(x) >= E[log 1/(MK) sum_mk w_mk]         d = sum_mk u_mk d log w_mk     u_mk = w_mk / sum_mk w_mk
     encoder   log p(x) >= E[1/M sum_m log 1/K sum_k w_mk]   d = sum_mk c_mk d log w_mk     c_mk = 1/M w_mk / sum_k w_mk
     w_mk = p(x|z_mk) p(z_mk) / q(z_mk|x)    z_mk ~ q(z|x) independently
 
-One loss does both, without a second optimiser. Let log p~ be log p(x, z) at codes detached from the encoder, and let
-the weights be constants. The loss then has the value of the decoder's bound and the gradient of
+A single loss gives both gradients, without a second optimiser. Let log p~ be log p(x, z) at codes detached from the
+encoder, and let the weights be constants. The loss then has the value of the decoder's bound and the gradient of
 
     sum_mk c_mk log w_mk + (u_mk - c_mk) log p~_mk
 
-The weight is c for the encoder, and c + (u - c) = u for the decoder, which therefore runs twice. M = 1 is the IWAE. stl
-uses only the encoder's path through z; dreg uses this path with c_mk = 1/M v_mk^2, where v_mk is w_mk's share of its
-group.
+The weight is c for the encoder, and c + (u - c) = u for the decoder, which is therefore evaluated twice. M = 1 is the
+IWAE. stl uses only the encoder's path through z; dreg uses this path with c_mk = 1/M v_mk^2, where v_mk is the share of
+w_mk in the sum of its group.
 
 Shapes: B batch, D code, M groups, K importance samples in a group, N = M K.
 """
@@ -32,8 +32,8 @@ class PIWAE(IWAE, defaults={"n_samples": 8}, tags=("generation",)):
     """Gaussian code with a standard normal prior; MIWAE's gradient for the encoder, IWAE's for the decoder.
 
     Args:
-        n_groups: M, bounds that the encoder averages; M K codes are decoded for each data sample, twice.
-        n_samples: K, importance samples of each of the encoder's bounds.
+        n_groups: M, number of bounds that the encoder averages; M K codes are decoded for each data sample, twice.
+        n_samples: K, number of importance samples for each of the encoder's bounds.
         **kwargs: see `IWAE`.
     """
 

@@ -1,16 +1,17 @@
 """Poincare VAE (Mathieu et al. 2019), https://arxiv.org/abs/1901.06033
 
-Codes lie in hyperbolic space, the ball |z| < 1 / sqrt(c) of curvature -c. Its volume grows with the radius as the
-number of a tree's leaves with its depth. In nats per sample, with densities in Riemannian volume:
+Codes are in hyperbolic space, the ball |z| < 1 / sqrt(c) of curvature -c. Its volume grows with the radius like the
+number of a tree's leaves with the tree's depth. In nats per sample, with densities in Riemannian volume:
 
     L = E_q[-log p(x|z)] + beta E_q[log q(z|x) - log p(z)]     q(z|x) = N_W(mu(x), diag sigma(x)^2)     p(z) = N_W(0, I)
     z ~ N_W(mu, Sigma):   z = exp_mu(v / lambda_mu),   v ~ N(0, Sigma)     lambda_mu = 2 / (1 - c |mu|^2)
     log N_W(z) = log N(v; 0, Sigma) - (D - 1) log(sinh(s) / s)     s = sqrt(c) |v|,   v = lambda_mu log_mu(z)
     exp_mu(v / lambda_mu) = mu + tanh(s / 2) v / s in Moebius addition
 
-The encoder gives mu as 2 log_0(mu), and the decoder reads 2 log_0(z) instead of the paper's gyroplanes: both are normal
-coordinates at the origin, in which c -> 0 is the VAE. float32 lacks precision near the boundary: all of this is
-float64, and codes end 4 roundings before it. The KL is that of the draw, as in the paper.
+The encoder returns mu as 2 log_0(mu), and the decoder's input is 2 log_0(z) instead of the paper's gyroplanes: both are
+normal coordinates at the origin, in which c -> 0 is the VAE. float32 is not precise enough near the boundary, so
+float64 is used for all of this, and codes are kept 4 roundings inside the boundary. The KL is evaluated at the sample,
+as in the paper.
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -29,7 +30,7 @@ _MOST_CURVED = 1e6
 
 
 class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")):
-    """Points of the Poincare ball as codes, with wrapped normals as posterior and prior.
+    """Codes that are points of the Poincare ball, with wrapped normals as posterior and prior.
 
     Args:
         curvature: c; the space has curvature -c and the ball has radius 1 / sqrt(c); near 0 this is the VAE.
@@ -40,7 +41,7 @@ class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")
 
     def __init__(self, input_shape: tuple[int, ...], *, curvature: float = 1.0, **kwargs: Unpack[VAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
-        del self.capacity  # the sampled KL may be negative, so there is no distance from a capacity
+        del self.capacity  # the sampled KL may be negative, so its distance from a capacity would be meaningless
         if not 1 / _MOST_CURVED <= curvature <= _MOST_CURVED:
             raise AezooError(f"curvature must be from 1e-6 to 1e6, got {curvature}: near 0 take vae")
         self.ball = Ball(float(curvature))
@@ -48,7 +49,7 @@ class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")
         self.decoder = nn.Sequential(self.ball, self.build_decoder(self.code_shape))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean as 2 log_0(mu), and the log-variance of v: (B, *input_shape) -> (B, D), (B, D)."""
+        """Return the mean as 2 log_0(mu), and the log-variance of v: (B, *input_shape) -> (B, D), (B, D)."""
         return super().posterior(x)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")
         return {"loss": nll + self.beta * kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def draw(self, mean_BD: Tensor, log_var_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw z ~ q(z|x), and its v: (..., D), (..., D) -> (..., D), (..., D)."""
+        """Draw z ~ q(z|x), and return z and v: (..., D), (..., D) -> (..., D), (..., D)."""
         v_BD = torch.exp(0.5 * log_var_BD) * torch.randn_like(mean_BD)
         return self.ball.exp(self.ball.from_normal(mean_BD), v_BD), v_BD
 
@@ -86,7 +87,7 @@ class PoincareVAE(VAE, normal_prior=False, tags=("representation", "generation")
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | mu) + KL in nats, the latter without noise: (B, *input_shape) -> (B,)."""
+        """Return -log p(x | mu) + KL in nats, both without noise: (B, *input_shape) -> (B,)."""
         mean_BD, log_var_BD = self.posterior(x)
         return self.nll(self.decoder[1](mean_BD.to(x.dtype)), x) + self.kl(mean_BD, log_var_BD)
 

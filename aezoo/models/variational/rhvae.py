@@ -7,10 +7,11 @@ The Hamiltonian VAE (hvae) in a space with a learned metric G, from which new sa
     L = E[-log p(x|z_K) + KL]
     KL = log q(z_0|x) - log p(z_K) + (v_K' G(z_K)^-1 v_K + log det G(z_K) - log det G(z_0) - |gamma|^2) / 2
 
-z and v take generalised leapfrog steps, two of whose equations are implicit; the bound is exact as far as fixed-point
-iteration solves them. The centroids c_i are the codes of the most recent training samples; L reads them, while the
-paper's network reads the samples themselves. K = 0 is the VAE. In bounds, p(z) = N(0, I). `sample` follows the paper:
-Hamiltonian Monte Carlo from the centroids towards sqrt(det G(z)^-1), which is high where the codes of data lie.
+z and v are updated by generalised leapfrog steps, two of whose equations are implicit; the bound is exact up to the
+error of the fixed-point iteration that solves them. The centroids c_i are the codes of the most recent training
+samples; L is a function of them, while the paper's network is a function of the samples themselves. K = 0 is the VAE.
+In bounds, p(z) = N(0, I). `sample` follows the paper: Hamiltonian Monte Carlo from the centroids towards sqrt(det
+G(z)^-1), which is large near the codes of data.
 
 Shapes: B batch, D code, M centroids, K leapfrog steps or importance samples.
 """
@@ -33,11 +34,11 @@ _HMC_STEPS, _LEAPFROG_STEPS, _STEP_SIZE = 30, 10, 0.05
 
 
 class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",), tags=("generation",)):
-    """Gaussian code whose posterior and samples follow a metric that is learned, too.
+    """Gaussian code whose posterior and samples follow a learned metric.
 
     Args:
         n_centroids: M, number of codes around which the metric is built.
-        temperature: T, the reach of each centroid.
+        temperature: T, the length scale of each centroid's contribution to the metric.
         metric_floor: lam, the inverse metric far from all centroids.
         n_fixed_point: iterations for each implicit equation of a step.
         **kwargs: see `HVAE`.
@@ -80,12 +81,12 @@ class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",), ta
         return terms
 
     def current_metric(self) -> CentroidMetric:
-        """G about the current centroids."""
+        """Return G for the current centroids."""
         c_MD = self.centroids_MD.clone()
         return CentroidMetric(at_least_float32(c_MD), self.metric(c_MD), self.temperature, self.metric_floor)
 
     def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The code z_K and the momentum's contribution to KL, from z_0 and gamma: -> (B, D), (B,)."""
+        """Compute the code z_K and the momentum's contribution to KL from z_0 and gamma: -> (B, D), (B,)."""
         G_inv = self.current_metric().inverse
         start_BDD = G_inv(z_BD)
         # with G^-1 = A A', the covariance of A'^-1 gamma is G
@@ -96,7 +97,7 @@ class RHVAE(HVAE, defaults={"latent_dim": 8}, not_averaged=("centroids_MD",), ta
         return z_BD, kinetic_B + half_log_det(end_BDD) - half_log_det(start_BDD)
 
     def integrate(self, x: Tensor, z_BD: Tensor, v_BD: Tensor, G_inv: hamiltonian.Map) -> tuple[Tensor, Tensor]:
-        """K generalised leapfrog steps, -> (B, D), (B, D)."""
+        """Apply K generalised leapfrog steps: -> (B, D), (B, D)."""
         steps = partial(hamiltonian.generalised_leapfrog, inverse_metric=G_inv, n_fixed_point=self.n_fixed_point)
         return self.leapfrog(x, z_BD, v_BD, steps)
 

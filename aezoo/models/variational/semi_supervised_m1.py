@@ -5,8 +5,8 @@ A VAE of all samples and a classifier of its codes (section 2.1), in nats per sa
     L = E[-ELBO(x) - s log q(y|mu(x))]     s = 1 for a sample with a label, 0 for others
 
 q(y|mu) is a separate network, linear by default, see `classifier_dims`. No gradient passes from the labels to the code,
-as in the paper, where the classifier is fitted to the codes of a VAE trained before. Here both learn in one run, and
-the VAE is the same as `vae`. A sample has no label if y is None or -1: `--data.num_labels 100` keeps the labels of 100
+as in the paper, where the classifier is fitted to the codes of a trained VAE. Here both are trained in one run, and the
+VAE is the same as `vae`. A sample has no label if y is None or -1: `--data.num_labels 100` keeps the labels of 100
 training samples. M2 is semi_supervised_vae.
 
 Shapes: B batch, D code, K labels.
@@ -28,7 +28,7 @@ class SemiSupervisedM1(VAE, tags=("representation",)):
     """A VAE with a classifier of its codes that learns from the samples that have labels.
 
     Args:
-        num_classes: K, number of labels; from the data on the command line.
+        num_classes: K, number of labels; the command line reads it from the data.
         classifier_dims: widths of the classifier's hidden layers; none makes it logistic regression.
         **kwargs: see `VAE`.
     """
@@ -46,11 +46,11 @@ class SemiSupervisedM1(VAE, tags=("representation",)):
         self.classifier = nets.encoder("mlp", self.code_shape, (self.num_classes,), classifier_dims, self.activation)
 
     def classify(self, x: Tensor) -> Tensor:
-        """The log-probability of each label, log q(y|mu(x)): (B, *input_shape) -> (B, K)."""
+        """Return the log-probability of each label, log q(y|mu(x)): (B, *input_shape) -> (B, K)."""
         return self.log_q(self.posterior(x)[0].to(x.dtype))
 
     def log_q(self, mu_BD: Tensor) -> Tensor:
-        """The log-probability of each label of a code: (B, D) -> (B, K)."""
+        """Return the log-probability of each label given a code: (B, D) -> (B, K)."""
         return at_least_float32(self.classifier(mu_BD)).log_softmax(1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -62,8 +62,8 @@ class SemiSupervisedM1(VAE, tags=("representation",)):
         if y is None:
             y = torch.full_like(mu_BD[:, 0], -1)
         else:
-            all_labelled(y, self.num_classes)  # refuses invalid labels
-        # summed over those with a label, divided by all: linear in the batch, so the same on one rank and on many
+            all_labelled(y, self.num_classes)  # raises an error for invalid labels
+        # sum over labelled samples, divided by all samples: linear in the batch, so the number of ranks has no effect
         classifier = F.nll_loss(log_q_BK, y.long(), ignore_index=-1, reduction="sum") / len(x)
         loss = nll + self.beta * (kl - self.capacity).abs() + classifier
         return {"loss": loss, "nll": nll, "kl": kl, "elbo": -(nll + kl), "classifier": classifier}

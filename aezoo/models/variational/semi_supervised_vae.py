@@ -7,11 +7,11 @@ Learns to classify from few labels and many samples without one; in nats per sam
     loss    = mean over samples of L(x, y) - alpha log q(y|x) with a label, of U(x) without       equation 9
 
 p(z) = N(0, I), p(y) is uniform, and q(y|x) is a separate network; the sum runs over all labels. A sample has no label
-if y is None or -1: `--data.num_labels 100` keeps the labels of 100 training samples. alpha counts for each labelled
+if y is None or -1: `--data.num_labels 100` keeps the labels of 100 training samples. alpha applies to each labelled
 sample: the paper's 0.1 N for N samples, shared by N_l labelled ones, is alpha = 0.1 N / N_l here.
 
-Code, decoding and sampling are those of conditional_vae; the label of `encode` is the most likely one under q(y|x). The
-paper's M1 is semi_supervised_m1. Its M1+M2 is this model on the codes of M1, which `aezoo embed` writes.
+Code, decoding and sampling are those of conditional_vae; `encode` uses the most likely label under q(y|x). The paper's
+M1 is semi_supervised_m1. Its M1+M2 is this model on the codes of M1, which `aezoo embed` writes.
 
 Shapes: B batch, D latent, K labels.
 """
@@ -49,7 +49,7 @@ class SemiSupervisedVAE(ConditionalVAE, tags=("representation", "generation")):
         self.classifier = self.build_encoder((self.num_classes,))
 
     def classify(self, x: Tensor) -> Tensor:
-        """The classifier's log q(y|x): (B, *input_shape) -> (B, K)."""
+        """Return the classifier's log q(y|x): (B, *input_shape) -> (B, K)."""
         return at_least_float32(self.classifier(x)).log_softmax(1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -74,6 +74,6 @@ class SemiSupervisedVAE(ConditionalVAE, tags=("representation", "generation")):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """U(x) with each z at the mean of its posterior, in nats: (B, *input_shape) -> (B,), no noise."""
+        """Return U(x) with each z at the mean of its posterior, in nats: (B, *input_shape) -> (B,), no noise."""
         log_q_BK = self.classify(x)
         return (log_q_BK.exp() * (log_q_BK - self.bounds(x))).sum(1) + math.log(self.num_classes)

@@ -3,11 +3,11 @@
     L = E_q[||x - xhat||^2 / (2 s^2) + X/2 log(2 pi s^2)] + KL(q(z|x) || p(z))     xhat = g(z)
     s^2 = argmin L = mean of (x - xhat)^2 over the batch and all values     (their analytic solution)
 
-in nats per sample. p(x|z) = N(xhat, s^2) has the single variance that fits best, so that likelihood and KL need no
-relative weight. dL/ds = 0 at this optimum, so s needs no gradient. The batch is that of all ranks.
+in nats per sample. p(x|z) = N(xhat, s^2) has the single variance that minimises L, so the likelihood and the KL need no
+relative weight. dL/ds = 0 at this optimum, so s needs no gradient. The batch contains the samples of all ranks.
 
-In evaluation, a density must not be fitted to the data that it judges, so log s is its running mean over training. The
-ELBO of validation is thus a bound, and score and log_likelihood do not depend on the rest of the batch.
+In evaluation, a density must not be fitted to the data that it is evaluated on, so log s is its running mean over
+training. Therefore the validation ELBO is a bound, and score and log_likelihood do not depend on the rest of the batch.
 
 Shapes: B batch, X data dimensions, D code.
 """
@@ -25,7 +25,7 @@ from aezoo.models.variational.vae import VAE
 
 
 class SigmaVAE(VAE, tags=("generation",)):
-    """A VAE with a Gaussian likelihood whose noise scale is always the one that fits best.
+    """A VAE with a Gaussian likelihood whose noise scale is set to its optimal value in every batch.
 
     Args:
         latent_dim: D, size of the code.
@@ -48,7 +48,7 @@ class SigmaVAE(VAE, tags=("generation",)):
         self.likelihood.register_buffer("log_scale", self.likelihood.log_scale)
 
     def optimal_variance(self, sse_B: Tensor) -> Tensor:
-        """s^2, the mean squared error per value, clamped to exp(-30) and exp(20): (B,) -> ()."""
+        """Return s^2, the mean squared error per value, clamped to exp(-30) and exp(20): (B,) -> ()."""
         x_dim = math.prod(self.input_shape)
         return (self.batch_mean(sse_B) / x_dim).clamp(math.exp(-30), math.exp(20)).detach()
 

@@ -1,7 +1,7 @@
 """TELBO, the triple ELBO (Vedantam et al. 2018), https://arxiv.org/abs/1705.10762
 
-A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder sees all of them. Each part also has its
-own encoder, an expert that is multiplied with the prior:
+A sample consists of parts x = (x_1, ..., x_M), its modalities. A joint encoder encodes all parts together. Each part
+also has a separate encoder, an expert that is multiplied with the prior:
 
     q(z|x) = N(mu(x), diag sigma(x)^2)     q_i(z|x_i) = N(mu_i, diag sigma_i^2)     p(z) = N(0, I)
     q(z|x_S) proportional to p(z) prod_(i in S) q_i(z|x_i)     S: some of the parts, not all
@@ -10,20 +10,20 @@ own encoder, an expert that is multiplied with the prior:
         + sum_i (gamma E_q(z|x_i)[-log p(x_i|z)] + beta KL(q(z|x_i) || p(z)))
 
 in nats per sample. With beta = gamma = 1, these are the ELBO of all parts and the ELBO of each part: three ELBOs for
-two parts. The terms nll, kl and elbo are those of all parts; `parts_nelbo` is what the other ELBOs add to L.
+two parts. The terms nll, kl and elbo are those of all parts; `parts_nelbo` is the contribution of the other ELBOs to L.
 
-The decoders, and the scale of a likelihood, learn only from the first ELBO. In the others they are held fixed, so that
-these fit the parts' encoders to the model's p(z|x_i), and not the model to the encoders. All ELBOs are trained at once,
-as in the authors' code (https://github.com/google/joint_vae, whose scripts set stop_elbox_gradient and
-stop_elboy_gradient); that code takes the mean of the ELBOs, and has a weight for each likelihood. MultiVae
-(https://github.com/AgatheSenellart/MultiVae) trains the parts' encoders in a second stage, with the rest frozen; here
-the rest learns the same, since it gets no gradient from them. MultiVae's KL of a part has the joint log-variance in
-place of the part's own, which pulls sigma_i to 0.
+The decoders, and the scale of a likelihood, are trained only by the first ELBO. In the others they are constant, so
+that these fit the parts' encoders to the model's p(z|x_i), and not the model to the encoders. All ELBOs are trained
+together, as in the authors' code (https://github.com/google/joint_vae, whose scripts set stop_elbox_gradient and
+stop_elboy_gradient); that code uses the mean of the ELBOs, and has a weight for each likelihood. MultiVae
+(https://github.com/AgatheSenellart/MultiVae) trains the parts' encoders in a second stage, with the other networks
+frozen; here the other networks learn the same, since they get no gradient from these encoders. MultiVae computes the KL
+of a part with the joint log-variance instead of the part's log-variance, which pulls sigma_i to 0.
 
 The paper's products are over the attributes that are given; here they are over parts. If the q_i are the likelihoods
 p(x_i|z), all of these products are exact, as in `mvae`.
 
-Shapes: B batch, D code, M parts, S posteriors: of all parts, of each alone.
+Shapes: B batch, D code, M parts, S posteriors: given all parts, given each single part.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ from aezoo.training.limits import check_at_least
 
 
 class TELBO(Multimodal, VAE, tags=("multimodal", "imputation")):
-    """A VAE of whole samples, and encoders of their parts that are trained on separate ELBOs.
+    """A VAE of whole samples, with encoders of their parts that are trained on separate ELBOs.
 
     Args:
         beta: weight of the KL terms.
@@ -71,7 +71,7 @@ class TELBO(Multimodal, VAE, tags=("multimodal", "imputation")):
         return MVAE.product(*self.experts(x, parts))
 
     def frozen_decoder_nll(self, i: int, z_BD: Tensor, x: Tensor) -> Tensor:
-        """-log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
+        """Return -log p(x_i|z), with a gradient for z only: (B, D), (B, *part) -> (B,)."""
         params = call_frozen(self.decoder[i], z_BD.to(x.dtype))
         log_p_B: Tensor = call_frozen(self.likelihood, at_least_float32(params), at_least_float32(x))
         return -log_p_B

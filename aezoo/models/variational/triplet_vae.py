@@ -3,13 +3,13 @@
     L = E_q(z|x)[-log p(x|z)] + beta KL(q(z|x) || p(z)) + lambda T
     T = mean over triplets of max(0, ||mu_a - mu_p|| - ||mu_a - mu_n|| + m)
 
-in nats per sample. The posterior mean of an anchor must be nearer to that of each positive, another sample of its
-label, than to that of a negative, a sample of another label, by the margin m. Triplets are mined in the batch of all
-ranks as in triplet_ae:
+in nats per sample. The posterior mean of an anchor must be nearer to that of each positive, another sample with the
+same label, than to that of a negative, a sample with another label, by the margin m. Triplets are mined in the batch of
+all ranks as in triplet_ae:
 
     all         every triplet
-    active      every triplet that the margin still moves, the others do not count in the mean (Hermans et al. 2017)
-    semi_hard   for each a and p the nearest n that is farther than p, or the farthest n where none is
+    active      every triplet with a loss above 0; the mean does not include the others (Hermans et al. 2017)
+    semi_hard   for each a and p the nearest n that is farther than p, or the farthest n if none is
 
 Samples without a label (-1) are in no triplet. Without triplets, and with lambda = 0, this is the VAE. Codes, scores
 and samples never use labels.
@@ -27,12 +27,12 @@ from aezoo.models.variational.vae import VAE, VAEArgs
 
 
 class TripletVAE(VAE, TripletAutoencoder, tags=("representation",)):
-    """A VAE whose posterior means lie close together for samples of one label.
+    """A VAE whose posterior means are close together for samples with the same label.
 
     Args:
         triplet_weight: lambda, weight of the triplet loss.
-        margin: m, how much farther than the positives the negatives must be.
-        mining: which triplets of a batch count: all, active or semi_hard.
+        margin: m, by how much the negatives must be farther away than the positives.
+        mining: which triplets of a batch are used: all, active or semi_hard.
         **kwargs: see `VAE`.
     """
 

@@ -2,15 +2,15 @@
 
     L  = E_q[-log p(x|z)] + KL(q(z|x) || N(0, I))              first stage: a VAE of data
     L' = E_q'[-log p(z|u)] + KL(q'(u|z) || N(0, I))            second stage: a VAE of the first one's codes z ~ q(z|x)
-    p(z|u) = N(g(u), s^2)     p(u) = N(0, I)                   u as wide as z; s learned, as that of gaussian:learned
+    p(z|u) = N(g(u), s^2)     p(u) = N(0, I)                   u as wide as z; s learned, as in gaussian:learned
 
-in nats per sample. If data lie on a manifold, the codes of a good first stage do not follow N(0, I). To the second
-stage they are spread over all dimensions, and it learns where they are (section 4). Sampling goes u -> z -> x with
-noise at z.
+in nats per sample. If data lie on a manifold, the codes of a good first stage do not follow N(0, I). These codes have a
+density in all dimensions, which the second stage learns (section 4). Sampling goes u -> z -> x with noise at z.
 
-The paper trains the second stage after the first. Here both train in the same steps: L' sees z without its gradient, so
-that the first stage is, weight for weight, the one trained alone, and a fit needs no schedule of the stages. Towards
-its end, as the learning rate falls, the second stage sees codes that no longer move.
+The paper trains the second stage after the first. Here both are trained in the same steps: L' uses z without its
+gradient, so that the first stage has the same weights as without the second, and a fit needs no schedule of the stages.
+Near the end of training, as the learning rate decreases, the codes that the second stage is trained on no longer
+change.
 
 elbo is that of the sampled model, E[log p(x|z) + log p(z|u) + log p(u) - log q(z|x) - log q'(u|z)], and log_likelihood
 draws both u and z. The score is that of the first stage only.
@@ -29,7 +29,7 @@ from aezoo.models.variational.vae import VAE
 
 
 class TwoStageVAE(VAE, defaults={"likelihood": "gaussian:learned"}, normal_prior=False, tags=("generation",)):
-    """A VAE of data and a VAE of its codes, trained side by side.
+    """A VAE of data and a VAE of its codes, trained together.
 
     Args:
         second_hidden_dims: widths of the second stage's encoder, an mlp; its decoder mirrors them.
@@ -44,7 +44,7 @@ class TwoStageVAE(VAE, defaults={"likelihood": "gaussian:learned"}, normal_prior
         **kwargs: Unpack[LatentArgs],
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # both stages use their ELBO, so BetaAnnealing must not find these: changing them would have no effect
+        # both stages use their ELBO, so BetaAnnealing would change these without effect
         del self.beta, self.capacity
         self.second = VAE(
             self.code_shape,

@@ -8,8 +8,8 @@ Maximises the evidence lower bound, in nats per sample:
 
     L = E_q[-log p(x|z)] + beta |KL - C|
 
-beta other than 1 is the beta-VAE (Higgins et al. 2017); the capacity C is 0 unless the callback BetaAnnealing raises it
-(Burgess et al. 2018, https://arxiv.org/abs/1804.03599). beta = 1 and C = 0 minimise the negative ELBO.
+beta other than 1 is the beta-VAE (Higgins et al. 2017); the capacity C is 0 unless the callback BetaAnnealing increases
+it (Burgess et al. 2018, https://arxiv.org/abs/1804.03599). beta = 1 and C = 0 minimise the negative ELBO.
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -82,8 +82,8 @@ class VAE(
         return 0.5 * (mu_BD**2 + log_var_BD.exp() - 1 - log_var_BD).sum(1)  # appendix B
 
     def mean_kl(self, kl_B: Tensor) -> Tensor:
-        """Mean of a KL of at least 0, (B,) -> (); over all ranks if C > 0, as |KL - C| is linear only for C = 0."""
-        # in this order a step of one process is compiled once
+        """Mean of a non-negative KL, (B,) -> (); over all ranks if C > 0, since |KL - C| is linear only for C = 0."""
+        # with this order of conditions, a step of one process is compiled only once
         needs_all_ranks = self._across_ranks() and self.capacity
         return self.batch_mean(kl_B) if needs_all_ranks else at_least_float32(kl_B).mean()
 
@@ -98,7 +98,7 @@ class VAE(
         return {"loss": nll + self.beta * (kl - self.capacity).abs(), "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """The density log p(z) in nats, (..., D) -> (...)."""
+        """Return the density log p(z) in nats, (..., D) -> (...)."""
         return -0.5 * (z**2 + LOG_2PI).sum(-1)
 
     def sample_prior(self, n: int) -> Tensor:

@@ -4,7 +4,7 @@
       = E[-log p(x|z_T)] + beta (KL(q_0 || p) + E[log p(z_0) - log p(z_T) - sum_t log|det dz_t/dz_(t-1)|])
     z_0 ~ q_0(z|x) = N(mu(x), diag sigma(x)^2)     z_t = f_t(z_(t-1); x)     p(z) = N(0, I)
 
-in nats per sample. The second form is computed, which is the VAE's if the flow is the identity. In both papers, the
+in nats per sample. The second form is computed; it is the VAE's loss if the flow is the identity. In both papers, the
 parameters of all T steps are outputs of the encoder for x, as are mu and sigma:
 
     planar      f(z) = z + u' tanh(w z + b)             u' = u + (m(w u) - w u) w / ||w||^2
@@ -13,7 +13,7 @@ parameters of all T steps are outputs of the encoder for x, as are mu and sigma:
 
 with an increasing m > -1 that makes a step invertible (appendix A), Q a product of min(D, 8) Householder reflections,
 and R and S upper triangular: see `aezoo.nets.blocks.flows`. If all parameters are 0, a step is the identity; T = 0 is
-the VAE. The code of a sample is z_T for z_0 = mu; the score, which has no noise, uses the second form there.
+the VAE. The code of a sample is z_T for z_0 = mu; the score, which has no noise, uses the second form at this code.
 
 Shapes: B batch, D code, K importance samples, T steps, P parameters of a step.
 """
@@ -31,10 +31,10 @@ from aezoo.nets.blocks.flows import FLOWS, check_n_flows
 
 
 class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
-    """A posterior made flexible by invertible steps, and a standard normal prior.
+    """Code with a normalising flow of invertible steps as posterior, and a standard normal prior.
 
     Args:
-        flow: kind of the steps: planar, radial or sylvester; the last moves all dimensions at once.
+        flow: kind of the steps: planar, radial or sylvester; the last transforms all dimensions in one step.
         n_flows: T, number of steps; 0 is the VAE.
         **kwargs: see `VAE`.
     """
@@ -43,7 +43,7 @@ class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
         self, input_shape: tuple[int, ...], *, flow: str = "planar", n_flows: int = 8, **kwargs: Unpack[VAEArgs]
     ) -> None:
         super().__init__(input_shape, **kwargs)
-        # the sampled KL may be negative, so there is no distance from a capacity
+        # the sampled KL may be negative, so its distance from a capacity would be meaningless
         del self.capacity
         if flow not in FLOWS:
             raise AezooError(f"unknown flow {flow!r}: take one of {', '.join(FLOWS)}")
@@ -55,7 +55,7 @@ class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
             self.encoder = self.build_encoder((outputs,))
 
     def amortised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log-variance of q_0(z|x), the steps' parameters: (B, *input_shape) -> (B, D), (B, D), (B, T P)."""
+        """Mean and log-variance of q_0(z|x), parameters of the steps: (B, *input_shape) -> (B, D), (B, D), (B, T P)."""
         d = self.code_shape[0]
         mu_BD, log_var_BD, steps_BP = at_least_float32(self.encoder(x)).tensor_split((d, 2 * d), dim=1)
         return mu_BD, log_var_BD.clamp(-30, 20), steps_BP
@@ -93,7 +93,7 @@ class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | z_T) plus the KL as above, with z_0 = mu, in nats: (B, *input_shape) -> (B,), no noise."""
+        """-log p(x | z_T) plus the KL (second form), with z_0 = mu, in nats: (B, *input_shape) -> (B,), no noise."""
         mu_BD, log_var_BD, steps_BP = self.amortised(x)
         z_BD, log_det_B = self.flow(mu_BD, steps_BP)
         kl_B = self.kl(mu_BD, log_var_BD) + self.log_prior(mu_BD) - self.log_prior(z_BD) - log_det_B

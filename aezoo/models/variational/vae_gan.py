@@ -1,8 +1,8 @@
 """VAE-GAN (Larsen et al. 2015), https://arxiv.org/abs/1512.09300
 
-The reconstruction is judged by Dis_l, the last hidden layer of a discriminator; in nats per sample:
+The reconstruction error is computed on Dis_l, the last hidden layer of a discriminator; in nats per sample:
 
-    L = L_prior + L_llike + L_GAN     each player descends on parts of its own
+    L = L_prior + L_llike + L_GAN     each player minimises some of the terms
     L_prior = KL(q(z|x) || p(z))     L_llike = E_q[-log p(Dis_l(x)|z)]     p(Dis_l(x)|z) = N(Dis_l(x~), s^2 I)
     L_GAN = -log Dis(x) - log(1 - Dis(x~)) - log(1 - Dis(x_p))
     x~ = Dec(z), z ~ q(z|x)     x_p = Dec(z_p), z_p ~ p(z)
@@ -12,13 +12,13 @@ Each of the three players minimises its own loss (algorithm 1, whose updates are
     encoder: L_prior + L_llike     decoder: gamma L_llike - L_GAN     discriminator: L_GAN
 
 No loss passes a gradient to another player's parameters, as in https://github.com/andersbll/autoencoding_beyond_pixels.
-There s = 1, and batch normalisation keeps the features at variance 1. Here s^2 is their variance over all images that
-the discriminator sees, a constant for every player, and no layer compares samples with each other. L_GAN is 3 log 2 if
-the three kinds of images cannot be distinguished.
+In that code s = 1, and batch normalisation keeps the features at variance 1. Here s^2 is the variance of the features
+over all images that the discriminator receives, a constant for every player, and no layer compares samples with each
+other. L_GAN is 3 log 2 if the three kinds of images cannot be distinguished.
 
 The value of `loss` is the encoder's loss. The term `feature_nll` is L_llike without the density's constant, and
-`discriminator` is L_GAN. `nll`, `elbo`, `score` and `log_likelihood` are the VAE's, of the data themselves: they train
-nothing except the scale of a likelihood that learns one.
+`discriminator` is L_GAN. `nll`, `elbo`, `score` and `log_likelihood` are those of the VAE for the data themselves: they
+train nothing except the scale of a likelihood that learns one.
 
 Shapes: B batch, D code, F features.
 """
@@ -40,12 +40,13 @@ from aezoo.training.limits import check_at_least
 
 
 class VAEGAN(VAE, tags=("generation",)):
-    """A VAE that reconstructs what a discriminator sees in a sample, and a GAN whose generator is its decoder.
+    """A VAE that reconstructs the features of a discriminator, and a GAN whose generator is the VAE's decoder.
 
     Args:
-        gamma: weight of the reconstruction against the GAN in the decoder's loss.
+        gamma: weight of the reconstruction relative to the GAN in the decoder's loss.
         discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; with fewer
-            features than a sample has values they do not hold a reconstruction. Empty: 1024 for mlp, else hidden_dims.
+            features than values in a sample, they do not determine a reconstruction. Empty: 1024 for mlp, else
+            hidden_dims.
         discriminator_lr: learning rate of the discriminator, whose betas are 0.5 and 0.9 unless optimizer sets them.
         net: mlp, conv or resnet, for encoder, decoder and discriminator.
         lr: learning rate of encoder and decoder.
@@ -96,7 +97,7 @@ class VAEGAN(VAE, tags=("generation",)):
         z_p_BD = torch.randn_like(z_BD)
         kl = self.mean_kl(self.kl(mu_BD, log_var_BD))
 
-        # each player gets a gradient only for what it trains; all else is constant
+        # each player gets a gradient only for its parameters; everything else is constant
         x_encoder = call_frozen(self._generator[0], z_BD.to(x.dtype))
         params = self.decoder(torch.cat([z_BD.detach(), z_p_BD]).to(x.dtype))
         x_decoder = self.likelihood.mean(params)

@@ -6,9 +6,9 @@
 
 in nats per sample, computed as in vae_flow. m_ti and a_ti depend on the elements of z_(t-1) before i and on h, the
 encoder's third output. The Jacobian of a step is therefore triangular with the s_t on its diagonal. The order of
-dimensions is reversed from step to step. The 1.5 keeps a step near the identity at the start (section 4, algorithm 1).
-The nets are those of Germain et al. 2015, https://arxiv.org/abs/1502.03509: one hidden layer with units of degree 0 to
-D - 1; units of degree 0 see only h. T = 0 is the VAE.
+dimensions is reversed after each step. The 1.5 keeps a step near the identity at the start (section 4, algorithm 1).
+The networks are those of Germain et al. 2015, https://arxiv.org/abs/1502.03509: one hidden layer with units of degree 0
+to D - 1; units of degree 0 depend only on h. T = 0 is the VAE.
 
 Shapes: B batch, D code, K importance samples, H hidden units.
 """
@@ -26,11 +26,11 @@ from aezoo.training.limits import check_at_least
 
 
 class VAEIAF(VAEFlow, tags=("generation",)):
-    """A posterior made flexible by autoregressive steps, and a standard normal prior.
+    """Code with a flow of autoregressive steps as posterior, and a standard normal prior.
 
     Args:
         n_flows: T, number of steps; 0 is the VAE.
-        flow_width: H, number of hidden units of each step's network, and of values of h.
+        flow_width: H, number of hidden units of each step's network, and size of h.
         **kwargs: see `VAEFlow`.
     """
 

@@ -1,18 +1,19 @@
 """Very deep VAE (Child 2021), https://arxiv.org/abs/2011.10650
 
 N blocks act on a residual stream y. Each has one group of latent variables, drawn from z_1 of the top block at the
-lowest resolution down to z_N at the image's; in nats per sample:
+lowest resolution down to z_N at the image's resolution; in nats per sample:
 
     p(x, z) = p(x | y_N) prod_i p(z_i | z_<i)     q(z | x) = prod_i q(z_i | z_<i, x)     all Gaussian and diagonal
     q_i = q_net([y; a])     p_i, f = p_net(y)     y <- y + f + W z_i     y <- y + net(y)
     L = E_q[-log p(x|z)] + sum_i E_q[KL(q(z_i | z_<i, x) || p(z_i | z_<i))]
 
 where a is the output of the bottom-up path for x at the block's resolution. Networks and initial weights are those of
-the author's code (see `nets.top_down`), and like it this has no free bits and no KL warm-up. Differences: the
-likelihood is one of the zoo's, not a mixture of ten discretised logistics; resolutions halve at every stage, rounded
-up, and stay at 1x1; there is one width; steps of huge gradients are not skipped: trainer.gradient_clip_val may help.
+the author's code (see `nets.top_down`), and as in that code there are no free bits and no KL warm-up. Differences: the
+likelihood is one of the zoo's, not a mixture of ten discretised logistics; resolutions are halved at every stage,
+rounded up, and remain at 1x1; all stages have the same width; steps with very large gradients are not skipped:
+trainer.gradient_clip_val may help.
 
-The code has all z from z_1 to z_N, flattened; encode gives each mean given the means before it; decode reads all.
+The code contains all z from z_1 to z_N, flattened; `encode` returns each mean given the means before it.
 
 Shapes: B batch, D code, K importance samples.
 """
@@ -34,14 +35,14 @@ from aezoo.training.limits import check_at_least
 
 
 class VDVAE(VAE, normal_prior=False, tags=("generation",)):
-    """Gaussian codes at every resolution of an image, each the prior of the next.
+    """Gaussian codes at every resolution of an image, each of which determines the prior of the next.
 
     Args:
         input_shape: shape of one image, (C, H, W), of any size.
-        width: W, channels of both paths.
-        latent_channels: Z, latent variables of a block at each place of its grid.
-        enc_blocks: bottom-up blocks at the image's resolution, at half of it, at a quarter, ...
-        dec_blocks: top-down blocks, each with latent variables, at the same resolutions.
+        width: W, number of channels of both paths.
+        latent_channels: Z, number of latent variables of a block at each position of its grid.
+        enc_blocks: number of bottom-up blocks at the image's resolution, at half of it, at a quarter, ...
+        dec_blocks: number of top-down blocks, each with latent variables, at the same resolutions.
         **kwargs: see `Autoencoder`.
     """
 
@@ -58,21 +59,21 @@ class VDVAE(VAE, normal_prior=False, tags=("generation",)):
         dec_blocks: tuple[int, ...] = (1, 1, 2),
         **kwargs: Unpack[TrainingArgs],
     ) -> None:
-        # skip the VAE's constructor, which would build a net for all of the code
+        # skip the VAE's constructor, which would build a network for the whole code
         super(NetworkAutoencoder, self).__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
-            raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: there take hierarchical_vae")
+            raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: take hierarchical_vae instead")
         check_at_least(1, width=width, latent_channels=latent_channels)
         if min((*enc_blocks, *dec_blocks), default=0) < 1 or len(enc_blocks) != len(dec_blocks):
             found = f"{tuple(enc_blocks)} and {tuple(dec_blocks)}"
-            raise AezooError(f"enc_blocks and dec_blocks must be at least 1, in number the same for both, got {found}")
+            raise AezooError(f"enc_blocks and dec_blocks must be at least 1, the same number for both, got {found}")
         self.width = width
         self.encoder = BottomUp(self.input_shape, width, enc_blocks)
         self.decoder = TopDown(self.input_shape, width, latent_channels, dec_blocks)
         self.code_shape = (sum(self.decoder.sizes),)
 
     def infer(self, x: Tensor, n: int = 1, draw: bool = True) -> tuple[Tensor, list[Level]]:
-        """Parameters and all groups for n draws of z ~ q(z|x), or at the means: (n B, *input_shape), (n B, ...)."""
+        """Parameters and all groups for n samples z ~ q(z|x), or at the means: (n B, *input_shape), (n B, ...)."""
         a = [part.expand(n, *part.shape).flatten(0, 1) for part in self.encoder(x)]
         return self.decoder.forward_levels(n * x.shape[0], a, draw=draw)
 
@@ -88,7 +89,7 @@ class VDVAE(VAE, normal_prior=False, tags=("generation",)):
         return {"loss": nll + kl, "nll": nll, "kl": kl, "elbo": -(nll + kl)}
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """The density log p(z_1) + ... + log p(z_N | z_<N) in nats, (..., D) -> (...)."""
+        """Return the density log p(z_1) + ... + log p(z_N | z_<N) in nats, (..., D) -> (...)."""
         _, levels = self.decoder.decode_levels(z.reshape(-1, *self.code_shape))
         return torch.stack([level.log_p() for level in levels]).sum(0).reshape(z.shape[:-1])
 
@@ -105,7 +106,7 @@ class VDVAE(VAE, normal_prior=False, tags=("generation",)):
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, n: int) -> Tensor:
-        """Like the VAE's, in one pass for z, p and q, with as many rows at a time as the streams have room for."""
+        """Like `VAE.log_likelihood`, in one pass for z, p and q, with as many rows at a time as memory limits allow."""
         check_at_least(1, n=n)
         chunk = max(1, 2**23 // (self.width * math.prod(self.input_shape[1:]) * len(x)))  # 32 MiB a stream
         log_w = []
@@ -122,6 +123,6 @@ class VDVAE(VAE, normal_prior=False, tags=("generation",)):
         return self.nll(params, x) + torch.stack([level.kl() for level in levels]).sum(0)
 
     def latent_chain(self) -> LatentChain:
-        """The groups from the top down, in the form that bits-back coding needs."""
+        """Return the groups from the top down, in the form that bits-back coding needs."""
         layers = [self.decoder.conditional(self.encoder) for _ in self.decoder.sizes]
         return LatentChain([*layers], lambda z: self.decoder(torch.cat(z, 1)), self.likelihood, self.input_shape)

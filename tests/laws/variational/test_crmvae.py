@@ -224,5 +224,5 @@ def test_alpha_is_a_share_and_leaves_a_kl() -> None:
     for alpha in (-0.1, 1.1):
         with pytest.raises(AezooError, match="alpha must be from 0 to 1"):
             CRMVAE(SHAPE, alpha=alpha)
-    with pytest.raises(AezooError, match="alpha must be less than 1 for samples of one part: no KL"):
+    with pytest.raises(AezooError, match="alpha must be less than 1 for samples of one part: their loss"):
         CRMVAE((1,), alpha=1.0)

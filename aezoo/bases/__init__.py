@@ -1,1 +1,1 @@
-"""Base classes that several models share, one file each: subclasses of `aezoo.Autoencoder`, or mixins for it."""
+"""Base classes that several models share: subclasses of `aezoo.Autoencoder`, or mixins for it."""

@@ -11,12 +11,12 @@ from aezoo.training.limits import check_at_least
 
 
 class ConvolutionalAutoencoder(Autoencoder):
-    """Encodes with stages of convolutions and decodes with their mirror; a subclass names the `net`.
+    """An encoder with convolutional stages and a mirrored decoder; a subclass sets the `net`.
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), any size.
-        latent_dim: size of the code, or its channels if `latent_map` is on.
-        latent_map: the code is a feature map on the grid that the stages leave, instead of a vector.
+        latent_dim: size of the code, or number of its channels if `latent_map` is on.
+        latent_map: use a feature map on the grid of the last stage as the code, instead of a vector.
         hidden_dims: channels of the encoder's stages, each of which halves the grid; the decoder mirrors them.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus or identity, between layers.
         **kwargs: see `Autoencoder`.

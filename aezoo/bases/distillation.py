@@ -1,4 +1,4 @@
-"""Models with a teacher: another trained model that stays frozen."""
+"""Models with a teacher, which is another trained and frozen model."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,34 +13,34 @@ from aezoo.training import sizes
 
 
 def teacher_path(teacher: str) -> str:
-    """The value of `teacher` to store: none or a path, made absolute for a file in the working directory.
+    """Return the value of `teacher` to store: none or a path, which is made absolute for a local file.
 
     Raises:
-        AezooError: the value is neither of them.
+        AezooError: the value is neither none nor a path.
     """
     teacher = str(teacher)
     if teacher != "none" and len(Path(teacher).parts) < 2:
         if not teacher or not Path(teacher).exists():
             raise AezooError(f"teacher takes none or the path of a model of the zoo, got {teacher!r}")
-        teacher = str(Path(teacher).absolute())  # still a path if there is no such file
+        teacher = str(Path(teacher).absolute())  # a valid value even if the file does not exist
     return teacher
 
 
 class DistilledAutoencoder(Autoencoder):
-    """An autoencoder with a teacher, a model of the zoo that is not trained; a subclass sets `teacher` and code_shape.
+    """An autoencoder with a frozen model of aezoo as teacher; a subclass sets `teacher` and `code_shape`.
 
     The teacher moves to the model's device, but is not a submodule: its weights are not saved.
 
     Attributes:
         teacher: none, or the teacher's path, see `teacher_path`.
-        frozen: the teacher, once it is loaded.
+        frozen: the teacher, after it is loaded.
         shape_arguments: the arguments that determine the shape of a code.
     """
 
     shape_arguments: ClassVar[str]
 
     teacher: str
-    # in a tuple, which keeps it out of the state_dict, the optimiser, train() and the exchange between ranks
+    # in a tuple, which excludes it from the state_dict, the optimiser, train() and synchronisation between ranks
     frozen: tuple[Autoencoder, ...] = ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
@@ -54,14 +54,14 @@ class DistilledAutoencoder(Autoencoder):
             self.load_teacher()
 
     def load_teacher(self) -> Autoencoder:
-        """The teacher, loaded from its file at the first call, not in the constructor, so a model loads without it.
+        """Return the teacher, loaded on the first call, so that a model can be loaded without the teacher's file.
 
         Raises:
-            AezooError: there is no such model, or it does not fit the data or the code.
+            AezooError: the teacher does not exist, or does not fit the data or the code.
         """
         if not self.frozen:
             model = load_model(local_path(self.teacher))
-            with contextlib.suppress(AezooError):  # of one that takes its own size only
+            with contextlib.suppress(AezooError):  # the teacher may support only one size
                 model = sizes.for_samples(model, self.input_shape) or model
             teacher_shapes, own_shapes = ((module.input_shape, module.code_shape) for module in (model, self))
             if teacher_shapes != own_shapes:

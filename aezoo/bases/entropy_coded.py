@@ -1,15 +1,15 @@
-"""Autoencoders whose code is integers under a learned distribution, ready for an entropy coder.
+"""Autoencoders whose codes are integers with a learned distribution, for entropy coding.
 
-Values v are rounded relative to a mean m; in training noise replaces rounding, so that gradients pass
-(Ballé et al. 2017, https://arxiv.org/abs/1611.01704, section 3):
+Values v are rounded relative to a mean m; in training, noise replaces rounding, so that gradients pass (Ballé et al.
+2017, https://arxiv.org/abs/1611.01704, section 3):
 
     evaluation  v^ = m + round(v - m)      training  v~ = v + u, u ~ U(-1/2, 1/2)
     P(v) = F(v + 1/2) - F(v - 1/2)         rate = -sum log P, in nats
 
 F is the cumulative distribution function of an entropy model: `Factorised`, learned for each channel, `Gaussians` with
-given means and scales, or `Mixtures` of these. A model's `code_latents` defines once which values are coded under which
-distribution and in which order, for any coder: `AdditiveNoise`, `Rounding`, or `SymbolReader`, which gets the integers
-from a file or a random generator. So encoder and decoder compute the same distributions by the same operations.
+given means and scales, or `Mixtures` of Gaussians. A model's `code_latents` defines which values are coded with which
+distribution and in which order, for any coder: `AdditiveNoise`, `Rounding`, or `SymbolReader`, whose integers are from
+a file or a random generator. So encoder and decoder compute the same distributions by the same operations.
 
 Shapes: B batch, C channels; ... are the places of a map, none for a vector.
 """
@@ -32,16 +32,16 @@ from aezoo.distributions.frequency_tables import FrequencyTables
 from aezoo.training.limits import check_at_least
 from aezoo.training.precision import at_least_float32
 
-# Gaussians are coded under the nearest of scales that are 13 % apart; Ballé et al. 2018 use 0.11 to 256 in their code
+# Gaussians are coded with the nearest of scales that are 13 % apart; the code of Ballé et al. 2018 uses 0.11 to 256
 MIN_SCALE, MAX_SCALE, NUM_SCALES = 0.11, 256.0, 64
-# tables leave out rarer values, which are coded as an escape followed by the number itself
+# tables exclude rarer values, which are coded as an escape symbol followed by the number
 _TAIL_MASS = 2.0**-26
 _MAX_INTEGER = 2**12
 _EPS = 1e-9
 
 
 class Distribution(Protocol):
-    """A probability distribution of values, which are independent of each other.
+    """A probability distribution of independent values.
 
     Attributes:
         mean: offset of the integers, (B, C, ...).
@@ -60,9 +60,9 @@ class Distribution(Protocol):
 
 
 class ProbabilityTable(NamedTuple):
-    """Probabilities of the integers from `low` on, (K,); all other integers share the rest up to 1.
+    """Probabilities of the integers from `low` on, (K,); the remaining probability is that of all other integers.
 
-    With a table for each of N values, it is (N, K).
+    Tables of N values have the shape (N, K).
     """
 
     low: int
@@ -70,12 +70,12 @@ class ProbabilityTable(NamedTuple):
 
 
 def _log_one_minus(d: Tensor) -> Tensor:
-    """The logarithm of 1 - exp(-d), for d above 0."""
+    """Return log(1 - exp(-d)) for d above 0."""
     return torch.log(-torch.expm1(-d.clamp_min(_EPS)))
 
 
 def _log_ndtr(x: Tensor) -> Tensor:
-    """Log of the standard normal distribution function, with a gradient even far from 0.
+    """Return the log of the standard normal distribution function, with an accurate gradient even far from 0.
 
     torch computes the gradient as exp(-x^2 / 2 - log ndtr(x)), a difference that cancels in float32 below -1000.
     """
@@ -105,7 +105,7 @@ class Gaussians:
 
 
 class Mixtures:
-    """sum_k w_k N(mean_k, scale_k^2), one for each value; integers are relative to its mean.
+    """A mixture sum_k w_k N(mean_k, scale_k^2) for each value; integers are relative to its mean.
 
     Args:
         means: (K, B, C, ...).
@@ -123,13 +123,13 @@ class Mixtures:
 
     @property
     def table(self) -> Tensor:
-        """The smallest power of two that covers six scales of all components, (B, C, ...): the table's width."""
+        """Return log2 of the table width, a power of two that covers six scales of all components: (B, C, ...)."""
         reach = (self.parts.mean - self.mean).abs() + 6 * self.parts.scale
         reach = torch.where(self.log_weight > math.log(_TAIL_MASS), reach, 1)
         return reach.amax(0).log2().ceil().long().clamp(1, int(math.log2(_MAX_INTEGER)))
 
     def tables_at(self, power: int, positions: npt.NDArray[np.int64]) -> ProbabilityTable:
-        """The tables of some values, given their flat indices, (N,)."""
+        """Return the tables of values, given their flat indices, (N,)."""
         from scipy.special import ndtr
 
         parts = (self.parts.mean - self.mean, self.parts.scale, self.log_weight.exp())
@@ -144,19 +144,19 @@ class Mixtures:
         return ProbabilityTable(-(2**power), np.diff(F_NB))
 
     def draw(self) -> Tensor:
-        """Integers, (B, C, ...), long: rounded draws from the mixture."""
+        """Draw integers, (B, C, ...), long, as rounded samples of the mixture."""
         part = self.log_weight.movedim(0, -1).exp().flatten(0, -2).multinomial(1).view(1, *self.mean.shape)
         mean, scale = (values.gather(0, part)[0] for values in (self.parts.mean, self.parts.scale))
         return (mean - self.mean + scale * torch.randn_like(mean)).round().long()
 
 
 def scale_of(raw: Tensor) -> Tensor:
-    """A scale within the range of the tables: (...) -> (...)."""
+    """Return a scale within the range of the tables: (...) -> (...)."""
     return (MIN_SCALE + F.softplus(at_least_float32(raw))).clamp_max(MAX_SCALE)
 
 
 def gaussian_tables() -> list[ProbabilityTable]:
-    """Tables of N(0, s^2) for NUM_SCALES scales s from MIN_SCALE to MAX_SCALE."""
+    """Return tables of N(0, s^2) for NUM_SCALES scales s from MIN_SCALE to MAX_SCALE."""
     from scipy.special import ndtr
 
     tables = []
@@ -168,7 +168,7 @@ def gaussian_tables() -> list[ProbabilityTable]:
 
 
 class MonotonicNetwork(nn.Module):
-    """A network f of positive weights with one input and one output, for each channel: (C, N) -> (C, N).
+    """A network f with positive weights, one input and one output, for each channel: (C, N) -> (C, N).
 
     Args:
         channels: C.
@@ -182,7 +182,7 @@ class MonotonicNetwork(nn.Module):
         self.biases = nn.ParameterList()
         self.bends = nn.ParameterList()
         for n_in, n_out in pairwise(sizes):
-            # F starts about as wide as a rounding step: codes are narrow at first, and a wide F learns slowly
+            # F starts about as wide as a rounding step, since codes are narrow at first and a wide F learns slowly
             raw = math.log(math.expm1(1 / n_out))
             self.weights.append(nn.Parameter(torch.full((channels, n_out, n_in), raw)))
         for n_out in widths:
@@ -199,15 +199,15 @@ class MonotonicNetwork(nn.Module):
             return (F.softplus(last.to(h)) @ h)[:, 0]
 
     def logits(self, offset: Tensor) -> Tensor:
-        """The logit of a cumulative distribution function, at offsets from the mean: (C, N) -> (C, N)."""
+        """Return the logit of a cumulative distribution function, at offsets from the mean: (C, N) -> (C, N)."""
         raise NotImplementedError(f"{type(self).__name__} must write its logits")
 
 
 class Factorised(MonotonicNetwork):
-    """A distribution of any shape for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
+    """A flexible learned distribution for each channel (Ballé et al. 2018, https://arxiv.org/abs/1802.01436, 6.1).
 
     F(v) = sigmoid(f(v - m) - f(0)), where f is a network with one input, one output and positive weights, so it is
-    monotonic. Since f(0) is subtracted, m is the median; it is learned with the rest, without a separate loss.
+    monotonic. Since f(0) is subtracted, m is the median; it is learned without a separate loss.
 
     Args:
         channels: C.
@@ -219,18 +219,18 @@ class Factorised(MonotonicNetwork):
         self.median_C = nn.Parameter(torch.zeros(channels))
 
     def logits(self, offset: Tensor) -> Tensor:
-        """f(off) - f(0): (C, N) -> (C, N)."""
+        """Return f(offset) - f(0): (C, N) -> (C, N)."""
         f = self(torch.cat([offset, torch.zeros_like(offset[:, :1])], 1))
         return f[:, :-1] - f[:, -1:]
 
     def distribution(self, shape: Sequence[int]) -> "FactorisedDistribution":
-        """The distribution of values (B, C, ...)."""
+        """Return the distribution of values (B, C, ...)."""
         median = at_least_float32(self.median_C).view(-1, *(1 for _ in shape[2:]))
         return FactorisedDistribution(self, median.expand(tuple(shape)))
 
     @torch.no_grad()
     def tables(self) -> list[ProbabilityTable]:
-        """A table for each channel."""
+        """Return a table for each channel."""
         exact = {name: value.cpu().double() for name, value in self.state_dict().items()}
         borders = torch.arange(-_MAX_INTEGER - 0.5, _MAX_INTEGER + 1, dtype=torch.float64)
         density = Factorised(len(self.median_C), tuple(weight.shape[1] for weight in [*self.weights][:-1])).double()
@@ -247,7 +247,7 @@ class Factorised(MonotonicNetwork):
 
 @dataclass
 class FactorisedDistribution:
-    """The distribution of values under a network, whose tables are the model's first: mean (B, C, ...)."""
+    """The distribution defined by a `Factorised` network, whose tables are the model's first: mean (B, C, ...)."""
 
     density: MonotonicNetwork
     mean: Tensor
@@ -266,7 +266,7 @@ class FactorisedDistribution:
 
 
 class Coder:
-    """Transforms the values of a `code_latents`.
+    """Transforms the values in `code_latents`.
 
     Attributes:
         rate_B: -log P of all values so far, in nats; computed on access, so decoding never computes it.
@@ -281,7 +281,7 @@ class Coder:
         return -sum(others, first)
 
     def transform(self, v: Tensor, distribution: Distribution) -> Tensor:
-        """The transformed values, (B, C, ...) -> (B, C, ...)."""
+        """Return the transformed values, (B, C, ...) -> (B, C, ...)."""
         raise NotImplementedError
 
     def add_rate(self, v: Tensor, distribution: Distribution) -> None:
@@ -296,7 +296,7 @@ class Coder:
 
 
 class AdditiveNoise(Coder):
-    """v~ = v + u, for training, under any distribution."""
+    """v~ = v + u, for training, with any distribution."""
 
     def transform(self, v: Tensor, distribution: Distribution | None = None) -> Tensor:
         # the same noise for any memory layout of v
@@ -321,7 +321,7 @@ class Rounding(Coder):
 
 
 class SymbolReader(Coder):
-    """Integers from a given function.
+    """Reads integers with a given function.
 
     Args:
         read: returns the integers, (B, C, ...), for a given distribution.
@@ -336,7 +336,7 @@ class SymbolReader(Coder):
 
 
 def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
-    """A function for `SymbolReader` that returns integers (B, T) in order, as many as the distribution has values."""
+    """Create a function for `SymbolReader` that returns the next integers of (B, T), one for each value."""
     start = 0
 
     def read(distribution: Distribution) -> Tensor:
@@ -348,15 +348,16 @@ def read_in_order(symbols: Tensor) -> Callable[[Distribution], Tensor]:
 
 
 class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
-    """An autoencoder whose code is rounded under a learned distribution.
+    """An autoencoder whose code is rounded and has a learned distribution.
 
-    A subclass sets its nets and defines `code_latents` and `loss`.
+    A subclass sets its networks and defines `code_latents` and `loss`.
 
     The code of a sample is y^, (C, ...), and is equivalent to integers (T,), including those of side information.
 
     Attributes:
-        weight: weight of the reconstruction's nll against the rate, in the loss.
-        quality: the rate at which a model of several rates is evaluated, from 0 to `max_quality`; else 0.
+        weight: weight of the reconstruction's nll relative to the rate, in the loss.
+        quality: selects the rate of a model with several rates in evaluation, from 0 to `max_quality`; 0 for other
+            models.
     """
 
     weight: float
@@ -364,14 +365,14 @@ class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
     max_quality: float = 0.0
 
     def build_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
-        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector if a net has no map.
+        """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector without a map.
 
-        `lam` weighs the mean squared error of values from 0 to 255 against bits per place: summed over the places of a
-        sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll of
-        the likelihood gaussian up to a constant.
+        `lam` weights the mean squared error of values from 0 to 255 relative to bits per place: summed over the places
+        of a sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll
+        of the likelihood gaussian up to a constant.
 
         Raises:
-            AezooError: an invalid value, or shapes that the network cannot take.
+            AezooError: a value is invalid, or the network does not support the shapes.
         """
         check_at_least(1, latent_dim=latent_dim)
         check_at_least(0, lam=lam)
@@ -386,7 +387,7 @@ class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
 
         Args:
             coder: transforms each part.
-            y: the encoder's output, (n, *code_shape), if it is known.
+            y: the encoder's output, (n, *code_shape), or None if it is not known.
             n: number of samples.
 
         Returns:
@@ -395,27 +396,27 @@ class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
         raise NotImplementedError(f"{type(self).__name__} must write its code_latents")
 
     def tables(self) -> list[ProbabilityTable]:
-        """The tables of its distributions, by the index in `Distribution.table`."""
+        """Return the tables of its distributions, by the index in `Distribution.table`."""
         raise NotImplementedError(f"{type(self).__name__} must write its tables")
 
     def frequency_tables(self) -> FrequencyTables | None:
-        """The tables, in the same order, of a model whose integers are written by rANS; None for all others."""
+        """Return the tables in the same order if the model's integers are written by rANS, else None."""
         return None
 
     def code_with_rate(self, x: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
-        """The nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""
+        """Return the nll of the reconstruction and the rate of samples, in nats: (B, *input_shape) -> (B,), (B,)."""
         y_hat = self.code_latents(coder, self.encoder(x), x.shape[0])
         return self.nll(self.decoder(y_hat.to(x.dtype)), x), coder.rate_B
 
     def bits_per_place(self, rate: Tensor) -> Tensor:
-        """A rate in nats per sample as bits per pixel, or per value of a vector: (...) -> (...)."""
+        """Convert a rate in nats per sample to bits per pixel, or per value of a vector: (...) -> (...)."""
         return rate / math.log(2) / math.prod(self.input_shape[len(self.input_shape) > 1 :])
 
     def encode(self, x: Tensor) -> Tensor:
         return self.code_latents(Rounding(), self.encoder(x), x.shape[0]).to(x.dtype)
 
     def encode_symbols(self, x: Tensor) -> Tensor:
-        """The integers of samples, in the order of `code_latents`: (B, *input_shape) -> (B, T), long.
+        """Return the integers of samples, in the order of `code_latents`: (B, *input_shape) -> (B, T), long.
 
         NaN becomes -2^40, since processors convert it to different integers (ARM: to 0).
         """
@@ -424,12 +425,12 @@ class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
         return torch.cat(coder.symbols, 1).nan_to_num(-(2.0**40)).long()
 
     def codes(self, symbols: Tensor) -> Tensor:
-        """The codes of integers, (B, T) -> (B, *code_shape)."""
+        """Return the codes of integers, (B, T) -> (B, *code_shape)."""
         return self.code_latents(SymbolReader(read_in_order(symbols)), None, symbols.shape[0])
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Tensor:
-        """Rate and weighted nll of the rounded code, in nats: (B, *input_shape) -> (B,)."""
+        """Return the sum of rate and weighted nll of the rounded code, in nats: (B, *input_shape) -> (B,)."""
         nll_B, rate_B = self.code_with_rate(x, Rounding())
         return rate_B + self.weight * nll_B
 

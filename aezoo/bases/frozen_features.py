@@ -1,8 +1,8 @@
-"""Models of anomalies that read images through a frozen network, saved like any model.
+"""Anomaly detection on the features of a frozen network.
 
-The network's weights are part of the model: a saved model or a checkpoint holds them, and loading it needs no other
-file. A small decoder is trained beside the detector, on codes without their gradient, and only shows what these hold of
-a sample: it changes no code, map or score.
+The network's weights are part of the model: a saved model or a checkpoint contains them, and loading it needs no other
+file. A small decoder is trained together with the detector, on codes without their gradient. It only visualises what
+information codes contain: it changes no code, map or score.
 """
 
 import warnings
@@ -24,8 +24,8 @@ from aezoo.security.weights import separate_limit
 from aezoo.training.arguments import TrainingArgs
 from aezoo.training.precision import buffers_kept_in_float32
 
-# parameters of a network that a library names, 800 MB, while a file is loaded; with arguments of its own none is built
-# beyond what the file holds
+# limit on the parameters of a network that a library builds by name, 800 MB, while a file is loaded; with other
+# arguments, only networks of the size in the file are built
 _LARGEST = 2 * 10**8
 
 
@@ -45,11 +45,11 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         map_shapes: (C', H', W') of each map, from the largest to the smallest.
 
     Args:
-        input_shape: (C, H, W), as the network takes them.
+        input_shape: (C, H, W), supported by the network.
         features: random, small strided convolutions with fixed random weights; timm:NAME, such as
             timm:wide_resnet50_2.tv2_in1k,pretrained,out_indices=2:3; or torchvision:NAME, such as
-            torchvision:resnet18,out_indices=1:2:3, with the weights that torch.hub has stored or, with
-            pretrained=FILE, those of a file. See docs/networks.md.
+                torchvision:resnet18,out_indices=1:2:3, with weights that torch.hub has stored or, with
+                pretrained=FILE, weights from a file. See docs/networks.md.
     """
 
     # statistics that a model in bfloat16 keeps in float32
@@ -60,7 +60,7 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
-            raise AezooError(f"frozen features are those of images, (C, H, W), got {self.input_shape}")
+            raise AezooError(f"frozen features need images, (C, H, W), got {self.input_shape}")
         net = None
         if features == "random" or (has_feature_maps(features) and parse(features).arguments):
             net = named_features(features, self.input_shape)
@@ -95,7 +95,7 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def build_image_decoder(self) -> nn.Module:
-        """A network from codes to samples, (B, *code_shape) -> (B, *input_shape)."""
+        """Create a network from codes to samples, (B, *code_shape) -> (B, *input_shape)."""
         dims = nets.default_hidden_dims("conv", self.input_shape)
         grid = conv.grids(self.input_shape, len(dims))[-1]
         # codes may be of any scale; GroupNorm of torch 2.13 crashes on channels_last codes without a gradient
@@ -107,38 +107,38 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         return nn.Sequential(*before, *nets.decoder("conv", shape, self.input_shape, dims[::-1], "silu").children())
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The feature maps, (B, *input_shape) -> (B, C', H', W') each, at least float32."""
+        """Return the feature maps, (B, *input_shape) -> (B, C', H', W') each, at least float32."""
         with torch.autocast(x.device.type, enabled=False):
             found: list[Tensor] = self.backbone(at_least_float32(x))
         return [at_least_float32(each) for each in found]
 
     def decoder_nll(self, z: Tensor, x: Tensor) -> Tensor:
-        """-log p(x | z) of the decoder that only shows codes, whose gradient stops at z: (B, *code_shape) -> ()."""
+        """Return the mean -log p(x | z) of the decoder, without gradient in z: (B, *code_shape) -> ()."""
         return self.nll(self.decoder(z.detach().to(x.dtype)), x).mean()
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """How strange each pixel is, (B, C, H, W) -> (B, H, W)."""
+        """Return the anomaly score of each pixel, (B, C, H, W) -> (B, H, W)."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
-        """The largest value of `anomaly_map`, (B, *input_shape) -> (B,)."""
+        """Return the maximum of `anomaly_map`, (B, *input_shape) -> (B,)."""
         return self.anomaly_map(x).amax((1, 2))
 
     def enlarged(self, values: Tensor, align_corners: bool = False) -> Tensor:
-        """Values of places as a map of pixels, by straight lines: (B, H', W') -> (B, H, W)."""
+        """Interpolate values of places to pixels, bilinearly: (B, H', W') -> (B, H, W)."""
         return F.interpolate(values[:, None], self.input_shape[1:], mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def stacked(maps: list[Tensor], mode: str) -> Tensor:
-    """Maps on the grid of the first, their channels one after the other: (B, C_l, H_l, W_l) each -> (B, C, H', W')."""
+    """Resize maps to the grid of the first and concatenate channels: (B, C_l, H_l, W_l) each -> (B, C, H', W')."""
     grid = maps[0].shape[2:]
     return torch.cat([maps[0], *(F.interpolate(each, grid, mode=mode) for each in maps[1:])], 1)
 
 
 def smoothed(values: Tensor, sigma: float) -> Tensor:
-    """A Gaussian filter over maps, which the border reflects: (B, H, W) -> (B, H, W); sigma in pixels, 0 for none.
+    """Apply a Gaussian filter with reflection padding: (B, H, W) -> (B, H, W); sigma in pixels, 0 for none.
 
-    The window reaches 4 sigma, or as far as the map can be reflected.
+    The window reaches 4 sigma, or the largest possible reflection padding.
     """
     if not sigma:
         return values

@@ -12,7 +12,7 @@ from aezoo.autoencoder import Autoencoder, at_least_float32
 from aezoo.distributions.gaussians import LOG_2PI
 from aezoo.training.limits import check_at_least
 
-# most differences between codes and components in memory at a time: 64 MiB
+# maximum number of differences between codes and components in memory: 64 MiB
 _MAX_VALUES = 2**24
 
 
@@ -40,7 +40,7 @@ class MixturePrior(Autoencoder):
         self.log_var_KD = nn.Parameter(torch.full((n_components, size), math.log(0.5)))
 
     def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights, means and log-variances of the Gaussians: (K,), (K, D), (K, D)."""
+        """Return log-weights, means and log-variances of the Gaussians: (K,), (K, D), (K, D)."""
         weight_K, mean_KD, log_var_KD = map(at_least_float32, (self.weight_K, self.mean_KD, self.log_var_KD))
         return weight_K.log_softmax(0), mean_KD, log_var_KD.clamp(-30, 20)
 
@@ -55,13 +55,13 @@ class MixturePrior(Autoencoder):
         return log_w_K + torch.cat(log_p_NK) - 0.5 * LOG_2PI * mean_KD.shape[1]
 
     def mixture_log_prob(self, z: Tensor) -> Tensor:
-        """The mixture's log-density in nats, (..., D) -> (...)."""
+        """Return the mixture's log-density in nats, (..., D) -> (...)."""
         z_ND = at_least_float32(z).reshape(-1, z.shape[-1])
         return torch.logsumexp(self.log_joint(z_ND, torch.zeros_like(z_ND)), 1).reshape(z.shape[:-1])
 
     @torch.no_grad()
     def sample_mixture(self, n: int) -> Tensor:
-        """Draw n times from the mixture, (n, D)."""
+        """Draw n samples of the mixture, (n, D)."""
         log_w_K, mean_KD, log_var_KD = self.mixture()
         k_N = torch.multinomial(log_w_K.exp(), max(1, n), replacement=True)[:n]  # torch cannot draw zero samples
         return mean_KD[k_N] + torch.exp(0.5 * log_var_KD[k_N]) * torch.randn_like(mean_KD[k_N])

@@ -1,8 +1,8 @@
-"""Samples made of parts, the modalities: an encoder and a decoder for each, one Gaussian code for all of them.
+"""Models of samples with several parts (modalities): an encoder and a decoder per part, and one Gaussian code.
 
-If a model combines its posterior from those of the parts, a sample may lack some parts: all values of a missing part
-are NaN. The model then computes what a model of the other parts would compute, and the networks of a missing part do
-not learn from the sample.
+If a model combines its posterior from those of the parts, parts of a sample may be missing: all values of a missing
+part are NaN. The model then computes the same result as a model of the other parts, and the sample does not train the
+networks of the missing part.
 
 Shapes: B batch, D code, M parts, S subsets of them.
 """
@@ -21,14 +21,15 @@ from aezoo.nets.blocks.levels import gaussian
 
 
 def partition(parts: tuple[int, ...], input_shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """The dimension along which samples are cut, the first longer than 1, and the size of each part along it.
+    """Return the dimension along which samples are split, the first longer than 1, and the size of each part along it.
 
     Args:
-        parts: their sizes; () for two halves, of which the first may be larger, or for one part if nothing can be cut.
+        parts: their sizes; () for two halves, where the first may be larger, or for one part if no dimension can be
+            split.
         input_shape: shape of one sample.
 
     Raises:
-        AezooError: a size is below 1, or the sizes do not add up to the dimension.
+        AezooError: a size is below 1, or the sum of the sizes differs from the dimension.
     """
     dim = next((d for d, n in enumerate(input_shape) if n > 1), 0)
     n = input_shape[dim]
@@ -44,7 +45,7 @@ class Decoders(nn.ModuleList):
     """The decoders of the parts, which together decode a whole sample.
 
     Args:
-        decoders: one for each part.
+        decoders: a decoder for each part.
         dim: the dimension of a sample along which the parts are concatenated.
     """
 
@@ -61,9 +62,9 @@ class PartDecoders(Decoders):
     """Decoders of parts with separate codes: (B, D + M P) -> (B, *input_shape).
 
     Args:
-        decoders: one for each part, of P values.
+        decoders: a decoder for each part, with P input values.
         dim: the dimension of a sample along which the parts are concatenated.
-        shared: D, number of values in front that no decoder reads.
+        shared: D, number of leading values, which no decoder uses.
     """
 
     def __init__(self, decoders: Sequence[nn.Module], dim: int, shared: int) -> None:
@@ -76,7 +77,7 @@ class PartDecoders(Decoders):
 
 
 class PrivateDecoders(PartDecoders):
-    """The same, but each decoder reads the shared values and its part's own, D + P together."""
+    """Decoders whose inputs are the shared values and those of their part, D + P together."""
 
     def forward(self, z: Tensor) -> Tensor:
         u, own = z[:, : self.shared], z[:, self.shared :].chunk(len(self), 1)
@@ -97,7 +98,7 @@ class MultimodalVAEArgs(LatentArgs, PartsArgs, total=False):
 
 
 class MultimodalBetaArgs(NetworkArgs, PartsArgs, total=False):
-    """The same without the size of the code."""
+    """Arguments of `Multimodal` and networks, without the size of the code."""
 
     beta: float
 
@@ -112,7 +113,7 @@ class Multimodal(Autoencoder):
             transformer, for each part.
 
     Attributes:
-        sizes: size of each part along the dimension that is cut.
+        sizes: size of each part along the dimension that is split.
         encoder: the encoders of the parts, (B, *part) -> (B, 2 D).
         decoder: their decoders, which together decode a whole sample.
     """
@@ -139,8 +140,8 @@ class Multimodal(Autoencoder):
             parts: as in `partition`.
             net: kind of the networks.
             hidden_dims: widths or channels of the encoders' layers; the decoders mirror them.
-            activation: between layers.
-            n_decoded: number of values that the decoders read, D by default.
+            activation: activation between layers.
+            n_decoded: number of input values of the decoders, D by default.
         """
         dim, self.sizes = partition(parts, self.input_shape)
         shapes = [(*self.input_shape[:dim], size, *self.input_shape[dim + 1 :]) for size in self.sizes]
@@ -150,18 +151,18 @@ class Multimodal(Autoencoder):
         self.decoder = Decoders([nets.decoder(net, decoded, shape, mirrored, activation) for shape in shapes], dim)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The parts of samples, (B, *input_shape) -> M of (B, *part)."""
+        """Split samples into parts, (B, *input_shape) -> M of (B, *part)."""
         return x.split(self.sizes, self.decoder.dim + 1)
 
     def encode_parts(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """Outputs of the parts' encoders: (B, *input_shape) -> (B, M, 2 D), M the parts that are used.
+        """Return the outputs of the parts' encoders: (B, *input_shape) -> (B, M, 2 D), where M parts are used.
 
         Args:
             x: whole samples.
-            parts: which to use, in this order; all by default. The others are not read.
+            parts: parts to use, in this order; all by default. Other parts are ignored.
 
         Raises:
-            AezooError: no part, a part that does not exist, or a part twice.
+            AezooError: there is no part, or a part does not exist or is given twice.
         """
         m = len(self.sizes)
         parts = range(m) if parts is None else parts
@@ -171,59 +172,59 @@ class Multimodal(Autoencoder):
         return torch.stack([self.encoder[i](x_M[i]) for i in parts], 1)
 
     def experts(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of each part's q_i(z|x_i): (B, *input_shape) -> (B, M, D), (B, M, D).
+        """Return mean and log-variance of each part's q_i(z|x_i): (B, *input_shape) -> (B, M, D), (B, M, D).
 
         Args:
             x: whole samples.
-            parts: which to use, as in `encode_parts`.
+            parts: parts to use, as in `encode_parts`.
 
         Raises:
-            AezooError: no part, a part that does not exist, or a part twice.
+            AezooError: there is no part, or a part does not exist or is given twice.
         """
         return gaussian(self.encode_parts(x, parts))
 
     def infer(self, x: Tensor, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z | some parts), of all by default: (B, *input_shape) -> (B, D), (B, D)."""
-        raise NotImplementedError(f"{type(self).__name__} must write how its parts say together what the code is")
+        """Return mean and log-variance of q(z | parts), by default all parts: (B, *input_shape) -> (B, D), (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must write infer")
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x), of all parts: (B, *input_shape) -> (B, D), (B, D)."""
+        """Return mean and log-variance of q(z|x), from all parts: (B, *input_shape) -> (B, D), (B, D)."""
         return self.infer(x)
 
     def reconstruct_from(self, x: Tensor, parts: Sequence[int] = (0,)) -> Tensor:
-        """Whole samples from some of their parts, whatever the others hold: (B, *input_shape) -> (B, *input_shape).
+        """Reconstruct whole samples from some of their parts: (B, *input_shape) -> (B, *input_shape).
 
         Args:
             x: whole samples.
-            parts: which to use, numbered from 0; the code is the mean of q(z | these parts).
+            parts: parts to use, numbered from 0; the code is the mean of q(z | these parts).
 
         Raises:
-            AezooError: no part, a part that does not exist, or a part twice.
+            AezooError: there is no part, or a part does not exist or is given twice.
         """
         return self.decode(self.infer(x, parts)[0].to(x.dtype))
 
     def nll_of_part(self, i: int, z_BSD: Tensor, x: Tensor) -> Tensor:
-        """-log p(x_i|z) of several codes for each sample: (B, S, D), (B, *part) -> (B, S)."""
+        """Return -log p(x_i|z) for several codes per sample: (B, S, D), (B, *part) -> (B, S)."""
         b, s, _ = z_BSD.shape
         x_BS = x[:, None].expand(b, s, *x.shape[1:]).flatten(0, 1)
         return self.nll(self.decoder[i](z_BSD.flatten(0, 1).to(x.dtype)), x_BS).unflatten(0, (b, s))
 
 
 def is_missing(x: Tensor) -> Tensor:
-    """Which samples lack a part, which then has only NaN: (B, *part) -> (B,) bool."""
+    """Return for which samples a part is missing, i.e. all its values are NaN: (B, *part) -> (B,) bool."""
     return x.isnan().flatten(1).all(1)
 
 
 class MissingModalities(Multimodal, takes_missing=True):
-    """A model of samples that may lack parts: for a missing part, the networks read zeros and the expert is N(0, I)."""
+    """A model that allows missing parts: their networks get zeros as input, and their expert is N(0, I)."""
 
     def present_mask(self, x: Tensor, parts: Sequence[int] | None = None) -> Tensor:
-        """Which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""
+        """Return which parts (of `parts`, by default all) each sample has: (B, *input_shape) -> (B, M) bool."""
         x_M = self.split(x)
         return ~torch.stack([is_missing(x_M[i]) for i in (range(len(x_M)) if parts is None else parts)], 1)
 
     def fill_missing(self, x: Tensor) -> Tensor:
-        """Samples with zeros for the parts that they lack: (B, *input_shape) -> (B, *input_shape)."""
+        """Replace missing parts of samples by zeros: (B, *input_shape) -> (B, *input_shape)."""
         return torch.cat([_fill_missing(x_i) for x_i in self.split(x)], self.decoder.dim + 1)
 
     def invalid_mask(self, x: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ class MissingModalities(Multimodal, takes_missing=True):
         return mu_BMD.masked_fill(missing_BM1, 0), log_var_BMD.masked_fill(missing_BM1, 0)
 
     def nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """-log p(x | params) in nats over the parts that a sample has, for whole samples or one part: (B,)."""
+        """Return -log p(x | params) in nats over the parts that a sample has, for whole samples or one part: (B,)."""
         is_whole_sample = x.shape[self.decoder.dim + 1] == sum(self.sizes)
         nll_B = params.new_zeros(())
         for params_i, x_i in zip(self.split(params), self.split(x), strict=True) if is_whole_sample else [(params, x)]:

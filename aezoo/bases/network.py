@@ -1,4 +1,4 @@
-"""Models whose encoder and decoder are networks of a kind that an argument names."""
+"""Models whose encoder and decoder are networks of a kind that an argument selects."""
 
 import warnings
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class NetworkArgs(FixedLikelihoodArgs, TrainingArgs, total=False):
 
 
 class LatentArgs(NetworkArgs, total=False):
-    """The same with the size of the code, which the models define."""
+    """`NetworkArgs` with the size of the code, which the models define."""
 
     latent_dim: int
 
@@ -32,10 +32,10 @@ class LatentArgs(NetworkArgs, total=False):
 class NetworkAutoencoder(Autoencoder):
     """A model with networks of one kind; its constructor builds them with `build_encoder` and `build_decoder`.
 
-    A subclass may give widths of its own for some kinds: `class MyAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)})`.
+    A subclass may set default widths for some kinds: `class MyAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)})`.
 
     Attributes:
-        own_hidden_dims: these, inherited ones too.
+        own_hidden_dims: these widths, including inherited ones.
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
@@ -47,7 +47,7 @@ class NetworkAutoencoder(Autoencoder):
     """
 
     own_hidden_dims: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    # a model that builds its own networks does not call the constructor here
+    # models that build their networks differently do not call this constructor
     net: str = ""
 
     def __init_subclass__(cls, *, hidden_dims: Mapping[str, tuple[int, ...]] | None = None, **kwargs: Any) -> None:
@@ -82,13 +82,13 @@ class NetworkAutoencoder(Autoencoder):
 
     @property
     def default_hidden_dims(self) -> tuple[int, ...]:
-        """The `hidden_dims` of this net and input_shape if none are given."""
+        """Return the default `hidden_dims` for this net and input_shape."""
         return nets.default_hidden_dims(self.net, self.input_shape, self.own_hidden_dims.get(self.net))
 
     def build_encoder(self, code_shape: tuple[int, ...]) -> nn.Module:
-        """A network of samples, (B, *input_shape) -> (B, *code_shape)."""
+        """Create a network from samples to codes, (B, *input_shape) -> (B, *code_shape)."""
         return nets.encoder(self.net, self.input_shape, code_shape, self.hidden_dims, self.activation)
 
     def build_decoder(self, code_shape: tuple[int, ...]) -> nn.Module:
-        """Its mirror, (B, *code_shape) -> (B, *input_shape)."""
+        """Create a network from codes to samples, (B, *code_shape) -> (B, *input_shape)."""
         return nets.decoder(self.net, code_shape, self.input_shape, self.hidden_dims[::-1], self.activation)

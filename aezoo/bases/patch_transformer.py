@@ -1,4 +1,4 @@
-"""Models whose encoder, or encoder and decoder, are vision transformers on the patches of a sample."""
+"""Models with vision transformers on the patches of a sample, as encoder or as encoder and decoder."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ class PatchEncoder(Autoencoder):
 
     Args:
         input_shape: (C, L), (C, H, W) or (C, D, H, W), of any size.
-        patch_size: side of a patch; 0 chooses it so that a sample has at most 64, with a side of at most 16.
+        patch_size: side of a patch; 0 selects it such that a sample has at most 64 patches, with a side of at most 16.
         width: size of a token in the encoder.
-        depth: blocks of the encoder.
+        depth: number of blocks of the encoder.
         activation: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, identity or (mlp) gated, between layers.
 
     Attributes:
@@ -56,11 +56,11 @@ class PatchEncoder(Autoencoder):
 
 
 class PatchTransformer(PatchEncoder):
-    """The same with a transformer as decoder, too.
+    """A `PatchEncoder` whose decoder is also a transformer.
 
     Args:
         decoder_width: size of a token in the decoder.
-        decoder_depth: blocks of the decoder.
+        decoder_depth: number of blocks of the decoder.
 
     Attributes:
         decoder_widths: width of each block of the decoder.

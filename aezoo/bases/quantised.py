@@ -1,6 +1,6 @@
 """Autoencoders with discrete codes: a quantiser between encoder and decoder.
 
-Shapes: B batch, D channels that are quantised, C channels of a code, Q indices per place.
+Shapes: B batch, D channels before quantisation, C channels of a code, Q indices per place.
 """
 
 from typing import Any, Unpack
@@ -38,7 +38,7 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
             places: number of places, for a network without a grid (mlp, lstm, transformer).
 
         Raises:
-            AezooError: shapes that the network cannot take.
+            AezooError: the network does not support the shapes.
         """
         if min(dims) < 1 or places < 1:
             raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
@@ -59,12 +59,12 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
 
     @property
     def index_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's indices, (Q, *places)."""
+        """Return the shape of a sample's indices, (Q, *places)."""
         return (len(self.quantiser.codebook_sizes), *self.code_shape[1:])
 
     @property
     def index_sizes(self) -> tuple[int, ...]:
-        """K of each of the Q indices of a place; an index is from 0 to K - 1."""
+        """Return K for each of the Q indices of a place; indices are from 0 to K - 1."""
         return self.quantiser.codebook_sizes
 
     def quantise(self, x: Tensor) -> Quantised:
@@ -77,20 +77,20 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
             return self.quantise(x).z_q
 
     def encode_indices(self, x: Tensor) -> Tensor:
-        """The indices of samples, (B, *input_shape) -> (B, *index_shape), long."""
+        """Return the indices of samples, (B, *input_shape) -> (B, *index_shape), long."""
         with quantisers_in_eval_mode(self):
             return self.quantise(x).indices
 
     def codes(self, indices: Tensor) -> Tensor:
-        """The codes of indices, (B, *index_shape) -> (B, *code_shape)."""
+        """Return the codes of indices, (B, *index_shape) -> (B, *code_shape)."""
         return self.quantiser.codes(indices)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """The reconstruction from indices alone, (B, *index_shape) -> (B, *input_shape)."""
+        """Return reconstructions from indices, (B, *index_shape) -> (B, *input_shape)."""
         return self.decode(self.codes(indices))
 
     def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        """Indices by codebook: for each name, indices (B, Q, *places) and K of each of the Q."""
+        """Return indices by codebook: for each name, indices (B, Q, *places) and K of each of the Q."""
         return {"": (indices, self.index_sizes)}
 
     def init_from_data(self, x: Tensor) -> None:
@@ -117,7 +117,8 @@ class CodeMapAutoencoder(
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        places: codes per sample with net mlp, lstm and transformer; others have a code at each place of their grid.
+        places: number of codes per sample with net mlp, lstm and transformer; other nets have a code at each place of
+            the grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, mlp, lstm or transformer.
         **kwargs: see `NetworkAutoencoder`.
     """
@@ -127,5 +128,5 @@ class CodeMapAutoencoder(
         self.places = places
 
     def build_code_nets(self, encoded_dim: int, code_dim: int) -> None:
-        """Set encoder, decoder and code_shape for D channels that are quantised and C of a code."""
+        """Set encoder, decoder and code_shape for D channels before quantisation and C channels of a code."""
         self.build_nets(self.net, (encoded_dim, code_dim), self.hidden_dims, self.activation, self.places)

@@ -48,8 +48,8 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         input_shape: (C, H, W), supported by the network.
         features: random, small strided convolutions with fixed random weights; timm:NAME, such as
             timm:wide_resnet50_2.tv2_in1k,pretrained,out_indices=2:3; or torchvision:NAME, such as
-                torchvision:resnet18,out_indices=1:2:3, with weights that torch.hub has stored or, with
-                pretrained=FILE, weights from a file. See docs/networks.md.
+            torchvision:resnet18,out_indices=1:2:3, with weights that torch.hub has stored or, with
+            pretrained=FILE, weights from a file. See docs/networks.md.
     """
 
     # statistics that a model in bfloat16 keeps in float32

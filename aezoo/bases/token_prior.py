@@ -2,10 +2,10 @@
 
     p(k) = prod_t p(k_t | k_1 .. k_{t-1})        L = -log p(k),  k the indices of x
 
-in nats per sample, summed over the T indices: place by place in raster order, and within a place its Q indices in turn.
+in nats per sample, summed over the T indices: place by place in raster order, and at each place its Q indices in order.
 The quantised model, the `tokenizer`, is trained first and then frozen (van den Oord et al. 2017, section 3.3,
-https://arxiv.org/abs/1711.00937). An untrained one is trained together with its prior, and their losses are added. An
-index passes no gradient, so its weights are the same as when it is trained alone.
+https://arxiv.org/abs/1711.00937). An untrained tokenizer is trained together with its prior, and their losses are
+added. No gradient passes through indices, so the tokenizer's weights are the same as in training without a prior.
 
 The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x. It is at
 least -log p(x), which sums over all indices.
@@ -48,12 +48,13 @@ class IndexPriorArgs(OptimizerArgs, total=False):
 class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the indices"):
     """An autoregressive prior over a tokenizer's indices; a subclass defines `token_logits`.
 
-    Codes, indices and reconstructions are the tokenizer's. Terms of the loss: nll, of the indices; accuracy, the share
-    of indices that were the most likely; those of a trained tokenizer, tokenizer_loss, tokenizer_nll, ...
+    Codes, indices and reconstructions are those of the tokenizer. Terms of the loss: nll, of the indices; accuracy, the
+    fraction of indices that had the highest probability; those of a tokenizer that is trained jointly, tokenizer_loss,
+    tokenizer_nll, ...
 
     Attributes:
-        tokenizer: computes indices, and decodes them.
-        frozen: whether the tokenizer is not trained.
+        tokenizer: the model that computes and decodes indices.
+        frozen: whether the tokenizer is frozen.
 
     Args:
         input_shape: shape of one sample.
@@ -63,7 +64,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         **kwargs: see `Autoencoder`.
 
     Raises:
-        AezooError: no such tokenizer, one without indices or for another shape of data, or codebooks are too large.
+        AezooError: the tokenizer does not exist, has no indices, is for another data shape, or has too large codebooks.
     """
 
     tokenizer: DiscreteAutoencoder
@@ -86,7 +87,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         else:
             self.tokenizer = _load_tokenizer(str(tokenizer), self.input_shape)
             self._has_weights = True
-            # lists instead of tuples, as after a round trip through a saved folder's JSON
+            # lists instead of tuples, as after saving to and loading from JSON
             self._tokenizer_config = {"model": registry.name_of(type(self.tokenizer)), "trained": True}
             self._tokenizer_config |= json.loads(json.dumps({**self.tokenizer.hparams, "input_shape": None}))
             del self._tokenizer_config["input_shape"]
@@ -111,7 +112,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         super()._record({**arguments, "tokenizer": getattr(self, "_tokenizer_config", arguments["tokenizer"])})
 
     def check_net(self, width: int, depth: int, dropout: float) -> None:
-        """Refuse a network that cannot be built; for constructors."""
+        """Check the sizes of a network; for constructors."""
         if width < 1 or not 1 <= depth <= _MAX_LAYERS or not 0 <= dropout < 1:
             raise AezooError(
                 f"width must be at least 1, depth from 1 to {_MAX_LAYERS} and dropout at least 0 and below 1, got "
@@ -122,12 +123,12 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
-        """The tokenizer's."""
+        """Return the tokenizer's encoder."""
         return self.tokenizer.encoder
 
     @property
     def decoder(self) -> nn.Module:  # type: ignore[override]
-        """The tokenizer's."""
+        """Return the tokenizer's decoder."""
         return self.tokenizer.decoder
 
     @property
@@ -194,55 +195,55 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
     def begin_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         if not self.frozen:
             self.tokenizer.takes_bytes = self.takes_bytes
-            self.tokenizer.begin_step(batch, batch_idx)  # initialises from its data, and counts steps
+            self.tokenizer.begin_step(batch, batch_idx)  # initialises it from data and counts its steps
         return super().begin_step(batch, batch_idx)
 
     # ---- the prior ---------------------------------------------------------------------------------------------------
 
     def token_logits(self, tokens: Tensor) -> Tensor:
-        """The logits before codes outside an index's codebook are excluded."""
+        """Return logits, including those of codes outside an index's codebook, (B, T) -> (B, T, K)."""
         raise NotImplementedError(f"{type(self).__name__} must write token_logits")
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """The logits of every token, from the tokens before it: (B, T) -> (B, T, K).
+        """Return the logits of every token given the previous tokens: (B, T) -> (B, T, K).
 
-        In at least float32. Codes outside an index's codebook have -inf.
+        The result is in at least float32. Codes outside an index's codebook have the logit -inf.
         """
         logits_BPQK = self.token_logits(tokens).unflatten(1, (-1, len(self.index_sizes)))
         return self.mask_unused_codes(logits_BPQK, self.unused_QK).flatten(1, 2)
 
     @staticmethod
     def mask_unused_codes(logits: Tensor, unused: Tensor) -> Tensor:
-        """Logits in at least float32, -inf where `unused`."""
+        """Return logits in at least float32, with -inf where `unused`."""
         return at_least_float32(logits).masked_fill(unused, -math.inf)
 
     def next_logits(self, tokens: Tensor, t: int) -> Tensor:
-        """The logits of token t, bitwise independent of tokens from t on: (B, T) -> (B, K)."""
+        """Return the logits of token t, bitwise independent of tokens from t on: (B, T) -> (B, K)."""
         past = torch.arange(self.n_tokens, device=tokens.device) < t
         return self.logits(torch.where(past, tokens, 0))[:, t]
 
     def incremental_logits(self) -> Callable[[Tensor, int], Tensor]:
-        """A function like `next_logits` for one pass over the tokens of a batch: t increases from call to call.
+        """Return a function like `next_logits` for one pass over the tokens of a batch, with increasing t.
 
-        A subclass may return one that caches the computations for earlier tokens.
+        A subclass may return a function that caches the computations for earlier tokens.
         """
         return self.next_logits
 
     def to_tokens(self, indices: Tensor) -> Tensor:
-        """Indices in the order in which they are drawn: (B, *index_shape) -> (B, T)."""
+        """Return indices in the order in which they are drawn: (B, *index_shape) -> (B, T)."""
         return indices.flatten(2).transpose(1, 2).flatten(1) if indices.ndim > 2 else indices
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
-        """The inverse of `to_tokens`: (B, T) -> (B, *index_shape)."""
+        """Invert `to_tokens`: (B, T) -> (B, *index_shape)."""
         q, *places = self.index_shape
         return tokens.unflatten(1, (-1, q)).transpose(1, 2).unflatten(2, places) if places else tokens
 
     def log_prob(self, indices: Tensor) -> Tensor:
-        """Log p(indices) in nats, (B, *index_shape) -> (B,)."""
+        """Return log p(indices) in nats, (B, *index_shape) -> (B,)."""
         return -self._nll(self.to_tokens(indices))[0]
 
     def _nll(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p, (B, T) -> (B,), and the logits; -1, a dropped index, adds nothing."""
+        """Return -log p, (B, T) -> (B,), and the logits; the index -1, for a dropped level, adds nothing."""
         logits_BTK = self.logits(tokens.clamp(min=0))
         nll_BT = F.cross_entropy(logits_BTK.transpose(1, 2), tokens, ignore_index=-1, reduction="none")
         return nll_BT.sum(1), logits_BTK
@@ -258,7 +259,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
 
     @torch.no_grad()
     def _indices(self, x: Tensor) -> Tensor:
-        """Indices in evaluation mode: nothing is drawn or dropped, and codebooks do not count them."""
+        """Return indices in evaluation mode, i.e. deterministic, without dropout or updates of codebooks."""
         was_training = self.tokenizer.training
         self.tokenizer.eval()
         indices = self.tokenizer.encode_indices(x)
@@ -276,22 +277,22 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
 
     @torch.no_grad()
     def sample_indices(self, n: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
-        """Draw the indices of n samples, one after the other: (n, *index_shape).
+        """Draw the indices of n samples sequentially: (n, *index_shape).
 
         Args:
             n: number of samples.
-            temperature: divides the logits: below 1 for more likely samples, near 0 for the most likely code each time.
-            top_k: draw each index from this many of its likeliest codes only; 0 for all.
+            temperature: divides the logits: below 1 for more likely samples, near 0 for the most likely codes.
+            top_k: draw each index only from this number of most likely codes; 0 for all.
 
         Raises:
-            AezooError: a negative temperature or number of codes.
+            AezooError: the temperature or the number of codes is negative.
         """
         check_at_least(0, temperature=temperature, top_k=top_k)
         tokens = torch.zeros(n, self.n_tokens, dtype=torch.long, device=self.device)
         next_logits = self.incremental_logits()
         for t in range(self.n_tokens):
             logits, codes = next_logits(tokens, t).topk(min(top_k or self.n_codes, self.n_codes))
-            # relative to the largest, so that the quotient is finite at any temperature
+            # relative to the maximum, so that the quotient is finite at any temperature
             p = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(1)
             tokens[:, t] = codes.gather(1, p.multinomial(1))[:, 0]
         return self.from_tokens(tokens)
@@ -305,7 +306,7 @@ def _check_tokenizer(cls: type[Autoencoder], what: str) -> type[DiscreteAutoenco
 
 
 def _build_tokenizer(config: str | dict[str, Any], input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
-    """A tokenizer with its initial weights."""
+    """Build a tokenizer with initial weights."""
     settings = {"model": config} if isinstance(config, str) else dict(config)
     name = settings.pop("model", None)
     settings.pop("trained", None)
@@ -321,7 +322,7 @@ def _build_tokenizer(config: str | dict[str, Any], input_shape: tuple[int, ...])
 
 
 def _load_tokenizer(path: str, input_shape: tuple[int, ...]) -> DiscreteAutoencoder:
-    """A trained tokenizer; from the path of a prior, that prior's tokenizer."""
+    """Load a trained tokenizer; the path of a prior gives its tokenizer."""
     try:
         loaded = load_model(local_path(path)).float()
     except AezooError as error:

@@ -21,8 +21,8 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
 
     Attributes:
         triplet_weight: weight of the triplet loss.
-        margin: how much farther than the positives the negatives must be.
-        mining: which triplets of a batch count: all, active or semi_hard, see `triplet_ae`.
+        margin: minimum difference between the distances to negatives and to positives.
+        mining: the triplets of a batch that are used: all, active or semi_hard, see `triplet_ae`.
     """
 
     triplet_weight: float
@@ -44,7 +44,7 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
         self.mining = mining
 
     def triplets(self, d_BN: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over each anchor's triplets and how many count, from the distances to all samples: two (B,)."""
+        """Return the loss sum and the number of used triplets per anchor, from distances to all samples: (B,) each."""
         y_N = self.all_gather_batch(check_labels(y_B))
         other_BN = torch.arange(len(y_N), device=y_B.device) != self.local_rows(y_B)[:, None]
         known_BN = (y_B[:, None] != -1) & (y_N != -1)
@@ -55,7 +55,7 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
         d_BM = torch.where(negative_BN, d_BN, torch.inf).sort(dim=1, stable=True).values
         if self.mining == "semi_hard":
             beyond_BP = torch.searchsorted(d_BM.detach(), d_BN.detach(), right=True)
-            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, if none is beyond
+            chosen_BP = beyond_BP.minimum(number_B1 - 1).clamp(min=0)  # the farthest, if none is farther away
             has_one_BP = positive_BN & (number_B1 > 0)
             loss_BP = (d_BN - d_BM.gather(1, chosen_BP) + self.margin).relu() * has_one_BP
             return loss_BP.sum(1), has_one_BP.sum(1)
@@ -68,7 +68,7 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
         return loss_BP.sum(1), counts_BP.sum(1)
 
     def triplet_loss(self, z_BD: Tensor, y_B: Tensor) -> Tensor:
-        """This rank's share of T; the mean over ranks is T."""
+        """Return this rank's contribution to T; its mean over ranks is T."""
         d_BN = distances(self.all_gather_batch(z_BD))[self.local_rows(z_BD)]
         loss_B, counts_B = self.triplets(d_BN, y_B)
         total = loss_B.mean()

@@ -1,6 +1,6 @@
-"""Discrete autoencoders whose codes are vectors of a codebook, and the arguments that they share.
+"""Discrete autoencoders whose codes are vectors of a codebook, and their common arguments.
 
-Each is a mixin: its constructor hands the arguments that it does not name on to the class behind it.
+Each class is a mixin: its constructor passes additional arguments to the next class.
 """
 
 from typing import Any, TypedDict
@@ -34,7 +34,7 @@ class UnprojectedVQArgs(CodebookArgs, total=False):
 
 
 class UnprojectedVQMapArgs(UnprojectedVQArgs, CodeMapArgs, total=False):
-    """The same together with those of `CodeMapAutoencoder`."""
+    """Arguments of `UnprojectedVQArgs` and `CodeMapAutoencoder`."""
 
 
 class VQArgs(UnprojectedVQArgs, total=False):
@@ -55,8 +55,8 @@ class CodebookAutoencoder(DiscreteAutoencoder):
     """A discrete autoencoder with a codebook that follows the encoder's output; its constructor sets `quantiser`.
 
     Args:
-        latent_dim: channels of a code.
-        codebook_size: K, codes of each codebook.
+        latent_dim: number of channels of a code.
+        codebook_size: K, number of codes of each codebook.
         decay: decay rate of the codes' moving averages.
         dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
         data_init: initialise the codes by k-means on the first training batch.
@@ -84,13 +84,13 @@ class CodebookAutoencoder(DiscreteAutoencoder):
 
 
 class VQAutoencoder(CodebookAutoencoder):
-    """A discrete autoencoder with vector quantisation; its constructor sets `quantiser`, mostly to `build_vq()`.
+    """A discrete autoencoder with vector quantisation; its constructor sets `quantiser`, usually to `build_vq()`.
 
     Args:
         beta: weight of the commitment loss.
         update: how codes learn: ema, moving averages, or gradient.
-        estimator: how the gradient passes through the quantiser: ste, rotation, gumbel or diveq.
-        cosine: compare directions, on the unit sphere.
+        estimator: gradient estimator of the quantiser: ste, rotation, gumbel or diveq.
+        cosine: compare vectors on the unit sphere.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class VQAutoencoder(CodebookAutoencoder):
 
     @property
     def vq_settings(self) -> dict[str, Any]:
-        """The keyword arguments of `VQ`."""
+        """Return the keyword arguments of `VQ`."""
         return {name: getattr(self, name) for name in ("update", "decay", "dead_below", "estimator", "cosine")}
 
     def build_vq(self) -> VQ:
-        """The quantiser of one codebook."""
+        """Create a quantiser with one codebook."""
         return VQ(self.latent_dim, self.codebook_size, **self.vq_settings)

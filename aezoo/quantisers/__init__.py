@@ -1,4 +1,4 @@
-"""Quantisers: each maps a vector to one of finitely many codes and gives its index. One file each, one interface.
+"""Quantisers, which map vectors to one of finitely many codes and its index, with a common interface.
 
     quantise(z) -> z_q, indices, terms        codes(indices) -> z_q        start(z)        bits
 

@@ -3,8 +3,9 @@
 z is (B, D, *places): a vector (B, D), a sequence (B, D, L), a map (B, D, H, W), a volume (B, D, H, W, W'). Each place
 is quantised independently, so subclasses work on rows, (N, D). The rows of a sample are adjacent.
 
-All computations use at least float32 with autocast off, and the statistics of a codebook stay in it when a model is
-cast to half precision: bf16 may choose another of two almost equally near codes, and a running sum stops growing.
+All computations use at least float32 with autocast off, and the statistics of a codebook stay in at least float32 when
+a model is cast to half precision: bf16 may select the wrong one of two almost equally near codes, and a running sum
+stops growing.
 
 Shapes: B batch, N = B x places rows, D channels of z, C channels of a code, K codes of a codebook, Q indices per place.
 """
@@ -25,7 +26,7 @@ from aezoo.training.precision import buffers_kept_in_float32
 
 @contextmanager
 def quantisers_in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put the quantisers of a module into evaluation mode: they sample nothing and learn nothing from their inputs."""
+    """Set the quantisers of a module to evaluation mode, in which they do not sample or update codebooks."""
     modules = [child for child in module.modules() if isinstance(child, Quantiser) and child.training]
     for child in modules:
         child.eval()
@@ -80,12 +81,12 @@ class Quantiser(nn.Module):
             )
         self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, codebook_sizes
         self._float32_buffers: set[str] = set()
-        # tells the module's precision where it has no parameters
+        # has the module's precision even if there are no parameters
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     @property
     def bits(self) -> float:
-        """Bits of one place: the sum of log2 K over its indices."""
+        """Return the bits of one place, the sum of log2 K over its indices."""
         return sum(math.log2(size) for size in self.codebook_sizes)
 
     def forward(self, z: Tensor) -> Quantised:
@@ -93,7 +94,7 @@ class Quantiser(nn.Module):
         return self.quantise(z)
 
     def quantise(self, z: Tensor) -> Quantised:
-        """The codes of z, their indices and loss terms, (B, D, *places) -> (B, C, *places), (B, Q, *places).
+        """Return the codes of z, their indices and loss terms, (B, D, *places) -> (B, C, *places), (B, Q, *places).
 
         Raises:
             AezooError: z has a different number of channels.
@@ -107,10 +108,10 @@ class Quantiser(nn.Module):
         return Quantised(_restore_shape(q_NC, z).to(z.dtype), _restore_shape(index_NQ, z), terms)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """The codes of the indices, (B, Q, *places) -> (B, C, *places): exactly z_q in evaluation mode.
+        """Return the codes of indices, exactly z_q in evaluation mode, (B, Q, *places) -> (B, C, *places).
 
         Raises:
-            AezooError: a different number of indices per place.
+            AezooError: there is a different number of indices per place.
         """
         self._check("indices", indices, len(self.codebook_sizes), "indices a place")
         with torch.autocast(indices.device.type, enabled=False):
@@ -119,13 +120,13 @@ class Quantiser(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, z: Tensor) -> None:
-        """Initialise the codebook from data where possible: z of all ranks, (B, D, *places), the same on each rank."""
+        """Initialise the codebook from data if possible: z of all ranks, (B, D, *places), equal on each rank."""
         self._check("z", z, self.dim, "channels")
         with torch.autocast(z.device.type, enabled=False):
             self._init_rows(_as_rows(z).to(self.exact_dtype))
 
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
-        """`quantise` for rows; each sample has `rows_per_sample` of them."""
+        """`quantise` for rows; each sample has `rows_per_sample` rows."""
         raise NotImplementedError(f"{type(self).__name__} must write _quantise_rows")
 
     def _lookup_rows(self, index_NQ: Tensor) -> Tensor:
@@ -139,38 +140,38 @@ class Quantiser(nn.Module):
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The precision of computations: the module's precision, but at least float32."""
+        """Return the precision of computations: the module's precision, but at least float32."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
     def register_float32_buffer(self, name: str, values: Tensor, persistent: bool = True) -> None:
-        """For constructors: register a buffer that stays in at least float32 whatever the module is cast to."""
+        """Register a buffer that stays in at least float32 in all casts of the module; for constructors."""
         self.register_buffer(name, values.to(torch.promote_types(values.dtype, torch.float32)), persistent)
         self._float32_buffers.add(name)
 
     def is_distributed(self) -> bool:
-        """Whether other processes train together with this one."""
+        """Return whether the model is trained on several processes."""
         return self.training and dist.is_available() and dist.is_initialized()
 
     def all_reduce_sum(self, total: Tensor) -> Tensor:
-        """In training, the sum over ranks, without gradient; otherwise unchanged."""
+        """Return the sum over ranks in training, without gradient; otherwise the input."""
         if self.is_distributed():
             total = total.clone()
             dist.all_reduce(total)
         return total
 
     def all_reduce_mean(self, mean: Tensor) -> Tensor:
-        """In training, the mean over ranks, with gradient; otherwise unchanged.
+        """Return the mean over ranks in training, with gradient; otherwise the input.
 
-        For terms that every rank computes from it identically: their gradients are equal, so none is exchanged.
+        It is used in terms that are equal on all ranks, so their gradients are equal and need no exchange.
         """
         if self.is_distributed():
             mean = self.all_reduce_sum(mean.detach()) / dist.get_world_size() + (mean - mean.detach())
         return mean
 
     def moments(self, z_ND: Tensor, variance: float) -> dict[str, Tensor]:
-        """Terms that pull each channel to mean 0 and to the given variance, over the rows of all ranks."""
+        """Return terms that are 0 if each channel has mean 0 and the given variance, over the rows of all ranks."""
         mean_D = self.all_reduce_mean(z_ND.mean(0))
-        # detached: on one process, the gradient through the mean is 0 anyway; on a rank's own rows it would not be
+        # detached: on one process, the gradient through the mean is 0 anyway; on one of several ranks, it is not
         variance_D = self.all_reduce_mean((z_ND - mean_D.detach()).square().mean(0))
         return {"code_mean": mean_D.square().sum(), "code_variance": (variance_D - variance).square().sum()}
 

@@ -2,8 +2,8 @@
 
     u = z / ||z||    z_q = sign(u) / sqrt(D)    index = sum_i [u_i > 0] 2^i
 
-LFQ on the unit sphere. z_q lies on it too, so the error is bounded. The terms are those of `lfq`, computed for u with
-the codes +-1 / sqrt(D): a channel is 1 with probability sigmoid(4 u / (sqrt(D) temperature)).
+LFQ on the unit sphere. z_q is also on the sphere, so the error is bounded. The terms are those of `lfq`, computed for u
+with the codes +-1 / sqrt(D): a channel is 1 with probability sigmoid(4 u / (sqrt(D) temperature)).
 
 Shapes: N rows, D channels.
 """

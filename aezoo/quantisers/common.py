@@ -1,4 +1,4 @@
-"""Functions that quantisers share: nearest code, mixed-radix numbers, entropies, quantiser dropout and k-means.
+"""Common functions of quantisers: nearest code, mixed-radix numbers, entropies, quantiser dropout and k-means.
 
 Shapes: N rows, D channels, K codes, Q digits or levels.
 """
@@ -14,16 +14,16 @@ from torch import Tensor
 from aezoo.deprecated import renamed
 from aezoo.training.precision import at_least_float32
 
-# maximal numbers of rows and of multiplications for k-means
+# maximum numbers of rows and multiplications for k-means
 _MAX_ROWS, _MAX_WORK = 2**14, 1e10
-# mask of the bits of a float32 that TF32 keeps
+# mask of the bits of a float32 that TF32 preserves
 _TF32 = -(2**13)
 
 
 @torch.no_grad()
 def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
-    """Index of the code with the smallest ||z - e||, the first one if tied, (N, D), (K, D) -> (N,)."""
-    # centred at the mean of the codes, the expanded square loses the fewest digits
+    """Return the index of the code with the smallest ||z - e||, the first in case of ties, (N, D), (K, D) -> (N,)."""
+    # centring at the mean of the codes minimises the rounding error of the expanded square
     centre_D = code_KD.mean(0)
     z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
     norm_K = code_KD.square().sum(1)
@@ -33,14 +33,15 @@ def nearest(z_ND: Tensor, code_KD: Tensor) -> Tensor:
 
 
 def uses_tf32(z_ND: Tensor) -> bool:
-    """Whether float32 products may be computed in TF32 here."""
+    """Return whether float32 products of rows may be computed in TF32."""
     return z_ND.device.type == "cuda" and z_ND.dtype == torch.float32
 
 
 def split_for_tf32(z_ND: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and codes whose products have float32 precision where a GPU multiplies in TF32, (N, 3D), (K, 3D).
+    """Return rows and codes whose products in TF32 have float32 precision, (N, 3D), (K, 3D).
 
-    Each number is split into its leading bits, which TF32 holds, and the rest; the product of two rests is left out.
+    Each number is split into its leading bits, which TF32 can represent, and the rest; the product of two rests is
+    omitted.
     """
     (z_high, z_low), (high, low) = ((part, x - part) for x in (z_ND, code_KD) for part in (_leading(x),))
     return torch.cat([z_high, z_high, z_low], 1), torch.cat([high, low, high], 1)
@@ -51,7 +52,7 @@ def _leading(x: Tensor) -> Tensor:
 
 
 def relative_distance(z_ND: Tensor, code_KD: Tensor) -> Tensor:
-    """||z - e||^2 - ||z||^2 = ||e||^2 - 2 z.e, which orders codes as the distance does, (N, D), (K, D) -> (N, K)."""
+    """Return ||z - e||^2 - ||z||^2 = ||e||^2 - 2 z.e, with the same order of codes, (N, D), (K, D) -> (N, K)."""
     return torch.addmm(code_KD.square().sum(1), z_ND, code_KD.T, alpha=-2)
 
 
@@ -64,7 +65,7 @@ def to_index(digit_NQ: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def to_digits(index_N: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The inverse of `to_index`, (N,) -> (N, Q)."""
+    """Invert `to_index`, (N,) -> (N, Q)."""
     digits = []
     for size in sizes:
         digits.append(index_N % size)
@@ -73,18 +74,18 @@ def to_digits(index_N: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """-sum p log p over the last dimension in nats, with a finite gradient at p = 0, (..., K) -> (...)."""
+    """Return -sum p log p over the last dimension in nats, with a finite gradient at p = 0, (..., K) -> (...)."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def binary_entropy(logit: Tensor) -> Tensor:
-    """Entropy in nats of a bit that is 1 with probability sigmoid(logit), elementwise."""
+    """Return the entropy in nats of a bit that is 1 with probability sigmoid(logit), elementwise."""
     size = logit.abs()
     return F.softplus(-size) + size * (-size).sigmoid()
 
 
 def level_dropout_mask(z_ND: Tensor, rows_per_sample: int, levels: int, dropout: float) -> Tensor:
-    """Mask of the levels that rows keep, (N, Q): the first n ~ U{1..levels} in a share `dropout` of samples, or all."""
+    """Return a mask of the levels that rows keep, (N, Q): n ~ U{1..levels} with probability `dropout`, or all."""
     samples = z_ND.shape[0] // rows_per_sample
     drop_B, depth_B = (torch.rand(samples, device=z_ND.device) for _ in range(2))
     n_B = torch.where(drop_B < dropout, (depth_B * levels).floor() + 1, levels)
@@ -93,10 +94,10 @@ def level_dropout_mask(z_ND: Tensor, rows_per_sample: int, levels: int, dropout:
 
 
 def k_means(z_ND: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Means and sizes of `size` clusters of the rows, by scikit-learn, deterministic, (N, D) -> (K, D), (K,).
+    """Return means and sizes of clusters of rows, by scikit-learn, deterministic, (N, D) -> (K, D), (K,).
 
-    Above a maximal number of rows, the rest is left out and sizes are scaled. With fewer distinct rows than clusters,
-    each row is a cluster. The others have size 1 and means from a normal distribution with the rows' mean and spread.
+    Rows above a maximum number are not used, and sizes are scaled. If there are fewer distinct rows than clusters, each
+    row is a cluster; the others have size 1 and means from a normal distribution with the mean and spread of the rows.
     """
     import numpy as np
     from sklearn.cluster import KMeans

@@ -1,4 +1,4 @@
-"""Gradient estimators for quantisers, whose own gradient is 0 almost everywhere: z and its code q to z_q, as rows.
+"""Gradient estimators for quantisers, whose gradient is 0 almost everywhere: rows z and their codes q to z_q.
 
     ste        z_q = z + sg(q - z)                    dL/dz = dL/dz_q (Bengio et al. 2013, arXiv:1308.3432)
     rotation   z_q = sg(||q|| / ||z|| R) z = q        R rotates z onto the direction of q: a gradient keeps its angle to
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def ste(z: Tensor, q: Tensor) -> Tensor:
-    """The straight-through estimator: q with the gradient of z, (..., D), (..., D) -> (..., D)."""
+    """Return q with the gradient of z, the straight-through estimator, (..., D), (..., D) -> (..., D)."""
     return q.detach() + (z - z.detach())  # z + (q - z) would equal q only up to rounding
 
 
 def rotation(z: Tensor, q: Tensor) -> Tensor:
-    """q, computed as z rotated and rescaled by a matrix without gradient, (..., D), (..., D) -> (..., D)."""
+    """Return q, computed as z rotated and rescaled by a constant matrix, (..., D), (..., D) -> (..., D)."""
     with torch.no_grad():
         from_D, to_D = F.normalize(z, dim=-1), F.normalize(q, dim=-1)
         between_D = F.normalize(from_D + to_D, dim=-1)
@@ -38,7 +38,7 @@ def diveq(z: Tensor, q: Tensor, sigma: float, noise: Tensor | None = None) -> Te
 
     Args:
         z: the vectors to quantise.
-        q: their codes, with gradient.
+        q: codes of the vectors, with gradient.
         sigma: standard deviation of the noise in the direction.
         noise: standard normal noise; drawn if None.
     """

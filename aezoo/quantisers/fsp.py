@@ -3,7 +3,8 @@
     p = g(z) in [0, 1]    z_q = sqrt(12) ((l + 1/2) / L - 1/2)    l = floor(L p) of the L intervals of a channel
 
 The middle of an interval is the best value for a uniform p; z_q then has variance 1. In training, a number is quantised
-with some probability, with a straight-through gradient. Otherwise similar noise moves it, if it stays in [0, 1]:
+with some probability, with a straight-through gradient. Otherwise it is perturbed by similar noise, if it stays in [0,
+1]:
 
     p <- p + u    u ~ U(-eta / 2L, eta / 2L)
 
@@ -38,12 +39,12 @@ SQUASHES = {
 
 
 class FSP(Quantiser):
-    """Each channel becomes the middle of one of a few intervals; in training it also moves within their width.
+    """Replaces each channel by the middle of its interval; in training, perturbs it within the width of an interval.
 
     Args:
         levels: L of each channel.
         squash: g: tanh, sigmoid or normal.
-        eta: width of a move relative to that of an interval.
+        eta: width of a perturbation relative to that of an interval.
         quantised: probability that a number is quantised in training.
 
     Raises:
@@ -67,11 +68,11 @@ class FSP(Quantiser):
         self.register_float32_buffer("L_D", torch.tensor(levels, dtype=torch.get_default_dtype()), persistent=False)
 
     def middle(self, digit_ND: Tensor) -> Tensor:
-        """The middles of intervals, in [0, 1], (N, D) -> (N, D)."""
+        """Return the middles of intervals, in [0, 1], (N, D) -> (N, D)."""
         return (digit_ND + 0.5) / self.L_D
 
     def value(self, p_ND: Tensor) -> Tensor:
-        """Scaled values, with mean 0 and variance 1 if p is uniform, (N, D) -> (N, D)."""
+        """Return scaled values, with mean 0 and variance 1 if p is uniform, (N, D) -> (N, D)."""
         return math.sqrt(12) * (p_ND - 0.5)
 
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:

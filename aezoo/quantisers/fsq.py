@@ -3,9 +3,9 @@
     f(z) = tanh(z + s) (L - 1)(1 - eps) / 2 - o    z_q = round(f(z)) / floor(L / 2)
 
 for each channel with its L values; o = 1/2 and s = tan(2 o / ((L - 1)(1 - eps))) if L is even, else 0 (appendix A.1).
-For L = 2 this shift would lie beyond the range of tanh, so it is 0: the values -1 and 1 are separated at z = 0. The
+For L = 2 this shift would be outside the range of tanh, so it is 0: the values -1 and 1 are separated at z = 0. The
 gradient is that of f, with straight-through rounding. Nothing is learned, and there is no loss term. eps is 0.001, but
-at most 0.98 / (L - 1): above 1,001 values, the rounded bound would not reach the outermost ones.
+at most 0.98 / (L - 1): for L above 1,001, the rounded bound would not reach the outermost values.
 
 Shapes: N rows, D channels.
 """
@@ -21,14 +21,14 @@ from aezoo.quantisers.common import to_digits, to_index
 from aezoo.quantisers.estimators import ste
 
 EPS = 1e-3
-# how far the bound stays below the outermost value, in steps; from half a step on it would round to the one before
+# maximum distance of the bound from the outermost value, in steps; half a step would round to the previous value
 _MAX_GAP = 0.49
-# the bits that a 64-bit index can hold
+# maximum number of bits of a 64-bit index
 MAX_BITS = 62
 
 
 class FSQ(Quantiser):
-    """Each channel rounded to one of a few values in [-1, 1]; one index for all channels.
+    """Rounds each channel to one of a few values in [-1, 1]; one index for all channels.
 
     Args:
         levels: L of each channel; the paper advises 5 or more.
@@ -65,7 +65,7 @@ class FSQ(Quantiser):
             self.register_float32_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
 
     def bound(self, z_ND: Tensor) -> Tensor:
-        """f(z) relative to the lowest value: within half a step of the digits 0..L-1, (N, D) -> (N, D)."""
+        """Return f(z) relative to the lowest value, within half a step of the digits 0..L-1, (N, D) -> (N, D)."""
         return torch.tanh(z_ND + self.shift_D) * self.half_D - self.offset_D + self.lowest_D
 
     def value(self, digit_ND: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
     h_g = W_comp [P rows of C] + b_comp, of each group g    h <- blocks(h)    P rows of C^ = W_rec norm(h_g) + b_rec
     z_q = the row of C^ nearest to z    codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
 
-C is trained through a transformer whose tokens are groups of codes: a gradient for one code moves all of them. The
+C is trained through a transformer whose tokens are groups of codes: a gradient for one code updates all codes. The
 blocks are those of `aezoo.nets.vit`, without positions; the last group is padded with zeros.
 
-The authors' MLPs are twice as wide as their tokens. Their W_rec and b_rec start at 0, so all codes start equal; here
-codes start different. They recommend two blocks, and groups that grow with K: 16 for K = 16384.
+The authors' MLPs are twice as wide as their tokens. Their W_rec and b_rec start at 0, so all initial codes are equal;
+here initial codes differ. They recommend two blocks, and groups that grow with K: 16 for K = 16384.
 
 Shapes: N rows, D channels, K codes, P codes per group.
 """
@@ -49,15 +49,15 @@ class Bridge(nn.Module):
 
 
 class FVQ(SharedCodebook):
-    """VQ with codes that pass through a bridge together. Terms: commitment and codebook.
+    """VQ whose codes are computed jointly by a bridge. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        group_size: P, codes in one token of the bridge.
+        group_size: P, number of codes in one token of the bridge.
         width: width of a token.
         depth: number of blocks of the bridge.
-        estimator: how the gradient passes: ste or rotation.
+        estimator: gradient estimator: ste or rotation.
 
     Raises:
         AezooError: an invalid value.

@@ -1,4 +1,4 @@
-"""Grouped or product VQ (Jégou et al. 2011), https://doi.org/10.1109/TPAMI.2010.57
+"""Grouped VQ, or product quantisation (Jégou et al. 2011), https://doi.org/10.1109/TPAMI.2010.57
 
     z = (z^1, ..., z^G)    z_q = (VQ_1(z^1), ..., VQ_G(z^G))
 
@@ -18,12 +18,12 @@ from aezoo.quantisers.vq import VQ
 
 
 class GroupedVQ(Quantiser):
-    """Separate VQ of each group of channels. Terms: those of `VQ`, summed over groups.
+    """Separate VQ for each group of channels. Terms: those of `VQ`, summed over groups.
 
     Args:
         dim: D, channels of z.
         groups: G, a divisor of D.
-        size: K, codes of each group.
+        size: K, number of codes of each group.
         **options: options of each `VQ`.
 
     Raises:

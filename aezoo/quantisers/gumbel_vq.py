@@ -2,9 +2,9 @@
 
     p = softmax(z)    y = softmax((log p + g) / temperature)    z_q = sum_k y_k e_k    kl = log K - H(p)
 
-z holds the logits of K codes, and g is standard Gumbel noise (Jang et al. 2016, https://arxiv.org/abs/1611.01144). kl
-is KL(p || uniform) in nats. In evaluation mode z_q is the code with the largest logit; with `hard`, the forward value
-in training is the code with the largest y. A callback may lower the buffer `temperature` during training.
+z contains the logits of K codes, and g is standard Gumbel noise (Jang et al. 2016, https://arxiv.org/abs/1611.01144).
+kl is KL(p || uniform) in nats. In evaluation mode z_q is the code with the largest logit; with `hard`, the forward
+value in training is the code with the largest y. A callback may lower the buffer `temperature` during training.
 
 Shapes: N rows, K codes, C channels of a code.
 """
@@ -19,7 +19,7 @@ from aezoo.quantisers.base import Quantiser, Rows
 
 
 class GumbelVQ(Quantiser):
-    """A code sampled from logits, relaxed. Terms: kl.
+    """A relaxed sample of a code, given logits. Terms: kl.
 
     Args:
         size: K, number of codes and channels of z.

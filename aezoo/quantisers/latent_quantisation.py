@@ -2,7 +2,7 @@
 
     z_q,d = v_dk    k = argmin_j |z_d - v_dj|
 
-Each channel d has its own K learned values, initially evenly spaced from -1/2 to 1/2. Only the codebook term trains
+Each channel d has K learned values, initially evenly spaced from -1/2 to 1/2. Only the codebook term trains
 them: the gradient of z_q goes to z.
 
 Shapes: N rows, D channels, K values of each.
@@ -16,11 +16,11 @@ from aezoo.quantisers.estimators import ste
 
 
 class LatentQuantisation(Quantiser):
-    """The nearest of a channel's own values; one index per channel. Terms: commitment and codebook.
+    """Maps each channel to its nearest learned value; one index per channel. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
-        size: K, number of values of each channel.
+        size: K, number of values per channel.
 
     Raises:
         AezooError: an invalid value.

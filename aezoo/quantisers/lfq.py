@@ -23,7 +23,7 @@ from aezoo.quantisers.common import binary_entropy, entropy, group_sizes, to_dig
 from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.fsq import MAX_BITS
 
-# up to this many channels, all codes are enumerated
+# maximum number of channels for which all codes are enumerated
 EXACT = 10
 
 
@@ -49,7 +49,7 @@ class LFQ(Quantiser):
         self.sizes = group_sizes(dim, EXACT)
 
     def project(self, z_ND: Tensor) -> Tensor:
-        """Where z is compared with the codes, (N, D) -> (N, D)."""
+        """Project z to the space of comparison with codes, (N, D) -> (N, D)."""
         return z_ND
 
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
@@ -70,7 +70,7 @@ class LFQ(Quantiser):
         return (2 * bit_ND - 1).to(self.exact_dtype) * self.scale
 
     def diversity(self, u_ND: Tensor) -> Tensor:
-        """H(E[p(c|z)]) in nats, summed over groups of channels, (N, D) -> ()."""
+        """Return H(E[p(c|z)]) in nats, summed over groups of channels, (N, D) -> ()."""
         # Apple's GPUs have no float64; elsewhere float32 products may be computed in TF32
         exact = torch.float32 if u_ND.device.type == "mps" else torch.float64
         total = u_ND.new_zeros(())
@@ -85,7 +85,7 @@ class LFQ(Quantiser):
 
 
 def _probability_of_each_code(p_NG: Tensor) -> Tensor:
-    """Probabilities of all codes of some channels, from each channel's probability of 1, (N, G) -> (N, 2^G)."""
+    """Return the probabilities of all codes of a group, from each channel's probability of 1, (N, G) -> (N, 2^G)."""
     p_NK = torch.ones_like(p_NG[:, :0].sum(1, keepdim=True))
     for p_N in p_NG.unbind(1):
         p_NK = torch.cat([p_NK * (1 - p_N[:, None]), p_NK * p_N[:, None]], 1)

@@ -2,8 +2,8 @@
 
     k = argmin_j || e_j / ||e_j|| - A z / ||A z|| ||    z_q = e_k / ||e_k||
 
-A (Xavier) and e (standard normal) are drawn once and never trained. The indices are targets for a model that predicts
-masked parts, if the data have mean 0 and standard deviation 1. No gradient passes through, and there is no loss term.
+A (Xavier) and e (standard normal) are drawn once and never trained. For data with mean 0 and standard deviation 1, the
+indices are targets for a model that predicts masked parts. There is no gradient and no loss term.
 
 Shapes: N rows, D channels of z, C channels of a code, K codes.
 """
@@ -17,7 +17,7 @@ from aezoo.quantisers.common import nearest, split_for_tf32, uses_tf32
 
 
 class RandomProjection(Quantiser):
-    """The nearest of K random directions to a random projection of z.
+    """Maps a random projection of z to the nearest of K random directions.
 
     Args:
         dim: D, channels of z.

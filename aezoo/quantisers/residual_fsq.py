@@ -1,13 +1,13 @@
 """Residual FSQ: `fsq`, with the rounding error quantised again, level by level.
 
-Level 1 is FSQ (Mentzer et al. 2023, https://arxiv.org/abs/2309.15505). Its error lies within half a step, a cell of
-known size. Each further level splits the cell of a channel into as many equal cells as the channel has values, and
-takes the middle of one. So the error of a channel is at most
+Level 1 is FSQ (Mentzer et al. 2023, https://arxiv.org/abs/2309.15505). Its error is at most half a step, so the cell
+has a known size. Each further level splits the cell of a channel into as many equal cells as the channel has values,
+and selects the middle of one cell. So the error of a channel is at most
 
     1 / (2 L^(l-1))    steps of FSQ after l levels
 
-and no scale of residuals has to be guessed. Values are bounded once, before the first level, and one straight-through
-estimator passes the gradient. Quantiser dropout is as in `residual_vq`.
+and no scale of residuals needs to be estimated. Values are bounded once, before the first level, and one
+straight-through estimator passes the gradient. Quantiser dropout is as in `residual_vq`.
 
 Shapes: N rows, D channels, Q = depth levels.
 """
@@ -23,12 +23,12 @@ from aezoo.quantisers.fsq import FSQ
 
 
 class ResidualFSQ(FSQ):
-    """FSQ of the error that earlier levels leave; one index per level.
+    """FSQ of the error of earlier levels; one index per level.
 
     Args:
         levels: L of each channel, the same at every level.
         depth: number of levels.
-        dropout: share of training samples that keep only their first levels.
+        dropout: fraction of training samples that keep only their first levels.
 
     Raises:
         AezooError: an invalid value.
@@ -64,10 +64,10 @@ class ResidualFSQ(FSQ):
         return total_ND
 
     def _cell(self, left_ND: Tensor, level: int) -> Tensor:
-        """The index of the cell at a level, 0..L-1."""
+        """Return the index of the cell at a level, 0..L-1."""
         cell_ND = ((left_ND * self.L_D ** (level - 1) + 0.5) * self.L_D).floor()
         return cell_ND.clamp(torch.zeros_like(self.L_D), self.L_D - 1)
 
     def _middle(self, cell_ND: Tensor, level: int) -> Tensor:
-        """The position of a cell's middle, relative to the middle of its parent cell."""
+        """Return the position of a cell's middle, relative to the middle of its parent cell."""
         return ((cell_ND + 0.5) / self.L_D - 0.5) / self.L_D ** (level - 1)

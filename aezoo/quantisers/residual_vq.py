@@ -2,12 +2,12 @@
 
     r_1 = z    q_l = the code of level l that is nearest to r_l    r_{l+1} = r_l - q_l    z_q = sum_l q_l
 
-With quantiser dropout, a training sample keeps its first n levels, n uniform on 1..L, with probability `dropout`, so
-that a prefix of the levels is a code too. A dropped level has index -1 and adds 0, and its codebook learns nothing from
-that sample.
+With quantiser dropout, a training sample keeps only its first n levels with probability `dropout`, where n is uniform
+on 1..L, so that a prefix of the levels is also a code. A dropped level has index -1 and adds 0, and its codebook is not
+updated by that sample.
 
-The terms are summed over levels, each computed on its own residual. The gradient of a residual goes only to z. One
-straight-through gradient passes from z_q to z, not one per level.
+The terms are summed over levels, each computed for its residual. The gradient of a residual goes only to z. There is
+one straight-through gradient from z_q to z, instead of one per level.
 
 Shapes: N rows, D channels, K codes per level, Q = L levels.
 """
@@ -24,13 +24,13 @@ from aezoo.quantisers.vq import VQ
 
 
 class ResidualVQ(Quantiser):
-    """VQ of the residual that earlier levels leave. Terms: those of `VQ`, summed over levels.
+    """VQ of the residual of earlier levels. Terms: those of `VQ`, summed over levels.
 
     Args:
         dim: D, channels of z.
         levels: L, number of codebooks.
-        size: K, codes of each codebook.
-        dropout: share of training samples that keep only their first levels.
+        size: K, number of codes of each codebook.
+        dropout: fraction of training samples that keep only their first levels.
         **options: options of each `VQ`, except cosine, since the norm of a residual matters.
 
     Raises:
@@ -54,7 +54,7 @@ class ResidualVQ(Quantiser):
         left_ND, total_ND, indices = z_ND, torch.zeros_like(z_ND), []
         sums: dict[str, Tensor] = {}
         for i, level in enumerate(self._levels()):
-            # every rank runs every level, since all ranks exchange sums there
+            # every rank must run every level, since each level exchanges sums between ranks
             kept_N = None if kept_NQ is None else kept_NQ[:, i]
             q_ND, index_N, terms = level.select_codes(left_ND, rows_per_sample, kept_N)
             left_ND = left_ND - q_ND.detach()

@@ -3,8 +3,8 @@
     C = C_0 W    z_q = the row of C nearest to z
     codebook = ||sg(z) - z_q||^2    commitment = ||z - sg(z_q)||^2
 
-C_0 is frozen, and W is a D x D matrix that all codes share: a code in use moves the others with it, so the codebook
-does not collapse.
+C_0 is frozen, and W is a D x D matrix that all codes share: an update for one code also moves the others, so the
+codebook does not collapse.
 
 Shapes: N rows, D channels, K codes.
 """
@@ -26,7 +26,7 @@ class SharedCodebook(Quantiser):
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        estimator: how the gradient passes: ste or rotation.
+        estimator: gradient estimator: ste or rotation.
 
     Raises:
         AezooError: an invalid value.
@@ -39,7 +39,7 @@ class SharedCodebook(Quantiser):
         self.pass_gradient = rotation if estimator == "rotation" else ste
 
     def codebook(self) -> Tensor:
-        """The codes, (K, D)."""
+        """Return the codes, (K, D)."""
         raise NotImplementedError(f"{type(self).__name__} must write codebook")
 
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
@@ -57,12 +57,12 @@ class SharedCodebook(Quantiser):
 
 
 class SimVQ(SharedCodebook):
-    """VQ with codes that are one linear map of frozen vectors. Terms: commitment and codebook.
+    """VQ whose codes are a linear map of frozen vectors. Terms: commitment and codebook.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        estimator: how the gradient passes: ste or rotation.
+        estimator: gradient estimator: ste or rotation.
 
     Raises:
         AezooError: an invalid value.
@@ -76,7 +76,7 @@ class SimVQ(SharedCodebook):
         self.W_DD = nn.Parameter(nn.init.orthogonal_(torch.empty(dim, dim)))
 
     def codebook(self) -> Tensor:
-        """The codes, (K, D)."""
+        """Return the codes, (K, D)."""
         return self.frozen_KD @ self.W_DD.to(self.exact_dtype)
 
 

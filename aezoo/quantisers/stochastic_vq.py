@@ -3,16 +3,17 @@
     q(k|z) = softmax_k(-||z - e_k||^2 / (2 s^2))    y = softmax((log q + g) / temperature)    z_q = sum_k y_k e_k
     dequantisation = E_q ||z - e_k||^2 / (2 s^2)    kl = log K - H(q)
 
-in nats, with Gumbel noise g. Codes and log s^2 are parameters. Both terms are means over the whole codebook. Their sum
+in nats, with Gumbel noise g. Codes and log s^2 are parameters. Both terms are expectations over the whole codebook.
+Their sum
 
     dequantisation + kl = -log(1/K sum_k exp(-||z - e_k||^2 / (2 s^2)))
 
 falls to 0 as s grows and q becomes uniform; as s falls to 0, q becomes the nearest code (VQ). With `variance` sample or
-place, z has one more channel, which is added to log s^2: as the mean over the sample's places, or at its place. These
-are types gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, which adds variances instead of
-their logarithms and uses the relaxed code for the dequantisation. In evaluation mode z_q is the nearest code, which is
-the most likely; with `hard`, the forward value in training is a code drawn from q. A callback may lower the buffer
-`temperature` during training.
+place, z has one additional channel, which is added to log s^2: its mean over the sample's places, or its value at the
+place. These are the types gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, which adds
+variances instead of their logarithms and uses the relaxed code for the dequantisation. In evaluation mode, z_q is the
+nearest code, which has the highest probability; with `hard`, the forward value in training is a code drawn from q. A
+callback may lower the buffer `temperature` during training.
 
 Shapes: B batch, P places, N = B P rows, D channels of a code, K codes.
 """
@@ -32,12 +33,12 @@ VARIANCES = ("one", "sample", "place")
 
 
 class StochasticVQ(Quantiser):
-    """A code sampled by its distance, relaxed. Terms: dequantisation and kl.
+    """A relaxed sample of a code, given distances. Terms: dequantisation and kl.
 
     Args:
-        code_dim: D, channels of a code; z has one more unless variance is one.
+        code_dim: D, channels of a code; z has an additional channel unless variance is one.
         size: K, number of codes.
-        variance: what shares s^2: one for all, or a factor of it for each sample or place.
+        variance: one for a common s^2; sample or place for an additional factor per sample or place.
         start_variance: initial s^2, relative to codes of variance 1.
         temperature: temperature of the relaxation.
         hard: return one-hot codes in training too, with the gradient of the relaxed codes.
@@ -72,7 +73,7 @@ class StochasticVQ(Quantiser):
         self.log_variance = nn.Parameter(torch.tensor(math.log(start_variance)))
 
     def logits(self, z: Tensor) -> Tensor:
-        """Log q(k|z) up to a constant per place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
+        """Return log q(k|z) up to a constant per place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
         with torch.autocast(z.device.type, enabled=False):
             z_ND = z.movedim(1, -1).flatten(0, -2).to(self.exact_dtype)
             rows_per_sample = math.prod(z.shape[2:])
@@ -81,14 +82,14 @@ class StochasticVQ(Quantiser):
     def _logits(self, z_ND: Tensor, rows_per_sample: int) -> Tensor:
         z_ND, log_variance_N1 = self._parts(z_ND, rows_per_sample)
         code_KD = self.code_KD.to(self.exact_dtype)
-        # centred at the mean of the codes, the expanded square loses the fewest digits
+        # centring at the mean of the codes minimises the rounding error of the expanded square
         centre_D = code_KD.detach().mean(0)
         z_ND, code_KD = z_ND - centre_D, code_KD - centre_D
         square_NK = z_ND.square().sum(1, keepdim=True) + relative_distance(z_ND, code_KD)
         return -0.5 * square_NK.clamp(min=0) * torch.exp(-log_variance_N1)
 
     def _parts(self, z_ND: Tensor, rows_per_sample: int) -> tuple[Tensor, Tensor]:
-        """The part of z that codes are compared with, and log s^2 in [-15, 10], below which rounding errors matter."""
+        """Return the channels of z to compare with codes, and log s^2 in [-15, 10], which limits rounding errors."""
         log_variance_N1 = self.log_variance.to(self.exact_dtype).view(1, 1)
         if self.variance != "one":
             z_ND, own_N1 = z_ND.split([self.code_dim, 1], 1)

@@ -1,19 +1,19 @@
 """VP, vector perturbation (Zhai et al. 2026), https://arxiv.org/abs/2602.17133
 
-Quantisation shows the decoder an error about as large as a cell. In training z moves by such an error instead of being
+Quantisation has an error about as large as a cell. In training, z is perturbed by such an error instead of being
 quantised. With D_m(z) the distance of z to its m-th neighbour in a queue of S rows of earlier batches,
 
     z' = z + u    u uniform in the ball of radius eta D_M(z)    M = ceil(S / K)
     z_q = z' with probability min(1, (D_k(z) D_M(z) / (D_k(z') D_M(z')))^D), 0 where ||u|| > eta D_M(z'), else z
 
-This is a Metropolis-Hastings step that preserves the density 1 / D_k^D of z. No gradient passes through the choice;
-dL/dz is dL/dz_q. The terms pull each channel of z to mean 0 and variance 1, over the rows of all ranks:
+This is a Metropolis-Hastings step that preserves the density 1 / D_k^D of z. There is no gradient through the choice;
+dL/dz is dL/dz_q. The terms are 0 if each channel of z has mean 0 and variance 1, over the rows of all ranks:
 
     code_mean = ||mu||^2    code_variance = ||sigma^2 - 1||^2
 
-Evaluation takes the nearest of K codes, which no loss sees: they are the moving averages of `vq`. The authors instead
-cluster the queue by k-means when training ends or is inspected; their queue has 16 D K rows and takes a share of 0.01
-of each batch.
+Evaluation uses the nearest of K codes, which have no influence on the loss: they are the moving averages of `vq`. The
+authors instead cluster the queue by k-means at the end of training or for inspection; their queue has 16 D K rows and
+takes a fraction of 0.01 of each batch.
 
 Shapes: N rows, D channels, K codes, S rows in the queue.
 """
@@ -30,20 +30,20 @@ from aezoo.quantisers.estimators import ste
 from aezoo.quantisers.vq import VQ
 from aezoo.training.limits import check_at_least
 
-# rows whose distances to the queue are held at once, and rows of the queue that are searched as one group
+# number of rows whose distances to the queue are computed together, and number of rows of the queue in a group
 _ROWS, _GROUP = 512, 8
 
 
 class VectorPerturbation(VQ):
-    """Moves rows in training about as far as quantisation would. Terms: code_mean and code_variance.
+    """Perturbs rows in training by about the error of quantisation. Terms: code_mean and code_variance.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        eta: largest move relative to the distance to the M-th neighbour.
+        eta: maximum perturbation relative to the distance to the M-th neighbour.
         neighbours: k, the neighbour whose distance estimates the density.
         queue_size: S.
-        share: share of the rows of a batch that enter the queue.
+        share: fraction of the rows of a batch that enter the queue.
         decay: d, decay rate of the codes' moving averages.
         dead_below: N_k, in rows per batch of all ranks, below which a code moves to a row, see `vq`; 0 for never.
 
@@ -88,7 +88,7 @@ class VectorPerturbation(VQ):
 
     @torch.no_grad()
     def perturb(self, z_ND: Tensor, direction_ND: Tensor, radius_N: Tensor, coin_N: Tensor) -> Tensor:
-        """The accepted moves, 0 where a proposal is rejected, (N, D).
+        """Return the accepted perturbations, 0 where a proposal is rejected, (N, D).
 
         Args:
             z_ND: the rows.
@@ -105,9 +105,9 @@ class VectorPerturbation(VQ):
         return torch.where(accepted_N[:, None], u_ND, 0)
 
     def distances(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """D_k and D_M of rows, both positive, (N,), (N,)."""
+        """Return D_k and D_M of rows, both positive, (N,), (N,)."""
         most, size = max(self.k, self.m), len(self.queue_SD)
-        # the m nearest rows lie in the m nearest groups: two short searches are faster than a long one
+        # the m nearest rows are in the m nearest groups: two short searches are faster than a long one
         groups = max(most, math.ceil(size / _GROUP))
         # a difference of squares has few correct digits in float32; Apple's GPUs have no higher precision
         exact = z_ND.dtype if z_ND.device.type == "mps" else torch.float64
@@ -121,7 +121,7 @@ class VectorPerturbation(VQ):
             of_groups_nC = (group_nM[:, None] + first_I1).flatten(1)
             nearest_nM = all_nS.gather(1, of_groups_nC).topk(most, largest=False).indices
             found_n2 = of_groups_nC.gather(1, nearest_nM[:, [self.k - 1, self.m - 1]])
-            # if a row is in the queue itself, D_M(z') may be ||u||, for which expanded squares are not exact enough
+            # if a row is in the queue, D_M(z') may be ||u||, for which expanded squares are not exact enough
             parts.append(torch.cdist(rows[:, None], queue_SD[found_n2], compute_mode="donot_use_mm_for_euclid_dist"))
         near_N, far_N = torch.cat(parts)[:, 0].clamp(min=torch.finfo(z_ND.dtype).tiny).unbind(1)
         return near_N, far_N
@@ -131,7 +131,7 @@ class VectorPerturbation(VQ):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_distributed() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         i_C = torch.arange(min(len(self.queue_SD), math.ceil(self.share * all_n)), device=z_ND.device)
-        # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
+        # rows of all ranks, evenly spread and different at each update; each rank contributes its rows
         row_C = (i_C * all_n // max(1, len(i_C)) + self.updates) % all_n - rank * n
         own_C1 = ((row_C >= 0) & (row_C < n))[:, None]
         fresh_CD = self.all_reduce_sum(torch.where(own_C1, z_ND[row_C.clamp(0, n - 1)], 0))
@@ -139,7 +139,7 @@ class VectorPerturbation(VQ):
         self.next.add_(len(i_C)).remainder_(len(self.queue_SD))
 
     def _init_rows(self, z_ND: Tensor) -> None:
-        """Start the codes by k-means, and fill the queue with rows, repeated where there are too few."""
+        """Initialise the codes by k-means, and fill the queue with rows, repeated if there are too few."""
         super()._init_rows(z_ND)
         i_S = torch.arange(len(self.queue_SD), device=z_ND.device)
         self.queue_SD.copy_(z_ND[i_S * len(z_ND) // len(i_S)])

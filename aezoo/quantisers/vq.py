@@ -1,23 +1,23 @@
 """VQ, vector quantisation (van den Oord et al. 2017), https://arxiv.org/abs/1711.00937
 
     z_q = e_k    k = argmin_j ||z - e_j||
-    codebook = ||sg(z) - e_k||^2    commitment = ||z - sg(e_k)||^2, which is what beta weights
+    codebook = ||sg(z) - e_k||^2    commitment = ||z - sg(e_k)||^2, weighted by beta
 
-The codes are parameters that the term `codebook` trains, or exponential moving averages of the rows assigned to them
-(appendix A.1). In the second case there is no such term:
+The codes are parameters that are trained by the term `codebook`, or exponential moving averages of the rows assigned to
+them (appendix A.1). In the second case there is no such term:
 
     N_k <- d N_k + (1 - d) n_k    m_k <- d m_k + (1 - d) sum of the n_k rows    e_k = m_k / N_k where n_k > 0
 
-over the rows of all ranks, starting at N_k = 1 and m_k = e_k. A code that no row chose stays where it is, so the
+over the rows of all ranks, with initial N_k = 1 and m_k = e_k. A code without assigned rows does not change, so the
 division needs no smoothing.
 
 A code whose N_k falls below `dead_below` moves to a row of the batch; these rows are evenly spread over the batches of
 all ranks. N_k becomes the mean N / K, or dead_below if that is larger, and m_k = N_k e_k. With N <= K rows the mean is
-at most 1, and dead_below counts as at most half of it: a code that has moved and is never chosen moves again after
-log 2 / log(1 / d) steps or more, which is 69 by default.
+at most 1, and dead_below is limited to half of it: a code that has moved and is never selected moves again after log 2
+/ log(1 / d) steps or more, which is 69 by default.
 
-Estimators: `estimators.ste`, `rotation`, `diveq` (which needs no term `codebook` and has none), and gumbel: in training
-k is drawn from softmax_j(-||z - e_j||^2 / temperature), and the gradient is that of the relaxed draw.
+Estimators: `estimators.ste`, `rotation`, `diveq` (which has no term `codebook`), and gumbel: in training k is drawn
+    from softmax_j(-||z - e_j||^2 / temperature), and the gradient is that of the relaxed sample.
 
 Shapes: N rows, D channels, K codes.
 """
@@ -38,18 +38,18 @@ ESTIMATORS = ("ste", "rotation", "gumbel", "diveq")
 
 
 class VQ(Quantiser):
-    """The nearest of K vectors. Terms: commitment and, for codes trained by gradient, codebook.
+    """Maps rows to the nearest of K vectors. Terms: commitment and, for codes trained by gradient, codebook.
 
     Args:
         dim: D, channels of z.
         size: K, number of codes.
-        update: how codes learn: ema, or gradient, by the term codebook.
+        update: update rule of the codes: ema, or gradient of the term codebook.
         decay: d, decay rate of the moving averages.
         dead_below: N_k, in rows per batch of all ranks, below which a code moves to a row, see above; 0 for never.
-        estimator: how the gradient passes: ste, rotation, gumbel or diveq.
+        estimator: gradient estimator: ste, rotation, gumbel or diveq.
         cosine: project z and the codes to the unit sphere first.
-        temperature: temperature of gumbel, a squared distance: well below those between codes, or choices are blind and
-            codes merge.
+        temperature: temperature of gumbel, a squared distance; it must be well below the squared distances between
+            codes, or selection is nearly random and codes merge.
         sigma: standard deviation of diveq's noise.
 
     Raises:
@@ -97,14 +97,14 @@ class VQ(Quantiser):
             self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def codebook(self) -> Tensor:
-        """The codes as used in comparisons, (K, D)."""
+        """Return the codes as used in comparisons, (K, D)."""
         code_KD = self.code_KD.to(self.exact_dtype)
         if self.training and self.tracks_usage:
-            code_KD = code_KD.clone()  # learning overwrites them before the backward pass has read them
+            code_KD = code_KD.clone()  # updates overwrite the codes before the backward pass
         return self.project(code_KD)
 
     def project(self, rows: Tensor) -> Tensor:
-        """Where rows are compared with codes: unchanged, or projected to the unit sphere."""
+        """Return rows for the comparison with codes: unchanged, or projected to the unit sphere."""
         return F.normalize(rows, dim=-1) if self.cosine else rows
 
     def _quantise_rows(self, z_ND: Tensor, rows_per_sample: int = 1) -> Rows:
@@ -118,12 +118,12 @@ class VQ(Quantiser):
     def select_codes(
         self, z_ND: Tensor, rows_per_sample: int = 1, kept_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The codes, indices and terms of rows that `project` has mapped; in training the codes learn from the rows.
+        """Return codes, indices and terms of projected rows; in training, the rows update the codes.
 
         Args:
             z_ND: (N, D).
             rows_per_sample: rows per sample.
-            kept_N: mask of the rows that the codes learn from; all if None.
+            kept_N: mask of the rows that update the codes; all if None.
 
         Returns:
             Codes with the gradient that reaches the codebook, (N, D), indices, (N,), and terms, (N,) each.
@@ -139,7 +139,7 @@ class VQ(Quantiser):
         else:
             index_N = nearest(z_ND, code_KD)
             q_ND = chosen_ND = F.embedding(index_N, code_KD)
-        terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # beta's term: trains only the encoder
+        terms = {"commitment": (z_ND - chosen_ND.detach()).square().sum(1)}  # trains only the encoder
         if not self.uses_ema and self.estimator != "diveq":
             terms["codebook"] = (z_ND.detach() - chosen_ND).square().sum(1)
         if self.training and self.tracks_usage:
@@ -147,7 +147,7 @@ class VQ(Quantiser):
         return q_ND, index_N, terms
 
     def apply_estimator(self, z_ND: Tensor, q_ND: Tensor, rows_per_sample: int = 1) -> Tensor:
-        """The codes with the gradient that reaches z, (N, D), (N, D) -> (N, D)."""
+        """Return the codes with a gradient in z by the estimator, (N, D), (N, D) -> (N, D)."""
         if self.estimator == "rotation":
             return rotation(z_ND, q_ND)
         if self.training and self.estimator == "gumbel":
@@ -161,7 +161,7 @@ class VQ(Quantiser):
     def _update_codebook(self, z_ND: Tensor, index_N: Tensor, kept_N: Tensor | None) -> None:
         kept_N1 = torch.ones_like(z_ND[:, :1]) if kept_N is None else kept_N.to(z_ND.dtype)[:, None]
         zeros = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
-        # sums and row counts in one tensor: one exchange between the ranks
+        # sums and row counts in one tensor, for a single exchange between ranks
         totals = self.all_reduce_sum(zeros.index_add(0, index_N, torch.cat([z_ND * kept_N1, kept_N1], 1)))
         batch_sum_KD, hits_K = totals[:, :-1], totals[:, -1]
         self.count_K.lerp_(hits_K, 1 - self.decay)
@@ -177,11 +177,11 @@ class VQ(Quantiser):
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_distributed() else (0, 1)
         n, all_n = z_ND.shape[0], z_ND.shape[0] * ranks
         mean = all_n / self.codebook_sizes[0]
-        # with few rows, evenly used codes would count as dead, and a code that has moved would die in the next step
+        # with few rows, evenly used codes would be dead, and a code that has moved would be dead in the next step
         threshold = self.dead_below if mean > 1 else min(self.dead_below, mean / 2)
         dead_K = self.count_K < threshold
         order_K = dead_K.cumsum(0) - 1
-        # rows of all ranks, evenly spread and different at each update; each rank contributes the ones that it has
+        # rows of all ranks, evenly spread and different at each update; each rank contributes its rows
         row_K = (order_K * all_n // dead_K.sum().clamp(min=1) + self.updates) % all_n - rank * n
         local_K = dead_K & (row_K >= 0) & (row_K < n)
         fresh_KD = self.all_reduce_sum(torch.where(local_K[:, None], z_ND[row_K.clamp(0, n - 1)], 0))
@@ -192,7 +192,7 @@ class VQ(Quantiser):
             self.sum_KD.copy_(torch.where(dead_K[:, None], fresh_KD * count, self.sum_KD))
 
     def _init_rows(self, z_ND: Tensor) -> None:
-        """Start the codes by k-means, computed on the first rank for all."""
+        """Initialise the codes by k-means, computed on the first rank for all ranks."""
         z_ND, distributed = self.project(z_ND), dist.is_available() and dist.is_initialized()
         result_KD1 = z_ND.new_zeros(self.codebook_sizes[0], self.dim + 1)
         if not distributed or dist.get_rank() == 0:

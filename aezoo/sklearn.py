@@ -368,9 +368,9 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     last `stream_window` samples, so that both follow a drift. The first call determines the scale of the features.
 
     Args:
-        anomaly_score: how samples are scored. combined: the distance from the mean sample, the tail probabilities of
-            the values, the error of the reconstruction and the distance of the code from the mean code, combined by
-            Fisher's method, see `aezoo.tasks.detect_combined`. deviance: the model's `anomaly_score`; for most models
+        anomaly_score: how samples are scored. combined: the tail probabilities of the values, the error of the
+            reconstruction, the distance of the code from the mean code and an isolation forest, combined by Fisher's
+            method, see `aezoo.tasks.detect_combined`. deviance: the model's `anomaly_score`; for most models
             the log-likelihood less that of a perfect reconstruction, so that samples are compared by their errors and
             not by how likely their values are; for detectors such as deep_svdd and dagmm their criterion. auto:
             combined for vectors and models with a narrow code whose score is only the reconstruction error, such as

@@ -140,8 +140,8 @@ def detect(
             deviance,nap, are compared in the table, and the first one decides. deviance is -log p(x | z) less that of a
             perfect reconstruction, with the KL of a variational model; for detectors it is their criterion, such as the
             distance of deep_svdd or the energy of dagmm. nll is the same without the subtraction: with a Bernoulli
-            likelihood, it is high for all grey samples. combined is meant for tables: the distance from the mean
-            sample, the error and the distance of the code in one score.
+            likelihood, it is high for all grey samples. combined is meant for tables: tail probabilities of the
+            values, the error, the distance of the code and an isolation forest in one score.
         contamination: share of normal samples that lies above the threshold, at most 0.5, by default 0.1: of held-out
             samples, those of the validation split or, in Python, of calibrate_on; without any, of the samples of
             fit_on. unknown: no share is assumed, and fdr decides. estimated: fdr decides, with the share of anomalies

@@ -1,15 +1,16 @@
-"""combined: four anomaly scores of an autoencoder as one, by Fisher's method.
+"""combined: three anomaly scores of an autoencoder and an isolation forest as one, by Fisher's method.
 
 An autoencoder with a wide code reconstructs anomalies, too, and one with a narrow code has large errors on rare normal
 samples; and an anomaly along the directions that the code describes has no error at all. So four scores look at a
 sample x of D values with the reconstruction x_hat and the code z of M numbers:
 
-    distance   mean_d (x_d - mean_d)^2 / var_d            from the mean sample: a reconstruction from no code
     tails      mean_d -log min(1, 2 L_d, 2 R_d)           L_d and R_d: shares of training samples with a value of at
                                                           most, and of at least, x_d, which no unit and no heavy tail
                                                           changes
     error      mean_d (x_d - x_hat_d)^2 / e_d             e_d: mean squared error of value d on the training samples
     code       (z - mu)' C^-1 (z - mu) / M                Mahalanobis' distance of the code
+    isolation  2^(-mean_t h_t(x) / c)                     h_t: splits of random tree t that isolate x, see
+                                                          `aezoo.tasks.detect_isolation`
 
 and their p-values among the n training samples make the score (Fisher 1925, Statistical Methods for Research Workers,
 section 21.1):
@@ -21,9 +22,10 @@ between two training scores by interpolation of log p, and beyond the largest on
 https://arxiv.org/abs/2201.00382), error and code are combined as by Denouden et al. 2018
 (https://arxiv.org/abs/1812.02765) and DAGMM; `docs/results/adbench.md` has the measurements.
 
-What a value of x contributes is its share of each -log p_k: of distance, tails and error, which are means over values,
-as its term is to their sum; of the code, as |dcode/dx_d (x_d - mean_d)| is to the sum of these, which for a linear
-encoder is how far the code moves with the value. Contributions are at least 0 and add up to the score.
+The contribution of a value of x is its share of each -log p_k: for tails and error, which are means over values,
+the share of its term in their sum; for the code, the share of |dcode/dx_d (x_d - mean_d)|, which for a linear encoder
+is how far the value moves the code; for isolation, by how much the splits at this value isolate x, see
+`aezoo.tasks.detect_isolation.split_shares`. Contributions are at least 0 and add up to the score.
 
 Shapes: B batch, N training samples, Q of them whose values are stored, D values of a sample, M numbers of a code, K = 4
 scores.
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor
 
 from aezoo.autoencoder import Autoencoder
+from aezoo.tasks.detect_isolation import fit_forest, forest_score, split_shares
 
 # a larger matrix is not used: each number of the code is then divided by its variance
 _MAX_CODE = 1024
@@ -54,11 +57,14 @@ _LEAST_SHARE = 1e-8
 # the smallest width of the training scores as a share of the largest
 _LEAST_WIDTH = 1e-2
 _BATCH = 256
-PARTS = ("distance", "tails", "error", "code")
+# training samples that go through the trees at a time, which takes 10 KB each
+_ROWS = 4096
+PARTS = ("tails", "error", "code", "isolation")
+_CODE = PARTS.index("code")
 
 
 class CombinedScore:
-    """Fisher's combination of distance from the mean sample, tail probabilities, error and distance of the code.
+    """Fisher's combination of tail probabilities, error, distance of the code and an isolation forest.
 
     Args:
         model: in evaluation mode whenever the score is used.
@@ -88,14 +94,15 @@ class CombinedScore:
         share_D = share_D.clamp(min=max(_LEAST_ERROR * float(share_D.mean()), _LEAST_NOISE))
         self.state = {
             "mean": mean_D,
-            "scale": var_D.rsqrt(),
             "error_scale": (share_D * var_D).rsqrt(),
             "values": _kept_values(x_ND),
             "code_mean": mu_M,
             "code_scale": _whitening(z_NM - mu_M),
+            **fit_forest(_filled(x_ND, mean_D), 0),
         }
-        scores_NK = self._parts(x_ND, error_ND, z_NM)
-        scores_NK[:, -1] = _leave_one_out(scores_NK[:, -1], z_NM.shape[1])
+        columns = zip(*(values.split(_ROWS) for values in (x_ND, error_ND, z_NM)), strict=True)
+        scores_NK = torch.cat([self._parts(*rows) for rows in columns])
+        scores_NK[:, _CODE] = _leave_one_out(scores_NK[:, _CODE], z_NM.shape[1])
         self.state["sorted"] = scores_NK.sort(0).values.T.contiguous()
         self._training_scores: npt.NDArray[np.float64] = self._combine(scores_NK).numpy()
 
@@ -116,7 +123,8 @@ class CombinedScore:
         """What each value contributes to each of the four terms of the score, by name: (B, *shape) -> (B, D)."""
         z_BM, error_BD = self._code_and_error(x)
         x_BD = x.flatten(1).cpu().double()
-        weights = (*self._terms(x_BD, error_BD), self._code_slopes(x))
+        isolation_BD = split_shares(_filled(x_BD, self.state["mean"]), self.state)
+        weights = (*self._terms(x_BD, error_BD), self._code_slopes(x), isolation_BD)
         surprises_KB = self._surprises(self._parts(x_BD, error_BD, z_BM))
         parts = zip(PARTS, surprises_KB, weights, strict=True)
         return {name: surprise_B[:, None] * _shares(weight_BD) for name, surprise_B, weight_BD in parts}
@@ -136,13 +144,14 @@ class CombinedScore:
         return z.flatten(1).cpu().double(), (x_hat - x).flatten(1).cpu().double()
 
     def _parts(self, x_BD: Tensor, error_BD: Tensor, z_BM: Tensor) -> Tensor:
-        """The four scores, (B, K). Missing values, NaN, count in none of the means."""
-        return torch.stack([*(part.nanmean(1) for part in self._terms(x_BD, error_BD)), self._code_distance(z_BM)], 1)
+        """The four scores, (B, K). Missing values, NaN, count in none of the means; trees see the training mean."""
+        means = [part.nanmean(1) for part in self._terms(x_BD, error_BD)]
+        isolation_B = forest_score(_filled(x_BD, self.state["mean"]), self.state)
+        return torch.stack([*means, self._code_distance(z_BM), isolation_B], 1)
 
-    def _terms(self, x_BD: Tensor, error_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distance, tails and error of each value, of which the scores are means, (B, D) each."""
-        distance_BD = ((x_BD - self.state["mean"]) * self.state["scale"]).square()
-        return distance_BD, _tails(x_BD, self.state["values"]), (error_BD * self.state["error_scale"]).square()
+    def _terms(self, x_BD: Tensor, error_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Tails and error of each value, of which the scores are means, (B, D) each."""
+        return _tails(x_BD, self.state["values"]), (error_BD * self.state["error_scale"]).square()
 
     def _code_distance(self, z_BM: Tensor) -> Tensor:
         """Squared Mahalanobis distance of codes divided by M, (B, M) -> (B,)."""
@@ -157,6 +166,11 @@ class CombinedScore:
         """-log p_k of each score, (B, K) -> (K, B)."""
         columns = zip(scores_BK.T.contiguous(), self.state["sorted"], strict=True)
         return torch.stack([_surprise(score_B, sorted_N) for score_B, sorted_N in columns])
+
+
+def _filled(x_BD: Tensor, mean_D: Tensor) -> Tensor:
+    """Missing values, NaN, as the training mean."""
+    return torch.where(x_BD.isnan(), mean_D, x_BD)
 
 
 def _variances(centred_ND: Tensor, mean_D: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ x_hat is the reconstruction of x, z its code:
                      d(x) = [h_0(x) - h_0(x_hat), ..., h_l(x) - h_l(x_hat)]     h_0(x) = x
                      SAP(x) = ||d(x)||^2
                      NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
-    combined     distance from the mean sample, error and distance of the code in one, see `aezoo.tasks.detect_combined`
+    combined     tails, error, distance of the code and isolation in one, see `aezoo.tasks.detect_combined`
     deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
 
 NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, computes both. The paper has more

@@ -1,4 +1,6 @@
-"""combined: Fisher's method against SciPy, its four scores against NumPy, and what each of them finds."""
+"""combined: against SciPy, NumPy and scikit-learn, and what each of its scores finds."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,12 +8,14 @@ import torch
 from scipy import stats
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
+from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 
 import aezoo
 from aezoo.tasks import detect_combined
 from aezoo.tasks.detect import Detector
 from aezoo.tasks.detect_combined import CombinedScore
+from aezoo.tasks.detect_isolation import fit_forest, forest_score, split_shares
 
 SPREAD = np.array([3, 2, 0.5, 0.4, 0.3, 0.2])
 
@@ -39,13 +43,12 @@ def fitted(model, train):
 
 
 def parts(model, train, x):
-    """The four scores by NumPy, SciPy and scikit-learn, (N, 4)."""
+    """The four scores by NumPy, SciPy and scikit-learn, (N, 4), in the order of PARTS."""
     with torch.no_grad():
         (z, x_hat), (z_train, hat_train) = (
             [out.double().numpy() for out in (model.encode(values), model(values))]
             for values in (torch.from_numpy(x), torch.from_numpy(train))
         )
-    distance = ((x - train.mean(0)) ** 2 / train.var(0)).mean(1)
     error = ((x - x_hat) ** 2 / ((train - hat_train) ** 2).mean(0)).mean(1)
     tails = []
     for values, ours in zip(x.T, train.T, strict=True):
@@ -54,9 +57,9 @@ def parts(model, train, x):
         left = np.array([stats.percentileofscore(ends, value, "weak") for value in values])
         right = np.array([100 - stats.percentileofscore(ends, value, "strict") for value in values])
         tails.append(-np.log(np.minimum(1, np.minimum(left, right) / 50)))
-    return np.stack(
-        [distance, np.mean(tails, 0), error, EmpiricalCovariance().fit(z_train).mahalanobis(z) / z.shape[1]], 1
-    )
+    code = EmpiricalCovariance().fit(z_train).mahalanobis(z) / z.shape[1]
+    isolation = -IsolationForest(random_state=0).fit(train).score_samples(x)
+    return np.stack([np.mean(tails, 0), error, code, isolation], 1)
 
 
 def test_score_is_fishers_statistic_of_four_scores():
@@ -66,7 +69,7 @@ def test_score_is_fishers_statistic_of_four_scores():
     model = pca_model(train)
     reference, new = parts(model, train, train), parts(model, train, x)
     # distances of training codes without the sample, 1 - 1/n - h of it is left
-    reference[:, 3] /= 1 - 1 / 400 - 2 * reference[:, 3] / 400
+    reference[:, 2] /= 1 - 1 / 400 - 2 * reference[:, 2] / 400
     inside = (new < reference.max(0)).all(1) & (new > reference.min(0)).all(1)
     assert inside.sum() > 40
     # SciPy's statistic is -2 sum log p; between two training scores, log p lies between theirs
@@ -90,8 +93,8 @@ def test_scores_of_training_samples_are_left_out():
         with torch.no_grad():
             others.fit([torch.from_numpy(np.delete(train, i, 0))], 24)
             z, error = others._code_and_error(torch.from_numpy(train[i : i + 1]))
-            without.append(float(others._parts(torch.from_numpy(train[i : i + 1]).double(), error, z)[0, 3]))
-    assert np.allclose(found.state["sorted"][3], np.sort(without), rtol=1e-4)
+            without.append(float(others._parts(torch.from_numpy(train[i : i + 1]).double(), error, z)[0, 2]))
+    assert np.allclose(found.state["sorted"][2], np.sort(without), rtol=1e-4)
 
 
 def test_log_p_is_exponential_for_new_normal_samples():
@@ -183,3 +186,44 @@ def test_large_codes_count_by_their_own_variances(monkeypatch):
     assert diagonal.state["code_scale"].ndim == 1
     with torch.no_grad():
         assert torch.allclose(full(torch.from_numpy(x)), diagonal(torch.from_numpy(x)), atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 3, 60, 3000])
+def test_isolation_is_that_of_scikit_learn(n):
+    random = np.random.default_rng(n)
+    train, x = (np.float32(np.c_[random.normal(size=(rows, 3)), random.integers(0, 3, (rows, 2))]) for rows in (n, 200))
+    # ties with training values, and far samples
+    x[:50], x[50:60] = train[random.integers(0, n, 50)], 1e6 * x[50:60]
+    trees = fit_forest(torch.from_numpy(train).double(), seed=3)
+    expected = -IsolationForest(random_state=3).fit(train).score_samples(x)
+    assert np.allclose(forest_score(torch.from_numpy(x), trees), expected, rtol=1e-5)
+
+
+def test_split_shares_are_gains_along_paths():
+    train = gaussian(300)
+    x = torch.from_numpy(gaussian(20, seed=1))
+    forest = IsolationForest(random_state=0).fit(train)
+    norm = 2 * (np.log(255) + np.euler_gamma) - 2 * 255 / 256
+    expected = np.zeros((20, 6))
+    for estimator in forest.estimators_:
+        tree = estimator.tree_
+        for row, leaf in enumerate(estimator.apply(x.numpy())):
+            path, n = estimator.decision_path(x.numpy()[row : row + 1]).indices, tree.n_node_samples
+            m = n[leaf]
+            further = 0 if m == 1 else 1 if m == 2 else 2 * (np.log(m - 1) + np.euler_gamma) - 2 * (m - 1) / m
+            for node, following in itertools.pairwise(path):
+                gain = np.log(n[node] / n[following])
+                expected[row, tree.feature[node]] += gain * norm / (len(path) - 1 + further)
+    assert np.allclose(split_shares(x, fit_forest(torch.from_numpy(train), 0)), expected, rtol=1e-5)
+
+
+def test_missing_values_are_isolated_as_the_training_mean():
+    train = gaussian(80)
+    lacking = torch.from_numpy(gaussian(5, seed=1)).double()
+    lacking[:, 2] = torch.nan
+    mean = torch.from_numpy(train.mean(0)).double()
+    filled = torch.where(lacking.isnan(), mean, lacking)
+    found = fitted(pca_model(train), train)
+    zeros = torch.zeros(5, 6, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    some, full = (found._parts(x, *zeros)[:, 3] for x in (lacking, filled))
+    assert some.isfinite().all() and torch.allclose(some, full)

@@ -15,7 +15,7 @@ _EVALUATION_SEED = 20
 
 
 class EvaluationSteps(BatchUnpacker):
-    """Figures of every model: the terms of its loss, reconstruction quality, and what its kind of code adds."""
+    """Evaluation of every model: terms of the loss, reconstruction quality, and metrics for the kind of code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class EvaluationSteps(BatchUnpacker):
 
     @contextmanager
     def computed_once(self) -> Iterator[None]:
-        """Inside, encoder and decoder do not compute again what they computed for the batch evaluated last."""
+        """Reuse outputs of encoder and decoder for the last evaluated batch inside this context."""
         with self._outputs.used_by(getattr(self, "encoder", None), getattr(self, "decoder", None)):
             yield
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The reconstruction, and further arguments of `Evaluation.add`."""
+        """Return the reconstruction, and further arguments of `Evaluation.add`."""
         if self.sparse_code:
             code = self.encode(x)
             return self.decode(code), {"code": code}
@@ -80,7 +80,7 @@ class EvaluationSteps(BatchUnpacker):
 
     @contextmanager
     def _fixed_noise(self, batch_idx: int) -> Iterator[None]:
-        """The same noise for a batch in every evaluation, so that epochs are comparable; training's noise stays."""
+        """Use equal noise for a batch in every evaluation, so that epochs are comparable; training is not affected."""
         with forked_rng(self.device):
             seed = (_EVALUATION_SEED * 1_000_003 + self.global_rank) * 1_000_003 + batch_idx
             seed_all(seed, self.device, others=False)

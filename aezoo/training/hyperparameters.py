@@ -13,9 +13,9 @@ from aezoo.training.arguments import Checked, bound, complete_signature
 
 
 class ConstructorHyperparameters(Checked, HyperparametersMixin):
-    """Base of modules whose hyperparameters are all arguments of their constructors, inherited ones and defaults too.
+    """Base of modules whose hyperparameters are all constructor arguments, including inherited arguments and defaults.
 
-    A subclass may give inherited arguments other defaults: `class Variant(Parent, defaults={"lr": 1e-2})`.
+    A subclass may change the defaults of inherited arguments: `class Variant(Parent, defaults={"lr": 1e-2})`.
     """
 
     _arguments: dict[str, Any]
@@ -34,7 +34,7 @@ class ConstructorHyperparameters(Checked, HyperparametersMixin):
         self._record(self.__dict__.pop("_arguments"))
 
     def _record(self, arguments: Mapping[str, Any]) -> None:
-        # as Lightning's save_hyperparameters leaves them
+        # as set by Lightning's save_hyperparameters
         self._log_hyperparams = True
         self._hparams_name = "kwargs"
         # a module's weights are in the checkpoint
@@ -42,7 +42,7 @@ class ConstructorHyperparameters(Checked, HyperparametersMixin):
         self._hparams_initial = copy.deepcopy(self._hparams)
 
     def update_hyperparameters(self, **values: Any) -> None:
-        """Record other values than those given, such as a resolved path; for constructors."""
+        """Record changed values of arguments, such as a resolved path; for constructors."""
         self._record({**self.hparams, **values})
 
     def save_hyperparameters(
@@ -52,12 +52,12 @@ class ConstructorHyperparameters(Checked, HyperparametersMixin):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Record hyperparameters, as the constructor has done already: models need not call this.
+        """Record hyperparameters. Models need not call this, since the constructor records them.
 
         Args:
             args: mappings of hyperparameters to record in addition; names, all of which are recorded anyway.
-            ignore: names of arguments to leave out.
-            frame: of the constructor, by default that of the caller; variables named like arguments give their values.
+            ignore: names of arguments to omit.
+            frame: frame of the constructor, by default of the caller; its variables have the arguments' values.
             logger: whether loggers get the hyperparameters.
         """
         caller = frame or inspect.currentframe().f_back  # type: ignore[union-attr]

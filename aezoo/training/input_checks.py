@@ -1,4 +1,4 @@
-"""Checks of models' inputs and of the results of losses, with errors of one line: batches, samples, codes, counts."""
+"""Checks of model inputs (batches, samples, codes, counts) and of results of losses, with one-line errors."""
 
 import functools
 import inspect
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
     from aezoo.training.interface import ModelInterface
 
 _GUARDED = "_aezoo_guarded"
-# methods that users call with data, and the attribute with their shape
+# methods with data arguments, and the attribute with the data's shape
 _SHAPES = {
     "encode": "input_shape",
     "decode": "code_shape",
     "forward": "input_shape",
     "score": "input_shape",
     "loss": "input_shape",
-    # of some kinds of models
+    # methods of some kinds of models
     "encode_indices": "input_shape",
     "encode_symbols": "input_shape",
     "reconstruct_from": "input_shape",
     "inpaint": "input_shape",
     "anomaly_map": "input_shape",
 }
-# what layers say of tensors that they were not made for
+# errors of layers for unsuitable tensors
 _COMPLAINTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """The samples and labels of a batch `x`, `(x,)` or `(x, y)`.
+    """Return the samples and labels of a batch `x`, `(x,)` or `(x, y)`.
 
     Raises:
-        AezooError: it is something else.
+        AezooError: the batch has another structure.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -52,7 +52,7 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def warn_unused_parts(batch: Any) -> None:
-    """Warn of parts of a batch that no model reads."""
+    """Warn about parts of a batch that no model uses."""
     if isinstance(batch, list | tuple) and len(batch) > 2:
         rank_zero_warn(
             f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others are "
@@ -61,7 +61,7 @@ def warn_unused_parts(batch: Any) -> None:
 
 
 def not_finite(x: Tensor) -> Tensor:
-    """Which samples have values that are not finite, (B, ...) -> (B,) bool."""
+    """Return which samples have values that are not finite, (B, ...) -> (B,) bool."""
     return (~x.isfinite()).flatten(1).any(1)
 
 
@@ -88,7 +88,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
         hint = ", or take a model of samples that lack whole parts, such as mvae; aezoo impute fills missing values"
         hint = hint if x.isnan().any() else ""
         raise AezooError(f"the data contain NaN or infinite values: clean them first{hint}")
-    known = x.nan_to_num(0.5)  # of what is missing
+    known = x.nan_to_num(0.5)  # replaces missing values
     low, high = float(known.min()), float(known.max())
     slack = 1e-6 if model.training else 10.0
     if model.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
@@ -100,7 +100,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
 
 @contextmanager
 def _trial(model: "ModelInterface") -> Iterator[Tensor]:
-    """A sample of zeros for a model in evaluation mode; nothing that it does inside leaves a trace."""
+    """Provide a sample of zeros for a model in evaluation mode, and restore its mode and random state afterwards."""
     weight = next(model.parameters(), torch.zeros(()))
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -113,10 +113,10 @@ def _trial(model: "ModelInterface") -> Iterator[Tensor]:
 
 
 def code_shape(model: "ModelInterface") -> tuple[int, ...]:
-    """Shape of the code of a sample of zeros.
+    """Return the shape of the code of a sample of zeros.
 
     Raises:
-        AezooError: the model cannot encode it.
+        AezooError: the model cannot encode the sample.
     """
     try:
         with _trial(model) as x:
@@ -131,17 +131,17 @@ def code_shape(model: "ModelInterface") -> tuple[int, ...]:
 
 
 def check_reconstruction(model: "ModelInterface") -> None:
-    """Refuse a model of the user that reconstructs samples in another shape; its loss may even decrease.
+    """Check that a user's model reconstructs samples in the same shape, which its loss may not require.
 
     Raises:
-        AezooError: it does.
+        AezooError: the shape is different.
     """
     if type(model).__module__.startswith("aezoo."):
         return  # `aezoo.testing` checks these
     try:
         with _trial(model) as x:
             found = tuple(model(x).shape[1:])
-    except Exception:  # the training loop explains what fails
+    except Exception:  # the training loop explains errors
         return
     if found != model.input_shape:
         raise AezooError(
@@ -151,10 +151,10 @@ def check_reconstruction(model: "ModelInterface") -> None:
 
 
 def guard(cls: type["ModelInterface"]) -> None:
-    """Make a class refuse unsuitable inputs in one line, instead of an error from inside a layer.
+    """Make a class raise one-line errors for unsuitable inputs, instead of errors from its layers.
 
-    In evaluation mode inputs are checked before, and a convolutional model takes those of another size, see
-    `aezoo.training.sizes`; in training, and for a loss, inputs are only checked after something has failed.
+    In evaluation mode, inputs are checked before the call, and a convolutional model accepts inputs of another size,
+    see `aezoo.training.sizes`; in training, and for a loss, inputs are only checked after an error.
 
     Raises:
         AezooError: the loss cannot be called with samples and labels.
@@ -178,7 +178,7 @@ def _replace(cls: type, name: str, wrapper: Callable[[Callable[..., Tensor]], Ca
 
 
 def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
-    is_loss = method.__name__ == "loss"  # the training loop looks at its batches itself
+    is_loss = method.__name__ == "loss"  # the training loop checks its batches
 
     @functools.wraps(method)
     def guarded(self: "ModelInterface", x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +205,7 @@ def _check_data(method: Callable[..., Any], shape: str) -> Callable[..., Any]:
 
 
 def _at_size_of(model: "ModelInterface", x: Any, shape: str) -> "ModelInterface | None":
-    """The model for inputs of another size; None if they have its size, or are not valid inputs."""
+    """Return the model for inputs of another size; None if they have the model's size or are invalid."""
     if not isinstance(x, Tensor) or tuple(x.shape[1:]) == getattr(model, shape):
         return None
     for_inputs = sizes.for_samples if shape == "input_shape" else sizes.for_codes
@@ -213,10 +213,10 @@ def _at_size_of(model: "ModelInterface", x: Any, shape: str) -> "ModelInterface 
 
 
 def check_parts(model: "ModelInterface", failed: Exception) -> None:
-    """Explain an error that says that the model has no encoder or decoder.
+    """Explain an error caused by a missing encoder or decoder.
 
     Raises:
-        AezooError: it does say so.
+        AezooError: the error has this cause.
     """
     kind = type(model).__name__
     for part, method in (("encoder", "encode"), ("decoder", "decode")):
@@ -244,7 +244,7 @@ def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Excep
         raise AezooError(
             f"{name} expects float32 like the model's weights, got float64: give x.float(), or take model.double()"
         ) from failed
-    if failed is None:  # to look for a weight takes as long as a small layer
+    if failed is None:  # finding a weight takes as long as a small layer
         return
     weight = next(model.parameters(), x)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

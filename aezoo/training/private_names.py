@@ -12,10 +12,10 @@ class PrivateName:
     """A name of a library.
 
     Attributes:
-        name: its path; the last part may be an attribute of instances.
+        name: path of the name; the last part may be an attribute of instances.
         files: the files of aezoo that use it.
-        why: what it is for, and why no public way does.
-        without: what happens in a version of the library that lacks it.
+        why: the purpose, and why there is no public alternative.
+        without: what happens in a version of the library without it.
     """
 
     name: str
@@ -24,7 +24,7 @@ class PrivateName:
     without: str
 
 
-_SLOWER = "speed is left out: the plain loop of Lightning runs, slower and with the same numbers"
+_SLOWER = "it is slower: the plain loop of Lightning runs, with the same results"
 _RAISES = "the call raises AttributeError: a code change is needed"
 _NO_CLI = "the command line does not start: a code change is needed"
 
@@ -33,25 +33,25 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch._C._are_functorch_transforms_active",
         files=("speed/linear.py",),
-        why="tells whether torch.func wraps the tensors, which a custom autograd function does not support",
+        why="checks whether torch.func wraps the tensors, which a custom autograd function does not support",
         without=_SLOWER,
     ),
     PrivateName(
         "torch._C._dispatch_has_kernel_for_dispatch_key",
         files=("training/optimizers.py",),
-        why="tells whether this torch has the fused kernel of Adagrad for a device",
+        why="checks whether this torch has the fused kernel of Adagrad for a device",
         without="Adagrad runs its unfused step",
     ),
     PrivateName(
         "torch._C._functorch.is_legacy_batchedtensor",
         files=("speed/linear.py",),
-        why="tells whether `is_grads_batched` wraps a tensor",
+        why="checks whether `is_grads_batched` wraps a tensor",
         without=_SLOWER,
     ),
     PrivateName(
         "torch._dynamo.config",
         files=("speed/joint_backward.py", "training/compilation.py"),
-        why="lets a compiled graph hold gradients, and call hooks that are added later",
+        why="lets a compiled graph contain gradients, and call hooks that are added later",
         without="steps are not compiled, and a warning says so",
     ),
     PrivateName(
@@ -123,7 +123,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch._inductor.ir.is_storage_and_layout",
         files=("speed/inductor_lowering.py",),
-        why="tells whether a value has a layout yet",
+        why="checks whether a value has a layout yet",
         without=_SLOWER,
     ),
     PrivateName(
@@ -159,7 +159,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.Tensor._backward_hooks",
         files=("speed/joint_backward.py", "speed/step_plan.py"),
-        why="tells whether a user watches a gradient, which a replayed step would not call",
+        why="checks whether a user watches a gradient, which a replayed step would not call",
         without=_SLOWER,
     ),
     PrivateName(
@@ -171,7 +171,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.autograd.forward_ad._current_level",
         files=("speed/linear.py",),
-        why="tells whether forward-mode differentiation is on",
+        why="checks whether forward-mode differentiation is on",
         without=_SLOWER,
     ),
     PrivateName(
@@ -188,13 +188,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module._backward_hooks",
         files=("speed/joint_backward.py", "speed/step_plan.py"),
-        why="tells whether a user watches a layer",
+        why="checks whether a user watches a layer",
         without=_SLOWER,
     ),
     PrivateName(
         "torch.nn.Module._backward_pre_hooks",
         files=("speed/step_plan.py",),
-        why="tells whether a user watches a layer",
+        why="checks whether a user watches a layer",
         without=_SLOWER,
     ),
     PrivateName(
@@ -209,25 +209,25 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module._forward_hooks",
         files=("speed/step_plan.py",),
-        why="tells whether a user watches a layer",
+        why="checks whether a user watches a layer",
         without=_SLOWER,
     ),
     PrivateName(
         "torch.nn.Module._forward_pre_hooks",
         files=("speed/step_plan.py",),
-        why="tells whether a user watches a layer",
+        why="checks whether a user watches a layer",
         without=_SLOWER,
     ),
     PrivateName(
         "torch.nn.Module._modules",
         files=("io/importers/diffusers.py", "nets/blocks/diffusers.py", "nets/blocks/split_diffusers.py"),
-        why="gives a copy of a network its own children, which `delattr` would take from the original too",
+        why="gives a copy of a network separate children, so that `delattr` does not change the original",
         without=_RAISES,
     ),
     PrivateName(
         "torch.nn.modules.module._has_any_global_hook",
         files=("speed/step_plan.py",),
-        why="tells whether a user watches all layers",
+        why="checks whether a user watches all layers",
         without=_SLOWER,
     ),
     PrivateName(
@@ -257,7 +257,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.optim.Optimizer._optimizer_step_post_hooks",
         files=("speed/fused_optimizer.py",),
-        why="tells whether a user watches an optimiser's steps",
+        why="checks whether a user watches an optimiser's steps",
         without=_SLOWER,
     ),
     PrivateName(
@@ -269,7 +269,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.optim.lr_scheduler.LRScheduler._wrapped_by_lr_sched",
         files=("speed/fused_optimizer.py",),
-        why="tells torch's own wrapper of `step` from a user's",
+        why="distinguishes torch's wrapper of `step` from a user's",
         without=_SLOWER,
     ),
     PrivateName(
@@ -287,7 +287,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.optim.optimizer._global_optimizer_post_hooks",
         files=("speed/fused_optimizer.py",),
-        why="tells whether a user watches all optimisers' steps",
+        why="checks whether a user watches all optimisers' steps",
         without=_SLOWER,
     ),
     PrivateName(
@@ -305,7 +305,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.trainer.trainer.Trainer._accelerator_connector",
         files=("callbacks/interrupt.py",),
-        why="knows the SLURM environment of a single process, which `strategy.cluster_environment` does not",
+        why="detects the SLURM environment of a single process, which `strategy.cluster_environment` does not",
         without="a job on one device is not requeued",
     ),
     PrivateName(
@@ -323,7 +323,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.trainer.trainer.Trainer._val_check_time_interval",
         files=("speed/fast_loop.py", "speed/step_plan.py"),
-        why="tells whether validation depends on the clock",
+        why="checks whether validation depends on the clock",
         without=_SLOWER,
     ),
     PrivateName(
@@ -341,13 +341,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.loops.fit_loop._FitLoop._can_stop_early",
         files=("callbacks/checkpoints.py",),
-        why="tells whether a stop that was asked for may happen",
+        why="checks whether a stop that was asked for may happen",
         without=_RAISES,
     ),
     PrivateName(
         "lightning.pytorch.loops.fit_loop._FitLoop._data_fetcher",
         files=("speed/fast_loop.py", "speed/predict_loop.py"),
-        why="reads a batch, and is read by Lightning's own loops",
+        why="reads a batch, and is read by Lightning's loops",
         without=_SLOWER,
     ),
     PrivateName(
@@ -365,43 +365,43 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._is_training_done",
         files=("speed/fast_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._num_ready_batches_reached",
         files=("speed/fast_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._should_accumulate",
         files=("speed/fast_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._skip_next_val",
         files=("speed/fast_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._warning_cache",
         files=("speed/fast_loop.py", "speed/predict_loop.py"),
-        why="as Lightning's own loops use it",
+        why="as Lightning's loops use it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step",
         files=("speed/fast_loop.py",),
-        why="takes a step as Lightning's own loop does",
+        why="takes a step as Lightning's loop does",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._skip_backward",
         files=("speed/fast_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
@@ -419,7 +419,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.loops.prediction_loop._PredictionLoop._combined_loader",
         files=("speed/predict_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
@@ -431,13 +431,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.loops.prediction_loop._PredictionLoop._predictions",
         files=("speed/predict_loop.py",),
-        why="as Lightning's own loop fills it",
+        why="as Lightning's loop fills it",
         without=_SLOWER,
     ),
     PrivateName(
         "lightning.pytorch.loops.prediction_loop._PredictionLoop._return_predictions",
         files=("speed/predict_loop.py",),
-        why="as Lightning's own loop reads it",
+        why="as Lightning's loop reads it",
         without=_SLOWER,
     ),
     PrivateName(
@@ -461,19 +461,19 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.LightningModule._hparams_initial",
         files=("training/hyperparameters.py",),
-        why="as save_hyperparameters leaves it, for loggers",
+        why="as set by save_hyperparameters, for loggers",
         without="loggers record no hyperparameters",
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._hparams_name",
         files=("training/hyperparameters.py",),
-        why="as save_hyperparameters leaves it, for load_from_checkpoint",
+        why="as set by save_hyperparameters, for load_from_checkpoint",
         without="checkpoints do not say that hyperparameters are keyword arguments",
     ),
     PrivateName(
         "lightning.pytorch.LightningModule._log_hyperparams",
         files=("training/hyperparameters.py",),
-        why="as save_hyperparameters leaves it, for loggers",
+        why="as set by save_hyperparameters, for loggers",
         without=_RAISES,
     ),
     PrivateName(
@@ -485,7 +485,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.LightningModule._set_hparams",
         files=("training/hyperparameters.py",),
-        why="records hyperparameters that a constructor hands on by **kwargs, which save_hyperparameters does not find",
+        why="records hyperparameters that a constructor passes on by **kwargs, which save_hyperparameters misses",
         without=_RAISES,
     ),
     PrivateName(
@@ -511,7 +511,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.callbacks.WeightAveraging._latest_update_step",
         files=("callbacks/ema.py", "callbacks/fault_guard.py"),
-        why="tells whether a step was averaged, and leaves out one that was skipped",
+        why="checks whether a step was averaged, and excludes skipped steps",
         without=_RAISES,
     ),
     PrivateName(
@@ -541,7 +541,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "lightning.pytorch.callbacks.ModelCheckpoint._save_last_checkpoint",
         files=("callbacks/checkpoints.py",),
-        why="saves where a run can be continued exactly, which Lightning's own hooks do not",
+        why="saves where a run can be continued exactly, which Lightning's hooks do not",
         without=_RAISES,
     ),
     PrivateName(
@@ -566,7 +566,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "lightning.pytorch.strategies.DDPStrategy._timeout",
         files=("training/distributed.py",),
         why="how long a collective waits, set from --rank_timeout after the strategy was built by its name",
-        without="collectives wait for torch's own time",
+        without="collectives wait for torch's default time",
     ),
     PrivateName(
         "lightning.pytorch.cli.LightningCLI._instantiate_trainer",
@@ -578,7 +578,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "lightning.pytorch.cli.LightningCLI._parse_ckpt_path",
         files=("cli/lightning_cli.py",),
         why="overridden: it would put a checkpoint's settings above flags",
-        without="flags have no effect beside --ckpt_path",
+        without="flags have no effect together with --ckpt_path",
     ),
     PrivateName(
         "lightning.pytorch.cli.LightningCLI._run_subcommand",
@@ -608,7 +608,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "jsonargparse.ArgumentParser._name_parser_map",
         files=("cli/parsing.py",),
         why="finds the flags of subcommands for suggestions",
-        without="suggestions lack them",
+        without="they are not suggested",
     ),
     PrivateName(
         "jsonargparse.ArgumentParser._option_string_actions",

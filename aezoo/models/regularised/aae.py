@@ -5,9 +5,9 @@
 
 L is in nats per sample. This is the WAE-GAN of weight 1, with the paper's networks. The paper goes through each batch
 twice: a reconstruction phase trains the encoder and decoder, and a regularisation phase trains first the discriminator
-and then the encoder. Here the encoder's two gradients are added, and all networks step at once. Codes are f(x) or, with
-`gaussian_posterior`, drawn from the Gaussian of section 2. The third posterior of that section, that of a noisy
-network, is left out.
+and then the encoder. Here the encoder's two gradients are added, and all networks are updated in the same step. Codes
+are f(x) or, with `gaussian_posterior`, drawn from the Gaussian of section 2. The third posterior of that section, given
+by a noisy network, is not implemented.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class AAE(
     defaults={"latent_dim": 8, "adversarial_weight": 1.0, "discriminator_dims": (1000, 1000)},
     tags=("generation",),
 ):
-    """An autoencoder whose encoder is also the generator of a GAN: its codes look like draws from the prior.
+    """An autoencoder whose encoder is also the generator of a GAN: its codes are distributed like the prior.
 
     Args:
         adversarial_weight: weight of the adversarial loss on the codes.

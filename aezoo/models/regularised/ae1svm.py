@@ -4,13 +4,13 @@
     SVM = 1/2 ||w||^2 - rho + 1 / (nu B) sum_i max(0, rho - w'phi(z_i))
     phi(z) = R^-1/2 [cos(Omega'z), sin(Omega'z)]     Omega ~ N(0, 1 / sigma^2)
 
-L is in nats per sample. An autoencoder and a one-class SVM on its codes are trained together; lam is the paper's
-1 / alpha. With random Fourier features (Rahimi & Recht 2007), w'phi(z) is a sum of Gaussian kernels: with many
-frequencies, phi(z)'phi(z') tends to exp(-||z - z'||^2 / (2 sigma^2)). At the optimum of w and rho, at most a share nu
-of the samples lies outside, and SVM is -1/2 ||w||^2. It lies between -1/2, for codes that are all alike, and 0. The
-first batch initialises w and rho.
+L is in nats per sample. An autoencoder and a one-class SVM on its codes are trained together; lam is 1 / alpha of the
+paper. With random Fourier features (Rahimi & Recht 2007), w'phi(z) is a sum of Gaussian kernels: with many frequencies,
+phi(z)'phi(z') tends to exp(-||z - z'||^2 / (2 sigma^2)). At the optimum of w and rho, at most a fraction nu of the
+samples lies outside, and SVM is -1/2 ||w||^2, which is between -1/2, for identical codes, and 0. The first batch
+initialises w and rho.
 
-The score is rho - w'phi(z), which is above 0 outside. The authors' code has twice the hinge, so its effective nu is
+The score is rho - w'phi(z), which is above 0 outside. The authors' code doubles the hinge term, so its effective nu is
 half of the stated value. As in that code, codes pass through a sigmoid; otherwise the encoder would choose their scale,
 and sigma would be meaningless.
 
@@ -36,10 +36,10 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
     Args:
         latent_dim: D, size of the code.
         svm_weight: lam, weight of the SVM.
-        nu: share of the samples that may lie outside, above 0 and at most 1.
+        nu: fraction of the samples that may lie outside, above 0 and at most 1.
         n_frequencies: R, number of random frequencies; each gives two features.
         bandwidth: sigma, standard deviation of the kernel in the space of codes.
-        code_activation: also applied to the code; with identity, bandwidth should suit the scale that codes take.
+        code_activation: also applied to the code; with identity, choose bandwidth to suit the scale of the codes.
         **kwargs: see `NetworkAutoencoder`.
     """
 
@@ -77,19 +77,19 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
         self.enable_data_init()
 
     def init_from_data(self, x: Tensor) -> None:
-        """Start w at its optimum for nu = 1, the mean of phi, and rho with a share nu outside: (N, *input_shape)."""
+        """Set w to the mean of phi, its optimum for nu = 1, and rho for a fraction nu outside, (N, *input_shape)."""
         phi_NF = self.features(self.encode(x))
         self.w_F.copy_(phi_NF.mean(0))
         self.rho.copy_((phi_NF * at_least_float32(self.w_F)).sum(1).quantile(self.nu))
 
     def features(self, z_BD: Tensor) -> Tensor:
-        """phi(z), of length 1, (B, D) -> (B, 2 R)."""
+        """Return phi(z), of norm 1, (B, D) -> (B, 2 R)."""
         with torch.autocast(z_BD.device.type, enabled=False):  # rounding would change the angles
             angles_BR = at_least_float32(z_BD) @ at_least_float32(self.omega_DR)
         return torch.cat([angles_BR.cos(), angles_BR.sin()], 1) / math.sqrt(angles_BR.shape[1])
 
     def hinge_margin(self, z_BD: Tensor) -> Tensor:
-        """How far outside a code lies, rho - w'phi(z): (B, D) -> (B,)."""
+        """Return the distance outside of the boundary, rho - w'phi(z), (B, D) -> (B,)."""
         # not a matrix product, which autocast would round
         return at_least_float32(self.rho) - (self.features(z_BD) * at_least_float32(self.w_F)).sum(1)
 
@@ -101,5 +101,5 @@ class AE1SVM(NetworkAutoencoder, hidden_dims={"mlp": (128,)}, defaults={"likelih
         return {"loss": nll + self.svm_weight * svm, "nll": nll, "svm": svm}
 
     def score(self, x: Tensor) -> Tensor:
-        """How far a sample lies outside the normal data, rho - w'phi(z): (B, *input_shape) -> (B,)."""
+        """Return rho - w'phi(z), which is above 0 outside of the normal data, (B, *input_shape) -> (B,)."""
         return self.hinge_margin(self.encode(x))

@@ -3,14 +3,16 @@
     L = alpha (-log p(x | G(E(x)))) + L_xz + L_xx + L_zz     z ~ p(z) = N(0, I)
     L_xz = -log D_xz(G(z), z) - log(1 - D_xz(x, E(x)))
     L_xx = -log D_xx(x, G(E(x)))     L_zz = -log D_zz(z, E(G(z)))
-    L_D = those of discriminators that take (x, E(x)), (x, x) and (z, z) for real and the other pairs for none
+    L_D = the same sum for discriminators that classify (x, E(x)), (x, x) and (z, z) as real and the others as fake
 
-L, the value of `loss`, is in nats per sample; L_D is the term `discriminator`, 6 log 2 if no pairs can be told apart.
-D_xz makes this a BiGAN; D_xx and D_zz judge the cycles. alpha is 0 in the paper; reconstructions then resemble their
-samples less. E and G are one player, the discriminators the other; no loss passes a gradient to the other's parameters.
+L, the value of `loss`, is in nats per sample; L_D is the term `discriminator`, which is 6 log 2 if real and fake pairs
+cannot be distinguished. D_xz makes this a BiGAN; D_xx and D_zz enforce cycle consistency. alpha is 0 in the paper, with
+reconstructions that resemble their samples less. E and G are trained by L, the discriminators by L_D; neither loss
+passes a gradient to the parameters trained by the other.
 
-The score is ||f(x, x) - f(x, G(E(x)))||_1, f the last hidden layer of D_xx. Features have mean 0 and variance 1 in each
-sample, instead of the paper's spectral and batch normalisation; without any, D_xx would choose the scale of the score.
+The score is ||f(x, x) - f(x, G(E(x)))||_1, where f is the last hidden layer of D_xx. Features have mean 0 and
+variance 1 in each sample, instead of the paper's spectral and batch normalisation; without normalisation, D_xx would
+choose the scale of the score.
 
 Shapes: B batch, D code, F features.
 """
@@ -57,13 +59,13 @@ class ALAD(
     has_prior=True,
     tags=("anomaly",),
 ):
-    """A BiGAN with cycles; the score compares features of a sample and its reconstruction in the cycle discriminator.
+    """A BiGAN with cycle consistency; the score compares discriminator features of sample and reconstruction.
 
     Args:
         latent_dim: D, size of the code.
         nll_weight: alpha, weight of the reconstruction; 0 in the paper.
-        discriminator_dims: widths of the discriminators' hidden layers (mlp) or channels of their stages, the last one
-            the number of features. Empty: hidden_dims, or 64.
+        discriminator_dims: widths of the discriminators' hidden layers (mlp) or channels of their stages; the last one
+            is the number of features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminators. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, for all
             networks.
@@ -100,7 +102,7 @@ class ALAD(
             self.discriminator[name] = PairDiscriminator(body, dims[-1], second)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # as in the authors' code
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         e_BD = self.encode(x)
@@ -134,7 +136,7 @@ class ALAD(
         }
 
     def score(self, x: Tensor) -> Tensor:
-        """||f(x, x) - f(x, G(E(x)))||_1, (B, *input_shape) -> (B,)."""
+        """Return ||f(x, x) - f(x, G(E(x)))||_1, (B, *input_shape) -> (B,)."""
         discriminator = self.discriminator["xx"]
         difference_BF = discriminator(x, x)[0] - discriminator(x, self(x).to(x.dtype))[0]
         return at_least_float32(difference_BF).abs().sum(1)

@@ -1,20 +1,22 @@
 """f-AnoGAN, fast unsupervised anomaly detection (Schlegl et al. 2019), https://doi.org/10.1016/j.media.2019.01.010
 
-A Wasserstein GAN learns what samples look like; an encoder learns to recover a sample's code (izi_f of the paper):
+A Wasserstein GAN learns to generate samples, and an encoder learns to recover the code of a sample (izi_f of the
+paper):
 
     L_E = -log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F     xhat = G(E(x)), f the input of D's last layer
     L_G = -E[D(G(z))] + alpha L_E     z ~ p(z) = N(0, I)
     L_D = E[D(G(z))] - E[D(x)] + lam E[(||dD(m)/dm|| - 1)^2]     m = a x + (1 - a) G(z), a ~ U[0, 1] for each sample
 
 L_E, in nats, is the value of `loss` and, for one sample, the score. Squared errors are sums over the X values of a
-sample; those of F features are means times X. With the Gaussian of variance 1/2, L_E is X times the paper's, a mean
-over both, plus a constant. Each loss trains its own network alone. `loss` has L_G and L_D, in units of D, only by
-their gradients.
+sample; the squared error of the F features is a mean times X. With the Gaussian of variance 1/2, L_E is X times the
+paper's loss, which uses means for both, plus a constant. Each loss trains only one network. L_G and L_D, in units of D,
+contribute only their gradients to `loss`.
 
-In the paper alpha is 0, and E trains after G and D; D takes five steps per step of G. Here all step at once, D at a
-higher rate. For alpha = 0, E moves neither G nor D. Both are then, weight for weight, those trained alone, E follows a
-G that settles as the rate falls, and reconstructions resemble samples less. The authors' encoder,
-https://github.com/tSchlegl/f-AnoGAN, ends in tanh, so that its codes lie in [-1, 1]^D; here they are unbounded.
+In the paper, alpha is 0, and E is trained after G and D; D is updated five times per step of G. Here, all networks are
+updated in the same step, D with a higher learning rate. For alpha = 0, E does not affect G and D, whose weights are
+equal to those of a GAN without E. E follows G, which converges as the learning rate decreases, and reconstructions
+resemble samples less. The authors' encoder, https://github.com/tSchlegl/f-AnoGAN, ends in tanh, so that its codes lie
+in [-1, 1]^D; here they are unbounded.
 
 Shapes: B batch, D code, F features.
 """
@@ -39,7 +41,7 @@ from aezoo.training.limits import check_at_least
 
 
 class Critic(nn.Module):
-    """Features of each sample, and an unbounded score of how real it looks: (B, F), (B,)."""
+    """Features of each sample and an unbounded score that is higher for real samples, (B, F), (B,)."""
 
     def __init__(self, body: nn.Module, n_features: int) -> None:
         super().__init__()
@@ -59,14 +61,14 @@ class FAnoGAN(
     has_prior=True,
     tags=("anomaly",),
 ):
-    """A Wasserstein GAN with an encoder; samples with large errors in data and critic features are anomalous.
+    """A Wasserstein GAN with an encoder; samples with large errors of values and critic features are anomalous.
 
     Args:
         latent_dim: D, size of the code.
         generator_weight: alpha, weight of the encoder's loss in the generator's; 0 in the paper.
         feature_weight: kappa, weight of the critic's features.
         penalty_weight: lam, weight of the critic's gradient penalty.
-        discriminator_dims: widths or channels of the critic, the last is F. Empty: hidden_dims, or 64.
+        discriminator_dims: widths or channels of the critic; the last one is F. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the critic. All betas are 0 and 0.9 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, for all
             networks.
@@ -107,24 +109,24 @@ class FAnoGAN(
         self.discriminator = Critic(body, dims[-1])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return discriminator_parameter_groups(self, betas=(0.0, 0.9), for_all=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.0, 0.9), for_all=True)  # as in the authors' code
 
     def generate(self, e_BD: Tensor) -> Tensor:
-        """decoder(e), with the gradient of its weights multiplied by alpha, (B, D) -> (B, *input_shape)."""
+        """Return decoder(e), with the gradient of its weights multiplied by alpha, (B, D) -> (B, *input_shape)."""
         alpha, named = self.generator_weight, self.decoder.named_parameters()
         return functional_call(self.decoder, {name: p.detach() + alpha * (p - p.detach()) for name, p in named}, e_BD)
 
     def feature_error(self, f_BF: Tensor, f_hat_BF: Tensor) -> Tensor:
-        """X ||f(x) - f(xhat)||^2 / F, (B, F), (B, F) -> (B,)."""
+        """Return X ||f(x) - f(xhat)||^2 / F, (B, F), (B, F) -> (B,)."""
         return math.prod(self.input_shape) * at_least_float32(f_BF - f_hat_BF).square().mean(1)
 
     def penalty(self, x: Tensor, generated: Tensor) -> Tensor:
-        """(||dD(m)/dm|| - 1)^2 at a random point between two samples, (B, *input_shape), (B, *input_shape) -> (B,)."""
+        """Return (||dD(m)/dm|| - 1)^2 at a random m between two samples, (B, *shape), (B, *shape) -> (B,)."""
         share_B = torch.rand(len(x), device=x.device, dtype=x.dtype)
         mixed = torch.lerp(generated, x, share_B.view(-1, *[1] * (x.ndim - 1)))
         t_B, pullback, *_ = vjp(lambda m: self.discriminator(m)[1], mixed)
         slope = at_least_float32(pullback(torch.ones_like(t_B))[0]).flatten(1)
-        # the norm has no gradient where D is flat
+        # the norm has no gradient where the gradient of D is 0
         return (slope.square().sum(1).clamp(min=1e-24).sqrt() - 1).square()
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -150,7 +152,7 @@ class FAnoGAN(
         return {"loss": loss, "nll": nll, "features": features, **more}
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F, (B, *input_shape) -> (B,)."""
+        """Return -log p(x | xhat) + kappa X ||f(x) - f(xhat)||^2 / F, (B, *input_shape) -> (B,)."""
         params = self.decoder(self.encode(x))
         f_BF, f_hat_BF = (self.discriminator(each)[0] for each in (x, self.likelihood.mean(params).to(x.dtype)))
         return self.nll(params, x) + self.feature_weight * self.feature_error(f_BF, f_hat_BF)

@@ -1,13 +1,14 @@
 """FRE, the feature reconstruction error (Ahuja et al. 2023), https://papers.bmvc2023.org/0614.pdf
 
-A linear autoencoder of the features of a frozen network; what it cannot reconstruct is strange:
+A linear autoencoder of the features of a frozen network; features with a large reconstruction error are anomalous:
 
     L = ||f - f_hat||^2 - log p(x | g(z))     z = W f + b     f_hat = W' z + c
 
-f is one feature map of x as a vector, averaged over windows. Both directions share W. The error's minimum is that of
-principal component analysis. g is a decoder that shows codes as samples; it reads z without its gradient and changes
-nothing else (the paper has none). The score is ||f - f_hat||^2, and its map the sum over the channels of each place.
-`aezoo detect --features` fits the same on any features, as a baseline, by PCA (Ndiour et al. 2020,
+f is one feature map of x as a vector, averaged over windows. Encoder and decoder share W. The minimum of the error is
+that of principal component analysis. g is a decoder that shows codes as samples; no gradient flows from it to z, so it
+does not affect the rest (the paper has no such decoder). The score is ||f - f_hat||^2, and its map is the sum over
+channels at each position.
+`aezoo detect --features` fits the same model to any features, as a baseline, by PCA (Ndiour et al. 2020,
 https://arxiv.org/abs/2012.04250).
 
 Shapes: B batch, F features, D code, C channels on the grid H' x W'.
@@ -25,12 +26,12 @@ from aezoo.training.limits import check_at_least
 
 
 class FRE(FrozenFeatureAutoencoder, tags=("anomaly",)):
-    """Principal components of frozen features; the error of a reconstruction from them is the score.
+    """Principal component analysis of frozen features; the score is the reconstruction error.
 
     Args:
-        latent_dim: D, directions that are kept; half of the features if these are fewer than twice as many.
+        latent_dim: D, number of components; at most half of the features.
         pool: side of the windows over which the map is averaged; 4 in anomalib for 256 x 256 images.
-        **kwargs: see `FrozenFeatureAutoencoder`. The last map counts: choose it by out_indices.
+        **kwargs: see `FrozenFeatureAutoencoder`. Only the last map is used: choose it with out_indices.
     """
 
     def __init__(
@@ -55,16 +56,16 @@ class FRE(FrozenFeatureAutoencoder, tags=("anomaly",)):
         self.decoder = self.build_image_decoder()
 
     def feature_vector(self, x: Tensor) -> Tensor:
-        """f, (B, *input_shape) -> (B, F)."""
+        """Return f, (B, *input_shape) -> (B, F)."""
         f = self.maps(x)[-1]
         return F.avg_pool2d(f, [min(self.pool, side) for side in f.shape[2:]]).flatten(1)
 
     def code(self, f_BF: Tensor) -> Tensor:
-        """z, (B, F) -> (B, D)."""
+        """Return z, (B, F) -> (B, D)."""
         return F.linear(f_BF, self.W_DF.to(f_BF), self.b_D.to(f_BF))
 
     def errors(self, f_BF: Tensor) -> Tensor:
-        """(f - f_hat)^2, (B, F) -> (B, F)."""
+        """Return (f - f_hat)^2, (B, F) -> (B, F)."""
         with torch.autocast(f_BF.device.type, enabled=False):
             return (f_BF - F.linear(self.code(f_BF), self.W_DF.mT.to(f_BF), self.c_F.to(f_BF))).square()
 
@@ -78,9 +79,9 @@ class FRE(FrozenFeatureAutoencoder, tags=("anomaly",)):
         return {"loss": fre + nll, "nll": nll, "fre": fre}
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """The error of each place, enlarged: (B, C, H, W) -> (B, H, W)."""
+        """Return the error at each position, interpolated to the size of the image, (B, C, H, W) -> (B, H, W)."""
         return self.enlarged(self.errors(self.feature_vector(x)).unflatten(1, self.pooled_shape).sum(1))
 
     def score(self, x: Tensor) -> Tensor:
-        """||f - f_hat||^2, (B, *input_shape) -> (B,)."""
+        """Return ||f - f_hat||^2, (B, *input_shape) -> (B,)."""
         return self.errors(self.feature_vector(x)).sum(1)

@@ -5,16 +5,18 @@
     L_D = -log D(x) - log(1 - D(xhat))              f the last hidden layer of D
 
 L_G is in nats per sample. With the Laplace likelihood, -log p is ||x - xhat||_1 plus a constant. The authors' code uses
-means over values instead of norms, and weights 50, 1, 1. L_G is X / 50 times theirs, so w_adv = w_enc = 1/50 are their
-weights. The F features of f have mean 0 and variance 1, instead of batch normalisation; with neither, the discriminator
-would choose the scale of the second term.
+means over values instead of norms, with weights 50, 1, 1. L_G is X / 50 times their loss, so w_adv = w_enc = 1/50
+corresponds to their weights. The F features of f are normalised to mean 0 and variance 1, instead of by batch
+normalisation; without normalisation, the discriminator would choose the scale of the second term.
 
-The players are the generator (G_E, G_D and E) and the discriminator D; no loss passes a gradient to the other's
-parameters. L_G is the value of `loss`, L_D the term `discriminator`: 2 log 2 if the two kinds cannot be told apart.
+L_G trains the generator (G_E, G_D and E), and L_D trains the discriminator D; neither loss passes a gradient to the
+parameters trained by the other. L_G is the value of `loss`, and L_D is the term `discriminator`, which is 2 log 2 if x
+and xhat cannot be distinguished.
 
-The score is ||z - zhat||^2 / D, as in the authors' code (the paper writes the 1-norm), of each sample by itself. They
-also scale it to [0, 1] by the extremes of a test set; it would then depend on the other samples, and no threshold would
-hold for new ones. On industrial photographs frozen features are far ahead, see `aezoo detect --features`.
+The score is ||z - zhat||^2 / D of each sample, as in the authors' code (the paper uses the 1-norm). The authors also
+scale it to [0, 1] by the extremes of a test set; it would then depend on the other samples, and a threshold would not
+be valid for new samples. On industrial photographs, frozen features detect anomalies much better, see `aezoo detect
+--features`.
 
 Shapes: B batch, X data dimensions, D code, F features.
 """
@@ -58,13 +60,13 @@ class GANomaly(
     defaults={"activation": "leaky_relu", "likelihood": "laplace"},
     tags=("anomaly",),
 ):
-    """An autoencoder with a second encoder; samples whose code that encoder does not recover are anomalous.
+    """An autoencoder with a second encoder; samples whose code it cannot recover are anomalous.
 
     Args:
         latent_dim: D, size of the code.
         adv_weight: weight of the discriminator's features.
         enc_weight: weight of the distance between codes.
-        discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages, the last one
+        discriminator_dims: widths of the discriminator's hidden layers (mlp) or channels of its stages; the last one is
             the number of its features. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.999 unless optimizer sets them.
         net: mlp, conv, resnet, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, lstm or transformer, of all
@@ -103,7 +105,7 @@ class GANomaly(
         return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # section 4
 
     def latent_distance(self, z_BD: Tensor, x_hat: Tensor) -> Tensor:
-        """||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""
+        """Return ||z - zhat||^2, (B, D), (B, *shape) -> (B,)."""
         return at_least_float32(z_BD - self.second_encoder(x_hat)).square().sum(1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -133,6 +135,6 @@ class GANomaly(
         }
 
     def score(self, x: Tensor) -> Tensor:
-        """||z - zhat||^2 / D, (B, *input_shape) -> (B,)."""
+        """Return ||z - zhat||^2 / D, (B, *input_shape) -> (B,)."""
         z_BD = self.encode(x)
         return self.latent_distance(z_BD, self.decode(z_BD).to(x.dtype)) / self.code_shape[0]

@@ -3,14 +3,16 @@
     s_p(x) = sqrt((z_p - mu_p)' Sigma_p^-1 (z_p - mu_p))
     mu_p = 1/N sum_i z_ip     Sigma_p = 1/(N - 1) sum_i (z_ip - mu_p)(z_ip - mu_p)' + epsilon I     (equation 1)
 
-z_p are D of the channels of all feature maps at place p of the largest; maps of a smaller grid repeat their values. mu
-and Sigma are gathered in training, in one pass and without a gradient (Chan et al. 1983): batches of all ranks, in any
-number, give those of all samples. Further epochs count every sample again, so that N grows and little else changes.
+z_p consists of D channels of all feature maps at position p of the largest map; values of smaller maps are repeated. mu
+and Sigma are computed during training, in one pass and without gradients (Chan et al. 1983): the result does not depend
+on how the samples are divided into batches and ranks. Further epochs add every sample again, which increases N and
+changes little else.
 
-L = -log p(x | g(z)) trains a decoder that shows codes as samples; it reads z without its gradient and changes nothing
-else (the paper has none). The map is s, enlarged and smoothed by a Gaussian filter; the score is its maximum.
+L = -log p(x | g(z)) trains a decoder that shows codes as samples; no gradient flows from it to z, so it does not affect
+the rest (the paper has no such decoder). The map is s, interpolated and smoothed by a Gaussian filter; the score is its
+maximum.
 
-Shapes: B batch, D channels, P places.
+Shapes: B batch, D channels, P positions.
 """
 
 from typing import Unpack
@@ -24,14 +26,14 @@ from aezoo.training.limits import check_at_least
 
 
 class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
-    """A Gaussian for each place of the feature maps; the Mahalanobis distance says how strange a place is.
+    """A Gaussian for each position of the feature maps; the Mahalanobis distance is the anomaly score.
 
     Args:
-        n_features: D, channels that are drawn, always the same; all if there are fewer. 100 in the paper for ResNet-18,
-            550 for a wide ResNet-50.
-        epsilon: what is added to variances.
-        sigma: of the filter over the map, in pixels; 4 in the paper, for images of 224 x 224.
-        **kwargs: see `FrozenFeatureAutoencoder`. The maps of stages 1 to 3 of a ResNet are the paper's.
+        n_features: D, number of channels, a fixed random subset; all if there are fewer. 100 in the paper for
+            ResNet-18, 550 for a wide ResNet-50.
+        epsilon: constant added to the variances.
+        sigma: standard deviation of the Gaussian filter, in pixels; 4 in the paper, for images of 224 x 224.
+        **kwargs: see `FrozenFeatureAutoencoder`. The paper uses the maps of stages 1 to 3 of a ResNet.
     """
 
     exact_buffers = ("mean_PD", "scatter_PDD")
@@ -65,7 +67,7 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
         self.decoder = self.build_image_decoder()
 
     def embed(self, x: Tensor) -> Tensor:
-        """The channels of all places, (B, *input_shape) -> (B, D, H', W')."""
+        """Return the channels at all positions, (B, *input_shape) -> (B, D, H', W')."""
         return stacked(self.maps(x), "nearest").index_select(1, self.channels_D)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -73,14 +75,14 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
 
     @torch.no_grad()
     def observe(self, z: Tensor) -> None:
-        """Add a batch of all ranks to mu and to the sum of squares about it, (B, D, H', W')."""
+        """Add a batch of all ranks to mu and to the scatter matrix about mu, (B, D, H', W')."""
         z_BPD = z.flatten(2).mT
         before, mean_PD, scatter_PDD = self.count.to(z), self.mean_PD.to(z), self.scatter_PDD.to(z)
         with torch.autocast(z.device.type, enabled=False):
             batch_PD = self.batch_mean(z_BPD)
             off_PBD = (z_BPD - batch_PD).transpose(0, 1)
             n = len(self.all_gather_batch(z_BPD[:, 0, 0]))
-            # the mean over ranks of what each has
+            # n times the mean over ranks
             batch_PDD = n * self.batch_mean((off_PBD.mT @ off_PBD / len(z))[None])
             moved_PD = batch_PD - mean_PD
             share = n / (before + n)
@@ -90,13 +92,13 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
         self.count.add_(n)
 
     def covariance(self) -> Tensor:
-        """Sigma, (P, D, D)."""
+        """Return Sigma, (P, D, D)."""
         scatter_PDD = at_least_float32(self.scatter_PDD)
         eye_DD = torch.eye(scatter_PDD.shape[-1], device=scatter_PDD.device, dtype=scatter_PDD.dtype)
         return scatter_PDD / (self.count - 1).clamp(min=1) + self.epsilon * eye_DD
 
     def distances(self, z: Tensor) -> Tensor:
-        """s, (B, D, H', W') -> (B, H', W')."""
+        """Return s, (B, D, H', W') -> (B, H', W')."""
         with torch.autocast(z.device.type, enabled=False):
             off_PDB = z.flatten(2).permute(2, 1, 0) - at_least_float32(self.mean_PD)[..., None]
             # ||A^-1 (z - mu)|| with Sigma = A A'
@@ -111,5 +113,5 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
         return {"loss": nll, "nll": nll}
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """The distance of each pixel, (B, C, H, W) -> (B, H, W)."""
+        """Return the distance at each pixel, (B, C, H, W) -> (B, H, W)."""
         return smoothed(self.enlarged(self.distances(self.embed(x))), self.sigma)

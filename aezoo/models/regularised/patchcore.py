@@ -3,21 +3,21 @@
     s_p(x) = min_m ||z_p - m||     over the M vectors m of the memory
     S(x) = w s*     w = 1 - exp ||z* - m*|| / sum_{m in N(m*)} exp ||z* - m||                      (equation 7)
 
-z_p are the channels of all feature maps at place p of the largest, each map averaged over 3 x 3 places first; maps of a
-smaller grid are enlarged by straight lines. z* is the strangest z_p, s* its distance to its nearest neighbour m*, and
-N(m*) are the vectors of the memory nearest to m*, itself included: in a part of the memory that is rarely visited, a
-distance counts more.
+z_p consists of the channels of all feature maps at position p of the largest map. Each map is first averaged over
+windows of 3 x 3; smaller maps are interpolated linearly. z* is the z_p with the largest distance s* to its nearest
+neighbour m*, and N(m*) are the vectors of the memory nearest to m*, including m*. The weight w is larger in sparse
+regions of the memory.
 
-The memory is a greedy k-centre coreset (algorithm 1): from the first patch on, the next vector is the one farthest from
-all chosen. Here it is renewed at each step of training from itself and the patches of the batch, of all ranks, so that
-its size is fixed and nothing else is kept: the first batch alone gives the coreset of the paper, and k-centre coresets
-of coresets are coresets again. The paper chooses once, from all patches and after a random projection, which is only
-faster. One epoch is enough.
+The memory is a greedy k-centre coreset (algorithm 1): starting with the first patch, the next vector is the one
+farthest from all chosen vectors. Here it is updated at each training step from the current memory and the patches of
+the batch, over all ranks, so that no other patches need to be stored: after the first batch, the memory is the coreset
+of the paper, and k-centre coresets of coresets are also coresets. The paper computes one coreset of all patches, after
+a random projection, which only saves time. One epoch is enough.
 
-L = -log p(x | g(z)) trains a decoder that shows codes as samples; it reads z without its gradient and changes nothing
-else (the paper has none). The map is s, enlarged and smoothed by a Gaussian filter.
+L = -log p(x | g(z)) trains a decoder that shows codes as samples; no gradient flows from it to z, so it does not affect
+the rest (the paper has no such decoder). The map is s, interpolated and smoothed by a Gaussian filter.
 
-Shapes: B batch, D channels, P places, N patches, M memory, K neighbours.
+Shapes: B batch, D channels, P positions, N patches, M memory, K neighbours.
 """
 
 from typing import Unpack
@@ -32,13 +32,13 @@ from aezoo.training.limits import check_at_least
 
 
 class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memory_MD", "n_held"), tags=("anomaly",)):
-    """The distance of a patch's features to their nearest neighbour among those of normal patches.
+    """The score of a patch is the distance of its features to the nearest features of normal patches.
 
     Args:
-        memory_size: M. The paper keeps 1 to 25 % of all patches: of 209 images of 28 x 28 places, 1,600 to 41,000.
-        n_neighbors: K, for w; 1 leaves w out.
-        sigma: of the filter over the map, in pixels; 4 in the paper, for images of 224 x 224.
-        **kwargs: see `FrozenFeatureAutoencoder`. The maps of stages 2 and 3 of a wide ResNet-50 are the paper's.
+        memory_size: M. The paper keeps 1 to 25 % of all patches: for 209 images of 28 x 28 positions, 1,600 to 41,000.
+        n_neighbors: K, number of neighbours for w; with 1, w is not used.
+        sigma: standard deviation of the Gaussian filter, in pixels; 4 in the paper, for images of 224 x 224.
+        **kwargs: see `FrozenFeatureAutoencoder`. The paper uses the maps of stages 2 and 3 of a wide ResNet-50.
     """
 
     exact_buffers = ("memory_MD",)
@@ -66,7 +66,7 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
         self.decoder = self.build_image_decoder()
 
     def embed(self, x: Tensor) -> Tensor:
-        """The channels of all places, (B, *input_shape) -> (B, D, H', W')."""
+        """Return the channels at all positions, (B, *input_shape) -> (B, D, H', W')."""
         return stacked([F.avg_pool2d(found, 3, 1, 1) for found in self.maps(x)], "bilinear")
 
     def encode(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def observe(self, z: Tensor) -> None:
-        """Renew the memory with the patches of a batch of all ranks, (B, D, H', W')."""
+        """Update the memory with the patches of a batch from all ranks, (B, D, H', W')."""
         with torch.autocast(z.device.type, enabled=False):
             patches_ND = self.all_gather_batch(z.flatten(2).mT).flatten(0, 1)
             candidates_ND = torch.cat([self.memory_MD[: int(self.n_held)].to(z), patches_ND])
@@ -84,16 +84,16 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
         self.n_held.fill_(len(chosen))
 
     def distances_to_memory(self, z_ND: Tensor) -> Tensor:
-        """Infinite for places of the memory that are not filled yet: (N, D) -> (N, M)."""
+        """Return distances to the memory, infinite for entries that are not filled yet, (N, D) -> (N, M)."""
         memory_MD = at_least_float32(self.memory_MD)
         with torch.autocast(z_ND.device.type, enabled=False):
-            # by products, small distances would be lost in rounding
+            # matrix products would lose small distances to rounding
             d_NM = torch.cdist(z_ND.to(memory_MD), memory_MD, compute_mode="donot_use_mm_for_euclid_dist")
         is_empty_M = torch.arange(len(memory_MD), device=z_ND.device) >= self.n_held.clamp(min=1)
         return d_NM.masked_fill(is_empty_M, torch.inf)
 
     def patch_scores(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """S and the index of the nearest neighbour, (B, D, H', W') -> (B, P) both."""
+        """Return s and the index of the nearest neighbour, (B, D, H', W') -> (B, P), (B, P)."""
         d_NM = self.distances_to_memory(z.flatten(2).mT.flatten(0, 1))
         s_N, nearest_N = d_NM.min(1)
         shape = len(z), z.shape[2] * z.shape[3]
@@ -107,12 +107,12 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
         return {"loss": nll, "nll": nll}
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """The distance of each pixel, (B, C, H, W) -> (B, H, W)."""
+        """Return the distance at each pixel, (B, C, H, W) -> (B, H, W)."""
         z = self.embed(x)
         return smoothed(self.enlarged(self.patch_scores(z)[0].unflatten(1, z.shape[2:])), self.sigma)
 
     def score(self, x: Tensor) -> Tensor:
-        """S, (B, *input_shape) -> (B,)."""
+        """Return S, (B, *input_shape) -> (B,)."""
         z = self.embed(x)
         s_BP, nearest_BP = self.patch_scores(z)
         s_B, strangest_B = s_BP.max(1)
@@ -125,14 +125,14 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
         memory_MD = at_least_float32(self.memory_MD)
         near_BK, index_BK = self.distances_to_memory(memory_MD[nearest_B]).topk(n_neighbors, largest=False)
         d_BK = (z_BD.to(memory_MD)[:, None] - memory_MD[index_BK]).square().sum(2).sqrt()
-        # m* counts once, whatever of its equals topk puts first
+        # include m* once, regardless of the order of duplicates in topk
         share_B = torch.exp(s_B - d_BK.masked_fill(near_BK.isinf(), -torch.inf).logsumexp(1))
-        # without other neighbours there is nothing to compare with
+        # w is undefined without other neighbours
         return torch.where(self.n_held > 1, (1 - share_B) * s_B, s_B)
 
 
 def k_centres(x_ND: Tensor, k: int) -> Tensor:
-    """Indices of a greedy k-centre coreset that begins with the first vector, at most k: (N, D) -> (K,)."""
+    """Return indices of a greedy k-centre coreset, at most k, starting with the first vector, (N, D) -> (K,)."""
     chosen = torch.zeros(min(k, len(x_ND)), dtype=torch.long, device=x_ND.device)
     least_N = torch.full_like(x_ND[:, 0], torch.inf)
     for i in range(1, len(chosen)):

@@ -3,16 +3,17 @@
     L = E[-log p(x | g(z))] + beta 1/2 ||z||^2 + lam R     z = f(x)     (section 3)
     R = ||theta_g||^2 (l2), ||dg/dz||_F^2 (gp), or 0
 
-L is in nats per sample. A regulariser of the decoder replaces a VAE's noise, which makes its decoder smooth. With sn
-there is no term R: each weight W of the decoder is divided by its largest singular value (Miyato et al. 2018,
+L is in nats per sample. A regulariser of the decoder replaces the noise of a VAE, which makes its decoder smooth. With
+sn, there is no term R: each weight W of the decoder is divided by its largest singular value (Miyato et al. 2018,
 https://arxiv.org/abs/1802.05957); for a convolution, by that of its kernel as a matrix. The singular vector is updated
-after every step, from its last value; that from before the step, as in `torch.nn.utils`, left 1.16 in a run on MNIST.
+after every step, starting from its previous value; with an update before the step, as in `torch.nn.utils`, the largest
+singular value was 1.16 in a run on MNIST.
 
-gp uses the Jacobian J of the reconstruction; for a linear decoder it is ||W||_F^2. It is estimated as E ||J' v||^2,
-v ~ N(0, I), by one draw for each sample (Hutchinson 1989, https://doi.org/10.1080/03610918908812806). The authors' code
-takes the gradient of the sum of g^2, which is 2 J' g.
+gp uses the Jacobian J of the reconstruction; for a linear decoder, it is ||W||_F^2. It is estimated as E ||J' v||^2, v
+~ N(0, I), with one draw of v for each sample (Hutchinson 1989, https://doi.org/10.1080/03610918908812806). The authors'
+code uses the gradient of the sum of g^2, which is 2 J' g.
 
-There is no prior. `aezoo generate --prior gmm` fits one to the codes after training (section 4).
+There is no prior. `aezoo generate --prior gmm` fits a density to the codes after training (section 4).
 
 Shapes: B batch, D code; O outputs and I inputs of a layer, K vectors.
 """
@@ -33,13 +34,13 @@ from aezoo.training.limits import check_at_least
 from aezoo.training.projected_weights import Constrained
 
 REGULARISERS = ("l2", "gp", "sn", "none")
-# products with W'W in each search; in a run on MNIST 10 of them left norms of 1.005, 16 of 1.0008
+# products with W'W in each search; in a run on MNIST, 10 gave spectral norms of 1.005, and 16 of 1.0008
 _PRODUCTS = 16
 _WEIGHTED = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 class SpectralNorm(nn.Module):
-    """W -> W / ||W||_2, with ||W||_2 = ||W v||, v the first right singular vector of W as a matrix."""
+    """Maps W to W / ||W||_2, with ||W||_2 = ||W v||, where v is the first right singular vector of W as a matrix."""
 
     v_I: Tensor
 
@@ -55,8 +56,8 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def search(self, weight: Tensor) -> None:
-        """Find v in the Krylov space that starts at the last v."""
-        # diverged weights are reported elsewhere; squares of 1e15 can still be summed
+        """Update v to its best approximation in the Krylov space that starts at the previous v."""
+        # diverged weights are reported elsewhere; the squares of 1e15 can be summed without overflow
         W_OI = at_least_float32(weight).flatten(1).nan_to_num().clamp(-1e15, 1e15)
         space = [at_least_float32(self.v_I)]
         for _ in range(_PRODUCTS):
@@ -66,12 +67,13 @@ class SpectralNorm(nn.Module):
 
 
 class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}, tags=("generation",)):
-    """Deterministic codes near 0 and a smooth decoder, so that codes can be drawn from a density fitted later.
+    """Deterministic codes near 0 and a smooth decoder; samples use codes from a density that is fitted after training.
 
     Args:
         latent_dim: D, size of the code.
-        beta: weight of half of the code's squared norm.
-        regulariser: of the decoder: l2 (of its parameters), gp (of its Jacobian), sn (spectral norm) or none.
+        beta: weight of 1/2 ||z||^2.
+        regulariser: regulariser of the decoder: l2 (of its parameters), gp (of its Jacobian), sn (spectral norm) or
+            none.
         regulariser_weight: lam, weight of l2 or gp.
         **kwargs: see `NetworkAutoencoder`.
     """
@@ -108,7 +110,7 @@ class RAE(Constrained, NetworkAutoencoder, defaults={"likelihood": "gaussian"}, 
                 held[0].search(held.original)  # type: ignore[operator]
 
     def jacobian_norm(self, z_BD: Tensor) -> Tensor:
-        """An unbiased estimate of ||dg/dz||_F^2 of each sample, (B, D) -> (B,)."""
+        """Return an unbiased estimate of ||dg/dz||_F^2 of each sample, (B, D) -> (B,)."""
         g, pullback, *_ = vjp(self.decode, z_BD)
         Jv_BD: Tensor = pullback(torch.randn_like(g))[0]
         return at_least_float32(Jv_BD).square().sum(1)

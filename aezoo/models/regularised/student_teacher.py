@@ -1,16 +1,17 @@
 """STFPM, student-teacher feature pyramid matching (Wang et al. 2021), https://arxiv.org/abs/2103.04257
 
-A student learns to give the feature maps of a frozen teacher; where it was not taught, it does not:
+A student learns to predict the feature maps of a frozen teacher on normal samples; on anomalies, the two differ:
 
     L = sum_l 1/P_l sum_p d_lp - log p(x | g(z))     d_lp = 1/2 ||t_lp / ||t_lp|| - s_lp / ||s_lp||  ||^2  (equation 1)
 
-for the feature maps l of the teacher t and the student s, a network of the same kind that starts from random weights,
-and their P_l places p. The map is the product over l of the enlarged d_l, and the score its maximum. g is a decoder
-that shows codes as samples; z is the teacher's last map, which no gradient reaches (the paper has none).
+for the feature maps l of the teacher t and the student s, a network of the same architecture with random initial
+weights, and their P_l positions p. The map is the product over l of the interpolated d_l, and the score is its maximum.
+g is a decoder that shows codes as samples; z is the teacher's last map, which receives no gradient (the paper has no
+such decoder).
 
-BatchNorm in the student uses stored statistics, those of smooth random images, and only its scale and shift are
-trained: so samples do not depend on their batch. The paper's student has the statistics of batches. The paper takes the
-maps of stages 1 to 3 of a ResNet-18: features="timm:resnet18.a1_in1k,pretrained,out_indices=1:2:3".
+BatchNorm in the student uses stored statistics, computed on smooth random images, and only its scale and shift are
+trained: the output for a sample therefore does not depend on its batch. The paper's student uses batch statistics. The
+paper uses the maps of stages 1 to 3 of a ResNet-18: features="timm:resnet18.a1_in1k,pretrained,out_indices=1:2:3".
 """
 
 import copy
@@ -27,7 +28,7 @@ from aezoo.nets.blocks.timm_backbone import start_statistics
 
 
 class StudentTeacher(FrozenFeatureAutoencoder, tags=("anomaly",)):
-    """A student that imitates a frozen network on normal samples, and fails on others.
+    """A student that imitates a frozen network on normal samples; the score is its error, which is larger on anomalies.
 
     Args:
         **kwargs: see `FrozenFeatureAutoencoder`.
@@ -55,7 +56,7 @@ class StudentTeacher(FrozenFeatureAutoencoder, tags=("anomaly",)):
         return self.maps(x)[-1].to(x.dtype)
 
     def distances(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
-        """d_l of each feature map, (B, *input_shape) -> (B, H_l, W_l) each."""
+        """Return d_l of each feature map, (B, *input_shape) -> (B, H_l, W_l) each."""
         with torch.autocast(x.device.type, enabled=False):
             imitated: list[Tensor] = self.student(at_least_float32(x))
             pairs = zip(maps, imitated, strict=True)
@@ -68,5 +69,5 @@ class StudentTeacher(FrozenFeatureAutoencoder, tags=("anomaly",)):
         return {"loss": imitation + nll, "nll": nll, "imitation": imitation}
 
     def anomaly_map(self, x: Tensor) -> Tensor:
-        """The product of all distances at each pixel, (B, C, H, W) -> (B, H, W)."""
+        """Return the product of all distances at each pixel, (B, C, H, W) -> (B, H, W)."""
         return torch.stack([self.enlarged(d) for d in self.distances(x, self.maps(x))]).prod(0)

@@ -3,10 +3,11 @@
     L = E[-log p(x | g(z))] + lam SW(q(z), p(z))     z = f(x), p(z) = N(0, I)
     SW = E_v[ W(v'z, v'p) ]     |v| = 1, p ~ p(z)     W = 1/N sum_n ((v'z)_(n) - (v'p)_(n))^2
 
-L is in nats per sample. On a line, the squared 2-Wasserstein distance of two sets pairs the n-th smallest of one with
-the n-th smallest of the other. SW is its mean over random directions v (algorithm 1). Between N(m, I) and N(0, I) it is
-||m||^2 / D. The codes are those of the batch, over all ranks. They are compared with as many draws from the prior, in
-the same directions on every rank. The distance of two finite sets of one distribution is above 0 and falls with N.
+L is in nats per sample. In one dimension, the squared 2-Wasserstein distance of two sets pairs the n-th smallest value
+of one with the n-th smallest of the other. SW is its mean over random directions v (algorithm 1). Between N(m, I) and
+N(0, I), it is ||m||^2 / D. The codes are those of the batch, over all ranks. They are compared with the same number of
+draws from the prior, in the same directions on every rank. The distance of two finite sets from the same distribution
+is above 0 and decreases with N.
 
 Shapes: B batch on this rank, N samples on all ranks, D code, V directions.
 """
@@ -25,7 +26,7 @@ from aezoo.training.limits import check_at_least
 
 
 class SWAE(WAEMMD, compares_samples=False, tags=("generation",)):
-    """Deterministic codes, pulled towards a standard normal prior by their Wasserstein distance along random lines.
+    """Deterministic codes, matched to a standard normal prior by the Wasserstein distance along random lines.
 
     Args:
         sw_weight: lam, weight of the distance between all codes and the prior.
@@ -50,11 +51,11 @@ class SWAE(WAEMMD, compares_samples=False, tags=("generation",)):
         self.n_projections = n_projections
 
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """SW between the codes and draws from the prior, over all ranks, equal on each: (B, D), (B, D) -> ()."""
+        """Return SW between the codes and prior samples, over all ranks and equal on each, (B, D), (B, D) -> ()."""
         v_VD = torch.randn(self.n_projections, z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
-        v_VD = normalize(self.all_gather_batch(v_VD)[: self.n_projections])  # those of the first rank
+        v_VD = normalize(self.all_gather_batch(v_VD)[: self.n_projections])  # use the directions of the first rank
         z_ND, prior_ND = self.all_gather_batch(z_BD), self.all_gather_batch(prior_BD)
-        with torch.autocast(z_BD.device.type, enabled=False):  # it would round the products to half precision
+        with torch.autocast(z_BD.device.type, enabled=False):  # autocast would round the products to half precision
             along_VN, prior_VN = v_VD @ z_ND.T, v_VD @ prior_ND.T
         return (along_VN.sort().values - prior_VN.sort().values).square().mean()
 

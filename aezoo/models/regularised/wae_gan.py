@@ -3,13 +3,13 @@
     L = E[-log p(x | g(z))] - lam E[log D(z)]     z = f(x), or z ~ N(mu(x), diag sigma(x)^2)
     L_D = -E[log D(p)] - E[log(1 - D(z))]     p ~ p(z) = N(0, I), D = sigmoid(t)     (algorithm 1)
 
-L is in nats per sample. The discriminator D tells codes from draws from the prior, and the encoder makes codes that D
-takes for such draws. If both have one distribution, the best D is 1/2 everywhere, L_D is 2 log 2
-and -log D(z) is log 2.
+L is in nats per sample. The discriminator D is trained to distinguish codes from draws from the prior, and the encoder
+is trained to produce codes that D classifies as draws from the prior. If both have the same distribution, the best D is
+1/2 everywhere, L_D is 2 log 2 and -log D(z) is log 2.
 
-Each loss trains only its own parameters, and both players step at once. L is the value of `loss`, -E[log D(z)] the term
-`adversarial` and L_D the term `discriminator`. With likelihood gaussian, -log p is the paper's squared error plus a
-constant.
+Each loss trains only its own parameters, and all networks are updated in the same step. L is the value of `loss`,
+-E[log D(z)] is the term `adversarial`, and L_D is the term `discriminator`. With likelihood gaussian, -log p is the
+paper's squared error plus a constant.
 
 Shapes: B batch, D code.
 """
@@ -33,7 +33,7 @@ from aezoo.training.limits import check_at_least
 
 
 class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, tags=("generation",)):
-    """Codes that a discriminator cannot tell from draws from a standard normal prior.
+    """Codes that a discriminator cannot distinguish from draws from a standard normal prior.
 
     Args:
         latent_dim: D, size of the code.
@@ -74,14 +74,14 @@ class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
         self.discriminator = nn.Sequential(*layers, nn.Linear(dims[-1], 1))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # those of the authors' code
+        return discriminator_parameter_groups(self, betas=(0.5, 0.999), for_all=True)  # as in the authors' code
 
     def encode(self, x: Tensor) -> Tensor:
         mu_BD: Tensor = self.encoder(x)[:, : self.code_shape[0]]
         return mu_BD
 
     def draw(self, x: Tensor) -> Tensor:
-        """A code of each sample, drawn from the posterior if there is one, (B, *input_shape) -> (B, D)."""
+        """Return a code for each sample, drawn from the posterior if there is one, (B, *input_shape) -> (B, D)."""
         z_BD = at_least_float32(self.encoder(x))
         if not self.gaussian_posterior:
             return z_BD
@@ -91,7 +91,7 @@ class WAEGAN(NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         z_BD = self.draw(x)
         nll = self.nll(self.decoder(z_BD.to(x.dtype)), x).mean()
-        # the discriminator is constant in the encoder's step, the codes are constant in the discriminator's step
+        # the discriminator is constant in the encoder's loss, and the codes are constant in the discriminator's loss
         t_z = at_least_float32(call_frozen(self.discriminator, z_BD.to(x.dtype)))
         adversarial = F.softplus(-t_z).mean()
         codes = torch.cat([torch.randn_like(z_BD), z_BD.detach()])

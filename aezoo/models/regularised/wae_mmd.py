@@ -4,11 +4,11 @@
     MMD = E[k(z, z')] + E[k(p, p')] - 2 E[k(z, p)]     z, z' ~ q(z), p, p' ~ p(z)
     k(a, b) = sum_s C / (C + ||a - b||^2) or sum_s exp(-||a - b||^2 / C)     C = 2 D s
 
-L is in nats per sample. Codes have no noise; only their distribution as a whole is pulled towards the prior. With
-likelihood gaussian, -log p is the paper's squared error plus a constant. 2 D is the expected squared distance of two
-draws from the prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
+L is in nats per sample. Codes have no noise; only their aggregate distribution is matched to the prior. With likelihood
+gaussian, -log p is the paper's squared error plus a constant. 2 D is the expected squared distance of two draws from
+the prior, and the seven scales s are those of the authors' code, https://github.com/tolstikhin/wae.
 
-The MMD is taken between the codes of the batch, over all ranks, and as many draws from the prior, see
+The MMD is computed between the codes of the batch, over all ranks, and the same number of draws from the prior, see
 `aezoo.distributions.divergences.mmd`. It is the U-statistic, as in algorithm 2, without the pairs of a sample with
 itself, so it may be negative. With `unbiased` off, it is the V-statistic, which is never negative.
 
@@ -33,7 +33,7 @@ KERNELS = ("inverse_multiquadratic", "rbf")
 class WAEMMD(
     NetworkAutoencoder, defaults={"likelihood": "gaussian"}, has_prior=True, compares_samples=True, tags=("generation",)
 ):
-    """Deterministic codes, pulled as a whole towards a standard normal prior by their maximum mean discrepancy.
+    """Deterministic codes whose distribution is matched to a standard normal prior by the maximum mean discrepancy.
 
     Args:
         latent_dim: D, size of the code.
@@ -72,14 +72,14 @@ class WAEMMD(
         self.decoder = self.build_decoder(self.code_shape)
 
     def k(self, squared: Tensor) -> Tensor:
-        """The kernel at squared distances, elementwise."""
+        """Return the kernel at squared distances, elementwise."""
         widths = [2 * self.code_shape[0] * s for s in self.kernel_scales]
         if self.kernel == "rbf":
             return torch.stack([torch.exp(-squared / c) for c in widths]).sum(0)
         return torch.stack([c / (c + squared) for c in widths]).sum(0)
 
     def mmd(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
-        """MMD between codes and draws from the prior, (B, D), (B, D) -> (); its mean over ranks is the MMD of all."""
+        """Return the MMD of codes and prior samples, (B, D), (B, D) -> (); its mean over ranks is the MMD of all."""
         return divergences.mmd(z_BD, prior_BD, self.k, all_gather=self.all_gather_batch, unbiased=self.unbiased)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

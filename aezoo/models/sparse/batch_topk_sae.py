@@ -11,7 +11,7 @@ L is in nats per sample. Codes, scores and evaluation do not depend on a batch: 
 
 The authors' code has no factor s, and its AuxK passes a gradient through e. On digits of 8x8 (256 latents, k = 4,
 dead_after = 2000, 1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`), the latter gives a squared error
-per pixel of held-out digits of 0.0163, where e held fixed gives 0.0161, with 124 latents in use in both.
+per pixel of held-out digits of 0.0163, and a constant e gives 0.0161, with 124 active latents in both cases.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -45,7 +45,7 @@ class RunningMean(nn.Module):
 
     @torch.no_grad()
     def update(self, value: Tensor) -> None:
-        """Add a value; infinity means that there is none."""
+        """Add a value; an infinite value is ignored."""
         seen = value.isfinite()
         self.steps.add_(seen)
         rate = (1 / self.steps.clamp(min=1)).clamp(min=1 - self.decay)
@@ -64,7 +64,7 @@ class BatchTopKSAEArgs(TopKVariantArgs, total=False):
 
 
 class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
-    """At most k active latents per sample on average, many for some samples and few for others.
+    """At most k active latents per sample on average, more for some samples and fewer for others.
 
     Args:
         k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
@@ -84,7 +84,7 @@ class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
         return self.above_threshold(self.pre_activations(x))
 
     def above_threshold(self, pi_BN: Tensor) -> Tensor:
-        """The code, independent of other samples, (B, N) -> (B, N)."""
+        """Return the code, independent of other samples, (B, N) -> (B, N)."""
         return torch.where(pi_BN >= self.theta.value, pi_BN, 0).relu()
 
     def top_of_batch(self, pi_BN: Tensor, k: int) -> Tensor:
@@ -95,7 +95,7 @@ class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
             all_M = self.all_gather_batch(own_M)
             values, chosen = all_M.topk(k * n)
             self.theta.update(torch.where(values > 0, values, torch.inf).min())
-            # by position, not by value: several may be equal in bf16
+            # selected by position, not by value: several values may be equal in bf16
             chosen_M = torch.zeros_like(all_M, dtype=torch.bool).scatter(0, chosen, True)[self.local_rows(own_M)]
             kept = torch.zeros_like(pi_BN, dtype=torch.bool).flatten().scatter(0, where_M, chosen_M)
         return torch.where(kept.view_as(pi_BN), pi_BN, 0).relu()

@@ -1,16 +1,16 @@
 """Gated sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2404.16014
 
-Separate paths decide which latents are active and how strongly, so that the penalty on the first does not shrink the
-second:
+Separate paths compute which latents are active and their magnitudes, so that the penalty on the gates does not shrink
+the magnitudes:
 
     pi_gate = W_gate (x - b) + b_gate     W_mag = exp(r) W_gate     f = H(pi_gate) relu(W_mag (x - b) + b_mag)
     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam sum_i relu(pi_gate)_i + ||x - x_hat_frozen(relu(pi_gate))||^2     (equation 8)
 
 L is in nats per sample. The squared error is that of a Gaussian of variance 1/2. The step H passes no gradient. The
-last two terms train the gate. The last one has a frozen decoder: it moves W_dec not at all, and b only through pi_gate,
-as the second does. r multiplies each row of W_gate. With form april, as in sae_l1, b is not subtracted, directions have
-any norm and lam weighs sum relu(pi_gate)_i ||d_i||.
+last two terms train the gate. The last one has a frozen decoder: it does not train W_dec, and like the second term, it
+trains b only through pi_gate. r scales each row of W_gate. With form april, as in sae_l1, b is not subtracted,
+directions have any norm and the penalty is lam sum relu(pi_gate)_i ||d_i||.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -44,7 +44,7 @@ class GatedSAE(SAEL1, tags=("interpretability",)):
         self.b_mag_N = nn.Parameter(torch.zeros(self.latent_dim))
 
     def pre_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
+        """Return the pre-activations of the gates and of the magnitudes, (B, *input_shape) -> (B, N), (B, N)."""
         shared_BN = F.linear(self.read(x), self.encoder.weight)
         return shared_BN + self.encoder.bias, self.r_N.exp() * shared_BN + self.b_mag_N
 

@@ -1,19 +1,21 @@
 """JumpReLU sparse autoencoder (Rajamanoharan et al. 2024), https://arxiv.org/abs/2407.14435
 
-A latent outputs its pre-activation if that exceeds its own threshold, and the penalty counts the latents that fire:
+A latent outputs its pre-activation if it exceeds a threshold per latent, and the penalty is the number of active
+latents:
 
     pi = W_enc (x - b) + b_enc     f = pi H(pi - theta)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam ||f||_0     ||f||_0 = sum_i H(pi_i - theta_i)     (equation 9)
 
-L is in nats per sample, H is the unit step and theta >= 0. A step has no slope in theta, so the slope is estimated
-(section 4) with a rectangle of width eps, K(u) = 1 for |u| < 1/2:
+L is in nats per sample, H is the unit step and theta >= 0. The derivative of a step with respect to theta is 0 almost
+everywhere, so it is estimated (section 4) with a rectangle of width eps, K(u) = 1 for |u| < 1/2:
 
     df / dtheta = -theta / eps K((pi - theta) / eps)     dH(pi - theta) / dtheta = -1 / eps K((pi - theta) / eps)
 
-The mean of these over samples is the slope of the mean. Both read pi itself: a ReLU before them would move all values
+Their mean over samples estimates the derivative of the mean. Both use pi: a ReLU before them would move all values
 below 0 to 0, within the rectangle of a small theta. With target_l0, the penalty is lam (L0 / target_l0 - 1)^2, with L0
-the mean over the batch of all ranks. theta itself is trained, in float32, and not its logarithm, whose slope vanishes
-with theta. theta = 0 is the ReLU. With form april, as in sae_l1, b is not subtracted and directions have any norm.
+the mean over the batch of all ranks. theta is trained in float32. Its logarithm is not trained, because the derivative
+with respect to it vanishes as theta approaches 0. theta = 0 is the ReLU. With form april, as in sae_l1, b is not
+subtracted and directions have any norm.
 
 Shapes: B batch, X data dimensions, N latents.
 """
@@ -30,7 +32,7 @@ from aezoo.training.limits import check_above, check_at_least
 
 
 class JumpReLUSAEArgs(DictionaryArgs, FormArgs, total=False):
-    """Arguments of `JumpReLUSAE` that it hands on."""
+    """Arguments that `JumpReLUSAE` passes to `SAEL1`."""
 
 
 class JumpReLUSAE(JumpReLU, SAEL1, tags=("interpretability",)):
@@ -38,11 +40,11 @@ class JumpReLUSAE(JumpReLU, SAEL1, tags=("interpretability",)):
 
     Args:
         latent_dim: N, number of latents in the dictionary.
-        l0_weight: lam, weight of the number of active latents, or of its distance from the target.
-        l0_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
+        l0_weight: lam, weight of the number of active latents, or of the penalty with target_l0.
+        l0_steps: optimiser steps over which lam rises from 0; with 0, lam is constant.
         target_l0: target number of active latents per sample; 0 penalises the number itself.
-        threshold: theta at the start; the paper has 0.001.
-        bandwidth: eps, width of the rectangle that gives thresholds their gradient; the paper has 0.001.
+        threshold: initial theta; 0.001 in the paper.
+        bandwidth: eps, width of the rectangle that gives thresholds their gradient; 0.001 in the paper.
         **kwargs: see `SAEL1`.
     """
 
@@ -69,7 +71,7 @@ class JumpReLUSAE(JumpReLU, SAEL1, tags=("interpretability",)):
         self.init_thresholds(latent_dim, threshold, bandwidth)
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """pi, in at least float32, (B, *input_shape) -> (B, N)."""
+        """Return pi in at least float32, (B, *input_shape) -> (B, N)."""
         return at_least_float32(self.encoder(self.read(x)))
 
     def latents(self, x: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """k-sparse autoencoder (Makhzani & Frey 2013), https://arxiv.org/abs/1312.5663
 
-The k largest units of a linear code reconstruct the sample, with the transpose of the encoder's weights:
+The sample is reconstructed from the k largest units of a linear code, with the transpose of the encoder's weights:
 
     z = W x + b     G = supp_k(z)     x_hat = W' z_G + c     L = -log p(x | x_hat)     (algorithm 1)
 
-L is in nats per sample. z_G is z with all but the k largest units set to 0. There is no other non-linearity. k may fall
-during training, from start_k to k over k_steps optimiser steps, so that no unit dies while k is small (section 2.3).
-Codes, reconstructions and scores use the alpha k largest units (section 2.2); the loss in evaluation uses the k
+L is in nats per sample. z_G is z with all but the k largest units set to 0. There is no other non-linearity. k may
+decrease during training, from start_k to k over k_steps optimiser steps, so that no unit dies while k is small (section
+2.3). Codes, reconstructions and scores use the alpha k largest units (section 2.2); the loss in evaluation uses the k
 largest. If k equals the size of the code, this is the linear autoencoder with tied weights.
 
 Shapes: B batch, X data dimensions, N units.
@@ -27,14 +27,14 @@ from aezoo.training.limits import check_at_least
 
 
 class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("representation",)):
-    """A linear code with exactly k units in use for each sample; decoder and encoder share their weights.
+    """A linear code with exactly k active units for each sample; encoder and decoder share their weights.
 
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of units.
-        k: units in use for a sample.
-        start_k: units in use at the first step, k if 0; about 100 if k is below 15.
-        k_steps: optimiser steps over which start_k falls linearly to k; 0 turns the schedule off.
+        k: active units per sample.
+        start_k: active units at the first step, k if 0; about 100 if k is below 15.
+        k_steps: optimiser steps over which the number decreases linearly from start_k to k; 0 disables the schedule.
         alpha: codes, reconstructions and scores use the alpha k largest units, rounded to the nearest whole number; the
             paper has 1 to 3, for codes that are classified.
         **kwargs: see `Autoencoder`.
@@ -71,12 +71,12 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
         self.enable_step_counter()
 
     def present_k(self) -> Tensor:
-        """The number of units in use at the current step of the schedule, ()."""
+        """Return the number of active units at the current step of the schedule, ()."""
         share = self.step_fraction(self.k_steps)
         return (self.start_k + (self.k - self.start_k) * share).round()
 
     def top(self, z_BN: Tensor, most: int, k: Tensor | int) -> Tensor:
-        """The k largest units of each row, k at most `most`, the rest zero: (B, N) -> (B, N)."""
+        """Keep the k largest units of each row, with k at most `most`, and set the others to 0, (B, N) -> (B, N)."""
         values_Bk, index_Bk = z_BN.topk(most, dim=1)
         kept_k = torch.arange(most, device=z_BN.device) < k
         return scatter_code(values_Bk * kept_k, index_Bk, z_BN.shape[1])

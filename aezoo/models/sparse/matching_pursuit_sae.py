@@ -1,13 +1,14 @@
 """Matching pursuit sparse autoencoder (Costa et al. 2025), https://arxiv.org/abs/2506.03093
 
-The dictionary is its own encoder. In each of k steps, the direction nearest to the residual is taken out of it (Mallat
-& Zhang 1993), so that a latent only sees what earlier ones have not explained:
+The dictionary is also the encoder. In each of k steps, the projection on the direction with the largest inner product
+with the residual is subtracted from the residual (Mallat & Zhang 1993), so that each latent only encodes what earlier
+ones have not explained:
 
     r_0 = x - b     i_t = argmax_i d_i r_{t-1}     c_t = relu(d_{i_t} r_{t-1})     r_t = r_{t-1} - c_t d_{i_t}
     f = sum_t c_t e_{i_t}     x_hat = W f + b     ||d_i|| = 1     L = -log p(x | x_hat)
 
-L is in nats per sample. ||r_t|| never grows, and without the likelihood's mean, x_hat = x - r_k. Gradients pass through
-all c_t but not through the choice i_t. With orthogonal directions, this is TopK.
+L is in nats per sample. ||r_t|| never increases, and without the likelihood's mean, x_hat = x - r_k. Gradients pass
+through all c_t but not through the choice i_t. With orthogonal directions, this is TopK.
 
 Shapes: B batch, X data dimensions, N latents, k steps.
 """
@@ -33,9 +34,9 @@ class MatchingPursuitSAE(
     Args:
         input_shape: shape of one sample; any, it is flattened.
         latent_dim: N, number of latents in the dictionary.
-        k: steps of the pursuit; a latent may be chosen again.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias at the geometric median of the first batch of training.
+        k: steps of the pursuit; a latent may be chosen more than once.
+        dead_after: a latent is dead if it has not been active for this many samples.
+        data_init: initialise the bias to the geometric median of the first batch of training.
         **kwargs: see `Autoencoder`.
     """
 
@@ -63,16 +64,16 @@ class MatchingPursuitSAE(
 
     @torch.no_grad()
     def choose(self, r_BX: Tensor) -> Tensor:
-        """i_1 ... i_k, (B, X) -> (B, k)."""
+        """Return i_1 ... i_k, (B, X) -> (B, k)."""
         W_NX, r_BX, chosen = at_least_float32(self.decoder.W_NX), at_least_float32(r_BX), []
-        with torch.autocast(r_BX.device.type, enabled=False):  # rounding could change a close choice
+        with torch.autocast(r_BX.device.type, enabled=False):  # rounding could change the choice between similar values
             for _ in range(self.k):
                 chosen.append(F.linear(r_BX, W_NX).argmax(1))
                 _, r_BX = self.subtract_projection(r_BX, W_NX[chosen[-1]])
         return torch.stack(chosen, 1)
 
     def subtract_projection(self, r_BX: Tensor, d_BX: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficient of a direction and the residual after it, (B, X), (B, X) -> (B, 1), (B, X)."""
+        """Return the coefficient of a direction and the remaining residual, (B, X), (B, X) -> (B, 1), (B, X)."""
         r_BX, d_BX = at_least_float32(r_BX), at_least_float32(d_BX)
         c_B1 = (d_BX * r_BX).sum(1, keepdim=True).relu()
         return c_B1, r_BX - c_B1 * d_BX
@@ -80,8 +81,8 @@ class MatchingPursuitSAE(
     def encode(self, x: Tensor) -> Tensor:
         r_BX = self.encoder(x) - self.decoder.b_X
         index_Bk = self.choose(r_BX)
-        # gathered at once, not at each step, for a single gradient of the dictionary's size; unbind, because slices at
-        # each step would each have a gradient of the size of all
+        # one gather for all steps, so that there is only one gradient of the size of the dictionary; unbind, because
+        # a slice at each step would have a gradient of the size of the whole tensor
         d_BkX, values = F.embedding(index_Bk, self.decoder.W_NX), []
         for d_BX in d_BkX.unbind(1):
             c_B1, r_BX = self.subtract_projection(r_BX, d_BX)

@@ -1,13 +1,13 @@
 """Matryoshka sparse autoencoder (Bussmann et al. 2025), https://arxiv.org/abs/2503.17547
 
-Nested dictionaries: the first n_m latents alone must also reconstruct the data, for each prefix n_1 < ... < n_M = N, so
-that early latents hold general features and later ones special features:
+Nested dictionaries: for each prefix n_1 < ... < n_M = N, the first n_m latents must also reconstruct the data without
+the others, so that early latents represent general features and later ones represent specific features:
 
     f = relu(batchtopk_kn(W_enc (x - b_pre) + b_enc))     x_hat_m = sum_{i <= n_m} f_i d_i + b_pre     ||d_i|| = 1
     L = 1/(M+1) sum_{m=0..M} -log p(x | x_hat_m) + alpha s ||e - e_hat||^2     n_0 = 0     x_hat_0 = b_pre
 
-e is of the whole dictionary, AuxK as in TopK. L is in nats per sample. One top-k over the whole dictionary serves all
-prefixes.
+e is the residual of the whole dictionary; AuxK is as in TopK. L is in nats per sample. One top-k over the whole
+dictionary is used for all prefixes.
 
 The mean and the empty prefix are those of the authors' code (https://github.com/bartbussmann/matryoshka_sae); the paper
 sums the errors of M prefixes. On digits of 8x8 (256 latents, k = 4, dead_after = 2000, 1,400 steps, means of 3 seeds;
@@ -48,7 +48,7 @@ class MatryoshkaSAE(BatchTopKSAE, tags=("interpretability",)):
         super().__init__(input_shape, **kwargs)
         if not all(a < b for a, b in pairwise((0, *fractions, 1))):
             raise AezooError(f"fractions must rise between 0 and 1, got {tuple(fractions)}")
-        # small dictionaries have fewer prefixes
+        # small dictionaries have fewer distinct prefixes
         self.prefixes = sorted({max(1, round(share * self.latent_dim)) for share in fractions} | {self.latent_dim})
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """OMP sparse autoencoder, orthogonal matching pursuit (Pati et al. 1993), https://doi.org/10.1109/ACSSC.1993.342465
 
-The dictionary is its own encoder, as in matching_pursuit_sae. Here all coefficients are refitted by least squares after
-each choice, so that the residual is orthogonal to the chosen directions and none is chosen twice:
+The dictionary is also the encoder, as in matching_pursuit_sae. Here all coefficients are refitted by least squares
+after each choice, so that the residual is orthogonal to the chosen directions and none is chosen twice:
 
     r_0 = x - b     i_t = argmax_i |d_i r_{t-1}|     r_t = x - b - sum_{s <= t} c_s d_{i_s}
     c_1 ... c_t = argmin ||r_t||^2     f = sum_t c_t e_{i_t}, of c after k steps
@@ -9,7 +9,7 @@ each choice, so that the residual is orthogonal to the chosen directions and non
 
 L is in nats per sample. Codes have both signs. The chosen directions become an orthonormal basis one after the other,
 d_{i_t} = sum_{s <= t} R_st q_s, and c solves R c = q (x - b). Gradients pass through all c_t but not through the
-choice. For the squared error, they are those of the decoder alone: the error's derivative by c is 0 there.
+choice. For the squared error, they pass only through the decoder: the derivative with respect to c is 0 there.
 
 Shapes: B batch, X data dimensions, N latents, k steps.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from aezoo.autoencoder import at_least_float32
 from aezoo.models.sparse.matching_pursuit_sae import MatchingPursuitSAE
 
-# sine of a direction's angle to the earlier ones; below this, the direction is a mixture of them but for rounding
+# sine of a direction's angle to the earlier ones; below this, it is a linear combination of them up to rounding
 _MIN_RESIDUAL = 1e-3
 
 
@@ -37,7 +37,7 @@ class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
 
     @torch.no_grad()
     def pursue(self, r_BX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """i_1 ... i_k, R and q (x - b), from x - b: (B, X) -> (B, k), (B, k, k), (B, k)."""
+        """Return i_1 ... i_k, R and q (x - b), given x - b, (B, X) -> (B, k), (B, k, k), (B, k)."""
         W_NX = at_least_float32(self.decoder.W_NX)
         chosen: list[Tensor] = []
         basis: list[Tensor] = []
@@ -52,11 +52,11 @@ class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
 
     @staticmethod
     def orthogonal_part(d_BX: Tensor, basis: list[Tensor]) -> Tensor:
-        """What a direction adds to an orthonormal basis, with norm 1, (B, X) -> (B, X); noise if it adds nothing."""
+        """Return a direction's part orthogonal to a basis, normalised, (B, X) -> (B, X); noise if this part is 0."""
         q_BX = d_BX
         if basis:
             q_BsX = torch.stack(basis, 1)
-            for _ in range(2):  # once leaves rounding errors (Giraud et al. 2005, "twice is enough")
+            for _ in range(2):  # one pass leaves rounding errors (Giraud et al. 2005, "twice is enough")
                 q_BX = q_BX - ((q_BX[:, None] @ q_BsX.mT) @ q_BsX)[:, 0]
         return F.normalize(q_BX, dim=1)
 
@@ -77,7 +77,7 @@ class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
 
     @staticmethod
     def solve(R_Bkk: Tensor, y_Bk: Tensor) -> Tensor:
-        """Solve R c = y by back substitution, with R upper triangular; c is 0 where a direction adds nothing."""
+        """Solve R c = y by back substitution, with R upper triangular; c is 0 for linearly dependent directions."""
         c: list[Tensor] = []
         for t in reversed(range(y_Bk.shape[1])):
             pivot_B = R_Bkk[:, t, t]

@@ -1,7 +1,7 @@
 """Relaxed archetypal sparse autoencoder (Fel et al. 2025), https://arxiv.org/abs/2502.12892
 
-Directions are mixtures of data points, with a small deviation, so that a dictionary stays near the data and two fits
-find much the same directions, as in archetypal analysis (Cutler & Breiman 1994):
+Directions are convex combinations of data points plus a small deviation, so that a dictionary stays near the data and
+two fits give similar directions, as in archetypal analysis (Cutler & Breiman 1994):
 
     D = W A + Lambda     W >= 0     sum_j W_ij = 1     ||Lambda_i|| <= delta
     f = relu(topk_k(W_enc x + b_enc))     x_hat = sum_i f_i d_i
@@ -37,7 +37,7 @@ class Archetypes(Dictionary):
         latent_dim: N, number of directions.
         input_shape: shape of one sample, that of the output.
         n_points: P, number of points.
-        delta: how far from the hull a direction may be.
+        delta: maximum distance of a direction from the convex hull.
     """
 
     points_PX: Tensor
@@ -68,18 +68,18 @@ class Archetypes(Dictionary):
         return sum_BX.unflatten(1, self.input_shape)
 
     def remove_parallel_gradient(self) -> None:
-        """Leave the gradient as it is."""
+        """Leave the gradient unchanged."""
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Move W and Lambda into their bounds."""
+        """Project W and Lambda onto their constraints."""
         self.shares_NP.copy_(project_to_simplex(self.shares_NP))
         norm_N1 = at_least_float32(self.lambda_NX).norm(dim=1, keepdim=True)
         self.lambda_NX.mul_((self.delta / norm_N1.clamp(min=1e-12)).clamp(max=1))
 
 
 class RASAE(TopKSAE, tags=("interpretability",)):
-    """At most k active latents per sample, with directions that are mixtures of data points.
+    """At most k active latents per sample, with directions near convex combinations of data points.
 
     Args:
         n_points: P, points of the first batch that directions mix; fewer if the batch has fewer samples.

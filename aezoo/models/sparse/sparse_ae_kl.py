@@ -1,6 +1,6 @@
 """Sparse autoencoder with a target activation (Ng 2011, CS294A notes), https://web.stanford.edu/class/cs294a/sparseAutoencoder.pdf
 
-Each unit of a sigmoid code should be active for a share rho of the time:
+Each unit of a sigmoid code should be active for a fraction rho of the samples:
 
     L = -log p(x | g(h)) + beta sum_j KL(rho || rhohat_j) + l2 sum ||W||^2
     KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))     rhohat_j = mean over the batch of h_j
@@ -28,10 +28,10 @@ from aezoo.training.limits import check_at_least
 
 
 class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, tags=("representation",)):
-    """Every unit of a sigmoid code is rarely, but equally often, active.
+    """All units of a sigmoid code are active equally often, and rarely.
 
     Args:
-        rho: target share of activation of each unit, between 0 and 1.
+        rho: target mean activation of each unit, between 0 and 1.
         beta: weight of the divergence from rho, twice that of the notes.
         l2: weight of the sum of squared weights, the notes' lambda, independent of the optimiser's weight_decay; 0
             turns it off.
@@ -73,7 +73,7 @@ class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
         return (on_D + off_D).sum()
 
     def squared_weights(self) -> Tensor:
-        """The sum of squares of all weights, without biases and the gains of normalisations."""
+        """Return the sum of squares of all weights, without biases and the gains of normalisations."""
         matrices = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim > 1]
         return torch.stack([at_least_float32(p).square().sum() for p in matrices]).sum()
 

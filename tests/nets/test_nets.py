@@ -92,7 +92,7 @@ def test_gated_layer_is_linear_times_sigmoid() -> None:
     hidden = (x @ w.T + b) * torch.sigmoid(x @ v.T + c)
     torch.testing.assert_close(encoder(x), hidden @ last.weight.T + last.bias)
     for net in ("conv", "resnet"):
-        with pytest.raises(AezooError, match="net='mlp' alone"):
+        with pytest.raises(AezooError, match="only available with net='mlp'"):
             nets.encoder(net, (1, 8, 8), (2,), (3,), "gated")
 
 

@@ -108,7 +108,7 @@ def test_missing_network_is_refused_in_one_line(name: str, features: str, messag
 @pytest.mark.parametrize("name", others_slow(NAMES, ("padim",)))
 def test_vectors_and_volumes_are_refused(name: str) -> None:
     for shape in ((9,), (2, 16), (1, 4, 5, 6)):
-        with pytest.raises(aezoo.AezooError, match="those of images"):
+        with pytest.raises(aezoo.AezooError, match="need images"):
             aezoo.create_model(name, shape)
 
 

@@ -294,7 +294,7 @@ def test_lossless_coding_rate_matches_bound(digits: Tensor, tmp_path: Path) -> N
         ((3, 128), {}, "images"),
         ((1, 12, 12, 12), {}, "images"),
         ((1, 8, 8), {"enc_blocks": ()}, "enc_blocks"),
-        ((1, 8, 8), {"enc_blocks": (1, 1)}, "the same for both"),
+        ((1, 8, 8), {"enc_blocks": (1, 1)}, "the same number for both"),
         ((1, 8, 8), {"dec_blocks": (1, 0, 1)}, "at least 1"),
         ((1, 8, 8), {"width": 0}, "width"),
         ((1, 8, 8), {"latent_channels": 0}, "latent_channels"),

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -560,9 +560,7 @@ def render(figure: "Figure") -> Pixels:
 
 def png_bytes(figure: "Figure") -> bytes:
     """The figure as a PNG file."""
-    content = io.BytesIO()
-    save_png(content, render(figure))
-    return content.getvalue()
+    return encode_png(render(figure))
 
 
 def displayable(figure: "Figure") -> "Figure":
@@ -578,15 +576,15 @@ def write_png(path: Path, pixels: Pixels) -> bytes:
     Raises:
         AezooError: it could not be written; an existing file is unchanged.
     """
-    content = io.BytesIO()
-    save_png(content, pixels)
-    png = content.getvalue()
+    png = encode_png(pixels)
     atomic_files.write(path, lambda file: file.write(png), cure="make room, or make the folder writable")
     return png
 
 
-def save_png(file: IO[bytes], pixels: Pixels) -> None:
-    """Write a PNG into an open file."""
+def encode_png(pixels: Pixels) -> bytes:
+    """The contents of a PNG file of pixels, (H, W, 3)."""
     from PIL import Image
 
-    Image.fromarray(pixels).save(file, format="PNG")
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()

@@ -240,11 +240,11 @@ class Store:
 
     def picture(self, name: str, draw: "Callable[[], Figure]") -> None:
         """Write the figure that is drawn as `folder/name.png`."""
-        from aezoo.callbacks.plotting import render, save_png
+        from aezoo.callbacks.plotting import png_bytes
 
         if self.folder is not None and not self._passes.rank:
-            pixels = render(draw())
-            self.write(f"{name}.png", lambda file: save_png(file, pixels))
+            png = png_bytes(draw())
+            self.write(f"{name}.png", lambda file: file.write(png))
 
     def _temporary(self, path: Path) -> Path:
         return path.with_name(f".tmp-{self._token}-{path.name}.part")

@@ -53,12 +53,9 @@ def fit_forest(x_ND: Tensor, seed: int) -> dict[str, Tensor]:
         above = rounded > tree.threshold[splits]
         values[t, splits] = np.where(above, np.nextafter(rounded, np.float32(-np.inf)), rounded)
         children[t, splits] = np.stack([tree.children_left[splits], tree.children_right[splits]], 1)
-        depth = np.zeros(tree.node_count)
-        for node in splits:  # parents come before their children
-            depth[children[t, node]] = depth[node] + 1
         counts[t, : tree.node_count] = tree.n_node_samples
         further = [_expected_splits(int(n)) for n in tree.n_node_samples]
-        lengths[t, : tree.node_count] = (depth + further) / norm
+        lengths[t, : tree.node_count] = (tree.compute_node_depths() - 1 + further) / norm
     return {
         "split_column": torch.from_numpy(columns),
         "split_value": torch.from_numpy(values),

@@ -27,10 +27,6 @@ class EpochMetrics(EpochEnd):
             self.on_epoch_logged(trainer, -1)
 
     def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
-        self._write(trainer, epoch)
-        self._validated = False
-
-    def _write(self, trainer: pl.Trainer, epoch: int) -> None:
         if self._writes:
             line: dict[str, Any] = {"epoch": epoch, "step": trainer.global_step}
             # metrics of an earlier validation stay among those that are logged
@@ -39,3 +35,4 @@ class EpochMetrics(EpochEnd):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        self._validated = False

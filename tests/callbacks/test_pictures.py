@@ -81,7 +81,8 @@ def test_pictures_go_to_tensorboard_at_the_asked_epochs(fit, events, tmp_path):
         assert [image.step for image in images] == [6, 12, 15]
         file = tmp_path / "run" / "0" / "pictures" / f"{tag}.png"
         assert images[-1].encoded_image_string == file.read_bytes()
-        assert Image.open(file).size == (images[-1].width, images[-1].height)
+        with Image.open(file) as picture:
+            assert picture.size == (images[-1].width, images[-1].height)
 
 
 class Clock:

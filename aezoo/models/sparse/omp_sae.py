@@ -1,7 +1,7 @@
 """OMP sparse autoencoder, orthogonal matching pursuit (Pati et al. 1993), https://doi.org/10.1109/ACSSC.1993.342465
 
-The dictionary is also the encoder, as in matching_pursuit_sae. Here all coefficients are refitted by least squares
-after each choice, so that the residual is orthogonal to the chosen directions and none is chosen twice:
+The dictionary is also the encoder, as in matching_pursuit_sae. Here, all coefficients are recomputed by least squares
+after each choice, so that the residual is orthogonal to the chosen directions and no direction is chosen twice:
 
     r_0 = x - b     i_t = argmax_i |d_i r_{t-1}|     r_t = x - b - sum_{s <= t} c_s d_{i_s}
     c_1 ... c_t = argmin ||r_t||^2     f = sum_t c_t e_{i_t}, of c after k steps

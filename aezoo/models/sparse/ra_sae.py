@@ -8,11 +8,12 @@ two fits give similar directions, as in archetypal analysis (Cutler & Breiman 19
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
 
 L is in nats per sample. delta = 0 is A-SAE, whose directions lie in the convex hull of the points A. These are samples
-of the first batch of all ranks (the authors use means of clusters) and stay fixed. Directions start at the points;
-those beyond the number of points start midway between two. As in the authors' code, directions have any norm and there
-is no bias; its factor of D is left out, since the codes absorb it. After each step, rows of W move to the nearest ones
-that are >= 0 and sum to 1 (the authors divide relu(W) by its sum), and rows of Lambda into their balls. The encoder
-starts in its own directions, with x_hat as long as x; in those of the points, similar latents would fire together.
+of the first batch of all ranks (the authors use means of clusters) and are not trained. Directions are initialised to
+the points; if there are more directions than points, the others are initialised to midpoints between two points. As in
+the authors' code, directions may have any norm and there is no bias; the code's factor of D is omitted, since the codes
+absorb it. After each step, the rows of W are projected onto the simplex (the authors divide relu(W) by its sum), and
+the rows of Lambda onto balls of radius delta. The encoder is initialised to its own directions, scaled so that x_hat
+has the norm of x; if it were initialised to those of the points, similar latents would be active together.
 
 Shapes: B batch, X data dimensions, N latents, P points.
 """
@@ -49,11 +50,11 @@ class Archetypes(Dictionary):
         del self.W_NX, self.b_X
         self.register_buffer("points_PX", torch.empty(n_points, self.lambda_NX.shape[1]))
         self.shares_NP = nn.Parameter(torch.empty(latent_dim, n_points))
-        self.init_from_data(normalize(torch.randn_like(self.points_PX)))  # placeholders until there are data
+        self.init_from_data(normalize(torch.randn_like(self.points_PX)))  # placeholders until init_from_data is called
 
     @torch.no_grad()
     def init_from_data(self, x_BX: Tensor) -> None:
-        """Take samples as points; start directions at the first ones, and the rest midway between two of them."""
+        """Set the points to samples, and the directions to points and to midpoints between two points."""
         n = min(len(self.points_PX), len(x_BX))
         self.points_PX.copy_(x_BX[torch.arange(len(self.points_PX), device=x_BX.device) % n])
         i_N = torch.arange(len(self.shares_NP), device=x_BX.device)
@@ -82,8 +83,8 @@ class RASAE(TopKSAE, tags=("interpretability",)):
     """At most k active latents per sample, with directions near convex combinations of data points.
 
     Args:
-        n_points: P, points of the first batch that directions mix; fewer if the batch has fewer samples.
-        delta: largest norm of a direction's deviation from its mixture.
+        n_points: P, number of samples of the first batch that serve as points; fewer if the batch is smaller.
+        delta: maximum norm of a direction's deviation from its convex combination.
         **kwargs: see `TopKSAE`.
     """
 

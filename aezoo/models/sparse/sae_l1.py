@@ -3,19 +3,20 @@
     f = relu(W_enc (x - b) + b_enc)     x_hat = sum_i f_i d_i + b     ||d_i|| = 1
     L = -log p(x | x_hat) + lam sum_i f_i
 
-L is in nats per sample. In the form of April 2024 (https://transformer-circuits.pub/2024/april-update), directions have
-any norm. The norm counts in the penalty instead of a constraint, and b is not subtracted from x:
+L is in nats per sample. In the form of April 2024 (https://transformer-circuits.pub/2024/april-update), the norm of
+each direction is part of the penalty instead of being constrained to 1, and b is not subtracted from x:
 
     f = relu(W_enc x + b_enc)     L = -log p(x | x_hat) + lam sum_i f_i ||d_i||
 
-Thus c d_i with f_i / c is the same model. lam rises from 0 over the first l1_steps optimiser steps; evaluation uses all
-of it. lam = 0 is the dense autoencoder with a ReLU code.
+Scaling d_i by c and f_i by 1 / c thus changes neither the output nor the penalty. lam increases linearly from 0 over
+the first l1_steps optimiser steps in training; evaluation uses the final lam. lam = 0 is the dense autoencoder with a
+ReLU code.
 
-With input_norm, x is each sample normalised (Gao et al. 2024), in the loss as well.
+With input_norm, each sample is normalised (Gao et al. 2024), and the loss is that of the normalised sample.
 
-Dead latents may restart after every resample_steps-th step, each from a sample of the next batch of all ranks, drawn
-with probability proportional to the square of its squared error. The authors draw from far more samples, at four steps
-of a long run. Shapes: B batch, X data dimensions, N latents.
+With resample_steps, dead latents are reinitialised every resample_steps optimiser steps. Each is set to a sample from
+the next batch (of all ranks), drawn with probability proportional to the fourth power of its error norm. The authors
+draw from many more samples, at four steps of a long run. Shapes: B batch, X data dimensions, N latents.
 """
 
 import math
@@ -32,14 +33,14 @@ from aezoo.training.limits import check_at_least
 
 
 class DictionaryArgs(TrainingArgs, total=False):
-    """Arguments of `SAEL1` that all variants take."""
+    """Arguments of `SAEL1` that all variants accept."""
 
     dead_after: int
     data_init: bool
 
 
 class SAEL1Args(DictionaryArgs, total=False):
-    """Arguments of `SAEL1`, without its form and resampling."""
+    """Arguments of `SAEL1` except those of `FormArgs` and resample_steps."""
 
     latent_dim: int
     l1: float
@@ -47,7 +48,7 @@ class SAEL1Args(DictionaryArgs, total=False):
 
 
 class FormArgs(TypedDict, total=False):
-    """Arguments of `SAEL1` for weights that others have trained."""
+    """Arguments of `SAEL1` for loading weights from other libraries."""
 
     form: str
     input_norm: str
@@ -56,18 +57,18 @@ class FormArgs(TypedDict, total=False):
 class SAEL1(
     InputNorm, UnitNorm, Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, tags=("interpretability",)
 ):
-    """Few latents of a wide dictionary are active for each sample, because their sum is penalised.
+    """Few latents of a wide dictionary are active for each sample, due to an L1 penalty.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
+        input_shape: shape of one sample; any shape is valid, samples are flattened.
         latent_dim: N, number of latents in the dictionary.
         form: unit_norm (2023) or april (April 2024).
         input_norm: none, layer_norm or rms_norm: normalise each sample, see `aezoo.nets.blocks.dictionary.InputNorm`.
         l1: lam, weight of the sum of activations.
-        l1_steps: optimiser steps over which lam rises from 0; 0 uses all of it from the start.
-        resample_steps: optimiser steps between restarts of dead latents; 0 leaves them dead.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        data_init: start the bias at the geometric median of the first batch of training.
+        l1_steps: optimiser steps over which lam increases from 0; with 0, lam is constant.
+        resample_steps: optimiser steps between reinitialisations of dead latents; 0 disables them.
+        dead_after: a latent is dead if it has not been active for this many samples.
+        data_init: initialise the bias to the geometric median of the first training batch.
         **kwargs: see `Autoencoder`.
     """
 
@@ -111,27 +112,27 @@ class SAEL1(
         super().init_from_data(self.predicted(self.normalised(x)))
 
     def warm_up_weight(self, weight: float) -> Tensor | float:
-        """The weight of a penalty at the current step."""
+        """Return the weight of a penalty at the current step."""
         return weight * self.step_fraction(self.l1_steps) if self.training and self.l1_steps else weight
 
     def read(self, x: Tensor) -> Tensor:
-        """The encoder's input, (B, *input_shape) -> (B, X)."""
+        """Return the encoder's input, (B, *input_shape) -> (B, X)."""
         return x.flatten(1) - self.decoder.b_X if self.unit_norm else x.flatten(1)
 
     def predicted(self, x: Tensor) -> Tensor:
-        """The decoder's target, (B, *input_shape) -> (B, *shape)."""
+        """Return the decoder's target, (B, *input_shape) -> (B, *shape)."""
         return x
 
     def latents(self, x: Tensor) -> Tensor:
         return self.encoder(self.read(x)).relu()
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents f and the decoder's output, of samples that are normalised."""
+        """Return the latents f and the decoder's output for normalised samples."""
         f_BN = self.latents(x)
         return f_BN, self.decoder(f_BN)
 
     def costs(self) -> Tensor | float:
-        """The cost of one unit of each latent: 1, or the norm of its direction, (N,)."""
+        """Return each latent's factor in the penalty: 1, or the norm of its direction, (N,)."""
         return 1.0 if self.unit_norm else at_least_float32(self.decoder.W_NX).norm(dim=1)
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
@@ -152,16 +153,16 @@ class SAEL1(
 
     @torch.no_grad()
     def resample(self, x: Tensor, optimizer: Any, seed: int) -> None:
-        """Restart dead latents from samples that are reconstructed badly."""
+        """Reinitialise dead latents with samples that have a large reconstruction error."""
         dead_N, x = self.dead_N, self.all_gather_batch(x.to(self.encoder.weight.dtype))
         if not dead_N.any():
             return
         x = self.normalised(x)
         y = self.predicted(x)
         sse_B = at_least_float32(y - self.likelihood.mean(self.reconstruct(x)[1])).flatten(1).square().sum(1)
-        sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # no latent restarts from a sample that is not finite
+        sse_B = torch.where(sse_B.isfinite(), sse_B, 0)  # samples that are not finite are never drawn
         share_B = (sse_B / sse_B.max()).nan_to_num(1).square().cpu()
-        generator = torch.Generator().manual_seed(seed)  # a separate one, since all ranks must draw the same rows
+        generator = torch.Generator().manual_seed(seed)  # all ranks must draw the same rows
         rows = torch.multinomial(share_B, int(dead_N.sum()), True, generator=generator).to(x.device)
         resample_dead(self.encoder, self.decoder, dead_N, self.read(x)[rows], y.flatten(1)[rows], optimizer)
         self.since_fired_N[dead_N] = 0

@@ -4,10 +4,10 @@
 
 L is in nats per sample, with the penalty summed over the code. lam = 0 is the dense autoencoder with a ReLU code.
 
-This is the textbook model (Goodfellow et al. 2016, "Deep Learning", section 14.2.1), and it has no optimum. With a free
-decoder, a code of h / c and first decoder weights of c V give the same reconstruction at a lower cost, for any c > 1,
-so longer training weakens the penalty. `sae_l1` keeps the decoder's directions at unit norm, or includes their norms in
-the penalty; here `weight_decay` limits the weights.
+This textbook model (Goodfellow et al. 2016, "Deep Learning", section 14.2.1) has no optimum. If the decoder is not
+constrained, a code of h / c and first decoder weights of c V give the same reconstruction with a smaller penalty, for
+any c > 1, so the penalty becomes weaker during training. `sae_l1` keeps the decoder's directions at unit norm, or
+includes their norms in the penalty; here `weight_decay` limits the weights.
 """
 
 from typing import Unpack
@@ -24,9 +24,10 @@ class SparseAEL1(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
     """Few units of a wide ReLU code are active for each sample.
 
     Args:
-        l1: lam, weight of the sum of activations; its effect fades as the decoder grows, see `weight_decay`.
+        l1: lam, weight of the sum of activations; its effect decreases as the decoder's weights grow; see
+            `weight_decay`.
         latent_dim: size of the code.
-        weight_init: default, or glorot for Keras' initial weights, with which fewer units of a ReLU code are dead.
+        weight_init: default, or glorot (the default of Keras), with which fewer units of a ReLU code are dead.
         **kwargs: see `NetworkAutoencoder`.
     """
 

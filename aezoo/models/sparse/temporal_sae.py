@@ -1,24 +1,25 @@
 """Temporal sparse autoencoder, temporal feature analysis (Lubana et al. 2025), https://arxiv.org/abs/2511.01836
 
-What earlier positions of a sequence predict about the present one is subtracted before sparse coding, so that the
-sparse code holds what is new. At each position, with r = x - b_pre and v = relu(W_enc r + b_enc):
+The part of the present position that earlier positions of the sequence predict is subtracted before sparse coding, so
+that the sparse code represents only the new information. With r = x - b_pre and v = relu(W_enc r + b_enc):
 
     p = relu(attention of v to the v of earlier positions)     c = <W_dec p, r> / (||W_dec p|| + 1e-6)^2
     pi = W_enc (r - c W_dec p) + b_enc     f = relu(topk_k(pi))     x_hat = W_dec (f + c p) + b_pre     ||d_i|| = 1
     L = sum over positions of -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
 
-L is in nats per sample. The past chooses the direction W_dec p, the present position its amount c, which may be
-negative. The first position attends only to a code of zeros, to which all others may attend as well. While the output's
-bias is 0, as at the start, nothing is predicted there, and a sequence of one position is topk_sae throughout. k = N
-leaves only the ReLU.
+L is in nats per sample. The values of earlier positions determine the direction W_dec p; its coefficient c is the
+projection of the present position and may be negative. A code of zeros is prepended to the sequence: the first position
+attends only to it, all others may attend to it too. As long as the bias of the attention's output is 0, as at
+initialisation, the prediction for the first position is 0. With sequences of one position, this bias receives no
+gradient, so the model remains the same as topk_sae. k = N leaves only the ReLU.
 
-SAELens and the authors have W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK. They also have a
-bias of the keys, which the softmax cancels, and one of the values, which the output's bias absorbs.
+SAELens and the authors use W_enc = W_dec^T / (4 D), directions of any norm, no b_enc and no AuxK. They also have a bias
+of the keys, which has no effect on the softmax, and one of the values, which is equivalent to one of the output.
 
-(T, D) holds T positions as its rows, e.g. the activations of tokens. For (C, T, ...), positions run along the axis
-after the channels, e.g. the rows of an image. A vector is one position.
+(T, D) are T positions, e.g. the activations of tokens. For (C, T, ...), the positions are along the axis after the
+channels, e.g. the rows of an image. A vector is one position.
 
-Shapes: B batch, T positions, D dimensions of one, N latents, k active ones.
+Shapes: B batch, T positions, D dimensions per position, N latents, k active latents.
 """
 
 import math
@@ -104,17 +105,17 @@ class Context(nn.Module):
 
 
 class TemporalSAE(TopKSAE, sparse_code=False, tags=("interpretability",)):
-    """At most k latents are active for what is new at a position; attention predicts the rest from earlier positions.
+    """Encodes with at most k latents what attention to earlier positions does not predict.
 
-    The code, (2, T, N), holds first what is new, then what is predicted; the second part is not sparse.
+    The code, (2, T, N), is the sparse code f, followed by the predicted code c p, which is not sparse.
 
     Args:
-        input_shape: shape of one sample: (T, D) for T positions; any, see above.
+        input_shape: shape of one sample: (T, D) for T positions; any shape is valid, see above.
         k: active latents per position; fewer if fewer pre-activations are positive.
-        key_dim: width of the keys of all heads together.
-        heads: number of attention heads; key_dim and latent_dim are multiples of it.
-        k_aux: dead latents that model the residual; half of a position's dimensions if 0.
-        dead_after: a latent is dead when it has not fired for this many positions.
+        key_dim: total width of the keys of all heads.
+        heads: number of attention heads; key_dim and latent_dim must be multiples of it.
+        k_aux: maximum number of dead latents that reconstruct the residual; if 0, half of a position's dimensions.
+        dead_after: a latent is dead if it has not been active for this many positions.
         **kwargs: see `TopKSAE`.
     """
 
@@ -135,7 +136,7 @@ class TemporalSAE(TopKSAE, sparse_code=False, tags=("interpretability",)):
         return counts(self.input_shape)[1:]
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What is new before the k largest are taken, pi, and c p, (B, *input_shape) -> (B, T, N), (B, T, N)."""
+        """Return pi and c p, (B, *input_shape) -> (B, T, N), (B, T, N)."""
         r_BTD = positions(x) - self.decoder.b_X
         p_BTN = self.context(self.encoder(r_BTD).relu()).relu()
         d_BTD, exact_BTD = at_least_float32(F.linear(p_BTN, self.decoder.W_NX.t())), at_least_float32(r_BTD)
@@ -144,7 +145,7 @@ class TemporalSAE(TopKSAE, sparse_code=False, tags=("interpretability",)):
         return pi_BTN, (c_BT1 * p_BTN).to(pi_BTN.dtype)
 
     def both(self, pi_BTN: Tensor, predicted_BTN: Tensor) -> Tensor:
-        """The code, (B, T, N), (B, T, N) -> (B, 2, T, N)."""
+        """Return the code, (B, T, N), (B, T, N) -> (B, 2, T, N)."""
         _, t, n = self.code_shape
         new_BTN = scatter_code(*self.active(pi_BTN.flatten(0, 1), self.k), n).unflatten(0, (-1, t))
         return torch.stack([new_BTN, predicted_BTN], 1)

@@ -1,26 +1,27 @@
 """TopK sparse autoencoder (Gao et al. 2024), https://arxiv.org/abs/2406.04093
 
-The k largest pre-activations form the code; latents that have not fired for long are trained on the residual:
+The k largest pre-activations form the code; latents that have been inactive for long are trained on the residual:
 
     pi = W_enc (x - b_pre) + b_enc     f = relu(topk_k(pi))     x_hat = W_dec f + b_pre     ||d_i|| = 1
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     e = stop(x - x_hat)
     e_hat = W_dec relu(topk_k_aux(pi of the dead latents))
 
-s = min(dead / k_aux, 1), so AuxK (section A.2) vanishes when no latent is dead. L is in nats per sample: a squared
-error is a Gaussian's of variance 1/2. The authors' code divides the first error by Var(x), the second by Var(e);
-aux_scale variance gives their ratio, AuxK times Var(x) / Var(e). Multi-TopK adds 1/8 -log p(x | x_hat) with 4k for k.
-The gradient along directions is removed before each step and their norm restored after it (section A.1). With data_init
-b_pre starts at the geometric median of the first batch of all ranks, the encoder where x_hat is as far from it as x.
+s = min(dead / k_aux, 1), so AuxK (section A.2) is 0 if no latent is dead. L is in nats per sample: a squared error is
+the -log p of a Gaussian of variance 1/2. The authors' code divides the first error by Var(x) and the second by Var(e);
+with aux_scale variance, AuxK is multiplied by Var(x) / Var(e), which gives the same ratio. Multi-TopK adds
+1/8 -log p(x | x_hat), with 4k active latents. The gradient's component parallel to each direction is removed before
+each step, and the direction is normalised after it (section A.1). With data_init, b_pre is initialised to the geometric
+median of the first batch of all ranks, and the encoder is scaled so that x_hat is as far from b_pre as x.
 
-The factor s is from EleutherAI's sparsify, and 1 in the paper. The authors' code adds b_pre to e_hat and a frozen b_pre
-to e: the same value, but with a gradient of b_pre. Of 64 latents (digits of 8x8, k = 4, k_aux = 32, dead_after = 2000,
-1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`) 4.3 are dead at the end, 1.0 with s = 1, 4.7 with
-their gradient, at squared errors of 0.0176, 0.0171 and 0.0176 per pixel of held-out digits.
+The factor s is from EleutherAI's sparsify; it is 1 in the paper. The authors' code adds b_pre to e_hat and a detached
+b_pre to e: the value is the same, but b_pre receives a gradient. Of 64 latents (digits of 8x8, k = 4, k_aux = 32,
+dead_after = 2000, 1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`), 4.3 are dead at the end, 1.0 with
+s = 1, and 4.7 with their gradient, at squared errors of 0.0176, 0.0171 and 0.0176 per pixel of held-out digits.
 
-With input_norm, x is each sample normalised (section 2.1), in the loss as well. With unit_norm=False, directions have
-any norm, as in weights of SAELens; the k largest are those of pi all the same.
+With input_norm, each sample is normalised (section 2.1), and the loss is that of the normalised sample. With
+unit_norm=False, directions may have any norm, as in weights of SAELens; the k largest pi are selected regardless of it.
 
-Shapes: B batch, X data dimensions, N latents, k active ones.
+Shapes: B batch, X data dimensions, N latents, k active latents.
 """
 
 import math
@@ -37,7 +38,7 @@ from aezoo.training.tracing import is_tracing
 
 
 class SparsityArgs(TrainingArgs, total=False):
-    """Arguments of `TopKSAE` that all variants take."""
+    """Arguments of `TopKSAE` that all variants accept."""
 
     latent_dim: int
     k: int
@@ -48,13 +49,13 @@ class SparsityArgs(TrainingArgs, total=False):
 
 
 class TopKSAEArgs(SparsityArgs, total=False):
-    """Arguments of `TopKSAE` that variants with a bias take."""
+    """Arguments of `TopKSAE` that variants with a bias accept."""
 
     data_init: bool
 
 
 class TopKVariantArgs(TopKSAEArgs, total=False):
-    """Arguments of `TopKSAE`, without multi_weight and decode."""
+    """Arguments of `TopKSAE` except multi_weight and decode."""
 
     unit_norm: bool
     input_norm: str
@@ -66,18 +67,19 @@ class TopKSAE(
     """At most k active latents per sample, from a wide dictionary of unit-norm directions.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
+        input_shape: shape of one sample; any shape is valid, samples are flattened.
         latent_dim: N, number of latents in the dictionary.
         k: active latents per sample; fewer if fewer pre-activations are positive.
-        k_aux: dead latents that model the residual; half of the data dimensions if 0.
+        k_aux: maximum number of dead latents that reconstruct the residual; if 0, half of the data dimensions.
         aux_weight: alpha, weight of the auxiliary loss.
-        aux_scale: sse or variance, what the auxiliary loss is measured in.
-        dead_after: a latent is dead when it has not fired for this many samples.
-        multi_weight: weight of the loss with 4k active latents; 1/8 in the paper's Multi-TopK, 0 leaves it out.
-        data_init: start the bias and the encoder's scale from the first batch of training.
-        unit_norm: keep directions at norm 1 in training.
+        aux_scale: scale of the auxiliary loss: sse, the squared error, or variance, multiplied by Var(x) / Var(e).
+        dead_after: a latent is dead if it has not been active for this many samples.
+        multi_weight: weight of the loss with 4k active latents; 1/8 in the paper's Multi-TopK, 0 disables it.
+        data_init: initialise the bias and the encoder's scale from the first training batch.
+        unit_norm: normalise the directions after each training step.
         input_norm: none, layer_norm or rms_norm: normalise each sample, see `aezoo.nets.blocks.dictionary.InputNorm`.
-        decode: dense, gather or auto: multiply by the whole dictionary, read the active latents' rows, or the faster.
+        decode: dense, a product with the whole dictionary; gather, a sum of the active latents' directions; or auto,
+            the faster of the two.
         **kwargs: see `Autoencoder`.
     """
 
@@ -121,26 +123,26 @@ class TopKSAE(
         self.init_dictionary_training(latent_dim, dead_after, data_init)
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """pi, (B, *input_shape) -> (B, N)."""
+        """Return pi, (B, *input_shape) -> (B, N)."""
         pi: Tensor = self.encoder(x.flatten(1) - self.decoder.b_X)
         return pi
 
     def active(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The values of at most k active latents and their indices, (B, N) -> (B, k), (B, k)."""
+        """Return the values of at most k active latents and their indices, (B, N) -> (B, k), (B, k)."""
         return top_k(pi_BN, k)
 
     def latents(self, x: Tensor) -> Tensor:
         return scatter_code(*self.active(self.pre_activations(x), self.k), self.latent_dim)
 
     def reconstruct(self, pi_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Code and output for the k largest, (B, N) -> (B, N), (B, *input_shape)."""
+        """Return the code of the k largest and the decoder's output, (B, N) -> (B, N), (B, *input_shape)."""
         active = self.active(pi_BN, k)
         return scatter_code(*active, self.latent_dim), self.decoder.decode_sparse(*active)
 
     def aux(self, x: Tensor, x_hat: Tensor, pi_BN: Tensor) -> Tensor:
-        """AuxK in the chosen scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
+        """Return AuxK, scaled according to aux_scale, (B, *input_shape), (B, *input_shape), (B, N) -> (B,)."""
         if pi_BN.device.type == "cpu" and not (is_tracing() or self.dead_N.any()):
-            return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # the same value; other devices would have to wait
+            return at_least_float32(pi_BN.new_zeros(len(pi_BN)))  # same value; on a GPU, the check would synchronise
         e_BX = (x - self.likelihood.mean(x_hat)).detach().flatten(1)
         e_hat_BX = self.decoder.sum_of_directions(*self.active(pi_BN.masked_fill(~self.dead_N, 0), self.k_aux))
         aux_B = at_least_float32(e_BX - e_hat_BX).square().sum(1) * (self.dead_N.sum() / self.k_aux).clamp(max=1)
@@ -150,7 +152,7 @@ class TopKSAE(
         return aux_B * ratio.clamp(max=1e6)  # finite if the residual is 0
 
     def variance(self, v_BX: Tensor) -> Tensor:
-        """Variance over all ranks, summed over dimensions; kept above 0, also for one sample, (B, X) -> ()."""
+        """Return the variance over all ranks, summed over dimensions and clamped above 0, (B, X) -> ()."""
         off_BX = at_least_float32(v_BX) - self.batch_mean(v_BX)
         return self.batch_mean(off_BX.square()).sum().clamp(min=torch.finfo(off_BX.dtype).tiny)
 

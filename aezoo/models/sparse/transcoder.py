@@ -1,27 +1,27 @@
 """Transcoder (Dunefsky et al. 2024), https://arxiv.org/abs/2406.11944
 
-A sparse code of one place of a network predicts another, such as a layer's output from its input. The rows of a sample
-are the activations at several places; x are the rows that are read, y those that are predicted:
+A sparse code predicts the activations at one location of a network from those at another, such as a layer's output from
+its input. The rows of a sample are the activations at several locations; x are the input rows and y the rows to
+predict:
 
     f = relu(W_enc x + b_enc)     y_hat = sum_i f_i d_i + b     ||d_i|| = 1     L = -log p(y | y_hat) + lam sum_i f_i
 
-L is in nats per sample. With form april, the penalty is lam sum_i f_i ||d_i||, without the constraint. Targets are the
-rows of y; all others are read. Without targets, every row is read and predicted, which is sae_l1 with all that belongs
-to it.
+L is in nats per sample. With form april, the penalty is lam sum_i f_i ||d_i||, without the constraint. `targets` are
+the rows of y; all others are input rows. Without targets, all rows are both input and output, as in sae_l1.
 
-What selects active latents may also be TopK or JumpReLU, whose penalties are none (k alone decides) and lam ||f||_0 as
-in jumprelu_sae (Gemma Scope 2, transcoders). With skip, a linear map of x is added (Paulo et al. 2025,
-https://arxiv.org/abs/2501.18823), which starts at 0:
+The active latents may also be selected by TopK, without a penalty, or by JumpReLU, with the penalty lam ||f||_0 as in
+jumprelu_sae (Gemma Scope 2, transcoders). With skip, a linear map of x is added (Paulo et al. 2025,
+https://arxiv.org/abs/2501.18823), initialised to 0:
 
     y_hat = sum_i f_i d_i + W_skip x + b
 
-A code then holds f, followed by W_skip x, which f does not determine.
+The code is then f, followed by W_skip x, which is not a function of f.
 
-The code does not determine the rows that are only read. A reconstruction has their mean there, over all samples of
-training so far and all ranks. The loss and the score cover the targets alone; the mse and psnr of an evaluation cover
-whole reconstructions.
+The code does not determine the input rows. In a reconstruction, they are replaced by their mean over all training
+samples so far, on all ranks. The loss and the score cover only the targets; mse and psnr in evaluation cover the whole
+reconstruction.
 
-Shapes: B batch, R rows that are read, T that are predicted, X data dimensions of a row, N latents.
+Shapes: B batch, R input rows, T rows to predict, X data dimensions of a row, N latents.
 """
 
 import math
@@ -40,7 +40,7 @@ from aezoo.training.limits import check_above
 
 
 class SkipDictionary(Dictionary):
-    """f and W_skip x -> W f + W_skip x + b, (B, N + X) -> (B, *input_shape)."""
+    """Maps f and W_skip x to W f + W_skip x + b, (B, N + X) -> (B, *input_shape)."""
 
     def forward(self, f_BN: Tensor) -> Tensor:
         f_BN, skip_BX = f_BN[:, : self.latent_dim], f_BN[:, self.latent_dim :]
@@ -48,16 +48,16 @@ class SkipDictionary(Dictionary):
 
 
 class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
-    """Few latents, read from some rows of a sample, predict the others.
+    """Predicts some rows of a sample from the other rows, with few active latents.
 
     Args:
-        input_shape: shape of one sample: (S, D) for S places. Any shape is valid; if it has several dimensions, the
-            first one counts the rows.
-        targets: rows to predict, the first is 0; all others are read. If empty, all rows are read and predicted.
+        input_shape: shape of one sample: (S, D) for S locations. Any shape is valid; if it has several dimensions, the
+            first one is the number of rows.
+        targets: indices of the rows to predict, from 0; all others are input rows. If empty, all rows are both.
         form: unit_norm (2023) or april (April 2024).
-        activation: relu; topk:K, the K largest; or jumprelu, those above a learned threshold.
-        bandwidth: width of the rectangle that gives the thresholds of jumprelu their gradient.
-        skip: add a linear map of the rows that are read.
+        activation: relu; topk:K, the K largest pre-activations; or jumprelu, those above a learned threshold.
+        bandwidth: width of the rectangle that estimates the gradient of the thresholds of jumprelu.
+        skip: add a linear map of the input rows.
         **kwargs: see `SAEL1`.
     """
 
@@ -117,7 +117,7 @@ class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
         return rows(x, self.targets) if self.targets else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """pi, (B, *input_shape) -> (B, N)."""
+        """Return pi, (B, *input_shape) -> (B, N)."""
         pi: Tensor = self.encoder(self.read(x))
         return pi
 
@@ -125,13 +125,13 @@ class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
         return self.active(self.pre_activations(x))
 
     def active(self, pi_BN: Tensor) -> Tensor:
-        """f, (B, N) -> (B, N)."""
+        """Return f, (B, N) -> (B, N)."""
         if self.k:
             return scatter_code(*top_k(pi_BN, self.k), self.latent_dim)
         return self.jump(at_least_float32(pi_BN)).to(pi_BN.dtype) if self.activation == "jumprelu" else pi_BN.relu()
 
     def with_skip(self, f_BN: Tensor, x: Tensor) -> Tensor:
-        """The code, (B, N), (B, *input_shape) -> (B, *code_shape)."""
+        """Return the code, (B, N), (B, *input_shape) -> (B, *code_shape)."""
         return f_BN if self.skip is None else torch.cat([f_BN, self.skip(self.read(x))], 1)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -173,14 +173,14 @@ class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
 
     @torch.no_grad()
     def update_mean(self, x_BRX: Tensor) -> None:
-        """Add a batch of all ranks to the mean of the rows that are read."""
+        """Update the mean of the input rows with a batch of all ranks."""
         n = x_BRX.shape[0] * (dist.get_world_size() if self._across_ranks() else 1)
         self.seen.add_(n)
         self.mean_RX.add_((self.batch_mean(x_BRX) - self.mean_RX).to(self.mean_RX) * (n / self.seen))
 
 
 def _k_of(activation: str) -> int:
-    """The K of topk:K, 0 for another activation.
+    """Return the K of topk:K, or 0 for another activation.
 
     Raises:
         AezooError: there is no such activation.
@@ -194,5 +194,5 @@ def _k_of(activation: str) -> int:
 
 
 def rows(x: Tensor, which: tuple[int, ...]) -> Tensor:
-    """Some rows of each sample, without an index that would have to be copied to the device."""
+    """Select rows of each sample, without an index tensor that would have to be copied to the device."""
     return torch.stack([x[:, row] for row in which], 1)

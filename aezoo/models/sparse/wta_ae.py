@@ -1,19 +1,19 @@
 """Winner-take-all autoencoder (Makhzani & Frey 2015), https://arxiv.org/abs/1409.2752
 
-Each unit keeps only its winners over the batch, the samples that activate it most:
+Each unit is kept only for the samples of the batch that activate it most:
 
     h = relu(f(x))     h_ij is kept if it is among the ceil(p B) largest of h_1j, ..., h_Bj     (section 2)
     L = -log p(x | V h_kept + c)
 
-L is in nats per sample. Each unit is thus in use for a share p of the samples (lifetime sparsity), while a sample may
-have any number of units. The decoder is linear. With convolutions, each feature map first keeps only the largest value
-on its grid (spatial sparsity), and the winners over the batch are among these (section 3). The batch is that of all
-ranks.
+L is in nats per sample. Each unit is thus active for a fraction p of the samples (lifetime sparsity), while the number
+of active units per sample is not limited. The decoder is linear. With convolutions, only the largest value of each
+feature map is kept first (spatial sparsity), and the largest over the batch are selected among these (section 3). The
+batch is that of all ranks.
 
-As in the paper, which reconstructs nothing after training, codes are not made sparse. The decoder would sum such codes
-to far too much. Reconstructions and scores therefore keep only the largest value of each map, where it reaches theta_j,
-a running mean of the least value that has won for unit j. The loss in evaluation has the winners of the given batch.
-p = 1 without spatial sparsity is the autoencoder with a ReLU code.
+Codes are not made sparse, as in the paper, which does not reconstruct after training. Without sparsity, the decoder's
+sum over all units would be far too large. Reconstructions and scores therefore keep only the largest value of each map,
+if it is at least theta_j, a running mean of the smallest value kept for unit j. The loss in evaluation keeps the
+largest values of the given batch. p = 1 without spatial sparsity is the autoencoder with a ReLU code.
 
 Shapes: B batch on this rank, N samples on all ranks, D units or feature maps, G points of the grid.
 """
@@ -36,13 +36,13 @@ from aezoo.training.limits import check_at_least
 class WTAAE(
     Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True, compares_samples=True, tags=("representation",)
 ):
-    """Every unit is in use, each for its own few samples.
+    """Each unit is active for the same small fraction of the samples.
 
     Args:
-        input_shape: shape of one sample; any, and (C, L), (C, H, W) or (C, D, H, W) if spatial.
-        lifetime: p, share of the samples for which each unit is kept; the paper has 0.05 for images of digits.
-        spatial: use convolutions of stride 1 whose feature maps keep one value each, instead of dense layers.
-        latent_dim: D, size of the code, or number of its feature maps, which are as large as the sample.
+        input_shape: shape of one sample; any without spatial, else (C, L), (C, H, W) or (C, D, H, W).
+        lifetime: p, fraction of the samples for which each unit is kept; 0.05 in the paper for images of digits.
+        spatial: use convolutions of stride 1 and keep one value of each feature map, instead of dense layers.
+        latent_dim: D, size of the code, or number of its feature maps, each of the same size as the sample.
         hidden_dims: widths or channels of the encoder's layers before the code.
         **kwargs: see `Autoencoder`.
     """
@@ -81,13 +81,13 @@ class WTAAE(
             layers += [conv(channels, width, 5, padding=2), nn.ReLU()]
             channels = width
         self.encoder = nn.Sequential(*layers, conv(channels, latent_dim, 5, padding=2))
-        self.decoder = conv(latent_dim, self.input_shape[0], 11, padding=5)  # large: it alone draws the strokes
+        self.decoder = conv(latent_dim, self.input_shape[0], 11, padding=5)  # large: the decoder's only layer
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x).relu()
 
     def winners(self, h_BD: Tensor) -> Tensor:
-        """Whether each unit is kept for each sample: exactly ceil(p N) of all ranks' N per unit, (B, D) -> (B, D)."""
+        """Return whether each unit is kept for each sample, for ceil(p N) samples per unit, (B, D) -> (B, D)."""
         h_ND = self.all_gather_batch(h_BD.detach())
         # a product such as 0.07 * 100 is rounded to slightly more than its exact value
         best_kD, index_kD = h_ND.topk(math.ceil(self.lifetime * len(h_ND) - 1e-9), dim=0)
@@ -98,7 +98,7 @@ class WTAAE(
         return kept_ND[first : first + len(h_BD)]
 
     def mask_units(self, h: Tensor, which: Callable[[Tensor], Tensor]) -> Tensor:
-        """Keep each map's largest value where `which`, of (B, D), holds, and set all else in the code to 0."""
+        """Keep the largest value of each map where `which` of these values, (B, D), is true; set the rest to 0."""
         if not self.spatial:
             return h * which(h)
         h_BDG = h.flatten(2)

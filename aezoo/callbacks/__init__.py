@@ -1,4 +1,4 @@
-"""Lightning callbacks with plain constructor values; each works alone and with any `Autoencoder`."""
+"""Lightning callbacks. Their arguments have plain types; each works without the others and with any `Autoencoder`."""
 
 from aezoo.callbacks.annealing import BetaAnnealing
 from aezoo.callbacks.base import is_enabled

@@ -14,25 +14,25 @@ from aezoo.training.model_names import display_name
 
 
 class BetaAnnealing(Checked, pl.Callback):
-    """Raises the weight of the KL term, or the capacity it aims at, over the first `n_steps` optimiser steps.
+    """Increases the weight of the KL term, or its target capacity, over the first `n_steps` optimiser steps.
 
-    linear: beta rises from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
-    cyclical: the same, repeated `cycles` times; beta rises for `ratio` of each cycle and stays at its final value for
-    the rest (Fu et al. 2019, https://arxiv.org/abs/1903.10145). capacity: C rises from 0 to `max_capacity` nats in the
-    loss nll + beta |kl - C| (Burgess et al. 2018, https://arxiv.org/abs/1804.03599).
+    linear: beta increases from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
+        cyclical: the same, repeated `cycles` times; beta increases during the fraction `ratio` of each cycle and is
+        constant for the rest (Fu et al. 2019, https://arxiv.org/abs/1903.10145). capacity: C increases from 0 to
+        `max_capacity` nats in the loss nll + beta |kl - C| (Burgess et al. 2018, https://arxiv.org/abs/1804.03599).
 
-    The value depends only on the step, so a resumed run continues exactly. Validation, test and the finished model use
-    the final value: val/loss is comparable between epochs, and the best checkpoint is the best at the final objective.
-    The current value is logged as `train/beta` or `train/capacity`, in at most 500 points. A compiled step gets the
-    value as a one-element tensor, since a float would be a constant and every change would recompile.
+    The value depends only on the step, so a resumed run continues exactly. Validation, test and the trained model use
+    the final value. val/loss is therefore comparable between epochs, and the best checkpoint is selected by the final
+    objective. The current value is logged as `train/beta` or `train/capacity`, in at most 500 points. A compiled step
+    receives the value as a one-element tensor, since a float would be a constant and each change would recompile.
 
     Args:
         mode: linear, cyclical or capacity.
-        n_steps: optimiser steps until the final value; 0 turns the annealing off.
-        cycles: rises in cyclical mode.
-        ratio: share of a cycle in which beta rises.
+        n_steps: optimiser steps until the final value; 0 disables annealing.
+        cycles: number of cycles in cyclical mode.
+        ratio: fraction of a cycle in which beta increases.
         max_capacity: final C in nats, in capacity mode.
-        gamma: beta in capacity mode; 0 keeps the model's own.
+        gamma: beta in capacity mode; 0 uses the model's own beta.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BetaAnnealing(Checked, pl.Callback):
     ) -> None:
         super().__init__()
         if mode not in ("linear", "cyclical", "capacity"):
-            raise AezooError(f"BetaAnnealing.mode takes linear, cyclical or capacity, got {mode!r}")
+            raise AezooError(f"BetaAnnealing.mode must be linear, cyclical or capacity, got {mode!r}")
         if not 0 < ratio <= 1:
             raise AezooError(f"BetaAnnealing.ratio must lie in (0, 1], got {ratio}")
         if not (math.isfinite(max_capacity) and max_capacity >= 0 and math.isfinite(gamma) and gamma >= 0):
@@ -62,7 +62,7 @@ class BetaAnnealing(Checked, pl.Callback):
         self._log_every = max(1, n_steps // 500)
 
     def value(self, step: int, final: float) -> float:
-        """The weight at an optimiser step, counted from 0.
+        """Return the weight at an optimiser step, counted from 0.
 
         Args:
             step: optimiser steps taken.
@@ -83,7 +83,7 @@ class BetaAnnealing(Checked, pl.Callback):
             if not isinstance(getattr(pl_module, name, None), int | float):
                 raise AezooError(
                     f"BetaAnnealing in {self.mode} mode needs a model with a number `{name}`, "
-                    f"{display_name(type(pl_module))} has none: take a variational model such as vae, or leave it out"
+                    f"{display_name(type(pl_module))} has none: use a variational model such as vae, or no annealing"
                 )
         if self.mode == "capacity":
             self._final = self.max_capacity
@@ -99,11 +99,11 @@ class BetaAnnealing(Checked, pl.Callback):
             return
         step = trainer.global_step
         value = self.value(step, self._final)
-        # a compiled step, or one that is recorded in a CUDA graph, reads it each time
+        # a tensor for compiled steps and CUDA graphs, which read its value at each step
         compiled = getattr(pl_module, "_compiled", None) is not None
         self._set(pl_module, self._in_tensor(value, pl_module.device) if compiled else value)
         if step <= self.n_steps and step % self._log_every == 0:
-            # past self.log, which costs 0.25 ms at every step
+            # not by self.log, which takes 0.25 ms per step
             for logger in trainer.loggers:  # a logger writes on rank zero only
                 logger.log_metrics({f"train/{self._attribute}": value}, step=step)
 

@@ -1,4 +1,4 @@
-"""What the picture callbacks share: when to draw, on which samples, and where a figure goes."""
+"""Base class and utilities of the picture callbacks: drawing schedule, samples and output files."""
 
 import random
 import time
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _CHUNK = 128
-# 128 MiB of float32: the most that a callback keeps of large samples
+# 128 MiB of float32: the maximum that a callback stores of large samples
 _MAX_STORED_VALUES = 2**25
 # the order in which TensorBoard shows pictures
 _PICTURES = (
     "reconstructions", "samples", "latents", "latent_map", "traversal", "interpolation", "kl_per_dimension",
     "codebook_indices", "codebook_usage", "codebook_frequencies", "filters", "atoms",
 )  # fmt: skip
-# where no period is given, pictures are drawn every so many epochs, and take at most this share of a fit's time
+# default: epochs between two pictures, and the maximum fraction of a fit's time spent on drawing
 PERIOD, _SHARE = 5, 0.05
-# seconds that the pictures of an epoch are taken to need before the first have been drawn
+# estimated seconds for the pictures of an epoch, used until the first have been drawn
 _FIRST_GUESS = 0.5
-# samples or panels in one picture
+# maximum number of samples or panels in one picture
 MAX_DRAWN = 10_000
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """The folder of this run; call it on every rank, because Lightning broadcasts the answer."""
+    """Return the folder of this run; must be called on every rank, because Lightning broadcasts the path."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def is_dry_run(trainer: pl.Trainer) -> bool:
-    """Whether the trainer only tries a few batches (fast_dev_run); nothing is drawn or written then."""
+    """Return whether the trainer only runs a few batches (fast_dev_run); then nothing is drawn or written."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def is_enabled(callback: pl.Callback) -> bool:
-    """Whether a callback is switched on; even one that is off costs 7 us a step in Lightning's hooks."""
+    """Return whether a callback is enabled; even a disabled one costs 7 us per step in Lightning's hooks."""
     if getattr(callback, "every_n_epochs", 1) == 0:
         return False
     return all(getattr(callback, name, 1) != 0 for name in ("n_steps", "decay", "patience"))
 
 
 def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(x, labels) of a batch x, (x,) or (x, y); labels are None unless y is one integer per sample."""
+    """Return (x, labels) of a batch x, (x,) or (x, y); labels are None unless y is one integer per sample."""
     if isinstance(batch, Tensor):
         return batch, None
     x, y = batch[0], batch[1] if len(batch) > 1 else None
@@ -70,9 +70,9 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def preserved_state(model: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients and a fixed seed inside; restores modes and random states afterwards."""
+    """Set evaluation mode, no gradients and a fixed seed; restore modes and random states on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    # not Lightning's isolate_rng, which restores nothing after an exception
+    # Lightning's isolate_rng does not restore the states after an exception
     states = random.getstate(), np.random.get_state()
     model.eval()
     try:
@@ -87,7 +87,7 @@ def preserved_state(model: pl.LightningModule) -> Iterator[None]:
 
 
 def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") -> None:
-    """Write `folder/name.png` atomically, and the same picture to each logger that can show it; on rank zero only."""
+    """Write a figure to `folder/name.png` atomically and to each logger that supports images; on rank zero only."""
     from aezoo.callbacks.plotting import render, write_png
 
     pixels = render(figure)
@@ -96,7 +96,7 @@ def save_figure(trainer: pl.Trainer, folder: Path, name: str, figure: "Figure") 
 
 
 class DrawingTime:
-    """Decides when the pictures of a fit are drawn together, so that they take a small share of its time."""
+    """Schedules all pictures of a fit for the same epochs, so that drawing takes a small fraction of its time."""
 
     _of: ClassVar["weakref.WeakKeyDictionary[pl.Trainer, DrawingTime]"] = weakref.WeakKeyDictionary()
 
@@ -106,16 +106,16 @@ class DrawingTime:
 
     @classmethod
     def start(cls, trainer: pl.Trainer) -> None:
-        """Begin to count for a fit; each callback does, before it begins."""
+        """Reset the times for a new fit; called by each callback before the fit starts."""
         cls._of[trainer] = cls()
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "DrawingTime":
-        """That of all callbacks of a trainer."""
+        """Return the instance that all callbacks of a trainer share."""
         return cls._of[trainer]
 
     def allows(self, epoch: int) -> bool:
-        """Whether pictures of this epoch would keep to their share; all callbacks get the same answer."""
+        """Return whether the pictures of this epoch stay within the limit; the same value for all callbacks."""
         if epoch != self._epoch:
             if self._allowed:
                 self._cost = self._spent - self._before
@@ -125,7 +125,7 @@ class DrawingTime:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Count the time inside."""
+        """Add the time spent in the context."""
         began = time.monotonic()
         try:
             yield
@@ -134,10 +134,10 @@ class DrawingTime:
 
 
 def picture_title(name: str) -> str:
-    """A picture's name in loggers; TensorBoard sorts by it, so a number puts those first that are looked at first.
+    """Return a picture's name in loggers, with a number, since TensorBoard sorts pictures by name.
 
     Args:
-        name: of the file, perhaps with a suffix.
+        name: name of the file, may have a suffix.
     """
     words = name.replace("_", " ").replace("kl ", "KL ")
     place = next((i for i, known in enumerate(_PICTURES, 1) if name.startswith(known)), None)
@@ -146,7 +146,7 @@ def picture_title(name: str) -> str:
 
 @contextmanager
 def warn_on_error(owner: Any) -> Iterator[None]:
-    """Turn an error inside into one warning until `owner._warned` is reset: no picture is worth a training run."""
+    """Turn an error into a warning, once until `owner._warned` is reset, so that training continues."""
     try:
         yield
     except Exception as error:
@@ -156,7 +156,7 @@ def warn_on_error(owner: Any) -> Iterator[None]:
 
 
 def check_period(owner: object, every_n_epochs: int | None) -> int:
-    """The period, `PERIOD` for None; a negative one is refused."""
+    """Return the period, `PERIOD` for None; reject a negative one."""
     if every_n_epochs is None:
         return PERIOD
     if every_n_epochs < 0:
@@ -168,7 +168,7 @@ def check_period(owner: object, every_n_epochs: int | None) -> int:
 
 
 def check_count(owner: object, name: str, value: int, minimum: int = 1, maximum: int | None = None) -> int:
-    """Refuse a count below `minimum` or above `maximum`."""
+    """Reject a count below `minimum` or above `maximum`."""
     if value < minimum:
         raise AezooError(f"{type(owner).__name__}.{name} must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:
@@ -177,26 +177,26 @@ def check_count(owner: object, name: str, value: int, minimum: int = 1, maximum:
 
 
 def check_not_negative(owner: object, name: str, value: float) -> float:
-    """Refuse a number below 0."""
+    """Reject a number below 0."""
     if not value >= 0:
         raise AezooError(f"{type(owner).__name__}.{name} must be at least 0, got {value}")
     return value
 
 
 class Picture(Checked, pl.Callback):
-    """Draws after the validation of every n-th epoch and at the end of training; a subclass writes `draw`.
+    """Draws after the validation of every n-th epoch and at the end of training; subclasses implement `draw`.
 
-    The samples are the first ones of the first validation, so that pictures of different epochs show the same ones.
-    Only rank zero draws. A picture that fails gives one warning and never ends the run.
+    The samples are the first ones of the first validation, so that pictures of different epochs show the same samples.
+    Only rank zero draws. An error while drawing gives one warning and does not end the run.
 
     Args:
-        every_n_epochs: epochs between two pictures; 0 turns them off. None draws every 5 epochs, or less often where
-            all pictures would take more than 5 % of the fit's time. An epoch without validation leaves its picture to
-            the next validation.
-        n_inputs: validation samples that `draw` needs.
+        every_n_epochs: epochs between two pictures; 0 disables them. None draws every 5 epochs, or less often if all
+            pictures would take more than 5 % of the fit's time. If an epoch is not validated, its picture is drawn
+            after the next validation.
+        n_inputs: number of validation samples that `draw` needs.
 
     Attributes:
-        requested_period: the epochs that the user has asked for; 0 if there are none.
+        requested_period: the period set by the user, in epochs; 0 if none was set.
     """
 
     def __init__(self, every_n_epochs: int | None, n_inputs: int) -> None:
@@ -210,7 +210,7 @@ class Picture(Checked, pl.Callback):
         self._reset()
 
     def draw(self, model: "Autoencoder", x: Tensor, y: Tensor | None) -> "dict[str, Figure]":
-        """Figures by file name; empty where the model has nothing to show.
+        """Return figures by file name; empty if there is nothing to draw for the model.
 
         Args:
             model: in evaluation mode, without gradients.
@@ -220,24 +220,24 @@ class Picture(Checked, pl.Callback):
         raise NotImplementedError
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x) in chunks on the model's device and in the trainer's precision; a float32 tensor on the CPU."""
+        """Compute function(x) in chunks on the model's device in the trainer's precision; float32 on the CPU."""
         convert, device = self._trainer.precision_plugin.convert_input, self._trainer.lightning_module.device
         with self._trainer.precision_plugin.forward_context():
             return torch.cat([function(convert(part.to(device))).float().cpu() for part in x.split(_CHUNK)])
 
     def is_due(self, epoch: int, last: bool) -> bool:
-        """Whether to draw after the validation of this epoch, counted from 1; `last` if max_epochs ends with it."""
+        """Return whether to draw after the validation of an epoch, counted from 1; `last` if it is the last one."""
         return last or epoch // self.every_n_epochs > self._looked_at // self.every_n_epochs
 
     @property
     def columns(self) -> Columns | None:
-        """The columns of the table that the trainer's data are; None of other data."""
+        """Return the columns of the trainer's data if they are a table, else None."""
         found = getattr(getattr(self._trainer, "datamodule", None), "columns", None)
         return found if isinstance(found, Columns) else None
 
     @property
     def caption(self) -> str:
-        """When the picture was drawn."""
+        """Return a caption that says when the picture was drawn."""
         return f"epoch {self._epoch + 1}, step {self._trainer.global_step}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -268,7 +268,7 @@ class Picture(Checked, pl.Callback):
             x, y = unpack(batch)
             n = min(self._n_inputs, max(1, _MAX_STORED_VALUES // max(1, x[0].numel())))
             left = n - sum(len(part) for part in self._x)
-            # a copy: batches may be views of memory that is used again
+            # copied, because a batch may be a view of memory that is reused
             self._x.append(x[:left].detach().float().to("cpu", copy=True))
             if y is not None:
                 self._y.append(y[:left].detach().to("cpu", copy=True))
@@ -295,7 +295,7 @@ class Picture(Checked, pl.Callback):
     def _reset(self) -> None:
         self._active, self._complete, self._warned = False, self._n_inputs == 0, False
         self._epoch, self._drawn_at = 0, -1
-        # epochs, counted from 1, of the validation before and of the current one
+        # epochs, counted from 1, of the previous and the current validation
         self._looked_at = self._looking_at = 0
         self._x.clear()
         self._y.clear()
@@ -314,15 +314,15 @@ class Picture(Checked, pl.Callback):
 
 
 class EpochEnd(pl.Callback):
-    """Calls `on_epoch_logged` when all metrics of an epoch are there.
+    """Calls `on_epoch_logged` when all metrics of an epoch are available.
 
-    The model logs those of training after `on_train_epoch_end`, so they are read in the hook after that.
+    The model logs training metrics after `on_train_epoch_end`, so they are read in the next hook.
     """
 
     _ended: int | None = None
 
     def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
-        """The epoch, counted from 0, whose metrics are in `trainer.callback_metrics`."""
+        """Called when the metrics of an epoch, counted from 0, are in `trainer.callback_metrics`."""
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,15 +350,15 @@ class BestLoss:
         self.value, self.epoch = float("inf"), -1
 
     def update(self, trainer: pl.Trainer) -> None:
-        """Take the validation that has just ended into account."""
+        """Update the values with the validation that has just ended."""
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and float(loss) < self.value:
             self.value, self.epoch = float(loss), trainer.current_epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return {"value": self.value, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the values of a checkpoint."""
+        """Restore the values from a checkpoint."""
         self.value, self.epoch = float(state["value"]), int(state["epoch"])

@@ -1,4 +1,4 @@
-"""Best and last checkpoints of a run, and when to stop it."""
+"""Best and last checkpoints of a run, and early stopping."""
 
 import contextlib
 import difflib
@@ -27,16 +27,16 @@ from aezoo.training import distributed
 from aezoo.training.arguments import Checked
 
 _Metric = TypeVar("_Metric")
-# validations without improvement that end a run, however many epochs lie between them
+# minimum number of validations without improvement before a run is stopped
 _LEAST_CHECKS = 3
-# seconds after which an epoch is saved although it is not validated
+# maximum seconds between two saves if epochs are not validated
 _LONGEST_GAP = 300.0
 
 
 def _resolve_monitor(requested: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
-    """The metric that is asked for, or that of training where there is no validation; known once the data are set up.
+    """Return the requested metric, or that of training if there is no validation, known once the data are set up.
 
-    Testing a model trained without validation still ranks its checkpoints by the metric that training monitored.
+    For a model trained without validation, testing also ranks its checkpoints by the metric that training monitored.
     """
     if trainer.limit_val_batches == 0:
         return requested.replace("val/", "train/", 1)
@@ -46,12 +46,12 @@ def _resolve_monitor(requested: str, watched: _Metric, trainer: pl.Trainer, stag
 def _check_metric(owner: object, metric: str) -> None:
     if not re.fullmatch(r"(val|train)/\w+", metric):
         raise AezooError(
-            f"{type(owner).__name__}.monitor is {metric!r}: give a metric as it is logged, like val/loss or train/nll"
+            f"{type(owner).__name__}.monitor is {metric!r}: give the name of a metric such as val/loss or train/nll"
         )
 
 
 def _check_logged(metric: str | None, owner: object, trainer: pl.Trainer) -> None:
-    """Warn of a metric that seems mistyped before an epoch is over; Lightning checks it at the epoch's end."""
+    """Warn early about a metric that seems mistyped; Lightning checks it only at the end of an epoch."""
     logged = [*trainer.callback_metrics]
     near = difflib.get_close_matches(metric or "", logged, n=1, cutoff=0.8)
     if near and metric not in logged:
@@ -59,30 +59,31 @@ def _check_logged(metric: str | None, owner: object, trainer: pl.Trainer) -> Non
 
 
 class Checkpoints(Checked, ModelCheckpoint):
-    """`best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
+    """Saves `best-<epoch>-<step>.ckpt`, the lowest validation loss, and `last.ckpt`, in `<run>/checkpoints`.
 
-    `last.ckpt` is written at the end of an epoch and, on request, after a number of steps or minutes; the one before is
-    kept as `previous.ckpt`. Where `ValidationSchedule` skips epochs, it is written at the end of those that are
-    validated, and of others 5 minutes after the last save. If the end of an epoch is the best, both are names of one
-    file, or copies where there are no hard links. Every file resumes exactly:
-    nothing is written within a batch, between two batches whose gradients are accumulated, or on the last batch of an
-    epoch, where the end of the epoch follows at once. A run that is interrupted between two batches writes `last.ckpt`
-    at that step. Weights or optimiser moments that are not finite end the run instead of replacing a good file.
+    `last.ckpt` is written at the end of an epoch and, optionally, every few steps or minutes; its predecessor is kept
+    as `previous.ckpt`. If `ValidationSchedule` skips epochs, it is written at the end of validated epochs, and of
+    others if the last save was 5 minutes ago. If the last epoch is also the best, both names refer to the same file, or
+    to copies if there are no hard links. Training resumes exactly from each file: no file is written within a batch,
+    between two batches whose gradients are accumulated, or on the last batch of an epoch, which is followed by the save
+    at its end. A run that is interrupted between two batches writes `last.ckpt` at that step. If weights or optimiser
+    moments are not finite, the run ends without replacing a good file.
 
-    Files are written by `aezoo.io.atomic_files` instead of Lightning's writer, unless the trainer has another one.
+    Files are written by `aezoo.io.atomic_files` instead of Lightning's checkpoint plugin, unless the trainer has
+    another one.
 
     Args:
-        monitor: the metric whose lowest value is best.
-        save_top_k: how many of the best to keep; -1 keeps all, 0 none.
+        monitor: the metric to minimise.
+        save_top_k: number of best checkpoints to keep; -1 keeps all, 0 none.
         every_n_epochs: epochs between two saves, each of which checks the metric; the last epoch is always saved. None
-            saves at the end of each epoch, or of those that `ValidationSchedule` validates.
-        every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 saves none.
-        every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 saves none.
-        dirpath: another folder for the files. The run folder of the command line keeps its name.
+            saves at the end of each epoch, or of each epoch that `ValidationSchedule` validates.
+        every_n_steps: optimiser steps between two saves of `last.ckpt` within an epoch; 0 disables them.
+        every_n_minutes: minutes between two saves of `last.ckpt` within an epoch; 0 disables them.
+        dirpath: another folder for the files. The run folder of the command line does not change.
 
     Attributes:
         run: the run folder, set by the command line.
-        requested_period: the epochs that the user has asked for; 0 if there are none.
+        requested_period: the period set by the user, in epochs; 0 if none was set.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             raise AezooError(f"Checkpoints.save_top_k must be -1 (all), 0 (none) or a number, got {save_top_k}")
         super().__init__(
             dirpath=dirpath,
-            # a slash in an inserted metric name would make a folder
+            # a slash in an inserted metric name would create a folder
             filename="best-{epoch:03d}-{step}",
             auto_insert_metric_name=False,
             monitor=monitor,
@@ -126,8 +127,8 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        # without the periods: a run may continue with others and still know its best. Without the metric that replaces
-        # a missing validation, too: a test of such a run does not know it
+        # Without the periods, so that a run continued with other periods still finds its best checkpoint, and without
+        # the metric that replaces a missing validation, which is not known when such a run is tested
         return f"Checkpoints{{'monitor': {self._requested_monitor!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -137,7 +138,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         )
         if monitored != self.monitor:
             self.monitor = monitored
-            # scores of another metric, as of a fit of other data, do not compare
+            # scores of another metric, e.g. from a fit on other data, are not comparable
             self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
             self.best_model_score, self.current_score, self.kth_value = None, None, torch.tensor(torch.inf)
         with warnings.catch_warnings():
@@ -160,9 +161,9 @@ class Checkpoints(Checked, ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         watched = state_dict.get("monitor", self.monitor)
         if watched != self.monitor and self._is_fit:
-            return  # scores of another metric do not compare
+            return  # scores of another metric are not comparable
         self.monitor = watched
-        # a checkpoint from another run starts a new list here; a run whose folder was moved continues its list
+        # a checkpoint of another run starts a new list; a run whose folder was moved continues its list
         home = Path(str(self.dirpath))
         here = {str(path): str(home / Path(str(path)).name) for path in state_dict.get("best_k_models", {})}
         if state_dict.get("dirpath") == self.dirpath or (here and all(Path(path).is_file() for path in here.values())):
@@ -171,12 +172,12 @@ class Checkpoints(Checked, ModelCheckpoint):
             for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 moved[key] = str(home / Path(str(state_dict[key])).name) if state_dict.get(key) else ""
             super().load_state_dict(moved)
-            # Lightning saves the last score that was among the best and does not read it back
+            # Lightning saves the last score that was among the best but does not restore it
             self.current_score = state_dict.get("current_score")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # while the loop's counters are restored: with a last step set, Lightning 2.6 takes a file from the end of an
-        # epoch for one from its middle, and loses an epoch or ends at once
+        # While the loop's counters are restored: with a last step set, Lightning 2.6 treats a file from the end of an
+        # epoch as one from its middle, and skips an epoch or ends at once
         if trainer.max_steps != -1:
             self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
 
@@ -186,7 +187,7 @@ class Checkpoints(Checked, ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_max_steps(trainer)
         self._saved_at = time.monotonic()
-        # a continued run has this step on disk
+        # this step of a continued run is already on disk
         self._last_global_step_saved = trainer.global_step
         tensors = pl_module.state_dict().items()
         self._not_finite = {name for name, value in tensors if value.is_floating_point() and not value.isfinite().all()}
@@ -209,11 +210,11 @@ class Checkpoints(Checked, ModelCheckpoint):
             return
         self._validated = True
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # several validations an epoch; the one on its last batch waits for the end of the epoch
+            # several validations per epoch; the one after its last batch is saved at the end of the epoch
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning saves after validation in some settings and here in others; here the counters resume exactly in all
+        # Lightning saves here or after validation, depending on settings; here, the counters always resume exactly
         if self._skips(trainer):
             return
         self._gone_folder()
@@ -238,7 +239,7 @@ class Checkpoints(Checked, ModelCheckpoint):
             self._save_last_checkpoint(trainer, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: the end of the last epoch has been saved."""
+        """Do nothing, since the end of the last epoch has already been saved."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or _reached(trainer.max_steps, trainer)
@@ -251,8 +252,8 @@ class Checkpoints(Checked, ModelCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_max_steps(trainer)
-        # a file written inside a batch, or on an epoch's last batch, does not resume exactly; one from any other error
-        # may hold a broken state
+        # A file written within a batch, or on an epoch's last batch, does not resume exactly; after any other error,
+        # the state may be invalid
         batches = trainer.fit_loop.epoch_loop.batch_progress
         counts = batches.state_dict()["current"]
         between = counts["ready"] == counts["processed"] and not batches.is_last_batch
@@ -284,22 +285,22 @@ class Checkpoints(Checked, ModelCheckpoint):
             return False
         if step == self._last_global_step_saved:
             return False
-        # a run that ends within an epoch can be extended
+        # so that a run that ends within an epoch can be extended
         ends = _reached(trainer.max_steps, trainer) or (trainer.should_stop and trainer.fit_loop._can_stop_early)
         if ends or (self._every_n_steps and step % self._every_n_steps == 0):
             return True
-        # ranks must save together, and asking costs time
+        # ranks must save together, and synchronising them takes time
         if not self._seconds or (trainer.world_size > 1 and batch_idx % SYNC_EVERY):
             return False
         return self._is_late(trainer, self._seconds)
 
     def _is_late(self, trainer: pl.Trainer, seconds: float) -> bool:
-        """Whether the last save is as long ago, by the clock of rank zero."""
+        """Return whether the last save is at least `seconds` ago, by the clock of rank zero."""
         return bool(trainer.strategy.broadcast(time.monotonic() - self._saved_at >= seconds))
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         gone = self._gone_folder()
-        # a run continued from this file does not log earlier values again
+        # flushed now, since a run continued from this file does not log earlier values again
         for logger in trainer.loggers:
             logger.save()
         super()._save_checkpoint(trainer, filepath)
@@ -310,12 +311,12 @@ class Checkpoints(Checked, ModelCheckpoint):
         if gone is not None:
             self._release_folders()
             raise AezooError(
-                f"{gone} was removed, or moved to another disk, while the run trained: step {trainer.global_step} is "
-                f"saved in {filepath}, to continue from with --ckpt_path and the settings of that run"
+                f"{gone} was deleted or moved to another disk during training. Step {trainer.global_step} was saved in "
+                f"{filepath}: continue with --ckpt_path and the settings of that run"
             )
 
     def _name_as_last(self, trainer: pl.Trainer) -> bool:
-        """Let the best checkpoint that has just been written be `last.ckpt`, too; returns whether it is."""
+        """Link `last.ckpt` to the best checkpoint if it has just been written; return whether this was done."""
         durable, done = trainer.strategy.checkpoint_io, False
         if isinstance(durable, atomic_files.DurableIO) and trainer.is_global_zero:
             done = durable.name_as_last()
@@ -326,10 +327,10 @@ class Checkpoints(Checked, ModelCheckpoint):
         return done
 
     def _gone_folder(self) -> Path | None:
-        """A folder of the run that is lost; one that was moved is found again."""
+        """Return a folder of the run that was deleted, if any; a folder that was only moved is located again."""
         lost = next((folder.path for folder in self._opened if folder.is_gone()), None)
         if lost is not None:
-            # loggers write there until the state is saved
+            # loggers still write to it until the state is saved
             with contextlib.suppress(OSError):
                 lost.mkdir(parents=True, exist_ok=True)
         return lost
@@ -358,9 +359,9 @@ def _reached(max_steps: int, trainer: pl.Trainer) -> bool:
     return max_steps != -1 and trainer.global_step >= max_steps
 
 
-# Lightning logs the metrics of a batch and of an epoch after the hooks in which they are saved. A run that is killed in
-# between would have them in neither the file nor the curves. So they are logged earlier, and Lightning then finds none
-# to log.
+# Lightning logs the metrics of a batch and of an epoch after the hooks in which they are saved. If a run were killed
+# in between, neither the file nor the curves would contain them. They are therefore logged earlier, so that Lightning
+# does not log them again.
 
 
 def _log_batch(trainer: pl.Trainer) -> None:
@@ -374,16 +375,16 @@ def _log_batch(trainer: pl.Trainer) -> None:
 def _log_epoch(trainer: pl.Trainer) -> None:
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     connector.on_epoch_end()
-    # at the step of the epoch's last batch, as Lightning does
+    # logged at the step of the epoch's last batch, as by Lightning
     loop._batches_that_stepped -= 1
     connector.update_train_epoch_metrics()
     loop._batches_that_stepped += 1
 
 
 def _not_finite_names(state: Any, path: str = "") -> Iterator[str]:
-    """Names of the tensors in a nested state that are not finite."""
+    """Yield the names of the tensors in a nested state that are not finite."""
     if isinstance(state, torch.Tensor):
-        # a finite sum, which takes a fraction of the time, has finite terms only; that of large ones may overflow
+        # the sum is faster and finite only if all terms are; a sum of large terms may overflow
         if state.is_floating_point() and not (bool(state.sum().isfinite()) or bool(state.isfinite().all())):
             yield path
     elif isinstance(state, dict | list | tuple):
@@ -393,22 +394,22 @@ def _not_finite_names(state: Any, path: str = "") -> Iterator[str]:
 
 
 def checkpoint_callback(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    """The callback that knows a run's best and last checkpoint; Lightning would return a user's second one."""
+    """Return the callback that tracks the best and last checkpoints, before any other that the user added."""
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     return next((saver for saver in savers if isinstance(saver, Checkpoints)), next(iter(savers), None))
 
 
 class EarlyStop(Checked, EarlyStopping):
-    """Ends the run when the metric has not improved for `patience` epochs.
+    """Stops training when the metric has not improved for `patience` epochs.
 
-    Where `ValidationSchedule` skips epochs, these count as well, and at least 3 validations (fewer for a smaller
-    patience) must have brought no improvement.
+    If `ValidationSchedule` skips epochs, these are counted as well, and training is stopped only after at least 3
+    validations (fewer if patience is smaller) without improvement.
 
     Args:
-        monitor: the metric that should fall.
-        patience: epochs without improvement, or validations if the Trainer's settings say how often to validate; 0
-            never stops.
-        min_delta: what counts as an improvement.
+        monitor: the metric to minimise.
+        patience: epochs without improvement, or validations if the Trainer's settings define how often to validate; 0
+            disables early stopping.
+        min_delta: minimum decrease that counts as an improvement.
 
     Attributes:
         settings: its arguments, by name.
@@ -421,18 +422,18 @@ class EarlyStop(Checked, EarlyStopping):
         check_not_negative(self, "min_delta", min_delta)
         super().__init__(monitor=monitor, mode="min", patience=patience or 2**62, min_delta=min_delta)
         self.settings: dict[str, Any] = {"monitor": monitor, "patience": patience, "min_delta": min_delta}
-        # the epoch of the last check, counted from 1 (unknown: -1), and the checks without improvement since the best
+        # the epoch of the last check, counted from 1 (-1: unknown), and the number of checks since the best
         self._checked_epoch, self._checks = -1, 0
         self._validated = False
 
     @property
     def has_stopped(self) -> bool:
-        """Whether it has ended this run."""
+        """Return whether this callback has stopped the run."""
         return self.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
 
     @property
     def state_key(self) -> str:
-        # by the metric that was requested, like the key of Checkpoints
+        # identified by the requested metric, like the key of Checkpoints
         return f"{type(self).__qualname__}{ {'monitor': self.settings['monitor'], 'mode': self.mode}!r}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -441,8 +442,8 @@ class EarlyStop(Checked, EarlyStopping):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("monitor", self.monitor) != self.monitor:
-            return  # scores of another metric do not compare
-        # the current settings count, and a continued run has not been stopped
+            return  # scores of another metric are not comparable
+        # the current settings override the saved ones, and a continued run has not been stopped
         now = {"patience": self.patience, "stopping_reason": EarlyStoppingReason.NOT_STOPPED.value}
         super().load_state_dict(state_dict | now)
         self._checked_epoch = int(state_dict.get("checked_epoch", -1))
@@ -468,20 +469,20 @@ class EarlyStop(Checked, EarlyStopping):
         _check_logged(self.monitor, self, trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # an epoch that --trainer.max_steps cuts off is not validated, so a missing metric is no mistake
+        # the metric may be missing if --trainer.max_steps ends the epoch before its validation
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         is_new = self._validated or not self.monitor.startswith("val/")
-        # nor is one between two validations, whose metric a continued run may not know yet
+        # or in a continued run until its first validation
         is_missing = self.monitor not in trainer.callback_metrics
         self._validated = False
         if (whole and trainer.check_val_every_n_epoch == 1) if is_missing else is_new:
-            # by other settings of the Trainer, Lightning counts validations as soon as they end
+            # with other settings of the Trainer, Lightning counts validations as soon as they end
             is_each = trainer.check_val_every_n_epoch == 1 and getattr(trainer, "val_check_interval", None) == 1.0
             count = self._check if is_each else super().on_train_epoch_end
             count(trainer, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the epochs since the last check, of which Lightning counts one."""
+        """Add the epochs since the last check, of which Lightning counts only one."""
         epoch, least = trainer.current_epoch + 1, min(_LEAST_CHECKS, self.patience)
         waited = self.wait_count + max(0, epoch - self._checked_epoch - 1)
         self.wait_count = before = waited if self._checks + 1 >= least else min(waited, self.patience - 2)

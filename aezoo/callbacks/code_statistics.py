@@ -1,4 +1,4 @@
-"""How much of the code is in use."""
+"""Statistics of the code: active units and sparsity."""
 
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -25,19 +25,19 @@ from aezoo.training.seeding import forked_rng
 
 
 class CodeStatistics(Checked, pl.Callback):
-    """Active units and KL per dimension, or L0 and dead share, over the whole validation set and all ranks.
+    """Logs active units and KL per dimension, or L0 and the fraction of dead entries, over the whole validation set.
 
-    For models with a Gaussian posterior and the prior N(0, I): `val/active_units`, the dimensions whose posterior mean
-    varies by more than `threshold` over the set (Burda et al. 2016, https://arxiv.org/abs/1509.00519), and
-    pictures/kl_per_dimension.png, which is drawn when other pictures are by default, and at the end.
-    For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and `val/dead`,
-    the share of entries that no sample uses. Metrics that the model logs itself are not logged again. Other models
-    cost nothing.
+    For models with a Gaussian posterior and the prior N(0, I): `val/active_units`, the number of dimensions whose
+    posterior mean has a variance of more than `threshold` over the set (Burda et al. 2016,
+    https://arxiv.org/abs/1509.00519), and pictures/kl_per_dimension.png, drawn at the default times of pictures and at
+    the end. For models with a sparse code: `val/l0`, the mean number of entries above `l0_threshold` in a code, and
+    `val/dead`, the fraction of entries that are used by no sample. All are computed over all ranks. Metrics that the
+    model logs itself are not logged again. For other models, the callback does nothing.
 
     Args:
-        every_n_epochs: epochs between two counts; 0 turns them off, 1 counts in each validation.
-        threshold: least variance of the posterior mean in an active unit.
-        l0_threshold: least absolute value of an entry in use.
+        every_n_epochs: epochs between two computations; 0 disables them, 1 computes in each validation.
+        threshold: minimum variance of the posterior mean of an active unit.
+        l0_threshold: minimum absolute value of an entry that is used.
     """
 
     def __init__(self, every_n_epochs: int = 1, threshold: float = 0.01, l0_threshold: float = 1e-3) -> None:
@@ -48,7 +48,7 @@ class CodeStatistics(Checked, pl.Callback):
         self.l0_threshold = check_not_negative(self, "l0_threshold", l0_threshold)
         self._active = False
         self._terms: Collection[str] = ()
-        # the KL of each unit, whether it is active, and when that was, until they are drawn
+        # until drawn: the KL of each unit, whether it is active, and the caption
         self._undrawn: tuple[Tensor, Tensor, str] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -85,7 +85,7 @@ class CodeStatistics(Checked, pl.Callback):
             return
         x, _ = unpack(batch)
         model = cast(Any, pl_module)
-        # a model of this package has encoded the batch; the loop has set evaluation mode and switched gradients off
+        # models of this package reuse their code; the loop has set evaluation mode and disabled gradients
         encoded = getattr(model, "computed_once", nullcontext)
         with forked_rng(pl_module.device), encoded(), trainer.precision_plugin.forward_context():
             x = trainer.precision_plugin.convert_input(x)
@@ -104,7 +104,7 @@ class CodeStatistics(Checked, pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._counting or not self._sums:
             return
-        # every rank has the same names, in the same order: they depend on the model's class alone
+        # all ranks have the same names in the same order, since these depend only on the model's class
         sums = {name: trainer.strategy.reduce(value, reduce_op="sum").cpu() for name, value in self._sums.items()}
         n = sums["n"]
         if "used" in sums:
@@ -126,7 +126,7 @@ class CodeStatistics(Checked, pl.Callback):
         self._draw(trainer)
 
     def _log(self, pl_module: pl.LightningModule, name: str, value: Tensor) -> None:
-        if name not in self._terms:  # two values under one name would be averaged
+        if name not in self._terms:  # Lightning would average two values of the same name
             pl_module.log(f"val/{name}", value.float(), sync_dist=True)
 
     def _draw(self, trainer: pl.Trainer) -> None:
@@ -135,11 +135,11 @@ class CodeStatistics(Checked, pl.Callback):
         if self._undrawn is None:
             return
         (kl, active, when), self._undrawn = self._undrawn, None
-        title = f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in all; {when}"
+        title = f"{int(active.sum())} of {len(kl)} units active (dark), {float(kl.sum()):.2f} nats in total; {when}"
         with warn_on_error(self), DrawingTime.of(trainer).measured():
             save_figure(trainer, self._folder, "kl_per_dimension", plotting.bar_figure(kl, "KL in nats", title, active))
 
 
 def _exact(values: Tensor) -> Tensor:
-    """Sums over a whole set, in float64 where the device has it."""
+    """Convert sums over a whole set to float64, if the device supports it."""
     return values.flatten(1).to(torch.float32 if values.device.type == "mps" else torch.float64)

@@ -1,6 +1,6 @@
-"""Which codes of a codebook are used, where they occur in samples, and where they lie in code space.
+"""Usage of the codes of a codebook, their positions in samples, and their embedding.
 
-Shapes: B batch, Q indices a place, K codes of a codebook, C channels of a code.
+Shapes: B batch, Q indices per position, K codes of a codebook, C channels of a code.
 """
 
 import re
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
     from aezoo.bases.quantised import DiscreteAutoencoder
 
-# what one picture holds; the indices of samples are encoded at once
+# maximum numbers in one picture; all samples are encoded at once
 _CODEBOOKS, _LEVELS, _SAMPLES = 4, 8, 128
 # TensorBoard draws 30 bars of a histogram
 _BUCKETS = 240
@@ -37,33 +37,35 @@ Codebooks = dict[str, tuple[Tensor, tuple[int, ...]]]
 
 
 class Codebook(Picture):
-    """Codebooks of models with discrete codes, such as vq_vae; other models cost nothing.
+    """Draws the codebooks of models with discrete codes, such as vq_vae; has no effect on other models.
 
-    Over the whole validation set and all ranks, without a second pass:
+    Computed over the whole validation set and all ranks, without a second pass:
 
     - pictures/codebook_usage.png: one cell per code, row by row, from black (never chosen) to bright (often chosen). In
-      codebooks of more than 65,536 codes a cell is a range of codes; codebooks of more than 2^24 codes are not counted.
-    - pictures/codebook_frequencies.png and the histogram `codebook use`: codes from the most to the least chosen, flat
-      if all are used equally.
+      codebooks of more than 65,536 codes, a cell is a range of codes; codebooks of more than 2^24 codes are not
+      counted.
+    - pictures/codebook_frequencies.png and the histogram `codebook use`: codes sorted by how often they were chosen,
+      constant if all are used equally.
 
-    For the same validation samples each time:
+    Drawn for the same validation samples in each epoch:
 
-    - pictures/codebook_indices.png: the sample, its indices, with one colour per code, and the output.
+    - pictures/codebook_indices.png: the sample, its indices with one colour per code, and the reconstruction.
 
-    And, as of `Projector`, the codes, with their index and how often they were chosen.
+    The codes are also written as in `Projector`, with their index and how often they were chosen.
 
-    Each codebook has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices of
-    a place; at most 4 codebooks and 8 indices per place are shown. The model itself logs val/usage and val/perplexity.
+    Each codebook has its own pictures, named after it (codebook_usage_top), with one panel for each of the Q indices
+    per position; at most 4 codebooks and 8 indices per position are shown. The model itself logs val/usage and
+    val/perplexity.
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off, and the projector. None: every 5 epochs, but less
-            often where all pictures would take more than 5 % of the fit's time.
-        n_projected: most codes that a projected codebook may have; 0 projects none.
+        every_n_epochs: epochs between two pictures; 0 disables them and the projector. None: every 5 epochs, or less
+            often if all pictures would take more than 5 % of the fit's time.
+        n_projected: maximum number of codes of a projected codebook; 0 projects none.
     """
 
     _metrics: dict[str, CodebookUsage]
-    # of each codebook, of each of its Q indices, (K,)
+    # counts of each codebook, for each of its Q indices, (K,)
     _counts: dict[str, list[Tensor]]
 
     def __init__(self, n: int = 8, every_n_epochs: int | None = None, n_projected: int = 10_000) -> None:
@@ -81,7 +83,7 @@ class Codebook(Picture):
         return figures
 
     def is_due(self, epoch: int, last: bool) -> bool:
-        # max_steps may end training before max_epochs do, and only a validation counts
+        # max_steps may end training before max_epochs, and codes are only counted in validation
         return super().is_due(epoch, last or 0 <= self._trainer.max_steps <= self._trainer.global_step)
 
     # ---- counts ------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ class Codebook(Picture):
         epoch = trainer.current_epoch + 1
         if self.is_due(epoch, epoch == trainer.max_epochs):
             with self._error_as_warning():
-                # every rank must know its codebooks, even one that gets no batch
+                # each rank needs the codebooks, even without a batch
                 blank = torch.zeros(1, *cast("Autoencoder", pl_module).input_shape, device=pl_module.device)
                 for name, (_, sizes) in [*self._read(pl_module, blank).items()][:_CODEBOOKS]:
                     self._count(name, sizes, pl_module.device)
@@ -127,7 +129,7 @@ class Codebook(Picture):
         if self._metrics:
             counts = [metric.counts for metric in self._metrics.values()]
             failed = counts[0].new_tensor([self._failed])
-            # one exchange, in which a rank that has failed takes part
+            # one collective, in which a rank whose counts have failed must also take part
             total = trainer.strategy.reduce(torch.cat([*counts, failed]), reduce_op="sum").cpu()
             if not total[-1]:
                 parts = total[:-1].split([len(part) for part in counts])
@@ -146,7 +148,7 @@ class Codebook(Picture):
         self._metrics, self._counts = {}, {}
 
     def _read(self, pl_module: pl.LightningModule, x: Tensor) -> Codebooks:
-        """The indices of samples by codebook."""
+        """Return the indices of samples by codebook."""
         model, plugin = cast("DiscreteAutoencoder", pl_module), self._trainer.precision_plugin
         with preserved_state(pl_module), plugin.forward_context():
             return model.codebooks(model.encode_indices(plugin.convert_input(x.to(pl_module.device))))
@@ -157,17 +159,17 @@ class Codebook(Picture):
         except AezooError as error:
             if not self._noted:
                 self._noted = True
-                rank_zero_info(f"Codebook draws no use of codes: {error}")
+                rank_zero_info(f"Codebook does not count codes: {error}")
 
     @contextmanager
     def _error_as_warning(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # no picture is worth a training run
+        except Exception as error:  # must not end training
             self._failed = True
             if not self._warned:
                 self._warned = True
-                rank_zero_warn(f"Codebook counts no codes: {type(error).__name__}: {error}")
+                rank_zero_warn(f"Codebook could not count codes: {type(error).__name__}: {error}")
 
     # ---- pictures ----------------------------------------------------------------------------------------------------
 
@@ -186,8 +188,8 @@ class Codebook(Picture):
             f"codebook_usage{postfix}": plotting.count_figure(counts, labels, "times chosen", title),
             f"codebook_frequencies{postfix}": plotting.rank_figure(
                 dict(zip(labels, counts, strict=True)),
-                ("codes from the most to the least chosen", "share of choices"),
-                f"{title}; dashed: all alike",
+                ("codes, sorted by frequency", "relative frequency"),
+                f"{title}; dashed: uniform",
             ),
         }
 
@@ -207,7 +209,7 @@ class Codebook(Picture):
         rows = [plotting.enlarged(seen[0], size), *maps, plotting.enlarged(seen[1], size)]
         labels = ["original", *levels, "output"]
         if not plotting.is_image(model.input_shape):
-            # strips of one sample belong below each other
+            # strips of one sample are placed below each other
             rows, labels = [row[i : i + 1] for i in range(len(x)) for row in rows], labels * len(x)
         return plotting.mosaic_figure(rows, labels, title=self.caption, gap=4)
 
@@ -234,7 +236,7 @@ class Codebook(Picture):
 
 
 def find_quantiser(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Quantiser | None:
-    """The quantiser of a codebook: the model's only one, or the one whose attribute has the codebook's name."""
+    """Return the quantiser of a codebook: the only one, or the one whose attribute has the codebook's name."""
     found: dict[str, Quantiser] = {}
     for path, module in model.named_modules():
         within = any(path.startswith(f"{outer}.") for outer in found)
@@ -247,9 +249,9 @@ def find_quantiser(model: "Autoencoder", name: str, sizes: tuple[int, ...]) -> Q
 
 
 def level_codes(quantiser: Quantiser, level: int) -> Tensor:
-    """The codes of one index of a place, (K, C): what it adds to a sum of levels, or the channels it determines."""
+    """Return the codes of one index, (K, C): its term in the sum of levels, or the channels it determines."""
     sizes = quantiser.codebook_sizes
-    # -1 is a level that was dropped, and adds nothing; the others' codes are only held fixed
+    # an index of -1, a dropped level, adds nothing; otherwise the other indices are constant
     adds = hasattr(quantiser, "dropout")
     index_KQ = torch.full((sizes[level], len(sizes)), -1 if adds else 0, device=next(quantiser.buffers()).device)
     index_KQ[:, level] = torch.arange(sizes[level])
@@ -258,7 +260,7 @@ def level_codes(quantiser: Quantiser, level: int) -> Tensor:
 
 
 def log_rank_histogram(trainer: pl.Trainer, tag: str, counts_K: Tensor) -> None:
-    """A histogram over the ranks of codes by how often they were chosen, 0 for the most chosen."""
+    """Log a histogram of the codes in order of their frequency, starting with the most frequent one at 0."""
     sorted_K = counts_K.sort(descending=True).values.double()
     total, step = float(sorted_K.sum()), trainer.global_step
     if total:
@@ -295,14 +297,14 @@ def _usage_text(counts_K: Tensor) -> str:
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """Vectors (B, D) and sequences (B, C, L) of few channels as images of one channel, their values in rows."""
+    """Convert vectors (B, D) and sequences (B, C, L) of few channels to one-channel images, values in rows."""
     from aezoo.callbacks import plotting
 
     return x if plotting.is_image(x.shape[1:]) else x.reshape(len(x), 1, -1, x.shape[-1])
 
 
 def _tile_size(shape: tuple[int, ...], maps: list[Tensor], is_image: bool) -> tuple[int, int]:
-    """Height and width of a tile, whole multiples of the sample's and no less than a pixel for an index."""
+    """Return height and width of a tile, whole multiples of the sample's, with at least one pixel per index."""
     from aezoo.callbacks import plotting
 
     grids = [plotting.index_grid(index).shape[1:] for index in maps]

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside scalars and pictures."""
+"""TensorBoard's tabs other than scalars and images."""
 
 import inspect
 import math
@@ -24,29 +24,30 @@ from aezoo.training.model_names import display_name
 _PLAIN = (bool, int, float, str)
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 _MAX_WAIT = 2.0
-# losses of two likelihoods do not compare; these do
+# metrics that are comparable between likelihoods, unlike losses
 _COMPARABLE = ("mse", "psnr", "ssim")
-# what every run is asked for, even if it has the default
+# hyperparameters that are always shown, even if they have their defaults
 _ALWAYS = {"model", "data.name"}
-# how a machine reads data changes no result
+# settings of data loading, which do not change results
 _MACHINE_SETTINGS = {"num_workers", "memory", "download", "max_pixels", "max_bytes", "on_error"}
 
 
 class Dashboard(Checked, EpochEnd):
-    """TensorBoard's first chart, and its Custom Scalars, Text and HParams tabs.
+    """Writes TensorBoard's first chart and its Custom Scalars, Text and HParams tabs.
 
-    The first chart, `loss`, has the losses of training and validation. TensorBoard draws two curves in one chart if
-    they have the same name in two runs, so they are in the folders `train` and `val` of the run. Custom Scalars has
-    such a chart for each loss term. Text holds the run's config.yaml, or the hyperparameters of model and data if
-    there is none. HParams shows the run from its first step on, beside the other runs under the same folder, with its
-    `model` and `data.name`, and of the other hyperparameters with those that differ from their defaults: a run cannot
-    know at its start in what later ones will differ, and an empty cell is a default; with all scalars and, at the end,
-    those of the best validation that can be compared between models, in the folder `best`, so that they have no charts
-    of their own. There a resumed run keeps the hyperparameters of its first start; Text has the settings of each start.
+    The first chart, `loss`, contains the training and validation losses. TensorBoard draws two curves in one chart if
+    they have the same name in two runs, so they are written to the folders `train` and `val` of the run. Custom Scalars
+    has such a chart for each loss term. Text contains the run's config.yaml, or the hyperparameters of model and data
+    if there is none. HParams lists the run from its first step, together with the other runs in the same folder. Its
+    columns are `model`, `data.name`, the other hyperparameters that differ from their defaults (an empty cell is a
+    default, since a run cannot know which hyperparameters later runs will change) and all scalars. At the end, metrics
+    of the best validation that are comparable between models are added, in the folder `best`, so that they have no
+    charts of their own. In HParams, a resumed run keeps the hyperparameters of its first start; Text has the settings
+    of each start.
 
-    Other loggers get the text, all hyperparameters, and the figures of the best validation as `best/loss`, `best/mse`.
+    Other loggers receive the text, all hyperparameters and the metrics of the best validation, e.g. `best/loss`.
 
-    Use it with TensorBoardLogger(default_hp_metric=False): the logger's own `hp_metric` hides all other columns.
+    Use it with TensorBoardLogger(default_hp_metric=False), since the logger's own `hp_metric` hides all other columns.
 
     Args:
         layout: write the first chart and the Custom Scalars tab.
@@ -67,7 +68,7 @@ class Dashboard(Checked, EpochEnd):
         silent = is_dry_run(trainer) or not trainer.is_global_zero
         self._began, self._ended, self._parts = trainer.global_step, None, {}
         self._laid_out = not self.layout or silent
-        # not in on_fit_start, which still counts a resumed run's steps from 0
+        # not in on_fit_start, where the steps of a resumed run are not yet restored
         self._start(trainer, pl_module)
         if trainer.global_step and not silent:
             for writer in tensorboard_writers(trainer):
@@ -79,7 +80,7 @@ class Dashboard(Checked, EpochEnd):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._laid_out:  # the first batch tells the names of the loss terms
+        if not self._laid_out:  # the names of the loss terms are known after the first batch
             self._laid_out = True
             terms = list(outputs) if isinstance(outputs, dict) else ["loss"]
             for writer in tensorboard_writers(trainer):
@@ -152,14 +153,14 @@ class Dashboard(Checked, EpochEnd):
         for above in tensorboard_writers(trainer):
             folder = Path(above.log_dir) / part
             if folder in self._parts and not folder.is_dir():
-                continue  # `Checkpoints` says that the run was removed, or finds where it was moved
+                continue  # handled by `Checkpoints`: the run was deleted or moved
             if folder not in self._parts:
                 self._parts[folder] = SummaryWriter(folder)
                 if self._began:
                     purge_later_steps(self._parts[folder], self._began)
             for name, value in values.items():
                 if value is not None:
-                    # the step that Lightning gives to the last batch
+                    # the step under which Lightning logs the last batch
                     self._parts[folder].add_scalar(name, float(value), trainer.global_step - 1)
             self._parts[folder].flush()
 
@@ -170,10 +171,10 @@ class Dashboard(Checked, EpochEnd):
 
     @staticmethod
     def _summary(writer: Any, values: dict[str, Any], end: bool) -> None:
-        """The start or the end of a run, without torch's third summary.
+        """Write the start or the end of a run, without torch's third summary.
 
-        That one, the experiment, fixes the columns of the whole tab to the hyperparameters and metrics of the first
-        run that TensorBoard meets; without it the columns are those of all runs
+        That summary, the experiment, restricts the columns of the whole tab to the hyperparameters and metrics of the
+        first run that TensorBoard reads; without it, the columns are those of all runs
         (tensorboard/plugins/hparams/backend_context.py, experiment_from_metadata).
         """
         from torch.utils.tensorboard.summary import hparams
@@ -184,24 +185,25 @@ class Dashboard(Checked, EpochEnd):
 
 
 def purge_later_steps(writer: Any, step: int) -> None:
-    """Hide what an abandoned continuation wrote after `step`, so that no curve runs twice.
+    """Hide events that an earlier continuation of the run wrote after `step`, so that no curve is drawn twice.
 
-    TensorBoard's fast loader detects that by itself; the Python loader needs an explicit event
+    TensorBoard's fast loader detects this automatically; the Python loader needs an explicit event
     (tensorboard/backend/event_processing/event_accumulator.py, _CheckForRestartAndMaybePurge).
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    # what was written at the step itself, such as pictures and the test, belongs to the checkpoint
+    # events of the step itself, such as pictures and the test, belong to the checkpoint
     start = SessionLog(status=SessionLog.START)
     writer.file_writer.add_event(Event(session_log=start), step=step + 1)
 
 
 def wait_for_new_timestamp(folder: Path) -> None:
-    """Wait until the name of a new event file sorts after those in a run's folder.
+    """Wait until the name of a new event file would sort after those in a run's folder.
 
     Names begin with a time in whole seconds, followed by host and process (tensorboard/summary/writer/
-    event_file_writer.py), and TensorBoard reads files in the order of their names: of two files of the same second the
-    later may come first and then lose its points to the earlier one. A clock that is further behind is not waited for.
+    event_file_writer.py), and TensorBoard reads files in the order of their names. Of two files of the same second, the
+    later one may be read first, and TensorBoard then discards its points. If the clock is further behind, the function
+    returns at once.
     """
     names = (_EVENTS.match(path.name) for path in folder.glob("events.out.tfevents.*"))
     wait = max((int(name[1]) for name in names if name), default=0) + 1 - time.time()
@@ -210,7 +212,7 @@ def wait_for_new_timestamp(folder: Path) -> None:
 
 
 def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
-    """One chart for each loss term with the training and the validation curve; tags are regular expressions."""
+    """Return a chart of the training and validation curves for each loss term; tags are regular expressions."""
     charts = {
         term: ["Multiline", [f"^{re.escape(f'{stage}/{term}')}$" for stage in ("train", "val")]] for term in terms
     }
@@ -218,10 +220,10 @@ def scalars_layout(terms: list[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """Of all hyperparameters those that tell runs apart: not those with defaults, nor those of other data sources."""
+    """Select the hyperparameters that are not at their defaults and do not belong to other data sources."""
     data: Any = getattr(trainer, "datamodule", None)
     taken = settings_of_source(dict(data.hparams_initial)) if isinstance(data, DataModule) else {}
-    # a model may leave the arguments of its base to **kwargs
+    # a model may pass the arguments of its base class by **kwargs
     owners = [("data", type(data))] if taken else []
     owners += [("model", Autoencoder), ("model", type(pl_module))]
     defaults = {
@@ -229,7 +231,7 @@ def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.Lightni
         for section, owner in owners
         for key, parameter in inspect.signature(owner).parameters.items()
     }
-    # what follows from the network and the data where it is not given
+    # defaults that depend on the network and the data
     chosen = {"model.hidden_dims": getattr(pl_module, "default_hidden_dims", None)}
     if taken:
         n_samples = math.ceil(len(data.dataset("train")) / trainer.world_size)
@@ -248,13 +250,13 @@ def differing(values: dict[str, Any], trainer: pl.Trainer, pl_module: pl.Lightni
 
 
 def hyperparameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """The hyperparameters of model and data as plain values, named like the flags."""
+    """Return the hyperparameters of model and data as plain values, named like the command-line options."""
     values: dict[str, Any] = {"model": display_name(type(pl_module))}
     values |= {f"model.{name}": value for name, value in dict(pl_module.hparams_initial).items()}
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:
         values |= {f"data.{name}": value for name, value in dict(datamodule.hparams_initial).items()}
-        values.pop("model.input_shape", None)  # follows from the data
+        values.pop("model.input_shape", None)  # determined by the data
     hidden = {name for name in values if name.rpartition(".")[2].startswith("_")}
     return {
         name: value if isinstance(value, _PLAIN) else str(value)

@@ -15,20 +15,20 @@ from aezoo.training.projected_weights import Constrained
 
 
 class EMA(Checked, WeightAveraging):
-    """Exponential moving average of the weights: a <- decay a + (1 - decay) w after an optimiser step.
+    """Exponential moving average of the weights, a <- decay a + (1 - decay) w, updated after optimiser steps.
 
-    Validation, pictures, checkpoints and the finished model use the averaged weights; training continues with the
-    current ones, which checkpoints keep under `current_model_state`. Until the first update the average is the current
-    model. Integer buffers, such as counters, are copied and not averaged, and so are those in a model's
-    `not_averaged`. Constraints of a model, such as directions of norm 1, are applied to the average again.
+    Validation, pictures, checkpoints and the trained model use the averaged weights; training continues with the
+    current ones, which checkpoints store under `current_model_state`. Until the first update, the average equals the
+    current model. Integer buffers, such as counters, and those in a model's `not_averaged` are copied instead of
+    averaged. Constraints of a model, such as directions of unit norm, are applied to the average as well.
 
     Args:
-        decay: share of the old average that is kept; 0 turns the averaging off.
+        decay: weight of the previous average; 0 disables averaging.
         every_n_steps: optimiser steps between two updates.
         start_step: optimiser steps before the first update.
     """
 
-    # dictionaries of directions refuse averages without it
+    # required by dictionaries of directions, which reject averages that are not projected
     projects_weights = True
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
@@ -38,7 +38,7 @@ class EMA(Checked, WeightAveraging):
         self.every_n_steps = check_count(self, "every_n_steps", every_n_steps)
         self.start_step = check_count(self, "start_step", start_step, 0)
         self._swapped = False
-        # set by FaultGuard on a GPU: 1 if the step was skipped, which the host does not know yet
+        # set by FaultGuard on a GPU: 1 if the step was skipped; on the device, to avoid a synchronisation
         self.skipped: Tensor | None = None
         super().__init__(multi_avg_fn=self._update)
 
@@ -48,12 +48,12 @@ class EMA(Checked, WeightAveraging):
         return step_idx >= self.start_step and (step_idx - self.start_step) % self.every_n_steps == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # else the average of an earlier fit would replace the weights that a validate or test has loaded
+        # otherwise the average of an earlier fit would replace the weights loaded by validate or test
         self._average_model, self._latest_update_step, self._swapped, self.skipped = None, 0, False, None
         if self.decay:
             super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
-            # read at every update: on an accelerator each read would wait for all work in flight
+            # read at every update; on an accelerator, each read would synchronise
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_train_batch_end(
@@ -76,7 +76,7 @@ class EMA(Checked, WeightAveraging):
             self._swapped = True
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not yet: callbacks that draw in this hook use the averaged weights, whatever their order
+        # swapped back later, so that callbacks that draw in this hook use the averaged weights in any order
         pass
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,8 +88,8 @@ class EMA(Checked, WeightAveraging):
             self._copy_average_to_current(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # a checkpoint may be written now: with each set of weights in its place, and with the last step, if another
-        # callback raised before this one saw that step
+        # A checkpoint may be written now, so both sets of weights must be in their places and include the last step,
+        # which this callback has not seen if another one raised before it
         self._swap_back(pl_module)
         if self._average_model is not None:
             self.on_train_batch_end(trainer, pl_module, None, None, 0)
@@ -108,9 +108,9 @@ class EMA(Checked, WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
-        """Make the average the current model, before the first update.
+        """Set the average to the current model, before the first update.
 
-        Lightning's callback validates and stores the initial weights there (#21724).
+        Without this, Lightning's callback validates and stores the initial weights (#21724).
         """
         if self._average_model is not None and self._average_model.n_averaged == 0:
             self._average_model.module.load_state_dict(pl_module.state_dict())
@@ -121,10 +121,10 @@ class EMA(Checked, WeightAveraging):
             self._swapped = False
 
     def _update(self, averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
-        # Lightning has copied the weights before it narrowed them, and small steps need the average's digits
+        # the average is a copy from before Lightning lowered the precision, and small updates need its precision
         current = [new.to(old.dtype) for old, new in zip(averaged, current, strict=True)]
         if averaged[0].is_floating_point() and self.skipped is not None:
-            # towards itself where the step was skipped
+            # no change of the average if the step was skipped
             skipped = self.skipped > 0
             current = [torch.where(skipped, old, new) for old, new in zip(averaged, current, strict=True)]
         if averaged[0].is_floating_point():

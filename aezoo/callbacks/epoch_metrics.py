@@ -1,4 +1,4 @@
-"""The metrics of each epoch in a file that other programs can follow."""
+"""The metrics of each epoch in a file for other programs."""
 
 import json
 from typing import Any
@@ -9,11 +9,10 @@ from aezoo.callbacks.base import EpochEnd, is_dry_run, run_folder
 
 
 class EpochMetrics(EpochEnd):
-    """`metrics.jsonl` in the run's folder: one line of JSON per epoch, with its number, the step and all metrics.
+    """Writes `metrics.jsonl` to the run's folder: a line of JSON per epoch with its number, the step and all metrics.
 
-    The line of an epoch without validation has those of training only.
-    The validation batches before training, if any, give a first line with epoch -1. An epoch that a resumed run repeats
-    has a second line.
+    For an epoch without validation, the line contains only training metrics. Validation before training, if any, gives
+    a first line with epoch -1. An epoch that a resumed run repeats has a second line.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -29,7 +28,7 @@ class EpochMetrics(EpochEnd):
     def on_epoch_logged(self, trainer: pl.Trainer, epoch: int) -> None:
         if self._writes:
             line: dict[str, Any] = {"epoch": epoch, "step": trainer.global_step}
-            # metrics of an earlier validation stay among those that are logged
+            # logged metrics still contain those of earlier validations
             logged = trainer.callback_metrics.items()
             line |= {name: float(value) for name, value in logged if self._validated or not name.startswith("val")}
             self._file.parent.mkdir(parents=True, exist_ok=True)

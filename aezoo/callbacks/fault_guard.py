@@ -1,4 +1,4 @@
-"""Skip and count steps that are not finite, and end the run after several in a row."""
+"""Skip and count steps that are not finite, and stop the run after several in a row."""
 
 import math
 from collections import Counter, deque
@@ -20,29 +20,30 @@ from aezoo.training.optimizers import with_gradients
 
 
 class FaultGuard(Checked, pl.Callback):
-    """Skips an optimiser step whose loss or gradient is not finite; ends the run after `patience` of them in a row.
+    """Skips optimiser steps whose loss or gradient is not finite; stops the run after `patience` such steps in a row.
 
-    Parameters, optimiser moments, averaged weights and buffers, such as the statistics of BatchNorm, stay as they were
-    before that batch; the step counter and the learning rate schedule advance. A gradient counts as not finite if the
-    sum of its squares overflows, which would ruin the moments of an adaptive optimiser. With several optimisers only
-    the one with bad gradients skips. With gradient accumulation all batches of the step are dropped. Skips by which a
-    gradient scaler finds its scale do not count until that scale is below 1.
+    Parameters, optimiser moments, averaged weights and buffers, such as the statistics of BatchNorm, are left as before
+    that batch; the step counter and the learning rate schedule advance. A gradient is also treated as not finite if the
+    sum of its squares overflows, which would make the moments of an adaptive optimiser infinite. With several
+    optimisers, only those with bad gradients skip the step. With gradient accumulation, all batches of the step are
+    dropped. Steps that a gradient scaler skips to find its scale are not counted as long as the scale is at least 1.
 
-    Skips are logged at increasing intervals. A run that ends this way leaves `fault.txt` in its folder. A shorter run
-    whose steps were all skipped fails at its end. Several processes decide by the gradients alone, which they share,
-    and so skip the same steps.
+    Skips are logged at increasing intervals. A run that is stopped in this way leaves `fault.txt` in its folder. A
+    shorter run of which all steps were skipped fails at its end. With several processes, only the gradients are
+    checked, which all processes share, so that all skip the same steps.
 
-    On a GPU with a fused optimiser the kernel itself skips, without synchronisation: the counters are read every
-    `every_n_steps` batches, at the end of an epoch and at a save. Other optimisers on a GPU synchronise once a step.
+    On a GPU with a fused optimiser, the kernel itself skips the step, without synchronisation: the counters are read
+    every `every_n_steps` batches, at the end of an epoch and before saving. Other optimisers on a GPU synchronise once
+    per step.
 
     Args:
-        patience: bad steps in a row that end the run; 0 turns the guard off.
+        patience: number of consecutive bad steps after which the run is stopped; 0 disables the guard.
         every_n_steps: batches between two checks of the counters on a GPU.
 
     Attributes:
-        skipped: steps skipped so far.
-        by_term: of these, how often each loss term was not finite; `gradient` if all terms were finite.
-        by_part: of these, how often each part of the model had a gradient that was not finite.
+        skipped: number of steps skipped so far.
+        by_term: number of skipped steps for each loss term that was not finite; `gradient` if all terms were finite.
+        by_part: number of skipped steps for each part of the model with a gradient that was not finite.
     """
 
     def __init__(self, patience: int = 5, every_n_steps: int = 50) -> None:
@@ -66,43 +67,43 @@ class FaultGuard(Checked, pl.Callback):
 
     @property
     def capturable(self) -> bool:
-        """Whether its part of a step can be recorded in a CUDA graph: no synchronisation, no state per batch."""
+        """Return whether the hooks can be captured in a CUDA graph: no synchronisation, no state per batch."""
         return self._device is not None and self._buffers is None
 
     @property
     def is_passive(self) -> bool:
-        """Whether its hooks only `remember` in a step of one optimiser for which `is_finite_step` is true."""
+        """Return whether the hooks only call `remember` in finite steps (`is_finite_step`) of a single optimiser."""
         return type(self) is FaultGuard and self.patience > 0 and self._device is None and self._scaler is None
 
     def remember(self) -> None:
-        """Keep what a skip restores, at the first batch of a step."""
+        """Store the state that a skip restores, at the first batch of a step."""
         self._losses.clear()
         if self._buffers is not None:
             self._buffers.remember()
 
     def is_finite_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this step and the one before are finite; a loop that asks this need not call the hooks."""
+        """Return whether this step and the previous one are finite; if so, the caller may omit the hooks."""
         gradients = [parameter.grad for parameter in with_gradients(optimizer)]
         return self.is_finite_loss(loss) and bool(gradients) and not _overflows(gradients)
 
     def is_finite_loss(self, loss: Tensor) -> bool:
-        """The same by the loss alone, for a step whose gradients are known to be finite."""
+        """Return the same from the loss alone, for a step whose gradients are known to be finite."""
         return not self._in_a_row and math.isfinite(loss)
 
     def replayed(self) -> None:
-        """Note that a graph with its part of the step has run, the first time right after it was recorded."""
+        """Update the state after the replay of a CUDA graph that contains the hooks, also after its capture."""
         if self._device is None:
             return
         if self._captured is None:
             self._captured = self._device.is_bad
         self._stepped, self._device.is_bad = True, self._captured
-        # a batch of another size, which no graph holds, has left its own there
+        # overwritten by a batch of another size, which is run without a graph
         self._notify_averages(self._captured)
 
     def state_dict(self) -> dict[str, Any]:
         skipped, in_a_row, by_term, by_part = self.skipped, self._in_a_row, self.by_term, self.by_part
         if self._device is not None:
-            # a read that keeps the counts for the next one, which reports them
+            # the counts are not reset, since the next read reports them
             counts_read = self._device.read(keep=True)
             skipped, in_a_row = skipped + counts_read.total, counts_read.row
             by_term, by_part = by_term + Counter(counts_read.terms), by_part + self._by_part(counts_read)
@@ -154,7 +155,7 @@ class FaultGuard(Checked, pl.Callback):
             return
         self._stepped = True
         gradients: list[Any] = [parameter.grad for parameter in parameters]
-        # the loss differs between ranks, which must all do the same
+        # losses differ between ranks, but all ranks must decide alike
         if trainer.world_size > 1 and self._scaler is None:
             losses = []
         if self._device is not None:
@@ -166,7 +167,7 @@ class FaultGuard(Checked, pl.Callback):
                 self._buffers.restore_where(is_bad)
             return
         if self._scaler is not None:
-            # the scaler itself skips steps with a too large scale
+            # the scaler itself skips steps if its scale is too large
             bad = self._overflows_under_scaler(trainer, losses, gradients)
         else:
             bad = _overflows(gradients) or not all(math.isfinite(loss) for loss in losses)
@@ -205,7 +206,7 @@ class FaultGuard(Checked, pl.Callback):
         steps = trainer.global_step // max(1, len(trainer.optimizers))
         if self.patience and 0 < steps <= self.skipped:
             raise AezooError(
-                f"all {steps} steps were skipped, as {', '.join(self.by_term)} was not finite, and nothing was learnt: "
+                f"all {steps} steps were skipped, since {', '.join(self.by_term)} was not finite: "
                 "scale the data (--data.scale standard), or lower --model.lr"
             )
 
@@ -223,7 +224,7 @@ class FaultGuard(Checked, pl.Callback):
         return bad
 
     def _skip(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
-        """Leave the optimiser nothing to do, and restore what the batch has already changed."""
+        """Make the optimiser step a no-op, and restore the state that the batch has already changed."""
         named = [self._names.get(id(p), "?") for p in parameters if _overflows([p.grad])]
         self._bad = [*(self._bad or []), *named]
         for parameter in parameters:
@@ -232,11 +233,11 @@ class FaultGuard(Checked, pl.Callback):
             self._buffers.restore()
         if len(trainer.optimizers) == 1:
             for callback in self._averages:
-                # the step that is being skipped will have this number
+                # the number of the skipped step
                 callback._latest_update_step = trainer.global_step + 1
 
     def _read_counters(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Read the counters of the device: the only synchronisation."""
+        """Read the counters of the device, the only synchronisation."""
         assert self._device is not None
         counts_read = self._device.read()
         before = self.skipped
@@ -247,7 +248,7 @@ class FaultGuard(Checked, pl.Callback):
         terms, names = list(counts_read.terms), [self._names.get(key, "?") for key in counts_read.parameters]
         row = max(counts_read.peak, counts_read.row)
         fault = fault_report.Fault(epoch, batch_idx, step, terms, names, row, self.skipped)
-        # the current batch is the bad one only if that was the last
+        # report the samples of the current batch only if it is the bad one
         batch = batch if counts_read.ago == 0 else None
         fault_report.print_warning(trainer, fault, batch)
         if row >= self.patience:
@@ -260,7 +261,7 @@ class FaultGuard(Checked, pl.Callback):
         self.by_part.update(self._by_part(counts_read))
 
     def _by_part(self, counts_read: "_Counts") -> Counter[str]:
-        """Bad steps of each part: the most of any of its parameters."""
+        """Return the number of bad steps of each part: the maximum over its parameters."""
         parts: Counter[str] = Counter()
         for key, count in counts_read.parameters.items():
             part = self._names.get(key, "?").partition(".")[0]
@@ -268,7 +269,7 @@ class FaultGuard(Checked, pl.Callback):
         return parts
 
     def _notify_averages(self, is_bad: Tensor | None) -> None:
-        # with several optimisers some weights still change
+        # with several optimisers, some weights still change
         if self._device is not None and self._device.n_optimizers == 1:
             for callback in self._averages:
                 callback.skipped = is_bad
@@ -281,15 +282,15 @@ class FaultGuard(Checked, pl.Callback):
 
 
 class _Counts:
-    """What a device has counted since the last read.
+    """Counts of a device since the last read.
 
     Attributes:
         row: current number of bad steps in a row.
-        peak: the most bad steps in a row.
-        total: bad steps.
-        ago: good steps since the last bad one.
-        terms: how often each loss term was not finite.
-        parameters: how often each parameter had a bad gradient, by identity.
+        peak: maximum number of bad steps in a row.
+        total: number of bad steps.
+        ago: number of good steps since the last bad one.
+        terms: number of steps in which each loss term was not finite.
+        parameters: number of steps in which each parameter had a bad gradient, by id.
     """
 
     def __init__(self, numbers: list[float], terms: dict[str, int], parameters: dict[int, int]) -> None:
@@ -298,13 +299,13 @@ class _Counts:
 
 
 class _DeviceCounters:
-    """Counters on the device that trains.
+    """Counters on the training device.
 
     Args:
-        device: that device.
+        device: the training device.
         in_a_row: bad steps in a row so far.
         window: batches between two reads.
-        n_optimizers: how many optimisers step per batch.
+        n_optimizers: number of optimisers that step per batch.
 
     Attributes:
         is_bad: 1 if a step of the current batch was not finite, else 0.
@@ -313,7 +314,7 @@ class _DeviceCounters:
     def __init__(self, device: torch.device, in_a_row: int, window: int, n_optimizers: int = 1) -> None:
         self.n_optimizers = n_optimizers
         self.is_bad: Tensor | None = None
-        # bad steps in a row, most in a row, in total; good steps since
+        # bad steps: current in a row, maximum in a row, total; good steps since the last
         self._numbers = torch.tensor([float(in_a_row), 0.0, 0.0, 0.0], device=device)
         self._keys: dict[int, list[int]] = {}
         self._by_value: dict[int, Tensor] = {}
@@ -322,7 +323,7 @@ class _DeviceCounters:
         self._positions: deque[tuple[int, int, int]] = deque(maxlen=window + 1)
 
     def check(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], values: list[Tensor]) -> Tensor:
-        """1 if any value is not finite, else 0."""
+        """Return 1 if any value is not finite, else 0."""
         bad = torch.stack(values).isfinite().logical_not_()
         is_bad = bad.any().float()
         key, count = id(optimizer), bad[: len(parameters)]
@@ -334,7 +335,7 @@ class _DeviceCounters:
         return is_bad
 
     def count(self, outputs: Any, position: tuple[int, int, int]) -> None:
-        """Add the batch that has ended."""
+        """Count the batch that has ended."""
         self._positions.append(position)
         is_bad, self.is_bad = self.is_bad, None
         if is_bad is None:
@@ -355,7 +356,7 @@ class _DeviceCounters:
                 self._terms, self._by_term = list(terms), bad.int()
 
     def read(self, keep: bool = False) -> _Counts:
-        """All counts since the last read; resets them unless they are kept."""
+        """Return all counts since the last read, and reset them unless `keep`."""
         numbers = self._numbers.tolist()
         terms: dict[str, int] = {}
         parameters: dict[int, int] = {}
@@ -364,7 +365,7 @@ class _DeviceCounters:
                 terms = {n: c for n, c in zip(self._terms, self._by_term.tolist(), strict=True) if c}
             for key, counts in self._by_value.items():
                 parameters |= {p: c for p, c in zip(self._keys[key], counts.tolist(), strict=True) if c}
-            # as in a report on one step: the sum of the terms only if it is alone, and the gradients if no term is
+            # as in a report on one step: the loss only if no other term is listed, and gradients if no term is
             if len(terms) > 1:
                 terms.pop("loss", None)
             rest = int(numbers[2]) - max(terms.values(), default=0)
@@ -377,24 +378,24 @@ class _DeviceCounters:
         return _Counts(numbers, terms, parameters)
 
     def position(self, counts_read: _Counts) -> tuple[int, int, int]:
-        """Epoch, batch and step of the last bad one."""
+        """Return epoch, batch and step of the last bad step."""
         return self._positions[max(0, len(self._positions) - 1 - counts_read.ago)]
 
 
 def _overflows(gradients: list[Any]) -> bool:
-    """Whether the sum of squares of any gradient is not finite; synchronises with the device."""
+    """Return whether the sum of squares of any gradient is not finite; synchronises with the device."""
     norms = _norms(gradients)
-    # values on the CPU cost nothing to read; on a GPU each read would synchronise
+    # reading values is free on the CPU; on a GPU, each read would synchronise
     total = sum(norm.item() for norm in norms) if norms[0].is_cpu else float(torch.stack(norms).sum())
     return not math.isfinite(total)
 
 
 def _norms(gradients: list[Any]) -> list[Tensor]:
-    """The norm of each gradient, in float32 at least."""
+    """Return the norm of each gradient, in at least float32."""
     dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     kinds = {gradient.dtype for gradient in dense}
     low = bool(kinds & {torch.float16, torch.bfloat16})
-    # torch refuses to narrow
+    # torch does not allow a narrower dtype
     dtype = (torch.float64 if torch.float64 in kinds else torch.float32) if low else None
     # on a CPU, torch._foreach_norm takes longer
     if dense[0].is_cpu or not hasattr(torch, "_foreach_norm"):
@@ -404,7 +405,7 @@ def _norms(gradients: list[Any]) -> list[Tensor]:
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Start SGD's momentum at 0, which gives the same first step; skipping that step would leave it undefined."""
+    """Initialise SGD's momentum to 0: the first step is the same, and the momentum is defined if it is skipped."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         if group["momentum"] and not group["dampening"]:
             for parameter in group["params"]:

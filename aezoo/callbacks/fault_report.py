@@ -1,4 +1,4 @@
-"""Messages and the report about steps that are not finite."""
+"""Warnings and the report about steps that are not finite."""
 
 import copy
 import shlex
@@ -26,16 +26,16 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Fault:
-    """One bad step.
+    """A bad step.
 
     Attributes:
         epoch: counted from 0, as are batch and step.
-        batch: its number within the epoch.
-        step: optimiser steps of the run, this one included.
+        batch: index within the epoch.
+        step: optimiser steps of the run, including this one.
         terms: loss terms that were not finite.
         parameters: names of parameters with a gradient that was not finite.
-        consecutive: bad steps without a good one between them.
-        total: bad steps of the run.
+        consecutive: number of bad steps in a row.
+        total: number of bad steps in the run.
     """
 
     epoch: int
@@ -48,14 +48,14 @@ class Fault:
 
 
 def broken_terms(outputs: Any) -> list[str]:
-    """Names of the loss terms that are not finite, `loss` last and only if it is alone."""
+    """Return the names of the loss terms that are not finite; `loss` only if no other term is."""
     terms = outputs.items() if isinstance(outputs, dict) else [("loss", outputs)]
     bad = [name for name, value in terms if isinstance(value, Tensor) and not bool(value.isfinite().all())]
     return [name for name in bad if name != "loss"] or bad
 
 
 def print_warning(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
-    """Log a skipped step: the first five, then those whose number is a power of two."""
+    """Log a skipped step if it is one of the first five or its number is a power of two."""
     if not trainer.is_global_zero or (fault.total > 5 and fault.total & (fault.total - 1)):
         return
     parts = sorted({name.partition(".")[0] for name in fault.parameters})
@@ -79,14 +79,14 @@ def write_report(
     """Write the report on rank zero.
 
     Returns:
-        The message of the error that ends the run, one line.
+        The error message that ends the run, one line.
     """
     folder = run_folder(trainer)
     layer = _first_broken(module, fault.batch, batch) if batch is not None else None
     bad, rows = _bad_samples(trainer, fault, batch), _rows(trainer, fault)
     command = _command(trainer, folder)
     lines = [
-        f"{fault.consecutive} optimiser steps in a row were not finite; the last at epoch {fault.epoch}, batch "
+        f"{fault.consecutive} optimiser steps in a row were not finite, the last one at epoch {fault.epoch}, batch "
         f"{fault.batch}, step {fault.step}.",
         f"loss terms not finite there: {', '.join(fault.terms)}",
         f"gradients not finite there: {', '.join(fault.parameters) or 'none'}",
@@ -96,20 +96,20 @@ def write_report(
         f"seed: {getattr(module, '_fit_seed', None)}",
         f"skipped steps of the run by loss term: {dict(by_term)}",
         f"skipped steps of the run by part of the model: {dict(by_part)}",
-        f"the same again: {command or 'fit from the last checkpoint with the same seed'}",
+        f"reproduce with: {command or 'fit from the last checkpoint with the same seed'}",
     ]
     if trainer.is_global_zero:
         text = "\n".join(lines) + "\n"
         atomic_files.write(folder / FILE, lambda file: file.write(text.encode()))
     where = f", first in {layer}" if layer else f", gradients of {_list(fault.parameters)}" if fault.parameters else ""
-    cause = f"clean training sample(s) {_list(bad)}" if bad else "lower --model.lr or look at that batch"
+    cause = f"clean training sample(s) {_list(bad)}" if bad else "lower --model.lr or inspect that batch"
     if not bad and trainer.precision == "16-true":
-        # the smallest number above 0 is 6e-8
-        cause = "float16 alone takes Adam's epsilon of 1e-8 for 0: give --trainer.precision 16-mixed or bf16-true"
+        # the smallest positive number in float16 is 6e-8
+        cause = "Adam's epsilon of 1e-8 is 0 in float16: give --trainer.precision 16-mixed or bf16-true"
     return (
         f"{fault.consecutive} steps in a row were not finite (epoch {fault.epoch}, batch {fault.batch}: "
         f"{', '.join(fault.terms)}{where}): {cause}; the last good checkpoint is kept; see {folder / FILE}"
-        f"{f'; the same again: {command}' if command else ''}"
+        f"{f'; reproduce with: {command}' if command else ''}"
     )
 
 
@@ -119,7 +119,7 @@ def _list(items: list[Any]) -> str:
 
 
 def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
-    """Indices of the training samples in a batch that are not finite; their places in it if the indices are unknown."""
+    """Return the indices of samples in a batch that are not finite; positions in the batch if these are unknown."""
     x = None if batch is None else unpack(batch)[0]
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return []
@@ -130,7 +130,7 @@ def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:
 
 
 def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
-    """Indices of the training samples in the batch of a fault; empty if the loader is not one of this package."""
+    """Return the indices of the training samples in the batch of a fault; empty for loaders of other packages."""
     loader = trainer.train_dataloader
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not (isinstance(sampler, EpochSampler) and isinstance(size, int)):
@@ -141,7 +141,7 @@ def _rows(trainer: pl.Trainer, fault: Fault) -> list[int]:
 
 
 def _command(trainer: pl.Trainer, folder: Path) -> str | None:
-    """How to reproduce the fault: a command for a run of the command line, else a line of Python."""
+    """Return how to reproduce the fault: a command if the run was started by one, else a line of Python."""
     if not (folder / "config.yaml").is_file():
         last = getattr(checkpoint_callback(trainer), "last_model_path", None)
         seed = getattr(trainer.lightning_module, "_fit_seed", None)
@@ -153,7 +153,7 @@ def _command(trainer: pl.Trainer, folder: Path) -> str | None:
 
 
 def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str | None:
-    """The first layer whose output is not finite for finite inputs, found by another forward pass."""
+    """Return the first layer whose output is not finite for finite inputs, found by another forward pass."""
     found: list[str] = []
 
     def make_hook(name: str) -> Any:
@@ -163,7 +163,7 @@ def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str
 
         return hook
 
-    # leaves only: what contains a broken layer is broken too
+    # only layers without children: a module that contains a broken layer is broken, too
     leaves = [(name, layer) for name, layer in module.named_modules() if name and not any(layer.children())]
     handles = [layer.register_forward_hook(make_hook(name)) for name, layer in leaves]
     try:
@@ -171,9 +171,9 @@ def _first_broken(module: pl.LightningModule, batch_idx: int, batch: Any) -> str
             model: Any = module
             if hasattr(model, "_seed_step"):
                 model._seed_step(batch_idx)
-            # as the training step does, which may be handed bytes
+            # as in the training step, whose batch may be uint8
             (model._terms if hasattr(model, "_terms") else model.loss)(*unpack(batch))
-    except Exception:  # a diagnosis must not hide the fault
+    except Exception:  # an error here must not hide the fault
         return None
     finally:
         for handle in handles:

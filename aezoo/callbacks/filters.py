@@ -1,4 +1,4 @@
-"""What the weights look like."""
+"""Pictures of weights."""
 
 import math
 from typing import TYPE_CHECKING
@@ -18,15 +18,15 @@ _INPUTS = 256
 
 
 class Filters(Picture):
-    """pictures/filters.png: the weights of the first layer; for sparse codes also pictures/atoms.png.
+    """Draws pictures/filters.png, the weights of the first layer, and for sparse codes pictures/atoms.png.
 
-    A filter is the weight of one unit of the first linear or convolutional layer, the largest first. An atom is what
-    one entry of the code adds to the output, decode(e_i) - decode(0), the most used first; for a linear decoder atoms
-    are exactly its dictionary.
+    A filter is the weight vector of one unit of the first linear or convolutional layer, in order of decreasing norm.
+    An atom is the contribution of one entry of the code to the output, decode(e_i) - decode(0), in order of decreasing
+    use; for a linear decoder, atoms are exactly its dictionary.
 
     Args:
         n: number of filters and atoms.
-        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+        every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
             pictures would take more than 5 % of the fit's time.
     """
 
@@ -54,13 +54,13 @@ class Filters(Picture):
 
         if plotting.is_image(weights.shape[1:]):
             return plotting.mosaic_figure(plotting.square(plotting.signed_tiles(weights)), title=self.caption)
-        # weights have no units
+        # weights have no units of measurement
         table = self.columns and Columns(self.columns.names, {}, len(self.columns.names))
         return plotting.panel_figure([{name: w} for w in weights[:16]], title=self.caption, columns=table)
 
 
 def first_weights(model: "Autoencoder") -> Tensor | None:
-    """(units, *shape) of the first linear or convolutional layer, shaped like data; None if there is none."""
+    """Return the weights of the first linear or convolutional layer, (units, *shape), or None if there is none."""
     for layer in (getattr(model, "encoder", None) or model).modules():
         if isinstance(layer, nn.Linear):
             weights = layer.weight.detach().float().cpu()

@@ -1,4 +1,4 @@
-"""Weights and gradients as histograms."""
+"""Histograms of weights and gradients."""
 
 import lightning.pytorch as pl
 import torch
@@ -11,12 +11,12 @@ from aezoo.training.arguments import Checked
 
 
 class Histograms(Checked, pl.Callback):
-    """Histograms of every weight, and of its gradient at the last optimiser step of the epoch, in the loggers.
+    """Logs histograms of each weight and of its gradient at the last optimiser step of the epoch.
 
-    Gradients are those of rank zero, averaged over ranks, before clipping.
+    Gradients are averaged over ranks and not clipped; rank zero logs them.
 
     Args:
-        every_n_epochs: epochs between two histograms; 0 turns them off.
+        every_n_epochs: epochs between two histograms; 0 disables them.
     """
 
     def __init__(self, every_n_epochs: int = 0) -> None:
@@ -43,7 +43,7 @@ class Histograms(Checked, pl.Callback):
 
     def _write(self, trainer: pl.Trainer, name: str, values: Tensor) -> None:
         values = values.detach().float().flatten()
-        values = values[torch.isfinite(values)]  # TensorBoard refuses others
+        values = values[torch.isfinite(values)]  # TensorBoard rejects other values
         if len(values):
             step = trainer.global_step
             media.log_histogram(

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP and SLURM's signals between two batches."""
+"""Handling of Ctrl-C, SIGTERM, SIGHUP and SLURM's signals between two batches."""
 
 import contextlib
 import os
@@ -17,24 +17,24 @@ from aezoo.io import terminal
 from aezoo.training import distributed
 
 _HANDLED = b"\naezoo: stopping after this batch; press Ctrl-C again to stop at once\n"
-# batches between two agreements of the ranks, each of which waits for the slowest
+# batches between two synchronisations of the ranks
 SYNC_EVERY = 8
 
 
 class Interrupt(pl.Callback):
-    """Holds the first SIGINT, SIGTERM or SIGHUP of a fit until the batch is done, then raises KeyboardInterrupt.
+    """Defers the first SIGINT, SIGTERM or SIGHUP of a fit to the end of the batch, then raises KeyboardInterrupt.
 
-    The checkpoint that Checkpoints then writes resumes exactly. One written within a batch, between batches whose
-    gradients are accumulated, or on the last batch of an epoch would not, so the run first finishes these batches: on
-    the last batch of an epoch, and during a validation, it finishes the epoch. A second signal interrupts at once,
-    except SIGHUP, which both the kernel and the shell send when a terminal is closed. Under `nohup`, which ignores
-    SIGHUP, the run continues. Several ranks agree on the batch.
+    The checkpoint that `Checkpoints` then writes resumes exactly. A checkpoint written within a batch, between batches
+    whose gradients are accumulated, or on the last batch of an epoch would not, so the run first finishes these
+    batches; on the last batch of an epoch and during validation, it finishes the epoch. A second signal interrupts at
+    once, except SIGHUP, which both the kernel and the shell send when a terminal is closed. Under `nohup`, which
+    ignores SIGHUP, the run continues. Several ranks stop after the same batch.
 
-    Under SLURM the signal that announces the end of a job (SIGUSR1, or what the cluster environment names) does the
-    same, and once Checkpoints has written its file the job is requeued where Lightning would do so.
+    Under SLURM, the signal that announces the end of a job (SIGUSR1, or the one set in the cluster environment) has the
+    same effect. After `Checkpoints` has written its file, the job is requeued if Lightning would do so.
 
     Attributes:
-        signum: the signal received in the last fit, or None; a program that it ends exits with 128 + signum.
+        signum: the signal received in the last fit, or None; the program then exits with 128 + signum.
         requested: whether the ranks have agreed to stop.
     """
 
@@ -55,7 +55,7 @@ class Interrupt(pl.Callback):
         self._install_handlers(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # the epoch before may only have been saved if the request was known at its end; a later one waits for a batch
+        # the last epoch is saved if the request was known at its end; a later request needs another batch
         if self.requested or not self._has_trained:
             self._stop_if_requested(trainer)
 
@@ -69,16 +69,17 @@ class Interrupt(pl.Callback):
             self._stop_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # checkpoints are written after this; the next epoch does not begin
+        # checkpoints are written after this hook; the next epoch does not start
         self._sync_request(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stopping = True  # checkpoints are written now
 
     def requeue(self, trainer: pl.Trainer) -> None:
-        """Requeue the job if SLURM has announced its end; call it once all files are written.
+        """Requeue the job if SLURM has announced its end; must be called after all files are written.
 
-        Not a hook: after an interruption Lightning only calls `on_exception`, and this callback's before Checkpoints'.
+        This is not a hook: after an interruption, Lightning only calls `on_exception`, for this callback before
+        Checkpoints.
         """
         environment = _slurm(trainer)
         if environment is None or not environment.auto_requeue or not trainer.is_global_zero:
@@ -87,8 +88,8 @@ class Interrupt(pl.Callback):
             _requeue()
 
     def _install_handlers(self, trainer: pl.Trainer) -> None:
-        # not in setup: Lightning installs its own handlers after that, which would end the run by themselves; it puts
-        # back all handlers at the end of a run, however that ends
+        # Not in setup, after which Lightning installs its own handlers, which would end the run; Lightning restores
+        # all handlers at the end of a run in any case
         if threading.current_thread() is not threading.main_thread():
             return
         signals = {signal.SIGINT, *terminal.termination_signals()}
@@ -104,7 +105,7 @@ class Interrupt(pl.Callback):
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        with contextlib.suppress(OSError):  # the same signal may have ended the reader, such as `tee`
+        with contextlib.suppress(OSError):  # the reader, e.g. `tee`, may have been ended by the same signal
             os.write(2, _HANDLED)  # print is not safe in a signal handler
 
     def _sync_request(self, trainer: pl.Trainer) -> None:
@@ -131,7 +132,7 @@ def _requeue_signal(environment: SLURMEnvironment | None) -> signal.Signals:
 
 
 def _requeue() -> None:
-    """Requeue this SLURM job; with `--resume auto` its command continues from the checkpoint."""
+    """Requeue this SLURM job; with `--resume auto`, its command continues from the checkpoint."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
     if not re.fullmatch("[0-9_-]+", job):
@@ -142,6 +143,6 @@ def _requeue() -> None:
     except OSError as error:
         wrong = str(error)
     if wrong:
-        rank_zero_warn(f"SLURM job {job} was not put into the queue again: {wrong}")
+        rank_zero_warn(f"SLURM job {job} was not requeued: {wrong}")
     else:
-        rank_zero_info(f"SLURM job {job} is in the queue again")
+        rank_zero_info(f"SLURM job {job} was requeued")

@@ -1,4 +1,4 @@
-"""Where validation samples lie in the latent space."""
+"""Pictures of validation samples in the latent space."""
 
 import math
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
     from aezoo.autoencoder import Autoencoder
 
-# a sprite sheet may have 8192 pixels a side
+# a sprite sheet may have at most 8192 pixels per side
 _SPRITE = 64
 
 
 class LatentScatter(Picture):
-    """pictures/latents.png: codes of validation samples, coloured by label; more than two dimensions through PCA.
+    """Draws pictures/latents.png, the codes of validation samples coloured by label, reduced to two dimensions by PCA.
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+        every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
             pictures would take more than 5 % of the fit's time.
     """
 
@@ -44,13 +44,13 @@ class LatentScatter(Picture):
 
 
 class Projector(Picture):
-    """TensorBoard's Projector tab: codes of validation samples with their labels, and their images as sprites.
+    """Writes TensorBoard's Projector tab: codes of validation samples with their labels, and their images as sprites.
 
-    Written once, at the end of a fit, into `projector/`; a resumed run replaces it. W&B gets the same as a table,
+    Written once, at the end of a fit, to `projector/`; a resumed run replaces it. W&B receives the same as a table,
     MLflow as a CSV file.
 
     Args:
-        n: number of samples; 0 turns it off.
+        n: number of samples; 0 disables it.
     """
 
     def __init__(self, n: int = 500) -> None:
@@ -78,17 +78,17 @@ class Projector(Picture):
 def write_embedding(
     run: Path, name: str, codes: Tensor, columns: Mapping[str, Tensor], sprites: Tensor | None, prefix: str = ""
 ) -> None:
-    """Write what the Projector tab reads; SummaryWriter.add_embedding would leave one folder per step in the run's.
+    """Write the files of the Projector tab; SummaryWriter.add_embedding would create a folder per step.
 
-    Points with the same prefix are replaced, others stay.
+    Points with the same prefix are replaced, others are kept.
 
     Args:
         run: the folder of the event files.
-        name: what the tab calls the points.
+        name: name of the points in the tab.
         codes: (N, D).
         columns: metadata of the points, (N,) integers each.
         sprites: (N, 3, side, side) in [0, 1].
-        prefix: of the files' names.
+        prefix: prefix of the file names.
     """
     from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo
 
@@ -97,12 +97,12 @@ def write_embedding(
     folder = run / "projector"
     folder.mkdir(parents=True, exist_ok=True)
     info = EmbeddingInfo(tensor_name=name, tensor_path=f"projector/{prefix}codes.tsv")
-    # the tab opens with three principal components and shows nothing at all of fewer dimensions
+    # the tab starts with three principal components and shows nothing if there are fewer dimensions
     codes = F.pad(codes, (0, max(0, 3 - codes.shape[1])))
     np.savetxt(run / info.tensor_path, codes.numpy(), "%.6g", "\t")
     if columns:
         info.metadata_path = f"projector/{prefix}labels.tsv"
-        # the tab reads a first line of names where there are several columns, and only there
+        # the tab expects a first line of names if and only if there are several columns
         names = "\t".join(columns) if len(columns) > 1 else ""
         np.savetxt(
             run / info.metadata_path, torch.stack([*columns.values()], 1).numpy(), "%d", "\t", header=names, comments=""
@@ -118,7 +118,7 @@ def write_embedding(
 
 
 def _add_to_config(path: Path, info: Any) -> None:
-    """Put an embedding into the list that the tab reads; it replaces an entry with the same file."""
+    """Add an embedding to the list that the tab reads, replacing an entry with the same file."""
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
@@ -126,7 +126,7 @@ def _add_to_config(path: Path, info: Any) -> None:
     if path.is_file():
         try:
             text_format.Parse(path.read_text("utf-8"), others)
-        except text_format.ParseError:  # left by a run that was killed while writing
+        except text_format.ParseError:  # from a run that was killed while writing
             others.Clear()
     kept = [other for other in others.embeddings if other.tensor_path != info.tensor_path]
     config = ProjectorConfig(embeddings=sorted([*kept, info], key=lambda entry: entry.tensor_path))
@@ -134,16 +134,16 @@ def _add_to_config(path: Path, info: Any) -> None:
 
 
 def principal_plane(codes: Tensor) -> tuple[Tensor, tuple[str, str]]:
-    """Codes (N, D) as points (N, 2), and the labels of the two axes."""
+    """Project codes (N, D) to points (N, 2); also return the labels of the two axes."""
     if codes.shape[1] == 2 or (len(codes) == 1 and codes.shape[1] > 2):
         return codes[:, :2], ("z0", "z1")
     if codes.shape[1] == 1:
-        return torch.cat([codes, torch.rand_like(codes)], 1), ("z0", "spread at random")
+        return torch.cat([codes, torch.rand_like(codes)], 1), ("z0", "random")
     centred = codes - codes.mean(0)
-    # more directions than are shown: with only two, the error of the second depends on the random start
+    # more components than are shown, since with only two the second depends on the random initialisation
     _, s, v = torch.pca_lowrank(centred, q=min(8, *centred.shape), center=False, niter=4)
     s, v = s[:2], v[:, :2]
-    # the sign of a principal axis is arbitrary: fix it, so that pictures of two epochs can be compared
+    # the sign of a principal axis is arbitrary; it is fixed so that pictures of two epochs are comparable
     v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
     shares = (s**2 / centred.square().sum().clamp_min(1e-12) * 100).tolist()
     return centred @ v, (f"PC 1 ({shares[0]:.0f} %)", f"PC 2 ({shares[1]:.0f} %)")
@@ -154,6 +154,6 @@ def _sprites(x: Tensor) -> Tensor:
 
     rgb = torch.tensor(plotting.tiles(x, plotting.value_range(x))).permute(0, 3, 1, 2)
     side = max(rgb.shape[2:])
-    # TensorBoard wants square sprites: pad, then shrink what is large
+    # TensorBoard requires square sprites: pad, then shrink large ones
     rgb = F.pad(rgb, (0, side - rgb.shape[3], 0, side - rgb.shape[2]), value=1.0)
     return rgb if side <= _SPRITE else F.interpolate(rgb, size=(_SPRITE, _SPRITE), mode="area")

@@ -1,4 +1,4 @@
-"""The losses of all epochs: in a file, in a picture, and as what they say."""
+"""The losses of all epochs: as a file, a picture and the input of the diagnosis."""
 
 import csv
 import io
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from aezoo.autoencoder import Autoencoder
 
 _SAMPLES = 512
-# of them, those that are reconstructed
+# number of these that are reconstructed
 _DECODED = 64
-# likelihoods whose mean is what mean squared error asks for
+# likelihoods whose mean minimises the mean squared error
 _LEAST_SQUARES = (Bernoulli, ContinuousBernoulli, Gaussian, SigmoidGaussian)
-# a unit that varies by less than this share of the most variable one is constant
+# a unit is constant if its variance is less than this fraction of the largest variance
 _CONSTANT = 1e-6
-# how often a unit of a sparse code must be in use on average before one that never is counts as dead
+# minimum average number of uses per unit of a sparse code for an unused unit to count as dead
 _USES = 20
 
 
 class LearningCurves(EpochEnd, Picture):
-    """metrics.csv with a line per epoch and, at the end of a fit, pictures/curves.png, whatever the logger.
+    """Writes metrics.csv, a line per epoch, and at the end of a fit pictures/curves.png, with any logger.
 
-    `metrics.csv` has the epoch, counted from 0 as in the names of checkpoints, the optimiser steps taken, and all
-    metrics. A run that continues from a checkpoint replaces the lines after it. A CSVLogger of yours in the same folder
-    writes that file itself; that of the command line, `StepLogger`, does not.
+    `metrics.csv` contains the epoch, counted from 0 as in the names of checkpoints, the number of optimiser steps, and
+    all metrics. A run that continues from a checkpoint replaces the lines after it. A CSVLogger in the same folder
+    writes this file itself; the command line's `StepLogger` does not.
 
     Attributes:
-        curves: the losses and what `aezoo.report.diagnosis` needs beside them.
+        curves: the losses and the other values that `aezoo.report.diagnosis` needs.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class LearningCurves(EpochEnd, Picture):
 
     def state_dict(self) -> dict[str, Any]:
         if self._ended is not None:
-            self._record(self._ended)  # checkpoints are saved at the end of an epoch, before the next hook
+            self._record(self._ended)  # checkpoints are saved at the end of an epoch, before the metrics are complete
         return {"rows": [list(row) for row in self._rows], "best": list(self._best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -102,12 +102,12 @@ class LearningCurves(EpochEnd, Picture):
         self._best = [float(value) for value in state_dict["best"]]
 
     def is_due(self, epoch: int, last: bool) -> bool:
-        return False  # only the whole curves are drawn
+        return False  # curves are only drawn at the end
 
     def _record(self, epoch: int) -> None:
-        """Keep the epoch that has ended, again if its metrics were not complete the last time."""
+        """Record the epoch that has ended; replace its row if its metrics were not complete before."""
         step, logged = self._trainer.global_step, self._trainer.callback_metrics
-        # metrics of an earlier validation stay among those that are logged
+        # logged metrics still contain those of earlier validations
         found = {key: float(value) for key, value in logged.items() if self._validated or not key.startswith("val")}
         if self._rows and self._rows[-1][0] == epoch:
             self._rows.pop()
@@ -118,7 +118,7 @@ class LearningCurves(EpochEnd, Picture):
             with warn_on_error(self):
                 self._table.add({"epoch": epoch, "step": step, **found})
 
-    # ---- what the run was like --------------------------------------------------------------------------------------
+    # ---- diagnosis --------------------------------------------------------------------------------------------------
 
     def _history(self, trainer: pl.Trainer) -> Curves:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -134,19 +134,19 @@ class LearningCurves(EpochEnd, Picture):
         )  # fmt: skip
 
     def _of_code(self, model: "Autoencoder", x: Tensor) -> dict[str, Any]:
-        """Dead units of a code of one axis, and PCA with a component for each of them."""
+        """Return the dead units of a code with one axis, and the error of PCA with as many components as units."""
         units = model.code_shape[0] if len(model.code_shape) == 1 and not getattr(model, "discrete_code", False) else 0
         found: dict[str, Any] = {"units": units, "has_posterior": hasattr(model, "posterior")}
         found |= {"has_beta": "beta" in model.hparams, "decoded": self._decoded(model, x)}
         if units:
             found["dead_units"] = self._dead_units(model, x, units)
-        # the mean squared error of a denoising model is that of corrupted samples
+        # a denoising model's mean squared error is that of corrupted samples, so it is not compared
         if units and model.corruption is None and isinstance(getattr(model, "likelihood", None), _LEAST_SQUARES):
             found |= {"mse": self._best[1], "pca_mse": pca_error(x, units)}
         return found
 
     def _decoded(self, model: "Autoencoder", x: Tensor) -> tuple[float, float]:
-        """The limits of reconstructions under a likelihood of values in [0, 1]; those of other models are not asked."""
+        """Return the range of reconstructions for a likelihood on [0, 1]; for others it is not computed."""
         likelihood = getattr(model, "likelihood", None)
         if not getattr(likelihood, "unit_interval", False) or not x.isfinite().all():
             return 0.0, 1.0
@@ -156,7 +156,7 @@ class LearningCurves(EpochEnd, Picture):
     def _dead_units(self, model: "Autoencoder", x: Tensor, units: int) -> int:
         logged = {key: float(value) for key, value in self._trainer.callback_metrics.items()}
         if model.sparse_code:
-            # a unit that should be in use once or twice only may be rare
+            # a unit expected to be used once or twice may be rare instead of dead
             enough = len(x) * logged.get("val/l0", 0.0) >= _USES * units
             return round(units * logged.get("val/dead", 0.0)) if enough else 0
         if "val/active_units" in logged:
@@ -175,18 +175,18 @@ class LearningCurves(EpochEnd, Picture):
 
 
 def pca_error(x: Tensor, n_components: int) -> float:
-    """The mean squared error of PCA on every other sample, fitted to those between; NaN if it cannot be fitted.
+    """Return the mean squared error of PCA on every other sample, fitted to the rest; NaN if it cannot be fitted.
 
     Args:
         x: (N, *shape).
-        n_components: how many components it keeps.
+        n_components: number of components.
     """
     fit_ND, test_ND = x[::2].flatten(1).double(), x[1::2].flatten(1).double()
     if not (0 < n_components < min(len(fit_ND), fit_ND.shape[1])) or not len(test_ND) or not x.isfinite().all():
         return math.nan
     mean_D = fit_ND.mean(0)
     fit_ND, test_ND = fit_ND - mean_D, test_ND - mean_D
-    # by the products of samples, since there are fewer of these than values
+    # by the Gram matrix, since there are fewer samples than values per sample
     values, vectors = torch.linalg.eigh(fit_ND @ fit_ND.T)
     values, vectors = values[-n_components:], vectors[:, -n_components:]
     kept = values > 1e-10 * values.max()
@@ -195,7 +195,7 @@ def pca_error(x: Tensor, n_components: int) -> float:
 
 
 class MetricsCSV:
-    """A CSV file to which rows are added; a row with new columns, or of the same epoch again, has it written anew.
+    """A CSV file to which rows are added; it is rewritten if a row has new columns or repeats an epoch.
 
     Args:
         path: the file.
@@ -205,10 +205,10 @@ class MetricsCSV:
         self._path, self._rows, self._columns = path, [], []  # type: tuple[Path, list[dict[str, Any]], list[str]]
 
     def resume(self, step: int) -> None:
-        """Keep the rows up to a step of a file that exists."""
+        """Keep the rows up to a step if the file exists."""
         if self._path.is_file():
             with self._path.open(newline="", encoding="utf-8") as file:
-                # a killed run may have left a part of a row
+                # a killed run may have left an incomplete row
                 rows = [row for row in csv.DictReader(file) if None not in row.values()]
             self._rows = [row for row in rows if int(row["step"]) <= step]
             self._write()

@@ -1,7 +1,7 @@
-"""The loggers of a run folder: TensorBoard, CSV, W&B and MLflow, which a resumed run continues.
+"""The loggers of a run folder, which a resumed run continues: TensorBoard, CSV, W&B and MLflow.
 
-W&B and MLflow name their runs themselves; `loggers.json` in the run folder holds these names. What cannot be sent to a
-server never ends a run: it is sent later, and at the end one line says what was not.
+W&B and MLflow name their runs themselves; `loggers.json` in the run folder stores these names. Values that cannot be
+sent to a server do not end the run: they are sent later, and a message at the end reports those that were not sent.
 """
 
 import csv
@@ -30,14 +30,14 @@ from aezoo.io import atomic_files
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 _NAMES = "loggers.json"
 _PLAIN = (bool, int, float, str, list, type(None))
-# what MLflow takes in one request, and how long values wait for one
+# maximum values in a request to MLflow, and maximum seconds between two requests
 _BATCH, _SECONDS = 1000, 10.0
-# a server that has failed is asked again after so many seconds
+# seconds until a failed server is tried again
 _PAUSE = 60.0
 
 
 class TensorBoard(TensorBoardLogger):
-    """A TensorBoardLogger without the chart of the number of the epoch, which Lightning logs beside all figures."""
+    """A TensorBoardLogger without the chart of the epoch number, which Lightning logs with all metrics."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics({key: value for key, value in metrics.items() if key != "epoch"}, step)
@@ -47,12 +47,12 @@ class TensorBoard(TensorBoardLogger):
 
 
 class StepLogger(CSVLogger):
-    """A CSVLogger whose files are in the folder csv of the run: metrics.csv there is that of `LearningCurves`.
+    """A CSVLogger with files in the run's folder `csv`, since `LearningCurves` writes metrics.csv in the run folder.
 
     Args:
-        args: as of CSVLogger.
-        resumed_at: the optimiser steps taken by the checkpoint from which the run continues; None keeps all rows.
-        kwargs: as of CSVLogger.
+        args: see CSVLogger.
+        resumed_at: optimiser steps of the checkpoint from which the run continues; None keeps all rows.
+        kwargs: see CSVLogger.
     """
 
     def __init__(self, *args: Any, resumed_at: int | None = None, **kwargs: Any) -> None:
@@ -74,16 +74,16 @@ class StepLogger(CSVLogger):
 
 
 class StepTable:
-    """metrics.csv and hparams.yaml of a StepLogger; rows of an earlier start of the run stay.
+    """metrics.csv and hparams.yaml of a StepLogger; rows of earlier starts of the run are kept.
 
-    Rows that the run will write again, those after its checkpoint, are moved to metrics-0.csv, metrics-1.csv, ...
+    Rows after the checkpoint, which the run will write again, are moved to metrics-0.csv, metrics-1.csv, ...
 
     Args:
-        folder: of the files.
-        step: the optimiser steps taken by the checkpoint; None keeps all rows.
+        folder: folder of the files.
+        step: optimiser steps of the checkpoint; None keeps all rows.
 
     Attributes:
-        metrics: rows that are not yet in the file.
+        metrics: rows that have not been written yet.
     """
 
     def __init__(self, folder: Path, step: int | None) -> None:
@@ -112,7 +112,7 @@ class StepTable:
         atomic_files.write(self._folder / "hparams.yaml", lambda file: file.write(text.encode()))
 
     def save(self) -> None:
-        """Write the rows that are not yet in the file."""
+        """Write the rows that have not been written yet."""
         if not self.metrics:
             return
         if {key for row in self.metrics for key in row} - set(self._columns):
@@ -125,7 +125,7 @@ class StepTable:
     def _read(self) -> list[dict[str, Any]]:
         with self._path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
-            # a killed run may have left a part of a row
+            # a killed run may have left an incomplete row
             rows = [row for row in table if None not in row.values()]
             self._columns = sorted({*self._columns, *(table.fieldnames or [])})
         return rows
@@ -140,12 +140,12 @@ class StepTable:
 
 
 def _is_before(row: Mapping[str, Any], step: int) -> bool:
-    """Whether a checkpoint of so many steps comes after a row; what a step logs has the number of steps before it."""
+    """Return whether a row precedes a checkpoint of `step` steps; rows have the number of steps before their own."""
     try:
         at = int(row["step"])
     except (KeyError, ValueError):
         return True
-    # what is logged at the end of a fit
+    # values logged at the end of a fit
     ended = any(value for key, value in row.items() if key.startswith(("best/", "test/")))
     return at < step or (at == step and ended)
 
@@ -154,18 +154,18 @@ def _is_before(row: Mapping[str, Any], step: int) -> bool:
 
 
 class WandB(WandbLogger):
-    """A WandbLogger whose files are in the run folder, and whose run a resumed run continues.
+    """A WandbLogger with files in the run folder; a resumed run continues the same W&B run.
 
     Args:
         folder: the run folder.
-        kwargs: as of WandbLogger; the id is that of the run's first start, unless it is given.
+        kwargs: see WandbLogger; the default id is that of the run's first start.
     """
 
     def __init__(self, folder: Path, **kwargs: Any) -> None:
         self.folder, self._began = folder, False
         given = kwargs.pop("version", None) or kwargs.pop("id", None)
         version = given or read_names(folder).get("wandb", {}).get("id") or secrets.token_hex(4)
-        # the process that writes may have another working directory
+        # the writing process may have another working directory
         super().__init__(save_dir=folder.absolute(), version=version, **kwargs)
 
     @property
@@ -179,15 +179,15 @@ class WandB(WandbLogger):
             run = super().experiment
         except wandb.errors.Error as error:
             raise AezooError(
-                f"W&B does not begin a run ({_brief(error)}): `wandb login`, set WANDB_MODE=offline, or leave wandb "
-                "out of --logger"
+                f"W&B could not start a run ({_brief(error)}): run `wandb login`, set WANDB_MODE=offline, or remove "
+                "wandb from --logger"
             ) from error
         self._began = True
         note_names(self.folder, "wandb", {"id": run.id, "project": self.name})
         return run
 
     def close(self) -> None:
-        """Write everything, and end the run."""
+        """Write all data and finish the W&B run."""
         if self._began:
             self.experiment.finish()
 
@@ -196,17 +196,17 @@ class WandB(WandbLogger):
 
 
 class MLflow(MLFlowLogger):
-    """An MLFlowLogger that sends many values at once, and whose run a resumed run continues.
+    """An MLFlowLogger that sends values in batches; a resumed run continues the same MLflow run.
 
-    Without an address, the values are in `mlflow/mlflow.db` in the run folder, and files in `mlflow/artifacts`.
+    Without an address, values are stored in `mlflow/mlflow.db` in the run folder, and files in `mlflow/artifacts`.
 
     Args:
         folder: the run folder.
-        tracking_uri: of the server or the data base; empty for that of the run folder.
-        kwargs: as of MLFlowLogger.
+        tracking_uri: address of the server or the database; empty for the database in the run folder.
+        kwargs: see MLFlowLogger.
 
     Raises:
-        AezooError: there is no such server, or what reads data bases is not installed.
+        AezooError: the server cannot be reached, or the packages for databases are not installed.
     """
 
     def __init__(self, folder: Path, tracking_uri: str | None = None, **kwargs: Any) -> None:
@@ -218,7 +218,7 @@ class MLflow(MLFlowLogger):
         self._failed_at, self._closed = -math.inf, False
         held = read_names(folder).get("mlflow", {})
         address = tracking_uri or f"sqlite:///{own / 'mlflow.db'}"
-        # by default, MLflow asks a server that is away for four minutes
+        # by default, MLflow retries an unreachable server for four minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         if self.is_local:
             own.mkdir(parents=True, exist_ok=True)
@@ -238,18 +238,18 @@ class MLflow(MLFlowLogger):
         except (mlflow.exceptions.MlflowException, ImportError) as error:
             local = f"{install_hint('mlflow')}, or " if self.is_local else ""
             raise AezooError(
-                f"MLflow cannot use {address} ({_brief(error)}): {local}set MLFLOW_TRACKING_URI to another, or leave "
-                "mlflow out of --logger"
+                f"MLflow cannot use {address} ({_brief(error)}): {local}set MLFLOW_TRACKING_URI to another address, or "
+                "remove mlflow from --logger"
             ) from error
         finally:
-            # MLflow sets it to the address of this run, and the next run of this process would write there
+            # MLflow sets it to the address of this run, which would affect later runs of this process
             if given is None:
                 os.environ.pop(TRACKING_URI, None)
             else:
                 os.environ[TRACKING_URI] = given
 
     def _name_of(self, address: str) -> str:
-        """An address as `loggers.json` holds it; the run folder may be moved."""
+        """Return an address as stored in `loggers.json`: empty for the run folder, which may be moved."""
         return "" if self.is_local else address
 
     @rank_zero_only
@@ -259,7 +259,7 @@ class MLflow(MLFlowLogger):
         now = int(time.time() * 1000)
         prefix = f"{self._prefix_given}-" if self._prefix_given else ""
         for name, value in metrics.items():
-            # what MLflow allows
+            # characters that MLflow allows
             key = re.sub(r"[^\w/. -]+", "", f"{prefix}{name}", flags=re.ASCII)
             self._values.append(Metric(key=key, value=float(value), timestamp=now, step=step or 0))
         if len(self._values) >= _BATCH or time.monotonic() - self._sent_at >= _SECONDS:
@@ -267,7 +267,7 @@ class MLflow(MLFlowLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Log those that the run does not have yet: MLflow refuses to change them."""
+        """Log hyperparameters that the run does not have yet, since MLflow does not allow to change them."""
         values = params if isinstance(params, Mapping) else vars(params)
         self._try("hyperparameters", lambda: self._add_params(values))
 
@@ -283,12 +283,12 @@ class MLflow(MLFlowLogger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values."""
         self._send(again=True)
         if self._values:
             rank_zero_warn(
-                f"{len(self._values)} values did not reach MLflow at {self.address}; metrics.csv in the run folder "
-                "has those of each epoch"
+                f"{len(self._values)} values could not be sent to MLflow at {self.address}; metrics.csv in the run "
+                "folder contains those of each epoch"
             )
 
     def _add_params(self, values: Mapping[str, Any]) -> None:
@@ -296,7 +296,7 @@ class MLflow(MLFlowLogger):
         super().log_hyperparams({key: value for key, value in values.items() if key not in held})
 
     def _send(self, again: bool = False) -> None:
-        """Send the values; they are kept if that fails."""
+        """Send the values; keep them if that fails."""
         if again or time.monotonic() - self._failed_at >= _PAUSE:
             self._try("metrics", self._send_all)
 
@@ -309,14 +309,14 @@ class MLflow(MLFlowLogger):
     def _try(self, what: str, action: Any) -> None:
         try:
             action()
-        except Exception as error:  # no server is worth a training run
+        except Exception as error:  # must not end training
             if self._failed_at == -math.inf:
-                rank_zero_warn(f"MLflow at {self.address} did not take {what}: {_brief(error)}")
+                rank_zero_warn(f"MLflow at {self.address} did not accept {what}: {_brief(error)}")
             self._failed_at = time.monotonic()
 
 
 def _found(address: str, run_id: str) -> str | None:
-    """The run, if the server still has it."""
+    """Return the id of the run if the server still has it."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -330,7 +330,7 @@ def _found(address: str, run_id: str) -> str | None:
 
 
 def _relocate(folder: Path) -> None:
-    """Let a data base of a run folder that was moved name its files where they are: MLflow holds absolute addresses."""
+    """Update the absolute addresses of files in the database of a run folder that was moved."""
     path, address = folder / "mlflow.db", (folder / "artifacts").as_uri()
     if not path.is_file():
         return
@@ -349,7 +349,7 @@ def _relocate(folder: Path) -> None:
 
 
 def read_names(folder: Path) -> dict[str, dict[str, str]]:
-    """What W&B and MLflow call the run of a folder."""
+    """Return the names of a folder's run in W&B and MLflow."""
     try:
         found = json.loads((folder / _NAMES).read_text("utf-8"))
         return {key: {k: str(v) for k, v in value.items()} for key, value in found.items()}
@@ -358,7 +358,7 @@ def read_names(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def note_names(folder: Path, logger: str, names: dict[str, Any]) -> None:
-    """Record what a logger calls the run of a folder."""
+    """Record the name of a folder's run in a logger."""
     held = read_names(folder)
     if held.get(logger) != names:
         text = json.dumps({**held, logger: names}, indent=1)

@@ -1,15 +1,15 @@
-"""Pictures, histograms, texts, embeddings and hyperparameters for the loggers of a run, each as it can show them.
+"""Log pictures, histograms, texts, embeddings and hyperparameters in the format that each logger supports.
 
 | | TensorBoard | W&B | MLflow | others |
 |---|---|---|---|---|
-| picture | Images | image | image | `log_image(key, [pixels], step=step)`, if the logger has that |
+| picture | Images | image | image | `log_image(key, [pixels], step=step)`, if available |
 | histogram | Histograms | histogram | picture | picture |
 | text | Text | table | text file | |
 | embedding | Projector | table | CSV file | |
 | hyperparameters | HParams, see `Dashboard` | config | parameters | `log_hyperparams` |
 
-All functions write on rank zero only. An error of TensorBoard, which writes to the disk, is raised; one of another
-logger gives one warning and never ends a run.
+All functions write on rank zero only. An error of TensorBoard, which writes to the disk, is raised; an error of another
+logger gives one warning and does not end the run.
 """
 
 import csv
@@ -32,25 +32,25 @@ from aezoo.callbacks.loggers import MLflow
 # counts of each bar, (N,), and the edges between them, (N + 1,)
 Bars = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 _BARS = 64
-# a table with more columns cannot be looked at: wider codes are given by their principal components
+# maximum columns of a table; wider codes are replaced by their principal components
 _MAX_COLUMNS = 256
 _COMPONENTS = 64
 _failed: "weakref.WeakSet[Logger]" = weakref.WeakSet()
 
 
 def tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
-    """The SummaryWriters of this run, on rank zero."""
+    """Return the SummaryWriters of this run, on rank zero."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def log_picture(trainer: pl.Trainer, name: str, pixels: np.ndarray[Any, Any], png: bytes) -> None:
-    """A picture.
+    """Log a picture.
 
     Args:
-        trainer: of the run.
-        name: such as `pictures/samples`.
+        trainer: trainer of the run.
+        name: name, such as `pictures/samples`.
         pixels: (H, W, 3), uint8.
-        png: the same as the contents of a PNG file, so that it is not encoded again.
+        png: the same picture as PNG data, so that it is not encoded again.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -64,13 +64,13 @@ def log_picture(trainer: pl.Trainer, name: str, pixels: np.ndarray[Any, Any], pn
 def log_histogram(
     trainer: pl.Trainer, name: str, to_tensorboard: Callable[[Any], None], bars: Callable[[], Bars]
 ) -> None:
-    """A histogram.
+    """Log a histogram.
 
     Args:
-        trainer: of the run.
-        name: such as `weights/encoder.0.weight`.
+        trainer: trainer of the run.
+        name: name, such as `weights/encoder.0.weight`.
         to_tensorboard: writes it to a SummaryWriter.
-        bars: for other loggers, at most 512.
+        bars: returns the bars for other loggers, at most 512.
     """
     for writer in tensorboard_writers(trainer):
         to_tensorboard(writer)
@@ -78,12 +78,12 @@ def log_histogram(
 
 
 def bars_of(values: Tensor) -> Bars:
-    """A histogram of finite values (N,)."""
+    """Compute a histogram of finite values (N,)."""
     return np.histogram(values.detach().float().cpu().numpy(), _BARS)
 
 
 def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
-    """The text of a YAML file, by its name without suffix."""
+    """Log the text of a YAML file under its name without suffix."""
     for writer in tensorboard_writers(trainer):
         writer.add_text(name, f"```yaml\n{text}\n```", trainer.global_step)
 
@@ -97,12 +97,12 @@ def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
 
 
 def log_hyperparameters(trainer: pl.Trainer, values: Mapping[str, Any]) -> None:
-    """Plain values by name; TensorBoard's tab of them needs more, see `Dashboard`."""
+    """Log plain values by name; for TensorBoard's HParams tab, see `Dashboard`."""
     _to_others(trainer, lambda logger: logger.log_hyperparams(dict(values)))
 
 
 def log_results(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Figures of the whole run, which TensorBoard gets from `Dashboard` in a folder of their own."""
+    """Log metrics of the whole run; `Dashboard` writes them to a separate folder for TensorBoard."""
     _to_others(trainer, lambda logger: logger.log_metrics(dict(values), step=trainer.global_step))
 
 
@@ -114,15 +114,15 @@ def log_embedding(
     sprites: Tensor | None,
     to_tensorboard: Callable[[Path], None],
 ) -> None:
-    """Points in a space of codes.
+    """Log points in the latent space.
 
     Args:
-        trainer: of the run.
-        name: such as `codes`.
-        codes: (N, D); more than 256 dimensions are given by 64 principal components.
-        columns: what is known of the points, (N,) integers each.
+        trainer: trainer of the run.
+        name: name, such as `codes`.
+        codes: (N, D); more than 256 dimensions are reduced to 64 principal components.
+        columns: metadata of the points, (N,) integers each.
         sprites: (N, 3, side, side) in [0, 1].
-        to_tensorboard: writes them into the folder of the event files.
+        to_tensorboard: writes the points to the folder of the event files.
     """
     for writer in tensorboard_writers(trainer):
         to_tensorboard(Path(writer.log_dir))
@@ -157,7 +157,7 @@ def log_embedding(
 
 
 def viewers(trainer: pl.Trainer) -> Iterator[tuple[str, Path]]:
-    """What shows the logs of a run that are on this disk: a command, and the path that ends it."""
+    """Yield the commands that show the local logs of a run, each with its last argument, a path."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             yield "tensorboard --logdir ", Path(logger.save_dir)
@@ -167,7 +167,7 @@ def viewers(trainer: pl.Trainer) -> Iterator[tuple[str, Path]]:
 
 def _add_picture(logger: Logger, name: str, pixels: np.ndarray[Any, Any], step: int) -> None:
     if isinstance(logger, MLFlowLogger):
-        # what MLflow allows
+        # characters that MLflow allows
         key = re.sub(r"[^\w/. -]+", "", name, flags=re.ASCII)
         logger.experiment.log_image(logger.run_id, pixels, key=key, step=step)
     elif callable(log_image := getattr(logger, "log_image", None)):
@@ -187,7 +187,7 @@ def _add_histogram(logger: Logger, name: str, bars: Bars, step: int) -> None:
 
 
 def _to_others(trainer: pl.Trainer, add: Callable[[Logger], None]) -> None:
-    """Call `add` for each logger but TensorBoard's."""
+    """Call `add` for each logger except TensorBoard's."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -195,8 +195,8 @@ def _to_others(trainer: pl.Trainer, add: Callable[[Logger], None]) -> None:
             continue
         try:
             add(logger)
-        except Exception as error:  # no picture is worth a training run
+        except Exception as error:  # must not end training
             if logger not in _failed:
                 _failed.add(logger)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                rank_zero_warn(f"{type(logger).__name__} did not take all that was logged: {reason[:300]}")
+                rank_zero_warn(f"{type(logger).__name__} could not log everything: {reason[:300]}")

@@ -1,7 +1,7 @@
 """Figures from tensors: mosaics of images, panels of curves, scatter plots and bars.
 
-Everything goes through matplotlib's object interface, without pyplot's global state, and matplotlib is imported where
-it is used: it takes a third of a second.
+All figures use matplotlib's object interface, without pyplot's global state. matplotlib is imported where it is used,
+since the import takes a third of a second.
 """
 
 import functools
@@ -31,7 +31,7 @@ _WIDE = 1200
 _MIN_SIZE = 24
 _MOSAIC, _MAX_CELLS = 256, 256**2
 _LINEAR = 4096
-# columns of a table in a panel, and bars of each that have their value written beside them, else the first and last
+# maximum columns of a table in a panel, and maximum bars per column for which all values are written
 _MAX_BARS, _MAX_WRITTEN = 24, 3
 
 
@@ -39,14 +39,14 @@ _MAX_BARS, _MAX_WRITTEN = 24, 3
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether a sample of this shape is shown as an image rather than as curves."""
+    """Return whether a sample of this shape is shown as an image instead of curves."""
     return len(shape) in (3, 4) or (len(shape) == 2 and shape[0] > 3)
 
 
 def planes(x: Tensor) -> Floats:
-    """Samples as images: (B, H, W, 3) for colour, else (B, H, W, 1).
+    """Convert samples to images: (B, H, W, 3) for colour, else (B, H, W, 1).
 
-    A volume shows its middle slice, many channels their mean; a sequence of many channels is itself an image.
+    A volume is shown by its middle slice, many channels by their mean, and a sequence of many channels as an image.
     """
     x = torch.nan_to_num(x.detach().float().cpu())
     if x.ndim == 5:
@@ -54,7 +54,7 @@ def planes(x: Tensor) -> Floats:
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim != 4:
-        raise ValueError(f"samples of shape {tuple(x.shape[1:])} are no images")
+        raise ValueError(f"samples of shape {tuple(x.shape[1:])} cannot be shown as images")
     if x.shape[1] != 3:
         x = x.mean(1, keepdim=True)
     shown: Floats = x.permute(0, 2, 3, 1).numpy()
@@ -62,7 +62,7 @@ def planes(x: Tensor) -> Floats:
 
 
 def value_range(x: Tensor) -> tuple[float, float]:
-    """The range from black to white: [0, 1] if the data lie there, else that of the data."""
+    """Return the values of black and white: [0, 1] if it contains the data, else the range of the data."""
     x = torch.nan_to_num(x.detach().float())
     low, high = float(x.min()), float(x.max())
     if low >= -1e-3 and high <= 1 + 1e-3:
@@ -71,14 +71,14 @@ def value_range(x: Tensor) -> tuple[float, float]:
 
 
 def tiles(x: Tensor, limits: tuple[float, float]) -> Floats:
-    """Samples as RGB tiles, (B, H, W, 3) in [0, 1]."""
+    """Convert samples to RGB tiles, (B, H, W, 3) in [0, 1]."""
     low, high = limits
     shown = np.clip((planes(x) - low) / (high - low), 0, 1)
     return np.broadcast_to(shown, (*shown.shape[:3], 3))
 
 
 def error_tiles(error: Tensor, maximum: float) -> Floats:
-    """Absolute errors as RGB tiles, from black (0) to bright (`maximum`)."""
+    """Convert absolute errors to RGB tiles, from black (0) to bright (`maximum`)."""
     from matplotlib import colormaps
 
     shown = planes(error.abs()).mean(-1)
@@ -87,7 +87,7 @@ def error_tiles(error: Tensor, maximum: float) -> Floats:
 
 
 def signed_tiles(weights: Tensor) -> Floats:
-    """Weights as RGB tiles, each scaled by its largest: blue below 0, white, red above; colour weights around grey."""
+    """Convert weights to RGB tiles, each scaled by its maximum: blue < 0, white, red > 0; grey for 0 in colour."""
     from matplotlib import colormaps
 
     shown = planes(weights)
@@ -105,14 +105,14 @@ def mosaic_figure(
     title: str = "",
     gap: int | None = None,
 ) -> "Figure":
-    """A figure of rows of RGB tiles at a whole-number zoom, labels at the left and above.
+    """Draw rows of RGB tiles, enlarged by a whole number, with labels at the left and above.
 
     Args:
         rows: each (n, H, W, 3); rows may differ in n.
-        row_labels: one a row, or none.
-        column_labels: one a column, or none.
-        title: a line above.
-        gap: pixels between tiles, before the zoom; None chooses.
+        row_labels: one per row, or none.
+        column_labels: one per column, or none.
+        title: title of the figure.
+        gap: pixels between tiles before enlargement; None for automatic.
     """
     from matplotlib.figure import Figure
 
@@ -126,17 +126,17 @@ def mosaic_figure(
             top, left = i * (height + gap), j * (width + gap)
             canvas[top : top + height, left : left + width] = tile
     longest = max(canvas.shape[:2])
-    # whole numbers only, so that all pixels are of one size; less than 1 for what would not fit on a screen
+    # a whole number, so that all pixels have the same size; less than 1 if the figure would not fit on a screen
     zoom: float = max(1, min(round(80 / max(height, width)), _WIDE // longest))
     zoom = min(zoom, 2 * _WIDE / longest)
-    # flat samples, such as sequences of many channels, are stretched until a label fits beside them
+    # flat samples, such as sequences of many channels, are stretched to the size of a label
     zooms = max(zoom, -(-_MIN_SIZE // height)), max(zoom, -(-_MIN_SIZE // width))
     wide, high = canvas.shape[1] * zooms[1], canvas.shape[0] * zooms[0]
     step = (height + gap) * zooms[0], (width + gap) * zooms[1]
     margin = 12
-    # points; readable where a wide mosaic is shown small, as on TensorBoard's page
+    # in points; readable if a wide mosaic is shown at a small size, as in TensorBoard
     size = min(max(9.0, 0.018 * wide), 18.0)
-    # pixels; no wider than its column
+    # in pixels; not wider than the column
     letter = 0.9 * size
     column_size = min(size, step[1] / (0.9 * max((len(label.strip()) for label in column_labels), default=1)))
     label_width = round(letter * max((len(label) for label in row_labels), default=-1)) + 8
@@ -160,7 +160,7 @@ def mosaic_figure(
 
 
 def square(x: Floats) -> list[Floats]:
-    """Tiles broken into rows of a nearly square mosaic."""
+    """Split tiles into the rows of a nearly square mosaic."""
     columns = max(1, round(len(x) ** 0.5 + 0.49))
     return [x[i : i + columns] for i in range(0, len(x), columns)]
 
@@ -175,14 +175,14 @@ def panel_figure(
     ordered: bool = False,
     columns: Columns | None = None,
 ) -> "Figure":
-    """Panels of curves, vectors (D,) or sequences (C, L) of at most three channels, or of the columns of a table.
+    """Draw panels of curves, vectors (D,) or sequences (C, L) of at most three channels, or of table columns.
 
     Args:
-        panels: the curves of each panel by name; names mean the same in all panels.
-        labels: a heading for each panel, or none.
-        title: a line above.
-        ordered: colours run along the names (a traversal) instead of setting them apart.
-        columns: the columns of the table that the vectors come from: each is a bar with its value in its unit.
+        panels: the curves of each panel by name; a name has the same meaning in all panels.
+        labels: a title for each panel, or none.
+        title: title of the figure.
+        ordered: use a sequence of colours (for a traversal) instead of distinct ones.
+        columns: columns of the table that the vectors are from; each is drawn as a bar with its value in its unit.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -203,7 +203,7 @@ def panel_figure(
     lines = -(-len(panels) // across)
     wide, high = width * across + left, height * lines + 0.6
     figure = Figure(figsize=(wide, high), dpi=_DPI, facecolor="white")
-    # fixed margins: a constrained layout measures all labels twice, four times the rest of the drawing
+    # fixed margins, since a constrained layout takes four times as long as the rest of the drawing
     room = {
         "left": left / wide,
         "right": 1 - 0.1 / wide,
@@ -218,7 +218,7 @@ def panel_figure(
             continue
         if columns is None:
             _curves(axes, panels[k], colours)
-            axes.locator_params(nbins=4)  # ticks take longer to draw than curves
+            axes.locator_params(nbins=4)  # drawing ticks takes longer than drawing curves
             axes.tick_params(labelsize=7, labelbottom=k + across >= len(panels))
             axes.margins(x=0)
         else:
@@ -226,7 +226,7 @@ def panel_figure(
         if labels:
             axes.set_title(labels[k], fontsize=8)
     if columns is not None and len(shown) < len(columns.names):
-        title = f"{title}  " * bool(title) + f"{len(shown)} of {len(columns.names)} columns, those that differ most"
+        title = f"{title}  " * bool(title) + f"{len(shown)} of {len(columns.names)} columns, by largest difference"
     if len(names) > 1:
         ends = {names[0], names[-1]} if ordered else set(names)
         handles, texts = grid.flat[0].get_legend_handles_labels()
@@ -253,7 +253,7 @@ def _curves(axes: "Axes", panel: Mapping[str, Tensor], colours: Sequence[Any]) -
 
 
 def _shown_columns(panels: Sequence[Mapping[str, Tensor]], other: int) -> list[int]:
-    """All columns or, if they are many, those in which the first and that other of a panel differ most, in order."""
+    """Return all columns or, if there are many, those in which the first curve and `other` differ most, in order."""
     parts = [[values.detach().float().cpu() for values in panel.values()] for panel in panels]
     size = torch.stack([(part[0] - part[other]).abs() if len(part) > 1 else part[0].abs() for part in parts])
     most = min(_MAX_BARS, max(4, _MAX_WRITTEN * _MAX_BARS // len(parts[0])))
@@ -261,7 +261,7 @@ def _shown_columns(panels: Sequence[Mapping[str, Tensor]], other: int) -> list[i
 
 
 def _digits(value: float) -> str:
-    """Five digits, and all before the point."""
+    """Format a value with five digits, and all digits before the decimal point."""
     if math.isnan(value):
         return "missing"
     if not 1e-4 <= abs(value) < 1e12:
@@ -273,7 +273,7 @@ def _digits(value: float) -> str:
 def _bars(
     axes: "Axes", panel: Mapping[str, Tensor], colours: Sequence[Any], columns: Columns, shown: list[int]
 ) -> None:
-    """A bar for each column, as long as the model sees its value, which is written beside it in its own unit."""
+    """Draw a bar for each column: its length is the scaled value, its label the value in its own unit."""
     place, thick = np.arange(len(shown)), 0.8 / len(panel)
     for i, ((name, values), colour) in enumerate(zip(panel.items(), colours, strict=True)):
         scaled = values.detach().float().cpu().numpy()
@@ -296,12 +296,12 @@ def _bars(
 
 
 def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], title: str = "") -> "Figure":
-    """Losses by epoch, of the whole run and of its second half, with the lowest value of the last one marked.
+    """Draw losses by epoch, for the whole run and its second half; the minimum of the last loss is marked.
 
     Args:
         epochs: counted from 1.
-        losses: by name, one value an epoch; NaN where there is none.
-        title: a line above.
+        losses: values by name, one per epoch; NaN if there is none.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -310,7 +310,7 @@ def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], t
     parts = {"all epochs": 0, "second half": half} if half else {"all epochs": 0}
     wide = 4.6 * len(parts)
     figure = Figure(figsize=(wide, 3.4), dpi=_DPI, facecolor="white")
-    # fixed margins: a constrained layout takes four times as long
+    # fixed margins, since a constrained layout takes four times as long
     room = {"left": 0.7 / wide, "right": 1 - 0.1 / wide, "bottom": 0.15, "top": 0.86, "wspace": 0.22}
     known = {name: np.asarray(values, float) for name, values in losses.items() if np.isfinite(values).any()}
     grid = figure.subplots(1, len(parts), squeeze=False, gridspec_kw=room)
@@ -342,7 +342,7 @@ def curve_figure(epochs: Sequence[int], losses: Mapping[str, Sequence[float]], t
 
 
 def scatter_figure(points: Tensor, labels: Tensor | None, axis_labels: tuple[str, str], title: str = "") -> "Figure":
-    """Points (N, 2), coloured by label."""
+    """Draw points (N, 2), coloured by label."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -369,13 +369,13 @@ def scatter_figure(points: Tensor, labels: Tensor | None, axis_labels: tuple[str
 
 
 def bar_figure(values: Tensor, label: str, title: str = "", marked: Tensor | None = None) -> "Figure":
-    """Values (D,) in falling order, as bars or, if they are many, as a filled curve.
+    """Draw values (D,) in descending order, as bars or, if there are many, as a filled curve.
 
     Args:
-        values: one a dimension.
-        label: what they are.
-        title: a line above.
-        marked: (D,) bool: drawn strong; the others pale.
+        values: one per dimension.
+        label: name of the values.
+        title: title of the figure.
+        marked: (D,) bool: drawn dark; the others light.
     """
     from matplotlib.figure import Figure
 
@@ -394,7 +394,7 @@ def bar_figure(values: Tensor, label: str, title: str = "", marked: Tensor | Non
     else:
         axes.fill_between(place, shown, step="mid", color="lightsteelblue", linewidth=0)
         axes.fill_between(place, np.where(strong, shown, 0), step="mid", color="tab:blue", linewidth=0)
-        axes.set_xlabel("dimensions of the code in falling order")
+        axes.set_xlabel("dimensions of the code in descending order")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=9, color=_GREY, loc="left")
@@ -402,7 +402,7 @@ def bar_figure(values: Tensor, label: str, title: str = "", marked: Tensor | Non
 
 
 def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[float, float], title: str) -> "Figure":
-    """Decoded grid of a two-dimensional code: (side * side, *shape), from the top row, codes written at the edges."""
+    """Draw a decoded grid of a two-dimensional code, (side * side, *shape) from the top row, codes at the edges."""
     side = len(ticks[0])
     rgb = tiles(x, limits)
     rows = [rgb[i * side : (i + 1) * side] for i in range(side)]
@@ -413,7 +413,7 @@ def map_figure(x: Tensor, ticks: tuple[list[float], list[float]], limits: tuple[
 
 
 def histogram_figure(counts: Floats, edges: Floats, title: str = "") -> "Figure":
-    """Bars of counts (N,) between edges (N + 1,)."""
+    """Draw bars of counts (N,) between edges (N + 1,)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 2.7), dpi=_DPI, facecolor="white", layout="constrained")
@@ -428,16 +428,16 @@ def histogram_figure(counts: Floats, edges: Floats, title: str = "") -> "Figure"
 
 
 def index_grid(index: Tensor) -> Tensor:
-    """Indices (B, *places) as shown, (B, H, W): a sequence is a row, a volume its middle slice."""
+    """Arrange indices (B, *places) as (B, H, W): a sequence as a row, a volume as its middle slice."""
     if index.ndim == 4:
         index = index[:, index.shape[1] // 2]
     return index.reshape(len(index), *((1,) * (3 - index.ndim)), *index.shape[1:])
 
 
 def index_colours(index: Tensor) -> Floats:
-    """A fixed colour for each index, (...) -> (..., 3); white for -1.
+    """Return a fixed colour for each index, (...) -> (..., 3); white for -1.
 
-    Hues are multiples of the golden angle, so that neighbouring indices differ most.
+    Hues are multiples of the golden angle, so that consecutive indices have very different colours.
     """
     from matplotlib.colors import hsv_to_rgb
 
@@ -449,18 +449,18 @@ def index_colours(index: Tensor) -> Floats:
 
 
 def index_tiles(index: Tensor, size: tuple[int, int]) -> Floats:
-    """Indices (B, *places) as RGB tiles (B, *size, 3)."""
+    """Convert indices (B, *places) to RGB tiles (B, *size, 3)."""
     return enlarged(index_colours(index_grid(index)), size)
 
 
 def enlarged(x: Floats, size: tuple[int, int]) -> Floats:
-    """Tiles (B, H, W, 3) resized without interpolation."""
+    """Resize tiles (B, H, W, 3) without interpolation."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, x.shape[1:3], strict=True))
     return x[:, rows][:, :, columns]
 
 
 def count_cells(counts_K: Tensor) -> Tensor:
-    """Counts (K,) as a nearly square mosaic (H, W), row by row, -1 in empty cells; cells sum ranges if K is large."""
+    """Arrange counts (K,) as a nearly square mosaic (H, W), -1 in empty cells; cells are sums of ranges for large K."""
     run = -(-len(counts_K) // _MAX_CELLS)
     cells = torch.nn.functional.pad(counts_K, (0, -len(counts_K) % run)).unflatten(0, (-1, run)).sum(1)
     columns = math.ceil(len(cells) ** 0.5)
@@ -468,24 +468,24 @@ def count_cells(counts_K: Tensor) -> Tensor:
 
 
 def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, title: str = "") -> "Figure":
-    """Mosaics of counts on a logarithmic scale from black (0) to bright.
+    """Draw mosaics of counts on a logarithmic scale from black (0) to bright.
 
     Args:
         counts: (K,) each.
-        labels: one a mosaic.
+        labels: one per mosaic.
         unit: what is counted.
-        title: a line above.
+        title: title of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.figure import Figure
 
-    # from a colour that can be told from black
+    # starts with a colour that is distinguishable from black
     colours = ListedColormap(colormaps["inferno"](np.linspace(0.25, 1, 256)))
     cells = [count_cells(counts_K) for counts_K in counts]
     scale = ScalarMappable(LogNorm(1, max(2, *(int(part.max()) for part in cells))), colours)
-    # whole numbers, so that all cells are of one size
+    # whole numbers, so that all cells have the same size
     zooms = [max(2, _MOSAIC // part.shape[1]) for part in cells]
     side = max(_MOSAIC, *(zoom * part.shape[1] for zoom, part in zip(zooms, cells, strict=True)))
     columns = min(4, len(cells))
@@ -514,12 +514,12 @@ def count_figure(counts: Sequence[Tensor], labels: Sequence[str], unit: str, tit
 
 
 def rank_figure(counts: Mapping[str, Tensor], axis_labels: tuple[str, str], title: str = "") -> "Figure":
-    """Shares of counts (K,) in falling order on a logarithmic axis, with the uniform share as a dashed line.
+    """Draw relative frequencies of counts (K,) in descending order on a logarithmic axis; uniform is a dashed line.
 
     Args:
-        counts: by name.
-        axis_labels: of the rank and of the shares.
-        title: a line above.
+        counts: counts by name.
+        axis_labels: labels of the two axes, rank and relative frequency.
+        title: title of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -529,7 +529,7 @@ def rank_figure(counts: Mapping[str, Tensor], axis_labels: tuple[str, str], titl
     for i, (name, counts_K) in enumerate(counts.items()):
         share_K = (counts_K.sort(descending=True).values / counts_K.sum().clamp(min=1)).numpy()
         used = int((share_K > 0).sum())
-        # more points than there are pixels take long to draw
+        # drawing more points than pixels would be slow
         rank = np.arange(1, used + 1) if used <= _LINEAR else np.unique(np.geomspace(1, used, _LINEAR).astype(int))
         colour = colormaps["viridis"](i / len(counts))
         axes.step(rank, share_K[rank - 1], where="mid", linewidth=1.2, color=colour, label=name)
@@ -550,7 +550,7 @@ def rank_figure(counts: Mapping[str, Tensor], axis_labels: tuple[str, str], titl
 
 
 def render(figure: "Figure") -> Pixels:
-    """The figure's pixels, (H, W, 3)."""
+    """Return the figure's pixels, (H, W, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -559,30 +559,30 @@ def render(figure: "Figure") -> Pixels:
 
 
 def png_bytes(figure: "Figure") -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as PNG data."""
     return encode_png(render(figure))
 
 
 def displayable(figure: "Figure") -> "Figure":
-    """The same figure, which a notebook then shows without pyplot."""
-    # IPython asks every object for this method
+    """Make a figure displayable in notebooks without pyplot, and return it."""
+    # IPython looks up this method on each object
     vars(figure)["_repr_png_"] = functools.partial(png_bytes, figure)
     return figure
 
 
 def write_png(path: Path, pixels: Pixels) -> bytes:
-    """Write a PNG atomically, and return what was written.
+    """Write a PNG file atomically, and return its contents.
 
     Raises:
         AezooError: it could not be written; an existing file is unchanged.
     """
     png = encode_png(pixels)
-    atomic_files.write(path, lambda file: file.write(png), cure="make room, or make the folder writable")
+    atomic_files.write(path, lambda file: file.write(png), cure="free disk space, or make the folder writable")
     return png
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """The contents of a PNG file of pixels, (H, W, 3)."""
+    """Encode pixels, (H, W, 3), as PNG data."""
     from PIL import Image
 
     content = io.BytesIO()

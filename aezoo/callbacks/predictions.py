@@ -1,4 +1,4 @@
-"""Predictions as a file."""
+"""Writing of predictions to a file."""
 
 import contextlib
 import secrets
@@ -22,26 +22,26 @@ from aezoo.training.arguments import Checked
 from aezoo.training.seeding import forked_rng, mix, seed_all
 
 _CURE = "make room, or choose a folder that can be written with --predictions.folder"
-# of what a model draws in a prediction
+# seed of random numbers that a model draws in a prediction
 _SEED = 21
 _PARTS = ".predictions"
-# places and names of samples that are written at a time
+# number of indices and file names of samples that are written at once
 _CHUNK = 2**16
 
 
 class PredictionWriter(Checked, pl.Callback):
-    """Writes predictions.npz: one array each for code, reconstruction, score and, if the data have it, label and file.
+    """Writes predictions.npz: arrays of codes, reconstructions, scores and, if the data have them, labels and files.
 
-    They have the order of the data, and `index` holds the place of each. Each batch is written to the disk when it has
-    been computed, so memory holds one at a time. Several ranks take whole batches in turn, and rank zero makes one file
-    of all, for which the folder needs room twice. A prediction that was killed goes on where it was, if the same
-    command is run again on the same data.
+    Samples are in the order of the data; `index` is the index of each. Each batch is written to the disk as soon as it
+    has been computed, so memory holds only one. Several ranks process whole batches in turn, and rank zero merges their
+    arrays into one file, for which the folder needs twice the space. A prediction that was killed is continued if the
+    same command is run again on the same data.
 
-    If a loader has an order that is not known, there is no `index`, and each of several ranks writes a file of its own,
-    predictions-rank0.npz and so on.
+    If the order of a loader is not known, there is no `index`, and each rank writes its own file, predictions-rank0.npz
+    and so on.
 
     Args:
-        folder: where to write; the run's folder if empty.
+        folder: output folder; the run's folder if empty.
     """
 
     def __init__(self, folder: str = "") -> None:
@@ -69,7 +69,7 @@ class PredictionWriter(Checked, pl.Callback):
         if not rank:
             self._parts = partial.Partial(folder, key, _CURE)
         if world > 1:
-            trainer.strategy.barrier("predictions are begun")
+            trainer.strategy.barrier("predictions started")
         if rank:
             self._parts = partial.Partial(folder, key, _CURE, rank)
         assert self._parts is not None
@@ -79,7 +79,7 @@ class PredictionWriter(Checked, pl.Callback):
         self._ends.enter_context(forked_rng(pl_module.device))
 
     def _key(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """What the prediction depends on; of a loader whose data are not known, it is never the same again."""
+        """Return what the prediction depends on; for a loader with unknown data, a value that is never repeated."""
         identity = getattr(trainer.datamodule, "identity", "")  # type: ignore[attr-defined]
         if not self._rows.resumes or not identity:
             return secrets.token_hex(8)
@@ -95,7 +95,7 @@ class PredictionWriter(Checked, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._parts is not None and self._rows.are_known:
-            # what is drawn does not depend on the batches before, which a run that goes on leaves out
+            # random numbers must not depend on earlier batches, which a continued run skips
             seed_all(mix(_SEED, self._rows.next_row()), pl_module.device, others=False)
 
     def on_predict_batch_end(
@@ -115,10 +115,10 @@ class PredictionWriter(Checked, pl.Callback):
             return
         rows = self._rows.take(len(next(iter(tensors.values()))))
         for name, value in tensors.items():
-            # numpy has no bfloat16; at once, so that no batch stays on the accelerator
+            # numpy has no bfloat16; copied at once, so that no batch stays on the accelerator
             array = (value.float() if value.is_floating_point() else value).cpu().numpy()
             if len(array) != len(rows):
-                raise AezooError(f"predictions: {name} has {len(array)} values for {len(rows)} samples: give one a "
+                raise AezooError(f"predictions: {name} has {len(array)} values for {len(rows)} samples: return one per "
                                  "sample")  # fmt: skip
             self._parts.write(name, rows, array, self._rows.n)
             self._names[name] = None
@@ -133,7 +133,7 @@ class PredictionWriter(Checked, pl.Callback):
         parts, merges = self._parts, trainer.world_size > 1 and self._rows.are_known
         parts.save(self._progress, now=True)
         if merges:
-            trainer.strategy.barrier("predictions are computed")
+            trainer.strategy.barrier("predictions computed")
         if not (merges and trainer.global_rank):
             self._merge(trainer, parts)
         self._close()
@@ -148,7 +148,7 @@ class PredictionWriter(Checked, pl.Callback):
             self._parts = None
 
     def _merge(self, trainer: pl.Trainer, parts: partial.Partial) -> None:
-        """Make one file of the arrays, a part of them in memory at a time."""
+        """Merge the arrays into one file, with only a part of them in memory at a time."""
         assert self.path is not None
         n = self._rows.n if self._rows.are_known else self._rows.done
         files = {name: parts.opened(name) for name in self._names}
@@ -170,27 +170,27 @@ class PredictionWriter(Checked, pl.Callback):
         print(f"Predictions: {self.path} ({shapes})", flush=True)
         scaling = getattr(getattr(getattr(trainer, "datamodule", None), "source", None), "scaling", None)
         if "reconstruction" in members and scaling is not None and scaling.state():
-            print("reconstruction is in the scale that the model sees (--data.scale): `aezoo reconstruct` writes the "
+            print("reconstructions have the scale of the model's input (--data.scale): `aezoo reconstruct` writes the "
                   "units of the data", flush=True)  # fmt: skip
         if existing:
             print(f"aezoo: the earlier {self.path} is replaced; --predictions.folder DIR keeps both", file=sys.stderr)
 
 
 class _Rows:
-    """Which samples the batches of this rank hold.
+    """The indices of the samples in the batches of this rank.
 
     Attributes:
-        are_known: whether each sample's place in the data is known, from 0 to n - 1.
-        n: number of samples of all ranks; 0 if they are not known.
-        done: number of samples that this rank has finished.
-        resumes: whether the loader can leave out the first samples.
-        paths: the file of each sample, if each has its own.
+        are_known: whether the index of each sample in the data, from 0 to n - 1, is known.
+        n: number of samples of all ranks; 0 if unknown.
+        done: number of samples that this rank has processed.
+        resumes: whether the loader can skip the first samples.
+        paths: the file of each sample, if samples are separate files.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         loaders, (limit, *others) = trainer.predict_dataloaders, trainer.num_predict_batches
         loader: Any = loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
-        # Lightning puts the sampler of a loader that it makes anew into a batch sampler
+        # Lightning wraps the sampler of a loader that it recreates in a batch sampler
         batches: Any = getattr(loader, "batch_sampler", None)
         sampler: Any = None if others else getattr(batches, "sampler", getattr(loader, "sampler", None))
         self._sampler = sampler if isinstance(sampler, EpochSampler) and not sampler.shuffle else None
@@ -211,17 +211,17 @@ class _Rows:
             self.paths = None if paths is None else paths[: self.n]
 
     def skip(self, n: int) -> None:
-        """Have the loader leave out the first n samples of this rank."""
+        """Make the loader skip the first n samples of this rank."""
         if n and self._sampler is not None:
             self._sampler.skip = (self._sampler.epoch, n)
             self.done = self._begun = n
 
     def next_row(self) -> int:
-        """The place of the next batch's first sample."""
+        """Return the index of the first sample of the next batch."""
         return int(self._own[0]) if self._sampler is not None else self.done
 
     def take(self, n: int) -> list[int]:
-        """The places of the next n samples."""
+        """Return the indices of the next n samples."""
         own = self._own[:n].tolist() if self._sampler is not None else [*range(self.done, self.done + n)]
         self.done += n
         return own

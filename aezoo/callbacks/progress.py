@@ -15,14 +15,14 @@ from aezoo.training.arguments import Checked
 
 
 class ProgressBar(Checked, RichProgressBar):
-    """A rich bar with the loss terms of the last batch, val/loss and samples per second.
+    """Progress bar, by rich, with the loss terms of the last batch, val/loss and samples per second.
 
-    Between two refreshes a batch costs next to nothing. If the output is not a terminal it prints one line per epoch,
-    with val/loss if the epoch has been validated.
+    Between two refreshes, the cost per batch is negligible. If the output is not a terminal, one line is printed per
+    epoch, with val/loss if the epoch has been validated.
 
     Args:
-        refresh_rate: refreshes a second; 0 turns the bar off.
-        leave: leave the bar of each epoch on the screen.
+        refresh_rate: refreshes per second; 0 disables the bar.
+        leave: keep the bar of each epoch on the screen.
     """
 
     def __init__(self, refresh_rate: int = 5, leave: bool = False) -> None:
@@ -54,7 +54,7 @@ class ProgressBar(Checked, RichProgressBar):
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
         columns = super().configure_columns(trainer)
-        description, bar, batches, clock, _ = columns  # without batches per second: the metrics have samples
+        description, bar, batches, clock, _ = columns  # the metrics have samples per second
         wide = get_console().width >= 100
         bar.bar_width = 20 if wide else 10
         return [description, bar, batches, clock] if wide else [description, bar, batches]
@@ -104,7 +104,7 @@ class ProgressBar(Checked, RichProgressBar):
         self._print_epoch(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone; other callbacks still have to save
+        with contextlib.suppress(OSError):  # the terminal may be closed; other callbacks must still save
             super().on_exception(trainer, pl_module, exception)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,10 +134,10 @@ class ProgressBar(Checked, RichProgressBar):
         return True
 
     def _print_epoch(self, trainer: pl.Trainer) -> None:
-        """Print one line on the epoch before, once its means are logged: the model does that after all callbacks."""
+        """Print a line for the last epoch; its means are logged by the model after all callbacks."""
         if self._plain_lines and self._finished is not None:
             logged = trainer.callback_metrics
-            # the loss of an earlier validation stays among the metrics
+            # the metrics still contain the loss of an earlier validation
             names = ("train/loss", "val/loss") if self._validated else ("train/loss",)
             named = [f"{name} {float(logged[name]):.4g}" for name in names if name in logged]
             if "train/samples_per_s" in logged:
@@ -148,7 +148,7 @@ class ProgressBar(Checked, RichProgressBar):
 
 
 def _scalars(outputs: Any) -> dict[str, Tensor]:
-    """The loss terms that a training step returned."""
+    """Return the loss terms that a training step returned."""
     if isinstance(outputs, Tensor):
         return {"loss": outputs}
     if isinstance(outputs, dict):

@@ -1,4 +1,4 @@
-"""Originals beside their reconstructions."""
+"""Pictures of samples and their reconstructions."""
 
 from typing import TYPE_CHECKING
 
@@ -17,24 +17,24 @@ _ROWS = ("original", "corrupted", "output", "error")
 
 
 class Reconstructions(Picture):
-    """pictures/reconstructions.png: the same validation samples at every epoch, in rows.
+    """Draws pictures/reconstructions.png: originals and reconstructions of the same validation samples in each epoch.
 
-    Images and the middle slices of volumes form rows; vectors and sequences are overlaid curves, the columns of a table
-    bars with their values. A denoising model
-    gets the corrupted input, and only it has a `corrupted` row.
+    Images and the middle slices of volumes are shown in rows; vectors and sequences are shown as overlaid curves, the
+    columns of a table as bars with their values. A denoising model receives the corrupted input; only its pictures have
+    a `corrupted` row.
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+        every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
             pictures would take more than 5 % of the fit's time.
-        rows: what to show, of original, corrupted, output and error.
+        rows: rows to show, of original, corrupted, output and error.
     """
 
     def __init__(self, n: int = 10, every_n_epochs: int | None = None, rows: tuple[str, ...] = _ROWS) -> None:
         super().__init__(every_n_epochs, n_inputs=check_count(self, "n", n, maximum=MAX_DRAWN))
         if not rows or set(rows) - set(_ROWS):
             raise AezooError(
-                f"Reconstructions.rows takes some of {', '.join(_ROWS)}, got {', '.join(rows) or 'nothing'}"
+                f"Reconstructions.rows must be some of {', '.join(_ROWS)}, got {', '.join(rows) or 'nothing'}"
             )
         self.n, self.rows = n, tuple(rows)
 

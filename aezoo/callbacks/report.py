@@ -1,4 +1,4 @@
-"""The report of a run, and the record that it is made from beside the run's other files."""
+"""The report of a run, and the record `run.json` from which it is created."""
 
 import json
 import math
@@ -30,12 +30,12 @@ _MAX_BYTES = 2**20
 
 
 class Report(Checked, pl.Callback):
-    """`report.html` at the end of a fit: results, curves with what they say, pictures, settings, time and environment.
+    """Writes `report.html` at the end of a fit: results, curves, diagnosis, pictures, settings, time and environment.
 
-    The file loads nothing and needs no script, so it can be sent to others; `aezoo report RUN` writes it again, with
-    what commands such as `detect` have found meanwhile. `run.json` is written when a fit starts and when it ends. It
-    holds what the run's other files do not say: time, environment, size of the model and, if a test follows the fit,
-    its figures. What fails here is one warning and never ends a run.
+    The file loads no other files and needs no script, so it can be sent to others. `aezoo report RUN` writes it again,
+    including later results of commands such as `detect`. `run.json` is written at the start and the end of a fit. It
+    contains what the run's other files do not: time, environment, size of the model and, if a test follows the fit, its
+    metrics. An error here gives one warning and does not end the run.
 
     Args:
         html: write `report.html`; `run.json` is written in any case.
@@ -52,7 +52,7 @@ class Report(Checked, pl.Callback):
         self._began, self._epochs, self._warned = 0.0, 0, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)  # every rank must ask
+        folder = run_folder(trainer)  # must be called on every rank
         if stage == "fit":
             self._reset()
             self._folder, self._began = folder, time.monotonic()
@@ -86,7 +86,7 @@ class Report(Checked, pl.Callback):
             self._finish(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # of a test that follows the fit; any other leaves the run's folder alone, in which a fit may be writing
+        # only for a test that follows the fit; otherwise a fit may be writing to the run's folder
         if self._fit.get("end") == "finished" and not is_dry_run(trainer):
             figures = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
             self._record["test"] = _finite(figures)
@@ -116,7 +116,7 @@ class Report(Checked, pl.Callback):
         atomic_files.write(self._folder / RECORD, lambda file: file.write(text.encode() + b"\n"))
 
     def _earlier(self) -> dict[str, Any]:
-        """The record of the earlier starts of a run that is continued."""
+        """Return the record of the earlier starts of a continued run."""
         path = self._folder / RECORD
         if not path.is_file():
             return {}
@@ -125,17 +125,17 @@ class Report(Checked, pl.Callback):
         except AezooError:
             return {}
         kept = found if isinstance(found, dict) else {}
-        # the figures of a test are those of the end of an earlier fit
+        # without test metrics, which belong to the end of an earlier fit
         return {"fits": kept["fits"]} if isinstance(kept.get("fits"), list) else {}
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            rank_zero_warn(f"no report of this run: {' '.join(str(error).split()) or type(error).__name__}")
+            rank_zero_warn(f"could not write the report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a run is trained with: versions, system, processor, device."""
+    """Return the environment of a run: versions, system, processor, device."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -154,7 +154,7 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -163,7 +163,7 @@ def processor() -> str:
 
 
 def sizes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """The model's name, its parameters, the shapes of a sample and a code, and the numbers of samples."""
+    """Return the model's name, its parameters, the shapes of a sample and a code, and the numbers of samples."""
     found: dict[str, Any] = {"name": display_name(type(pl_module))}
     found["parameters"] = sum(parameter.numel() for parameter in pl_module.parameters())
     for key in ("input_shape", "code_shape"):
@@ -178,5 +178,5 @@ def sizes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Values without numbers that JSON does not know."""
+    """Remove numbers that JSON cannot represent."""
     return {key: value for key, value in values.items() if not isinstance(value, float) or math.isfinite(value)}

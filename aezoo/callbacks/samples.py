@@ -1,4 +1,4 @@
-"""Samples from the prior."""
+"""Pictures of samples from the prior."""
 
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Samples(Picture):
-    """pictures/samples.png: decoded draws from the prior, the same draws at every epoch; for models that have a prior.
+    """Draws pictures/samples.png: decoded samples from the prior, the same in each epoch; for models with a prior.
 
     Args:
         n: number of samples.
-        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+        every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
             pictures would take more than 5 % of the fit's time.
     """
 

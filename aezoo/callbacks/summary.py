@@ -1,4 +1,4 @@
-"""The results of a run, and what to do next."""
+"""The results of a run and suggested commands."""
 
 import shlex
 import time
@@ -20,15 +20,15 @@ from aezoo.data import DataModule
 from aezoo.report.diagnosis import diagnose
 from aezoo.report.writer import NAME
 
-# columns beside the longest name that a frame and a path take at least
+# minimum terminal columns for a frame and a path, in addition to the longest name
 _MIN_WIDTH = 30
 
 
 class Summary(pl.Callback):
-    """At the end of fit, validate and test, a table of metrics and files, what the curves say, and what to do next.
+    """Prints metrics, files, the diagnosis and suggested commands at the end of fit, validate and test.
 
     Attributes:
-        test_follows: set it if a test follows the fit at once: then one table at the end of the test holds everything.
+        test_follows: set to True if a test follows the fit; then there is only one table, at the end of the test.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Summary(pl.Callback):
         self._notes = [str(verdict) for history in histories for verdict in diagnose(history, run)]
         if not self.test_follows:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            # only aezoo's data say which splits they have
+            # only data modules of aezoo have a list of splits
             testable = saver and (not isinstance(data, DataModule) or "test" in data.splits())
             test = [_command("aezoo test --ckpt_path", self._folder)] if testable else []
             then = test + self._task_commands(trainer, pl_module) * bool(saver) + _viewers(trainer)
@@ -87,7 +87,7 @@ class Summary(pl.Callback):
         self._best.load_state_dict(state_dict)
 
     def _task_commands(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        """Commands that use the model, those for which it was made first."""
+        """Return commands that use the model, starting with its main purposes."""
         model: Any = pl_module
         suits = {
             "denoise": getattr(model, "corruption", None) is not None,
@@ -98,12 +98,12 @@ class Summary(pl.Callback):
         names = [*(name for name, is_suited in suits.items() if is_suited), "reconstruct", "detect", "embed"]
         data: Any = getattr(trainer, "datamodule", None)
         splits = data.splits() if isinstance(data, DataModule) else ["test"]
-        # they read the test split; generate needs no samples
+        # the commands read the test split by default; generate needs no samples
         other = "" if "test" in splits else f" --split {'val' if 'val' in splits else 'train'}"
         return [_command(f"aezoo {name} --ckpt_path", self._folder) + other * (name != "generate") for name in names]
 
     def _places(self, trainer: pl.Trainer) -> dict[str, str]:
-        # testing a checkpoint outside a run folder creates none
+        # there is none if a checkpoint outside a run folder is tested
         rows = {"run folder": _short(self._folder)} if self._folder.is_dir() else {}
         pictures = self._folder / "pictures"
         if pictures.is_dir():
@@ -119,10 +119,10 @@ class Summary(pl.Callback):
 
 @rank_zero_only
 def print_summary(title: str, rows: dict[str, str], commands: list[str], notes: Sequence[str] = ()) -> None:
-    """Print rows as a table and, below it, notes and commands to copy; without frames unless in a wide terminal."""
+    """Print rows as a table, followed by notes and commands to copy; with frames only in a wide terminal."""
     console = get_console()
     wide = max(map(len, rows), default=0)
-    # in a narrow window, a frame would leave no room for values
+    # a frame would take too much space in a narrow window
     if (console.is_terminal or console.is_jupyter) and console.width >= wide + _MIN_WIDTH:
         table = Table(title=title, box=box.ROUNDED, show_header=False, title_justify="left", title_style="bold")
         table.add_column(style="cyan", no_wrap=True)
@@ -133,7 +133,7 @@ def print_summary(title: str, rows: dict[str, str], commands: list[str], notes: 
         for note in notes:
             console.print("Note:", note, soft_wrap=True, highlight=False, markup=False)
         for i, command in enumerate(commands):
-            # a line broken by us could not be copied
+            # not wrapped, so that the command can be copied
             console.print("Next:" if i == 0 else "     ", command, soft_wrap=True, highlight=False, markup=False)
         return
     lines = [f"{title}", *(f"  {name:{wide}}  {value}" for name, value in rows.items())]
@@ -158,7 +158,7 @@ def _command(words: str, path: Path) -> str:
 
 
 def _short(path: Path) -> str:
-    """Relative to the working directory if it lies inside."""
+    """Return the path, relative to the working directory if it is inside it."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 

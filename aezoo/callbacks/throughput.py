@@ -1,4 +1,4 @@
-"""How fast training goes."""
+"""Training throughput."""
 
 import time
 from typing import Any
@@ -10,10 +10,10 @@ from aezoo.callbacks.base import unpack
 
 
 class Throughput(pl.Callback):
-    """`train/samples_per_s` once an epoch: samples trained on by all ranks per second, data loading included.
+    """Logs `train/samples_per_s` once per epoch: training samples of all ranks per second, including data loading.
 
-    Validation, pictures and checkpoints do not count, nor does the first batch of a fit, which includes compilation.
-    The accelerator is synchronised when the clock stops, not at each step.
+    Validation, pictures, checkpoints and the first batch of a fit, which includes compilation, are not measured. The
+    accelerator is synchronised when the clock is stopped, not at each step.
     """
 
     def __init__(self) -> None:

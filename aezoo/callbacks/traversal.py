@@ -1,4 +1,4 @@
-"""Walks through the latent space."""
+"""Pictures of traversals of the latent space."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,20 @@ _INPUTS = 256
 
 
 class Traversal(Picture):
-    """pictures/traversal.png, interpolation.png and, for two-dimensional codes, latent_map.png.
+    """Draws pictures/traversal.png, interpolation.png and, for two-dimensional codes, latent_map.png.
 
-    The traversal changes one dimension of one sample's code at a time, from -span to span standard deviations of the
-    prior if that is N(0, I), else over the range of the codes; dimensions are sorted by their KL, else by their
-    variance. The interpolation is linear between the codes of two samples, with the originals at both ends. The map
-    decodes a grid of quantiles of the prior, else of the codes.
+    The traversal changes one dimension of a sample's code at a time, from -span to span standard deviations if the
+    prior is N(0, I), else over the range of the codes. Dimensions are sorted by KL if available, else by variance. The
+    interpolation is linear between the codes of two samples, with the originals at both ends. The map decodes a grid of
+    quantiles of the prior or, without a prior, of the codes.
 
     Args:
-        n_dims: most dimensions to traverse.
-        n_pairs: pairs of samples to interpolate between.
-        steps: pictures along each walk.
-        span: how far the traversal goes, in standard deviations of the prior.
-        side: pictures along each side of the map.
-        every_n_epochs: epochs between two pictures; 0 turns them off. None: every 5 epochs, but less often where all
+        n_dims: maximum number of dimensions to traverse.
+        n_pairs: number of pairs of samples to interpolate between.
+        steps: number of images per traversal or interpolation.
+        span: range of the traversal, in standard deviations of the prior.
+        side: number of images along each side of the map.
+        every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
             pictures would take more than 5 % of the fit's time.
     """
 
@@ -125,7 +125,7 @@ class Traversal(Picture):
 
 
 def _mean_kl(picture: Picture, model: Any, x: Tensor) -> Tensor:
-    """KL(q(z_d|x) || N(0, 1)) of each dimension in nats, averaged over x."""
+    """Return KL(q(z_d|x) || N(0, 1)) of each dimension in nats, averaged over x."""
 
     def kl(part: Tensor) -> Tensor:
         mu, log_var = (p.float().flatten(1) for p in model.posterior(part)[:2])

@@ -1,4 +1,4 @@
-"""When to validate where epochs are short."""
+"""Validation schedule for short epochs."""
 
 import math
 from typing import Any
@@ -10,38 +10,40 @@ from lightning.pytorch.utilities import rank_zero_info
 from aezoo.callbacks.base import is_dry_run
 from aezoo.training.arguments import Checked
 
-# Training batches per batch of validation, and those that starting a validation and writing two checkpoints are worth:
-# a batch of validation takes up to 0.6 of a training batch, and the rest up to 8, so both stay near 10 %.
+# Training batches between two validations: per validation batch, and per validation for its start and two
+# checkpoints. A validation batch takes up to 0.6 of a training batch, and the rest up to 8, so both stay near 10 % of
+# the time.
 _PER_BATCH, _PER_VALIDATION = 5, 80
-# of a whole run, so that its curve can be read
+# minimum number of validations in a run, for a readable curve
 _LEAST_VALIDATIONS = 10
 
 
 def choose_period(batches: int, val_batches: int, epochs: int | None) -> int:
-    """Epochs from one validation to the next.
+    """Return the number of epochs from one validation to the next.
 
     Args:
-        batches: training batches in an epoch.
-        val_batches: batches of a validation.
-        epochs: epochs of the run; None if it has no such limit.
+        batches: number of training batches in an epoch.
+        val_batches: number of batches in a validation.
+        epochs: number of epochs of the run; None if not limited.
     """
     period = round((_PER_BATCH * val_batches + _PER_VALIDATION) / batches)
     return max(1, period if epochs is None else min(period, epochs // _LEAST_VALIDATIONS))
 
 
 class ValidationSchedule(pl.Callback):
-    """Validates, and saves by default, only every few epochs if epochs are short, so that most time goes to training.
+    """Validates, and by default saves, only every few epochs if epochs are short, to spend most time on training.
 
-    The first epoch and the last are always validated, and so are those for which a callback has been asked by its
-    `every_n_epochs`. In between it is every n-th epoch, by `choose_period`: a validation after about 80 training
-    batches and 5 more for each of its own batches, at least 10 in a run, and none skipped if epochs are longer. Only
-    counts decide, no clocks: each rank, and a run that continues with the same settings, validates the same epochs.
+    The first and the last epoch are always validated, and those requested by `every_n_epochs` of a callback. Otherwise,
+    every n-th epoch is validated, with n from `choose_period`: a validation after about 80 training batches and 5 more
+    for each of its own batches, at least 10 in a run, and after every epoch if epochs are longer. The schedule depends
+    only on counts, not on time, so all ranks, and a run that continues with the same settings, validate the same
+    epochs.
 
-    A Trainer with `check_val_every_n_epoch` or `val_check_interval`, a scheduler that reduces the learning rate on a
-    plateau, Lightning's own EarlyStopping, and data without a length keep Lightning's schedule.
+    Lightning's schedule is kept for a Trainer with `check_val_every_n_epoch` or `val_check_interval`, a scheduler that
+    reduces the learning rate on a plateau, Lightning's own EarlyStopping, and data without a length.
 
     Attributes:
-        period: epochs from one validation to the next; 1 validates each.
+        period: epochs from one validation to the next; 1 validates after each.
     """
 
     def __init__(self) -> None:
@@ -51,13 +53,13 @@ class ValidationSchedule(pl.Callback):
         self._max_steps = -1
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Whether the current epoch is validated."""
+        """Return whether the current epoch is validated."""
         epoch = trainer.current_epoch + 1
         every = any(epoch % period == 0 for period in (self.period, *self._requested))
         return every or epoch == 1 or self._is_last(trainer)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # `Checkpoints` takes the limit away until the training starts
+        # `Checkpoints` removes the limit until training starts
         self._max_steps = trainer.max_steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,10 +69,10 @@ class ValidationSchedule(pl.Callback):
             self._requested = sorted({period for period in periods if period})
             batches = trainer.num_training_batches
             rank_zero_info(
-                f"validation: every {self.period} epochs, as they are short ({batches} batch{'es' * (batches > 1)}); "
-                "--trainer.check_val_every_n_epoch 1 changes that"
+                f"validation: every {self.period} epochs, as these are short ({batches} batch{'es' * (batches > 1)}), "
+                "set --trainer.check_val_every_n_epoch 1 to validate after each"
             )
-        # a run that continues within an epoch does not start it
+        # not called at the start of an epoch if a run continues within it
         self._apply(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,7 +82,7 @@ class ValidationSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.period > 1 and trainer.should_stop:
-            trainer.check_val_every_n_epoch = 1  # Lightning validates before it stops, as at the end of max_time
+            trainer.check_val_every_n_epoch = 1  # Lightning then validates before it stops, as at max_time
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave(trainer)
@@ -90,7 +92,7 @@ class ValidationSchedule(pl.Callback):
 
     def _apply(self, trainer: pl.Trainer) -> None:
         if self.period > 1:
-            # no divisor of this epoch's number unless it is due
+            # not a divisor of the epoch's number unless validation is due
             trainer.check_val_every_n_epoch = 1 if self.is_due(trainer) else trainer.current_epoch + 2
 
     def _leave(self, trainer: pl.Trainer) -> None:
@@ -99,11 +101,11 @@ class ValidationSchedule(pl.Callback):
 
     def _choose(self, trainer: pl.Trainer) -> int:
         batches, val_batches = trainer.num_training_batches, sum(trainer.num_val_batches)
-        # of a time there is no interval, and 1 is a batch
+        # absent for an interval of time; the integer 1 is one batch
         interval: Any = getattr(trainer, "val_check_interval", None)
         own_schedule = trainer.check_val_every_n_epoch != 1 or not (isinstance(interval, float) and interval == 1)
         plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        # it counts epochs, and fails if a continued run does not know its metric yet
+        # it counts epochs, and fails if the metric is not available yet in a continued run
         stops = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
         needs_each = plateau or any(not isinstance(one, Checked) for one in stops)
         if own_schedule or needs_each or is_dry_run(trainer) or not math.isfinite(batches + val_batches):
@@ -116,7 +118,7 @@ class ValidationSchedule(pl.Callback):
         return choose_period(int(batches), int(val_batches), min(limits, default=None))
 
     def _is_last(self, trainer: pl.Trainer) -> bool:
-        """Whether no whole epoch follows."""
+        """Return whether no complete epoch follows."""
         epoch = trainer.current_epoch + 1
         if epoch == trainer.max_epochs:
             return True
@@ -124,7 +126,7 @@ class ValidationSchedule(pl.Callback):
 
 
 def is_save_due(trainer: pl.Trainer) -> bool:
-    """Whether checkpoints are due at the end of the current epoch, where no period is given for them."""
+    """Return whether checkpoints without a given period are due at the end of the current epoch."""
     schedules = [one for one in trainer.callbacks if isinstance(one, ValidationSchedule)]  # type: ignore[attr-defined]
     return all(schedule.is_due(trainer) for schedule in schedules)
 

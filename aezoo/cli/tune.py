@@ -97,7 +97,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     if not _LEAST_LOST_AFTER <= options.lost_after < math.inf:
         raise AezooError(f"--lost_after takes seconds from {_LEAST_LOST_AFTER:g}")
     if not re.fullmatch(r"(val|train)/\w+", options.monitor):
-        raise AezooError(f"--monitor {options.monitor}: give a metric as it is logged, like val/loss or train/nll")
+        raise AezooError(f"--monitor {options.monitor}: give the name of a metric such as val/loss or train/nll")
     if options.study_name is not None and not options.study_name.strip():
         raise AezooError("--study_name takes a name")
     if options.storage is not None:

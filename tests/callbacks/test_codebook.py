@@ -295,7 +295,7 @@ def test_uncountable_model_warns_once_and_trains(fit, tmp_path, where):
                 raise ValueError("exotic")
             return super().encode_indices(x)
 
-    with pytest.warns(UserWarning, match="Codebook counts no codes: ValueError: exotic") as caught:
+    with pytest.warns(UserWarning, match="Codebook could not count codes: ValueError: exotic") as caught:
         trainer = fit(Broken(), Codebook(every_n_epochs=1), n=45, max_epochs=3)
     assert trainer.current_epoch == 3
     assert len([w for w in caught if "Codebook" in str(w.message)]) == 1
@@ -351,7 +351,7 @@ def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
     monkeypatch.setattr("aezoo.callbacks.codebook.rank_zero_info", said.append)
     fit(Indexed(sizes=(2**40,)), Codebook(every_n_epochs=1), max_epochs=2)
     assert said == [
-        "Codebook draws no use of codes: CodebookUsage counts codebooks of one code or more, 16777216 codes together "
+        "Codebook does not count codes: CodebookUsage counts codebooks of one code or more, 16777216 codes together "
         "at most, got (1099511627776,): of larger codebooks count the digits of an index"
     ]
     assert pictures(tmp_path) == {"codebook_indices"}

@@ -464,7 +464,7 @@ def test_report_names_first_broken_layer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "cure"), [("32-true", "lower --model.lr or look at"), ("16-true", "16-mixed or bf16-true")]
+    ("precision", "cure"), [("32-true", "lower --model.lr or inspect"), ("16-true", "16-mixed or bf16-true")]
 )
 def test_ending_error_suggests_remedy_for_precision(tmp_path, precision, cure):
     with pytest.raises(AezooError, match=cure):
@@ -511,7 +511,7 @@ def test_reported_command_reproduces_fault(tmp_path, monkeypatch, capsys, folder
     loader.sampler.set_epoch(1)
     assert rows == loader.sampler.rows()[200:400].tolist()
     assert torch.load(Path(folder or run / "checkpoints") / "last.ckpt", weights_only=True)["epoch"] == 0
-    command = shlex.split(report["the same again"])
+    command = shlex.split(report["reproduce with"])
     assert command[:3] == ["aezoo", "fit", "--resume"]
     with pytest.raises(SystemExit) as end:
         main(command[1:])

@@ -200,7 +200,7 @@ def test_failed_write_keeps_old_picture_without_temporary_files(tmp_path, monkey
     path, pixels = tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8)
     write_png(path, pixels)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(AezooError, match=r"cannot write .*a\.png: disk full.* make room"):
+    with pytest.raises(AezooError, match=r"cannot write .*a\.png: disk full.* free disk space"):
         write_png(path, pixels + 9)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert np.asarray(Image.open(path)).max() == 0
@@ -320,7 +320,7 @@ def test_reconstruction_rows_can_be_selected(fit, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Reconstructions(rows=("original", "ouput")), "rows takes some of original, corrupted, output, error"),
+        (lambda: Reconstructions(rows=("original", "ouput")), "rows must be some of original, corrupted, output"),
         (lambda: Reconstructions(n=0), "Reconstructions.n must be at least 1, got 0"),
         (lambda: Samples(every_n_epochs=-1), "Samples.every_n_epochs must be 0"),
         (lambda: Traversal(steps=1), "Traversal.steps must be at least 2"),

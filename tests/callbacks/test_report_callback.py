@@ -87,12 +87,12 @@ def test_continued_run_keeps_its_earlier_starts(fit, folder):
 @pytest.mark.slow
 def test_failure_to_write_is_one_warning(fit, folder, monkeypatch):
     (folder / "report.html").mkdir(parents=True)
-    with pytest.warns(UserWarning, match="no report of this run: cannot write .*report.html"):
+    with pytest.warns(UserWarning, match="could not write the report: cannot write .*report.html"):
         trainer = fit(Fake((4,)), Report())
     assert trainer.current_epoch == 2 and record(folder)["fits"][0]["end"] == "finished"
     monkeypatch.setattr("aezoo.callbacks.report.write_report", lambda folder: 1 / 0)
-    with pytest.warns(UserWarning, match="no report of this run: division by zero"):
+    with pytest.warns(UserWarning, match="could not write the report: division by zero"):
         assert fit(Fake((4,)), Report()).current_epoch == 2
     monkeypatch.setattr("aezoo.callbacks.report.environment", lambda trainer: 1 / 0)
-    with pytest.warns(UserWarning, match="no report of this run: division by zero"):
+    with pytest.warns(UserWarning, match="could not write the report: division by zero"):
         assert fit(Fake((4,)), Report()).current_epoch == 2

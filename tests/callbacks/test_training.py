@@ -105,7 +105,7 @@ def test_annealing_needs_a_model_with_the_attribute(fit):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "cosine"}, "mode takes linear, cyclical or capacity"),
+        ({"mode": "cosine"}, "mode must be linear, cyclical or capacity"),
         ({"n_steps": -1}, "n_steps must be at least 0"),
         ({"cycles": 0}, "cycles must be at least 1"),
         ({"ratio": 0.0}, "ratio must lie in"),

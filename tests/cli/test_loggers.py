@@ -287,7 +287,7 @@ def test_server_that_is_away_is_named_at_the_start(capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     line = refused(capsys, "fit", *FAST, "--logger=mlflow")
-    assert "MLflow cannot use http://127.0.0.1:" in line and "leave mlflow out of --logger" in line
+    assert "MLflow cannot use http://127.0.0.1:" in line and "remove mlflow from --logger" in line
     assert not RUN.exists()
 
 
@@ -306,12 +306,12 @@ def test_failing_server_gets_its_values_later(monkeypatch):
     monkeypatch.setattr(client, "log_batch", log_batch)
     monkeypatch.setattr(loggers, "_PAUSE", 0.0)
     logger.log_metrics({"a (b)": 1.0}, step=1)
-    with pytest.warns(UserWarning, match="did not take metrics: no route to host"):
+    with pytest.warns(UserWarning, match="did not accept metrics: no route to host"):
         logger.save()
     # further warnings would be errors here
     logger.log_metrics({"a (b)": 2.0}, step=2)
     logger.save()
-    with pytest.warns(UserWarning, match="2 values did not reach MLflow"):
+    with pytest.warns(UserWarning, match="2 values could not be sent to MLflow"):
         logger.close()
     down[0] = False
     logger.finalize("success")
@@ -510,7 +510,7 @@ def test_other_ranks_log_nothing():
 
 def test_broken_logger_warns_once_and_disturbs_no_other():
     broken, pictures = Broken(), Pictures()
-    with pytest.warns(UserWarning, match="Broken did not take all that was logged: OSError: disk full") as warned:
+    with pytest.warns(UserWarning, match="Broken could not log everything: OSError: disk full") as warned:
         log_everything(trainer_of(broken, pictures))
     assert len(warned) == 1 and len(pictures.seen) == 4
 

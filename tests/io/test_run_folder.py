@@ -205,7 +205,7 @@ def test_a_run_removed_while_it_trains_ends_with_its_state_saved(monkeypatch, ca
         fit_while(monkeypatch, "on_train_batch_start", lambda: shutil.rmtree(RUN))
     assert ended.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{RUN.absolute()} was removed, or moved to another disk" in line and "step 6 is saved in" in line
+    assert f"{RUN.absolute()} was deleted or moved to another disk" in line and "Step 6 was saved in" in line
     (saved,) = RUN.glob("checkpoints/*.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 6
 

@@ -85,12 +85,12 @@ class Transcoder(JumpReLU, SAEL1, tags=("interpretability",)):
             raise AezooError(f"targets must be different rows from 0 to {self.n_rows - 1}, got {self.targets}")
         if len(targets) == self.n_rows:
             raise AezooError(
-                f"targets {self.targets} leave no row to read: give fewer, or none to read and predict all"
+                f"targets {self.targets} include all rows, so no input is left: give fewer, or none to use all as both"
             )
         if self.k > self.latent_dim:
-            raise AezooError(f"activation {activation} asks for more than latent_dim={self.latent_dim} latents")
+            raise AezooError(f"activation topk:K needs K of at most latent_dim={self.latent_dim}, got {activation}")
         if skip and not targets:
-            raise AezooError("skip would copy what is read and predicted: give targets, or leave it out")
+            raise AezooError("skip without targets would copy the input to the output: set targets, or disable skip")
         self.activation = activation
         if activation == "jumprelu":
             self.init_thresholds(self.latent_dim, 0.01, bandwidth)

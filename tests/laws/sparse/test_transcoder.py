@@ -177,8 +177,8 @@ def test_skip_starts_at_zero_and_counts_when_latents_restart(shifted: Any) -> No
     [
         ({"activation": "gelu"}, "activation must be relu, jumprelu or topk:K"),
         ({"activation": "topk:0"}, "activation must be"),
-        ({"activation": "topk:13"}, "asks for more than latent_dim=12"),
-        ({"skip": True, "targets": ()}, "give targets"),
+        ({"activation": "topk:13"}, "needs K of at most latent_dim=12"),
+        ({"skip": True, "targets": ()}, "skip without targets"),
         ({"bandwidth": 0.0}, "bandwidth"),
     ],
 )

@@ -1,8 +1,8 @@
 """Categorical variables: samples, differentiable relaxed samples, and the KL from the uniform distribution.
 
     c = one-hot of arg max_k (log p_k + g_k) ~ Cat(p)        g standard Gumbel noise
-    z = softmax((log p + g) / tau), which tends to c as tau falls to 0
-    KL(Cat(p) || uniform) = sum_k p_k log(K p_k)             from 0, for the uniform, to log K
+    z = softmax((log p + g) / tau), which tends to c as tau tends to 0
+    KL(Cat(p) || uniform) = sum_k p_k log(K p_k)             between 0 (uniform) and log K
 
 z is the Gumbel-softmax (Jang et al. 2016, https://arxiv.org/abs/1611.01144) or concrete distribution (Maddison et al.
 2016, https://arxiv.org/abs/1611.00712).

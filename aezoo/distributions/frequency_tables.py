@@ -1,11 +1,11 @@
-"""Tables of cumulative frequencies for a 16-bit rANS coder, equal to those of the library CompressAI.
+"""Tables of cumulative frequencies for a 16-bit rANS coder, identical to those of the library CompressAI.
 
-A table of L entries c_0 = 0 < c_1 < ... < c_{L-1} = 2^16 codes L - 2 consecutive integers, starting at its offset: the
-k-th of them has frequency c_{k+1} - c_k. The last frequency belongs to all other integers, which are written after it.
+A table of L entries c_0 = 0 < c_1 < ... < c_{L-1} = 2^16 codes L - 2 consecutive integers, starting at its offset. The
+k-th of them has frequency c_{k+1} - c_k. The last frequency is that of all other integers, which are written after it.
 Probabilities are computed in float32 in the same order of operations as in
-https://github.com/InterDigitalInc/CompressAI, so that on the same machine the tables are the same.
+https://github.com/InterDigitalInc/CompressAI, so that the tables are identical on the same machine.
 
-Shapes: K tables, L entries of the longest.
+Shapes: K tables, L entries of the longest table.
 """
 
 import functools
@@ -21,12 +21,12 @@ from aezoo.errors import AezooError
 PRECISION = 16
 # probability of the values outside of a table, on both sides together
 TAIL_MASS = 1e-9
-# limit of a table: each entry has a probability of at least 2^-16
+# maximum entries of a table, each of which has a probability of at least 2^-16
 MAX_ENTRIES = 2**15
 
 
 class FrequencyTables(NamedTuple):
-    """Tables of which only the first `length` entries are used.
+    """Tables, of which only the first `length` entries are used.
 
     Attributes:
         cdf: (K, L), int32.
@@ -39,24 +39,24 @@ class FrequencyTables(NamedTuple):
     offset: Tensor
 
     def check(self) -> str | None:
-        """Return what is wrong with the tables, for a message, or None."""
+        """Return a message if the tables are invalid, else None."""
         length, (rows, width) = self.length.long(), self.cdf.shape
         if rows != len(length) or rows != len(self.offset) or not rows:
             return f"there are {rows} tables, {len(length)} lengths and {len(self.offset)} offsets"
         if int(length.min()) < 3 or int(length.max()) > width:
-            return f"lengths of tables are from {int(length.min())} to {int(length.max())}, and tables have {width}"
+            return f"table lengths are {int(length.min())} to {int(length.max())}, but tables have width {width}"
         if int(self.offset.abs().max()) > MAX_ENTRIES:
-            return f"a table begins at {int(self.offset.abs().max())}, too far from 0"
+            return f"the offset of a table, {int(self.offset.abs().max())}, is too far from 0"
         counted = torch.arange(width) < length[:, None]
         ends = self.cdf.gather(1, length[:, None] - 1)
         rising = (self.cdf.diff(dim=1) > 0) | ~counted[:, 1:]
         if self.cdf[:, 0].any() or bool((ends != 1 << PRECISION).any()) or not bool(rising.all()):
-            return f"a table does not rise from 0 to {1 << PRECISION}"
+            return f"a table does not increase from 0 to {1 << PRECISION}"
         return None
 
 
 def join(parts: list[FrequencyTables]) -> FrequencyTables:
-    """Concatenate tables, padded to the width of the widest."""
+    """Concatenate tables, padded to the maximum width."""
     width = max(part.cdf.shape[1] for part in parts)
     wide = [torch.nn.functional.pad(part.cdf, (0, width - part.cdf.shape[1])) for part in parts]
     return FrequencyTables(*map(torch.cat, (wide, [part.length for part in parts], [part.offset for part in parts])))
@@ -68,7 +68,7 @@ def quantise(mass: Tensor, tails: Tensor, length: Tensor, offset: Tensor) -> Fre
     Args:
         mass: probabilities of integers, (K, L), float32.
         tails: probability of all other integers, (K,), float32.
-        length: number of probabilities that are used, (K,), int32.
+        length: number of probabilities used, (K,), int32.
         offset: the first integer, (K,), int32.
     """
     cdf = torch.zeros(len(mass), int(length.max()) + 2, dtype=torch.int32)
@@ -90,8 +90,8 @@ def quantised_cdf(mass: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     counts = np.floor(mass.astype(np.float64) * total + 0.5).astype(np.int64) if valid else np.zeros(1, np.int64)
     if not counts.any():
         raise AezooError(
-            f"a table of {len(mass)} probabilities cannot be made: some are negative, not finite or all 0, or they are "
-            "too many; the weights of the distributions are damaged, or they have not been trained to the end"
+            f"cannot create a table of {len(mass)} probabilities: some are negative, not finite or all 0, or there are "
+            "too many; the weights of the distributions are damaged or not fully trained"
         )
     cdf = np.append(0, (total * counts // counts.sum()).cumsum())
     cdf[-1] = total

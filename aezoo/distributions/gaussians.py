@@ -12,7 +12,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def standard_normal_like(mu: Tensor) -> Tensor:
-    """Draw from N(0, I), (B, ...) -> (B, ...). A seed gives the same noise for every memory layout."""
+    """Draw from N(0, I), (B, ...) -> (B, ...); for a given seed, the noise does not depend on the memory layout."""
     return torch.randn_like(mu, memory_format=torch.contiguous_format)
 
 
@@ -34,7 +34,7 @@ def product(mu: Tensor, log_var: Tensor, mask: Tensor | None = None) -> tuple[Te
     Args:
         mu: means, (..., M, D).
         log_var: logarithms of the variances, (..., M, D).
-        mask: which of the M Gaussians to multiply, at least one, (..., M) bool; all by default. Results are (..., D).
+        mask: the Gaussians to multiply, at least one, (..., M) bool; by default all. Results are (..., D).
     """
     log_precision = -log_var if mask is None else torch.where(mask[..., None], -log_var, -torch.inf)
     return (log_precision.softmax(-2) * mu).sum(-2), -log_precision.logsumexp(-2)
@@ -56,7 +56,8 @@ def mixture_moments(mu: Tensor, log_var: Tensor, weight: Tensor) -> tuple[Tensor
 def product_of_posteriors(mu: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and log-variances of p(z) prod_i N(z; mu_i, C_i) / p(z) with the prior p(z) = N(0, I).
 
-    The precision is C^-1 = I + sum_i (C_i^-1 - I). Variances of C_i above 1, which no posterior has, are clamped to 1.
+    The precision is C^-1 = I + sum_i (C_i^-1 - I). Variances of C_i are clamped to at most 1, since posteriors have
+    none above 1.
 
     Args:
         mu: means, (..., M, D).
@@ -80,7 +81,7 @@ def kl(mu: Tensor, log_var: Tensor, other_mu: Tensor, other_log_var: Tensor) -> 
 
 
 def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: Tensor, jitter: float = 0.0) -> Tensor:
-    """Return log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 if the device has it.
+    """Return log sum_k phi_k N(z | mu_k, Sigma_k), (B, D) -> (B,), computed in float64 if the device supports it.
 
     The rounding error of Sigma_k is added to its diagonal, so that covariances of few samples have a Cholesky factor.
 
@@ -97,7 +98,7 @@ def mixture_log_density(z_BD: Tensor, phi_K: Tensor, mu_KD: Tensor, sigma_KDD: T
         z, phi, mu, sigma = (values.to(exact) for values in (z_BD, phi_K, mu_KD, sigma_KDD))
         regularised = sigma + torch.diag_embed((jitter + rounding_K1).to(exact).expand_as(mu))
         L_KDD, failed_K = torch.linalg.cholesky_ex(regularised)
-        # this fails only if codes are NaN; the density is then NaN, too, and the fault guard detects it
+        # fails only if codes are NaN; the density is then NaN as well, which the fault guard detects
         L_KDD = L_KDD.masked_fill((failed_K > 0)[:, None, None], torch.nan)
         off_KDB = (z[:, None] - mu).permute(1, 2, 0)
         d2_KB = torch.linalg.solve_triangular(L_KDD, off_KDB, upper=False).square().sum(1)
@@ -112,7 +113,7 @@ def update_mixture_(mixture: tuple[Tensor, ...], batch: tuple[Tensor, ...], weig
     Args:
         mixture: weights, means and covariances of earlier data: (K,), (K, D), (K, D, D).
         batch: the same moments of a batch.
-        weight: share of the batch in the union, from 0 to 1.
+        weight: fraction of the union that is the batch, from 0 to 1.
     """
     phi_K, mu_KD, sigma_KDD = mixture
     new_phi_K, new_mu_KD, new_sigma_KDD = (values.to(phi_K) for values in batch)

@@ -1,4 +1,4 @@
-"""Generative models with layers of Gaussian latent variables, in the form that lossless coding needs."""
+"""Generative models with layers of Gaussian latent variables, in the form required by lossless coding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,5 +39,5 @@ class LatentChain:
 
     @property
     def levels(self) -> int:
-        """Number of values that a data value can have."""
+        """Number of possible values of a data value."""
         return 2 if isinstance(self.likelihood, Bernoulli) else 256

@@ -1,17 +1,17 @@
-"""Likelihoods p(x | z): how a decoder's output becomes a distribution over data.
+"""Likelihoods p(x | z): distributions over data given a decoder's output.
 
 A decoder outputs one number per data value: `params` of shape (B, *input_shape). A likelihood uses it as the parameter
 of a distribution that is independent over data values. It provides `log_prob(params, x)` in nats per sample (B,),
-summed over the sample's values; `mean(params)`, the reconstruction; `sample(params)`; and `deviance(params, x)`, how
-much less likely x is than under the parameters that suit it best.
+summed over the sample's values; `mean(params)`, the reconstruction; `sample(params)`; and `deviance(params, x)`, the
+difference of the log-likelihood to that of the best parameters for x.
 
-Models name a likelihood by a plain string, with an optional argument after a colon:
+Models specify a likelihood by a string, with an optional argument after a colon:
 
     bernoulli               p(x=1) = sigmoid(params), x in [0, 1]; the summed binary cross-entropy
     continuous_bernoulli    its normalised version on [0, 1] (Loaiza-Ganem & Cunningham 2019)
-    gaussian                N(params, 1/2): then -log p = ||x - params||^2 + D/2 log(pi), the squared error of textbooks
+    gaussian                N(params, 1/2): then -log p = ||x - params||^2 + D/2 log(pi), the squared error
     gaussian:0.1            N(params, 0.1^2), fixed
-    gaussian:learned        N(params, s^2), one s for all values, trained with the rest (Rybkin et al. 2021)
+    gaussian:learned        N(params, s^2), one s for all values, a trained parameter (Rybkin et al. 2021)
     sigmoid_gaussian | :0.1 | :learned           N(sigmoid(params), s^2), x in [0, 1]; plain: s^2 = 1/2
     laplace | laplace:0.1 | laplace:learned      density exp(-|x - params| / b) / (2 b); plain `laplace` has b = 1
     logcosh | logcosh:0.1 | logcosh:learned      density 1 / (pi s cosh((x - params) / s)); plain `logcosh` has s = 1
@@ -35,8 +35,9 @@ from aezoo.errors import AezooError
 from aezoo.training.precision import at_least_float32
 from aezoo.training.tracing import is_exporting
 
-# quadrature for the mean of LogitLaplace, Gauss-Legendre in v from 0 to 1: t = -log v^2 has the standard exponential
-# density, u = logit(3 v^2 - 2 v^3) the standard logistic one; the first suits small scales, the second large ones
+# Quadrature for the mean of LogitLaplace, Gauss-Legendre in v from 0 to 1: t = -log v^2 has the standard exponential
+# density, u = logit(3 v^2 - 2 v^3) the standard logistic one; the former is used for small scales, the latter for large
+# ones
 _GAUSS = [
     ((1 + node) / 2, weight / 2)
     for node, weight in zip(*(part.tolist() for part in np.polynomial.legendre.leggauss(16)), strict=True)
@@ -51,18 +52,18 @@ _MAX_LOGIT = 16.0
 
 
 def _logit(mean: Tensor) -> Tensor:
-    """The logit, with means kept away from 0 and 1, where it is infinite."""
+    """Return the logit of means clamped away from 0 and 1, where it is infinite."""
     return mean.clamp(0.01, 0.99).logit()
 
 
 def _extreme_logit(x: Tensor) -> Tensor:
-    """The logit up to those of values that differ from 0 and 1 by less than float32 can tell."""
+    """Return the logit, clamped to those of the float32 values next to 0 and 1."""
     return x.clamp(0, 1).logit().clamp(-_MAX_LOGIT, _MAX_LOGIT)
 
 
 def _bisected(x: Tensor, rises: Callable[[Tensor, Tensor], Tensor], most: float) -> Tensor:
-    """For each value of x the parameter from -most to most up to which its log-probability rises, (B, *shape)."""
-    # of bytes at most 256; a graph has no shapes that depend on values
+    """Return, for each value of x, the parameter in [-most, most] that maximises its log-probability, (B, *shape)."""
+    # at most 256 levels for bytes; exported graphs do not support shapes that depend on values
     levels, which = (x, None) if is_exporting() else torch.unique(x, return_inverse=True)
     low, high = torch.full_like(levels, -most), torch.full_like(levels, most)
     for _ in range(40):
@@ -80,9 +81,9 @@ class Likelihood(nn.Module):
     """A distribution over data, given the decoder's output.
 
     Attributes:
-        unit_interval: the data must lie in [0, 1].
+        unit_interval: whether the data must lie in [0, 1].
         as_deviance: whether a model's `nll` is the deviance, see `use_deviance`.
-        discrete: `log_prob` is a probability, so bits per dimension are a code length; else it is a density.
+        discrete: whether `log_prob` is a probability, so that bits per dimension are a code length, or a density.
     """
 
     unit_interval: ClassVar[bool] = False
@@ -90,50 +91,50 @@ class Likelihood(nn.Module):
     as_deviance: bool = False
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood of each sample in nats: (B, *shape), (B, *shape) -> (B,)."""
+        """Return the log-likelihood of each sample in nats, (B, *shape), (B, *shape) -> (B,)."""
         raise NotImplementedError
 
     def forward(self, params: Tensor, x: Tensor) -> Tensor:
-        """`log_prob`, so that `torch.func.functional_call` can compute it."""
+        """Return `log_prob`, for `torch.func.functional_call`."""
         return self.log_prob(params, x)
 
     def mean(self, params: Tensor) -> Tensor:
-        """E[x | params], the reconstruction in data space: (B, *shape) -> (B, *shape)."""
+        """Return E[x | params], the reconstruction in data space, (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
 
     def params_from_mean(self, mean: Tensor) -> Tensor:
-        """Initial parameters for data with this mean: (*shape) -> (*shape).
+        """Return initial parameters for data with this mean, (*shape) -> (*shape).
 
-        Their own mean is near it. For a density on an interval, or a clipped density, it lies further inside.
+        Their mean is close to it. For a density on an interval, or a clipped density, it is further inside.
         """
         return mean
 
     def sample(self, params: Tensor) -> Tensor:
-        """Draw once for each value: (B, *shape) -> (B, *shape)."""
+        """Draw one sample per value, (B, *shape) -> (B, *shape)."""
         raise NotImplementedError
 
     def best_params(self, x: Tensor) -> Tensor:
-        """Parameters of the largest `log_prob` of each value, a perfect reconstruction: (B, *shape) -> (B, *shape).
+        """Return the parameters that maximise `log_prob` of each value, (B, *shape) -> (B, *shape).
 
-        A scale that all values share stays as it is: were it free, the density of perfect data would have no bound.
+        A scale shared by all values is not optimised, since the density would then be unbounded.
         """
         return self.params_from_mean(x)
 
     def deviance(self, params: Tensor, x: Tensor) -> Tensor:
-        """How far log p(x | params) is below log p(x | best_params(x)), in nats: (B, *shape), (B, *shape) -> (B,).
+        """Return log p(x | best_params(x)) - log p(x | params) in nats, (B, *shape), (B, *shape) -> (B,).
 
-        At least 0, half the deviance of a generalised linear model (McCullagh & Nelder 1989, section 2.3). Unlike
-        -log p, it holds nothing of how likely the values of x are by themselves, such as the entropy of grey values.
+        This is at least 0, and half the deviance of a generalised linear model (McCullagh & Nelder 1989, section 2.3).
+        Unlike -log p, it does not include the -log p of a perfect reconstruction, such as the entropy of grey values.
         """
         return self.log_prob(self.best_params(x), x) - self.log_prob(params, x)
 
     def nll_by_value(self, params: Tensor, x: Tensor) -> Tensor:
-        """-log p of each value in nats, or its deviance within `use_deviance`: (B, *shape), (B, *shape) -> (B, *shape).
+        """Return -log p of each value in nats, or its deviance within `use_deviance`, shaped like x.
 
-        Values are independent given their parameters, so each is a sample of its own here, and a sample's values add
-        up to its -log p. A missing value, NaN, has 0.
+        Values are independent given their parameters, so each is evaluated as a separate sample here. The sum over the
+        values of a sample is its -log p. Missing values (NaN) contribute 0.
         """
-        # parameters of a value may be several, one after the other along the channels
+        # there may be several parameters per value, in blocks along the channels
         params_ND = params.flatten(1).unflatten(1, (params.numel() // x.numel(), -1)).movedim(1, 2).flatten(0, 1)
         known_N1 = x.nan_to_num(0.0).reshape(-1, 1)
         nll_N = self.deviance(params_ND, known_N1) if self.as_deviance else -self.log_prob(params_ND, known_N1)
@@ -141,7 +142,7 @@ class Likelihood(nn.Module):
 
     @contextmanager
     def use_deviance(self) -> Iterator[None]:
-        """Make `nll` of the models with this likelihood the deviance."""
+        """Context in which `nll` of models with this likelihood is the deviance."""
         before, self.as_deviance = self.as_deviance, True
         try:
             yield
@@ -150,7 +151,7 @@ class Likelihood(nn.Module):
 
 
 class Bernoulli(Likelihood):
-    """p(x = 1) = sigmoid(params); for x between 0 and 1 the usual cross-entropy, which is then not a density."""
+    """p(x = 1) = sigmoid(params); for x between 0 and 1, the cross-entropy, which is then not a density."""
 
     unit_interval = True
     discrete = True
@@ -174,14 +175,14 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     """Density C(p) p^x (1 - p)^(1 - x) on [0, 1] with p = sigmoid(params).
 
-    Loaiza-Ganem & Cunningham 2019, https://arxiv.org/abs/1907.06845. In the logit t = params the normaliser is
-    C = t / tanh(t / 2) and the mean 1 / (1 - exp(-t)) - 1 / t; both are smooth at t = 0 (p = 1/2), where a
-    Taylor series replaces them.
+    Loaiza-Ganem & Cunningham 2019, https://arxiv.org/abs/1907.06845. In terms of the logit t = params, the normaliser
+    is C = t / tanh(t / 2) and the mean is 1 / (1 - exp(-t)) - 1 / t. Both are smooth at t = 0 (p = 1/2), where they are
+    computed by Taylor series.
     """
 
     unit_interval = True
     _TAYLOR_BELOW = 0.05
-    # of the mean 1/510, half a level of bytes: the density of 0 grows with the logit without bound
+    # for a mean of 1/510, half a level of uint8, since the density of 0 is unbounded in the logit
     _MAX_LOGIT = 510.0
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -191,16 +192,16 @@ class ContinuousBernoulli(Likelihood):
     def _log_normaliser(self, t: Tensor) -> Tensor:
         use_taylor = t.abs() < self._TAYLOR_BELOW
         u = torch.where(use_taylor, 1.0, t.abs())
-        # log(t / tanh(t/2)), with tanh(u/2) = (1 - exp(-u)) / (1 + exp(-u)) kept exact for large u
+        # log(t / tanh(t/2)), with tanh(u/2) = (1 - exp(-u)) / (1 + exp(-u)) computed accurately for large u
         exact = torch.log(u) + torch.log1p(torch.exp(-u)) - torch.log(-torch.expm1(-u))
         s = torch.where(use_taylor, t, 0.0) ** 2
         return torch.where(use_taylor, math.log(2.0) + s / 12 - 7 * s**2 / 1440, exact)
 
     def mean(self, params: Tensor) -> Tensor:
-        # the two terms nearly cancel, which half precision cannot resolve
+        # the two terms almost cancel, which needs more than half precision
         t = at_least_float32(params)
         use_taylor = t.abs() < self._TAYLOR_BELOW
-        # use the symmetry for t < 0, where exp(-t) overflows and makes the gradient NaN
+        # by symmetry for t < 0, where exp(-t) would overflow and give a NaN gradient
         a = torch.where(use_taylor, 1.0, t.abs())
         above = -1 / torch.expm1(-a) - 1 / a
         s = torch.where(use_taylor, t, 0.0)
@@ -227,11 +228,11 @@ class ContinuousBernoulli(Likelihood):
 
 
 class _Scaled(Likelihood):
-    """A location given by the decoder and one scale for all values, fixed or learned.
+    """A location, the decoder's output, and one scale for all values, fixed or learned.
 
     Args:
         scale: the scale, or its initial value if it is learned.
-        learned: train log scale with the other parameters.
+        learned: train the log scale.
     """
 
     log_scale: Tensor
@@ -246,7 +247,7 @@ class _Scaled(Likelihood):
 
     @property
     def bounded_scale(self) -> Tensor:
-        """Log scale, clamped to [-15, 10]: exp(-2 log scale) overflows float32 from -44 downwards.
+        """Return the log scale, clamped to [-15, 10]: exp(-2 log scale) overflows float32 at about -44.
 
         The log-variance is then in [-30, 20], the same interval as in diffusers
         (https://github.com/huggingface/diffusers, DiagonalGaussianDistribution in models/autoencoders/vae.py).
@@ -277,7 +278,7 @@ class Gaussian(_Normal):
 
 
 class SigmoidGaussian(_Normal):
-    """N(sigmoid(params), s^2): the squared error of a decoder that ends in a sigmoid."""
+    """N(sigmoid(params), s^2): the squared error of a decoder with a sigmoid output."""
 
     unit_interval = True
 
@@ -292,7 +293,7 @@ class SigmoidGaussian(_Normal):
 
 
 def _laplace_noise(like: Tensor) -> Tensor:
-    """Laplace noise of scale 1, by the inverse of the distribution function."""
+    """Draw Laplace noise of scale 1, by the inverse of the distribution function."""
     u = torch.rand_like(like) - 0.5
     return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
 
@@ -317,8 +318,8 @@ class Laplace(_Scaled):
 class LogCosh(_Scaled):
     """Density 1 / (pi s cosh((x - params) / s)), the hyperbolic secant: log cosh(e / s) is -log p up to a constant.
 
-    Near 0 it is e^2 / (2 s^2), like a Gaussian; far from 0 it is |e| / s - log 2, like a Laplace density. Its slope in
-    e is tanh(e / s) / s. Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
+    It approaches e^2 / (2 s^2) near 0, as for a Gaussian, and |e| / s - log 2 far from 0, as for a Laplace density. The
+    slope in e is tanh(e / s) / s. Chen et al. 2019, https://openreview.net/forum?id=rkglvsC9Ym, with a = 1 / s.
     """
 
     def __init__(self, scale: float = 1.0, learned: bool = False) -> None:
@@ -350,8 +351,8 @@ class DiscretisedLogistic(_Scaled):
         inverse = torch.exp(-self.bounded_scale)
         upper = (x + 0.5 / 255 - params) * inverse
         lower = (x - 0.5 / 255 - params) * inverse
-        # log(sigmoid(u) - sigmoid(l)) = log(1 - exp(l - u)) - softplus(-u) - softplus(l): exact far in the tails,
-        # with l - u written out, since the difference of the two rounds to 0 there
+        # log(sigmoid(u) - sigmoid(l)) = log(1 - exp(l - u)) - softplus(-u) - softplus(l) is accurate far in the
+        # tails; l - u is computed directly, since the difference of u and l rounds to 0 there
         inside = torch.log(-torch.expm1(-inverse / 255)) - F.softplus(-upper) - F.softplus(lower)
         log_p = torch.where(
             x < 0.5 / 255, F.logsigmoid(upper), torch.where(x > 254.5 / 255, -F.softplus(lower), inside)
@@ -359,7 +360,7 @@ class DiscretisedLogistic(_Scaled):
         return _sum_per_sample(log_p)
 
     def mean(self, params: Tensor) -> Tensor:
-        # E[clip(X, 0, 1)] = integral of P(X > t) over [0, 1]; rounding to levels moves it by less than half a level
+        # E[clip(X, 0, 1)] = integral of P(X > t) over [0, 1]; rounding to levels changes it by less than half a level
         scale = torch.exp(self.bounded_scale)
         return scale * (F.softplus(params / scale) - F.softplus((params - 1) / scale))
 
@@ -369,7 +370,7 @@ class DiscretisedLogistic(_Scaled):
         return (x.clamp(0, 1) * 255).round() / 255
 
     def best_params(self, x: Tensor) -> Tensor:
-        # of an open end bin the farther the better
+        # the probability of an open end bin increases with the distance
         beyond = _MAX_LOGIT * torch.exp(self.bounded_scale)
         return torch.where(x < 0.5 / 255, x - beyond, torch.where(x > 254.5 / 255, x + beyond, x))
 
@@ -377,9 +378,9 @@ class DiscretisedLogistic(_Scaled):
 class BetaBinomial(_Scaled):
     """Probability of the level k/255: k ~ Binomial(255, p) with p ~ Beta(c m, c (1 - m)) and m = sigmoid(params).
 
-    p(k) = C(255, k) B(k + c m, 255 - k + c (1 - m)) / B(c m, c (1 - m)). A small concentration c puts mass on the end
-    levels, where most pixels of digits are; a large c gives a binomial. Townsend et al. 2019, section 3.2,
-    https://arxiv.org/abs/1901.04866, with one c for all values.
+    p(k) = C(255, k) B(k + c m, 255 - k + c (1 - m)) / B(c m, c (1 - m)). A small concentration c concentrates the mass
+    on the end levels, which most pixels of digits have; for large c, the distribution is binomial. Townsend et al.
+    2019, section 3.2, https://arxiv.org/abs/1901.04866, with one c for all values.
     """
 
     unit_interval = True
@@ -390,11 +391,11 @@ class BetaBinomial(_Scaled):
 
     @property
     def bounded_scale(self) -> Tensor:
-        """Log c, clamped to [-7, 7]: outside, differences of log-gamma lose their precision in float32."""
+        """Return log c, clamped to [-7, 7]: outside, differences of log-gamma are imprecise in float32."""
         return self.log_scale.clamp(-7, 7)
 
     def shapes(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters c m and c (1 - m) of the beta distribution; neither underflows to 0, the pole of log-gamma."""
+        """Return c m and c (1 - m) of the beta distribution, without underflow to 0, the pole of log-gamma."""
         c, t = torch.exp(self.bounded_scale), params.clamp(-50, 50)
         return c * t.sigmoid(), c * (-t).sigmoid()
 
@@ -416,7 +417,7 @@ class BetaBinomial(_Scaled):
 
     def best_params(self, x: Tensor) -> Tensor:
         def rises(t: Tensor, x: Tensor) -> Tensor:
-            # log_prob is concave in m, a sum of log(j + c m) and of log(j + c (1 - m))
+            # log_prob is concave in m: a sum of terms log(j + c m) and log(j + c (1 - m))
             a, b = self.shapes(t)
             return (255 * x + a).digamma() - a.digamma() > (255 - 255 * x + b).digamma() - b.digamma()
 
@@ -426,8 +427,8 @@ class BetaBinomial(_Scaled):
 class LogitLaplace(_Scaled):
     """The logit of y = 0.8 x + 0.1 is Laplace: density 0.8 exp(-|logit y - params| / b) / (2 b y (1 - y)) of x.
 
-    Ramesh et al. 2021, appendix A.3, https://arxiv.org/abs/2102.12092, leave out the constant 0.8. With this map, x in
-    [0, 1] stays away from the poles of the logit, which are at -1/8 and 9/8; all of the density lies between them.
+    Ramesh et al. 2021, appendix A.3, https://arxiv.org/abs/2102.12092, omit the constant 0.8. With this map, x in [0,
+    1] is away from the poles of the logit at -1/8 and 9/8, between which all of the density lies.
     """
 
     unit_interval = True
@@ -437,7 +438,7 @@ class LogitLaplace(_Scaled):
         super().__init__(scale, learned)
 
     def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and log b of each value: (B, *shape) -> two tensors that broadcast with (B, *shape)."""
+        """Return location and log b of each value: two tensors that can be broadcast to (B, *shape)."""
         return params, self.bounded_scale
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -447,7 +448,7 @@ class LogitLaplace(_Scaled):
         return _sum_per_sample(log_p + math.log(1 - 2 * self._MARGIN))
 
     def mean(self, params: Tensor) -> Tensor:
-        # E[sigmoid(mu + b e)], e Laplace, is the probability of u < mu + b e, u logistic; the error is at most 1e-4
+        # E[sigmoid(mu + b e)], e Laplace, is P(u < mu + b e), u logistic; the error of the quadrature is at most 1e-4
         mu, log_b = self.split(at_least_float32(params))
         b, y, y_large = torch.exp(log_b), torch.zeros_like(mu), torch.zeros_like(mu)
         for t, weight in _EXPONENTIAL:
@@ -513,8 +514,10 @@ def likelihood(name: str) -> Likelihood:
             scale = math.nan
         if 0 < scale < math.inf:
             return scaled(scale, learned=False)
-        raise AezooError(f"likelihood {name!r}: after the colon write a scale above 0 or 'learned', as in {kind}:0.1")
+        raise AezooError(
+            f"likelihood {name!r}: a colon must be followed by a scale above 0 or 'learned', as in {kind}:0.1"
+        )
     raise AezooError(
-        f"unknown likelihood {name!r}: take one of {', '.join(LIKELIHOODS)}; "
+        f"unknown likelihood {name!r}: use one of {', '.join(LIKELIHOODS)}; "
         f"{', '.join(_SCALED)} accept a scale, as in gaussian:0.1 or gaussian:learned"
     )

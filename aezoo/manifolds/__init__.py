@@ -1,1 +1,1 @@
-"""Curved spaces of codes: their maps, distributions on them, and motion through them, independent of any model."""
+"""Curved latent spaces: maps, distributions and dynamics on them, independent of models."""

@@ -4,9 +4,9 @@
     H(z, v) = U(z) + |v|^2 / 2                                         `leapfrog`, in flat space
     H(z, v) = U(z) + (log det G(z) + v' G(z)^-1 v) / 2                 `generalised_leapfrog`, under a metric G
 
-Both integrators are reversible, preserve volume, and preserve H up to second order in the step (Neal 2011,
+Both integrators are reversible, preserve volume, and preserve H up to second order in the step size (Neal 2011,
 https://arxiv.org/abs/1206.1901; Girolami & Calderhead 2011, https://doi.org/10.1111/j.1467-9868.2010.00765.x). They can
-cool v between steps: with inverse temperatures beta_k, v is multiplied by sqrt(beta_(k-1) / beta_k) after step k, and
+temper v between steps: with inverse temperatures beta_k, v is multiplied by sqrt(beta_(k-1) / beta_k) after step k, and
 the volume by sqrt(beta_0 / beta_K)^D in total.
 
 Shapes: B batch, D dimensions.
@@ -26,7 +26,7 @@ Integrator = Callable[[Tensor, Tensor, Map, Tensor | float, Sequence[float]], tu
 
 
 def quadratic_cooling(beta_0: float, n: int) -> list[float]:
-    """Square roots of n + 1 inverse temperatures from beta_0 to 1 (Caterini et al. 2018, equation 6).
+    """Return the square roots of n + 1 inverse temperatures from beta_0 to 1 (Caterini et al. 2018, equation 6).
 
     1 / sqrt(beta_k) = 1 / sqrt(beta_0) + (1 - 1 / sqrt(beta_0)) k^2 / n^2, https://arxiv.org/abs/1805.11328
     """
@@ -37,7 +37,7 @@ def quadratic_cooling(beta_0: float, n: int) -> list[float]:
 def leapfrog(
     z_BD: Tensor, v_BD: Tensor, gradient: Map, step: Tensor | float, cooling: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Leapfrog steps of z and its momentum v in flat space: (B, D), (B, D) -> (B, D), (B, D).
+    """Integrate z and its momentum v in flat space by leapfrog steps: (B, D), (B, D) -> (B, D), (B, D).
 
     Args:
         z_BD: positions.
@@ -65,10 +65,10 @@ def generalised_leapfrog(
     inverse_metric: Map,
     n_fixed_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """Leapfrog steps of z and its momentum v under a metric: (B, D), (B, D) -> (B, D), (B, D).
+    """Integrate z and its momentum v under a metric by leapfrog steps: (B, D), (B, D) -> (B, D), (B, D).
 
-    Two of the three equations of a step are implicit. They are solved by fixed-point iteration; volume and
-    reversibility are preserved as far as it has converged.
+    Two of the three equations of a step are implicit and solved by fixed-point iteration. Volume and reversibility are
+    preserved up to its convergence error.
 
     Args:
         z_BD: positions.
@@ -77,7 +77,7 @@ def generalised_leapfrog(
         step: length of a step, one number or (D,).
         cooling: sqrt(beta_0), ..., sqrt(beta_K); K steps are taken.
         inverse_metric: G^-1, (B, D) -> (B, D, D).
-        n_fixed_point: iterations for each implicit equation.
+        n_fixed_point: number of iterations for each implicit equation.
     """
     gradient_BD = gradient(z_BD)
     for before, after in pairwise(cooling):
@@ -95,7 +95,7 @@ def generalised_leapfrog(
 
 
 def kinetic_gradient(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
-    """The gradient in z of (log det G(z) + v' G(z)^-1 v) / 2, itself differentiable: (B, D), (B, D) -> (B, D)."""
+    """Return the differentiable gradient in z of (log det G(z) + v' G(z)^-1 v) / 2: (B, D), (B, D) -> (B, D)."""
 
     def kinetic(z: Tensor) -> Tensor:
         G_inv_BDD = inverse_metric(z)
@@ -108,15 +108,15 @@ def kinetic_gradient(z_BD: Tensor, v_BD: Tensor, inverse_metric: Map) -> Tensor:
 def hmc_step(
     z_BD: Tensor, log_density: Map, step: float, n_steps: int, gradient: Map | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One Hamiltonian Monte Carlo step of each chain, and which chains accepted it: (B, D) -> (B, D), (B,).
+    """Perform a Hamiltonian Monte Carlo step of each chain; return positions and acceptance: (B, D) -> (B, D), (B,).
 
     Args:
         z_BD: positions of the chains.
         log_density: the log-density to sample, up to a constant, (B, D) -> (B,).
         step: length of a leapfrog step.
-        n_steps: leapfrog steps of a jump.
-        gradient: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which also works where
-            gradients are disabled, but takes longer on small matrices than autograd.
+        n_steps: number of leapfrog steps per proposal.
+        gradient: the gradient of log_density, (B, D) -> (B, D); by default that of torch.func, which also works if
+            gradients are disabled, but is slower for small matrices than autograd.
     """
     gradient = gradient or torch.func.grad(lambda at: log_density(at).sum())
     start_BD = torch.randn_like(z_BD)

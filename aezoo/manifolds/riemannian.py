@@ -1,9 +1,9 @@
-"""Riemannian metrics given by their inverse, a sum of kernels about centroids, and quantities derived from it.
+"""Riemannian metrics whose inverse is a sum of kernels at centroids, and derived quantities.
 
     G(z)^-1 = sum_i S_i exp(-|z - c_i|^2 / T^2) + lam I     S_i positive definite
 
-(Chadebec et al. 2022, https://arxiv.org/abs/2105.00026). Distances are short near centroids; far from all of them space
-is flat.
+(Chadebec et al. 2022, https://arxiv.org/abs/2105.00026). Distances are short near centroids; far from all centroids,
+space is flat.
 
 Shapes: B batch, D dimensions, M centroids.
 """
@@ -25,7 +25,7 @@ class CentroidMetric(NamedTuple):
     Attributes:
         c_MD: centroids.
         S_MDD: S, positive definite.
-        temperature: T, the reach of each centroid.
+        temperature: T, the width of the kernels.
         floor: lam, the inverse metric far from all centroids.
     """
 
@@ -35,7 +35,7 @@ class CentroidMetric(NamedTuple):
     floor: float
 
     def inverse(self, z_BD: Tensor) -> Tensor:
-        """G^-1, (B, D) -> (B, D, D)."""
+        """Return G^-1, (B, D) -> (B, D, D)."""
         weight_BM = torch.exp(-(z_BD[:, None] - self.c_MD).square().sum(2) / self.temperature**2)
         floor = self.floor * torch.eye(z_BD.shape[1], device=z_BD.device, dtype=z_BD.dtype)
         with torch.autocast(z_BD.device.type, enabled=False):  # autocast would round the metric to half precision
@@ -43,7 +43,7 @@ class CentroidMetric(NamedTuple):
 
 
 class Gram(nn.Sequential):
-    """A net with one hidden layer for S = L L', L lower triangular with a positive diagonal: (M, D) -> (M, D, D).
+    """A network with one hidden layer for S = L L', L lower triangular with a positive diagonal: (M, D) -> (M, D, D).
 
     Args:
         size: D.
@@ -63,16 +63,16 @@ class Gram(nn.Sequential):
 
 
 def cholesky_factor(G_inv_BDD: Tensor) -> Tensor:
-    """Lower triangular A with A A' = G^-1, NaN where rounding leaves none: (B, D, D) -> (B, D, D)."""
+    """Return lower triangular A with A A' = G^-1, or NaN if the factorisation fails: (B, D, D) -> (B, D, D)."""
     A_BDD, info_B = torch.linalg.cholesky_ex(G_inv_BDD)
     return A_BDD.masked_fill(info_B[:, None, None] > 0, float("nan"))
 
 
 def half_log_det(G_inv_BDD: Tensor) -> Tensor:
-    """1/2 log det G, the logarithm of the volume element: (B, D, D) -> (B,)."""
+    """Return 1/2 log det G, the logarithm of the volume element: (B, D, D) -> (B,)."""
     return -cholesky_factor(G_inv_BDD).diagonal(dim1=1, dim2=2).log().sum(1)
 
 
 def velocity(G_inv_BDD: Tensor, v_BD: Tensor) -> Tensor:
-    """G^-1 v, the velocity of a momentum: (B, D, D), (B, D) -> (B, D)."""
+    """Return G^-1 v, the velocity of a momentum: (B, D, D), (B, D) -> (B, D)."""
     return (G_inv_BDD * v_BD[:, None]).sum(2)

@@ -1,19 +1,19 @@
 """The unit sphere S^(D-1), and distributions on it that depend only on the angle to a mean direction.
 
-    q(z) = exp(kappa h(theta)) / (Z |S^(D-2)|)     theta the angle between z and mu, kappa the concentration
+    q(z) = exp(kappa h(theta)) / (Z |S^(D-2)|)     theta: angle between z and mu, kappa: concentration
     Z = integral of exp(kappa h(theta)) sin(theta)^(D-2) over theta
     h = cos theta - 1              `VonMisesFisher`    (Mardia & Jupp 2000, section 9.3)
     h = log((1 + cos theta) / 2)   `PowerSpherical`    (De Cao & Aziz 2020, https://arxiv.org/abs/2006.04437)
 
-For PowerSpherical, Z and E[h] have closed forms. For VonMisesFisher they are Bessel functions of order D/2, which
-overflow or underflow, or Poisson's integral for them (https://dlmf.nist.gov/10.32#E2), which is summed here.
+For PowerSpherical, Z and E[h] have closed forms. For VonMisesFisher, they are Bessel functions of order D/2, which
+overflow or underflow. They are therefore computed as Poisson's integral (https://dlmf.nist.gov/10.32#E2), by
+quadrature.
 
-Draws are reparameterised: theta is the quantile of uniform noise, so that its gradient in kappa is exact for both.
-Published code takes the gradient through the accepted draws of a rejection sampler, which is 13 % too small at D = 5,
-kappa = 2. A Householder reflection then maps the draw about an axis to a draw about mu. Everything is computed in
-float64.
+Samples are reparameterised: theta is the quantile of uniform noise, so that its gradient in kappa is exact for both.
+Published code takes the gradient through the accepted samples of a rejection sampler, which is 13 % too small at D = 5,
+kappa = 2. A Householder reflection then maps the sample about an axis to one about mu. All computations are in float64.
 
-Shapes: D dimensions, P panels of the integral over theta, N nodes of a panel; ... are the batch dimensions.
+Shapes: D dimensions, P panels of the integral over theta, N nodes per panel; ... are the batch dimensions.
 """
 
 import math
@@ -27,17 +27,17 @@ from aezoo.deprecated import renamed
 
 _PANELS, _NEWTON_STEPS = 16, 6
 _NODES, _WEIGHTS = ((part / 2).tolist() for part in np.polynomial.legendre.leggauss(6))
-# standard deviations of theta on both sides of its mode; less than 1e-12 lies beyond them
+# range of theta in standard deviations from its mode; less than 1e-12 of the mass is outside
 _REACH = 12.0
 
 
 def log_area(d: int) -> float:
-    """Log |S^(D-1)|, so that -log_area is the log-density of the uniform distribution."""
+    """Return log |S^(D-1)|; -log_area is the log-density of the uniform distribution."""
     return math.log(2) + 0.5 * d * math.log(math.pi) - math.lgamma(d / 2)
 
 
 class RotationallySymmetric:
-    """A distribution about a mean direction; a family defines h, and where theta lies.
+    """A distribution about a mean direction; subclasses define h, and the mode and scale of theta.
 
     Args:
         d: D, at least 2.
@@ -52,15 +52,15 @@ class RotationallySymmetric:
         self.log_z_0 = 0.5 * math.log(math.pi) + math.lgamma((d - 1) / 2) - math.lgamma(d / 2)
 
     def h(self, theta: Tensor) -> Tensor:
-        """The log-density of an angle for kappa = 1, up to a constant: 0 at 0, and decreasing."""
+        """Return the log-density of an angle for kappa = 1, up to a constant: 0 at 0, and decreasing."""
         raise NotImplementedError
 
     def mode_and_scale(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """The mode of theta, and its standard deviation about it: (...) -> (...), (...)."""
+        """Return the mode of theta and its standard deviation: (...) -> (...), (...)."""
         raise NotImplementedError
 
     def normaliser(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """Log Z and E[h], in float64: (...) -> (...), (...)."""
+        """Return log Z and E[h], in float64: (...) -> (...), (...)."""
         kappa = kappa.double()
         edge_P, width_1, top_1 = self._panels(kappa)
         theta_PN, weight_PN = _nodes(edge_P, width_1)
@@ -69,18 +69,18 @@ class RotationallySymmetric:
         return total.log() + top_1[..., 0], (f_PN * self.h(theta_PN)).sum((-2, -1)) / total
 
     def log_prob(self, z: Tensor, mu: Tensor, kappa: Tensor) -> Tensor:
-        """Log-density of unit vectors in nats: (..., D), (..., D), (...) -> (...)."""
-        # arcsin of half the chord keeps the precision of a small angle
+        """Return the log-density of unit vectors in nats: (..., D), (..., D), (...) -> (...)."""
+        # arcsin of half the chord is precise for small angles
         theta = 2 * torch.asin(((z.double() - mu.double()).norm(dim=-1) / 2).clamp(max=1))
         log_z, _ = self.normaliser(kappa)
         return (kappa.double() * self.h(theta) - log_z + self.log_z_0 - self.log_area).to(mu.dtype)
 
     def sample(self, mu: Tensor, kappa: Tensor) -> Tensor:
-        """Draw a reparameterised unit vector for each: (..., D), (...) -> (..., D)."""
+        """Draw a reparameterised unit vector for each mu: (..., D), (...) -> (..., D)."""
         axis, kappa = mu.double(), kappa.double()
         theta_1 = self.quantile(kappa, torch.rand_like(kappa))[..., None]
         side = F.normalize(torch.randn_like(axis[..., 1:]), dim=-1)
-        # the end of the axis that is farther from mu: at the other end the reflection has no limit
+        # the end of the axis that is farther from mu, since the reflection is singular at the other end
         sign = torch.where(axis[..., :1] > 0, -1.0, 1.0).to(axis)
         w = torch.cat([sign * theta_1.cos(), theta_1.sin() * side], -1)
         across = F.pad(sign, (0, self.rest + 1)) - axis
@@ -88,7 +88,7 @@ class RotationallySymmetric:
         return z.to(mu.dtype)
 
     def quantile(self, kappa: Tensor, u: Tensor) -> Tensor:
-        """The u-quantile of theta, with the gradient in kappa by implicit differentiation: (...), (...) -> (...)."""
+        """Return the u-quantile of theta, with implicit gradient in kappa: (...), (...) -> (...)."""
         kappa = kappa.double()
         edge_P, width_1, top_1 = self._panels(kappa)
 
@@ -115,12 +115,12 @@ class RotationallySymmetric:
         return theta - (cdf - cdf.detach()) / f
 
     def _log_f(self, theta: Tensor, kappa: Tensor) -> Tensor:
-        """The log-density of an angle without Z, kappa h + (D - 2) log sin theta."""
+        """Return the log-density of an angle without Z, kappa h + (D - 2) log sin theta."""
         return kappa * self.h(theta) + (self.rest * torch.log(torch.sin(theta).clamp(min=1e-300)) if self.rest else 0)
 
     @torch.no_grad()
     def _panels(self, kappa: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut the range of theta into P: lower edges, width, highest log_f; (...) -> (..., P), (..., 1), (..., 1)."""
+        """Split the range of theta: lower edges, width and maximum log_f of panels; (...) -> (..., P), (..., 1), (..., 1)."""
         mode, std = self.mode_and_scale(kappa)
         low_1 = (mode - _REACH * std).clamp(min=0)[..., None]
         width_1 = ((mode + _REACH * std).clamp(max=math.pi)[..., None] - low_1) / _PANELS
@@ -169,7 +169,7 @@ FAMILIES: dict[str, type[RotationallySymmetric]] = {"power_spherical": PowerSphe
 
 
 def _nodes(start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights of intervals, (...) -> (..., N)."""
+    """Return Gauss-Legendre nodes and weights of intervals, (...) -> (..., N)."""
     node_N, weight_N = (torch.tensor(part, dtype=start.dtype, device=start.device) for part in (_NODES, _WEIGHTS))
     return start[..., None] + width[..., None] * (0.5 + node_N), width[..., None] * weight_N
 

@@ -143,7 +143,7 @@ def expand(argv: list[str]) -> Request:
             raise AezooError(other_data_message(run or source))
         model = model or _model_name(settings)
         data = content.get("datamodule_hyper_parameters", {})
-        stored_data = _plain_values(values.check_plain(data, f"{source}: its settings of the data"))
+        stored_data = _plain_values(values.check_plain(data, f"{source}: its data settings"))
         step = int(content.get("global_step", 0)) if isinstance(content.get("global_step"), int) else 0
     model = model_flag or model
     return Request([command, *flags], run_name, source, run, stored, model, stored_data, step, resume_from != "off")
@@ -412,7 +412,7 @@ def _settings(command: str, content: dict[str, Any], source: Path, run: Path | N
         if not optional:
             raise
     data = _plain_values(
-        values.check_plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its settings of the data")
+        values.check_plain(content.get("datamodule_hyper_parameters", {}), f"{source}: its data settings")
     )
     known = stored_settings()
     return settings | {"data": {key: value for key, value in data.items() if key in known}}

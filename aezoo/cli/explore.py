@@ -105,7 +105,7 @@ def _parser() -> Parser:
     parser.add_argument("--serve", type=bool, default=True, help="Serve the page until Ctrl-C; false only writes it.")
     parser.add_argument(
         "--runtime", type=str | None, default=None,
-        help="npm's package onnxruntime-web (.tgz), or a folder with its files; by default npm fetches it once.",
+        help="npm's package onnxruntime-web (.tgz), or a folder with its files; by default npm downloads it once.",
     )  # fmt: skip
     parser.add_argument(
         "--input", type=str | None, default=None,

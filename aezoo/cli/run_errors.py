@@ -39,7 +39,7 @@ def one_line(error: BaseException, source: Path | None, batch_size: int) -> Aezo
     if lacks_memory(error):
         return AezooError(
             f"out of memory in a step of {batch_size} samples ({text[:120]}): lower --data.batch_size, "
-            "--model.hidden_dims or --data.size; what was saved before is kept"
+            "--model.hidden_dims or --data.size; files saved before are kept"
         )
     if "Error(s) in loading state_dict" in text:
         return AezooError(
@@ -90,11 +90,11 @@ def system_errors_in_one_line(command: str) -> Iterator[None]:
         flag = "--predictions.folder" if command == "predict" else "--trainer.default_root_dir"
         if cause.filename is None and (reason := terminal.unwritable_output(after=cause)) is not None:
             raise AezooError(
-                f"cannot write the output: {reason}; make room, or write it elsewhere; what was saved before is kept"
+                f"cannot write the output: {reason}; make room, or write it elsewhere; files saved before are kept"
             ) from error
         where = os.fsdecode(cause.filename or "the run folder")
         raise AezooError(
-            f"cannot read or write {where}: {cause.strerror}; what was saved before is kept: make room, or choose a "
+            f"cannot read or write {where}: {cause.strerror}; files saved before are kept: make room, or choose a "
             f"folder that can be written with {flag}"
         ) from error
     finally:

@@ -1,1 +1,1 @@
-"""Files: checkpoints and saved models, the hub, run folders, atomic writes."""
+"""Input and output: checkpoints, saved models, the hub, run folders and atomic writes."""

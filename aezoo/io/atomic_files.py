@@ -1,9 +1,9 @@
 """Files that are written atomically, and checkpoints that contain their own digest.
 
-A file is written under another name in the same folder, flushed to disk, and then renamed. A reader finds the old file
-or the new one, even after a kill or a power cut. A checkpoint ends with its step and the SHA-256 of everything before
-it, stored in the comment of the zip format: `head -c -64 FILE | sha256sum` prints what `tail -c 64 FILE` shows. Any
-loader of torch's files can read it. The digest is part of the file, so a kill cannot separate the two.
+A file is written under another name in the same folder, flushed to disk, and then renamed. A reader finds either the
+old or the new file, even after a kill or a power failure. A checkpoint ends with its step and the SHA-256 of everything
+before it, stored in the comment of the zip format: `head -c -64 FILE | sha256sum` prints the same hash as `tail -c 64
+FILE`. Any loader of torch files can read it. The digest is part of the file, so the two are always consistent.
 """
 
 import errno
@@ -30,11 +30,11 @@ _MARK = b"aezoo-checkpoint "
 _NOTE = re.compile(re.escape(_MARK) + rb"(\{[^{}]*\}) ([0-9a-f]{64})\Z")
 _DIGEST = 64
 _CHUNK = 2**20
-_CURE = "make room or make the folder writable, then continue with aezoo fit --resume auto"
+_CURE = "free disk space or make the folder writable, then continue with aezoo fit --resume auto"
 
 
 class DurableIO(TorchCheckpointIO):
-    """Lightning's plug-in for reading and writing checkpoints, with this module's guarantees for local files.
+    """Checkpoint plugin for Lightning that writes local files with the guarantees of this module.
 
     When `last.ckpt` is replaced, the old file is kept as `previous.ckpt`. `last.ckpt.json` contains the new file's
     step, size and SHA-256.
@@ -52,10 +52,10 @@ class DurableIO(TorchCheckpointIO):
             self._saved = Path(path), save(checkpoint, Path(path))
 
     def name_as_last(self) -> bool:
-        """Make the file saved last `last.ckpt`, too, without writing it again; returns whether there is such a file.
+        """Link `last.ckpt` to the file saved last, without writing it again; return whether there is such a file.
 
         Raises:
-            AezooError: the name could not be given; an old `last.ckpt` is unchanged.
+            AezooError: the link could not be created; an old `last.ckpt` is unchanged.
         """
         if self._saved is None or self._saved[0].name == LAST:
             return False
@@ -72,7 +72,7 @@ class DurableIO(TorchCheckpointIO):
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write a checkpoint; returns its step, its epoch, and the file's size and SHA-256.
+    """Write a checkpoint; return its step, its epoch, and the file's size and SHA-256.
 
     Raises:
         AezooError: it could not be written; an old file is unchanged.
@@ -99,7 +99,7 @@ def write(
         path: the file.
         write_content: writes the content into the open file.
         keep: path under which the current file is kept.
-        cure: what the user should do if the file cannot be written.
+        cure: advice in the error message if the file cannot be written.
         name: the file's name in the error message, by default its path.
 
     Raises:
@@ -116,7 +116,7 @@ def write(
 
 
 def add_name(path: Path, name: Path, keep: Path | None = None) -> None:
-    """Give a file that `write` has written a second name in its folder; a copy, where there are no hard links.
+    """Add a second name in the same folder to a file written by `write`: a hard link or, without support, a copy.
 
     Args:
         path: the file.
@@ -124,7 +124,7 @@ def add_name(path: Path, name: Path, keep: Path | None = None) -> None:
         keep: path under which the current file of that name is kept.
 
     Raises:
-        AezooError: it could not be done; an old file is unchanged.
+        AezooError: the name could not be added; an old file is unchanged.
     """
     with _replacing(name, keep, _CURE) as temporary:
         try:
@@ -138,7 +138,7 @@ def add_name(path: Path, name: Path, keep: Path | None = None) -> None:
 
 @contextmanager
 def _replacing(path: Path, keep: Path | None, cure: str, name: Path | None = None) -> Iterator[Path]:
-    """A temporary path, for a file that then takes the place of `path` at once."""
+    """Yield a temporary path for a file that then replaces `path` atomically."""
     temporary = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,17 +153,17 @@ def _replacing(path: Path, keep: Path | None, cure: str, name: Path | None = Non
         _fsync_folder(path.parent)
     except OSError as error:
         raise AezooError(
-            f"cannot write {name or path}: {error.strerror or error}; what was saved before is kept: {cure}"
+            f"cannot write {name or path}: {error.strerror or error}; files saved before are kept: {cure}"
         ) from error
 
 
 def prepare_folder(folder: Path) -> None:
-    """Prepare a folder of checkpoints for a run: check that it is writable, and remove leftovers of killed saves.
+    """Prepare a folder of checkpoints for a run: check that it is writable, and remove unfinished files.
 
     A damaged `last.ckpt` is renamed; otherwise the next save would overwrite a good `previous.ckpt` with it.
 
     Raises:
-        AezooError: nothing can be written there.
+        AezooError: the folder is not writable.
     """
     # a unique name, because another process may test the folder at the same time
     write(folder / f"{_PREFIX}{os.getpid()}{_SUFFIX}", lambda file: None)
@@ -175,9 +175,9 @@ def prepare_folder(folder: Path) -> None:
 
 
 def find_damage(path: Path) -> str | None:
-    """Why a checkpoint file is damaged or incomplete, or None; this does not say whether it is safe to load.
+    """Return why a checkpoint file is damaged or incomplete, or None; this does not check if it is safe to load.
 
-    Files that this module has not written have no digest, but a CRC for each of their parts.
+    Files not written by this module have no digest, but a CRC for each of their parts.
     """
     try:
         with path.open("rb") as file:
@@ -194,24 +194,24 @@ def find_damage(path: Path) -> str | None:
                     digest.update(chunk)
                     remaining -= len(chunk) or remaining
                 matches = digest.hexdigest().encode() == note[2]
-                return None if matches else "its checksum does not fit its content"
+                return None if matches else "its checksum does not match its content"
         if start != b"PK":
             return "it is empty" if size == 0 else None
         with zipfile.ZipFile(path) as archive:
-            # torch compresses nothing, and unpacking compressed data could take any amount of time
+            # torch does not compress, and decompression could take any amount of time
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-            return "its checksum does not fit its content" if stored and archive.testzip() else None
+            return "its checksum does not match its content" if stored and archive.testzip() else None
     except OSError as error:
-        return "it is a link to nothing" if path.is_symlink() and not path.exists() else str(error.strerror or error)
+        return "it is a broken link" if path.is_symlink() and not path.exists() else str(error.strerror or error)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError):
-        return "it is cut off or damaged"
+        return "it is truncated or damaged"
 
 
 def check_intact(path: Path) -> None:
     """Reject a checkpoint file that is damaged or incomplete.
 
     Raises:
-        AezooError: names the file and what is wrong.
+        AezooError: the file is damaged or incomplete.
     """
     wrong = find_damage(path)
     if wrong is not None:
@@ -226,16 +226,16 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def record_path(path: Path) -> Path:
-    """The small file next to a checkpoint that describes it."""
+    """Return the path of the JSON file next to a checkpoint that describes it."""
     return path.with_name(f"{path.name}.json")
 
 
 def newest_checkpoint(folder: Path, first: Path | None = None) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint in a folder.
+    """Find the newest intact checkpoint in a folder.
 
     Args:
         folder: the `checkpoints` folder of a run.
-        first: the preferred file, by default `last.ckpt`; then come `previous.ckpt` and the others, newest first.
+        first: the preferred file, by default `last.ckpt`, followed by `previous.ckpt` and the others, newest first.
 
     Returns:
         The file, or None, and a line for each file that was skipped because it is damaged or missing.
@@ -250,7 +250,7 @@ def newest_checkpoint(folder: Path, first: Path | None = None) -> tuple[Path | N
     for path in (first, previous, *others):
         if path not in found:
             continue
-        wrong = find_damage(path) or (None if zipfile.is_zipfile(path) else "it is no checkpoint")
+        wrong = find_damage(path) or (None if zipfile.is_zipfile(path) else "it is not a checkpoint")
         if wrong is None:
             return path, lines
         lines.append(f"{path} cannot be used: {wrong}")
@@ -270,14 +270,14 @@ def _sort_key(path: Path) -> tuple[int, float]:
 def _keep_as(path: Path, keep: Path) -> None:
     link = path.parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
     try:
-        # a second name, so that the file never loses its first one
+        # a second name, so that the file always keeps the first one
         link.hardlink_to(path)
         link.replace(keep)
     except OSError:
-        # without hard links the file has only one name at any time
+        # without hard links, the file can only be renamed
         path.replace(keep)
     finally:
-        # a rename does nothing if both names already refer to one file, as after a kill at this point
+        # a rename does nothing if both names already refer to the same file, e.g. after a kill here
         link.unlink(missing_ok=True)
 
 
@@ -291,7 +291,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 class _DigestWriter:
-    """Passes what torch writes to a file and its digest, and puts note and digest into the zip's comment.
+    """Writes torch's output to a file, updates its digest, and stores a note and the digest in the zip comment.
 
     Args:
         note: plain values.
@@ -306,7 +306,7 @@ class _DigestWriter:
         try:
             torch.save(checkpoint, cast(IO[bytes], self))
         except BaseException:
-            if self._error is not None:  # torch wraps it in a report about its source code
+            if self._error is not None:  # torch wraps the error in a report about its source code
                 raise self._error from None
             raise
         # a zip file ends with the length of its comment
@@ -331,7 +331,7 @@ class _DigestWriter:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: the file is flushed when it is complete."""
+        """Do nothing, since the file is flushed when it is complete."""
 
     def _write(self, data: bytes | memoryview) -> None:
         try:

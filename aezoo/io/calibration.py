@@ -1,7 +1,7 @@
-"""The results of `detect` on calibration samples, in a file next to the weights: later calls need no training data.
+"""Results of `detect` on calibration samples, stored next to the weights so that later calls need no training data.
 
 `calibration.safetensors` is in the folder of a run or of a saved model. It contains `DataStatistics` and the SHA-256 of
-the weights that they belong to. `save_model` stores the same statistics in `model.safetensors`, also for the hub.
+the corresponding weights. `save_model` stores the same statistics in `model.safetensors`, also for the hub.
 """
 
 import hashlib
@@ -22,25 +22,25 @@ _WEIGHTS = "weights_sha256"
 
 
 def write(folder: Path, model: Autoencoder) -> Path:
-    """Write the statistics of a model next to its weights; returns the file.
+    """Write the statistics of a model next to its weights; return the file.
 
     Raises:
-        AezooError: it cannot be written.
+        AezooError: the file cannot be written.
     """
     assert model.data_statistics is not None
     content = save(model.data_statistics.to_tensors(), {_WEIGHTS: weights_sha256(model)})
-    cure = f"later calls need the training data, unless {folder} can be written"
+    cure = f"without write access to {folder}, later calls need the training data"
     atomic_files.write(folder / NAME, lambda file: file.write(content), cure=cure)
     return folder / NAME
 
 
 def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | None:
-    """The statistics that `write` has stored in a folder; None if there are none for these weights.
+    """Return the statistics that `write` has stored in a folder, or None if there are none for these weights.
 
     Args:
-        folder: of a run or of a saved model.
+        folder: folder of a run or of a saved model.
         model: the model.
-        code_size: numbers in a code.
+        code_size: number of values in a code.
 
     Raises:
         AezooError: the file is damaged.
@@ -56,14 +56,14 @@ def read(folder: Path, model: Autoencoder, code_size: int) -> DataStatistics | N
         raise AezooError(f"cannot read {file}: {' '.join(str(error).split())[:100]}; delete it, and run aezoo detect "
                          "with the training data again") from error  # fmt: skip
     if weights != weights_sha256(model):
-        print(f"aezoo: {file} is of other weights and is not used: aezoo detect with the training data renews it",
+        print(f"aezoo: {file} belongs to other weights and is ignored: aezoo detect with the training data updates it",
               file=sys.stderr)  # fmt: skip
         return None
     return DataStatistics.from_tensors(tensors, code_size, str(file))
 
 
 def weights_sha256(model: Autoencoder) -> str:
-    """SHA-256 of all parameters and buffers, converted to float32."""
+    """Return the SHA-256 of all parameters and buffers, converted to float32."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         value = value.detach().cpu()

@@ -1,10 +1,10 @@
 """Saving and loading models in formats that cannot run code: safetensors or torch's weights-only files.
 
 A saved model is a folder with `model.safetensors` (weights) and `config.json` (registry name, hyperparameters, units of
-the training data). Pretrained weights are such folders, found by their tags. A checkpoint is Lightning's, with the
-registry name added. Loading looks up that name in the registry, accepts only plain hyperparameters that the constructor
-has, and compares the size of the model with that of the file before it allocates memory. It never follows a class path
-in a file.
+the training data). Pretrained weights are such folders, identified by tags. A checkpoint is Lightning's, with the
+registry name added. Loading looks up this name in the registry, accepts only plain hyperparameters of the constructor,
+and compares the size of the model with that of the file before it allocates memory. Class paths in files are never
+followed.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from aezoo.training.data_statistics import DataStatistics
 from aezoo.training.data_units import TABLES, DataUnits
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# 300,000 columns of a table
+# enough for 300,000 columns of a table
 _MAX_CONFIG = 2**24
-# dtypes of weights other than float32
+# supported dtypes of weights other than float32
 _DTYPES = {torch.float64, torch.float16, torch.bfloat16}
 # keys that LightningCLI adds to hyperparameters; it would import both values
 _CLASS, _MAKER = "_class_path", "_instantiator"
@@ -54,15 +54,15 @@ def save_model(
         model: a registered model.
         folder: created if it does not exist; each of its two files is replaced atomically.
         scaling: scaling of the activations that the model was trained on, as returned by `load_run`; the saved model
-            then takes raw activations, see `aezoo.io.scale_folding.fold`.
+            then accepts raw activations, see `aezoo.io.scale_folding.fold`.
 
     Returns:
         The folder.
 
     Raises:
-        AezooError: the model's class is not in the registry, so no other process could find it again; a hyperparameter
-            is not a plain value; the scaling cannot be folded into its weights; the data have too many columns; or the
-            files cannot be written.
+        AezooError: the model's class is not in the registry, so that other processes could not find it; a
+            hyperparameter is not a plain value; the scaling cannot be folded into the weights; the data have too many
+            columns; or the files cannot be written.
     """
     name = name_of(type(model))
     if name is None:
@@ -71,8 +71,8 @@ def save_model(
             "(docs/extend.md) or save model.state_dict() yourself"
         )
     if "://" in str(folder):
-        raise AezooError(f"models are saved on this disk, not at {folder}: aezoo.push_to_hub puts one on the hub")
-    # input and output of folded weights are samples that are not scaled
+        raise AezooError(f"models are only saved to local folders, not to {folder}: use aezoo.push_to_hub for the hub")
+    # with folded weights, input and output are unscaled samples
     units = model.data_units if scaling is None else None
     if scaling is not None:
         model = fold(model, scaling)
@@ -88,7 +88,7 @@ def save_model(
         key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()
     }
     state |= {} if model.data_statistics is None else model.data_statistics.to_tensors()
-    cure = "make room, or choose a folder that can be written"
+    cure = "free disk space, or choose a writable folder"
     atomic_files.write(folder / WEIGHTS, lambda file: file.write(save(state)), cure=cure)
     atomic_files.write(folder / CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return folder
@@ -97,19 +97,19 @@ def save_model(
 def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None) -> Autoencoder:
     """Load a model in eval mode from a checkpoint file, a run folder, a saved model folder, a tag or the hub.
 
-    Files of other libraries are read too, see `aezoo.import_model`.
+    Files of other libraries are supported too, see `aezoo.import_model`.
 
-    Pretrained weights are float32, however they are stored. Others in float64, float16 or bfloat16 keep their type;
-    `.float()` converts them to float32.
+    Pretrained weights are returned in float32, regardless of how they are stored. Other weights in float64, float16 or
+    bfloat16 keep their dtype; `.float()` converts them to float32.
 
     Args:
-        path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`; or
-            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`; or what
-            `aezoo.import_model` takes; or, if there is no such path, the tag of pretrained weights, such as
+        path: a `.ckpt` file; a run folder, whose best checkpoint is loaded; a folder made by `save_model`;
+            `hf://user/name` or `hf://user/name@revision`, uploaded to the Hugging Face hub by `push_to_hub`; files that
+            `aezoo.import_model` accepts; or, if there is no such path, the tag of pretrained weights, such as
             `vae.mnist`.
-        map_location: device that the model is put on.
-        max_bytes: largest size of an unpacked checkpoint; by default the environment's `AEZOO_MAX_BYTES`, otherwise the
-            size of the file plus 16 MiB, because torch writes checkpoints without compression.
+        map_location: device to which the model is moved.
+        max_bytes: maximum size of an unpacked checkpoint; by default `AEZOO_MAX_BYTES` in the environment, otherwise
+            the size of the file plus 16 MiB, because torch writes checkpoints without compression.
 
     Raises:
         AezooError: the path does not exist, the file is damaged or not a model, or the model is not in the registry;
@@ -122,14 +122,14 @@ def load_model(path: str | Path, map_location: str | torch.device = "cpu", max_b
 def load_run(
     path: str | Path, map_location: str | torch.device = "cpu", max_bytes: int | None = None
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """Load a model as `load_model` does, and what its checkpoint records about its training data.
+    """Load a model like `load_model`, and the information about its training data in the checkpoint.
 
     Returns:
-        The model, and a dict. `settings` are those of the DataModule, empty for a saved model folder and for other data
-        than aezoo's. `scaling`, `white` and `columns` are those of `model.data_units`, empty where that is None.
+        The model, and a dict. `settings` are the settings of the DataModule, empty for a saved model folder and for
+        data of other packages. `scaling`, `white` and `columns` are those of `model.data_units`, empty if that is None.
         `folder` is that of the run or the saved model; for a model from the hub, whose files are in a cache, it is
-        `runs/user_name`, for a tag `runs/NAME.TAG`. `home` is the folder of the weights, None for those of a hub or
-        a tag. `data` are the settings of the data that a tag was trained on.
+        `runs/user_name`, for a tag `runs/NAME.TAG`. `home` is the folder of the weights, or None for the hub or a tag.
+        `data` are the settings of the data that a tag was trained on.
     """
     if (tag := tag_files.tag_of(path)) is not None:
         model, trained = load_run(tag_files.locate(tag), map_location)
@@ -144,7 +144,7 @@ def load_run(
     model = build(name, stored.hyperparameters, source, state)
     kinds = {state[key].dtype for key, _ in model.named_parameters() if key in state} - {torch.float32}
     if len(kinds) == 1 and kinds <= _DTYPES:
-        model = model.to(*kinds)  # except for values that are always float32 in the model
+        model = model.to(*kinds)  # some values in the model are always float32
     if any(own.dtype != state[key].dtype for key, own in model.named_parameters() if key in state):
         model = model.float()
     try:
@@ -168,17 +168,17 @@ def load_run(
 
 @dataclass(frozen=True)
 class _Stored:
-    """What the files of a model contain, before the model is built.
+    """The contents of the files of a model, before the model is built.
 
     Attributes:
         name: name in the registry.
-        hyperparameters: as they are in the file.
-        tensors: as they are in the file.
+        hyperparameters: hyperparameters as stored in the file.
+        tensors: tensors as stored in the file.
         source: the checkpoint, or the folder of a saved model.
-        folder: the run's or the saved model's.
-        settings: those of the DataModule.
-        units: those of the training data in a checkpoint.
-        plain_units: those in `config.json`, which cannot be checked without the model.
+        folder: folder of the run or the saved model.
+        settings: settings of the DataModule.
+        units: units of the training data in a checkpoint.
+        plain_units: units in `config.json`, which cannot be checked without the model.
     """
 
     name: str
@@ -204,7 +204,7 @@ def _read_stored(path: str | Path, max_bytes: int | None) -> _Stored | importers
     if "://" not in str(path) and (Path(path) / CONFIG).is_file():
         try:
             config = read_config(Path(path))
-        except AezooError as error:  # one of ours that is damaged, or another library's
+        except AezooError as error:  # damaged, or of another library
             damage = error
         else:
             return _read_saved_model(Path(path), config, given)
@@ -219,10 +219,10 @@ def _read_stored(path: str | Path, max_bytes: int | None) -> _Stored | importers
 
 def _read_saved_model(source: Path, config: dict[str, Any], given: str | Path) -> _Stored:
     try:
-        if not (source / WEIGHTS).is_file():  # it would wait for a pipe
+        if not (source / WEIGHTS).is_file():  # safetensors would block on a pipe
             raise FileNotFoundError("there is no such file")
         tensors = load_file(source / WEIGHTS)
-    except Exception as error:  # a header can be wrong in any way
+    except Exception as error:  # an invalid header can cause any exception
         raise AezooError(f"cannot read {source / WEIGHTS}: {_one_line(error)}; save the model again") from error
     note_version({"version": config.get("aezoo_version")}, source)
     on_hub = hub_files.is_address(given)
@@ -239,7 +239,7 @@ def _read_run(path: str | Path, max_bytes: int | None) -> _Stored | importers.Im
     atomic_files.check_intact(source)
     try:
         checkpoint = read_checkpoint(source, max_bytes=max_bytes)
-    except AezooError:  # such as weights without a description, or classes of an old Lightning
+    except AezooError:  # e.g. weights without a description, or classes of an old Lightning version
         if (imported := importers.import_if_known(source, lenient=True)) is None:
             raise
         return imported
@@ -263,7 +263,7 @@ def _to_device(model: Autoencoder, map_location: str | torch.device) -> Autoenco
 
 
 def _holds_no_checkpoint(path: Path) -> bool:
-    """Whether there are files and none is a checkpoint by its name."""
+    """Return whether there are files, none of which has the name of a checkpoint."""
     if not path.is_dir():
         return path.is_file() and path.suffix != ".ckpt"
     return not any(any(home.glob("*.ckpt")) for home in run_folder.checkpoint_folders(path))
@@ -272,7 +272,7 @@ def _holds_no_checkpoint(path: Path) -> bool:
 def _of_another_library(
     imported: importers.Imported, address: str | Path, map_location: str | torch.device
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """What `load_run` returns for a model that was read from files of another library."""
+    """Return the result of `load_run` for a model imported from files of another library."""
     print(f"aezoo: {address} is {imported.found}", file=sys.stderr)
     unknown: dict[str, Any] = {"settings": {}, "scaling": {}, "white": None, "columns": ()}
     folder = Path("runs") / archives.safe_name(str(address).removeprefix(hub_files.SCHEME).strip("/"))
@@ -280,7 +280,7 @@ def _of_another_library(
 
 
 def _data_settings(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
-    what = f"{source}: its settings of the data"
+    what = f"{source}: its data settings"
     return values.check_plain(checkpoint.get("datamodule_hyper_parameters", {}), what)
 
 
@@ -300,7 +300,7 @@ def _data_units(checkpoint: dict[str, Any], settings: dict[str, Any]) -> DataUni
 
 
 def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
-    """Registry name and hyperparameters of a checkpoint, after checking that its weights have the model's size.
+    """Return registry name and hyperparameters of a checkpoint, after checking the size of its weights.
 
     Raises:
         AezooError: as in `load_model`, before memory for the model is allocated.
@@ -313,14 +313,14 @@ def verify(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any
 def build(
     name: str, hyperparameters: dict[str, Any], source: Path, state: dict[str, Tensor], dry: bool = False
 ) -> Autoencoder:
-    """Build a fresh model from the description in a file.
+    """Build a new model from the description in a file.
 
     Args:
         name: name in the registry.
         hyperparameters: hyperparameters from the file.
         source: the file.
         state: the weights in the file, which limit the model's size.
-        dry: only check whether it can be built, without memory for its parameters if possible.
+        dry: only check whether the model can be built, if possible without memory for its parameters.
 
     Raises:
         AezooError: the constructor does not have a hyperparameter, or rejects a value.
@@ -331,13 +331,13 @@ def build(
     )
     own = [name, cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}", f"aezoo.{cls.__qualname__}"]
     if given.pop(_CLASS, name) not in own or given.pop(_MAKER, _LIGHTNING_INSTANTIATOR) != _LIGHTNING_INSTANTIATOR:
-        raise AezooError(f"{source} is refused: it names code of its own to run in the place of {name}")
+        raise AezooError(f"{source} is refused: it specifies other code to run instead of {name}")
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    if isinstance(plain.get("net"), str):  # which reads no other files and fetches nothing
+    if isinstance(plain.get("net"), str):  # without reading or downloading other files
         plain["net"] = without_weights(plain["net"])
     try:
         check_hyperparameters(cls, plain.keys() - {"input_shape"}, name)
-        # a plug-in may compute with values, which tensors on the meta device do not have
+        # a plugin may use values of tensors, which do not exist on the meta device
         with contextlib.suppress(RuntimeError, NotImplementedError), weights.limit_parameters(state):
             with torch.device("meta"):
                 model = cls(**plain)
@@ -345,25 +345,25 @@ def build(
                 return model
         with weights.limit_parameters(state):
             return cls(**plain)
-    except Exception as error:  # a constructor may fail in any way on values that no user would give it
+    except Exception as error:  # invalid values can cause any exception in a constructor
         raise AezooError(f"{source} does not describe a {name} of this version: {_one_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked `config.json` of a saved model folder.
+    """Return the checked `config.json` of a saved model folder.
 
     Raises:
-        AezooError: it is not JSON, or not in the form that `save_model` writes.
+        AezooError: the file is not JSON, or not in the format of `save_model`.
     """
     config = json_files.read(folder / CONFIG, _MAX_CONFIG, str(folder / CONFIG))
     if not (isinstance(config, dict) and isinstance(config.get("model"), str)):
-        raise AezooError(f"{folder / CONFIG} names no model: it was not written by aezoo.save_model")
+        raise AezooError(f"{folder / CONFIG} has no model name: it was not written by aezoo.save_model")
     if not isinstance(config.get("hyperparameters"), dict):
         raise AezooError(f"{folder / CONFIG} has no hyperparameters: it was not written by aezoo.save_model")
     return config
 
 
-# what Lightning writes and reads without a look
+# fields that Lightning reads without checks
 _FIELDS: dict[str, type] = {
     "epoch": int,
     "global_step": int,
@@ -388,19 +388,19 @@ _COUNTS = ("ready", "started", "processed", "completed")
 
 
 def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None = None) -> dict[str, Any]:
-    """The content of a checkpoint file, loaded with `weights_only=True`.
+    """Return the content of a checkpoint file, loaded with `weights_only=True`.
 
     Args:
         path: the file.
         map_location: device of its tensors.
-        max_bytes: as for `load_model`.
+        max_bytes: see `load_model`.
 
     Raises:
-        AezooError: it is not a checkpoint, is damaged, or contains more than tensors and plain values.
+        AezooError: the file is not a checkpoint, is damaged, or contains more than tensors and plain values.
     """
-    if path.suffix == ".safetensors":  # which not every torch reads
+    if path.suffix == ".safetensors":  # not supported by torch
         cure = f"; give the folder of the saved model, {path.parent}" if (path.parent / CONFIG).is_file() else ""
-        raise AezooError(f"{path} is not a checkpoint of Lightning: it has no state_dict{cure}")
+        raise AezooError(f"{path} is not a Lightning checkpoint: it has no state_dict{cure}")
     try:
         archives.check_growth(path, max_bytes)
         archives.check_tuples(path)
@@ -409,21 +409,19 @@ def read_checkpoint(path: Path, map_location: str = "cpu", max_bytes: int | None
         raise
     except pickle.UnpicklingError as error:
         raise AezooError(f"{path} is refused: it is damaged, or contains objects that could run code") from error
-    except Exception as error:  # one changed byte can cause any exception of the unpickler
+    except Exception as error:  # a changed byte can cause any exception in the unpickler
         raise AezooError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
         weights_alone = isinstance(checkpoint, dict) and checkpoint and all(map(torch.is_tensor, checkpoint.values()))
-        words = ", only weights: make the model by aezoo.create_model and give them to its load_state_dict"
-        raise AezooError(
-            f"{path} is not a checkpoint of Lightning: it has no state_dict{words if weights_alone else ''}"
-        )
+        words = ", only weights: create the model with aezoo.create_model and load them with its load_state_dict"
+        raise AezooError(f"{path} is not a Lightning checkpoint: it has no state_dict{words if weights_alone else ''}")
     values.check_extent(checkpoint, str(path))
     _check_types(checkpoint, _FIELDS, str(path))
     data = checkpoint.get("DataModule", {})
     _check_types(data, _DATA_FIELDS, f"{path}, DataModule")
     _check_types(data.get("scaling", {}), dict.fromkeys(data.get("scaling", {}), Tensor), f"{path}, scaling")
     if not all(isinstance(name, str) for name in data.get("columns", ())):
-        raise AezooError(f"{path} is damaged: its columns are no names")
+        raise AezooError(f"{path} is damaged: its column names are not strings")
     _check_progress(checkpoint.get("loops", {}), path)
     return checkpoint
 
@@ -435,7 +433,7 @@ def _check_types(found: dict[str, Any], kinds: dict[str, type], what: str) -> No
 
 
 def _check_progress(loop: Any, path: Path) -> None:
-    """Refuse counts of epochs and batches that are not numbers."""
+    """Reject counts of epochs and batches that are not numbers."""
     for key, value in loop.items() if isinstance(loop, dict) else ():
         if key in _COUNTS and not isinstance(value, int):
             raise AezooError(f"{path} is damaged: a loop's count {key} is a {type(value).__name__}")
@@ -443,7 +441,7 @@ def _check_progress(loop: Any, path: Path) -> None:
 
 
 def note_version(stamp: Any, source: Path) -> None:
-    """Report that another version of this package has written a file, which may be why it does not fit.
+    """Report if a file was written by another version of this package, which may explain incompatibilities.
 
     Args:
         stamp: the file's description of its origin, a dict with `version`.
@@ -456,18 +454,18 @@ def note_version(stamp: Any, source: Path) -> None:
 
 
 def describe_content(checkpoint: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
-    """Registry name and hyperparameters that were saved in a checkpoint.
+    """Return the registry name and hyperparameters saved in a checkpoint.
 
     Raises:
-        AezooError: it has no name, because its class was not registered when it was saved, or it is damaged.
+        AezooError: there is no name, because the class was not registered when it was saved, or the file is damaged.
     """
     stamp = checkpoint.get("aezoo")
     name = stamp.get("model") if isinstance(stamp, dict) else None
     if not isinstance(name, str):
         raise AezooError(
-            f"{source} names no registered model: load it with YourClass.load_from_checkpoint(...), give test and "
-            "predict -c RUN/config.yaml --model your_module.YourClass, or register the class (docs/extend.md) "
-            "and train again"
+            f"{source} has no registered model: load it with YourClass.load_from_checkpoint(...), pass "
+            "-c RUN/config.yaml --model your_module.YourClass to test and predict, or register the class "
+            "(docs/extend.md) and train again"
         )
     hyperparameters = checkpoint.get("hyper_parameters", {})
     if not isinstance(hyperparameters, dict):
@@ -476,7 +474,7 @@ def describe_content(checkpoint: dict[str, Any], source: Path) -> tuple[str, dic
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint that a path refers to.
+    """Return the checkpoint that a path refers to.
 
     Args:
         path: a checkpoint file, a run folder (`runs/vae/0`), the folder of its checkpoints, or a folder of runs
@@ -484,17 +482,17 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         prefer: `best` (lowest val/loss) or `last`; the other one is used if it does not exist.
 
     Raises:
-        AezooError: there is no checkpoint there.
+        AezooError: there is no checkpoint.
     """
     text = str(path)
     if hub_files.is_address(text):
         raise AezooError(
-            f"{text} is a saved model, which has no checkpoint: commands such as `aezoo reconstruct` and "
-            "aezoo.load_model take it"
+            f"{text} is a saved model, not a checkpoint: use it with commands such as `aezoo reconstruct` or with "
+            "aezoo.load_model"
         )
     tag_files.refuse_tag(text)
     if "://" in text:
-        raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
+        raise AezooError(f"checkpoints can only be loaded from disk, not from {text}: download it first")
     path = Path(path)
     if path.is_file():
         return path
@@ -506,7 +504,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         chosen = [file for file in files if file.stem.startswith(prefer)] or files
         if len(chosen) > 1 and prefer == "best":
-            # if there are several, the latest state records which of them is best
+            # if there are several, the latest checkpoint records which one is best
             latest = next((file for file in files if file.stem == "last"), files[0])
             callbacks = read_checkpoint(latest).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, dict) else ()
@@ -517,8 +515,8 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
             return chosen[0]
     if (path / CONFIG).is_file():
         raise AezooError(
-            f"{path} is a saved model, which has no checkpoint: give a .ckpt file or a run folder here; commands "
-            "such as `aezoo reconstruct` and aezoo.load_model take it"
+            f"{path} is a saved model, not a checkpoint: give a .ckpt file or a run folder here, or use it with "
+            "commands such as `aezoo reconstruct` or with aezoo.load_model"
         )
     raise AezooError(f"no .ckpt file in {path} or its checkpoints folder: has the run saved one yet?")
 

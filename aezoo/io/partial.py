@@ -1,13 +1,13 @@
-"""What a command has computed so far, in a folder from which the same command continues after a kill.
+"""Partial results of a command, stored in a folder from which the same command continues after a kill.
 
-A command writes its arrays block by block, at the positions of their samples in the source, and from time to time a
-record of finished blocks. Several processes write different blocks of the same arrays. Blocks are on the disk before
-they are recorded, and the record is replaced atomically, so a kill or a power cut loses the blocks of a few seconds.
+A command writes its arrays block by block, at the positions of their samples in the source, and periodically a record
+of finished blocks. Several processes write different blocks of the same arrays. Blocks are flushed to disk before they
+are recorded, and the record is replaced atomically, so a kill or a power failure loses only a few seconds of work.
 
-    folder/key.json           what was computed; another command removes the folder and starts from the beginning
+    folder/key.json           identifies the computation; a command with another key removes the folder
     folder/NAME.npy           an array of its final size
-    folder/NAME-RANK.pieces   bytes of any length, in the order of what they are made of
-    folder/progress-RANK.npz  what a process has finished, also of a part of the work that has a name
+    folder/NAME-RANK.pieces   blocks of bytes of any length, in order
+    folder/progress-RANK.npz  what a process has finished, also separately for named parts of the work
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from aezoo.io import atomic_files, run_folder
 
 Array = npt.NDArray[Any]
 
-# seconds of work that a kill may cost
+# seconds between two records, the work that a kill may lose
 SECONDS = 5.0
-# bytes of an array that are in memory at a time
+# maximum bytes of an array in memory at a time
 _CHUNK = 2**24
 _KEY = "key.json"
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of plain values and of the weights of modules among them."""
+    """Return the SHA-256 of plain values and of the weights of modules among them."""
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.nn.Module):
@@ -58,12 +58,12 @@ class Partial:
 
     Args:
         folder: created if it does not exist.
-        key: what is computed, see `digest`; files of another key are removed.
-        cure: what the user should do if the folder cannot be written.
-        rank: this process. Rank zero must have made its `Partial` before the other ranks make theirs.
+        key: identifies the computation, see `digest`; files of another key are removed.
+        cure: advice in the error message if the folder cannot be written.
+        rank: rank of this process. Rank zero must create its `Partial` before the other ranks.
 
     Raises:
-        AezooError: nothing can be written there, or another process does.
+        AezooError: the folder cannot be written, or another process is writing to it.
     """
 
     def __init__(self, folder: Path, key: str, cure: str, rank: int = 0) -> None:
@@ -85,7 +85,7 @@ class Partial:
             atomic_files.write(folder / _KEY, lambda file: file.write(json.dumps(key).encode()), cure=cure, name=folder)
 
     def rows(self, name: str, n: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> "RowFile":
-        """The array `name` of n rows, which other processes may open, too."""
+        """Open the array `name` of n rows, which other processes may open, too."""
         if name not in self._files:
             try:
                 self._files[name] = RowFile(self.folder / f"{name}.npy", n, shape, np.dtype(dtype))
@@ -94,14 +94,14 @@ class Partial:
         return cast(RowFile, self._files[name])
 
     def write(self, name: str, rows: Sequence[int], values: Array, n: int) -> None:
-        """Write rows of an array of n rows; they are ascending."""
+        """Write rows, in ascending order, of an array of n rows."""
         try:
             self.rows(name, n, values.shape[1:], values.dtype).write(rows, values)
         except OSError as error:
             raise self._failed(name, error) from error
 
     def pieces(self, name: str, rank: int | None = None) -> "PieceFile":
-        """The pieces of bytes that a process, by default this one, writes one after the other."""
+        """Open the file of blocks of bytes that a process, by default this one, writes in order."""
         key = f"{name}-{self.rank if rank is None else rank}"
         if key not in self._files:
             try:
@@ -111,14 +111,14 @@ class Partial:
         return cast(PieceFile, self._files[key])
 
     def opened(self, name: str) -> "RowFile":
-        """An array that was begun, by any process or before a kill."""
+        """Open an array that was started by any process or before a kill."""
         if name not in self._files:
             known = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             self.rows(name, len(known), known.shape[1:], known.dtype)
         return cast(RowFile, self._files[name])
 
     def progress(self, name: str = "", rank: int | None = None) -> dict[str, Array]:
-        """What a process, by default this one, has saved last; empty at the beginning."""
+        """Return the last saved state of a process, by default this one; empty at the beginning."""
         try:
             with np.load(self._record(name, self.rank if rank is None else rank)) as file:
                 return dict(file)
@@ -126,7 +126,7 @@ class Partial:
             return {}
 
     def save(self, state: Callable[[], Mapping[str, Any]], now: bool = False, name: str = "") -> None:
-        """Record what this process has finished, if the last time is some seconds ago or it must be now."""
+        """Record what this process has finished, if the last record is some seconds old or `now` is true."""
         if not now and time.monotonic() - self._saved < SECONDS:
             return
         for file in self._files.values():
@@ -137,11 +137,11 @@ class Partial:
         self._saved = time.monotonic()
 
     def forget(self) -> None:
-        """Let the next command start from the beginning."""
+        """Make the next command start from the beginning."""
         (self.folder / _KEY).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the arrays and let other processes write here."""
+        """Close the arrays and allow other processes to write to the folder."""
         self._close_files()
         self._lock.close()
 
@@ -151,7 +151,7 @@ class Partial:
         self._files.clear()
 
     def remove(self) -> None:
-        """Remove the folder and its content."""
+        """Remove the folder and its contents."""
         self._close_files()
         self._empty()
         self._lock.close()
@@ -168,13 +168,13 @@ class Partial:
 
 
 class RowFile:
-    """A .npy file of fixed size, whose rows are written at their places, by any process and in any order.
+    """A .npy file of fixed size, whose rows are written by any process and in any order.
 
     Args:
-        path: opened if it exists, as another process or an earlier run has made it.
+        path: path of the file; opened if another process or an earlier run has created it.
         n: number of rows.
-        shape: of a row.
-        dtype: of the values.
+        shape: shape of a row.
+        dtype: dtype of the values.
     """
 
     def __init__(self, path: Path, n: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -182,7 +182,7 @@ class RowFile:
         self.row_bytes = dtype.itemsize * math.prod(shape)
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
-            # all processes write the same
+            # all processes write the same header
             write_header(self._file, (n, *shape), dtype)
             self._start = self._file.tell()
             reserve(self._file, self._start + n * self.row_bytes)
@@ -191,7 +191,7 @@ class RowFile:
             raise
 
     def write(self, rows: Sequence[int], values: Array) -> None:
-        """Write rows; each run of consecutive ones at once."""
+        """Write rows, with one write for each range of consecutive rows."""
         content = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         starts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
         for i, j in itertools.pairwise(starts):
@@ -201,13 +201,13 @@ class RowFile:
                 part = part[self._file.write(part) :]
 
     def chunks(self) -> "Iterable[bytes]":
-        """The values, without the header, in parts."""
+        """Yield the values, without the header, in chunks."""
         self._file.seek(self._start)
         while part := self._file.read(_CHUNK):
             yield part
 
     def flush(self) -> None:
-        """Have everything on the disk."""
+        """Flush everything to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -216,13 +216,13 @@ class RowFile:
 
 
 class PieceFile:
-    """Pieces of bytes with some numbers each, one after the other.
+    """A file of blocks of bytes, each with some numbers.
 
     Args:
-        path: opened if it exists, as another process or an earlier run has made it.
+        path: path of the file; opened if another process or an earlier run has created it.
 
     Attributes:
-        size: bytes of the recorded pieces; later bytes are overwritten.
+        size: bytes of the recorded blocks; later bytes are overwritten.
     """
 
     _HEAD = struct.Struct("<QQ")
@@ -232,7 +232,7 @@ class PieceFile:
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
     def append(self, content: bytes, figures: Sequence[float]) -> None:
-        """Write one more piece.
+        """Append a block.
 
         Raises:
             AezooError: the disk is full.
@@ -243,11 +243,11 @@ class PieceFile:
             self._file.write(self._HEAD.pack(len(content), len(numbers)) + content + numbers)
             self._file.flush()
         except OSError as error:
-            raise AezooError(f"cannot write {self.path}: {error.strerror or error}; make room") from error
+            raise AezooError(f"cannot write {self.path}: {error.strerror or error}; free disk space") from error
         self.size += self._HEAD.size + len(content) + len(numbers)
 
     def read(self) -> Iterator[tuple[bytes, list[float]]]:
-        """All pieces, one at a time, with their numbers."""
+        """Yield all blocks with their numbers."""
         at = 0
         while at < self.size:
             self._file.seek(at)
@@ -257,7 +257,7 @@ class PieceFile:
             at += self._HEAD.size + sum(sizes)
 
     def flush(self) -> None:
-        """Have everything on the disk."""
+        """Flush everything to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -273,10 +273,10 @@ def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) 
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Give a file its size on the disk: a full disk would otherwise end a process that has mapped the file.
+    """Allocate the space of a file, since a full disk would otherwise crash a process that has mapped the file.
 
     Raises:
-        OSError: there is no space left.
+        OSError: there is not enough space.
     """
     if os.fstat(file.fileno()).st_size < size:
         file.truncate(size)
@@ -289,10 +289,10 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 def write_npz(file: IO[bytes], members: Mapping[str, tuple[tuple[int, ...], np.dtype[Any], Iterable[bytes]]]) -> None:
-    """Write a .npz as `numpy.savez` does, of arrays that are read in parts: shape, dtype and values of each."""
+    """Write a .npz file like `numpy.savez`, from the shape, dtype and chunks of values of each array."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, (shape, dtype, chunks) in members.items():
-            # the time of a file is not content
+            # without a time stamp, so that equal contents give equal files
             entry = zipfile.ZipInfo(f"{name}.npy")
             with archive.open(entry, "w", force_zip64=True) as member:
                 write_header(member, shape, dtype)

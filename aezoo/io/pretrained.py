@@ -1,4 +1,4 @@
-"""`create_model(NAME, pretrained=TAG)`: the weights of a tag in a model with other settings."""
+"""`create_model(NAME, pretrained=TAG)`: a model with the weights of a tag and other settings."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -14,16 +14,16 @@ Model = TypeVar("Model", bound=Autoencoder)
 def create(
     name: str, tag: str, input_shape: Iterable[int] | None = None, hyperparameters: Mapping[str, Any] | None = None
 ) -> Autoencoder:
-    """A model with the weights of a tag, in eval mode, float32.
+    """Create a model with the weights of a tag, in eval mode and float32.
 
     Args:
-        name: the registry name.
-        tag: the part of the tag after the name, or all of it.
-        input_shape: shape of one sample; None takes that of the weights.
-        hyperparameters: those that shall differ from the ones of the weights, such as the learning rate.
+        name: registry name.
+        tag: the part of the tag after the name, or the whole tag.
+        input_shape: shape of one sample; None uses that of the weights.
+        hyperparameters: hyperparameters that differ from those of the weights, such as the learning rate.
 
     Raises:
-        AezooError: there is no such tag; its weights take samples of another shape; or the weights do not fit the
+        AezooError: there is no such tag; its weights are for samples of another shape; the weights do not fit the
             hyperparameters; or as in `load_model`.
     """
     known = registry.tags_of(name)
@@ -37,19 +37,19 @@ def create(
     if shape != found.input_shape:
         taken = dict.fromkeys(_text(each.input_shape) for each in known)
         raise AezooError(
-            f"{found.name} takes samples of shape {_text(found.input_shape)}, not {_text(shape)}: leave input_shape "
-            f"out, or resize the data; weights of {name} take {', '.join(taken)}"
+            f"{found.name} is for samples of shape {_text(found.input_shape)}, not {_text(shape)}: omit input_shape, "
+            f"or resize the data; weights of {name} exist for {', '.join(taken)}"
         )
     return with_hyperparameters(load_model(found.name), hyperparameters or {}, found.name)
 
 
 def with_hyperparameters(model: Model, hyperparameters: Mapping[str, Any], source: str) -> Model:
-    """The model itself, or one of other hyperparameters with its weights, in eval mode.
+    """Return the model itself, or a model with its weights and other hyperparameters, in eval mode.
 
     Args:
         model: a model in eval mode.
-        hyperparameters: those that shall differ from the ones of the model, such as the learning rate.
-        source: where the weights come from, for the message.
+        hyperparameters: hyperparameters that differ from those of the model, such as the learning rate.
+        source: origin of the weights, for messages.
 
     Raises:
         AezooError: the model does not have a hyperparameter, or the weights do not fit it.
@@ -67,7 +67,7 @@ def with_hyperparameters(model: Model, hyperparameters: Mapping[str, Any], sourc
     except RuntimeError as error:
         values = ", ".join(f"{key} {own.get(key)!r}, not {value!r}" for key, value in given.items())
         raise AezooError(
-            f"the weights of {source} were trained with {values}: leave what they do not fit out"
+            f"the weights of {source} were trained with {values}: omit settings that do not fit them"
         ) from error
     changed.data_units, changed.data_statistics = model.data_units, model.data_statistics
     return changed.eval()

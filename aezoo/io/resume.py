@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a run continues, and whether there is anything left to do."""
+"""Find the checkpoint from which a run continues, and check whether the run is finished."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from aezoo.io import atomic_files, hub_files, run_folder, tag_files
 
 
 def newest_resumable(text: str) -> Path:
-    """The newest intact checkpoint of a run, or a file; skipped checkpoints are printed.
+    """Return the newest intact checkpoint of a run, or a given file; print skipped checkpoints.
 
     Args:
         text: a run folder (`runs/vae/0`), its folder of checkpoints, a folder of runs, of which the newest is used, or
@@ -20,13 +20,13 @@ def newest_resumable(text: str) -> Path:
             of the run, with the same result. Any other file must be intact.
 
     Raises:
-        AezooError: there is no such checkpoint.
+        AezooError: there is no intact checkpoint.
     """
     if hub_files.is_address(text):
         raise AezooError(f"{text} is a saved model, which has no training state to continue from: give a run folder")
     tag_files.refuse_tag(text)
     if "://" in text:
-        raise AezooError(f"checkpoints are loaded from disk only, not from {text}: download it first")
+        raise AezooError(f"checkpoints can only be loaded from disk, not from {text}: download it first")
     path = Path(text)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise AezooError(f"{path} is a pipe or a device: give a .ckpt file or a run folder")
@@ -52,14 +52,14 @@ def newest_resumable(text: str) -> Path:
 def latest_run(
     home: Path, matches: Callable[[Path], bool] = lambda checkpoint: True
 ) -> tuple[Path | None, Path | None]:
-    """The checkpoint from which `--resume auto` continues.
+    """Return the checkpoint from which `--resume auto` continues.
 
     Args:
         home: the folder of all runs of a recipe, `runs/vae`.
-        matches: whether a checkpoint belongs to this command's data; runs of other data are passed over.
+        matches: returns whether a checkpoint belongs to this command's data; runs on other data are skipped.
 
     Returns:
-        The newest intact checkpoint of the newest such run, or None if there is none or it has not saved one yet; and
+        The newest intact checkpoint of the newest such run, or None if there is no run or it has not saved one yet; and
         the folder of that run, or None.
 
     Raises:
@@ -77,15 +77,15 @@ def latest_run(
         found = _newest(folder)
         if matches(found):
             return found, run
-        print(f"aezoo: {run} was trained on other data, or its data have changed: not continued", file=sys.stderr)
-    print(f"aezoo: no run of these data in {home} yet: starting one", file=sys.stderr)
+        print(f"aezoo: {run} was trained on other data, or its data have changed: it is not continued", file=sys.stderr)
+    print(f"aezoo: no run on these data in {home} yet: starting one", file=sys.stderr)
     return None, None
 
 
 def finished_message(
     source: Path, run: Path | None, max_epochs: Any, max_steps: Any, early_stopping: Mapping[str, Any]
 ) -> str | None:
-    """A message if the run of a checkpoint has already ended by itself, within the same limits.
+    """Return a message if the run of a checkpoint has already finished under the current limits.
 
     Args:
         source: the checkpoint.
@@ -108,10 +108,10 @@ def finished_message(
     name = str(run or source)
     cures = ["--trainer.max_epochs"] if same or at_limit else []
     if stopped_early:
-        cures.append("--early_stopping.patience (0 never stops)")
+        cures.append("--early_stopping.patience (0: no early stopping)")
     return (
         f"aezoo: {name} is finished (epoch {epoch}, step {step}), nothing is left to do; "
-        f"go further with a larger {' and a larger '.join(cures)}, or see its figures: "
+        f"continue with a larger {' and a larger '.join(cures)}, or show its metrics: "
         f"aezoo test --ckpt_path {shlex.quote(name)}"
     )
 
@@ -135,7 +135,7 @@ def _newest(folder: Path, first: Path | None = None) -> Path:
     found, lines = atomic_files.newest_checkpoint(folder, first)
     if found is None:
         reasons = "; ".join(lines) or f"no .ckpt file in {folder}"
-        raise AezooError(f"{reasons}; no other checkpoint there is complete: train from scratch with --resume off")
+        raise AezooError(f"{reasons}; there is no other intact checkpoint: train from scratch with --resume off")
     for line in lines:
         print(f"aezoo: {line}", file=sys.stderr)
     if lines:

@@ -1,4 +1,4 @@
-"""The folder of a run: each run has a number, and only one process writes into its folder."""
+"""Run folders: each run has a number, and only one process writes to its folder."""
 
 import atexit
 import contextlib
@@ -16,7 +16,7 @@ _LOCK, _NOTE = ".lock", "checkpoints.txt"
 
 
 def create_next(home: Path) -> Path:
-    """Create the folder with the next free number; processes that call this at the same time get different ones.
+    """Create the folder with the next free number; safe for concurrent calls by several processes.
 
     Args:
         home: the folder of all runs of a recipe, `runs/vae`.
@@ -28,29 +28,29 @@ def create_next(home: Path) -> Path:
         try:
             home.mkdir(parents=True, exist_ok=True)
             folder = next_free(home)
-            # another process was faster, or has removed a home in which it wrote nothing
+            # another process has created the folder, or has removed an empty `home`
             with contextlib.suppress(FileExistsError, FileNotFoundError):
                 folder.mkdir()
                 return folder
         except OSError as error:
             raise AezooError(
-                f"cannot read or write {home}: {error.strerror}; choose a folder that can be written with "
+                f"cannot read or write {home}: {error.strerror}; choose a writable folder with "
                 "--trainer.default_root_dir"
             ) from error
 
 
 def next_free(home: Path) -> Path:
-    """The folder with the next free number, which is not created."""
+    """Return the folder with the next free number, without creating it."""
     return home / str(max((int(path.name) for path in home.glob("*") if path.name.isdigit()), default=-1) + 1)
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself if it exists, otherwise the nearest existing folder above it."""
+    """Return the path itself if it exists, otherwise the nearest existing parent folder."""
     return next((at for at in (path, *path.parents) if at.exists()), path)
 
 
 def checkpoints_of(run: Path) -> Path:
-    """The folder of a run's checkpoints: inside the run's folder, unless `note_checkpoints` has recorded another."""
+    """Return the folder of a run's checkpoints: inside the run's folder, or as recorded by `note_checkpoints`."""
     try:
         recorded = os.fsdecode((run / _NOTE).read_bytes()).strip()
     except OSError:
@@ -61,7 +61,7 @@ def checkpoints_of(run: Path) -> Path:
 def note_checkpoints(run: Path, folder: Path) -> None:
     """Record in a run's folder where its checkpoints are, if they are in another folder.
 
-    Without a record the run has not written any there: a folder shared by several runs may have those of another run.
+    Without this record, checkpoints in a folder shared by several runs could be those of another run.
     """
     folder = folder.resolve()
     if folder == (run / CHECKPOINTS).resolve():
@@ -71,17 +71,17 @@ def note_checkpoints(run: Path, folder: Path) -> None:
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
-    """The folders that may have the checkpoints of a path, in order: the path itself, a run's folder, those of runs."""
+    """Return candidate folders for the checkpoints of a path, in order: the path itself, a run's, those of runs."""
     below = [home for home in map(checkpoints_of, path.glob("*")) if home.is_dir()]
     return [path, checkpoints_of(path), *sorted(below, key=lambda home: home.stat().st_mtime, reverse=True)]
 
 
 def run_of(source: Path, requested: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to, or None if it belongs to no run.
+    """Return the folder of the run that a checkpoint belongs to, or None.
 
     Args:
         source: the checkpoint file.
-        requested: the path that the user gave for it: a run, a folder of runs, or any other.
+        requested: the path given by the user: a run, a folder of runs, or another path.
     """
     recorded = [run for run in (requested, *requested.glob("*")) if (run / _NOTE).is_file()]
     recorded = [run for run in recorded if checkpoints_of(run) == source.parent]
@@ -92,33 +92,33 @@ def run_of(source: Path, requested: Path) -> Path | None:
 
 
 def parent_folder(file: Path) -> Path:
-    """The folder of a file; it has a name even if it is the working directory or a folder above it."""
+    """Return the folder of a file, resolved if it would have no name, such as the working directory."""
     return file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
 
 
 class OpenFolder:
-    """A folder that is kept open, and so is found again after it was moved.
+    """A folder that is kept open, so that it can be located after it was moved.
 
     Args:
-        path: the folder, which exists.
+        path: path of the existing folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        # Windows opens no folders, and moves none whose files are open
+        # Windows cannot open folders, and does not move folders with open files
         self._handle = os.open(path, os.O_RDONLY) if os.name == "posix" else None
         self._has_link = False
 
     def is_gone(self) -> bool:
-        """Whether the folder is lost; if it was moved, a link at the old path is created until this process ends.
+        """Return whether the folder was deleted; if it was moved, link its old path to it until this process ends.
 
-        Loggers and callbacks open their files by path, each time that they write.
+        Loggers and callbacks open their files by path at each write.
         """
         if self._handle is None or self._is_at(self.path):
             return False
         try:
             now = Path(f"/proc/self/fd/{self._handle}").readlink()
-            if self._has_link:  # to where it was before
+            if self._has_link:  # to its previous location
                 _remove_link(self.path)
             if not self._is_at(now):
                 return True
@@ -132,7 +132,7 @@ class OpenFolder:
         return False
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the folder."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -157,11 +157,11 @@ def locked(
 
     Args:
         folder: the folder of the run.
-        keep: the folder that existed before; empty folders below it are removed.
-        cure: what to do instead of waiting.
+        keep: a folder that existed before; empty folders below it are removed.
+        cure: advice in the error message, as an alternative to waiting.
 
     Raises:
-        AezooError: another process trains there.
+        AezooError: another process is training in the folder.
     """
     with contextlib.ExitStack() as ends:
         try:
@@ -177,7 +177,7 @@ def locked(
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process has locked a folder."""
+    """Return whether another process has locked a folder."""
     try:
         with (folder / _LOCK).open("r+b") as file:
             _lock(file)
@@ -189,15 +189,14 @@ def is_locked(folder: Path) -> bool:
 
 
 class SharedFolder:
-    """A folder in which several processes write, on any machine; it is removed at the end if none of them did.
+    """A folder to which several processes write, on any machine; removed at the end if it is empty.
 
     Args:
-        folder: the folder, which exists.
-        keep: the folder that existed before; empty folders below it are removed.
+        folder: the existing folder.
+        keep: a folder that existed before; empty folders below it are removed.
 
     Attributes:
-        alone: whether no other process uses the folder; others wait until `admit` is called. False if this cannot be
-            found out.
+        alone: whether no other process uses the folder; others wait until `admit` is called. False if this is unknown.
     """
 
     def __init__(self, folder: Path, keep: Path) -> None:
@@ -217,7 +216,7 @@ class SharedFolder:
         return self
 
     def admit(self) -> None:
-        """Let other processes use the folder, too."""
+        """Allow other processes to use the folder."""
         self.alone = False
         if sys.platform != "win32" and self._file is not None:
             import fcntl
@@ -247,5 +246,5 @@ def _lock(file: IO[bytes]) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        # workers that outlive a killed run for some seconds would inherit the lock of flock
+        # with flock, workers that survive a killed run for some seconds would inherit the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Turns models of scaled samples into models of raw samples by folding the scale into the weights."""
+"""Convert models of scaled samples to models of raw samples by folding the scale into the weights."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,26 +19,27 @@ _ONE = torch.ones((), dtype=torch.float64)
 
 @torch.no_grad()
 def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folded:
-    """A copy of a trained model that works on raw activations: reconstructions of a are c times those of a / c.
+    """Return a copy of a trained model for raw activations: reconstructions of a are c times those of a / c.
 
-    Weights that read samples are divided by c, weights that write them are multiplied by c, and codes stay the same. In
-    a model that uses one weight for both, such as k_sparse, the biases are multiplied by c, and codes grow by c. Trials
-    on randomly drawn samples find out which weights do what; the model's weights are perturbed so that none is zero.
+    Weights that read samples are divided by c, weights that write them are multiplied by c, and codes do not change. In
+    a model that uses one weight for both, such as k_sparse, the biases are multiplied by c, and so are the codes. The
+    role of each weight is determined by experiments on random samples, for which weights are perturbed so that none is
+    zero.
 
-    Its loss differs from the model's, because the scale of the likelihood is not changed. Weights may no longer have
-    unit norm.
+    The loss differs from that of the model, since the scale of the likelihood is not changed. Weights may no longer
+    have unit norm.
 
     Args:
-        model: trained on normalised activations.
-        scaling: c, or `scaling` of `aezoo.io.checkpoint.load_run`, or of the DataModule's source `state()`.
+        model: model trained on normalised activations.
+        scaling: c, or `scaling` from `aezoo.io.checkpoint.load_run` or from `state()` of the DataModule's source.
 
     Raises:
-        AezooError: c cannot be folded into the model's weights, or the data also had an offset.
+        AezooError: c cannot be folded into the weights, or the data also have an offset.
     """
     factor = scaling
     if isinstance(factor, Mapping):
         if not factor or bool(factor["offset"].any()):
-            raise AezooError("fold takes the scaling of normalised activations: the model was trained on other data")
+            raise AezooError("fold needs the scaling of normalised activations: the model was trained on other data")
         factor = factor["factor"]
     c = torch.as_tensor(factor, dtype=torch.float64).cpu().expand(model.input_shape)
     probe = copy.deepcopy(model).cpu().double().eval()
@@ -54,7 +55,7 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
         single = c.flatten()[0]
         factors = factor_search.search([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
     if factors is None:
-        raise AezooError(f"{type(model).__name__} cannot take the scale of its data into its weights: divide "
+        raise AezooError(f"{type(model).__name__} cannot fold the scale of its data into its weights: divide "
                          "activations by it before, and multiply reconstructions after")  # fmt: skip
     folded = copy.deepcopy(model)
     own = [p for p in (*folded.parameters(), *folded.buffers()) if p.is_floating_point()]
@@ -65,7 +66,7 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
 
 @dataclass
 class _FactorSearch:
-    """Tries factors for a model's weights.
+    """Searches for factors of a model's weights.
 
     Attributes:
         weights: the model's weights, which are changed in place.
@@ -82,7 +83,7 @@ class _FactorSearch:
     x_hat: Tensor
 
     def search(self, choices: list[list[Tensor]], of_code: Tensor) -> tuple[Tensor, ...] | None:
-        """A factor for each weight such that codes are multiplied by `of_code`; None if there is none."""
+        """Return a factor for each weight such that codes are multiplied by `of_code`, or None if there is none."""
         kept = [p.clone() for p in self.weights]
         code = self.code * of_code
 
@@ -120,7 +121,7 @@ class _FactorSearch:
 
 
 def _per_channel(weight: Tensor, c: Tensor) -> list[Tensor]:
-    """Possible factors of a weight, if some of its axes are those of samples or of one of their streams."""
+    """Return possible factors of a weight with axes of samples or of one of their streams."""
     streams = [c.flatten(), c, *(c if c.ndim > 1 else ())]
     found: list[Tensor] = []
     for part in streams:

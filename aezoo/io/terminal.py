@@ -1,4 +1,4 @@
-"""Terminals and pipes: characters that they cannot show, and handling when they are closed during a run."""
+"""Terminals and pipes: unsupported characters, and streams that are closed during a run."""
 
 import contextlib
 import errno
@@ -13,9 +13,9 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 
 def open_missing_streams() -> None:
-    """Replace standard streams that are closed, as by `>&-`, by the null device.
+    """Replace closed standard streams, e.g. by `>&-`, with the null device.
 
-    Python sets them to None then, and the next file that is opened would get their number and all that is printed.
+    Python sets them to None, and the next file opened would get their descriptor and all printed text.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -23,36 +23,37 @@ def open_missing_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """Escape line breaks and other control characters, which names of files and versions may contain."""
+    """Escape line breaks and other control characters, e.g. in file names and versions."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def replace_unencodable() -> None:
-    """Print a question mark for characters that the output's encoding lacks, such as letters in names."""
+    """Print question marks for characters that the output's encoding does not support."""
     if getattr(sys.stdout, "errors", None) == "strict":
         with contextlib.suppress(AttributeError, OSError):  # the output may have been replaced
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def termination_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a program to end: SIGTERM, and SIGHUP of a closed terminal unless `nohup` ignores it."""
+    """Return the termination signals: SIGTERM, and SIGHUP of a closed terminal unless `nohup` ignores it."""
     if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN:
         return (signal.SIGTERM,)
     return signal.SIGTERM, HANGUP
 
 
 def is_closed_pipe(error: BaseException) -> bool:
-    """Whether an error means that a pipe or terminal no longer has a reader."""
+    """Return whether an error means that a pipe or terminal no longer has a reader."""
     return isinstance(error, BrokenPipeError) or (
         isinstance(error, OSError) and error.errno == errno.EIO and error.filename is None
     )
 
 
 def unwritable_output(after: OSError | None = None) -> str | None:
-    """Why the standard output cannot be written though it has a reader, such as a full disk; None if it can.
+    """Return why standard output cannot be written although it has a reader, e.g. a full disk, or None.
 
     Args:
-        after: an error that may come from the stream. Unwritten text is lost then, so an empty line is tried.
+        after: an error that may be from the stream. Since unwritten text is then lost, an empty line is written as a
+            test.
     """
     try:
         if after is not None:
@@ -64,7 +65,7 @@ def unwritable_output(after: OSError | None = None) -> str | None:
 
 
 def detach_unwritable_streams() -> None:
-    """Redirect outputs that cannot be written to the null device, for the interpreter's last flush."""
+    """Redirect unwritable outputs to the null device, for the interpreter's final flush."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

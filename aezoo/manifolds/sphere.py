@@ -120,7 +120,7 @@ class RotationallySymmetric:
 
     @torch.no_grad()
     def _panels(self, kappa: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the range of theta: lower edges, width and maximum log_f of panels; (...) -> (..., P), (..., 1), (..., 1)."""
+        """Split the range of theta: lower edges, width, maximum log_f; (...) -> (..., P), (..., 1), (..., 1)."""
         mode, std = self.mode_and_scale(kappa)
         low_1 = (mode - _REACH * std).clamp(min=0)[..., None]
         width_1 = ((mode + _REACH * std).clamp(max=math.pi)[..., None] - low_1) / _PANELS

@@ -320,7 +320,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
         main([command, "--help_all"])
     assert "saved model" not in " ".join(capsys.readouterr().out.split())
     saved = aezoo.save_model(aezoo.create_model("dense_ae", input_shape=(1, 8, 8)), "saved")
-    assert "saved is a saved model, which has no checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))
+    assert "saved is a saved model, not a checkpoint" in refused(capsys, command, "--ckpt_path", str(saved))
     assert "saved model" not in refused(capsys, command, "--ckpt_path", "nothing")
 
 

@@ -193,7 +193,7 @@ def test_full_disk_during_run_is_reported_in_one_line(capsys, size):
         line = refused(capsys, *FIT, "--model.hidden_dims=[64]")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in line and "what was saved before is kept" in line
+    assert "File too large" in line and "files saved before are kept" in line
 
 
 @pytest.mark.slow

@@ -454,7 +454,7 @@ def test_each_stream_is_folded_by_its_scale(name, given):
 
 
 def test_tied_weights_refuse_scale_per_stream():
-    with pytest.raises(AezooError, match="KSparse cannot take"):
+    with pytest.raises(AezooError, match="KSparse cannot fold"):
         fold(sparse_model("k_sparse", (2, 6)), torch.tensor([[0.2], [30.0]]))
     fold(sparse_model("k_sparse", (2, 6)), torch.tensor([[2.0], [2.0]]))
 
@@ -474,7 +474,7 @@ class Shifted(LinearAE):
 
 
 def test_unfoldable_model_or_scaling_is_refused():
-    with pytest.raises(AezooError, match="Shifted cannot take the scale"):
+    with pytest.raises(AezooError, match="Shifted cannot fold the scale"):
         fold(Shifted((5,), latent_dim=3, likelihood="gaussian"), 2.0)
     for scaling in ({}, {"offset": torch.ones(3), "factor": torch.ones(3)}):
         with pytest.raises(AezooError, match="other data"):

@@ -153,7 +153,7 @@ def test_auto_resume_takes_newest_starts_or_refuses(tmp_path, capsys):
     newest = tmp_path / "vae" / "10"
     assert resume.latest_run(tmp_path / "vae") == (newest / "checkpoints" / "last.ckpt", newest)
     (newest / "checkpoints" / "last.ckpt").write_bytes(b"")
-    with pytest.raises(AezooError, match="no other checkpoint there is complete"):
+    with pytest.raises(AezooError, match="there is no other intact checkpoint"):
         resume.latest_run(tmp_path / "vae")
     capsys.readouterr()
 

@@ -208,7 +208,7 @@ def test_unloadable_file_is_not_saved_over_good_one(model, saved, monkeypatch, t
     with pytest.raises(AezooError, match="vae cannot be saved: its hyperparameters: 'beta' is a Tensor"):
         aezoo.save_model(other, saved)
     assert (saved / "model.safetensors").read_bytes() == before
-    with pytest.raises(AezooError, match=r"saved on this disk, not at hf://user/vae: aezoo\.push_to_hub"):
+    with pytest.raises(AezooError, match=r"only saved to local folders, not to hf://user/vae: use aezoo\.push_to_hub"):
         aezoo.save_model(model, "hf://user/vae")
     assert not Path("hf:").exists()
 
@@ -266,7 +266,9 @@ def test_missing_checkpoint_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["http", "https", "ftp", "s3"])
 def test_url_is_refused_before_any_request(refused, scheme):
-    refused(f"{scheme}://example.org/model.ckpt", f"from disk only, not from {scheme}://example.org/model.ckpt")
+    refused(
+        f"{scheme}://example.org/model.ckpt", f"only be loaded from disk, not from {scheme}://example.org/model.ckpt"
+    )
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -347,16 +349,19 @@ def test_checkpoint_without_state_dict_is_refused(refused, tmp_path, content):
 
 def test_weights_only_file_names_how_to_load_it(refused, saved, model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    refused(tmp_path / "weights.pt", "only weights: make the model by aezoo.create_model and give them to its load_sta")
+    refused(
+        tmp_path / "weights.pt",
+        "only weights: create the model with aezoo.create_model and load them with its load_sta",
+    )
     refused(saved / "model.safetensors", f"it has no state_dict; give the folder of the saved model, {saved}")
 
 
 def test_checkpoint_without_registered_name_is_refused(refused, file):
     for stamp in (None, "vae", {}, {"model": None}):
         edit(file, lambda c, stamp=stamp: c.update(aezoo=stamp))
-        refused(file, "names no registered model: load it with YourClass.load_from_checkpoint")
+        refused(file, "has no registered model: load it with YourClass.load_from_checkpoint")
     edit(file, lambda c: c.pop("aezoo"))
-    refused(file, "names no registered model")
+    refused(file, "has no registered model")
 
 
 @pytest.mark.slow
@@ -366,7 +371,7 @@ def test_unregistered_class_is_refused_by_load_model(refused, tmp_path):
 
     mine = Mine(input_shape=SHAPE)
     run = train(mine, tmp_path)
-    refused(run, "names no registered model")
+    refused(run, "has no registered model")
     back = Mine.load_from_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=True).eval()
     assert torch.equal(back(X), mine.eval()(X))
     with pytest.raises(AezooError, match="Mine is not in the registry"):
@@ -443,7 +448,7 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
     assert same(model, aezoo.load_model(file))
     for extra in ({"_class_path": "evil_module.Evil"}, {"_instantiator": "evil_module.Evil"}, {"_class_path": []}):
         edit(file, lambda c, extra=extra: c["hyper_parameters"].update({**honest, **extra}))
-        refused(file, "is refused: it names code of its own")
+        refused(file, "is refused: it specifies other code")
     edit(file, lambda c: c["hyper_parameters"].update({**honest, "_target_": "os.system"}))
     refused(file, "no hyperparameter '_target_'")
     assert not canary.exists()
@@ -464,7 +469,7 @@ def test_modified_checkpoint_is_refused(refused, file, tmp_path, sealed):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    refused(path, "its checksum does not fit its content")
+    refused(path, "its checksum does not match its content")
     path.write_bytes(b"")
     refused(path, "it is empty")
 
@@ -495,10 +500,10 @@ def test_weights_of_different_model_are_refused(refused, saved):
         ("", "cannot read"),
         ("{", "cannot read"),
         ("\ufeff\x00", "cannot read"),
-        ("[]", "names no model"),
-        ("3", "names no model"),
-        ("{}", "names no model"),
-        ('{"model": 3, "hyperparameters": {}}', "names no model"),
+        ("[]", "has no model name"),
+        ("3", "has no model name"),
+        ("{}", "has no model name"),
+        ('{"model": 3, "hyperparameters": {}}', "has no model name"),
         ('{"model": "vae"}', "has no hyperparameters"),
         ('{"model": "vae", "hyperparameters": []}', "has no hyperparameters"),
         ('{"model": "vae", "hyperparameters": {}}', "does not describe a vae"),

@@ -479,7 +479,7 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
     ("change", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "unknown kind 'UNet2DModel'"),
-        ({"_class_name": ["AutoencoderKL"]}, "names no model"),
+        ({"_class_name": ["AutoencoderKL"]}, "has no model name"),
         ({"_class_name": "AutoencoderKLWan"}, "is made for videos"),
         ({"_class_name": "AutoencoderRAE"}, "ask for far more than the"),
         ({"_class_name": "AutoencoderRAE", "encoder_patch_size": "evil"}, "does not take config"),
@@ -493,7 +493,7 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
             "does not take config|ask",
         ),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised"),
-        ({"auto_map": {"AutoModel": "evil.Evil"}}, "names code to run instead of"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "specifies other code to run instead of"),
         ({"down_block_types": ["evil.Evil"] * 2}, "does not take config"),
         ({"block_out_channels": {"class_path": "evil.Evil"}}, "names a class to import"),
         ({"block_out_channels": [4096, 4096]}, "ask for far more than the"),

@@ -81,7 +81,7 @@ def test_downloaded_files_are_read_without_a_network(hub, monkeypatch):
     ("address", "message"),
     [
         ("hf://user/saes/no", "has no file or folder 'no'"),
-        ("hf://user/saes/../x", "names no path"),
+        ("hf://user/saes/../x", "is not a path"),
         ("hf://user/none/x", "no repository user/none"),
         ("s3://bucket/x", "not from s3"),
         ("nowhere", "there is no file or folder nowhere"),

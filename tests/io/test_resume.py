@@ -618,7 +618,7 @@ def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys,
     line = refused(capsys, *SHORT, "--trainer.max_epochs=3", "--resume", "auto")
     words = {"full": "No space left on device", "read-only": "Permission denied"}[how]
     assert line.startswith("aezoo: cannot write runs/vae-digits/0/checkpoints") and words in line
-    assert "what was saved before is kept" in line
+    assert "files saved before are kept" in line
     assert (run / "last.ckpt").read_bytes() == last
     assert not list(run.glob(".tmp-*"))
 

@@ -165,7 +165,7 @@ def test_create_model_takes_the_weights_own_hyperparameters(tag, model):
 def test_create_model_refuses_what_the_weights_do_not_fit(tag):
     with pytest.raises(AezooError, match="trained with latent_dim 3, not 5"):
         aezoo.create_model("vae", pretrained="tiny", latent_dim=5)
-    with pytest.raises(AezooError, match=r"vae.tiny takes samples of shape 1x8x8, not 1x28x28"):
+    with pytest.raises(AezooError, match=r"vae.tiny is for samples of shape 1x8x8, not 1x28x28"):
         aezoo.create_model("vae", (1, 28, 28), pretrained="tiny")
     with pytest.raises(AezooError, match="no hyperparameter 'latent'"):
         aezoo.create_model("vae", pretrained="tiny", latent=5)
@@ -253,14 +253,14 @@ def test_wrong_hash_on_the_hub_is_refused(remote, home):
     changed = json.loads((home / "tags.json").read_text())
     changed["vae.remote"]["sha256"]["model.safetensors"] = "0" * 64
     write(home, changed)
-    with pytest.raises(AezooError, match=r"model.safetensors is refused: its SHA-256 .* of vae.remote 0000"):
+    with pytest.raises(AezooError, match=r"model.safetensors is refused: its SHA-256 is .*, expected 0000"):
         aezoo.load_model("vae.remote")
 
 
 def test_without_a_network_the_message_says_which_files_go_where(remote, home, monkeypatch, tmp_path):
     ask(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(
-        AezooError, match=r"put .*model.safetensors.* of hf://user/digits@.* into FOLDER/vae.remote"
+        AezooError, match=r"copy .*model.safetensors.* of hf://user/digits@.* to FOLDER/vae.remote"
     ) as error:
         aezoo.load_model("vae.remote")
     assert tag_files.VARIABLE in str(error.value)

@@ -87,7 +87,7 @@ def test_calibration_of_other_weights_is_not_used(tmp_path, capsys):
     home = aezoo.save_model(model(seed=1), tmp_path)
     aezoo.io.calibration.write(home, first)
     assert aezoo.load_model(home).data_statistics is None
-    assert "calibration.safetensors is of other weights and is not used" in capsys.readouterr().err
+    assert "calibration.safetensors belongs to other weights and is ignored" in capsys.readouterr().err
     aezoo.io.calibration.write(aezoo.save_model(model(), tmp_path), first)
     assert len(aezoo.load_model(home).data_statistics.scores["deviance"]) == 30
 

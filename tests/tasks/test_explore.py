@@ -133,7 +133,7 @@ def test_missing_runtime_says_how_to_get_it(tmp_path, monkeypatch):
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'no network' >&2; exit 1\n")
     npm.chmod(0o755)
-    with pytest.raises(AezooError, match=r"npm cannot fetch onnxruntime-web \(no network\)"):
+    with pytest.raises(AezooError, match=r"npm cannot download onnxruntime-web \(no network\)"):
         onnxruntime_web.locate()
 
 

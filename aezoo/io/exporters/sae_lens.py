@@ -71,7 +71,7 @@ def save_sae_lens(
     if not torch.equal(model.likelihood.cpu().mean(probe), probe):
         raise AezooError(f"SAELens has no output function, {name} with this likelihood has one: train it with gaussian")
     if "://" in str(folder):
-        raise AezooError(f"models are saved on this disk, not at {folder}: upload the folder with SAELens")
+        raise AezooError(f"models are only saved to local folders, not to {folder}: upload the folder with SAELens")
     given = values.check_plain(dict(metadata or {}), "the metadata for SAELens")
     config, tensors = _described(name, model if scaling is None else fold(model, scaling))
     config["metadata"] = {"sae_lens_version": _FORMAT, **given}

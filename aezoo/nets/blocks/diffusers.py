@@ -245,15 +245,15 @@ def check_config(config: object, what: str) -> tuple[str, dict[str, Any]]:
         what: the file or its folder, for messages.
 
     Raises:
-        AezooError: as `kind_of`; or it names no model or needs third-party code; or an argument is not a plain value.
+        AezooError: as in `kind_of`; the model name is missing; third-party code is needed; or an argument is not plain.
     """
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(name, str):
-        raise AezooError(f"{what} names no model: it was not written by a model of diffusers")
+        raise AezooError(f"{what} has no model name: it was not written by a model of diffusers")
     if config.get("quantization_config"):
         raise AezooError(f"{what} is quantised, which needs third-party code: give the model from which it was made")
     if config.get("auto_map"):
-        raise AezooError(f"{what} is refused: its auto_map names code to run instead of {name}")
+        raise AezooError(f"{what} is refused: its auto_map specifies other code to run instead of {name}")
     parameters = inspect.signature(kind_of(name).__init__).parameters
     known = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     given = {key: value for key, value in config.items() if key in parameters}

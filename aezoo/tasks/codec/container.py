@@ -283,7 +283,7 @@ def _check_complete(file: IO[bytes], path: Path) -> int:
         digest.update(chunk)
         left -= len(chunk)
     if left or digest.digest() != file.read():
-        raise AezooError(f"{path} is cut off or altered: its checksum does not fit its content; copy it again")
+        raise AezooError(f"{path} is cut off or altered: its checksum does not match its content; copy it again")
     return end
 
 

@@ -578,7 +578,7 @@ def test_invalid_model_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     refused("cannot read .*config.json")
     (tmp_path / "config.json").write_text("[]")
-    refused("names no model")
+    refused("has no model name")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "quantization_config": {"a": 1}}))
     refused("is quantised")
     with (tmp_path / "config.json").open("wb") as file:

@@ -236,7 +236,7 @@ def test_teacher_of_another_size_is_built_for_the_students(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["", "autoencoder_kl", "hf://user/name"])
 def test_invalid_teacher_path_is_refused(name: str) -> None:
-    words = "is not fetched for a setting" if "://" in name else "teacher takes none or the path"
+    words = "is not downloaded, since this setting" if "://" in name else "teacher takes none or the path"
     with pytest.raises(AezooError, match=words):
         small(teacher=name).loss(images())
 

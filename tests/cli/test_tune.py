@@ -141,7 +141,7 @@ def test_invalid_search_is_refused_in_one_line(capsys, text, words):
         ([LR, "--trials=0"], "--trials takes a number from 1"),
         ([LR, "--direction=up"], "invalid choice: 'up'"),
         ([LR, "--timeout=nan"], "--timeout takes seconds above 0"),
-        ([LR, "--monitor=loss"], "like val/loss or train/nll"),
+        ([LR, "--monitor=loss"], "such as val/loss or train/nll"),
         ([LR, "--storage=mysql://a/b"], "give postgresql://USER@HOST/DATABASE, or a file"),
         ([LR, "--ckpt_path=runs/vae/0"], "--ckpt_path does not apply to tune"),
         ([LR, "--resume", "auto"], "--resume does not apply to tune"),

@@ -34,7 +34,7 @@ _LONGEST_GAP = 300.0
 
 
 def _resolve_monitor(requested: str, watched: _Metric, trainer: pl.Trainer, stage: str) -> str | _Metric:
-    """Return the requested metric, or that of training if there is no validation, known once the data are set up.
+    """Return the requested metric, or that of training if there is no validation; known after setup of the data.
 
     For a model trained without validation, testing also ranks its checkpoints by the metric that training monitored.
     """
@@ -151,7 +151,7 @@ class Checkpoints(Checked, ModelCheckpoint):
         self._validated = False
         if stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer) and "://" not in str(self.dirpath):
             atomic_files.prepare_folder(Path(str(self.dirpath)))
-            self._release_folders()  # which a fit that ended by an error has left open
+            self._release_folders()  # left open by a fit that ended with an error
             self._opened = [run_folder.OpenFolder(Path(path)) for path in (self.run, self.dirpath) if path is not None]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -16,7 +16,7 @@ class EpochMetrics(EpochEnd):
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._file = run_folder(trainer) / "metrics.jsonl"  # every rank must ask
+        self._file = run_folder(trainer) / "metrics.jsonl"  # on every rank
         self._writes = stage == "fit" and trainer.is_global_zero and not is_dry_run(trainer)
         self._ended, self._validated = None, False
 

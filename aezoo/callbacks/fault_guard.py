@@ -63,7 +63,7 @@ class FaultGuard(Checked, pl.Callback):
         self._averages: list[Any] = []
         self._names: dict[int, str] = {}
         self._scaler: Any = None
-        self._defers: bool | None = None  # None: on a GPU if the optimisers can
+        self._defers: bool | None = None  # None: if on a GPU and supported by the optimisers
 
     @property
     def capturable(self) -> bool:

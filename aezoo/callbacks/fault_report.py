@@ -63,7 +63,7 @@ def print_warning(trainer: pl.Trainer, fault: Fault, batch: Any) -> None:
     samples = f"; training sample(s) {_list(rows)} contain NaN or infinite values" if rows else ""
     print(
         f"aezoo: step {fault.step} skipped (epoch {fault.epoch}, batch {fault.batch}): {', '.join(fault.terms)} not "
-        f"finite{f' in {_list(parts)}' if parts else ''}{samples} ({fault.consecutive} in a row, {fault.total} in all)",
+        f"finite{f' in {_list(parts)}' if parts else ''}{samples} ({fault.consecutive} in a row, {fault.total} total)",
         file=sys.stderr,
     )
 
@@ -115,7 +115,7 @@ def write_report(
 
 def _list(items: list[Any]) -> str:
     text = ", ".join(map(str, items[:_SHOWN]))
-    return text if len(items) <= _SHOWN else f"{text}, ... ({len(items)} in all)"
+    return text if len(items) <= _SHOWN else f"{text}, ... ({len(items)} total)"
 
 
 def _bad_samples(trainer: pl.Trainer, fault: Fault, batch: Any) -> list[int]:

@@ -108,7 +108,7 @@ class ProgressBar(Checked, RichProgressBar):
             super().on_exception(trainer, pl_module, exception)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_progress()  # before others print, since printing over a live bar repeats it
+        self._stop_progress()  # before other output, since printing over a live bar repeats it
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_test_end(trainer, pl_module)

@@ -52,7 +52,7 @@ class Report(Checked, pl.Callback):
         self._began, self._epochs, self._warned = 0.0, 0, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)  # must be called on every rank
+        folder = run_folder(trainer)  # on every rank
         if stage == "fit":
             self._reset()
             self._folder, self._began = folder, time.monotonic()
@@ -94,13 +94,13 @@ class Report(Checked, pl.Callback):
 
     def _finish(self, trainer: pl.Trainer, end: str) -> None:
         if not self._fit:
-            return  # the training had not begun, or this process does not write
+            return  # training had not started, or this is not rank zero
         self._fit |= {"end": end, "seconds": round(time.monotonic() - self._began, 3), "epochs": self._epochs}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LearningCurves) and callback.curves.epochs:
                 facts = {k: v for k, v in vars(callback.curves).items() if k not in ("epochs", "train", "val")}
                 self._record["curves"] = _finite(facts)
-        self._save(warn=end == "finished")  # else the error that ended the fit is what counts
+        self._save(warn=end == "finished")  # otherwise only the error that ended the fit is reported
 
     def _save(self, warn: bool = True) -> None:
         try:

@@ -23,7 +23,7 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started, self._warm = None, False
-        self._samples, self._seconds = 0, 0.0  # a resumed epoch has no start, and may have no batch left
+        self._samples, self._seconds = 0, 0.0  # a resumed epoch starts without on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._samples, self._seconds = 0, 0.0

@@ -86,7 +86,7 @@ class Traversal(Picture):
         decoded = self._decode(model, torch.cat(walks)).unflatten(0, (len(walks), self.steps))
         same = model.normal_prior
         positions = torch.linspace(-self.span, self.span, self.steps).tolist()
-        columns = [f"{p:.1f}" for p in positions] if same else ["least", *[""] * (self.steps - 2), "most"]
+        columns = [f"{p:.1f}" for p in positions] if same else ["min", *[""] * (self.steps - 2), "max"]
         return self._figure(list(decoded), labels, columns)
 
     def _interpolation(self, model: "Autoencoder", x: Tensor, codes: Tensor) -> "Figure":

@@ -1,4 +1,4 @@
-"""Distances between sets of codes, and the density of the codes of all data.
+"""Distances between sets of codes, and density estimates of the codes of all data.
 
 Shapes: B samples of this rank, N of all ranks, D code.
 """
@@ -97,7 +97,7 @@ def aggregate_log_weights(estimator: str, row_B: Tensor, n: int, n_data: Tensor)
     if estimator == "mws":
         return torch.zeros_like(own_Bn, dtype=N.dtype) - torch.log(N) - math.log(n)
     if n == 1:
-        return torch.zeros_like(own_Bn, dtype=N.dtype)  # no other sample can represent the rest
+        return torch.zeros_like(own_Bn, dtype=N.dtype)  # no other sample represents the rest of the data
     if estimator == "mss_mean":
         return torch.where(own_Bn, -torch.log(N), torch.log((N - 1) / N) - math.log(M))
     stratum_Bn = (row_B1 + 1) % n == column_n

@@ -327,7 +327,7 @@ class LogCosh(_Scaled):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         u = (x - params) * torch.exp(-self.bounded_scale)
-        log_cosh = u + F.softplus(-2 * u) - math.log(2.0)  # cosh itself overflows
+        log_cosh = u + F.softplus(-2 * u) - math.log(2.0)  # cosh would overflow
         return -_sum_per_sample(log_cosh) - x[0].numel() * (self.bounded_scale + math.log(math.pi))
 
     def sample(self, params: Tensor) -> Tensor:

@@ -311,7 +311,7 @@ class _DigestWriter:
             raise
         # a zip file ends with the length of its comment
         if self._pending != b"\0\0":
-            raise RuntimeError("torch.save has written a zip file with a comment of its own")
+            raise RuntimeError("torch.save has written a zip file with its own comment")
         comment = _MARK + json.dumps(self.note).encode() + b" "
         self._write((len(comment) + _DIGEST).to_bytes(2, "little") + comment)
         digest = self._digest.hexdigest().encode()

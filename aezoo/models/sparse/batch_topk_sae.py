@@ -1,13 +1,14 @@
 """BatchTopK sparse autoencoder (Bussmann et al. 2024), https://arxiv.org/abs/2412.06410
 
-The k n largest pre-activations of a batch of n samples, over all ranks, form the code, so that the number of active
-latents may differ between samples:
+The k n largest pre-activations of a batch of n samples, over all ranks, form the code, so that samples may have
+different numbers of active latents:
 
     pi = W_enc (x - b_pre) + b_enc     f = relu(batchtopk_kn(pi))     x_hat = W_dec f + b_pre     ||d_i|| = 1
     L = -log p(x | x_hat) + alpha s ||e - e_hat||^2     AuxK and its s as in TopK
-    theta = running mean of the least positive f of each batch
+    theta = running mean of the smallest positive f of each batch
 
-L is in nats per sample. Codes, scores and evaluation do not depend on a batch: f = relu(pi) where pi >= theta, else 0.
+L is in nats per sample. Codes, scores and evaluation are independent of the batch: f = relu(pi) where pi >= theta, else
+0.
 
 The authors' code has no factor s, and its AuxK passes a gradient through e. On digits of 8x8 (256 latents, k = 4,
 dead_after = 2000, 1,400 steps, means of 3 seeds; `python -m benchmarks.deviations`), the latter gives a squared error
@@ -29,7 +30,7 @@ from aezoo.training.precision import buffers_kept_in_float32
 
 
 class RunningMean(nn.Module):
-    """Running mean, exponential from 1 / (1 - decay) steps on; stays float32 in a model of bf16.
+    """Running mean, exponential after 1 / (1 - decay) steps; float32 even in a bf16 model.
 
     In bf16, a step smaller than 1/256 of the value would not change it.
     """
@@ -68,7 +69,7 @@ class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
 
     Args:
         k: active latents per sample, averaged over the batch; fewer if fewer pre-activations are positive.
-        theta_decay: share of itself that the threshold of evaluation keeps at each step, once it has seen enough.
+        theta_decay: decay of the running mean of the threshold.
         **kwargs: see `TopKSAE`.
     """
 
@@ -88,7 +89,7 @@ class BatchTopKSAE(TopKSAE, tags=("interpretability",)):
         return torch.where(pi_BN >= self.theta.value, pi_BN, 0).relu()
 
     def top_of_batch(self, pi_BN: Tensor, k: int) -> Tensor:
-        """The k n largest of all ranks' n samples after a ReLU; updates theta with the least, (B, N) -> (B, N)."""
+        """Keep the k n largest of all ranks' n samples, apply ReLU, and update theta, (B, N) -> (B, N)."""
         with torch.no_grad():
             n = len(self.all_gather_batch(pi_BN[:, 0]))
             own_M, where_M = at_least_float32(pi_BN).flatten().topk(min(k * n, pi_BN.numel()))

@@ -30,7 +30,7 @@ class KSparse(Autoencoder, defaults={"likelihood": "gaussian"}, sparse_code=True
     """A linear code with exactly k active units for each sample; encoder and decoder share their weights.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
+        input_shape: shape of one sample; any shape is valid, samples are flattened.
         latent_dim: N, number of units.
         k: active units per sample.
         start_k: active units at the first step, k if 0; about 100 if k is below 15.

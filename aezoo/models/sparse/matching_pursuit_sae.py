@@ -32,11 +32,11 @@ class MatchingPursuitSAE(
     """At most k active latents per sample, chosen one after the other.
 
     Args:
-        input_shape: shape of one sample; any, it is flattened.
+        input_shape: shape of one sample; any shape is valid, samples are flattened.
         latent_dim: N, number of latents in the dictionary.
         k: steps of the pursuit; a latent may be chosen more than once.
         dead_after: a latent is dead if it has not been active for this many samples.
-        data_init: initialise the bias to the geometric median of the first batch of training.
+        data_init: initialise the bias to the geometric median of the first training batch.
         **kwargs: see `Autoencoder`.
     """
 

@@ -11,10 +11,11 @@ dictionary is used for all prefixes.
 
 The mean and the empty prefix are those of the authors' code (https://github.com/bartbussmann/matryoshka_sae); the paper
 sums the errors of M prefixes. On digits of 8x8 (256 latents, k = 4, dead_after = 2000, 1,400 steps, means of 3 seeds;
-`python -m benchmarks.deviations`) the squared error per pixel of held-out digits is 0.0155 here and 0.0174 with the
-paper's sum, with 163 and 111 latents in use. It is the empty prefix that helps, since b_pre then finds the mean sooner
-(see data_init): the sum with it gives 0.0158, the mean without it 0.0172. In a mean, AuxK weighs M + 1 times as much
-beside the errors. The authors' AuxK passes a gradient through e, too, which gives 0.0154 with 165 latents.
+`python -m benchmarks.deviations`), the squared error per pixel of held-out digits is 0.0155 here and 0.0174 with the
+paper's sum, with 163 and 111 latents in use. The difference is due to the empty prefix, with which b_pre approaches the
+mean faster (see data_init): the sum with it gives 0.0158, the mean without it 0.0172. With the mean, the weight of AuxK
+relative to the errors is M + 1 times as large. The authors' AuxK does not detach e, which gives 0.0154 with 165
+latents.
 
 Shapes: B batch, X data dimensions, N latents.
 """

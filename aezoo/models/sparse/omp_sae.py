@@ -26,7 +26,7 @@ _MIN_RESIDUAL = 1e-3
 
 
 class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
-    """At most k active latents of either sign, with the best approximation by their directions.
+    """At most k active latents of either sign, with least-squares coefficients.
 
     Args:
         k: steps of the pursuit.
@@ -67,7 +67,7 @@ class OMPSAE(MatchingPursuitSAE, tags=("interpretability",)):
             index_Bk, R_Bkk, y_Bk = self.pursue(r_BX)
             # not W_NX[index_Bk]: several threads add up that gradient in no fixed order
             d_BkX, c_Bk = F.embedding(index_Bk, at_least_float32(self.decoder.W_NX)), self.solve(R_Bkk, y_Bk)
-            # a step of Newton's method, (R'R)^-1 d r_k, from where r_k is least: it adds 0 and has the gradients of c
+            # a Newton step, (R'R)^-1 d r_k, at the minimum of r_k: its value is 0 and its gradient is that of c
             left_BX = r_BX - (c_Bk[:, None] @ d_BkX)[:, 0]
             slope_Bk = (d_BkX @ left_BX[:, :, None])[:, :, 0]
             c_Bk = c_Bk + self.solve(R_Bkk, self.solve(R_Bkk.mT.flip(1, 2), slope_Bk.flip(1)).flip(1))

@@ -6,8 +6,8 @@ Each unit of a sigmoid code should be active for a fraction rho of the samples:
     KL(rho || r) = rho log(rho / r) + (1 - rho) log((1 - rho) / (1 - r))     rhohat_j = mean over the batch of h_j
 
 L is in nats per sample, and W are the weights of all layers without their biases. rhohat is a statistic of the whole
-batch, over all ranks. The penalty controls only each unit's mean: without l2, the units can stay close to rho whatever
-the code, and the decoder can grow by the same factor, at no cost.
+batch, over all ranks. The penalty controls only each unit's mean: without l2, the units can stay close to rho for any
+code while the decoder's weights grow by the same factor, without increasing the loss.
 
 With likelihood gaussian, -log p is the squared error up to a constant. Ng halves that error, so L is twice his
 J_sparse: beta = 6 is his 3, and l2 = 1e-4 is his weight decay lambda = 1e-4, which he applies as lambda/2 ||W||^2.
@@ -28,7 +28,7 @@ from aezoo.training.limits import check_at_least
 
 
 class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, tags=("representation",)):
-    """All units of a sigmoid code are active equally often, and rarely.
+    """All units of a sigmoid code are equally and rarely active.
 
     Args:
         rho: target mean activation of each unit, between 0 and 1.
@@ -66,7 +66,7 @@ class SparseAEKL(NetworkAutoencoder, hidden_dims={"mlp": ()}, sparse_code=True, 
 
     def sparsity(self, rhohat_D: Tensor) -> Tensor:
         """sum_j KL(rho || rhohat_j) in nats, (D,) -> ()."""
-        # no tighter: a silent unit within the clamp would get no gradient and stay silent
+        # not tighter, since an inactive unit within the clamped range would receive no gradient
         r_D = rhohat_D.clamp(torch.finfo(rhohat_D.dtype).tiny, 1 - torch.finfo(rhohat_D.dtype).eps)
         on_D = self.rho * (math.log(self.rho) - torch.log(r_D))
         off_D = (1 - self.rho) * (math.log1p(-self.rho) - torch.log1p(-r_D))

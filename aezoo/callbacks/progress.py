@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,7 +63,8 @@ class ProgressBar(Checked, RichProgressBar):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._print_epoch(trainer)
         self._start_counting()
-        super().on_train_epoch_start(trainer, pl_module)
+        with self._without_redrawing():
+            super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,6 +84,10 @@ class ProgressBar(Checked, RichProgressBar):
         self._counting_since = None
         self._validated = not trainer.sanity_checking
         super().on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_redrawing():
+            super().on_validation_batch_start(*args, **kwargs)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self._due(time.monotonic()):
@@ -132,6 +138,20 @@ class ProgressBar(Checked, RichProgressBar):
             return False
         self._shown_at = now
         return True
+
+    @contextlib.contextmanager
+    def _without_redrawing(self) -> Iterator[None]:
+        """Leave drawing to the refresh thread: rich draws at once if a task is added or reset."""
+        bar = self.progress
+        if bar is None:
+            yield
+            return
+        bar.disable = True
+        try:
+            yield
+        finally:
+            bar.disable = False
+        self.refresh()
 
     def _print_epoch(self, trainer: pl.Trainer) -> None:
         """Print a line for the last epoch; its means are logged by the model after all callbacks."""

@@ -15,6 +15,7 @@ import torch
 from callback_fakes import Fake, FakeVAE, digits
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from rich.console import Console
+from rich.live import Live
 from torch.utils.data import DataLoader
 
 import aezoo
@@ -548,6 +549,18 @@ def test_progress_bar_reads_metrics_only_on_refresh(fit, monkeypatch):
     fit(Fake((4,)), bar, n=640, max_epochs=1)
     # the first and the last of 40 batches, and the ends of the sanity check, the validation and the epoch
     assert len(asked) <= 5
+
+
+@pytest.mark.slow
+def test_epochs_between_two_refreshes_are_not_drawn(fit, monkeypatch):
+    out = terminal(monkeypatch, 100)
+    drawn = []
+    refresh = Live.refresh
+    monkeypatch.setattr(Live, "refresh", lambda live: drawn.append(1) or refresh(live))
+    fit(Fake((4,)), ProgressBar(refresh_rate=1), max_epochs=40)
+    # start and end, the tasks of the sanity check and of the first epoch, and the refresh thread
+    assert len(drawn) < 20
+    assert "Epoch 40/40" in out.getvalue()
 
 
 def test_one_line_per_epoch_without_terminal(fit, capsys):

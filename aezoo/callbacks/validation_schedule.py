@@ -11,9 +11,9 @@ from aezoo.callbacks.base import is_dry_run
 from aezoo.training.arguments import Checked
 
 # Training batches between two validations: per validation batch, and per validation for its start and two
-# checkpoints. A validation batch takes up to 0.6 of a training batch, and the rest up to 8, so both stay near 10 % of
-# the time.
-_PER_BATCH, _PER_VALIDATION = 5, 80
+# checkpoints. For a small dense network a validation batch takes as long as 2 training batches, and the rest as long
+# as 14, so with 8 batches both take 8 % of the time.
+_PER_BATCH, _PER_VALIDATION = 5, 360
 # minimum number of validations in a run, for a readable curve
 _LEAST_VALIDATIONS = 10
 
@@ -26,7 +26,7 @@ def choose_period(batches: int, val_batches: int, epochs: int | None) -> int:
         val_batches: number of batches in a validation.
         epochs: number of epochs of the run; None if not limited.
     """
-    period = round((_PER_BATCH * val_batches + _PER_VALIDATION) / batches)
+    period = (_PER_BATCH * val_batches + _PER_VALIDATION) // batches
     return max(1, period if epochs is None else min(period, epochs // _LEAST_VALIDATIONS))
 
 
@@ -34,7 +34,7 @@ class ValidationSchedule(pl.Callback):
     """Validates, and by default saves, only every few epochs if epochs are short, to spend most time on training.
 
     The first and the last epoch are always validated, and those requested by `every_n_epochs` of a callback. Otherwise,
-    every n-th epoch is validated, with n from `choose_period`: a validation after about 80 training batches and 5 more
+    every n-th epoch is validated, with n from `choose_period`: a validation after about 360 training batches and 5 more
     for each of its own batches, at least 10 in a run, and after every epoch if epochs are longer. The schedule depends
     only on counts, not on time, so all ranks, and a run that continues with the same settings, validate the same
     epochs.

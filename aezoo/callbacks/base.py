@@ -35,7 +35,7 @@ _PICTURES = (
     "codebook_indices", "codebook_usage", "codebook_frequencies", "filters", "atoms",
 )  # fmt: skip
 # default: epochs between two pictures, and the maximum fraction of a fit's time spent on drawing
-PERIOD, _SHARE = 5, 0.05
+PERIOD, _SHARE = 5, 0.03
 # estimated seconds for the pictures of an epoch, used until the first have been drawn
 _FIRST_GUESS = 0.5
 # maximum number of samples or panels in one picture
@@ -191,7 +191,7 @@ class Picture(Checked, pl.Callback):
 
     Args:
         every_n_epochs: epochs between two pictures; 0 disables them. None draws every 5 epochs, or less often if all
-            pictures would take more than 5 % of the fit's time. If an epoch is not validated, its picture is drawn
+            pictures would take more than 3 % of the fit's time. If an epoch is not validated, its picture is drawn
             after the next validation.
         n_inputs: number of validation samples that `draw` needs.
 

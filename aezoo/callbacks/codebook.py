@@ -60,7 +60,7 @@ class Codebook(Picture):
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 disables them and the projector. None: every 5 epochs, or less
-            often if all pictures would take more than 5 % of the fit's time.
+            often if all pictures would take more than 3 % of the fit's time.
         n_projected: maximum number of codes of a projected codebook; 0 projects none.
     """
 

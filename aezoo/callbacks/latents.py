@@ -29,7 +29,7 @@ class LatentScatter(Picture):
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
-            pictures would take more than 5 % of the fit's time.
+            pictures would take more than 3 % of the fit's time.
     """
 
     def __init__(self, n: int = 2000, every_n_epochs: int | None = None) -> None:

@@ -26,7 +26,7 @@ class Reconstructions(Picture):
     Args:
         n: number of samples.
         every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
-            pictures would take more than 5 % of the fit's time.
+            pictures would take more than 3 % of the fit's time.
         rows: rows to show, of original, corrupted, output and error.
     """
 

@@ -31,7 +31,7 @@ class Traversal(Picture):
         span: range of the traversal, in standard deviations of the prior.
         side: number of images along each side of the map.
         every_n_epochs: epochs between two pictures; 0 disables them. None: every 5 epochs, or less often if all
-            pictures would take more than 5 % of the fit's time.
+            pictures would take more than 3 % of the fit's time.
     """
 
     def __init__(

@@ -451,7 +451,7 @@ def test_unregistered_class_is_named_by_import_path(capsys, monkeypatch, tmp_pat
     fit(*mine, "--model.latent_dim=3", "--trainer.max_epochs=2", "--resume=auto")
     assert [path.name for path in Path(run).parent.iterdir()] == ["0"]
     line = refused(capsys, "test", "--ckpt_path", run)
-    assert "give test and predict -c RUN/config.yaml --model your_module.YourClass" in line
+    assert "pass -c RUN/config.yaml --model your_module.YourClass to test and predict" in line
     main(["test", "--ckpt_path", run, "-c", f"{run}/config.yaml", *mine])
 
 

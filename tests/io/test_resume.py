@@ -228,7 +228,7 @@ def third(finished, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(cut, "it is cut off"), (flip, "its checksum does not fit"), (Path.unlink, "is missing"), (None, "")],
+    [(cut, "it is truncated"), (flip, "its checksum does not match"), (Path.unlink, "is missing"), (None, "")],
 )
 def test_damaged_last_checkpoint_is_named_and_previous_used(run, third, capsys, damage, words):
     before = (run / "previous.ckpt").read_bytes()
@@ -299,7 +299,7 @@ def test_early_stopped_run_resumes_with_larger_patience(run, capsys):
     with pytest.raises(SystemExit) as ended:
         go_on(*flags, epochs=20)
     assert ended.value.code == 0
-    assert "go further with a larger --early_stopping.patience" in capsys.readouterr().err
+    assert "continue with a larger --early_stopping.patience" in capsys.readouterr().err
     assert go_on(never, "--early_stopping.patience=3", epochs=9)["global_step"] == 15
     assert go_on(never, "--early_stopping.patience=0", epochs=7)["global_step"] == 21
     # it was not impatience that ended it at the seventh epoch

@@ -400,7 +400,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
     assert (tmp_path / "README.md").read_text().count("## encode.pt2") == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_text("# My notes\n")
-    with pytest.raises(AezooError, match=r"README.md is of something else"):
+    with pytest.raises(AezooError, match=r"README.md is not from aezoo"):
         aezoo.export(model, format="pt2", out=str(tmp_path / "other"))
     assert (tmp_path / "other" / "README.md").read_text() == "# My notes\n"
 

@@ -1,1 +1,1 @@
-"""Models of the zoo in the formats of other libraries, one file for each format."""
+"""Export of models to the formats of other libraries, one module per format."""

@@ -1,4 +1,4 @@
-"""Models of the zoo as folders that Hugging Face's diffusers loads: `AutoencoderKL.from_pretrained(FOLDER)`.
+"""Export of models for Hugging Face's diffusers: `AutoencoderKL.from_pretrained(FOLDER)`.
 
 | model | class of diffusers |
 |---|---|
@@ -7,11 +7,11 @@
 | taesd | AutoencoderTiny |
 | diffusers_ae | its kind |
 
-Outputs are equal up to rounding. Other networks have layers that those classes lack: resnet, for one, halves grids by
-padding both sides and doubles them by transposed convolutions. diffusers is needed only for diffusers_ae.
+Outputs are equal up to rounding. Other networks have layers that these classes do not support; e.g. resnet halves grids
+by padding both sides and doubles them by transposed convolutions. diffusers is only needed for diffusers_ae.
 
-Its images are in [-1, 1], here in [0, 1]. The scale and shift of an autoencoder_kl's codes are those of its
-`standardiser`, taken over all channels.
+Images are in [-1, 1] in diffusers, and in [0, 1] here. The scale and shift of an autoencoder_kl's codes are those of
+its `standardiser`, computed over all channels.
 """
 
 import json
@@ -32,7 +32,7 @@ from aezoo.nets.blocks import diffusers
 from aezoo.registry import name_of
 
 KL, VQ = ("autoencoder_kl", "eq_vae", "va_vae"), ("vqgan", "vq_vae")
-# the first version that has all classes and arguments
+# the first version with all classes and arguments
 _VERSION = "0.38.0"
 _PARTS = {
     "shortcut": "conv_shortcut",
@@ -55,21 +55,21 @@ def save_diffusers(model: Autoencoder, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        AezooError: no class of diffusers computes the same, and why; or the files cannot be written.
+        AezooError: no class of diffusers is equivalent; or the files cannot be written.
     """
     name, config, state = _converted(model)
     folder, cure = Path(folder), "make room, or choose a folder that can be written"
     config = {"_class_name": name, "_diffusers_version": _VERSION, **config}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    metadata = {"format": "pt"}  # which diffusers needs
+    metadata = {"format": "pt"}  # required by diffusers
     atomic_files.write(folder / diffusers.WEIGHTS, lambda file: file.write(save(content, metadata)), cure=cure)
     atomic_files.write(folder / diffusers.CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return folder
 
 
 def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Class, arguments and weights in diffusers."""
+    """Return class, arguments and weights in diffusers."""
     name = name_of(type(model))
     if name == "diffusers_ae":
         net = model.encoder.net
@@ -103,7 +103,7 @@ def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if model.cosine:
         raise AezooError(f"VQModel of diffusers takes the nearest code, this {name} compares directions (cosine)")
     codes = model.quantiser.code_KD
-    # between the networks and the codes, VQModel always has a convolution of one point
+    # VQModel always has a 1x1 convolution between the networks and the codes
     for key in ("quant_conv", "post_quant_conv"):
         state[f"{key}.weight"] = torch.eye(codes.shape[1]).to(codes)[..., None, None]
         state[f"{key}.bias"] = codes.new_zeros(codes.shape[1])
@@ -135,14 +135,14 @@ def _check_samples(model: Any, name: str) -> None:
 
 
 def _scale_and_shift(standardiser: nn.Module) -> tuple[float, float]:
-    """One over the standard deviation of codes, and their mean, over all channels; 1 and 0 before training."""
+    """Return 1 / standard deviation and mean of codes over all channels; 1 and 0 before training."""
     mean_C, std_C = (getattr(standardiser, name).double().cpu() for name in ("mean_C", "std_C"))
     mean = mean_C.mean()
     return float(1 / math.sqrt((std_C**2 + mean_C**2).mean() - mean**2)), float(mean)
 
 
 def _ldm_weights(model: Any, n: int) -> dict[str, Tensor]:
-    """Weights of both networks; n is the number of grids."""
+    """Return the weights of both networks; n is the number of grids."""
     middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
     stages: dict[str, list[str]] = {"down": [], "up": []}
     for side, layers in (("down", ldm.LAYERS), ("up", ldm.LAYERS + 1)):
@@ -157,7 +157,7 @@ def _ldm_weights(model: Any, n: int) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for part, of in names.items():
         for name, layer in zip(of, getattr(model, part).layers, strict=True):
-            # codes that are vectors have linear layers at the end
+            # networks for vector codes have linear layers at the end
             if name in ("conv_in", "conv_out") and not isinstance(layer, nn.Conv2d):
                 raise AezooError("diffusers has no network whose code is a vector: train with a map of codes")
             blocks = isinstance(layer, ldm.Block | ldm.Attention)
@@ -173,13 +173,13 @@ def _ldm_weights(model: Any, n: int) -> dict[str, Tensor]:
 
 
 def _tiny(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """A taesd as AutoencoderTiny, whose stages all have the same channels: further ones are 0 throughout."""
+    """Convert a taesd to AutoencoderTiny, whose stages all have the same channels; additional ones are 0."""
     if model.hparams["activation"] != "relu":
         raise AezooError(f"AutoencoderTiny of diffusers adds with relu, this taesd has {model.hparams['activation']}")
     dims = model.hparams["hidden_dims"]
     channels, width = model.input_shape[0], max(dims, default=model.input_shape[0])
     state: dict[str, Tensor] = {}
-    for part, before in (("encoder", 0), ("decoder", 1)):  # theirs bounds codes outside of its layers
+    for part, before in (("encoder", 0), ("decoder", 1)):  # diffusers bounds codes outside of the layers
         layers = getattr(model, part)
         for i, layer in enumerate(layers):
             for key, value in layer.state_dict().items():
@@ -196,7 +196,7 @@ def _tiny(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 
 
 def _widened(value: Tensor, before: int | None, after: int | None) -> Tensor:
-    """A weight or a bias of a convolution with more channels, whose values are 0; None leaves their number."""
+    """Pad a convolution's weight or bias with zeros to more channels; None keeps their number."""
     shape = [*value.shape]
     shape[0] = after or shape[0]
     if value.ndim > 1:

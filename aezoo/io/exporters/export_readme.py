@@ -1,4 +1,4 @@
-"""The README.md in the folder of exported files: input, outputs and an example for each file."""
+"""README.md in the folder of exported files: input, outputs and an example for each file."""
 
 import json
 import re
@@ -19,16 +19,16 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("{file}")
 about = session.get_modelmeta().custom_metadata_map
-{name} = np.zeros({shape}, np.{dtype})  # your values in place of these
+{name} = np.zeros({shape}, np.{dtype})  # replace with your values
 {outputs} = session.run(None, {{"{name}": {name}}})
 print({shown})
 """
 _PT2 = """\
 import torch
 
-about = {{"metadata.json": ""}}  # is filled with the metadata
+about = {{"metadata.json": ""}}  # will contain the metadata
 run = torch.export.load("{file}", extra_files=about).module()
-{name} = torch.zeros({shape}, dtype=torch.{dtype})  # your values in place of these
+{name} = torch.zeros({shape}, dtype=torch.{dtype})  # replace with your values
 {outputs} = run({name})
 print({shown})
 """
@@ -43,14 +43,14 @@ print(about["model"], about["hyperparameters"], list(weights))
 
 
 class Readme:
-    """The README.md of a folder, a section for each exported file.
+    """README.md of a folder, with a section for each exported file.
 
     Args:
         folder: the folder.
-        force: whether another README.md may be replaced.
+        force: whether a README.md from another source may be replaced.
 
     Raises:
-        AezooError: there is such a file.
+        AezooError: there is a README.md from another source.
     """
 
     def __init__(self, folder: Path, force: bool) -> None:
@@ -58,14 +58,14 @@ class Readme:
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else _HEAD
         if not text.startswith(_HEAD):
             if not force:
-                raise AezooError(f"{self.path} is of something else: choose another folder with --out DIR, or replace "
+                raise AezooError(f"{self.path} is not from aezoo: choose another folder with --out DIR, or replace "
                                  "it with --force true")  # fmt: skip
             text = _HEAD
         parts = text.removeprefix(_HEAD).split("\n## ")[1:]
         self._sections = {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
 
     def write(self, name: str, section: str, cure: str) -> Path:
-        """Add or replace the section of a file; returns the path."""
+        """Add or replace the section of a file; return the path."""
         self._sections[name] = section
         text = _HEAD + "".join(f"\n## {key}\n{part.rstrip()}\n" for key, part in sorted(self._sections.items()))
         atomic_files.write(self.path, lambda file: file.write(text.encode()), cure=cure)
@@ -73,12 +73,12 @@ class Readme:
 
 
 def section(name: str, metadata: Mapping[str, str], checked: str) -> str:
-    """The section of a file, in Markdown.
+    """Return the section of a file, in Markdown.
 
     Args:
-        name: the file's name.
+        name: name of the file.
         metadata: see `aezoo.tasks.export`.
-        checked: how it was checked.
+        checked: how the file was checked.
     """
     given, outputs = json.loads(metadata["input"]), json.loads(metadata["outputs"])
     is_graph = not name.endswith(".safetensors")
@@ -89,11 +89,14 @@ def section(name: str, metadata: Mapping[str, str], checked: str) -> str:
         name_and_type = f"`{part['name']}` | {part['dtype']} | {_shape(part['shape'])}"
         lines.append(f"| output | {name_and_type} | {_meaning(part['name'], metadata)} |")
     if not is_graph:
-        lines += ["", f"The file contains the {metadata['function']} weights alone, no graph: {_scaling(metadata)}."]
+        lines += [
+            "",
+            f"The file contains the {metadata['function']} weights, no graph. Input scaling: {_scaling(metadata)}.",
+        ]
     elif "data_units" in metadata:
-        lines += ["", f"Values are as in the data that the model was trained on: {_scaling(metadata)} inside."]
+        lines += ["", f"Values are in the units of the training data. Scaling in the graph: {_scaling(metadata)}."]
     else:
-        lines += ["", "Values are in the scale that the model sees: nothing is scaled inside."]
+        lines += ["", "Values are in the scale of the model's input: the graph does not scale them."]
     for key, what in (("columns", "Columns, in this order"), ("class_names", "Classes of the data")):
         if key in metadata:
             lines += ["", f"{what}: {_names(json.loads(metadata[key]))}."]
@@ -112,10 +115,12 @@ def section(name: str, metadata: Mapping[str, str], checked: str) -> str:
 def _meaning(name: str, metadata: Mapping[str, str]) -> str:
     return {
         "z": "codes, the mean of a posterior",
-        "x_hat": "samples, in the units of the data" if "data_units" in metadata else "samples, as the model sees them",
-        "score": "larger is stranger",
+        "x_hat": "samples, in the units of the data"
+        if "data_units" in metadata
+        else "samples, scaled as the model's input",
+        "score": "larger is more anomalous",
         "is_anomaly": "whether the score is above the threshold",
-        "p_value": "share of normal samples that are as strange, a conformal p-value",
+        "p_value": "fraction of normal samples with at least this score, a conformal p-value",
         "indices": "indices into the codebooks",
     }[name]
 
@@ -123,8 +128,8 @@ def _meaning(name: str, metadata: Mapping[str, str]) -> str:
 def _scaling(metadata: Mapping[str, str]) -> str:
     units: dict[str, Any] = json.loads(metadata.get("data_units", "{}"))
     if "offset" in units:
-        return "(x - offset) / factor of `data_units` in the metadata is"
-    return "bytes divided by 255 are" if units.get("white") == 255 and units.get("levels") == 255 else "no scaling is"
+        return "(x - offset) / factor, both in `data_units` of the metadata"
+    return "bytes are divided by 255" if units.get("white") == 255 and units.get("levels") == 255 else "none"
 
 
 def _shape(shape: list[Any]) -> str:

@@ -1,7 +1,7 @@
-"""Functions of a model in files that run without aezoo: ONNX graphs, programs of torch.export, and plain weights.
+"""Export of a model's functions for use without aezoo: ONNX graphs, torch.export programs and plain weights.
 
-A graph takes samples in the units of the data that the model was trained on, in batches of any size: their scaling is
-part of it. Other information for the user is in the file's metadata, as strings.
+The input of a graph are samples in the units of the training data, in batches of any size; scaling is part of the
+graph. Other information for the user is stored as strings in the file's metadata.
 
 Shapes: B batch.
 """
@@ -25,7 +25,7 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError, install_hint
 from aezoo.training.data_units import DataUnits
 
-# what each function takes and gives, by the names in the file
+# input and outputs of each function, by their names in the file
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "encode": ("x", ("z",)),
     "decode": ("z", ("x_hat",)),
@@ -35,41 +35,41 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decode_indices": ("indices", ("x_hat",)),
 }
 FORMATS = ("onnx", "pt2", "safetensors")
-# a protobuf is limited to 2 GiB; larger weights are in a second file
+# protobuf files are limited to 2 GiB; larger weights are stored in a second file
 _LARGE = 2**30
 _METADATA = "metadata.json"
-# smallest and largest version of the operators that torch's exporter writes
+# minimum and maximum opset version that torch's exporter supports
 OPSETS = (18, 23)
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 def functions_of(model: Autoencoder) -> tuple[str, ...]:
-    """The functions that a model has."""
+    """Return the names of the functions that a model supports."""
     return tuple(name for name in FUNCTIONS if "indices" not in name or type(model).discrete_code)
 
 
 def portable_copy(model: Autoencoder) -> Autoencoder:
-    """A copy of a model to export: on the CPU, in float32 and evaluation mode."""
+    """Return a copy of a model for export: on the CPU, in float32 and evaluation mode."""
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
 
 class Function(nn.Module):
-    """One function of a model, from and to the units of the data: what a file contains.
+    """A function of a model with input and output in the units of the data, as exported to a file.
 
     Args:
         model: see `portable_copy`.
-        name: one of `FUNCTIONS`, and of those that the model has.
-        units: of the data that the model was trained on; None does not scale samples.
-        score: for `score`, instead of `model.anomaly_score`.
-        threshold: for `score`: larger scores are anomalies, which is a second output. A score is compared in its dtype:
-            float64 for those that detect computes in float64.
-        reference: for `score`: (n,) scores of calibration samples, for p-values as a third output.
+        name: one of `FUNCTIONS` that the model supports.
+        units: units of the training data; None does not scale samples.
+        score: for `score`, the score function instead of `model.anomaly_score`.
+        threshold: for `score`, the threshold above which samples are anomalies, a second output. The score is compared
+            in its dtype, which is float64 for scores that detect computes in float64.
+        reference: for `score`, (n,) scores of calibration samples, for p-values as a third output.
 
     Attributes:
         input_name: name of the input.
         output_names: names of the outputs.
-        input_dtype: uint8 if the data were bytes; int64 for indices; otherwise float32, or float64 for data in float64.
-        input_shape: of one sample, code or array of indices.
+        input_dtype: uint8 for data in bytes; int64 for indices; otherwise float32, or float64 for data in float64.
+        input_shape: shape of one sample, code or array of indices.
         has_bytes: whether the data are bytes.
         score: the score that is exported.
     """
@@ -124,7 +124,7 @@ class Function(nn.Module):
         return self.decided(self.score(self._scaled(given)))
 
     def decided(self, score: Tensor) -> tuple[Tensor, ...]:
-        """Scores, in float32 or float64, whether they are above the threshold, and their p-values."""
+        """Return scores, in float32 or float64, whether they are above the threshold, and p-values."""
         score = score if score.dtype == torch.float64 else score.float()
         outputs = (score,) if self.threshold is None else (score, score > self.threshold)
         if "p_value" not in self.output_names:
@@ -134,7 +134,7 @@ class Function(nn.Module):
         return (*outputs, (1 + at_least).double() / (n + 1))
 
     def input_of(self, samples: Tensor) -> Tensor:
-        """The input of the graph for scaled samples: (B, *model.input_shape) -> (B, *input_shape)."""
+        """Return the input of the graph for scaled samples: (B, *model.input_shape) -> (B, *input_shape)."""
         if self.input_name == "z":
             return self.model.encode(samples)
         if self.input_name == "indices":
@@ -173,27 +173,27 @@ def require_onnx() -> None:
     """Check that the packages for ONNX are installed.
 
     Raises:
-        AezooError: they are not.
+        AezooError: a package is not installed.
     """
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise AezooError(f"ONNX needs {', '.join(missing)}: {install_hint('onnx')}")
 
 
 def program(function: nn.Module, example: Tensor) -> Any:
-    """The graph of a module by torch.export, for batches of any size."""
+    """Return the graph of a module by torch.export, for batches of any size."""
     settings: dict[str, Any] = {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
     with _quiet():
         try:
             return torch.export.export(function, (example,), **settings)
-        except Exception:  # of any kind; Dynamo allows any batch size in some cases in which plain tracing fixes it
+        except Exception:  # any exception; Dynamo supports any batch size in some cases in which plain tracing does not
             return torch.export.export(function, (example,), strict=True, **settings)
 
 
 def is_exportable(function: nn.Module, example: Tensor) -> bool:
-    """Whether `program` works."""
+    """Return whether `program` works."""
     try:
         return program(function, example) is not None
-    except Exception:  # torch.export raises anything
+    except Exception:  # torch.export can raise any exception
         return False
 
 
@@ -206,16 +206,16 @@ def write_onnx(
     opset: int | None = None,
     exported: Any = None,
 ) -> Run:
-    """Write a module as an ONNX file and return how onnxruntime runs that.
+    """Write a module as an ONNX file and return a function that runs it with onnxruntime.
 
     Args:
-        function: takes a batch and gives a tuple of tensors.
+        function: maps a batch to a tuple of tensors.
         example: a batch of at least 2.
-        path: the file; above 1 GiB the weights are in a second one, `path` with .data appended.
-        names: of input and outputs.
-        metadata: for the file's metadata_props.
-        opset: version of the operators; None is the newest that torch's exporter writes by default.
-        exported: what `program` gave, to save its time; the axis of the batch then has a name of torch's.
+        path: path of the file; weights above 1 GiB are in a second file, `path` with .data appended.
+        names: names of input and outputs.
+        metadata: values for the file's metadata_props.
+        opset: opset version; None uses the default of torch's exporter.
+        exported: result of `program`, to save time; the batch axis is then named by torch.
     """
     import onnxruntime
 
@@ -241,7 +241,7 @@ def write_onnx(
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """Operators that torch does not translate, or not exactly enough: its log(sigmoid(x)) is -inf below -88."""
+    """Return translations of operators that torch lacks or has imprecisely: log(sigmoid(x)) is -inf below -88."""
     from onnxscript import opset18
 
     op: Any = opset18  # its types are those of ONNX, not of Python
@@ -252,7 +252,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     def searchsorted(
         values: Any, x: Any, out_int32: bool = False, right: bool = False, side: str | None = None, sorter: Any = None
     ) -> Any:
-        """How many of the last axis are less than x, or at most x, by bisection."""
+        """Count the values along the last axis that are less than x, or at most x, by bisection."""
         n = int(values.shape[-1])
         comes_before = op.LessOrEqual if right or side == "right" else op.Less
         count = op.Expand(op.Constant(value_ints=[0]), op.Shape(x))
@@ -268,7 +268,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
 
 def write_pt2(function: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> Run:
-    """Write a module as a program of torch.export, and return how the file runs; metadata are in `metadata.json`."""
+    """Write a module as a torch.export program, metadata in `metadata.json`; return a function that runs it."""
     extra = {_METADATA: json.dumps(dict(metadata or {}), indent=1)}
     with _quiet():
         torch.export.save(program(function, example), path, extra_files=extra)
@@ -277,10 +277,10 @@ def write_pt2(function: nn.Module, example: Tensor, path: Path, metadata: Mappin
 
 
 def write_weights(function: Function, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> Run:
-    """Write those of the model's weights that a function reads, and return how it runs with the file's weights.
+    """Write the model's weights that a function uses, and return a function that runs it with the file's weights.
 
-    The names are those of `model.state_dict()`. All other weights of this model become NaN, so that none that the
-    function needs can be missing.
+    Names are those of `model.state_dict()`. All other weights of the model are set to NaN, to show that no required
+    weight is missing.
     """
     state, read = function.model.state_dict(), _storages_read(function, example)
     used = {key: value for key, value in state.items() if value.untyped_storage().data_ptr() in read}
@@ -296,7 +296,7 @@ def write_weights(function: Function, example: Tensor, path: Path, metadata: Map
 
 
 class _Recorder(TorchFunctionMode):
-    """Which memory functions of torch read."""
+    """Records the storages that torch functions read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,18 +325,18 @@ def _storages_read(function: nn.Module, example: Tensor) -> set[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppresses messages of torch about its export functions."""
+    """Suppress torch's warnings about its export functions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.no_grad():
-        # of its way to unroll an LSTM
+        # from unrolling an LSTM
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", "_check_is_size will be removed")
-        # of the likelihood, which is another one within `anomaly_score` and the same after it
+        # from the likelihood, which `anomaly_score` replaces temporarily
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
-        # torch 2.12 warns of this for the bytes of a program that it loads
+        # torch 2.12 warns about this when it loads a program
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        # torch deep-copies one of its deprecated classes
+        # from torch's copy of one of its deprecated classes
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
         try:
             for logger in loggers:

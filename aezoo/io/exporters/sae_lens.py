@@ -1,6 +1,6 @@
-"""Sparse autoencoders and transcoders as folders that SAELens loads.
+"""Export of sparse autoencoders and transcoders for SAELens.
 
-Source: https://github.com/decoderesearch/SAELens, whose `SAE.load_from_disk` reads the folder from version 6 on.
+`SAE.load_from_disk` of https://github.com/decoderesearch/SAELens loads the folder, from version 6.
 """
 
 import json
@@ -21,7 +21,7 @@ from aezoo.registry import name_of
 from aezoo.security import values
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-# the first version with this form of the configuration
+# the first version with this configuration format
 _FORMAT = "6.0.0"
 _INPUT_NORMS = {"none": "none", "layer_norm": "layer_norm", "rms_norm": "constant_norm_rescale"}
 _ARCHITECTURES = {
@@ -30,7 +30,7 @@ _ARCHITECTURES = {
     "jumprelu_sae": "jumprelu",
     "topk_sae": "topk",
     "abs_topk_sae": "abstopk",
-    # SAELens itself saves those that it has trained with a threshold as JumpReLU
+    # like SAELens, which saves models with a threshold as JumpReLU
     "batch_topk_sae": "jumprelu",
     "matryoshka_sae": "jumprelu",
     "transcoder": "transcoder",
@@ -46,16 +46,16 @@ def save_sae_lens(
 ) -> Path:
     """Write a model as `cfg.json` and `sae_weights.safetensors` of SAELens.
 
-    Codes and outputs are the same there. A batch_topk_sae or matryoshka_sae becomes a JumpReLU SAE with its threshold,
-    and samples of several dimensions are flattened.
+    Codes and outputs are the same in SAELens. A batch_topk_sae or matryoshka_sae becomes a JumpReLU SAE with its
+    threshold, and samples of several dimensions are flattened.
 
     Args:
         model: sae_l1, gated_sae, jumprelu_sae, topk_sae, abs_topk_sae, batch_topk_sae, matryoshka_sae, or a transcoder
-            of one row into another with relu or jumprelu.
+            from one row to another with relu or jumprelu.
         folder: created if it does not exist; each of the two files is replaced atomically.
         metadata: plain values for SAELens and Neuronpedia, such as model_name and hook_name.
-        scaling: of the activations that the model was trained on, see `aezoo.save_model`; the saved model then takes
-            raw activations.
+        scaling: scaling of the activations that the model was trained on, see `aezoo.save_model`; the saved model then
+            accepts raw activations.
 
     Returns:
         The folder.
@@ -84,7 +84,7 @@ def save_sae_lens(
 
 
 def _described(name: str, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration without metadata, and the tensors."""
+    """Return the configuration without metadata, and the tensors."""
     W_enc = model.encoder.weight
     config: dict[str, Any] = {
         "architecture": _ARCHITECTURES[name],
@@ -105,7 +105,7 @@ def _described(name: str, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]
     elif name in ("topk_sae", "abs_topk_sae"):
         config |= {"k": model.k, "rescale_acts_by_decoder_norm": False}
     elif name in ("batch_topk_sae", "matryoshka_sae"):
-        # the zoo passes what reaches the threshold, SAELens what exceeds it
+        # aezoo keeps values >= the threshold, SAELens values > the threshold
         theta = model.theta.value.to(W_enc)
         below = torch.nextafter(theta, torch.full_like(theta, -math.inf)).clamp(min=0)
         tensors["threshold"] = below.expand(W_enc.shape[0])

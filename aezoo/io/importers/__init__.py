@@ -1,13 +1,13 @@
-"""Weights that other libraries have written: each importer reads one format into a model of the zoo.
+"""Import of weights of other libraries: each importer reads one format.
 
 An importer is a module of this package, listed in `IMPORTERS`, with
 
-    NAME: str                                  what people call the format
+    NAME: str                                  name of the format
     recognise(source: WeightSource) -> bool    from the names of the files, small JSON files and the keys of tensors
-    read(source: WeightSource) -> Imported     the model, after every check
+    read(source: WeightSource) -> Imported     the model, after all checks
 
-Formats are tried in the order of the list, so a format that is marked clearly comes before one that is guessed from
-keys. Nothing in a file may name code: `.pt` is read with `weights_only=True`, `.npz` without pickles.
+Formats are tried in the order of the list, so formats with an explicit marker come before those recognised by their
+keys. Files must not specify code: `.pt` is read with `weights_only=True`, `.npz` without pickles.
 """
 
 import importlib
@@ -43,8 +43,8 @@ class Imported:
 
     Attributes:
         model: the model, in eval mode, float32 on the CPU.
-        found: what the files are, in one line, e.g. "SAELens, JumpReLU, 2,304 inputs, 16,384 latents".
-        notes: what the conversion did, a line each, e.g. "decoder bias folded into the encoder's".
+        found: description of the files, one line, e.g. "SAELens, JumpReLU, 2,304 inputs, 16,384 latents".
+        notes: changes by the conversion, one line each, e.g. "decoder bias folded into the encoder's".
     """
 
     model: Autoencoder
@@ -53,7 +53,7 @@ class Imported:
 
 
 class Importer(Protocol):
-    """What a module of this package offers."""
+    """Interface of the modules of this package."""
 
     NAME: str
 
@@ -63,10 +63,10 @@ class Importer(Protocol):
 
 
 def find(source: WeightSource) -> Importer | None:
-    """The importer whose format the files have; None if there is none.
+    """Return the importer for the format of the files, or None if there is none.
 
     Raises:
-        AezooError: a file that must be read to find the format is damaged or unsafe.
+        AezooError: a file needed to determine the format is damaged or unsafe.
     """
     for name in IMPORTERS:
         importer = cast(Importer, importlib.import_module(f"{__name__}.{name}"))
@@ -76,17 +76,17 @@ def find(source: WeightSource) -> Importer | None:
 
 
 def import_model(address: str | Path) -> Imported:
-    """Read a model that another library has written.
+    """Read a model written by another library.
 
     Args:
         address: a file or a folder, or `hf://owner/name[/path][@revision]` with a file or folder of the repository.
 
     Returns:
-        The model, what was found and what was changed; `aezoo.save_model(imported.model, FOLDER)` saves it.
+        The model, the format found and the changes made; `aezoo.save_model(imported.model, FOLDER)` saves it.
 
     Raises:
-        AezooError: there is no such path; its format is not known; or it is damaged, unsafe or of a kind that no
-            model of the zoo represents.
+        AezooError: there is no such path; its format is unknown; or it is damaged, unsafe or of a kind that no model of
+            the zoo represents.
     """
     source = WeightSource(address)
     importer = find(source)
@@ -97,7 +97,7 @@ def import_model(address: str | Path) -> Imported:
 
 
 def import_if_known(address: str | Path, lenient: bool = False) -> Imported | None:
-    """As `import_model`, but None for an unknown format; if lenient, also if a file cannot be read."""
+    """Like `import_model`, but return None for an unknown format and, if lenient, for unreadable files."""
     source = WeightSource(address)
     try:
         importer = find(source)

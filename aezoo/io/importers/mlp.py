@@ -1,4 +1,4 @@
-"""Perceptrons of other libraries: checks of their settings and weights, and networks `mlp` of the zoo with them."""
+"""Multilayer perceptrons of other libraries: checks of settings and weights, and conversion to `mlp`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ Layer = tuple[Tensor, Tensor]
 
 
 def shape_of(value: Any, what: str) -> tuple[int, ...]:
-    """The shape of samples in a configuration.
+    """Return the shape of samples in a configuration.
 
     Args:
-        value: what stands there.
-        what: its name with its file, for messages.
+        value: the value in the configuration.
+        what: name and file of the value, for messages.
 
     Raises:
-        AezooError: it is not a list of 1 to 4 integers above 0 and below 2^31.
+        AezooError: the value is not a list of 1 to 4 integers above 0 and below 2^31.
     """
     if (
         not isinstance(value, list)
@@ -40,7 +40,7 @@ class Settings:
     """Values of a configuration, each checked when it is read.
 
     Args:
-        values: by their names.
+        values: values by name.
         label: the file.
 
     Raises:
@@ -51,42 +51,42 @@ class Settings:
         self.values, self.label = values, label
 
     def text(self, key: str) -> str:
-        """A word or a name."""
+        """Return a string."""
         found: str = value_of(self.values, key, str, self.label)
         return found
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return a bool."""
         found: bool = value_of(self.values, key, bool, self.label, default)
         return found
 
     def number(self, key: str, default: float) -> float:
-        """A finite number."""
+        """Return a finite number."""
         return self._finite(key, value_of(self.values, key, float, self.label, default))
 
     def above_zero(self, key: str, default: float) -> float:
-        """A finite number above 0."""
+        """Return a finite number above 0."""
         found = self.number(key, default)
         if found <= 0:
             raise AezooError(f"{self.label}: {key} must be above 0 for a loss of the zoo, got {found:g}")
         return found
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """Return an integer above 0."""
         found: int = value_of(self.values, key, int, self.label, default)
         if not 1 <= found < 2**31:
             raise AezooError(f"{self.label}: {key} must be a whole number above 0, got {str(found)[:50]!r}")
         return found
 
     def choice(self, key: str, default: str, meanings: Mapping[str, str]) -> str:
-        """What a word means here."""
+        """Return the meaning of a string."""
         found = value_of(self.values, key, str, self.label, default)
         if found not in meanings:
             raise AezooError(f"{self.label}: {key} must be {' or '.join(meanings)}, got {found[:50]!r}")
         return meanings[found]
 
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
-        """A list of finite numbers; (1,) for null."""
+        """Return finite numbers from a list; (1,) for null."""
         found = self.values.get(key, default)
         if found is None:
             return (1.0,)
@@ -105,10 +105,10 @@ class Settings:
 
 
 class Weights:
-    """Layers among the tensors of a file.
+    """Access to the layers among the tensors of a file.
 
     Args:
-        tensors: by their names.
+        tensors: tensors by name.
         label: the file.
     """
 
@@ -116,15 +116,15 @@ class Weights:
         self.tensors, self.label = tensors, label
 
     def layer(self, name: str, inputs: int, outputs: int | None = None) -> Layer:
-        """Weight and bias of a linear layer.
+        """Return weight and bias of a linear layer.
 
         Args:
-            name: the layer's.
-            inputs: values that it reads.
-            outputs: values that it gives; any if None.
+            name: name of the layer.
+            inputs: number of inputs.
+            outputs: number of outputs; any if None.
 
         Raises:
-            AezooError: it reads or gives other numbers of values.
+            AezooError: the numbers of inputs or outputs differ.
         """
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
         found = tuple(weight.shape)
@@ -138,22 +138,22 @@ class Weights:
 
 
 def names(*layers: str) -> list[str]:
-    """Names of the tensors of linear layers."""
+    """Return the names of the tensors of linear layers."""
     return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
 
 
 def build(name: str, input_shape: tuple[int, ...], weights: Weights, label: str, **settings: Any) -> Any:
-    """A model of the zoo for weights.
+    """Build a model for given weights.
 
     Args:
-        name: in the registry.
+        name: registry name.
         input_shape: shape of a sample.
-        weights: what it is for; it may not be much larger.
+        weights: weights of the file, which limit the model's size.
         label: the configuration, for messages.
-        **settings: its arguments.
+        **settings: arguments of the model.
 
     Raises:
-        AezooError: its constructor refuses a setting.
+        AezooError: the constructor rejects a setting.
     """
     try:
         with limit_parameters(weights.tensors):
@@ -164,7 +164,7 @@ def build(name: str, input_shape: tuple[int, ...], weights: Weights, label: str,
 
 @torch.no_grad()
 def fill(net: nn.Module, layers: Sequence[Layer]) -> None:
-    """Copy weights and biases into the linear layers of a network, in their order."""
+    """Copy weights and biases to the linear layers of a network, in order."""
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     for module, (weight, bias) in zip(linear, layers, strict=True):
         if module.weight.shape != weight.shape:  # copy_ would broadcast

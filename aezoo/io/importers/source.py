@@ -1,4 +1,4 @@
-"""Files of another library's model, in a folder or in a repository on the hub."""
+"""Files of a model of another library, in a folder or in a repository on the hub."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _MAX_JSON = 2**24
 
 
 class _Callback:
-    """Replaces a class of Lightning."""
+    """Placeholder for a class of Lightning."""
 
 
-# checkpoints of Lightning before 1.5 have these classes as keys of the states of callbacks
+# checkpoints of Lightning before 1.5 use these classes as keys of callback states
 _KEYS_OF_LIGHTNING: tuple[tuple[Any, str], ...] = tuple(
     (_Callback, f"pytorch_lightning.callbacks.{name}")
     for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
@@ -28,11 +28,11 @@ _KEYS_OF_LIGHTNING: tuple[tuple[Any, str], ...] = tuple(
 
 
 class WeightSource:
-    """The files at an address; those on the hub are downloaded when they are first read, all from one commit.
+    """The files at an address; files on the hub are downloaded on demand, all from one commit.
 
     Attributes:
-        address: as the user gave it.
-        given: the name of the file that the address names; None if it names a folder.
+        address: the address given by the user.
+        given: the name of the file if the address is that of a file; None for a folder.
 
     Args:
         address: a file or a folder, or `hf://owner/name[/path][@revision]`.
@@ -65,9 +65,9 @@ class WeightSource:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the files, relative to the folder, in order; on this disk at most two folders deep.
+        """Sorted names of the files, relative to the folder; for local folders at most two levels deep.
 
-        For a file that is not JSON, they are those of its folder only.
+        For an address of a file that is not JSON, only those in its folder.
         """
         if self._repository is not None:
             start = f"{self._inside}/" if self._inside else ""
@@ -75,26 +75,26 @@ class WeightSource:
         return tuple(sorted(path.relative_to(self._folder).as_posix() for path in self._files()))
 
     def _files(self) -> Iterator[Path]:
-        # weights may be in a folder with any other files, so only the folder itself is listed
+        # a weights file may be in a folder with many other files, so only the folder itself is listed
         depth = 3 if self.given is None or self.given.endswith(".json") else 1
         for pattern in ("*", "*/*", "*/*/*")[:depth]:
             yield from filter(Path.is_file, self._folder.glob(pattern))
 
     def has(self, *names: str) -> bool:
-        """Whether all of some files exist."""
+        """Return whether all these files exist."""
         return all(name in self.names for name in names)
 
     def one_file(self, *suffixes: str) -> str | None:
-        """The file that the address names, or the only one of its folder, with one of some suffixes; otherwise None."""
+        """Return the file of the address, or the only one in its folder, with one of these suffixes, or None."""
         names = [self.given] if self.given is not None else [name for name in self.names if "/" not in name]
         found = [name for name in names if name.endswith(suffixes)]
         return found[0] if len(found) == 1 else None
 
     def path(self, name: str) -> Path:
-        """A file on this disk, downloaded if it is not there yet.
+        """Return the path of a local file, downloading it if needed.
 
         Raises:
-            AezooError: it does not exist, is a device or a pipe, or cannot be downloaded.
+            AezooError: the file does not exist, is a device or a pipe, or cannot be downloaded.
         """
         if name not in self.names:
             raise AezooError(f"{self.address} has no file {name}")
@@ -104,20 +104,20 @@ class WeightSource:
 
     @property
     def location(self) -> str:
-        """The whole address with the names of its folders, by which some libraries distinguish kinds of files."""
+        """The full address with its folder names, by which some libraries distinguish formats."""
         if self._repository is not None:
             return self.address
         return str(self._folder.resolve() / (self.given or ""))
 
     def json(self, name: str, most: int = _MAX_JSON) -> dict[str, Any]:
-        """The content of a JSON file with an object.
+        """Return the content of a JSON file that contains an object.
 
         Args:
             name: the file.
-            most: its largest size in bytes, by default 16 MiB.
+            most: maximum size in bytes, by default 16 MiB.
 
         Raises:
-            AezooError: as `path`; or it is larger or not such a file.
+            AezooError: as in `path`; or the file is larger or not such a file.
         """
         if name not in self._read:
             content = json_files.read(self.path(name), most, self.label(name))
@@ -130,30 +130,30 @@ class WeightSource:
         return found
 
     def content(self, name: str) -> Any:
-        """The content of a `.pt`, `.pth`, `.bin` or `.ckpt` file, tensors and plain values; for others as `tensors`.
+        """Return the tensors and plain values of a `.pt`, `.pth`, `.bin` or `.ckpt` file; for others, see `tensors`.
 
         Raises:
-            AezooError: as `path`; or the file is damaged or contains objects that could run code.
+            AezooError: as in `path`; or the file is damaged or contains objects that could run code.
         """
         if name not in self._read:
             self._read[name] = weight_files.read(self.path(name), self.label(name), _KEYS_OF_LIGHTNING)
         return self._read[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file that contains nothing else, by their names.
+        """Return the tensors, by name, of a file that contains nothing else.
 
         Raises:
-            AezooError: as `content`; or something in it is not a dense tensor.
+            AezooError: as in `content`; or a value is not a dense tensor.
         """
         return self._dense(self.content(name), name)
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Names of the values of a file, or of its `state_dict` or `model_state_dict`; () if it has other content.
+        """Return the names of the values in a file, or in its `state_dict` or `model_state_dict`; () for other content.
 
         For safetensors, only the header is read.
 
         Raises:
-            AezooError: as `content`.
+            AezooError: as in `content`.
         """
         if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
             with self._header(name) as file:
@@ -161,12 +161,12 @@ class WeightSource:
         return tuple(self._state_dict(name) or ())
 
     def some_tensors(self, name: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors of a file, or of its state dict as in `keys`, whose names begin with one of some prefixes.
+        """Return the tensors of a file, or of its state dict as in `keys`, whose names have one of these prefixes.
 
-        Of safetensors, only these are read.
+        For safetensors, only these are read.
 
         Raises:
-            AezooError: as `content`; or it contains no named values, or one of them is not a dense tensor.
+            AezooError: as in `content`; or there are no named values, or one is not a dense tensor.
         """
         if PurePosixPath(name).suffix == ".safetensors" and name not in self._read:
             with self._header(name) as file:
@@ -194,11 +194,11 @@ class WeightSource:
                 yield file
         except AezooError:
             raise
-        except Exception as error:  # a header can be wrong in any way
+        except Exception as error:  # an invalid header can cause any exception
             raise AezooError(f"cannot read {self.label(name)}: {_brief(error)}; download it again") from error
 
     def label(self, name: str) -> str:
-        """A file, for messages."""
+        """Return the name of a file for messages."""
         return f"{self.address}: {name}" if self._repository is not None else str(self._folder / name)
 
 

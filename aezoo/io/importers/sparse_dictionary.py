@@ -1,12 +1,12 @@
-"""Sparse autoencoders of other libraries: checks of their tensors, exact changes of their weights, models of the zoo.
+"""Sparse autoencoders of other libraries: checks of tensors, exact changes of weights, conversion to models.
 
     pi = W_enc x + b_enc     f = activation(pi)     x_hat = W_dec f + b_dec
 
-The same function can be written with other weights: a bias b_dec that is subtracted from x belongs into b_enc, a factor
-of the data into both matrices, and norms of directions into W_enc, b_enc and thresholds. These changes are exact but
-for rounding, and are computed in float64.
+The same function can be written with other weights: a bias b_dec that is subtracted from x can be folded into b_enc, a
+scale of the data into both matrices, and norms of directions into W_enc, b_enc and thresholds. These changes are exact
+up to rounding and computed in float64.
 
-Shapes: N latents, X values that are read, Y values that are written.
+Shapes: N latents, X inputs, Y outputs.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,15 +24,15 @@ ACTIVATIONS = ("relu", "topk", "abs_topk", "batch_topk", "jumprelu", "gated")
 _NAMES = {"relu": "ReLU", "topk": "TopK", "abs_topk": "AbsTopK", "batch_topk": "BatchTopK", "jumprelu": "JumpReLU",
           "gated": "gated"}  # fmt: skip
 _WIDTHS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# rows that are converted to float64 at once
+# number of rows converted to float64 at once
 _ROWS = 4096
-# norms of directions that a library has normalised, in float32 or bf16, as written
+# tolerance for unit norms in files, in float32 or bf16
 _UNIT = 1e-5
 UNKNOWN_SCALE = (
     "trained on activations scaled to a mean norm of sqrt(d), and the files lack their mean norm: divide them by c = "
     "mean norm / sqrt(d), or fold c into the weights with aezoo.io.scale_folding.fold"
 )
-# as if the running mean of thresholds had seen this many batches, so that further training changes it slowly
+# batches counted in the running mean of thresholds, so that further training changes it slowly
 _SEEN_STEPS = 1000
 
 
@@ -42,21 +42,21 @@ class SparseDictionary:
 
     Attributes:
         W_enc: (N, X).
-        b_enc: (N,); of a gated one, that of the gates.
+        b_enc: (N,); the bias of the gates for gated.
         W_dec: (N, Y), directions in rows.
         b_dec: (Y,).
         activation: one of `ACTIVATIONS`.
-        k: number of active latents of those that keep the largest.
-        threshold: (N,), of jumprelu; (), of batch_topk.
-        r_mag: (N,), logarithm of the factor of a gated one's magnitudes.
-        b_mag: (N,), bias of a gated one's magnitudes.
+        k: number of active latents for topk, abs_topk and batch_topk.
+        threshold: (N,) for jumprelu; () for batch_topk.
+        r_mag: (N,), logarithm of the scale of magnitudes for gated.
+        b_mag: (N,), bias of the magnitudes for gated.
         centred: whether b_dec is subtracted from x.
         input_norm: see `aezoo.nets.blocks.dictionary.InputNorm`.
         transcoder: whether the output is not a reconstruction of the input.
-        W_skip: (Y, X), the linear map that a transcoder adds.
+        W_skip: (Y, X), the linear skip connection of a transcoder.
         prefixes: sizes of nested dictionaries.
-        streams: number of streams of a crosscoder, in whose order X and Y are.
-        notes: what was changed, a line each.
+        streams: number of streams of a crosscoder; X and Y are in their order.
+        notes: changes made, one line each.
     """
 
     W_enc: Tensor
@@ -77,13 +77,13 @@ class SparseDictionary:
     notes: tuple[str, ...] = field(default=())
 
     def check(self, label: str) -> None:
-        """Refuse tensors that do not fit each other.
+        """Reject inconsistent tensors.
 
         Args:
-            label: the file that they are from.
+            label: the file.
 
         Raises:
-            AezooError: shapes differ, k does not lie between 1 and N, or an activation lacks what it needs.
+            AezooError: shapes differ, k does not lie between 1 and N, or a tensor of the activation is missing.
         """
         if self.W_enc.ndim != 2 or self.W_dec.ndim != 2:
             raise AezooError(
@@ -121,7 +121,7 @@ class SparseDictionary:
     # ---- exact changes -----------------------------------------------------------------------------------------------
 
     def with_scale(self, read: float, written: float) -> "SparseDictionary":
-        """The same for raw activations, if it was trained on activations times `read` and outputs times `written`.
+        """Return the model for raw activations, if it was trained on activations times `read`, outputs times `written`.
 
         Codes and thresholds do not change their units, so b_enc does not change.
         """
@@ -134,11 +134,11 @@ class SparseDictionary:
         )
 
     def uncentred(self) -> "SparseDictionary":
-        """The same without subtracting b_dec from x."""
+        """Return the equivalent model that does not subtract b_dec from x."""
         return self if not self.centred else self._shifted(-1, centred=False)
 
     def recentred(self) -> "SparseDictionary":
-        """The same with b_dec subtracted from x."""
+        """Return the equivalent model that subtracts b_dec from x."""
         return self if self.centred else self._shifted(1, centred=True)
 
     def _shifted(self, sign: int, centred: bool) -> "SparseDictionary":
@@ -155,11 +155,11 @@ class SparseDictionary:
         )
 
     def norms(self) -> Tensor:
-        """Norms of the directions, (N,), in float64."""
+        """Return the norms of the directions, (N,), in float64."""
         return torch.linalg.vector_norm(self.W_dec, dim=1, dtype=torch.float64)
 
     def with_unit_norm(self) -> "SparseDictionary":
-        """The same with directions of norm 1: latents are multiplied by the norms, which is what they contribute."""
+        """Return the equivalent model with directions of norm 1: latents are multiplied by the previous norms."""
         norms_N = self.norms().clamp(min=1e-8)
 
         def times(tensor: Tensor | None) -> Tensor | None:
@@ -178,14 +178,14 @@ class SparseDictionary:
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def imported(self, library: str, label: str) -> Imported:
-        """The model of the zoo that gives the same codes and outputs.
+        """Build the model with the same codes and outputs.
 
         Args:
-            library: what people call the format.
+            library: name of the format.
             label: the file that the weights are from.
 
         Raises:
-            AezooError: as `check`; or the constructor refuses the sizes.
+            AezooError: as in `check`; or the constructor rejects the sizes.
         """
         self.check(label)
         (n, x), y = self.W_enc.shape, self.W_dec.shape[1]
@@ -220,7 +220,7 @@ class SparseDictionary:
         return Imported(model.eval(), found, notes)
 
     def _thresholds(self) -> dict[str, Tensor]:
-        # pi below 0 never passes the ReLU, for any threshold
+        # pi below 0 is inactive due to the ReLU, for any threshold
         return {} if self.threshold is None else {"theta_N": self.threshold.clamp(min=0)}
 
     def _transcoder(self, unit_norm: bool) -> "_Parts":
@@ -242,7 +242,7 @@ class SparseDictionary:
         if self.activation != "batch_topk" or self.threshold is None:
             return f"{self.activation}_sae", settings, {}, self.recentred()
         theta = self.threshold.float()
-        # the originals pass what exceeds the threshold, the zoo's what reaches it
+        # the originals keep values > the threshold, aezoo values >= the threshold
         theta = torch.nextafter(theta, torch.tensor(torch.inf)) if theta >= 0 else torch.zeros(())
         state = {"theta.value": theta, "theta.steps": torch.tensor(_SEEN_STEPS)}
         if not self.prefixes:
@@ -274,13 +274,13 @@ def _form(unit_norm: bool) -> str:
 def float_tensors(
     found: Mapping[str, Tensor], label: str, required: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Some of a file's tensors, in float32.
+    """Return tensors of a file, in float32.
 
     Args:
         found: the file's tensors by name.
         label: the file.
         required: names that the file must have.
-        optional: names that it may have.
+        optional: names that the file may have.
 
     Raises:
         AezooError: a name is missing or unknown; or a tensor does not contain finite floating-point numbers.
@@ -302,17 +302,17 @@ def float_tensors(
 
 
 def value_of(config: Mapping[str, Any], key: str, kind: type, label: str, default: Any = None) -> Any:
-    """A value of a configuration.
+    """Return a value of a configuration.
 
     Args:
         config: the configuration.
-        key: its name.
-        kind: bool, str, dict, list, int, or float, which an int is too.
+        key: name of the value.
+        kind: bool, str, dict, list, int, or float (also accepts int).
         label: the file.
-        default: the value if there is none, or null; without a default, there must be one.
+        default: the value if it is missing or null; without a default, the value is required.
 
     Raises:
-        AezooError: it is missing or has another type.
+        AezooError: the value is missing or has another type.
     """
     value = config.get(key)
     if value is None:
@@ -326,10 +326,10 @@ def value_of(config: Mapping[str, Any], key: str, kind: type, label: str, defaul
 
 
 def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], label: str) -> None:
-    """Refuse weights of other sizes than a configuration says.
+    """Reject weights whose sizes differ from the configuration.
 
     Raises:
-        AezooError: names the size.
+        AezooError: a size differs.
     """
     for key, size in sizes.items():
         if (stated := value_of(config, key, int, label, size)) != size:

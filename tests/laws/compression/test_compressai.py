@@ -206,7 +206,7 @@ def test_cumulative_frequencies_by_hand(mass: list[float], expected: list[int]) 
 
 @pytest.mark.parametrize("mass", [[0.0, 0.0], [math.nan, 1.0], [-0.1, 1.1], [1.0] * 40_000])
 def test_probabilities_without_a_table_are_refused(mass: list[float]) -> None:
-    with pytest.raises(AezooError, match="cannot be made"):
+    with pytest.raises(AezooError, match="cannot create a table"):
         frequency_tables.quantised_cdf(np.array(mass, dtype=np.float32))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of CompressAI, https://github.com/InterDigitalInc/CompressAI, as the model `compressai`.
 
-A file has only the weights, as published, or also other values, as the training scripts save them. The architecture is
-found from names and the number of channels from shapes. Names of older versions and of DataParallel are supported.
+A file contains only the weights, as published, or also other values, as saved by the training scripts. The architecture
+is determined by names, the numbers of channels by shapes. Names of older versions and of DataParallel are supported.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ NAME = "CompressAI"
 _SUFFIXES = (".tar", ".pth", ".pt", ".ckpt", ".safetensors")
 _BOTTLENECK, _GAUSSIANS = "entropy_bottleneck", "gaussian_conditional"
 _QUANTILES = f"{_BOTTLENECK}.quantiles"
-# no part of the weights depends on the size of pictures
+# the weights do not depend on the size of images
 _SIDE = 256
-# old names of others -> new ones
+# CompressAI's old names -> new names
 _RENAMED = (
     (r"^module\.", ""),
     (r"\.downsample\.", ".skip."),
@@ -38,7 +38,7 @@ _RENAMED = (
     (rf"^{_BOTTLENECK}\._bias(?:es\.)?(\d)$", rf"{_BOTTLENECK}.biases.\1"),
     (rf"^{_BOTTLENECK}\._factor(?:s\.)?(\d)$", rf"{_BOTTLENECK}.factors.\1"),
 )
-# names here -> names there
+# names in aezoo -> names in CompressAI
 _NAMES = (
     (r"^encoder\.", "g_a."),
     (r"^decoder\.", "g_s."),
@@ -54,7 +54,7 @@ _NAMES = (
     (r"^quantiles_C3$", _QUANTILES),
 )
 _TAIL = math.log(2 / TAIL_MASS - 1)
-# values that are equal in all files; with others the networks would give other results
+# values that are equal in all files; other values would change the results of the networks
 _CONSTANTS: dict[str, tuple[float, ...]] = {
     "reparam.pedestal": (PEDESTAL,),
     "beta_reparam.lower_bound.bound": ((LEAST_BETA + PEDESTAL) ** 0.5,),
@@ -70,13 +70,13 @@ _TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether a file has the names of an entropy bottleneck of CompressAI."""
+    """Return whether a file has the names of an entropy bottleneck of CompressAI."""
     name = source.one_file(*_SUFFIXES)
     return name is not None and any(key.endswith(_QUANTILES) for key in _state_in(source.content(name)))
 
 
 def read(source: WeightSource) -> Imported:
-    """The model as `compressai`.
+    """Read the model as `compressai`.
 
     Raises:
         AezooError: the weights are not those of one of the seven architectures, or are damaged.
@@ -106,7 +106,7 @@ def _state_in(content: Any) -> dict[str, Any]:
 
 
 def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The weights by the names of the newest version."""
+    """Return the weights by the names of the newest version."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, new in _RENAMED:
@@ -118,7 +118,7 @@ def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def _settings(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
-    """Architecture and channels from names and shapes."""
+    """Determine architecture and channels from names and shapes."""
 
     def size(key: str) -> int:
         if key not in state or state[key].ndim != 4:
@@ -144,7 +144,7 @@ def _settings(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
 
 
 def _take_constants(state: dict[str, Tensor], what: str) -> None:
-    """Take out what must have one value, after a check that it has."""
+    """Remove constants, after checking their values."""
     for key in [*state]:
         for ending, values in _CONSTANTS.items():
             if not key.endswith(ending):
@@ -157,7 +157,7 @@ def _take_constants(state: dict[str, Tensor], what: str) -> None:
 
 
 def _take_tables(state: dict[str, Tensor], what: str) -> FrequencyTables | None:
-    """The tables of frequencies, if the file has those of all distributions."""
+    """Remove and return the frequency tables, if the file has those of all distributions."""
     found: list[FrequencyTables | None] = []
     for of in (_BOTTLENECK, _GAUSSIANS):
         parts = [state.pop(f"{of}.{name}", torch.empty(0)) for name in _TABLES]
@@ -184,7 +184,7 @@ def _filled(
     tables: FrequencyTables | None,
     what: str,
 ) -> Autoencoder:
-    """The model with all of the weights."""
+    """Build the model with all weights."""
     try:
         with forked_rng(torch.device("cpu")), weights.limit_parameters(state, _TOO_LARGE):
             # before memory is allocated
@@ -213,7 +213,7 @@ def _filled(
             raise AezooError(f"{what} has no {key}, which {settings['architecture']} has: it is damaged")
         if not value.is_floating_point():
             raise AezooError(f"{what}: {key} has {value.dtype} in place of real numbers")
-        # all others have axes of length 1 in addition
+        # the others have additional axes of length 1
         if [n for n in value.shape if n != 1] != [n for n in parameter.shape if n != 1]:
             raise AezooError(
                 f"{what}: {key} has shape {tuple(value.shape)}, the others ask for {tuple(parameter.shape)}"

@@ -1,4 +1,4 @@
-"""dictionary_learning's folders: `config.json`, whose `trainer` names the class, and `ae.pt`.
+"""Folders of dictionary_learning: `config.json`, whose `trainer` contains the class name, and `ae.pt`.
 
 Source: https://github.com/saprmarks/dictionary_learning, 0.1.0; CrossCoder is that of its fork
 https://github.com/science-of-finetuning/dictionary_learning. As its loader does, AutoEncoder gets directions of norm 1.
@@ -21,18 +21,18 @@ _MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return source.given in (None, CONFIG, WEIGHTS) and source.has(CONFIG, WEIGHTS)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     label = source.label(WEIGHTS)
     trainer = value_of(source.json(CONFIG), "trainer", dict, source.label(CONFIG))
     kind = value_of(trainer, "dict_class", str, source.label(CONFIG))
     if kind not in _CLASSES:
         raise AezooError(f"{source.label(CONFIG)}: dict_class is {kind[:40]!r}; those read are {', '.join(_CLASSES)}")
-    # of a class that was compiled
+    # of a compiled class
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in source.tensors(WEIGHTS).items()}
     dictionary = _CLASSES[kind](tensors, trainer, label)
     dictionary.check(label)
@@ -77,7 +77,7 @@ def _jumprelu(tensors: dict[str, Tensor], trainer: dict[str, Any], label: str) -
 
 def _topk(tensors: dict[str, Tensor], trainer: dict[str, Any], label: str) -> SparseDictionary:
     k = _k(tensors, trainer, label)
-    # the threshold is only used by another way to encode, which is not the default
+    # the threshold is only used by an option of encode that is off by default
     found = float_tensors(_without(tensors, "k"), label, (*_LINEAR, "b_dec"), ["threshold"])
     return _linear(found, found["b_dec"], activation="topk", k=k, centred=True)
 
@@ -137,7 +137,7 @@ _CLASSES: dict[str, Callable[[dict[str, Tensor], dict[str, Any], str], SparseDic
 
 
 def _linear(found: dict[str, Tensor], b_dec: Tensor, **others: Any) -> SparseDictionary:
-    """A dictionary whose weights are those of linear layers."""
+    """Build a dictionary from the weights of linear layers."""
     return SparseDictionary(
         W_enc=found["encoder.weight"],
         b_enc=found["encoder.bias"],
@@ -148,7 +148,7 @@ def _linear(found: dict[str, Tensor], b_dec: Tensor, **others: Any) -> SparseDic
 
 
 def _matrices(found: dict[str, Tensor], **others: Any) -> SparseDictionary:
-    """A dictionary whose encoder is (inputs, latents)."""
+    """Build a dictionary from an encoder of shape (inputs, latents)."""
     return SparseDictionary(
         W_enc=found["W_enc"].t(), b_enc=found["b_enc"], W_dec=found["W_dec"], b_dec=found["b_dec"], **others
     )
@@ -159,7 +159,7 @@ def _without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def _k(tensors: dict[str, Tensor], trainer: dict[str, Any], label: str) -> int:
-    """The k of the configuration, which the weights may have too.
+    """Return the k of the configuration, which the weights may also contain.
 
     Raises:
         AezooError: there is none, or they differ.

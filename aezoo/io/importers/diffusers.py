@@ -1,8 +1,8 @@
 """Image autoencoders of Hugging Face's diffusers: folders, pipelines, weights in one or several files, single files.
 
-A folder has weights and `config.json`, which names the class and its arguments. A pipeline has `model_index.json`,
-which names the class of each component, among them the autoencoder. A single file has only weights, and the arguments
-are found from their names and shapes: those of AutoencoderKL and VQModel, or of AutoencoderDC as in
+A folder contains weights and `config.json` with the class and its arguments. A pipeline contains `model_index.json`
+with the class of each component, including the autoencoder. A single file contains only weights, and the arguments
+are determined by their names and shapes: those of AutoencoderKL and VQModel, or of AutoencoderDC as in
 https://github.com/dc-ai-projects/DC-Gen, see https://github.com/mit-han-lab/efficientvit. For the layout of latent
 diffusion, see `aezoo.io.importers.taming`.
 
@@ -33,13 +33,13 @@ UNKNOWN_SCALE = (
     "the file does not state the factor by which a diffusion model scales codes: model.standardiser leaves them "
     "(Stable Diffusion 1 and 2 0.18215, XL 0.13025, 3 1.5305 after a shift of 0.0609, FLUX.1 0.3611 after 0.1159)"
 )
-# of images, if neither a config nor the user states one: no part of the weights depends on it
+# default size of images, if not in the config or set by the user; weights do not depend on it
 _SIDE, _LARGEST_SIDE, _MOST_CHANNELS = 256, 2048, 1024
 _STEM = "diffusion_pytorch_model"
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether a class of diffusers wrote the files, or a single file has the names of one's weights."""
+    """Return whether the files, or a single file of weights, are from a supported class of diffusers."""
     if _folder_of(source) is not None:
         return True
     name = source.one_file(*SUFFIXES)
@@ -51,7 +51,7 @@ def recognise(source: WeightSource) -> bool:
 
 
 def read(source: WeightSource) -> Imported:
-    """The model as `diffusers_ae`.
+    """Read the model as `diffusers_ae`.
 
     Raises:
         AezooError: its class, configuration, weights or files are not supported; or diffusers is missing.
@@ -74,7 +74,7 @@ def read(source: WeightSource) -> Imported:
 
 
 def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what: str) -> Autoencoder:
-    """A model of a class of diffusers with given weights, in eval mode, for images of the size that its config states.
+    """Build a model of a class of diffusers with given weights, in eval mode, for images of the size in its config.
 
     Args:
         name: the class.
@@ -103,7 +103,7 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
                 model = registry.create_model("diffusers_ae", shape, kind=name, config=arguments)
             break
         except AezooError as error:
-            failure = error  # the stated size may be no multiple of the factor
+            failure = error  # the size may not be a multiple of the factor
     else:
         raise AezooError(f"{what}: {failure}") from failure
     if name == split_diffusers.RAE:
@@ -115,7 +115,7 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
 
 
 def _side_of_decoder(arguments: dict[str, Any]) -> int | None:
-    """Side of the samples that AutoencoderRAE returns; None if its arguments are not valid numbers."""
+    """Return the image side of AutoencoderRAE's output, or None if its arguments are invalid."""
     keys = ("encoder_input_size", "encoder_patch_size", "patch_size")
     size, patch, patch_of_decoder = (arguments.get(key) for key in keys)
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(patch_of_decoder, int) and patch > 0):
@@ -124,7 +124,7 @@ def _side_of_decoder(arguments: dict[str, Any]) -> int | None:
 
 
 def described(model: Any) -> str:
-    """Class, channels and codes of a model in a few words."""
+    """Describe class, channels and codes of a model."""
     if len(model.code_shape) == 2:
         n, width = model.code_shape
         return f"{model.kind}, {model.input_shape[0]} channels, codes of {n} tokens of {width} values"
@@ -134,7 +134,7 @@ def described(model: Any) -> str:
 
 
 def scale_note(model: Any) -> str:
-    """How a diffusion model scales codes, in one line."""
+    """Describe how a diffusion model scales codes, in one line."""
     config = model.decoder.net.config
     if model.kind == split_diffusers.RAE:
         return "its codes are normalised for a diffusion model, by the mean and the standard deviation in its weights"
@@ -149,7 +149,7 @@ def scale_note(model: Any) -> str:
 
 
 def infer_arguments(state: Mapping[str, Tensor], what: str) -> tuple[str, dict[str, Any]]:
-    """Class and arguments of AutoencoderKL or VQModel from the names and shapes of its weights.
+    """Determine class and arguments of AutoencoderKL or VQModel from the names and shapes of weights.
 
     Groups of 32 channels for normalisation are assumed, as in all published weights; they are not in the file.
 
@@ -200,13 +200,13 @@ def infer_arguments(state: Mapping[str, Tensor], what: str) -> tuple[str, dict[s
 
 
 def _numbers(keys: Iterable[str], pattern: str) -> list[int]:
-    """The numbers in a place of some names, in order."""
+    """Return the sorted numbers at one position of names."""
     found = (re.match(pattern, key) for key in keys)
     return sorted({int(match[1]) for match in found if match})
 
 
 def _folder_of(source: WeightSource) -> str | None:
-    """Where a `config.json` of diffusers is: "", or a folder of a pipeline such as "vae/"; None if there is none."""
+    """Return the folder of a diffusers `config.json`: "", a folder of a pipeline such as "vae/", or None."""
     if _names_a_class(source, diffusers.CONFIG):
         return ""
     if source.given not in (None, INDEX):
@@ -217,7 +217,7 @@ def _folder_of(source: WeightSource) -> str | None:
 
 
 def _names_a_class(source: WeightSource, config: str) -> bool:
-    """Whether there is such a file of diffusers; one that cannot be read is for others to refuse."""
+    """Return whether there is such a file of diffusers; unreadable files are reported elsewhere."""
     try:
         return source.has(config) and "_class_name" in source.json(config, diffusers.MAX_CONFIG)
     except AezooError:
@@ -225,7 +225,7 @@ def _names_a_class(source: WeightSource, config: str) -> bool:
 
 
 def _component(source: WeightSource) -> str:
-    """The component of a pipeline that is an autoencoder.
+    """Return the component of a pipeline that is an autoencoder.
 
     Raises:
         AezooError: none or several are.
@@ -242,7 +242,7 @@ def _component(source: WeightSource) -> str:
 
 
 def _weight_files(source: WeightSource, folder: str) -> list[str]:
-    """The files with the weights of a folder: one, or those that an index names.
+    """Return the weight files of a folder: one, or those in an index.
 
     Raises:
         AezooError: there are none, several variants, or the index names other files than weights in its folder.
@@ -290,7 +290,7 @@ def _notes(model: Any, folder: str, files: list[str]) -> tuple[str, ...]:
 
 # ---- single files ----------------------------------------------------------------------------------------------------
 
-# names of DC-AE's authors and those of diffusers, in the order in which they are replaced
+# names of DC-AE's authors -> names in diffusers, in the order of replacement
 _DC_NAMES = (
     (r"\.main\.", "."),
     (r"\.op_list\.", "."),
@@ -315,7 +315,7 @@ _DC_NAMES = (
 
 
 def _needs_config(keys: Iterable[str]) -> str | None:
-    """The class of weights from which its arguments, such as a number of heads or groups, cannot be found."""
+    """Return a class whose weights do not determine its arguments, such as the number of heads or groups."""
     marks = {
         "decoder_unet.conv_in.weight": split_diffusers.CONSISTENCY,
         "decoder.trainable_cls_token": split_diffusers.RAE,
@@ -325,7 +325,7 @@ def _needs_config(keys: Iterable[str]) -> str | None:
 
 def _read_single(source: WeightSource) -> Imported:
     file = source.one_file(*SUFFIXES)
-    assert file is not None  # as it was recognised
+    assert file is not None  # since the format was recognised
     what = source.label(file)
     if kind := _needs_config(source.keys(file)):
         raise AezooError(
@@ -347,7 +347,7 @@ def _read_single(source: WeightSource) -> Imported:
 def _renamed_dc(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        # the first stage may be a stage down itself, whose convolution has no norm
+        # the first stage may itself be a downsampling, whose convolution has no norm
         ends = {"encoder.project_in.": "encoder.conv_in.", "decoder.project_out.2.": "decoder.conv_out."}
         for old, new in ends.items():
             inside = "" if f"{old}conv.weight" in state else "conv."
@@ -363,7 +363,7 @@ def _renamed_dc(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _infer_dc(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
-    """Arguments of AutoencoderDC from the names and shapes of its weights in diffusers.
+    """Determine the arguments of AutoencoderDC from the names and shapes of its weights in diffusers.
 
     Shortcuts past the first and the last layer are assumed, as in all published weights; they are not in the file.
     """

@@ -1,8 +1,9 @@
-"""Gemma Scope's folders: `params.npz` with a JumpReLU SAE or transcoder (Lieberum et al. 2024).
+"""Folders of Gemma Scope: `params.npz` with a JumpReLU SAE or transcoder (Lieberum et al. 2024).
 
 Source: https://arxiv.org/abs/2408.05147, https://huggingface.co/google/gemma-scope. The files do not state whether they
-contain a transcoder, nor whether its input are embeddings, whose scale of sqrt(d) must be folded in. This follows from
-names of the repository and its folders, e.g. `gemma-scope-2b-pt-transcoders` and `embedding/width_4k`.
+    contain a transcoder, or whether the inputs are embeddings, whose scale of sqrt(d) must be folded in. This is
+    derived from the names of the repository and its folders, e.g. `gemma-scope-2b-pt-transcoders` and
+    `embedding/width_4k`.
 """
 
 import math
@@ -18,12 +19,12 @@ _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return source.given in (None, WEIGHTS) and source.has(WEIGHTS)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     tensors = {
         name[:1].upper() + name[1:] if name[:2] == "w_" else name: t for name, t in source.tensors(WEIGHTS).items()
     }
@@ -44,7 +45,7 @@ def read(source: WeightSource) -> Imported:
 
 
 def _of_embeddings(dictionary: SparseDictionary) -> SparseDictionary:
-    """The same for embeddings, which the model multiplies by sqrt(d); the bias has their scale already."""
+    """Convert to embeddings, which the model multiplies by sqrt(d); the bias already has their scale."""
     scale = math.sqrt(dictionary.W_enc.shape[1])
     note = f"scale of embeddings, {scale:.6g}, folded into the weights"
     return replace(dictionary, W_enc=dictionary.W_enc / scale, W_dec=dictionary.W_dec * scale, notes=(note,))

@@ -1,4 +1,4 @@
-"""Gemma Scope 2's folders: `params.safetensors` with a JumpReLU SAE or transcoder, and `config.json`.
+"""Folders of Gemma Scope 2: `params.safetensors` with a JumpReLU SAE or transcoder, and `config.json`.
 
 Source: https://huggingface.co/google/gemma-scope-2 and SAELens' loader. Whether it is a transcoder follows from
 `hf_hook_point_out` of the configuration or, without a configuration, from the names of folders.
@@ -16,12 +16,12 @@ _SKIP = "affine_skip_connection"
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return source.given in (None, CONFIG, WEIGHTS) and source.has(WEIGHTS)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     label = source.label(WEIGHTS)
     config = source.json(CONFIG) if source.has(CONFIG) else {}
     kind = value_of(config, "architecture", str, source.label(CONFIG), "jump_relu")

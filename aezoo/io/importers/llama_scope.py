@@ -1,4 +1,4 @@
-"""Llama Scope's folders (He et al. 2024), https://arxiv.org/abs/2410.20526
+"""Folders of Llama Scope (He et al. 2024), https://arxiv.org/abs/2410.20526
 
     hyperparams.json, checkpoints/final.safetensors     one threshold for all latents
     config.json, sae_weights.safetensors                a threshold a latent, as in Llama-Scope-R1-Distill
@@ -29,7 +29,7 @@ _NORM = "dataset_average_activation_norm"
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     if source.given in (None, CONFIG) and source.has(CONFIG, WEIGHTS):
         return True
     if source.given not in (None, CONFIG_R1, WEIGHTS_R1) or not source.has(CONFIG_R1, WEIGHTS_R1):
@@ -38,7 +38,7 @@ def recognise(source: WeightSource) -> bool:
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     first = source.has(CONFIG, WEIGHTS)
     config_name, name = (CONFIG, WEIGHTS) if first else (CONFIG_R1, WEIGHTS_R1)
     config, label = source.json(config_name), source.label(config_name)
@@ -73,7 +73,7 @@ def read(source: WeightSource) -> Imported:
 
 
 def _in_raw_units(dictionary: SparseDictionary, config: dict[str, Any], label: str, first: bool) -> SparseDictionary:
-    """The same for activations that are not normalised."""
+    """Return the equivalent dictionary for activations that are not normalised."""
     mode = value_of(config, "norm_activation", str, label, "dataset-wise")
     if mode not in ("dataset-wise", "inference"):
         raise AezooError(f"{label}: norm_activation must be dataset-wise or inference, got {mode[:40]!r}")
@@ -101,7 +101,7 @@ def _in_raw_units(dictionary: SparseDictionary, config: dict[str, Any], label: s
 
 
 def _norms_of(tensors: dict[str, Tensor], config: dict[str, Any], label: str) -> dict[str, Any]:
-    """The mean norms of activations, which newer files contain in addition to the weights."""
+    """Return the mean norms of activations, which newer files contain in addition to the weights."""
     read_at = config.get("hook_point_in")
     sides = {"in": read_at, "out": config.get("hook_point_out") or read_at}
     found = {side: tensors.get(f"{_NORM}.{hook}") for side, hook in sides.items()}

@@ -1,7 +1,7 @@
 """Masked autoencoders as the model `mae`: checkpoints of the authors, and folders of transformers' ViTMAE.
 
-All weights are copied but two, whose removal is exact: a bias of keys adds the same to all scores of a query, and one
-of values adds a constant to what follows.
+All weights are copied except two biases, whose removal is exact: a bias of keys adds the same value to all scores of a
+query, and a bias of values adds a constant to the output of the attention.
 """
 
 import argparse
@@ -27,29 +27,29 @@ NAME = "MAE (its authors' checkpoints and transformers' ViTMAE)"
 _CONFIG = "config.json"
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _ENCODER = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"}
-# the authors' encoders have heads of 64 numbers, but for ViT-H's 16, and their decoders heads of 32
+# heads of the authors' encoders have width 64, except ViT-H with 16 heads, and those of the decoders 32
 _HUGE, _HEADS_OF_HUGE, _HEAD, _DECODER_HEAD = 1280, 16, 64, 32
 _NEW_WIDTH, _NEW_DEPTH = 512, 8
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
-# of tables in half precision
+# tolerance for tables in half precision
 _POSITION_TOLERANCE = 2e-3
 _TOO_LARGE = "the file has far fewer weights than its shapes and names of blocks ask for"
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether there is a configuration of ViTMAE, or one file with the authors' names and positions."""
+    """Return whether there is a configuration of ViTMAE, or one file with the authors' names and positions."""
     if _is_folder(source):
         return source.json(_CONFIG).get("model_type") == "vit_mae"
     name = _checkpoint(source)
     state = None if name is None else _state_in(source.content(name))
     if not isinstance(state, dict) or not state.keys() >= _ENCODER or not isinstance(state["pos_embed"], Tensor):
         return False
-    # without a decoder it may be any vision transformer, but others train their positions
+    # without a decoder, it may be another vision transformer, but these have trained positions
     return "mask_token" in state or ("head.weight" not in state and _has_sine_positions(state["pos_embed"]))
 
 
 def read(source: WeightSource) -> Imported:
-    """See `aezoo.io.importers`."""
+    """Read the model, see `aezoo.io.importers`."""
     if _is_folder(source):
         config, library = source.json(_CONFIG), "transformers' ViTMAE"
         name = next((name for name in _FILES if source.has(name)), None)
@@ -71,7 +71,7 @@ def _is_folder(source: WeightSource) -> bool:
 
 
 def _checkpoint(source: WeightSource) -> str | None:
-    """The file that may be a checkpoint of the authors, if there is one."""
+    """Return the file that may be a checkpoint of the authors, if any."""
     return source.one_file(".pth", ".pt") or source.one_file(".safetensors")
 
 
@@ -89,7 +89,7 @@ def _has_sine_positions(table_1ND: Tensor) -> bool:
 
 
 class _Reader:
-    """Weights by the authors' names, which are taken out one by one.
+    """Weights by the authors' names, which are removed one by one.
 
     Args:
         label: the file, for messages.
@@ -111,7 +111,7 @@ class _Reader:
             # before memory is allocated
             with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
                 registry.create_model("mae", shape, **settings)
-            torch.manual_seed(0)  # for what the file does not have
+            torch.manual_seed(0)  # for weights that the file does not contain
             model: Any = registry.create_model("mae", shape, **settings)
         with torch.no_grad():
             self.fill_encoder(model)
@@ -124,7 +124,7 @@ class _Reader:
         return Imported(model.eval(), f"{library}, {parts}, {sizes}, images of {shape}", tuple(self.notes))
 
     def settings(self, whole: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Shape of a sample, and arguments of `mae`."""
+        """Return the shape of a sample and the arguments of `mae`."""
         width, channels, *patch = self.state["patch_embed.proj.weight"].shape
         depth, decoder_depth = (self.count(f"{name}.") for name in ("blocks", "decoder_blocks"))
         n = self.state["pos_embed"].shape[-2] - 1
@@ -139,7 +139,7 @@ class _Reader:
             "patch_size": patch[0], "width": width, "depth": depth, "activation": _ACTIVATIONS[act],
             "heads": self.number("num_attention_heads", _HEADS_OF_HUGE if width == _HUGE else max(1, width // _HEAD)),
             "norm_eps": self.number("layer_norm_eps", 1e-6), "norm_pix": bool(self.config.get("norm_pix_loss", False)),
-            # theirs rounds the number of visible patches down, ours that of masked ones
+            # the authors round the number of visible patches down, aezoo that of masked patches
             "mask_ratio": (n - int(n * (1 - ratio))) / n,
             "class_token": True, "input_norm": "imagenet" if channels == 3 else "none", "likelihood": "gaussian",
             "decoder_width": self.state["mask_token"].shape[-1] if whole else min(width, _NEW_WIDTH),
@@ -158,11 +158,11 @@ class _Reader:
         return (channels, *sides), found
 
     def count(self, start: str) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         return len({match[1] for key in self.state if (match := re.match(rf"{re.escape(start)}(\d+)\.", key))})
 
     def number(self, name: str, default: float) -> Any:
-        """A number of the configuration."""
+        """Return a number from the configuration."""
         value = self.config.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise AezooError(f"{self.label}: {name} is {value!r} and no number")
@@ -171,7 +171,7 @@ class _Reader:
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor, reshaped to a shape with the same number of values."""
+        """Return a tensor, reshaped to a shape with the same number of values."""
         tensor = self.state.pop(name, None)
         if tensor is None:
             raise AezooError(f"{self.label} has no {name}: it is damaged, or another model")
@@ -198,12 +198,12 @@ class _Reader:
             if f"{name}.attn.qkv.bias" in self.state:
                 of_q, _, of_v = self.take(f"{name}.attn.qkv.bias", (3 * width,)).double().chunk(3)
                 block.attention.bias_q.copy_(of_q)
-                # the weights of a query sum to 1
+                # the attention weights of a query sum to 1
                 out = block.attention.out
                 out.bias.copy_(out.bias.double() + out.weight.double() @ of_v)
 
     def copy_positions(self, table_ND: Tensor, name: str) -> Tensor:
-        """Copy the positions of patches; gives that of the class token."""
+        """Copy the positions of patches; return that of the class token."""
         first_1D, places_ND = self.take(name, (1 + len(table_ND), table_ND.shape[1])).split([1, len(table_ND)])
         table_ND.copy_(places_ND)
         return first_1D[0]
@@ -227,7 +227,7 @@ class _Reader:
         self.copy(decoder.mask_token, "mask_token")
         self.copy_blocks(blocks, "decoder_blocks")
         self.copy_layer(norm, "decoder_norm")
-        # a patch's values are place by place there, and channel by channel here
+        # values of a patch are ordered (position, channel) in the file and (channel, position) in aezoo
         channels, *sides = decoder.patchify.input_shape[:1] + decoder.patchify.sides
         for name, parameter in decoder.out.named_parameters():
             rows = self.take(f"decoder_pred.{name}", tuple(parameter.shape))

@@ -1,4 +1,4 @@
-"""MultiVae's folders: `model_config.json` and `model.pt`, of models with its default perceptrons.
+"""Folders of MultiVae: `model_config.json` and `model.pt`, of models with the default networks (MLPs).
 
 Source: https://github.com/AgatheSenellart/MultiVae, 1.0.3. Each modality has an encoder with one or two hidden layers
 of 512 units and a decoder with one, which ends in a sigmoid: a normal distribution becomes the likelihood
@@ -7,8 +7,9 @@ of 512 units and a decoder with one, which ends in a sigmoid: a normal distribut
 Modalities are the parts of a sample, in the order of the configuration. Parts that differ only in their first
 dimension, such as channels, are concatenated along it; others are flattened first.
 
-Codes of all subsets of the modalities, and samples from them, equal those of the original. So do losses, except that
-they are a mean over the batch and not a sum, unless a note says what differs; docs/parity.md has the comparisons.
+Codes of all subsets of the modalities, and samples from them, are equal to those of the original. Losses are equal too,
+except that they are averaged over the batch instead of summed; other differences are reported in a note. See
+docs/parity.md for the comparisons.
 """
 
 import math
@@ -41,14 +42,14 @@ _REFUSED = {
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     if source.given not in (None, CONFIG, WEIGHTS) or not source.has(CONFIG, WEIGHTS):
         return False
     return "custom_architectures" in source.json(CONFIG)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     label = source.label(CONFIG)
     kind = value_of(source.json(CONFIG), "name", str, label).removesuffix("Config")
     if kind in _REFUSED:
@@ -69,7 +70,7 @@ def read(source: WeightSource) -> Imported:
 
 
 class _Folder:
-    """A folder: its configuration and weights, and what all classes have in common.
+    """A folder: its configuration and weights, and the properties common to all classes.
 
     Attributes:
         settings: the configuration.
@@ -101,7 +102,7 @@ class _Folder:
         self.notes = [note]
 
     def likelihood(self) -> str:
-        """That of all decoders."""
+        """The likelihood of all decoders."""
         kinds = self._by_part("decoders_dist", "normal")
         if wrong := [f"{name} is {kind!r:.40}" for name, kind in kinds.items() if kind != "normal"]:
             raise AezooError(
@@ -119,12 +120,12 @@ class _Folder:
         return f"sigmoid_gaussian:{scales.pop()!r}"
 
     def _by_part(self, key: str, default: Any) -> dict[str, Any]:
-        """A value for each modality."""
+        """Return a value for each modality."""
         given = value_of(self.settings.values, key, dict, self.label, {})
         return {name: given.get(name, default) for name in self.parts}
 
     def _check_scales(self) -> None:
-        """Refuse weights of the modalities' likelihoods."""
+        """Reject weights for the likelihoods of modalities."""
         if not self.settings.flag("uses_likelihood_rescaling", False):
             return
         sizes = [math.prod(shape) for shape in self.parts.values()]
@@ -157,7 +158,7 @@ class _Folder:
         self.private, self.hidden = private, hidden
 
     def model(self, name: str, **settings: Any) -> Any:
-        """A model of the zoo with these networks; the settings are its arguments, without those of the networks."""
+        """Build a model with these networks; settings are the arguments other than those of the networks."""
         settings |= {
             "parts": self.sizes,
             "latent_dim": self.latent_dim,
@@ -187,19 +188,19 @@ class _Folder:
     def _decoder(self, part: str) -> list[Layer]:
         first = self.weights.layer(f"decoders.{part}.layers.0.0", self.latent_dim + self.private, self.width)
         last = self.weights.layer(f"decoders.{part}.layers.1.0", self.width, math.prod(self.parts[part]))
-        # a decoder mirrors its encoder here: of values above 0, ReLU of the identity is the identity
+        # decoders mirror encoders in aezoo: for values above 0, ReLU after the identity is the identity
         same = (torch.eye(self.width), torch.zeros(self.width))
         return [first, *[same] * (len(self.hidden) - 1), last]
 
     def tensor(self, name: str, size: int) -> Tensor:
-        """A vector of the weights, (size,)."""
+        """Return a vector from the weights, (size,)."""
         found = self.weights.tensors[name]
         if found.numel() != size:
             raise AezooError(f"{self.weights.label}: {name} has the shape {tuple(found.shape)}, not {size} values")
         return found.flatten()
 
     def check_zero(self, name: str, size: int) -> None:
-        """Refuse a prior that is not that of the zoo."""
+        """Reject a prior that aezoo does not support."""
         if self.tensor(name, size).any():
             raise AezooError(
                 f"{self.weights.label}: {name} is not 0, so its prior is not the N(0, I) of the zoo: train with one "
@@ -207,7 +208,7 @@ class _Folder:
             )
 
     def check_sampling(self) -> None:
-        """Refuse mixtures of other distributions, and of bounds with several samples."""
+        """Reject mixtures of other distributions, and bounds with several samples."""
         self.settings.choice("prior_and_posterior_dist", "laplace_with_softmax", {"normal": ""})
         self.settings.choice("loss", "dreg_looser", {"iwae_looser": "", "dreg_looser": ""})
         if (k := self.settings.count("K", 10)) != 1:
@@ -218,7 +219,7 @@ class _Folder:
 
 
 def _layout(parts: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Shape of whole samples, sizes of the parts, and what to tell about them."""
+    """Return the shape of samples, the sizes of the parts, and notes on them."""
     shapes, listed = [*parts.values()], ", ".join(parts)
     if len({shape[1:] for shape in shapes}) == 1:
         sizes = tuple(shape[0] for shape in shapes)
@@ -274,7 +275,7 @@ def _mmvae(folder: _Folder) -> Autoencoder:
     folder.open(others=("prior_mean", "prior_log_var"))
     for name in ("prior_mean", "prior_log_var"):
         folder.check_zero(name, folder.latent_dim)
-    return folder.model("mmvae")  # whose beta MultiVae does not read
+    return folder.model("mmvae")  # MultiVae ignores its beta
 
 
 def _mmvae_plus(folder: _Folder) -> Autoencoder:
@@ -312,7 +313,7 @@ def _cmvae(folder: _Folder) -> Autoencoder:
 
 @torch.no_grad()
 def _set_private_priors(folder: _Folder, model: Any, name: str) -> None:
-    """Copy the log-variances from which private codes of unseen parts are drawn."""
+    """Copy the log-variances of the private codes of missing parts."""
     model.r_log_var_MP.copy_(torch.stack([folder.tensor(f"{name}.{part}", folder.private) for part in folder.parts]))
 
 

@@ -1,11 +1,11 @@
-"""pythae's folders: `model_config.json` and `model.pt`, of models with its default perceptrons.
+"""Folders of pythae: `model_config.json` and `model.pt`, of models with the default networks (MLPs).
 
 Source: https://github.com/clementchadebec/benchmark_VAE, 0.1.2. The default networks have one hidden layer of 512 units
-with ReLU; decoders end in a sigmoid, so that a squared error becomes the likelihood `sigmoid_gaussian`. Custom networks
-are code, in `encoder.pkl` and `decoder.pkl`, which are never opened.
+    with ReLU; decoders end in a sigmoid, so that a squared error becomes the likelihood `sigmoid_gaussian`. Custom
+    networks are stored as code, in `encoder.pkl` and `decoder.pkl`, which are never opened.
 
-Codes (the mean of a posterior) and reconstructions equal those of the original. So do losses, up to the constant of a
-Gaussian density, unless a note says what differs; docs/parity.md has the comparisons.
+Codes (the mean of a posterior) and reconstructions are equal to those of the original. Losses are equal up to the
+constant of a Gaussian density; other differences are reported in a note. See docs/parity.md for the comparisons.
 """
 
 import math
@@ -30,7 +30,7 @@ _FIRST, _HIDDEN, _LAST = "encoder.layers.0.0", "decoder.layers.0.0", "decoder.la
 _KERNELS = {"imq": "inverse_multiquadratic", "rbf": "rbf"}
 _LOSSES = {"mse": "sigmoid_gaussian:1", "bce": "bernoulli"}
 _SCALES = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
-# logits of pseudo-inputs of 0 and 1, which would be infinite: off by 1e-7
+# finite logits for pseudo-inputs of 0 and 1, with an error of 1e-7
 _MOST_LOGIT = 16.0
 _BOUND = "the value of the loss is minus the bound; pythae's is a weighted sum with the same gradient"
 _REFUSED = {
@@ -42,14 +42,14 @@ _REFUSED = {
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     if source.given not in (None, CONFIG, WEIGHTS) or not source.has(CONFIG, WEIGHTS):
         return False
     return "uses_default_encoder" in source.json(CONFIG)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     folder = _Folder(source)
     if folder.kind in _REFUSED:
         raise AezooError(f"{folder.label}: pythae's {folder.kind} is not read, since {_REFUSED[folder.kind]}")
@@ -71,7 +71,7 @@ def read(source: WeightSource) -> Imported:
 
 
 class _Folder:
-    """A folder: its configuration and weights, and what all classes have in common.
+    """A folder: its configuration and weights, and the properties common to all classes.
 
     Attributes:
         settings: the configuration.
@@ -123,7 +123,7 @@ class _Folder:
     def model(
         self, name: str, code: Sequence[str] = ("embedding", "log_var"), constant: Tensor | None = None, **settings: Any
     ) -> Any:
-        """A model of the zoo with these networks.
+        """Build a model with these networks.
 
         Args:
             name: in the registry.
@@ -142,15 +142,15 @@ class _Folder:
         return model
 
     def vae(self, name: str, **settings: Any) -> Any:
-        """A model with a posterior, with the likelihood for reconstruction_loss."""
+        """Build a model with a posterior, and the likelihood for reconstruction_loss."""
         return self.model(name, likelihood=self.likelihood(), **settings)
 
     def ae(self, name: str, **settings: Any) -> Any:
-        """A model without a posterior, whose loss contains ||x - x_hat||^2."""
+        """Build a model without a posterior, whose loss contains ||x - x_hat||^2."""
         return self.model(name, code=("embedding",), **{"likelihood": "sigmoid_gaussian", **settings})
 
     def likelihood(self) -> str:
-        """That of reconstruction_loss."""
+        """The likelihood for reconstruction_loss."""
         return self.settings.choice("reconstruction_loss", "mse", _LOSSES)
 
 
@@ -202,7 +202,7 @@ def _factor_vae(folder: _Folder) -> Autoencoder:
     folder.weights.layer(layers[-1], weight.shape[1], 2)
     dims = tuple(len(part[1]) for part in hidden)
     model = folder.vae("factor_vae", gamma=folder.settings.number("gamma", 2.0), discriminator_dims=dims)
-    # of two logits only the difference counts
+    # only the difference of the two logits matters
     fill(model.discriminator, [*hidden, (weight[:1] - weight[1:], bias[:1] - bias[1:])])
     return model
 
@@ -237,7 +237,7 @@ def _wae_mmd(folder: _Folder) -> Autoencoder:
 
 
 def _reconstruction_scale(folder: _Folder) -> float:
-    """The weight of the reconstruction, by which the zoo's loss is divided."""
+    """Return the weight of the reconstruction, by which aezoo's loss is divided."""
     scale = folder.settings.above_zero("reconstruction_loss_scale", 1.0)
     if scale != 1:
         folder.notes.append(f"the loss is that of pythae divided by reconstruction_loss_scale = {scale:g}")
@@ -328,7 +328,7 @@ def _vq_vae(folder: _Folder) -> Autoencoder:
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise AezooError(f"{folder.weights.label}: {name} has the shape {tuple(tensors[name].shape)}, not {shape}")
-    # theirs are means over the places, of one channel each
+    # in pythae, these are means over positions, with one channel each
     commitment = given.number("commitment_loss_factor", 0.25) / places
     codebook = 1.0 if ema else given.above_zero("quantization_loss_factor", 1.0) / places
     if codebook != 1:
@@ -399,13 +399,13 @@ def _vae_lin_nf(folder: _Folder) -> Autoencoder:
         "the KL of q_0 is the closed form, pythae's that of the draw, with the same mean",
         "the steps are the same for all samples; further training lets them depend on the sample",
     ]
-    # the steps are the same for all samples: outputs of the encoder with weights 0
+    # the flow steps are the same for all samples: encoder outputs with weights 0
     bias = torch.cat([torch.zeros(0), *steps])
     return folder.vae("vae_flow", constant=bias, flow=kind, n_flows=len(flows))
 
 
 def _planar(w_D: Tensor, u_D: Tensor, b: Tensor, what: str) -> Tensor:
-    """Parameters u, w, b of a planar step of the zoo, which makes any u invertible, from one that does not."""
+    """Convert u, w, b of a planar step to aezoo's parameters, with which any u is invertible."""
     w_u = w_D @ u_D
     if not w_u > -1 + FLOOR:
         raise AezooError(f"{what} is no invertible step, as w u = {w_u:g} is not above -1: no density is known of it")
@@ -414,7 +414,7 @@ def _planar(w_D: Tensor, u_D: Tensor, b: Tensor, what: str) -> Tensor:
 
 
 def _radial(centre_D: Tensor, log_alpha: Tensor, beta: Tensor, what: str) -> Tensor:
-    """Parameters c, a, b of a radial step of the zoo, with its positive factors written in other ways."""
+    """Convert c, a, b of a radial step to aezoo's parametrisation of positive factors."""
     alpha = log_alpha.exp()
     share = F.softplus(beta) / alpha - 1
     if not (FLOOR < alpha < 1e6 and -1 + FLOOR < share < 1e6):

@@ -1,7 +1,8 @@
-"""Qwen Scope's files: `layer0.sae.pt`, `layer1.sae.pt`, ... with a TopK SAE each.
+"""Files of Qwen Scope: `layer0.sae.pt`, `layer1.sae.pt`, ... with a TopK SAE each.
 
-Source: https://huggingface.co/collections/Qwen/qwen-scope and SAELens' loader. Matrices are transposed against those of
-SAELens. The files do not have k, which the repository's name ends in, e.g. `SAE-Res-Qwen3-8B-Base-W64K-L0_50`.
+Source: https://huggingface.co/collections/Qwen/qwen-scope and SAELens' loader. Matrices are transposed relative to
+    those of SAELens. k is not in the files but at the end of the repository's name, e.g.
+    `SAE-Res-Qwen3-8B-Base-W64K-L0_50`.
 """
 
 import re
@@ -17,12 +18,12 @@ _K = re.compile(r"L0_(\d+)")
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return bool(_files(source))
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     files = _files(source)
     if len(files) > 1:
         raise AezooError(

@@ -1,7 +1,7 @@
-"""SAELens' folders: `cfg.json` and `sae_weights.safetensors` (Bloom et al. 2024).
+"""Folders of SAELens: `cfg.json` and `sae_weights.safetensors` (Bloom et al. 2024).
 
-Source: https://github.com/decoderesearch/SAELens, 6.54. Its versions before 6 named the activation apart from the
-architecture, so that a TopK SAE calls itself standard (issue #553).
+Source: https://github.com/decoderesearch/SAELens, 6.54. Versions before 6 stored the activation separately from the
+    architecture, so that the architecture of a TopK SAE is standard (issue #553).
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from aezoo.io.importers.sparse_dictionary import UNKNOWN_SCALE, SparseDictionary
 NAME = "SAELens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
-# what is trained as BatchTopK is saved as JumpReLU for inference; these are checkpoints of training
+# BatchTopK models are saved as JumpReLU for inference; these are training checkpoints
 _BATCH = ("batchtopk", "matryoshka_batchtopk")
 _TOPK = {"topk": "topk", "abstopk": "abs_topk", **dict.fromkeys(_BATCH, "batch_topk")}
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
@@ -26,12 +26,12 @@ _COMMON = ("W_enc", "W_dec", "b_dec")
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return source.given in (None, CONFIG, WEIGHTS) and source.has(CONFIG, WEIGHTS)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     label = source.label(CONFIG)
     config = source.json(CONFIG)
     kind = _architecture(config, label)
@@ -142,7 +142,7 @@ def _prefixes(config: dict[str, Any], kind: str, label: str) -> tuple[int, ...]:
 def _finetuned(
     dictionary: SparseDictionary, found: dict[str, Any], config: dict[str, Any], label: str
 ) -> SparseDictionary:
-    """The same with what old versions multiply latents by before they decode."""
+    """Apply the factor by which old versions multiply latents before decoding."""
     scale_N = found["scaling_factor"]
     if bool((scale_N == 1).all()):
         return dictionary
@@ -157,5 +157,5 @@ def _finetuned(
 
 
 def _keeping_threshold(dictionary: SparseDictionary) -> SparseDictionary:
-    """Unit norms of a BatchTopK whose threshold is of latents times norms already."""
+    """Normalise a BatchTopK dictionary whose threshold already includes the norms."""
     return replace(replace(dictionary, threshold=None).with_unit_norm(), threshold=dictionary.threshold)

@@ -14,12 +14,12 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether the files have this format."""
+    """Return whether the files have this format."""
     return source.given in (None, CONFIG, WEIGHTS) and source.has(CONFIG, WEIGHTS)
 
 
 def read(source: WeightSource) -> Imported:
-    """The model, after every check."""
+    """Read the model, after all checks."""
     config, label = source.json(CONFIG), source.label(CONFIG)
     activation = value_of(config, "activation", str, label, "topk")
     if activation != "topk":

@@ -1,10 +1,10 @@
-"""First stages of taming-transformers and latent diffusion: VQGAN, KL and VQ autoencoders, Stable Diffusion's files.
+"""First stages of taming-transformers and latent diffusion: VQGAN, KL and VQ autoencoders, Stable Diffusion.
 
-Their weights have the names of https://github.com/CompVis/taming-transformers: encoder.down.0.block.0.norm1.weight and
-so on, in the checkpoint of an autoencoder, or with the prefix `first_stage_model.` in that of a diffusion model or
-transformer, of which nothing else is read. Arguments are found from shapes, except for the 32 groups of normalisation,
-which are fixed. A YAML file next to the checkpoint, if there is one, is compared with it, and the size of images and
-the scale of codes are read from it.
+The weights have the names of https://github.com/CompVis/taming-transformers: encoder.down.0.block.0.norm1.weight and so
+on, in the checkpoint of an autoencoder, or with the prefix `first_stage_model.` in that of a diffusion model or
+transformer, of which nothing else is read. Arguments are derived from shapes, except for the 32 groups of
+normalisation, which are fixed. A YAML file next to the checkpoint, if any, is compared with it, and provides the size
+of images and the scale of codes.
 
 The networks are the same as those of AutoencoderKL and VQModel of diffusers, and become `diffusers_ae`.
 """
@@ -26,7 +26,7 @@ from aezoo.security import yaml_text
 NAME = "taming-transformers and latent diffusion"
 _MARK = "encoder.mid.block_1.norm1.weight"
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-# losses and averages of a trainer, which its autoencoder does not need
+# losses and averages of a trainer, which the autoencoder does not need
 _LEFT_OUT = ("loss.", "model_ema.")
 _NAMES = (
     (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
@@ -54,20 +54,20 @@ _DIFFUSION_MODELS = (
 
 
 def recognise(source: WeightSource) -> bool:
-    """Whether a file has weights with the names of taming-transformers' encoder."""
+    """Return whether a file has weights with the names of taming-transformers' encoder."""
     file = source.one_file(*of_diffusers.SUFFIXES)
     return file is not None and any(key.endswith(_MARK) for key in source.keys(file))
 
 
 def read(source: WeightSource) -> Imported:
-    """The model as `diffusers_ae`.
+    """Read the model as `diffusers_ae`.
 
     Raises:
         AezooError: the weights, or the YAML file next to them, are not those of such an autoencoder, or are damaged;
             or diffusers is missing.
     """
     file = source.one_file(*of_diffusers.SUFFIXES)
-    assert file is not None  # as it was recognised
+    assert file is not None  # since the format was recognised
     what, keys = source.label(file), source.keys(file)
     prefix = _prefix(keys, what)
     state = {
@@ -101,7 +101,7 @@ def read(source: WeightSource) -> Imported:
 
 
 def _prefix(keys: Iterable[str], what: str) -> str:
-    """What stands before the names of the autoencoder's weights: nothing, `first_stage_model.` or `vae.`."""
+    """Return the prefix of the names of the autoencoder's weights: none, `first_stage_model.` or `vae.`."""
     found = sorted({key.removesuffix(_MARK) for key in keys if key.endswith(_MARK)})
     chosen = [prefix for prefix in ("", "first_stage_model.", "vae.") if prefix in found] or found
     if len(chosen) > 1 and "" not in chosen and len(found) > 1 and "first_stage_model." not in found:
@@ -110,7 +110,7 @@ def _prefix(keys: Iterable[str], what: str) -> str:
 
 
 def _check_kind(state: Mapping[str, Tensor], others: list[str], what: str) -> None:
-    """Refuse what VQModel and AutoencoderKL do not represent."""
+    """Reject models that VQModel and AutoencoderKL cannot represent."""
     if "quantize.embed.weight" in state or "quantize.proj.weight" in state:
         raise AezooError(
             f"{what} is a Gumbel VQGAN, which draws its codes at random: no model here does that with its networks"
@@ -124,7 +124,7 @@ def _check_kind(state: Mapping[str, Tensor], others: list[str], what: str) -> No
 
 
 def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The weights by their names in diffusers, where the stages of the decoder are counted from the code."""
+    """Return the weights by their names in diffusers, where the decoder's stages are counted from the code."""
     ups = [int(found[1]) for key in state if (found := re.match(r"decoder\.up\.(\d{1,4})\.", key))]
     last = max(ups, default=0)
     renamed: dict[str, Tensor] = {}
@@ -139,7 +139,7 @@ def _renamed(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def _config(source: WeightSource) -> tuple[str, dict[str, Any]] | None:
-    """The YAML file that describes the autoencoder, and its parameters there."""
+    """Return the YAML file that describes the autoencoder, and the parameters in it."""
     for name in source.names:
         if not name.endswith((".yaml", ".yml")) or "/" in name:
             continue
@@ -158,7 +158,7 @@ def _params(config: Any) -> dict[str, Any]:
 
 
 def _check_config(dd: dict[str, Any], name: str, arguments: Mapping[str, Any], yaml: str, what: str) -> None:
-    """Refuse a configuration of other weights, or of layers that have no weights and that the networks do not have."""
+    """Reject a configuration of other weights, or of unsupported layers without weights."""
     ch, mult = dd.get("ch"), dd.get("ch_mult")
     widths = None
     if isinstance(ch, int) and isinstance(mult, list) and all(isinstance(n, int) for n in mult):
@@ -184,7 +184,7 @@ def _check_config(dd: dict[str, Any], name: str, arguments: Mapping[str, Any], y
 def _scale(
     source: WeightSource, file: str, keys: tuple[str, ...], config: tuple[str, dict[str, Any]] | None
 ) -> tuple[float | None, float, str]:
-    """Factor and shift of codes, if a file contains them or its diffusion model is recognised, and their source."""
+    """Return factor and shift of codes and their source, if in the file or if the diffusion model is recognised."""
     stated: Any = None
     if "scale_factor" in keys:
         found = source.some_tensors(file, ("scale_factor",)).get("scale_factor")

@@ -363,7 +363,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
         (["help", "ft"], "did you mean 'fit'"),
         (["test", "--model", "vae"], "needs a trained model"),
         (["test", "--ckpt_path", "nothing"], "no checkpoint at nothing"),
-        (["test", "--ckpt_path", "https://example.org/a.ckpt"], "from disk only"),
+        (["test", "--ckpt_path", "https://example.org/a.ckpt"], "only be loaded from disk"),
     ],
 )
 def test_invalid_command_is_refused_in_one_line(capsys, argv, words):

@@ -152,7 +152,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         )
 
     def score(self, x: Tensor) -> Tensor:
-        """-log p(x | decoder(encode(x))) in nats, or another criterion of the model: (B, *input_shape) -> (B,).
+        """-log p(x | z) in nats for z = encode(x), or another criterion of the model: (B, *input_shape) -> (B,).
 
         Larger is more anomalous. To compare samples with each other, use `anomaly_score`.
         """
@@ -163,9 +163,11 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
     def anomaly_score(self, x: Tensor) -> Tensor:
         """`score` with the deviance instead of -log p(x | z), larger is more anomalous: (B, *input_shape) -> (B,).
 
-        The deviance is -log p(x | z) less that of a perfect reconstruction, so that a grey sample is not strange only
-        for being grey. Other terms, such as the KL, stay, and so does a criterion without -log p. For a likelihood of
-        fixed variance the two differ by a constant, for a bernoulli of black and white values not at all.
+            deviance(x, z) = max_theta log p(x | theta) - log p(x | z)
+
+        It is 0 for a perfect reconstruction, so that grey values alone do not make a sample anomalous. Other terms,
+        such as the KL, and criteria without -log p do not change. For a likelihood of fixed variance, the deviance and
+        -log p(x | z) differ by a constant; for a bernoulli of values that are 0 or 1, they are equal.
         """
         with self.likelihood.use_deviance():
             return self.score(x)

@@ -560,8 +560,12 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
     def p_values(self, X: Any) -> Array:
         """Probabilities that a normal sample has at least the score of each sample of X, (n_samples,).
 
-        Conformal p-values, see `aezoo.tasks.detect_calibration`: for a new normal sample, the probability of a value of
-        at most t is at most t. Without calibration samples they are too small.
+        Conformal p-values, from the scores s_i of n calibration samples, see `aezoo.tasks.detect_calibration`:
+
+            p(x) = (1 + #{i: s_i >= s(x)}) / (n + 1)
+
+        For a new normal sample, the probability of a value of at most t is at most t. Without calibration samples,
+        the scores of the training samples are used, and the values are too small.
         """
         return p_values(-self.score_samples(X), self.calibration_scores_)
 

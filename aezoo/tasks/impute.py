@@ -101,10 +101,14 @@ def impute(
 
     Missing values begin as the mean of the training samples; each step replaces them by the model's reconstruction of
     the completed sample (pseudo-Gibbs, Rezende et al. 2014, https://arxiv.org/abs/1401.4082, with means in place of
-    draws). For linear Gaussian models the fixed point is the conditional mean. With draws, the result is E[x_missing |
-    x_observed] by self-normalised importance sampling with the proposal q(z | completed sample) (Mattei & Frellsen
-    2019, https://arxiv.org/abs/1812.02633). A model of samples that have parts does not look at parts that are missing
-    as a whole, and the method `inpaint` of a model is used where there is one.
+    draws). For linear Gaussian models the fixed point is the conditional mean. With draws, the result is the
+    conditional mean by self-normalised importance sampling (Mattei & Frellsen 2019, https://arxiv.org/abs/1812.02633),
+
+        E[x_missing | x_observed] = sum_k w_k E[x_missing | z_k] / sum_k w_k
+        w_k = p(x_observed | z_k) p(z_k) / q(z_k | x_completed)         z_k ~ q(z | x_completed)
+
+    A model of samples that have parts ignores parts that are missing as a whole. If a model has the method `inpaint`,
+    it is used.
 
     Writes the completed samples in the format of the file that was given, imputed.csv, .parquet, .npy or .npz, in its
     units; there, values that are not missing stay as they are. Of other samples, imputed.npy, .csv or pictures. Also

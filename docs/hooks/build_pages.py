@@ -5,13 +5,12 @@
 - The build fails if a page would load anything from another host.
 """
 
-import html
 import importlib.util
 import itertools
 import posixpath
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -123,6 +122,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(written, markdown)
 
 
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Typeset the formulas of the API reference, whose docstrings mkdocstrings has turned into HTML."""
+    return typeset.in_html(content) if page.file.src_uri == "api.md" else content
+
+
 def on_post_build(config: MkDocsConfig) -> None:
     """Refuse pages that load something from another host.
 
@@ -196,14 +200,7 @@ def model_page(name: str, family: str, related: dict[str, list[str]], traversals
 
 
 def _objective(name: str, text: str) -> str:
-    return f"## Objective\n\n{_formula(tables.objective(name).strip('`'), 'div')}\n\n{_docstring(text)}"
-
-
-def _formula(text: str, tag: str) -> str:
-    """An element that the script of the pages typesets: a div as a line of its own, a span within a sentence."""
-    # Markdown would read what is special to it within a sentence
-    written = re.sub(r"[^\w\s]", lambda found: f"&#{ord(found[0])};", typeset.latex(text)).replace("_", "&#95;")
-    return f'<{tag} class="formula">{written}</{tag}>'
+    return f"## Objective\n\n{typeset.element(tables.objective(name).strip('`'), 'div')}\n\n{_docstring(text)}"
 
 
 def _docstring(text: str) -> str:
@@ -212,35 +209,14 @@ def _docstring(text: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         for indented, group in itertools.groupby(paragraph.splitlines(), key=lambda line: line.startswith("    ")):
             lines = [line.removeprefix("    ") for line in group]
-            parts.append(_formulas(lines) if indented else _prose("\n".join(lines)))
+            parts.append(typeset.block(lines) or _text(lines) if indented else _prose("\n".join(lines)))
     return "\n\n".join(parts)
-
-
-def _formulas(lines: list[str]) -> str:
-    rows = [typeset.parts(line) for line in lines]
-    if not any(formula for row in rows for formula, _ in row):
-        return _text(lines)
-    cells = ["".join(_formula(text, "div") if formula else f"<div>{_words(text)}</div>" for formula, text in row)
-             for row in rows]  # fmt: skip
-    return '<div class="formulas">' + "".join(f"<div>{row}</div>" for row in cells) + "</div>"
 
 
 def _prose(text: str) -> str:
     """Text in which only backticks mean something to Markdown, with its symbols typeset."""
     special = re.compile(r"(`[^`]*`)|([*_<>\[\]#|~^\\])")
-    return _with_symbols(text, lambda plain: special.sub(lambda found: found[1] or f"&#{ord(found[2])};", plain))
-
-
-def _words(text: str) -> str:
-    """The HTML of words beside formulas."""
-    return _with_symbols(text, lambda plain: re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(plain)))
-
-
-def _with_symbols(text: str, written: Callable[[str], str]) -> str:
-    pieces = typeset.symbols(text)
-    done = "".join(_formula(piece, "span") if formula else written(piece) for formula, piece in pieces)
-    # browsers break lines between a formula and the punctuation after it
-    return re.sub(r'(<span class="formula">[^<]*</span>)([.,;:)]+)', r'<span class="unbroken">\1\2</span>', done)
+    return typeset.with_symbols(text, lambda plain: special.sub(lambda found: found[1] or f"&#{ord(found[2])};", plain))
 
 
 def _text(lines: list[str]) -> str:
@@ -255,7 +231,7 @@ def _hyperparameters(name: str, parameters: tuple[tuple[str, str, str, str], ...
     ]
     for key, kind, default, meaning in parameters:
         if key != "input_shape":
-            about = _words(meaning).replace("|", "&#124;")
+            about = typeset.words(meaning).replace("|", "&#124;")
             lines.append(f"| `{key}` | `{kind}` | `{default}` | {about} |")
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
-"""LaTeX of the formulas that docstrings of models write in plain text."""
+"""LaTeX of the formulas that docstrings write in plain text, and its HTML."""
 
+import html
 import re
+from collections.abc import Callable
 
 GREEK = [
     *("alpha", "beta", "gamma", "delta", "epsilon", "theta", "kappa", "lambda", "mu", "nu", "phi", "pi", "psi", "rho"),
@@ -26,6 +28,7 @@ SIGNS = {
     "..": r"\ldots ",
     "{": r"\{",
     "}": r"\}",
+    "#": r"\#",
 }
 TOKEN = re.compile(r"\s+|MS-SSIM|[A-Za-z]+|\d+(?:\.\d+)?(?:e-?\d+)?|>=|<=|!=|->|<-|:=|\|\||\.\.\.?|`[^`]*`|.")
 # what makes a part of a line a formula
@@ -36,7 +39,8 @@ SCRIPT = r"(?:\([^()\s]+\)|\{[^{}]*\}|[A-Za-z]{1,4}(?![\w(])|\d+)"
 MARK = rf"(?:_hat|[~^](?![\w({{])|'(?![A-Za-z])|[_^]{SCRIPT})"
 CALL = r"\((?:[\w|~^', ]*[|~^_][\w|~^', ]*|[a-z]|0, I)\)"
 IN_TEXT = re.compile(
-    rf"(?<![\w|/.`^~'&#-])(?:log )?{SYMBOL}{MARK}*(?:{CALL}{MARK}*)?(?![\w|(\[/^~`'&-]|\.\w)|`[^`]*`|https?://\S+"
+    rf"(?<![\w|/.`^~'&#-])(?:-?log )?{SYMBOL}{MARK}*(?:{CALL}{MARK}*)?(?![\w|(\[/^~`'&-]|\.\w)|"
+    r"(?<![\w.^])\d+\^(?:\d+|[a-z]+)|`[^`]*`|https?://\S+"
 )
 # words of English, and names that stay as they are
 WORDS = {"a", "A", "I", "KL", "ELBO", "MMD", "Gamma", "Lambda", "Omega", "Phi", "Sigma"}
@@ -113,7 +117,8 @@ class _Reader:
             if self.calls:
                 self.calls.pop()
             return token + self.scripts()
-        if token == "|" and self.calls and self.calls[-1]:
+        spaced = self.tokens[self.at - 2 : self.at + 1] == [" ", "|", " "]
+        if token == "|" and (spaced or (self.calls and self.calls[-1])):
             return r" \mid "
         if token == "'" and self.peek() == "s" and not self.peek(1).strip("., "):
             self.take()
@@ -144,6 +149,7 @@ class _Reader:
             and self.peek() == "_"
             and len(self.peek(1)) > 2
             and self.peek(1).isalpha()
+            and not (name == "max" and self.peek(1) in SYMBOLS)
             and (
                 len(words) > 1
                 or (len(name) > 1 and name.islower() and name not in {*SYMBOLS, "dz", "sum", "prod", "mean"})
@@ -274,3 +280,75 @@ def symbols(text: str) -> list[tuple[bool, str]]:
             out += [(False, text[end : found.start()]), (True, found[0])]
             end = found.end()
     return [piece for piece in (*out, (False, text[end:])) if piece[1]]
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+# a block of code without a language; code, titles and tags, in which nothing is typeset; text
+HTML_PIECE = re.compile(
+    r'<div class="language-text highlight"><pre><span></span><code>(?P<block>[^<]*)</code></pre></div>|'
+    r"<(?P<tag>code|pre|h[1-6])\b.*?</(?P=tag)>|<[^>]*>|(?P<text>[^<]+)",
+    re.DOTALL,
+)
+
+
+def element(text: str, tag: str) -> str:
+    """An element that the script of the pages typesets: a div as a line of its own, a span within a sentence."""
+    # Markdown would read what is special to it within a sentence
+    written = re.sub(r"[^\w\s]", lambda found: f"&#{ord(found[0])};", latex(text)).replace("_", "&#95;")
+    return f'<{tag} class="formula">{written}</{tag}>'
+
+
+def block(lines: list[str]) -> str:
+    """The HTML of indented lines; empty if none of them has a formula."""
+    rows = [parts(line) for line in lines]
+    if not any(formula for row in rows for formula, _ in row):
+        return ""
+    cells = ["".join(element(text, "div") if formula else f"<div>{words(text)}</div>" for formula, text in row)
+             for row in rows]  # fmt: skip
+    return '<div class="formulas">' + "".join(f"<div>{row}</div>" for row in cells) + "</div>"
+
+
+def words(text: str) -> str:
+    """The HTML of words beside formulas."""
+    return with_symbols(text, lambda plain: re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(plain)))
+
+
+def with_symbols(text: str, written: Callable[[str], str], only: str = "") -> str:
+    """The HTML of a sentence with its symbols typeset, or only those that match a pattern.
+
+    `written` gives the HTML of everything else.
+    """
+    done = "".join(
+        element(piece, "span") if formula and re.search(only, piece) else written(piece)
+        for formula, piece in symbols(text)
+    )
+    # browsers break lines between a formula and the punctuation after it
+    return re.sub(r'(<span class="formula">[^<]*</span>)([.,;:)]+)', r'<span class="unbroken">\1\2</span>', done)
+
+
+def in_html(content: str) -> str:
+    """The HTML of docstrings with their formulas typeset.
+
+    A formula is an indented block that is not Python code or, in a sentence, a distribution or a power, such as q(z|x)
+    or 2^24. Single letters stay as they are, because most of them are sizes in shapes, such as (B, *input_shape).
+    """
+
+    def written(found: re.Match[str]) -> str:
+        if found["block"]:
+            text = html.unescape(found["block"]).rstrip("\n")
+            return found[0] if _is_python(text) else block(text.split("\n")) or found[0]
+        if found["text"]:
+            plain = html.unescape(found["text"])
+            return with_symbols(plain, lambda piece: html.escape(piece, quote=False), only=r"[(^]")
+        return found[0]
+
+    return HTML_PIECE.sub(written, content)
+
+
+def _is_python(text: str) -> bool:
+    try:
+        compile(text, "", "exec")
+    except SyntaxError:
+        return False
+    return True

@@ -40,6 +40,8 @@ def close(text):
         ("h_i-1 (1 + 1e-4)^1/7 - C^-1", r"h_{i-1} (1 + 10^{-4})^{\tfrac{1}{7}} - C^{-1}"),
         ("E_x,u E_q(x)q(z)[cos(E_kp, D_kp)]", r"\mathbb{E}_{x,u} \mathbb{E}_{q(x)q(z)}[\cos (E_{kp}, D_{kp})]"),
         ("v = w where w > 0, else 0 in the rest", r"v = w\text{ where }w > 0,\text{ else }0\text{ in the rest}"),
+        ("E[x | y] = max_theta f(x)", r"\mathbb{E}[x \mid y] = \max_{\theta}\hspace{0.17em} f(x)"),
+        ("min(max_capacity, #{i: s_i >= s})", r"\min (\mathrm{max\_capacity}, \#\{i: s_{i} \ge s\})"),
         ("m the mean of a set of M, for i in M", r"m\text{ the mean of a set of }M,\text{ for }i \in M"),
     ],
 )
@@ -56,13 +58,30 @@ def formulas(name):
 
 
 def test_words_are_not_typeset_as_formulas():
-    text = "With a beta of 0.1, A of input_shape and beta-VAE (see https://a.org/x_1, `x_1`) I take x~ and q(z|x)."
-    assert [piece for formula, piece in typeset.symbols(text) if formula] == ["beta", "x~", "q(z|x)"]
+    text = "With a beta of 0.1, A of input_shape and beta-VAE (see https://a.org/x_1, `x_1`) x~, q(z|x) and 2^24."
+    assert [piece for formula, piece in typeset.symbols(text) if formula] == ["beta", "x~", "q(z|x)", "2^24"]
     assert typeset.parts("    L = a + b     of the paper, section 3   http://a.org/x=1") == [
         (True, "L = a + b"),
         (False, "of the paper, section 3"),
         (False, "http://a.org/x=1"),
     ]
+
+
+def code_block(text):
+    return f'<div class="language-text highlight"><pre><span></span><code>{text}\n</code></pre></div>'
+
+
+def test_html_of_docstrings_has_typeset_formulas_but_no_code():
+    page = "<h3>q(z|x)</h3><p>(B, D): <code>q(z|x)</code> &lt; -log p(x | z), <a title='q(z|x)'>2^24</a>.</p>"
+    expected = page.replace(
+        "-log p(x | z),", f'<span class="unbroken">{typeset.element("-log p(x | z)", "span")},</span>'
+    )
+    expected = expected.replace("2^24", typeset.element("2^24", "span"))
+    assert typeset.in_html(page) == expected
+    python = code_block("class A(B, c=1):\n    x = 1 &lt; 2")
+    assert typeset.in_html(python) == python
+    assert typeset.in_html(code_block("a = b c &lt; d")) == typeset.block(["a = b c < d"])
+    assert 'class="formula"' in typeset.block(["a = b c < d"])
 
 
 @pytest.mark.parametrize("name", [name for name in registry.list_models() if registry.find(name).owner == "aezoo"])

@@ -31,8 +31,8 @@ class Split(NamedTuple):
     """Standardised rows of a set.
 
     Attributes:
-        train: (n, d), what a detector is fitted to.
-        train_labels: (n,), for counts only; no detector sees them.
+        train: (n, d), the training rows.
+        train_labels: (n,), for counts only; they are not passed to a detector.
         test: (m, d).
         test_labels: (m,).
     """
@@ -89,7 +89,7 @@ def read_set(path: Path) -> tuple[Array, Array]:
 
 
 def subsample(x: Array, y: Array, max_rows: int, seed: int) -> tuple[Array, Array]:
-    """At most `max_rows` random rows: anomalies at their share, but at least 20 of them, or all that there are."""
+    """At most `max_rows` random rows with the same share of anomalies, but at least 20 anomalies if there are so many."""
     if len(y) <= max_rows:
         return x, y
     generator = np.random.default_rng(seed)

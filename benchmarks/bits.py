@@ -4,12 +4,12 @@
     python -m benchmarks.bits --data fashion_mnist --root /usr/share/datasets --rows 5000 --epochs 8 --jobs 2
     python -m benchmarks.bits --models vq_vae fsq_vae --bits 4 10 --seeds 5
 
-bits is the number of bits of a sample's indices, log2 K each: 294 with --bits 6 and 7x7 places. It is as nearly equal
+bits is the number of bits of a sample's indices, log2 K each: 294 with --bits 6 and 7x7 places. It is as equal
 across models as their codebook sizes allow. vq_vae has K = 2^bits codes, lfq_vae and bsq_vae have `bits` channels of
 one bit, and fsq_vae has the levels of the paper's table 5. rq_vae has two levels, and vq_vae with n_groups has two
-groups, of half the bits each. qlae has a vector of twice as many numbers as there are places, of half the bits each.
-vq_vae_2 has two grids with smaller codebooks, and titok has as many tokens as there are places. used_bits are the bits
-that an ideal entropy code needs, given how often the test split chooses each code, for each place and codebook
+groups, with half the bits each. qlae has a vector of twice as many numbers as there are places, with half the bits
+each. vq_vae_2 has two grids with smaller codebooks, and titok has as many tokens as there are places. used_bits are the
+bits that an ideal entropy code needs, given how often the test split chooses each code, for each place and codebook
 separately. usage and perplexity are means over codebooks.
 
 Errors are measured on the test split with the model after its last step. All models have the net conv, except titok,

@@ -12,7 +12,7 @@ from torch import Tensor
 import aezoo
 from aezoo.tasks.samples import evaluation_mode
 
-# terms of losses with an opponent that is trained as well: their values say how good the opponent is
+# terms of losses with an opponent that is also trained: their values depend on the opponent
 _GAME = frozenset(("adversarial", "discriminator", "mi"))
 # hyperparameters with the length of a schedule in optimiser steps; the loss is another one until it has ended
 _SCHEDULES = ("capacity_steps", "kl_steps", "k_steps", "l0_steps", "l1_steps", "level_steps", "temperature_steps")
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
     Attributes:
         interval: optimiser steps between two evaluations.
         patience: evaluations without an improvement after which a training has converged.
-        least: what counts as an improvement, as a share of the fall of the loss since the first step.
+        least: smallest decrease that is an improvement, as a share of the decrease of the loss since the first step.
         seconds: limit of training and evaluations together, see `clock`.
         samples: validation samples of an evaluation, the same each time and with the same noise.
     """
@@ -48,7 +48,7 @@ def clock(device: torch.device) -> float:
 
 
 def monitored(terms: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """The name and value of what should fall.
+    """The name and value of the monitored figure, which should decrease.
 
     The loss, except for losses with an opponent: the negative ELBO of those that have one, otherwise the nll. The loss
     of a perceptual model contains the opponent's gradient without its value.

@@ -9,9 +9,9 @@ this layout, as between layers) and, for transposed layers, `sub_pixels_ms` (up 
 `overlap_add_ms` (one). Memory pages are kept, as in runs of the command line. `side` is the side of the smaller grid;
 the larger grid of a `transposed_odd` layer is not a whole number of strides. `channels` is the channel count of the
 larger grid; the smaller grid has twice as many at stride 2, and never fewer than 32. `chosen` is the way that the layer
-picks by itself among other layers. `speedup` is torch_ms divided by the time of the chosen way, and `lost` is the time
-of the chosen way divided by that of the fastest. The script ends by printing the rows in which `lost` exceeds one by
-more than a tenth.
+uses in a network. `speedup` is torch_ms divided by the time of the chosen way, and `lost` is the time
+of the chosen way divided by the time of the fastest way. At the end, the script prints the rows in which `lost` exceeds
+1.1.
 """
 
 import contextlib

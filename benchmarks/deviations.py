@@ -1,15 +1,15 @@
-"""Train models as they are and with what their authors' code does otherwise, and compare them: a CSV of both.
+"""Train models as they are and with the deviations of their authors' code, and compare the results: a CSV of both.
 
     python -m benchmarks.deviations                       all models, three seeds each
     python -m benchmarks.deviations hvae titok --again    these models again
 
 For models whose docstring names a deviation from the authors' code and its effect. The variant `aezoo` is the model as
-it is; in the others a formula of the authors' code, or a part of it, stands in the place of ours. Trainings are small
+it is; in the others a formula of the authors' code, or a part of it, replaces ours. Trainings are small
 and show how large an effect is, not which formula is better. Figures are of held-out samples, the terms those of the
-model's loss; the script ends by printing means over seeds.
+model's loss; at the end, the script prints means over seeds.
 
     mse, mae       of reconstructions, per value
-    latents_used   latents of a dictionary that are active in a training sample; dead: those that it takes for dead
+    latents_used   latents of a dictionary that are active in a training sample; dead: those that it counts as dead
     nmi            normalised mutual information of the classes of a categorical code and those of the data
     scale          of a likelihood that learns it
 """
@@ -51,7 +51,7 @@ KEY = ("model", "data", "variant", "seed", "steps")
 _MOST_SAMPLES = 500
 Terms = dict[str, Tensor]
 
-# ---- formulas of the authors' code, as methods and functions that take the place of ours ----------------------------
+# ---- formulas of the authors' code, as methods and functions that replace ours ---------------------------------------
 
 
 def memory_product(self: MemoryAE, x: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ CASES = {
 
 @contextlib.contextmanager
 def replaced(variant: Variant) -> Iterator[None]:
-    """The variant's formulas in the place of ours."""
+    """Replace our formulas by those of the variant."""
     with contextlib.ExitStack() as stack:
         for owner, name, formula in variant.formulas:
             stack.enter_context(mock.patch.object(owner, name, formula))
@@ -304,7 +304,7 @@ def replaced(variant: Variant) -> Iterator[None]:
 
 
 def measure(row: Mapping[str, Any], data: Mapping[str, Any], variant: Variant) -> dict[str, float]:
-    """Train the variant of a row and judge it."""
+    """Train the variant of a row and measure its errors."""
     case, seed = CASES[row["model"]], row["seed"]
     pl.seed_everything(seed, workers=True, verbose=False)
     opened = aezoo.DataModule(**data, num_workers=0, seed=seed)

@@ -3,11 +3,11 @@
     python -m benchmarks.disentangle                                       eight variational models, three seeds
     python -m benchmarks.disentangle --models vae beta_vae --steps 50000 --seeds 5 --net conv --jobs 2
 
-Every model keeps its own defaults, except for the size of the code. Figures are measured on samples of the test split,
+All settings except the size of the code are each model's defaults. Figures are measured on samples of the test split,
 which are the same for all runs: pictures that no model was trained on in another orientation. Codes are the means of
 q(z|x), and the shape is a categorical factor. The metrics are those of `aezoo.metrics`; higher is better for all. udr
-compares a model's seeds and does not use the factors. elbo is in nats; mse is that of the mean code's reconstruction.
-A seed fixes weights, noise and order.
+compares a model's seeds and does not use the factors. elbo is in nats; mse is the error of the mean code's
+reconstruction. A seed fixes weights, noise and order.
 
 Existing rows of the same model, seed and budget are kept; --again measures them again. All seeds of a model run in one
 process, because udr needs them together; if one fails, all are lost.

@@ -24,7 +24,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         spec: model, hyperparameters, data (the DataModule's arguments), steps, rows, accelerator, and seeds, the first
             columns of each row.
     """
-    # drawn on the fly: a run sees each picture only a few times
+    # drawn on the fly, because a run uses each picture only a few times
     data = aezoo.DataModule(**spec["data"], memory="off", num_workers=0)
     x, factors = samples(data, spec["rows"])
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Virtual environments for parties whose packages may clash with the project's own."""
+"""Virtual environments for parties whose packages may conflict with those of the project."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ CUDA_PACKAGES: dict[str, tuple[str, ...]] = {
     "keras_jax": ("keras>=3,<4", "jax[cuda12]"),
     "keras_tensorflow": ("keras>=3,<4", "tensorflow[and-cuda]"),
 }
-# these parties also see this environment's packages, after their own, so all PyTorch parties run the same build
+# these parties can also import this environment's packages, after their own, so all PyTorch parties run the same build
 SHARED = ("keras_torch", "pythae")
 
 
@@ -29,7 +29,7 @@ class EnvironmentFailure(RuntimeError):
 
 
 def default_folder() -> Path:
-    """Where environments are kept unless --envs says otherwise."""
+    """The folder of environments if --envs is not given."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "aezoo-peers"
     if sys.platform == "darwin":

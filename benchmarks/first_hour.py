@@ -11,8 +11,8 @@
     series        trains a VAE on windows of a time series, and detects bursts
     researcher    uses another network, writes a plug-in without attributes of the base class, and opens TensorBoard
 
-Users run commands of `aezoo` and call `aezoo.sklearn`, with no other settings than their task needs. AUROC compares
-anomalies with normal samples that the model has not seen. `flagged` is the share of these normal samples above the
+Users run commands of `aezoo` and call `aezoo.sklearn`, with only the settings that their task needs. AUROC compares
+anomalies with normal samples that were not used in training. `flagged` is the share of these normal samples above the
 default threshold, which is set for 10 %. Its interval contains it with a probability of 95 % if the held-out samples
 that set the threshold are like the new ones. `AUROC, nll` and `AUROC, mse` are those of --score nll and mse.
 """
@@ -87,7 +87,7 @@ class User:
         """The output of a command of Python, and its seconds.
 
         Raises:
-            AezooError: it failed; what it says is the last line of its output.
+            AezooError: it failed; the message is the last line of its output.
         """
         began = time.perf_counter()
         done = subprocess.run(
@@ -104,7 +104,7 @@ class User:
         return self.run("-m", "aezoo", *words)
 
     def fit(self, *words: str) -> tuple[Path, dict[str, Any]]:
-        """Train; the run folder, and what a user sees of it."""
+        """Train; the run folder, and its figures."""
         before = {*self.folder.glob("runs/*/*")}
         output, seconds = self.aezoo("fit", *words)
         (run,) = {*self.folder.glob("runs/*/*")} - before
@@ -292,7 +292,7 @@ def page(rows: list[dict[str, str]]) -> str:
         "What users get with all defaults, before (revision 437258a) and after the changes of defaults that the",
         "changelog lists. `python -m benchmarks.first_hour` runs their commands and writes this page.",
         "",
-        "AUROC compares anomalies with normal samples that the model has not seen. `flagged` is the share of these",
+        "AUROC compares anomalies with normal samples that were not used in training. `flagged` is the share of these",
         "normal samples above the default threshold, which is set for 10 %. Its interval contains it with a",
         "probability of 95 % if the held-out samples that set the threshold are like the new ones.",
     ]

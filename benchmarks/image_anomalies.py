@@ -82,7 +82,7 @@ METHODS: dict[str, Callable[[Rows], Scorer]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing, and write the CSV."""
+    """Measure the missing rows, and write the CSV."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser("image_anomalies", __doc__)
     add = parser.add_argument

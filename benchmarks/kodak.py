@@ -1,6 +1,6 @@
 """Bits and errors of the Kodak photographs, compressed by models of the zoo and by JPEG, WebP, AVIF and JPEG XL.
 
-    python -m benchmarks.kodak --kodak DIR                  train what is not in --runs yet, and compress
+    python -m benchmarks.kodak --kodak DIR                  train the models that are not in --runs yet, and compress
     python -m benchmarks.kodak --kodak DIR --seconds 1800   train for longer
 
 Models are trained on the crops of `sample_photos` (two photographs), until their validation loss has stopped improving
@@ -53,7 +53,7 @@ QUALITIES = (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, compress, and write the CSV."""
+    """Train the missing models, compress, and write the CSV."""
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser("kodak", __doc__)
     parser.add_argument("--kodak", type=Path, required=True, metavar="DIR", help="folder of the photographs")

@@ -1,4 +1,4 @@
-"""The models of each data set by error and training speed, for the picture of the report and that of the site."""
+"""The models of each data set by error and training speed, for the pictures of the report and of the site."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

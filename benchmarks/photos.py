@@ -1,11 +1,11 @@
 """Compare the recipe `photos` with conv_ae and vae on the Kodak photographs: a CSV, and a picture of details.
 
-    python -m benchmarks.photos --kodak DIR              train what is not in --runs yet, and judge it
+    python -m benchmarks.photos --kodak DIR              train the models that are not in --runs yet, and measure errors
     python -m benchmarks.photos --kodak DIR --again      train all three again
 
 All three are trained on the crops of `sample_photos`, the two models with their defaults. A Kodak photograph is cut
 into squares of the models' size without gaps or overlaps (768 x 512 is 12 x 8 squares of 64), reconstructed square by
-square and put together again, so that seams between squares count.
+square and put together again, so that seams between squares affect the figures.
 
     code           numbers in the code of a square, of which the pixels are 12,288
     psnr, ssim     of whole photographs with values in [0, 1], mean over the photographs
@@ -48,7 +48,7 @@ _DETAIL = 192
 
 
 def main() -> None:
-    """Train what is missing, and write the CSV and the picture."""
+    """Train the missing models, and write the CSV and the picture."""
     parser = build_parser("photos", __doc__)
     parser.add_argument("--kodak", type=Path, required=True, metavar="DIR", help="folder of the photographs")
     parser.add_argument("--runs", type=Path, default=Path("build/photos"), metavar="DIR", help="%(default)s")

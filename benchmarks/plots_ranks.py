@@ -19,7 +19,7 @@ def critical_differences(ranks: Mapping[str, float], difference: float, title: s
     Args:
         ranks: average rank of each of at least two methods.
         difference: the critical difference of two ranks.
-        title: what is ranked.
+        title: name of the ranking.
     """
     from matplotlib.figure import Figure
 

@@ -4,14 +4,15 @@
     python -m benchmarks.probe --data fashion_mnist --root /usr/share/datasets --rows 10000 --steps 4000
 
 probe and knn are the shares of test samples whose class is predicted correctly, by logistic regression on standardised
-codes and by the 5 nearest neighbours. Both learn from the codes and classes of the training samples and see all numbers
-of a code. If the code is a feature map or tokens, pooled_probe and pooled_knn see the mean over the places, one number
-per channel, as is usual for vision transformers. `raw pixels` and `pca` have their own rows, without a seed. Every
-model keeps its defaults, except for --code-size, which sets latent_dim or the width of tokens. mse is the error of the
-test samples' reconstruction. A seed fixes weights, masks, noise and order; the samples are the same for all.
+codes and by the 5 nearest neighbours. Both learn from the codes and classes of the training samples and use all numbers
+of a code. If the code is a feature map or tokens, pooled_probe and pooled_knn use the mean over the places, one number
+per channel, as is usual for vision transformers. `raw pixels` and `pca` have their own rows, without a seed. All
+settings are each model's defaults, except for --code-size, which sets latent_dim or the width of tokens. mse is the
+error of the test samples' reconstruction. A seed fixes weights, masks, noise and order; the samples are the same for
+all.
 
-Existing rows of the same model, seed and budget are kept; --again measures them again. The script ends by printing the
-medians over the seeds in the file.
+Existing rows of the same model, seed and budget are kept; --again measures them again. At the end, the script prints
+the medians over the seeds in the file.
 """
 
 import argparse

@@ -214,7 +214,7 @@ def _outcome(rows: list[dict[str, Any]], code: int | None, timeout: float, log: 
     if failed:
         # other ranks fail too when one runs out of memory
         reported = next((row for row in failed if row.get("out_of_memory")), failed[0])
-        # if no rank gives a reason, the kernel has killed one for its memory, as below
+        # if no rank reports an error, the kernel has killed one for its memory, as below
         only_lost_connections = all(any(words in row["error"].lower() for words in _CONNECTION_LOST) for row in failed)
         return reported | {"out_of_memory": True} if only_lost_connections else reported
     if rows and code is not None:

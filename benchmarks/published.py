@@ -10,9 +10,10 @@
 A recipe whose head has a line `# target:` has the setting of a published figure; a line `# test:` names other data on
 which that figure was measured. FOLDER contains MNIST and, if available, Larochelle's binary digits. Without these, the
 recipes that need them use digits drawn once from the grey values, with as many samples for training and validation,
-and `data` says so. Runs are stored in `build/published`; a run that was interrupted continues from its last epoch. A
-run that has not reached its last epoch is measured as well; `epochs` says how many it has. Nothing is chosen on the
-test split: the weights are those with the lowest validation loss, or the last ones if the setting has no validation.
+and the column `data` records it. Runs are stored in `build/published`; a run that was interrupted continues from its
+last epoch. A run that has not reached its last epoch is measured as well; the column `epochs` has their number. Nothing
+is chosen on the test split: the weights are those with the lowest validation loss, or the last ones if the setting has
+no validation.
 """
 
 import argparse
@@ -38,7 +39,7 @@ COLUMNS = (
     *("test/loss", "test/nll", "test/kl", "test/log_likelihood", "test/mse", "importance_samples", "cpu_seconds"),
     *("threads", "error"),
 )
-# by the time that an epoch takes, times the epochs
+# by the time of all epochs
 ORDER = (
     *("pytorch_vae", "keras_dense", "keras_deep", "keras_sparse", "poincare", "vae", "hyperspherical", "keras_vae"),
     *("iwae_1", "vamp", "iwae_5", "hvae", "keras_vq_vae", "iwae_50", "piwae", "miwae", "ciwae"),
@@ -79,7 +80,7 @@ def tested_on(path: Path) -> dict[str, str]:
 
 
 def data_flags(path: Path, root: Path) -> tuple[str, list[str]]:
-    """What a recipe is trained on here, and the flags that say so."""
+    """The data that a recipe is trained on here, and their flags."""
     data = settings(path)["data"]
     flags = [f"--data.root={root}"]
     if data["name"] != "binarized_mnist":
@@ -90,7 +91,7 @@ def data_flags(path: Path, root: Path) -> tuple[str, list[str]]:
 
 
 def spec(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `published_row` measures."""
+    """The spec for `published_row`."""
     recipe, figure = settings(path), target(path)
     data, flags = data_flags(path, arguments.root.expanduser().resolve())
     row = {"recipe": path.stem, "seed": seed, "data": data, "max_epochs": recipe["trainer"]["max_epochs"]}
@@ -102,12 +103,12 @@ def spec(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def is_finished(row: dict[str, str] | None) -> bool:
-    """Whether a row is that of a run which has reached its last epoch."""
+    """Whether the run of a row has reached its last epoch."""
     return row is not None and not row.get("error") and row["epochs"] == row["max_epochs"]
 
 
 def by_recipe(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Rows without errors by recipe; those of the runs that came furthest, where runs differ in that."""
+    """Rows without errors by recipe; if runs have different numbers of epochs, only those with the most."""
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         if not row.get("error"):

@@ -81,7 +81,7 @@ def fit(folder: Path, recipe: str, seed: int, flags: list[str], seconds: float |
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process with those of its children that have ended; 0 if the system does not report it."""
+    """Processor time of a process and of its children that have ended; 0 if the system does not report it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

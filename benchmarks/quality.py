@@ -8,13 +8,13 @@
 
 There are three kinds of codes, which cannot be compared with each other. With --code-sizes 16, a code of kind numbers
 has 16 numbers; of kind bits, 128 bits, as indices (as many as 16 numbers of 8 bits, each); of kind active, 16 of its
-numbers differ from 0, if the model has a setting for it (otherwise l0 says how many its penalty leaves). Models whose
+numbers differ from 0, if the model has a setting for it (otherwise the column l0 has their number). Models whose
 codes cannot have such a size are left out, with the reason. All other settings are the models' defaults.
 
 A run evaluates at most 4,000 validation samples every --interval steps, always with the same noise. It has converged
 if the monitored figure has not fallen for --patience evaluations by --least of its fall since the first step. The
 weights of the lowest figure are measured on the test split. monitor is the loss; for adversarial losses, whose values
-also say how good the opponent is, the negative ELBO or the nll. Evaluations start when the model's schedules of weights
+also depend on the opponent, the negative ELBO or the nll. Evaluations start when the model's schedules of weights
 and temperatures have ended. stopped is converged, capped (--most-seconds of training and evaluation: seconds of the
 processor, not of the clock; one thread unless OMP_NUM_THREADS says otherwise) or diverged. Steps are not compiled.
 
@@ -215,7 +215,7 @@ def code_columns(name: str, size: int, input_shape: tuple[int, ...]) -> tuple[di
 
 
 def only_best(specs: list[dict[str, Any]], table: QualityTable, top: int) -> list[dict[str, Any]]:
-    """The specs of seed 0, and those of other seeds of the `top` models of each kind with the lowest error."""
+    """The specs of seed 0, and of other seeds for the `top` models of each kind with the lowest error."""
     found: dict[tuple[str, int], list[tuple[float, str]]] = {}
     for spec in specs:
         row = table.find(spec["row"])

@@ -144,7 +144,7 @@ def _fidelity(model: aezoo.Autoencoder, x_hat: Tensor, spec: dict[str, Any]) -> 
             drawn["fid"] = stored["train"], torch.from_numpy(np.array(found.samples))
         for name, (real, fake) in drawn.items():
             row[name] = fid(real, features.all(SampleSet(ArrayDataset(fake)), _CHUNK))
-    except AezooError as error:  # the other figures of minutes of training stay
+    except AezooError as error:  # the other figures, which took minutes of training, are kept
         row["note"] = f"no FID: {error}"
     return row
 

@@ -26,9 +26,9 @@ PREFIX, PAGE, TITLE = "adbench-", "adbench.md", "Anomaly detection on tables"
 _METRICS = ("auroc", "aupr")
 # detectors in the table of single sets
 _MOST_COLUMNS = 9
-# sets without which neither ranks nor tests say anything
+# fewest sets for which ranks and tests are meaningful
 _LEAST_SETS = 2
-# of fits by the clock as a multiple of processor time, beyond which the machine was not idle
+# ratio of clock time to processor time of fits, above which the machine was not idle
 _MOST_SLOWDOWN = 1.5
 _SETTINGS = {
     "unsupervised": "Training on all rows of the training part, including anomalies.",
@@ -82,7 +82,7 @@ class Table(NamedTuple):
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Values of a setting's rows; a failed fit has those of chance."""
+    """Values of a setting's rows; a failed fit has the values of random scores."""
     share = {
         (row["dataset"], row["setting"], row["seed"]): int(row["test_anomalies"]) / int(row["test_rows"])
         for row in rows

@@ -1,8 +1,8 @@
-"""What `aezoo info NAME` says of a model's figures: its measured row, and what beats it. Written to aezoo/results.json.
+"""The figures in `aezoo info NAME`: the model's measured row, and the better models. Written to aezoo/results.json.
 
 A model is compared by the measure of each of its tags, in the first kind of table below that has it, and there with all
-rows of the same data, budget and size of code, baselines included. Of several options of a rival its best row counts.
-Figures are medians over seeds, of anomaly detection means over the classes or sets.
+rows of the same data, budget and size of code, baselines included. If a rival has rows with several options, its best
+row is used. Figures are medians over seeds, of anomaly detection means over the classes or sets.
 """
 
 import json
@@ -41,7 +41,7 @@ ROW_FIGURES = {
 
 
 class Measure(NamedTuple):
-    """What decides which of two models is better.
+    """The measure by which two models are compared.
 
     Attributes:
         table: the kind of table, see `TABLES`.
@@ -77,10 +77,10 @@ class Entry(NamedTuple):
     """A row of a table.
 
     Attributes:
-        model: its name in the registry, or that of a baseline.
+        model: its name in the registry, or the name of a baseline.
         label: how it is named as a rival.
         data: the data set.
-        setting: what all rows that it is compared with share, in words.
+        setting: the settings that all compared rows have in common, in words.
         row: its figures.
     """
 
@@ -226,7 +226,7 @@ TABLES: dict[str, Callable[[Mapping[str, Sequence[Row]]], Iterable[Entry]]] = {
 
 
 def _key(measure: Measure, entry: Entry) -> tuple[str, ...]:
-    """What entries that are compared share; densities are comparable only under one likelihood."""
+    """The settings that compared entries have in common; densities are comparable only under one likelihood."""
     density = entry.row.get("likelihood", "") if measure.column == "log_likelihood" else ""
     return entry.data, entry.setting, density
 
@@ -268,7 +268,7 @@ def _by_use(name: str, use: str, tables: Mapping[str, Sequence[Entry]]) -> dict[
 
 
 def _row(name: str, rows: Sequence[Entry]) -> dict[str, Any] | None:
-    """The figures of a model on the preferred set, at the size of code that most models have."""
+    """The figures of a model on the preferred set, at the most frequent code size."""
     sizes = Counter(_key(ERROR, entry) for entry in rows)
     own = [entry for entry in rows if entry.model == name]
     if not own:

@@ -1,4 +1,4 @@
-"""The pages of results on the commands: tables, and above each table a sentence that says which method is ahead.
+"""The pages of results on the commands: tables, and above each table a sentence that names the best method.
 
 A comparison is a command, or a part of a command whose figures have a different meaning; only methods of the same
 comparison are compared. Rows are merged over seeds. `reference` rows, such as real samples or a bound, never count as

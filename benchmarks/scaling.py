@@ -1,4 +1,4 @@
-"""How time and memory grow with samples, code size, width, image size and codebook size, and those of each command.
+"""How time and memory grow with samples, code size, width, image size and codebook size, also for each command.
 
     python -m benchmarks.scaling                                  all axes on the CPU, one thread
     python -m benchmarks.scaling --axes image_size codebook

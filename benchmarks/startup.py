@@ -1,4 +1,4 @@
-"""Seconds from `aezoo fit -c dense_article` to its first step, compared with those of its heaviest imports.
+"""Seconds from `aezoo fit -c dense_article` to its first step, compared with its slowest imports.
 
 Run by `python -m benchmarks.speed --startup`. Both are whole processes, timed from outside and in turns. One ends after
 the imports, the other after the first training batch.

@@ -123,7 +123,7 @@ def train(tag: str, setting: dict[str, Any], keep: Path) -> Path:
 
 
 def _end_of(tag: str, keep: Path) -> Path:
-    """The file that says that a training has ended."""
+    """The file that marks a training as ended."""
     return keep / f"{tag}.trained"
 
 
@@ -153,14 +153,14 @@ def make(tag: str, setting: dict[str, Any], run: Path, keep: Path) -> list["Figu
     _save(stored, folder, half=stored is in_half)
     final = aezoo.load_model(folder).float()
     found = weights_measure.figures(final, data, other, keep / f"features-{names[0]}.pkl", corrupt, normal)
-    if normal is not None:  # what a detector is for
+    if normal is not None:  # a detector
         found.sort(key=lambda figure: figure.metric != "AUROC")
     rows = weights_measure.picture(final, data, DOCS / "weights" / f"{tag}.png", corrupt)
     home = WEIGHTS / tag
     home.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "model.safetensors", home / "model.safetensors")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    del config["aezoo_version"]  # the package's weights are those of its own version
+    del config["aezoo_version"]  # weights in the package always have its version
     (home / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     unfinished = ""
     if not _end_of(tag, keep).is_file():
@@ -206,7 +206,7 @@ def _halved(model: "aezoo.Autoencoder", folder: Path) -> "aezoo.Autoencoder":
 
 
 def _save(model: "aezoo.Autoencoder", folder: Path, half: bool) -> None:
-    """Write a model; with half, all of its numbers that float16 can hold in float16, without scores."""
+    """Write a model without scores; with half, numbers that float16 can represent are stored in float16."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -159,7 +159,7 @@ def _accuracies(model: aezoo.Autoencoder, data: aezoo.DataModule) -> list[Figure
 
 
 def picture(model: aezoo.Autoencoder, data: aezoo.DataModule, path: Path, corrupt: str | None) -> list[str]:
-    """Write test samples, their reconstructions and generated samples, and say what the rows are."""
+    """Write test samples, their reconstructions and generated samples, and return the meaning of the rows."""
     x, _ = data.tensors("test", range(_COLUMNS))
     rows, words = [x], ["test samples"]
     with evaluation_mode(model):

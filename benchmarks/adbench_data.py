@@ -89,7 +89,7 @@ def read_set(path: Path) -> tuple[Array, Array]:
 
 
 def subsample(x: Array, y: Array, max_rows: int, seed: int) -> tuple[Array, Array]:
-    """At most `max_rows` random rows with the same share of anomalies, but at least 20 anomalies if there are so many."""
+    """At most `max_rows` random rows with the same share of anomalies, but at least 20 anomalies, or all."""
     if len(y) <= max_rows:
         return x, y
     generator = np.random.default_rng(seed)

@@ -131,11 +131,33 @@ def test_variants_with_state_resume():
         run(testing.check_resume, variant)
 
 
+def with_backbones():
+    """A network of each kind of timm, trained and frozen."""
+    resnet, vit = "timm:test_resnet", "timm:test_vit,img_size=32,patch_size=8"
+    return [subject_of(name, net=net) for name, net in (("vq_vae", resnet), ("vae", vit), ("vae", f"{resnet},frozen"))]
+
+
+def with_more_options():
+    """What the codebooks of the variants leave out."""
+    nets = {"latent_dim": 4, "hidden_dims": (8, 8), "codebook_size": 6}
+    revived = {"dead_below": 6.0, "decay": 0.5}
+    return [
+        *(subject_of(n, **nets, **revived, update=u) for n in ("vq_vae", "rq_vae") for u in ("ema", "gradient")),
+        subject_of("vq_vae", **nets, cosine=True),
+        subject_of("vq_vae", **nets, **revived, n_groups=2),
+        subject_of("rq_vae", **nets, dropout=0.6),
+        subject_of("fsq_vae", depth=2, dropout=0.6, hidden_dims=(8, 8)),
+        subject_of("lfq_vae", latent_dim=12, hidden_dims=(8, 8), entropy_weight=3.0),
+        subject_of("sim_vq_vae", **nets, estimator="rotation"),
+    ]
+
+
 @strict
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
     names = own_models() if promises.is_recording() else not_sample_means()
-    run(check_ddp, *map(of_graphs, names), *with_more_state(), broken_models.CorrectModel)
+    others = [*with_more_state(), *with_backbones(), *with_more_options(), broken_models.CorrectModel]
+    run(check_ddp, *map(of_graphs, names), *others)  # in one launch: two processes take half a minute to start
 
 
 @pytest.mark.slow

@@ -240,12 +240,12 @@ def check_resume(subject: Subject) -> None:
 
     A callback writes the checkpoints at the end of a batch, as most do.
     """
-    whole, *resumed = 0, 3, 4
+    whole, *resumed = 0, *_SaveBatches.after
     with tempfile.TemporaryDirectory() as folder:
         ends = {}
         for start in (whole, *resumed):
             torch.manual_seed(start)  # values that are not in the checkpoint differ
-            model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_SaveEachBatch(folder)])
+            model, trainer = subject.build(), _trainer(folder, max_epochs=2, callbacks=[_SaveBatches(folder)])
             data = DataModule.from_arrays(
                 subject.data(3 * BATCH),
                 torch.arange(3 * BATCH) % 2,
@@ -261,16 +261,19 @@ def check_resume(subject: Subject) -> None:
         require(not different, f"a fit that continues from step {step} of 6 ends with other {', '.join(different[:3])}")
 
 
-class _SaveEachBatch(pl.Callback):
-    """Writes a checkpoint after each batch of a fit that begins at its first."""
+class _SaveBatches(pl.Callback):
+    """Writes checkpoints of a fit that begins at its first batch: at the end of an epoch of 3, and within one."""
+
+    after = (3, 4)
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.ckpt_path is None:
-            # not global_step, which counts the steps of each of several optimisers
-            trainer.save_checkpoint(_file(self.folder, trainer.fit_loop.total_batch_idx + 1))
+        # not global_step, which counts the steps of each of several optimisers
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if trainer.ckpt_path is None and batches in self.after:
+            trainer.save_checkpoint(_file(self.folder, batches))
 
 
 def _file(folder: str, step: int) -> Path:

@@ -112,13 +112,17 @@ import re, sys
 from pathlib import Path
 from aezoo.cli.main import main
 
-folder = sys.argv[1]
+folder, n = sys.argv[1:]
 for file in ("few", "x"):
     mask = ["--mask", f"{folder}/half.npy", "--steps", "1", "--n_shown", "0"]
-    for command, *flags in (["embed"], ["detect", "--n_fit", "200"], ["impute", *mask], ["reconstruct"]):
+    drawn = ["--n", "300" if file == "few" else n]
+    for command, *flags in (
+        ["embed"], ["detect", "--n_fit", "200"], ["impute", *mask], ["reconstruct"], ["denoise"], ["generate", *drawn],
+    ):
         name = "some" if (file, command) == ("x", "impute") else file
-        common = [f"--ckpt_path={folder}/model", f"--input={folder}/{name}.npy", f"--out={folder}", "--device=cpu"]
-        main([command, *common, *flags])
+        common = [f"--ckpt_path={folder}/{'vae' if command == 'generate' else 'model'}", f"--out={folder}"]
+        given = [] if command == "generate" else [f"--input={folder}/{name}.npy"]
+        main([command, *common, *given, "--device=cpu", *flags])
         # not ru_maxrss, which begins with that of the process before
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
 """
@@ -132,16 +136,21 @@ def test_memory_of_commands_does_not_grow_with_the_input(tmp_path):
     torch.manual_seed(0)
     model = aezoo.create_model("linear_ae", (3, 64, 64), latent_dim=2).eval()
     save_model(model, tmp_path / "model")
+    prior = aezoo.create_model("vae", (3, 64, 64), latent_dim=2, hidden_dims=(4,))
+    save_model(prior.eval(), tmp_path / "vae")
     sparse(tmp_path / "x.npy", (n, 3, 64, 64), np.float32, rows=(n - 2,))
     # what the libraries take differs from release to release
     sparse(tmp_path / "few.npy", (300, 3, 64, 64), np.float32, rows=())
     # impute keeps two arrays of this size in files, 200 MB
     sparse(tmp_path / "some.npy", (2_000, 3, 64, 64), np.float32, rows=())
     np.save(tmp_path / "half.npy", np.arange(64) > np.zeros((1, 1, 64, 1)) + 31)
-    run = subprocess.run([sys.executable, "-c", PEAKS, tmp_path], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", PEAKS, tmp_path, str(n)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
     peaks = [float(line) for line in run.stdout.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
-    assert len(peaks) == 8 and peaks[6] < peaks[3] + 100, peaks
-    assert peaks[7] < peaks[3] + 150 and peaks[7] < 1500, peaks
+    assert len(peaks) == 12 and peaks[8] < peaks[5] + 100, peaks
+    assert peaks[11] < peaks[5] + 150 and peaks[11] < 1500, peaks
+    denoised, samples = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("denoised", "samples"))
+    assert len(denoised) == len(samples) == n
     promises.record("input", {"samples": n, "peak": round(max(peaks))})
     with torch.no_grad():
         ones = torch.ones(1, 3, 64, 64)

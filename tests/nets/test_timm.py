@@ -261,11 +261,6 @@ def test_whole_contract_is_kept(name: str, net: str) -> None:
     testing.check_model(name, exclude=["check_ddp", "check_export", *graphs], net=net)
 
 
-@pytest.mark.slow
-def test_two_processes_train_backbones_like_one() -> None:
-    testing.check_ddp(*(testing.subject_of(name, net=net) for name, net in _OF_CONTRACT))
-
-
 # ---- feature maps ----------------------------------------------------------------------------------------------------
 
 

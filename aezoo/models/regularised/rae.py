@@ -47,7 +47,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("v_I", normalize(torch.randn(weight[0].numel()), dim=0))
-        for _ in range(10):
+        for _ in range(0 if weight.is_meta else 10):  # loaded weights bring their v, and shapes need none
             self.search(weight)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -42,7 +42,6 @@ from torch.utils.data import DataLoader
 
 from aezoo.models.quantised.vq_vae import VQVAE
 from aezoo.quantisers import VQ, GroupedVQ
-from aezoo.testing import check_ddp, subject_of
 
 # ---- the loss, written out a place at a time -------------------------------------------------------------------------
 
@@ -198,22 +197,3 @@ def test_revival_uses_every_code_on_balanced_clusters(quiet: Any) -> None:
         used[dead_below] = float(trainer.callback_metrics["val/usage"])
     assert used[0.0] < 0.8
     assert used[1.0] == 1.0
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one_with_every_option() -> None:
-    """Of each model's defaults test_models says so."""
-    nets = {"latent_dim": 4, "hidden_dims": (8, 8), "codebook_size": 6}
-    revived = {"dead_below": 6.0, "decay": 0.5}
-    check_ddp(
-        *(subject_of(n, **nets, **revived, update=u) for n in ("vq_vae", "rq_vae") for u in ("ema", "gradient")),
-        subject_of("vq_vae", **nets, cosine=True),
-        subject_of("vq_vae", **nets, **revived, n_groups=2),
-        subject_of("rq_vae", **nets, dropout=0.6),
-        subject_of("fsq_vae", depth=2, dropout=0.6, hidden_dims=(8, 8)),
-        subject_of("lfq_vae", latent_dim=12, hidden_dims=(8, 8), entropy_weight=3.0),
-        subject_of("sim_vq_vae", **nets, estimator="rotation"),
-    )

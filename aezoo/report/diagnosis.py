@@ -20,6 +20,8 @@ _FEW_STEPS = 500
 _DEAD = 0.1
 # PCA is fitted to a few hundred validation samples; a model that is 10 % worse than that is worse than PCA.
 _PCA_MARGIN = 1.1
+# After these verdicts more epochs do not help.
+_SETTLED = ("level", "overfitting")
 # In low precision, a mean may be outside of [0, 1] by this much.
 _ROUNDING = 0.01
 
@@ -100,7 +102,8 @@ def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
         return [broken, *(verdict for verdict in found if verdict is not None)]
     if not any(found):
         found += [_too_few_steps(curves, losses, run) or _trend(curves, name, epochs, losses, run)]
-    found += [_worse_than_pca(curves), _dead_units(curves)]
+    settled = any(verdict is not None and verdict.section in _SETTLED for verdict in found)
+    found += [_worse_than_pca(curves, settled), _dead_units(curves)]
     return [verdict for verdict in found if verdict is not None]
 
 
@@ -177,13 +180,17 @@ def _trend(curves: Curves, name: str, epochs: list[int], losses: list[float], ru
     return Verdict("level", f"{name} has been level for {n_epochs} epochs: more of the same will hardly help")
 
 
-def _worse_than_pca(curves: Curves) -> Verdict | None:
+def _worse_than_pca(curves: Curves, settled: bool) -> Verdict | None:
     if not curves.mse > _PCA_MARGIN * curves.pca_mse:  # also if one is NaN
         return None
+    if curves.has_posterior and curves.has_beta:
+        cure = "a smaller --model.beta, which weights the KL term less than the reconstruction"
+    else:
+        cure = ("" if settled else "more epochs, ") + "another --model.lr or a wider network"
     return Verdict(
         "worse-than-pca",
         f"worse than PCA of the same size: mean squared error {curves.mse:.3g}, PCA with {curves.units} components "
-        f"{curves.pca_mse:.3g}; try more epochs, another --model.lr or a wider network",
+        f"{curves.pca_mse:.3g}; try {cure}",
     )
 
 

@@ -68,6 +68,14 @@ def test_code_and_pca_are_compared():
     assert [verdict.section for verdict in found] == ["level", "worse-than-pca", "dead-units"]
     assert "mean squared error 0.035, PCA with 16 components 0.027" in found[1].text
     assert "the code has 5 dead units of 16" in found[2].text
+    # the curve is level
+    assert found[1].text.endswith("; try another --model.lr or a wider network")
+    vae = diagnose(Curves(**values, mse=0.035, pca_mse=0.027, has_posterior=True, has_beta=True))
+    assert "; try a smaller --model.beta, which" in vae[1].text
+    short = {**values, "epochs": [1, 2, 3], "train": [3, 2, 1], "val": [3, 2, 1], "steps": 30}
+    assert diagnose(Curves(**short, mse=0.035, pca_mse=0.027))[1].text.endswith(
+        "try more epochs, another --model.lr or a wider network"
+    )
     for mse, pca_mse in ((0.028, 0.027), (math.nan, 0.027), (0.035, math.nan)):
         assert sections(Curves(**values, mse=mse, pca_mse=pca_mse)) == ["level"]
     headings = {"## Worse than PCA", "## Dead units", "## Posterior collapse", "## Decode gives logits"}

@@ -51,7 +51,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         likelihood: p(x | decoder output).
         corruption: corruption of the input in training; None for most models.
         code_radius: radius of the ball around 0 in which codes lie; infinite for most models.
-        compile_mode: whether a fit compiles the loss: auto (if the run is long enough to earn it back), off, or a mode
+        compile_mode: whether a fit compiles the loss: auto (if the run is long enough to save time), off, or a mode
             of torch.compile: default, reduce-overhead, max-autotune. Weights keep their names.
         importance_samples: draws of the code per sample for `log_likelihood` in validation and test after training;
             more draws tighten the bound.

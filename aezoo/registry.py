@@ -45,7 +45,7 @@ ALIASES = {
 _HOME = Path(__file__).parent / "models"
 # largest number of modules that may re-export a class before its definition
 _MAX_ALIAS_HOPS = 8
-# of others, large, and without a model's arguments
+# large packages of others, which contain no arguments of models
 _WITHOUT_MODELS = ("lightning", "torch", "typing")
 
 
@@ -321,7 +321,7 @@ def create_model(
     """
     cls = model_class(name)
     if "pretrained" in inspect.signature(cls).parameters and f"{find(name).name}.{pretrained}" not in tags.all_tags():
-        # diffusers_ae reads a folder
+        # for diffusers_ae it is a folder
         hyperparameters |= {} if pretrained is None else {"pretrained": pretrained}
         pretrained = None
     check_hyperparameters(cls, hyperparameters, find(name).name)
@@ -415,7 +415,9 @@ def _parsed(entry: Entry) -> tuple[ast.Module, Entry | None]:
     """The source of a model's module, and where the class comes from if the module only re-exports it."""
     path = source_of(entry)
     if path is None:
-        raise AezooError(f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed whole?")
+        raise AezooError(
+            f"no source file for {entry.module} of package {entry.owner}: is the plug-in installed completely?"
+        )
     try:
         tree = _tree(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
@@ -502,7 +504,7 @@ def _defaults(cls: ast.ClassDef) -> dict[str, str]:
 
 
 def _parameters(lineage: list[tuple[Entry, ast.ClassDef]]) -> tuple[tuple[str, str, str, str], ...]:
-    """Name, type, default and meaning of each argument, from all constructors that share in it."""
+    """Name, type, default and meaning of each argument, from the constructors of the class and its parents."""
     written = [(entry, init) for entry, cls in lineage if (init := _constructor(cls)) is not None]
     if not written:
         return ()

@@ -55,7 +55,7 @@ from aezoo.training.seeding import forked_rng, seed_all
 Array = npt.NDArray[Any]
 _SCALES = ("none", "standard", "unit")
 _ANOMALY_SCORES = ("auto", "combined", "deviance")
-# numbers in the code of a detector of vectors; the ten tuning sets of `aezoo benchmark adbench` chose it
+# code size of a detector of vectors, chosen on the ten tuning sets of `aezoo benchmark adbench`
 _DETECTOR_CODE = 2
 _DTYPES = (np.float64, np.float32)
 # attributes that scikit-learn sets before fitting
@@ -685,7 +685,7 @@ def _labels(y: Any, known: Array | None) -> tuple[Array, Tensor]:
     unknown = np.setdiff1d(y[given], classes)
     if not len(classes) or len(unknown):
         what = (
-            f"y has the label {unknown.tolist()[0]!r}, which the first fit had not"
+            f"y has the label {unknown.tolist()[0]!r}, which the first fit did not have"
             if len(unknown)
             else "all labels are -1"
         )

@@ -331,7 +331,7 @@ TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux
 
 
 def resident():
-    """Bytes of memory that this process has in use; cannot be told without TRIM (no Linux, or none with glibc)."""
+    """Bytes of memory that this process has in use; unknown without TRIM (not on Linux with glibc)."""
     gc.collect()
     TRIM(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

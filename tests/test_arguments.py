@@ -172,8 +172,8 @@ def test_a_copy_and_a_pickle_keep_arguments():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"widht": 3}, "Wrong: a default for 'widht', which is no argument of it, did you mean 'width'\\?$"),
-        ({"qqqq": 3}, "which is no argument of it: it has width, likelihood, lr, "),
+        ({"widht": 3}, "Wrong: default of an unknown argument 'widht', did you mean 'width'\\?$"),
+        ({"qqqq": 3}, "default of an unknown argument 'qqqq': it has width, likelihood, lr, "),
         ({"input_shape": 3}, "Wrong: input_shape takes a list of whole numbers, got 3"),
         ({"width": "3"}, "Wrong: width takes a whole number of at most 64 bits, got '3'$"),
     ],

@@ -197,7 +197,7 @@ MISTAKES = [
     ("loss", broken_models.MissingLoss, "must return named scalars"),
     ("loss", broken_models.DetachedLoss, "no gradient"),
     ("loss", broken_models.InfiniteTerm, "entropy = -inf"),
-    ("loss", broken_models.UnreducedTerm, "'size' that is no scalar"),
+    ("loss", broken_models.UnreducedTerm, "'size' that is not a scalar"),
     ("loss", broken_models.TermNamedLikeMetric, "'mse', which every evaluation"),
     ("loss", broken_models.InfiniteGradient, "gradient of encoder.* is not finite"),
     ("batch_of_one", broken_models.UnbiasedBatchVariance, "loss = nan|degrees of freedom"),

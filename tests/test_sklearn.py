@@ -87,7 +87,7 @@ def test_supervised_models_use_labels(digits):
     assert named.classes_.tolist() == names.tolist()
     np.testing.assert_array_equal(named.transform(X), whole.transform(X))
     again = pickle.loads(pickle.dumps(named)).partial_fit(X[:100], names[y[:100]])
-    with pytest.raises(AezooError, match="'k', which the first fit had not"):
+    with pytest.raises(AezooError, match="'k', which the first fit did not have"):
         again.partial_fit(X[:2], ["a", "k"])
     assert not hasattr(again.fit(X), "classes_")
     with pytest.raises(AezooError, match="from its first call on"):

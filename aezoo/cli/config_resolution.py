@@ -32,7 +32,7 @@ RUN_DIR = "AEZOO_RUN_DIR"
 RESUMED = "AEZOO_RESUMED"
 
 
-# the setting that is meant if a single word is given instead of a section
+# the setting that a single word in place of a section sets
 _SHORTHAND_KEY = {"model": "class_path", "data": "name"}
 # both add loggers to those of --logger
 _LOGGER = ("--trainer.logger", "--trainer.logger+")
@@ -111,7 +111,7 @@ def expand(argv: list[str]) -> Request:
         else:
             model_flag = value if flag == "--model" else model_flag
             if policy.is_class_path(value) and value not in registry.entries():
-                # allowed because the user has typed it; a file cannot
+                # allowed because the user has typed it; files may not allow classes
                 allowed += [value, policy.typed_class(value, Autoencoder)]
             flags += [flag, _class_path(value)]
     policy.enforce(allowed)
@@ -138,7 +138,7 @@ def expand(argv: list[str]) -> Request:
             settings["data"] = for_data_set(settings["data"], flags)
         _drop_repeated(settings, flags)
         flags = ["--config", json.dumps(settings), *flags]
-        # --resume auto has found a run of these data; their files are not read for it again
+        # --resume auto only finds runs on these data, so the files are not read again
         if command == "fit" and resume_from != "auto" and not _is_of(content, flags):
             raise AezooError(other_data_message(run or source))
         model = model or _model_name(settings)
@@ -387,7 +387,7 @@ def _check_config_exists(content: dict[str, Any], run: Path) -> None:
     noted = content.get("callbacks", {}).get("SaveConfig")
     file = noted.get("file") if isinstance(noted, dict) else None
     if isinstance(file, str) and not (run / file).is_file():
-        raise AezooError(f"{run} has lost its {file}, which contains the settings of its trainer and callbacks: put it "
+        raise AezooError(f"{run} lacks its {file}, which contains the settings of its trainer and callbacks: put it "
                          "back, or give them all with -c FILE")  # fmt: skip
 
 
@@ -398,7 +398,7 @@ def _settings(command: str, content: dict[str, Any], source: Path, run: Path | N
         run_config = _config_file(str(config_file))[1]
         model, stored = run_config.get("model"), content.get("hyper_parameters")
         if isinstance(model, dict) and isinstance(model.get("init_args"), dict) and isinstance(stored, dict):
-            # a path may no longer exist; the checkpoint contains the values that were read from it
+            # a file may no longer exist; the checkpoint contains the values that were read from it
             held = _plain_values(values.check_plain(stored, f"{source}: its hyperparameters"))
             model["init_args"] |= {key: value for key, value in held.items() if key in model["init_args"]}
         return run_config

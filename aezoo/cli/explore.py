@@ -18,11 +18,11 @@ from aezoo.security import policy
 from aezoo.tasks.explore import Subject, explore
 
 _HOST = "127.0.0.1"
-# digits that come with aezoo stand in for MNIST, which has to be fetched
+# digits in this package, used instead of MNIST, which must be downloaded
 _STANDS_IN = {
     "mnist": ("mnist5k", "500 of each digit of MNIST's training images, which these weights may have been trained on.")
 }
-# not those of the system's tables, in which modules may be plain text, which browsers do not run
+# not read from the system, whose type of modules may be plain text, which browsers do not run
 _TYPES = {
     ".css": "text/css",
     ".html": "text/html",
@@ -122,7 +122,7 @@ class _Handler(SimpleHTTPRequestHandler):
     timeout = _TIMEOUT
 
     def handle(self) -> None:
-        # a browser that leaves the page has no use for the rest
+        # the browser has closed the connection
         with suppress(ConnectionError, TimeoutError):
             super().handle()
 
@@ -130,19 +130,19 @@ class _Handler(SimpleHTTPRequestHandler):
         return _TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def send_head(self) -> Any:
-        # a page of another host may have resolved its name to this address
+        # protects against DNS rebinding: the name of another host may resolve to this address
         if self.headers.get("Host", "").rpartition(":")[0] not in (_HOST, "localhost"):
-            self.send_error(403, "for browsers of this machine")
+            self.send_error(403, "only for browsers on this machine")
             return None
         return super().send_head()
 
     def end_headers(self) -> None:
-        # a page that is written again is read again
+        # a page that was written again must be fetched again
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing of requests."""
+        """Do not log requests."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _WORDS = {
 
 
 class _ReadBefore(argparse.Action):
-    """Only shown in the help: `aezoo.cli.config_resolution` reads the flag before this parser sees the rest."""
+    """Only shown in the help: `aezoo.cli.config_resolution` reads the flag before this parser reads the others."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
         parser.error(f"{self.option_strings[0]} needs a value")

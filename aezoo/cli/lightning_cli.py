@@ -197,7 +197,7 @@ class AezooCLI(LightningCLI):
             save_config_kwargs={"command": " ".join(shlex.join(["aezoo", *argv]).split())},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            # checkpoints contain the constructor's values: without class paths, including defaults
+            # checkpoints contain the constructor's values: no class paths, and all defaults
             load_from_checkpoint_support=False,
             # the loaders shard by rank themselves, and one line replaces the table of layers
             trainer_defaults={
@@ -257,7 +257,7 @@ class AezooCLI(LightningCLI):
             "--compile",
             type=Literal[compilation.MODES],
             default="auto",
-            help="Compile the training step: auto, which compiles if the run is long enough to earn it back, off, or "
+            help="Compile the training step: auto, which compiles if the run is long enough, off, or "
             "a mode of torch.compile.",
         )
         parser.add_argument("--speed", type=Literal[speed.SETTINGS], default="auto", help=speed.HELP)
@@ -278,7 +278,8 @@ class AezooCLI(LightningCLI):
             "--rank_timeout",
             type=float,
             default=600.0,
-            help="Seconds that processes wait for one another before the run ends; downloads by the first count, too.",
+            help="Seconds that processes wait for one another before the run ends, including for downloads by the "
+            "first process.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -295,7 +296,7 @@ class AezooCLI(LightningCLI):
         sections: dict[str, type] = {"trainer": Trainer, "data": DataModule, **DEFAULT_CALLBACKS}
         for section, cls in sections.items():
             value = self.config[command].get(section)
-            # a section without settings is None
+            # an empty section is None
             if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
                 raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
         trainer_settings.check(self.config[command]["trainer"])
@@ -335,7 +336,7 @@ class AezooCLI(LightningCLI):
                 config["data"]["scale"] = self.chosen["data.scale"] = scale
         changed = {key: value for key, value in chosen.items() if value != given[key]}
         if changed:
-            # the initial weights of a run to which these values are given
+            # the same initial weights as if these values were given
             torch.set_rng_state(self._rng_state)
             self.model = cls(**{**given, **changed})
             for key, value in changed.items():
@@ -376,7 +377,7 @@ class AezooCLI(LightningCLI):
             # jsonargparse wraps a constructor's error in a report about all types that it tried
             raise AezooError(plain_message(f"{error}" or repr(error), self.command_parser)) from error
         finally:
-            trainer["logger"] = given  # as the run's config.yaml has it
+            trainer["logger"] = given  # as in the run's config.yaml
         kind = display_name(type(self.model))
         values.check_plain(
             dict(self.model.hparams), f"{kind} could not be loaded from its checkpoint: its hyperparameters"
@@ -414,10 +415,10 @@ class AezooCLI(LightningCLI):
                 if writes and self.subcommand == "fit":
                     self._lock_checkpoints(callback.dirpath)
         for callback in [*extra, *(config.get("callbacks") or [])]:
-            # Lightning would ask the first logger
+            # Lightning would use the folder of the first logger
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(run_dir / run_folder.CHECKPOINTS)
-        # an evaluation has no logger unless one is given: its events at step 0 would cut off the curves of the run
+        # an evaluation has no logger by default: its events at step 0 would truncate the curves of the run
         config["logger"] = loggers.make(
             self._setting("logger"),
             config.get("logger"),
@@ -443,7 +444,7 @@ class AezooCLI(LightningCLI):
         return trainer
 
     def _set_budget(self, config: dict[str, Any]) -> None:
-        """Leave batch size and epochs to the data, unless flags and files set them, or what an epoch or the run is."""
+        """Choose batch size and epochs by the data, unless flags or files set these or other limits."""
         own_limit = config.get("max_steps", -1) != -1 or config.get("max_time") is not None
         own_epoch = config.get("limit_train_batches") is not None or bool(config.get("overfit_batches"))
         batch_size = not self._is_given("data", "batch_size")
@@ -451,7 +452,7 @@ class AezooCLI(LightningCLI):
         self.budget = self.save_config_kwargs["budget"] = Budget(self.config["fit"], batch_size, max_epochs)
 
     def _lock_checkpoints(self, dirpath: Any) -> None:
-        """Let no other run write into a folder of checkpoints that the user has named."""
+        """Prevent other runs from writing into a folder of checkpoints that the user has named."""
         if dirpath is None or "://" in str(dirpath):
             return
         folder = Path(dirpath)
@@ -492,7 +493,7 @@ class AezooCLI(LightningCLI):
         return folder
 
     def run_name(self) -> str:
-        """The name of the folder of all runs like this one: given, the recipe's, or that of the model and the data."""
+        """The name of the folder of runs: the given name, the recipe's, or that of the model and the data."""
         model = display_name(type(self.model))
         own = f"{model}-{data_set_name(*(str(self.datamodule.hparams[key]) for key in ('name', 'root')))}"
         return archives.safe_name(self._setting("name") or self.request.run_name or own)
@@ -511,7 +512,7 @@ class AezooCLI(LightningCLI):
             of_other_rank = distributed.terminate_other_ranks(self.trainer, error)
             if isinstance(error, BrokenPipeError):
                 with contextlib.suppress(OSError):
-                    print(self._resume_hint(" by a broken pipe, as nobody reads the output,"), file=sys.stderr)
+                    print(self._resume_hint(" by a broken pipe, because the output is not read,"), file=sys.stderr)
                 raise
             line = run_errors.one_line(error, self.request.source, self.datamodule.batch_size)
             if line is None and of_other_rank is not None:
@@ -525,7 +526,7 @@ class AezooCLI(LightningCLI):
         if self.subcommand != "fit" or not last:
             return f"aezoo: interrupted{advice}; nothing was saved"
         run = run_folder.run_of(Path(last), Path(self.trainer.default_root_dir)) or Path(last)
-        # a run that was moved is reached by a link that ends with this process
+        # a run that was moved is accessed by a link that is removed at the end of this process
         run = run.resolve() if run.is_symlink() else run
         return (
             f"aezoo: interrupted{advice} at epoch {self.trainer.current_epoch}, step {self.trainer.global_step}; "
@@ -538,7 +539,7 @@ class AezooCLI(LightningCLI):
         if self.trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision(self._setting("matmul_precision"))
         if not self.trainer.is_global_zero:
-            return  # the other ranks wait for the data that rank zero may be downloading
+            return  # the other ranks wait for rank zero, which may be downloading the data
         parameters = sum(p.numel() for p in self.model.parameters())
         kind = type(self.model)
         name = display_name(kind)
@@ -614,7 +615,7 @@ def main(argv: list[str]) -> None:
                     AezooCLI(argv, exit_stack)
                 break
             except (AezooError, FileNotFoundError) as error:
-                # a run that is still training has replaced its best checkpoint since it was found
+                # a run that is still training may have replaced its best checkpoint
                 cause = error.__cause__ if isinstance(error, AezooError) else error
                 missing = isinstance(cause, FileNotFoundError) and str(cause.filename).endswith(".ckpt")
                 if argv[0] == "fit" or not missing or attempt == _ATTEMPTS - 1:

@@ -23,12 +23,13 @@ class Kind(NamedTuple):
     """A logger that writes into the run folder.
 
     Attributes:
-        make: of the run folder, its arguments, and the step of the checkpoint that a run continues from, or None.
+        make: function of the run folder, the arguments, and the step of the checkpoint that a run continues from, or
+            None.
         lightning: Lightning's class, which `--trainer.logger` names.
         packages: any one of these is required.
         advice: what to do if it is not installed.
-        elsewhere: the arguments that set where it writes; if one is given, it is another logger.
-        defaults: arguments that differ from Lightning's; empty ones are set by the run folder.
+        elsewhere: arguments that set another location; with one of them, the logger is not that of the run folder.
+        defaults: arguments that differ from Lightning's; empty ones are derived from the run folder.
     """
 
     make: Callable[[Path, dict[str, Any], int | None], Logger]
@@ -88,7 +89,7 @@ def _title(run_dir: Path) -> str:
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that are set; the parser fills in the others as None."""
+    """Arguments that are set; the parser sets the others to None."""
     return {key: value for key, value in arguments.items() if value not in (None, "")}
 
 
@@ -220,7 +221,7 @@ def make(
 
 
 def close(made: Iterable[Logger]) -> None:
-    """Let the loggers of the run folder write what is left."""
+    """Flush and close the loggers of the run folder."""
     for logger in made:
         if isinstance(logger, loggers.WandB | loggers.MLflow):
             logger.close()
@@ -228,7 +229,7 @@ def close(made: Iterable[Logger]) -> None:
 
 def _require(kind: str) -> None:
     packages = KINDS[kind].packages
-    # not by the module: W&B leaves folders named wandb, which look like one
+    # by distribution, not module: W&B creates folders named wandb, which can be imported
     if packages and not any(_is_installed(package) for package in packages):
         raise _missing(kind)
 

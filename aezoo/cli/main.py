@@ -95,7 +95,7 @@ BENCHMARKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: the user must mend something."""
+    """Run one command; `argv` replaces `sys.argv[1:]`. Exit code 2: an error that the user must correct."""
     whole = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if whole:
@@ -110,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"aezoo: {terminal.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # the reader of the pipe has ended: that of `aezoo list | head`, which loses nothing, or of a run, which ends
+        # the reader of the pipe has ended: for `aezoo list | head` this is no error, but a run ends by it
         if argv and argv[0] in (*LIGHTNING_COMMANDS, *TASK_COMMANDS, "benchmark", "tune"):
-            sys.exit(128 + 13)  # SIGPIPE, as shells have it
+            sys.exit(128 + 13)  # SIGPIPE, as in shells
     except OSError as error:
         if error.filename is None:
             if (reason := terminal.unwritable_output(after=error)) is None:
@@ -143,7 +143,7 @@ def _refuse_output(reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def import_errors_in_one_line(whole: bool) -> Iterator[None]:
-    """Look for no garbage in what stays: a quarter of the time of imports; never again if the process is ours."""
+    """Pause garbage collection during imports, a quarter of their time; permanently if `whole`."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -152,7 +152,7 @@ def import_errors_in_one_line(whole: bool) -> Iterator[None]:
         if whole:
             _shorten_warnings()
             gc.freeze()
-            atexit.register(gc.unfreeze)  # libraries look then for what was not freed: triton 3.9 lists all of it
+            atexit.register(gc.unfreeze)  # triton 3.9 lists unfreed objects at exit
         if enabled:
             gc.enable()
 

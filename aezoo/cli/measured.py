@@ -1,4 +1,4 @@
-"""The last lines of `aezoo info NAME`: a command to run, the model's measured figures, and what beats it.
+"""The last lines of `aezoo info NAME`: a command to run, the model's measured figures, and better models.
 
 `python -m benchmarks.report` writes the figures, `aezoo/results.json`, from the results of the benchmarks.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from aezoo import registry
 
 RESULTS = Path(__file__).parent.parent / "results.json"
-# what shows the first tag of a model that has been trained; reconstruct by default
+# the command that shows a model's first tag; reconstruct by default
 _COMMANDS = {
     "anomaly": "detect",
     "generation": "generate",
@@ -30,7 +30,7 @@ def lines(name: str) -> list[str]:
 
 
 def command(name: str) -> str:
-    """A command that trains the model on the set in the package and shows what it is for."""
+    """A command that trains the model on the data set in the package and shows its main use."""
     uses = registry.uses_of(name)
     command = _COMMANDS.get(uses[0] if uses else "", "reconstruct")
     return f"aezoo fit --model {name} && aezoo {command} --ckpt_path runs/{name}-mnist5k/0"

@@ -90,12 +90,12 @@ def plain_message(message: str, parser: LightningArgumentParser) -> str:
         return f"{bare[1]!r} belongs to no flag: {', '.join(cures)}"
     unread = re.search(r'Parser key "(\w+)": Unable to load config "(.*)"', message)
     if unread:
-        return f"--{unread[1]} {unread[2]}: no such file, or none with settings in YAML"
+        return f"--{unread[1]} {unread[2]}: no such file, or not a file with settings in YAML"
     keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     absent = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
     if absent and keys.startswith("trainer."):
         return (
-            f"{keys}: no class is named {absent[1]}: `aezoo fit --{keys}.help` knows Lightning's, a class of your own "
+            f"{keys}: no class is named {absent[1]}: `aezoo fit --{keys}.help` lists Lightning's, a class of your own "
             "is my_package.Name with --allow my_package"
         )
     kinds = [kind for kind in re.findall(r"Expected an? (?:<class '([\w.]+)'>)", message) if kind != "NoneType"]
@@ -123,5 +123,5 @@ def _reasons(message: str) -> list[str]:
             depth = None
     named = [re.sub(r"^Problem with given class_path '(?:[\w.]+\.)?(\w+)':", r"\1:", item) for item in items]
     reported = [" ".join(item.split()) for item in named if "NoneType" not in item]
-    # jsonargparse lists a reason for each type that the value might have
+    # jsonargparse lists a reason for each accepted type
     return sorted(reported, key=lambda item: bool(re.match("Expected an? |Not a valid |Does not validate", item)))

@@ -7,7 +7,7 @@ from aezoo.errors import AezooError
 
 
 def recipe_folder() -> Path:
-    """Where the recipes are: inside the installed package, or next to it in a checkout."""
+    """The folder of the recipes: inside the installed package, or next to it in a checkout."""
     here = Path(__file__).parent.parent
     return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
 

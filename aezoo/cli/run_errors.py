@@ -72,7 +72,7 @@ def system_errors_in_one_line(command: str) -> Iterator[None]:
     threading.excepthook = report
     try:
         yield
-    except AezooError:  # a ValueError itself
+    except AezooError:  # a subclass of ValueError, handled below
         raise
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):

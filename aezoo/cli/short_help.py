@@ -1,4 +1,4 @@
-"""What `--help` of fit, validate, test and predict shows: the most used flags on one screen, without torch.
+"""The `--help` of fit, validate, test and predict: the most used flags on one screen, without torch.
 
 `--help_all` shows the help of the complete parser.
 """

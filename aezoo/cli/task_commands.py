@@ -69,7 +69,7 @@ _PATHS = {"array", "folder"}
 _OF_SAMPLES = {"reconstruct", "generate", "denoise", "impute", "decompress"}
 # commands that process samples of any size with a model that takes them
 _ANY_SIZE = {"reconstruct", "denoise", "compress"}
-# commands whose results must not depend on how fast they were computed: what one process wrote, any other reads
+# commands whose results must be exactly reproducible, because other processes read them
 _EXACT = ("compress", "decompress", "export")
 # commands that take one process, and why
 _ONE_PROCESS = {"export": "it computes nothing for many samples"}

@@ -38,7 +38,7 @@ Many machines: the same command, started on any of them with the same --storage,
 _TRIALS = 20
 # more combinations than anyone trains
 _LARGEST_GRID = 10_000
-# a busy machine may delay a sign of life by some seconds
+# a busy machine may delay a heartbeat by some seconds
 _LEAST_LOST_AFTER = 2.0
 
 
@@ -74,7 +74,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     parser.add_argument("--study_name", metavar="NAME", help="name in the storage (default the name of the folder)")
     parser.add_argument(
         "--lost_after", type=float, default=120.0, metavar="SECONDS",
-        help="run the trial of a worker again that has given no sign of life for this time (default 120)",
+        help="run the trial of a worker again that has sent no heartbeat for this time (default 120)",
     )  # fmt: skip
     searches, rest = _searches(argv)
     own = re.findall(r"(?m)^  (--\w+)", parser.format_help())

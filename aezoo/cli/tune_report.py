@@ -1,4 +1,4 @@
-"""What the folder of a study shows of it: `trials.csv`, and `study.html` with the plots of optuna."""
+"""Files about a study: `trials.csv`, and `study.html` with the plots of optuna."""
 
 import csv
 import html
@@ -46,7 +46,7 @@ def write_page(path: Path, study: optuna.Study, monitor: str, facts: dict[str, s
         path: the file.
         study: the study.
         monitor: the metric.
-        facts: what stands above the plots, by name.
+        facts: the table above the plots, by name.
 
     Raises:
         AezooError: it cannot be written.
@@ -63,7 +63,7 @@ def write_page(path: Path, study: optuna.Study, monitor: str, facts: dict[str, s
             except (ValueError, RuntimeError) as error:
                 content = _note(error)
             else:
-                # the library once, with the first plot
+                # the library is included once, with the first plot
                 content = figure.to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False})
                 script = False
         remarks = "".join(_note(note.message) for note in notes)

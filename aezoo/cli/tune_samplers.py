@@ -17,7 +17,7 @@ from aezoo.training.seeding import mix
 class WorkerSampler(BaseSampler):
     """Seeds a sampler of optuna again for each trial, by the seed of the study and the number of the trial.
 
-    So no two workers draw the same numbers, and a study of one worker that was interrupted ends as if it had not been.
+    So no two workers draw the same numbers, and an interrupted study of one worker gives the same result.
 
     Args:
         name: tpe, cmaes, grid or random.
@@ -38,7 +38,7 @@ class WorkerSampler(BaseSampler):
             self._grid.place = place
             self._sampler = self._grid
         elif self._name == "cmaes":
-            # the first trial has nothing to go by
+            # the first trial has no earlier results
             self._sampler = CmaEsSampler(seed=seed, warn_independent_sampling=False)
         elif self._name == "random":
             self._sampler = RandomSampler(seed)
@@ -82,5 +82,5 @@ class _Grid(RandomSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        # a trial beyond the grid, which another worker has filled meanwhile, is withdrawn before it runs
+        # a trial beyond the grid, which another worker has completed meanwhile, is withdrawn before it runs
         return self._points[self.place % len(self._points)][self._names.index(param_name)]

@@ -17,7 +17,7 @@ _SQLITE = "sqlite:///"
 _SQLITE_FILES = (".db", ".sqlite", ".sqlite3")
 # beginning of a line in optuna's journal
 _ENTRY = b'{"op_code":'
-# seconds until a server that does not answer is given up, and until another process must have let go of an SQLite file
+# seconds to wait for an answer of a server, and for another process to release an SQLite file
 _CONNECT, _SQLITE_BUSY = 10.0, 60.0
 _OPENINGS = 5
 
@@ -110,9 +110,9 @@ def reason(error: BaseException) -> str:
 
 
 def cure(why: str) -> str:
-    """What helps against a failure of a database server, by its message."""
+    """The cure for a failure of a database server, by its message."""
     if "authentication failed" in why or "no password supplied" in why:
-        return "check user and password, which PGPASSWORD or ~/.pgpass may hold"
+        return "check user and password, which PGPASSWORD or ~/.pgpass may contain"
     if re.search(r'database ".*" does not exist', why):
         return "create the database first"
     return "check that the server runs and can be reached from here"

@@ -55,7 +55,7 @@ _FULL_TRIALS, _FIRST_EPOCHS = 5, 3
 _MAX_FAILED = 3
 # a trial that has ended this many workers is likely to end the next one
 _MAX_LOST = 3
-# seconds between two looks at the trials of other workers, at most, and signs of life within --lost_after
+# seconds between two checks of other workers' trials, at most, and heartbeats within --lost_after
 _WAIT, _BEATS = 1.0, 4
 # seconds for the process that has created a study to record its settings
 _CREATED = 5.0
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
 
 def _say_goodbye(study: "Study | None", options: argparse.Namespace, argv: Sequence[str]) -> None:
     left = ""
-    # neither the record nor the terminal may be there any more, and another signal ends this at once
+    # the record or the terminal may not exist any more, and another signal ends this at once
     with contextlib.suppress(Exception, Stopped):
         if study:
             left = f"; {study.done()} of {options.trials} trials are done"
@@ -254,7 +254,7 @@ class Study:
         direction = StudyDirection.MINIMIZE if self.options.direction == "min" else StudyDirection.MAXIMIZE
         existing = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
         if not self.options.storage and not self.options.study_name and len(existing) == 1:
-            (name,) = existing  # the name from before the folder was renamed
+            (name,) = existing  # the name before the folder was renamed
         if name in existing:
             study = optuna.load_study(study_name=name, storage=storage)
             if alone:
@@ -278,7 +278,7 @@ class Study:
         return study
 
     def _end_own_trials(self, study: optuna.Study) -> None:
-        """Hand back at once what processes that have used this folder were running when they were killed."""
+        """Requeue the trials that killed processes of this folder were running."""
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             place = trial.user_attrs.get("place")
             # a storage in this folder can have no other workers
@@ -345,12 +345,12 @@ class Study:
         """Queue the trials of lost workers."""
         running = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in self.watch.lost(trial for trial in running if trial.number != own):
-            print(f"trial {trial.number} has given no sign of life for too long: its worker is lost")
+            print(f"trial {trial.number} has sent no heartbeat for too long: its worker is lost")
             _end(self.optuna, trial.number)
             if _is_done(self.attempts()[_first(trial)]):
                 print(f"trial {trial.number} has been lost with {_MAX_LOST} workers and is not run again")
         for attempts in self.attempts().values():
-            # a worker that ends a trial to have it run again may be lost between the two
+            # a worker may be lost after it has ended a trial and before it has queued it again
             if not _is_done(attempts) and all(trial.state == TrialState.FAIL for trial in attempts):
                 _queue(self.optuna, attempts[-1], lost=1)
 
@@ -390,7 +390,7 @@ class Study:
                 else:
                     self._trial(trial, heartbeat)
             except UpdateFinishedTrialError:
-                print(f"trial {trial.number} was taken up by another worker, which had not heard of it for too long")
+                print(f"trial {trial.number} was taken up by another worker, which received no heartbeat for too long")
             except BaseException:
                 with contextlib.suppress(Exception):  # other workers will notice
                     trial.set_user_attr("handed_back", True)
@@ -420,7 +420,7 @@ class Study:
         print(f"trial {trial.number} runs, its output is in {log}: {_format_values(trial.params)}", flush=True)
         started = time.monotonic()
         state, error, epochs = self._fit(trial, root, values, log, heartbeat)
-        # not every epoch of a run is validated, but its last is
+        # some epochs of a run are not validated, but the last one is
         best, n_epochs = self._best_value(epochs), max(epochs, default=-1) + 1
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         trial.set_user_attr("epochs", n_epochs)
@@ -553,7 +553,7 @@ class Study:
 
 
 class _Heartbeat:
-    """Signs of life of a running trial in the study's record, while this context is open.
+    """Heartbeats of a running trial in the study's record, while this context is open.
 
     optuna's heartbeat only works for databases, stops after the first one that cannot be written, and does not find a
     trial whose worker was lost before the first one.
@@ -565,7 +565,7 @@ class _Heartbeat:
     def __init__(self, trial: Trial, lost_after: float) -> None:
         self._trial, self._lost_after = trial, lost_after
         self._stop = threading.Event()
-        # a server that does not answer must not keep the process
+        # a server that does not answer must not keep the process running
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.taken = False
 
@@ -594,7 +594,7 @@ class _Watch:
     """Finds lost workers by the clock of this process only, because the clocks of machines differ.
 
     Args:
-        lost_after: seconds without a sign of life, for a worker that has given none.
+        lost_after: seconds without a heartbeat, for a worker that has sent none.
     """
 
     def __init__(self, lost_after: float) -> None:
@@ -605,7 +605,7 @@ class _Watch:
         """Those of the running trials whose workers are lost."""
         now, lost = time.monotonic(), []
         if now - self._looked > self._lost_after / 2:
-            self._seen.clear()  # this process, or the server for all of them, has stood still
+            self._seen.clear()  # this process, or the server for all of them, was suspended
         self._looked = now
         for trial in running:
             beat = trial.user_attrs.get("heartbeat")
@@ -646,7 +646,7 @@ def _end(study: optuna.Study, number: int) -> bool:
 
 
 def _queue(study: optuna.Study, trial: FrozenTrial, lost: int = 0) -> None:
-    """Queue another attempt at a trial, which `lost` more workers have not survived."""
+    """Queue another attempt at a trial, with which `lost` more workers were lost."""
     again = copy.deepcopy(trial)
     kept = {key: trial.user_attrs[key] for key in ("run", "place") if key in trial.user_attrs}
     again.user_attrs = kept | {"lost": trial.user_attrs.get("lost", 0) + lost}

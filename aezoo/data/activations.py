@@ -299,7 +299,7 @@ class ActivationDataset(Dataset[Batch]):
 
 
 def _remove_folder(folder: str, owner: int) -> None:
-    if os.getpid() == owner:  # and not in a process that reads ahead
+    if os.getpid() == owner:  # not in a worker process
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@
     (N, A, B)   a grey image if the values are uint8 or A = B, else a sequence    image, sequence
                 of A channels and B steps
     (N, A, B, C) an image; the channels are the last axis when that has 1, 3      image (channels first), image_last,
-                or 4 and the first has not                                        volume (one channel)
+                or 4 and the first does not                                        volume (one channel)
     (N, ..., 4 axes) a volume; channels found in the same way                     volume, volume_last
 
     .npz, .pt   x or x_train, y or y_train, x_val, y_val, x_test, y_test (or one array of any name; .pt also x alone
@@ -201,7 +201,7 @@ def from_channels_first(x: npt.NDArray[Any], shape: tuple[int, ...], is_bytes: b
 
 
 def _layout_of(shape: tuple[int, ...], is_bytes: bool, layout: str) -> str:
-    """The layout of an array (N, ...) that auto stands for; auto itself for vectors."""
+    """The layout that auto selects for an array (N, ...); auto itself for vectors."""
     if layout != "auto" or len(shape) < 3:
         return layout
     if len(shape) == 3:
@@ -230,7 +230,7 @@ def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
         array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
         if array.dtype.kind == "O" and array.ndim == 1 and all(map(_is_label, array)):
-            # the dtype of texts in pandas
+            # the dtype of strings in pandas
             values = array = parse_labels(["" if _is_missing(label) else str(label) for label in array])
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
             raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")

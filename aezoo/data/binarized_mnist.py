@@ -1,4 +1,4 @@
-"""binarized_mnist: the digits of MNIST as Larochelle & Murray (2011) drew them once, 50,000, 10,000 and 10,000.
+"""binarized_mnist: MNIST as binarised once by Larochelle & Murray (2011): 50,000, 10,000 and 10,000 digits.
 
 The "static" or "fixed" binarisation of papers on deep generative models, in three text files of zeros and ones.
 """

@@ -186,7 +186,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if given := {"name", "root"} & set(plain):
             raise AezooError(f"from_arrays has its data already: drop {' and '.join(sorted(given))}")
         plain |= {"name": "array", "root": ""}
-        module = cls.__new__(cls, **plain)  # which checks them
+        module = cls.__new__(cls, **plain)  # __new__ checks the arguments
         columns = column_names(x)
         for name, other in (("x_val", x_val), ("x_test", x_test)):
             check_columns(name, column_names(other), columns)
@@ -240,7 +240,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if stage == "fit" and isinstance(model, Autoencoder):
             model.data_units = self.units
         if self.trainer is not None and stage == "fit" and "val" not in self._splits:
-            # with an empty loader Lightning would warn, although the user has asked for this
+            # with an empty loader Lightning would warn, although the user has chosen this
             if self._saved_val_limit is None:
                 self._saved_val_limit = self.trainer.limit_val_batches
             self.trainer.limit_val_batches = 0
@@ -369,8 +369,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """
         if self._splits and not self.units.has_scaling(trained) and (trained or white is not None):
             rank_zero_info(
-                f"{self.name}: values are scaled by what its own training split holds, otherwise than those that the "
-                "model was trained on (--data.scale); a command scales what it is given as --input as these were"
+                f"{self.name}: values are scaled by the statistics of its own training split, unlike those that the "
+                "model was trained on (--data.scale); a command scales the samples of --input as those were"
             )
 
     def val_dataloader(self) -> LazyLoader | ResidentLoader:
@@ -518,7 +518,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         return parts[0] if len(parts) == 1 else Transforms(*parts) if parts else None
 
     def _stored_split(self, stage: Stage, device: torch.device, reads_once: bool = False) -> Dataset[Any]:
-        """The samples of a split, in memory or on the GPU if `memory` says so."""
+        """The samples of a split, in memory or on the GPU depending on `memory`."""
         dataset = self._split(stage)
         if self.memory == "off" or (self.memory == "auto" and reads_once and not isinstance(dataset, ArrayDataset)):
             return dataset

@@ -32,7 +32,7 @@ def find_mvtec(root: Path) -> tuple[Files, Masks]:
     """(image, class) by split, classes as in `CLASSES`, and the mask of each image with a defect.
 
     Raises:
-        AezooError: this is no folder of a class of MVTec AD, or a mask is missing.
+        AezooError: this is not a folder of a class of MVTec AD, or a mask is missing.
     """
     train, test, truth = (root / part for part in ("train", "test", "ground_truth"))
     if not train.is_dir() or not test.is_dir():
@@ -134,7 +134,7 @@ def read_mask(path: Path, picture: Path, size: int | None, max_pixels: int) -> T
         raise AezooError(f"the mask {path} is {shape[0]}x{shape[1]}, its picture {wanted[0]}x{wanted[1]} (height x "
                          "width): fetch the set again")  # fmt: skip
     with open_picture(path, max_pixels) as image:
-        # a palette's entries are numbers of kinds of defects
+        # the entries of a palette are indices of kinds of defects
         values = np.asarray(image if image.mode in ("L", "P", "1", "I;16", "I") else image.convert("L"))
         marked = Image.fromarray((values > 0).astype(np.uint8) * 255)
     if marked.getextrema() == (0, 0):

@@ -19,7 +19,7 @@ _READ = 64
 
 
 def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remote: bool = False) -> str:
-    """A text that identifies a set: independent of the folder of its files, but different if the files change.
+    """A string that identifies a set: independent of the folder of its files, but different if the files change.
 
     Args:
         name: name of a source, or the path of a set, as in `DataModule`.

@@ -130,7 +130,7 @@ class Idx(InMemory):
         if len(x) != len(y):
             raise AezooError(f"{image_path} has {len(x)} images but {label_path} {len(y)} labels: download them again")
         if self.family.title == "EMNIST":
-            # its files hold the images column by column, and the labels of the letters from 1 to 26
+            # its files store the images column by column, and the labels of the letters from 1 to 26
             x = x.transpose(1, 2).contiguous()
             y = y - 1 if self.family.split == "letters" else y
         if y.min() < 0 or y.max() >= len(self.family.class_names):

@@ -118,7 +118,7 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
             raise ValueError("it has 32 bits a value; save it with 16 or 8")
         return resize(torch.from_numpy(values)[None, None], size, channels)[0]
     mode = "L" if channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)  # (this would copy it)
+    image = image if image.mode == mode else image.convert(mode)  # convert would copy it
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     values = np.array(image)
@@ -152,7 +152,7 @@ def open_picture(path: Path | EncodedImage, max_pixels: int) -> Iterator[Image.I
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
-            # which also decodes the file, so that a truncated one fails here
+            # this also decodes the file, so that an error for a truncated one is raised here
             ImageOps.exif_transpose(image, in_place=True)
             yield image
     except AezooError:

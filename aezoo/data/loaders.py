@@ -133,7 +133,7 @@ class LazyLoader(DataLoader[Any]):
     transform: Transform | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the DataModule saves the position. Lightning warns of a loader without this method."""
+        """Empty, because the DataModule saves the position. Lightning warns of a loader without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,11 +173,11 @@ def default_num_workers(processes: int) -> int:
 
 def worker_failure(error: BaseException) -> str | None:
     """The message if torch's error is about a worker process that has died or cannot start; otherwise None."""
-    message = f"{error.__cause__}\n{error}"  # it varies which of these errors contains the signal
+    message = f"{error.__cause__}\n{error}"  # either of these errors may contain the signal
     died = r"DataLoader worker \(pid.*\) (is killed by signal: [\w ]*\w|exited unexpectedly)"
     found = re.search(rf"{died}|unable to allocate shared memory", message)
     return found and (
-        f"a data worker {found[1] or 'has failed'}, as it does for want of memory or of room in /dev/shm: read without "
+        f"a data worker {found[1] or 'has failed'}, usually because memory or /dev/shm is full: read without "
         "workers by --data.num_workers 0, or give more room, such as docker run --shm-size 4g"
     )
 
@@ -192,7 +192,7 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
         y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
     batch = (x, cast(Tensor, y)) if labels and y is not None else (x,)
     if get_worker_info() is not None:
-        # the thread that would pin it loses a batch for which /dev/shm has no room, and all processes wait for it
+        # if /dev/shm has no room for a batch, the pinning thread loses it and all processes wait for it
         for part in batch:
             part.share_memory_()
     return batch

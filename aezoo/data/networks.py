@@ -129,7 +129,7 @@ def _imported_network(path: str) -> nn.Module:
         raise AezooError(f"--data.network {path} is no torch.nn.Module and no function of yours that makes one")
     try:
         module = found()
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise AezooError(f"--data.network {path} cannot be built without arguments ({reason}): give a function that "
                          "makes it") from error  # fmt: skip

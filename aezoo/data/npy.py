@@ -21,7 +21,7 @@ from aezoo.errors import AezooError
 class NpyDataset(Dataset[Batch]):
     """Samples of a .npy file; only those that are requested are in memory.
 
-    They are read from the file, not from a map of it: the pages of a map count as the process's memory, and a file that
+    They are read from the file, not from a map of it: mapped pages count as memory of the process, and a file that
     becomes shorter while it is mapped ends the process without a message.
 
     Args:

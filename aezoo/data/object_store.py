@@ -82,7 +82,7 @@ def is_address(root: str) -> bool:
 
 
 def without_credentials(address: str) -> str:
-    """An address as messages may show it."""
+    """The address without user and password, for messages."""
     return re.sub(r"://.*@", "://***@", address)
 
 
@@ -296,7 +296,7 @@ class FileCache:
         """Download those files that are missing, several at a time."""
         missing = [path for path in paths if not (self.folder / path).exists()]
         if len(missing) < 2:
-            return  # `held` does it
+            return  # `held` downloads it
         self.objects.client  # noqa: B018  threads share it
         pool = ThreadPoolExecutor(_CONNECTIONS)
         try:
@@ -307,7 +307,7 @@ class FileCache:
 
     @contextlib.contextmanager
     def held(self, path: str) -> Iterator[None]:
-        """A context in which a file is there, complete, and not deleted by other processes."""
+        """A context in which a file exists, complete, and is not deleted by other processes."""
         file, size = self.folder / path, self.objects.objects[path].size
         while True:
             try:

@@ -24,12 +24,12 @@ from aezoo.training.keyword_groups import Argument
 
 # a cell and its comma, at least two bytes, become a double and a float, in addition to the whole text and its lines
 _CSV_MEMORY_FACTOR = 8
-# as texts of fixed width, as NumPy stores them
+# stored as strings of fixed width, as in NumPy
 _MOST_LABEL_BYTES = 2**30
 _PARQUET_ROWS = 2**16
 _PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 _MAX_EXACT_INTEGER = 2**53
-# texts that mean a missing number
+# strings that mean a missing number
 _MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "none", "null", "missing", "unknown", "?", "-", "--", "."})
 Arrays = Mapping[str, Any]
 
@@ -100,7 +100,7 @@ def read_arrays(
     if path == Path():
         raise AezooError("arrays handed in from Python are not kept in a checkpoint: call DataModule.from_arrays again")
     readers: dict[str, Callable[[Path, int], Arrays]] = {
-        ".npy": functools.partial(_read_npy, streamed=streamed), ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, 
+        ".npy": functools.partial(_read_npy, streamed=streamed), ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt,
         ".csv": functools.partial(_read_csv, label_column=label_column, time_columns=time_columns),
         ".parquet": functools.partial(_read_parquet, label_column=label_column, time_columns=time_columns),
     }  # fmt: skip
@@ -387,7 +387,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         about, schema = file.metadata, file.schema_arrow
         features, label, time = parquet_columns(schema, label_column, time_columns)
         names = [name for name in schema.names if name in {*features, label, time}]
-        # lists and texts may take any amount of memory, whatever the file declares
+        # lists and strings may take any amount of memory, independently of what the file declares
         text = [name for name in features if not _holds_numbers(schema.field(name).type)]
         if text or not features:
             raise AezooError(f"{path}: the columns {', '.join(text) or '(none)'} contain no numbers: drop or encode "
@@ -400,7 +400,7 @@ def _read_parquet(path: Path, max_bytes: int, label_column: str, time_columns: S
         declared = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         # a column that repeats one value takes no space in the file
         check_bytes(path, max(declared, 8 * about.num_rows * len(names)), max_bytes)
-    # each text once, not once per row
+    # each string once, not once per row
     with parquet.ParquetFile(path, read_dictionary=None if label is None else [label]) as file:
         batches, rows = [], 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
@@ -453,7 +453,7 @@ def check_parquet(path: Path, max_bytes: int) -> None:
             names = [column.path_in_schema for column in repeated]
             longest = max(column.total_uncompressed_size for column in repeated)
             rows = max(1, min(_PARQUET_ROWS, max_bytes // max(1, longest * len(names))))
-            # each text once, not once per row
+            # each string once, not once per row
             dictionaries = [column.path_in_schema for column in repeated if column.has_dictionary_page]
             with parquet.ParquetFile(path, read_dictionary=dictionaries) as file:
                 for batch in file.iter_batches(rows, row_groups=[i], columns=names):
@@ -478,7 +478,7 @@ def _labels(column: Any) -> Any:
     """The labels of a pandas column, (N,)."""
     missing, categories = column.isna().to_numpy(), getattr(column.dtype, "categories", None)
     if categories is not None and categories.dtype.kind not in "biuf":
-        names = [str(name) for name in categories]  # each text once, whatever dtype pandas would choose
+        names = [str(name) for name in categories]  # each string once, for any dtype that pandas would choose
         return parse_labels(["" if code < 0 else names[code] for code in column.cat.codes.to_numpy()])
     y = column.to_numpy()
     if missing.any() or y.dtype.kind not in "biuf":
@@ -496,7 +496,7 @@ def frame_values(frame: Any) -> npt.NDArray[Any]:
     """The values of a DataFrame, (N, D); float with NaN for booleans mixed with numbers and for missing numbers."""
     values: npt.NDArray[Any] = frame.to_numpy()
     if values.dtype.kind == "O":
-        with contextlib.suppress(TypeError, ValueError):  # some values are texts
+        with contextlib.suppress(TypeError, ValueError):  # some values are strings
             values = frame.to_numpy(np.float64, na_value=math.nan)
     return values
 
@@ -506,7 +506,7 @@ def text_columns(values: Any) -> list[str]:
     kinds: Any = getattr(values, "dtypes", {})
     if not (hasattr(values, "columns") and hasattr(kinds, "items")):
         return []
-    # pandas' own dtypes of numbers with missing values have a kind, too
+    # pandas' own dtypes of numbers with missing values also have a kind
     return [str(name) for name, kind in kinds.items() if getattr(kind, "kind", "O") not in "biuf"]
 
 

@@ -92,7 +92,7 @@ class ResidentLoader:
             yield (x,) if y is None else (x, y)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the DataModule saves the position. Lightning warns of a loader without this method."""
+        """Empty, because the DataModule saves the position. Lightning warns of a loader without this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def fits_in_memory(size: int, device: torch.device, processes: int) -> bool:
 
 
 def memory_excess(size: int, device: torch.device, processes: int) -> str:
-    """Why they are not, as a short text; empty if they are."""
+    """The reason why they are not, as a short text; empty if they are."""
     free = free_memory(device)
     if size * processes <= MEMORY_SHARE * free:
         return ""
@@ -176,7 +176,7 @@ def allocate(name: str, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> T
     """Memory for n decoded samples, (n, *shape), not filled yet; logs a line if filling it takes a while.
 
     Raises:
-        AezooError: there is too little memory. The system hands out memory before it is used, and kills a process that
+        AezooError: there is too little memory. The system grants memory before it is used, and kills a process that
             then uses too much without a message.
     """
     size = n * math.prod(shape) * dtype.itemsize

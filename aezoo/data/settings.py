@@ -37,7 +37,7 @@ class SourceArgs(
     ObjectStoreArgs,
     total=False,
 ):
-    """Settings that only some sources take; those name them by `accepts`."""
+    """Settings that only some sources take; a source names its settings by `accepts`."""
 
 
 _ARGUMENTS = arguments_of(SourceArgs)
@@ -112,7 +112,7 @@ def settings_of_source(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the DataModule without those that their source does not have."""
     try:
         accepted = settings_of(str(settings["name"]), settings)
-    except (KeyError, AezooError):  # the DataModule says what is wrong with the name
+    except (KeyError, AezooError):  # the DataModule reports the error in the name
         return dict(settings)
     return {
         key: value for key, value in settings.items() if accepted is None or key in accepted or key not in _ARGUMENTS

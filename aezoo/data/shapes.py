@@ -9,11 +9,11 @@ All 737,280 combinations exist. The mixed-radix digits of i are the factors of s
 fastest; its label is its shape. `--data.channels 3` adds two factors in front, the hues of sprite and background: 6
 each, red to magenta, the background at half the brightness; i and i + 737,280 are then one picture in two colours.
 
-Pixels hold about the share of their area that is covered, in 1/255: the distance to the outline, for the ellipse to
-first order, over the width of a pixel. So half a pixel's move shows at any size, and the centre of mass moves linearly;
-`--data.binarise threshold` gives 0 or 1, as dSprites has. Squares repeat after a quarter of a turn and ellipses after a
-half, here bit by bit: 430,080 grey pictures differ. The splits deal out pictures, so that none in val or test was
-trained on in another colour or orientation.
+Pixels contain about the share of their area that is covered, in 1/255: the distance to the outline, for the ellipse to
+first order, over the width of a pixel. So a move by half a pixel is visible at any size, and the centre of mass moves
+linearly; `--data.binarise threshold` gives 0 or 1, as in dSprites. Squares repeat after a quarter turn and ellipses
+after a half turn, here bit by bit: 430,080 grey pictures are different. Equal pictures are in the same split, so none
+in val or test was trained on in another colour or orientation.
 
 Shapes: N samples, F factors, W side of the part of an image that a sprite can reach.
 """
@@ -33,12 +33,12 @@ from aezoo.errors import AezooError
 NAMES, SIZES = ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)
 COLOURS, HUES = ("hue", "background"), 6
 COMBINATIONS = math.prod(SIZES)
-# orientations after which a shape is the same again
+# number of orientations after which a shape repeats
 PERIODS = torch.tensor([10, 20, 40])
 REACH = 0.25
 # red, yellow, green, cyan, blue, magenta: the hues whose colours are exact
 RGB = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]])
-# with a square of half-side 1 and two half discs the heart's centre of mass is so far from the square's along each side
+# distance of the heart's centre of mass from the square's along each side, for half-side 1 and two half discs
 _SHIFT = (math.pi / 2 + 2 / 3) / (4 + math.pi)
 _MIN_SIDE = 8
 _CHUNK = 128
@@ -61,7 +61,7 @@ def _ellipse(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
 def _heart(u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     """The same of a square with a half disc on each of two sides, the point between the other two r away."""
     half = r / (math.sqrt(2) * (1 + _SHIFT))
-    # a quarter pi from upright, from the centre of mass to the square's
+    # rotated by pi / 4, and shifted from the centre of mass to the square's
     s, t = (u - v) / math.sqrt(2) + _SHIFT * half, (-u - v) / math.sqrt(2) + _SHIFT * half
     covered = (half + 0.5 - s.abs()).clamp(0, 1) * (half + 0.5 - t.abs()).clamp(0, 1)
     for a, b in ((s, t), (t, s)):
@@ -135,7 +135,7 @@ class Shapes(Source):
         if self._rows is None:
             everything = torch.arange(COMBINATIONS).view(SIZES)
             parts: dict[Stage, list[Tensor]] = {stage: [] for stage in STAGES}
-            # a group is a picture with all the orientations that show it
+            # a group is a picture with all orientations that look the same
             for shape, period in enumerate(PERIODS.tolist()):
                 groups = everything[shape].unflatten(1, (-1, period)).movedim(1, -1).flatten(0, -2)
                 fractions = (self.options.val_fraction, self.options.test_fraction)
@@ -177,7 +177,7 @@ class Shapes(Source):
     def _within(values: Tensor, size: int, name: str) -> Tensor:
         wrong = values[(values < 0) | (values >= size)]
         if len(wrong):
-            raise AezooError(f"shapes has {size} values of {name}, 0 to {size - 1}: {int(wrong[0])} is none of them")
+            raise AezooError(f"shapes has {size} values of {name}, 0 to {size - 1}: {int(wrong[0])} is out of range")
         return values
 
 

@@ -66,11 +66,11 @@ def share(tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc would otherwise not return the memory to the system
     if reason := next(filter(None, told), ""):
-        rank_zero_info(f"samples are held once in each process, as memory cannot be shared here: {reason}")
+        rank_zero_info(f"each process has its own copy of the samples, because memory cannot be shared here: {reason}")
 
 
 def _adopt(tensors: Mapping[str, Tensor], process: int, file: int, layout: _Layout) -> str:
-    """Replace tensors by equal ones of another process; returns why if this cannot be done."""
+    """Replace tensors by equal ones of another process; returns the reason if this is impossible."""
     try:
         opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
         try:
@@ -82,7 +82,7 @@ def _adopt(tensors: Mapping[str, Tensor], process: int, file: int, layout: _Layo
     known = {name: tensor for name, tensor in tensors.items() if name in layout}
     same = {name: tensor for name, tensor in known.items() if _is_equal(tensor, layout[name], buffer)}
     _replace(same, layout, buffer, fill=False)
-    return "" if len(same) == len(tensors) else "processes have read other samples"
+    return "" if len(same) == len(tensors) else "processes have read different samples"
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[_Layout, int]:

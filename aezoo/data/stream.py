@@ -79,7 +79,7 @@ _SAFE_KINDS = (
 )
 # containers of items; no defaultdict, as litdata imports the factory that an index names for it
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
-# of index.json and classes.json in an object store
+# largest index.json and classes.json in an object store, in bytes
 _MOST_JSON = 2**28
 _SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
 # litdata also reads the text after the colon as the name of a decoder
@@ -132,7 +132,7 @@ class _LimitedUnpacking:
         size = max([_unpacked_size(bytes(data[:18])), *sizes, *named.values()])
         if size < 0:
             raise AezooError("it is packed and does not declare its size: write it again")
-        check_bytes("what is packed there", size, self._max_bytes)
+        check_bytes("a packed item", size, self._max_bytes)
         return self._unpacker.decompress(data, *sizes, **named)
 
 

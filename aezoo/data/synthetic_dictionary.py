@@ -33,7 +33,7 @@ from aezoo.training.keyword_groups import Argument
 from aezoo.training.seeding import mix
 
 GROUP_SIZE = 4
-# numbers that are drawn at a time: some tens of MiB
+# numbers that are drawn at a time, which take some tens of MiB
 _CHUNK = 2**21
 _ATOMS, _ATOM_ACTIVE, _GROUP_ACTIVE, _FOLLOWS_GROUP, _COEFFICIENT, _NOISE = range(6)
 Floats = npt.NDArray[np.float64]

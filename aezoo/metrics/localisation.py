@@ -20,7 +20,7 @@ def pixel_auroc(maps: Maps, masks: Masks) -> float:
     """The probability that a pixel of a defect has a larger value than another pixel; ties count half.
 
     Args:
-        maps: (N, H, W), larger is stranger.
+        maps: (N, H, W), larger is more anomalous.
         masks: (N, H, W), pixels of defects.
 
     Raises:
@@ -36,7 +36,7 @@ def per_region_overlap(maps: Maps, masks: Masks, fpr_limit: float = FPR_LIMIT) -
     """The normalised area under PRO up to a false positive rate of pixels, from 0 to 1.
 
     Args:
-        maps: (N, H, W), larger is stranger.
+        maps: (N, H, W), larger is more anomalous.
         masks: (N, H, W), pixels of defects.
         fpr_limit: above 0, at most 1.
 
@@ -70,7 +70,7 @@ def _at(limit: float, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) ->
 
 
 def _region_shares(masks: Masks) -> npt.NDArray[np.float64]:
-    """What each pixel adds to PRO once it lies above the threshold: (N, H, W); the sum is 1."""
+    """The increase of PRO by each pixel above the threshold: (N, H, W); the sum is 1."""
     from scipy.ndimage import label
 
     shares, n_regions = np.zeros(masks.shape), 0

@@ -98,7 +98,7 @@ def chart(lines: Sequence[Line], title: str) -> tuple[str, bool]:
 
 
 def _is_drawn(value: float) -> bool:
-    """Whether it is a number whose distance from others is one, too."""
+    """Whether it is a number that is small enough for differences to be finite."""
     return abs(value) < _MAX
 
 
@@ -115,7 +115,7 @@ def _path(x: Sequence[float], y: Sequence[float]) -> str:
     gaps = sum(after - before > 1 for before, after in pairwise(known))
     if 2 * len(known) < len(y) + 1 or (gaps > 1 and 2 * gaps >= len(known) - 2):
         x, y = [x[i] for i in known], [y[i] for i in known]
-    # the last point always stands
+    # the last point is always kept
     kept = sorted({*range(0, len(x), -(-len(x) // _MAX_POINTS) or 1), *range(len(x))[-1:]})
     pieces: list[list[str]] = [[]]
     for i in kept:

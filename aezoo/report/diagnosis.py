@@ -1,4 +1,4 @@
-"""What the loss curves of a run say, in one line each; docs/training.md explains every line."""
+"""Diagnoses from the loss curves of a run, in one line each; docs/training.md explains every line."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _MANY = 8
 _BLOCKS = 512
 # Adam at its usual learning rate of 0.001 changes a weight by at most 0.5 in this number of steps.
 _FEW_STEPS = 500
-# Units that a code can lose without a word, as a share.
+# Share of dead units up to which no line is written.
 _DEAD = 0.1
 # PCA is fitted to a few hundred validation samples; a model that is 10 % worse than that is worse than PCA.
 _PCA_MARGIN = 1.1
@@ -69,7 +69,7 @@ class Verdict:
 
     Attributes:
         section: the heading of docs/training.md that explains it, as an anchor.
-        text: what is the case, and what to do.
+        text: the diagnosis, and what to do.
     """
 
     section: str
@@ -88,7 +88,7 @@ def docs_page() -> Path:
 
 
 def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
-    """What the curves of a run say, the most important first; nothing where they are too short to say anything.
+    """Diagnoses from the curves of a run, the most important first; none if they are too short.
 
     Args:
         curves: the history.
@@ -150,7 +150,7 @@ def _too_few_steps(curves: Curves, losses: list[float], run: str | None) -> Verd
     undecided = len(losses) < 3 or _gain(losses) is not None
     if not 0 < curves.steps < _FEW_STEPS or not undecided:
         return None
-    # some epochs more would end in the same words
+    # a few epochs more would give the same diagnosis
     steps = max(_FEW_STEPS, 2 * curves.steps)
     many = math.ceil(len(curves.epochs) * steps / curves.steps)
     limit = f"--trainer.max_epochs {many}" if curves.limit == "max_epochs" else f"--trainer.max_steps {steps}"
@@ -270,7 +270,7 @@ def _rises(values: Sequence[float]) -> bool:
 
 
 def _range(losses: Sequence[float]) -> float:
-    """What a run has gained."""
+    """The improvement over a run."""
     return max(losses[0] - min(losses), 0.0)
 
 

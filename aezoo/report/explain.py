@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in sentences: the generalisation gap and the trend of its curves."""
+"""Explanations of the numbers of a run, in sentences: the generalisation gap and the trend of its curves."""
 
 import math
 import shlex
@@ -6,7 +6,7 @@ import shlex
 from aezoo.report.diagnosis import diagnose
 from aezoo.report.runs import Run
 
-# of what the training has gained: a smaller gap is called small
+# as a share of the improvement by training: a smaller gap is called small
 _SMALL = 0.05
 # units by the last part of a metric's name
 UNITS = {

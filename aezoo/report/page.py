@@ -211,7 +211,7 @@ def _key(style: str, words: str) -> str:
 
 
 class _Budget:
-    """What may still be embedded, in bytes, so that a page stays one that a browser opens."""
+    """The bytes that may still be embedded, so that a browser can open the page."""
 
     def __init__(self, n_runs: int) -> None:
         self.left = _MAX_PICTURES

@@ -18,7 +18,7 @@ from aezoo.errors import AezooError
 from aezoo.report.diagnosis import Curves
 from aezoo.security import json_files, yaml_text
 
-# the file in which a fit leaves what the others in its folder do not say
+# the file of a fit with facts that are in no other file of its folder
 RECORD = "run.json"
 _MARKS = ("config.yaml", "hparams.yaml", "metrics.csv", "metrics.jsonl", RECORD, "checkpoints")
 # folders of a run that are not results of commands
@@ -224,7 +224,7 @@ def _folders(path: Path) -> list[Path]:
             return runs
     except OSError as error:
         raise AezooError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
-    raise AezooError(f"{path} is no run and contains none: give the folder of a run, such as runs/vae/0")
+    raise AezooError(f"{path} is not a run and contains none: give the folder of a run, such as runs/vae/0")
 
 
 def _is_run(folder: Path) -> bool:
@@ -341,7 +341,7 @@ def _csv_rows(text: str) -> Iterator[dict[str, Any]]:
             if None not in row.values():
                 yield row
     except csv.Error:
-        return  # as of a cell that is too long; what came before counts
+        return  # for example a cell that is too long; the rows before it are kept
 
 
 def _json_rows(text: str) -> Iterator[dict[str, Any]]:
@@ -403,7 +403,7 @@ def _results(folder: Path) -> Results | None:
         return None
     files = [path for path in _entries(folder) if path.suffix == ".csv"][:_MAX_FILES]
     tables = [table for path in files if (table := _table(path)) is not None]
-    # those that say most in few rows come first
+    # tables with few rows come first
     tables.sort(key=lambda table: table.n_rows > _MAX_ROWS)
     pictures = _pictures(folder)
     return Results(folder.name, tables, pictures) if tables or pictures else None

@@ -54,7 +54,7 @@ def allow_remote(argv: Iterable[str]) -> list[str]:
 
 
 def allows_remote() -> bool:
-    """Whether `--allow_remote` stands on this process's command line."""
+    """Whether `--allow_remote` is on this process's command line."""
     return _remote
 
 
@@ -111,7 +111,7 @@ def typed_class(path: str, base: type) -> str:
             "path of a class"
         ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise AezooError(f"--model {path} is no subclass of aezoo.{base.__name__}: give a name of `aezoo list`")
+        raise AezooError(f"--model {path} is not a subclass of aezoo.{base.__name__}: give a name of `aezoo list`")
     return f"{found.__module__}.{found.__qualname__}"
 
 

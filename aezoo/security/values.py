@@ -5,7 +5,7 @@ from typing import Any
 from aezoo.errors import AezooError
 
 MAX_VALUES, MAX_DEPTH, MAX_TEXT = 10_000, 8, 10_000
-# of whole files, with each reference to a shared part followed
+# limits of whole files, with each reference to a shared part followed
 MAX_EXTENT, MAX_LEVELS = 5_000_000, 64
 
 
@@ -22,11 +22,11 @@ def check_plain(values: object, what: str) -> dict[str, Any]:
         AezooError: it contains something else, too many values, or a dict that names a class to build.
     """
     if not isinstance(values, dict):
-        raise AezooError(f"{what} are a {type(values).__name__} and no table of names and values: the file is damaged")
+        raise AezooError(f"{what} are a {type(values).__name__}, not a table of names and values: the file is damaged")
     budget = [MAX_VALUES]
     for key in values:
         if not isinstance(key, str):
-            raise AezooError(f"{what} have the name {str(key)[:50]!r}, which is no text: the file is damaged")
+            raise AezooError(f"{what} have the name {str(key)[:50]!r}, which is not a string: the file is damaged")
     return {key: _copy(value, f"{what}: {key[:100]!r}", budget, 0) for key, value in values.items()}
 
 
@@ -79,7 +79,7 @@ def _copy(value: object, what: str, budget: list[int], depth: int) -> Any:
         return value
     if isinstance(value, str):
         if len(value) > MAX_TEXT:
-            raise AezooError(f"{what} is a text of {len(value)} characters: no model needs that")
+            raise AezooError(f"{what} is a string of {len(value)} characters: no model needs that")
         return value
     if isinstance(value, list | tuple):
         parts = [_copy(part, what, budget, depth + 1) for part in value]
@@ -88,6 +88,6 @@ def _copy(value: object, what: str, budget: list[int], depth: int) -> Any:
         if "class_path" in value:
             raise AezooError(f"{what} names a class to import and build, which no saved model may do: it is refused")
         if not all(isinstance(key, str) for key in value):
-            raise AezooError(f"{what} has a name that is no text: the file is damaged")
+            raise AezooError(f"{what} has a name that is not a string: the file is damaged")
         return {key: _copy(part, what, budget, depth + 1) for key, part in value.items()}
-    raise AezooError(f"{what} is a {type(value).__name__}: saved models contain numbers and texts only")
+    raise AezooError(f"{what} is a {type(value).__name__}: saved models contain numbers and strings only")

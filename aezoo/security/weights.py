@@ -30,13 +30,13 @@ def check_tensors(weights: Mapping[Any, Any], source: Path, name: str) -> dict[s
     for key, value in weights.items():
         reason = None
         if not isinstance(key, str):
-            reason = f"the name {str(key)[:50]} is no text"
+            reason = f"the name {str(key)[:50]} is not a string"
         elif not isinstance(value, Tensor):
-            reason = f"{key} is a {type(value).__name__} and no tensor"
+            reason = f"{key} is a {type(value).__name__}, not a tensor"
         elif value.layout != torch.strided or value.is_quantized or value.is_meta:
-            reason = f"{key} is no dense tensor"
+            reason = f"{key} is not a dense tensor"
         elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            reason = f"{key} claims to have {value.numel()} values and brings fewer"
+            reason = f"{key} claims to have {value.numel()} values and has fewer"
         if reason:
             raise AezooError(f"the weights in {source} do not fit {name}: {reason}")
     return dict(weights)

@@ -100,7 +100,7 @@ def _check(text: str, budget: list[int], level: int) -> None:
         elif isinstance(event, yaml.AliasEvent):
             budget[0] -= 1
             if event.anchor in open_anchors:
-                raise RefusedYAML(f"the alias *{event.anchor} stands for something that it is itself a part of")
+                raise RefusedYAML(f"the alias *{event.anchor} refers to a value that contains it")
             if budget[0] < 0:
                 raise RefusedYAML(f"it has more than {MAX_ALIASES} aliases (*name): write the values out")
         elif isinstance(event, yaml.ScalarEvent) and level < 4 and "&" in event.value and "*" in event.value:

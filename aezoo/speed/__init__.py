@@ -1,1 +1,1 @@
-"""Everything that is only speed: without it the same numbers are computed, slower."""
+"""Optimisations of speed, which do not change results."""

@@ -1,7 +1,6 @@
 """torch's convolutions of images, with the same parameters and results, computed faster on a CPU.
 
-In the following cases, another way is faster than oneDNN as torch calls it. The factors say how many times as long that
-takes.
+In the following cases, another algorithm is faster than oneDNN as torch calls it. The factors are speed-ups.
 
 - Small grids with many channels: matrix products; up to 5.6 times, in bfloat16 6.0 times with AMX and 4.6 times
   without.
@@ -130,7 +129,7 @@ def use_weight_grad_product(layer: nn.Conv2d | nn.ConvTranspose2d, geometry: Geo
 def _has_few_channels(layer: nn.ConvTranspose2d, geometry: Geometry) -> bool:
     between = math.prod(layer.stride)
     few = 1 < between <= _BETWEEN // layer.out_channels
-    # points beyond do not depend on the smaller grid
+    # points outside do not depend on the smaller grid
     inside = all(extra <= p for extra, p in zip(layer.output_padding, geometry.padding, strict=True))
     return few and inside and math.prod(geometry.large) >= _LARGE
 

@@ -171,9 +171,9 @@ def block_products(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of all three such that y is the sum of the products, with nothing beyond the border.
 
-    (B, h, w, rows, columns, C) of x, (O, rows, columns, C) of the weights, (B, h, w, O) of y. Either each point is in
-    one part, with others that see through the same taps of the kernel; or each tap is, with others through which the
-    same points see, and then a part contains no element of x twice.
+    (B, h, w, rows, columns, C) of x, (O, rows, columns, C) of the weights, (B, h, w, O) of y. A part contains either
+    all points that use the same taps of the kernel, or all taps that the same points use; in the second case, no part
+    contains an element of x twice.
     """
     (of_rows, of_columns), (down, right) = _blocks(geometry, group_by), geometry.stride
     for (rows, i, high), (columns, j, wide) in itertools.product(of_rows, of_columns):

@@ -36,7 +36,7 @@ from aezoo.training.optimizers import with_gradients
 try:
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-except ImportError:  # pragma: no cover (a Lightning to come)
+except ImportError:  # pragma: no cover (a future Lightning)
     _TrainingEpochLoop, ClosureResult = object, None  # type: ignore[assignment,misc]
 
 # private attributes of Lightning that the fast loop uses, relative to the trainer
@@ -221,7 +221,7 @@ class FastLoop(_TrainingEpochLoop):
         if self.plan is not None and not self.plan.quick_match(self.trainer):
             self._renew_plan()
         plan = self.plan
-        # Lightning's weight averaging passes an epoch without backward
+        # Lightning's weight averaging runs an epoch without backward passes
         if plan is None or self.restarting or self.automatic_optimization._skip_backward:
             super().advance(data_fetcher)
             return
@@ -299,7 +299,7 @@ class FastLoop(_TrainingEpochLoop):
 
     def _call_as(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a hook under this name, from which it logs."""
-        attributes = vars(self.planned.module)  # past torch's __setattr__, which looks for parameters
+        attributes = vars(self.planned.module)  # bypasses torch's __setattr__, which looks for parameters
         before = attributes["_current_fx_name"]
         attributes["_current_fx_name"] = name
         result = call(*args, **kwargs)

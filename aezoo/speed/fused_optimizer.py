@@ -1,4 +1,4 @@
-"""An optimiser's steps, only by its fused kernel.
+"""Optimiser steps by direct calls of the fused kernel.
 
 `Optimizer.step` collects parameters, gradients and moments in every step, sorts them by device and type, increments
 each parameter's step count separately and opens a record for torch's profiler. On a CPU that takes as long as the

@@ -18,7 +18,7 @@ _ACTIVATIONS = (*ACTIVATIONS.values(),)
 
 
 def swap_in(module: nn.Module, input_shape: tuple[int, ...] = (), channels_last: bool = False) -> list[Swapped]:
-    """Swap faster classes into all parts of a module whose class is exactly the one that they stand in for.
+    """Swap faster classes into all parts of a module whose class is exactly the one that they replace.
 
     Args:
         module: the model.

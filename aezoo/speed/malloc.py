@@ -10,7 +10,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # from Linux's mman.h
 _MADV_HUGEPAGE = 14
-# less than malloc does not return to the system
+# below the size from which malloc returns blocks to the system
 _ROOM = 3 * 2**28
 
 
@@ -43,9 +43,9 @@ def keep_pages() -> bool:
 
 @functools.cache
 def _ask_for_huge_pages() -> None:
-    """For malloc's heap, now and as it grows; a refusal changes nothing.
+    """Request huge pages for malloc's heap, now and as it grows; a refusal has no effect.
 
-    Pages that exist already become huge in the background: MADV_COLLAPSE would do it at once and takes 1.4 s.
+    Existing pages become huge in the background: MADV_COLLAPSE would do this at once, but takes 1.4 s.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p

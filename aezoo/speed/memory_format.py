@@ -113,7 +113,7 @@ def to_channels_first(module: nn.Module) -> None:
 class _InMemoryOrder:
     """Takes both as (B, H, W, C) if channels are last in the parameters: torch copies or is slow where layouts differ.
 
-    A graph chooses its layouts.
+    A compiled graph chooses its layouts.
     """
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -138,5 +138,5 @@ _PLAIN: tuple[type[Likelihood], ...] = (
     likelihoods.BetaBinomial,
     likelihoods.LogitLaplace,
 )
-# by the class that each stands in for
+# by the class that each replaces
 LIKELIHOODS: dict[type[nn.Module], type[Swapped]] = {plain: _swapped(plain) for plain in _PLAIN}

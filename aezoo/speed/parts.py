@@ -1,11 +1,11 @@
-"""Which parts of `aezoo.speed` are used: all, or those that the environment variable AEZOO_SPEED does not leave out."""
+"""Which parts of `aezoo.speed` are used: all, or those that the environment variable AEZOO_SPEED does not disable."""
 
 import functools
 import os
 
 from aezoo.errors import AezooError
 
-# each with what it does
+# names and descriptions
 PARTS = {
     "fast_loop": "Lightning's training loop without unused features",
     "predict_loop": "Lightning's prediction loop without unused features",
@@ -32,7 +32,7 @@ def is_enabled(part: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def disabled_parts(value: str) -> frozenset[str]:
-    """The parts that a value of AEZOO_SPEED switches off: none for auto, otherwise a list of names with commas.
+    """The parts that a value of AEZOO_SPEED disables: none for auto, otherwise a list of names with commas.
 
     Raises:
         AezooError: there is no such part.
@@ -40,6 +40,6 @@ def disabled_parts(value: str) -> frozenset[str]:
     names = frozenset() if value in ("", "auto") else frozenset(name.strip() for name in value.split(","))
     for name in sorted(names - PARTS.keys()):
         raise AezooError(
-            f"AEZOO_SPEED leaves out {name!r}, which is no part: give auto, off or some of {', '.join(PARTS)}"
+            f"AEZOO_SPEED disables {name!r}, which is not a part: give auto, off or some of {', '.join(PARTS)}"
         )
     return names

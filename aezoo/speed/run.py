@@ -1,4 +1,4 @@
-"""What a fit or an evaluation does only to be faster, and how it is undone: called by `aezoo.training.speed`."""
+"""Optimisations of the speed of a fit or an evaluation, and how they are undone; called by `aezoo.training.speed`."""
 
 from collections.abc import Callable
 from typing import Any

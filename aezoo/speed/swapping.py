@@ -1,4 +1,4 @@
-"""Layers that stand in for torch's during a fit or a prediction, by `module.__class__`."""
+"""Layers that replace torch's during a fit or a prediction, by setting `module.__class__`."""
 
 from typing import Any, ClassVar
 
@@ -8,10 +8,10 @@ from torch import nn
 class Swapped:
     """A faster subclass of a layer's class, with the same attributes and parameters.
 
-    A copy of a layer, by pickle, `copy` or `torch.save`, is of the plain class: it belongs to no fit.
+    A copy of a layer, by pickle, `copy` or `torch.save`, has the plain class, because it is not part of a fit.
 
     Attributes:
-        plain: the class that it stands in for.
+        plain: the class that it replaces.
         settings: names of attributes that only the faster class has, which a layer may have during a fit.
     """
 

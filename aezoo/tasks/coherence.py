@@ -1,4 +1,4 @@
-"""Whether the parts that a model makes are of one class, by classifiers that learn from real parts."""
+"""Coherence of generated parts: whether they have the same class, by classifiers that are trained on real parts."""
 
 from typing import Any
 

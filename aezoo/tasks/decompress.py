@@ -106,11 +106,11 @@ def decompress(
     _check_model(model, header, file, strict or header.mode == "lossless")
     kind = header.kind if kind == "auto" else kind
     if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
-        raise AezooError(f"samples of shape {header.shape} are no pictures: take kind npy")
+        raise AezooError(f"samples of shape {header.shape} are not pictures: take kind npy")
     if kind == "csv":
         columns = _columns(file, header) or columns or Columns.of_model(model) or Columns((), {}, header.dims)
         if len(header.shape) != 1:
-            raise AezooError(f"samples of shape {header.shape} are no table: take kind npy")
+            raise AezooError(f"samples of shape {header.shape} are not a table: take kind npy")
     with (
         Store(out, model.data_units) as store,
         reproducibility.deterministic_kernels(threads or header.threads),
@@ -177,7 +177,7 @@ def _check_model(model: Autoencoder, header: Header, file: str, exact: bool) -> 
         raise AezooError(
             f"{file} was written with another model ({header.model} {header.fingerprint[:8]}, this is "
             f"{reproducibility.model_name(model)} {fingerprint[:8]}): give --ckpt_path "
-            f"{Path(file).parent / reproducibility.model_folder(header.fingerprint)}, where compress has put that one"
+            f"{Path(file).parent / reproducibility.model_folder(header.fingerprint)}, where compress saved that one"
         )
     if header.shape != model.input_shape or header.code_shape != tuple(model.code_shape):
         raise AezooError(f"{file} is refused: its samples have shape {header.shape}, the model's {model.input_shape}")
@@ -354,6 +354,6 @@ def _one_line_errors(reader: Reader) -> Iterator[None]:
 
 def _mismatch(reader: Reader, what: str) -> str:
     return (
-        f"{reader.path} is refused: its {what} come out differently here, since this machine computes differently "
+        f"{reader.path} is refused: its {what} are different here, because this machine rounds differently "
         f"({torch.__version__}); decode it where it was written ({reader.header.writer})"
     )

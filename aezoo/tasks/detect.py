@@ -423,7 +423,7 @@ def _step_rows(spans: Spans, found: _DetectorResult) -> Iterator[Row]:
 
 def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_out: int, rule: Rule) -> list[str]:
     """The samples behind threshold and p-values, in words."""
-    fitted = "these very samples (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
+    fitted = "these samples themselves (give fit_on)" if train is None else f"{len(train.samples):,} training samples"
     calibrated = f"{n_held_out:,} held-out samples" if n_held_out else fitted
     n_flagged = f"{int(found.is_anomaly.sum()):,} of {len(found.scores):,} samples"
     if rule.fdr is not None:
@@ -446,7 +446,7 @@ def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_ou
         "same",
     ]
     if train is not None and not n_held_out:
-        lines.append("if the model was trained on these, too many new samples are called strange: give calibrate_on")
+        lines.append("if the model was trained on these, too many new samples are flagged: give calibrate_on")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What the scores of calibration samples say of new ones: threshold, p-values, false discoveries, drift.
+"""Decisions about new samples from the scores of calibration samples: threshold, p-values, false discoveries, drift.
 
 n calibration samples are normal, and the model was not trained on them; m samples are scored. If a scored sample is
 normal, too, the n + 1 scores are exchangeable for any model, and
@@ -9,9 +9,9 @@ normal, too, the n + 1 scores are exchangeable for any model, and
     k = max {j: p_(j) <= q j / m}                  share of normal ones among them at most q on average
 
 for the p-values of one calibration set have positive regression dependence (Bates et al. 2023,
-https://doi.org/10.1214/22-AOS2244). The share of normal samples pi_0 among the m is estimated by those that no anomaly
-is like (Storey 2002, https://doi.org/10.1111/1467-9868.00346; with 1 + as in Storey, Taylor and Siegmund 2004,
-https://doi.org/10.1111/j.1467-9868.2004.00439.x):
+https://doi.org/10.1214/22-AOS2244). The share of normal samples pi_0 among the m is estimated from the large p-values,
+which anomalies do not have (Storey 2002, https://doi.org/10.1111/1467-9868.00346; with 1 + as in Storey, Taylor and
+Siegmund 2004, https://doi.org/10.1111/j.1467-9868.2004.00439.x):
 
     pi_0 = (1 + #{j: p_j > lambda}) / (m (1 - lambda))         lambda = 1/2
 
@@ -31,7 +31,7 @@ _LAMBDA = 0.5
 # relative increase of a threshold that equals a score: twice the difference of two runtimes in combined
 _TIE = 5e-5
 DEFAULT_CONTAMINATION, DEFAULT_FDR = 0.1, 0.1
-# p-values of drift below it are taken for one
+# drift is reported for p-values below it
 DRIFT_LEVEL = 0.01
 _MAX_EXACT = 10_000
 
@@ -70,7 +70,7 @@ def _rank(n: int, contamination: float) -> int:
 
 
 def clear_of_ties(threshold: float, scores: Scores) -> float:
-    """A threshold that the same scores exceed, also where they are rounded otherwise.
+    """A threshold that the same scores exceed, also if they are rounded differently.
 
     If it is the score of a sample, that sample could be on either side, depending on the batch or the runtime that
     computes its score. Therefore it is increased by half the distance to the next score, at most by `_TIE`.
@@ -155,7 +155,7 @@ class Rule:
 
     @property
     def needs_held_out(self) -> str:
-        """What needs calibration samples that the model was not trained on; empty if nothing does."""
+        """The argument that needs calibration samples that the model was not trained on; empty if none does."""
         return "fdr" if self.fdr is not None else "quantile" if self.quantile is not None else ""
 
     def threshold(

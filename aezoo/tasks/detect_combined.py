@@ -1,12 +1,12 @@
 """combined: three anomaly scores of an autoencoder and an isolation forest as one, by Fisher's method.
 
 An autoencoder with a wide code reconstructs anomalies, too, and one with a narrow code has large errors on rare normal
-samples; and an anomaly along the directions that the code describes has no error at all. So four scores look at a
+samples; an anomaly along the directions that the code describes has no error at all. So four scores look at a
 sample x of D values with the reconstruction x_hat and the code z of M numbers:
 
     tails      mean_d -log min(1, 2 L_d, 2 R_d)           L_d and R_d: shares of training samples with a value of at
-                                                          most, and of at least, x_d, which no unit and no heavy tail
-                                                          changes
+                                                          most, and of at least, x_d, independent of units and heavy
+                                                          tails
     error      mean_d (x_d - x_hat_d)^2 / e_d             e_d: mean squared error of value d on the training samples
     code       (z - mu)' C^-1 (z - mu) / M                Mahalanobis' distance of the code
     isolation  2^(-mean_t h_t(x) / c)                     h_t: splits of random tree t that isolate x, see

@@ -27,7 +27,7 @@ from aezoo.tasks.detect_scores import Scorer
 from aezoo.training.model_names import display_name
 
 EXPLAINED = ("deviance", "nll", "mse", "sap", "combined")
-# a power of 2 compared with which the rest of a score is small, so that the weight of -log p is exact
+# a power of 2 that is large compared with the rest of a score, so that the weight of -log p is exact
 _PROBE = 2.0**20
 # by how much of its size a score may differ from the sum of its terms
 _ROUNDING = 1e-3
@@ -73,7 +73,7 @@ def contributions(model: Autoencoder, name: str, scorer: Scorer | None, x: Tenso
     if isinstance(scorer, CombinedScore):
         parts = {part: found.reshape(x.shape) for part, found in scorer.contributions(x).items()}
         return Contributions(torch.stack([*parts.values()]).sum(0), {}, parts)
-    raise AezooError(f"the score {name} is no sum over the values of a sample: {', '.join(EXPLAINED)} are")
+    raise AezooError(f"the score {name} is not a sum over the values of a sample: {', '.join(EXPLAINED)} are")
 
 
 def likelihood_contributions(model: Autoencoder, score: Callable[[Tensor], Tensor], x: Tensor) -> Contributions:
@@ -117,7 +117,7 @@ def likelihood_contributions(model: Autoencoder, score: Callable[[Tensor], Tenso
             other = {type(model).score_term or "other terms": found_B - _total(values)} if bool(rest_B.any()) else {}
             return Contributions(values, other, {})
     kind = display_name(type(model))
-    raise AezooError(f"the score of {kind} is no sum over the values of a sample: --score mse and combined are")
+    raise AezooError(f"the score of {kind} is not a sum over the values of a sample: --score mse and combined are")
 
 
 @contextmanager

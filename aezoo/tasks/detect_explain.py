@@ -253,7 +253,7 @@ class Explainer:
         """explanations.html: the `n_shown` samples with the largest scores, in one file that loads no others."""
         n = len(self.strangest)
         shown = self.strangest[:n_shown]
-        left = f"; the {len(shown):,} strangest are shown" if len(shown) < n else ""
+        left = f"; the first {len(shown):,} are shown" if len(shown) < n else ""
         kind = display_name(type(self._model))
         about = f"{n:,} of {len(self._samples):,} samples lie above the threshold {self._threshold:.4g}{left}."
         parts = [f"<h1>{html.escape(f'{kind}: {self._name} of {self._samples.name}')}</h1>", f"<p>{about}</p>"]
@@ -333,7 +333,7 @@ class Explainer:
             found, distances = nearest_codes(self._library, self._numbers(self._samples, index), k)
             return self._chosen[found], distances
         found, distances = nearest_codes(self._library, self._numbers(self._samples, index), k + 1)
-        # the sample itself goes to the end, and with it what is one too many
+        # the sample itself is sorted to the end, and removed with the surplus neighbour
         order = np.argsort(self._own[found] == index[:, None], axis=1, kind="stable")[:, :k]
         return self._chosen[np.take_along_axis(found, order, 1)], np.take_along_axis(distances, order, 1)
 
@@ -377,7 +377,7 @@ class Explainer:
         return f'<img alt="sample {found.index}" src="data:image/png;base64,{content}">{sums}'
 
     def _draw(self, found: Explanation) -> "Figure":
-        """The sample, its reconstruction, what contributes, and its neighbours."""
+        """The sample, its reconstruction, contributions, and its neighbours."""
         from aezoo.callbacks import plotting
 
         size, kind = found.sizes, found.kind

@@ -61,7 +61,7 @@ class FrozenFeatures(nn.Module):
             self.net = zoo_features(name, input_shape)
         else:
             known = ", ".join(("random", *RESNETS, *VGG, "torchvision:NAME", "timm:NAME"))
-            raise AezooError(f"features takes {known} or a path to a model that is there, got {name!r}")
+            raise AezooError(f"features takes {known} or a path to an existing model, got {name!r}")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
         raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take features random")
     with cached_weights(name, "take features random") as state:
-        with torch.random.fork_rng(devices=[]):  # the initial weights that are replaced must draw nothing
+        with torch.random.fork_rng(devices=[]):  # initial weights are replaced
             net = models.get_model(name, weights=None)
         net.load_state_dict(state)
     stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")

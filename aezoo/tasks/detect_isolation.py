@@ -6,7 +6,7 @@ on the way of x through tree t plus the expected number c(n) of further splits f
 
     score(x) = 2^(-mean_t h_t(x) / c(psi))        c(n) = 2 H(n - 1) - 2 (n - 1) / n        H(i) = ln(i) + 0.5772...
 
-which no unit of a column changes. Trees are tensors, so that the score is a part of exported graphs.
+which does not depend on the units of columns. Trees are tensors, so that the score is a part of exported graphs.
 
 Shapes: B batch, N training samples, D columns, T trees, Q nodes of the largest tree.
 """

@@ -135,7 +135,7 @@ def label_report(
         lines[0] += f"; {unlabelled:,} without a label are left out of AUROC and AUPR"
     if train.n_left_out:
         lines.append(f"{train.n_left_out:,} anomalies among the training samples are left out here; if the model was "
-                     "trained on them, it knows them: train with --data.train_classes")  # fmt: skip
+                     "trained on them, it has learned them: train with --data.train_classes")  # fmt: skip
     best = max((row for row in rows if row.get("auroc") is not None), key=lambda row: row["auroc"], default=None)
     if best is not None and best["method"] in baselines:
         lines.append(f"a baseline tells them best: {best['method']}, by AUROC")

@@ -191,7 +191,7 @@ class Mahalanobis:
         if n <= m + 1:
             self._keep(n, *self._fit_rows(torch.cat([first_BM, *features])))
             return
-        # sums around a point amid the data, since sums around 0 cancel
+        # sums around a point near the data, since sums around 0 cancel
         origin_M, sum_M, squares_MM = first_BM.mean(0), first_BM.new_zeros(m), first_BM.new_zeros(m, m)
         for f_BM in chain([first_BM], features):
             f_BM = f_BM - origin_M

@@ -145,7 +145,7 @@ class Detector:
                 raise ValueError(f"it gives scores of shape {tuple(found.shape)}")
         except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:100]
-            raise AezooError(f"the calibration that the weights bring is not one of {self.score} for this model "
+            raise AezooError(f"the calibration stored with the weights is not for the score {self.score} of this model "
                              f"({reason}): run detect with the training data again") from error  # fmt: skip
         self.calibrate(scores.cpu().double().numpy())
         self.decision_scores_ = self.calibration_scores_

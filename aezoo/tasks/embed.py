@@ -158,7 +158,7 @@ def embed(
         shown = None if labels is None else labels[rows]
         store.table("plane", _plane_rows(rows, plane, notes), kind)
         accuracies: list[Row] = []
-        # classifiers say nothing about samples that they have learned from
+        # accuracies on the training samples of classifiers are meaningless
         new = train is not None and train.dataset is not samples.dataset
         if train is not None and new and has_class_labels(samples) and has_class_labels(train):
             accuracies = _accuracies(model, train, samples, flat, batch_size, seed, progress)
@@ -204,7 +204,7 @@ def _accuracies(
     rows, test_rows = (part[choose_rows(len(part), most, seed)] for part in (known, known_test))
     y_train, y_test = y_train[rows], y_test[test_rows]
     if len(np.unique(y_train)) < 2 or not len(y_test):
-        return []  # nothing to tell apart
+        return []  # fewer than two classes
     seen = train.subset(torch.from_numpy(rows))
     train_codes, test_codes = encode_samples(model, seen, None, batch_size, seed, progress)[0], test_codes[test_rows]
     raw_train, raw_test = (

@@ -70,7 +70,7 @@ def encode_samples(
 
 
 def check_finite(codes: Tensor) -> Tensor:
-    """The codes themselves, if they are numbers."""
+    """Return the codes if they are finite."""
     if not codes.float().isfinite().all():
         raise AezooError("some codes are NaN or infinite: the model is broken, train it again with a lower rate")
     return codes
@@ -115,13 +115,13 @@ def project_to_plane(codes: Array, method: str, seed: int) -> Array:
     # both begin with the plane of PCA, which lays out groups as the codes do; a line has none
     start = "pca" if size > 1 else "random"
     if method == "umap":
-        n_neighbors = min(15, n - 1)  # its default, and what it can at most
+        n_neighbors = min(15, n - 1)  # the default, limited by the number of samples
         model = umap()(n_neighbors=n_neighbors, init=start, random_state=seed, n_jobs=1)
         plane: Array = model.fit_transform(codes)
         return plane
     from sklearn.manifold import TSNE
 
-    # 50 principal components first, as the paper's section 4.2 has it; perplexity as near to 30 as few samples allow
+    # 50 principal components first, as in the paper's section 4.2; perplexity as near to 30 as few samples allow
     codes = pca(codes, codes, 50)[1] if size > 50 else codes
     return TSNE(perplexity=min(30.0, (n - 1) / 3), init=start, random_state=seed).fit_transform(codes)
 
@@ -154,7 +154,7 @@ def pca(train: Array, test: Array, size: int) -> tuple[Array, Array]:
     return parts
 
 
-# ---- what can be read off them ---------------------------------------------------------------------------------------
+# ---- classifiers of codes ---------------------------------------------------------------------------------------
 
 
 def fit_probe(x: Array, y: Array) -> Any:

@@ -112,14 +112,14 @@ def explore(
 
     Raises:
         AezooError: a model of other data than images, of another shape, or that cannot be exported; onnxruntime-web is
-            not to be had; or the folder cannot be written.
+            not available; or the folder cannot be written.
     """
     for subject in subjects:
         _check(subject, subjects[0])
     graphs.require_onnx()
     folder, files = Path(out), _Files(Path(out))
     runtime_files = onnxruntime_web.locate(runtime)
-    # without it an earlier page does not start while its files are replaced
+    # without this file, an earlier page does not start while its files are replaced
     (folder / MANIFEST).unlink(missing_ok=True)
     sets = _Sets(files, seed)
     models = []
@@ -298,10 +298,10 @@ def _model(files: _Files, subject: Subject, train: Array | None, check: Array, h
     no_plane = (
         ""
         if codes is not None
-        else ("Where codes lie is not known: this model has no prior, and its training samples are not here.")
+        else ("The range of codes is unknown: this model has no prior, and its training samples are not available.")
     )
     if type(model).discrete_code:
-        no_plane = "This code is one of a codebook's entries at each place: between them lies nothing to walk through."
+        no_plane = "This code is one of a codebook's entries at each place: there are no codes between them."
     found = functions.get("score")
     return {
         "label": subject.label,
@@ -339,10 +339,10 @@ def _codes(
         return codes, f"Points: codes of {len(codes):,} training samples."
     if statistics is not None and statistics.codes is not None:
         codes = statistics.codes[: min(most, _TRAIN)]
-        return codes, f"Points: codes of {len(codes):,} training samples, which the weights bring."
+        return codes, f"Points: codes of {len(codes):,} training samples, stored with the weights."
     if model.has_prior:
         codes = model.encode(model.sample(min(most, _DRAWN))).flatten(1)
-        return codes, f"Points: codes of {len(codes):,} images that the model has drawn itself."
+        return codes, f"Points: codes of {len(codes):,} images drawn from the model's prior."
     return None, ""
 
 

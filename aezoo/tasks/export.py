@@ -248,7 +248,7 @@ def _calibrated(
             return _Calibration(score=detector.score)
         scores = detector.calibration_scores_
         threshold = _exact(threshold_of(scores, detector.contamination, quantile), detector)
-        about = f"{share} of the scores of {len(scores):,} held-out samples that the weights bring"
+        about = f"{share} of the scores of {len(scores):,} held-out samples that are stored with the weights"
         return _Calibration(None, threshold, torch.from_numpy(scores), detector.score, about, rule)
     detector.fit((train if learns and train is not None else known).samples, calibrate_on=known.samples)
     scores = detector.decision_scores_ if learns and held_out is None else detector.calibration_scores_
@@ -270,7 +270,7 @@ def _exact(threshold: float, detector: Detector) -> float:
     return float(found) if float(found) <= threshold else float(np.nextafter(found, np.float32(-np.inf)))
 
 
-# ---- what the file says ----------------------------------------------------------------------------------------------
+# ---- metadata of the file --------------------------------------------------------------------------------------------
 
 
 def _metadata(

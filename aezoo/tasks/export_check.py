@@ -88,7 +88,7 @@ class Check:
             yield given, self._by_the_model(given, x) if of else ()
 
     def _by_the_model(self, given: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """What the model gives, without the code that is exported."""
+        """Outputs of the model, computed without the code that is exported."""
         function, model = self._function, self._function.model
         x = given.float() / 255 if given.dtype == torch.uint8 else x
         match function.name:

@@ -140,7 +140,7 @@ def _pca(x: Tensor) -> Features:
     with np.errstate(invalid="ignore"):  # equal samples have no variance to explain
         fitted = PCA(min(_COMPONENTS, *flat.shape), random_state=0).fit(flat)
     mean, axes = torch.from_numpy(fitted.mean_), torch.from_numpy(fitted.components_)
-    name = f"{len(axes)} principal components of raw values (no labels, no Inception weights at hand)"
+    name = f"{len(axes)} principal components of raw values (no labels, no Inception weights found)"
     return Features(name, partial(_components, mean, axes))
 
 

@@ -266,7 +266,7 @@ def _check(
     if quality < 0 or quality == 1:
         raise AezooError(f"quality must be 0 or at least 2 samples, got {quality}")
     if quality and (interpolate or traverse or around):
-        raise AezooError("quality judges samples of a prior: leave out interpolate, traverse and around")
+        raise AezooError("quality evaluates samples of a prior: leave out interpolate, traverse and around")
 
 
 def _check_label(model: Autoencoder, prior: str, label: int, walk: bool) -> None:
@@ -336,14 +336,14 @@ def _prior(
         log_vars=log_vars,
         seed=seed,
     )
-    source = f"{name}, fitted to {len(codes):,} codes" + ("" if train is not None else " that the weights bring")
+    source = f"{name}, fitted to {len(codes):,} codes" + ("" if train is not None else " stored with the weights")
     if (
         held_out is not None
         and isinstance(fitted, priors_principal.PrincipalSubspace)
         and name not in ("gaussian", "riemannian")
     ):
         gain = fitted.gain(encode_samples(model, held_out, _MAX_CODES, batch_size, seed, progress)[0])
-        warning = f"{gain:.2f} nats likelier" if gain >= 0 else f"{-gain:.2f} nats less likely"
+        warning = f"{gain:.2f} nats more likely" if gain >= 0 else f"{-gain:.2f} nats less likely"
         source += f"; held-out codes are {warning} than under a Gaussian" + (", which fits better" if gain < 0 else "")
     return fitted, source + hint
 

@@ -125,7 +125,7 @@ def _random_codes(samples: SampleSet, most: int, seed: int) -> Tensor:
     return samples.rows(torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:most])
 
 
-# ---- what is seen on the way ----------------------------------------------------------------------------------------
+# ---- decoding and pictures ----------------------------------------------------------------------------------------
 
 
 def decode(model: Autoencoder, walk: Walks, store: Store, batch_size: int) -> Array:

@@ -224,7 +224,7 @@ class Filler:
         self._model, self._mean, self._steps, self._draws = model, mean, steps, draws
 
     def __call__(self, x: Tensor, like: Tensor, first: int = 0) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Completed samples, and for each the change of the last step and, with draws, their effective number.
+        """Completed samples, and for each sample the change of the last step and, with draws, their effective number.
 
         Args:
             x: (B, *shape), float32 on the CPU; missing values are NaN.
@@ -257,7 +257,7 @@ class Filler:
         return torch.where(missing, filled.float().cpu(), x), found
 
     def _reconstructed(self, x: Tensor, missing: Tensor) -> Tensor:
-        """Reconstructions of completed samples, by what the model itself knows of missing values: (B, *shape)."""
+        """Reconstructions of completed samples, by the model's own method for missing values if any: (B, *shape)."""
         model: Any = self._model
         if isinstance(model, Multimodal):
             return _reconstructed_from_parts(model, x, missing)
@@ -283,7 +283,7 @@ class Filler:
             z_BD = mu_BD + torch.exp(0.5 * log_var_BD) * eps_BD
             params = model.decoder(z_BD.to(completed.dtype))
             log_px_B = -at_least_float32(model.likelihood.nll_by_value(params, observed)).flatten(1).sum(1)
-            # up to what all draws of a sample share
+            # up to terms that are equal for all draws of a sample
             log_w_B = log_px_B + 0.5 * (eps_BD**2 - z_BD**2).flatten(1).sum(1)
             above_B = torch.maximum(largest_B, log_w_B)
             kept_B, w_B = torch.exp(largest_B - above_B), torch.exp(log_w_B - above_B)
@@ -294,7 +294,7 @@ class Filler:
 
 
 def _reconstructed_from_parts(model: Multimodal, x: Tensor, missing: Tensor) -> Tensor:
-    """Reconstructions that do not look at parts that are missing as a whole, unless all are."""
+    """Reconstructions that ignore parts that are missing as a whole, unless all are."""
     parts = model.split(missing)
     lacks_BM = torch.stack([part.flatten(1).all(1) for part in parts], 1)
     output = torch.empty_like(x)
@@ -336,7 +336,7 @@ def _rmse(row: Row) -> float:
 
 
 class _Comparison:
-    """Samples with hidden values, and what is put in their place.
+    """Samples with hidden values, and the values that are filled in.
 
     Args:
         x: (n, *shape), the samples; NaN where values are missing.

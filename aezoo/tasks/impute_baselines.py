@@ -31,7 +31,7 @@ class Baseline:
 
 
 def baselines_of(shape: tuple[int, ...], seed: int) -> dict[str, Baseline | str]:
-    """The baselines by name, for samples of this shape; a text says why one is left out."""
+    """The baselines by name, for samples of this shape; a string is the reason why one is left out."""
     regressions: Baseline | str = f"more than {_MAX_REGRESSIONS} values"
     if int(np.prod(shape)) <= _MAX_REGRESSIONS:
         regressions = Baseline(partial(_regressions, seed=seed), f"{_MAX_ROUNDS} rounds")
@@ -44,7 +44,7 @@ def baselines_of(shape: tuple[int, ...], seed: int) -> dict[str, Baseline | str]
 
 def _completed(imputer: Callable[[], Any], fitted: Arrays, x: Arrays) -> Arrays:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that no training sample has, and of regressions that go on
+        warnings.simplefilter("ignore")  # about values without data, and regressions that have not converged
         found = imputer().fit(fitted.reshape(len(fitted), -1))
         completed: Arrays = found.transform(x.reshape(len(x), -1)).reshape(x.shape)
     return completed

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aezoo.tasks.samples import SampleSet
 
 CURE = "make room, or choose a folder that can be written with --out"
-# seconds between two looks at what the other processes have done, and for them to end by themselves
+# seconds between two checks of the other processes, and for them to end by themselves
 _WAIT, _GRACE = 0.1, 30.0
 
 
@@ -206,12 +206,12 @@ class Passes:
         return self.parts is not None and any(self.parts.folder.glob("progress-*"))
 
     def discard(self) -> None:
-        """Remove what was computed, which is of no use any more."""
+        """Remove recorded results that are no longer needed."""
         if self.parts is not None and not self.rank:
             self.parts.remove()
 
     def finish(self) -> None:
-        """Say that no pass follows: the other processes end here, and rank zero writes the results."""
+        """Declare that no pass follows: the other processes end here, and rank zero writes the results."""
         if self.rank:
             raise SystemExit(0)
         # they may not have read the last records yet, which are removed with the folder
@@ -259,7 +259,7 @@ class Passes:
         """Report a process that has ended before its work was done.
 
         Raises:
-            AezooError: what it said last.
+            AezooError: with its last message.
             SystemExit: the process that started this one has ended.
         """
         if self.rank and os.getppid() != self._launcher:

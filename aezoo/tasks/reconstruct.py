@@ -83,7 +83,7 @@ class Reconstruction(Result):
         text += "" if self.r2 is None else f", r2 {self.r2:.4g}"
         lacking = int(np.isnan(self.mse).sum()) if self.part_mse else 0
         if 0 < lacking < len(self.mse):
-            text += f"\n{lacking:,} of them lack the parts that are looked at, and are left out here"
+            text += f"\n{lacking:,} of them lack the evaluated parts, and are left out here"
         if self.columns:
             worst = sorted(self.columns, key=lambda row: np.nan_to_num(row["r2"], nan=2.0))[:_MAX_COLUMNS]
             text += "\n" + table_text([row for row in self.columns if row in worst])
@@ -226,7 +226,7 @@ class _PartReconstructor:
 
     def __init__(self, model: Autoencoder, parts: Sequence[int]) -> None:
         if not isinstance(model, Multimodal):
-            raise AezooError(f"{display_name(type(model))} knows no parts of samples: drop --parts, "
+            raise AezooError(f"{display_name(type(model))} does not support parts of samples: drop --parts, "
                              "or train a model that does, such as mvae")  # fmt: skip
         self.model, self.parts = model, parts
 

@@ -129,7 +129,7 @@ class Store:
         for array in self._mapped:
             array.flush()
         if self._passes.parts is not None:
-            self._passes.parts.forget()  # files that are moved away could not be gone on with
+            self._passes.parts.forget()  # a later call could not continue files that were moved
         for path, temporary in self._written.items():
             try:
                 temporary.replace(path)

@@ -194,7 +194,7 @@ class SampleSet:
 
     @property
     def pixel_masks(self) -> Tensor | None:
-        """Which pixels belong to a defect, (N, H, W) bool; None if the data do not say."""
+        """Which pixels belong to a defect, (N, H, W) bool; None if the data have no masks."""
         paths = paths_of(self.dataset)
         return None if paths is None or self.read_masks is None else self.read_masks(paths)
 
@@ -364,7 +364,7 @@ class SampleSet:
     def in_model_scale(
         self, model: Autoencoder, sized: Callable[[tuple[int, ...]], Autoencoder] | None = None
     ) -> "SampleSet":
-        """What `check` returns, without a look at the values."""
+        """What `check` returns, without checks of the values."""
         if not len(self):
             raise AezooError(f"{self.name} contains no samples")
         if model.training:

@@ -60,7 +60,7 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float
     nets = [getattr(sized, name, None) for name in ("encoder", "decoder")]
     strides = sizes.stride_of(model) if all(isinstance(net, nn.Module) for net in nets) else None
     if strides is None:
-        raise _refusal(model, "its code is no map that one network makes and another takes")
+        raise _refusal(model, "its code is not a map between two networks")
     _check_places(sized, strides)
     ones = tuple(1 for _ in strides)
     sized.encoder = _Tiled(
@@ -90,7 +90,7 @@ class Sized:
         if tile < 0:
             raise AezooError(f"tile takes a number of points, or 0 for none, got {tile}")
         if blend and not tile:
-            raise AezooError("blend is of tiles: give tile, too, such as 512")
+            raise AezooError("blend applies to tiles: give tile, too, such as 512")
         self.model, self.tile, self.blend = model, tile, blend
         self._kept: dict[tuple[int, ...], Autoencoder] = {}
 

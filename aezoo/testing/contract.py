@@ -205,7 +205,7 @@ def check_gradients(subject: Subject) -> None:
         y = None if seed < 3 else torch.arange(BATCH) % 2
         model.loss(subject.data(seed=seed), y)["loss"].backward()
         without -= {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-        with torch.no_grad():  # a layer that starts at zero passes nothing on before it has moved
+        with torch.no_grad():  # a layer that is initialised with zeros passes no gradient on before the first step
             for p in model.parameters():
                 if p.grad is not None:
                     p.sub_(1e-3 * p.grad.sign())
@@ -258,4 +258,4 @@ def check_batch_independence(subject: Subject) -> None:
             single = torch.cat([call(x[i : i + 1]) for i in range(len(x))])
             require_close(f"{name} of single samples, against the batch of them,", single, whole, 1e-4)
             other_batches = torch.cat([call(torch.cat([x[i : i + 1], 1 - x[:3]]))[:1] for i in range(len(x))])
-            require_close(f"{name} of a sample with other batch mates", other_batches, whole, 1e-4)
+            require_close(f"{name} of a sample in another batch", other_batches, whole, 1e-4)

@@ -71,7 +71,7 @@ def _require_same_compiled(subject: Subject, backend: str, options: dict[str, An
     try:
         _compare_compiled(subject, backend, options, torch.float32)
     except AssertionError:
-        # rounding, of sums in another order, vanishes there, and a mistake stays
+        # in float64 rounding errors vanish, and other differences remain
         _compare_compiled(subject, backend, options, torch.float64)
 
 
@@ -98,7 +98,7 @@ def _compare_compiled(subject: Subject, backend: str, options: dict[str, Any], d
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         if p.grad is not None:
             require(q.grad is not None, f"compiled, {name} gets no gradient")
-            # where a gradient nearly cancels, what is left of it has the rounding of the large ones
+            # a gradient that nearly cancels has the rounding errors of large ones
             tolerance = 1e-4 * max(1.0, 0.05 * largest / max(1e-3, float(p.grad.abs().max())))
             require_close(f"the compiled gradient of {name}", q.grad, p.grad, tolerance)
     for name, buffer in model.named_buffers():

@@ -37,7 +37,7 @@ _TIMEOUT = 300
 
 
 class SharedNoise(TorchFunctionMode):
-    """Within it random numbers belong to samples, not to the process or batch that a sample is in.
+    """Within it random numbers depend on the sample, not on its process or batch.
 
     A draw with a dimension as long as the batch is made for `total` samples, from one seeded generator, and the rows
     of this batch are returned; any other draw is the same for all. So two processes with different rows together draw
@@ -188,7 +188,7 @@ def _log(process: subprocess.Popen[str]) -> str:
 
 
 def train_subjects(folder: Path) -> None:
-    """What each of the two processes does: train every subject and leave the result in the folder."""
+    """The work of each of the two processes: train every subject and write the result to the folder."""
     rank = int(os.environ["RANK"])
     for i, (module, qualname, hyperparameters, dtype) in enumerate(torch.load(_spec(folder), weights_only=True)):
         with quiet_and_isolated():

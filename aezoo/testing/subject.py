@@ -1,4 +1,4 @@
-"""What is checked and with which data, and what all checks share: how they run, fail and compare."""
+"""The subject of a check and its data, and functions that all checks share."""
 
 import logging
 import re
@@ -153,7 +153,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-# ---- what a check says ----------------------------------------------------------------------------------------------
+# ---- messages of checks ----------------------------------------------------------------------------------------------
 
 
 def require(condition: bool, message: str) -> None:
@@ -174,7 +174,7 @@ def require_terms(what: str, terms: dict[str, Tensor]) -> None:
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
         require(name not in _RESERVED_TERMS, f"{what} has a term {name!r}, which every evaluation reports by itself")
-        require(isinstance(value, Tensor) and value.shape == (), f"{what} has a term {name!r} that is no scalar")
+        require(isinstance(value, Tensor) and value.shape == (), f"{what} has a term {name!r} that is not a scalar")
         require(bool(value.isfinite()), f"{what} has {name} = {float(value.detach())}")
 
 

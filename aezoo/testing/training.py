@@ -117,7 +117,7 @@ def check_loop(subject: Subject) -> None:
 def check_overfits(subject: Subject) -> None:
     """Training on 8 samples lowers the loss and reconstructs them better than their mean does."""
     if "lr" in inspect.signature(subject.cls).parameters:
-        # the players of an adversarial model may circle around each other at another rate than theirs
+        # adversarial models may oscillate at a learning rate other than their own
         with suppress(AssertionError):
             _overfit(subject, lr=3e-3)
             return
@@ -231,7 +231,7 @@ def check_checkpoint(subject: Subject) -> None:
         with torch.no_grad():
             for part in ("encode", "forward", "score"):
                 same = torch.equal(getattr(other, part)(x), getattr(model, part)(x))
-                require(same, f"{part} is not the same after {how}: is there state that is no buffer?")
+                require(same, f"{part} is not the same after {how}: is there state that is not a buffer?")
 
 
 @as_check

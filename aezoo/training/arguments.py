@@ -18,11 +18,11 @@ from aezoo.errors import AezooError
 from aezoo.training.keyword_groups import arguments_of
 from aezoo.training.model_names import display_name
 
-# what fits in the integers of torch and of a checkpoint
+# the largest integer of torch and of a checkpoint
 _MAX_INTEGER = 2**63 - 1
 # larger hyperparameters make no sense, and float32 would lose all digits of a loss in a sum with them
 _MAX_FLOAT = 1e9
-# of descriptions in a docstring
+# line width of descriptions in a docstring
 _WIDTH = 112
 
 
@@ -69,7 +69,7 @@ def complete_signature(cls: type, defaults: Mapping[str, Any]) -> None:
             known = [key for key in signature.parameters if key not in ("self", "input_shape")]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f": it has {', '.join(known)}"
-            raise AezooError(f"{cls.__name__}: a default for {name!r}, which is no argument of it{hint}")
+            raise AezooError(f"{cls.__name__}: default of an unknown argument {name!r}{hint}")
     if defaults or (own is None and signature != inspect.signature(cls.__init__)):  # type: ignore[misc]
         _wrap(cls, own, dict(defaults))
         own = vars(cls)["__init__"]
@@ -196,7 +196,7 @@ def check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             unknown = next((name for name in kwargs if name not in signature.parameters), "")
             near = difflib.get_close_matches(unknown, signature.parameters, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            # not of the parent that gets **kwargs
+            # names the class itself, not the parent that gets **kwargs
             raise TypeError(f"{cls.__name__}.__init__() {error}{hint}") from None
         return  # Python's message names the argument
     for name, value in given.items():
@@ -215,7 +215,7 @@ def _constructor(cls: type) -> tuple[inspect.Signature | None, dict[str, Any]]:
         return None, {}
     parameters = _annotated(init)[1:]
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    # a text is a name that exists for a type checker only
+    # a string annotation is a name that exists for type checkers only
     known = {p.name: p.annotation for p in plain if p.annotation is not p.empty and not isinstance(p.annotation, str)}
     return inspect.Signature(parameters), known
 
@@ -225,7 +225,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if origin is Literal:
-        # if a text is not one of the choices, the constructor refuses it and suggests the most similar one
+        # if a string is not one of the choices, the constructor refuses it and suggests the most similar one
         return isinstance(value, tuple({type(choice) for choice in get_args(hint)}))
     if origin in (tuple, list):
         part = get_args(hint)[0] if get_args(hint) else Any
@@ -252,7 +252,7 @@ def _type_text(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if origin in (tuple, list):
         kind = get_args(hint)[0] if get_args(hint) else Any
-        return {int: "a list of whole numbers", str: "a list of texts"}.get(kind, "a list")
+        return {int: "a list of whole numbers", str: "a list of strings"}.get(kind, "a list")
     if origin is dict:
         return "a mapping"
     names = {

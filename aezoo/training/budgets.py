@@ -6,16 +6,16 @@ The command line and `aezoo.sklearn` choose by the same rules.
 import math
 from collections.abc import Sequence
 
-# of a sample of mnist5k, for which the default code sizes of models are meant
+# values of a sample of mnist5k, for which the default code sizes of models are chosen
 _USUAL_VALUES = 28 * 28
 # models whose latent_dim is the number of values in a code, fewer than those of a sample
 _FAMILIES = ("classic", "regularised", "variational")
-# codes grow by multiples of it; a smaller default, such as the 2 of a model that is drawn, is meant for all samples
+# codes grow in multiples of this; a smaller default, such as 2 for codes that are plotted, is used for all samples
 _UNIT = 8
 # smallest number of batches in an epoch of few samples
 _BATCHES = 32
 _LEAST_BATCH, _LARGEST_BATCH = 16, 128
-# whichever a run of few samples reaches first
+# with few samples: the number of steps or of seen samples, whichever is reached first
 _STEPS, _SEEN = 2_000, 80_000
 _LEAST_EPOCHS = 20
 _DETECTOR_STEPS, _DETECTOR_EPOCHS = 1_000, (10, 40)
@@ -27,7 +27,7 @@ def has_narrow_code(model: type) -> bool:
 
 
 def choose_latent_dim(model: type, default: int, input_shape: Sequence[int]) -> int:
-    """Numbers in a code: at most a quarter of a sample's values, and more than the default for large samples.
+    """The size of a code: at most a quarter of a sample's values, and more than the default for large samples.
 
     It grows with the square root of the number of values. Sparse, quantised and compressing models, whose `latent_dim`
     means something else, and plug-ins keep their defaults.

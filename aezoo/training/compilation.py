@@ -1,4 +1,4 @@
-"""Compiling a training step, where that pays."""
+"""Compilation of a training step where it saves time."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from aezoo.deprecated import renamed
 from aezoo.errors import AezooError
 
 MODES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
-# compiling may take this many seconds with an empty cache, and saves about this share of a step's arithmetic at this
-# many FLOP/s per thread, which are 0.51 ms of the dense step (measured 0.25 to 0.7 ms when gradients were a separate
-# graph, 1.3 ms on a Zen 5 since then, see benchmarks/results/speed-train-*.csv), or on a GPU this many seconds of
-# launches per step
+# estimates: seconds to compile with an empty cache; the share of a step's arithmetic that compiling saves, at this
+# many FLOP/s per thread, which is 0.51 ms for the dense step (measured: 0.25 to 0.7 ms when gradients were a separate
+# graph, 1.3 ms on a Zen 5 since then, see benchmarks/results/speed-train-*.csv); seconds of launches that it saves per
+# step on a GPU
 _COMPILE_SECONDS = 20.0
 _SAVED_SHARE = 0.15
 _FLOPS_PER_THREAD = 1e11
@@ -24,7 +24,7 @@ _SAVED_LAUNCHES = 5e-4
 
 
 def check_mode(mode: str) -> str:
-    """The mode itself.
+    """Return the mode if it is valid.
 
     Raises:
         AezooError: not one of `MODES`.
@@ -37,7 +37,7 @@ def check_mode(mode: str) -> str:
 def worth_compiling(parameters: int, batch_size: int, positions: int, steps: float, device: torch.device) -> bool:
     """Whether a run of `steps` steps saves more time by a compiled step than compiling takes.
 
-    The estimate uses sizes only, so the same command always decides the same: a resumed run must not differ.
+    The estimate uses sizes only, so that a resumed run makes the same decision.
     Convolutions on a CPU gain nothing.
 
     Args:
@@ -60,7 +60,7 @@ def positions(module: nn.Module, shape: tuple[int, ...]) -> int:
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     weights = sum(p.numel() for p in module.parameters())
     in_convolutions = sum(part.weight.numel() for part in module.modules() if isinstance(part, convolution))
-    # stride-2 stages: most weights sit where the grid has shrunk to about a sixteenth of its points
+    # with stages of stride 2, most weights are applied to a grid of about a sixteenth of the points
     grid = max(1, math.prod(shape[1:]) // 16)
     return max(1, round((in_convolutions * grid + weights - in_convolutions) / max(1, weights)))
 
@@ -105,10 +105,10 @@ class Compiled:
         try:
             with consistent_compilation() if compiles else nullcontext():
                 return self._compiled(x, *rest)
-        except Exception as error:  # every back end raises other errors, also later if a step is compiled again
+        except Exception as error:  # each back end raises different errors, also when it recompiles
             self._compiled = None
             self._before_retry()
-            result = self._function(x, *rest)  # a fault of the model itself is raised here
+            result = self._function(x, *rest)  # an error of the model itself is raised here
             self._warn(error)
             return result
 
@@ -148,9 +148,9 @@ def consistent_compilation() -> Iterator[None]:
 def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
     """Log whether the step is compiled, and why."""
     if steps_differ and mode != "off":
-        rank_zero_info("training step: not compiled, because it computes different things from step to step")
+        rank_zero_info("training step: not compiled, because its computation differs from step to step")
     elif mode == "auto":
-        reason = "the run is long enough to earn it back" if chosen else "a short run, or convolutions on a CPU"
+        reason = "the run is long enough" if chosen else "a short run, or convolutions on a CPU"
         what = f"is {'' if chosen else 'not '}compiled ({reason})"
         rank_zero_info(f"training step: {what}; --compile {'off' if chosen else 'default'} changes that")
     elif chosen:

@@ -1,4 +1,4 @@
-"""What a step of training costs, estimated before the first one."""
+"""The cost of a training step, estimated before the first step."""
 
 import copy
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from aezoo.training.interface import ModelInterface
 from aezoo.training.seeding import forked_rng
 
-# if one of them is exceeded, the fit prints how to be faster
+# if one of them is exceeded, the fit prints how to train faster
 MANY_PARAMETERS = 20_000_000
 LONG_STEP = 1.0  # seconds
-# FLOP/s of whole training steps in float32. Of a thread: the median of the networks of this package at their default
-# sizes on 1x28x28 and 3x64x64, which reach from 15e9 (convnext) to 86e9 (dc) on one thread of a Xeon with AVX-512. Of
-# an accelerator: half of what an A100 has at most without its tensor cores
+# FLOP/s of whole training steps in float32. Per thread: the median of this package's networks at their default sizes
+# on 1x28x28 and 3x64x64, which range from 15e9 (convnext) to 86e9 (dc) on one thread of a Xeon with AVX-512. Per
+# accelerator: half the peak of an A100 without its tensor cores
 _OF_THREAD, _OF_ACCELERATOR = 5e10, 1e13
 # batches for which FLOPs are counted: the loss of some models compares samples
 _FEW = 2
@@ -30,21 +30,22 @@ def seconds_per_step(model: ModelInterface, batch_size: int, device: torch.devic
         batch_size: samples in a step.
         device: where it trains.
     """
-    # a copy, as training changes what a model counts; ranks would wait for each other
+    # a copy, because a training step changes counters; in evaluation mode with several ranks, which would wait for
+    # each other
     model = copy.deepcopy(model).train(not (dist.is_available() and dist.is_initialized()))
     try:
         few, more = (_flops(model, n, model.loss) for n in (_FEW, 2 * _FEW))
-    except (RuntimeError, AssertionError):  # of the counter, which does not support a loss with custom gradients
-        model.requires_grad_(False)  # it does not follow parameters that are inputs of a layer either
+    except (RuntimeError, AssertionError):  # raised by the counter, which does not support a loss with custom gradients
+        model.requires_grad_(False)  # the counter does not support parameters that are inputs of a layer either
         few, more = (_flops(model, n, lambda x, _: model.forward(x)) for n in (_FEW, 2 * _FEW))
     per_sample = (more - few) / _FEW
     flops = few + per_sample * (batch_size - _FEW)
     rate = _OF_THREAD * torch.get_num_threads() if device.type == "cpu" else _OF_ACCELERATOR
-    return 3 * flops / rate  # backwards takes twice as much as forwards
+    return 3 * flops / rate  # a backward pass takes twice as many as a forward pass
 
 
 def _flops(model: ModelInterface, n: int, function: Callable[[Tensor, Tensor], object]) -> int:
-    """FLOPs of a function of n samples and their labels, forwards."""
+    """FLOPs of the forward pass of a function of n samples and their labels."""
     weight = next(model.parameters())
     x = torch.full((n, *model.input_shape), 0.5, device=weight.device, dtype=weight.dtype)
     labels = torch.zeros(n, dtype=torch.long, device=weight.device)
@@ -54,7 +55,7 @@ def _flops(model: ModelInterface, n: int, function: Callable[[Tensor, Tensor], o
 
 
 def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str | None:
-    """One line if training is costly: what it costs, and the flag that changes it; None if it is affordable.
+    """A message of one line if training is costly: the cost, and the flag that lowers it; None if it is not.
 
     Args:
         model: before its first step.

@@ -65,7 +65,7 @@ class DataStatistics:
             _, score, name = [*key.split(".", 2), ""][:3]
             states.setdefault(score, {})[name] = own.pop(key)
         if any(value.isnan().any() for state in states.values() for value in state.values()):
-            raise AezooError(f"{what} is damaged: what its scores have learnt is not finite; save the model again")
+            raise AezooError(f"{what} is damaged: the statistics of its scores are not finite; save the model again")
         codes = own.pop("codes", None)
         if codes is not None and (codes.ndim != 2 or len(codes) < 2 or codes.shape[1] != code_size):
             raise AezooError(f"{what} is damaged: its codes are those of another model; save the model again")

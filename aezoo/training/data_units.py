@@ -66,7 +66,7 @@ class DataUnits:
 
     @classmethod
     def from_plain(cls, plain: Any, shape: tuple[int, ...], what: str) -> "DataUnits":
-        """What `to_plain` gave, for samples of a shape.
+        """Read the result of `to_plain`, for samples of a shape.
 
         Raises:
             AezooError: it is something else.
@@ -77,13 +77,13 @@ class DataUnits:
                 dtype = {"float32": torch.float32, "float64": torch.float64}[plain["dtype"]]
                 scaling = {key: torch.tensor(plain[key], dtype=dtype) for key in ("offset", "factor")}
             if not all(part.isfinite().all() and part.broadcast_to(shape).shape == shape for part in scaling.values()):
-                raise ValueError("its scaling is that of other samples")
+                raise ValueError("its scaling does not fit the samples")
             if not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
-                raise ValueError("its columns are no names")
+                raise ValueError("its columns are not names")
             if columns and shape != (len(columns),):
-                raise ValueError("its columns are those of other samples")
+                raise ValueError("its columns do not fit the samples")
             if plain["white"] not in (None, 1, 255) or plain["levels"] not in (1, 255):
-                raise ValueError("its value of white or of bytes is another")
+                raise ValueError("its value of white or of bytes is invalid")
             return cls(scaling, plain["white"], tuple(columns), plain["is_table"] is True, plain["levels"])
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError) as error:
             reason = " ".join(str(error).split())[:100]

@@ -1,4 +1,4 @@
-"""All processes of a run end together: if one dies, raises or freezes, none is left behind.
+"""All processes of a run end together: if one is killed, fails or hangs, the others are ended.
 
 Lightning's launcher ends the other ranks when one has ended. It does not handle ranks whose launcher was killed, and it
 waits for ranks that do not respond (stopped, swapped out, in a deadlock). A rank that does not respond causes a timeout
@@ -31,7 +31,7 @@ _RELEASE_SECONDS = 0.2
 _SHARED_SECONDS = 30.0
 # torch.distributed.constants.default_pg_timeout, which a torch without torch.distributed cannot import
 _TORCH_DEFAULT_TIMEOUT = timedelta(minutes=30)
-# of gloo and NCCL, when another process ends
+# errors of gloo and NCCL when another process ends
 _LOST = re.compile(
     "connection (closed|reset|refused)|broken pipe|waiting for clients|remote process exited|pair closure|timed ?out",
     re.IGNORECASE,
@@ -136,7 +136,7 @@ def check_shared_folder(folder: Path, rank: int) -> None:
     told: list[Any] = [None]
     if not rank:
         file = folder / f".shared-{secrets.token_hex(6)}"
-        with contextlib.suppress(OSError):  # said when the first checkpoint is written
+        with contextlib.suppress(OSError):  # reported when the first checkpoint is written
             file.touch()
         told = [str(file) if file.exists() else None]
     dist.broadcast_object_list(told)
@@ -192,7 +192,7 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
     is_lost = trainer.world_size > 1 and isinstance(error, RuntimeError) and not isinstance(error, AezooError)
     is_lost = is_lost and bool(_LOST.search(str(error)))
     if launched:
-        procs.clear()  # Lightning's observer would kill this process before it has said why
+        procs.clear()  # Lightning's observer would kill this process before it reports its error
         _end(launched)
     elif _is_late(error) and os.environ.get("LOCAL_RANK", "0") != "0" and not by_torchrun:
         # torchrun ends its workers by itself; a working launcher has the same timeout and ends within the grace
@@ -203,7 +203,7 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
             os.kill(launcher, signal.SIGKILL)
     elif not (is_lost or by_torchrun) and rank and "LOCAL_RANK" in os.environ and isinstance(error, Exception):
         own = str(error) if isinstance(error, AezooError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # rank 0 would say that it has lost this one
+        with contextlib.suppress(OSError):  # rank 0 would only report that it has lost this one
             _note(trainer, rank, os.getppid()).write_text(
                 f"rank {rank}: {' '.join(own.split())[:1000]}", encoding="utf-8", errors="backslashreplace"
             )
@@ -219,7 +219,7 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
 
 
 def _note(trainer: Trainer, rank: int, launcher: int) -> Path:
-    """Where a rank leaves its error to the one that launched it."""
+    """The file in which a rank writes its error for the rank that launched it."""
     return Path(trainer.default_root_dir) / f".rank-{rank}-of-{launcher}.error"
 
 

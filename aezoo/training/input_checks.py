@@ -125,7 +125,7 @@ def code_shape(model: "ModelInterface") -> tuple[int, ...]:
         raise
     except Exception as error:
         raise AezooError(
-            f"{type(model).__name__} sets no code_shape, and a sample of zeros does not tell it "
+            f"{type(model).__name__} sets no code_shape, and encoding a sample of zeros fails "
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]}): set self.code_shape in its constructor"
         ) from error
 

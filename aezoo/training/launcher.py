@@ -1,4 +1,4 @@
-"""End a process with the one that launched it, from its first line on; nothing here imports torch."""
+"""End a process when the process that launched it ends; this module does not import torch."""
 
 import contextlib
 import ctypes

@@ -36,7 +36,7 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
     def setup(self, stage: str) -> None:
         distributed.check_strategy(self.trainer)
         distributed.release_collectives_at_exit(self.trainer)
-        # data may be others now, and an evaluation may have been interrupted
+        # the data may have changed, and an evaluation may have been interrupted
         self._checked.clear()
         self._evaluations.clear()
         self._outputs.clear()
@@ -55,11 +55,11 @@ class TrainingModule(RenamedMethods, Optimization, EvaluationSteps):
         return [] if exists else [CleanupOnException()]
 
     def on_fit_start(self) -> None:
-        self.data_statistics = None  # it is of the weights before
+        self.data_statistics = None  # they belong to the weights before this fit
         self._train_means.reset()
         means, self._means_before = self._means_before, None
         if means is not None and self.trainer.ckpt_path is not None:
-            # the epoch's sums up to the checkpoint; several ranks all get those of the first
+            # the epoch's sums up to the checkpoint; all ranks get those of rank 0
             self._train_means.load_state_dict(means, self.device)
         if self._fit_seed is None or self.trainer.ckpt_path is None:
             self._fit_seed, self._compiled_before = torch.initial_seed() % 2**63, None

@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 _FUSED = ("adam", "adamw", "sgd")
-# of an optimiser's state, what is one number for each parameter
+# entries of an optimiser's state that are scalars
 _SCALARS = ("step", "mu_product")
 # remaining share of the learning rate at progress p between 0 (warm-up done) and 1 (last step)
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -93,7 +93,7 @@ def _default_arguments(name: str) -> dict[str, Any]:
 
 
 def betas(text: str, usual: tuple[float, float]) -> tuple[float, float]:
-    """The betas in an optimiser's text, with the usual ones where it does not give them."""
+    """The betas that an optimiser's text sets, with the usual ones for the others."""
     settings = _read_optimizer(text)[1]
     return settings.get("beta1", usual[0]), settings.get("beta2", usual[1])
 
@@ -184,7 +184,7 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
 
 
 def check_restored(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any], source: "str | Path") -> None:
-    """Refuse a restored state of other types or shapes than a new one has: fused kernels would write beyond it.
+    """Refuse a restored state whose types or shapes differ from a new one's: fused kernels would write beyond it.
 
     Args:
         optimizer: with its state from a checkpoint.

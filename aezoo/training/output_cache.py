@@ -36,7 +36,7 @@ class OutputCache:
         try:
             for network in networks:
                 if isinstance(network, nn.Module) and not network.training:
-                    own = vars(network)  # past torch's __setattr__
+                    own = vars(network)  # bypasses torch's __setattr__
                     replaced.append((own, own.get("forward")))
                     own["forward"] = self._cached(network, network.forward)
             yield

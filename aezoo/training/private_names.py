@@ -159,7 +159,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.Tensor._backward_hooks",
         files=("speed/joint_backward.py", "speed/step_plan.py"),
-        why="checks whether a user watches a gradient, which a replayed step would not call",
+        why="checks whether a gradient has hooks, which a replayed step would not call",
         without=_SLOWER,
     ),
     PrivateName(
@@ -188,13 +188,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module._backward_hooks",
         files=("speed/joint_backward.py", "speed/step_plan.py"),
-        why="checks whether a user watches a layer",
+        why="checks whether a layer has hooks",
         without=_SLOWER,
     ),
     PrivateName(
         "torch.nn.Module._backward_pre_hooks",
         files=("speed/step_plan.py",),
-        why="checks whether a user watches a layer",
+        why="checks whether a layer has hooks",
         without=_SLOWER,
     ),
     PrivateName(
@@ -209,13 +209,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module._forward_hooks",
         files=("speed/step_plan.py",),
-        why="checks whether a user watches a layer",
+        why="checks whether a layer has hooks",
         without=_SLOWER,
     ),
     PrivateName(
         "torch.nn.Module._forward_pre_hooks",
         files=("speed/step_plan.py",),
-        why="checks whether a user watches a layer",
+        why="checks whether a layer has hooks",
         without=_SLOWER,
     ),
     PrivateName(
@@ -227,7 +227,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.modules.module._has_any_global_hook",
         files=("speed/step_plan.py",),
-        why="checks whether a user watches all layers",
+        why="checks whether there are hooks for all layers",
         without=_SLOWER,
     ),
     PrivateName(
@@ -257,7 +257,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.optim.Optimizer._optimizer_step_post_hooks",
         files=("speed/fused_optimizer.py",),
-        why="checks whether a user watches an optimiser's steps",
+        why="checks whether an optimiser has hooks",
         without=_SLOWER,
     ),
     PrivateName(
@@ -287,7 +287,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.optim.optimizer._global_optimizer_post_hooks",
         files=("speed/fused_optimizer.py",),
-        why="checks whether a user watches all optimisers' steps",
+        why="checks whether there are hooks for all optimisers",
         without=_SLOWER,
     ),
     PrivateName(

@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 class Constrained(pl.LightningModule):
     """Mixin, before `Autoencoder`, for models that change their weights after each optimiser step.
 
-    The fast loop leaves steps with foreign code to Lightning, but it calls `after_optimizer_step` itself.
+    The fast loop uses Lightning's step if foreign code takes part, but it calls `after_optimizer_step` itself.
     """
 
     def after_optimizer_step(self) -> None:
         """Project the weights onto the constraint."""
-        raise NotImplementedError(f"{type(self).__name__} must say where its weights belong")
+        raise NotImplementedError(f"{type(self).__name__} must implement after_optimizer_step")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -30,8 +30,8 @@ def at_size(model: Model, size: Sequence[int]) -> Model:
     """The same model for samples of another size; it shares the weights.
 
     The weights of convolutions do not depend on the size of a sample, so a convolutional model whose code is a map
-    accepts any. Each side halves from stage to stage, rounded up, and the decoder gives exactly the sides that it came
-    from: nothing is padded or cropped.
+    accepts any. Each stage halves each side, rounded up, and the decoder restores exactly the same sides: nothing is
+    padded or cropped.
 
     Args:
         model: a model of (C, L), (C, H, W) or (C, D, H, W).

@@ -1,4 +1,4 @@
-"""The only call site of `aezoo.speed`: what a fit or a prediction does only to be faster, and how it is undone.
+"""The only call site of `aezoo.speed`: optimisations of the speed of a fit or a prediction, and how they are undone.
 
 The package is loaded by name, and everything gives the same numbers without it: if AEZOO_SPEED is off (as `--speed off`
 sets it), or if the package has been deleted.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "AEZOO_SPEED"
 SETTINGS = ("auto", "off")
-HELP = "auto, or off: do without everything that is only there to be faster, for the same numbers."
+HELP = "auto, or off: disable all optimisations of speed, with the same results."
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -83,6 +83,6 @@ def evaluating(model: "TrainingModule") -> Iterator[None]:
 
 
 def joint_step(model: "TrainingModule", terms: Callable[..., Any]) -> "Callable[[torch.Tensor], Any] | None":
-    """A step that computes a loss and its gradients in one compiled graph, if fits have one; for checks of models."""
+    """A step that computes loss and gradients in one compiled graph, or None if fits have none; for checks."""
     step: Callable[[torch.Tensor], Any] | None = _call("joint_step", model, terms)
     return step

@@ -126,8 +126,8 @@ def _file_of(point: EntryPoint, owner: str) -> Path:
     files = [path for home in homes if (path := Path(home) / point.attr).is_file()]
     if not files:
         raise AezooError(
-            f"{owner} names its weights in {point.value}, which is no file of a package: give package:file.json as the "
-            f"entry point of {GROUP}, or uninstall it"
+            f"{owner} names its weights in {point.value}, which is not a file of a package: give package:file.json as "
+            f"the entry point of {GROUP}, or uninstall it"
         )
     return files[0]
 
@@ -156,17 +156,17 @@ def _tag(name: str, entry: dict[str, Any], home: Path, owner: str) -> Tag:
     given = dict(entry)
     source, sha256, revision = given.pop("source"), given.pop("sha256"), given.pop("revision", None)
     if not _NAME.fullmatch(name):
-        raise ValueError(f"the tag {name!r} has not the form NAME.TAG of letters, digits and _")
+        raise ValueError(f"the tag {name!r} does not have the form NAME.TAG of letters, digits and _")
     if not sha256 or not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in sha256.values()):
         raise ValueError(f"{name} has no SHA-256 of each of its files")
     if any(part in ("", ".", "..") for file in (source.removeprefix(HUB), *sha256) for part in file.split("/")):
         raise ValueError(f"{name} names files outside of its folder")
     if source.startswith(HUB) and not revision:
-        raise ValueError(f"{name} names no revision, and what is on a hub changes")
+        raise ValueError(f"{name} names no revision, and repositories on a hub change")
     if not isinstance(given.get("data"), dict) or not isinstance(given["data"].get("name"), str):
         raise ValueError(f"{name} does not name its data")
     if not isinstance(given.get("license"), str) or not isinstance(given.get("bytes", 0), int):
-        raise ValueError(f"{name} has no licence, or its number of bytes is none")
+        raise ValueError(f"{name} has no licence, or its number of bytes is invalid")
     figures, authors = (given.pop(key, None) for key in ("figures", "authors_figure"))
     shape = tuple(int(size) for size in given.pop("input_shape"))
     low, high = map(float, given.pop("input_range"))

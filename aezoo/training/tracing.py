@@ -1,4 +1,4 @@
-"""Whether a graph is being traced, in which neither values nor memory layouts may decide what is computed."""
+"""Whether a graph is being traced, whose computation must not depend on values or memory layouts."""
 
 import torch
 

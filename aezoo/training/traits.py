@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from aezoo.errors import AezooError
 
-# what models are for, and what shows it
+# purposes of models, each with a command that uses it
 TAGS = {
     "anomaly": "how strange a sample is: aezoo detect",
     "generation": "new samples: aezoo generate",

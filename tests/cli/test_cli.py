@@ -244,7 +244,7 @@ def test_data_flag_accepts_a_name(capsys):
     Path("list.yaml").write_text("- 1\n")
     for file in ("nothere.yaml", "list.yaml"):
         line = refused(capsys, "fit", "--model=vae", "--data", file)
-        assert line == f"aezoo: --data {file}: no such file, or none with settings in YAML"
+        assert line == f"aezoo: --data {file}: no such file, or not a file with settings in YAML"
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ def test_lost_workers_trial_runs_again_elsewhere(fake, capsys, storage):
     fake()
     main([*command, "--study=two"])
     said = capsys.readouterr().out
-    assert f"trial {trial.number} has given no sign of life for too long: its worker is lost" in said
+    assert f"trial {trial.number} has sent no heartbeat for too long: its worker is lost" in said
     assert "waiting for 1 trials of other workers" in said
     table = rows("two")
     assert [row["state"] for row in table] == ["interrupted", "lost", "complete", "complete"]
@@ -330,7 +330,7 @@ def test_single_worker_resumes_killed_trial_immediately(fake, capsys):
     trial.set_user_attr("run", "1")
     capsys.readouterr()
     main([*command, "--trials=2"])
-    assert "no sign of life" not in capsys.readouterr().out
+    assert "no heartbeat" not in capsys.readouterr().out
     table = rows("one")
     assert [row["state"] for row in table] == ["complete", "lost", "complete"]
     assert table[1]["run"] == table[2]["run"] == "one/1" and table[1]["model.lr"] == table[2]["model.lr"]

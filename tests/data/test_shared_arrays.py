@@ -66,7 +66,7 @@ def test_memory_that_cannot_be_shared_is_noted(alone, monkeypatch, cause):
     shared_arrays.share({"x": x}, alone)
     assert x.data_ptr() == place and torch.equal(x, wanted) and len([*Path("/proc/self/fd").iterdir()]) == files
     (note,) = notes
-    assert note.startswith("samples are held once in each process, as memory cannot be shared here: ")
+    assert note.startswith("each process has its own copy of the samples, because memory cannot be shared here: ")
     assert "\n" not in note
 
 

@@ -136,7 +136,7 @@ def test_another_vision_transformer_is_not_taken_for_one(tmp_path):
         (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(12, 3, 2)}), r"patches of \[2\]"),
         (lambda s: s.update({"blocks.7.norm1.weight": torch.zeros(12)}), "has no blocks.2.norm1.weight"),
         (lambda s: s["decoder_pos_embed"][0, 0].fill_(1.0), "a place for the class token"),
-        (lambda s: s.update({"cls_token": "text"}), "cls_token is a str and no tensor"),
+        (lambda s: s.update({"cls_token": "text"}), "cls_token is a str, not a tensor"),
         (lambda s: s.update({"mask_token": torch.zeros(1, 1, 10**5)}), "far fewer weights"),
     ],
 )

@@ -230,7 +230,7 @@ def test_wrong_settings_are_refused(tmp_path, case, settings, message):
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.full((20,), math.nan)}, "contains NaN or infinite values"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.ones(20, dtype=torch.long)}, "int64, not floating-point"),
         ("VAE_mse", {"decoder.layers.1.0.bias": torch.ones(1).expand(20)[:0]}, "decoder.layers.1.0 has the shapes"),
-        ("VAE_mse", {"decoder.layers.1.0.bias": 3}, "is a int and no tensor"),
+        ("VAE_mse", {"decoder.layers.1.0.bias": 3}, "is a int, not a tensor"),
         (
             "FactorVAE",
             {"discriminator.layers.10.weight": torch.ones(3, 1000)},

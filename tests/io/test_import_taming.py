@@ -177,7 +177,7 @@ def without(state, key):
         (lambda s: s | {"quantize.used": torch.ones(7)}, "quantize.used"),
         (lambda s: s | {"decoder.up.999999999.block.0.norm1.weight": torch.ones(1)}, "unknown decoder"),
         (lambda s: s | {"encoder.conv_in.weight": torch.ones(4)}, "has no encoder.conv_in.weight of convolutions"),
-        (lambda s: s | {"encoder.conv_in.weight": 3}, "is a int and no tensor"),
+        (lambda s: s | {"encoder.conv_in.weight": 3}, "is a int, not a tensor"),
     ],
 )
 def test_wrong_weights_are_refused_in_one_line(tmp_path, change, message):

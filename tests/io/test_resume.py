@@ -163,7 +163,7 @@ def test_run_without_its_config_is_not_continued(sets, capsys):
         with pytest.raises(SystemExit) as ended:
             main(["fit", f"{flag}=runs/vae-x/0", "--trainer.max_epochs=2"])
         assert ended.value.code == 2
-        assert "runs/vae-x/0 has lost its config.yaml" in capsys.readouterr().err
+        assert "runs/vae-x/0 lacks its config.yaml" in capsys.readouterr().err
     main(["fit", "-c", "kept.yaml", "--ckpt_path=runs/vae-x/0", "--trainer.max_epochs=2"])
     assert "gradient_clip_val: 0.5" in config.read_text()
 

@@ -259,7 +259,7 @@ WRONG_WEIGHTS = [
     (f"{D}JumpReluAutoEncoder", "ae.pt", {"threshold": None}, "there is no threshold"),
     (f"{D}CrossCoder", "ae.pt", {"encoder__weight": lambda w: w[:1]}, "a crosscoder has an encoder"),
     (f"{D}AutoEncoder", "ae.pt", {"bias": Bomb()}, "is refused"),
-    (f"{D}AutoEncoder", "ae.pt", {"bias": "text"}, "is a str and no tensor"),
+    (f"{D}AutoEncoder", "ae.pt", {"bias": "text"}, "is a str, not a tensor"),
     ("gemma_scope", "params.npz", {"threshold": None}, "there is no threshold"),
     ("gemma_scope_2", "params.safetensors", {"w_dec": torch.ones(N, 3, 6)}, "writes? to 3 layers"),
     ("gemma_scope_2", "params.safetensors", {"affine_skip_connection": torch.ones(6, 5)}, "skip connection has shape"),
@@ -269,7 +269,7 @@ WRONG_WEIGHTS = [
     ("openai_topk", "6.pt", {"activation_state_dict": {}}, "there is no k"),
     ("openai_topk", "6.pt", {"activation_state_dict": {"k": 99}}, "k must lie between 1 and the 10 latents, got 99"),
     ("openai_topk", "6.pt", {"latent_bias": Bomb()}, "is refused"),
-    ("openai_topk", "6.pt", {"latent_bias": 3}, "is a int and no tensor"),
+    ("openai_topk", "6.pt", {"latent_bias": 3}, "is a int, not a tensor"),
 ]  # fmt: skip
 
 

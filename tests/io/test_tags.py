@@ -207,7 +207,7 @@ def test_damaged_statistics_are_refused(tmp_path, tensors, message):
 def test_generate_fits_a_prior_to_the_codes_of_the_weights(tag):
     model = aezoo.load_model("dense_ae.tiny")
     found = aezoo.generate(model, n=3, n_components=2)
-    assert found.samples.shape == (3, *SHAPE) and "fitted to 50 codes that the weights bring" in found.source
+    assert found.samples.shape == (3, *SHAPE) and "fitted to 50 codes stored with the weights" in found.source
     model.data_statistics = None
     with pytest.raises(AezooError, match="fitted to the codes of training samples"):
         aezoo.generate(model, n=3)
@@ -314,7 +314,7 @@ def test_two_packages_with_one_tag_are_refused(plugin, home):
 
 def test_plugin_without_its_file_is_named(plugin):
     (plugin / "pretrained.json").unlink()
-    with pytest.raises(AezooError, match=r"aezoo_weights_of_others:pretrained.json, which is no file of a package"):
+    with pytest.raises(AezooError, match=r"aezoo_weights_of_others:pretrained.json, which is not a file of a package"):
         aezoo.list_models(pretrained=True)
 
 

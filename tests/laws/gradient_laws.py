@@ -221,7 +221,7 @@ def test_gradients_with_other_settings_are_derivatives(
         assert parts & exceptions(name, term) or abs(slope - product) <= rounding, (term, slope, product)
 
 
-# the loss is no sum of its terms: parts of the model have weights of their own
+# the loss is not the sum of its terms: parts of the model are weighted
 @pytest.mark.parametrize("name", sorted({*STOPPED, *ESTIMATED} - {"mine_vae", "vae_gan"}))
 def test_loss_gradient_is_the_weighted_sum_of_terms(name: str, shifted: Any) -> None:
     case = Case(name, shifted)

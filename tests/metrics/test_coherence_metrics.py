@@ -106,5 +106,5 @@ def test_reconstruct_from_some_parts_writes_their_coherence(tmp_path):
     assert np.allclose(found.x_hat, model.eval().reconstruct_from(x, (1,)).detach(), atol=1e-6)
     assert [row["part"] for row in found.coherence] == ["0", "1", "all, of the prior"]
     assert "coherence" in found.summary() and (tmp_path / "coherence.csv").exists()
-    with pytest.raises(AezooError, match="vae knows no parts of samples: drop --parts"):
+    with pytest.raises(AezooError, match="vae does not support parts of samples: drop --parts"):
         aezoo.reconstruct(aezoo.create_model("vae", (1, 8, 8)), data, parts=(0,))

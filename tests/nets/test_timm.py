@@ -209,7 +209,7 @@ def test_file_without_all_weights_is_refused(tmp_path: Path) -> None:
         ({k: v for k, v in state.items() if not k.startswith("layer2")}, "it has no layer2.0.conv1.weight"),
         ({"a": torch.zeros(1)}, "it has no conv1"),
         (state | {"layer2.0.conv1.weight": torch.zeros(1)}, "size mismatch"),
-        (state | {"layer2.0.conv1.weight": "text"}, "is a str and no tensor"),
+        (state | {"layer2.0.conv1.weight": "text"}, "is a str, not a tensor"),
         (torch.zeros(3), "contains a Tensor"),
     ):
         torch.save(content, file)

@@ -331,8 +331,8 @@ def test_command_writes_into_the_run_or_the_working_folder(run, monkeypatch, cap
     ("arguments", "line"),
     [
         (["none"], "none does not exist: give the folder of a run, such as runs/vae/0"),
-        (["empty"], "empty is no run and contains none: give the folder of a run, such as runs/vae/0"),
-        (["empty/file"], "empty/file is no run and contains none"),
+        (["empty"], "empty is not a run and contains none: give the folder of a run, such as runs/vae/0"),
+        (["empty/file"], "empty/file is not a run and contains none"),
         (["vae/0", "--out", "empty/file/x.html"], "cannot write empty/file/x.html: "),
         (["vae/0", "--out", "empty"], "cannot write empty: Is a directory; give another file with --out"),
         (["many"], "21 runs are too many to compare in one report: give at most 20"),

@@ -172,7 +172,7 @@ def test_expanded_weights_are_refused(honest):
     key, value = next(iter(honest["state_dict"].items()))
     honest["state_dict"][key] = torch.zeros(1).expand(value.shape)
     torch.save(honest, "thin.ckpt")
-    with pytest.raises(AezooError, match=r"claims to have .* values and brings fewer"):
+    with pytest.raises(AezooError, match=r"claims to have .* values and has fewer"):
         aezoo.load_model("thin.ckpt")
 
 

@@ -93,7 +93,7 @@ def test_class_path_after_model_needs_no_other_flag(refused, canary, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--model", "os.system"], "no subclass of aezoo.Autoencoder"),
+        (["--model", "os.system"], "not a subclass of aezoo.Autoencoder"),
         (["--model", "no_such_package.Model"], "cannot be imported"),
         (["--model", "evil.Missing"], "cannot be imported"),
         (["--model", "{class_path: lightning_evil.Evil}"], "--allow lightning_evil"),

@@ -154,7 +154,7 @@ def test_speed_features_can_be_disabled_individually(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AEZOO_SPEED", "fast_loop, denormals")
     assert [part for part in parts.PARTS if not parts.is_enabled(part)] == ["fast_loop", "denormals"]
     monkeypatch.setenv("AEZOO_SPEED", "wheels")
-    with pytest.raises(AezooError, match="AEZOO_SPEED leaves out 'wheels', which is no part"):
+    with pytest.raises(AezooError, match="AEZOO_SPEED disables 'wheels', which is not a part"):
         parts.is_enabled("fast_loop")
 
 

@@ -169,7 +169,7 @@ def test_empty_missing_or_extra_frames_are_refused(written, mode):
 def test_digest_mismatch_is_refused(written, mode):
     header, frames = take_apart(written[1][mode])
     frames[-1][1] = hashlib.sha256(b"other samples").digest()
-    assert "come out differently here" in outcome(written, put_together(header, frames))
+    assert "are different here" in outcome(written, put_together(header, frames))
 
 
 def test_inconsistent_frame_sizes_are_refused(written):

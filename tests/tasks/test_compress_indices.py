@@ -495,7 +495,7 @@ def test_false_sample_count_is_refused_quickly_under_prior(tmp_path):
     header, [[_, digest, payload]] = take_apart(path.read_bytes())
     model.calls.clear()
     n = 4000
-    assert "come out differently" in refusal(model, path, put_together(header | {"n": n}, [[n, digest, payload]]))
+    assert "are different here" in refusal(model, path, put_together(header | {"n": n}, [[n, digest, payload]]))
     assert len(model.calls) <= 6 * 5
 
 
@@ -547,7 +547,7 @@ def test_differently_computing_prior_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(WithPrior, "next_logits", lambda self, tokens, t, e=error: own(self, tokens, t) * (1 + e))
         for strict in (True, False):
             model.calls.clear()
-            assert "indices come out differently here" in refusal(model, path, strict=strict)
+            assert "indices are different here" in refusal(model, path, strict=strict)
             assert len(model.calls) <= 12 * (16 if error < 1e-3 else 2)
     monkeypatch.undo()
     assert decompress(model, str(path)).same

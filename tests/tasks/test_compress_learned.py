@@ -220,7 +220,7 @@ def test_differing_entropy_model_refuses_file(name, tmp_path, monkeypatch):
     kind = type(model)
     law = kind.distribution
     monkeypatch.setattr(kind, "distribution", lambda self, *numbers: law(self, *numbers[:-1], numbers[-1] + 0.3))
-    with pytest.raises(AezooError, match="its whole numbers come out differently here"):
+    with pytest.raises(AezooError, match="its whole numbers are different here"):
         decompress(model, str(tmp_path / "samples.aez"))
 
 
@@ -229,7 +229,7 @@ def test_rounding_differences_are_refused_or_accepted_on_request(tmp_path, monke
     compress(model, x, out=str(tmp_path), compare=False)
     decode = type(model).decode
     monkeypatch.setattr(type(model), "decode", lambda self, z: decode(self, z) * (1 + 1e-6))
-    with pytest.raises(AezooError, match="outputs come out differently here"):
+    with pytest.raises(AezooError, match="outputs are different here"):
         decompress(model, str(tmp_path / "samples.aez"))
     loose = decompress(model, str(tmp_path / "samples.aez"), strict=False)
     assert not loose.same

@@ -380,7 +380,7 @@ def test_share_of_new_samples_above_is_contamination(name, steps):
     assert np.array_equal(by_class.predict(x), Detector(model).fit(train, calibrate_on=held_out).predict(x))
     if steps == 400:
         trained = detect(model, x, fit_on=train, baselines=False)
-        assert trained.is_anomaly.mean() > 0.5 and "too many new samples are called strange" in trained.summary()
+        assert trained.is_anomaly.mean() > 0.5 and "too many new samples are flagged" in trained.summary()
 
 
 def test_missing_values_have_zero_error_map():
@@ -653,7 +653,7 @@ def test_knn_fitted_on_itself_excludes_each_sample():
     x = gaussian(50)
     found = detect(linear(latent_dim=2), x, contamination=0.2)
     assert np.allclose(found.p_values, stats.rankdata(-found.scores, "max") / 50)
-    assert found.is_anomaly.sum() == 10 and "these very samples" in found.summary()
+    assert found.is_anomaly.sum() == 10 and "these samples themselves" in found.summary()
     narrow = gaussian(12)
     left_out = Detector(linear(latent_dim=4), "mahalanobis").fit(narrow).decision_scores_
     assert np.allclose(detect(linear(latent_dim=4), narrow, score="mahalanobis").scores, left_out)

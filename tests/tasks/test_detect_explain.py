@@ -23,7 +23,7 @@ from aezoo.tasks.detect_contributions import contributions, likelihood_contribut
 from aezoo.tasks.detectors import Detector
 from aezoo.tasks.samples import evaluation_mode
 
-# models whose score is no sum over the values of one reconstruction
+# models whose score is not a sum over the values of one reconstruction
 OTHER_SCORES = {
     *("ae1svm", "alad", "dagmm", "deep_svdd", "draem", "ganomaly", "mae", "simmim", "msssim_vae", "perceptual_vae"),
     *("conditional_vae", "semi_supervised_vae", "cmvae", "mmvae", "mmvae_plus", "mopoe_vae", "hvae", "rhvae"),
@@ -50,7 +50,7 @@ def test_contributions_of_every_model_add_up_or_are_refused(name):
     model, x = aezoo.create_model(name, (1, 8, 8)), torch.rand(4, 1, 8, 8)
     with evaluation_mode(model):
         if name in OTHER_SCORES:
-            with pytest.raises(AezooError, match=f"the score of {name} is no sum over the values of a sample"):
+            with pytest.raises(AezooError, match=f"the score of {name} is not a sum over the values of a sample"):
                 likelihood_contributions(model, model.anomaly_score, x)
             return
         found, score = likelihood_contributions(model, model.anomaly_score, x), model.anomaly_score(x).double()
@@ -191,7 +191,7 @@ def test_scores_of_codes_have_no_contributions(score, tmp_path):
     model, x = aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(20, 6)
     options = {"svdd_epochs": 1, "n_draws": 2, "baselines": False, "score": score, "explain": True, "n_shown": 2}
     found = detect(model, x[:5], fit_on=x, out=str(tmp_path), contamination=0.5, **options)
-    assert f"no contributions: the score {score} is no sum over the values of a sample" in found.summary()
+    assert f"no contributions: the score {score} is not a sum over the values of a sample" in found.summary()
     assert found.explain(0).contributions is None and len(found.explain(0).neighbours) == 3
     rows = list(csv.DictReader((tmp_path / "explanations.csv").read_text().splitlines()))
     assert len(rows) == 6 * found.is_anomaly.sum() and {row["contribution"] for row in rows} == {""}
@@ -240,7 +240,7 @@ def test_page_is_self_contained_and_says_what_is_left_out(tmp_path, table):
     page = (tmp_path / "explanations.html").read_text()
     assert "<b>&" not in page and html.escape("<b>&") in page
     assert page.count("<h2>") == 2 and f"{found.is_anomaly.sum()} of 40 samples" in page
-    assert "the 2 strangest are shown" in page
+    assert "the first 2 are shown" in page
     assert not re.search(r"https?:|<script|<link|src=(?!\"data:)|url\(", page)
     strangest = int(found.scores.argmax())
     assert page.index(f"sample {strangest}") < page.index("d</td>")
@@ -321,5 +321,5 @@ def test_estimator_says_which_features_contribute(settings):
 
 def test_estimator_refuses_criteria_of_their_own():
     detector = AutoencoderDetector("deep_svdd", max_epochs=1, random_state=0).fit(gaussian(50))
-    with pytest.raises(AezooError, match="the score of deep_svdd is no sum over the values"):
+    with pytest.raises(AezooError, match="the score of deep_svdd is not a sum over the values"):
         detector.contributions(gaussian(3))

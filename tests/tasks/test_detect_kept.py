@@ -121,10 +121,10 @@ def test_damaged_calibration_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(refused.value)
     del whole[prefix + "combined.sorted"]
     save_file(whole, home / "model.safetensors")
-    with pytest.raises(AezooError, match="not one of combined for this model"):
+    with pytest.raises(AezooError, match="is not for the score combined of this model"):
         detect(aezoo.load_model(home), train, score="combined")
     save_file(whole | {prefix + "combined.mean": torch.full((6,), torch.nan)}, home / "model.safetensors")
-    with pytest.raises(AezooError, match="what its scores have learnt is not finite"):
+    with pytest.raises(AezooError, match="the statistics of its scores are not finite"):
         aezoo.load_model(home)
     (home / "calibration.safetensors").write_bytes(b"no tensors")
     save_file(whole, home / "model.safetensors")

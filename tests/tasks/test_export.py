@@ -294,7 +294,7 @@ def test_bisection_counts_as_searchsorted(tmp_path, n):
 def test_pretrained_weights_bring_their_threshold(tmp_path, capsys):
     main(["export", "dense_ae.mnist", str(tmp_path), "--what", "score"])
     out = capsys.readouterr().out
-    assert "1,000 held-out samples that the weights bring" in out and str(tmp_path / "score.onnx") in out
+    assert "1,000 held-out samples that are stored with the weights" in out and str(tmp_path / "score.onnx") in out
     about = onnx_session(tmp_path / "score.onnx").get_modelmeta().custom_metadata_map
     scores = aezoo.load_model("dense_ae.mnist").data_statistics.scores["deviance"].numpy()
     assert float((scores > float(about["threshold"])).mean()) == pytest.approx(0.1, abs=2e-3)

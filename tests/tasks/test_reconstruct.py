@@ -79,7 +79,7 @@ def test_missing_values_are_excluded_from_errors():
     assert np.allclose(found.mae, errors.abs().nanmean(1), atol=1e-6)
     some = aezoo.reconstruct(aezoo.create_model("mmvae", (6,), likelihood="gaussian"), x, parts=0)
     assert np.isnan(some.mse).tolist() == [True, False, False, False]
-    assert "1 of them lack the parts" in some.summary() and "nan" not in some.summary()
+    assert "1 of them lack the evaluated parts" in some.summary() and "nan" not in some.summary()
     assert np.allclose(found.score, model.anomaly_score(x)) and np.isfinite(found.score).all()
     with pytest.raises(AezooError, match="NaN or infinity in 2 of 4 rows"):
         aezoo.reconstruct(aezoo.create_model("vae", (6,)), x)
@@ -183,7 +183,9 @@ def test_unread_modalities_are_grey_in_picture(half):
     assert shown.unique().numel() == 1 and shown.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "parts", "words"), [("vae", (0,), "vae knows no parts"), ("mvae", (2,), "0 to 1")])
+@pytest.mark.parametrize(
+    ("name", "parts", "words"), [("vae", (0,), "vae does not support parts"), ("mvae", (2,), "0 to 1")]
+)
 def test_unknown_modalities_are_refused(name, parts, words):
     model = aezoo.create_model(name, (6,), latent_dim=2, hidden_dims=(5,))
     with pytest.raises(AezooError, match=words):

@@ -66,7 +66,7 @@ def test_a_margin_too_small_by_one_shows():
     [
         ("resnet_ae", {"latent_map": True}, "depends on the whole sample"),
         ("autoencoder_kl", {}, "depends on the whole sample"),
-        ("vq_vae_2", {"net": "conv"}, "its code is no map"),
+        ("vq_vae_2", {"net": "conv"}, "its code is not a map"),
         ("conv_ae", {}, "its weights belong to this size"),
     ],
 )

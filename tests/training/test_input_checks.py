@@ -250,7 +250,7 @@ def test_code_shape_is_named_if_no_sample_determines_it():
         def encode(self, x):
             return self.down(x).unflatten(1, self.code_shape)
 
-    with pytest.raises(AezooError, match=r"^Broken sets no code_shape, and a sample .*: set self.code_shape in its"):
+    with pytest.raises(AezooError, match=r"^Broken sets no code_shape, and encoding .*: set self.code_shape in its"):
         _ = Broken((1, 8, 8)).code_shape
     assert "code_shape=unknown" in repr(Broken((1, 8, 8)))
 

@@ -44,7 +44,7 @@ def read(source: WeightSource) -> Imported:
         if key.partition(".")[0] not in ("activation", "activation_state_dict")
     }
     if wrong := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise AezooError(f"{label}: {str(wrong[0])[:40]} is a {type(tensors[wrong[0]]).__name__} and no tensor")
+        raise AezooError(f"{label}: {str(wrong[0])[:40]} is a {type(tensors[wrong[0]]).__name__}, not a tensor")
     weights = {key: value for key, value in tensors.items() if key not in _STATISTICS}
     found = float_tensors(weights, label, _WEIGHTS)
     dictionary = SparseDictionary(

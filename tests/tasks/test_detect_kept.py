@@ -116,7 +116,7 @@ def test_damaged_calibration_is_refused_in_one_line(tmp_path):
     for key, value in cases.items():
         assert prefix + key in whole
         save_file(whole | {prefix + key: value}, home / "model.safetensors")
-        with pytest.raises(AezooError, match=r"not one of .* for this model .*: run detect with") as refused:
+        with pytest.raises(AezooError, match=r"is not for the score .* of this model .*: run detect with") as refused:
             detect(aezoo.load_model(home), train, score=key.partition(".")[0])
         assert "\n" not in str(refused.value)
     del whole[prefix + "combined.sorted"]

@@ -181,7 +181,7 @@ def sides(n, k):
         (lambda header, frames: header.update(own_sizes=2), "own_sizes is 2"),
         (lambda header, frames: header.update(tile=-1), "tile is -1"),
         (lambda header, frames: header.pop("own_sizes"), "refused"),
-        (lambda header, frames: header.update(kind="csv"), "are no table"),
+        (lambda header, frames: header.update(kind="csv"), "are not a table"),
     ],
 )
 def test_forged_sizes_are_refused_in_one_line(written, tmp_path, forge, said):

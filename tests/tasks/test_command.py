@@ -130,7 +130,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
 def test_differently_scaled_data_are_reported(run, tmp_path, caplog, command):
     with np.load(run.parents[2] / "data.npz") as file:
         np.savez(tmp_path / "new.npz", x=2 * file["x"], y=file["y"])
-    words = "values are scaled by what its own training split holds"
+    words = "values are scaled by the statistics of its own training split"
     for flags, said in ([], False), (["--data", str(tmp_path / "new.npz")], True):
         caplog.clear()
         place = [f"--out={tmp_path}"] if command == "reconstruct" else []

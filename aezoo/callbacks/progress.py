@@ -143,15 +143,13 @@ class ProgressBar(Checked, RichProgressBar):
     def _without_redrawing(self) -> Iterator[None]:
         """Leave drawing to the refresh thread: rich draws at once if a task is added or reset."""
         bar = self.progress
-        if bar is None:
-            yield
-            return
-        bar.disable = True
+        if bar is not None:
+            bar.disable = True
         try:
             yield
         finally:
-            bar.disable = False
-        self.refresh()
+            if bar is not None:
+                bar.disable = False
 
     def _print_epoch(self, trainer: pl.Trainer) -> None:
         """Print a line for the last epoch; its means are logged by the model after all callbacks."""

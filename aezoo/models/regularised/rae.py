@@ -47,8 +47,9 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("v_I", normalize(torch.randn(weight[0].numel()), dim=0))
-        for _ in range(0 if weight.is_meta else 10):  # loaded weights bring their v, and shapes need none
-            self.search(weight)
+        if not weight.is_meta:  # else v is loaded with the weights
+            for _ in range(10):
+                self.search(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         norm = (at_least_float32(weight).flatten(1) * self.v_I).sum(1).norm()  # autocast would round W v

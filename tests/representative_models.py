@@ -18,6 +18,11 @@ SLOW_REPRESENTATIVE = (
     *("vq_vae", "rq_vae", "fsq_vae", "gumbel_vq_vae", "titok", "soft_vq", "index_transformer"),
 )
 
+# the smallest networks of timm
+RESNET, VIT = "timm:test_resnet", "timm:test_vit,img_size=32,patch_size=8"
+# models on backbones of timm: each network, trained and frozen, and each kind of code
+BACKBONES = [("vq_vae", RESNET), ("vae", VIT), ("vae", f"{RESNET},frozen")]
+
 
 def others_slow(names: Iterable[str], kept: Iterable[str] = REPRESENTATIVE) -> list[Any]:
     """The names as parameters of a test that runs by default on those to be kept only."""

@@ -9,7 +9,7 @@ import promises
 import pytest
 import torch
 from golden import VARIANTS, own_models
-from representative_models import REPRESENTATIVE, SLOW_REPRESENTATIVE, of_graphs
+from representative_models import BACKBONES, REPRESENTATIVE, SLOW_REPRESENTATIVE, of_graphs
 
 import aezoo
 from aezoo import testing
@@ -131,12 +131,6 @@ def test_variants_with_state_resume():
         run(testing.check_resume, variant)
 
 
-def with_backbones():
-    """A network of each kind of timm, trained and frozen."""
-    resnet, vit = "timm:test_resnet", "timm:test_vit,img_size=32,patch_size=8"
-    return [subject_of(name, net=net) for name, net in (("vq_vae", resnet), ("vae", vit), ("vae", f"{resnet},frozen"))]
-
-
 def with_more_options():
     """What the codebooks of the variants leave out."""
     nets = {"latent_dim": 4, "hidden_dims": (8, 8), "codebook_size": 6}
@@ -156,7 +150,8 @@ def with_more_options():
 @pytest.mark.slow
 def test_two_processes_train_every_model_like_one():
     names = own_models() if promises.is_recording() else not_sample_means()
-    others = [*with_more_state(), *with_backbones(), *with_more_options(), broken_models.CorrectModel]
+    backbones = [subject_of(name, net=net) for name, net in BACKBONES]
+    others = [*with_more_state(), *backbones, *with_more_options(), broken_models.CorrectModel]
     run(check_ddp, *map(of_graphs, names), *others)  # in one launch: two processes take half a minute to start
 
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from representative_models import BACKBONES, RESNET, VIT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,8 +18,6 @@ from aezoo import nets, testing
 from aezoo.nets.blocks.features import feature_map_shapes, feature_maps
 from aezoo.nets.blocks.timm_backbone import Backbone, parse
 
-# the smallest networks of timm
-RESNET, VIT = "timm:test_resnet", "timm:test_vit,img_size=32,patch_size=8"
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -249,12 +248,8 @@ def test_contract_is_kept(net: str, check: Any) -> None:
     check("vae", net=net)
 
 
-# each network, and each kind of code
-_OF_CONTRACT = [("vq_vae", RESNET), ("vae", VIT), ("vae", f"{RESNET},frozen")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "net"), _OF_CONTRACT)
+@pytest.mark.parametrize(("name", "net"), BACKBONES)
 def test_whole_contract_is_kept(name: str, net: str) -> None:
     # check_onnx includes check_export; the graphs of a frozen network are those of one that trains
     graphs = ["check_onnx", "check_compile"] if "frozen" in net else ["check_compile"] if net == RESNET else []

@@ -1,6 +1,7 @@
 """Sources whose samples fit in memory: split, resize and scale, in that order."""
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
@@ -223,7 +224,12 @@ def as_tensor(values: Tensor | npt.NDArray[Any], copy: bool = True) -> Tensor:
             wide = _float_dtype(values.dtype.itemsize, values.dtype.kind == "f", np.float64, np.float32)
             values = values.astype(wide, copy=copy)
         values = np.ascontiguousarray(values)
-        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+        if copy and not values.flags.writeable:
+            values = values.copy()
+        with warnings.catch_warnings():
+            # samples are only read
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            tensor = torch.from_numpy(values)
     if tensor.dtype == torch.uint8:
         return tensor
     return tensor.to(_float_dtype(tensor.element_size(), tensor.is_floating_point(), torch.float64, torch.float32))

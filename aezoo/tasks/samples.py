@@ -127,6 +127,7 @@ class SampleSet:
             x: samples; a DataModule, of which `split` is taken; a DataFrame, in the units of its columns; or a tensor
                 or an array (N, *shape), scaled for the model: bytes are divided by 255, floats do not change. (N, H, W)
                 bytes become images of one channel. A list of such pictures, (C, H, W) each, may have several sizes.
+                uint8 and float32 in the computer's byte order are not copied.
             split: train, val or test.
             allow_missing: whether a tensor or an array may contain NaN for missing values.
 
@@ -152,9 +153,8 @@ class SampleSet:
         shape = tuple(as_real_array(x, "x").shape)
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
-        dataset = ArrayDataset(
-            to_channels_first(to_real_tensor(x, "x", missing="keep" if allow_missing else "raise"), "auto")
-        )
+        missing = "keep" if allow_missing else "raise"
+        dataset = ArrayDataset(to_channels_first(to_real_tensor(x, "x", copy=False, missing=missing), "auto"))
         if not hasattr(x, "columns") or len(shape) != 2:
             return cls(dataset, name="x")
         names = column_names(x)

@@ -50,6 +50,17 @@ def test_bytes_are_divided_by_255_and_floats_kept():
     assert SampleSet.from_data(samples) is samples
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_and_read_only_maps_are_not_copied(dtype, tmp_path, recwarn):
+    x = np.eye(6, dtype=dtype)
+    np.save(tmp_path / "x.npy", x)
+    for values in x, np.load(tmp_path / "x.npy", mmap_mode="r"):
+        samples = SampleSet.from_data(values)
+        assert samples.dataset.x.data_ptr() == values.ctypes.data
+        assert torch.equal(all_of(samples), torch.from_numpy(x).float() / (255 if dtype == np.uint8 else 1))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_samples_match_datamodule_split(split):
     data = aezoo.DataModule("digits")

@@ -48,11 +48,11 @@ def draws(n: int, dim: int = D) -> tuple[Tensor, Tensor, Tensor]:
     return direction, radius, coin
 
 
-# ---- moves -----------------------------------------------------------------------------------------------------------
+# ---- perturbations ---------------------------------------------------------------------------------------------------
 
 
 def by_numpy(z: Any, queue: Any, given: Any, eta: float, k: int) -> tuple[Any, Any]:
-    """Algorithm 1, a row at a time: moves, and whether they are accepted."""
+    """Algorithm 1 for each row: perturbations, and whether they are accepted."""
     m, dim, moves, accepted = math.ceil(len(queue) / K), z.shape[1], [], []
 
     def nth(point: Any, n: int) -> float:
@@ -77,7 +77,7 @@ def test_perturbations_match_paper_in_numpy(eta: float, k: int) -> None:
     assert quantiser.m == 5 and not quantiser.queue_SD.requires_grad
 
 
-def test_rows_are_compared_in_parts(monkeypatch: Any) -> None:
+def test_perturbations_do_not_depend_on_chunk_size(monkeypatch: Any) -> None:
     quantiser, z, given = built(), torch.randn(80, D, dtype=torch.float64), draws(80)
     whole = quantiser.perturb(z, *given)
     monkeypatch.setattr("aezoo.quantisers.vector_perturbation._ROWS", 7)
@@ -97,8 +97,8 @@ def test_distances_match_float64_sort_for_any_queue(size: int, k: int, shift: fl
 
 
 @pytest.mark.slow
-def test_moves_keep_the_estimated_density() -> None:
-    """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn again."""
+def test_perturbations_keep_the_estimated_density() -> None:
+    """In one dimension the estimate 1 / D_k can be normalised on a grid: perturbations keep its distribution."""
     torch.manual_seed(0)
     quantiser = VectorPerturbation(1, 6, queue_size=60, neighbours=8, eta=1.5).double()
     quantiser.queue_SD.copy_(torch.randn(60, 1).abs().double() * torch.tensor([-1.0, 3.0]).repeat(30)[:, None])
@@ -121,7 +121,7 @@ def test_moves_keep_the_estimated_density() -> None:
     assert (z != start).double().mean() > 0.9
 
 
-def test_moves_grow_with_eta_and_with_fewer_codes() -> None:
+def test_perturbations_grow_with_eta_and_with_fewer_codes() -> None:
     z, given, queue = torch.randn(400, D), draws(400), torch.randn(200, D).double()
     lengths = {}
     for size, eta in ((100, 1.0), (10, 1.0), (10, 0.5), (10, 0.0)):
@@ -139,7 +139,7 @@ def test_equal_rows_in_the_queue_stay_finite() -> None:
     assert found.z_q.isfinite().all() and all(term.isfinite() for term in found.terms.values())
 
 
-# ---- what trains -----------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_passes_unchanged_and_codes_get_none() -> None:

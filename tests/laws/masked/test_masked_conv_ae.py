@@ -44,7 +44,7 @@ import aezoo
 
 
 def test_expected_masked_loss_equals_whole_sample_sum(shifted: Any) -> None:
-    """With a model that does not look at its input: whatever the ratio, the scale is that of any other model."""
+    """With an output that does not depend on the input, the scale is the same for every ratio."""
     x = data(1)
     found = []
     for ratio in (0.25, 0.5, 0.75):
@@ -58,7 +58,7 @@ def test_expected_masked_loss_equals_whole_sample_sum(shifted: Any) -> None:
     assert found == pytest.approx([whole] * 3, rel=0.02)
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- mask token ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learned", [True, False])

@@ -131,9 +131,7 @@ def test_l0_target_is_approached_by_mean_over_ranks(shifted: Any) -> None:
     torch.testing.assert_close(together.terms["loss"], one["loss"])
     for a, b in zip(together.gradients(), gradients(one["loss"], model).values(), strict=True):
         torch.testing.assert_close(a, b)
-    assert (
-        gap(apart.terms["loss"], one["loss"]) > 1e-6
-    )  # the mean over ranks of the squares is not the square of the mean
+    assert gap(apart.terms["loss"], one["loss"]) > 1e-6  # mean of squares, not square of the mean
     slopes = []
     for target in (0.5, 11.0):
         model.target_l0 = target

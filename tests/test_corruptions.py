@@ -29,7 +29,7 @@ def test_gaussian_noise_has_its_moments_unclipped(amount: float) -> None:
 
 
 def test_gaussian_noise_is_scaled_randn_of_the_same_seed() -> None:
-    """The seed alone gives the noise, the target of denoising score matching (Vincent 2011)."""
+    """The noise is that of the seed, the target of denoising score matching (Vincent 2011)."""
     x = torch.rand(3, 2, 9)
     for amount in (0.3, 2.0):
         noise = torch.randn(x.shape, generator=seeded(8))

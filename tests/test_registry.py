@@ -1,4 +1,4 @@
-"""Names, families, plug-ins and cards; the plug-ins are real distributions on the path, without pip."""
+"""Names, families, plug-ins and cards; plug-ins are distributions on the path, without pip."""
 
 import ast
 import importlib
@@ -176,7 +176,7 @@ def test_names_and_classes_roundtrip(name):
 
 def test_unregistered_class_has_no_name():
     class Mine(aezoo.model_class("vae")):
-        """Registered nowhere."""
+        """A class that is not registered."""
 
     assert registry.name_of(Mine) is None
     assert registry.name_of(aezoo.Autoencoder) is None
@@ -365,7 +365,7 @@ def test_card_describes_reexported_class(tmp_path, monkeypatch, install):
     assert ("width", "int", "3", "") in card.parameters
     (home / module / "far_away" / "own.py").unlink()
     assert registry.card("handed_ae").parameters == ()
-    # in a ring nobody defines it
+    # a cyclic import, in which no module defines the class
     (home / module / "far_away" / "models.py").write_text("from handing_on import Handed as MyAE\n")
     assert registry.card("handed_ae").parameters == ()
 

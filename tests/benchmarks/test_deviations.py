@@ -1,4 +1,4 @@
-"""Formulas of authors' code in the place of ours, for one training."""
+"""Training with formulas of the authors' code instead of ours."""
 
 import pytest
 import torch

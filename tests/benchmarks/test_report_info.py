@@ -1,4 +1,4 @@
-"""The figures of `aezoo info`: those of the CSVs, compared as stated."""
+"""The figures of `aezoo info`: those of the CSVs, with their comparisons."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Scaling: exponents of time and memory, and rows of an axis of a model and of a command."""
+"""Scaling: exponents of time and memory, and measured rows of an axis of a model and of a command."""
 
 import pytest
 

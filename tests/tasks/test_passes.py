@@ -1,4 +1,4 @@
-"""Commands on several processes and after a kill: the files of one undisturbed process, bit for bit."""
+"""Commands on several processes or after a kill give exactly the files of one uninterrupted process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ COMMANDS = {
     "compress": ["--mode=lossy", "--compare=false"],
     "decompress": [],
 }
-# of a model of pictures of any size
+# a model of images of any size
 MAP = {"latent_map": True, "hidden_dims": (4, 8), "latent_dim": 3}
 # values in a frame of an .aez file
 FRAME = 64 * 2 * BATCH
@@ -66,7 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def counted(monkeypatch, most: int = 10**6) -> list[int]:
-    """Count the blocks that are computed, and interrupt the run after so many."""
+    """Count computed blocks, and interrupt the run after a number of them."""
     blocks, seen = Passes.blocks, []
 
     def limited(self, *given, **named):

@@ -56,7 +56,7 @@ def test_salt_and_pepper_replaces_requested_share_evenly(share: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_decides_the_noise(name: str) -> None:
+def test_noise_is_determined_by_the_seed(name: str) -> None:
     c, x = corruption(name), torch.rand(3, 2, 9)
     a, b, other = c(x, seeded(5)), c(x, seeded(5)), c(x, seeded(6))
     assert torch.equal(a, b)

@@ -143,7 +143,7 @@ def test_search_matches_parts_of_names_and_families():
     ("asked", "meant"),
     [("vea", "vae"), ("VEA", "vae"), ("dens-ae", "dense_ae"), ("convolutionl", "convolutional"), ("topk", "topk_sae")],
 )
-def test_an_unknown_name_suggests(asked, meant):
+def test_unknown_name_suggests_a_similar_one(asked, meant):
     for call in (aezoo.create_model, aezoo.model_class, registry.card):
         with pytest.raises(AezooError, match=f"unknown model '{asked}', did you mean .*'{meant}'"):
             call(asked)
@@ -154,7 +154,7 @@ def test_dissimilar_name_gets_no_suggestion():
         aezoo.create_model("qqqqqq")
 
 
-def test_an_unknown_hyperparameter_suggests():
+def test_unknown_hyperparameter_suggests_a_similar_one():
     with pytest.raises(AezooError, match="vae has no hyperparameter 'latent_dims': did you mean 'latent_dim'"):
         aezoo.create_model("variational", input_shape=(4,), latent_dims=3)
     with pytest.raises(AezooError, match=r"vae has no hyperparameter 'qqqq': It has latent_dim, .*beta"):

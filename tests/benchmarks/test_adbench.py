@@ -299,7 +299,7 @@ def test_rows_of_real_detectors_in_their_processes(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(folder, tmp_path):
+def test_a_killed_process_resumes(folder, tmp_path):
     words = [str(folder), "--sets", "wine", "cover", "--seeds", "1", "--settings", "clean", "--detectors"]
     words += ["default:max_epochs=1", "--results", str(tmp_path)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.adbench", *words], cwd=ROOT)

@@ -24,7 +24,7 @@ def test_friedman_of_the_published_example():
     assert rankings.friedman(np.array([1.0, 2.0, 3.0]), 4).p == 0.0
 
 
-def test_friedman_without_ties_is_scipys():
+def test_friedman_without_ties_equals_scipy():
     values = np.random.default_rng(0).normal(size=(12, 5))
     found = rankings.friedman(rankings.average_ranks(values), 12)
     assert found.chi2 == pytest.approx(stats.friedmanchisquare(*values.T).statistic)

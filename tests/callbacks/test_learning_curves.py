@@ -40,7 +40,7 @@ def test_each_epoch_has_a_line_whatever_the_logger(fit, events, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_with_its_curves(fit, tmp_path):
+def test_a_resumed_run_continues_its_curves(fit, tmp_path):
     def run(name, epochs, ckpt_path=None):
         curves, saver = LearningCurves(), Checkpoints()
         fit(

@@ -75,7 +75,7 @@ def test_capacity_annealing(fit, events):
 
 
 @pytest.mark.slow
-def test_annealing_of_a_resumed_run_goes_on(fit, tmp_path):
+def test_annealing_of_a_resumed_run_continues(fit, tmp_path):
     whole, part = Watch("beta"), Watch("beta")
     fit(FakeVAE((4,)), BetaAnnealing(n_steps=10), whole, max_epochs=3)
     trainer = fit(FakeVAE((4,)), BetaAnnealing(n_steps=10), max_epochs=1)
@@ -186,7 +186,7 @@ def test_ema_is_the_average_by_hand(fit, tmp_path, every, start, first):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
-def test_a_resumed_ema_goes_on(fit, tmp_path):
+def test_a_resumed_ema_continues(fit, tmp_path):
     def run(epochs, ckpt_path=None):
         pl.seed_everything(1, verbose=False)
         model = Fake((4,), lr=0.05)

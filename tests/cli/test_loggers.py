@@ -526,6 +526,6 @@ def test_wide_codes_are_given_by_principal_components():
     ]
 
 
-def test_csv_logger_of_ones_own_gets_pictures_nowhere(tmp_path):
+def test_csv_logger_ignores_pictures(tmp_path):
     log_everything(trainer_of(CSVLogger(tmp_path, name="x", version="0")))
     assert yaml.safe_load((tmp_path / "x/0/hparams.yaml").read_text()) == {"model": "vae"}

@@ -156,7 +156,7 @@ def test_two_ranks_see_the_same_images_as_one():
 
 
 @pytest.mark.parametrize("memory", ["on", "off"])
-def test_a_resumed_epoch_goes_on_with_the_same_images(memory):
+def test_a_resumed_epoch_continues_with_the_same_images(memory):
     whole, rest = by_row(data(), 1), by_row(data(memory=memory), 1, skip=(1, 32))
     assert len(rest) == len(whole) - 32 and all(torch.equal(x, whole[row]) for row, x in rest.items())
 

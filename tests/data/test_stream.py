@@ -85,7 +85,7 @@ def test_images_and_labels(tmp_path, memory):
 
 
 @pytest.mark.parametrize("kind", ["pil", "jpeg", "png", "tensor", "numpy", "bytes"])
-def test_every_way_to_write_an_image(tmp_path, kind):
+def test_every_encoding_of_an_image(tmp_path, kind):
     arrays, number = images(6), itertools.count()
 
     def jpeg(array):

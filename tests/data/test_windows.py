@@ -42,7 +42,7 @@ def test_series_is_cut_within_its_splits(tmp_path, step):
         assert data.source.spans[stage].first.tolist() == [*firsts]
 
 
-def test_channels_have_scales_of_their_own(tmp_path):
+def test_each_channel_is_scaled_separately(tmp_path):
     x, _, _ = write_series(tmp_path / "series.csv")
     data = DataModule(str(tmp_path / "series.csv"), window_length=1, scale="standard", val_fraction=0, test_fraction=0)
     found = data.tensors("train")[0][:, :, 0].numpy()
@@ -73,7 +73,7 @@ def test_series_of_other_kinds_of_files(tmp_path, kind):
         assert data.source.spans["test"].ends["start"][0] == 180
 
 
-def test_arrays_and_splits_of_their_own(tmp_path):
+def test_windows_of_arrays_with_separate_test_series(tmp_path):
     x, x_test = np.random.default_rng(0).normal(size=(50, 3)), np.random.default_rng(1).normal(size=(20, 3))
     data = DataModule.from_arrays(x, x_test=x_test, window_length=6, scale="none", val_fraction=0.2)
     assert [len(data.tensors(stage)[0]) for stage in ("train", "val", "test")] == [35, 5, 15]

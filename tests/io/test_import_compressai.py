@@ -352,6 +352,6 @@ def test_damaged_strings_are_refused(tmp_path):
         rans.encode_strings(aezoo.create_model("factorized_prior", (1, 8, 8)), torch.zeros(1, 1, 8, 8))
 
 
-def test_other_files_are_not_taken_for_one(tmp_path):
+def test_other_files_are_not_recognised(tmp_path):
     with pytest.raises(aezoo.AezooError, match=re.escape("has no format that aezoo reads")):
         aezoo.import_model(saved(tmp_path, {"g_a.0.weight": torch.zeros(4, 3, 5, 5)}))

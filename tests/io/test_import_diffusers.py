@@ -515,7 +515,7 @@ def test_wrong_and_hostile_configs_are_refused_in_one_line(tmp_path, change, mes
 
 
 @pytest.mark.parametrize("side", [10**9, 0, -1, "large", 33, [16, 8]])
-def test_any_stated_size_of_images_is_survived(tmp_path, side):
+def test_invalid_sample_sizes_in_the_config(tmp_path, side):
     net = small()
     net.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

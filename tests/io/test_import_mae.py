@@ -117,7 +117,7 @@ def test_weights_of_transformers_in_other_files_are_read(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), model.parameters(), strict=True))
 
 
-def test_another_vision_transformer_is_not_taken_for_one(tmp_path):
+def test_another_vision_transformer_is_not_recognised(tmp_path):
     state = encoder_alone()
     trained = state | {"pos_embed": state["pos_embed"] + 0.1 * torch.randn(1, 17, 12)}
     for name, content in (("a", trained), ("b", state | {"head.weight": torch.zeros(2, 12)})):

@@ -181,7 +181,7 @@ def fit_while(monkeypatch, hook, act):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_end"])
-def test_a_run_moved_while_it_trains_goes_on_there(monkeypatch, capsys, hook):
+def test_a_run_moved_while_it_trains_continues_there(monkeypatch, capsys, hook):
     links = []
     monkeypatch.setattr(run_folder.atexit, "register", lambda *call: links.append(call))
     fit_while(monkeypatch, hook, lambda: RUN.rename(ELSEWHERE))

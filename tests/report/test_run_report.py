@@ -250,7 +250,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name in BROKEN for text in BROKEN[name]])
-def test_damaged_file_costs_only_what_it_held(run, name, text):
+def test_damaged_file_does_not_prevent_the_report(run, name, text):
     (run / name).write_text(text)
     assert "deviance" in Page(write_report(run)).text
 

@@ -173,7 +173,7 @@ def test_callbacks_added_before_first_batch_are_called():
         assert [name for name, *_ in trace].count("on_predict_batch_end") > 2
 
 
-def test_a_batch_in_place_is_not_moved(monkeypatch):
+def test_a_batch_on_the_device_is_not_moved(monkeypatch):
     moved, real = [], SingleDeviceStrategy.batch_to_device
     monkeypatch.setattr(SingleDeviceStrategy, "batch_to_device", lambda *a, **k: (moved.append(a), real(*a, **k))[1])
     predict()

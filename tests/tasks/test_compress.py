@@ -227,7 +227,7 @@ def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):
     assert Compression("lossy", rows).summary().splitlines()[1 + len(rows) :] == said
 
 
-def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
+def test_decompress_writes_the_format_of_the_input(tmp_path):
     import pandas
 
     frame = pandas.DataFrame(np.random.default_rng(0).normal(1e4, 1e3, (30, 3)).round(), columns=["eur", "m2", "built"])

@@ -192,7 +192,7 @@ def test_threshold_on_a_score_is_above_its_rounding():
 # ---- drift ----------------------------------------------------------------------------------------------------------
 
 
-def test_drift_is_told_by_two_sample_tests_of_scipy():
+def test_drift_equals_two_sample_tests_of_scipy():
     random = np.random.default_rng(8)
     for m, n, shift in [(30, 50, 0.0), (200, 100, 0.5), (1, 40, 3.0), (12_000, 300, 0.1)]:
         scores, reference = np.round(random.normal(size=m) + shift, 1), np.round(random.normal(size=n), 1)

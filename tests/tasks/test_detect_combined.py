@@ -150,7 +150,7 @@ def test_units_of_the_values_do_not_matter():
         assert torch.allclose(first, second(torch.from_numpy(x * factor)), rtol=1e-3, atol=1e-3)
 
 
-def test_heavy_tails_count_by_their_ranks():
+def test_tail_scores_depend_only_on_ranks():
     # a log-normal value, and ties
     random = np.random.default_rng(0)
     train = np.stack([random.normal(size=300), np.exp(3 * random.normal(size=300)), random.integers(0, 3, 300)], 1)

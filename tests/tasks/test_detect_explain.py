@@ -279,7 +279,7 @@ def test_no_sample_is_its_own_neighbour_and_no_anomaly_is_one(table):
         assert one.neighbours.tolist() == [j for j in order if j in normal and j != i][:3]
 
 
-def test_explanation_of_one_sample_says_why(table):
+def test_explanation_of_one_sample(table):
     model, train, x = table
     found = detect(model, x, fit_on=train, score="combined", baselines=False)
     one = found.explain(0)
@@ -320,7 +320,7 @@ def test_estimator_says_which_features_contribute(settings):
         assert np.allclose(rest, 0, atol=1e-9)
 
 
-def test_estimator_refuses_criteria_of_their_own():
+def test_estimator_refuses_scores_that_are_not_sums():
     detector = AutoencoderDetector("deep_svdd", max_epochs=1, random_state=0).fit(gaussian(50))
     with pytest.raises(AezooError, match="the score of deep_svdd is not a sum over the values"):
         detector.contributions(gaussian(3))

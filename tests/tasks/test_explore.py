@@ -326,7 +326,7 @@ def test_drawing_noise_and_files_reach_the_models(page, tmp_path):
 
 
 @slow
-def test_parts_that_do_not_apply_say_why_and_names_are_text(page, home):
+def test_missing_parts_are_explained_and_names_are_escaped(page, home):
     cards = page.locator(".card")
     assert cards.nth(2).locator("h2").inner_text() == str(home / "<b>odd") and page.locator("b").count() == 0
     assert "The range of codes is unknown" in cards.nth(2).inner_text()

@@ -148,7 +148,7 @@ def test_score_of_a_table_uses_the_units_of_the_table(tmp_path):
 
 @slow
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
-def test_functions_of_a_discrete_model_fit_together(tmp_path, format):
+def test_exported_functions_of_a_discrete_model_agree(tmp_path, format):
     torch.manual_seed(0)
     model = aezoo.create_model("vq_vae", (1, 8, 8), latent_dim=4, codebook_size=16, net="mlp", hidden_dims=(8,)).eval()
     model.data_units = DataUnits(white=255)

@@ -82,7 +82,7 @@ def counted(monkeypatch, most: int = 10**6) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch, capsys, command):
+def test_interrupted_command_resumes_bit_for_bit(words_of, tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
     monkeypatch.setattr(container, "MAX_FRAME_VALUES", FRAME)
     words = words_of(command, tmp_path / "whole")
@@ -159,7 +159,7 @@ main(json.loads(sys.argv[1]))
 
 
 @pytest.mark.slow
-def test_killed_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch):
+def test_killed_command_resumes_bit_for_bit(words_of, tmp_path, monkeypatch):
     argv = words_of("reconstruct", tmp_path / "again")
     settings = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(argv)], capture_output=True, env=settings)

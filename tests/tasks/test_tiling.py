@@ -54,7 +54,7 @@ def test_series_and_volumes_work_in_tiles(shape):
 
 
 @pytest.mark.slow
-def test_a_margin_too_small_by_one_shows():
+def test_margins_smaller_by_one_change_the_codes():
     model, size = made("gdn, hyperprior"), (64, 64)
     x, whole, parts = torch.rand(1, 1, *size), aezoo.at_size(model, size), aezoo.tiled(model, size, 16)
     parts.encoder.margins = [margin - 1 for margin in parts.encoder.margins]

@@ -16,7 +16,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def test_another_size_gives_what_the_same_convolutions_give():
+def test_another_size_equals_plain_convolutions():
     model = aezoo.create_model("conv_ae", (1, 8, 8), **MAP).eval()
     x = torch.rand(2, 1, 24, 40)
     z = model.encoder(x)  # plain convolutions, which accept any size

@@ -82,7 +82,7 @@ def test_k_falls_linearly_and_evaluation_uses_the_last(shifted: Any, quiet: Any)
 
 
 @pytest.mark.parametrize(("alpha", "kept"), [(1.0, 5), (1.3, 6), (2.4, 12), (0.01, 1)])
-def test_codes_take_alpha_k_units_and_the_loss_k(alpha: float, kept: int, shifted: Any) -> None:
+def test_codes_keep_alpha_k_units_and_the_loss_keeps_k(alpha: float, kept: int, shifted: Any) -> None:
     model, x = shifted(build("k_sparse", latent_dim=12, k=5, alpha=alpha)), data(7)
     for mode in (True, False):
         model.train(mode)

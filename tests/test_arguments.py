@@ -94,7 +94,7 @@ def defaults(cls: type) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "input_shape"}
 
 
-# ---- signatures -----------------------------------------------------------------------------------------------------
+# ---- signatures ------------------------------------------------------------------------------------------------------
 
 
 def test_signature_includes_forwarded_arguments():
@@ -166,7 +166,7 @@ def test_a_copy_and_a_pickle_keep_arguments():
         assert other.hparams == model.hparams
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_refused_in_the_name_of_the_class():
         aezoo.create_model("beta_vae", (4,), latent_dmi=3)
 
 
-# ---- hyperparameters ------------------------------------------------------------------------------------------------
+# ---- hyperparameters -------------------------------------------------------------------------------------------------
 
 
 def test_hyperparameters_are_complete_without_being_saved():
@@ -259,7 +259,7 @@ def test_star_args_constructor_stores_given_arguments():
     assert dict(Bulk(input_shape=(4,)).hparams) == {"input_shape": (4,)}
 
 
-# ---- traits ---------------------------------------------------------------------------------------------------------
+# ---- traits ----------------------------------------------------------------------------------------------------------
 
 
 def test_traits_are_attributes_and_inherited():

@@ -341,7 +341,7 @@ def test_check_keeps_random_state_and_warning_filters():
     assert warnings.filters == filters
 
 
-# ---- shared noise ---------------------------------------------------------------------------------------------------
+# ---- shared noise ----------------------------------------------------------------------------------------------------
 
 DRAWS = {
     "randn": lambda x: torch.randn(x.shape),

@@ -160,7 +160,7 @@ def test_invalid_batch_is_refused_in_one_line(name, shape, n, fault, seed):
     assert len(str(refusal.value).splitlines()) == 1
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def read(x, y=None, **settings):

@@ -37,7 +37,7 @@ def folder(tmp_path):
     return where
 
 
-# ---- sets -----------------------------------------------------------------------------------------------------------
+# ---- sets ------------------------------------------------------------------------------------------------------------
 
 
 def test_sets_have_names_without_number_in_alphabetical_order(folder):
@@ -96,7 +96,7 @@ def test_large_sets_keep_the_share_of_anomalies_or_twenty():
     assert not np.array_equal(kept, adbench_data.subsample(x, y, 1000, seed=1)[0])
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def split_of(setting, level=0.0, seed=0, share=0.1):
@@ -170,7 +170,7 @@ def test_irrelevant_columns_are_uniform_and_independent(level, n):
     assert found.train.shape == (140, 5 + n) and found.test.shape == (60, 5 + n)
 
 
-# ---- detectors ------------------------------------------------------------------------------------------------------
+# ---- detectors -------------------------------------------------------------------------------------------------------
 
 
 def test_detectors_have_settings_of_estimator_or_model():
@@ -232,7 +232,7 @@ def test_sets_are_chosen_by_name_or_by_their_use(folder, monkeypatch):
         chosen("tuning")
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def fake_row(module, spec, timeout, variables, warm):
@@ -343,7 +343,7 @@ def test_a_score_that_is_not_finite_is_an_error(folder, monkeypatch):
     assert found["auroc"] == 0.5 and found["aupr"] == pytest.approx(0.1)
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_or_report_must_be_given(capsys):

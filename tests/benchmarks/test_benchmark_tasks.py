@@ -39,7 +39,7 @@ def results(tmp_path_factory):
     return folder
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- measured rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_existing_rows_are_kept(results, tmp_path, capsys):
     } == before and "seed" not in capsys.readouterr().out
 
 
-# ---- what is planned ------------------------------------------------------------------------------------------------
+# ---- planned runs ----------------------------------------------------------------------------------------------------
 
 
 def plan_of(folder, *words):
@@ -159,7 +159,7 @@ def test_refused_models_are_skipped_with_a_reason(tmp_path, capsys):
         plan_of(tmp_path, "--models", "dens_ae")
 
 
-# ---- runs that continue ---------------------------------------------------------------------------------------------
+# ---- continued runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
     assert [spec["model"] for spec in plan_of(tmp_path, *words)[0]] == ["conv_vae"]
 
 
-# ---- what the report says -------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def comparison_of(command, task=""):

@@ -26,7 +26,7 @@ def measured(kind, folder):
     return read_csv(path)
 
 
-# ---- speed ----------------------------------------------------------------------------------------------------------
+# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_workload_settings_fit_their_models():
         assert model(torch.rand(2, *load.shape)).shape == (2, *load.shape), name
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measurement -----------------------------------------------------------------------------------------------------
 
 
 def test_dense_network_flops_match_matrix_products():
@@ -226,7 +226,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
     assert measure.GuardCost(FaultGuard()).shares() == []
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warm", [False, True])

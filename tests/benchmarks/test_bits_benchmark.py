@@ -50,7 +50,7 @@ def plan(*argv, shape=(1, 28, 28)):
     return bits.plan(bits.parse_arguments(argv), data, shape)
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- planned runs ----------------------------------------------------------------------------------------------------
 
 
 def test_time_limit_makes_a_separate_row(tmp_path):
@@ -110,7 +110,7 @@ def test_plan_is_ordered_by_seed_and_checks_names():
         plan("--models", "vae")
 
 
-# ---- what is counted ------------------------------------------------------------------------------------------------
+# ---- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_series_is_named_by_distinguishing_options():
     assert way("codebook_size=8 n_groups=2") == "vq_vae n_groups=2"
 
 
-# ---- Keras' recipe --------------------------------------------------------------------------------------------------
+# ---- Keras' recipe ---------------------------------------------------------------------------------------------------
 
 
 def test_keras_recipe_matches_parameters_and_scaled_loss():

@@ -34,7 +34,7 @@ def job_for(workload, folder, **changes):
     return Job(**(values | {"party": "loop", "rows": 64, "batch": 32, "epochs": 2} | changes))
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
         peers.parse_arguments(["dense", "--accelerator", "mps"])
 
 
-# ---- the parties ----------------------------------------------------------------------------------------------------
+# ---- the parties -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -411,7 +411,7 @@ def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     assert f"argument {wrong[0]}: '{wrong[1]}' is not a " in capsys.readouterr().err
 
 
-# ---- environments ---------------------------------------------------------------------------------------------------
+# ---- environments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -462,7 +462,7 @@ def test_failed_environment_drops_only_its_party(pip, tmp_path, fake, monkeypatc
     assert code == 1 and "no such package" in rows["pythae"]["error"] and rows["loop"]["ratio"] == "1"
 
 
-# ---- targets --------------------------------------------------------------------------------------------------------
+# ---- targets ---------------------------------------------------------------------------------------------------------
 
 
 def peer(party, rates, agrees="yes"):

@@ -172,7 +172,7 @@ from benchmarks import quantisers_row
 def work():
     for _ in range(3):
         torch.ones(10_000_000).add_(1)
-torch.ones(10).add_(1)  # its code is read from disk now
+torch.ones(10).add_(1)  # its code is loaded from disk at the first call
 print(quantisers_row.peak_mb(work, torch.device("cpu")))
 """
     command = [sys.executable, "-c", script]
@@ -182,7 +182,7 @@ print(quantisers_row.peak_mb(work, torch.device("cpu")))
     assert float(found.stdout) == pytest.approx(40, rel=0.1)
 
 
-# ---- the package itself ---------------------------------------------------------------------------------------------
+# ---- the package itself ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", quantisers.KINDS)

@@ -23,7 +23,7 @@ from benchmarks.common import ResultsCSV, command_line, environment, folder_lock
 ROOT = Path(__file__).parents[2]
 
 
-# ---- tables and reports ---------------------------------------------------------------------------------------------
+# ---- tables and reports ----------------------------------------------------------------------------------------------
 
 
 def test_csv_is_complete_after_each_row(tmp_path):

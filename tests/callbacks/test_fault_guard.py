@@ -127,7 +127,7 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [name for name in after if name not in before or not torch.equal(before[name], after[name])]
 
 
-# ---- one bad step ---------------------------------------------------------------------------------------------------
+# ---- single non-finite steps -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
@@ -534,7 +534,7 @@ def test_bad_values_are_refused(values):
         FaultGuard(**values)
 
 
-# ---- CUDA graphs ----------------------------------------------------------------------------------------------------
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 def test_guard_without_per_batch_state_is_capturable():
@@ -600,7 +600,7 @@ def test_norms_are_taken_without_a_joint_kernel(monkeypatch):
     assert [norm.shape for norm in norms] == [()]
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 class Ranks(pl.Callback):

@@ -272,7 +272,7 @@ def test_bfloat16_models_are_drawn(fit, tmp_path):
     assert "latent_map" in pictures(tmp_path)
 
 
-# ---- reconstructions ------------------------------------------------------------------------------------------------
+# ---- reconstructions -------------------------------------------------------------------------------------------------
 
 
 def drawn(monkeypatch) -> list[list[np.ndarray]]:
@@ -335,7 +335,7 @@ def test_bad_values_are_refused_in_one_line(make, message):
     assert "\n" not in str(caught.value)
 
 
-# ---- the latent space -----------------------------------------------------------------------------------------------
+# ---- the latent space ------------------------------------------------------------------------------------------------
 
 
 class Known(FakeVAE):
@@ -458,7 +458,7 @@ def test_tensorboard_offers_the_projector(fit, tmp_path):
     assert [len(config.embeddings) for config in plugin._configs.values()] == [1]
 
 
-# ---- filters --------------------------------------------------------------------------------------------------------
+# ---- filters ---------------------------------------------------------------------------------------------------------
 
 
 def test_first_weights_of_linear_and_convolutional_encoders():
@@ -502,7 +502,7 @@ def test_linear_decoder_atoms_match_dictionary(monkeypatch):
     assert torch.allclose(atoms.flatten(1), model.decoder[0].weight.T[use], atol=1e-6)
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def test_mosaic_places_tiles_in_order():

@@ -31,7 +31,7 @@ def frozen(model: pl.LightningModule) -> pl.LightningModule:
     return model
 
 
-# ---- CodeStatistics -------------------------------------------------------------------------------------------------
+# ---- CodeStatistics --------------------------------------------------------------------------------------------------
 
 
 def test_active_units_and_kl_over_the_whole_set(fit, monkeypatch, tmp_path):
@@ -103,7 +103,7 @@ def test_unsupported_models_and_dry_runs_log_nothing(fit):
     assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(every_n_epochs=0)).callback_metrics
 
 
-# ---- Throughput -----------------------------------------------------------------------------------------------------
+# ---- Throughput ------------------------------------------------------------------------------------------------------
 
 
 class Clocked(Fake):
@@ -141,7 +141,7 @@ def test_throughput_skips_resumed_empty_epoch():
     callback.on_train_epoch_end(None, model)  # logging would fail without a trainer
 
 
-# ---- Histograms -----------------------------------------------------------------------------------------------------
+# ---- Histograms ------------------------------------------------------------------------------------------------------
 
 
 def test_histograms_on_request(fit, events):
@@ -178,7 +178,7 @@ def test_a_negative_period_is_refused(cls):
         cls(every_n_epochs=-2)
 
 
-# ---- Dashboard ------------------------------------------------------------------------------------------------------
+# ---- Dashboard -------------------------------------------------------------------------------------------------------
 
 
 def context(folder: Path) -> TBContext:
@@ -382,7 +382,7 @@ def test_dashboard_supports_missing_logger_and_dry_runs(fit, tmp_path):
     assert not list(tmp_path.rglob("*tfevents*"))
 
 
-# ---- Summary --------------------------------------------------------------------------------------------------------
+# ---- Summary ---------------------------------------------------------------------------------------------------------
 
 
 def test_summary_names_results_places_and_commands(fit, tmp_path, capsys):

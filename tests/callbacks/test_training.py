@@ -40,7 +40,7 @@ class Watch(pl.Callback):
             self.val.append(getattr(pl_module, self.name))
 
 
-# ---- BetaAnnealing --------------------------------------------------------------------------------------------------
+# ---- BetaAnnealing ---------------------------------------------------------------------------------------------------
 
 
 def test_linear_annealing(fit, events):
@@ -136,7 +136,7 @@ def test_annealing_does_not_recompile_at_every_step(fit):
     assert model.compiles <= 4, model.compiles
 
 
-# ---- EMA ------------------------------------------------------------------------------------------------------------
+# ---- EMA -------------------------------------------------------------------------------------------------------------
 
 
 class Trace(pl.Callback):
@@ -343,7 +343,7 @@ def test_bad_averages_are_refused(values):
         EMA(**values)
 
 
-# ---- Interrupt ------------------------------------------------------------------------------------------------------
+# ---- Interrupt -------------------------------------------------------------------------------------------------------
 
 
 class Kill(pl.Callback):
@@ -497,7 +497,7 @@ def test_interrupted_checkpoint_resumes_exactly(tmp_path, at):
     assert torch.equal(run(ckpt_path=str(tmp_path / "last.ckpt")), expected)
 
 
-# ---- ProgressBar ----------------------------------------------------------------------------------------------------
+# ---- ProgressBar -----------------------------------------------------------------------------------------------------
 
 
 def terminal(monkeypatch, width: int) -> io.StringIO:
@@ -677,7 +677,7 @@ def test_all_callbacks_together_on_two_processes(tmp_path):
     assert (tmp_path / "pictures" / "samples.png").is_file()
 
 
-# ---- EpochMetrics ---------------------------------------------------------------------------------------------------
+# ---- EpochMetrics ----------------------------------------------------------------------------------------------------
 
 
 def test_epoch_metrics_file_has_line_per_epoch(fit, events, tmp_path):

@@ -200,7 +200,7 @@ def test_path_object_is_accepted_as_root():
     assert DataModule(name="digits", root=Path("data")).hparams["root"] == "data"
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
 TEXTS = ("-1", "0", "1.5", "nan", "1e400", str(HUGE), str(10**30), "", "abc", "[]", "[0]", "{a: 1}", "null", "true")

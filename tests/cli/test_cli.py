@@ -58,7 +58,7 @@ def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, t
     assert not Path("runs").exists()
 
 
-# ---- light commands -------------------------------------------------------------------------------------------------
+# ---- light commands --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_unencodable_characters_are_replaced_in_output():
     assert done.returncode == 0 and "(Ball? et al. 2017)" in done.stdout, done.stderr
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -418,7 +418,7 @@ def test_unscaled_table_trains_by_default():
     assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -796,7 +796,7 @@ def test_ctrl_c_keeps_checkpoint_and_prints_resume_command():
     main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", others_slow(recipes.recipes(), kept=("vae", "dense_ae")))

@@ -38,7 +38,7 @@ def refused(capsys, *argv):
     return error.splitlines()[-1].removeprefix("aezoo: ")
 
 
-# ---- data that a model was not made for -----------------------------------------------------------------------------
+# ---- unsuitable data -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", aezoo.list_models())
@@ -101,7 +101,7 @@ def test_checkpoint_of_different_input_shape_is_refused(capsys):
     assert "trained on samples of shape 1x8x8, these data give 1x28x28" in line
 
 
-# ---- files of another version, packages that are missing ------------------------------------------------------------
+# ---- files of another version, packages that are missing -------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_first_run_mentions_free_tensorboard_port():
     assert "--port 0" in next(line for line in page.read_text().splitlines() if line.startswith("tensorboard "))
 
 
-# ---- folders and disks ----------------------------------------------------------------------------------------------
+# ---- folders and disks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_other_os_errors_are_not_hidden(monkeypatch):
     assert str(error.value.__cause__).endswith("a mistake in the program")
 
 
-# ---- numbers that could overflow ------------------------------------------------------------------------------------
+# ---- numbers that could overflow -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [-1e4, 1e4])

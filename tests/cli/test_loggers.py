@@ -88,7 +88,7 @@ def names_of(client, run_id, folder):
     return [Path(file.path).name for file in client.list_artifacts(run_id, folder)]
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_two_processes_log_once():
     assert sum("reconstructions" in name and name.endswith(".png") for name in images) == 1
 
 
-# ---- MLflow's server ------------------------------------------------------------------------------------------------
+# ---- MLflow's server -------------------------------------------------------------------------------------------------
 
 
 def free_port():
@@ -320,7 +320,7 @@ def test_failing_server_gets_its_values_later(monkeypatch):
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)] and found.info.status == "FINISHED"
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_other_ranks_make_no_run_of_wandb_or_mlflow():
     assert not Path("runs").exists()
 
 
-# ---- CSV ------------------------------------------------------------------------------------------------------------
+# ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def step_logger(folder, resumed_at=None):
@@ -450,7 +450,7 @@ def test_csv_survives_a_kill_while_its_columns_change(monkeypatch):
     assert [row["a"] for row in rows(run / "csv/metrics.csv")] == ["1.0"]
 
 
-# ---- other loggers --------------------------------------------------------------------------------------------------
+# ---- other loggers ---------------------------------------------------------------------------------------------------
 
 
 class Plain(Logger):

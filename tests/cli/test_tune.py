@@ -194,7 +194,7 @@ def test_invalid_fit_flags_are_refused_before_first_trial(capsys, fake, flags, w
     assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
 
 
-# ---- studies --------------------------------------------------------------------------------------------------------
+# ---- studies ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

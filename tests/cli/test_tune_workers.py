@@ -70,7 +70,7 @@ def until(condition, seconds=120):
     return found
 
 
-# ---- a server -------------------------------------------------------------------------------------------------------
+# ---- a server --------------------------------------------------------------------------------------------------------
 
 needs_server = pytest.mark.skipif(postgres.binaries() is None, reason="a PostgreSQL server")
 
@@ -170,7 +170,7 @@ def test_server_that_ends_stops_worker_in_one_line(port, capsys, fake):
     assert line.startswith("aezoo: the study in study stopped: ") and "what was recorded is kept" in line
 
 
-# ---- addresses ------------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_missing_package_names_extra_to_install(capsys, monkeypatch, package, fl
     assert package in line and install_hint("tune") in line
 
 
-# ---- samplers -------------------------------------------------------------------------------------------------------
+# ---- samplers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_grid_draws_each_combination_once(together):
     assert values != drawn("grid", searches, together, seed=1)
 
 
-# ---- workers --------------------------------------------------------------------------------------------------------
+# ---- workers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def test_activations_made_in_inference_mode_are_trainable():
     assert torch.allclose(weight.grad, x.sum(0))
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -392,7 +392,7 @@ def test_user_module_is_not_modified():
                           .movedim(1, -1).reshape(-1, 2), atol=1e-6)  # fmt: skip
 
 
-# ---- back to raw activations ----------------------------------------------------------------------------------------
+# ---- back to raw activations -----------------------------------------------------------------------------------------
 
 
 def sparse_model(name, shape=(12,)):

@@ -44,7 +44,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[row], other[row]) for row in one)
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def test_draws_are_uniform_and_independent():
@@ -181,7 +181,7 @@ def test_dynamic_binarisation_draws_from_augmented_images():
     assert not torch.equal(one.flip(-1), other)
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
+# ---- sources ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_streams_are_augmented(tmp_path):
     assert not any(torch.equal(one[row], plain[row]) for row in plain)
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_values_are_not_scaled():
     assert getattr(data.source, "scaling", None) is None and data.source.value_range is None
 
 
-# ---- the benchmark --------------------------------------------------------------------------------------------------
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
 
 TINY = ["--steps", "3", "--atoms", "8", "--dim", "4", "--active", "2", "--samples", "200", "--accelerator", "cpu"]
 

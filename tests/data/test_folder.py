@@ -372,9 +372,9 @@ import os, re, sys
 from pathlib import Path
 from aezoo.data import DataModule
 
-os.cpu_count = lambda: 2  # each thread that decodes has an image of its own
+os.cpu_count = lambda: 2  # one thread per core decodes, each into a separate image
 
-def most():  # not ru_maxrss, which begins with that of the process before
+def most():  # not ru_maxrss, which starts at that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 def peak(memory, on_error):

@@ -123,7 +123,7 @@ for file in ("few", "x"):
         common = [f"--ckpt_path={folder}/{'vae' if command == 'generate' else 'model'}", f"--out={folder}"]
         given = [] if command == "generate" else [f"--input={folder}/{name}.npy"]
         main([command, *common, *given, "--device=cpu", *flags])
-        # not ru_maxrss, which begins with that of the process before
+        # not ru_maxrss, which starts at that of the parent process
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
 """
 

@@ -117,7 +117,7 @@ def chunk_bytes(root):
     return sum(sizes.values())
 
 
-# ---- permission -----------------------------------------------------------------------------------------------------
+# ---- permission ------------------------------------------------------------------------------------------------------
 
 
 def test_address_is_not_opened_without_permission(monkeypatch):

@@ -88,7 +88,7 @@ def test_epoch_set_after_iter_counts():
     same_batches(iterator, other)
 
 
-# ---- every kind of source -------------------------------------------------------------------------------------------
+# ---- every kind of source --------------------------------------------------------------------------------------------
 
 
 def folder_of_images(folder):

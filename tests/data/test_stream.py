@@ -403,7 +403,7 @@ def test_missing_litdata_package_names_extra():
     assert "AezooError: " in done.stderr and "pip install '.[stream]' in a checkout of aezoo" in done.stderr
 
 
-# ---- packed items ---------------------------------------------------------------------------------------------------
+# ---- packed items ----------------------------------------------------------------------------------------------------
 
 
 def write_packed(root, items, level):

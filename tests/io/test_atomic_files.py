@@ -143,7 +143,7 @@ def test_unwritable_folder_is_reported(tmp_path):
         atomic_files.prepare_folder(tmp_path)
 
 
-# ---- which run ------------------------------------------------------------------------------------------------------
+# ---- choice of the run -----------------------------------------------------------------------------------------------
 
 
 def test_auto_resume_takes_newest_starts_or_refuses(tmp_path, capsys):

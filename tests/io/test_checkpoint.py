@@ -104,7 +104,7 @@ def edit(file, change):
     torch.save(checkpoint, file)
 
 
-# ---- every kind of path ---------------------------------------------------------------------------------------------
+# ---- every kind of path ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -271,7 +271,7 @@ def test_url_is_refused_before_any_request(refused, scheme):
     )
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -455,7 +455,7 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
     assert "evil_module" not in sys.modules
 
 
-# ---- saved folders --------------------------------------------------------------------------------------------------
+# ---- saved folders ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sealed", [False, True])

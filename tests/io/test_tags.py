@@ -65,7 +65,7 @@ def tag(home, model):
     return "vae.tiny"
 
 
-# ---- found ----------------------------------------------------------------------------------------------------------
+# ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
 def test_tags_are_listed_by_pattern_and_family(tag):
@@ -96,7 +96,7 @@ def test_results_of_a_tag_go_to_a_folder_of_its_name(tag):
     assert trained["folder"].as_posix() == "runs/vae.tiny" and trained["data"] == {"name": "digits"}
 
 
-# ---- refused --------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vae.tny", "variational.tny", "va.tiny"])
@@ -150,7 +150,7 @@ def test_damaged_entry_is_refused(tag, home, name, changes):
         aezoo.list_models(pretrained=True)
 
 
-# ---- create_model ---------------------------------------------------------------------------------------------------
+# ---- create_model ----------------------------------------------------------------------------------------------------
 
 
 def test_create_model_takes_the_weights_own_hyperparameters(tag, model):
@@ -175,7 +175,7 @@ def test_untrained_models_keep_their_default_shape():
     assert aezoo.create_model("linear_ae").input_shape == (1, 28, 28)
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_are_kept_by_save_and_load(tmp_path):
@@ -229,7 +229,7 @@ def test_detect_calibrates_on_the_scores_of_the_weights(tag):
     assert "20 held-out samples" in given.text
 
 
-# ---- on the hub -----------------------------------------------------------------------------------------------------
+# ---- on the hub ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_without_a_network_the_message_says_which_files_go_where(remote, home, m
         aezoo.load_model("vae.remote")
 
 
-# ---- plug-ins -------------------------------------------------------------------------------------------------------
+# ---- plug-ins --------------------------------------------------------------------------------------------------------
 
 
 class Point:
@@ -318,7 +318,7 @@ def test_plugin_without_its_file_is_named(plugin):
         aezoo.list_models(pretrained=True)
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def test_list_and_info_show_tags(tag, capsys):

@@ -136,7 +136,7 @@ def importance_bound(program: Any, n: int, batch: Any, noises: Iterable[tuple[Te
     return -torch.tensor(found), with_gradients
 
 
-# ---- closed-form KLs ------------------------------------------------------------------------------------------------
+# ---- closed-form KLs -------------------------------------------------------------------------------------------------
 
 
 class Shrink(torch.nn.Module):
@@ -247,7 +247,7 @@ def test_scores_without_noise(compare, name):
     compare(name, "pyro-ppl", "poutine.condition").equal("score", model.score(x), torch.cat(expected))
 
 
-# ---- importance weighted bounds -------------------------------------------------------------------------------------
+# ---- importance weighted bounds --------------------------------------------------------------------------------------
 
 
 def groups_of(eps: Tensor, m: int) -> list[Tensor]:
@@ -297,7 +297,7 @@ def test_importance_weighted_bounds(compare, name):
         row.equal_gradients(found["loss"], decoder_gradients, decoders, "gradient of the decoder")
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels ----------------------------------------------------------------------------------------------------------
 
 
 def beside(*parts: Tensor) -> Tensor:
@@ -432,7 +432,7 @@ def test_m1_bound(compare):
     row.equal_gradients(found["loss"], expected, theirs.pairs)
 
 
-# ---- classes --------------------------------------------------------------------------------------------------------
+# ---- classes ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -509,7 +509,7 @@ def test_joint_bound(compare):
     row.equal_gradients(found["loss"], loss, theirs.pairs)
 
 
-# ---- flows ----------------------------------------------------------------------------------------------------------
+# ---- flows -----------------------------------------------------------------------------------------------------------
 
 
 def softplus_inverse(value: Tensor) -> Tensor:
@@ -629,7 +629,7 @@ def test_bounds_with_flows(compare, name, part, program, settings):
     row.equal("log_likelihood", likelihood, torch.stack(expected))
 
 
-# ---- levels ---------------------------------------------------------------------------------------------------------
+# ---- levels ----------------------------------------------------------------------------------------------------------
 
 
 class Hierarchy(Program):
@@ -778,7 +778,7 @@ def test_bound_of_the_very_deep_model(compare):
     row.equal_gradients(found["loss"], expected, theirs.pairs)
 
 
-# ---- learned and calibrated scales ----------------------------------------------------------------------------------
+# ---- learned and calibrated scales -----------------------------------------------------------------------------------
 
 
 class Scaled(Program):
@@ -839,7 +839,7 @@ def test_bounds_of_two_stages(compare):
     row.equal_gradients(found["loss"], first_loss + second_loss, theirs.pairs)
 
 
-# ---- groups and pairs of samples ------------------------------------------------------------------------------------
+# ---- groups and pairs of samples -------------------------------------------------------------------------------------
 
 
 class Groups(Program):
@@ -934,7 +934,7 @@ def test_bound_of_pairs(compare, average):
     row.deviates("loss of pairs in an order", found["loss"], expected, reason, follows="theirs")
 
 
-# ---- functions of the KL and of the codes ---------------------------------------------------------------------------
+# ---- functions of the KL and of the codes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["annealed_vae", "dip_vae_i", "dip_vae_ii"])

@@ -27,7 +27,7 @@ def data(n: int, d: int) -> Tensor:
     return torch.randn(n, d) @ torch.randn(d, d) / d + torch.rand(d)
 
 
-# ---- principal components -------------------------------------------------------------------------------------------
+# ---- principal components --------------------------------------------------------------------------------------------
 
 
 def test_linear_model_at_the_principal_components(compare):
@@ -84,7 +84,7 @@ def test_probabilistic_principal_components(compare):
     row.equal("1 + size of the gradient at the optimum", 1 + sum(g.abs().sum() for g in gradients), torch.tensor(1.0))
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
+# ---- mixtures --------------------------------------------------------------------------------------------------------
 
 
 def fitted(kind: str, weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
@@ -126,7 +126,7 @@ def test_mixture_of_codes_and_errors(compare):
     row.equal("energy", model.energy(z, phi, mu, sigma), -theirs.score_samples(z.numpy()))
 
 
-# ---- kernels --------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def discrepancy(kernel: Any, a: np.ndarray, b: np.ndarray, unbiased: bool) -> float:
@@ -162,7 +162,7 @@ def test_discrepancies(compare, name, kind):
     row.equal(f"mmd{', V-statistic' if biased else ''}", model.mmd(codes, prior), np.float64(expected))
 
 
-# ---- sparse codes ---------------------------------------------------------------------------------------------------
+# ---- sparse codes ----------------------------------------------------------------------------------------------------
 
 
 def test_orthogonal_matching_pursuit(compare):
@@ -182,7 +182,7 @@ def test_orthogonal_matching_pursuit(compare):
     row.equal("loss", model.loss(x)["nll"], np.float64(loss))
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 NETWORKS = [
@@ -235,7 +235,7 @@ def test_networks_as_regressions(compare, name, activation, settings):
     row.equal_gradients(found, surrogate, pairs, scale=2, reason="theirs is of half the squared error")
 
 
-# ---- one-class machines ---------------------------------------------------------------------------------------------
+# ---- one-class machines ----------------------------------------------------------------------------------------------
 
 
 def test_one_class_machine(compare):

@@ -63,7 +63,7 @@ def run(tmp_path):
     return write_run(tmp_path / "vae" / "0")
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- report of one run -----------------------------------------------------------------------------------------------
 
 
 def test_report_contains_the_figures_of_the_run_folder(run):
@@ -141,7 +141,7 @@ def test_pictures_are_embedded_within_limits(run, monkeypatch):
     assert "reconstructions: 0.0 MiB, in vae/0/pictures" in page.text and "drawing" not in page.text
 
 
-# ---- the generalisation gap -----------------------------------------------------------------------------------------
+# ---- the generalisation gap ------------------------------------------------------------------------------------------
 
 FALLING = [100 - 3 * i for i in range(20)]
 GAPS = {
@@ -172,7 +172,7 @@ def test_gap_at_the_end_is_the_difference_of_the_losses(tmp_path):
     assert f"the gap grew to {val[-1] - train[-1]:.4g}" in line
 
 
-# ---- several runs ---------------------------------------------------------------------------------------------------
+# ---- several runs ----------------------------------------------------------------------------------------------------
 
 
 def test_comparison_shows_only_settings_that_differ(tmp_path):
@@ -261,7 +261,7 @@ def test_folder_without_a_file_of_epochs_has_a_report(tmp_path):
     assert "No epoch has ended" in text and "no metrics.csv with an epoch: there are no curves" in text
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 def test_steep_start_does_not_set_the_axis():
@@ -311,7 +311,7 @@ def test_no_finite_value_gives_no_chart():
         assert charts.chart([charts.Line([1], [value], "c0", "x")], "x") == ("", False)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_command_writes_into_the_run_or_the_working_folder(run, monkeypatch, capsys):

@@ -158,7 +158,7 @@ def test_postscript_image_is_refused(canary, monkeypatch, tmp_path):
         assert image.format == "EPS", "the file is not PostScript"
 
 
-# ---- paths ----------------------------------------------------------------------------------------------------------
+# ---- paths -----------------------------------------------------------------------------------------------------------
 
 
 def test_torchvision_tar_cannot_escape_its_folder(tmp_path):

@@ -176,7 +176,7 @@ def test_unsupported_torch_disables_joint_step(graphs, taken, monkeypatch):
     assert taken == [] and len(graphs) == 1
 
 
-# ---- in a training run ----------------------------------------------------------------------------------------------
+# ---- training runs ---------------------------------------------------------------------------------------------------
 
 
 def model(name="dense_ae", mode="default", cls=None, **settings):

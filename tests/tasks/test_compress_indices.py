@@ -406,7 +406,7 @@ def test_frames_and_blocks_of_any_size_roundtrip(tmp_path, monkeypatch, batch_si
         assert np.array_equal(decompress(model, str(path)).x, right(model, x, min(batch_size, 4)))
 
 
-# ---- what comes back, or is refused ----------------------------------------------------------------------------------
+# ---- roundtrips and refusals -----------------------------------------------------------------------------------------
 
 KINDS = {"prior": lambda: prior((2, 3), (5, 4), seed=3), "indices": lambda: Plain((2, 3), (5, 4)).eval()}
 

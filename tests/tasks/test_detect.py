@@ -56,7 +56,7 @@ def blobs():
     )
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_full_linear_code_mahalanobis_equals_data_mahalanobis():
@@ -248,7 +248,7 @@ def test_iwae_score_matches_linear_vae_likelihood():
     assert np.allclose(found, -p_x.logpdf(x), atol=0.1)
 
 
-# ---- threshold and p-values -----------------------------------------------------------------------------------------
+# ---- threshold and p-values ------------------------------------------------------------------------------------------
 
 
 def test_threshold_labels_and_probabilities_follow_pyod():
@@ -405,7 +405,7 @@ def test_threshold_is_quantile_of_held_out_scores():
         detect(model, x, fit_on=train, quantile=0.8)
 
 
-# ---- baselines and labels -------------------------------------------------------------------------------------------
+# ---- baselines and labels --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -578,7 +578,7 @@ def test_labels_without_protocol_are_not_evaluated():
     assert "auroc" not in found.rows[0] and "--normal CLASS" in found.summary()
 
 
-# ---- files and every kind of sample ---------------------------------------------------------------------------------
+# ---- files and every kind of sample ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def trained():
     return model, np.float32(x[:100]), np.float32(x[100:])
 
 
-# ---- false alarms ---------------------------------------------------------------------------------------------------
+# ---- false alarms ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (200, 0.1), (53, 0.02)])
@@ -84,7 +84,7 @@ def test_false_positive_rate_of_a_model_is_at_most_alpha(score, trained):
     assert at_most(found, trials, alpha) and found > 0.05 * trials
 
 
-# ---- false discoveries ----------------------------------------------------------------------------------------------
+# ---- false discoveries -----------------------------------------------------------------------------------------------
 
 
 def test_flagged_samples_match_benjamini_and_hochberg():
@@ -145,7 +145,7 @@ def test_too_few_calibration_samples_are_refused():
     assert fdr_threshold(np.zeros(3), np.arange(9.0), 0.1) == np.inf
 
 
-# ---- the share of anomalies -----------------------------------------------------------------------------------------
+# ---- the share of anomalies ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "m", "share"), [(50, 30, 0.2), (200, 400, 0.0), (201, 1000, 0.35), (30, 2000, 0.9)])
@@ -174,7 +174,7 @@ def test_lower_limit_is_valid_for_inconspicuous_anomalies():
     assert at_most(above, 300, 0.025) and found.share < 0.3
 
 
-# ---- thresholds -----------------------------------------------------------------------------------------------------
+# ---- thresholds ------------------------------------------------------------------------------------------------------
 
 
 def test_threshold_on_a_score_is_above_its_rounding():
@@ -189,7 +189,7 @@ def test_threshold_on_a_score_is_above_its_rounding():
     assert 71 < held_out_threshold(np.arange(1.0, 100.0), 0.29) < 71 * (1 + 1e-4)
 
 
-# ---- drift ----------------------------------------------------------------------------------------------------------
+# ---- drift -----------------------------------------------------------------------------------------------------------
 
 
 def test_drift_equals_two_sample_tests_of_scipy():
@@ -229,7 +229,7 @@ def test_detect_reports_drift_from_reference(samples, tmp_path):
     assert detect(model, x, baselines=False).drift is None
 
 
-# ---- detect ---------------------------------------------------------------------------------------------------------
+# ---- detect ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_missing_values_contribute_nothing():
     assert torch.allclose(total(found), scores, atol=1e-5)
 
 
-# ---- combined -------------------------------------------------------------------------------------------------------
+# ---- combined --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_combined_add_up_and_follow_the_terms():
@@ -198,7 +198,7 @@ def test_scores_of_codes_have_no_contributions(score, tmp_path):
     assert len(rows) == 6 * found.is_anomaly.sum() and {row["contribution"] for row in rows} == {""}
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_many_samples_are_searched_in_part(monkeypatch, table):
     assert len({row["index"] for row in found.explainer.neighbour_rows()}) == 10 < found.is_anomaly.sum()
 
 
-# ---- scikit-learn ---------------------------------------------------------------------------------------------------
+# ---- scikit-learn ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"model": "vae", "latent_dim": 2}])

@@ -59,7 +59,7 @@ def without(digit):
     return aezoo.DataModule("digits", batch_size=64, train_classes=[c for c in range(10) if c != digit])
 
 
-# ---- RaPP -----------------------------------------------------------------------------------------------------------
+# ---- RaPP ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", ["sap", "nap"])
@@ -96,7 +96,7 @@ def test_sap_without_hidden_layers_is_squared_error():
     assert np.allclose(scores["sap"], 6 * scores["mse"], rtol=1e-6) and scores["mse"].min() > 0
 
 
-# ---- Deep SVDD ------------------------------------------------------------------------------------------------------
+# ---- Deep SVDD -------------------------------------------------------------------------------------------------------
 
 
 def fitted(model, x, **tuning):
@@ -286,7 +286,7 @@ def test_attached_trainer_is_not_copied():
     assert model._trainer is trainer and scorer._copy._trainer is None
 
 
-# ---- frozen features ------------------------------------------------------------------------------------------------
+# ---- frozen features -------------------------------------------------------------------------------------------------
 
 
 def test_fre_matches_pca_error_of_features():
@@ -411,7 +411,7 @@ def test_fre_keeps_half_as_many_directions_as_samples(n):
     assert np.allclose(found.decision_scores_, ((f - pca.inverse_transform(pca.transform(f))) ** 2).sum(1), atol=1e-5)
 
 
-# ---- on the command line --------------------------------------------------------------------------------------------
+# ---- on the command line ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -308,7 +308,7 @@ def test_opset_is_that_of_the_file(tmp_path):
         assert {one.version for one in onnx.load(path).opset_import if one.domain == ""} == {opset}
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 class Branches(broken_models.CorrectModel):

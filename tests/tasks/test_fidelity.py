@@ -181,7 +181,7 @@ def test_training_samples_are_not_used_as_held_out_reference():
     assert [row["n"] for row in new.figures] == [40, 40] and "held-out" in new.source
 
 
-# ---- Inception ------------------------------------------------------------------------------------------------------
+# ---- Inception -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

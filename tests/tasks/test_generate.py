@@ -43,7 +43,7 @@ def identity(size):
     return model.eval()
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 def test_auto_prior_is_model_prior_if_available(tmp_path, vae):
@@ -128,7 +128,7 @@ def test_code_maps_are_sampled_with_full_shape(tmp_path):
     assert generate(model, x, traverse=True, walks=2, steps=4).samples.shape == (2, 4, 1, 8, 8)
 
 
-# ---- walks ----------------------------------------------------------------------------------------------------------
+# ---- paths in code space ---------------------------------------------------------------------------------------------
 
 
 def test_curve_legend_names_both_samples():
@@ -201,7 +201,7 @@ def test_neighbourhood_radius_is_in_code_deviations():
     assert np.abs(found.reshape(-1, 3).mean(0)).max() < 0.03
 
 
-# ---- bad values -----------------------------------------------------------------------------------------------------
+# ---- bad values ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "knn"])

@@ -90,7 +90,7 @@ def test_quantised_model_without_prior_suggests_index_prior():
     assert "pixelcnn" not in generate(dense, fit_on=x, n=3, n_components=2).source
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def fit(home, *flags):

@@ -164,7 +164,7 @@ def test_mask_hides_what_is_there():
     assert (impute(model, lacking, mask=half, fit_on=x, **QUIET).x_hat == expected).all()
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------
+# ---- the comparison --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_trained_model_beats_the_mean():
     assert rows["dense_ae"] < 0.6 * rows["mean"]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 NAMES = ("age", "height", "weight")
 
@@ -341,7 +341,7 @@ def test_every_kind_of_sample_is_completed_and_drawn(tmp_path, shape):
         assert np.load(tmp_path / "imputed.npy").shape == (5, *shape) and np.isfinite(found.x_hat).all()
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

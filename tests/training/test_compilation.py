@@ -147,7 +147,7 @@ def test_an_unknown_mode_is_refused():
     assert "\n" not in str(caught.value)
 
 
-# ---- a compiled step ------------------------------------------------------------------------------------------------
+# ---- a compiled step -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -502,7 +502,7 @@ def test_reused_trainer_registers_cleanup_once(sizes):
     assert len(trainer.callbacks) == many
 
 
-# ---- denormals ------------------------------------------------------------------------------------------------------
+# ---- denormals -------------------------------------------------------------------------------------------------------
 
 
 def flushes():
@@ -544,7 +544,7 @@ def test_a_fit_flushes_denormals_and_restores_them(fails):
     assert not flushes()
 
 
-# ---- memory layout --------------------------------------------------------------------------------------------------
+# ---- memory layout ---------------------------------------------------------------------------------------------------
 
 
 def test_channels_last_applies_to_2d_convolutions_only():
@@ -613,7 +613,7 @@ def faults():
 
 made = 0
 if sys.argv[1:]:
-    # torch fills what is empty then
+    # torch then fills uninitialised tensors
     torch.use_deterministic_algorithms(True)
     malloc.expect_large_tensors()
     before = faults()

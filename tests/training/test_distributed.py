@@ -237,7 +237,7 @@ def test_position_within_epoch_needs_equal_process_count():
         data.load_state_dict({"epoch": 1, "batches": 3, "world": 2})
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Layout(Callback):
@@ -306,7 +306,7 @@ def test_spellings_of_ddp_are_accepted(name, monkeypatch):
     trainer_settings.check({"strategy": name})
 
 
-# ---- a rank that fails ----------------------------------------------------------------------------------------------
+# ---- a rank that fails -----------------------------------------------------------------------------------------------
 
 
 def count(case, **counts):
@@ -417,7 +417,7 @@ def test_machines_without_a_shared_folder_are_refused(tmp_path, monkeypatch, sha
     assert not [*tmp_path.iterdir()]
 
 
-# ---- each sample once -----------------------------------------------------------------------------------------------
+# ---- each sample counts once -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -446,7 +446,7 @@ def test_uneven_shards_finish_and_count_samples_once(tmp_path, monkeypatch):
             assert of_two[name] == pytest.approx(value, rel=1e-6), name
 
 
-# ---- another number of processes ------------------------------------------------------------------------------------
+# ---- another number of processes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

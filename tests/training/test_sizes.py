@@ -86,7 +86,7 @@ def test_other_channels_are_refused_as_before():
         model(torch.rand(1, 3, 16, 16))
 
 
-def test_training_one_trains_the_other():
+def test_models_of_two_sizes_share_trained_weights():
     model = aezoo.create_model("conv_ae", (1, 8, 8), **MAP)
     sized, x = aezoo.at_size(model, (16, 12)), torch.rand(4, 1, 16, 12)
     before = copy.deepcopy(model.state_dict())

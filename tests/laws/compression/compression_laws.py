@@ -104,7 +104,7 @@ def test_bits_are_counted_per_position_for_vectors_and_maps(name: str) -> None:
     assert small(name).weight == pytest.approx(0.01 * 255**2 * math.log(2) / SHAPE[0])
 
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

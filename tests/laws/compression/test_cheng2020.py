@@ -41,7 +41,7 @@ def of_torch(law: Mixtures) -> D.MixtureSameFamily:
     return D.MixtureSameFamily(D.Categorical(logits=logits), D.Normal(means, scales))
 
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -30,7 +30,7 @@ import aezoo
 from aezoo.bases.entropy_coded import AdditiveNoise, Rounding
 from aezoo.errors import AezooError
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 LAMS = (0.002, 0.01, 0.03)

@@ -48,7 +48,7 @@ def levels(N: int, s_0: float = S_0, s_N: float = S_N) -> np.ndarray:
 
 
 class Given(nn.Module):
-    """A network that records its inputs and returns what a function makes of them."""
+    """A network that records its inputs and returns a function of them."""
 
     def __init__(self, make: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -130,7 +130,7 @@ class Images(nn.Module):
 
 
 def test_equivariant_autoencoder_has_zero_penalty() -> None:
-    """The identity has none; an encoder that adds another number at each position, subtracted by the decoder, has."""
+    """No penalty for the identity; one for an encoder that adds, and a decoder that subtracts, a value per position."""
     model: Any = small("eq_vae", input_shape=(2, 8, 8), latent_dim=2, hidden_dims=(), equivariance=1.0)
     model.likelihood = small(likelihood="laplace").likelihood
     x, places = images(shape=(2, 8, 8)), torch.arange(64.0, dtype=torch.float64).view(8, 8)

@@ -1,18 +1,18 @@
 """Laws of Gated PixelCNN (van den Oord et al. 2016).
 
 The model was compared with a port of the paper for the indices of a VQ-VAE, in float64 on equal weights and indices.
-Differences are relative to the greatest value, those of gradients by the worst parameter.
+Differences are relative to the largest value; for gradients, the largest over the parameters is given.
 
     https://github.com/ritheshkumar95/pytorch-vqvae, commit 8d123c0d043bebc8734d37785dd13dd20e7e5e0e
         modules.py, GatedPixelCNN of kernel 3  logits 0
         pixelcnn_prior.py, train               loss 0, gradients of 29 parameters 7.3e-16
 
-Their loss is a mean over the T places of a sample, ours a sum. Ours has the vertical stack of a row one row lower and
-shifts it in each layer, theirs in the first layer only; so for equal networks, the first row of our first kernel is 0.
-Differs: above the first row of places, theirs has the biases of the vertical stack, ours zeros; the paper leaves it
-open, and the biases of `v` and `link` were 0. Our outputs begin with a ReLU, as in table 1 of van den Oord et al. 2016
-(https://arxiv.org/abs/1601.06759); the port leaves it out, and was given it. It has one index a place: several are in
-the laws only.
+Their loss is a mean over the T positions of a sample, ours a sum. Ours has the vertical stack of a row one row lower
+and shifts it in each layer, theirs in the first layer only; so for equal networks, the first row of our first kernel is
+0. Differs: above the first row of positions, theirs has the biases of the vertical stack, ours zeros, which the paper
+does not specify; for the comparison, the biases of `v` and `link` were 0. Our output layers begin with a ReLU, as in
+table 1 of van den Oord et al. 2016 (https://arxiv.org/abs/1601.06759); the port has none, so one was added to it. It
+has one index per position: models with several are only tested below.
 """
 
 import itertools

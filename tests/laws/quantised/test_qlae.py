@@ -122,7 +122,7 @@ def test_wrong_beta_placement_is_detected(rival: Any, shifted: Any) -> None:
         beta_law(rival, shifted)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
+# ---- values of the codebook ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 5, 10])

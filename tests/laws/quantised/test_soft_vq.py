@@ -1,16 +1,18 @@
 """Laws of SoftVQ-VAE, soft vector quantisation (Chen et al. 2024).
 
-The model was compared with the authors' code, in float64 on equal networks, weights and batch, one codebook, cosines.
-Differences are relative to the greatest value, those of gradients by the worst parameter, at tau 0.07 and 0.01.
+The model was compared with the authors' code, in float64 on equal networks, weights and batch, with one codebook and
+cosine similarities, at tau 0.07 and 0.01. Differences are relative to the largest value; for gradients, the largest
+over the parameters is given.
 
     https://github.com/Hhhhhhao/continuous_tokenizer, commit 7cc3e962cb4185e0f40a007ff140c059a6f6e84f
         modelling/quantizers/softvq.py, SoftVectorQuantizer  z_q 4.4e-15, nll 0, gradients of 53 parameters 5.2e-14
         ... gradient of the codes, detached in p as there    2.3e-15
         compute_entropy_loss at temperature 0.02             5.5e-6, gradients of 20 parameters 1.7e-7
 
-Ours has temperature 2 tau. They add 1e-6 in the logarithm of E[p], the difference of the entropies. Differs, see the
-model's docstring: they detach the codes in p (gradient of the codes up to 1.8 off), where the paper's formula and ours
-do not, and entropies have a temperature of their own. Without l2_norm they compare by dot products, ours by distances.
+Ours has temperature 2 tau. They add 1e-6 to E[p] in its logarithm, which causes the difference of the entropies.
+Differs, see the model's docstring: they detach the codes in p, unlike the paper's formula and ours, which changes the
+gradient of the codes by up to 1.8, and their entropies have a separate temperature. Without l2_norm they compare by dot
+products, ours by distances.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Laws of SQ-VAE, a stochastically quantised VAE (Takida et al. 2022).
 
 The model was compared with the authors' code, in float64 on equal networks, weights, batch and Gumbel noise, for the
-three kinds of variance. Differences are relative to the greatest value, those of gradients by the worst parameter.
+three kinds of variance. Differences are relative to the largest value; for gradients, the largest over the parameters
+is given.
 
     https://github.com/sony/sqvae, commit dc88ab1a48f7596b3650e19de65e81b8f0498ee4
         vision/quantizer.py, GaussianVectorQuantizer  z_q 4.2e-16 in training, 0 in evaluation
@@ -10,8 +11,8 @@ three kinds of variance. Differences are relative to the greatest value, those o
 
 Ours adds P log K and the constants of the Gaussian, with v for their mean squared error. Differs: kld_continuous takes
 the relaxed code (16.9 nats where ours has 39.8), ours the mean over codes, as the paper; with codes almost one-hot, the
-mean of 400 of their draws is 39.93, with a standard error of 0.08. Variances of a sample or place are added there and
-multiplied here.
+mean of 400 of their draws is 39.93, with a standard error of 0.08. Variances of each sample or position are added to
+the common variance in theirs and multiplied with it in ours.
 """
 
 import itertools

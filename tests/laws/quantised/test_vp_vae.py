@@ -1,16 +1,17 @@
 """Laws of VP-VAE, vector perturbation autoencoder (Zhai et al. 2026).
 
 The model was compared with the authors' code, in float64 on equal networks, weights, batch, queue and random numbers,
-at three values of eta and k. Differences are relative to the greatest value, those of gradients by the worst parameter.
+at three values of eta and k. Differences are relative to the largest value; for gradients, the largest over the
+parameters is given.
 
     https://github.com/zhai-lw/vp-vae, commit 2ae367dc471c7c6d4194232bc10ce8203d98ecce
         vp/vp.py, VectorPerturbation in training   z_q 1.3e-16, nll 0, gradients of 8 parameters 3.8e-16
         ... in evaluation, on equal codes          z_q 5.2e-17, indices equal
-        vp/l_utils.py, VectorNorm none-var         term of means 4.2e-16, of variances 0 with N for N - 1
+        vp/l_utils.py, VectorNorm none-var         term of means 4.2e-16, of variances 0 with N instead of N - 1
 
-Ours sums over channels and places, theirs is a mean. Differs: their variance divides by N - 1, ours by N, so that two
-ranks have the value of one; the term is 0.4 % to 1.2 % off at 24 rows, and the paper leaves it open. They compute codes
-by k-means of the queue before evaluation; ours are moving averages.
+Ours sums over channels and positions, theirs is a mean. Differs: their variance divides by N - 1, ours by N, so that
+two ranks give the value of one process; the term differs by 0.4 % to 1.2 % at 24 rows, and the paper does not specify
+it. They compute codes by k-means of the queue before evaluation; ours are moving averages.
 """
 
 import math

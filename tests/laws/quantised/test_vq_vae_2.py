@@ -173,7 +173,7 @@ class BetaOnTheCodebook(VQVAE2):
 
 
 class MeanCommitment(VQVAE2):
-    """A mean over channels and places, where the likelihood is a sum."""
+    """A mean over channels and positions, although the likelihood is a sum."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)

@@ -284,7 +284,7 @@ def test_temperature_0_or_top_1_draws_the_likeliest(name: str, temperature: floa
     assert torch.equal(model.sample(5, temperature, top_k), found.flatten(1).double())
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Laws of Winner-take-all autoencoder (Makhzani & Frey 2015).
 
 No code of the authors was found. The model was compared with two ports, run by TensorFlow, in float64 on equal weights
-and batch. Differences are relative to the greatest value, those of gradients by the worst parameter.
+and batch. Differences are relative to the largest value; for gradients, the largest over the parameters is given.
 
     https://github.com/iwyoo/tf_ConvWTA, commit a423f6ff8683e0bcf9b0269e0d4e31d068dfae14
         model.py, ConvWTA           codes 2.6e-16, those kept 1.3e-16, loss 1.8e-16, gradients of 8 parameters 8.9e-16
@@ -9,9 +9,9 @@ and batch. Differences are relative to the greatest value, those of gradients by
         models.py, FullyConnectedWTA, weights not tied
                                     codes 1.6e-16, output 1.0e-16, loss 0, gradients of 4 parameters 4.5e-16
 
-Their loss is summed over the batch. Differs: they keep floor(p B) samples for each unit, ours ceil(p B), and of equal
-activations the first keeps all, which the paper leaves open. After training, the first reconstructs with spatial
-sparsity only, ours with a threshold that stands for the winners.
+Their loss is summed over the batch. Differs: they keep floor(p B) samples for each unit, ours ceil(p B), and the first
+port keeps all of equal activations; the paper specifies neither. After training, the first port reconstructs with
+spatial sparsity only, ours with a threshold in place of the selection of winners.
 """
 
 import math

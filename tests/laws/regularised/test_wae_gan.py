@@ -39,7 +39,7 @@ pytestmark = [
 # ---- WAE-GAN and AAE: Tolstikhin et al. 2018, Makhzani et al. 2015 ---------------------------------------------------
 
 
-def test_indifferent_discriminator_pays_log_2_per_class(shifted: Any) -> None:
+def test_zero_logits_cost_log_2_per_term(shifted: Any) -> None:
     model = shifted(small("wae_gan"))
     with torch.no_grad():
         for p in [*model.discriminator.parameters()][-2:]:

@@ -1,4 +1,4 @@
-"""Laws of the adversarial models: who trains what, one optimiser as several, the density ratio, known mistakes."""
+"""Laws of FactorVAE and the VAE-GAN: which loss trains which network, one optimiser against several, inference."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
 
 
 def sets(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each player."""
+    """The parameters of each player, that is of the networks trained with one loss."""
     players = {"decoder": [*model.decoder.parameters(), *model.likelihood.parameters()]}
     players |= {"encoder": [*model.encoder.parameters()], "discriminator": [*model.discriminator.parameters()]}
     if "features" in dict(model.discriminator.named_children()):
@@ -52,7 +52,7 @@ def sets(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def draw(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The KL by torch.distributions, a code of each sample, and its reconstruction's parameters."""
+    """The KL by torch.distributions, one code for each sample, and the decoder's output for it."""
     mu, log_var = model.posterior(x)
     q = D.Normal(mu, (0.5 * log_var).exp())
     z = mu + q.scale * torch.randn_like(mu)
@@ -61,7 +61,7 @@ def draw(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factor_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player of FactorVAE minimises, all parameters live."""
+    """The loss that each player of FactorVAE minimises."""
     kl, z, params = draw(model, x)
     keys = torch.rand_like(z)
     permuted = torch.stack([column[key.sort().indices] for column, key in zip(z.T, keys.T, strict=True)], 1)
@@ -75,7 +75,7 @@ def factor_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def gan_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player of the VAE-GAN minimises, all parameters live but for the code of the decoder's GAN."""
+    """The loss that each player of the VAE-GAN minimises."""
     features, head = model.discriminator["features"], model.discriminator["head"]
     kl, z, params = draw(model, x)
     made = model.likelihood.mean(params)
@@ -114,7 +114,7 @@ def size(found: list[Tensor | None]) -> float:
     return math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
 
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -173,7 +173,7 @@ def test_no_term_reaches_other_networks(name: str, likelihood: str, shifted: Any
         assert {p for p in model.parameters() if size(gradients(terms["nll"], [p]))} == {model.likelihood.log_scale}
 
 
-# ---- one optimiser is several ----------------------------------------------------------------------------------------
+# ---- one optimiser against several -----------------------------------------------------------------------------------
 
 
 def trained(model: Any, batches: list[Tensor], quiet: Any, *callbacks: Any, **settings: Any) -> pl.Trainer:
@@ -186,7 +186,7 @@ def trained(model: Any, batches: list[Tensor], quiet: Any, *callbacks: Any, **se
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: Any) -> None:
-    """Six steps of the real loop, the light one, against Adams by hand, each on the gradient of its player's loss."""
+    """Six steps of the trainer against one Adam for each player; the fast loop is in use unless it is switched off."""
     batches = [images(6, seed) for seed in range(6)]
     model = shifted(small(name, lr=2e-3, discriminator_lr=5e-3, gamma=0.7))
     other = small(name, gamma=0.7)
@@ -246,12 +246,12 @@ def test_resumed_networks_use_requested_learning_rates(
         assert step[-1] == pytest.approx(80 * before[-1])
 
 
-# ---- FactorVAE -------------------------------------------------------------------------------------------------------
+# ---- inference and the KL term ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_equals_vae(name: str, shifted: Any) -> None:
-    """Scores and likelihoods are those of the data, whatever a discriminator sees."""
+    """The discriminator takes no part in inference."""
     vae, model, x, found = shifted(small("vae")), small(name), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
     for each in (model.eval(), vae.eval()):
@@ -307,11 +307,11 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
         torch.testing.assert_close(torch.cat(permuted).sort(0).values, z.sort(0).values)
 
 
-# ---- VAE-GAN ---------------------------------------------------------------------------------------------------------
+# ---- the discriminator's loss ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "costs"), [("factor_vae", 1), ("vae_gan", 3)])
-def test_indifferent_discriminator_pays_log_2_per_class(name: str, costs: int, shifted: Any) -> None:
+def test_zero_logits_cost_log_2_per_term(name: str, costs: int, shifted: Any) -> None:
     model = shifted(small(name))
     with torch.no_grad():
         for p in [*model.discriminator.parameters()][-2:]:

@@ -1,4 +1,4 @@
-"""Laws of JMVAE: a VAE of whole samples, and encoders of parts which learn its posterior from one term only."""
+"""Laws and helpers of the multimodal VAEs with a KL between the joint posterior and that of each part."""
 
 from typing import Any
 
@@ -49,13 +49,13 @@ def test_kl_is_float32_for_half_precision_encoders(make: Any) -> None:
 
 
 def vae_of(model: Any, **settings: Any) -> Any:
-    """A VAE with the networks of whole samples."""
+    """A VAE with the joint encoder and the decoder of the model."""
     vae: Any = VAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), **settings).double()
     vae.encoder, vae.decoder = model.joint_encoder, model.decoder
     return vae
 
 
-# ---- codes from some parts -------------------------------------------------------------------------------------------
+# ---- exact evidence --------------------------------------------------------------------------------------------------
 
 
 def drawn(exact: Exact, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Laws of the VAEs that compare data by another measure, or a corrupted sample with the clean one."""
+"""Laws of the VAEs whose reconstruction term is a distance of images: MS-SSIM and perceptual."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def twins(make: Any, shifted: Any, parent: dict[str, Any], **settings: Any) -> t
 
 
 def losses(*models: Any, training: bool = True) -> list[dict[str, Tensor]]:
-    """The loss of each with the same noise, its gradients left at the weights."""
+    """The loss of each model with the same noise; gradients are in `grad` of the parameters."""
     found, x = [], images()
     for each in models:
         torch.manual_seed(3)
@@ -52,7 +52,7 @@ def same(model: Any, vae: Any, training: bool = True) -> None:
 
 
 def decoded(model: Any, call: Any) -> tuple[Any, Tensor]:
-    """What a call gives, and what the decoder put out in it."""
+    """The result of a call, and the decoder's output in it."""
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
     found = call()
@@ -83,7 +83,7 @@ def test_the_loss_is_the_weighted_distance_and_the_kl(make: Any, shifted: Any) -
 
 
 @pytest.mark.parametrize("make", DISTANCES)
-def test_no_density_is_claimed(make: Any) -> None:
+def test_elbo_and_log_likelihood_are_absent(make: Any) -> None:
     model = small(make)
     assert "elbo" not in model.loss(images())
     assert model.log_likelihood is None

@@ -70,7 +70,7 @@ def clusters(model: Any) -> tuple[D.Categorical, D.Independent]:
 
 
 def test_loss_matches_paper_with_cluster_mean(shifted: Any) -> None:
-    """But for what has a closed form: here it is taken at the draw, and how far off that is, added."""
+    """The sampled terms of the paper, plus a closed-form KL minus its estimate from the draw."""
     model, x, draws = small(shifted, beta=3.0), images(), noise()
     terms = with_draws(model, x, *draws)
     own = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(PARTS, 1), strict=True)]
@@ -136,7 +136,7 @@ def test_one_modality_equals_mixture_vae(shifted: Any) -> None:
 
 @pytest.mark.parametrize("apart", [0.0, 1.0, 4.0])
 def test_mixture_kl_matches_numerical_integration(apart: float, shifted: Any) -> None:
-    """All samples of a batch are the same; the mean is over draws."""
+    """The batch repeats one sample, so its mean is over draws."""
     n, sigma = 20_000, torch.tensor([0.5, 0.8]).double()
     mu = apart * torch.tensor([-1.0, 0.7]).double() + 0.3
     model = shifted(CMVAE((2,), latent_dim=1, private_dim=0, n_components=3, hidden_dims=()).double())
@@ -177,7 +177,7 @@ def test_prior_is_clusters_for_shared_normal_for_private(shifted: Any) -> None:
     expected = [torch.cat([a, b.expand(M * P)]) for a, b in ((p_u.mean, torch.zeros(1)), (p_u.stddev, torch.ones(1)))]
     for found, value in zip((drawn.mean(0), drawn.std(0)), expected, strict=True):
         assert ((found - value) / expected[1]).abs().max() < 0.03
-    assert drawn[:, :CODE].T.corrcoef().fill_diagonal_(0).abs().max() > 0.05  # clusters, and no Gaussian of its own
+    assert drawn[:, :CODE].T.corrcoef().fill_diagonal_(0).abs().max() > 0.05  # the clusters correlate dimensions
     assert model.sample(3).shape == (3, *SHAPE)
 
 
@@ -185,7 +185,7 @@ SIZES, SCALE = (3, 4, 2), 1.0
 
 
 def linear() -> tuple[Any, Tensor, np.ndarray]:
-    """x_i = U_i u + W_i w_i + m_i + noise with u of two clusters: a model, samples, their log-evidence by scipy."""
+    """A model x_i = U_i u + W_i w_i + m_i + noise with two clusters of u, samples, and their log-evidence by scipy."""
     rng = np.random.default_rng(0)
     sizes: dict[str, Any] = {"latent_dim": 2, "private_dim": 1, "n_components": 2, "hidden_dims": ()}
     model: Any = CMVAE((9,), parts=SIZES, likelihood=f"gaussian:{SCALE}", **sizes).double()
@@ -212,7 +212,7 @@ def linear() -> tuple[Any, Tensor, np.ndarray]:
 
 @pytest.mark.slow
 def test_importance_samples_find_evidence_above_the_bound() -> None:
-    """From encoders that say little: their draws are about as wide as the prior's."""
+    """With encoders that depend little on x and are about as wide as the prior."""
     model, x, evidence = linear()
     with torch.no_grad():
         for p in model.encoder.parameters():
@@ -228,7 +228,7 @@ def test_importance_samples_find_evidence_above_the_bound() -> None:
 
 
 def test_cluster_posterior_follows_code_distance(shifted: Any) -> None:
-    """E_q log p(c) p(u|c) is log p(c) - KL(q || p(u|c)), but for what no cluster changes."""
+    """E_q[log p(c) p(u|c)] is log p(c) - KL(q || p(u|c)) up to a constant, which is the same for all clusters."""
     model, x = small(shifted).eval(), images()
     p_c, p_u_c = clusters(model)
     each = []
@@ -245,7 +245,7 @@ def test_cluster_posterior_follows_code_distance(shifted: Any) -> None:
 
 
 def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
-    """A model whose codes are of three clusters, in the prior among others that are far off; which each is of."""
+    """A model with codes in three clusters, and others far away in the prior; samples, their clusters."""
     torch.manual_seed(1)
     model: Any = CMVAE((4,), latent_dim=2, private_dim=1, n_components=n_components, hidden_dims=()).double()
     centres = torch.tensor([[3.0, 0.0], [-3.0, 1.0], [0.0, -3.0]]).double()
@@ -284,7 +284,7 @@ def test_pruned_clusters_are_never_drawn(n_components: int) -> None:
     terms["loss"].backward()
     assert model.weight_K.grad.isfinite().all() and (model.weight_K.grad[3:] == 0).all()
     assert (model.mean_KD.grad[3:] == 0).all() and model.mean_KD.grad[:3].abs().max() > 0
-    assert [*model.prune(x)] == [3, 2]  # those that went are not counted again
+    assert [*model.prune(x)] == [3, 2]  # pruned clusters are not counted again
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.5])
@@ -309,7 +309,7 @@ def test_entropies_match_scipy_and_least_cluster_is_pruned(beta: float, shifted:
 
 @pytest.mark.slow
 def test_training_finds_clusters_and_pruning_their_number() -> None:
-    """Three patterns with noise, six clusters."""
+    """Data of three noisy patterns, a prior of six clusters."""
     torch.manual_seed(0)
     of = torch.arange(300) % 3
     patterns = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1, 0, 0]])

@@ -1,4 +1,4 @@
-"""Laws of Denoising VAE (Im et al. 2015)."""
+"""Laws of the denoising VAE (Im et al. 2015)."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def test_inference_does_not_corrupt_samples(shifted: Any) -> None:
 
 
 def test_bound_is_below_evidence_and_falls_with_noise(shifted: Any) -> None:
-    """Against the exact log p(x) of a linear decoder: whatever posterior the corruption makes, it is a bound."""
+    """Against the exact log p(x) of a linear decoder: the ELBO is a bound for any corruption."""
     x, found = images(200), []
     for corruption in ("none", "gaussian:0.2", "gaussian:2"):
         torch.manual_seed(0)

@@ -14,8 +14,8 @@ from torch import Tensor
 from weak_label_laws import (  # noqa: F401
     CODE,
     WEAK,
+    assert_equals_vae,
     images,
-    is_the_vae,
     labels,
     normal,
     posterior,
@@ -43,7 +43,7 @@ from aezoo.models.variational.mlvae import MLVAE
 
 
 def test_zero_group_dimension_equals_vae(shifted: Any) -> None:
-    is_the_vae(*twins(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
+    assert_equals_vae(*twins(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
 
 
 # ---- Ada-GVAE: Locatello et al. 2020 ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from perceptual_distance_laws import (  # noqa: F401
     SHAPE,
     images,
     test_distance_is_zero_only_for_perfect_reconstruction,
-    test_no_density_is_claimed,
+    test_elbo_and_log_likelihood_are_absent,
     test_only_likelihood_mean_is_used,
     test_the_loss_is_the_weighted_distance_and_the_kl,
     test_training_by_the_distance_reconstructs_digits,

@@ -23,15 +23,15 @@ from multimodal_laws import (  # noqa: F401
     PARTS,
     PRIOR,
     SUBSETS,
+    assert_equals_vae,
     assert_same_terms,
     both,
+    encoded,
     exact_model,
     experts,
     given_noise,
     images,
-    is_the_vae,
     normal,
-    said,
     small,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
@@ -145,7 +145,7 @@ def test_product_of_one_modality_equals_vae_with_prior_expert(beta: float, train
         return mu / log_var.exp() / precision, -precision.log()
 
     vae.posterior = with_prior
-    is_the_vae(model, vae, training, rtol=1e-12, atol=1e-12)
+    assert_equals_vae(model, vae, training, rtol=1e-12, atol=1e-12)
     assert model.loss(images())["subset_nelbo"] == 0
 
 
@@ -156,7 +156,7 @@ def test_loss_is_sum_of_subset_elbos(shifted: Any) -> None:
     """By loops over samples, subsets and their parts, with the densities of torch.distributions; gradients as well."""
     model, x = small(MVAE, shifted, n_subsets=2, beta=3.0, activation="tanh"), images(2)
     eps = torch.randn(2, 6, CODE, dtype=torch.float64)
-    mu, log_var = said(model, x)
+    mu, log_var = encoded(model, x)
     with pytest.MonkeyPatch.context() as patch:
         given_noise(patch, eps)
         torch.manual_seed(7)

@@ -15,7 +15,6 @@ from adversarial_laws import (  # noqa: F401
     size,
     small,
     test_beta_and_capacity_apply_to_kl_term,
-    test_indifferent_discriminator_pays_log_2_per_class,
     test_inference_equals_vae,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
@@ -23,6 +22,7 @@ from adversarial_laws import (  # noqa: F401
     test_resumed_networks_use_requested_learning_rates,
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
+    test_zero_logits_cost_log_2_per_term,
 )
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor

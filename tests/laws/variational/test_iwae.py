@@ -1,4 +1,4 @@
-"""Laws of Importance weighted autoencoder (Burda et al. 2015)."""
+"""Laws of the importance weighted autoencoder (Burda et al. 2015)."""
 
 import itertools
 import math
@@ -130,12 +130,12 @@ def test_dreg_without_squared_weights_is_biased() -> None:
         unbiased_law("iwae", {"n_samples": 3}, {3: 1.0}, "dreg", make)
 
 
-# ---- numbers at the edge, and how it runs ----------------------------------------------------------------------------
+# ---- numerical accuracy, model checks, annealing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
-    """(z - mu) / sigma rounds to anything in float32 when sigma is 1e-6 of mu; the noise itself is exact."""
+    """In float32 (z - mu) / sigma is inaccurate if sigma is far below mu; the noise itself is exact."""
     mu, log_var = torch.full((3, 4), 5.0), torch.full((3, 4), -28.0)
     found = []
     for kind in ("reparam", estimator):
@@ -147,8 +147,8 @@ def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
-def test_estimators_pass_the_contract_s_checks(estimator: str) -> None:
-    """With as many samples as the checks' batch has, whose noise must not be taken for one noise a sample."""
+def test_estimators_pass_the_model_checks(estimator: str) -> None:
+    """With n_samples equal to the batch size of the checks, so that the axes of the noise have the same size."""
     options = {"estimator": estimator, "n_samples": testing.subject.BATCH, "hidden_dims": (8,), "latent_dim": 3}
     for check in (testing.check_batch_mean, testing.check_compile):
         check("iwae", **options)

@@ -1,4 +1,4 @@
-"""Laws of Log-cosh VAE (Chen et al. 2019)."""
+"""Laws of the log-cosh VAE (Chen et al. 2019)."""
 
 import math
 from typing import Any

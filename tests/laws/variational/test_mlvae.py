@@ -69,7 +69,7 @@ def test_mlvae_average_is_normalised_geometric_mean() -> None:
 
 
 def product_law(product: Any) -> None:
-    """The log of the product density differs from the experts' sum by a constant: quadratic, no least squares."""
+    """The log-density of the product is the sum of the members' log-densities plus a constant."""
     mu, log_var = posterior(5)
     member = torch.tensor([[True, True, False, True, False]])
     found = normal(*product(mu, log_var, member))
@@ -131,7 +131,7 @@ def test_group_members_draw_content_independently() -> None:
     assert len(seen[0][:, 0].unique()) == 6
 
 
-def test_certain_posteriors_of_a_large_group_stay_finite() -> None:
+def test_narrow_posteriors_of_a_large_group_stay_finite() -> None:
     mu, log_var = posterior()
     mu.requires_grad_()
     log_var = (log_var * 0 - 30).requires_grad_()

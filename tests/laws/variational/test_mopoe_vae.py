@@ -69,7 +69,7 @@ def test_mopoe_of_single_modalities_equals_mmvae(shifted: Any) -> None:
 
 
 def test_mopoe_of_full_subset_equals_joint_product(shifted: Any) -> None:
-    """With the prior among its experts it is the first ELBO of MVAE."""
+    """With the prior as one more expert this is the joint ELBO of MVAE."""
     model, other, x = small(MoPoEVAE, shifted), small(MVAE, shifted), images()
     other.load_state_dict(model.state_dict())
     model.subsets = lambda m, device: torch.ones(1, m, dtype=torch.bool, device=device)

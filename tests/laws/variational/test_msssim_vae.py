@@ -1,4 +1,4 @@
-"""Laws of VAE with a multiscale structural similarity (Snell et al. 2015)."""
+"""Laws of the VAE with a multiscale structural similarity (Snell et al. 2015)."""
 
 from typing import Any
 
@@ -110,7 +110,7 @@ def test_degenerate_images_have_finite_gradient(x: Tensor, y: Tensor) -> None:
 
 
 def test_opposite_structure_still_has_useful_gradient() -> None:
-    """Where a scale's similarity is negative torchmetrics gives 0 and no gradient."""
+    """Where a scale's similarity is negative torchmetrics gives 0 and a gradient of 0."""
     y = smooth(2, (1, 28, 28))
     x = (1 - y).requires_grad_()
     model = MSSSIMVAE((1, 28, 28), window=7).double()

@@ -1,4 +1,4 @@
-"""Laws of Poincare VAE (Mathieu et al. 2019)."""
+"""Laws of the Poincare VAE (Mathieu et al. 2019)."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def distance(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def moebius(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """Addition as the paper prints it."""
+    """Moebius addition as in the paper."""
     xy, xx, yy = c * (x * y).sum(-1, keepdim=True), c * (x * x).sum(-1, keepdim=True), c * (y * y).sum(-1, keepdim=True)
     return ((1 + 2 * xy + yy) * x + (1 - xx) * y) / (1 + 2 * xy + xx * yy)
 
@@ -52,7 +52,7 @@ def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
     v = ball.log(x, y)
     torch.testing.assert_close(ball.exp(x, v), y, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(v.norm(dim=1), distance(x, y, c), rtol=1e-6, atol=1e-7)
-    # the straight way by its definition: exp_x(u) = x + tanh(sqrt(c) lambda |u| / 2) u / (sqrt(c) |u|), u = v / lambda
+    # the exponential map as defined: exp_x(u) = x + tanh(sqrt(c) lambda |u| / 2) u / (sqrt(c) |u|), u = v / lambda
     u = v * (1 - c * x.square().sum(1, keepdim=True)) / 2
     size = u.norm(dim=1, keepdim=True)
     reach = torch.tanh(math.sqrt(c) * size / (1 - c * x.square().sum(1, keepdim=True))) * u / (math.sqrt(c) * size)
@@ -62,12 +62,12 @@ def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
 
 
 def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
-    """At the distance 24 a code is 1e-10 from the boundary; float32 ends at 17."""
+    """At distance 24 a code is 1e-10 from the boundary; the largest distance in float32 is 17."""
     ball = disc(3, 1.0).ball
     far = points(20, 3, 1.0, torch.linspace(12, 24, 20).double())
     torch.testing.assert_close(ball.exp_0(ball(far)), far, rtol=1e-12, atol=0)
     torch.testing.assert_close(ball(far).norm(dim=1), torch.linspace(12, 24, 20).double(), rtol=1e-5, atol=0)
-    assert torch.atanh(far.float().norm(dim=1)).isinf().any()  # rivals' form
+    assert torch.atanh(far.float().norm(dim=1)).isinf().any()  # with atanh, as in other implementations
     step = torch.randn(20, 3, dtype=torch.float64)
     torch.testing.assert_close(
         ball.log(far[:8], ball.exp(far[:8], step[:8])).norm(dim=1), step[:8].norm(dim=1), rtol=1e-2, atol=1e-2
@@ -100,7 +100,7 @@ def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
 
 @pytest.mark.slow
 def test_samples_match_reported_density() -> None:
-    """E_q[p / q] = 1, with log q from the draw or from its place, and E_q[log q] against torch's normal at c -> 0."""
+    """The log q of a draw is that at its code, E_q[p / q] = 1, and the density for c -> 0 is torch's normal."""
     for c in (0.2, 1.0):
         model = disc(3, c)
         mean = torch.tensor([[0.5, -0.3, 0.2]], dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
         terms += [model.loss(x), *(model.loss(x.repeat(300, 1, 1, 1)) for _ in range(4))]
     assert found[0]["nll"].item() == pytest.approx(expected[0]["nll"].item(), rel=1e-4)
     kl = torch.stack([terms["kl"] for terms in found[1:]]).mean().item()
-    assert kl == pytest.approx(expected[0]["kl"].item(), abs=0.03)  # of draws, in place of the closed form
+    assert kl == pytest.approx(expected[0]["kl"].item(), abs=0.03)  # estimated from draws
     assert found[0]["loss"].item() == pytest.approx((found[0]["nll"] + 2 * found[0]["kl"]).item())
     torch.manual_seed(1)
     one = flat.log_likelihood(x, 50)
@@ -145,7 +145,7 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
     weights = torch.stack(log_px, 1) + model.log_prior(z) - log_q
     elbo = torch.stack([model.loss(x.repeat(500, 1, 1, 1))["elbo"] for _ in range(5)]).mean()
     assert elbo.item() == pytest.approx(weights.mean().item(), abs=0.05)
-    # the score's KL has no noise and little error
+    # the score's KL is a deterministic approximation
     kl = (log_q - model.log_prior(z)).mean(0)
     torch.testing.assert_close(model.kl(*model.posterior(x)), kl, rtol=0.05, atol=0.02)
     at_mu = -D.Bernoulli(model(x), validate_args=False).log_prob(x).flatten(1).sum(1)
@@ -157,7 +157,7 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
 
 
 def test_negative_sampled_kl_is_not_clamped() -> None:
-    """Its gradient is that of the KL, whatever the sign; there is no capacity that it could be at a distance from."""
+    """The gradient of the loss is that of the KL for both signs; the model has no capacity."""
     model, x = disc(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
     mean = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
     log_var = torch.full((2, 3), -0.2, dtype=torch.float64, requires_grad=True)
@@ -209,6 +209,6 @@ def test_boundary_codes_stay_finite() -> None:
             assert model(x).isfinite().all() and model.encode(x).norm(dim=1).max() * math.sqrt(c) < 1
 
 
-def test_a_curvature_is_positive() -> None:
+def test_zero_curvature_is_refused() -> None:
     with pytest.raises(AezooError, match="near 0 take vae"):
         disc(3, 0.0)

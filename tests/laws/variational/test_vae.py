@@ -1,4 +1,4 @@
-"""Laws of Variational autoencoder (Kingma & Welling 2013)."""
+"""Laws of the variational autoencoder (Kingma & Welling 2013)."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def ppca(train: Tensor, k: int, spectrum: Any, x: Tensor) -> float:
 
 
 def reaches_ppca(model: Any, train: Tensor, test: Tensor, k: int, spectrum: Any) -> tuple[float, float, float]:
-    """Nats that the model lacks on train and on test, and the slack of its bounds: the optimum is never beaten."""
+    """Gaps in nats to the optimum on train and test, and of the ELBO to log p(x); the optimum is never exceeded."""
     gap = ppca(train, k, spectrum, train) - exact(model, train).mean().item()
     assert -1e-3 < gap < 1
     test_gap = ppca(train, k, spectrum, test) - exact(model, test).mean().item()
@@ -120,7 +120,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_fashion_mnist(
 
 
 def bounds(model: Any, x: Tensor, ks: tuple[int, ...], rows: int) -> list[float]:
-    """The importance-weighted bounds, each averaged over as many rows of noise."""
+    """The importance-weighted bounds, each averaged over the same number of draws."""
     return [torch.stack([model.log_likelihood(x, k).mean() for _ in range(rows // k)]).mean().item() for k in ks]
 
 
@@ -151,7 +151,7 @@ def test_elbo_iwae_and_evidence_are_ordered(digits_vae: Any, digits: Tensor) -> 
 
 
 def true_posterior(k: int, dims: int) -> Any:
-    """A linear VAE with orthogonal columns, whose posterior is diagonal, and whose encoder is that posterior."""
+    """A linear VAE with orthogonal columns of W, so that the posterior is diagonal, and the encoder at it."""
     model = linear_vae((dims,), k).double()
     lengths = torch.linspace(0.5, 2, k, dtype=torch.float64)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def log_likelihood_law(make: Callable[..., Any]) -> None:
 
 
 def score_law(make: Callable[..., Any]) -> None:
-    """The anomaly score is one number a sample, without noise: -log p(x | mu) + KL."""
+    """The anomaly score is one number per sample, without noise: -log p(x | mu) + KL."""
     model, x = make().eval(), torch.rand(6, 2, 3, 3, dtype=torch.float64)
     with torch.no_grad():
         model.encoder[-2].bias += torch.linspace(-1, 1, 10)
@@ -420,7 +420,7 @@ def test_posterior_samples_have_its_mean_and_deviation() -> None:
 
 
 def test_the_gradient_reaches_mean_and_variance_through_the_draw() -> None:
-    """d/dmu and d/dlog_var of the decoder's term only: pathwise, 1 and eps exp(log_var / 2) / 2 times that in z."""
+    """The gradients of nll by mu and log_var are 1 and eps exp(log_var / 2) / 2 times that by z."""
     mu, log_var = (t.double().requires_grad_() for t in POSTERIORS["both"]())
     model, seen = small(), []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

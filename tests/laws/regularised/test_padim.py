@@ -13,7 +13,7 @@ from frozen_feature_laws import (  # noqa: F401
     test_image_decoder_changes_no_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def fitted(**settings: Any) -> tuple[Any, Tensor]:
-    """A model that has seen 30 samples in batches of several sizes, and all of them."""
+    """A model fitted to 30 samples in batches of several sizes, and the samples."""
     model, x = small("padim", **settings).train(), images(30)
     for part in x.split([7, 1, 12, 10]):
         model.loss(part)

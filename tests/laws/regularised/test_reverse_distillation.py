@@ -11,7 +11,7 @@ from frozen_feature_laws import (  # noqa: F401
     test_image_decoder_changes_no_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -38,7 +38,7 @@ def test_distances_are_one_minus_cosine_of_places() -> None:
     assert float(model.loss(x)["distillation"]) == pytest.approx(total)
 
 
-def test_restored_maps_of_another_length_are_not_strange() -> None:
+def test_distance_ignores_length_of_restored_features() -> None:
     model, x = small("reverse_distillation"), images(3)
     maps = [found + 0.1 for found in model.maps(x)]
     for M in model.distances(maps, [3 * found for found in maps]):
@@ -51,7 +51,7 @@ def test_map_is_smoothed_sum_of_enlarged_distances() -> None:
     with torch.no_grad():
         distances = model.distances(maps, model.restore(model.encode(x)))
         found, score = model.anomaly_map(x).numpy(), model.score(x)
-    # the corners of a map are those of the picture
+    # the corners of maps and image are aligned
     large = sum(zoom(M.numpy(), (1, 12 / M.shape[1], 13 / M.shape[2]), order=1, grid_mode=False) for M in distances)
     wanted = np.stack([gaussian_filter(each, 1.5, mode="mirror", truncate=4) for each in large])
     np.testing.assert_allclose(found, wanted, rtol=1e-7)

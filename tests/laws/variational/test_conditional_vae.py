@@ -207,10 +207,10 @@ def test_trained_model_classifies_and_generates_digits(labelled_digits: Any) -> 
     model.eval()
     with torch.no_grad():
         accuracy = (model.classify(x_test).argmax(1) == y_test).double().mean().item()
-    judge = LogisticRegression(max_iter=60, tol=1e-2).fit(x[:1500].flatten(1), y[:1500])
+    classifier = LogisticRegression(max_iter=60, tol=1e-2).fit(x[:1500].flatten(1), y[:1500])
     asked = torch.arange(300) % 10
-    drawn = judge.score(model.sample(300, asked).flatten(1), asked)
-    other = judge.score(model.sample(300).flatten(1), asked)
+    drawn = classifier.score(model.sample(300, asked).flatten(1), asked)
+    other = classifier.score(model.sample(300).flatten(1), asked)
     assert accuracy > 0.8
     assert drawn > 0.85
     assert other < 0.25

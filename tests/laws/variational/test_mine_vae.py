@@ -37,8 +37,8 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
 
 
 def players(model: Any) -> dict[str, list[nn.Parameter]]:
-    judge = [*model.discriminator.parameters()]
-    return {"vae": [p for p in model.parameters() if all(p is not q for q in judge)], "statistics": judge}
+    statistics = [*model.discriminator.parameters()]
+    return {"vae": [p for p in model.parameters() if all(p is not q for q in statistics)], "statistics": statistics}
 
 
 def gradients(value: Tensor, of: list[nn.Parameter]) -> list[Tensor]:

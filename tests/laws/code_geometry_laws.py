@@ -39,7 +39,7 @@ def plain(model: Any) -> Any:
     return other
 
 
-def of_nets(model: Any, loss: Tensor) -> list[Tensor]:
+def network_gradients(model: Any, loss: Tensor) -> list[Tensor]:
     return [*torch.autograd.grad(loss, [*model.encoder.parameters(), *model.decoder.parameters()])]
 
 
@@ -58,10 +58,13 @@ def test_zero_weight_equals_plain_autoencoder(name: str, training: bool, shifted
     other = plain(model).train(training)
     mine, theirs = model.loss(x, LABELS), other.loss(x)
     torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=1e-12, atol=1e-12)
-    assert same(of_nets(model, mine["loss"]), of_nets(other, theirs["loss"]))
+    assert same(network_gradients(model, mine["loss"]), network_gradients(other, theirs["loss"]))
     with_weight = small(name, shifted, **{WEIGHT[name]: 3.0})
     with_weight.load_state_dict(model.state_dict())
-    assert not same(of_nets(with_weight, with_weight.loss(x, LABELS)["loss"]), of_nets(other, other.loss(x)["loss"]))
+    assert not same(
+        network_gradients(with_weight, with_weight.loss(x, LABELS)["loss"]),
+        network_gradients(other, other.loss(x)["loss"]),
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHT)

@@ -298,11 +298,11 @@ def test_beta_weights_commitment_only(cls: Any, settings: dict[str, Any]) -> Non
     beta_law(cls, **settings)
 
 
-@pytest.mark.parametrize("rival", [BetaOnCodebook, BetaOnAllTerms, CommitmentAfterEstimator])
+@pytest.mark.parametrize("mistake", [BetaOnCodebook, BetaOnAllTerms, CommitmentAfterEstimator])
 @pytest.mark.parametrize(("cls", "settings"), CODEBOOKS)
-def test_misplaced_beta_is_detected(rival: Any, cls: Any, settings: dict[str, Any]) -> None:
+def test_misplaced_beta_is_detected(mistake: Any, cls: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        beta_law(type("Rival", (rival, cls), {}), **settings)
+        beta_law(type("Mistake", (mistake, cls), {}), **settings)
 
 
 def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:

@@ -72,15 +72,15 @@ def test_zero_capacity_needs_no_rank_communication(name: str, shifted: Any) -> N
     model, x, y = made(name, shifted)
     with SharedNoise(range(6), 6):
         whole = model.loss(x, y)
-    apart = on_two_ranks(model, x, y, exchange=False)
+    separate = on_two_ranks(model, x, y, exchange=False)
 
     def communicate(values: Tensor) -> Tensor:
         raise AssertionError(f"{name} communicates")
 
     model._across_ranks, model.batch_mean, model.all_gather_batch = (lambda: True), communicate, communicate
     model.loss(x, y)
-    for term, value in apart.terms.items():
+    for term, value in separate.terms.items():
         torch.testing.assert_close(value, whole[term])
     expected = torch.autograd.grad(whole["loss"], [*model.parameters()])
-    for found, g in zip(apart.gradients(), expected, strict=True):
+    for found, g in zip(separate.gradients(), expected, strict=True):
         torch.testing.assert_close(found, g)

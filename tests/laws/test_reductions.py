@@ -110,13 +110,13 @@ def test_the_table_covers_every_built_in_model() -> None:
     assert set(MODELS) == built_in
 
 
-def of_models(left_out: Any) -> Any:
+def parametrize_models(left_out: Any) -> Any:
     """Parametrise by the names of all other models; only representative ones run by default."""
     return pytest.mark.parametrize("name", others_slow([n for n in MODELS if n not in left_out], SLOW_REPRESENTATIVE))
 
 
 @pytest.mark.parametrize("training", [True, False])
-@of_models(BATCH_SIZED)
+@parametrize_models(BATCH_SIZED)
 def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifted: Any) -> None:
     """Sums over the batch and unbiased statistics would differ; rhohat and the L0 are plain means."""
     x = torch.rand(6, *SHAPE)
@@ -127,7 +127,7 @@ def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifte
         torch.testing.assert_close(twice[term], once[term], rtol=1e-6, atol=1e-9, msg=lambda m, t=term: f"{t}: {m}")
 
 
-@of_models(BATCH_COUPLED)
+@parametrize_models(BATCH_COUPLED)
 def test_batch_loss_is_mean_over_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     whole = loss(model, x, range(6))
@@ -137,7 +137,7 @@ def test_batch_loss_is_mean_over_samples(name: str, shifted: Any) -> None:
         torch.testing.assert_close(whole[term], mean, rtol=1e-6, atol=1e-9)
 
 
-@of_models(())
+@parametrize_models(())
 def test_codes_reconstructions_and_scores_ignore_other_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     for call in (model.encode, model, model.score):
@@ -149,7 +149,7 @@ def test_codes_reconstructions_and_scores_ignore_other_samples(name: str, shifte
 PARTIAL = ("eq_vae", "asymmetric_kl", "maetok", "nexus")
 
 
-@of_models((*OWN_SCALE, *PARTIAL))
+@parametrize_models((*OWN_SCALE, *PARTIAL))
 def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted: Any) -> None:
     x = torch.rand(6, *SHAPE)
     train, evaluation = (loss(build(name, shifted).train(mode), x, range(6)) for mode in (True, False))
@@ -157,7 +157,7 @@ def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted:
         torch.testing.assert_close(train[term], evaluation[term], rtol=1e-6, atol=1e-6)
 
 
-@of_models((*NOISY, *OWN_LIKELIHOOD))
+@parametrize_models((*NOISY, *OWN_LIKELIHOOD))
 def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shifted: Any) -> None:
     """Against torch.distributions, summed over the 64 values of a sample."""
     for likelihood in ("bernoulli", "gaussian:0.3"):
@@ -173,7 +173,7 @@ def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shif
             torch.testing.assert_close(model.score(x), expected, rtol=1e-4, atol=1e-3)
 
 
-@of_models((*BOUNDS, "vae_gan"))
+@parametrize_models((*BOUNDS, "vae_gan"))
 def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> None:
     weights = {
         "contractive_ae": {"jacobian": 0.1},
@@ -270,7 +270,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
 @pytest.mark.parametrize(
     "likelihood", ["bernoulli", "gaussian", "continuous_bernoulli", "discretised_logistic", "beta_binomial"]
 )
-@of_models(OWN_LIKELIHOOD)
+@parametrize_models(OWN_LIKELIHOOD)
 def test_terms_stay_float32_and_close_under_bf16_autocast(name: str, likelihood: str, shifted: Any) -> None:
     model, x = build(name, shifted, likelihood=likelihood).eval(), torch.rand(64, *SHAPE)
     full = loss(model, x, range(64), 64)

@@ -52,16 +52,16 @@ def on_two_ranks(
         ranked: False gives both ranks the number 0.
         prepare: called with each rank's copy and its number.
     """
-    barrier, held, n = threading.Barrier(2), [torch.empty(0)] * 2, len(x)
+    barrier, exchanged, n = threading.Barrier(2), [torch.empty(0)] * 2, len(x)
     copies = [copy.deepcopy(model) for _ in range(2)]
 
     def run(rank: int) -> dict[str, Tensor]:
         own, rows = copies[rank], range(rank * n // 2, (rank + 1) * n // 2)
 
         def both(values: Tensor) -> list[Tensor]:
-            held[rank] = values
+            exchanged[rank] = values
             barrier.wait(_TIMEOUT_S)
-            found = [*held]
+            found = [*exchanged]
             barrier.wait(_TIMEOUT_S)
             return found
 

@@ -85,15 +85,15 @@ def test_residual_form_equals_input_minus_noise(shifted: Any) -> None:
     torch.testing.assert_close(direct(x), network_output(model, x))
 
 
-class Adds(DnCNN):
-    """Adds the noise that it predicts."""
+class AddsPredictedNoise(DnCNN):
+    """AddsPredictedNoise the noise that it predicts."""
 
     def decode(self, z: Tensor) -> Tensor:
         return 2 * z[:, : self.decoder.channels] - self.decoder(z)
 
 
 def test_wrong_residual_sign_is_detected(shifted: Any) -> None:
-    x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(Adds))
+    x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(AddsPredictedNoise))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(model(x), x - network_output(model, x))
     with pytest.raises(AssertionError):

@@ -64,7 +64,7 @@ def test_noisy_targets_have_the_minimiser_of_clean_ones(kind: str) -> None:
 # ---- noise2noise: Lehtinen et al. 2018 -------------------------------------------------------------------------------
 
 
-class OneNoise(Noise2Noise):
+class SameNoise(Noise2Noise):
     """Takes the same noisy copy for input and target."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class Clipped(Noise2Noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [OneNoise, Clipped])
+@pytest.mark.parametrize("make", [SameNoise, Clipped])
 def test_shared_noise_and_clipped_targets_are_detected(make: Any) -> None:
     with pytest.raises(AssertionError):
         best_linear_law(linear(make, corruption="gaussian:0.4"), "gaussian:0.4", positive(SAMPLES))

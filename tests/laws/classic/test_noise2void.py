@@ -61,7 +61,7 @@ def _clipped(place: Any, way: Any, grid: Any) -> tuple:
 
 
 # wrong replacements, the first that of CAREamics before its PR #491
-RIVALS: dict[str, Blind] = {
+MISTAKES: dict[str, Blind] = {
     "coordinates clipped to the grid": lambda m, y: replaced_by(m, y, lambda p, w, g, k: any(w), _clipped),
     "a window with the pixel itself": lambda m, y: replaced_by(
         m, y, lambda p, w, g, k: not any(w) or _inside(p, w, g, k), _moved
@@ -96,10 +96,10 @@ def test_neighbour_is_uniform_over_window_in_grid() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rival", RIVALS.values(), ids=list(RIVALS))
-def test_clipped_or_own_pixel_neighbours_are_detected(rival: Blind) -> None:
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
+def test_clipped_or_own_pixel_neighbours_are_detected(mistake: Blind) -> None:
     with pytest.raises(AssertionError):
-        neighbours_law(rival, 4_000)
+        neighbours_law(mistake, 4_000)
 
 
 def blind_spot_law(blind: Blind, grid: tuple[int, ...], radius: int) -> None:
@@ -124,11 +124,11 @@ def test_masked_output_ignores_its_own_value(grid: tuple[int, ...], radius: int)
 
 
 @pytest.mark.parametrize(
-    "rival", [FROM_MASKED, RIVALS["a window with the pixel itself"], lambda m, y: (y, FROM_MASKED(m, y)[1])]
+    "mistake", [FROM_MASKED, MISTAKES["a window with the pixel itself"], lambda m, y: (y, FROM_MASKED(m, y)[1])]
 )
-def test_leak_through_masked_pixel_is_detected(rival: Blind) -> None:
+def test_leak_through_masked_pixel_is_detected(mistake: Blind) -> None:
     with pytest.raises(AssertionError):
-        blind_spot_law(rival, (5, 6), 2)
+        blind_spot_law(mistake, (5, 6), 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -216,7 +216,7 @@ def error_after_training(make: Any, steps: int = 160) -> float:
         return float((model(y) - clean).square().mean() / (y - clean).square().mean())
 
 
-class Sighted(Noise2Void):
+class WithoutBlindSpots(Noise2Void):
     """Predicts the masked pixels from an input that contains them."""
 
     def blind(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,4 +226,4 @@ class Sighted(Noise2Void):
 @pytest.mark.slow
 def test_training_on_only_noisy_images_denoises() -> None:
     assert error_after_training(Noise2Void) < 0.4
-    assert error_after_training(Sighted) > 0.6  # it learns the identity
+    assert error_after_training(WithoutBlindSpots) > 0.6  # it learns the identity

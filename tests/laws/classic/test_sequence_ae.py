@@ -105,7 +105,7 @@ class ReadsPadding(SequenceAE):
             del self.encoder.forward
 
 
-class Holes(SequenceAE):
+class EndsAtFirstPadValue(SequenceAE):
     """Takes the first step with the padding's value as the end."""
 
     def lengths(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class PerStep(SequenceAE):
         return super().sequence_nll(x) / self.to_steps(x).shape[1]
 
 
-def rival(cls: Any) -> Any:
+def maker(cls: Any) -> Any:
     def make(net: str, shape: tuple[int, ...] = (2, LONG), **settings: Any) -> Any:
         return cls(shape, net=net, latent_dim=4, hidden_dims=(6, 8), pad_value=PAD, **settings).double()
 
@@ -131,14 +131,14 @@ def rival(cls: Any) -> Any:
 @pytest.mark.parametrize("cls", [AllSteps, ReadsPadding, PerStep])
 def test_padding_leaks_are_detected(cls: Any, net: str, shifted: Any) -> None:
     with pytest.raises(AssertionError):
-        padding_law(rival(cls), net, shifted)
+        padding_law(maker(cls), net, shifted)
 
 
 def test_pad_value_inside_sequence_counts_as_data() -> None:
     x = sequences()
     assert (x[1, :, 2] == PAD).all() and (x[1, :, 6] == PAD).all()
     assert small("lstm").lengths(x).tolist() == LENGTHS.tolist()
-    assert rival(Holes)("lstm").lengths(x).tolist() != LENGTHS.tolist()
+    assert maker(EndsAtFirstPadValue)("lstm").lengths(x).tolist() != LENGTHS.tolist()
     # a single channel of a step may have the padding's value
     x[0, 0, 2] = PAD
     assert small("lstm").lengths(x).tolist() == LENGTHS.tolist()

@@ -46,7 +46,7 @@ pytestmark = [
 ]
 
 
-def twin_of_denoising_ae(model: Any, **settings: Any) -> Any:
+def denoising_ae_with_same_networks(model: Any, **settings: Any) -> Any:
     """A plain autoencoder with the same encoder and decoder."""
     plain = aezoo.create_model("denoising_ae", SHAPE, latent_dim=CODE, hidden_dims=(16,), **settings).double()
     plain.encoder, plain.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
@@ -142,7 +142,7 @@ def test_zero_gradients_of_other_layers_are_removed(phase: int, shifted: Any) ->
 def test_the_last_phase_is_a_denoising_autoencoder(shifted: Any) -> None:
     for training in (True, False):
         model, x = stacked(shifted, corruption="gaussian:0.2").train(training), images()
-        other = twin_of_denoising_ae(model, corruption="gaussian:0.2").train(training)
+        other = denoising_ae_with_same_networks(model, corruption="gaussian:0.2").train(training)
         found = []
         for each in (model, other):
             torch.manual_seed(3)

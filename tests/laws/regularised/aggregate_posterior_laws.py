@@ -129,7 +129,7 @@ def test_samples_are_decoded_draws_from_a_standard_normal_prior(name: str) -> No
     assert np.abs(np.corrcoef(drawn.numpy().T) - np.eye(CODE)).max() < 0.08
 
 
-def of_loss(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+def terms_and_arguments(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The loss terms, and the arguments of `method`: codes and draws from the prior."""
     seen: list[Tensor] = []
     whole = getattr(model, method)
@@ -150,7 +150,7 @@ def of_loss(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list
 )
 def test_decoded_codes_are_compared_with_prior_draws(name: str, method: str, weight: str, shifted: Any) -> None:
     model, x = shifted(small(name, **{weight: 3.0})), images(500)
-    terms, (z, prior) = of_loss(model, method, x)
+    terms, (z, prior) = terms_and_arguments(model, method, x)
     torch.testing.assert_close(z, model.encode(x))
     assert prior.shape == z.shape and not prior.requires_grad
     assert all(stats.kstest(column, "norm").pvalue > 1e-3 for column in prior.numpy().T)
@@ -226,8 +226,8 @@ POSTERIORS = pytest.mark.parametrize("gaussian", [False, True], ids=["determinis
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     discriminator = [*model.discriminator.parameters()]
-    held = {id(p) for p in discriminator}
-    return {"autoencoder": [p for p in model.parameters() if id(p) not in held], "discriminator": discriminator}
+    ids = {id(p) for p in discriminator}
+    return {"autoencoder": [p for p in model.parameters() if id(p) not in ids], "discriminator": discriminator}
 
 
 def player_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
@@ -286,8 +286,8 @@ def test_each_player_has_a_group_of_the_optimiser(name: str) -> None:
     model = small(name, lr=2e-3, discriminator_lr=7e-3, likelihood="gaussian:learned")
     first, second = model.configure_optimizers().param_groups
     assert {id(p) for p in second["params"]} == {id(p) for p in model.discriminator.parameters()}
-    held = [id(p) for group in (first, second) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, second) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     # wae.py of https://github.com/tolstikhin/wae has these for both; the paper of the AAE has none
     assert (first["lr"], first["betas"]) == (2e-3, (0.5 if name == "wae_gan" else 0.9, 0.999))
     assert (second["lr"], second["betas"]) == (7e-3, (0.5, 0.999))

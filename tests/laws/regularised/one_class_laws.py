@@ -52,8 +52,8 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
         for buffer_name, buffer in own.named_buffers():
             torch.testing.assert_close(buffer, whole.get_buffer(buffer_name), rtol=1e-9, atol=1e-12)
     if name == "deep_svdd":  # without exchange each rank has a radius of its own
-        apart = on_two_ranks(model, x, exchange=False)
-        assert (apart.copies[0].radius - whole.radius).abs() > 1e-4
+        separate = on_two_ranks(model, x, exchange=False)
+        assert (separate.copies[0].radius - whole.radius).abs() > 1e-4
 
 
 # ---- detection -------------------------------------------------------------------------------------------------------

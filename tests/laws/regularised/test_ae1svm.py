@@ -65,8 +65,8 @@ def test_products_of_features_tend_to_the_gaussian_kernel(bandwidth: float) -> N
         assert off.abs().max() < 4.5 / math.sqrt(2 * n)
         assert off.square().mean() > 1e-3 / n  # an estimate, not the exact kernel
     # PyOD's ae1svm multiplies frequencies by sigma, and its features have no factor
-    slip = torch.cos(z @ (torch.randn(CODE, 10_000, dtype=torch.float64) * bandwidth))
-    assert (slip @ slip.T - kernel).abs().max() > 1
+    wrong = torch.cos(z @ (torch.randn(CODE, 10_000, dtype=torch.float64) * bandwidth))
+    assert (wrong @ wrong.T - kernel).abs().max() > 1
 
 
 def test_fourier_frequencies_are_seeded_and_saved() -> None:
@@ -153,7 +153,7 @@ class Codes:
                 p.copy_(torch.eye(CODE) if p.ndim == 2 else torch.zeros(CODE))
         self.phi = self.model.features(self.x).numpy()
 
-    def put(self, w: np.ndarray, rho: float) -> float:
+    def svm_term(self, w: np.ndarray, rho: float) -> float:
         """The SVM term with these parameters."""
         with torch.no_grad():
             self.model.w_F.copy_(torch.from_numpy(w))
@@ -168,7 +168,7 @@ def test_scikit_learn_one_class_svm_minimises_loss(nu: float) -> None:
     # libsvm's problem is scaled by nu N
     scale = nu * len(codes.x)
     w, rho = learnt.coef_[0] / scale, learnt.offset_[0] / scale
-    least = codes.put(w, rho)
+    least = codes.svm_term(w, rho)
     assert least == pytest.approx(-0.5 * np.sum(w**2), rel=1e-6)  # the optimum of the dual
     expected = -learnt.decision_function(codes.phi) / scale
     np.testing.assert_allclose(codes.model.score(codes.x).detach(), expected, rtol=1e-9, atol=1e-12)
@@ -176,12 +176,12 @@ def test_scikit_learn_one_class_svm_minimises_loss(nu: float) -> None:
     rng = np.random.default_rng(0)
     for size in (1e-3, 1e-2, 0.1, 1.0):
         off = rng.normal(0, size, (20, len(w) + 1))
-        assert all(codes.put(w + each[1:] / math.sqrt(len(w)), rho + each[0]) > least for each in off)
+        assert all(codes.svm_term(w + each[1:] / math.sqrt(len(w)), rho + each[0]) > least for each in off)
     if tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 9):
         return  # the averaged SGD of older versions gives another result
     # SGDOneClassSVM minimises the same objective times nu
     stochastic = SGDOneClassSVM(nu=nu, max_iter=2000, tol=None, random_state=0, average=1000).fit(codes.phi)
-    assert codes.put(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
+    assert codes.svm_term(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_many_fourier_features_give_gaussian_kernel_svm() -> None:
         OneClassSVM(nu=nu, tol=1e-8, **settings).fit(x)
         for settings, x in (({"kernel": "linear"}, codes.phi), ({"gamma": 0.5}, codes.x.numpy()))
     )
-    codes.put(linear.coef_[0] / (nu * 160), linear.offset_[0] / (nu * 160))
+    codes.svm_term(linear.coef_[0] / (nu * 160), linear.offset_[0] / (nu * 160))
     new = torch.randn(200, CODE).double()
     score, expected = codes.model.score(new).detach().numpy(), -kernel.decision_function(new.numpy())
     assert np.corrcoef(score, expected)[0, 1] > 0.995

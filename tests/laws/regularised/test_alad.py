@@ -139,8 +139,8 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
 def test_networks_partition_all_parameters() -> None:
     model = alad(discriminator_lr=3e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # alad/run.py of https://github.com/houssamzenati/Adversarially-Learned-Anomaly-Detection
     assert (first["lr"], first["betas"]) == (1e-3, (0.5, 0.999))
@@ -230,8 +230,8 @@ def test_cycle_terms_compare_input_with_reconstruction() -> None:
     torch.testing.assert_close(terms["cycle_x"], expected["xx"])
     torch.testing.assert_close(terms["cycle_z"], expected["zz"])
     assert not model.score(x).any()
-    slip = -discriminate(model, "xx", x, model.decode(z))[1].log().mean()
-    assert (slip - expected["xx"]).abs() > 1e-3
+    wrong = -discriminate(model, "xx", x, model.decode(z))[1].log().mean()
+    assert (wrong - expected["xx"]).abs() > 1e-3
 
 
 def test_samples_are_decoded_standard_normal_draws() -> None:

@@ -67,7 +67,7 @@ def over_lines(z: Tensor, lines: Tensor) -> float:
     return total / len(lines)
 
 
-class OneWidth(CWAE):
+class WrongBandwidth(CWAE):
     """Silverman's rule with n^(-1/5), which is for a standard deviation, not for a variance."""
 
     def distance(self, z_BD: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def lines_law(cls: Any) -> None:
 @pytest.mark.slow
 def test_the_cramer_wold_distance_is_the_integral_over_lines() -> None:
     lines_law(CWAE)
-    assert_law_fails(lines_law, OneWidth)
+    assert_law_fails(lines_law, WrongBandwidth)
 
 
 def test_distance_gradient_passes_gradcheck() -> None:

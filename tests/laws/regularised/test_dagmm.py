@@ -45,7 +45,7 @@ def mixture_of(seed: int, k: int = 3, z: int = 5) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def of_scikit_learn(phi: Any, mu: Any, sigma: Any) -> GaussianMixture:
+def sklearn_mixture(phi: Any, mu: Any, sigma: Any) -> GaussianMixture:
     """A mixture of given parameters."""
     found = GaussianMixture(len(phi))
     found.weights_, found.means_, found.covariances_ = (np.asarray(v, np.float64) for v in (phi, mu, sigma))
@@ -74,12 +74,12 @@ def test_energy_is_mixture_negative_log_density(seed: int) -> None:
     z = 3 * torch.randn(50, 5, dtype=torch.float64)
     energy = dagmm().energy(z, phi, mu, sigma)
     jittered = sigma + 1e-6 * torch.eye(5, dtype=torch.float64)
-    learn = of_scikit_learn(phi, mu, jittered)
+    learn = sklearn_mixture(phi, mu, jittered)
     torch.testing.assert_close(energy, torch.from_numpy(-learn.score_samples(z.numpy())), rtol=1e-9, atol=1e-9)
     law = D.MixtureSameFamily(D.Categorical(phi), D.MultivariateNormal(mu, jittered))
     torch.testing.assert_close(energy, -law.log_prob(z), rtol=1e-9, atol=1e-9)
     # the jitter changes little
-    plain = -of_scikit_learn(phi, mu, sigma).score_samples(z.numpy())
+    plain = -sklearn_mixture(phi, mu, sigma).score_samples(z.numpy())
     torch.testing.assert_close(energy, torch.from_numpy(plain), rtol=1e-4, atol=1e-4)
     # without the square root of the determinant |2 pi Sigma|
     rooted = -torch.logsumexp(law.component_distribution.log_prob(z[:, None]) - jittered.logdet() / 2 + phi.log(), 1)
@@ -104,12 +104,12 @@ def test_the_score_is_the_energy_of_code_distance_and_cosine(shifted: Any) -> No
     phi, mu, sigma = model.eval().stored_mixture()
     z = z_by_hand(model, x)
     torch.testing.assert_close(phi.sum().item(), 1.0)
-    learn = of_scikit_learn(phi, mu, sigma + 1e-6 * torch.eye(5, dtype=torch.float64))
+    learn = sklearn_mixture(phi, mu, sigma + 1e-6 * torch.eye(5, dtype=torch.float64))
     with torch.no_grad():
         score = model.score(x)
     torch.testing.assert_close(score, torch.from_numpy(-learn.score_samples(z)), rtol=1e-8, atol=1e-8)
     # a score of the code without the errors differs
-    alone = of_scikit_learn(phi, mu[:, :3], sigma[:, :3, :3])
+    alone = sklearn_mixture(phi, mu[:, :3], sigma[:, :3, :3])
     assert np.abs(alone.score_samples(z[:, :3]) + score.numpy()).max() > 0.1
 
 
@@ -150,7 +150,7 @@ def test_the_loss_is_error_energy_and_inverse_variances(shifted: Any) -> None:
     z = z_by_hand(model, x)
     phi, mu, sigma = weighted(gamma_by_hand(model, z), z)
     error = (x - model(x)).detach().flatten(1).square().sum(1).mean().item() + 9 * math.log(math.pi)
-    energy = -of_scikit_learn(phi, mu, sigma + 1e-6 * np.eye(5)).score_samples(z).mean()
+    energy = -sklearn_mixture(phi, mu, sigma + 1e-6 * np.eye(5)).score_samples(z).mean()
     inverse = (1 / (np.diagonal(sigma, axis1=1, axis2=2) + 1e-6)).sum()
     terms = model.loss(x)
     for name, value in {"nll": error, "energy": energy, "inverse_variances": inverse}.items():
@@ -207,8 +207,8 @@ def test_two_ranks_equal_one_process(shifted: Any) -> None:
         for name, buffer in own.named_buffers():
             torch.testing.assert_close(buffer, whole.get_buffer(name), rtol=1e-9, atol=1e-12)
     # without exchange each rank has statistics of its own
-    apart = on_two_ranks(model, x, exchange=False)
-    assert (apart.terms["energy"] - terms["energy"]).abs() > 0.01
+    separate = on_two_ranks(model, x, exchange=False)
+    assert (separate.terms["energy"] - terms["energy"]).abs() > 0.01
 
 
 # ---- DAGMM: evaluation -----------------------------------------------------------------------------------------------
@@ -234,12 +234,12 @@ def test_evaluation_uses_pooled_statistics_of_training(shifted: Any) -> None:
 def test_evaluation_is_stateless_and_per_sample(shifted: Any) -> None:
     model, x = shifted(dagmm()), images(20)
     model.train().loss(images(20, seed=1))
-    held = {name: value.clone() for name, value in model.eval().state_dict().items()}
+    before = {name: value.clone() for name, value in model.eval().state_dict().items()}
     whole, terms = model.score(x), model.loss(x)
     assert torch.equal(model.score(x), whole)
     torch.testing.assert_close(model.score(x[3:4]), whole[3:4], rtol=1e-12, atol=0)
     torch.testing.assert_close(terms["energy"], whole.mean())
-    assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     # the batch's own statistics give another energy
     assert (model.energy(torch.from_numpy(z_by_hand(model, x)), *model.mixture(torch.from_numpy(z_by_hand(model, x))))
             - whole).abs().max() > 0.1  # fmt: skip

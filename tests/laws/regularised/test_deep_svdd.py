@@ -143,9 +143,9 @@ def test_soft_boundary_uses_radius_of_previous_batch(shifted: Any) -> None:
         np.testing.assert_allclose(model.score(x).detach(), d - radius**2, rtol=1e-7)
         assert (model.score(x) > 0).double().mean() == pytest.approx(nu, abs=0.06)
     # evaluation does not change the radius and has the loss of training
-    held, x = model.radius.clone(), images(18, seed=9)
+    before, x = model.radius.clone(), images(18, seed=9)
     evaluated = model.eval().loss(x)
-    assert torch.equal(model.radius, held)
+    assert torch.equal(model.radius, before)
     trained = model.train().loss(x)
     assert all(torch.equal(evaluated[term], trained[term]) for term in trained)
 
@@ -178,11 +178,11 @@ def test_svdd_reconstructs_as_dense_ae_distance_trains_encoder(shifted: Any) -> 
     own, own_decoder = ([*net.parameters()] for net in (model.encoder, model.decoder))
     theirs = [p for p in parent.encoder.parameters() if p.ndim > 1]
     by_distance = all_grads((model.encode(x) - model.centre_D).square().sum(1).mean(), own)
-    for mine, other, apart in zip(
+    for mine, other, of_distance in zip(
         all_grads(terms["loss"], own), all_grads(expected["loss"], theirs), by_distance, strict=True
     ):
-        torch.testing.assert_close(mine, 0.7 * other + apart)
-        assert apart.abs().max() > 1e-4
+        torch.testing.assert_close(mine, 0.7 * other + of_distance)
+        assert of_distance.abs().max() > 1e-4
     for mine, other in zip(
         all_grads(terms["loss"], own_decoder), all_grads(expected["loss"], parent.decoder.parameters()), strict=True
     ):

@@ -152,8 +152,8 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
 def test_networks_partition_all_parameters() -> None:
     model = small(discriminator_lr=5e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # wgangp_64x64.py of https://github.com/tSchlegl/f-AnoGAN
     assert (first["lr"], first["betas"]) == (1e-3, (0.0, 0.9))

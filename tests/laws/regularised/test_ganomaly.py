@@ -114,8 +114,8 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
 def test_networks_partition_all_parameters() -> None:
     model = ganomaly(discriminator_lr=3e-3, likelihood="laplace:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # https://github.com/samet-akcay/ganomaly, lib/model.py: both
     assert (first["lr"], first["betas"]) == (1e-3, (0.5, 0.999))

@@ -61,7 +61,7 @@ def jacobians(model: Any, z: Tensor) -> Tensor:
     return torch.stack([row.flatten(0, -2) for row in rows])
 
 
-class OfTheImage(RAE):
+class GradientByImage(RAE):
     """pythae: the derivative of the reconstruction's sum with respect to the image."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class OfTheImage(RAE):
         return {**super().loss(x), "gp": g.square().flatten(1).sum(1).mean()}
 
 
-class OfTheSquares(RAE):
+class GradientOfSquares(RAE):
     """The authors' code: the gradient of the sum of squares, 2 J' g."""
 
     def jacobian_norm(self, z_BD: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def linear_law(cls: Any) -> None:
 
 def test_linear_decoder_penalty_is_squared_norm() -> None:
     linear_law(RAE)
-    assert_law_fails(linear_law, OfTheImage)
-    assert_law_fails(linear_law, OfTheSquares)
+    assert_law_fails(linear_law, GradientByImage)
+    assert_law_fails(linear_law, GradientOfSquares)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def norms(model: Any) -> list[float]:
     return [float(np.linalg.norm(m.weight.detach().flatten(1).numpy(), 2)) for m in layers]
 
 
-class Stale(RAE):
+class StaleSingularVectors(RAE):
     """torch.nn.utils: the singular vectors are from before the step."""
 
     def after_optimizer_step(self) -> None:
@@ -143,7 +143,7 @@ def spectral_law(cls: Any, quiet: Any, **settings: Any) -> None:
 @pytest.mark.parametrize("settings", [{"hidden_dims": (40,)}, {"net": "conv", "hidden_dims": (8, 12)}])
 def test_decoder_weights_keep_spectral_norm_1(settings: Any, quiet: Any) -> None:
     spectral_law(RAE, quiet, **settings)
-    assert_law_fails(lambda cls: spectral_law(cls, quiet, **settings), Stale)
+    assert_law_fails(lambda cls: spectral_law(cls, quiet, **settings), StaleSingularVectors)
     assert max(abs(norm - 1) for norm in norms(RAE((1, 8, 8), regulariser="none", **settings))) > 0.1
 
 

@@ -41,7 +41,7 @@ class DividedOnceMore(SWAE):
         return super().sliced_wasserstein(z_BD, prior_BD) / (len(z_BD) * (len(z_BD) - 1))
 
 
-class NotOfUnitLength(SWAE):
+class UnnormalisedDirections(SWAE):
     """Directions that are Gaussian vectors: D times the distance."""
 
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def test_sliced_wasserstein_distance_satisfies_laws(law: Any) -> None:
     ("mistake", "law"),
     [
         *((DividedOnceMore, law) for law in SW_LAWS),
-        (NotOfUnitLength, line_law),
-        (NotOfUnitLength, shift_law),
+        (UnnormalisedDirections, line_law),
+        (UnnormalisedDirections, shift_law),
         (Unsorted, line_law),
         (Unsorted, shift_law),
     ],

@@ -42,7 +42,7 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
     return torch.rand(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def sets(model: Any) -> dict[str, list[nn.Parameter]]:
+def player_parameters(model: Any) -> dict[str, list[nn.Parameter]]:
     """The parameters of each player, that is of the networks trained with one loss."""
     players = {"decoder": [*model.decoder.parameters(), *model.likelihood.parameters()]}
     players |= {"encoder": [*model.encoder.parameters()], "discriminator": [*model.discriminator.parameters()]}
@@ -122,10 +122,10 @@ def size(found: list[Tensor | None]) -> float:
 def test_player_parameters_partition_the_model(name: str, likelihood: str) -> None:
     model = small(name, likelihood=likelihood, discriminator_lr=3e-3)
     groups = model.configure_optimizers().param_groups
-    held = [id(p) for group in groups for p in group["params"]]
-    assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in model.parameters()}
-    expected = [{id(p) for p in part} for part in sets(model).values()]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in model.parameters()}
+    expected = [{id(p) for p in part} for part in player_parameters(model).values()]
     assert sorted(map(sorted, ([id(p) for p in g["params"]] for g in groups))) == sorted(map(sorted, expected))
     *others, last = groups
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
@@ -145,7 +145,7 @@ def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str
     terms["loss"].backward()
     torch.manual_seed(3)
     losses = LOSSES[name](model, x)
-    for player, part in sets(model).items():
+    for player, part in player_parameters(model).items():
         expected = gradients(losses[player], part)
         assert size(expected) > 1e-3, player
         for p, g in zip(part, expected, strict=True):
@@ -159,7 +159,7 @@ def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str
 @pytest.mark.parametrize("name", NAMES)
 def test_no_term_reaches_other_networks(name: str, likelihood: str, shifted: Any) -> None:
     model, x = shifted(small(name, likelihood=likelihood)), images()
-    terms, parts = model.loss(x), sets(model)
+    terms, parts = model.loss(x), player_parameters(model)
     reached = {"discriminator": "discriminator"}
     if name == "factor_vae":
         reached |= dict.fromkeys(("tc", "nll", "kl", "elbo"), "vae")
@@ -197,7 +197,7 @@ def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: An
     )
     trained(model, batches, quiet, look)
     assert plans and (plans[0] is None) == (os.environ.get("AEZOO_SPEED") == "off")
-    parts = sets(other)
+    parts = player_parameters(other)
     adams = {
         player: torch.optim.Adam(part, 5e-3, (0.5, 0.9)) if player == "discriminator" else torch.optim.Adam(part, 2e-3)
         for player, part in parts.items()

@@ -71,9 +71,9 @@ def log_joint(model: Any, x: Tensor, z: Tensor) -> Tensor:
     return log_px.flatten(2).sum(2) + D.Normal(0.0, 1.0).log_prob(z).sum(2)
 
 
-def q(model: Any, x: Tensor, held: bool = False) -> D.Normal:
+def q(model: Any, x: Tensor, detach: bool = False) -> D.Normal:
     mu, log_var = (part[:, None] for part in model.posterior(x))
-    return D.Normal(mu.detach(), (0.5 * log_var).exp().detach()) if held else D.Normal(mu, (0.5 * log_var).exp())
+    return D.Normal(mu.detach(), (0.5 * log_var).exp().detach()) if detach else D.Normal(mu, (0.5 * log_var).exp())
 
 
 def log_weights(model: Any, x: Tensor, drawn: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def encoder_law(name: str, make: Make, estimator: str) -> None:
         if name == "ciwae":
             c = 0.3 / 6 + 0.7 * c
         leaf = drawn.clone().requires_grad_()
-        log_w_of_z = log_joint(model, x, leaf) - q(model, x, held=True).log_prob(leaf).sum(2)
+        log_w_of_z = log_joint(model, x, leaf) - q(model, x, detach=True).log_prob(leaf).sum(2)
         (slope,) = torch.autograd.grad(log_w_of_z.sum(), leaf)
         posterior = q(model, x)
         z = posterior.mean + posterior.stddev * ((drawn - posterior.mean) / posterior.stddev).detach()
@@ -452,7 +452,7 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "rival", "law"),
+    ("name", "mistake", "law"),
     [
         ("iwae", PyTorchVAE, value_law),
         ("iwae", PyTorchVAE, encoder_law),
@@ -467,10 +467,10 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
         ("piwae", SharedObjective, encoder_law),
     ],
 )
-def test_wrong_importance_bounds_are_detected(name: str, rival: Any, law: Any) -> None:
+def test_wrong_importance_bounds_are_detected(name: str, mistake: Any, law: Any) -> None:
     def make(name: str, **settings: Any) -> Any:
         model = small(name, **settings)
-        model.__class__ = rival
+        model.__class__ = mistake
         return model
 
     with pytest.raises(AssertionError):

@@ -40,9 +40,9 @@ def test_kl_is_float32_for_half_precision_encoders(make: Any) -> None:
     q, *of_parts = (
         normal(*(v.double() for v in pair)) for pair in (found, *zip(*(v.unbind(1) for v in own), strict=True))
     )
-    apart = torch.stack([D.kl_divergence(q, q_i) for q_i in of_parts])
+    parts_kl = torch.stack([D.kl_divergence(q, q_i) for q_i in of_parts])
     torch.testing.assert_close(terms["kl"].double(), D.kl_divergence(q, PRIOR).mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(terms["parts_kl"].double(), apart.sum(0).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["parts_kl"].double(), parts_kl.sum(0).mean(), rtol=1e-5, atol=0)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

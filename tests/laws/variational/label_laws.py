@@ -85,7 +85,7 @@ def test_labelled_loss_is_conditional_elbo(name: str, kind: str) -> None:
 # ---- unlabelled samples ----------------------------------------------------------------------------------------------
 
 
-def of_every_label(model: Any, x: Tensor, eps: Tensor) -> list[Tensor]:
+def terms_per_label(model: Any, x: Tensor, eps: Tensor) -> list[Tensor]:
     """The terms of each label, in a loop: -log p(x|z, y), KL and log q - log p, (B, K) each."""
     return [torch.stack(part, 1) for part in zip(*(terms_at(model, x, k, eps) for k in range(K)), strict=True)]
 

@@ -165,8 +165,8 @@ def test_loss_and_gradients_match_formula(name: str, beta: float) -> None:
     if name == "vamp_vae":
         # with a constant prior the encoder's gradient differs
         with torch.no_grad():
-            held = mixture(model)
-        wrong = normal(mu, log_var).log_prob(z).mean() - held.log_prob(z).mean() - log_px.mean()
+            constant = mixture(model)
+        wrong = normal(mu, log_var).log_prob(z).mean() - constant.log_prob(z).mean() - log_px.mean()
         encoder = [*model.encoder.parameters()]
         one, two = (torch.autograd.grad(v, encoder[0], retain_graph=True)[0] for v in (terms["loss"], wrong))
         assert (one - two).abs().max() > 1e-3

@@ -125,7 +125,7 @@ def test_each_modality_has_its_own_decoder(make: Any, net: str, shifted: Any) ->
 # ---- one part --------------------------------------------------------------------------------------------------------
 
 
-def both(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
+def one_part_model_and_vae(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
     """A model of one part and a VAE with the same weights."""
     vae = small_vae(shifted, **settings)
     model = small(make, shifted, parts=(6,), **settings)
@@ -156,7 +156,7 @@ def assert_equals_vae(model: Any, vae: Any, training: bool, **close: float) -> N
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 @pytest.mark.parametrize("make", MIXTURES)
 def test_one_part_mixture_equals_vae_exactly(make: Any, beta: float, training: bool, shifted: Any) -> None:
-    assert_equals_vae(*both(make, shifted, beta=beta), training, rtol=0, atol=0)
+    assert_equals_vae(*one_part_model_and_vae(make, shifted, beta=beta), training, rtol=0, atol=0)
 
 
 # ---- mixtures: Shi et al. 2019, Sutter et al. 2021 -------------------------------------------------------------------
@@ -179,18 +179,18 @@ def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) 
         log_p = D.Bernoulli(probs=model.decode(z), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
         kl.append(D.kl_divergence(q_s, PRIOR) - q_s.log_prob(z) + q.log_prob(z))
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", MIXTURES)
-@pytest.mark.parametrize("apart", [0.0, 1.0, 6.0])
-def test_mixture_kl_matches_quadrature_and_its_bounds(make: Any, apart: float, shifted: Any) -> None:
+@pytest.mark.parametrize("distance", [0.0, 1.0, 6.0])
+def test_mixture_kl_matches_quadrature_and_its_bounds(make: Any, distance: float, shifted: Any) -> None:
     """Experts that agree, overlap, and are far apart; the batch repeats one sample, so its mean is over draws."""
     n, sigma = 40_000, torch.tensor([0.5, 0.8, 0.4]).double()
-    mu = apart * torch.tensor([-1.0, 0.2, 1.0]).double() + 0.3
+    mu = distance * torch.tensor([-1.0, 0.2, 1.0]).double() + 0.3
     model = shifted(make((3,), parts=(1, 1, 1), latent_dim=1, hidden_dims=()).double())
     own = (mu[None, :, None].expand(n, -1, -1), 2 * sigma.log()[None, :, None].expand(n, -1, -1))
     model.experts = lambda x, parts=None: own
@@ -208,7 +208,7 @@ def test_mixture_kl_matches_quadrature_and_its_bounds(make: Any, apart: float, s
     assert float(per_draw.mean()) == pytest.approx(exact, abs=5 * error + 1e-4)
     bound = float(np.mean(0.5 * (mus**2 + scales**2 - 1 - np.log(scales**2))))
     assert bound - math.log(len(mus)) - 1e-9 <= exact <= bound + 1e-9
-    if make is MMVAE and apart == 6.0:
+    if make is MMVAE and distance == 6.0:
         assert exact == pytest.approx(bound - math.log(3), abs=1e-3)  # components do not overlap
 
 

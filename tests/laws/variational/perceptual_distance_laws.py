@@ -25,7 +25,7 @@ def images(n: int = 6, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.rand(n, *shape, dtype=torch.float64)
 
 
-def twins(make: Any, shifted: Any, parent: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+def model_and_vae(make: Any, shifted: Any, parent: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
     model, vae = small(make, **settings), shifted(small(VAE, **parent))
     model.load_state_dict(vae.state_dict())
     return model, vae
@@ -76,8 +76,8 @@ def test_the_loss_is_the_weighted_distance_and_the_kl(make: Any, shifted: Any) -
     model.eval()
     torch.testing.assert_close(model.score(x), model.nll(model.decoder(mu), x) + kl_B)
     model.beta, model.capacity = 2.0, 1000.0
-    (held,) = losses(model)
-    torch.testing.assert_close(held["loss"], held["nll"] + 2 * (1000 - held["kl"]))
+    (terms,) = losses(model)
+    torch.testing.assert_close(terms["loss"], terms["nll"] + 2 * (1000 - terms["kl"]))
     doubled = small(make, weight=2 * model.weight)
     torch.testing.assert_close(doubled.nll(params, x), 2 * model.nll(params, x))
 

@@ -167,7 +167,7 @@ def test_mean_kl_matches_paper(kind: str) -> None:
     assert kl.mean().item() == pytest.approx(expected.mean().item(), abs=5 * kl.std().item() / 400**0.5)
 
 
-def of_vae(model: Any) -> Any:
+def vae_with_weights_of(model: Any) -> Any:
     """A VAE with the model's mean, log-variance and decoder."""
     vae = small("vae", model.code_shape[0])
     own = vae.state_dict()
@@ -195,7 +195,7 @@ def neutral(kind: str) -> list[Any]:
 def test_identity_flow_steps_equal_vae(kind: str) -> None:
     x = data()
     for model in neutral(kind):
-        vae = of_vae(model)
+        vae = vae_with_weights_of(model)
         (terms, z, _), (vae_terms, vae_z, _) = draw(model, x), draw(vae, x)
         torch.testing.assert_close(z, vae_z)
         torch.testing.assert_close(terms, vae_terms)

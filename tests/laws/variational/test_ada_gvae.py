@@ -60,18 +60,18 @@ def authors_mask(mu: Tensor, log_var: Tensor, mu2: Tensor, log_var2: Tensor) -> 
 
 
 def test_shared_dimensions_are_symmetric_in_pair() -> None:
-    model, apart = small(AdaGVAE), 0
+    model, n_asymmetric = small(AdaGVAE), 0
     for _ in range(50):
         one, two = posterior(3), posterior(3)
         assert torch.equal(model.shared(*one, *two), model.shared(*two, *one))
-        apart += int((authors_mask(*one, *two) != authors_mask(*two, *one)).sum())
+        n_asymmetric += int((authors_mask(*one, *two) != authors_mask(*two, *one)).sum())
         # for equal variances the authors' distance is symmetric
         like_one = two[0], one[1]
         assert torch.equal(model.shared(*one, *like_one), authors_mask(*one, *like_one))
         both = [torch.cat(parts) for parts in zip(one, two, strict=True)]
         moved = model.paired(*both, labels(0, 1, 2, 0, 1, 2))[0] != both[0]
         assert torch.equal(moved[:3], moved[3:]) and torch.equal(moved[:3], model.shared(*one, *two))
-    assert apart > 0
+    assert n_asymmetric > 0
 
 
 def test_gvae_averages_means_and_variances() -> None:

@@ -79,10 +79,10 @@ def test_loss_pulls_kl_towards_capacity() -> None:
     capacity_law("annealed_vae")
 
 
-@pytest.mark.parametrize("rival", [PyODAnnealed, PythaeAnnealed], ids=lambda cls: cls.__name__)
-def test_wrong_capacity_terms_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [PyODAnnealed, PythaeAnnealed], ids=lambda cls: cls.__name__)
+def test_wrong_capacity_terms_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        capacity_law(rival)
+        capacity_law(mistake)
 
 
 def test_capacity_applies_to_batch_mean_or_each_sample() -> None:

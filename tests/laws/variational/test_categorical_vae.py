@@ -94,10 +94,10 @@ def test_kl_matches_torch_distributions() -> None:
     kl_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [EpsilonInLog, EntropyAlone])
-def test_wrong_kl_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [EpsilonInLog, EntropyAlone])
+def test_wrong_kl_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        kl_law(rival)
+        kl_law(mistake)
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -151,10 +151,10 @@ def test_relaxed_codes_match_torch_distributions() -> None:
     relaxation_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [NoiseOutside, GaussianNoise])
-def test_wrong_relaxation_noise_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [NoiseOutside, GaussianNoise])
+def test_wrong_relaxation_noise_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        relaxation_law(rival)
+        relaxation_law(mistake)
 
 
 def test_low_temperature_code_is_argmax_of_noisy_logits() -> None:
@@ -203,10 +203,10 @@ def test_straight_through_is_one_hot_with_relaxed_gradient() -> None:
     hard_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [HardWithoutGradient, NearlyHard])
-def test_hard_code_without_gradient_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [HardWithoutGradient, NearlyHard])
+def test_hard_code_without_gradient_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        hard_law(rival)
+        hard_law(mistake)
 
 
 # ---- schedule of the temperature -------------------------------------------------------------------------------------

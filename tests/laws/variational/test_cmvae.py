@@ -89,8 +89,8 @@ def test_loss_matches_paper_with_cluster_mean(shifted: Any) -> None:
         q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         off = D.kl_divergence(q_u_i, standard[0]) - (q_u_i.log_prob(u) - standard[0].log_prob(u))
         kl.append(q_u.log_prob(u) - given_c + D.kl_divergence(q_w_i, standard[1]) + off)
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 
@@ -134,11 +134,11 @@ def test_one_modality_equals_mixture_vae(shifted: Any) -> None:
         torch.testing.assert_close(getattr(model.eval(), call)(x), getattr(other.eval(), call)(x))
 
 
-@pytest.mark.parametrize("apart", [0.0, 1.0, 4.0])
-def test_mixture_kl_matches_numerical_integration(apart: float, shifted: Any) -> None:
+@pytest.mark.parametrize("distance", [0.0, 1.0, 4.0])
+def test_mixture_kl_matches_numerical_integration(distance: float, shifted: Any) -> None:
     """The batch repeats one sample, so its mean is over draws."""
     n, sigma = 20_000, torch.tensor([0.5, 0.8]).double()
-    mu = apart * torch.tensor([-1.0, 0.7]).double() + 0.3
+    mu = distance * torch.tensor([-1.0, 0.7]).double() + 0.3
     model = shifted(CMVAE((2,), latent_dim=1, private_dim=0, n_components=3, hidden_dims=()).double())
     own = (mu[None, :, None].expand(n, -1, -1), 2 * sigma.log()[None, :, None].expand(n, -1, -1))
     model.experts = lambda x, parts=None: own
@@ -244,7 +244,7 @@ def test_cluster_posterior_follows_code_distance(shifted: Any) -> None:
     assert not model.clusters(x).requires_grad
 
 
-def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
+def clustered_model(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
     """A model with codes in three clusters, and others far away in the prior; samples, their clusters."""
     torch.manual_seed(1)
     model: Any = CMVAE((4,), latent_dim=2, private_dim=1, n_components=n_components, hidden_dims=()).double()
@@ -265,14 +265,14 @@ def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
 
 
 def test_samples_are_assigned_to_nearest_cluster() -> None:
-    model, x, of = placed(6)
+    model, x, of = clustered_model(6)
     assert torch.equal(model.clusters(x).argmax(1), of)
     torch.testing.assert_close(model.clusters(x).sum(1), torch.ones(60).double())
 
 
 @pytest.mark.parametrize("n_components", [3, 5, 7])
 def test_pruned_clusters_are_never_drawn(n_components: int) -> None:
-    model, x, of = placed(n_components)
+    model, x, of = clustered_model(n_components)
     entropies = model.prune(x)
     assert [*entropies] == [*range(n_components, 1, -1)] and min(entropies, key=lambda k: entropies[k]) == 3
     share = model.weight_K.softmax(0)
@@ -294,8 +294,8 @@ def test_entropies_match_scipy_and_least_cluster_is_pruned(beta: float, shifted:
     joint, kept, expected = np.zeros((20, M, 3)), [0, 1, 2], {}
     for i, (mu, log_var) in enumerate(zip(*(values.unbind(1) for values in model.components(x)), strict=True)):
         q = normal(mu, log_var)
-        apart = D.kl_divergence(normal(mu[:, None], log_var[:, None]), p_u_c.expand((1, 3)))
-        joint[:, i] = (p_c.logits - apart - q.entropy()[:, None]).detach().numpy()
+        kl_c = D.kl_divergence(normal(mu[:, None], log_var[:, None]), p_u_c.expand((1, 3)))
+        joint[:, i] = (p_c.logits - kl_c - q.entropy()[:, None]).detach().numpy()
     while len(kept) > 1:
         weighed = np.exp(joint[..., kept]) / p_c.probs[kept].sum().item()
         q_c = weighed / weighed.sum(2, keepdims=True)

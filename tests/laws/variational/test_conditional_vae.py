@@ -17,8 +17,8 @@ from label_laws import (  # noqa: F401
     make,
     moved,
     noise_of,
-    of_every_label,
     terms_at,
+    terms_per_label,
     test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
@@ -86,7 +86,7 @@ def enumeration_law(cls: type[ConditionalVAE]) -> None:
     """The loss is -log sum_y p(y) w_y of one draw per label without a label, and -ELBO with one; with gradients."""
     model, x = moved(cls((6,), latent_dim=LATENT, num_classes=K, hidden_dims=(8,)).double()), data()
     for y in (None, torch.full((5,), -1), torch.tensor([-1, 2, -1, 0, -1]), torch.tensor([1, 2, 0, 0, 2])):
-        nll, kl, ratio = of_every_label(model, x, noise_of(model, x))
+        nll, kl, ratio = terms_per_label(model, x, noise_of(model, x))
         terms = model.loss(x, y)
         bound = ((-nll - ratio).exp() / K).sum(1).log()
         rest = ((-nll - ratio).softmax(1) * nll).sum(1)
@@ -138,10 +138,10 @@ def test_unlabelled_bound_sums_over_labels() -> None:
     enumeration_law(ConditionalVAE)
 
 
-@pytest.mark.parametrize("rival", [ClosedForm, NoPrior, MostLikelyAlone])
-def test_wrong_sums_over_labels_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [ClosedForm, NoPrior, MostLikelyAlone])
+def test_wrong_sums_over_labels_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        enumeration_law(rival)
+        enumeration_law(mistake)
 
 
 # ---- the evidence ----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_closed_form_kl_over_labels_exceeds_evidence() -> None:
 def test_label_of_code_is_given_or_most_likely(kind: str) -> None:
     shape, net = SHAPES[kind]
     model, x = make(shape=shape, net=net).eval(), data(20, shape)
-    nll, kl, _ = of_every_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
+    nll, kl, _ = terms_per_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
     likely = (-nll - kl).argmax(1)
     assert len(likely.unique()) > 1
     torch.testing.assert_close(model.classify(x), (-nll - kl).log_softmax(1))

@@ -154,7 +154,7 @@ def test_modality_is_decoded_from_joint_and_own_code(shifted: Any) -> None:
 # ---- relation to the evidence ----------------------------------------------------------------------------------------
 
 
-def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
+def one_part_model() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
     """A linear model of one part with the encoder at the exact posterior, samples, their evidence, and KL(q || p)."""
     exact, _, x = exact_model(CRMVAE)
     w, m = exact.stacked(range(3))
@@ -173,7 +173,7 @@ def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_exact_posterior_bound_exceeds_evidence_by_omitted_terms(alpha: float) -> None:
-    model, x, evidence, kl = of_one_part()
+    model, x, evidence, kl = one_part_model()
     model.alpha, model.all_alike = alpha, False
     for term, sign, expected in (("elbo", 1, evidence), ("loss", -1, evidence + alpha * kl)):
         found, error = mean_of(model, x, term)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from adversarial_laws import (  # noqa: F401
     CODE,
     images,
-    sets,
+    player_parameters,
     small,
     test_beta_and_capacity_apply_to_kl_term,
     test_inference_equals_vae,
@@ -70,7 +70,7 @@ def test_zero_gamma_has_vae_loss_and_gradient(training: bool, shifted: Any) -> N
     for term in ("loss", "nll", "kl", "elbo"):
         torch.testing.assert_close(found[0][term], found[1][term], rtol=0, atol=1e-5)
         torch.testing.assert_close(found[0][term], found[1][term], rtol=1e-12, atol=1e-12)
-    for p, q in zip(sets(model)["vae"], vae.parameters(), strict=True):
+    for p, q in zip(player_parameters(model)["vae"], vae.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 

@@ -152,10 +152,10 @@ def test_gamma_draw_gradients_match_closed_forms() -> None:
     gradient_law(GammaVAE)
 
 
-@pytest.mark.parametrize("rival", [PyTorchVAE, Rejection])
-def test_wrong_draw_gradients_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [PyTorchVAE, Rejection])
+def test_wrong_draw_gradients_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        gradient_law(rival, (1.0, 1.0, 1.5, 2.0))
+        gradient_law(mistake, (1.0, 1.0, 1.5, 2.0))
 
 
 def test_draw_gradient_is_quantile_derivative() -> None:

@@ -55,12 +55,12 @@ class DetachedLevels(HierarchicalVAE):
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
+    ("mistake", "law"),
     [(TwoDrawsOfTheTop, draw_law), (BottomWithoutPrior, bound_law), (DetachedLevels, bound_law)],
     ids=lambda value: value.__name__,
 )
-def test_wrong_hierarchies_are_detected(rival: Any, law: Any, shifted: Any) -> None:
-    model = shifted(rival(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
+def test_wrong_hierarchies_are_detected(mistake: Any, law: Any, shifted: Any) -> None:
+    model = shifted(mistake(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
     with pytest.raises(AssertionError):
         law(model, concatenated)
 

@@ -31,7 +31,7 @@ def sphere(d: int, family: str, **settings: Any) -> Any:
     ).double()
 
 
-def about_mean(d: int, family: str) -> Any:
+def family_of(d: int, family: str) -> Any:
     return manifold.FAMILIES[family](d)
 
 
@@ -80,7 +80,7 @@ def test_kl_gradient_matches_reference(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_density_integrates_to_one_over_the_sphere(family: str) -> None:
-    q, mu = about_mean(3, family), directions(1, 3)
+    q, mu = family_of(3, family), directions(1, 3)
     heights = torch.linspace(-1, 1, 2001, dtype=torch.float64)[:-1] + 5e-4
     turns = torch.arange(400, dtype=torch.float64) * 2 * math.pi / 400
     height, turn = torch.meshgrid(heights, turns, indexing="ij")

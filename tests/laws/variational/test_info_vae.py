@@ -147,15 +147,15 @@ def test_info_vae_satisfies_every_law(law: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
+    ("mistake", "law"),
     [(PyTorchVAEInfo, law) for law in MMD_LAWS]
     + [(PyTorchVAECross, mmd_law), (PyTorchVAECross, prior_law), (PyTorchVAEKernel, mmd_law)]
     + [(PyTorchVAEKernel, gaussian_law), (WithoutAlpha, objective_law)],
     ids=lambda value: value.__name__,
 )
-def test_wrong_discrepancies_are_detected(rival: Any, law: Any) -> None:
+def test_wrong_discrepancies_are_detected(mistake: Any, law: Any) -> None:
     with pytest.raises(AssertionError):
-        law(rival)
+        law(mistake)
 
 
 def test_codes_are_compared_with_as_many_draws_from_the_prior() -> None:

@@ -67,7 +67,7 @@ def exact_elbo(model: Any, x: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
     return log_px - D.kl_divergence(D.Normal(mu, (0.5 * log_var).exp()), prior).sum(1)
 
 
-def off(model: Any) -> Any:
+def shift_encoder(model: Any) -> Any:
     """Move q away from p(z|x), in mean and variance."""
     with torch.no_grad():
         model.encoder[1].bias += 0.6 * torch.linspace(-1, 1, len(model.encoder[1].bias))
@@ -80,7 +80,7 @@ def test_the_bounds_rise_from_the_elbo_towards_the_evidence() -> None:
     ladder = []
     for k in (1, 2, 5, 20, 100, 500):
         torch.manual_seed(5)
-        model = off(true_posterior("iwae", 3, 9, n_samples=k))
+        model = shift_encoder(true_posterior("iwae", 3, 9, n_samples=k))
         rows = x.repeat(8000 // k, 1)
         with torch.no_grad():
             ladder.append(model.loss(rows)["elbo"].item())

@@ -79,9 +79,15 @@ def test_loss_is_joint_elbo_plus_unimodal_kls(shifted: Any) -> None:
     x_hat = model.decode(mu + (0.5 * log_var).exp() * eps)
     nll = -D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1)
     of_parts = zip(model.encoder, x.split(PARTS, 1), strict=True)
-    apart = sum(D.kl_divergence(q, normal(*net(part).chunk(2, 1))) for net, part in of_parts)
+    parts_kl = sum(D.kl_divergence(q, normal(*net(part).chunk(2, 1))) for net, part in of_parts)
     kl = D.kl_divergence(q, PRIOR)
-    expected = {"loss": nll + 3.0 * kl + 0.7 * apart, "nll": nll, "kl": kl, "parts_kl": apart, "elbo": -(nll + kl)}
+    expected = {
+        "loss": nll + 3.0 * kl + 0.7 * parts_kl,
+        "nll": nll,
+        "kl": kl,
+        "parts_kl": parts_kl,
+        "elbo": -(nll + kl),
+    }
     assert_same_terms(model, terms, {term: values.mean() for term, values in expected.items()})
 
 

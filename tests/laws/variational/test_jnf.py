@@ -73,9 +73,9 @@ def test_loss_is_joint_elbo_plus_unimodal_log_ratios(shifted: Any) -> None:
     q = normal(*model.joint_encoder(x).chunk(2, 1))
     z = q.mean + q.stddev * eps
     nll = -D.Bernoulli(probs=model.decode(z), validate_args=False).log_prob(x).flatten(1).sum(1)
-    apart = sum(q.log_prob(z).detach() - log_density(model, x, z.detach(), i) for i in range(3))
+    parts_kl = sum(q.log_prob(z).detach() - log_density(model, x, z.detach(), i) for i in range(3))
     kl = D.kl_divergence(q, PRIOR)
-    expected = {"loss": nll + 3.0 * kl + apart, "nll": nll, "kl": kl, "parts_kl": apart, "elbo": -(nll + kl)}
+    expected = {"loss": nll + 3.0 * kl + parts_kl, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}
     assert_same_terms(model, terms, {term: values.mean() for term, values in expected.items()})
 
 

@@ -125,10 +125,10 @@ def test_each_latent_type_has_its_own_capacity() -> None:
     distance_law(JointVAE)
 
 
-@pytest.mark.parametrize("rival", [Unbounded, OneDistance])
-def test_wrong_capacity_distances_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [Unbounded, OneDistance])
+def test_wrong_capacity_distances_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        distance_law(rival)
+        distance_law(mistake)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def gradients(value: Tensor, of: list[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(of, found, strict=True)]
 
 
-def alike(found: list[Tensor], expected: list[Tensor]) -> None:
+def assert_gradients_close(found: list[Tensor], expected: list[Tensor]) -> None:
     assert sum(float(g.square().sum()) for g in expected) > 1e-6
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
@@ -128,10 +128,10 @@ def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: boo
     torch.testing.assert_close(terms["mi"], mi)
     torch.testing.assert_close(terms["loss"], elbo_loss - weight * mi)
     sets = players(model)
-    alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - weight * mi, sets["vae"]))
-    alike(gradients(terms["loss"], sets["statistics"]), gradients(-mi, sets["statistics"]))
+    assert_gradients_close(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - weight * mi, sets["vae"]))
+    assert_gradients_close(gradients(terms["loss"], sets["statistics"]), gradients(-mi, sets["statistics"]))
     decoder = [*model.decoder.parameters()]
-    alike(gradients(terms["loss"], decoder), gradients(terms["nll"], decoder))
+    assert_gradients_close(gradients(terms["loss"], decoder), gradients(terms["nll"], decoder))
     for term in ("nll", "kl", "elbo"):
         assert not any(g.any() for g in gradients(terms[term], sets["statistics"])), term
     assert not terms["mi"].requires_grad
@@ -157,8 +157,8 @@ def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
         weights = [math.exp(t) / average / 6 for t in other.tolist()]
         climbed = own.mean() - sum(weight * t for weight, t in zip(weights, other, strict=True))
         sets = players(model)
-        alike(gradients(terms["loss"], sets["statistics"]), gradients(-climbed, sets["statistics"]))
-        alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
+        assert_gradients_close(gradients(terms["loss"], sets["statistics"]), gradients(-climbed, sets["statistics"]))
+        assert_gradients_close(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ class LogRatio(nn.Module):
         return self.factor * ratio[:, None] + self.constant
 
 
-def of_pairs(rho: float, discriminator: nn.Module, **settings: Any) -> Any:
+def correlated_pairs(rho: float, discriminator: nn.Module, **settings: Any) -> Any:
     """Codes z ~ N(rho x, 1 - rho^2), which for x ~ N(0, 1) are standard normal."""
     model = small(input_shape=(1,), latent_dim=1, hidden_dims=(), likelihood="gaussian", **settings)
     model.posterior = lambda x: (rho * x, torch.full_like(x, math.log(1 - rho**2)))
@@ -244,7 +244,9 @@ def test_optimal_statistics_give_gaussian_information(rho: float, constant: floa
     """-1/2 log(1 - rho^2), for T plus any constant."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
     exact = -0.5 * math.log(1 - rho**2)
-    assert of_pairs(rho, LogRatio(rho, constant=constant)).loss(x)["mi"].item() == pytest.approx(exact, abs=0.01)
+    assert correlated_pairs(rho, LogRatio(rho, constant=constant)).loss(x)["mi"].item() == pytest.approx(
+        exact, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("factor", [-0.3, 0.0, 0.5, 0.9, 1.1])
@@ -258,13 +260,13 @@ def test_suboptimal_statistics_give_lower_bound(factor: float) -> None:
     information = -0.5 * math.log(1 - rho**2)
     bound = factor * information - log_mean
     assert bound < information - 1e-3
-    assert of_pairs(rho, LogRatio(rho, factor)).loss(x)["mi"].item() == pytest.approx(bound, abs=0.01)
+    assert correlated_pairs(rho, LogRatio(rho, factor)).loss(x)["mi"].item() == pytest.approx(bound, abs=0.01)
 
 
 def test_mi_weight_equal_to_beta_cancels_information_cost() -> None:
     """KL = I + KL(q(z) || p(z)), where q(z) is the prior here."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
-    terms = of_pairs(0.8, LogRatio(0.8), beta=1.5, mi_weight=1.5).loss(x)
+    terms = correlated_pairs(0.8, LogRatio(0.8), beta=1.5, mi_weight=1.5).loss(x)
     assert terms["kl"].item() == pytest.approx(-0.5 * math.log(1 - 0.8**2), abs=0.01)
     assert terms["loss"].item() == pytest.approx(terms["nll"].item(), abs=0.03)
 

@@ -17,6 +17,7 @@ from weak_label_laws import (  # noqa: F401
     assert_equals_vae,
     images,
     labels,
+    model_and_vae,
     normal,
     posterior,
     small,
@@ -33,7 +34,6 @@ from weak_label_laws import (  # noqa: F401
     test_pair_training_finds_shared_dimension,
     test_two_ranks_equal_one_process_with_split_groups,
     test_ungrouped_samples_equal_vae,
-    twins,
 )
 
 from aezoo.models.variational.ada_gvae import AdaGVAE
@@ -43,7 +43,7 @@ from aezoo.models.variational.mlvae import MLVAE
 
 
 def test_zero_group_dimension_equals_vae(shifted: Any) -> None:
-    assert_equals_vae(*twins(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
+    assert_equals_vae(*model_and_vae(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
 
 
 # ---- Ada-GVAE: Locatello et al. 2020 ---------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def test_loss_matches_torch_distributions_with_r_draws(shifted: Any) -> None:
         q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         of_u = D.kl_divergence(q_u_i, PRIOR) - q_u_i.log_prob(u) + q_u.log_prob(u)
         kl.append(of_u + D.kl_divergence(q_w_i, private))
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 

@@ -25,13 +25,13 @@ from multimodal_laws import (  # noqa: F401
     SUBSETS,
     assert_equals_vae,
     assert_same_terms,
-    both,
     encoded,
     exact_model,
     experts,
     given_noise,
     images,
     normal,
+    one_part_model_and_vae,
     small,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
@@ -136,7 +136,7 @@ def test_unit_variance_experts_average_with_prior() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 def test_product_of_one_modality_equals_vae_with_prior_expert(beta: float, training: bool, shifted: Any) -> None:
-    model, vae = both(MVAE, shifted, beta=beta)
+    model, vae = one_part_model_and_vae(MVAE, shifted, beta=beta)
     plain = vae.posterior
 
     def with_prior(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ from multimodal_laws import (  # noqa: F401
     PRIOR,
     SHAPE,
     assert_same_terms,
-    both,
     exact_model,
     given_noise,
     images,
     normal,
+    one_part_model_and_vae,
     small,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
@@ -67,9 +67,9 @@ def test_loss_matches_torch_distributions(shifted: Any) -> None:
     q = D.Independent(D.Normal(mean, precision**-0.5), 1)
     x_hat = model.decode(mean + precision**-0.5 * eps)
     nll = -D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1)
-    kl, apart = D.kl_divergence(q, PRIOR), sum(D.kl_divergence(q, normal(*expert)) for expert in own)
-    expected = (3 - 0.7) / 3 * nll + 3.0 * ((1 - 0.7) * kl + 0.7 / 3 * apart)
-    means = (values.mean() for values in (expected, nll, kl, apart, -(nll + kl)))
+    kl, parts_kl = D.kl_divergence(q, PRIOR), sum(D.kl_divergence(q, normal(*expert)) for expert in own)
+    expected = (3 - 0.7) / 3 * nll + 3.0 * ((1 - 0.7) * kl + 0.7 / 3 * parts_kl)
+    means = (values.mean() for values in (expected, nll, kl, parts_kl, -(nll + kl)))
     assert_same_terms(model, terms, dict(zip(TERMS, means, strict=True)))
 
 
@@ -93,7 +93,7 @@ def test_alpha_0_equals_vae_of_expert_product(training: bool, shifted: Any) -> N
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_one_part_equals_vae_weighted_by_one_minus_alpha(alpha: float, shifted: Any) -> None:
-    model, vae = both(MVTCAE, shifted, beta=3.0)
+    model, vae = one_part_model_and_vae(MVTCAE, shifted, beta=3.0)
     model.alpha = alpha
     x, found = images(), []
     for each in (model, vae):
@@ -108,9 +108,9 @@ def test_one_part_equals_vae_weighted_by_one_minus_alpha(alpha: float, shifted: 
     assert model.loss(x)["parts_kl"] == 0
 
 
-@pytest.mark.parametrize("apart", [0.0, 1.0, 6.0])
-def test_kl_of_product_to_experts_matches_integration(apart: float) -> None:
-    mu, sigma = apart * np.array([-1.0, 0.2, 1.0]) + 0.3, np.array([0.5, 0.8, 0.4])
+@pytest.mark.parametrize("distance", [0.0, 1.0, 6.0])
+def test_kl_of_product_to_experts_matches_integration(distance: float) -> None:
+    mu, sigma = distance * np.array([-1.0, 0.2, 1.0]) + 0.3, np.array([0.5, 0.8, 0.4])
     own = [torch.from_numpy(values)[None, :, None] for values in (mu, 2 * np.log(sigma))]
     model = with_experts(MVTCAE((3,), parts=(1, 1, 1), latent_dim=1, hidden_dims=()).double(), *own)
     total = quad(lambda z: np.prod(stats.norm.pdf(z, mu, sigma)), -9, 9, epsabs=0, points=[*mu], limit=400)[0]
@@ -166,8 +166,8 @@ def test_linear_model_loss_matches_closed_form() -> None:
     squares = ((x.numpy() - mean @ w.T - m) ** 2).sum(1) + ((w**2) * variance).sum()
     nll = squares / (2 * scale**2) + 9 / 2 * math.log(2 * math.pi * scale**2)
     kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).sum(1)
-    apart = sum(0.5 * (variance / v + (mean - mu) ** 2 / v - 1 - np.log(variance / v)).sum(1) for mu, v in own)
-    expected = (1 - alpha / 3) * nll + beta * ((1 - alpha) * kl + alpha / 3 * apart)
+    parts_kl = sum(0.5 * (variance / v + (mean - mu) ** 2 / v - 1 - np.log(variance / v)).sum(1) for mu, v in own)
+    expected = (1 - alpha / 3) * nll + beta * ((1 - alpha) * kl + alpha / 3 * parts_kl)
     with torch.no_grad():
         found = torch.stack([model.loss(x.repeat(500, 1))["loss"] for _ in range(10)])
     error = found.std().item() / math.sqrt(10)

@@ -37,7 +37,7 @@ def moebius(x: Tensor, y: Tensor, c: float) -> Tensor:
     return ((1 + 2 * xy + yy) * x + (1 - xx) * y) / (1 + 2 * xy + xx * yy)
 
 
-def disc(d: int, c: float, **settings: Any) -> Any:
+def poincare(d: int, c: float, **settings: Any) -> Any:
     return aezoo.create_model(
         "poincare_vae", (2, 3, 3), latent_dim=d, curvature=c, hidden_dims=(16,), **settings
     ).double()
@@ -45,7 +45,7 @@ def disc(d: int, c: float, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 4.0])
 def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
-    ball = disc(3, c).ball
+    ball = poincare(3, c).ball
     scale = 1 / math.sqrt(c)
     x, y = points(40, 3, c, torch.linspace(0, 6, 40).double() * scale), points(40, 3, c).flip(0)
     torch.testing.assert_close(ball.add(x, y), moebius(x, y, c), rtol=1e-6, atol=1e-9)
@@ -63,7 +63,7 @@ def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
 
 def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
     """At distance 24 a code is 1e-10 from the boundary; the largest distance in float32 is 17."""
-    ball = disc(3, 1.0).ball
+    ball = poincare(3, 1.0).ball
     far = points(20, 3, 1.0, torch.linspace(12, 24, 20).double())
     torch.testing.assert_close(ball.exp_0(ball(far)), far, rtol=1e-12, atol=0)
     torch.testing.assert_close(ball(far).norm(dim=1), torch.linspace(12, 24, 20).double(), rtol=1e-5, atol=0)
@@ -85,7 +85,7 @@ def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
 @pytest.mark.parametrize("c", [0.05, 1.0, 3.0])
 def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
     """In polar coordinates about the centre, where the volume is (sinh(sqrt(c) r) / sqrt(c))^(D-1) dr."""
-    model = disc(2, c)
+    model = poincare(2, c)
     radii = torch.linspace(0, 14 / math.sqrt(c) + 6, 1401, dtype=torch.float64)[:-1] + 0.005
     width = float(radii[1] - radii[0])
     turns = torch.arange(720, dtype=torch.float64) * 2 * math.pi / 720
@@ -102,7 +102,7 @@ def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
 def test_samples_match_reported_density() -> None:
     """The log q of a draw is that at its code, E_q[p / q] = 1, and the density for c -> 0 is torch's normal."""
     for c in (0.2, 1.0):
-        model = disc(3, c)
+        model = poincare(3, c)
         mean = torch.tensor([[0.5, -0.3, 0.2]], dtype=torch.float64)
         log_var = torch.tensor([[0.3, 0.1, 0.4]], dtype=torch.float64)
         model.posterior = lambda x, given=(mean, log_var): given
@@ -110,7 +110,7 @@ def test_samples_match_reported_density() -> None:
         again = model.ball.log_density(model.ball.log(model.ball.exp_0(mean), z), log_var)
         torch.testing.assert_close(again, log_q, rtol=1e-6, atol=1e-6)
         assert (model.log_prior(z) - log_q).exp().mean().item() == pytest.approx(1, abs=0.03)
-    flat = disc(3, 1e-6)
+    flat = poincare(3, 1e-6)
     v = torch.randn(5, 3, dtype=torch.float64)
     expected = D.Normal(torch.zeros(3).double(), (0.5 * log_var).exp()).log_prob(v).sum(1)
     torch.testing.assert_close(flat.ball.log_density(v, log_var), expected, rtol=0, atol=1e-5)
@@ -118,7 +118,7 @@ def test_samples_match_reported_density() -> None:
 
 def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
     x = torch.rand(6, 2, 3, 3, dtype=torch.float64)
-    flat = shifted(disc(5, 1e-6, beta=2.0)).double()
+    flat = shifted(poincare(5, 1e-6, beta=2.0)).double()
     vae = aezoo.create_model("vae", (2, 3, 3), latent_dim=5, hidden_dims=(16,), beta=2.0).double()
     vae.load_state_dict({name.replace("decoder.1.", "decoder."): value for name, value in flat.state_dict().items()})
     torch.testing.assert_close(flat(x), vae(x), rtol=0, atol=1e-5)
@@ -139,7 +139,7 @@ def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
 
 
 def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
-    model, x = shifted(disc(3, 1.0)).double().eval(), torch.rand(3, 2, 3, 3, dtype=torch.float64)
+    model, x = shifted(poincare(3, 1.0)).double().eval(), torch.rand(3, 2, 3, 3, dtype=torch.float64)
     z, log_q = model.sample_posterior(x, 20_000)
     log_px = [-model.nll(model.decoder(z[:, i]), x[i : i + 1].expand(20_000, 2, 3, 3)) for i in range(3)]
     weights = torch.stack(log_px, 1) + model.log_prior(z) - log_q
@@ -158,7 +158,7 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
 
 def test_negative_sampled_kl_is_not_clamped() -> None:
     """The gradient of the loss is that of the KL for both signs; the model has no capacity."""
-    model, x = disc(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
+    model, x = poincare(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
     mean = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
     log_var = torch.full((2, 3), -0.2, dtype=torch.float64, requires_grad=True)
     model.posterior, signs = (lambda x: (mean, log_var)), set()
@@ -179,7 +179,7 @@ def test_negative_sampled_kl_is_not_clamped() -> None:
 
 def test_map_gradients_match_finite_differences() -> None:
     for c in (0.3, 2.0):
-        model = disc(3, c)
+        model = poincare(3, c)
         mean, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
         log_var = torch.randn(4, 3, dtype=torch.float64)
 
@@ -196,7 +196,7 @@ def test_map_gradients_match_finite_differences() -> None:
 def test_boundary_codes_stay_finite() -> None:
     for c in (1e-6, 1.0, 1e6):
         for size in (0.0, 1e-20, 1.0, 50.0, 1e4, 1e30):
-            model = disc(4, c).float()
+            model = poincare(4, c).float()
             with torch.no_grad():
                 model.encoder[-2].bias[:4] = size
                 model.encoder[-2].weight *= size > 0
@@ -211,4 +211,4 @@ def test_boundary_codes_stay_finite() -> None:
 
 def test_zero_curvature_is_refused() -> None:
     with pytest.raises(AezooError, match="near 0 take vae"):
-        disc(3, 0.0)
+        poincare(3, 0.0)

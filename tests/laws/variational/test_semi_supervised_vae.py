@@ -16,7 +16,7 @@ from label_laws import (  # noqa: F401
     make,
     moved,
     noise_of,
-    of_every_label,
+    terms_per_label,
     test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
@@ -41,7 +41,7 @@ def test_predicted_label_matches_classifier() -> None:
     q = D.Categorical(logits=model.classifier(x))
     torch.testing.assert_close(model.classify(x).exp(), q.probs)
     assert torch.equal(model.encode(x)[:, LATENT:].argmax(1), q.probs.argmax(1))
-    nll, kl, _ = of_every_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
+    nll, kl, _ = terms_per_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
     expected = (q.probs * (nll + kl + math.log(K))).sum(1) - q.entropy()
     torch.testing.assert_close(model.score(x), expected)
 
@@ -54,7 +54,7 @@ def unlabelled_law(cls: type[SemiSupervisedVAE]) -> None:
     model = moved(cls((6,), latent_dim=LATENT, num_classes=K, hidden_dims=(8,), alpha=7.0).double())
     x = data()
     for y in (None, torch.tensor([-1, -1, -1, -1, -1]), torch.tensor([-1, 2, -1, 0, 1]), torch.tensor([1, 2, 0, 0, 1])):
-        nll, kl, _ = of_every_label(model, x, noise_of(model, x))
+        nll, kl, _ = terms_per_label(model, x, noise_of(model, x))
         terms = model.loss(x, y)
         losses, cross = [], []
         for i in range(5):
@@ -101,10 +101,10 @@ def test_the_bound_of_unlabelled_samples_is_the_sum_over_labels() -> None:
     unlabelled_law(SemiSupervisedVAE)
 
 
-@pytest.mark.parametrize("rival", [EntropyAdded, MeanOfLabelled, HardLabel])
-def test_wrong_unlabelled_bounds_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [EntropyAdded, MeanOfLabelled, HardLabel])
+def test_wrong_unlabelled_bounds_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        unlabelled_law(rival)
+        unlabelled_law(mistake)
 
 
 def test_full_labels_equal_conditional_vae() -> None:

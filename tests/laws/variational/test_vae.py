@@ -59,7 +59,7 @@ def ppca(train: Tensor, k: int, spectrum: Any, x: Tensor) -> float:
     return float(-0.5 * (len(values) * np.log(2 * np.pi) + np.log(variances).sum() + (z**2 / variances).sum(1).mean()))
 
 
-def reaches_ppca(model: Any, train: Tensor, test: Tensor, k: int, spectrum: Any) -> tuple[float, float, float]:
+def assert_reaches_ppca(model: Any, train: Tensor, test: Tensor, k: int, spectrum: Any) -> tuple[float, float, float]:
     """Gaps in nats to the optimum on train and test, and of the ELBO to log p(x); the optimum is never exceeded."""
     gap = ppca(train, k, spectrum, train) - exact(model, train).mean().item()
     assert -1e-3 < gap < 1
@@ -89,7 +89,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_digits(digits_vae: Any, digits: Te
     assert ppca(train, 8, spectrum, test) == pytest.approx(
         PCA(8).fit(train.flatten(1).double().numpy()).score(test.flatten(1).double().numpy()), abs=0.1
     )
-    reaches_ppca(digits_vae, train, test, 8, spectrum)
+    assert_reaches_ppca(digits_vae, train, test, 8, spectrum)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_mnist(mnist5k: Tensor, spectrum: A
     train, test = x[:3500], x[3500:]
     model = centred(linear_vae((1, 28, 28), 6), train)
     adam(model, train, steps=1500, lr=1e-2, batch=256)
-    reaches_ppca(model, train, test, 6, spectrum)
+    assert_reaches_ppca(model, train, test, 6, spectrum)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_fashion_mnist(
         assert ppca(train, k, lambda _: found, test) == pytest.approx(of_test, abs=6e-3)
     model = centred(linear_vae((1, 28, 28), 8), train)
     adam(model, train, steps=3000, lr=1e-2, batch=512)
-    reaches_ppca(model, train, test, 8, lambda _: found)
+    assert_reaches_ppca(model, train, test, 8, lambda _: found)
 
 
 # ---- bounds: Burda et al. 2015 ---------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def elbo_law(make: Callable[..., Any]) -> None:
     assert torch.equal(terms["elbo"], -(terms["nll"] + terms["kl"]))
 
 
-def train_is_evaluation(make: Callable[..., Any]) -> None:
+def train_equals_evaluation_law(make: Callable[..., Any]) -> None:
     """With the same noise, training and evaluation compute the same loss."""
     model, x = make(), torch.rand(6, 2, 3, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -304,7 +304,7 @@ def score_law(make: Callable[..., Any]) -> None:
     torch.testing.assert_close(model(x), model.decoder(mu).sigmoid())
 
 
-LAWS = (kl_law, elbo_law, train_is_evaluation, capacity_law, log_likelihood_law, score_law)
+LAWS = (kl_law, elbo_law, train_equals_evaluation_law, capacity_law, log_likelihood_law, score_law)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -353,22 +353,22 @@ class Pythae(VAE):
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
+    ("mistake", "law"),
     [
         (PyOD, kl_law),
         (PyOD, elbo_law),
         (PyOD, capacity_law),
         (PyOD, score_law),
         (PyTorchVAE, kl_law),
-        (PyTorchVAE, train_is_evaluation),
+        (PyTorchVAE, train_equals_evaluation_law),
         (Bolts, elbo_law),
         (Pythae, log_likelihood_law),
     ],
     ids=lambda value: value.__name__,
 )
-def test_wrong_vae_formulas_are_detected(rival: Any, law: Any) -> None:
+def test_wrong_vae_formulas_are_detected(mistake: Any, law: Any) -> None:
     def make(**settings: Any) -> Any:
-        return rival((2, 3, 3), latent_dim=5, hidden_dims=(16,), **settings).double()
+        return mistake((2, 3, 3), latent_dim=5, hidden_dims=(16,), **settings).double()
 
     with pytest.raises(AssertionError):
         law(make)

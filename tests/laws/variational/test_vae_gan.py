@@ -11,7 +11,7 @@ from adversarial_laws import (  # noqa: F401
     draw,
     gradients,
     images,
-    sets,
+    player_parameters,
     size,
     small,
     test_beta_and_capacity_apply_to_kl_term,
@@ -43,12 +43,12 @@ def test_gradient_leaks_between_networks_are_detected(shifted: Any) -> None:
     model, x = shifted(small("factor_vae")), images()
     _, z, _ = draw(model, x)
     leaky = F.softplus(-model.discriminator(z)).mean() + F.softplus(model.discriminator(model.permute_dims(z))).mean()
-    assert size(gradients(leaky, sets(model)["vae"])) > 1e-3
+    assert size(gradients(leaky, player_parameters(model)["vae"])) > 1e-3
     model = shifted(small("vae_gan"))
     _, _, params = draw(model, x)
     t = model.discriminator["head"](model.discriminator["features"](model.likelihood.mean(params)))
     for player in ("encoder", "decoder", "discriminator"):
-        assert size(gradients(F.softplus(t).mean(), sets(model)[player])) > 1e-3
+        assert size(gradients(F.softplus(t).mean(), player_parameters(model)[player])) > 1e-3
 
 
 # ---- VAE-GAN ---------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ ALONE: dict[str, Tensor | None] = {
 }
 
 
-def twins(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
+def model_and_vae(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
     model, vae = small(make, **settings), shifted(small(VAE))
     model.load_state_dict(vae.state_dict())
     return model, vae
@@ -100,24 +100,24 @@ def assert_equals_vae(model: Any, vae: Any, y: Tensor | None, training: bool) ->
 @pytest.mark.parametrize("y", ALONE.values(), ids=list(ALONE))
 @pytest.mark.parametrize("make", WEAK)
 def test_ungrouped_samples_equal_vae(make: Any, y: Tensor | None, training: bool, shifted: Any) -> None:
-    assert_equals_vae(*twins(make, shifted), y, training)
+    assert_equals_vae(*model_and_vae(make, shifted), y, training)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averaging_sample_with_itself_is_identity(average: str, shifted: Any) -> None:
-    assert_equals_vae(*twins(AdaGVAE, shifted, average=average), ALONE["all different"], True)
+    assert_equals_vae(*model_and_vae(AdaGVAE, shifted, average=average), ALONE["all different"], True)
 
 
 @pytest.mark.parametrize("make", WEAK)
 def test_group_labels_change_loss(make: Any, shifted: Any) -> None:
-    mine, theirs = losses(*twins(make, shifted), labels(0, 0, 1, 1, -1, -1), True)
+    mine, theirs = losses(*model_and_vae(make, shifted), labels(0, 0, 1, 1, -1, -1), True)
     assert (mine["loss"] - theirs["loss"]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("make", WEAK)
 def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
     x, found = images(), []
-    for each in twins(make, shifted):
+    for each in model_and_vae(make, shifted):
         torch.manual_seed(5)
         each.eval()
         found.append([each.encode(x), each(x), each.score(x), each.log_likelihood(x, 20), each.sample(3)])

@@ -98,7 +98,7 @@ def loss(model: Any, x: Tensor, rows: Any, total: int = 6) -> dict[str, Tensor]:
     return found
 
 
-def test_the_table_covers_every_built_in_model() -> None:
+def test_settings_cover_every_built_in_model() -> None:
     built_in = {
         name
         for family in (

@@ -86,7 +86,7 @@ def test_residual_form_equals_input_minus_noise(shifted: Any) -> None:
 
 
 class AddsPredictedNoise(DnCNN):
-    """AddsPredictedNoise the noise that it predicts."""
+    """Adds the predicted noise instead of subtracting it."""
 
     def decode(self, z: Tensor) -> Tensor:
         return 2 * z[:, : self.decoder.channels] - self.decoder(z)

@@ -282,7 +282,7 @@ def test_no_term_reaches_other_networks(name: str, gaussian: bool, shifted: Any)
 
 
 @pytest.mark.parametrize("name", GANS)
-def test_each_player_has_a_group_of_the_optimiser(name: str) -> None:
+def test_each_player_has_a_parameter_group(name: str) -> None:
     model = small(name, lr=2e-3, discriminator_lr=7e-3, likelihood="gaussian:learned")
     first, second = model.configure_optimizers().param_groups
     assert {id(p) for p in second["params"]} == {id(p) for p in model.discriminator.parameters()}

@@ -48,7 +48,7 @@ def test_training_does_not_change_frozen_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_image_decoder_changes_no_code_map_or_score(name: str) -> None:
+def test_image_decoder_does_not_affect_code_map_or_score(name: str) -> None:
     model, x = small(name).eval(), images()
     wanted = model.encode(x), model.anomaly_map(x), model.score(x)
     other = copy.deepcopy(model)

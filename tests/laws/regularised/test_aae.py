@@ -10,7 +10,7 @@ from aggregate_posterior_laws import (  # noqa: F401
     images,
     small,
     test_default_likelihood_is_the_papers_squared_error,
-    test_each_player_has_a_group_of_the_optimiser,
+    test_each_player_has_a_parameter_group,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
     test_regularisation_term_trains_encoder,

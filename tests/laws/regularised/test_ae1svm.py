@@ -126,7 +126,7 @@ def test_svm_gradients_count_outliers(shifted: Any) -> None:
     torch.testing.assert_close(w, model.w_F.detach() - phi[out].sum(0) / (nu * 20))
 
 
-def test_only_outliers_give_encoder_gradient(shifted: Any) -> None:
+def test_only_outliers_give_a_gradient_to_the_encoder(shifted: Any) -> None:
     model, x = shifted(ae1svm()), images()
     with torch.no_grad():
         model.rho.copy_(model.rho - 1 + model.features(model.encode(x)).mv(model.w_F).min())

@@ -109,7 +109,7 @@ def test_cramer_wold_vanishes_at_prior_and_grows_away() -> None:
     assert model.distance(0.3 * normal(700, 5)) > 20 * many
 
 
-def test_the_loss_counts_the_logarithm_of_the_distance(shifted: Any) -> None:
+def test_loss_contains_log_of_distance(shifted: Any) -> None:
     model, x = shifted(small("cw_ae", cw_weight=3.0)), images()
     terms = model.loss(x)
     expected = torch.log(model.distance(model.encode(x)))

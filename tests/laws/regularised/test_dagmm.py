@@ -255,7 +255,7 @@ def test_untrained_mixture_is_standard_gaussian() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_fewer_samples_than_dimensions_have_an_energy(n: int, scale: float, dtype: torch.dtype) -> None:
+def test_fewer_samples_than_dimensions_have_finite_energy(n: int, scale: float, dtype: torch.dtype) -> None:
     """A covariance of rank n - 1 has no Cholesky factor without the jitter, nor with one below rounding errors."""
     torch.manual_seed(n)
     model = dagmm().to(dtype)

@@ -83,7 +83,7 @@ def test_bias_like_activations_are_refused(name: str) -> None:
         svdd(activation=name)
 
 
-def test_a_gated_network_is_0_at_0(shifted: Any) -> None:
+def test_gated_network_maps_zero_to_zero(shifted: Any) -> None:
     assert not shifted(svdd(activation="gated")).encode(torch.zeros(2, *SHAPE).double()).any()
 
 

@@ -8,7 +8,7 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
     test_training_does_not_change_frozen_network,
@@ -60,7 +60,7 @@ def test_map_is_smoothed_sum_of_enlarged_distances() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 27, 35), (1, 40, 9)], ids=str)
 @pytest.mark.parametrize("features", ["random", "timm:resnet18,out_indices=1:2:3"])
-def test_maps_are_restored_in_their_shapes(shape: tuple[int, ...], features: str) -> None:
+def test_restored_maps_have_the_shapes_of_the_maps(shape: tuple[int, ...], features: str) -> None:
     torch.manual_seed(0)
     model = aezoo.create_model("reverse_distillation", shape, features=features, latent_dim=3)
     x = torch.rand(2, *shape)

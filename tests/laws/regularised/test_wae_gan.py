@@ -13,7 +13,7 @@ from aggregate_posterior_laws import (  # noqa: F401
     normal,
     small,
     test_default_likelihood_is_the_papers_squared_error,
-    test_each_player_has_a_group_of_the_optimiser,
+    test_each_player_has_a_parameter_group,
     test_fitted_priors_follow_the_codes,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
@@ -95,7 +95,7 @@ def test_overflowing_log_variances_give_finite_loss() -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_is_driven_towards_the_prior() -> None:
+def test_training_moves_codes_towards_the_prior() -> None:
     """For a shifted code, which would move away with the wrong sign of the adversarial term."""
     torch.manual_seed(0)
     model: Any = aezoo.create_model(

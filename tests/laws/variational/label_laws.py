@@ -1,4 +1,4 @@
-"""Laws of the models that read labels: sums over labels in a loop, exact evidence, training, and known mistakes."""
+"""Laws of the models that use labels: sums over labels in a loop, exact evidence, training, and known mistakes."""
 
 import math
 from typing import Any

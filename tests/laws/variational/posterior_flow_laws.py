@@ -208,7 +208,7 @@ def test_identity_flow_steps_equal_vae(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_importance_likelihood_matches_prior_integral(kind: str) -> None:
-    """Which needs the exact density of q(z|x); the ELBO is below it."""
+    """Which requires the exact density of q(z|x); the ELBO is below the integral."""
     model, x = small(kind, 1), data(3)
     with torch.no_grad():
         # a posterior that covers the prior

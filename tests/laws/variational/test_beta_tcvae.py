@@ -123,7 +123,7 @@ def test_aggregate_density_estimate_is_unbiased(estimator: str) -> None:
     unbiased_law(small(estimator=estimator, dataset_size=5))
 
 
-def test_wrong_and_mws_weights_are_biased() -> None:
+def test_wrong_weights_and_mws_are_biased() -> None:
     for model in (small(WrongColumns, dataset_size=5), small(estimator="mws", dataset_size=5)):
         with pytest.raises(AssertionError):
             unbiased_law(model)

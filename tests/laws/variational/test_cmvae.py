@@ -327,7 +327,7 @@ def test_training_finds_clusters_and_pruning_their_number() -> None:
         assert adjusted_rand_score(of, model.clusters(x, parts).argmax(1)) > 0.9
 
 
-def test_cluster_count_must_stay_positive() -> None:
+def test_invalid_cluster_counts_are_refused() -> None:
     with pytest.raises(AezooError, match="prune needs at least 2 clusters, but there is only one"):
         CMVAE((4,), n_components=1).prune(torch.rand(3, 4))
     with pytest.raises(AezooError, match="n_components must be at least 1, got 0"):

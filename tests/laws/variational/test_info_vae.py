@@ -158,7 +158,7 @@ def test_wrong_discrepancies_are_detected(mistake: Any, law: Any) -> None:
         law(mistake)
 
 
-def test_codes_are_compared_with_as_many_draws_from_the_prior() -> None:
+def test_mmd_uses_one_prior_draw_per_code() -> None:
     model, n = small("info_vae"), 4000
     given: list[Tensor] = []
 

@@ -102,7 +102,7 @@ def test_bounds_of_one_draw_follow_jensen() -> None:
     assert piwae["miwae"] == miwae["elbo"] and piwae["elbo"] == iwae["elbo"] == ciwae["iwae"]
 
 
-def test_the_quadrature_is_the_closed_form_for_one_sample() -> None:
+def test_quadrature_matches_closed_form_for_one_sample() -> None:
     model = true_posterior("iwae", 1, 4)
     closed = exact_elbo(model, POINT, OFF_MU, OFF_LOG_VAR)[0]
     assert exact_bound(model, 1, OFF_MU, OFF_LOG_VAR).item() == pytest.approx(closed.item(), abs=1e-9)

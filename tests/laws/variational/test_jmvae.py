@@ -93,7 +93,7 @@ def test_loss_is_joint_elbo_plus_unimodal_kls(shifted: Any) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("parts", [(6,), PARTS])
-def test_alpha_0_equals_joint_vae_bit_for_bit(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
+def test_alpha_0_equals_joint_vae_exactly(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
     model, x = small(JMVAE, shifted, parts=parts, beta=3.0, alpha=0.0), images()
     found = []
     for each in (model, vae_of(model, beta=3.0)):

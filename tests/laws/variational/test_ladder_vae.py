@@ -45,7 +45,7 @@ def test_ladder_merge_is_product_of_gaussians() -> None:
         assert log_var.item() == pytest.approx(-30, abs=1e-5)
 
 
-def test_ladder_is_deterministic_up_and_decodes_bottom(shifted: Any) -> None:
+def test_bottom_up_is_deterministic_and_bottom_is_decoded(shifted: Any) -> None:
     model, x = small("ladder_vae", shifted), data()
     for a, b in zip(model.bottom_up(x), model.bottom_up(x), strict=True):
         assert torch.equal(a, b)

@@ -178,7 +178,7 @@ def test_one_level_equals_mvae_that_decodes_all_parts(parts: Any, shifted: Any) 
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_uninformative_experts_give_prior_at_no_cost(shifted: Any) -> None:
+def test_uninformative_experts_give_prior_with_zero_kl(shifted: Any) -> None:
     model, x = small(shifted), images()
     assert all(model.loss(x)[f"kl_{i}"] > 0.01 for i in (1, 2, 3))
     with torch.no_grad():

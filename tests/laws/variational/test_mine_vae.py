@@ -140,7 +140,7 @@ def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: boo
 # ---- the moving average ----------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
+def test_gradient_is_divided_by_the_moving_average(shifted: Any) -> None:
     """Three steps, with M in plain numbers and the gradient as a sum over pairs with constant weights."""
     model, average = shifted(small(decay=0.6, mi_weight=0.7)), 1.0
     for seed in range(3):

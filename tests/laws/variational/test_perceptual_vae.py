@@ -186,7 +186,7 @@ def test_vgg_weights_load_from_any_path_others_are_refused(hub: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(("net", "layers"), [("mlp", 2), ("conv", 2), ("resnet", 2)])
-def test_saved_zoo_encoder_provides_features(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
+def test_saved_encoder_provides_features(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
     eye = shifted(aezoo.create_model("vae", SHAPE, net=net, hidden_dims=(8, 8), latent_dim=3))
     path, x = save_model(eye, tmp_path / "eye"), images().float()
     model = PerceptualVAE(SHAPE, features=str(path), hidden_dims=(4,)).train()

@@ -57,7 +57,7 @@ def test_first_stage_has_vae_loss_and_gradient() -> None:
     torch.testing.assert_close(model.score(x), vae.score(x))
 
 
-def test_first_stage_trains_as_if_alone() -> None:
+def test_second_stage_does_not_affect_the_first() -> None:
     model, vae = two_stages()
     for one in (model, vae):
         optimizer = torch.optim.Adam(one.parameters(), 1e-2)
@@ -142,7 +142,7 @@ def test_samples_pass_through_both_decoders() -> None:
 # ---- annealing -------------------------------------------------------------------------------------------------------
 
 
-def test_two_stages_have_no_weight_to_anneal() -> None:
+def test_annealing_of_two_stages_is_refused() -> None:
     for mode in ("linear", "capacity"):
         with pytest.raises(aezoo.AezooError, match="needs a model with a number"):
             BetaAnnealing(mode, n_steps=5).setup(None, aezoo.create_model("two_stage_vae", input_shape=(4,)), "fit")

@@ -66,13 +66,9 @@ def test_each_stage_is_connected_to_code_and_output(shifted: Any) -> None:
     for i in range(3):
         hooks = [zero_output(stage) for j, stage in enumerate(model.encoder.stages) if j > i]
         codes = model.encode(x)
-        assert (codes[0] - codes[1]).abs().max() > 1e-6, (
-            "early stage not connected to the code"
-        )
+        assert (codes[0] - codes[1]).abs().max() > 1e-6, "early stage not connected to the code"
         hooks += [zero_output(stage) for j, stage in enumerate(model.decoder.stages) if j < i]
         outputs = model.decode(z)
-        assert (outputs[0] - outputs[1]).abs().max() > 1e-6, (
-            "code not connected to a late stage"
-        )
+        assert (outputs[0] - outputs[1]).abs().max() > 1e-6, "code not connected to a late stage"
         for hook in hooks:
             hook.remove()

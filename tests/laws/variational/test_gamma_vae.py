@@ -290,9 +290,7 @@ def test_training_through_gamma_draws_beats_constant_code(adam: Any, digits: Ten
     model = aezoo.create_model("gamma_vae", (1, 8, 8), latent_dim=6, hidden_dims=(48,))
     x = digits[:600].float()
     mean = x.mean(0).clamp(1e-6, 1 - 1e-6)
-    blind = (
-        (x * mean.log() + (1 - x) * (1 - mean).log()).flatten(1).sum(1).mean()
-    )  # of a constant
+    blind = (x * mean.log() + (1 - x) * (1 - mean).log()).flatten(1).sum(1).mean()  # of a constant
     adam(model, x, steps=350, lr=5e-3, batch=100)
     terms = model.loss(x)
     assert terms["elbo"].item() > blind.item() + 1

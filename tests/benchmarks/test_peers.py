@@ -84,6 +84,7 @@ def test_ratios_are_taken_within_a_round(fake):
     assert rows["aezoo"]["round_rates"] == "950 475 950"
     # twice the samples in four times the seconds of one epoch
     assert rows["aezoo"]["wall_samples_per_s"] == "475"
+    assert rows["aezoo"]["outside_share"] == "0.5"
     assert {row["agrees"] for row in rows.values()} == {"yes"}
     # the order alternates between rounds
     assert [call[0] for call in fake.calls[3:5]] == ["keras_jax", "keras_jax"]

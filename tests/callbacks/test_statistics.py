@@ -22,6 +22,7 @@ import aezoo
 from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Reconstructions, Samples, Summary, Throughput
 from aezoo.callbacks.dashboard import differing, hyperparameters
 from aezoo.callbacks.loggers import TensorBoard
+from aezoo.callbacks.validation_schedule import ValidationSchedule
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -128,6 +129,16 @@ def test_throughput_counts_only_training(fit, events, monkeypatch, options):
     monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
     fit(model, Throughput(), n=320, max_epochs=2, **options)
     assert [event.value for event in events().Scalars("train/samples_per_s")] == [8.0, 8.0]
+
+
+def test_throughput_of_short_epochs_is_logged_when_they_are_validated(fit, events, monkeypatch):
+    model = Clocked((4,))
+    monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
+    fit(model, Throughput(), ValidationSchedule(), n=48, max_epochs=30)
+    found = events().Scalars("train/samples_per_s")
+    # epochs of 3 batches, of which every third is validated, as are the first and the last
+    assert [event.step for event in found] == [2, *range(8, 90, 9)]
+    assert [event.value for event in found] == [8.0] * 11
 
 
 def test_throughput_of_single_batches_waits_for_the_second(fit, events):

@@ -12,7 +12,7 @@ import torch
 
 from aezoo.data import DataModule
 from aezoo.data.array import to_channels_first
-from aezoo.data.readers import read_arrays
+from aezoo.data.readers import CsvTable, read_arrays
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -461,6 +461,23 @@ def test_unusable_missing_values_are_refused():
     refused("missing keep and --data.binarise threshold contradict", x, missing="keep", binarise="threshold")
 
 
+def test_csv_text_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n" + "".join(f"{i}.125,{i}.5\n" for i in range(50_000)))
+    tracemalloc.start()
+    n_rows = sum(1 for _ in CsvTable(path, "").rows())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_rows == 50_000 and peak < 0.2 * path.stat().st_size
+
+
+def test_invalid_utf8_after_the_first_lines_of_a_csv_is_named(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"a,b\n" + b"1,2\n" * 50_000 + b"\xff,2\n")
+    with pytest.raises(AezooError, match=r"x.csv is not UTF-8 text .*: save it as CSV in UTF-8"):
+        read_arrays(path)
+
+
 def test_an_empty_cell_of_a_csv_file_is_missing(tmp_path):
     (tmp_path / "x.csv").write_text("a,b,label\n1,2,0\n,4,1\n5, ,0\n")
     assert np.array_equal(read_arrays(tmp_path / "x.csv")["x"], [[1, 2], [np.nan, 4], [5, np.nan]], equal_nan=True)
@@ -564,7 +581,7 @@ def broken_files(folder):
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    yield "latin.csv", "no text in UTF-8"
+    yield "latin.csv", "not UTF-8 text"
     (folder / "d.xyz").write_bytes(b"")
     yield "d.xyz", "the array source reads .npy .npz"
     yield "absent.npy", "does not exist: give a file of arrays"

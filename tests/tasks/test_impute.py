@@ -285,6 +285,30 @@ def test_parquet_keeps_other_columns_and_values(table_model, tmp_path):
     np.testing.assert_allclose(written[["age", "height"]].to_numpy()[1], expected, rtol=1e-5)
 
 
+def test_parquet_is_completed_in_parts(table_model, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("aezoo.tasks.impute_files._MAX_VALUES", 6)  # two rows
+    age, height = [41, 35, 30, None, 52], [1.7, 1.6, None, 1.8, 1.75]
+    table = pa.table({"age": age, "label": ["a", "b", "a", "b", "c"], "height": height, "weight": [70, 71, 72, 73, 74]})
+    # groups of rows that do not end with the parts
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
+    found, out = completed(table_model, tmp_path / "x.parquet")
+    written = pq.read_table(out / "imputed.parquet")
+    assert [str(kind) for kind in written.schema.types] == ["double", "string", "double", "int64"]
+    assert [written[name].to_pylist() for name in ("label", "weight")] == [
+        table[name].to_pylist() for name in ("label", "weight")
+    ]
+    given = [41, 35, 30, pytest.approx(found.x_hat[3, 0] * 10 + 40, rel=1e-5), 52]
+    assert written["age"].to_pylist() == given
+    assert written["height"].to_pylist() == [
+        *height[:2],
+        pytest.approx(found.x_hat[2, 1] * 0.1 + 1.7, rel=1e-5),
+        *height[3:],
+    ]
+
+
 def test_frame_comes_back_in_its_units(table_model, tmp_path):
     import pandas
 

@@ -122,8 +122,8 @@ def drawn_in(fit, monkeypatch, picture: float, epochs: int, **options: int) -> l
 
 
 def test_pictures_take_at_most_three_percent_of_the_time(fit, monkeypatch):
-    # a round takes 0.8 s, as do the pictures at the end, so it is drawn after 27 s for each, at multiples of 5 epochs; the
-    # first is assumed to take 0.5 s
+    # a round takes 0.8 s, as do the pictures at the end, so it is drawn after 27 s for each, at multiples of 5 epochs;
+    # the first is assumed to take 0.5 s
     assert drawn_in(fit, monkeypatch, 0.4, 42) == [20, 40, 42]
 
 

@@ -131,7 +131,7 @@ def test_throughput_counts_only_training(fit, events, monkeypatch, options):
     assert [event.value for event in events().Scalars("train/samples_per_s")] == [8.0, 8.0]
 
 
-def test_throughput_of_short_epochs_is_logged_when_they_are_validated(fit, events, monkeypatch):
+def test_throughput_of_short_epochs_is_logged_with_validations(fit, events, monkeypatch):
     model = Clocked((4,))
     monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
     fit(model, Throughput(), ValidationSchedule(), n=48, max_epochs=30)

@@ -16,6 +16,7 @@ from aezoo.errors import AezooError
 
 from . import (
     report_adbench,
+    report_detector_papers,
     report_image_anomalies,
     report_info,
     report_pca,
@@ -309,6 +310,8 @@ def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[
         rows = [row | {"gpu": "this row"} for row in rows]
     if section.columns is report_image_anomalies.COLUMNS:
         rows = report_image_anomalies.merge_seeds(rows)
+    if section.columns is report_detector_papers.COLUMNS:
+        rows = report_detector_papers.merge_seeds(rows)
     if section.columns is report_scaling.COLUMNS:
         rows = report_scaling.merge_values(rows)
     after = section.after(shown)

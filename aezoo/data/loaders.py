@@ -178,7 +178,7 @@ def worker_failure(error: BaseException) -> str | None:
     found = re.search(rf"{died}|unable to allocate shared memory", message)
     return found and (
         f"a data worker {found[1] or 'has failed'}, usually because memory or /dev/shm is full: read without "
-        "workers by --data.num_workers 0, or give more room, such as docker run --shm-size 4g"
+        "workers by --data.num_workers 0, or provide more memory, for example with docker run --shm-size 4g"
     )
 
 

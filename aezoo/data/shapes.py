@@ -82,7 +82,9 @@ class Shapes(Source):
 
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+            raise AezooError(
+                f"--data.scale {options.scale} needs a data set in memory, which {options.name} is not: use auto"
+            )
         self.options = options
         self.size, channels = options.size or 64, options.channels or 1
         if self.size < _MIN_SIDE:

@@ -151,8 +151,8 @@ def test_any_image_folder_is_accepted_as_input(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": np.ones((4, 3)), "y": np.arange(3)}, "x has 4 samples but 3 labels: one label a sample"),
-        ({"x": np.ones((4, 3)), "y": np.arange(5)}, "x has 4 samples but 5 labels: one label a sample"),
+        ({"x": np.ones((4, 3)), "y": np.arange(3)}, "x has 4 samples but 3 labels: give one label per sample"),
+        ({"x": np.ones((4, 3)), "y": np.arange(5)}, "x has 4 samples but 5 labels: give one label per sample"),
         (
             {"x_test": np.ones(3), "y": np.arange(5)},
             r"x_test has shape \(3,\): give samples \(N, \*shape\), one sample",

@@ -151,7 +151,7 @@ def test_postscript_image_is_refused(canary, monkeypatch, tmp_path):
     script.write_text(f"#!/bin/sh\nmkdir -p {canary}\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(AezooError, match="no readable image"):
+    with pytest.raises(AezooError, match="not a readable image"):
         data("pictures")
     assert not canary.exists()
     with Image.open("pictures/x.png") as image:

@@ -47,7 +47,7 @@ Train and use
   report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and what they say, pictures,
                                    results of commands, settings that differ, time, environment
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
-                                   search for the best settings of fit in many runs
+                                   search for the best settings of fit over many runs
 
 Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or --data..., and --help
   reconstruct                      reconstructions, the error of each sample, the best and the worst
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"aezoo: {terminal.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # the reader of the pipe has ended: for `aezoo list | head` this is no error, but a run ends by it
+        # the reader of the pipe has ended: for `aezoo list | head` this is not an error, but a run ends with it
         if argv and argv[0] in (*LIGHTNING_COMMANDS, *TASK_COMMANDS, "benchmark", "tune"):
             sys.exit(128 + 13)  # SIGPIPE, as in shells
     except OSError as error:
@@ -137,7 +137,7 @@ def _shorten_warnings() -> None:
 
 
 def _refuse_output(reason: str) -> NoReturn:
-    print(f"aezoo: cannot write the output: {reason}; make room, or write it elsewhere", file=sys.stderr)
+    print(f"aezoo: cannot write the output: {reason}; free disk space, or write it elsewhere", file=sys.stderr)
     sys.exit(2)
 
 
@@ -288,7 +288,7 @@ def _info(argv: list[str]) -> None:
         _info_tag(tag)
         return
     if (hint := registry.suggest_tags(arguments.name)) and registry.resolve(arguments.name) is None:
-        raise AezooError(f"no model and no pretrained weights are named {arguments.name!r}: {hint}")
+        raise AezooError(f"no model or pretrained weights are named {arguments.name!r}: {hint}")
     entry = registry.find(arguments.name)
     card = registry.card(arguments.name)
     uses = "".join(f"for {use}: {TAGS.get(use, '')}\n" for use in registry.uses_of(entry.name))

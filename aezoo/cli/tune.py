@@ -74,7 +74,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     parser.add_argument("--study_name", metavar="NAME", help="name in the storage (default the name of the folder)")
     parser.add_argument(
         "--lost_after", type=float, default=120.0, metavar="SECONDS",
-        help="run the trial of a worker again that has sent no heartbeat for this time (default 120)",
+        help="run a trial again if its worker has sent no heartbeat for this time (default 120)",
     )  # fmt: skip
     searches, rest = _searches(argv)
     own = re.findall(r"(?m)^  (--\w+)", parser.format_help())
@@ -86,7 +86,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
             raise AezooError(f"unknown flag {flag}, did you mean {near[0]}? See `aezoo tune --help`.")
         if flag in ("--ckpt_path", "--resume"):
             raise AezooError(
-                f"{flag} does not apply to tune, which starts every run anew; the same command continues a study"
+                f"{flag} does not apply to tune, which starts each run from scratch; the same command continues a study"
             )
     if not searches:
         raise AezooError("nothing is searched: give --search.SETTING, such as --search.model.lr log:1e-4:1e-2")
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
         options, searches, flags = read(argv)
         if "LOCAL_RANK" in os.environ:
             raise AezooError(
-                "aezoo tune starts its runs itself: call it without torchrun; --trainer.devices is for each"
+                "aezoo tune starts its runs itself: call it without torchrun; --trainer.devices applies to each run"
             )
         for package in ("optuna", "plotly", *(["cmaes"] if options.sampler == "cmaes" else [])):
             try:

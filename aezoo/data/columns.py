@@ -55,7 +55,7 @@ class Columns:
         """Read what `to_bytes` wrote, for `width` columns.
 
         Raises:
-            AezooError: it is something else.
+            AezooError: the content is something else.
         """
         try:
             stored = json.loads(content)

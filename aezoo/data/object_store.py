@@ -347,7 +347,7 @@ class FileCache:
                         opened.write(block)
                     opened.flush()
                     os.fsync(opened.fileno())
-                    with self._locked():  # otherwise a process that makes room may see neither name
+                    with self._locked():  # otherwise a process that frees space may see neither name
                         part.replace(file)
                 except BaseException:
                     part.unlink(missing_ok=True)
@@ -356,7 +356,7 @@ class FileCache:
             raise self._unwritable(error) from None
 
     def _reserve(self, part: IO[bytes], size: int) -> None:
-        """Wait until there is room, and give the file its final size, by which other processes count it."""
+        """Wait until there is enough space, and give the file its final size, by which other processes count it."""
         os.ftruncate(part.fileno(), 0)
         while True:
             with self._locked():
@@ -367,7 +367,7 @@ class FileCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """A context in which no other process makes room, or begins or completes a file."""
+        """A context in which no other process frees space, or begins or completes a file."""
         with (self.root / _LOCK).open("ab") as lock:
             _lock(lock)
             yield

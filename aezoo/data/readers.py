@@ -291,7 +291,7 @@ class CsvTable:
         time: the position of the time stamps; None without.
 
     Raises:
-        AezooError: it is empty, or no text.
+        AezooError: it is empty, or not text.
     """
 
     def __init__(self, path: Path, label_column: str, time_columns: Sequence[str] = ()) -> None:

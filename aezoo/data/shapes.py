@@ -207,7 +207,7 @@ class SpriteDataset(Dataset[tuple[Tensor, Tensor]]):
         return x[0], y[0]
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        """A whole batch at once; torch's loader prefers this method to one call per sample."""
         at = torch.as_tensor(indices)
         numbers = at.div(len(self.grey), rounding_mode="floor") * COMBINATIONS + self.grey[at % len(self.grey)]
         factors = self.source.factors(numbers)

@@ -621,7 +621,7 @@ def test_disabled_callbacks_are_detected():
 @pytest.mark.parametrize("name", ["EarlyStop", "Checkpoints"])
 def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):
     callback = getattr(zoo, name)
-    said = f"{name}.monitor is val/los, which is not logged so far: is val/loss meant?"
+    said = f"{name}.monitor is val/los, which is not logged so far: did you mean val/loss?"
     with pytest.warns(UserWarning, match=re.escape(said)), pytest.raises(Exception, match=r"`val/loss`|'val/loss'"):
         fit(FakeVAE((4,)), callback(monitor="val/los"), enable_checkpointing=True)
     # those that only a whole validation or training logs

@@ -141,7 +141,7 @@ def test_missing_tensorboard_names_alternatives(capsys, monkeypatch):
 
     monkeypatch.setattr(module, "_TENSORBOARD_AVAILABLE", False)
     monkeypatch.setattr(module, "_TENSORBOARDX_AVAILABLE", False)
-    assert "pip install tensorboard, or take --logger csv or none" in refused(capsys, *FIT)
+    assert "pip install tensorboard, or use --logger csv or none" in refused(capsys, *FIT)
 
 
 def test_first_run_mentions_free_tensorboard_port():

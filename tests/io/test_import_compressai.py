@@ -345,13 +345,13 @@ def test_damaged_strings_are_refused(tmp_path):
     for strings, message in (
         ([[y[:40]], [z]], "ends too early"),
         ([[b""], [z]], "ends too early"),
-        ([[y]], "not of this model and size"),
-        ([[y, y], [z]], "not of this model and size"),
+        ([[y]], "not belong to this model and size"),
+        ([[y, y], [z]], "not belong to this model and size"),
         ([], "no strings"),
     ):
         with pytest.raises(aezoo.AezooError, match=message):
             rans.decode_strings(model, strings)
-    with pytest.raises(aezoo.AezooError, match="has no streams of CompressAI: take the model compressai"):
+    with pytest.raises(aezoo.AezooError, match="has no streams of CompressAI: use the model compressai"):
         rans.encode_strings(aezoo.create_model("factorized_prior", (1, 8, 8)), torch.zeros(1, 1, 8, 8))
 
 

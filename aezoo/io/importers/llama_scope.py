@@ -1,7 +1,7 @@
 """Folders of Llama Scope (He et al. 2024), https://arxiv.org/abs/2410.20526
 
     hyperparams.json, checkpoints/final.safetensors     one threshold for all latents
-    config.json, sae_weights.safetensors                a threshold a latent, as in Llama-Scope-R1-Distill
+    config.json, sae_weights.safetensors                one threshold per latent, as in Llama-Scope-R1-Distill
 
 Training multiplies activations by sqrt(d) / their mean norm, which is folded into the weights. The one threshold is of
 pre-activations divided by that factor (https://github.com/OpenMOSS/Language-Model-SAEs at b932639), hence multiplied by

@@ -1,7 +1,7 @@
 """OpenAI's sparse autoencoders of GPT-2 (Gao et al. 2024): one `.pt` file each.
 
-Source: https://github.com/openai/sparse_autoencoder. TopK ones normalise each sample, ReLU ones do not, as its loader
-has it.
+Source: https://github.com/openai/sparse_autoencoder. As in its loader, TopK models normalise each sample, ReLU models
+do not.
 """
 
 from typing import Any

@@ -280,7 +280,8 @@ class SampleSet:
         shape, n = self.shape, len(self)
         if mask.shapes is not None or mask.shape not in (shape, (1, *shape[1:]), shape[1:]) or len(mask) not in (1, n):
             raise AezooError(f"the mask {mask.name} has {len(mask):,} rows of shape {mask.shape}, but there are {n:,} "
-                             f"samples of shape {shape}: give one mask for each sample or one for all, of their shape")  # fmt: skip
+                             f"samples of shape {shape}: give one mask for each sample or one for all, of their "
+                             "shape")  # fmt: skip
         found = copy(self)
         found._mask = mask
         return found

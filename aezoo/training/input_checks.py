@@ -48,7 +48,7 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
         return batch[0], batch[1] if len(batch) > 1 else None
     what = f"a dict with {', '.join(map(repr, batch))}" if isinstance(batch, dict) else _kind(batch)
-    raise AezooError(f"a batch must be x, (x,) or (x, y) of tensors, got {what}: make the data set return those")
+    raise AezooError(f"a batch must be x, (x,) or (x, y) of tensors, got {what}: have the data set return those")
 
 
 def warn_unused_parts(batch: Any) -> None:
@@ -146,7 +146,7 @@ def check_reconstruction(model: "ModelInterface") -> None:
     if found != model.input_shape:
         raise AezooError(
             f"{type(model).__name__}.decode gives samples of shape {_shape_text(found) or 'no size'}, the data are "
-            f"{_shape_text(model.input_shape)}: make decode return (B, {', '.join(map(str, model.input_shape))})"
+            f"{_shape_text(model.input_shape)}: have decode return (B, {', '.join(map(str, model.input_shape))})"
         )
 
 

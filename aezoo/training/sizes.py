@@ -132,4 +132,4 @@ def _check_weights(sized: Model, weights: dict[str, Any]) -> Model:
 def _refusal(model: "ModelInterface", shape: tuple[int, ...], reason: str) -> AezooError:
     own, asked = ("x".join(map(str, sides[1:])) for sides in (model.input_shape, shape))
     name = display_name(type(model))
-    return AezooError(f"{name} was built for samples of {own or 'one vector'} and does not accept {asked}: {reason}")
+    return AezooError(f"{name} was built for samples of {own or 'one vector'} and does not take {asked}: {reason}")

@@ -97,7 +97,7 @@ def test_beta_is_restored_after_an_error(fit):
 
 def test_annealing_needs_a_model_with_the_attribute(fit):
     with pytest.raises(
-        AezooError, match="BetaAnnealing in linear mode needs a model with a number `beta`, Fake has none"
+        AezooError, match="BetaAnnealing in linear mode needs a model with a number `beta`, which Fake does not have"
     ):
         fit(Fake((4,)), BetaAnnealing(n_steps=5))
     fit(Fake((4,)), BetaAnnealing())  # off

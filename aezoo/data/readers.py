@@ -291,17 +291,17 @@ class CsvTable:
         time: the position of the time stamps; None without.
 
     Raises:
-        AezooError: it is empty, or not text.
+        AezooError: it is empty, or no text.
     """
 
     def __init__(self, path: Path, label_column: str, time_columns: Sequence[str] = ()) -> None:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise AezooError(f"{path} is not text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
+            raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
         self._lines = [line for line in lines if line.strip()]
         if not self._lines:
-            raise AezooError(f"{path} is empty: give one row per sample")
+            raise AezooError(f"{path} is empty: give one row a sample")
         self.separator = max(",;\t", key=self._lines[0].count)
         self.first = first = [cell.strip() for cell in next(csv.reader(self._lines, delimiter=self.separator))]
         # an empty cell is a missing value

@@ -564,7 +564,7 @@ def broken_files(folder):
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    yield "latin.csv", "not text in UTF-8"
+    yield "latin.csv", "no text in UTF-8"
     (folder / "d.xyz").write_bytes(b"")
     yield "d.xyz", "the array source reads .npy .npz"
     yield "absent.npy", "does not exist: give a file of arrays"

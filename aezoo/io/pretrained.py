@@ -32,7 +32,7 @@ def create(
         some = ", ".join(each.name.partition(".")[2] for each in known)
         if not some:
             raise AezooError(f"{name} has no pretrained weights: `aezoo list --pretrained` shows those of other models")
-        raise AezooError(f"{name} has no weights {tag!r}, only {some}: {registry.suggest_tags(f'{name}.{tag}')}")
+        raise AezooError(f"{name} has no weights {tag!r}, it has {some}: {registry.suggest_tags(f'{name}.{tag}')}")
     shape = found.input_shape if input_shape is None else tuple(input_shape)
     if shape != found.input_shape:
         taken = dict.fromkeys(_text(each.input_shape) for each in known)

@@ -322,7 +322,7 @@ def _prior(
     elif stored is not None:
         codes = stored.cpu().numpy()
     else:
-        raise AezooError(f"prior {name} is fitted to codes of training samples: {GIVE_TRAINING}")
+        raise AezooError(f"prior {name} is fitted to the codes of training samples: {GIVE_TRAINING}")
     log_vars = None
     if name == "vamp" and model.normal_prior and train is not None:
         posterior: Any = model.posterior

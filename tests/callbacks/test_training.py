@@ -277,7 +277,7 @@ def test_averages_that_shorten_directions_are_refused(fit, average, monkeypatch)
     callbacks = made.get(average, [])
     for each in (model, free) if average is ScheduleFree else ():
         monkeypatch.setattr(each, "configure_optimizers", lambda each=each: ScheduleFree(each.parameters(), 0.1))
-    with pytest.raises(AezooError, match=r"averages directions of norm 1 .* take aezoo.callbacks.EMA"):
+    with pytest.raises(AezooError, match=r"averages directions of norm 1 .* use aezoo.callbacks.EMA"):
         fit(model, *callbacks, max_epochs=1)
     fit(free, *callbacks, max_epochs=1)
 

@@ -299,7 +299,7 @@ def test_other_shapes_and_channels_are_refused() -> None:
             aezoo.create_model("compressai", shape)
     with pytest.raises(AezooError, match="needs a latent_dim equal to width"):
         aezoo.create_model("compressai", (3, 64, 64), architecture="cheng2020-attn", width=4, latent_dim=6)
-    with pytest.raises(AezooError, match="unknown architecture 'vbr': take one of bmshj2018-factorized"):
+    with pytest.raises(AezooError, match="unknown architecture 'vbr': choose from bmshj2018-factorized"):
         aezoo.create_model("compressai", (3, 64, 64), architecture="vbr")
 
 

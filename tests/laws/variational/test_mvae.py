@@ -72,7 +72,7 @@ def test_upper_and_lower_half_of_an_image_and_channels_are_parts() -> None:
 
 def test_mixture_subset_count_is_bounded() -> None:
     MoPoEVAE((6,), parts=(1,) * 6)
-    with pytest.raises(AezooError, match="at most 6, got 7: take mvae or mmvae"):
+    with pytest.raises(AezooError, match="at most 6, got 7: use mvae or mmvae"):
         MoPoEVAE((7,), parts=(1,) * 7)
     MVAE((40,), parts=(1,) * 40)
 

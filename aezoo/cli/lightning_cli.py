@@ -250,8 +250,8 @@ class AezooCLI(LightningCLI):
             "--logger",
             type=list[str] | bool | str | None,
             default=None,
-            help=f"Where metrics and pictures go beside the run folder: {', '.join(loggers.KINDS)} with commas between "
-            "them, or none. By default tensorboard.",
+            help=f"Where metrics and pictures go in addition to the run folder: {', '.join(loggers.KINDS)} with commas "
+            "between them, or none. By default tensorboard.",
         )
         parser.add_argument(
             "--compile",

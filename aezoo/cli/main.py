@@ -32,9 +32,9 @@ usage: aezoo COMMAND ...
 Information
   list [WORD] [--family F] [--tag T]
                                    models: name, family, tags, paper; a word is part of a name, a family or a tag
-  list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence
-  info NAME [--shape C H W]        a model's paper, objective, hyperparameters, figures and what beats it; with a
-                                   shape its size
+  list --pretrained                pretrained weights, such as vae.mnist: data, figure, size, licence
+  info NAME [--shape C H W]        a model's paper, objective, hyperparameters, figures and better models; with
+                                   a shape its size
   recipes                          ready-made configurations
   cp RECIPE DEST                   copy a recipe to change it
 
@@ -44,8 +44,8 @@ Train and use
   fit ... --resume auto            the same, or continue the last run of that command if it was stopped
   fit --resume RUN                 continue a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
-  report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and what they say, pictures,
-                                   results of commands, settings that differ, time, environment
+  report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and their diagnosis,
+                                   pictures, results of commands, settings that differ, time, environment
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
                                    search for the best settings of fit over many runs
 

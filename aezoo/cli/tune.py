@@ -28,10 +28,10 @@ Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a 
   int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log on a logarithmic scale
   A,B,C               one of these values
 
-All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study gets the
-runs, trials.csv, best.yaml, for `aezoo fit -c`, and study.html. The same command continues a study that was stopped.
+All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study contains
+the runs, trials.csv, best.yaml for `aezoo fit -c`, and study.html. The same command continues a study that was stopped.
 
-Many machines: the same command, started on any of them with the same --storage, is one more worker of the same study.
+Many machines: the same command, run on any of them with the same --storage, is one more worker of the same study.
 
   aezoo tune -c vae --search.model.lr log:1e-4:1e-2 --trials 100 --storage postgresql://me@db.example.org/sweeps
 """
@@ -63,7 +63,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after this time")
     parser.add_argument(
         "--prune", choices=["on", "off"], default="on",
-        help="end trials that are behind the median of the others at the same epoch (default on)",
+        help="end trials that are worse than the median of the others at the same epoch (default on)",
     )  # fmt: skip
     parser.add_argument("--study", metavar="FOLDER", help="folder for all files (default runs/RECIPE-tune)")
     parser.add_argument(

@@ -98,7 +98,7 @@ def test_table_labels_may_be_any_integers_but_not_nan(capsys):
 def test_checkpoint_of_different_input_shape_is_refused(capsys):
     main(FIT)
     line = refused(capsys, "test", "--ckpt_path=runs/vae-digits/0", "--data.name=mnist5k")
-    assert "trained on samples of shape 1x8x8, these data give 1x28x28" in line
+    assert "trained on samples of shape 1x8x8, but these data give 1x28x28" in line
 
 
 # ---- files of another version, packages that are missing ------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
         capsys.readouterr()
         argv = ["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / f"{name}.npy"), "--n_shown", "0"]
         if name == "floats":
-            assert "values from 0 to 255, the training data had 0 to 1: divide them" in refused(capsys, *argv)
+            assert "values from 0 to 255, but the training data had 0 to 1: divide them" in refused(capsys, *argv)
         else:
             main([*argv, f"--out={tmp_path / name}"])
             found[name] = np.load(tmp_path / name / "reconstructions.npy")
@@ -193,7 +193,7 @@ def test_tables_contain_file_names_and_labels(tmp_path, capsys):
     capsys.readouterr()
     for named, n in (["--data", str(photos)], 4), (["--data", "folder", "--data.root", str(photos)], 4), ([], 0):
         main(["reconstruct", *given, *named])
-        said = f"{n} of its samples are used, the share --data.test_fraction; --input {photos} takes all"
+        said = f"{n} of its samples are used, the share --data.test_fraction; --input {photos} uses all"
         assert (said in capsys.readouterr().err) == bool(n)
     one = str(photos / "sound" / "1.png")
     main(["detect", *given, "--baselines", "false", "--input", one])
